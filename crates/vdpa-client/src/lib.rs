@@ -1,0 +1,1 @@
+//! drive a vhost-vdpa device and be replaced without closing it

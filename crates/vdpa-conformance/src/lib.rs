@@ -1,0 +1,1 @@
+//! conformance suite for vhost-vdpa devices

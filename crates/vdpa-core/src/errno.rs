@@ -1,0 +1,103 @@
+//! Error numbers of the vhost-vdpa interface.
+
+use std::fmt;
+
+/// A Linux error number, as an ioctl or an IOTLB write would report it.
+///
+/// A newtype and not an enum: a parent device or a kernel may return numbers this crate does not know.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Errno(i32);
+
+macro_rules! errnos {
+    ($($name:ident = $value:literal, $text:literal;)*) => {
+        impl Errno {
+            $(#[doc = concat!($text, " (", stringify!($value), ").")] pub const $name: Self = Self($value);)*
+
+            /// The symbolic name, when this crate knows it.
+            #[must_use]
+            pub const fn name(self) -> Option<&'static str> {
+                match self.0 { $($value => Some(stringify!($name)),)* _ => None }
+            }
+
+            const fn text(self) -> &'static str {
+                match self.0 { $($value => $text,)* _ => "unknown error" }
+            }
+        }
+    };
+}
+
+errnos! {
+    PERM = 1, "Operation not permitted";
+    NOENT = 2, "No such file or directory";
+    INTR = 4, "Interrupted system call";
+    IO = 5, "Input/output error";
+    TOOBIG = 7, "Argument list too long";
+    BADF = 9, "Bad file descriptor";
+    AGAIN = 11, "Resource temporarily unavailable";
+    NOMEM = 12, "Cannot allocate memory";
+    ACCESS = 13, "Permission denied";
+    FAULT = 14, "Bad address";
+    BUSY = 16, "Device or resource busy";
+    EXIST = 17, "File exists";
+    NODEV = 19, "No such device";
+    INVAL = 22, "Invalid argument";
+    NOTTY = 25, "Inappropriate ioctl for device";
+    NOSPC = 28, "No space left on device";
+    SPIPE = 29, "Illegal seek";
+    RANGE = 34, "Numerical result out of range";
+    NOSYS = 38, "Function not implemented";
+    OVERFLOW = 75, "Value too large for defined data type";
+    MSGSIZE = 90, "Message too long";
+    OPNOTSUPP = 95, "Operation not supported";
+    NOBUFS = 105, "No buffer space available";
+    TIMEDOUT = 110, "Connection timed out";
+    NOTSUPP = 524, "Operation not supported (kernel-internal ENOTSUPP)";
+}
+
+impl Errno {
+    /// Wraps a positive error number; anything else becomes `EIO`, since 0 or a negative number is no error.
+    #[must_use]
+    pub const fn from_raw(value: i32) -> Self {
+        if value > 0 { Self(value) } else { Self::IO }
+    }
+
+    /// The positive error number.
+    #[must_use]
+    pub const fn raw(self) -> i32 {
+        self.0
+    }
+}
+
+impl fmt::Display for Errno {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.name() {
+            Some(name) => write!(f, "{} (E{name})", self.text()),
+            None => write!(f, "error {}", self.0),
+        }
+    }
+}
+
+impl fmt::Debug for Errno {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.name() {
+            Some(name) => write!(f, "E{name}"),
+            None => write!(f, "Errno({})", self.0),
+        }
+    }
+}
+
+impl std::error::Error for Errno {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_numbers() {
+        assert_eq!(Errno::FAULT.raw(), 14);
+        assert_eq!(format!("{:?}", Errno::NOTSUPP), "ENOTSUPP");
+        assert_eq!(Errno::PERM.to_string(), "Operation not permitted (EPERM)");
+        assert_eq!(Errno::from_raw(200).to_string(), "error 200");
+        assert_eq!(Errno::from_raw(0), Errno::IO);
+    }
+}

@@ -1,0 +1,15 @@
+//! vhost-vdpa devices without I/O.
+#![forbid(unsafe_code)]
+
+pub mod device;
+pub mod errno;
+pub mod features;
+pub mod host;
+pub mod iotlb;
+pub mod ops;
+pub mod parent;
+pub mod ring;
+pub mod types;
+pub mod vq;
+
+pub use errno::Errno;

@@ -1,0 +1,263 @@
+//! [`VdpaOps`]: what a user of a device calls.
+
+use crate::errno::Errno;
+use crate::features::{BackendFeatures, Features, Status};
+use crate::types::{Asid, GroupIndex, IotlbMsg, IovaRange, Perm, QueueIndex, Result, VringAddr, iotlb_type};
+
+/// The vhost-vdpa interface, one method per request.
+///
+/// Implemented by a device file (ours or the kernel's) and by a device in the same process. Each error is the
+/// errno the kernel's vhost-vdpa gives; sections refer to the interface specification in `docs/uapi.md`.
+/// "owner" marks requests that only the owner may make (`EPERM` otherwise); all others work for whoever holds
+/// the device. Requests of one device never run in parallel; any of them may block behind another.
+pub trait VdpaOps {
+    /// What kicks, calls and config interrupts are given as (an eventfd for a device file).
+    type Event;
+
+    /// `VHOST_VDPA_GET_DEVICE_ID`: the virtio device id.
+    ///
+    /// # Errors
+    /// Only those of the transport.
+    fn device_id(&self) -> Result<u32>;
+
+    /// `VHOST_VDPA_GET_STATUS`.
+    ///
+    /// # Errors
+    /// Only those of the transport.
+    fn status(&self) -> Result<Status>;
+
+    /// `VHOST_VDPA_SET_STATUS`; 0 resets. A device may keep a bit clear: read it back.
+    ///
+    /// # Errors
+    /// `EINVAL` when a bit set now is missing in a value other than 0; for 0 what the reset reports.
+    fn set_status(&self, status: Status) -> Result<()>;
+
+    /// `VHOST_GET_FEATURES`: what the device offers.
+    ///
+    /// # Errors
+    /// Only those of the transport.
+    fn features(&self) -> Result<Features>;
+
+    /// `VHOST_SET_FEATURES`.
+    ///
+    /// # Errors
+    /// `EBUSY` after FEATURES_OK; `EINVAL` when the device refuses the word.
+    fn set_features(&self, features: Features) -> Result<()>;
+
+    /// `VHOST_GET_BACKEND_FEATURES`.
+    ///
+    /// # Errors
+    /// Only those of the transport.
+    fn backend_features(&self) -> Result<BackendFeatures>;
+
+    /// `VHOST_SET_BACKEND_FEATURES`: replaces the acknowledged word, in any state.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` for a bit that is not offered; `EINVAL` for DESC_ASID without IOTLB_ASID.
+    fn set_backend_features(&self, features: BackendFeatures) -> Result<()>;
+
+    /// `VHOST_VDPA_GET_VQS_COUNT`.
+    ///
+    /// # Errors
+    /// Only those of the transport.
+    fn vqs_count(&self) -> Result<u32>;
+
+    /// `VHOST_VDPA_GET_GROUP_NUM`.
+    ///
+    /// # Errors
+    /// Only those of the transport.
+    fn group_num(&self) -> Result<u32>;
+
+    /// `VHOST_VDPA_GET_AS_NUM`.
+    ///
+    /// # Errors
+    /// Only those of the transport.
+    fn as_num(&self) -> Result<u32>;
+
+    /// `VHOST_VDPA_GET_IOVA_RANGE`.
+    ///
+    /// # Errors
+    /// Only those of the transport.
+    fn iova_range(&self) -> Result<IovaRange>;
+
+    /// `VHOST_VDPA_GET_CONFIG_SIZE`, in bytes.
+    ///
+    /// # Errors
+    /// Only those of the transport.
+    fn config_size(&self) -> Result<u32>;
+
+    /// `VHOST_VDPA_GET_CONFIG`: fills `out` from `offset`.
+    ///
+    /// # Errors
+    /// `EINVAL` for an empty or out-of-range request.
+    fn config(&self, offset: u32, out: &mut [u8]) -> Result<()>;
+
+    /// `VHOST_VDPA_SET_CONFIG`. A device may ignore it.
+    ///
+    /// # Errors
+    /// `EINVAL` for an empty or out-of-range request.
+    fn set_config(&self, offset: u32, data: &[u8]) -> Result<()>;
+
+    /// `VHOST_VDPA_SET_CONFIG_CALL`; `None` unbinds.
+    ///
+    /// # Errors
+    /// `EBADF`, or `EINVAL` when it is no eventfd.
+    fn set_config_call(&self, event: Option<&Self::Event>) -> Result<()>;
+
+    /// `VHOST_VDPA_GET_VRING_NUM`: the largest ring.
+    ///
+    /// # Errors
+    /// Only those of the transport.
+    fn vring_num(&self) -> Result<u16>;
+
+    /// `VHOST_SET_OWNER`: the caller becomes the owner.
+    ///
+    /// # Errors
+    /// `EBUSY` when there is an owner, also when it is the caller.
+    fn set_owner(&self) -> Result<()>;
+
+    /// `VHOST_NEW_OWNER`: the caller takes over from the present owner; mappings and pins stay.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` when the device does not offer it; `EINVAL` without an owner; `EBUSY` when the caller is the
+    /// owner (or, in strict mode, while the device runs); `ENOMEM` over the caller's `RLIMIT_MEMLOCK`.
+    fn new_owner(&self) -> Result<()>;
+
+    /// `VHOST_SET_VRING_NUM` (owner): entries of the ring.
+    ///
+    /// # Errors
+    /// `EPERM`; `ENOBUFS` for the index; `EINVAL` unless a power of two up to the maximum.
+    fn set_vring_num(&self, index: QueueIndex, num: u32) -> Result<()>;
+
+    /// `VHOST_SET_VRING_ADDR` (owner).
+    ///
+    /// # Errors
+    /// `EPERM`; `ENOBUFS`; `EOPNOTSUPP` for unknown flags; `EINVAL` for alignment, or while running.
+    fn set_vring_addr(&self, index: QueueIndex, addr: &VringAddr) -> Result<()>;
+
+    /// `VHOST_SET_VRING_BASE` (owner): see [`QueueState`](crate::vq::QueueState) for the encoding.
+    ///
+    /// # Errors
+    /// `EPERM`; `ENOBUFS`; `EINVAL` for an index over 16 bits, or while running.
+    fn set_vring_base(&self, index: QueueIndex, num: u32) -> Result<()>;
+
+    /// `VHOST_GET_VRING_BASE` (owner). Accurate when the queue is stopped or the device suspended.
+    ///
+    /// # Errors
+    /// `EPERM`; `ENOBUFS`.
+    fn vring_base(&self, index: QueueIndex) -> Result<u32>;
+
+    /// `VHOST_VDPA_SET_VRING_ENABLE` (owner).
+    ///
+    /// # Errors
+    /// `EPERM`; `ENOBUFS`.
+    fn set_vring_enable(&self, index: QueueIndex, enable: bool) -> Result<()>;
+
+    /// `VHOST_SET_VRING_KICK` (owner); `None` unbinds.
+    ///
+    /// # Errors
+    /// `EPERM`; `ENOBUFS`; `EBADF`; `EINVAL` when it is no eventfd.
+    fn set_vring_kick(&self, index: QueueIndex, event: Option<&Self::Event>) -> Result<()>;
+
+    /// `VHOST_SET_VRING_CALL` (owner); `None` unbinds.
+    ///
+    /// # Errors
+    /// As [`set_vring_kick`](Self::set_vring_kick).
+    fn set_vring_call(&self, index: QueueIndex, event: Option<&Self::Event>) -> Result<()>;
+
+    /// `VHOST_SET_VRING_ERR` (owner); stored, never signalled.
+    ///
+    /// # Errors
+    /// As [`set_vring_kick`](Self::set_vring_kick).
+    fn set_vring_err(&self, index: QueueIndex, event: Option<&Self::Event>) -> Result<()>;
+
+    /// `VHOST_VDPA_GET_VRING_GROUP` (owner).
+    ///
+    /// # Errors
+    /// `EPERM`; `ENOBUFS`; `EOPNOTSUPP`; `EIO` when the device names a group it does not have.
+    fn vring_group(&self, index: QueueIndex) -> Result<GroupIndex>;
+
+    /// `VHOST_VDPA_SET_GROUP_ASID` (owner).
+    ///
+    /// # Errors
+    /// `EPERM`; `ENOBUFS` when the group is not below the number of *queues*; `EINVAL` for group or asid;
+    /// `EBUSY` after DRIVER_OK.
+    fn set_group_asid(&self, group: GroupIndex, asid: Asid) -> Result<()>;
+
+    /// `VHOST_VDPA_GET_VRING_SIZE` (owner).
+    ///
+    /// # Errors
+    /// `EPERM`; `ENOBUFS`; `EOPNOTSUPP`.
+    fn vring_size(&self, index: QueueIndex) -> Result<u32>;
+
+    /// `VHOST_VDPA_SUSPEND`. When it returns nothing is in flight and bases are stable. No-op before DRIVER_OK.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP`; `EIO` when the device does not come to rest.
+    fn suspend(&self) -> Result<()>;
+
+    /// `VHOST_VDPA_RESUME`: continues where SUSPEND stopped, kicks that came meanwhile included.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP`.
+    fn resume(&self) -> Result<()>;
+
+    /// Writes one IOTLB message (owner), in the version the acknowledged backend features call for.
+    ///
+    /// # Errors
+    /// `EINVAL` for an UPDATE of size 0; `EFAULT` for every other refusal.
+    fn iotlb(&self, asid: Asid, msg: &IotlbMsg) -> Result<()>;
+
+    /// `UPDATE`: maps `range` to the caller's memory at `uaddr`.
+    ///
+    /// # Errors
+    /// As [`iotlb`](Self::iotlb).
+    fn dma_map(&self, asid: Asid, iova: u64, size: u64, uaddr: u64, perm: Perm) -> Result<()> {
+        self.iotlb(asid, &IotlbMsg { iova, size, uaddr, perm, kind: iotlb_type::UPDATE })
+    }
+
+    /// `INVALIDATE`: removes every entry that overlaps `size` bytes from `iova`, whole.
+    ///
+    /// # Errors
+    /// As [`iotlb`](Self::iotlb).
+    fn dma_unmap(&self, asid: Asid, iova: u64, size: u64) -> Result<()> {
+        self.iotlb(asid, &IotlbMsg { iova, size, kind: iotlb_type::INVALIDATE, ..IotlbMsg::default() })
+    }
+
+    /// `REMAP`: the mapping of exactly this range has `uaddr` in the new owner.
+    ///
+    /// # Errors
+    /// As [`iotlb`](Self::iotlb).
+    fn dma_remap(&self, asid: Asid, iova: u64, size: u64, uaddr: u64) -> Result<()> {
+        self.iotlb(asid, &IotlbMsg { iova, size, uaddr, perm: Perm::NONE, kind: iotlb_type::REMAP })
+    }
+
+    /// `BATCH_BEGIN`.
+    ///
+    /// # Errors
+    /// As [`iotlb`](Self::iotlb).
+    fn batch_begin(&self, asid: Asid) -> Result<()> {
+        self.iotlb(asid, &IotlbMsg { kind: iotlb_type::BATCH_BEGIN, ..IotlbMsg::default() })
+    }
+
+    /// `BATCH_END`.
+    ///
+    /// # Errors
+    /// As [`iotlb`](Self::iotlb).
+    fn batch_end(&self, asid: Asid) -> Result<()> {
+        self.iotlb(asid, &IotlbMsg { kind: iotlb_type::BATCH_END, ..IotlbMsg::default() })
+    }
+}
+
+/// Reads the whole configuration space.
+///
+/// # Errors
+/// Those of [`VdpaOps::config`].
+pub fn read_all_config<D: VdpaOps + ?Sized>(device: &D) -> Result<Vec<u8>, Errno> {
+    let size = usize::try_from(device.config_size()?).map_err(|_| Errno::INVAL)?;
+    let mut config = vec![0; size];
+    if size > 0 {
+        device.config(0, &mut config)?;
+    }
+    Ok(config)
+}

@@ -1,0 +1,248 @@
+//! [`Parent`]: what a device implements.
+
+use std::fmt::Debug;
+
+use crate::errno::Errno;
+use crate::features::{BackendFeatures, Features};
+use crate::host::Host;
+use crate::iotlb::{Mapping, Table};
+use crate::types::{Asid, GroupIndex, IovaRange, QueueIndex, Result};
+use crate::vq::{QueueSetup, QueueState};
+
+/// A vDPA device as its implementer sees it.
+///
+/// [`Device`](crate::device::Device) owns everything the interface remembers (status, negotiation, vring setup,
+/// IOTLB, ownership, suspend) and calls a parent only for what differs between devices. All calls come from one
+/// thread at a time, under the device's lock.
+///
+/// ```text
+///            start_queue(i)                 DRIVER_OK, queue enabled and set up, not suspended
+///   stopped ----------------> running
+///           <----------------
+///            stop_queue(i)                  SUSPEND, reset, ENABLE 0, or a change of the queue's setup
+/// ```
+///
+/// `start_queue` and `stop_queue` are the one mechanism behind suspend, reset, `GET`/`SET_VRING_BASE` and live
+/// update; both are idempotent.
+pub trait Parent: Debug + Send {
+    /// The platform it runs on.
+    type Host: Host;
+
+    /// What the device is. Constant while the device exists.
+    fn profile(&self) -> &Profile;
+
+    /// Copies configuration space from `offset` into `out`. The range is within [`Profile::config_size`].
+    fn read_config(&self, offset: u32, out: &mut [u8]);
+
+    /// The driver writes configuration space. The range is within [`Profile::config_size`]; a device may
+    /// ignore it.
+    fn write_config(&mut self, offset: u32, data: &[u8]);
+
+    /// The driver chose these features; returns those in force.
+    ///
+    /// # Errors
+    /// Any error becomes `EINVAL` for the client.
+    fn negotiate(&mut self, features: Features) -> Result<Features>;
+
+    /// Starts processing a queue, from `state` or from where it stopped. Running already: no effect.
+    ///
+    /// The ring must be looked at once after the start even without a kick: kicks may have come before.
+    ///
+    /// # Errors
+    /// When the ring cannot be reached or its geometry is impossible; the queue stays stopped.
+    fn start_queue(
+        &mut self,
+        index: QueueIndex,
+        setup: &QueueSetup<Self::Host>,
+        state: QueueState,
+    ) -> Result<()>;
+
+    /// Stops processing a queue and returns where it is; `None` if it was not running.
+    ///
+    /// May block until requests in flight are done. When it returns, no access to client memory is in progress
+    /// or will start for this queue, and no used entry and no call signal is pending.
+    ///
+    /// # Errors
+    /// `EIO` when the queue could not be brought to rest.
+    fn stop_queue(&mut self, index: QueueIndex) -> Result<Option<QueueState>>;
+
+    /// How the device learns of mappings. The kind must not change while the device exists.
+    fn dma(&mut self) -> Dma<'_, Self::Host>;
+
+    /// The device is reset (status 0, open or close); all queues are stopped already.
+    fn reset(&mut self) {}
+
+    /// The device has a new owner address space, or none.
+    ///
+    /// # Errors
+    /// Refuses the owner with the error given.
+    fn bind_owner(&mut self, _owner: Option<&<Self::Host as Host>::AddressSpace>) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// The three ways in which a parent takes part in translation (uapi-spec 3.1).
+#[derive(Debug)]
+pub enum Dma<'a, H: Host> {
+    /// Whole tables (`set_map`).
+    SetMap(&'a mut dyn SetMap<H>),
+    /// Single entries (`dma_map`, `dma_unmap`).
+    DmaMap(&'a mut dyn DmaMap<H>),
+    /// Nothing: the core's table is the translation (the place of a platform IOMMU).
+    Platform,
+}
+
+/// Takes whole translation tables.
+pub trait SetMap<H: Host>: Debug {
+    /// Replaces the translation of `asid` by `table`.
+    ///
+    /// Blocks until no request uses an entry that is gone or changed. On an error the device uses the previous
+    /// table or none; the core then offers the previous table once more.
+    ///
+    /// # Errors
+    /// `ENOMEM`, `ENOSPC` or what the device reports.
+    fn set_map(&mut self, asid: Asid, table: &Table<H::Memory>) -> Result<()>;
+}
+
+/// Takes single mappings.
+pub trait DmaMap<H: Host>: Debug {
+    /// Adds one mapping.
+    ///
+    /// # Errors
+    /// `ENOMEM`, `ENOSPC` or what the device reports; the mapping is then not there.
+    fn dma_map(&mut self, asid: Asid, mapping: &Mapping<H::Memory>) -> Result<()>;
+
+    /// Removes one mapping; blocks until no request uses it.
+    fn dma_unmap(&mut self, asid: Asid, range: IovaRange);
+}
+
+/// How the device reaches client memory (uapi-spec 3.2, 3.3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AddressMode {
+    /// By the owner's virtual addresses: after a change of owner a mapping is stale until it is remapped.
+    OwnerAddresses,
+    /// By the memory objects behind the addresses: a change of owner touches no mapping.
+    Objects,
+    /// As [`Objects`](Self::Objects), with the pages pinned and charged to the owner.
+    Pinned,
+}
+
+/// What to do with memory that no other process can see.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PrivateMemory {
+    /// Reach it by copying while its address space lives.
+    Copy,
+    /// Leave it unmapped without an error, as the kernel does for parents that use virtual addresses.
+    Skip,
+}
+
+/// What a reset without `IOTLB_PERSIST` does to the parent's translation (uapi-spec 4.5).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CompatReset {
+    /// Mappings stay, whatever was acknowledged.
+    Keep,
+    /// The translation is dropped, as old parents did, unless PERSIST or NEW_OWNER was acknowledged.
+    Clean,
+}
+
+/// The constants of a device.
+#[derive(Clone, Debug)]
+pub struct Profile {
+    /// Virtio device id (1 network, 2 block).
+    pub device_id: u32,
+    /// Vendor id.
+    pub vendor_id: u32,
+    /// Features offered.
+    pub features: Features,
+    /// Backend features of its own, OR-ed into those of the interface.
+    pub backend_features: BackendFeatures,
+    /// Number of virtqueues, 1 to 65535.
+    pub queues: u16,
+    /// Largest ring, in entries.
+    pub queue_size_max: u16,
+    /// Group of each queue; queues beyond the end are in group 0.
+    pub queue_groups: Vec<GroupIndex>,
+    /// Number of groups, at least 1.
+    pub groups: u32,
+    /// Number of address spaces, at least 1.
+    pub address_spaces: u32,
+    /// I/O virtual addresses the device can use.
+    pub iova_range: IovaRange,
+    /// Bytes of configuration space.
+    pub config_size: u32,
+    /// Whether it can suspend.
+    pub suspend: bool,
+    /// Whether it can resume.
+    pub resume: bool,
+    /// Whether `GET_VRING_SIZE` works.
+    pub vring_size: bool,
+    /// Whether the parent can restore a default translation (`reset_map`); offers IOTLB_PERSIST.
+    pub reset_map: bool,
+    /// See [`CompatReset`].
+    pub compat_reset: CompatReset,
+    /// See [`AddressMode`].
+    pub address_mode: AddressMode,
+    /// See [`PrivateMemory`].
+    pub private_memory: PrivateMemory,
+    /// Entries per IOTLB table (`max_iotlb_entries`).
+    pub max_iotlb_entries: usize,
+    /// Refuse REMAP to memory that is not the same object at the same offset.
+    pub verify_remap: bool,
+    /// Refuse NEW_OWNER while the device runs (uapi-spec 8.4, strict mode).
+    pub strict_new_owner: bool,
+    /// Whether a status write with DRIVER_OK restarts a suspended device, as the kernel's simulator does.
+    pub status_unsuspends: bool,
+}
+
+impl Profile {
+    /// The group of `queue`.
+    #[must_use]
+    pub fn group_of(&self, queue: QueueIndex) -> GroupIndex {
+        self.queue_groups.get(usize::from(queue.0)).copied().unwrap_or_default()
+    }
+}
+
+impl<P: Parent + ?Sized> Parent for Box<P> {
+    type Host = P::Host;
+
+    fn profile(&self) -> &Profile {
+        (**self).profile()
+    }
+
+    fn read_config(&self, offset: u32, out: &mut [u8]) {
+        (**self).read_config(offset, out);
+    }
+
+    fn write_config(&mut self, offset: u32, data: &[u8]) {
+        (**self).write_config(offset, data);
+    }
+
+    fn negotiate(&mut self, features: Features) -> Result<Features> {
+        (**self).negotiate(features)
+    }
+
+    fn start_queue(
+        &mut self,
+        index: QueueIndex,
+        setup: &QueueSetup<Self::Host>,
+        state: QueueState,
+    ) -> Result<(), Errno> {
+        (**self).start_queue(index, setup, state)
+    }
+
+    fn stop_queue(&mut self, index: QueueIndex) -> Result<Option<QueueState>> {
+        (**self).stop_queue(index)
+    }
+
+    fn dma(&mut self) -> Dma<'_, Self::Host> {
+        (**self).dma()
+    }
+
+    fn reset(&mut self) {
+        (**self).reset();
+    }
+
+    fn bind_owner(&mut self, owner: Option<&<Self::Host as Host>::AddressSpace>) -> Result<()> {
+        (**self).bind_owner(owner)
+    }
+}

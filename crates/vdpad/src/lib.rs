@@ -1,0 +1,1 @@
+//! The daemon vdpad and its tool vdpactl.
