@@ -12,6 +12,7 @@
 //! | joins the three | [`device::Device`] |
 #![forbid(unsafe_code)]
 
+pub mod blk;
 pub mod device;
 pub mod errno;
 pub mod features;
@@ -21,6 +22,8 @@ pub mod ops;
 mod owner;
 pub mod parent;
 pub mod ring;
+#[cfg(any(test, feature = "test-utils"))]
+pub mod testing;
 pub mod types;
 pub mod vq;
 
