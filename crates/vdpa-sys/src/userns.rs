@@ -23,7 +23,9 @@ pub enum UserNsError {
         threads: usize,
     },
     /// No user namespaces at all.
-    #[error("user namespaces are disabled (user.max_user_namespaces = 0); enable them: sysctl user.max_user_namespaces=10000")]
+    #[error(
+        "user namespaces are disabled (user.max_user_namespaces = 0); enable them: sysctl user.max_user_namespaces=10000"
+    )]
     Disabled,
     /// Debian's switch.
     #[error(
@@ -77,9 +79,12 @@ fn enter_namespaces() -> Result<(), UserNsError> {
     let (uid, gid) = (getuid().as_raw(), getgid().as_raw());
     // SAFETY: the process has one thread, so there is none that could be left in other namespaces; no flag that
     // separates descriptors or memory is used.
-    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWUSER | UnshareFlags::NEWNS) }.map_err(|error| {
-        diagnose(sysctl).unwrap_or(UserNsError::Step { step: "create a user namespace", errno: errno(error) })
-    })?;
+    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWUSER | UnshareFlags::NEWNS) }.map_err(
+        |error| {
+            diagnose(sysctl)
+                .unwrap_or(UserNsError::Step { step: "create a user namespace", errno: errno(error) })
+        },
+    )?;
     // AppArmor lets the namespace be created and then takes its capabilities away.
     let step = |path: &'static str, text: String, step| {
         fs::write(path, text).map_err(|error| {

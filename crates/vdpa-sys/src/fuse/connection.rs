@@ -118,7 +118,8 @@ impl Connection {
         if self.wait(None, timeout).map_err(io)? == Readiness::TimedOut {
             return Err(HandshakeError::Silent { waited: timeout });
         }
-        let len = self.read_request(&mut buffer).map_err(io)?.ok_or(HandshakeError::Silent { waited: timeout })?;
+        let len =
+            self.read_request(&mut buffer).map_err(io)?.ok_or(HandshakeError::Silent { waited: timeout })?;
         let request = Request::decode(buffer.get(..len).unwrap_or_default())
             .map_err(|error| HandshakeError::NotInit { found: error.to_string() })?;
         let Operation::Init(init) = request.operation else {

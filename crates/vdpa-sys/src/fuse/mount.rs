@@ -30,7 +30,12 @@ pub struct MountOptions {
 
 impl Default for MountOptions {
     fn default() -> Self {
-        Self { allow_other: true, default_permissions: true, fsname: "vdpad".into(), rootmode: libc::S_IFDIR | 0o755 }
+        Self {
+            allow_other: true,
+            default_permissions: true,
+            fsname: "vdpad".into(),
+            rootmode: libc::S_IFDIR | 0o755,
+        }
     }
 }
 
@@ -44,7 +49,9 @@ pub enum MountError {
         errno: Errno,
     },
     /// The name or the directory has a NUL or a comma where the kernel allows none.
-    #[error("{what} contains a character that mount options cannot carry (comma, backslash or NUL): {text:?}")]
+    #[error(
+        "{what} contains a character that mount options cannot carry (comma, backslash or NUL): {text:?}"
+    )]
     Text {
         /// Which text.
         what: &'static str,
@@ -81,7 +88,9 @@ pub enum MountError {
 const fn hint(errno: Errno) -> &'static str {
     match errno.raw() {
         libc::ENOENT | libc::ENODEV | libc::ENXIO => "load the module: modprobe fuse",
-        libc::EACCES | libc::EPERM => "it must be readable and writable for this user (distributions ship it with mode 0666)",
+        libc::EACCES | libc::EPERM => {
+            "it must be readable and writable for this user (distributions ship it with mode 0666)"
+        }
         _ => "FUSE is not usable on this system",
     }
 }
@@ -133,8 +142,9 @@ pub(crate) fn open_device() -> Result<std::os::fd::OwnedFd, Errno> {
 /// # Errors
 /// `EINVAL` when nothing is mounted there.
 pub fn unmount(dir: &Path) -> Result<(), MountError> {
-    rustix::mount::unmount(dir, UnmountFlags::FORCE | UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)
-        .map_err(|error| MountError::Unmount { dir: dir.into(), errno: Errno::from_raw(error.raw_os_error()) })
+    rustix::mount::unmount(dir, UnmountFlags::FORCE | UnmountFlags::DETACH | UnmountFlags::NOFOLLOW).map_err(
+        |error| MountError::Unmount { dir: dir.into(), errno: Errno::from_raw(error.raw_os_error()) },
+    )
 }
 
 /// The type of the file system mounted exactly at `dir`, the topmost one; `None` when it is no mount point.

@@ -3,8 +3,8 @@
 use zerocopy::FromBytes;
 
 use crate::uapi::fuse::{
-    AccessIn, BatchForgetIn, FlushIn, ForgetIn, ForgetOne, GetattrIn, GetxattrIn, InHeader, InitIn, InterruptIn,
-    IoctlIn, OpenIn, PollIn, ReadIn, ReleaseIn, SetattrIn, WriteIn, init_flags, opcode,
+    AccessIn, BatchForgetIn, FlushIn, ForgetIn, ForgetOne, GetattrIn, GetxattrIn, InHeader, InitIn,
+    InterruptIn, IoctlIn, OpenIn, PollIn, ReadIn, ReleaseIn, SetattrIn, WriteIn, init_flags, opcode,
 };
 
 /// One request of the kernel.
@@ -21,15 +21,23 @@ pub struct Request<'a> {
 #[expect(missing_docs, reason = "the variants are the requests of uapi::fuse::opcode, documented there")]
 pub enum Operation<'a> {
     Init(InitIn),
-    Lookup { name: &'a [u8] },
+    Lookup {
+        name: &'a [u8],
+    },
     Forget(ForgetIn),
     BatchForget(Forgets<'a>),
     Getattr(GetattrIn),
     Setattr(SetattrIn),
     Open(OpenIn),
     Release(ReleaseIn),
-    Ioctl { args: IoctlIn, input: &'a [u8] },
-    Write { args: WriteIn, data: &'a [u8] },
+    Ioctl {
+        args: IoctlIn,
+        input: &'a [u8],
+    },
+    Write {
+        args: WriteIn,
+        data: &'a [u8],
+    },
     Read(ReadIn),
     Poll(PollIn),
     Opendir(OpenIn),
@@ -39,10 +47,15 @@ pub enum Operation<'a> {
     Interrupt(InterruptIn),
     Destroy,
     Flush(FlushIn),
-    Getxattr { args: GetxattrIn, name: &'a [u8] },
+    Getxattr {
+        args: GetxattrIn,
+        name: &'a [u8],
+    },
     Access(AccessIn),
     /// A request this server does not know; answer `ENOSYS`, after which the kernel stops asking.
-    Unknown { opcode: u32 },
+    Unknown {
+        opcode: u32,
+    },
 }
 
 /// The nodes of a `BATCH_FORGET`.

@@ -1,8 +1,12 @@
 //! `<linux/fuse.h>`, ABI 7.45: what a file system of device files needs of it.
 //!
 //! Field names are the header's without their prefixes. All numbers are in host byte order.
+#![expect(
+    missing_debug_implementations,
+    reason = "zerocopy's derive makes a nameless public type for each field"
+)]
 
-use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 /// `FUSE_KERNEL_VERSION`.
 pub const KERNEL_VERSION: u32 = 7;
@@ -141,7 +145,7 @@ macro_rules! wire {
     ($(#[$doc:meta])* $name:ident[$size:literal] { $($(#[$fdoc:meta])* $field:ident: $ty:ty,)* }) => {
         $(#[$doc])*
         #[repr(C)]
-        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
         pub struct $name { $($(#[$fdoc])* pub $field: $ty,)* }
         const _: () = assert!(size_of::<$name>() == $size);
     };

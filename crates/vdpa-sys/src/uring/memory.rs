@@ -267,8 +267,10 @@ mod tests {
 
     #[test]
     fn a_set_covers_what_lies_in_one_mapping() {
-        let set = MemorySet::new([Fake(0x3000, 0x1000), Fake(0x1000, 0x1000), Fake(usize::MAX, 1), Fake(5, 0)]
-            .map(|fake| Arc::new(fake) as Arc<dyn StableMemory>));
+        let set = MemorySet::new(
+            [Fake(0x3000, 0x1000), Fake(0x1000, 0x1000), Fake(usize::MAX, 1), Fake(5, 0)]
+                .map(|fake| Arc::new(fake) as Arc<dyn StableMemory>),
+        );
         let covers = |addr, len| set.covers(IoPiece { addr, len });
         assert!(covers(0x1000, 0x1000) && covers(0x3fff, 1) && covers(usize::MAX, 1));
         assert!(!covers(0xfff, 1) && !covers(0x1fff, 2) && !covers(0x2000, 1) && !covers(5, 1));

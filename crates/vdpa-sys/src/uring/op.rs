@@ -173,10 +173,8 @@ impl Op {
                 Ok((entry, Held::Other { _keep: (None, None, Some(file)) }))
             }
             Self::Fallocate { file, mode, offset, len } => {
-                let entry = with_file!(&file, |fd| opcode::Fallocate::new(fd, len)
-                    .offset(offset)
-                    .mode(mode)
-                    .build());
+                let entry =
+                    with_file!(&file, |fd| opcode::Fallocate::new(fd, len).offset(offset).mode(mode).build());
                 Ok((entry, Held::Other { _keep: (None, None, Some(file)) }))
             }
             Self::PollMultishot { fd } => {

@@ -55,7 +55,8 @@ impl Registrar {
     }
 
     fn update_buffer(&self, slot: u16, piece: IoPiece) -> Result<(), Errno> {
-        let iov = [libc::iovec { iov_base: std::ptr::with_exposed_provenance_mut(piece.addr), iov_len: piece.len }];
+        let iov =
+            [libc::iovec { iov_base: std::ptr::with_exposed_provenance_mut(piece.addr), iov_len: piece.len }];
         // SAFETY: the piece is empty, or lies inside a `StableMemory`, which allows the kernel to access it at any
         // time and which exists during this call; after it the kernel holds references to the pages and does not
         // use the address. Pages that stay pinned when the mapping is gone are never given out by anybody else.

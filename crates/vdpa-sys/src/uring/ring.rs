@@ -147,7 +147,10 @@ impl Ring {
         match result {
             Ok(_) => Ok(()),
             Err(error)
-                if matches!(error.raw_os_error(), Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN)) =>
+                if matches!(
+                    error.raw_os_error(),
+                    Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN)
+                ) =>
             {
                 Ok(())
             }
@@ -241,7 +244,10 @@ impl AsFd for Ring {
 
 impl fmt::Debug for Ring {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Ring").field("fd", &self.ring.as_raw_fd()).field("in_flight", &self.slab.used).finish()
+        f.debug_struct("Ring")
+            .field("fd", &self.ring.as_raw_fd())
+            .field("in_flight", &self.slab.used)
+            .finish()
     }
 }
 
