@@ -1,1 +1,4 @@
 //! The daemon vdpad and its tool vdpactl.
+#![forbid(unsafe_code)]
+
+pub mod front;
