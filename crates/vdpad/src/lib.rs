@@ -1,1 +1,8 @@
 //! The daemon vdpad and its tool vdpactl.
+//!
+//! * [`ctl`]: the control interface, HTTP and JSON on a Unix socket, and its client.
+//! * [`daemon`]: start, run and stop of the whole daemon.
+#![forbid(unsafe_code)]
+
+pub mod ctl;
+pub mod daemon;

@@ -1,0 +1,1 @@
+//! [`Client`]: the control interface as blocking calls.
