@@ -24,7 +24,7 @@ const EXIT_ENVIRONMENT: u8 = 3;
 /// Exit status: 0 after SIGTERM or SIGINT, 1 after an error, 2 for wrong usage, 3 when the machine lacks something
 /// the daemon needs, for example /dev/fuse.
 #[derive(Debug, Parser)]
-#[command(version, args_conflicts_with_subcommands = true)]
+#[command(name = "vdpad", version, args_conflicts_with_subcommands = true)]
 struct Cli {
     #[command(subcommand)]
     command: Option<Command>,

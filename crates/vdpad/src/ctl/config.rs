@@ -288,3 +288,69 @@ impl From<MacAddr> for String {
         mac.to_string()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_simulated_network_device() {
+        let mut space = [0; 12];
+        space[..8].copy_from_slice(&[0, 0x11, 0x22, 0x33, 0x44, 0x55, 1, 0]);
+        space[10..].copy_from_slice(&1500_u16.to_le_bytes());
+        let config = DevConfig::decode("vdpa0", ID_NET, Features(0x3_0883_0028), None, &space).unwrap();
+        let ClassConfig::Net(net) = config.class else { panic!("{config:?}") };
+        let mac = "00:11:22:33:44:55".parse().ok();
+        assert_eq!(net, NetConfig { mac, status: Some(1), max_vq_pairs: None, mtu: Some(1500) });
+    }
+
+    #[test]
+    fn every_field_of_a_block_device_comes_from_its_place() {
+        // Byte i has value i, so each field names its offset (virtio 1.2 section 5.2.4).
+        let space: Vec<u8> = (0..60).collect();
+        let offered = Features(u64::MAX);
+        let config = DevConfig::decode("blk0", ID_BLOCK, offered, Some(offered), &space).unwrap();
+        let ClassConfig::Block(block) = config.class else { panic!("{config:?}") };
+        let at = |offset: u32| offset * 0x0101_0101 + 0x0302_0100;
+        let expected = BlockConfig {
+            capacity: 0x0706_0504_0302_0100,
+            size_max: Some(at(8)),
+            seg_max: Some(at(12)),
+            blk_size: Some(at(20)),
+            num_queues: Some(0x2322),
+            topology: Some(BlockTopology {
+                physical_block_exp: 24,
+                alignment_offset: 25,
+                min_io_size: 0x1b1a,
+                opt_io_size: at(28),
+            }),
+            discard: Some(DiscardLimits {
+                max_sectors: at(36),
+                max_segments: at(40),
+                sector_alignment: at(44),
+            }),
+            write_zeroes: Some(WriteZeroesLimits { max_sectors: at(48), max_segments: at(52) }),
+            read_only: true,
+            flush: true,
+        };
+        assert_eq!(block, expected);
+    }
+
+    #[test]
+    fn what_is_not_offered_or_not_there_is_not_read() {
+        let config = DevConfig::decode("blk0", ID_BLOCK, Features::NONE, None, &[1]).unwrap();
+        let block = BlockConfig { capacity: 1, ..BlockConfig::default() };
+        assert_eq!(config.class, ClassConfig::Block(block));
+        let other = DevConfig::decode("fs0", 26, Features::NONE, None, &[]).unwrap_err();
+        assert_eq!(other.errno, Errno::OPNOTSUPP);
+    }
+
+    #[test]
+    fn addresses() {
+        assert_eq!("0:1:A:b:c:ff".parse(), Ok(MacAddr([0, 1, 10, 11, 12, 255])));
+        for wrong in ["", "0:1:2:3:4", "0:1:2:3:4:5:6", "0:1:2:3:4:100", "0:1:2:3:4:+5", "00-11-22-33-44-55"]
+        {
+            assert!(wrong.parse::<MacAddr>().is_err(), "{wrong}");
+        }
+    }
+}

@@ -32,6 +32,7 @@ use output::Format;
 /// Shows and configures the vDPA devices of vdpad, in the words of iproute2's vdpa(8).
 #[derive(Debug, Parser)]
 #[command(
+    name = "vdpactl",
     version,
     infer_subcommands = true,
     allow_external_subcommands = true,

@@ -129,7 +129,7 @@ pub(super) fn authorised(stream: &tokio::net::UnixStream) -> Result<(), CtlError
         CtlError::new(Errno::PERM, format!("the credentials of the caller are not known: {error}"))
     })?;
     let own = rustix::process::geteuid().as_raw();
-    if peer.uid() == 0 || peer.uid() == own {
+    if permitted(peer.uid(), own) {
         return Ok(());
     }
     tracing::warn!(uid = peer.uid(), pid = peer.pid(), "control connection refused");
@@ -137,9 +137,19 @@ pub(super) fn authorised(stream: &tokio::net::UnixStream) -> Result<(), CtlError
         .with_hint(format!("Only root and the daemon's user (uid {own}) may use the control socket.")))
 }
 
+const fn permitted(caller: u32, own: u32) -> bool {
+    caller == 0 || caller == own
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn root_and_the_own_user_are_permitted() {
+        assert!(permitted(0, 1000) && permitted(1000, 1000) && permitted(0, 0));
+        assert!(!permitted(1000, 0) && !permitted(1001, 1000));
+    }
 
     #[test]
     fn a_stale_socket_is_replaced_and_a_living_one_is_not() {
