@@ -121,6 +121,9 @@ fn slow_callers_are_cut_off() {
     let limits =
         Limits { head: Duration::from_millis(100), body: Duration::from_millis(100), ..Limits::default() };
     let setup = Setup::limited(Fixture::simulators(), limits);
+    assert_eq!(setup.raw(b""), "");
+    let idle = setup.raw(b"GET /v1/version HTTP/1.1\r\nHost: a\r\n\r\n");
+    assert!(idle.starts_with("HTTP/1.1 200"), "{idle}");
     let headless = setup.raw(b"GET /v1/ver");
     assert!(headless.is_empty() || headless.starts_with("HTTP/1.1 408"), "{headless}");
     let bodiless =
