@@ -1,4 +1,10 @@
 //! The daemon vdpad and its tool vdpactl.
+//!
+//! * [`front`]: how requests of clients arrive.
+//! * [`ctl`]: the control interface, HTTP and JSON on a Unix socket, and its client.
+//! * [`daemon`]: start, run and stop of the whole daemon.
 #![forbid(unsafe_code)]
 
+pub mod ctl;
+pub mod daemon;
 pub mod front;
