@@ -255,8 +255,12 @@ fn unmount_logged(dir: &Path) {
     }
 }
 
-/// Makes `dir` ready to be mounted on and returns its true path.
-fn prepare(dir: &Path) -> Result<PathBuf, ServeError> {
+/// Makes `dir` ready to be mounted on and returns its true path: creates it, and removes what a daemon that died
+/// left mounted there. [`FuseFs::mount`] does so too; a watchdog wants to know the path before.
+///
+/// # Errors
+/// [`ServeError`].
+pub fn prepare(dir: &Path) -> Result<PathBuf, ServeError> {
     let failed = |source| ServeError::Directory { dir: dir.into(), source };
     let absolute = std::path::absolute(dir).map_err(failed)?;
     // Only the parent is resolved at first: a dead or hanging mount must not be touched.
