@@ -124,13 +124,7 @@ fn diagnose(sysctl: impl Fn(&str) -> Option<i64>) -> Option<UserNsError> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
-    use std::os::unix::process::CommandExt;
-    use std::process::Command;
-
     use super::*;
-
-    const NOBODY: u32 = 65534;
 
     #[test]
     fn the_switch_that_forbids_is_named() {
@@ -153,69 +147,5 @@ mod tests {
         assert!(matches!(error, UserNsError::Threads { threads: 2.. }), "{error}");
         drop(hold);
         assert!(other.join().unwrap());
-    }
-
-    /// Runs one of the ignored tests below as user nobody, in a process with one thread.
-    fn as_nobody(test: &str) -> String {
-        assert!(
-            rustix::process::geteuid().is_root(),
-            "this test starts a process as another user: run it as root"
-        );
-        // The build directory may be closed to others.
-        let dir = tempfile::tempdir().unwrap();
-        let exe = dir.path().join("userns-test");
-        fs::copy(std::env::current_exe().unwrap(), &exe).unwrap();
-        for path in [dir.path(), &exe] {
-            fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
-        }
-        // One test thread makes libtest run the test on the main thread.
-        let output = Command::new(&exe)
-            .args(["--exact", test, "--ignored", "--nocapture", "--test-threads=1"])
-            .current_dir("/")
-            .uid(NOBODY)
-            .gid(NOBODY)
-            .output()
-            .unwrap();
-        let text =
-            format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-        assert!(output.status.success() && text.contains("1 passed"), "{text}");
-        text
-    }
-
-    #[test]
-    fn an_ordinary_user_becomes_root_of_a_namespace() {
-        as_nobody("userns::tests::child_enters");
-    }
-
-    #[test]
-    #[ignore = "started as user nobody by an_ordinary_user_becomes_root_of_a_namespace"]
-    fn child_enters() {
-        assert_eq!(getuid().as_raw(), NOBODY);
-        enter_namespaces().unwrap();
-        assert_eq!((getuid().as_raw(), getgid().as_raw()), (0, 0));
-        let none = None::<&std::ffi::CStr>;
-        rustix::mount::mount("none", "/tmp", "tmpfs", rustix::mount::MountFlags::empty(), none).unwrap();
-        assert_eq!(fs::read_dir("/tmp").unwrap().count(), 0, "an empty /tmp of one's own");
-    }
-
-    #[test]
-    fn an_ordinary_user_is_told_about_dev_fuse() {
-        let mode = fs::metadata("/dev/fuse").unwrap().permissions().mode();
-        let text = as_nobody("userns::tests::child_asks_for_fuse");
-        let open = mode & 0o006 == 0o006;
-        assert_eq!(text.contains("FUSE IS AVAILABLE"), open, "mode {mode:o}: {text}");
-        if !open {
-            assert!(text.contains("cannot open /dev/fuse: Permission denied (EACCESS)"), "{text}");
-            assert!(text.contains("readable and writable for this user"), "{text}");
-        }
-    }
-
-    #[test]
-    #[ignore = "started as user nobody by an_ordinary_user_is_told_about_dev_fuse"]
-    fn child_asks_for_fuse() {
-        match fuse_available() {
-            Ok(()) => println!("FUSE IS AVAILABLE"),
-            Err(error) => println!("{error}"),
-        }
     }
 }

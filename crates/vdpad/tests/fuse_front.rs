@@ -1,5 +1,6 @@
 //! Device files in real FUSE mounts. Needs `/dev/fuse` and the right to mount; fails where they are missing.
 #![expect(unsafe_code, reason = "the ioctl of a client, as clients make it")]
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, Write};

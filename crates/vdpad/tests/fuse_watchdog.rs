@@ -2,6 +2,7 @@
 //!
 //! This program plays all parts: `daemon DIR`, `watchdog --mount DIR --timeout S` (as `vdpad` does), and the tests.
 #![expect(unsafe_code, reason = "the ioctl of a client, as clients make it")]
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -15,7 +16,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use vdpa_core::Errno;
 use vdpa_sys::fuse::{FS_TYPE, fs_type_at, unmount};
-use vdpad::front::fuse::{DeviceFile, FuseFs, IoctlCall, IoctlReply, Options};
+use vdpad::front::fuse::{DeviceFile, FuseFs, IoctlCall, IoctlReply, Options, prepare_dir};
 use vdpad::front::watchdog;
 
 const LIMIT: Duration = Duration::from_secs(20);
@@ -37,6 +38,7 @@ impl DeviceFile for Plain {
 }
 
 fn daemon(dir: &Path) {
+    let dir = &prepare_dir(dir).unwrap();
     let mut guard = watchdog::spawn(&std::env::current_exe().unwrap(), dir, TIMEOUT).unwrap();
     let options =
         Options { heartbeat: guard.take_heartbeat(), heartbeat_interval: TIMEOUT / 5, ..Options::default() };
@@ -146,7 +148,18 @@ fn an_orderly_end_takes_the_watchdog_along() {
     }
 }
 
-const TESTS: [(&str, fn()); 3] = [
+/// A daemon that starts where another serves gives up, and its watchdog must not take the other's mount along.
+fn a_daemon_that_could_not_mount_harms_nobody() {
+    let running = Running::start();
+    let mut guard = watchdog::spawn(&std::env::current_exe().unwrap(), &running.dir, TIMEOUT).unwrap();
+    let heartbeat = guard.take_heartbeat();
+    FuseFs::mount(&running.dir, Options { heartbeat, ..Options::default() }).unwrap_err();
+    assert!(guard.wait().unwrap().success());
+    ask(&File::open(running.dir.join("vdpa0")).unwrap()).unwrap();
+}
+
+const TESTS: [(&str, fn()); 4] = [
+    ("a_daemon_that_could_not_mount_harms_nobody", a_daemon_that_could_not_mount_harms_nobody),
     ("a_stopped_daemon_does_not_hold_its_clients", a_stopped_daemon_does_not_hold_its_clients),
     ("a_killed_daemon_leaves_no_mount", a_killed_daemon_leaves_no_mount),
     ("an_orderly_end_takes_the_watchdog_along", an_orderly_end_takes_the_watchdog_along),
