@@ -12,7 +12,7 @@ use vdpa_sys::rlimit;
 use crate::bus::Bus;
 use crate::ctl::api::{AddRequest, AttrError, Attrs, Backend, CtlError};
 use crate::ctl::server::{self, Server};
-use crate::front::fuse::{FuseFs, Options, ServeError, prepare};
+use crate::front::fuse::{FuseFs, Options, ServeError, prepare_dir};
 use crate::front::watchdog::{self, Watchdog};
 
 pub mod notify;
@@ -93,7 +93,7 @@ impl Daemon {
         if let Err(error) = rlimit::raise_memlock(None) {
             tracing::debug!("RLIMIT_MEMLOCK stays as it is: {error}");
         }
-        let dir = prepare(&config.dir)?;
+        let dir = prepare_dir(&config.dir)?;
         let exe = std::env::current_exe().map_err(StartError::Watchdog)?;
         let mut watchdog =
             watchdog::spawn(&exe, &dir, config.watchdog_timeout).map_err(StartError::Watchdog)?;

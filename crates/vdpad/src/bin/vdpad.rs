@@ -171,7 +171,7 @@ fn default_path(name: &str, root: bool) -> Option<PathBuf> {
 
 fn watch(mount: &Path, timeout: Duration) -> ExitCode {
     match watchdog::run(io::stdin(), mount, timeout) {
-        Ok(Ended::DaemonGone) => ExitCode::SUCCESS,
+        Ok(Ended::DaemonDied | Ended::Farewell) => ExitCode::SUCCESS,
         Ok(Ended::Fired) => ExitCode::from(EXIT_RUNTIME),
         Err(error) => {
             eprintln!("vdpad watchdog: {error}");
