@@ -335,7 +335,9 @@ mod tests {
     }
 
     fn chain(readable: Vec<Buffer>, writable: Vec<Buffer>) -> Chain {
-        Chain { readable, writable, ..Chain::new() }
+        let mut chain = Chain::new();
+        (chain.readable, chain.writable) = (readable, writable);
+        chain
     }
 
     #[test]
