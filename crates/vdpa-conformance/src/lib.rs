@@ -23,5 +23,5 @@ pub mod runner;
 
 pub use case::{Case, Ctx, Need, Outcome, Stop};
 pub use device::Device;
-pub use probe::Probe;
+pub use probe::{Probe, ProbeError};
 pub use request::Request;

@@ -3,12 +3,13 @@
 use std::path::Path;
 use std::process::{Command, Output};
 
+#[expect(clippy::unwrap_used, reason = "a test that cannot start the program fails")]
 fn conform(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_vdpa-conform")).args(arguments).output().unwrap()
 }
 
 fn text(bytes: &[u8]) -> String {
-    String::from_utf8(bytes.to_vec()).unwrap()
+    String::from_utf8_lossy(bytes).into_owned()
 }
 
 #[test]
