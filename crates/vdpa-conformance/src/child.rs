@@ -94,7 +94,7 @@ impl Child {
     fn ask(&mut self, question: &str) -> Result<Result<String, Errno>, Stop> {
         let line =
             self.exchange(question).map_err(|e| Stop::Failed(format!("second process: {question}: {e}")))?;
-        match line.trim_end().split_once(' ') {
+        match line.trim_end_matches('\n').split_once(' ') {
             Some(("ok", rest)) => Ok(Ok(rest.to_owned())),
             Some(("error", number)) => match number.parse() {
                 Ok(number) => Ok(Err(Errno::from_raw(number))),

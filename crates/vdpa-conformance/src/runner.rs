@@ -33,7 +33,7 @@ pub enum Verdict {
         /// What it did.
         what: String,
     },
-    /// It did not, as expected.
+    /// It did not, or could not be run, as expected.
     Deviated {
         /// What it did.
         what: String,
@@ -65,7 +65,10 @@ impl Verdict {
             (Ok(()), Some(reason)) => Self::UnexpectedPass { reason: reason.to_owned() },
             (Err(Stop::Failed(what)), None) => Self::Failed { what },
             (Err(Stop::Failed(what)), Some(reason)) => Self::Deviated { what, reason: reason.to_owned() },
-            (Err(Stop::CannotRun(why)), _) => Self::Skipped { why },
+            (Err(Stop::CannotRun(why)), None) => Self::Skipped { why },
+            (Err(Stop::CannotRun(why)), Some(reason)) => {
+                Self::Deviated { what: format!("not run: {why}"), reason: reason.to_owned() }
+            }
         }
     }
 }

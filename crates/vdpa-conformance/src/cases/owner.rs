@@ -210,7 +210,7 @@ fn mem_table(ctx: &mut Ctx<'_>) -> Outcome {
     let table = |regions: u32, padding: u32, size: u64| {
         let mut bytes = pair(regions, padding).to_vec();
         for region in 0..u64::from(regions) {
-            for word in [region << 20, size, 0x10_0000, 0] {
+            for word in [(region + 1) << 20, size, 0x10_0000, 0] {
                 bytes.extend_from_slice(&word.to_ne_bytes());
             }
         }
