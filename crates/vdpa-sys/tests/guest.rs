@@ -1,5 +1,6 @@
 //! Guest memory: what the addresses of a client resolve to.
 #![expect(unsafe_code, reason = "maps memory in every way a client may")]
+#![expect(clippy::unwrap_used, reason = "a failure is a panic here, also outside of test functions")]
 
 mod subject;
 
@@ -280,4 +281,13 @@ fn a_truncated_object_faults_and_the_process_lives() {
     ftruncate(&fd, 0).unwrap();
     assert!(memory.write(0, &[1]).is_err());
     assert!(memory.map().unwrap().0.poisoned());
+}
+
+#[test]
+fn only_guest_mappings_survive_sigbus() {
+    let mut subject = Subject::start();
+    assert_eq!(subject.tell("lose a guest mapping"), 1);
+    assert_eq!(subject.tell("lose a guest mapping"), 1);
+    assert_eq!(subject.tell_deadly("lose another mapping"), Some(libc::SIGBUS));
+    assert_eq!(Subject::start().tell_deadly("send itself SIGBUS"), Some(libc::SIGBUS));
 }
