@@ -1,4 +1,9 @@
 //! A vhost-vdpa device file, the kernel's or ours, as [`VdpaOps`].
+//!
+//! A device reads and writes the memory it is told to map, as a debugger would, beside the rules of the language:
+//! map only what was allocated to be shared with a device ([`SharedMap`](crate::mmap::SharedMap)), never memory
+//! that Rust values live in. Adopt only descriptors of vhost-vdpa devices: other vhost devices take the same
+//! requests for other ends.
 #![expect(
     unsafe_code,
     reason = "binds ioctl numbers to their arguments; raw requests for the conformance suite"
