@@ -1,0 +1,1 @@
+//! Memory and rings in one process, for tests of devices and drivers.
