@@ -1,1 +1,22 @@
-//! the Linux interfaces of vdpa-live: vhost-vdpa, FUSE, io_uring, guest memory; the only crate with unsafe code
+//! The Linux interfaces of vdpa-live: vhost-vdpa, FUSE, io_uring, guest memory.
+//!
+//! The only crate with unsafe code. Every module that needs it says so at its top and why; what it offers is
+//! safe.
+
+pub mod clock;
+mod errno;
+pub mod eventfd;
+pub mod exec;
+pub mod guest;
+pub mod ioctl;
+pub mod maps;
+pub mod memfd;
+pub mod mmap;
+mod object;
+pub mod process;
+pub mod rlimit;
+pub mod sigbus;
+pub mod snapshot;
+pub mod space;
+pub mod uapi;
+pub mod vhost_vdpa;

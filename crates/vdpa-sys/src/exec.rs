@@ -1,0 +1,90 @@
+//! Replacing the program of this process.
+#![expect(unsafe_code, reason = "exec takes arrays of pointers")]
+
+use std::convert::Infallible;
+use std::ffi::{CStr, CString, c_char};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::ptr;
+
+use rustix::io::{FdFlags, fcntl_getfd, fcntl_setfd};
+use rustix::process::{Signal, set_parent_process_death_signal};
+use vdpa_core::Errno;
+
+use crate::errno;
+
+/// The program to run.
+#[derive(Clone, Copy, Debug)]
+pub enum Program<'a> {
+    /// By path, without a search.
+    Path(&'a CStr),
+    /// By descriptor (`execveat` with `AT_EMPTY_PATH`): the very file that was checked. If it is a script, the
+    /// descriptor must stay open over the exec.
+    Fd(BorrowedFd<'a>),
+}
+
+/// Says whether `fd` is closed on exec.
+///
+/// # Errors
+/// Only for a descriptor the kernel refuses to change; none is known.
+pub fn set_close_on_exec(fd: impl AsFd, close: bool) -> Result<(), Errno> {
+    let flags = fcntl_getfd(&fd).map_err(errno::from_rustix)?;
+    let mut wanted = flags;
+    wanted.set(FdFlags::CLOEXEC, close);
+    if wanted == flags {
+        return Ok(());
+    }
+    fcntl_setfd(&fd, wanted).map_err(errno::from_rustix)
+}
+
+/// Replaces the program of this process; returns only when that failed, and then nothing has changed.
+///
+/// Unlike `std::os::unix::process::CommandExt::exec` it leaves alone what survives an exec: the signal mask
+/// (a blocked signal stays blocked, a pending one pending, until the new program is ready for it) and ignored
+/// signals. Other threads end at once, wherever they are.
+///
+/// # Errors
+/// Of execve(2): `ENOENT`, `EACCES`, `ENOEXEC`, `E2BIG`, `ETXTBSY`, ...
+pub fn execve(program: Program<'_>, argv: &[CString], env: &[CString]) -> Result<Infallible, Errno> {
+    let argv = pointers(argv);
+    let env = pointers(env);
+    match program {
+        Program::Path(path) => {
+            // SAFETY: `path` is a C string; both arrays end with a null pointer, and the C strings that they
+            // point to are borrowed by this function until after the call.
+            unsafe { libc::execve(path.as_ptr(), argv.as_ptr(), env.as_ptr()) };
+        }
+        Program::Fd(fd) => {
+            // SAFETY: as above; the path is an empty C string, and the descriptor is borrowed.
+            unsafe {
+                libc::syscall(
+                    libc::SYS_execveat,
+                    fd.as_raw_fd(),
+                    c"".as_ptr(),
+                    argv.as_ptr(),
+                    env.as_ptr(),
+                    libc::AT_EMPTY_PATH,
+                )
+            };
+        }
+    }
+    Err(errno::last())
+}
+
+/// Has `signal` sent to this process when the thread that created it ends; 0 for none. Cleared by fork, and by
+/// the exec of a program that gains privileges.
+///
+/// The parent may have ended before: compare `getppid()` afterwards.
+///
+/// # Errors
+/// `EINVAL` for what is no signal.
+pub fn set_parent_death_signal(signal: i32) -> Result<(), Errno> {
+    let signal = match signal {
+        0 => None,
+        number => Some(Signal::from_named_raw(number).ok_or(Errno::INVAL)?),
+    };
+    set_parent_process_death_signal(signal).map_err(errno::from_rustix)
+}
+
+fn pointers(strings: &[CString]) -> Vec<*const c_char> {
+    strings.iter().map(|string| string.as_ptr()).chain([ptr::null()]).collect()
+}

@@ -1,0 +1,303 @@
+//! Guest memory: the memory objects behind the addresses of a client.
+//!
+//! What the client maps shared is mapped here too, by its object: it survives the client's exec and exit. What
+//! it maps private is reached by copying through a held `/proc/TID/mem`, as long as the address space lives.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use vdpa_core::Errno;
+use vdpa_core::host::{AddressSpace, Fragment, Host, MemoryObject, PAGE_SIZE, PinAccount};
+use vdpa_core::ring::Fault;
+use vdpa_core::types::Perm;
+
+use crate::errno;
+use crate::eventfd::EventFd;
+use crate::maps::{Vma, vma_at};
+use crate::mmap::{Prot, SharedMap};
+use crate::object;
+use crate::space::OwnerSpace;
+
+/// Fragments one range may resolve to: twice the entries of a kernel IOTLB. A client with its memory in more
+/// pieces would use up the mappings of this process.
+const FRAGMENTS_MAX: usize = 4096;
+
+/// Linux as the platform of devices.
+#[derive(Debug)]
+pub struct LinuxHost;
+
+impl Host for LinuxHost {
+    type AddressSpace = OwnerSpace;
+    type Memory = GuestMemory;
+    type Event = EventFd;
+}
+
+/// A memory object and a place in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ObjectId {
+    /// Device of its file system, major number.
+    pub dev_major: u32,
+    /// Device of its file system, minor number.
+    pub dev_minor: u32,
+    /// Inode; 0 exists (the first System V segment).
+    pub inode: u64,
+    /// When it was created, in nanoseconds since 1970; 0 where the file system does not know. System V segments
+    /// take their inode numbers from a count of their own, so that alone may mean two objects.
+    pub created_ns: u64,
+    /// Offset of the first byte, in bytes.
+    pub offset: u64,
+}
+
+/// An object as it is opened: identity without an offset, and whether for writing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct ObjectKey {
+    pub(crate) dev: (u32, u32),
+    pub(crate) inode: u64,
+    pub(crate) created_ns: u64,
+    pub(crate) write: bool,
+}
+
+/// A piece of client memory. Clones share it.
+#[derive(Clone, Debug)]
+pub struct GuestMemory {
+    size: u64,
+    kind: Kind,
+}
+
+#[derive(Clone, Debug)]
+enum Kind {
+    Mapped { map: SharedMap, start: usize, object: ObjectId, file: Arc<OwnedFd> },
+    Copied { space: OwnerSpace, uaddr: u64 },
+}
+
+/// What is to be saved of a [`GuestMemory`] besides its file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MemoryRecord {
+    /// Mapped: restored by [`GuestMemory::from_object`] with [`GuestMemory::file`].
+    Object {
+        /// Which object, and where in it.
+        object: ObjectId,
+        /// Bytes.
+        size: u64,
+        /// Whether it is mapped writable.
+        write: bool,
+    },
+    /// Copied: restored by [`GuestMemory::from_private`].
+    Private {
+        /// Address in the address space.
+        uaddr: u64,
+        /// Bytes.
+        size: u64,
+    },
+}
+
+impl GuestMemory {
+    /// Maps `size` bytes of an open object from `object.offset`, which need not be at a page border.
+    ///
+    /// # Errors
+    /// Of mmap(2); `EACCES` and `EPERM` when the file or a seal forbids writing.
+    pub fn from_object(file: Arc<OwnedFd>, object: ObjectId, size: u64, write: bool) -> Result<Self, Errno> {
+        let page = crate::mmap::page_size(file.as_fd())? as u64;
+        let start = object.offset % page;
+        let len = size.checked_add(start).and_then(|len| usize::try_from(len).ok()).ok_or(Errno::INVAL)?;
+        let prot = if write { Prot::RW } else { Prot::RO };
+        let map = SharedMap::map_guest(&*file, object.offset - start, len, prot, false)?;
+        let start = usize::try_from(start).map_err(|_| Errno::INVAL)?;
+        Ok(Self { size, kind: Kind::Mapped { map, start, object, file } })
+    }
+
+    /// `size` bytes at `uaddr` of an address space, reached by copying. The access rights are not looked at.
+    #[must_use]
+    pub const fn from_private(space: OwnerSpace, uaddr: u64, size: u64) -> Self {
+        Self { size, kind: Kind::Copied { space, uaddr } }
+    }
+
+    /// Bytes.
+    #[must_use]
+    pub const fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// What a later image of this process needs to know.
+    #[must_use]
+    pub fn record(&self) -> MemoryRecord {
+        let size = self.size;
+        match &self.kind {
+            Kind::Mapped { object, map, .. } => {
+                MemoryRecord::Object { object: *object, size, write: map.prot().write }
+            }
+            Kind::Copied { uaddr, .. } => MemoryRecord::Private { uaddr: *uaddr, size },
+        }
+    }
+
+    /// The open file of the object, shared by all mappings of it with the same access; `None` when copied.
+    #[must_use]
+    pub fn file(&self) -> Option<BorrowedFd<'_>> {
+        match &self.kind {
+            Kind::Mapped { file, .. } => Some(file.as_fd()),
+            Kind::Copied { .. } => None,
+        }
+    }
+
+    /// The address space it is copied from; `None` when mapped.
+    #[must_use]
+    pub const fn space(&self) -> Option<&OwnerSpace> {
+        match &self.kind {
+            Kind::Copied { space, .. } => Some(space),
+            Kind::Mapped { .. } => None,
+        }
+    }
+
+    /// The mapping and the offset of the first byte in it; `None` when copied.
+    #[must_use]
+    pub const fn map(&self) -> Option<(&SharedMap, usize)> {
+        match &self.kind {
+            Kind::Mapped { map, start, .. } => Some((map, *start)),
+            Kind::Copied { .. } => None,
+        }
+    }
+
+    /// Address in this process of the byte at `offset`, for iovecs and registered buffers; `None` when copied
+    /// or beyond the end. Valid while this value or a clone lives.
+    #[must_use]
+    #[inline]
+    pub fn host_addr(&self, offset: u64) -> Option<usize> {
+        let Kind::Mapped { map, start, .. } = &self.kind else { return None };
+        (offset < self.size)
+            .then(|| usize::try_from(offset).ok().map(|offset| map.addr() + start + offset))?
+    }
+
+    /// Copies out.
+    ///
+    /// # Errors
+    /// [`Fault`] with an offset, beyond the end or when the memory is gone; `buf` may have been changed in part.
+    #[inline]
+    pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), Fault> {
+        self.check(offset, buf.len())?;
+        match &self.kind {
+            Kind::Mapped { map, start, .. } => map.read(*start + index(offset)?, buf),
+            Kind::Copied { space, uaddr } => {
+                let mut done = 0;
+                while let Some(rest) = buf.get_mut(done..).filter(|rest| !rest.is_empty()) {
+                    match rustix::io::pread(space.mem(), rest, uaddr + offset + done as u64) {
+                        Ok(0) => return Err(Fault { addr: offset }),
+                        Ok(count) => done += count,
+                        Err(rustix::io::Errno::INTR) => {}
+                        Err(_) => return Err(Fault { addr: offset }),
+                    }
+                }
+                Ok(())
+            }
+        }
+        .map_err(|_| Fault { addr: offset })
+    }
+
+    /// Copies in.
+    ///
+    /// # Errors
+    /// [`Fault`] with an offset, beyond the end, when it is mapped read-only, or when the memory is gone; a part
+    /// may have been written.
+    #[inline]
+    pub fn write(&self, offset: u64, data: &[u8]) -> Result<(), Fault> {
+        self.check(offset, data.len())?;
+        match &self.kind {
+            Kind::Mapped { map, start, .. } => map.write(*start + index(offset)?, data),
+            Kind::Copied { space, uaddr } => {
+                let mut done = 0;
+                while let Some(rest) = data.get(done..).filter(|rest| !rest.is_empty()) {
+                    match rustix::io::pwrite(space.mem(), rest, uaddr + offset + done as u64) {
+                        Ok(0) => return Err(Fault { addr: offset }),
+                        Ok(count) => done += count,
+                        Err(rustix::io::Errno::INTR) => {}
+                        Err(_) => return Err(Fault { addr: offset }),
+                    }
+                }
+                Ok(())
+            }
+        }
+        .map_err(|_| Fault { addr: offset })
+    }
+
+    #[inline]
+    fn check(&self, offset: u64, len: usize) -> Result<(), Fault> {
+        if offset <= self.size && len as u64 <= self.size - offset {
+            Ok(())
+        } else {
+            Err(Fault { addr: offset })
+        }
+    }
+}
+
+#[inline]
+fn index(offset: u64) -> Result<usize, Fault> {
+    usize::try_from(offset).map_err(|_| Fault { addr: offset })
+}
+
+impl MemoryObject for GuestMemory {
+    fn is_shared(&self) -> bool {
+        matches!(self.kind, Kind::Mapped { .. })
+    }
+
+    fn pin_pages(&self) -> u64 {
+        match &self.kind {
+            Kind::Mapped { map, object, .. } if map.prot().write => {
+                (self.size + object.offset % PAGE_SIZE).div_ceil(PAGE_SIZE)
+            }
+            Kind::Mapped { .. } | Kind::Copied { .. } => 0,
+        }
+    }
+
+    fn same_object(&self, other: &Self) -> bool {
+        match (&self.kind, &other.kind) {
+            (Kind::Mapped { object, .. }, Kind::Mapped { object: theirs, .. }) => object == theirs,
+            (Kind::Copied { space, uaddr }, Kind::Copied { space: their_space, uaddr: theirs }) => {
+                space.is_same(their_space) && uaddr == theirs
+            }
+            _ => false,
+        }
+    }
+}
+
+impl AddressSpace for OwnerSpace {
+    type Memory = GuestMemory;
+
+    fn resolve(&self, uaddr: u64, size: u64, perm: Perm) -> Result<Vec<Fragment<GuestMemory>>, Errno> {
+        let end = uaddr.checked_add(size).ok_or(Errno::FAULT)?;
+        let mut fragments = Vec::new();
+        let mut at = uaddr;
+        while at < end {
+            let vma = vma_at(self.maps(), at)?.ok_or(Errno::FAULT)?;
+            // pin_user_pages asks for write access if the device writes, else for read access.
+            let allowed = if perm.write() { vma.writable } else { vma.readable };
+            if !allowed || (perm.read() && !vma.readable) || fragments.len() == FRAGMENTS_MAX {
+                return Err(Errno::FAULT);
+            }
+            let size = vma.end.min(end) - at;
+            fragments.push(Fragment { size, memory: fragment(self, &vma, at, size, perm.write())? });
+            at += size;
+        }
+        Ok(fragments)
+    }
+
+    fn account(&self) -> &PinAccount {
+        self.pin_account()
+    }
+}
+
+/// The memory of `[uaddr, uaddr + size)`, which lies within `vma`.
+fn fragment(space: &OwnerSpace, vma: &Vma, uaddr: u64, size: u64, write: bool) -> Result<GuestMemory, Errno> {
+    if vma.shared {
+        match object::map(space, vma, uaddr, size, write) {
+            // Out of descriptors or mappings: not a reason to do it slowly for ever.
+            Err(error) if error == Errno::NOMEM || error == errno::MFILE || error == errno::NFILE => {
+                return Err(error);
+            }
+            Ok(Some(memory)) => return Ok(memory),
+            Ok(None) | Err(_) => {}
+        }
+    }
+    let memory = GuestMemory::from_private(space.clone(), uaddr, size);
+    // What nobody but its process may read (memfd_secret, device memory) is refused now and not at the first use.
+    memory.read(0, &mut [0]).map_err(|_| Errno::FAULT)?;
+    Ok(memory)
+}

@@ -1,0 +1,148 @@
+//! Finding and mapping the object behind a shared mapping of a client.
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, StatxFlags, statx};
+use vdpa_core::Errno;
+
+use crate::errno;
+use crate::guest::{GuestMemory, ObjectId, ObjectKey};
+use crate::maps::{self, Vma, vma_at};
+use crate::process::Caller;
+use crate::space::OwnerSpace;
+
+/// Descriptors of a client that are looked through, at most.
+const FDS_MAX: usize = 65536;
+
+/// Maps `[uaddr, uaddr + size)` of `vma`; `None` when the object cannot be reached or may not be mapped so.
+///
+/// The way to it is `/proc/TID/map_files`, which opens it with the rights of this process (so the caller has
+/// looked at those of the VMA), or, where that is not permitted (in a user namespace), a descriptor that the
+/// client has of it.
+///
+/// # Errors
+/// Of the system calls.
+pub(crate) fn map(
+    space: &OwnerSpace,
+    vma: &Vma,
+    uaddr: u64,
+    size: u64,
+    write: bool,
+) -> Result<Option<GuestMemory>, Errno> {
+    let mut last = None;
+    for tid in space.threads() {
+        let found = match open_map_file(tid, vma) {
+            Ok(path_fd) => path_fd.map(Found::Path),
+            Err(Errno::PERM | Errno::ACCESS) => client_descriptor(tid, vma)?.map(Found::Descriptor),
+            Err(error) => {
+                last = Some(error);
+                continue;
+            }
+        };
+        let Some(found) = found else { return Ok(None) };
+        let memory = found.map(space, vma, uaddr, size, write)?;
+        // The thread may have ended and its id be another's: what counts is what is mapped now.
+        if is_mapping_of(&memory, vma)? {
+            return Ok(Some(memory));
+        }
+    }
+    last.map_or(Ok(None), Err)
+}
+
+/// An object found, before it is opened for use.
+enum Found {
+    /// Opened with `O_PATH`: nothing has been asked of the file yet.
+    Path(OwnedFd),
+    /// The client's own descriptor, with its rights.
+    Descriptor(OwnedFd),
+}
+
+impl Found {
+    fn map(
+        self,
+        space: &OwnerSpace,
+        vma: &Vma,
+        uaddr: u64,
+        size: u64,
+        write: bool,
+    ) -> Result<GuestMemory, Errno> {
+        let fd = match &self {
+            Self::Path(fd) | Self::Descriptor(fd) => fd,
+        };
+        let created_ns = created_ns(fd)?;
+        let key = ObjectKey { dev: vma.dev, inode: vma.inode, created_ns, write };
+        let file = space.object(key, || self.open(write))?;
+        let object = ObjectId {
+            dev_major: vma.dev.0,
+            dev_minor: vma.dev.1,
+            inode: vma.inode,
+            created_ns,
+            offset: vma.offset + (uaddr - vma.start),
+        };
+        GuestMemory::from_object(file, object, size, write)
+    }
+
+    fn open(self, write: bool) -> Result<OwnedFd, Errno> {
+        match self {
+            Self::Descriptor(fd) => Ok(fd),
+            Self::Path(fd) => {
+                let flags = if write { OFlags::RDWR } else { OFlags::RDONLY };
+                let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+                rustix::fs::open(path, flags | OFlags::CLOEXEC | OFlags::NOCTTY, Mode::empty())
+                    .map_err(errno::from_rustix)
+            }
+        }
+    }
+}
+
+/// The file behind `vma`; `None` unless it is a regular file. Opening a device would have effects of its own.
+fn open_map_file(tid: i32, vma: &Vma) -> Result<Option<OwnedFd>, Errno> {
+    let path = format!("/proc/{tid}/map_files/{:x}-{:x}", vma.start, vma.end);
+    let fd =
+        rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(errno::from_rustix)?;
+    Ok(is_regular(&fd)?.then_some(fd))
+}
+
+/// A descriptor of the thread that refers to the object of `vma`.
+fn client_descriptor(tid: i32, vma: &Vma) -> Result<Option<OwnedFd>, Errno> {
+    let caller = Caller::new(tid)?;
+    let entries = std::fs::read_dir(format!("/proc/{tid}/fd")).map_err(errno::from_io)?;
+    for entry in entries.flatten().take(FDS_MAX) {
+        let matches = rustix::fs::stat(entry.path()).is_ok_and(|stat| {
+            let dev = (rustix::fs::major(stat.st_dev), rustix::fs::minor(stat.st_dev));
+            FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile
+                && (dev, stat.st_ino) == (vma.dev, vma.inode)
+        });
+        let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
+        if let (true, Some(number)) = (matches, number) {
+            let fd = caller.get_fd(number)?;
+            // The client may have put another file there since.
+            if is_regular(&fd)? {
+                return Ok(Some(fd));
+            }
+        }
+    }
+    Ok(None)
+}
+
+fn is_regular(fd: impl AsFd) -> Result<bool, Errno> {
+    let stat = rustix::fs::fstat(fd).map_err(errno::from_rustix)?;
+    Ok(FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile)
+}
+
+fn created_ns(fd: impl AsFd) -> Result<u64, Errno> {
+    let stat = statx(fd, c"", AtFlags::EMPTY_PATH, StatxFlags::BTIME).map_err(errno::from_rustix)?;
+    if stat.stx_mask & StatxFlags::BTIME.bits() == 0 {
+        return Ok(0);
+    }
+    let seconds = u64::try_from(stat.stx_btime.tv_sec).unwrap_or(0);
+    Ok(seconds.saturating_mul(1_000_000_000).saturating_add(stat.stx_btime.tv_nsec.into()))
+}
+
+/// Whether what is mapped is the object of `vma`, by the words of the same kernel table. stat(2) would not do:
+/// some file systems show other device numbers there.
+fn is_mapping_of(memory: &GuestMemory, vma: &Vma) -> Result<bool, Errno> {
+    let Some(addr) = memory.host_addr(0) else { return Ok(false) };
+    let own = vma_at(maps::own()?, addr as u64)?;
+    Ok(own.is_some_and(|own| (own.dev, own.inode) == (vma.dev, vma.inode)))
+}

@@ -1,0 +1,72 @@
+//! `RLIMIT_MEMLOCK`.
+#![expect(unsafe_code, reason = "prlimit(2) of another process without setting anything is not in rustix")]
+
+use std::mem::MaybeUninit;
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use vdpa_core::Errno;
+
+use crate::errno;
+
+/// A limit in bytes; `None` is no limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limit {
+    /// In force.
+    pub soft: Option<u64>,
+    /// How far an unprivileged process may raise it.
+    pub hard: Option<u64>,
+}
+
+/// The limit on locked memory of this process.
+#[must_use]
+pub fn memlock() -> Limit {
+    let limit = getrlimit(Resource::Memlock);
+    Limit { soft: limit.current, hard: limit.maximum }
+}
+
+/// Raises the soft limit on locked memory of this process to at least `bytes` (`None`: no limit), and the hard
+/// limit where that is below. Never lowers either.
+///
+/// # Errors
+/// `EPERM` when the hard limit would have to be raised without `CAP_SYS_RESOURCE`.
+pub fn raise_memlock(bytes: Option<u64>) -> Result<(), Errno> {
+    let now = memlock();
+    let at_least = |limit: Option<u64>| limit.zip(bytes).map(|(a, b)| a.max(b));
+    let new = Rlimit { current: at_least(now.soft), maximum: at_least(now.hard) };
+    if (Limit { soft: new.current, hard: new.maximum }) == now {
+        return Ok(());
+    }
+    setrlimit(Resource::Memlock, new).map_err(errno::from_rustix)
+}
+
+/// The limit on locked memory of the process or thread `pid`.
+///
+/// # Errors
+/// `ESRCH`; `EPERM` for a process of another user without `CAP_SYS_RESOURCE`.
+pub fn memlock_of(pid: i32) -> Result<Limit, Errno> {
+    let mut old = MaybeUninit::<libc::rlimit64>::uninit();
+    // SAFETY: a null `new_limit` sets nothing, and `old` has room for the one structure the call writes.
+    let result = unsafe { libc::prlimit64(pid, libc::RLIMIT_MEMLOCK, std::ptr::null(), old.as_mut_ptr()) };
+    if result != 0 {
+        return Err(errno::last());
+    }
+    // SAFETY: the call succeeded and wrote the whole structure.
+    let old = unsafe { old.assume_init() };
+    let limit = |value| if value == libc::RLIM64_INFINITY { None } else { Some(value) };
+    Ok(Limit { soft: limit(old.rlim_cur), hard: limit(old.rlim_max) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn own_limit_by_both_ways_and_never_lowered() {
+        let pid = i32::try_from(std::process::id()).unwrap();
+        assert_eq!(memlock_of(pid).unwrap(), memlock());
+        let before = memlock();
+        raise_memlock(Some(1)).unwrap();
+        assert_eq!(memlock(), before);
+        assert_eq!(memlock_of(i32::MAX).unwrap_err(), crate::errno::SRCH);
+    }
+}

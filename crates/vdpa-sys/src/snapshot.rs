@@ -1,0 +1,317 @@
+//! Translation tables as the data path reads them.
+
+use std::sync::atomic::{AtomicUsize, Ordering, fence};
+
+use vdpa_core::iotlb::Table;
+use vdpa_core::ring::{Area, Fault, Memory};
+use vdpa_core::types::Perm;
+
+use crate::guest::GuestMemory;
+use crate::mmap::MapArea;
+
+/// One address space's translation at one moment. Immutable, so it is read without a lock; held by every request
+/// that was translated with it.
+#[derive(Debug, Default)]
+pub struct Snapshot {
+    /// First addresses, ascending: what the search touches.
+    first: Vec<u64>,
+    entries: Vec<Entry>,
+    /// Entry of the last hit. Only a hint: any value is right.
+    hint: AtomicUsize,
+}
+
+#[derive(Debug)]
+struct Entry {
+    first: u64,
+    last: u64,
+    perm: Perm,
+    memory: GuestMemory,
+}
+
+/// A part of a translated range that is in one piece of memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Piece<'a> {
+    /// The memory.
+    pub memory: &'a GuestMemory,
+    /// Offset of the first byte in it.
+    pub offset: u64,
+    /// Bytes, at least 1.
+    pub len: u64,
+}
+
+impl Snapshot {
+    /// Copies a table. Entries that a change of owner has left stale are not in it.
+    #[must_use]
+    pub fn new(table: &Table<GuestMemory>) -> Self {
+        let entries: Vec<Entry> = table
+            .iter()
+            .filter(|mapping| !mapping.stale)
+            .map(|mapping| Entry {
+                first: mapping.range.first(),
+                last: mapping.range.last(),
+                perm: mapping.perm,
+                memory: mapping.memory.clone(),
+            })
+            .collect();
+        Self::from_entries(entries)
+    }
+
+    fn from_entries(entries: Vec<Entry>) -> Self {
+        let first = entries.iter().map(|entry| entry.first).collect();
+        Self { first, entries, hint: AtomicUsize::new(0) }
+    }
+
+    /// The pieces of `[iova, iova + len)` in address order. Ends after a [`Fault`], which names the address that
+    /// is unmapped or does not allow `perm`. Nothing for `len` 0.
+    pub fn translate(&self, iova: u64, len: u64, perm: Perm) -> Translate<'_> {
+        Translate { snapshot: self, iova, left: len, perm }
+    }
+
+    /// Memory pieces in address order, for registration and accounting.
+    pub fn memories(&self) -> impl Iterator<Item = &GuestMemory> {
+        self.entries.iter().map(|entry| &entry.memory)
+    }
+
+    #[inline]
+    fn find(&self, iova: u64) -> Option<&Entry> {
+        let hint = self.hint.load(Ordering::Relaxed);
+        if let Some(entry) = self.entries.get(hint).filter(|entry| entry.first <= iova && iova <= entry.last)
+        {
+            return Some(entry);
+        }
+        let index = self.first.partition_point(|&first| first <= iova).checked_sub(1)?;
+        let entry = self.entries.get(index).filter(|entry| iova <= entry.last)?;
+        self.hint.store(index, Ordering::Relaxed);
+        Some(entry)
+    }
+
+    #[inline]
+    fn piece(&self, iova: u64, len: u64, perm: Perm) -> Result<Piece<'_>, Fault> {
+        let entry = self.find(iova).filter(|entry| entry.perm.allows(perm)).ok_or(Fault { addr: iova })?;
+        let room = (entry.last - iova).saturating_add(1);
+        Ok(Piece { memory: &entry.memory, offset: iova - entry.first, len: len.min(room) })
+    }
+}
+
+/// See [`Snapshot::translate`].
+#[derive(Clone, Debug)]
+pub struct Translate<'a> {
+    snapshot: &'a Snapshot,
+    iova: u64,
+    left: u64,
+    perm: Perm,
+}
+
+impl<'a> Iterator for Translate<'a> {
+    type Item = Result<Piece<'a>, Fault>;
+
+    #[inline]
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.left == 0 {
+            return None;
+        }
+        let piece = self.snapshot.piece(self.iova, self.left, self.perm);
+        match &piece {
+            Ok(piece) => {
+                self.left -= piece.len;
+                match self.iova.checked_add(piece.len) {
+                    Some(next) => self.iova = next,
+                    // The range ends with the address space; if it goes on beyond, that is a fault.
+                    None if self.left == 0 => {}
+                    None => {
+                        self.left = 0;
+                        return Some(Err(Fault { addr: u64::MAX }));
+                    }
+                }
+            }
+            Err(_) => self.left = 0,
+        }
+        Some(piece)
+    }
+}
+
+impl Memory for Snapshot {
+    type Area = GuestArea;
+
+    #[inline]
+    fn read(&self, iova: u64, buf: &mut [u8]) -> Result<(), Fault> {
+        let mut rest = buf;
+        let mut at = iova;
+        for piece in self.translate(iova, rest.len() as u64, Perm::RO) {
+            let piece = piece?;
+            let (now, later) = usize::try_from(piece.len)
+                .ok()
+                .and_then(|len| std::mem::take(&mut rest).split_at_mut_checked(len))
+                .ok_or(Fault { addr: at })?;
+            piece.memory.read(piece.offset, now).map_err(|_| Fault { addr: at })?;
+            rest = later;
+            at = at.wrapping_add(piece.len);
+        }
+        Ok(())
+    }
+
+    #[inline]
+    fn write(&self, iova: u64, data: &[u8]) -> Result<(), Fault> {
+        let mut rest = data;
+        let mut at = iova;
+        for piece in self.translate(iova, rest.len() as u64, Perm::WO) {
+            let piece = piece?;
+            let (now, later) = usize::try_from(piece.len)
+                .ok()
+                .and_then(|len| rest.split_at_checked(len))
+                .ok_or(Fault { addr: at })?;
+            piece.memory.write(piece.offset, now).map_err(|_| Fault { addr: at })?;
+            rest = later;
+            at = at.wrapping_add(piece.len);
+        }
+        Ok(())
+    }
+
+    fn area(&self, iova: u64, size: u64, perm: Perm) -> Result<GuestArea, Fault> {
+        let pieces = self.translate(iova, size, perm).collect::<Result<Vec<_>, _>>()?;
+        if let [piece] = pieces.as_slice() {
+            return piece.memory.area(piece.offset, piece.len);
+        }
+        let mut start = 0;
+        let mut segments = Vec::with_capacity(pieces.len());
+        for piece in &pieces {
+            segments.push(Segment { start, offset: piece.offset, memory: piece.memory.clone() });
+            start += piece.len;
+        }
+        GuestArea::segmented(segments, start).map_err(|_| Fault { addr: iova })
+    }
+}
+
+impl GuestMemory {
+    /// `size` bytes from `offset`, for repeated access.
+    ///
+    /// # Errors
+    /// [`Fault`] with an offset, when it does not lie within the piece.
+    pub fn area(&self, offset: u64, size: u64) -> Result<GuestArea, Fault> {
+        let fault = Fault { addr: offset };
+        if offset > self.size() || size > self.size() - offset {
+            return Err(fault);
+        }
+        let len = usize::try_from(size).map_err(|_| fault)?;
+        match self.map() {
+            Some((map, start)) => {
+                let at = usize::try_from(offset).map_err(|_| fault)?;
+                Ok(GuestArea { kind: Kind::Direct(map.area(start + at, len)?) })
+            }
+            None => GuestArea::segmented(vec![Segment { start: 0, offset, memory: self.clone() }], size),
+        }
+    }
+}
+
+/// A piece of guest memory for ring accesses: mapped in one piece, or gathered from several or from copies.
+#[derive(Clone, Debug)]
+pub struct GuestArea {
+    kind: Kind,
+}
+
+#[derive(Clone, Debug)]
+enum Kind {
+    Direct(MapArea),
+    Segmented { segments: Vec<Segment>, len: usize },
+}
+
+#[derive(Clone, Debug)]
+struct Segment {
+    /// Where it begins in the area.
+    start: u64,
+    /// Where it begins in its memory.
+    offset: u64,
+    memory: GuestMemory,
+}
+
+impl GuestArea {
+    fn segmented(segments: Vec<Segment>, size: u64) -> Result<Self, Fault> {
+        let len = usize::try_from(size).map_err(|_| Fault { addr: 0 })?;
+        Ok(Self { kind: Kind::Segmented { segments, len } })
+    }
+}
+
+/// Calls `access(memory, offset in it, first byte of the part, bytes of the part)` for each part of
+/// `[offset, offset + len)`.
+fn for_each_part(
+    segments: &[Segment],
+    size: usize,
+    offset: usize,
+    len: usize,
+    mut access: impl FnMut(&GuestMemory, u64, usize, usize) -> Result<(), Fault>,
+) -> Result<(), Fault> {
+    if offset > size || len > size - offset {
+        return Err(Fault { addr: offset as u64 });
+    }
+    let mut done = 0;
+    while done < len {
+        let at = (offset + done) as u64;
+        let index = segments.partition_point(|segment| segment.start <= at);
+        let end = segments.get(index).map_or(size as u64, |next| next.start);
+        let segment = index.checked_sub(1).and_then(|index| segments.get(index)).ok_or(Fault { addr: at })?;
+        let part = usize::try_from(end - at).map_or(len - done, |room| room.min(len - done));
+        access(&segment.memory, segment.offset + (at - segment.start), done, part)
+            .map_err(|_| Fault { addr: at })?;
+        done += part;
+    }
+    Ok(())
+}
+
+impl Area for GuestArea {
+    #[inline]
+    fn size(&self) -> usize {
+        match &self.kind {
+            Kind::Direct(area) => area.size(),
+            Kind::Segmented { len, .. } => *len,
+        }
+    }
+
+    #[inline]
+    fn load_u16(&self, offset: usize) -> Result<u16, Fault> {
+        match &self.kind {
+            Kind::Direct(area) => area.load_u16(offset),
+            Kind::Segmented { .. } => {
+                let mut bytes = [0; 2];
+                self.read(offset, &mut bytes)?;
+                fence(Ordering::Acquire);
+                Ok(u16::from_le_bytes(bytes))
+            }
+        }
+    }
+
+    #[inline]
+    fn store_u16(&self, offset: usize, value: u16) -> Result<(), Fault> {
+        match &self.kind {
+            Kind::Direct(area) => area.store_u16(offset, value),
+            Kind::Segmented { .. } => {
+                fence(Ordering::Release);
+                self.write(offset, &value.to_le_bytes())
+            }
+        }
+    }
+
+    #[inline]
+    fn read(&self, offset: usize, buf: &mut [u8]) -> Result<(), Fault> {
+        match &self.kind {
+            Kind::Direct(area) => area.read(offset, buf),
+            Kind::Segmented { segments, len } => {
+                for_each_part(segments, *len, offset, buf.len(), |memory, at, done, part| {
+                    buf.get_mut(done..done + part)
+                        .map_or(Err(Fault { addr: at }), |part| memory.read(at, part))
+                })
+            }
+        }
+    }
+
+    #[inline]
+    fn write(&self, offset: usize, data: &[u8]) -> Result<(), Fault> {
+        match &self.kind {
+            Kind::Direct(area) => area.write(offset, data),
+            Kind::Segmented { segments, len } => {
+                for_each_part(segments, *len, offset, data.len(), |memory, at, done, part| {
+                    data.get(done..done + part).map_or(Err(Fault { addr: at }), |part| memory.write(at, part))
+                })
+            }
+        }
+    }
+}

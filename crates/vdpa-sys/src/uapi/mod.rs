@@ -1,0 +1,5 @@
+//! Structures and numbers of the kernel's headers, one file per header.
+
+pub(crate) mod proc;
+pub mod vhost;
+pub mod virtio;

@@ -1,0 +1,480 @@
+//! A vhost-vdpa device file, the kernel's or ours, as [`VdpaOps`].
+#![expect(
+    unsafe_code,
+    reason = "binds ioctl numbers to their arguments; raw requests for the conformance suite"
+)]
+
+use std::fs::OpenOptions;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::ptr;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap_anonymous, mprotect, munmap};
+use thiserror::Error;
+use vdpa_core::Errno;
+use vdpa_core::features::{BackendFeatures, Features, Status};
+use vdpa_core::ops::VdpaOps;
+use vdpa_core::types::{Asid, GroupIndex, IotlbMsg, IovaRange, QueueIndex, Result, VringAddr};
+use zerocopy::IntoBytes;
+
+use crate::errno;
+use crate::eventfd::EventFd;
+use crate::ioctl::{self, Getter, NoArg, Setter, Updater};
+use crate::uapi::vhost as uapi;
+
+macro_rules! requests {
+    ($($name:ident: $kind:ident $(<$argument:ty>)? = $number:ident;)*) => {
+        $(
+            // SAFETY: the vhost core and vhost-vdpa access exactly the argument of this number (uapi-spec 1.3);
+            // a descriptor of another kind of file rejects the number, whose type byte is vhost's.
+            const $name: $kind$(<$argument>)? = unsafe { $kind::new(uapi::$number) };
+        )*
+    };
+}
+
+requests! {
+    GET_FEATURES: Getter<u64> = VHOST_GET_FEATURES;
+    SET_FEATURES: Setter<u64> = VHOST_SET_FEATURES;
+    GET_BACKEND_FEATURES: Getter<u64> = VHOST_GET_BACKEND_FEATURES;
+    SET_BACKEND_FEATURES: Setter<u64> = VHOST_SET_BACKEND_FEATURES;
+    SET_OWNER: NoArg = VHOST_SET_OWNER;
+    NEW_OWNER: NoArg = VHOST_NEW_OWNER;
+    SET_VRING_NUM: Setter<uapi::VringState> = VHOST_SET_VRING_NUM;
+    SET_VRING_ADDR: Setter<uapi::VringAddr> = VHOST_SET_VRING_ADDR;
+    SET_VRING_BASE: Setter<uapi::VringState> = VHOST_SET_VRING_BASE;
+    GET_VRING_BASE: Updater<uapi::VringState> = VHOST_GET_VRING_BASE;
+    SET_VRING_KICK: Setter<uapi::VringFile> = VHOST_SET_VRING_KICK;
+    SET_VRING_CALL: Setter<uapi::VringFile> = VHOST_SET_VRING_CALL;
+    SET_VRING_ERR: Setter<uapi::VringFile> = VHOST_SET_VRING_ERR;
+    GET_DEVICE_ID: Getter<u32> = VHOST_VDPA_GET_DEVICE_ID;
+    GET_STATUS: Getter<u8> = VHOST_VDPA_GET_STATUS;
+    SET_STATUS: Setter<u8> = VHOST_VDPA_SET_STATUS;
+    SET_VRING_ENABLE: Setter<uapi::VringState> = VHOST_VDPA_SET_VRING_ENABLE;
+    GET_VRING_NUM: Getter<u16> = VHOST_VDPA_GET_VRING_NUM;
+    SET_CONFIG_CALL: Setter<i32> = VHOST_VDPA_SET_CONFIG_CALL;
+    GET_IOVA_RANGE: Getter<uapi::IovaRange> = VHOST_VDPA_GET_IOVA_RANGE;
+    GET_CONFIG_SIZE: Getter<u32> = VHOST_VDPA_GET_CONFIG_SIZE;
+    GET_AS_NUM: Getter<u32> = VHOST_VDPA_GET_AS_NUM;
+    GET_VRING_GROUP: Updater<uapi::VringState> = VHOST_VDPA_GET_VRING_GROUP;
+    SET_GROUP_ASID: Setter<uapi::VringState> = VHOST_VDPA_SET_GROUP_ASID;
+    SUSPEND: NoArg = VHOST_VDPA_SUSPEND;
+    RESUME: NoArg = VHOST_VDPA_RESUME;
+    GET_VQS_COUNT: Getter<u32> = VHOST_VDPA_GET_VQS_COUNT;
+    GET_GROUP_NUM: Getter<u32> = VHOST_VDPA_GET_GROUP_NUM;
+    GET_VRING_SIZE: Updater<uapi::VringState> = VHOST_VDPA_GET_VRING_SIZE;
+}
+
+/// What a successful write of an IOTLB message returns (uapi-spec 2.2).
+const MSG_SIZE: usize = size_of::<uapi::MsgV2>();
+const CONFIG_HEADER: usize = size_of::<uapi::ConfigHeader>();
+/// The last page of the address space, which belongs to the kernel.
+const BAD_POINTER: usize = usize::MAX & !0xfff;
+
+/// Why a device file could not be opened.
+#[derive(Debug, Error)]
+pub enum OpenError {
+    /// Nothing there.
+    #[error("{path}: no such device; `vdpa dev` or `vdpactl dev` list those there are")]
+    NotFound {
+        /// Path given.
+        path: PathBuf,
+    },
+    /// A vhost-vdpa device can be open once.
+    #[error("{path}: the device is open already; vhost-vdpa allows one open file per device")]
+    Busy {
+        /// Path given.
+        path: PathBuf,
+    },
+    /// Not for this user.
+    #[error("{path}: no permission to read and write the device")]
+    Denied {
+        /// Path given.
+        path: PathBuf,
+    },
+    /// The file exists and there is no device behind it.
+    #[error("{path}: the device behind this file is gone ({errno:?}); was its driver or daemon stopped?")]
+    Gone {
+        /// Path given.
+        path: PathBuf,
+        /// What open(2) reported.
+        errno: Errno,
+    },
+    /// Anything else.
+    #[error("{path}: cannot open the device: {errno}")]
+    Other {
+        /// Path given.
+        path: PathBuf,
+        /// What open(2) reported.
+        errno: Errno,
+    },
+}
+
+/// The argument of a raw request.
+#[derive(Debug)]
+pub enum RawArg<'a> {
+    /// A null pointer.
+    Null,
+    /// An integer in place of a pointer. Below 64 KiB, where nothing can be mapped; larger ones are cut to that.
+    Int(usize),
+    /// A buffer; it is passed on with nothing mapped after it, whatever its length.
+    Bytes(&'a mut [u8]),
+    /// An address at which nothing is mapped.
+    BadPointer,
+}
+
+/// An open vhost-vdpa device.
+#[derive(Debug)]
+pub struct VhostVdpaFd {
+    fd: OwnedFd,
+    /// Backend features acknowledged through this value: decides the version of IOTLB messages.
+    acknowledged: AtomicU64,
+}
+
+impl VhostVdpaFd {
+    /// Opens a device file for reading and writing, closed on exec. May block while the device is busy.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, OpenError> {
+        let path = path.as_ref();
+        let opened = OpenOptions::new().read(true).write(true).custom_flags(libc::O_CLOEXEC).open(path);
+        opened.map(|file| Self::from_fd(file.into())).map_err(|error| {
+            let path = path.to_path_buf();
+            match errno::from_io(error) {
+                Errno::NOENT => OpenError::NotFound { path },
+                Errno::BUSY => OpenError::Busy { path },
+                Errno::ACCESS | Errno::PERM => OpenError::Denied { path },
+                errno @ (errno::NXIO | Errno::NODEV) => OpenError::Gone { path, errno },
+                errno if errno.raw() == libc::ENOTCONN => OpenError::Gone { path, errno },
+                errno => OpenError::Other { path, errno },
+            }
+        })
+    }
+
+    /// Adopts a descriptor, inherited or received. No backend feature counts as acknowledged:
+    /// see [`set_acknowledged`](Self::set_acknowledged).
+    #[must_use]
+    pub const fn from_fd(fd: OwnedFd) -> Self {
+        Self { fd, acknowledged: AtomicU64::new(0) }
+    }
+
+    /// Backend features acknowledged through this value, or declared to be.
+    #[must_use]
+    pub fn acknowledged(&self) -> BackendFeatures {
+        BackendFeatures(self.acknowledged.load(Ordering::Relaxed))
+    }
+
+    /// Declares what was acknowledged on the descriptor before it was adopted: the interface cannot be asked.
+    pub fn set_acknowledged(&self, features: BackendFeatures) {
+        self.acknowledged.store(features.0, Ordering::Relaxed);
+    }
+
+    /// Any request with any argument; returns the value of ioctl(2). For tests of devices.
+    ///
+    /// A buffer is passed as a copy that ends where mapped memory ends: a device that reads or writes beyond it,
+    /// or is told to by a length within, meets `EFAULT`.
+    ///
+    /// # Errors
+    /// What the device reports; `ENOMEM` when there is no memory for the copy.
+    pub fn raw_ioctl(&self, cmd: u32, arg: RawArg<'_>) -> Result<i32> {
+        let address = match arg {
+            RawArg::Null => 0,
+            RawArg::Int(value) => value & 0xffff,
+            RawArg::BadPointer => BAD_POINTER,
+            RawArg::Bytes(bytes) => {
+                let fence = Fence::new(bytes)?;
+                // SAFETY: a vhost-vdpa device accesses only memory from its argument upward, and that is the
+                // copy in `fence` and nothing after it.
+                let result = unsafe { ioctl::call(&self.fd, cmd, fence.start) };
+                fence.copy_back(bytes);
+                return result;
+            }
+        };
+        // SAFETY: at this address nothing can be mapped, so the device can access nothing.
+        unsafe { ioctl::call(&self.fd, cmd, address) }
+    }
+
+    /// Writes any bytes to the device; returns how many it took. For tests of devices.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn raw_write(&self, bytes: &[u8]) -> Result<usize> {
+        loop {
+            match rustix::io::write(&self.fd, bytes) {
+                Err(rustix::io::Errno::INTR) => {}
+                result => return result.map_err(errno::from_rustix),
+            }
+        }
+    }
+
+    fn state(index: QueueIndex, num: u32) -> uapi::VringState {
+        uapi::VringState { index: index.0.into(), num }
+    }
+
+    fn file(index: QueueIndex, event: Option<&EventFd>) -> uapi::VringFile {
+        uapi::VringFile { index: index.0.into(), fd: descriptor(event) }
+    }
+
+    fn updated(&self, request: &Updater<uapi::VringState>, index: QueueIndex) -> Result<u32> {
+        let mut state = Self::state(index, 0);
+        request.update(&self.fd, &mut state)?;
+        Ok(state.num)
+    }
+
+    /// `GET_CONFIG` or `SET_CONFIG` with a buffer that begins with the header.
+    fn config_request(&self, cmd: u32, offset: u32, buffer: &mut [u8], len: usize) -> Result<()> {
+        let header = uapi::ConfigHeader { off: offset, len: u32::try_from(len).map_err(|_| Errno::INVAL)? };
+        header.write_to_prefix(buffer).map_err(|_| Errno::INVAL)?;
+        if buffer.len() - CONFIG_HEADER != len {
+            return Err(Errno::INVAL);
+        }
+        // SAFETY: both requests access the 8 bytes of the header and the `len` bytes after it; the buffer has
+        // exactly those, as checked above, and is exclusively borrowed.
+        unsafe { ioctl::call(&self.fd, cmd, buffer.as_mut_ptr().expose_provenance()) }.map(drop)
+    }
+}
+
+fn descriptor(event: Option<&EventFd>) -> i32 {
+    event.map_or(uapi::VHOST_FILE_UNBIND, |event| event.as_fd().as_raw_fd())
+}
+
+impl AsFd for VhostVdpaFd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl From<VhostVdpaFd> for OwnedFd {
+    fn from(device: VhostVdpaFd) -> Self {
+        device.fd
+    }
+}
+
+impl VdpaOps for VhostVdpaFd {
+    type Event = EventFd;
+
+    fn device_id(&self) -> Result<u32> {
+        GET_DEVICE_ID.get(&self.fd)
+    }
+
+    fn status(&self) -> Result<Status> {
+        GET_STATUS.get(&self.fd).map(Status)
+    }
+
+    fn set_status(&self, status: Status) -> Result<()> {
+        SET_STATUS.set(&self.fd, &status.0)
+    }
+
+    fn features(&self) -> Result<Features> {
+        GET_FEATURES.get(&self.fd).map(Features)
+    }
+
+    fn set_features(&self, features: Features) -> Result<()> {
+        SET_FEATURES.set(&self.fd, &features.0)
+    }
+
+    fn backend_features(&self) -> Result<BackendFeatures> {
+        GET_BACKEND_FEATURES.get(&self.fd).map(BackendFeatures)
+    }
+
+    fn set_backend_features(&self, features: BackendFeatures) -> Result<()> {
+        SET_BACKEND_FEATURES.set(&self.fd, &features.0)?;
+        self.set_acknowledged(features);
+        Ok(())
+    }
+
+    fn vqs_count(&self) -> Result<u32> {
+        GET_VQS_COUNT.get(&self.fd)
+    }
+
+    fn group_num(&self) -> Result<u32> {
+        GET_GROUP_NUM.get(&self.fd)
+    }
+
+    fn as_num(&self) -> Result<u32> {
+        GET_AS_NUM.get(&self.fd)
+    }
+
+    fn iova_range(&self) -> Result<IovaRange> {
+        let range = GET_IOVA_RANGE.get(&self.fd)?;
+        IovaRange::new(range.first, range.last).ok_or(Errno::IO)
+    }
+
+    fn config_size(&self) -> Result<u32> {
+        GET_CONFIG_SIZE.get(&self.fd)
+    }
+
+    fn config(&self, offset: u32, out: &mut [u8]) -> Result<()> {
+        let mut buffer = vec![0; CONFIG_HEADER + out.len()];
+        self.config_request(uapi::VHOST_VDPA_GET_CONFIG, offset, &mut buffer, out.len())?;
+        out.copy_from_slice(buffer.get(CONFIG_HEADER..).unwrap_or_default());
+        Ok(())
+    }
+
+    fn set_config(&self, offset: u32, data: &[u8]) -> Result<()> {
+        let mut buffer = vec![0; CONFIG_HEADER];
+        buffer.extend_from_slice(data);
+        self.config_request(uapi::VHOST_VDPA_SET_CONFIG, offset, &mut buffer, data.len())
+    }
+
+    fn set_config_call(&self, event: Option<&EventFd>) -> Result<()> {
+        SET_CONFIG_CALL.set(&self.fd, &descriptor(event))
+    }
+
+    fn vring_num(&self) -> Result<u16> {
+        GET_VRING_NUM.get(&self.fd)
+    }
+
+    fn set_owner(&self) -> Result<()> {
+        SET_OWNER.call(&self.fd)
+    }
+
+    fn new_owner(&self) -> Result<()> {
+        NEW_OWNER.call(&self.fd)
+    }
+
+    fn set_vring_num(&self, index: QueueIndex, num: u32) -> Result<()> {
+        SET_VRING_NUM.set(&self.fd, &Self::state(index, num))
+    }
+
+    fn set_vring_addr(&self, index: QueueIndex, addr: &VringAddr) -> Result<()> {
+        SET_VRING_ADDR.set(
+            &self.fd,
+            &uapi::VringAddr {
+                index: index.0.into(),
+                flags: addr.flags,
+                desc_user_addr: addr.desc,
+                used_user_addr: addr.used,
+                avail_user_addr: addr.avail,
+                log_guest_addr: addr.log,
+            },
+        )
+    }
+
+    fn set_vring_base(&self, index: QueueIndex, num: u32) -> Result<()> {
+        SET_VRING_BASE.set(&self.fd, &Self::state(index, num))
+    }
+
+    fn vring_base(&self, index: QueueIndex) -> Result<u32> {
+        self.updated(&GET_VRING_BASE, index)
+    }
+
+    fn set_vring_enable(&self, index: QueueIndex, enable: bool) -> Result<()> {
+        SET_VRING_ENABLE.set(&self.fd, &Self::state(index, enable.into()))
+    }
+
+    fn set_vring_kick(&self, index: QueueIndex, event: Option<&EventFd>) -> Result<()> {
+        SET_VRING_KICK.set(&self.fd, &Self::file(index, event))
+    }
+
+    fn set_vring_call(&self, index: QueueIndex, event: Option<&EventFd>) -> Result<()> {
+        SET_VRING_CALL.set(&self.fd, &Self::file(index, event))
+    }
+
+    fn set_vring_err(&self, index: QueueIndex, event: Option<&EventFd>) -> Result<()> {
+        SET_VRING_ERR.set(&self.fd, &Self::file(index, event))
+    }
+
+    fn vring_group(&self, index: QueueIndex) -> Result<GroupIndex> {
+        self.updated(&GET_VRING_GROUP, index).map(GroupIndex)
+    }
+
+    fn set_group_asid(&self, group: GroupIndex, asid: Asid) -> Result<()> {
+        SET_GROUP_ASID.set(&self.fd, &uapi::VringState { index: group.0, num: asid.0 })
+    }
+
+    fn vring_size(&self, index: QueueIndex) -> Result<u32> {
+        self.updated(&GET_VRING_SIZE, index)
+    }
+
+    fn suspend(&self) -> Result<()> {
+        SUSPEND.call(&self.fd)
+    }
+
+    fn resume(&self) -> Result<()> {
+        RESUME.call(&self.fd)
+    }
+
+    fn iotlb(&self, asid: Asid, msg: &IotlbMsg) -> Result<()> {
+        let written = self.raw_write(&encode_iotlb(self.acknowledged(), asid, msg)?)?;
+        if written == MSG_SIZE { Ok(()) } else { Err(Errno::IO) }
+    }
+}
+
+/// The bytes of a message in the version that `acknowledged` calls for.
+///
+/// # Errors
+/// `EINVAL` for an address space other than 0 when messages cannot carry one.
+fn encode_iotlb(acknowledged: BackendFeatures, asid: Asid, msg: &IotlbMsg) -> Result<[u8; MSG_SIZE]> {
+    let with_asid = acknowledged.has(BackendFeatures::IOTLB_ASID);
+    if asid.0 != 0 && !with_asid {
+        return Err(Errno::INVAL);
+    }
+    let iotlb = uapi::IotlbMsg {
+        iova: msg.iova,
+        size: msg.size,
+        uaddr: msg.uaddr,
+        perm: msg.perm.0,
+        kind: msg.kind,
+        padding: [0; 6],
+    };
+    let padding = [0; 32];
+    Ok(if with_asid || acknowledged.has(BackendFeatures::IOTLB_MSG_V2) {
+        zerocopy::transmute!(uapi::MsgV2 { kind: uapi::VHOST_IOTLB_MSG_V2, asid: asid.0, iotlb, padding })
+    } else {
+        zerocopy::transmute!(uapi::Msg { kind: uapi::VHOST_IOTLB_MSG.cast_signed(), hole: 0, iotlb, padding })
+    })
+}
+
+/// A copy of some bytes at the very end of mapped memory: the page after it cannot be accessed.
+struct Fence {
+    base: usize,
+    span: usize,
+    start: usize,
+    len: usize,
+}
+
+impl Fence {
+    fn new(bytes: &[u8]) -> Result<Self> {
+        let page = rustix::param::page_size();
+        let room = bytes.len().checked_next_multiple_of(page).ok_or(Errno::NOMEM)?;
+        let span = room.checked_add(page).ok_or(Errno::NOMEM)?;
+        // SAFETY: without a wanted address the kernel picks one that is free, so nothing in use is replaced.
+        let base = unsafe { mmap_anonymous(ptr::null_mut(), span, ProtFlags::empty(), MapFlags::PRIVATE) }
+            .map_err(errno::from_rustix)?;
+        let fence = Self {
+            base: base.expose_provenance(),
+            span,
+            start: base.expose_provenance() + room - bytes.len(),
+            len: bytes.len(),
+        };
+        if room > 0 {
+            // SAFETY: the first `room` bytes are ours, mapped above, and nothing refers to them yet.
+            unsafe { mprotect(base, room, MprotectFlags::READ | MprotectFlags::WRITE) }
+                .map_err(errno::from_rustix)?;
+        }
+        // SAFETY: `start` is `len` bytes before the end of the accessible part, which nothing else refers to.
+        unsafe {
+            ptr::copy_nonoverlapping(bytes.as_ptr(), ptr::with_exposed_provenance_mut(fence.start), fence.len)
+        };
+        Ok(fence)
+    }
+
+    fn copy_back(&self, bytes: &mut [u8]) {
+        let len = self.len.min(bytes.len());
+        // SAFETY: `len` bytes from `start` are accessible (see `new`), and no call that writes them is running.
+        unsafe {
+            ptr::copy_nonoverlapping(ptr::with_exposed_provenance(self.start), bytes.as_mut_ptr(), len)
+        };
+    }
+}
+
+impl Drop for Fence {
+    fn drop(&mut self) {
+        // SAFETY: the range was mapped by `new`, and no reference into it exists.
+        let result = unsafe { munmap(ptr::with_exposed_provenance_mut(self.base), self.span) };
+        debug_assert!(result.is_ok(), "unmapping what was mapped succeeds: {result:?}");
+    }
+}
