@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "a number is turned into an owned descriptor")]
 
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::sync::Mutex;
+use parking_lot::Mutex;
 
 use rustix::io::{FdFlags, fcntl_getfd, fcntl_setfd};
 use vdpa_core::Errno;
@@ -23,7 +23,7 @@ static TAKING: Mutex<()> = Mutex::new(());
 /// `EBADF` when there is no such descriptor, or it is not inherited, adopted already, or one of the standard
 /// three.
 pub fn take(number: RawFd) -> Result<OwnedFd, Errno> {
-    let _taking = TAKING.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let _taking = TAKING.lock();
     if number <= 2 {
         return Err(Errno::BADF);
     }

@@ -8,6 +8,7 @@ mod errno;
 pub mod eventfd;
 pub mod exec;
 pub mod guest;
+pub mod inherit;
 pub mod ioctl;
 pub mod maps;
 pub mod memfd;
