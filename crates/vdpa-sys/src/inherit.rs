@@ -1,8 +1,8 @@
 //! Descriptors inherited from the image that was in this process before.
 #![expect(unsafe_code, reason = "a number is turned into an owned descriptor")]
 
-use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use parking_lot::Mutex;
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use rustix::io::{FdFlags, fcntl_getfd, fcntl_setfd};
 use vdpa_core::Errno;

@@ -186,7 +186,14 @@ mod tests {
     use super::*;
 
     fn request(block: u64) -> Request {
-        Request { kind: Kind::Write, block, sequence: 1, buffer: block * 4096, submitted_ns: 100, overdue: false }
+        Request {
+            kind: Kind::Write,
+            block,
+            sequence: 1,
+            buffer: block * 4096,
+            submitted_ns: 100,
+            overdue: false,
+        }
     }
 
     #[test]
