@@ -192,6 +192,8 @@ pub struct Profile {
     pub strict_new_owner: bool,
     /// Whether a status write with DRIVER_OK restarts a suspended device, as the kernel's simulator does.
     pub status_unsuspends: bool,
+    /// Whether BATCH_END reports a translation the parent refused; the kernel ignores it (uapi-spec 2.6).
+    pub report_batch_errors: bool,
 }
 
 impl Profile {

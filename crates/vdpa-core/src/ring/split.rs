@@ -398,3 +398,6 @@ impl Window {
         Ok(Descriptor::parse(self.raw[(index - self.first) as usize]))
     }
 }
+
+#[cfg(test)]
+mod tests;

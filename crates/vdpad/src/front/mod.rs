@@ -1,0 +1,4 @@
+//! Front ends: how clients reach devices.
+
+pub mod fuse;
+pub mod watchdog;

@@ -1,0 +1,41 @@
+# The commands of this repository. `just --list` shows them.
+
+# Builds everything, optimised.
+build:
+    cargo build --release --locked
+
+# Runs every test; arguments go to nextest.
+test *args:
+    ./test {{args}}
+
+# Everything a change must pass.
+ci:
+    .ci/run
+
+# A live update on this machine.
+demo *args:
+    ./demo {{args}}
+
+# Formats the code.
+fmt:
+    cargo fmt --all
+
+# Lints, as the CI does.
+clippy:
+    cargo clippy --workspace --all-targets --all-features --locked -- -D warnings
+
+# API documentation, as the CI builds it.
+doc:
+    RUSTDOCFLAGS='-D warnings' cargo doc --workspace --all-features --no-deps --locked
+
+# Runs one fuzz target for a minute.
+fuzz target seconds='60':
+    cargo +nightly fuzz run {{target}} -- -max_total_time={{seconds}}
+
+# Runs the conformance suite against a device file.
+conform device *args:
+    cargo run --release --locked --package vdpa-conformance --bin vdpa-conform -- {{device}} {{args}}
+
+# Writes docs/uapi.md anew from the suite.
+matrix:
+    cargo run --locked --package vdpa-conformance --bin vdpa-conform -- --matrix > docs/uapi.md
