@@ -185,15 +185,26 @@ pub struct State {
 }
 
 impl State {
+    /// Checks that none of the caller's sections has a name of the library.
+    ///
+    /// # Errors
+    /// [`StateError::Name`].
+    pub fn check_names(sections: &Sections) -> Result<(), StateError> {
+        match sections.iter().find(|s| s.name.starts_with(super::RESERVED_PREFIX)) {
+            Some(section) => Err(StateError::Name {
+                name: section.name.clone(),
+                reason: "names that begin with vdpa/ are the library's",
+            }),
+            None => Ok(()),
+        }
+    }
+
     /// Adds the library's sections to the caller's.
     ///
     /// # Errors
     /// [`StateError::Name`] when a caller's section has a name of the library.
     pub fn put(&self, sections: &mut Sections) -> Result<(), StateError> {
-        if let Some(section) = sections.iter().find(|s| s.name.starts_with(super::RESERVED_PREFIX)) {
-            let name = section.name.clone();
-            return Err(StateError::Name { name, reason: "names that begin with vdpa/ are the library's" });
-        }
+        Self::check_names(sections)?;
         sections.push(Section::json(UPDATE, VERSION, &self.update)?);
         sections.push(Section::json(SESSION, VERSION, &self.session)?);
         sections.push(Section::json(MEMORY, VERSION, &self.memory)?);

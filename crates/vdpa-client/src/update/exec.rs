@@ -202,7 +202,7 @@ fn check(
             return Err(Cause::InFlight { in_flight });
         }
     }
-    // Names and sizes of the caller's sections.
+    v1::State::check_names(sections)?;
     state::encode(sections)?;
     let launch = Launch::new(image, args)?;
     Ok((strategy, launch))
