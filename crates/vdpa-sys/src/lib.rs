@@ -9,6 +9,7 @@ pub mod eventfd;
 pub mod exec;
 pub mod fuse;
 pub mod guest;
+pub mod inherit;
 pub mod ioctl;
 pub mod maps;
 pub mod memfd;

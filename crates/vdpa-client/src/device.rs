@@ -1,0 +1,158 @@
+//! Opening a device and negotiating with it.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use vdpa_core::Errno;
+use vdpa_core::features::{BackendFeatures, Features, Status};
+use vdpa_core::ops::VdpaOps;
+use vdpa_sys::eventfd::EventFd;
+use vdpa_sys::vhost_vdpa::{OpenError, VhostVdpaFd};
+
+use crate::error::Error;
+use crate::session::{Session, Setup};
+
+/// A device that is an open file, so that it can be inherited by another process image.
+///
+/// Implemented by vhost-vdpa device files, whether the kernel or vdpad serves them.
+pub trait DeviceFile: VdpaOps<Event = EventFd> + AsFd + Sized {
+    /// Opens the device at `path`, close-on-exec. May block until the server of the file answers.
+    ///
+    /// # Errors
+    /// Those of `open(2)`; `EBUSY` while somebody else has it open.
+    fn open(path: &Path) -> Result<Self, Errno>;
+
+    /// Uses a device that is open already. Makes no request.
+    fn from_fd(fd: OwnedFd) -> Self;
+}
+
+impl DeviceFile for VhostVdpaFd {
+    fn open(path: &Path) -> Result<Self, Errno> {
+        Self::open(path).map_err(|e| match e {
+            OpenError::NotFound { .. } => Errno::NOENT,
+            OpenError::Busy { .. } => Errno::BUSY,
+            OpenError::Denied { .. } => Errno::ACCESS,
+            OpenError::Gone { errno, .. } | OpenError::Other { errno, .. } => errno,
+        })
+    }
+
+    fn from_fd(fd: OwnedFd) -> Self {
+        Self::from_fd(fd)
+    }
+}
+
+/// The backend features this library knows how to use. DESC_ASID and ENABLE_AFTER_DRIVER_OK are not among
+/// them: it keeps everything in one address space and enables queues before DRIVER_OK.
+pub const BACKEND_FEATURES: BackendFeatures = BackendFeatures::of(&[
+    BackendFeatures::IOTLB_MSG_V2,
+    BackendFeatures::IOTLB_BATCH,
+    BackendFeatures::IOTLB_ASID,
+    BackendFeatures::SUSPEND,
+    BackendFeatures::RESUME,
+    BackendFeatures::IOTLB_PERSIST,
+    BackendFeatures::NEW_OWNER,
+    BackendFeatures::IOTLB_REMAP,
+]);
+
+/// An open device with which nothing has been agreed yet.
+#[derive(Debug)]
+pub struct Device<D> {
+    ops: D,
+    path: Option<PathBuf>,
+}
+
+impl<D: DeviceFile> Device<D> {
+    /// Opens a device file.
+    ///
+    /// # Errors
+    /// [`Error::Open`].
+    pub fn open(path: impl Into<PathBuf>) -> Result<Self, Error> {
+        let path = path.into();
+        let ops = D::open(&path).map_err(|source| Error::Open { path: path.clone(), source })?;
+        Ok(Self { ops, path: Some(path) })
+    }
+
+    /// Uses a device file opened by somebody else (a sandbox, a management daemon).
+    ///
+    /// Without a path the strategy `reopen` is not possible; add one with [`at`](Self::at).
+    #[must_use]
+    pub fn from_fd(fd: OwnedFd) -> Self {
+        Self { ops: D::from_fd(fd), path: None }
+    }
+
+    /// Says where this device can be opened again.
+    #[must_use]
+    pub fn at(self, path: impl Into<PathBuf>) -> Self {
+        Self { path: Some(path.into()), ..self }
+    }
+
+    /// Becomes the owner and negotiates (virtio 1.2 section 3.1.1, steps 1 to 6).
+    ///
+    /// The device is reset. Of `wanted` those features are taken that the device offers, and always VERSION_1
+    /// and, where offered, ACCESS_PLATFORM; see [`Session::features`] for the outcome. Event indices and
+    /// packed rings are not asked for unless `wanted` has them; packed rings are refused by
+    /// [`Session::add_queue`]. Blocks while the device resets.
+    ///
+    /// # Errors
+    /// [`Error::Request`] with `EBUSY` from `VHOST_SET_OWNER` when the device has an owner;
+    /// [`Error::Legacy`]; [`Error::FeaturesRefused`].
+    pub fn negotiate(self, wanted: Features) -> Result<Session<D>, Error> {
+        let Self { ops, path } = self;
+        ops.set_owner().map_err(Error::request("VHOST_SET_OWNER"))?;
+        let offered = ops.backend_features().map_err(Error::request("VHOST_GET_BACKEND_FEATURES"))?;
+        let features = ops.features().map_err(Error::request("VHOST_GET_FEATURES"))?;
+        if !features.has(Features::VERSION_1) {
+            return Err(Error::Legacy { offered: features });
+        }
+        let chosen = features & (wanted | Features::of(&[Features::VERSION_1, Features::ACCESS_PLATFORM]));
+        let setup = Setup {
+            path,
+            device_id: ops.device_id().map_err(Error::request("VHOST_VDPA_GET_DEVICE_ID"))?,
+            iova_range: ops.iova_range().map_err(Error::request("VHOST_VDPA_GET_IOVA_RANGE"))?,
+            offered,
+            backend: offered & BACKEND_FEATURES,
+            features: chosen,
+            regions: Vec::new(),
+            queues: Vec::new(),
+            running: false,
+        };
+        set_backend(&ops, setup.backend)?;
+        agree(&ops, chosen)?;
+        Ok(Session::new(ops, setup))
+    }
+}
+
+/// Acknowledges backend features. Legal in any state, and needed in each new image: the version of the IOTLB
+/// messages follows from it.
+pub(crate) fn set_backend<D: VdpaOps>(ops: &D, features: BackendFeatures) -> Result<(), Error> {
+    ops.set_backend_features(features).map_err(Error::request("VHOST_SET_BACKEND_FEATURES"))
+}
+
+/// Resets the device and takes it to FEATURES_OK with exactly `features`.
+pub(crate) fn agree<D: VdpaOps>(ops: &D, features: Features) -> Result<(), Error> {
+    set_status(ops, Status::RESET)?;
+    set_status(ops, Status::ACKNOWLEDGE)?;
+    set_status(ops, Status::ACKNOWLEDGE | Status::DRIVER)?;
+    ops.set_features(features).map_err(Error::request("VHOST_SET_FEATURES"))?;
+    set_status(ops, Status::ACKNOWLEDGE | Status::DRIVER | Status::FEATURES_OK)?;
+    let status = ops.status().map_err(Error::request("VHOST_VDPA_GET_STATUS"))?;
+    if !status.contains(Status::FEATURES_OK) {
+        return Err(Error::FeaturesRefused { features, status });
+    }
+    Ok(())
+}
+
+/// Lets a device that is at FEATURES_OK run, and checks that it agreed to.
+pub(crate) fn driver_ok<D: VdpaOps>(ops: &D) -> Result<(), Error> {
+    let running = Status::ACKNOWLEDGE | Status::DRIVER | Status::FEATURES_OK | Status::DRIVER_OK;
+    set_status(ops, running)?;
+    let status = ops.status().map_err(Error::request("VHOST_VDPA_GET_STATUS"))?;
+    if !status.contains(Status::DRIVER_OK) || status.contains(Status::NEEDS_RESET) {
+        return Err(Error::Request { request: "VHOST_VDPA_SET_STATUS (driver_ok)", source: Errno::IO });
+    }
+    Ok(())
+}
+
+pub(crate) fn set_status<D: VdpaOps>(ops: &D, status: Status) -> Result<(), Error> {
+    ops.set_status(status).map_err(Error::request("VHOST_VDPA_SET_STATUS"))
+}

@@ -1,0 +1,257 @@
+//! The driver side of one virtqueue.
+
+use std::time::Duration;
+
+use vdpa_core::features::Features;
+use vdpa_core::ops::VdpaOps;
+use vdpa_core::ring::driver::{AddError, Completion, SplitDriver};
+use vdpa_core::ring::{Buffer, RingError};
+use vdpa_core::types::{Perm, QueueIndex, VringAddr};
+use vdpa_core::vq::QueueState;
+use vdpa_sys::eventfd::EventFd;
+use vdpa_sys::mmap::MapArea;
+
+use crate::dma::Region;
+use crate::error::{Error, QueueProblem};
+use crate::state::v1;
+
+/// Where the three areas of a split ring lie in a region, in bytes from its start (virtio 1.2 section 2.7).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RingLayout {
+    /// Entries; a power of two.
+    pub size: u16,
+    /// Descriptor area; 16 bytes per entry, aligned to 16.
+    pub desc: u64,
+    /// Driver area (available ring), with the event index.
+    pub avail: u64,
+    /// Device area (used ring), with the event index; aligned to 4.
+    pub used: u64,
+}
+
+impl RingLayout {
+    /// The three areas one after the other from `offset`, the device area on a cache line of its own.
+    ///
+    /// ```
+    /// use vdpa_client::queue::RingLayout;
+    ///
+    /// let layout = RingLayout::at(0, 256);
+    /// assert_eq!((layout.desc, layout.avail, layout.used), (0, 4096, 4672));
+    /// assert_eq!(layout.end(), 4672 + 6 + 8 * 256);
+    /// ```
+    #[must_use]
+    pub const fn at(offset: u64, size: u16) -> Self {
+        let avail = offset.saturating_add(Self::desc_len(size));
+        let used = avail.saturating_add(Self::avail_len(size)).saturating_add(63) & !63;
+        Self { size, desc: offset, avail, used }
+    }
+
+    /// The first byte behind the ring.
+    #[must_use]
+    pub const fn end(&self) -> u64 {
+        self.used.saturating_add(Self::used_len(self.size))
+    }
+
+    pub(crate) const fn desc_len(size: u16) -> u64 {
+        16 * size as u64
+    }
+
+    pub(crate) const fn avail_len(size: u16) -> u64 {
+        6 + 2 * size as u64
+    }
+
+    pub(crate) const fn used_len(size: u16) -> u64 {
+        6 + 8 * size as u64
+    }
+}
+
+/// One virtqueue: a ring in a region, its events, and the requests in flight.
+///
+/// Requests are known by a token of the caller's choice, which comes back with the completion.
+#[derive(Debug)]
+pub struct Queue {
+    index: QueueIndex,
+    region: String,
+    layout: RingLayout,
+    addr: VringAddr,
+    kick: EventFd,
+    call: EventFd,
+    ring: SplitDriver<MapArea>,
+}
+
+impl Queue {
+    /// A fresh queue; its ring memory is cleared.
+    pub(crate) fn new(
+        index: QueueIndex,
+        region: &Region,
+        layout: RingLayout,
+        features: Features,
+    ) -> Result<Self, Error> {
+        let [desc, avail, used] = areas(index, region, layout)?;
+        let ring = SplitDriver::new(layout.size, features, desc, avail, used).map_err(driver(index))?;
+        let event = || EventFd::new().map_err(Error::request("eventfd"));
+        let addr = address(region, layout);
+        Ok(Self {
+            index,
+            region: region.name().to_owned(),
+            layout,
+            addr,
+            kick: event()?,
+            call: event()?,
+            ring,
+        })
+    }
+
+    /// A queue that another image of this program was driving.
+    pub(crate) fn adopt(
+        index: QueueIndex,
+        region: &Region,
+        layout: RingLayout,
+        features: Features,
+        (kick, call): (EventFd, EventFd),
+        state: v1::Driver,
+    ) -> Result<Self, Error> {
+        let [desc, avail, used] = areas(index, region, layout)?;
+        let state = state.restore(layout.size, features);
+        let ring = SplitDriver::adopt(state, desc, avail, used).map_err(driver(index))?;
+        let addr = address(region, layout);
+        Ok(Self { index, region: region.name().to_owned(), layout, addr, kick, call, ring })
+    }
+
+    /// Which virtqueue of the device it is.
+    #[must_use]
+    pub const fn index(&self) -> QueueIndex {
+        self.index
+    }
+
+    /// Name of the region the ring lies in.
+    #[must_use]
+    pub fn region(&self) -> &str {
+        &self.region
+    }
+
+    /// Where the ring is.
+    #[must_use]
+    pub const fn layout(&self) -> RingLayout {
+        self.layout
+    }
+
+    /// Signalled by the device when it has used buffers, unless suppressed.
+    #[must_use]
+    pub const fn call(&self) -> &EventFd {
+        &self.call
+    }
+
+    /// What the device waits for.
+    #[must_use]
+    pub const fn kick(&self) -> &EventFd {
+        &self.kick
+    }
+
+    /// Adds one request: first the buffers the device reads, then those it writes.
+    ///
+    /// The device sees it with the next [`notify`](Self::notify).
+    ///
+    /// # Errors
+    /// [`AddError`]; [`AddError::Full`] is the one to expect.
+    pub fn submit(&mut self, readable: &[Buffer], writable: &[Buffer], token: u64) -> Result<(), AddError> {
+        self.ring.add(readable, writable, token)
+    }
+
+    /// Shows the device everything submitted, and kicks it unless it does not want to hear.
+    ///
+    /// # Errors
+    /// A fault: the ring memory is gone.
+    pub fn notify(&mut self) -> Result<(), RingError> {
+        if self.ring.publish()? {
+            self.kick.signal();
+        }
+        Ok(())
+    }
+
+    /// The next completed request, if any.
+    ///
+    /// # Errors
+    /// When the device used a buffer that was not in flight, or the ring memory is gone.
+    pub fn reap(&mut self) -> Result<Option<Completion>, RingError> {
+        self.ring.pop_used()
+    }
+
+    /// Prepares for waiting on [`call`](Self::call): asks for a signal at the next completion. Returns whether
+    /// there is a completion already, for which no signal may come.
+    ///
+    /// # Errors
+    /// As [`reap`](Self::reap).
+    pub fn arm(&mut self) -> Result<bool, RingError> {
+        let _ = self.call.drain();
+        self.ring.enable_interrupts()
+    }
+
+    /// Waits until there is a completion or `timeout` is over; returns whether there may be one.
+    ///
+    /// # Errors
+    /// As [`reap`](Self::reap).
+    pub fn wait(&mut self, timeout: Option<Duration>) -> Result<bool, RingError> {
+        Ok(self.arm()? || self.call.wait(timeout))
+    }
+
+    /// Requests in flight.
+    #[must_use]
+    pub const fn in_flight(&self) -> u16 {
+        self.ring.in_flight()
+    }
+
+    /// The driver side as it is now.
+    pub(crate) fn saved(&self) -> v1::Driver {
+        v1::Driver::save(self.ring.state())
+    }
+
+    /// Tells the device everything about this vring and enables it (`VHOST_SET_VRING_*`).
+    pub(crate) fn set_up<D: VdpaOps<Event = EventFd>>(&self, ops: &D, base: QueueState) -> Result<(), Error> {
+        ops.set_vring_num(self.index, u32::from(self.layout.size))
+            .map_err(Error::request("VHOST_SET_VRING_NUM"))?;
+        ops.set_vring_base(self.index, base.encode()).map_err(Error::request("VHOST_SET_VRING_BASE"))?;
+        ops.set_vring_addr(self.index, &self.addr).map_err(Error::request("VHOST_SET_VRING_ADDR"))?;
+        ops.set_vring_kick(self.index, Some(&self.kick)).map_err(Error::request("VHOST_SET_VRING_KICK"))?;
+        ops.set_vring_call(self.index, Some(&self.call)).map_err(Error::request("VHOST_SET_VRING_CALL"))?;
+        ops.set_vring_enable(self.index, true).map_err(Error::request("VHOST_VDPA_SET_VRING_ENABLE"))
+    }
+}
+
+fn areas(index: QueueIndex, region: &Region, layout: RingLayout) -> Result<[MapArea; 3], Error> {
+    let size = layout.size;
+    let needed = layout.end().saturating_sub(layout.desc);
+    let placement =
+        || queue(index, QueueProblem::Placement { offset: layout.desc, needed, size: region.range().size() });
+    if !layout.desc.is_multiple_of(16)
+        || !layout.avail.is_multiple_of(2)
+        || !layout.used.is_multiple_of(4)
+        || region.perm() != Perm::RW
+    {
+        return Err(placement());
+    }
+    let area = |offset, len| region.area(offset, len).ok_or_else(placement);
+    Ok([
+        area(layout.desc, RingLayout::desc_len(size))?,
+        area(layout.avail, RingLayout::avail_len(size))?,
+        area(layout.used, RingLayout::used_len(size))?,
+    ])
+}
+
+fn address(region: &Region, layout: RingLayout) -> VringAddr {
+    let base = region.range().first();
+    // `areas` has shown that all three lie inside the region.
+    VringAddr {
+        desc: base + layout.desc,
+        avail: base + layout.avail,
+        used: base + layout.used,
+        ..VringAddr::default()
+    }
+}
+
+pub(crate) fn queue(index: QueueIndex, problem: QueueProblem) -> Error {
+    Error::Queue { index, problem }
+}
+
+fn driver<E: std::fmt::Display>(index: QueueIndex) -> impl Fn(E) -> Error {
+    move |error| queue(index, QueueProblem::Driver { reason: error.to_string() })
+}

@@ -1,0 +1,248 @@
+//! A negotiated device with its memory and its queues.
+
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use vdpa_core::features::{BackendFeatures, Features, Status};
+use vdpa_core::ops::read_all_config;
+use vdpa_core::types::{IovaRange, Perm, QueueIndex};
+use vdpa_core::vq::QueueState;
+
+use crate::device::{DeviceFile, driver_ok};
+use crate::dma::{Backing, Region, RegionSpec, map_all, problem};
+use crate::error::{Error, QueueProblem, RegionProblem};
+use crate::queue::{Queue, RingLayout, queue};
+
+/// A device that this process owns, with everything that was set up on it.
+///
+/// Dropping it closes the device, which resets it and unmaps everything.
+#[derive(Debug)]
+pub struct Session<D> {
+    ops: D,
+    setup: Setup,
+}
+
+/// Everything about a session but the open device: what an update carries over.
+#[derive(Debug)]
+pub(crate) struct Setup {
+    pub(crate) path: Option<PathBuf>,
+    pub(crate) device_id: u32,
+    pub(crate) iova_range: IovaRange,
+    pub(crate) offered: BackendFeatures,
+    pub(crate) backend: BackendFeatures,
+    pub(crate) features: Features,
+    pub(crate) regions: Vec<Region>,
+    pub(crate) queues: Vec<Queue>,
+    pub(crate) running: bool,
+}
+
+impl Setup {
+    pub(crate) fn region(&self, name: &str) -> Option<&Region> {
+        self.regions.iter().find(|r| r.name() == name)
+    }
+
+    pub(crate) const fn batch(&self) -> bool {
+        self.backend.has(BackendFeatures::IOTLB_BATCH)
+    }
+
+    /// Checks a region against those that are there.
+    fn admit(&self, region: &Region) -> Result<(), Error> {
+        if self.region(region.name()).is_some() {
+            return Err(problem(region.name(), RegionProblem::Exists));
+        }
+        match self.regions.iter().find(|r| r.range().overlaps(region.range())) {
+            Some(r) => Err(problem(region.name(), RegionProblem::Overlap { other: r.name().to_owned() })),
+            None => Ok(()),
+        }
+    }
+
+    /// Adds a region whose mapping the device has or will get.
+    pub(crate) fn add_region(&mut self, spec: RegionSpec) -> Result<(), Error> {
+        let region = Region::new(spec, self.iova_range)?;
+        self.admit(&region)?;
+        self.regions.push(region);
+        Ok(())
+    }
+}
+
+impl<D: DeviceFile> Session<D> {
+    pub(crate) const fn new(ops: D, setup: Setup) -> Self {
+        Self { ops, setup }
+    }
+
+    pub(crate) fn into_parts(self) -> (D, Setup) {
+        (self.ops, self.setup)
+    }
+
+    /// The device, for requests this type has no method for.
+    ///
+    /// What is changed behind the session's back is not carried over by an update.
+    #[must_use]
+    pub const fn ops(&self) -> &D {
+        &self.ops
+    }
+
+    /// Virtio device id (virtio 1.2 section 5): 1 network, 2 block.
+    #[must_use]
+    pub const fn device_id(&self) -> u32 {
+        self.setup.device_id
+    }
+
+    /// Negotiated device features.
+    #[must_use]
+    pub const fn features(&self) -> Features {
+        self.setup.features
+    }
+
+    /// Backend features the device offers.
+    #[must_use]
+    pub const fn offered_backend_features(&self) -> BackendFeatures {
+        self.setup.offered
+    }
+
+    /// Backend features in use.
+    #[must_use]
+    pub const fn backend_features(&self) -> BackendFeatures {
+        self.setup.backend
+    }
+
+    /// Maps a memory object for the device, and into this process.
+    ///
+    /// # Errors
+    /// [`Error::Region`], [`Error::Request`]; [`Error::Map`] when the device refuses (`EFAULT` covers everything,
+    /// also pages that `RLIMIT_MEMLOCK` does not allow to pin).
+    pub fn map_memfd(
+        &mut self,
+        name: &str,
+        fd: OwnedFd,
+        iova: u64,
+        size: u64,
+        perm: Perm,
+    ) -> Result<(), Error> {
+        let backing = Backing::Object(fd);
+        self.map(vec![RegionSpec { name: name.to_owned(), backing, iova, size, perm, populate: false }])
+    }
+
+    /// Maps several regions, in one batch if the device can. All or nothing.
+    ///
+    /// # Errors
+    /// As [`map_memfd`](Self::map_memfd).
+    pub fn map(&mut self, specs: Vec<RegionSpec>) -> Result<(), Error> {
+        let before = self.setup.regions.len();
+        let added = specs.into_iter().try_for_each(|spec| self.setup.add_region(spec)).and_then(|()| {
+            let new = self.setup.regions.get(before..).unwrap_or_default();
+            map_all(&self.ops, new, self.setup.batch())
+        });
+        if added.is_err() {
+            self.setup.regions.truncate(before);
+        }
+        added
+    }
+
+    /// Unmaps a region. It must not hold a ring, and no request in flight may use it.
+    ///
+    /// # Errors
+    /// [`Error::Region`] for an unknown name; [`Error::Request`].
+    pub fn unmap(&mut self, name: &str) -> Result<(), Error> {
+        let at = self.setup.regions.iter().position(|r| r.name() == name);
+        let Some((at, region)) = at.and_then(|at| Some((at, self.setup.regions.get(at)?))) else {
+            return Err(problem(name, RegionProblem::Unknown));
+        };
+        self.ops
+            .dma_unmap(vdpa_core::types::Asid(0), region.range().first(), region.range().size())
+            .map_err(Error::request("VHOST_IOTLB_INVALIDATE"))?;
+        self.setup.regions.remove(at);
+        Ok(())
+    }
+
+    /// A region by its name.
+    #[must_use]
+    pub fn region(&self, name: &str) -> Option<&Region> {
+        self.setup.region(name)
+    }
+
+    /// All regions, in the order in which they were mapped.
+    #[must_use]
+    pub fn regions(&self) -> &[Region] {
+        &self.setup.regions
+    }
+
+    /// Sets up a split ring of `size` entries in a region, from byte `offset` on.
+    ///
+    /// # Errors
+    /// [`Error::Queue`], [`Error::Region`], [`Error::Request`].
+    pub fn add_queue(
+        &mut self,
+        index: QueueIndex,
+        size: u16,
+        region: &str,
+        offset: u64,
+    ) -> Result<(), Error> {
+        if self.setup.running {
+            return Err(queue(index, QueueProblem::Running));
+        }
+        if self.queue(index).is_ok() {
+            return Err(queue(index, QueueProblem::Exists));
+        }
+        let max = self.ops.vring_num().map_err(Error::request("VHOST_VDPA_GET_VRING_NUM"))?;
+        if size < 2 || !size.is_power_of_two() || size > max {
+            return Err(queue(index, QueueProblem::Size { size, max }));
+        }
+        let layout = RingLayout::at(offset, size);
+        let memory = self.region(region).ok_or_else(|| problem(region, RegionProblem::Unknown))?;
+        let new = Queue::new(index, memory, layout, self.setup.features)?;
+        new.set_up(&self.ops, QueueState::initial(self.setup.features))?;
+        self.setup.queues.push(new);
+        Ok(())
+    }
+
+    /// Lets the device run (DRIVER_OK).
+    ///
+    /// # Errors
+    /// [`Error::Request`].
+    pub fn start(&mut self) -> Result<(), Error> {
+        driver_ok(&self.ops)?;
+        self.setup.running = true;
+        Ok(())
+    }
+
+    /// A queue.
+    ///
+    /// # Errors
+    /// [`Error::Queue`] when it is not set up.
+    pub fn queue(&self, index: QueueIndex) -> Result<&Queue, Error> {
+        self.setup
+            .queues
+            .iter()
+            .find(|q| q.index() == index)
+            .ok_or_else(|| queue(index, QueueProblem::Unknown))
+    }
+
+    /// A queue, to drive it.
+    ///
+    /// # Errors
+    /// [`Error::Queue`] when it is not set up.
+    pub fn queue_mut(&mut self, index: QueueIndex) -> Result<&mut Queue, Error> {
+        self.setup
+            .queues
+            .iter_mut()
+            .find(|q| q.index() == index)
+            .ok_or_else(|| queue(index, QueueProblem::Unknown))
+    }
+
+    /// The whole configuration space.
+    ///
+    /// # Errors
+    /// [`Error::Request`].
+    pub fn config(&self) -> Result<Vec<u8>, Error> {
+        read_all_config(&self.ops).map_err(Error::request("VHOST_VDPA_GET_CONFIG"))
+    }
+
+    /// The status register.
+    ///
+    /// # Errors
+    /// [`Error::Request`].
+    pub fn status(&self) -> Result<Status, Error> {
+        self.ops.status().map_err(Error::request("VHOST_VDPA_GET_STATUS"))
+    }
+}

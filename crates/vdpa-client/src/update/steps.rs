@@ -1,0 +1,159 @@
+//! The steps that strategies are made of; the same ones restore in a new image and undo in the old one.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use vdpa_core::Errno;
+use vdpa_core::features::{BackendFeatures, Features, Status};
+use vdpa_core::ops::VdpaOps;
+use vdpa_core::vq::QueueState;
+use vdpa_sys::clock::monotonic_ns;
+use vdpa_sys::eventfd::EventFd;
+
+use super::{Phase, Report, UpdateError};
+use crate::device::{DeviceFile, agree, driver_ok, set_backend, set_status};
+use crate::dma::{in_batch, map_all, remap_all};
+use crate::error::Error;
+use crate::session::Setup;
+
+/// How long a device may stay busy after its last close. A FUSE server learns of the close asynchronously.
+const BUSY_LIMIT: Duration = Duration::from_secs(5);
+const BUSY_PAUSE: Duration = Duration::from_micros(200);
+
+/// Runs `step` and adds the time it took to `ns`.
+pub(super) fn timed<T>(ns: &mut u64, step: impl FnOnce() -> T) -> T {
+    let begin = monotonic_ns();
+    let result = step();
+    *ns = ns.saturating_add(monotonic_ns().saturating_sub(begin));
+    result
+}
+
+pub(super) fn suspend<D: VdpaOps>(ops: &D) -> Result<(), Error> {
+    ops.suspend().map_err(Error::request("VHOST_VDPA_SUSPEND"))
+}
+
+pub(super) fn resume<D: VdpaOps>(ops: &D) -> Result<(), Error> {
+    ops.resume().map_err(Error::request("VHOST_VDPA_RESUME"))
+}
+
+pub(super) fn new_owner<D: VdpaOps>(ops: &D) -> Result<(), Error> {
+    ops.new_owner().map_err(Error::request("VHOST_NEW_OWNER"))
+}
+
+/// Where the device is in each ring, in the order of `setup.queues`. The device must be at rest.
+pub(super) fn bases<D: VdpaOps>(ops: &D, setup: &Setup) -> Result<Vec<u32>, Error> {
+    setup
+        .queues
+        .iter()
+        .map(|q| ops.vring_base(q.index()).map_err(Error::request("VHOST_GET_VRING_BASE")))
+        .collect()
+}
+
+pub(super) fn reset<D: VdpaOps>(ops: &D) -> Result<(), Error> {
+    set_status(ops, Status::RESET)
+}
+
+/// From a reset device to one with vrings, not yet running.
+pub(super) fn set_up_again<D: VdpaOps<Event = EventFd>>(
+    ops: &D,
+    setup: &Setup,
+    bases: &[u32],
+) -> Result<(), Error> {
+    agree(ops, setup.features)?;
+    set_up_vrings(ops, setup, bases)
+}
+
+pub(super) fn set_up_vrings<D: VdpaOps<Event = EventFd>>(
+    ops: &D,
+    setup: &Setup,
+    bases: &[u32],
+) -> Result<(), Error> {
+    setup.queues.iter().zip(bases).try_for_each(|(q, &base)| q.set_up(ops, base_of(base, setup.features)))
+}
+
+fn base_of(base: u32, features: Features) -> QueueState {
+    // A split ring's base has 16 bits; a device that answers more is told to begin at the low ones.
+    QueueState::decode(base, features)
+        .or_else(|| QueueState::decode(base & 0xffff, features))
+        .unwrap_or_else(|| QueueState::initial(features))
+}
+
+/// Lets a device that was set up again run, if it ran before, and makes it look at every ring.
+pub(super) fn run_again<D: VdpaOps>(ops: &D, setup: &Setup) -> Result<(), Error> {
+    if setup.running {
+        driver_ok(ops)?;
+    }
+    kick_all(setup);
+    Ok(())
+}
+
+/// Kicks every queue. Kicks that came while the device was at rest are its duty to remember; one more is cheap
+/// and makes the outcome independent of it.
+pub(super) fn kick_all(setup: &Setup) {
+    for queue in &setup.queues {
+        queue.kick().signal();
+    }
+}
+
+/// Gives the device the new addresses, if it uses any.
+///
+/// A device that forgets its translation in a reset, because it cannot keep it (no IOTLB_PERSIST), gets all of
+/// it again with the end of a batch, even an empty one (uapi-spec 4.5).
+pub(super) fn remap<D: VdpaOps>(ops: &D, setup: &Setup, was_reset: bool) -> Result<(), Error> {
+    if setup.backend.has(BackendFeatures::IOTLB_REMAP) {
+        remap_all(ops, &setup.regions, setup.batch())
+    } else if was_reset && !setup.backend.has(BackendFeatures::IOTLB_PERSIST) {
+        in_batch(ops, setup.batch(), || Ok(()))
+    } else {
+        Ok(())
+    }
+}
+
+/// Undoes a reset in the process that made it.
+pub(super) fn undo_reset<D: VdpaOps<Event = EventFd>>(
+    ops: &D,
+    setup: &Setup,
+    bases: &[u32],
+) -> Result<(), Error> {
+    set_up_again(ops, setup, bases)?;
+    if !setup.backend.has(BackendFeatures::IOTLB_PERSIST) {
+        in_batch(ops, setup.batch(), || Ok(()))?;
+    }
+    run_again(ops, setup)
+}
+
+/// Opens a device that was closed and sets it up as it was. Pays for every page again.
+pub(super) fn reopen<D: DeviceFile>(
+    path: &Path,
+    setup: &Setup,
+    bases: &[u32],
+    report: &mut Report,
+) -> Result<D, UpdateError> {
+    let owned = timed(&mut report.new_owner, || {
+        let ops: D = open_patiently(path)?;
+        ops.set_owner().map_err(Error::request("VHOST_SET_OWNER"))?;
+        set_backend(&ops, setup.backend)?;
+        agree(&ops, setup.features)?;
+        Ok(ops)
+    });
+    let ops = owned.map_err(UpdateError::at::<Error>(Phase::NewOwner))?;
+    timed(&mut report.remap, || map_all(&ops, &setup.regions, setup.batch()))
+        .map_err(UpdateError::at(Phase::Remap))?;
+    timed(&mut report.vrings, || set_up_vrings(&ops, setup, bases))
+        .map_err(UpdateError::at(Phase::Vrings))?;
+    timed(&mut report.resume, || run_again(&ops, setup)).map_err(UpdateError::at(Phase::Resume))?;
+    Ok(ops)
+}
+
+fn open_patiently<D: DeviceFile>(path: &Path) -> Result<D, Error> {
+    let begin = Instant::now();
+    loop {
+        match D::open(path) {
+            Ok(ops) => return Ok(ops),
+            Err(Errno::BUSY) if begin.elapsed() < BUSY_LIMIT => {
+                std::thread::sleep(BUSY_PAUSE);
+            }
+            Err(source) => return Err(Error::Open { path: path.to_owned(), source }),
+        }
+    }
+}

@@ -1,0 +1,40 @@
+//! Saved states of every released version are understood for ever.
+
+use vdpa_client::state::v1::State;
+use vdpa_client::state::{decode, encode};
+
+const V1: &[u8] = include_bytes!("golden/v1.state");
+
+#[test]
+fn version_1() {
+    let mut sections = decode(V1).unwrap();
+    let state = State::take(&mut sections).unwrap();
+    assert_eq!(state.update.strategy, "resume");
+    assert_eq!((state.update.pid, state.update.suspend_ns), (4711, 1_000));
+    assert_eq!(state.session.device_fd, Some(5));
+    assert_eq!(state.session.path.as_deref(), Some("/run/vdpa/dev/vdpa0"));
+    assert_eq!((state.session.features, state.session.backend_features), (0x3_0000_0200, 0x33e));
+    assert_eq!(state.memory.regions.len(), 2);
+    assert_eq!(state.memory.regions[1].iova, 0x1_0000_0000);
+    let queue = &state.queues.queues[0];
+    assert_eq!((queue.size, queue.base, queue.kick_fd, queue.call_fd), (256, Some(65535), 8, 9));
+    assert_eq!((queue.driver.avail_index, queue.driver.last_used_index, queue.driver.free), (1, 65535, 251));
+    assert_eq!(queue.driver.in_flight[1].descriptors, [3, 4]);
+    assert_eq!(sections.take("vmm/cpu").unwrap().payload, b"opaque");
+    assert!(sections.take("vmm/hint").unwrap().optional);
+    sections.ensure_consumed().unwrap();
+}
+
+/// What is written today is the same, byte for byte.
+#[test]
+fn version_1_is_still_written() {
+    let sections = decode(V1).unwrap();
+    let mut again = decode(V1).unwrap();
+    let state = State::take(&mut again).unwrap();
+    let mut written = again.clone();
+    state.put(&mut written).unwrap();
+    for section in sections.iter() {
+        assert_eq!(written.take(&section.name).as_ref(), Some(section));
+    }
+    assert_eq!(encode(&sections).unwrap(), V1);
+}

@@ -1,0 +1,25 @@
+//! Verified block load by a process that keeps replacing itself.
+//!
+//! A *tenant* ([`tenant`]) is a process with guest memory that drives a block device at a given queue depth and
+//! updates itself by exec on command. It speaks JSON lines ([`wire`]): events on standard output, commands on
+//! standard input; both outlive its image. What every block should hold is kept in shared memory ([`ledger`]),
+//! so that an orchestrator can compare it with the backing file, outside the device.
+//!
+//! | module | what it does |
+//! |---|---|
+//! | [`block`] | stamps blocks and judges them |
+//! | [`ledger`] | what every block should hold |
+//! | [`requests`] | requests in flight: duplicates, strangers, losses |
+//! | [`timeline`] | completions per millisecond |
+//! | [`engine`] | issues and reaps requests |
+//! | [`tenant`] | the process |
+//! | [`demo`] | the orchestrator of `vdpactl demo` |
+
+pub mod block;
+pub mod demo;
+pub mod engine;
+pub mod ledger;
+pub mod requests;
+pub mod tenant;
+pub mod timeline;
+pub mod wire;
