@@ -19,7 +19,9 @@ macro_rules! errnos {
                 match self.0 { $($value => Some(stringify!($name)),)* _ => None }
             }
 
-            const fn text(self) -> &'static str {
+            /// What `strerror` says, without the name; `"unknown error"` when this crate does not know it.
+            #[must_use]
+            pub const fn text(self) -> &'static str {
                 match self.0 { $($value => $text,)* _ => "unknown error" }
             }
         }

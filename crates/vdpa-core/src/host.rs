@@ -13,7 +13,7 @@ use crate::types::{Perm, Result};
 pub const PAGE_SIZE: u64 = 4096;
 
 /// The family of types one platform brings along.
-pub trait Host: Debug + 'static {
+pub trait Host: Clone + Debug + 'static {
     /// An address space that can own a device.
     type AddressSpace: AddressSpace<Memory = Self::Memory>;
     /// A piece of client memory the device can reach.
@@ -61,8 +61,9 @@ pub trait MemoryObject: Clone + Debug + Send + Sync + 'static {
     /// Pages that a pinning device pins for this piece, 0 for what cannot be pinned.
     fn pin_pages(&self) -> u64;
 
-    /// Whether `other` is the same memory: the same object at the same offset.
-    fn same_object(&self, other: &Self) -> bool;
+    /// Whether the byte at `offset` here and the one at `other_offset` in `other` are the same byte: the same
+    /// object at the same place. False for private memory unless it is the same address space and address.
+    fn same_object(&self, offset: u64, other: &Self, other_offset: u64) -> bool;
 }
 
 /// An event another party waits for.

@@ -1,4 +1,4 @@
-//! Translation tables.
+//! Translation tables: what is mapped where, and by which request.
 
 use std::collections::BTreeMap;
 
@@ -15,18 +15,254 @@ pub struct Mapping<M> {
     pub perm: Perm,
     /// The memory; its first byte is at `range.first()`.
     pub memory: M,
-    /// The owner changed and has not remapped it: the data path treats it as unmapped.
+    /// The owner changed and has not remapped it: the data path treats it as unmapped (uapi-spec 8.5, R7).
     pub stale: bool,
+    /// The UPDATE that made it.
+    pub record: RecordId,
 }
 
-/// One address space's translation, ordered by address.
+/// Names the UPDATE a mapping came from, within one table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
+pub struct RecordId(u64);
+
+/// What a client asked for with one UPDATE; its fragments are the table's entries.
+///
+/// The unit of REMAP (uapi-spec 8.5, R2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// The range of the request.
+    pub range: IovaRange,
+    /// An INVALIDATE has removed a part: only single fragments can be remapped now.
+    pub broken: bool,
+    fragments: usize,
+}
+
+/// One address space's translation, ordered by address. Entries never overlap.
+///
+/// The authority for what is mapped; a data path reads a snapshot made from it.
 #[derive(Clone, Debug)]
 pub struct Table<M> {
     entries: BTreeMap<u64, Mapping<M>>,
+    records: BTreeMap<RecordId, Record>,
+    next_record: u64,
 }
+
+impl<M> Default for Table<M> {
+    fn default() -> Self {
+        Self { entries: BTreeMap::new(), records: BTreeMap::new(), next_record: 0 }
+    }
+}
+
 impl<M> Table<M> {
     /// Entries in address order.
-    pub fn iter(&self) -> impl Iterator<Item = &Mapping<M>> {
+    pub fn iter(&self) -> impl DoubleEndedIterator<Item = &Mapping<M>> {
         self.entries.values()
+    }
+
+    /// Number of entries.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether nothing is mapped.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// The entry that contains `iova`.
+    #[must_use]
+    pub fn get(&self, iova: u64) -> Option<&Mapping<M>> {
+        self.entries.range(..=iova).next_back().map(|(_, entry)| entry).filter(|e| e.range.last() >= iova)
+    }
+
+    /// Entries that overlap `range`, in address order.
+    #[must_use]
+    pub fn overlapping(&self, range: IovaRange) -> Vec<&Mapping<M>> {
+        let mut found: Vec<_> = self.touching(range.first(), range.last()).collect();
+        found.reverse();
+        found
+    }
+
+    /// The record of an UPDATE; `None` once all its fragments are gone.
+    #[must_use]
+    pub fn record(&self, id: RecordId) -> Option<&Record> {
+        self.records.get(&id)
+    }
+
+    /// Entries that came from `id`, in address order.
+    pub fn fragments(&self, id: RecordId) -> impl Iterator<Item = &Mapping<M>> {
+        let range = self.records.get(&id).map(|record| record.range);
+        range
+            .into_iter()
+            .flat_map(|range| self.entries.range(range.first()..=range.last()))
+            .map(|(_, entry)| entry)
+            .filter(move |entry| entry.record == id)
+    }
+
+    /// Opens a record for an UPDATE of `range`; entries are added with [`insert`](Self::insert).
+    pub(crate) fn open_record(&mut self, range: IovaRange) -> RecordId {
+        let id = RecordId(self.next_record);
+        self.next_record += 1;
+        self.records.insert(id, Record { range, broken: false, fragments: 0 });
+        id
+    }
+
+    /// Forgets a record that got no entries.
+    pub(crate) fn close_record(&mut self, id: RecordId) {
+        if self.records.get(&id).is_some_and(|record| record.fragments == 0) {
+            self.records.remove(&id);
+        }
+    }
+
+    /// Adds an entry, which must not overlap another and must name an open record.
+    pub(crate) fn insert(&mut self, mapping: Mapping<M>) {
+        debug_assert!(self.overlapping(mapping.range).is_empty(), "overlap at {:?}", mapping.range);
+        if let Some(record) = self.records.get_mut(&mapping.record) {
+            record.fragments += 1;
+        }
+        self.entries.insert(mapping.range.first(), mapping);
+    }
+
+    /// Removes every entry that the interval `[first, last]` touches, whole, and returns them in address order.
+    ///
+    /// The interval may be inverted, as the kernel's interval tree allows it to be: then only an entry that
+    /// reaches from `last` or below to `first` or above is touched (uapi-spec 2.5).
+    pub(crate) fn remove_touching(&mut self, first: u64, last: u64) -> Vec<Mapping<M>> {
+        let keys: Vec<u64> = self.touching(first, last).map(|entry| entry.range.first()).collect();
+        let removed: Vec<_> = keys.iter().rev().filter_map(|key| self.entries.remove(key)).collect();
+        for entry in &removed {
+            self.forget_fragment(entry.record);
+        }
+        removed
+    }
+
+    /// Removes all entries of a record and returns them; the record stays, to be filled anew.
+    pub(crate) fn take_fragments(&mut self, id: RecordId) -> Vec<Mapping<M>> {
+        let keys: Vec<u64> = self.fragments(id).map(|entry| entry.range.first()).collect();
+        if let Some(record) = self.records.get_mut(&id) {
+            record.fragments -= keys.len();
+        }
+        keys.iter().filter_map(|key| self.entries.remove(key)).collect()
+    }
+
+    /// Removes the one entry that begins at `first`; its record stays.
+    pub(crate) fn take_entry(&mut self, first: u64) -> Option<Mapping<M>> {
+        let entry = self.entries.remove(&first)?;
+        if let Some(record) = self.records.get_mut(&entry.record) {
+            record.fragments -= 1;
+        }
+        Some(entry)
+    }
+
+    /// Marks every entry stale or fresh.
+    pub(crate) fn mark_all(&mut self, stale: bool) {
+        for entry in self.entries.values_mut() {
+            entry.stale = stale;
+        }
+    }
+
+    /// Entries touched by a possibly inverted interval, in descending order.
+    fn touching(&self, first: u64, last: u64) -> impl Iterator<Item = &Mapping<M>> {
+        self.entries
+            .range(..=last)
+            .rev()
+            .map(|(_, entry)| entry)
+            .take_while(move |entry| entry.range.last() >= first)
+    }
+
+    fn forget_fragment(&mut self, id: RecordId) {
+        let Some(record) = self.records.get_mut(&id) else { return };
+        record.broken = true;
+        record.fragments -= 1;
+        if record.fragments == 0 {
+            self.records.remove(&id);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn entry(first: u64, last: u64, record: RecordId) -> Mapping<()> {
+        let range = IovaRange::new(first, last).unwrap();
+        Mapping { range, uaddr: 0, perm: Perm::RW, memory: (), stale: false, record }
+    }
+
+    fn table(ranges: &[(u64, u64)]) -> Table<()> {
+        let mut table = Table::default();
+        for &(first, last) in ranges {
+            let id = table.open_record(IovaRange::new(first, last).unwrap());
+            table.insert(entry(first, last, id));
+        }
+        table
+    }
+
+    #[test]
+    fn removal_takes_whole_entries_and_honours_inverted_intervals() {
+        let mut t = table(&[(0, 0xfff), (0x1000, 0x2fff), (0x4000, 0x4fff)]);
+        assert!(t.remove_touching(0x1000, 0xfff).is_empty(), "nothing spans the boundary at 0x1000");
+        assert_eq!(t.remove_touching(0x2000, 0x1fff).len(), 1, "one entry spans the boundary at 0x2000");
+        assert_eq!(t.len(), 2);
+        assert_eq!(t.remove_touching(0, u64::MAX).len(), 2);
+        assert!(t.is_empty() && t.records.is_empty());
+    }
+
+    #[test]
+    fn a_partly_removed_record_is_broken() {
+        let mut t = Table::default();
+        let id = t.open_record(IovaRange::new(0, 0x1fff).unwrap());
+        t.insert(entry(0, 0xfff, id));
+        t.insert(entry(0x1000, 0x1fff, id));
+        assert!(!t.record(id).unwrap().broken);
+        t.remove_touching(0x1800, 0x1800);
+        assert!(t.record(id).unwrap().broken);
+        assert_eq!(t.fragments(id).count(), 1);
+        t.remove_touching(0, 0);
+        assert!(t.record(id).is_none());
+    }
+
+    #[test]
+    fn the_last_byte_of_the_space_can_be_mapped() {
+        let t = table(&[(u64::MAX, u64::MAX)]);
+        assert!(t.get(u64::MAX).is_some() && t.get(u64::MAX - 1).is_none());
+        assert_eq!(t.overlapping(IovaRange::ALL).len(), 1);
+    }
+
+    proptest! {
+        /// Against a plain list of ranges, over a small space so that edges meet.
+        #[test]
+        fn agrees_with_a_naive_model(ops in prop::collection::vec((any::<bool>(), 0u64..64, 0u64..64), 0..60)) {
+            let mut t = Table::default();
+            let mut model: Vec<(u64, u64)> = Vec::new();
+            for (add, a, b) in ops {
+                let hits = |&(first, last): &(u64, u64)| first <= b && last >= a;
+                if add {
+                    let Some(range) = IovaRange::new(a, b) else { continue };
+                    prop_assert_eq!(t.overlapping(range).is_empty(), !model.iter().any(hits));
+                    if t.overlapping(range).is_empty() {
+                        let id = t.open_record(range);
+                        t.insert(entry(a, b, id));
+                        model.push((a, b));
+                    }
+                } else {
+                    let removed = t.remove_touching(a, b).len();
+                    let before = model.len();
+                    model.retain(|r| !hits(r));
+                    prop_assert_eq!(removed, before - model.len());
+                }
+                model.sort_unstable();
+                let now: Vec<_> = t.iter().map(|e| (e.range.first(), e.range.last())).collect();
+                prop_assert_eq!(&now, &model);
+                for iova in 0..64 {
+                    let expected = model.iter().any(|&(first, last)| first <= iova && iova <= last);
+                    prop_assert_eq!(t.get(iova).is_some(), expected);
+                }
+            }
+        }
     }
 }

@@ -17,13 +17,14 @@ use crate::maps::{Vma, vma_at};
 use crate::mmap::{Prot, SharedMap};
 use crate::object;
 use crate::space::OwnerSpace;
+use crate::uring::StableMemory;
 
 /// Fragments one range may resolve to: twice the entries of a kernel IOTLB. A client with its memory in more
 /// pieces would use up the mappings of this process.
 const FRAGMENTS_MAX: usize = 4096;
 
 /// Linux as the platform of devices.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct LinuxHost;
 
 impl Host for LinuxHost {
@@ -157,6 +158,20 @@ impl GuestMemory {
         }
     }
 
+    /// The mapping as memory the kernel may use for I/O; `None` when copied.
+    #[must_use]
+    pub fn stable(&self) -> Option<Arc<dyn StableMemory>> {
+        self.map().map(|(map, _)| Arc::new(map.clone()) as Arc<dyn StableMemory>)
+    }
+
+    /// Brings all pages in; see [`SharedMap::populate`]. Nothing to do when copied.
+    ///
+    /// # Errors
+    /// As [`SharedMap::populate`].
+    pub fn populate(&self) -> Result<(), Errno> {
+        self.map().map_or(Ok(()), |(map, _)| map.populate())
+    }
+
     /// Address in this process of the byte at `offset`, for iovecs and registered buffers; `None` when copied
     /// or beyond the end. Valid while this value or a clone lives.
     #[must_use]
@@ -247,11 +262,17 @@ impl MemoryObject for GuestMemory {
         }
     }
 
-    fn same_object(&self, other: &Self) -> bool {
+    fn same_object(&self, offset: u64, other: &Self, other_offset: u64) -> bool {
         match (&self.kind, &other.kind) {
-            (Kind::Mapped { object, .. }, Kind::Mapped { object: theirs, .. }) => object == theirs,
+            (Kind::Mapped { object, .. }, Kind::Mapped { object: theirs, .. }) => {
+                let at = |object: &ObjectId, offset| ObjectId {
+                    offset: object.offset.wrapping_add(offset),
+                    ..*object
+                };
+                at(object, offset) == at(theirs, other_offset)
+            }
             (Kind::Copied { space, uaddr }, Kind::Copied { space: their_space, uaddr: theirs }) => {
-                space.is_same(their_space) && uaddr == theirs
+                space.is_same(their_space) && uaddr.wrapping_add(offset) == theirs.wrapping_add(other_offset)
             }
             _ => false,
         }

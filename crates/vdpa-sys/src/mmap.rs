@@ -15,6 +15,7 @@ use vdpa_core::ring::{Area, Fault};
 
 use crate::errno;
 use crate::sigbus::Registration;
+use crate::uring::StableMemory;
 
 const HUGETLBFS_MAGIC: u64 = 0x958458f6;
 
@@ -162,6 +163,18 @@ impl SharedMap {
     #[inline]
     fn sound(&self, offset: usize) -> Result<(), Fault> {
         if self.poisoned() { Err(fault(offset)) } else { Ok(()) }
+    }
+}
+
+// SAFETY: the mapping stays where it is until the last clone is dropped, and a reference to its bytes is never
+// made: all access goes through raw copies and atomics. One without PROT_WRITE is the exception the trait allows.
+unsafe impl StableMemory for SharedMap {
+    fn base(&self) -> usize {
+        self.addr()
+    }
+
+    fn len(&self) -> usize {
+        self.0.span
     }
 }
 

@@ -65,7 +65,11 @@ impl Caller {
         if let Some(&tgid) = self.tgid.get() {
             return Ok(tgid);
         }
-        let tgid = self.tgid_by_pidfd().or_else(|_| self.tgid_by_status())?;
+        let tgid = match self.tgid_by_pidfd() {
+            // Linux before 6.13 does not know the request, and says so in several ways.
+            Err(error) if error != errno::SRCH => self.tgid_by_status()?,
+            result => result?,
+        };
         Ok(*self.tgid.get_or_init(|| tgid))
     }
 
@@ -159,7 +163,11 @@ impl Caller {
     /// Opens `/proc/TID/name`.
     pub(crate) fn open_proc(&self, name: &str, flags: OFlags) -> Result<OwnedFd, Errno> {
         rustix::fs::open(format!("/proc/{}/{name}", self.tid), flags | OFlags::CLOEXEC, Mode::empty())
-            .map_err(errno::from_rustix)
+            .map_err(
+                |error| {
+                    if error == rustix::io::Errno::NOENT { errno::SRCH } else { errno::from_rustix(error) }
+                },
+            )
     }
 
     fn shares_memory_with(&self, pid: i32) -> bool {

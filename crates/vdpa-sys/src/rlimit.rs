@@ -67,6 +67,6 @@ mod tests {
         let before = memlock();
         raise_memlock(Some(1)).unwrap();
         assert_eq!(memlock(), before);
-        assert_eq!(memlock_of(i32::MAX).unwrap_err(), crate::errno::SRCH);
+        assert_eq!(memlock_of(i32::MAX).unwrap_err(), errno::SRCH);
     }
 }

@@ -315,3 +315,72 @@ impl Area for GuestArea {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::guest::ObjectId;
+
+    fn object(pages: u64) -> GuestMemory {
+        let file = Arc::new(crate::memfd::create(c"table", pages * 4096, None).unwrap());
+        let id = ObjectId { dev_major: 0, dev_minor: 0, inode: 0, created_ns: 0, offset: 0 };
+        GuestMemory::from_object(file, id, pages * 4096, true).unwrap()
+    }
+
+    fn entry(first: u64, size: u64, perm: Perm) -> Entry {
+        Entry { first, last: first + (size - 1), perm, memory: object(size.div_ceil(4096)) }
+    }
+
+    /// Two neighbours, a gap, a read-only entry, and one at the end of the address space.
+    fn table() -> Snapshot {
+        Snapshot::from_entries(vec![
+            entry(0x1000, 0x1001, Perm::RW),
+            entry(0x2001, 0xfff, Perm::RW),
+            entry(0x8000, 0x1000, Perm::RO),
+            entry(u64::MAX - 0xfff, 0x1000, Perm::RW),
+        ])
+    }
+
+    fn pieces(table: &Snapshot, iova: u64, len: u64, perm: Perm) -> Vec<Result<(u64, u64), u64>> {
+        let piece = |piece: Result<Piece<'_>, Fault>| {
+            piece.map(|piece| (piece.offset, piece.len)).map_err(|fault| fault.addr)
+        };
+        table.translate(iova, len, perm).map(piece).collect()
+    }
+
+    #[test]
+    fn ranges_are_cut_at_entries_and_end_at_faults() {
+        let table = table();
+        assert_eq!(pieces(&table, 0x1000, 0, Perm::RW), []);
+        assert_eq!(pieces(&table, 0x1800, 0x1000, Perm::RW), [Ok((0x800, 0x801)), Ok((0, 0x7ff))]);
+        assert_eq!(pieces(&table, 0xfff, 2, Perm::RO), [Err(0xfff)]);
+        assert_eq!(pieces(&table, 0x2fff, 2, Perm::RO), [Ok((0xffe, 1)), Err(0x3000)]);
+        assert_eq!(pieces(&table, 0x8000, 1, Perm::WO), [Err(0x8000)]);
+        assert_eq!(pieces(&table, u64::MAX, 1, Perm::RW), [Ok((0xfff, 1))]);
+        assert_eq!(pieces(&table, u64::MAX, 2, Perm::RW), [Err(u64::MAX)]);
+        assert_eq!(pieces(&Snapshot::default(), 0, 1, Perm::RO), [Err(0)]);
+    }
+
+    #[test]
+    fn copies_and_areas_cross_entries() {
+        let table = table();
+        let data: Vec<u8> = (0..=255).collect();
+        table.write(0x1f80, &data).unwrap();
+        let mut back = vec![0; 256];
+        table.read(0x1f80, &mut back).unwrap();
+        assert_eq!(back, data);
+        let area = table.area(0x1f80, 256, Perm::RW).unwrap();
+        assert!(matches!(area.kind, Kind::Segmented { .. }));
+        assert_eq!(area.load_u16(0x80), Ok(0x8180), "one byte in each entry");
+        area.store_u16(0x80, 0x1122).unwrap();
+        assert_eq!((area.load_u16(0x80), area.size()), (Ok(0x1122), 256));
+        assert_eq!(area.load_u16(255), Err(Fault { addr: 255 }));
+        let direct = table.area(0x1f80, 0x80, Perm::RW).unwrap();
+        assert!(matches!(direct.kind, Kind::Direct(_)));
+        assert_eq!(direct.load_u16(0), Ok(0x0100));
+        assert!(table.area(0x7fff, 2, Perm::RO).is_err() && table.area(0x8000, 2, Perm::RW).is_err());
+        assert_eq!(table.write(0x8000, &[1]), Err(Fault { addr: 0x8000 }));
+    }
+}

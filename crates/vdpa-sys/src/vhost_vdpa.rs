@@ -478,3 +478,78 @@ impl Drop for Fence {
         debug_assert!(result.is_ok(), "unmapping what was mapped succeeds: {result:?}");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use vdpa_core::types::{Perm, iotlb_type};
+    use zerocopy::FromBytes;
+
+    use super::*;
+
+    #[test]
+    fn messages_have_the_version_that_was_acknowledged() {
+        let msg = IotlbMsg { iova: 1, size: 2, uaddr: 3, perm: Perm::RW, kind: iotlb_type::UPDATE };
+        let v1 = encode_iotlb(BackendFeatures::NONE, Asid(0), &msg).unwrap();
+        let v2_plain =
+            encode_iotlb(BackendFeatures::of(&[BackendFeatures::IOTLB_MSG_V2]), Asid(0), &msg).unwrap();
+        let with_asid = BackendFeatures::of(&[BackendFeatures::IOTLB_MSG_V2, BackendFeatures::IOTLB_ASID]);
+        let v2 = uapi::MsgV2::read_from_bytes(&encode_iotlb(with_asid, Asid(7), &msg).unwrap()).unwrap();
+        assert_eq!((v1[0], v2_plain[0], v2.kind, v2.asid), (1, 2, 2, 7));
+        assert_eq!(v1[8..], v2_plain[8..]);
+        let iotlb = v2.iotlb;
+        assert_eq!((iotlb.iova, iotlb.size, iotlb.uaddr, iotlb.perm, iotlb.kind), (1, 2, 3, 3, 2));
+        assert_eq!(encode_iotlb(BackendFeatures::NONE, Asid(1), &msg), Err(Errno::INVAL));
+    }
+
+    #[test]
+    fn a_short_write_is_an_error() {
+        // A pipe with room for less than a message takes a part of it.
+        let (_reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::NONBLOCK).unwrap();
+        rustix::pipe::fcntl_setpipe_size(&writer, 4096).unwrap();
+        let device = VhostVdpaFd::from_fd(writer);
+        device.raw_write(&[0; 4095]).unwrap();
+        let refused = device.batch_begin(Asid(0)).unwrap_err();
+        assert!(matches!(refused, Errno::IO | Errno::AGAIN), "{refused:?}");
+    }
+
+    #[test]
+    fn other_files_do_not_know_the_requests() {
+        let device = VhostVdpaFd::from_fd(crate::memfd::create(c"no-device", 0, None).unwrap());
+        assert_eq!(device.device_id(), Err(Errno::NOTTY));
+        assert_eq!(device.config(0, &mut [0; 8]), Err(Errno::NOTTY));
+        assert_eq!(device.set_owner(), Err(Errno::NOTTY));
+        assert_eq!(device.raw_ioctl(uapi::VHOST_SET_OWNER, RawArg::Null), Err(Errno::NOTTY));
+    }
+
+    #[test]
+    fn a_failed_open_says_what_is_wrong() {
+        let missing = VhostVdpaFd::open("/dev/no-such-device").unwrap_err();
+        assert!(matches!(missing, OpenError::NotFound { .. }));
+        assert!(missing.to_string().starts_with("/dev/no-such-device: no such device"), "{missing}");
+    }
+
+    #[test]
+    fn nothing_after_a_raw_buffer_can_be_written() {
+        const FIONREAD: u32 = 0x541b;
+        let event = crate::eventfd::EventFd::new().unwrap();
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        rustix::io::write(&writer, &[0; 5]).unwrap();
+        let device = VhostVdpaFd::from_fd(reader);
+        let mut bytes = [0; 4];
+        assert_eq!(device.raw_ioctl(FIONREAD, RawArg::Bytes(&mut bytes)), Ok(0));
+        assert_eq!(i32::from_ne_bytes(bytes), 5);
+        for arg in [RawArg::Bytes(&mut bytes[..3]), RawArg::Bytes(&mut []), RawArg::Null, RawArg::BadPointer]
+        {
+            assert_eq!(device.raw_ioctl(FIONREAD, arg), Err(Errno::FAULT));
+        }
+        drop(event);
+    }
+
+    #[test]
+    fn acknowledged_features_can_be_declared() {
+        let device = VhostVdpaFd::from_fd(crate::memfd::create(c"adopted", 0, None).unwrap());
+        assert_eq!(device.acknowledged(), BackendFeatures::NONE);
+        device.set_acknowledged(BackendFeatures(0x77e));
+        assert_eq!(device.acknowledged(), BackendFeatures(0x77e));
+    }
+}

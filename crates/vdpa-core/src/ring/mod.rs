@@ -1,4 +1,20 @@
 //! Virtqueue rings over abstract memory: the device side and the driver side.
+//!
+//! | side | type | the other side is |
+//! |---|---|---|
+//! | device | [`SplitQueue`](split::SplitQueue) | the driver: hostile, concurrent |
+//! | driver | [`SplitDriver`](driver::SplitDriver) | the device: untrusted, concurrent |
+//!
+//! All rings are those of virtio 1: little endian, whatever the machine is.
+
+mod chain;
+pub mod driver;
+mod error;
+mod layout;
+pub mod split;
+
+pub use chain::{BufferSlice, Chain, Pieces};
+pub use error::RingError;
 
 use thiserror::Error;
 

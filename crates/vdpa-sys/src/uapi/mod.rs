@@ -1,5 +1,6 @@
 //! Structures and numbers of the kernel's headers, one file per header.
 
+pub mod fuse;
 pub(crate) mod proc;
 pub mod vhost;
 pub mod virtio;

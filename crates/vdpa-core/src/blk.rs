@@ -1,0 +1,285 @@
+//! Virtio block requests and configuration (virtio 1.2 section 5.2): their bytes and their shape, no storage.
+
+use thiserror::Error;
+use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use crate::ring::{Buffer, BufferSlice, Chain, Fault, Memory};
+
+/// Bytes of a sector: the unit of every sector number and of the capacity, whatever the block size is.
+pub const SECTOR: u64 = 512;
+
+/// Bytes of the answer to [`kind::GET_ID`].
+pub const ID_BYTES: usize = 20;
+
+/// Bytes of a request header.
+pub const HEADER_BYTES: u64 = 16;
+
+/// Request types: `VIRTIO_BLK_T_*`.
+pub mod kind {
+    /// Read.
+    pub const IN: u32 = 0;
+    /// Write.
+    pub const OUT: u32 = 1;
+    /// Make completed writes stable.
+    pub const FLUSH: u32 = 4;
+    /// Read the device's name.
+    pub const GET_ID: u32 = 8;
+    /// The contents of ranges are no longer needed.
+    pub const DISCARD: u32 = 11;
+    /// Ranges shall read as zeroes.
+    pub const WRITE_ZEROES: u32 = 13;
+    /// Ranges shall be erased beyond recovery.
+    pub const SECURE_ERASE: u32 = 14;
+}
+
+/// The last byte of a request: `VIRTIO_BLK_S_*`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Status {
+    /// Done.
+    Ok = 0,
+    /// The device or the request failed.
+    IoErr = 1,
+    /// The device does not know the request or one of its flags.
+    Unsupp = 2,
+}
+
+impl Status {
+    /// What a driver finds in its status byte; `None` for a value that is none of the three.
+    #[must_use]
+    pub const fn from_byte(byte: u8) -> Option<Self> {
+        match byte {
+            0 => Some(Self::Ok),
+            1 => Some(Self::IoErr),
+            2 => Some(Self::Unsupp),
+            _ => None,
+        }
+    }
+
+    /// The byte the device writes.
+    #[must_use]
+    pub const fn byte(self) -> u8 {
+        self as u8
+    }
+}
+
+/// Configuration space: `struct virtio_blk_config`, 96 bytes.
+///
+/// A field has a meaning when the feature named is offered; the others are 0.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
+)]
+#[repr(C)]
+pub struct BlkConfig {
+    /// Sectors of 512 bytes.
+    pub capacity: U64,
+    /// Bytes of the largest segment (`SIZE_MAX`).
+    pub size_max: U32,
+    /// Segments of the largest request (`SEG_MAX`).
+    pub seg_max: U32,
+    /// Cylinders (`GEOMETRY`).
+    pub cylinders: U16,
+    /// Heads (`GEOMETRY`).
+    pub heads: u8,
+    /// Sectors of a track (`GEOMETRY`).
+    pub sectors: u8,
+    /// Bytes of a logical block (`BLK_SIZE`).
+    pub blk_size: U32,
+    /// Logical blocks of a physical one, as a power of two (`TOPOLOGY`).
+    pub physical_block_exp: u8,
+    /// First aligned logical block (`TOPOLOGY`).
+    pub alignment_offset: u8,
+    /// Logical blocks of the smallest request worth making (`TOPOLOGY`).
+    pub min_io_size: U16,
+    /// Logical blocks of the best request (`TOPOLOGY`).
+    pub opt_io_size: U32,
+    /// 1: write-back, 0: write-through (`CONFIG_WCE`).
+    pub wce: u8,
+    /// 0.
+    pub unused: u8,
+    /// Request queues (`MQ`).
+    pub num_queues: U16,
+    /// Sectors of the largest discard segment (`DISCARD`).
+    pub max_discard_sectors: U32,
+    /// Segments of a discard request (`DISCARD`).
+    pub max_discard_seg: U32,
+    /// Alignment of a discard, in sectors (`DISCARD`).
+    pub discard_sector_alignment: U32,
+    /// Sectors of the largest write-zeroes segment (`WRITE_ZEROES`).
+    pub max_write_zeroes_sectors: U32,
+    /// Segments of a write-zeroes request (`WRITE_ZEROES`).
+    pub max_write_zeroes_seg: U32,
+    /// 1: write-zeroes may unmap (`WRITE_ZEROES`).
+    pub write_zeroes_may_unmap: u8,
+    /// 0.
+    pub unused1: [u8; 3],
+    /// Sectors of the largest secure-erase segment (`SECURE_ERASE`).
+    pub max_secure_erase_sectors: U32,
+    /// Segments of a secure-erase request (`SECURE_ERASE`).
+    pub max_secure_erase_seg: U32,
+    /// Alignment of a secure erase, in sectors (`SECURE_ERASE`).
+    pub secure_erase_sector_alignment: U32,
+    /// Zones (`ZONED`); this crate offers none.
+    pub zoned: BlkZoned,
+}
+
+/// The zoned part of [`BlkConfig`]: `struct virtio_blk_zoned_characteristics`.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
+)]
+#[repr(C)]
+pub struct BlkZoned {
+    /// Sectors of a zone.
+    pub zone_sectors: U32,
+    /// Zones that may be open.
+    pub max_open_zones: U32,
+    /// Zones that may be active.
+    pub max_active_zones: U32,
+    /// Sectors of the largest append.
+    pub max_append_sectors: U32,
+    /// Bytes of the smallest write.
+    pub write_granularity: U32,
+    /// `VIRTIO_BLK_Z_*`; 0 for a device without zones.
+    pub model: u8,
+    /// 0.
+    pub unused2: [u8; 3],
+}
+
+/// The first 16 bytes of a request: `struct virtio_blk_outhdr`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RequestHeader {
+    /// One of [`kind`], or something unknown.
+    pub kind: u32,
+    /// Priority; not used.
+    pub ioprio: u32,
+    /// First sector of a read or write.
+    pub sector: u64,
+}
+
+impl RequestHeader {
+    /// Reads a header; every value is one.
+    #[must_use]
+    pub fn parse(raw: &[u8; 16]) -> Self {
+        let [k0, k1, k2, k3, p0, p1, p2, p3, sector @ ..] = *raw;
+        Self {
+            kind: u32::from_le_bytes([k0, k1, k2, k3]),
+            ioprio: u32::from_le_bytes([p0, p1, p2, p3]),
+            sector: u64::from_le_bytes(sector),
+        }
+    }
+
+    /// The bytes a driver writes.
+    #[must_use]
+    pub fn encode(&self) -> [u8; 16] {
+        let mut raw = [0; 16];
+        raw[..4].copy_from_slice(&self.kind.to_le_bytes());
+        raw[4..8].copy_from_slice(&self.ioprio.to_le_bytes());
+        raw[8..].copy_from_slice(&self.sector.to_le_bytes());
+        raw
+    }
+}
+
+/// A range of a discard, write-zeroes or secure-erase request: `struct virtio_blk_discard_write_zeroes`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// First sector.
+    pub sector: u64,
+    /// Sectors.
+    pub num_sectors: u32,
+    /// [`UNMAP`](Self::UNMAP); all other bits are reserved.
+    pub flags: u32,
+}
+
+impl Segment {
+    /// Bytes of a segment.
+    pub const BYTES: usize = 16;
+    /// The device may unmap the range (`VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP`).
+    pub const UNMAP: u32 = 1;
+
+    /// Reads a segment; every value is one.
+    #[must_use]
+    pub fn parse(raw: &[u8; 16]) -> Self {
+        let [s0, s1, s2, s3, s4, s5, s6, s7, n0, n1, n2, n3, flags @ ..] = *raw;
+        Self {
+            sector: u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]),
+            num_sectors: u32::from_le_bytes([n0, n1, n2, n3]),
+            flags: u32::from_le_bytes(flags),
+        }
+    }
+
+    /// The bytes a driver writes.
+    #[must_use]
+    pub fn encode(&self) -> [u8; 16] {
+        let mut raw = [0; 16];
+        raw[..8].copy_from_slice(&self.sector.to_le_bytes());
+        raw[8..12].copy_from_slice(&self.num_sectors.to_le_bytes());
+        raw[12..].copy_from_slice(&self.flags.to_le_bytes());
+        raw
+    }
+}
+
+/// Why a chain is no block request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum ShapeError {
+    /// The header cannot be reached; the request may be tried again.
+    #[error(transparent)]
+    Fault(#[from] Fault),
+    /// Too few readable bytes.
+    #[error("request has {readable} readable bytes: a header of 16 is required")]
+    Header {
+        /// Readable bytes.
+        readable: u64,
+    },
+    /// No writable buffer, or an empty one in the last place.
+    #[error("request has no room for its status: the last writable buffer must have a byte")]
+    Status,
+}
+
+/// A block request: its header, and where its data and its status are.
+#[derive(Clone, Copy, Debug)]
+pub struct BlkRequest<'a> {
+    /// The header.
+    pub header: RequestHeader,
+    /// Readable bytes after the header: what a write writes, or the segments of a discard.
+    pub data_out: BufferSlice<'a>,
+    /// Writable bytes before the status: where a read goes.
+    pub data_in: BufferSlice<'a>,
+    /// Address of the status byte.
+    pub status: u64,
+}
+
+impl<'a> BlkRequest<'a> {
+    /// Finds the parts of a request, however the driver has cut it into buffers. Reads the header from memory, and
+    /// no data.
+    ///
+    /// # Errors
+    /// [`ShapeError`]; the rules are those of uapi-spec 6.3.
+    pub fn parse<M: Memory>(memory: &M, chain: &'a Chain) -> Result<Self, ShapeError> {
+        let readable = chain.readable();
+        let short = ShapeError::Header { readable: readable.len() };
+        let Some(&Buffer { iova, len: last @ 1.. }) = chain.writable.last() else {
+            return Err(ShapeError::Status);
+        };
+        let (header, data_out) = readable.split_at(HEADER_BYTES).ok_or(short)?;
+        let writable = chain.writable();
+        let (data_in, _) = writable.split_at(writable.len().saturating_sub(1)).ok_or(ShapeError::Status)?;
+        let mut raw = [0; 16];
+        header.read(memory, &mut raw)?;
+        Ok(Self {
+            header: RequestHeader::parse(&raw),
+            data_out,
+            data_in,
+            status: iova.wrapping_add(u64::from(last - 1)),
+        })
+    }
+
+    /// Writes the status byte. The length to report as used is the data written plus 1.
+    ///
+    /// # Errors
+    /// [`Fault`].
+    pub fn write_status<M: Memory>(&self, memory: &M, status: Status) -> Result<(), Fault> {
+        memory.write(self.status, &[status.byte()])
+    }
+}

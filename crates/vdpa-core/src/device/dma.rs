@@ -1,0 +1,408 @@
+//! IOTLB messages: UPDATE, INVALIDATE and batches.
+
+use thiserror::Error;
+
+use crate::device::{Device, MemoryOf};
+use crate::errno::Errno;
+use crate::features::BackendFeatures;
+use crate::host::{AddressSpace, Caller, Fragment, MemoryObject};
+use crate::iotlb::{Mapping, RecordId, Table};
+use crate::parent::{AddressMode, Dma, Parent, PrivateMemory, Profile};
+use crate::types::{Asid, IotlbMsg, IovaRange, Result, iotlb_type};
+
+/// Why an IOTLB message was refused. The client sees [`errno`](Self::errno), which is nearly always `EFAULT`;
+/// the rest is for the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum IotlbError {
+    /// UPDATE of no bytes; the one refusal the kernel reports as such.
+    #[error("UPDATE of 0 bytes at {iova:#x}; size must be at least 1")]
+    EmptyUpdate {
+        /// Address given.
+        iova: u64,
+    },
+    /// The caller is not the owner.
+    #[error("the caller is not the owner of the device; after fork or exec call VHOST_NEW_OWNER first")]
+    NotOwner,
+    /// The address space does not exist.
+    #[error("asid {asid} is beyond the device's {count} address spaces")]
+    NoSuchAsid {
+        /// Asid given.
+        asid: Asid,
+        /// Address spaces of the device.
+        count: u32,
+    },
+    /// The address space was never used.
+    #[error("nothing was ever mapped in asid {asid}")]
+    NoTable {
+        /// Asid given.
+        asid: Asid,
+    },
+    /// A batch is open for another address space.
+    #[error("message for asid {asid} inside a batch for asid {batch}")]
+    OtherBatch {
+        /// Asid given.
+        asid: Asid,
+        /// Asid of the open batch.
+        batch: Asid,
+    },
+    /// Not a message a client may send.
+    #[error("IOTLB message type {kind} is not one a client may send")]
+    UnknownType {
+        /// Type given.
+        kind: u8,
+    },
+    /// Outside what the device can address.
+    #[error("{size:#x} bytes at {iova:#x} are outside the device's range {range}")]
+    OutOfRange {
+        /// Address given.
+        iova: u64,
+        /// Size given.
+        size: u64,
+        /// The device's range.
+        range: IovaRange,
+    },
+    /// Something is mapped there already.
+    #[error("{range} overlaps the mapping {existing}; INVALIDATE it first")]
+    Overlap {
+        /// Range given.
+        range: IovaRange,
+        /// The first entry in the way.
+        existing: IovaRange,
+    },
+    /// The table is full.
+    #[error("the table already has {entries} entries, the limit is {limit}")]
+    Full {
+        /// Entries now.
+        entries: usize,
+        /// Limit.
+        limit: usize,
+    },
+    /// The caller's memory cannot be reached.
+    #[error("no accessible memory at user address {uaddr:#x}, {size:#x} bytes, for {range}: {errno}")]
+    Unreachable {
+        /// Range given.
+        range: IovaRange,
+        /// Address given.
+        uaddr: u64,
+        /// Size given.
+        size: u64,
+        /// What the platform reports.
+        errno: Errno,
+    },
+    /// The owner's limit on pinned pages.
+    #[error("pinning {pages} more pages exceeds RLIMIT_MEMLOCK: {pinned} pinned of {limit}")]
+    MemLock {
+        /// Pages needed.
+        pages: u64,
+        /// Pages charged already.
+        pinned: u64,
+        /// Limit in pages.
+        limit: u64,
+    },
+    /// The parent refused.
+    #[error("the device refused the mapping: {errno}")]
+    Parent {
+        /// What it reports.
+        errno: Errno,
+    },
+    /// REMAP with a permission or without a size.
+    #[error("REMAP needs perm 0 and a size, got perm {perm:#x} and {size:#x} bytes")]
+    RemapArguments {
+        /// Permission given.
+        perm: u8,
+        /// Size given.
+        size: u64,
+    },
+    /// The device does not offer REMAP.
+    #[error("the device does not use owner addresses and does not offer VHOST_IOTLB_REMAP")]
+    RemapNotOffered,
+    /// REMAP of a range that is not one mapping.
+    #[error("{size:#x} bytes at {iova:#x} are neither a whole UPDATE nor one fragment of it")]
+    RemapNoMatch {
+        /// Address given.
+        iova: u64,
+        /// Size given.
+        size: u64,
+    },
+    /// REMAP to other memory.
+    #[error(
+        "user address {uaddr:#x} is not the memory object mapped at {range}; REMAP must name the same memory"
+    )]
+    RemapOtherObject {
+        /// The mapping.
+        range: IovaRange,
+        /// Address given.
+        uaddr: u64,
+    },
+}
+
+impl IotlbError {
+    /// What the client's `write` fails with (uapi-spec 2.2).
+    #[must_use]
+    pub const fn errno(self) -> Errno {
+        match self {
+            Self::EmptyUpdate { .. } => Errno::INVAL,
+            _ => Errno::FAULT,
+        }
+    }
+}
+
+/// An open batch, and what a failing END must take back: the state before the batch's first REMAP of each
+/// record (uapi-spec 8.5, R6).
+#[derive(Debug)]
+pub(super) struct Batch<P: Parent> {
+    pub(super) asid: Asid,
+    pub(super) remapped: Vec<(RecordId, Vec<Mapping<MemoryOf<P>>>)>,
+}
+
+impl<P: Parent> Device<P> {
+    /// One IOTLB message, checked in the kernel's order (uapi-spec 2.2 to 2.6). `asid` is 0 for version-1
+    /// messages and where IOTLB_ASID was not acknowledged: the shell decodes that. Blocks until requests that
+    /// use a removed mapping are done.
+    ///
+    /// # Errors
+    /// See [`IotlbError`].
+    pub fn iotlb(
+        &mut self,
+        caller: &dyn Caller<P::Host>,
+        asid: Asid,
+        msg: &IotlbMsg,
+    ) -> Result<(), IotlbError> {
+        if msg.kind == iotlb_type::UPDATE && msg.size == 0 {
+            return Err(IotlbError::EmptyUpdate { iova: msg.iova });
+        }
+        self.ownership.check(caller).map_err(|_| IotlbError::NotOwner)?;
+        self.find_table(asid, matches!(msg.kind, iotlb_type::UPDATE | iotlb_type::BATCH_BEGIN))?;
+        match msg.kind {
+            iotlb_type::UPDATE => self.update(caller, asid, msg),
+            iotlb_type::INVALIDATE => {
+                self.invalidate(asid, msg);
+                Ok(())
+            }
+            iotlb_type::BATCH_BEGIN => {
+                self.batch.get_or_insert_with(|| Batch { asid, remapped: Vec::new() });
+                Ok(())
+            }
+            iotlb_type::BATCH_END => self.end_batch(asid),
+            iotlb_type::REMAP => self.remap(asid, msg),
+            kind => Err(IotlbError::UnknownType { kind }),
+        }
+    }
+
+    /// The table must exist, or be created, and no batch may be open for another one (uapi-spec 2.3).
+    fn find_table(&mut self, asid: Asid, create: bool) -> Result<(), IotlbError> {
+        let count = self.parent.profile().address_spaces;
+        if create {
+            if asid.0 >= count {
+                return Err(IotlbError::NoSuchAsid { asid, count });
+            }
+            self.tables.entry(asid).or_default();
+        }
+        match &self.batch {
+            Some(batch) if batch.asid != asid => Err(IotlbError::OtherBatch { asid, batch: batch.asid }),
+            _ if !self.tables.contains_key(&asid) => Err(IotlbError::NoTable { asid }),
+            _ => Ok(()),
+        }
+    }
+
+    fn update(&mut self, caller: &dyn Caller<P::Host>, asid: Asid, msg: &IotlbMsg) -> Result<(), IotlbError> {
+        let profile = self.parent.profile();
+        let range = IovaRange::from_size(msg.iova, msg.size)
+            .filter(|range| profile.iova_range.contains(*range))
+            .ok_or(IotlbError::OutOfRange { iova: msg.iova, size: msg.size, range: profile.iova_range })?;
+        let table = self.tables.get(&asid).ok_or(IotlbError::NoTable { asid })?;
+        if let Some(existing) = table.overlapping(range).first() {
+            return Err(IotlbError::Overlap { range, existing: existing.range });
+        }
+        let owner = self.ownership.owner().ok_or(IotlbError::NotOwner)?;
+        let fragments = resolve(owner, profile, range, msg)?;
+        if table.len() + fragments.len() > profile.max_iotlb_entries {
+            return Err(IotlbError::Full { entries: table.len(), limit: profile.max_iotlb_entries });
+        }
+        let pages = pages_to_pin(profile, fragments.iter().map(|(_, fragment)| &fragment.memory));
+        let limit = caller.memlock_pages();
+        let pinned = owner.account().pages();
+        self.ownership.charge(pages, limit).map_err(|_| IotlbError::MemLock { pages, pinned, limit })?;
+        let added = self.insert_fragments(asid, range, msg, fragments);
+        self.tell_parent_added(asid, range, &added).map_err(|errno| {
+            self.ownership.uncharge(pages);
+            IotlbError::Parent { errno }
+        })
+    }
+
+    /// Puts resolved fragments into the table as one record; returns their ranges.
+    fn insert_fragments(
+        &mut self,
+        asid: Asid,
+        range: IovaRange,
+        msg: &IotlbMsg,
+        fragments: Vec<(u64, Fragment<MemoryOf<P>>)>,
+    ) -> Vec<IovaRange> {
+        let table = self.tables.entry(asid).or_default();
+        let record = table.open_record(range);
+        let mut added = Vec::with_capacity(fragments.len());
+        for mapping in mappings(range, msg, record, fragments) {
+            added.push(mapping.range);
+            table.insert(mapping);
+        }
+        table.close_record(record);
+        added
+    }
+
+    /// Hands new entries to the parent; when it refuses, they are gone from the table and from the parent.
+    fn tell_parent_added(&mut self, asid: Asid, range: IovaRange, added: &[IovaRange]) -> Result<()> {
+        let Some(table) = self.tables.get_mut(&asid) else { return Ok(()) };
+        let batched = self.batch.is_some();
+        let result = match self.parent.dma() {
+            Dma::Platform => Ok(()),
+            Dma::SetMap(_) if batched || added.is_empty() => Ok(()),
+            Dma::SetMap(map) => map.set_map(asid, table),
+            Dma::DmaMap(map) => {
+                let mut done = Ok(());
+                for (i, range) in added.iter().enumerate() {
+                    let Some(entry) = table.get(range.first()) else { continue };
+                    if let Err(error) = map.dma_map(asid, entry) {
+                        added[..i].iter().for_each(|&range| map.dma_unmap(asid, range));
+                        done = Err(error);
+                        break;
+                    }
+                }
+                done
+            }
+        };
+        if result.is_err() {
+            table.remove_touching(range.first(), range.last());
+            if let Dma::SetMap(map) = self.parent.dma() {
+                // The parent may have lost its table in the failing call: offer the previous one once.
+                let _ = map.set_map(asid, table);
+            }
+        }
+        result
+    }
+
+    /// Removes whole entries; never fails once the table exists, and calls a snapshot parent even when nothing
+    /// was there (uapi-spec 2.5).
+    fn invalidate(&mut self, asid: Asid, msg: &IotlbMsg) {
+        // Wrapping on purpose: size 0 and sums beyond 2^64 have the documented odd effects.
+        let last = msg.iova.wrapping_add(msg.size).wrapping_sub(1);
+        let Some(table) = self.tables.get_mut(&asid) else { return };
+        let removed = table.remove_touching(msg.iova, last);
+        match self.parent.dma() {
+            Dma::SetMap(map) if self.batch.is_none() => drop(map.set_map(asid, table)),
+            Dma::DmaMap(map) => removed.iter().for_each(|entry| map.dma_unmap(asid, entry.range)),
+            Dma::SetMap(_) | Dma::Platform => {}
+        }
+        let pages = pages_to_pin(self.parent.profile(), removed.iter().map(|entry| &entry.memory));
+        self.ownership.uncharge(pages);
+    }
+
+    fn end_batch(&mut self, asid: Asid) -> Result<(), IotlbError> {
+        let Some(batch) = self.batch.take() else { return Ok(()) };
+        let report = self.parent.profile().report_batch_errors || !batch.remapped.is_empty();
+        let Err(errno) = self.set_map(asid) else { return Ok(()) };
+        self.undo_remaps(asid, batch.remapped);
+        // One attempt to give the parent a table again, whatever came of the failing call.
+        let _ = self.set_map(asid);
+        if report { Err(IotlbError::Parent { errno }) } else { Ok(()) }
+    }
+
+    /// Gives a snapshot parent the present table of `asid`.
+    pub(super) fn set_map(&mut self, asid: Asid) -> Result<()> {
+        match (self.parent.dma(), self.tables.get(&asid)) {
+            (Dma::SetMap(map), Some(table)) => map.set_map(asid, table),
+            _ => Ok(()),
+        }
+    }
+
+    /// A reset that cleans the map: the parent's translation goes, the interface's table stays (uapi-spec 4.5).
+    pub(super) fn clean_parent_map(&mut self) {
+        for (&asid, table) in &self.tables {
+            match self.parent.dma() {
+                Dma::SetMap(map) => drop(map.set_map(asid, &Table::default())),
+                Dma::DmaMap(map) => table.iter().for_each(|entry| map.dma_unmap(asid, entry.range)),
+                Dma::Platform => {}
+            }
+        }
+    }
+
+    /// Close: every table is emptied, for the parent too, and the charge goes back.
+    pub(super) fn unmap_everything(&mut self) {
+        self.clean_parent_map();
+        self.tables.clear();
+        self.ownership.uncharge(self.ownership.pinned_pages());
+    }
+
+    /// After a change of owner, entries with owner addresses wait for their REMAP (uapi-spec 8.5, R7).
+    pub(super) fn mark_stale(&mut self) {
+        let asids: Vec<Asid> = self.tables.keys().copied().collect();
+        for asid in asids {
+            if let Some(table) = self.tables.get_mut(&asid) {
+                table.mark_all(true);
+            }
+            // A parent that refuses keeps its old table; the entries are gone with their address space anyway.
+            let _ = self.set_map(asid);
+        }
+    }
+
+    /// Whether the device offers REMAP.
+    pub(super) fn offers_remap(&self) -> bool {
+        let profile = self.parent.profile();
+        profile.address_mode == AddressMode::OwnerAddresses
+            && profile.backend_features.has(BackendFeatures::IOTLB_REMAP)
+    }
+}
+
+/// Finds the memory for a request and applies the device's policy for private memory. Each fragment comes with
+/// its offset in the request.
+#[expect(clippy::type_complexity, reason = "an offset and a fragment, used in two places")]
+pub(super) fn resolve<A: AddressSpace>(
+    owner: &A,
+    profile: &Profile,
+    range: IovaRange,
+    msg: &IotlbMsg,
+) -> Result<Vec<(u64, Fragment<A::Memory>)>, IotlbError> {
+    let perm = msg.perm;
+    let fragments = owner.resolve(msg.uaddr, msg.size, perm).map_err(|errno| IotlbError::Unreachable {
+        range,
+        uaddr: msg.uaddr,
+        size: msg.size,
+        errno,
+    })?;
+    let mut offset = 0;
+    let mut kept = Vec::with_capacity(fragments.len());
+    for fragment in fragments {
+        let at = offset;
+        offset += fragment.size;
+        if fragment.memory.is_shared() || profile.private_memory == PrivateMemory::Copy {
+            kept.push((at, fragment));
+        }
+    }
+    debug_assert_eq!(offset, msg.size, "fragments must cover the request");
+    Ok(kept)
+}
+
+/// Turns resolved fragments into table entries of one record.
+pub(super) fn mappings<M>(
+    range: IovaRange,
+    msg: &IotlbMsg,
+    record: RecordId,
+    fragments: Vec<(u64, Fragment<M>)>,
+) -> impl Iterator<Item = Mapping<M>> {
+    let (uaddr, perm) = (msg.uaddr, msg.perm);
+    fragments.into_iter().filter_map(move |(offset, fragment)| {
+        let range = IovaRange::from_size(range.first() + offset, fragment.size)?;
+        let uaddr = uaddr.wrapping_add(offset);
+        Some(Mapping { range, uaddr, perm, memory: fragment.memory, stale: false, record })
+    })
+}
+
+/// What these pieces charge to the owner: nothing unless the device pins.
+pub(super) fn pages_to_pin<'a, M: MemoryObject>(
+    profile: &Profile,
+    pieces: impl Iterator<Item = &'a M>,
+) -> u64 {
+    match profile.address_mode {
+        AddressMode::Pinned => pieces.map(MemoryObject::pin_pages).sum(),
+        AddressMode::OwnerAddresses | AddressMode::Objects => 0,
+    }
+}

@@ -1,0 +1,508 @@
+//! [`Device`]: the vhost-vdpa state machine for every parent.
+//!
+//! The methods are the requests of the interface with their checks in the kernel's order. They come in four
+//! kinds: life cycle ([`open`](Device::open), [`release`](Device::release)), requests that take a
+//! [`Caller`] because only the owner may make them or because they change the owner, requests that anybody who
+//! holds the device may make, and getters for whoever manages the device.
+
+mod dma;
+mod remap;
+#[cfg(test)]
+mod tests;
+mod vring;
+
+use std::collections::BTreeMap;
+
+pub use dma::IotlbError;
+use vring::Vring;
+pub use vring::VringInfo;
+
+use crate::errno::Errno;
+use crate::features::{BackendFeatures, Features, Status};
+use crate::host::{Caller, Host};
+use crate::iotlb::Table;
+use crate::owner::Ownership;
+use crate::parent::{CompatReset, Parent, Profile};
+use crate::types::{Asid, GroupIndex, IovaRange, QueueIndex, Result};
+
+pub(crate) type MemoryOf<P> = <<P as Parent>::Host as Host>::Memory;
+pub(crate) type EventOf<P> = <<P as Parent>::Host as Host>::Event;
+pub(crate) type SpaceOf<P> = <<P as Parent>::Host as Host>::AddressSpace;
+
+/// A device: everything the vhost-vdpa interface remembers, around a parent.
+///
+/// Not thread-safe by itself: the shell serialises requests per device, as the kernel does with the device
+/// mutex (uapi-spec 1.1).
+#[derive(Debug)]
+pub struct Device<P: Parent> {
+    parent: P,
+    opened: bool,
+    ownership: Ownership<P::Host>,
+    status: Status,
+    /// vhost-vdpa's flag: set by SUSPEND, cleared by RESUME and reset, not by a status write.
+    suspended: bool,
+    /// The parent is at rest although DRIVER_OK is set. Differs from `suspended` only with
+    /// [`Profile::status_unsuspends`].
+    paused: bool,
+    /// Features in force; `None` until the driver (or an early GET_CONFIG) has set them.
+    features: Option<Features>,
+    /// The word that decides the encoding of vring bases. Survives reset, as the kernel's copy does.
+    base_features: Features,
+    acked: BackendFeatures,
+    vrings: Vec<Vring<P::Host>>,
+    /// Largest ring, captured after the last successful reset.
+    num_max: u16,
+    group_asids: Vec<Asid>,
+    tables: BTreeMap<Asid, Table<MemoryOf<P>>>,
+    batch: Option<dma::Batch<P>>,
+    config_call: Option<EventOf<P>>,
+}
+
+impl<P: Parent> Device<P> {
+    /// A device nobody has opened yet.
+    pub fn new(parent: P) -> Self {
+        let profile = parent.profile();
+        let vrings = (0..profile.queues).map(|_| Vring::default()).collect();
+        let group_asids = vec![Asid(0); profile.groups as usize];
+        Self {
+            opened: false,
+            ownership: Ownership::new(),
+            status: Status::RESET,
+            suspended: false,
+            paused: false,
+            features: None,
+            base_features: Features::NONE,
+            acked: BackendFeatures::NONE,
+            vrings,
+            num_max: profile.queue_size_max,
+            group_asids,
+            tables: BTreeMap::new(),
+            batch: None,
+            config_call: None,
+            parent,
+        }
+    }
+
+    // Life cycle.
+
+    /// A client opens the device (uapi-spec 4.2).
+    ///
+    /// # Errors
+    /// `EBUSY` while it is open; what the reset reports.
+    pub fn open(&mut self) -> Result<()> {
+        if self.opened {
+            return Err(Errno::BUSY);
+        }
+        self.batch = None;
+        // Nothing is negotiated yet, so the first reset never cleans the map.
+        self.reset_device(false)?;
+        self.vrings.iter_mut().for_each(|vring| *vring = Vring::default());
+        self.acked = BackendFeatures::NONE;
+        self.base_features = Features::NONE;
+        self.opened = true;
+        Ok(())
+    }
+
+    /// The last descriptor is closed (uapi-spec 4.7). Everything the client left is undone; errors are ignored,
+    /// as there is nobody to tell.
+    pub fn release(&mut self) {
+        if !self.opened {
+            return;
+        }
+        self.batch = None;
+        let _ = self.reset_device(false);
+        self.unmap_everything();
+        let _ = self.parent.bind_owner(None);
+        self.ownership.clear();
+        self.config_call = None;
+        self.acked = BackendFeatures::NONE;
+        self.vrings.iter_mut().for_each(|vring| *vring = Vring::default());
+        self.opened = false;
+    }
+
+    // Ownership.
+
+    /// `VHOST_SET_OWNER` (uapi-spec 4.3).
+    ///
+    /// # Errors
+    /// `EBUSY` when there is an owner, also when it is the caller; what the platform or the parent reports.
+    pub fn set_owner(&mut self, caller: &dyn Caller<P::Host>) -> Result<()> {
+        if self.ownership.owner().is_some() {
+            return Err(Errno::BUSY);
+        }
+        let space = caller.address_space()?;
+        self.parent.bind_owner(Some(&space))?;
+        self.ownership.set(space);
+        Ok(())
+    }
+
+    /// `VHOST_RESET_OWNER`: not part of vhost-vdpa. With argument 0 the owner gets `EFAULT`, anybody else
+    /// `EPERM` (uapi-spec 1.1).
+    ///
+    /// # Errors
+    /// Always.
+    pub fn reset_owner(&mut self, caller: &dyn Caller<P::Host>) -> Result<()> {
+        self.ownership.check(caller)?;
+        Err(Errno::FAULT)
+    }
+
+    /// `VHOST_NEW_OWNER`, with the resolved order of checks (uapi-spec 8.4). Mappings, pins, vring state,
+    /// eventfds, status and negotiated words stay; the pinned-page charge moves to the caller's account.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` when not offered; `EINVAL` without an owner; `EBUSY` when the caller is the owner, and in
+    /// strict mode while the device runs; `ENOMEM` over the caller's limit. Nothing changes on an error.
+    pub fn new_owner(&mut self, caller: &dyn Caller<P::Host>) -> Result<()> {
+        let profile = self.parent.profile();
+        let (strict, remap_required) =
+            (profile.strict_new_owner, profile.backend_features.has(BackendFeatures::IOTLB_REMAP));
+        if !profile.backend_features.has(BackendFeatures::NEW_OWNER) {
+            return Err(Errno::OPNOTSUPP);
+        }
+        let old = self.ownership.owner().ok_or(Errno::INVAL)?;
+        if caller.is(old) {
+            return Err(Errno::BUSY);
+        }
+        if strict && self.status.contains(Status::DRIVER_OK) && !self.suspended {
+            return Err(Errno::BUSY);
+        }
+        let old = old.clone();
+        let space = caller.address_space()?;
+        self.parent.bind_owner(Some(&space))?;
+        if let Err(error) = self.ownership.transfer(space, caller.memlock_pages()) {
+            // Re-binding what was bound a moment ago; its result cannot change what the caller is told.
+            let _ = self.parent.bind_owner(Some(&old));
+            return Err(error);
+        }
+        if remap_required {
+            self.mark_stale();
+        }
+        Ok(())
+    }
+
+    // Identity and negotiation.
+
+    /// The parent's constants.
+    pub fn profile(&self) -> &Profile {
+        self.parent.profile()
+    }
+
+    /// `VHOST_GET_BACKEND_FEATURES` (uapi-spec 1.4).
+    pub fn backend_features(&self) -> BackendFeatures {
+        const BASE: BackendFeatures = BackendFeatures::of(&[
+            BackendFeatures::IOTLB_MSG_V2,
+            BackendFeatures::IOTLB_BATCH,
+            BackendFeatures::IOTLB_ASID,
+        ]);
+        let profile = self.parent.profile();
+        let mut offered = BASE | profile.backend_features;
+        if profile.suspend {
+            offered = offered.with(BackendFeatures::SUSPEND);
+        }
+        if profile.resume {
+            offered = offered.with(BackendFeatures::RESUME);
+        }
+        if profile.reset_map {
+            offered = offered.with(BackendFeatures::IOTLB_PERSIST);
+        }
+        offered
+    }
+
+    /// `VHOST_SET_BACKEND_FEATURES`: replaces the acknowledged word (uapi-spec 1.4).
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` for a bit outside those known or, SUSPEND onwards, not offered; `EINVAL` for DESC_ASID
+    /// without IOTLB_ASID.
+    pub fn set_backend_features(&mut self, word: BackendFeatures) -> Result<()> {
+        const KNOWN: u64 = 0x1fe;
+        const UNCHECKED: u64 = 0x4e;
+        let offered = self.backend_features();
+        let acceptable = BackendFeatures(KNOWN | offered.0 & !1);
+        if !acceptable.contains(word) {
+            return Err(Errno::OPNOTSUPP);
+        }
+        let missing = |bit| word.has(bit) && !offered.has(bit);
+        if missing(BackendFeatures::SUSPEND) || missing(BackendFeatures::RESUME) {
+            return Err(Errno::OPNOTSUPP);
+        }
+        if word.has(BackendFeatures::DESC_ASID) && !word.has(BackendFeatures::IOTLB_ASID) {
+            return Err(Errno::INVAL);
+        }
+        if !(offered | BackendFeatures(UNCHECKED)).contains(word) {
+            return Err(Errno::OPNOTSUPP);
+        }
+        self.acked = word;
+        Ok(())
+    }
+
+    /// Backend features the client acknowledged.
+    pub const fn acked_backend_features(&self) -> BackendFeatures {
+        self.acked
+    }
+
+    /// Features in force, if any were set.
+    pub const fn negotiated_features(&self) -> Option<Features> {
+        self.features
+    }
+
+    /// `VHOST_SET_FEATURES` (uapi-spec 1.4).
+    ///
+    /// # Errors
+    /// `EBUSY` after FEATURES_OK; `EINVAL` when the parent refuses the word.
+    pub fn set_features(&mut self, word: Features) -> Result<()> {
+        if self.status.contains(Status::FEATURES_OK) {
+            return Err(Errno::BUSY);
+        }
+        let in_force = self.parent.negotiate(word).map_err(|_| Errno::INVAL)?;
+        self.features = Some(in_force);
+        self.base_features = in_force;
+        Ok(())
+    }
+
+    // Status.
+
+    /// `VHOST_VDPA_GET_STATUS`.
+    pub const fn status(&self) -> Status {
+        self.status
+    }
+
+    /// Whether SUSPEND is in force.
+    pub const fn suspended(&self) -> bool {
+        self.suspended
+    }
+
+    /// `VHOST_VDPA_SET_STATUS` (uapi-spec 1.5, 4.4, 4.5). Writing 0 blocks until requests in flight are done.
+    ///
+    /// # Errors
+    /// `EINVAL` when a bit set now is missing in a value other than 0; what the reset reports.
+    pub fn set_status(&mut self, new: Status) -> Result<()> {
+        if new == Status::RESET {
+            return self.reset_device(self.cleans_map());
+        }
+        if !new.contains(self.status) {
+            return Err(Errno::INVAL);
+        }
+        self.status = new;
+        if new.contains(Status::DRIVER_OK) && self.parent.profile().status_unsuspends {
+            self.paused = false;
+        }
+        self.start_ready();
+        Ok(())
+    }
+
+    /// `VHOST_VDPA_SUSPEND` (uapi-spec 1.8, 8.7). Blocks until requests in flight are done; when it returns,
+    /// client memory is not touched any more and bases are stable.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP`; `EIO` when a queue does not come to rest, and the device runs on then.
+    pub fn suspend(&mut self) -> Result<()> {
+        if !self.status.contains(Status::DRIVER_OK) {
+            return Ok(());
+        }
+        if !self.parent.profile().suspend {
+            return Err(Errno::OPNOTSUPP);
+        }
+        self.paused = true;
+        if let Err(error) = self.stop_all() {
+            self.paused = self.suspended;
+            self.start_ready();
+            return Err(error);
+        }
+        self.suspended = true;
+        Ok(())
+    }
+
+    /// `VHOST_VDPA_RESUME` (uapi-spec 1.8). Kicks that came while suspended are served.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP`.
+    pub fn resume(&mut self) -> Result<()> {
+        if !self.status.contains(Status::DRIVER_OK) {
+            return Ok(());
+        }
+        if !self.parent.profile().resume {
+            return Err(Errno::OPNOTSUPP);
+        }
+        self.suspended = false;
+        self.paused = false;
+        self.start_ready();
+        Ok(())
+    }
+
+    /// Whether a client reset drops the parent's translation. An acknowledged NEW_OWNER counts as PERSIST:
+    /// clients of the live-update series acknowledge only that (uapi-spec 8.8).
+    fn cleans_map(&self) -> bool {
+        let keeps =
+            self.acked.has(BackendFeatures::IOTLB_PERSIST) || self.acked.has(BackendFeatures::NEW_OWNER);
+        self.parent.profile().compat_reset == CompatReset::Clean && !keeps
+    }
+
+    /// One device reset (uapi-spec 4.5). IOTLB, pins, owner, backend features, eventfds and batch survive.
+    fn reset_device(&mut self, clean_map: bool) -> Result<()> {
+        self.suspended = false;
+        self.paused = false;
+        self.num_max = 0;
+        self.features = None;
+        self.stop_all()?;
+        self.status = Status::RESET;
+        self.vrings.iter_mut().for_each(Vring::reset);
+        self.group_asids.iter_mut().for_each(|asid| *asid = Asid(0));
+        self.parent.reset();
+        if clean_map {
+            self.clean_parent_map();
+        }
+        self.num_max = self.parent.profile().queue_size_max;
+        Ok(())
+    }
+
+    // Configuration space.
+
+    /// `VHOST_VDPA_GET_CONFIG` (uapi-spec 1.5): fills `out` from `offset`.
+    ///
+    /// # Errors
+    /// `EINVAL` for an empty or out-of-range request.
+    pub fn config(&mut self, offset: u32, out: &mut [u8]) -> Result<()> {
+        self.check_config(offset, out.len())?;
+        if self.features.is_none() {
+            // The mark stays even when the parent refuses the empty word, as in the kernel.
+            self.features = Some(self.parent.negotiate(Features::NONE).unwrap_or(Features::NONE));
+        }
+        self.parent.read_config(offset, out);
+        Ok(())
+    }
+
+    /// Reads configuration space for the management side, without the side effect of [`config`](Self::config).
+    ///
+    /// # Errors
+    /// `EINVAL` for an empty or out-of-range request.
+    pub fn peek_config(&self, offset: u32, out: &mut [u8]) -> Result<()> {
+        self.check_config(offset, out.len())?;
+        self.parent.read_config(offset, out);
+        Ok(())
+    }
+
+    /// `VHOST_VDPA_SET_CONFIG`.
+    ///
+    /// # Errors
+    /// `EINVAL` for an empty or out-of-range request.
+    pub fn set_config(&mut self, offset: u32, data: &[u8]) -> Result<()> {
+        self.check_config(offset, data.len())?;
+        self.parent.write_config(offset, data);
+        Ok(())
+    }
+
+    /// Checks a configuration request of `len` bytes; the shell calls it before it allocates or reads `len`.
+    ///
+    /// # Errors
+    /// `EINVAL`.
+    pub fn check_config(&self, offset: u32, len: usize) -> Result<()> {
+        let size = self.parent.profile().config_size;
+        let fits = u32::try_from(len).is_ok_and(|len| len > 0 && offset <= size && len <= size - offset);
+        if fits { Ok(()) } else { Err(Errno::INVAL) }
+    }
+
+    /// `VHOST_VDPA_SET_CONFIG_CALL`.
+    pub fn set_config_call(&mut self, event: Option<EventOf<P>>) {
+        self.config_call = event;
+    }
+
+    /// The event to signal when the configuration changes.
+    pub const fn config_call(&self) -> Option<&EventOf<P>> {
+        self.config_call.as_ref()
+    }
+
+    // Groups.
+
+    /// `VHOST_VDPA_SET_GROUP_ASID` (uapi-spec 1.6). The first word is checked against the number of *queues*
+    /// before the number of groups, because the kernel's handler reads it as a queue index.
+    ///
+    /// # Errors
+    /// `EPERM`; `ENOBUFS`; `EINVAL` for group or asid; `EBUSY` after DRIVER_OK, suspended or not.
+    pub fn set_group_asid(
+        &mut self,
+        caller: &dyn Caller<P::Host>,
+        group: GroupIndex,
+        asid: Asid,
+    ) -> Result<()> {
+        self.ownership.check(caller)?;
+        let profile = self.parent.profile();
+        if group.0 >= u32::from(profile.queues) {
+            return Err(Errno::NOBUFS);
+        }
+        if group.0 >= profile.groups || asid.0 >= profile.address_spaces {
+            return Err(Errno::INVAL);
+        }
+        if self.status.contains(Status::DRIVER_OK) {
+            return Err(Errno::BUSY);
+        }
+        self.group_asids[group.0 as usize] = asid;
+        Ok(())
+    }
+
+    fn asid_of(&self, queue: QueueIndex) -> Asid {
+        let group = self.parent.profile().group_of(queue);
+        self.group_asids.get(group.0 as usize).copied().unwrap_or_default()
+    }
+
+    // For whoever manages the device.
+
+    /// Whether a client holds it open.
+    pub const fn is_open(&self) -> bool {
+        self.opened
+    }
+
+    /// The owner's address space.
+    pub fn owner(&self) -> Option<&SpaceOf<P>> {
+        self.ownership.owner()
+    }
+
+    /// Pages pinned for this device, on the owner's account.
+    pub const fn pinned_pages(&self) -> u64 {
+        self.ownership.pinned_pages()
+    }
+
+    /// Entries and bytes mapped over all address spaces, and how many entries wait for a REMAP.
+    pub fn mapped(&self) -> Mapped {
+        let mut sum = Mapped::default();
+        for entry in self.tables.values().flat_map(Table::iter) {
+            sum.entries += 1;
+            sum.bytes = sum.bytes.saturating_add(entry.range.size());
+            sum.stale += usize::from(entry.stale);
+        }
+        sum
+    }
+
+    /// Whether `caller` is the owner.
+    ///
+    /// # Errors
+    /// `EPERM`.
+    pub fn check_owner(&self, caller: &dyn Caller<P::Host>) -> Result<()> {
+        self.ownership.check(caller).map(drop)
+    }
+
+    /// Usable I/O virtual addresses.
+    pub fn iova_range(&self) -> IovaRange {
+        self.parent.profile().iova_range
+    }
+
+    /// The parent.
+    pub const fn parent(&self) -> &P {
+        &self.parent
+    }
+
+    /// The parent, for its own management requests. Queues and mappings are the device's business.
+    pub const fn parent_mut(&mut self) -> &mut P {
+        &mut self.parent
+    }
+}
+
+/// A summary of what is mapped: see [`Device::mapped`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Mapped {
+    /// Entries.
+    pub entries: usize,
+    /// Bytes.
+    pub bytes: u64,
+    /// Entries that are stale.
+    pub stale: usize,
+}

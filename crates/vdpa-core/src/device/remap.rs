@@ -1,0 +1,136 @@
+//! `VHOST_IOTLB_REMAP`: an existing mapping has another address in its new owner (uapi-spec 8.5).
+
+use crate::device::dma::{Batch, mappings, resolve};
+use crate::device::{Device, IotlbError, MemoryOf};
+use crate::host::{Fragment, MemoryObject};
+use crate::iotlb::{Mapping, RecordId, Table};
+use crate::parent::Parent;
+use crate::types::{Asid, IotlbMsg, IovaRange};
+
+/// What a REMAP names.
+#[derive(Clone, Copy)]
+enum Unit {
+    /// A whole UPDATE.
+    Record(RecordId),
+    /// One entry of one.
+    Entry(RecordId, IovaRange),
+}
+
+impl<P: Parent> Device<P> {
+    /// Checks and carries out one REMAP. Outside a batch it takes effect completely or not at all; inside, the
+    /// parent learns of it at END.
+    pub(super) fn remap(&mut self, asid: Asid, msg: &IotlbMsg) -> Result<(), IotlbError> {
+        if msg.perm.0 != 0 || msg.size == 0 {
+            return Err(IotlbError::RemapArguments { perm: msg.perm.0, size: msg.size });
+        }
+        if !self.offers_remap() {
+            return Err(IotlbError::RemapNotOffered);
+        }
+        let table = self.tables.get(&asid).ok_or(IotlbError::NoTable { asid })?;
+        let no_match = IotlbError::RemapNoMatch { iova: msg.iova, size: msg.size };
+        let range = IovaRange::from_size(msg.iova, msg.size).ok_or(no_match)?;
+        let unit = find_unit(table, range).ok_or(no_match)?;
+        let record = match unit {
+            Unit::Record(id) | Unit::Entry(id, _) => id,
+        };
+        let old: Vec<_> = table.overlapping(range).into_iter().cloned().collect();
+        let perm = old.first().map_or(msg.perm, |entry| entry.perm);
+        let msg = IotlbMsg { perm, ..*msg };
+
+        let owner = self.ownership.owner().ok_or(IotlbError::NotOwner)?;
+        let profile = self.parent.profile();
+        let fragments = resolve(owner, profile, range, &msg)?;
+        if profile.verify_remap && !same_memory(range, &old, &fragments) {
+            return Err(IotlbError::RemapOtherObject { range, uaddr: msg.uaddr });
+        }
+        let new: Vec<_> = mappings(range, &msg, record, fragments).collect();
+        let others = |entry: &Mapping<MemoryOf<P>>| {
+            table.overlapping(entry.range).iter().any(|hit| hit.record != record)
+        };
+        if new.is_empty() || new.iter().any(others) {
+            return Err(no_match);
+        }
+        let before: Vec<_> = table.fragments(record).cloned().collect();
+        let limit = profile.max_iotlb_entries;
+        if table.len() - old.len() + new.len() > limit {
+            return Err(IotlbError::Full { entries: table.len(), limit });
+        }
+        self.replace(asid, unit, new);
+        if let Some(batch) = &mut self.batch {
+            remember(batch, record, before);
+            return Ok(());
+        }
+        self.set_map(asid).map_err(|errno| {
+            self.undo_remaps(asid, vec![(record, before)]);
+            // The parent's table may be gone with the failing call: offer the previous one once.
+            let _ = self.set_map(asid);
+            IotlbError::Parent { errno }
+        })
+    }
+
+    fn replace(&mut self, asid: Asid, unit: Unit, new: Vec<Mapping<MemoryOf<P>>>) {
+        let Some(table) = self.tables.get_mut(&asid) else { return };
+        match unit {
+            Unit::Record(id) => drop(table.take_fragments(id)),
+            Unit::Entry(_, range) => drop(table.take_entry(range.first())),
+        }
+        new.into_iter().for_each(|entry| table.insert(entry));
+    }
+
+    /// Puts back what records held before they were remapped, in reverse order. A record that an INVALIDATE
+    /// has shortened since keeps only what is left of it.
+    pub(super) fn undo_remaps(&mut self, asid: Asid, remapped: Vec<(RecordId, Vec<Mapping<MemoryOf<P>>>)>) {
+        let Some(table) = self.tables.get_mut(&asid) else { return };
+        for (record, before) in remapped.into_iter().rev() {
+            let left: Vec<IovaRange> = table.take_fragments(record).iter().map(|entry| entry.range).collect();
+            for entry in before {
+                if left.iter().any(|range| range.overlaps(entry.range)) {
+                    table.insert(entry);
+                }
+            }
+        }
+    }
+}
+
+/// Keeps the first state of a record in a batch; later ones of the same batch are not what END goes back to.
+fn remember<P: Parent>(batch: &mut Batch<P>, record: RecordId, before: Vec<Mapping<MemoryOf<P>>>) {
+    if !batch.remapped.iter().any(|(id, _)| *id == record) {
+        batch.remapped.push((record, before));
+    }
+}
+
+/// A whole record, or exactly one entry (uapi-spec 8.5, R2).
+fn find_unit<M>(table: &Table<M>, range: IovaRange) -> Option<Unit> {
+    let first = *table.overlapping(range).first()?;
+    let record = table.record(first.record)?;
+    if record.range == range && !record.broken {
+        Some(Unit::Record(first.record))
+    } else if first.range == range {
+        Some(Unit::Entry(first.record, range))
+    } else {
+        None
+    }
+}
+
+/// Whether every byte that is mapped now is the same byte of the same object at the new address.
+fn same_memory<M: MemoryObject>(range: IovaRange, old: &[Mapping<M>], new: &[(u64, Fragment<M>)]) -> bool {
+    let span =
+        |(offset, fragment): &(u64, Fragment<M>)| IovaRange::from_size(range.first() + offset, fragment.size);
+    old.iter().all(|entry| {
+        let mut at = entry.range.first();
+        for piece in new {
+            let Some(covered) = span(piece) else { continue };
+            if covered.first() > at || covered.last() < at {
+                continue;
+            }
+            if !entry.memory.same_object(at - entry.range.first(), &piece.1.memory, at - covered.first()) {
+                return false;
+            }
+            if covered.last() >= entry.range.last() {
+                return true;
+            }
+            at = covered.last() + 1;
+        }
+        false
+    })
+}

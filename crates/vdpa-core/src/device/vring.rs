@@ -1,0 +1,365 @@
+//! Vring requests, and starting and stopping queues.
+
+use crate::device::{Device, EventOf};
+use crate::errno::Errno;
+use crate::features::{Features, Status};
+use crate::host::{Caller, Host};
+use crate::parent::Parent;
+use crate::types::{GroupIndex, QueueIndex, Result, VringAddr};
+use crate::vq::{QueueSetup, QueueState};
+
+/// What is known of one queue. The upper part is vhost's copy and survives a reset; the lower part is what the
+/// parent was told and does not (uapi-spec 4.5).
+#[derive(Debug)]
+pub(super) struct Vring<H: Host> {
+    kick: Option<H::Event>,
+    call: Option<H::Event>,
+    err: Option<H::Event>,
+    busyloop_timeout: u32,
+    /// The ring size survives a reset in the simulator, and nothing can tell for other parents.
+    num: u16,
+
+    addr: Option<VringAddr>,
+    state: Option<QueueState>,
+    /// The call event was installed since the last reset.
+    call_installed: bool,
+    ready: bool,
+    running: bool,
+}
+
+impl<H: Host> Default for Vring<H> {
+    fn default() -> Self {
+        Self {
+            kick: None,
+            call: None,
+            err: None,
+            busyloop_timeout: 0,
+            num: 0,
+            addr: None,
+            state: None,
+            call_installed: false,
+            ready: false,
+            running: false,
+        }
+    }
+}
+
+impl<H: Host> Vring<H> {
+    pub(super) fn reset(&mut self) {
+        self.addr = None;
+        self.state = None;
+        self.call_installed = false;
+        self.ready = false;
+    }
+}
+
+/// What the management side shows of a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VringInfo {
+    /// Entries; 0 before the driver has set it.
+    pub size: u16,
+    /// Whether the driver has enabled it.
+    pub enabled: bool,
+    /// Whether the device processes it.
+    pub running: bool,
+}
+
+impl<P: Parent> Device<P> {
+    /// Every queue, in order of index.
+    pub fn vring_infos(&self) -> impl Iterator<Item = VringInfo> {
+        let info = |v: &Vring<_>| VringInfo { size: v.num, enabled: v.ready, running: v.running };
+        self.vrings.iter().map(info)
+    }
+
+    /// The owner check and the index check every vring request begins with: `EPERM`, then `ENOBUFS`.
+    fn vring(&mut self, caller: &dyn Caller<P::Host>, index: QueueIndex) -> Result<&mut Vring<P::Host>> {
+        self.ownership.check(caller)?;
+        self.vrings.get_mut(usize::from(index.0)).ok_or(Errno::NOBUFS)
+    }
+
+    /// Whether ring addresses and bases may not change now: DRIVER_OK and not suspended.
+    fn live(&self) -> bool {
+        self.status.contains(Status::DRIVER_OK) && !self.suspended
+    }
+
+    /// `VHOST_SET_VRING_NUM` (uapi-spec 1.6): legal in every state; takes effect at the next start.
+    ///
+    /// # Errors
+    /// `EPERM`; `ENOBUFS`; `EINVAL` unless a power of two from 1 to the maximum.
+    pub fn set_vring_num(&mut self, caller: &dyn Caller<P::Host>, index: QueueIndex, num: u32) -> Result<()> {
+        let max = self.num_max;
+        let vring = self.vring(caller, index)?;
+        let num = u16::try_from(num).map_err(|_| Errno::INVAL)?;
+        if num > max || !num.is_power_of_two() {
+            return Err(Errno::INVAL);
+        }
+        vring.num = num;
+        Ok(())
+    }
+
+    /// `VHOST_SET_VRING_ADDR` (uapi-spec 1.6). No mapping is required yet.
+    ///
+    /// # Errors
+    /// `EPERM`; `ENOBUFS`; `EOPNOTSUPP` for flags other than bit 0; `EINVAL` for alignment (avail 2, used and
+    /// log 4 bytes), or while running.
+    pub fn set_vring_addr(
+        &mut self,
+        caller: &dyn Caller<P::Host>,
+        index: QueueIndex,
+        addr: &VringAddr,
+    ) -> Result<()> {
+        let live = self.live();
+        let vring = self.vring(caller, index)?;
+        if addr.flags & !1 != 0 {
+            return Err(Errno::OPNOTSUPP);
+        }
+        if !addr.avail.is_multiple_of(2)
+            || !addr.used.is_multiple_of(4)
+            || !addr.log.is_multiple_of(4)
+            || live
+        {
+            return Err(Errno::INVAL);
+        }
+        vring.addr = Some(*addr);
+        Ok(())
+    }
+
+    /// `VHOST_SET_VRING_BASE` (uapi-spec 1.6).
+    ///
+    /// # Errors
+    /// `EPERM`; `ENOBUFS`; `EINVAL` for a split-ring index over 16 bits, or while running.
+    pub fn set_vring_base(
+        &mut self,
+        caller: &dyn Caller<P::Host>,
+        index: QueueIndex,
+        num: u32,
+    ) -> Result<()> {
+        let (live, features) = (self.live(), self.base_features);
+        let vring = self.vring(caller, index)?;
+        let state = QueueState::decode(num, features).ok_or(Errno::INVAL)?;
+        if live {
+            return Err(Errno::INVAL);
+        }
+        vring.state = Some(state);
+        Ok(())
+    }
+
+    /// `VHOST_GET_VRING_BASE` (uapi-spec 1.6). A running queue is stopped for a moment, so that the value is
+    /// exact and not merely recent.
+    ///
+    /// # Errors
+    /// `EPERM`; `ENOBUFS`; `EIO` when the queue does not come to rest.
+    pub fn vring_base(&mut self, caller: &dyn Caller<P::Host>, index: QueueIndex) -> Result<u32> {
+        let features = self.base_features;
+        let running = self.vring(caller, index)?.running;
+        if running {
+            self.stop(index)?;
+        }
+        let state = self.vring(caller, index)?.state.unwrap_or_else(|| default_base(features));
+        if running {
+            self.start(index);
+        }
+        Ok(state.encode())
+    }
+
+    /// `VHOST_VDPA_SET_VRING_ENABLE` (uapi-spec 1.6). Disabling blocks until the queue is at rest. Enabling
+    /// does not start a suspended device.
+    ///
+    /// # Errors
+    /// `EPERM`; `ENOBUFS`; `EIO` when the queue does not come to rest.
+    pub fn set_vring_enable(
+        &mut self,
+        caller: &dyn Caller<P::Host>,
+        index: QueueIndex,
+        enable: bool,
+    ) -> Result<()> {
+        self.vring(caller, index)?.ready = enable;
+        if enable {
+            self.start(index);
+        } else {
+            self.stop(index)?;
+        }
+        Ok(())
+    }
+
+    /// `VHOST_SET_VRING_KICK`; `None` unbinds.
+    ///
+    /// # Errors
+    /// `EPERM`; `ENOBUFS`; `EIO` when a running queue does not come to rest.
+    pub fn set_vring_kick(
+        &mut self,
+        caller: &dyn Caller<P::Host>,
+        index: QueueIndex,
+        event: Option<EventOf<P>>,
+    ) -> Result<()> {
+        self.vring(caller, index)?;
+        self.change(index, |vring| vring.kick = event)
+    }
+
+    /// `VHOST_SET_VRING_CALL`; `None` unbinds. Must be repeated after a reset.
+    ///
+    /// # Errors
+    /// As [`set_vring_kick`](Self::set_vring_kick).
+    pub fn set_vring_call(
+        &mut self,
+        caller: &dyn Caller<P::Host>,
+        index: QueueIndex,
+        event: Option<EventOf<P>>,
+    ) -> Result<()> {
+        self.vring(caller, index)?;
+        self.change(index, |vring| {
+            vring.call_installed = event.is_some();
+            vring.call = event;
+        })
+    }
+
+    /// `VHOST_SET_VRING_ERR`: stored only.
+    ///
+    /// # Errors
+    /// `EPERM`; `ENOBUFS`.
+    pub fn set_vring_err(
+        &mut self,
+        caller: &dyn Caller<P::Host>,
+        index: QueueIndex,
+        event: Option<EventOf<P>>,
+    ) -> Result<()> {
+        self.vring(caller, index)?.err = event;
+        Ok(())
+    }
+
+    /// `VHOST_SET_VRING_BUSYLOOP_TIMEOUT`: stored only.
+    ///
+    /// # Errors
+    /// `EPERM`; `ENOBUFS`.
+    pub fn set_busyloop_timeout(
+        &mut self,
+        caller: &dyn Caller<P::Host>,
+        index: QueueIndex,
+        timeout: u32,
+    ) -> Result<()> {
+        self.vring(caller, index)?.busyloop_timeout = timeout;
+        Ok(())
+    }
+
+    /// `VHOST_VDPA_GET_VRING_GROUP`.
+    ///
+    /// # Errors
+    /// `EPERM`; `ENOBUFS`; `EIO` when the parent names a group it does not have.
+    pub fn vring_group(&mut self, caller: &dyn Caller<P::Host>, index: QueueIndex) -> Result<GroupIndex> {
+        self.vring(caller, index)?;
+        let profile = self.profile();
+        let group = profile.group_of(index);
+        if group.0 < profile.groups { Ok(group) } else { Err(Errno::IO) }
+    }
+
+    /// `VHOST_VDPA_GET_VRING_DESC_GROUP`: no parent here has descriptor groups.
+    ///
+    /// # Errors
+    /// `EPERM`; `ENOBUFS`; `EOPNOTSUPP`.
+    pub fn vring_desc_group(
+        &mut self,
+        caller: &dyn Caller<P::Host>,
+        index: QueueIndex,
+    ) -> Result<GroupIndex> {
+        self.vring(caller, index)?;
+        Err(Errno::OPNOTSUPP)
+    }
+
+    /// `VHOST_VDPA_GET_VRING_SIZE`: the size set once DRIVER_OK, the maximum before.
+    ///
+    /// # Errors
+    /// `EPERM`; `ENOBUFS`; `EOPNOTSUPP`.
+    pub fn vring_size(&mut self, caller: &dyn Caller<P::Host>, index: QueueIndex) -> Result<u32> {
+        let num = self.vring(caller, index)?.num;
+        let profile = self.profile();
+        if !profile.vring_size {
+            return Err(Errno::OPNOTSUPP);
+        }
+        let driver_ok = self.status.contains(Status::DRIVER_OK);
+        Ok(u32::from(if driver_ok { num } else { profile.queue_size_max }))
+    }
+
+    /// Applies a change to a queue's events through a stop and a start, so that a parent has one way only to
+    /// learn of them.
+    fn change(&mut self, index: QueueIndex, apply: impl FnOnce(&mut Vring<P::Host>)) -> Result<()> {
+        let was_running = self.stop(index)?;
+        if let Some(vring) = self.vrings.get_mut(usize::from(index.0)) {
+            apply(vring);
+        }
+        if was_running {
+            self.start(index);
+        }
+        Ok(())
+    }
+
+    /// Starts every queue that is ready for it.
+    pub(super) fn start_ready(&mut self) {
+        for index in 0..self.profile().queues {
+            self.start(QueueIndex(index));
+        }
+    }
+
+    /// Starts a queue if the device runs and the queue is enabled and set up; otherwise nothing happens, and a
+    /// later transition tries again. Nothing can be reported: `set_vq_ready` and `set_status` are void in vDPA.
+    pub(super) fn start(&mut self, index: QueueIndex) {
+        if !self.status.contains(Status::DRIVER_OK) || self.paused {
+            return;
+        }
+        let asid = self.asid_of(index);
+        let features = self.features.unwrap_or(Features::NONE);
+        let Some(vring) = self.vrings.get_mut(usize::from(index.0)) else { return };
+        let Some(addr) = vring.addr.filter(|_| vring.ready && !vring.running && vring.num != 0) else {
+            return;
+        };
+        let setup = QueueSetup {
+            size: vring.num,
+            desc: addr.desc,
+            avail: addr.avail,
+            used: addr.used,
+            asid,
+            features,
+            kick: vring.kick.clone(),
+            call: vring.call.clone().filter(|_| vring.call_installed),
+        };
+        let state = vring.state.unwrap_or_else(|| QueueState::initial(features));
+        vring.running = self.parent.start_queue(index, &setup, state).is_ok();
+    }
+
+    /// Brings a queue to rest and remembers where it is; tells whether it ran.
+    pub(super) fn stop(&mut self, index: QueueIndex) -> Result<bool> {
+        let Some(vring) = self.vrings.get_mut(usize::from(index.0)) else { return Ok(false) };
+        if !vring.running {
+            return Ok(false);
+        }
+        if let Some(state) = self.parent.stop_queue(index)? {
+            vring.state = Some(state);
+        }
+        vring.running = false;
+        Ok(true)
+    }
+
+    /// Stops all queues; on an error the others are stopped all the same.
+    pub(super) fn stop_all(&mut self) -> Result<()> {
+        let mut result = Ok(());
+        for index in 0..self.profile().queues {
+            if let Err(error) = self.stop(QueueIndex(index)) {
+                result = Err(error);
+            }
+        }
+        result
+    }
+}
+
+/// What an untouched queue reports: all zero, also for a packed ring, as a zeroed state does in the kernel.
+const fn default_base(features: Features) -> QueueState {
+    if features.has(Features::RING_PACKED) {
+        QueueState::Packed {
+            last_avail_idx: 0,
+            last_avail_wrap: false,
+            last_used_idx: 0,
+            last_used_wrap: false,
+        }
+    } else {
+        QueueState::Split { avail_index: 0 }
+    }
+}

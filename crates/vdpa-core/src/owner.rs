@@ -1,0 +1,70 @@
+//! Who owns a device, and what is pinned on the owner's account.
+
+use crate::errno::Errno;
+use crate::host::{AddressSpace, Caller, Host};
+use crate::types::Result;
+
+/// The owner of one device and the pages charged to it for this device.
+///
+/// The charge always sits on the account of the present owner: it moves with ownership, as a total and without
+/// walking the tables (uapi-spec 8.4).
+#[derive(Debug)]
+pub(crate) struct Ownership<H: Host> {
+    owner: Option<H::AddressSpace>,
+    pinned: u64,
+}
+
+impl<H: Host> Ownership<H> {
+    pub(crate) const fn new() -> Self {
+        Self { owner: None, pinned: 0 }
+    }
+
+    pub(crate) fn owner(&self) -> Option<&H::AddressSpace> {
+        self.owner.as_ref()
+    }
+
+    pub(crate) const fn pinned_pages(&self) -> u64 {
+        self.pinned
+    }
+
+    /// The owner, if `caller` is it; `EPERM` otherwise. A device without an owner has none to be.
+    pub(crate) fn check(&self, caller: &dyn Caller<H>) -> Result<&H::AddressSpace> {
+        self.owner.as_ref().filter(|owner| caller.is(owner)).ok_or(Errno::PERM)
+    }
+
+    /// Records the first owner.
+    pub(crate) fn set(&mut self, space: H::AddressSpace) {
+        debug_assert!(self.owner.is_none() && self.pinned == 0);
+        self.owner = Some(space);
+    }
+
+    /// Moves ownership and the charge; nothing changes on an error.
+    pub(crate) fn transfer(&mut self, to: H::AddressSpace, limit: u64) -> Result<()> {
+        to.account().charge(self.pinned, limit)?;
+        if let Some(old) = self.owner.replace(to) {
+            old.account().uncharge(self.pinned);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn charge(&mut self, pages: u64, limit: u64) -> Result<()> {
+        let owner = self.owner.as_ref().ok_or(Errno::PERM)?;
+        owner.account().charge(pages, limit)?;
+        self.pinned += pages;
+        Ok(())
+    }
+
+    pub(crate) fn uncharge(&mut self, pages: u64) {
+        if let Some(owner) = &self.owner {
+            owner.account().uncharge(pages);
+            self.pinned -= pages;
+        }
+    }
+
+    /// Forgets the owner and takes back whatever was charged.
+    pub(crate) fn clear(&mut self) {
+        self.uncharge(self.pinned);
+        self.owner = None;
+        self.pinned = 0;
+    }
+}

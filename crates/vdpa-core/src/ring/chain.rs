@@ -1,0 +1,248 @@
+//! Descriptor chains as lists of buffers.
+
+use super::layout::{Descriptor, WRITE};
+use super::{Buffer, Fault, Memory, RingError};
+
+/// Largest number of bytes in one chain (virtio 1.2 section 2.7.5.2).
+const BYTES_MAX: u64 = 1 << 32;
+
+/// One request as the driver made it available: the buffers of a descriptor chain, indirect ones included.
+///
+/// Meant to be used again: popping into the same chain allocates only while its lists still grow. Empty
+/// buffers are kept, as `vringh` does; they count as buffers and carry no bytes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Chain {
+    /// First descriptor: the name of the request when it is completed.
+    pub head: u16,
+    /// Buffers the device reads, in order.
+    pub readable: Vec<Buffer>,
+    /// Buffers the device writes, in order; they come after the readable ones.
+    pub writable: Vec<Buffer>,
+    bytes: u64,
+}
+
+impl Chain {
+    /// An empty chain.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self { head: 0, readable: Vec::new(), writable: Vec::new(), bytes: 0 }
+    }
+
+    /// The readable buffers as one run of bytes.
+    #[must_use]
+    #[inline]
+    pub fn readable(&self) -> BufferSlice<'_> {
+        BufferSlice::new(&self.readable)
+    }
+
+    /// The writable buffers as one run of bytes.
+    #[must_use]
+    #[inline]
+    pub fn writable(&self) -> BufferSlice<'_> {
+        BufferSlice::new(&self.writable)
+    }
+
+    /// Forgets the buffers, keeps the memory.
+    #[inline]
+    pub(super) fn reset(&mut self, head: u16) {
+        self.head = head;
+        self.readable.clear();
+        self.writable.clear();
+        self.bytes = 0;
+    }
+
+    /// Appends the buffer of one descriptor that is not indirect.
+    #[inline]
+    pub(super) fn push(&mut self, descriptor: Descriptor) -> Result<(), RingError> {
+        if descriptor.wraps() {
+            return Err(RingError::Wraps { iova: descriptor.addr, len: descriptor.len });
+        }
+        self.bytes += u64::from(descriptor.len);
+        if self.bytes > BYTES_MAX {
+            return Err(RingError::Length { head: self.head });
+        }
+        let buffer = Buffer { iova: descriptor.addr, len: descriptor.len };
+        if descriptor.flags & WRITE != 0 {
+            self.writable.push(buffer);
+        } else if self.writable.is_empty() {
+            self.readable.push(buffer);
+        } else {
+            return Err(RingError::Order { head: self.head });
+        }
+        Ok(())
+    }
+}
+
+/// A run of bytes spread over buffers: a part of a buffer list, without copying it.
+#[derive(Clone, Copy, Debug)]
+pub struct BufferSlice<'a> {
+    buffers: &'a [Buffer],
+    /// Bytes of the first buffer that come before the run; never more than it has.
+    skip: u32,
+    /// Bytes of the run.
+    len: u64,
+}
+
+impl<'a> BufferSlice<'a> {
+    /// All bytes of `buffers`.
+    #[must_use]
+    #[inline]
+    pub fn new(buffers: &'a [Buffer]) -> Self {
+        Self { buffers, skip: 0, len: buffers.iter().map(|buffer| u64::from(buffer.len)).sum() }
+    }
+
+    /// Bytes.
+    #[must_use]
+    #[inline]
+    pub const fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    #[inline]
+    pub const fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Splits after `count` bytes; `None` when there are not that many.
+    #[must_use]
+    #[inline]
+    pub fn split_at(self, count: u64) -> Option<(Self, Self)> {
+        let rest = self.len.checked_sub(count)?;
+        let first = Self { len: count, ..self };
+        let (mut buffers, mut skip) = (self.buffers, u64::from(self.skip) + count);
+        while let Some((buffer, others)) = buffers.split_first()
+            && skip >= u64::from(buffer.len)
+        {
+            skip -= u64::from(buffer.len);
+            buffers = others;
+        }
+        // Less than the length of a buffer, or 0 past the last one.
+        let skip = u32::try_from(skip).ok()?;
+        Some((first, Self { buffers, skip, len: rest }))
+    }
+
+    /// The pieces in order, without empty ones.
+    #[inline]
+    pub fn iter(&self) -> Pieces<'a> {
+        Pieces { rest: *self }
+    }
+
+    /// Copies the first `data.len()` bytes out of client memory; `false`, and nothing is read, when there are fewer.
+    ///
+    /// # Errors
+    /// [`Fault`] as from [`Memory::read`].
+    pub fn read<M: Memory>(self, memory: &M, mut data: &mut [u8]) -> Result<bool, Fault> {
+        if (data.len() as u64) > self.len {
+            return Ok(false);
+        }
+        for piece in self.iter() {
+            if data.is_empty() {
+                break;
+            }
+            let count = data.len().min(piece.len as usize);
+            let (now, later) = data.split_at_mut(count);
+            memory.read(piece.iova, now)?;
+            data = later;
+        }
+        Ok(true)
+    }
+
+    /// Copies `data` into the first bytes in client memory; `false`, and nothing is written, when there are fewer.
+    ///
+    /// # Errors
+    /// [`Fault`] as from [`Memory::write`].
+    pub fn write<M: Memory>(self, memory: &M, mut data: &[u8]) -> Result<bool, Fault> {
+        if (data.len() as u64) > self.len {
+            return Ok(false);
+        }
+        for piece in self.iter() {
+            if data.is_empty() {
+                break;
+            }
+            let (now, later) = data.split_at(data.len().min(piece.len as usize));
+            memory.write(piece.iova, now)?;
+            data = later;
+        }
+        Ok(true)
+    }
+}
+
+impl<'a> IntoIterator for BufferSlice<'a> {
+    type Item = Buffer;
+    type IntoIter = Pieces<'a>;
+
+    fn into_iter(self) -> Pieces<'a> {
+        self.iter()
+    }
+}
+
+/// Iterator over the pieces of a [`BufferSlice`].
+#[derive(Clone, Debug)]
+pub struct Pieces<'a> {
+    rest: BufferSlice<'a>,
+}
+
+impl Iterator for Pieces<'_> {
+    type Item = Buffer;
+
+    #[inline]
+    fn next(&mut self) -> Option<Buffer> {
+        while self.rest.len > 0 {
+            let (&buffer, others) = self.rest.buffers.split_first()?;
+            let there = buffer.len.saturating_sub(self.rest.skip);
+            let len = u32::try_from(self.rest.len).map_or(there, |rest| rest.min(there));
+            // Checked when the chain was popped: a buffer does not pass the end of the address space.
+            let iova = buffer.iova.wrapping_add(u64::from(self.rest.skip));
+            self.rest = BufferSlice { buffers: others, skip: 0, len: self.rest.len - u64::from(len) };
+            if len > 0 {
+                return Some(Buffer { iova, len });
+            }
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIST: [Buffer; 4] = [
+        Buffer { iova: 0x1000, len: 3 },
+        Buffer { iova: 0x2000, len: 0 },
+        Buffer { iova: 0x3000, len: 1 },
+        Buffer { iova: 0x4000, len: 4 },
+    ];
+
+    fn addresses(slice: BufferSlice<'_>) -> Vec<u64> {
+        slice.iter().flat_map(|piece| (0..u64::from(piece.len)).map(move |i| piece.iova + i)).collect()
+    }
+
+    #[test]
+    fn every_part_of_a_list_has_the_bytes_of_the_whole() {
+        let all = addresses(BufferSlice::new(&LIST));
+        assert_eq!(all, [0x1000, 0x1001, 0x1002, 0x3000, 0x4000, 0x4001, 0x4002, 0x4003]);
+        for from in 0..=8 {
+            for to in from..=8 {
+                let (head, _) = BufferSlice::new(&LIST).split_at(to).unwrap();
+                let (_, part) = head.split_at(from).unwrap();
+                assert_eq!(part.len(), to - from);
+                assert_eq!(addresses(part), all[from as usize..to as usize], "{from}..{to}");
+                assert!(part.iter().all(|piece| piece.len > 0));
+            }
+        }
+        assert!(BufferSlice::new(&LIST).split_at(9).is_none());
+    }
+
+    #[test]
+    fn a_chain_holds_4_gib_and_not_a_byte_more() {
+        let half = Descriptor { addr: 0, len: 1 << 31, flags: 0, next: 0 };
+        let mut chain = Chain::new();
+        chain.push(half).unwrap();
+        chain.push(half).unwrap();
+        assert_eq!(chain.readable().len(), 1 << 32);
+        let one = Descriptor { len: 1, ..half };
+        assert_eq!(chain.push(one), Err(RingError::Length { head: 0 }));
+    }
+}

@@ -1,0 +1,155 @@
+//! What can be wrong with a ring.
+
+use thiserror::Error;
+
+use super::Fault;
+use crate::features::Features;
+
+/// Why a ring cannot be set up or used.
+///
+/// [`Fault`](Self::Fault) passes: the memory may be mapped again, and the call may be repeated. Everything else that
+/// the other side of the ring causes is a violation of the protocol and stays: see
+/// [`is_fault`](Self::is_fault).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum RingError {
+    /// A ring area or an indirect table cannot be reached at the moment.
+    #[error(transparent)]
+    Fault(#[from] Fault),
+
+    /// The number of entries is none of a split ring.
+    #[error("ring of {size} entries: a split ring has a power of two, 1 to 32768")]
+    Size {
+        /// Entries asked for.
+        size: u16,
+    },
+
+    /// The features ask for another ring.
+    #[error("features {features}: {unsupported} is not supported by this side of a split ring")]
+    Features {
+        /// Features in force.
+        features: Features,
+        /// The feature in the way.
+        unsupported: &'static str,
+    },
+
+    /// The saved position is one of a packed ring.
+    #[error("the position given is one of a packed ring, but the ring is split")]
+    PackedState,
+
+    /// An area is too small for the ring.
+    #[error("{area} area has {size} bytes, the ring needs {needed}")]
+    AreaSize {
+        /// Which: "descriptor", "available" or "used".
+        area: &'static str,
+        /// Bytes there are.
+        size: usize,
+        /// Bytes the ring needs.
+        needed: usize,
+    },
+
+    /// The available index went backwards or passed what the ring can hold.
+    #[error("available index {index} is out of range: {first} to {first} + {room} (mod 65536) are possible")]
+    AvailIndex {
+        /// Index read.
+        index: u16,
+        /// Smallest index possible.
+        first: u16,
+        /// How far it may be ahead of that.
+        room: u16,
+    },
+
+    /// The used index went backwards or passed the buffers in flight.
+    #[error("used index {index} is out of range: {first} to {first} + {room} (mod 65536) are possible")]
+    UsedIndex {
+        /// Index read.
+        index: u16,
+        /// Smallest index possible.
+        first: u16,
+        /// How far it may be ahead of that.
+        room: u16,
+    },
+
+    /// A descriptor outside the table is referred to.
+    #[error("descriptor {index} is outside the table of {entries}")]
+    DescriptorIndex {
+        /// Index read, or given by the device.
+        index: u32,
+        /// Entries of the table.
+        entries: u32,
+    },
+
+    /// A chain has more descriptors than the table: it has a loop.
+    #[error("chain from descriptor {head} does not end within {entries} descriptors: it has a loop")]
+    Loop {
+        /// First descriptor of the chain.
+        head: u16,
+        /// Entries of the table.
+        entries: u32,
+    },
+
+    /// An indirect table is empty or no whole number of descriptors.
+    #[error("indirect table of {len} bytes: a multiple of 16 above 0 is required")]
+    IndirectSize {
+        /// Bytes of the table.
+        len: u32,
+    },
+
+    /// Indirect descriptors are used in a place or without a feature that allows them.
+    #[error("chain from descriptor {head}: {reason}")]
+    Indirect {
+        /// First descriptor of the chain.
+        head: u16,
+        /// What was wrong.
+        reason: &'static str,
+    },
+
+    /// A buffer for the device to read follows one for it to write.
+    #[error("chain from descriptor {head} has a readable buffer after a writable one")]
+    Order {
+        /// First descriptor of the chain.
+        head: u16,
+    },
+
+    /// A buffer or table passes the end of the address space.
+    #[error("{len} bytes at {iova:#x} pass the end of the address space")]
+    Wraps {
+        /// First address.
+        iova: u64,
+        /// Bytes.
+        len: u32,
+    },
+
+    /// The buffers of a chain have more than 2^32 bytes (virtio 1.2 section 2.7.5.2).
+    #[error("chain from descriptor {head} has more than 2^32 bytes")]
+    Length {
+        /// First descriptor of the chain.
+        head: u16,
+    },
+
+    /// A buffer was used that is not in flight.
+    #[error("descriptor {head} was used, but no buffer that starts there is in flight")]
+    NotInFlight {
+        /// First descriptor of the chain.
+        head: u16,
+    },
+
+    /// The device claims to have written more than it could.
+    #[error("device wrote {len} bytes into the {writable} writable ones of descriptor {head}")]
+    UsedLength {
+        /// First descriptor of the chain.
+        head: u16,
+        /// Bytes the device claims.
+        len: u32,
+        /// Bytes it could write.
+        writable: u32,
+    },
+}
+
+impl RingError {
+    /// Whether the same call may succeed later: memory was out of reach, the ring itself is not broken.
+    #[must_use]
+    pub const fn is_fault(&self) -> bool {
+        matches!(self, Self::Fault(_))
+    }
+}

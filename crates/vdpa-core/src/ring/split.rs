@@ -1,0 +1,403 @@
+//! The device side of a split ring.
+
+use std::sync::atomic::{Ordering, fence};
+
+use super::layout::{self, DESCRIPTOR, Descriptor, FLAGS, INDEX, INDIRECT, NEXT, SUPPRESS};
+use super::{Area, Chain, Memory, RingError};
+use crate::features::Features;
+use crate::vq::QueueState;
+
+pub use super::layout::{AreaSizes, SIZE_MAX, area_sizes};
+
+/// Descriptors read from an indirect table at once.
+const WINDOW: usize = 16;
+
+/// The device side of a split ring (virtio 1.2 section 2.7).
+///
+/// One thread uses it; nothing blocks. The driver is hostile and concurrent: every index and descriptor is read
+/// once, checked, and then used. The work of one call is bounded by the ring size, or by 65536 descriptors for an
+/// indirect table.
+///
+/// ```text
+///             pop             push_used              publish
+/// available ------> in flight ---------> unpublished -------> used
+/// ```
+///
+/// After a protocol violation every later [`pop`](Self::pop) and [`enable_kick`](Self::enable_kick) returns the
+/// same error; requests in flight can still be completed. A [`Fault`](RingError::Fault) is different: nothing has
+/// moved and the call may be repeated, at the next kick for `pop` (uapi-spec 6.1).
+#[derive(Debug)]
+pub struct SplitQueue<A: Area> {
+    desc: A,
+    avail: A,
+    used: A,
+    size: u16,
+    event_idx: bool,
+    indirect: bool,
+    /// Next entry of the available ring.
+    next_avail: u16,
+    /// The driver's index when it was last read, so that a batch costs one read.
+    avail_seen: u16,
+    /// Next entry of the used ring.
+    next_used: u16,
+    /// The used index the driver sees.
+    published: u16,
+    /// The used index at which the driver's wish to be notified was last examined; `None` before the first time
+    /// and after a failure, when only a notification is safe (the kernel's `signalled_used_valid`).
+    signalled: Option<u16>,
+    /// A publication whose notification could not be decided.
+    undecided: bool,
+    undelivered: u16,
+    broken: Option<RingError>,
+}
+
+impl<A: Area> SplitQueue<A> {
+    /// Starts a ring at `state`.
+    ///
+    /// `avail` and `desc` are only read, `used` is read and written. The used index starts at the available index
+    /// of `state`, because a queue is drained before it stops; as in the kernel's simulator (uapi-spec 6.1) the
+    /// index in memory is overwritten by the first publication. Where the two differ, see
+    /// [`undelivered`](Self::undelivered).
+    ///
+    /// Indirect descriptors are followed whatever was negotiated, as `vringh` does; see
+    /// [`refuse_unnegotiated_indirect`](Self::refuse_unnegotiated_indirect).
+    ///
+    /// # Errors
+    /// [`RingError::Size`], [`RingError::Features`], [`RingError::PackedState`], [`RingError::AreaSize`]; a fault
+    /// when the used ring cannot be read.
+    pub fn new(
+        size: u16,
+        features: Features,
+        desc: A,
+        avail: A,
+        used: A,
+        state: QueueState,
+    ) -> Result<Self, RingError> {
+        layout::check(size, features, &desc, &avail, &used)?;
+        let QueueState::Split { avail_index } = state else {
+            return Err(RingError::PackedState);
+        };
+        let undelivered = avail_index.wrapping_sub(used.load_u16(INDEX)?);
+        Ok(Self {
+            desc,
+            avail,
+            used,
+            size,
+            event_idx: features.has(Features::RING_EVENT_IDX),
+            indirect: true,
+            next_avail: avail_index,
+            avail_seen: avail_index,
+            next_used: avail_index,
+            published: avail_index,
+            signalled: None,
+            undecided: false,
+            undelivered,
+            broken: None,
+        })
+    }
+
+    /// Treats an indirect descriptor as a violation unless `features` has `RING_INDIRECT_DESC`.
+    #[must_use]
+    pub fn refuse_unnegotiated_indirect(mut self, features: Features) -> Self {
+        self.indirect = features.has(Features::RING_INDIRECT_DESC);
+        self
+    }
+
+    /// Takes the next request into `chain`; `false` when there is none.
+    ///
+    /// When it returns `false` or an error, `chain` is unspecified.
+    ///
+    /// # Errors
+    /// A [`RingError::Fault`] leaves the request in the ring: call again at the next kick. All others are
+    /// violations of the driver and are returned from now on.
+    #[inline]
+    pub fn pop<M: Memory>(&mut self, memory: &M, chain: &mut Chain) -> Result<bool, RingError> {
+        self.check_broken()?;
+        let result = self.take(memory, chain);
+        self.latch(result)
+    }
+
+    /// Puts the last request popped back into the ring, to be popped again: the kernel's `vringh_abandon`.
+    ///
+    /// For a device that finds a buffer of the request out of reach. Only the request popped last can be put back,
+    /// and only while it has not been pushed as used.
+    ///
+    /// # Errors
+    /// [`RingError::NotInFlight`] when no request is in flight.
+    pub fn abandon(&mut self, chain: &Chain) -> Result<(), RingError> {
+        if self.in_flight() == 0 {
+            return Err(RingError::NotInFlight { head: chain.head });
+        }
+        self.next_avail = self.next_avail.wrapping_sub(1);
+        Ok(())
+    }
+
+    /// Writes the used element of a request: `len` bytes were written into its writable buffers.
+    ///
+    /// Requests may complete in any order, each once. The driver sees it after [`publish`](Self::publish).
+    ///
+    /// # Errors
+    /// [`RingError::NotInFlight`] when no request is in flight, [`RingError::DescriptorIndex`] for a head outside
+    /// the ring: bugs of the device. After a fault the call may be repeated.
+    #[inline]
+    pub fn push_used(&mut self, head: u16, len: u32) -> Result<(), RingError> {
+        if head >= self.size {
+            return Err(self.outside(head));
+        }
+        if self.in_flight() == 0 {
+            return Err(RingError::NotInFlight { head });
+        }
+        let mut element = [0; 8];
+        element[..4].copy_from_slice(&u32::from(head).to_le_bytes());
+        element[4..].copy_from_slice(&len.to_le_bytes());
+        self.used.write(layout::used_entry(self.size, self.next_used), &element)?;
+        self.next_used = self.next_used.wrapping_add(1);
+        Ok(())
+    }
+
+    /// Shows the driver everything pushed, with one store of the used index; returns whether it wants to be
+    /// notified.
+    ///
+    /// The first answer after the start is `true` (unless the driver set `NO_INTERRUPT`), because a notification
+    /// from before the start may have been lost.
+    ///
+    /// # Errors
+    /// A fault; the call may then be repeated, and no notification gets lost.
+    #[inline]
+    pub fn publish(&mut self) -> Result<bool, RingError> {
+        if self.published != self.next_used {
+            self.used.store_u16(INDEX, self.next_used)?;
+            self.published = self.next_used;
+            self.undecided = true;
+        }
+        if !self.undecided {
+            return Ok(false);
+        }
+        // Pairs with the driver's barrier between asking for a notification and looking at the used index
+        // (virtio 1.2 section 2.7.8.2): one of the two sees the other.
+        fence(Ordering::SeqCst);
+        let old = self.signalled.take();
+        let notify = if self.event_idx {
+            let event = self.avail.load_u16(layout::used_event(self.size))?;
+            old.is_none_or(|old| layout::need_event(event, self.published, old))
+        } else {
+            self.avail.load_u16(FLAGS)? & SUPPRESS == 0
+        };
+        self.signalled = Some(self.published);
+        self.undecided = false;
+        Ok(notify)
+    }
+
+    /// Asks the driver to kick when it makes the next request available; returns whether one is there already,
+    /// for which no kick may come.
+    ///
+    /// Call before sleeping, and process further instead when it returns `true`.
+    ///
+    /// # Errors
+    /// A fault, or the violation met before.
+    #[inline]
+    pub fn enable_kick(&mut self) -> Result<bool, RingError> {
+        self.check_broken()?;
+        if self.event_idx {
+            self.used.store_u16(layout::avail_event(self.size), self.next_avail)?;
+        } else {
+            self.used.store_u16(FLAGS, 0)?;
+        }
+        // Pairs with the driver's barrier between its available index and its look at our wish.
+        fence(Ordering::SeqCst);
+        let result = self.refresh();
+        self.latch(result)
+    }
+
+    /// Tells the driver that no kick is needed: advice only, kicks may still come.
+    ///
+    /// With event indices there is nothing to store: the event asked for last stays behind, and the driver does
+    /// not pass it again for 65536 requests.
+    ///
+    /// # Errors
+    /// A fault.
+    #[inline]
+    pub fn disable_kick(&mut self) -> Result<(), RingError> {
+        if !self.event_idx {
+            self.used.store_u16(FLAGS, SUPPRESS)?;
+        }
+        Ok(())
+    }
+
+    /// Where the queue is. To start again from there, it must be drained: nothing in flight, all published.
+    #[must_use]
+    pub const fn state(&self) -> QueueState {
+        QueueState::Split { avail_index: self.next_avail }
+    }
+
+    /// Requests popped and not pushed as used, 0 to `size`.
+    #[must_use]
+    #[inline]
+    pub const fn in_flight(&self) -> u16 {
+        self.next_avail.wrapping_sub(self.next_used)
+    }
+
+    /// Requests pushed as used that the driver cannot see yet.
+    #[must_use]
+    #[inline]
+    pub const fn unpublished(&self) -> u16 {
+        self.next_used.wrapping_sub(self.published)
+    }
+
+    /// How far the used index in memory was behind the position at which the queue was started: 0 for a queue
+    /// that was drained. Otherwise requests got lost before the start, which the user of the device should hear.
+    #[must_use]
+    pub const fn undelivered(&self) -> u16 {
+        self.undelivered
+    }
+
+    /// Entries of the ring.
+    #[must_use]
+    pub const fn size(&self) -> u16 {
+        self.size
+    }
+
+    /// The violation that stopped the ring.
+    #[must_use]
+    pub const fn broken(&self) -> Option<RingError> {
+        self.broken
+    }
+
+    #[inline]
+    fn check_broken(&self) -> Result<(), RingError> {
+        self.broken.map_or(Ok(()), Err)
+    }
+
+    #[inline]
+    fn latch<T>(&mut self, result: Result<T, RingError>) -> Result<T, RingError> {
+        if let Err(error) = &result
+            && !error.is_fault()
+        {
+            self.broken = Some(*error);
+        }
+        result
+    }
+
+    /// Reads the driver's index; returns whether there are requests.
+    #[inline]
+    fn refresh(&mut self) -> Result<bool, RingError> {
+        let index = self.avail.load_u16(INDEX)?;
+        // The driver owns what it sees as used: the ring holds `size` requests beyond that, and none is taken back.
+        let room = self.published.wrapping_add(self.size).wrapping_sub(self.next_avail);
+        let ahead = index.wrapping_sub(self.next_avail);
+        if ahead > room {
+            return Err(RingError::AvailIndex { index, first: self.next_avail, room });
+        }
+        self.avail_seen = index;
+        Ok(ahead > 0)
+    }
+
+    #[inline]
+    fn take<M: Memory>(&mut self, memory: &M, chain: &mut Chain) -> Result<bool, RingError> {
+        if self.avail_seen == self.next_avail && !self.refresh()? {
+            return Ok(false);
+        }
+        let head = self.avail.load_u16(layout::avail_entry(self.size, self.next_avail))?;
+        chain.reset(head);
+        self.walk(memory, chain)?;
+        self.next_avail = self.next_avail.wrapping_add(1);
+        Ok(true)
+    }
+
+    #[inline]
+    fn walk<M: Memory>(&self, memory: &M, chain: &mut Chain) -> Result<(), RingError> {
+        let mut index = chain.head;
+        for _ in 0..self.size {
+            if index >= self.size {
+                return Err(self.outside(index));
+            }
+            let descriptor = Descriptor::read(&self.desc, index)?;
+            if descriptor.flags & INDIRECT != 0 {
+                return self.walk_indirect(memory, descriptor, chain);
+            }
+            chain.push(descriptor)?;
+            if descriptor.flags & NEXT == 0 {
+                return Ok(());
+            }
+            index = descriptor.next;
+        }
+        Err(RingError::Loop { head: chain.head, entries: self.size.into() })
+    }
+
+    /// Follows the table that ends a chain (virtio 1.2 section 2.7.5.3).
+    fn walk_indirect<M: Memory>(
+        &self,
+        memory: &M,
+        table: Descriptor,
+        chain: &mut Chain,
+    ) -> Result<(), RingError> {
+        let head = chain.head;
+        if !self.indirect {
+            return Err(RingError::Indirect { head, reason: "indirect descriptors were not negotiated" });
+        }
+        if table.flags & NEXT != 0 {
+            return Err(RingError::Indirect { head, reason: "an indirect descriptor must end its chain" });
+        }
+        let mut window = Window::new(table)?;
+        let mut index = 0;
+        for _ in 0..window.entries {
+            let descriptor = window.descriptor(memory, index)?;
+            if descriptor.flags & INDIRECT != 0 {
+                return Err(RingError::Indirect { head, reason: "an indirect table refers to another one" });
+            }
+            chain.push(descriptor)?;
+            if descriptor.flags & NEXT == 0 {
+                return Ok(());
+            }
+            index = descriptor.next;
+        }
+        Err(RingError::Loop { head, entries: window.entries })
+    }
+
+    #[cold]
+    fn outside(&self, index: u16) -> RingError {
+        RingError::DescriptorIndex { index: index.into(), entries: self.size.into() }
+    }
+}
+
+/// An indirect table, read a few descriptors at a time: translating an address costs more than copying 256 bytes.
+struct Window {
+    iova: u64,
+    /// Entries that a 16-bit `next` can reach.
+    entries: u32,
+    first: u32,
+    loaded: u32,
+    raw: [[u8; DESCRIPTOR]; WINDOW],
+}
+
+impl Window {
+    fn new(table: Descriptor) -> Result<Self, RingError> {
+        let Descriptor { addr: iova, len, .. } = table;
+        if len == 0 || !len.is_multiple_of(16) {
+            return Err(RingError::IndirectSize { len });
+        }
+        if table.wraps() {
+            return Err(RingError::Wraps { iova, len });
+        }
+        let entries = (len / 16).min(1 << 16);
+        Ok(Self { iova, entries, first: 0, loaded: 0, raw: [[0; DESCRIPTOR]; WINDOW] })
+    }
+
+    #[inline]
+    fn descriptor<M: Memory>(&mut self, memory: &M, index: u16) -> Result<Descriptor, RingError> {
+        let index = u32::from(index);
+        if index >= self.entries {
+            return Err(RingError::DescriptorIndex { index, entries: self.entries });
+        }
+        if index < self.first || index >= self.first + self.loaded {
+            let count = (self.entries - index).min(16);
+            let bytes = &mut self.raw.as_flattened_mut()[..count as usize * DESCRIPTOR];
+            memory.read(self.iova + u64::from(index) * 16, bytes)?;
+            (self.first, self.loaded) = (index, count);
+        }
+        Ok(Descriptor::parse(self.raw[(index - self.first) as usize]))
+    }
+}
+
+#[cfg(test)]
+mod tests;

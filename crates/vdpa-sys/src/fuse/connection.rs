@@ -1,0 +1,347 @@
+//! One FUSE connection: the descriptor of `/dev/fuse` behind a mount.
+
+use std::io::IoSlice;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vdpa_core::Errno;
+use zerocopy::IntoBytes;
+
+use super::{BUFFER_SIZE, MAX_WRITE, Operation, Request};
+use crate::uapi::fuse::{
+    InitIn, InitOut, KERNEL_MINOR_VERSION, KERNEL_VERSION, NotifyInvalEntryOut, OutHeader, init_flags, notify,
+};
+
+/// The oldest protocol served: Linux 5.4.
+const MIN_MINOR: u32 = 31;
+
+/// RELEASE is a background request: were more than this many unanswered, the kernel would hold back further
+/// ones while an OPEN that follows overtakes them, and exclusive open would fail with a false `EBUSY`.
+const MAX_BACKGROUND: u16 = 4096;
+
+/// Errnos from here on are the kernel's own; an answer with one in its header is refused by
+/// `fuse_dev_do_write()` and the caller would wait for ever.
+const FIRST_KERNEL_ERRNO: i32 = 512;
+
+/// A FUSE connection; clones are the same one. Any thread may answer.
+///
+/// The kernel ends the mount when the last descriptor of its connection is closed, in whatever process.
+#[derive(Clone, Debug)]
+pub struct Connection {
+    fd: Arc<OwnedFd>,
+}
+
+/// What INIT agreed on. It happens once in the life of a mount: a new image of the daemon that adopts the
+/// connection has to be told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Negotiated {
+    /// Protocol version, major.
+    pub major: u32,
+    /// Protocol version, minor: the lower one of the kernel's and ours.
+    pub minor: u32,
+    /// [`init_flags`] in force.
+    pub flags: u64,
+    /// Bytes of the largest write.
+    pub max_write: u32,
+}
+
+impl Negotiated {
+    /// Whether unanswered requests can be asked for again after a crash.
+    #[must_use]
+    pub const fn has_resend(&self) -> bool {
+        self.flags & init_flags::HAS_RESEND != 0
+    }
+}
+
+/// Why a new mount could not be taken into service.
+#[derive(Debug, thiserror::Error)]
+pub enum HandshakeError {
+    /// Nothing came.
+    #[error("the kernel sent no INIT within {waited:?}")]
+    Silent {
+        /// How long it was waited for.
+        waited: Duration,
+    },
+    /// Something else came first: the connection is in service already.
+    #[error("the first request is {found}, not INIT: this connection is in service already")]
+    NotInit {
+        /// What came.
+        found: String,
+    },
+    /// The kernel's protocol is unknown or too old.
+    #[error("the kernel speaks FUSE {major}.{minor}; 7.31 (Linux 5.4) or later is needed")]
+    Version {
+        /// Major version.
+        major: u32,
+        /// Minor version.
+        minor: u32,
+    },
+    /// Reading or writing failed.
+    #[error("the FUSE connection failed during INIT: {errno}")]
+    Io {
+        /// The reason.
+        errno: Errno,
+    },
+}
+
+/// What [`Connection::wait`] saw.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Readiness {
+    /// A request is there, or the connection has ended (the read will say).
+    Request,
+    /// The other descriptor is readable.
+    Wake,
+    /// The time is up.
+    TimedOut,
+}
+
+impl Connection {
+    /// Takes a descriptor of `/dev/fuse` that is mounted, new or in service. Reads are made non-blocking.
+    ///
+    /// # Errors
+    /// `EBADF` and the like when the descriptor is none.
+    pub fn new(fd: OwnedFd) -> Result<Self, Errno> {
+        let flags = rustix::fs::fcntl_getfl(&fd).map_err(errno)?;
+        rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK).map_err(errno)?;
+        Ok(Self { fd: Arc::new(fd) })
+    }
+
+    /// Answers INIT. Called once for a new mount, by one thread, before anything else is read.
+    ///
+    /// # Errors
+    /// [`HandshakeError`]; the mount is of no use then and should be removed.
+    pub fn handshake(&self, timeout: Duration) -> Result<Negotiated, HandshakeError> {
+        let io = |errno| HandshakeError::Io { errno };
+        let mut buffer = vec![0; BUFFER_SIZE];
+        if self.wait(None, timeout).map_err(io)? == Readiness::TimedOut {
+            return Err(HandshakeError::Silent { waited: timeout });
+        }
+        let len =
+            self.read_request(&mut buffer).map_err(io)?.ok_or(HandshakeError::Silent { waited: timeout })?;
+        let request = Request::decode(buffer.get(..len).unwrap_or_default())
+            .map_err(|error| HandshakeError::NotInit { found: error.to_string() })?;
+        let Operation::Init(init) = request.operation else {
+            return Err(HandshakeError::NotInit { found: format!("opcode {}", request.header.opcode) });
+        };
+        // A kernel of a later major version would repeat INIT with ours; there has been none since 2006.
+        if init.major != KERNEL_VERSION || init.minor < MIN_MINOR {
+            let refused = HandshakeError::Version { major: init.major, minor: init.minor };
+            self.reply(request.header.unique, Err(Errno::from_raw(libc::EPROTO))).map_err(io)?;
+            return Err(refused);
+        }
+        let (negotiated, answer) = agree(&init);
+        self.reply(request.header.unique, Ok(&[answer.as_bytes()])).map_err(io)?;
+        Ok(negotiated)
+    }
+
+    /// Waits until a request is there or `wake` is readable.
+    ///
+    /// # Errors
+    /// What `poll(2)` reports; `EINTR` is retried with the full time.
+    pub fn wait(&self, wake: Option<BorrowedFd<'_>>, timeout: Duration) -> Result<Readiness, Errno> {
+        let timeout = Timespec::try_from(timeout).map_err(|_| Errno::INVAL)?;
+        let mut fds = vec![PollFd::new(&*self.fd, PollFlags::IN)];
+        fds.extend(wake.map(|wake| PollFd::from_borrowed_fd(wake, PollFlags::IN)));
+        loop {
+            match poll(&mut fds, Some(&timeout)) {
+                Ok(0) => return Ok(Readiness::TimedOut),
+                Ok(_) => break,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(errno(error)),
+            }
+        }
+        let woken = fds.get(1).is_some_and(|wake| !wake.revents().is_empty());
+        Ok(if woken { Readiness::Wake } else { Readiness::Request })
+    }
+
+    /// Reads one request into `buffer`, which has at least [`BUFFER_SIZE`] bytes. Does not block; `None` when
+    /// there is no request after all.
+    ///
+    /// # Errors
+    /// `ENODEV` when the mount has ended, by unmounting or by a forced unmount.
+    pub fn read_request(&self, buffer: &mut [u8]) -> Result<Option<usize>, Errno> {
+        loop {
+            match rustix::io::read(&self.fd, &mut *buffer) {
+                Ok(len) => return Ok(Some(len)),
+                Err(rustix::io::Errno::AGAIN) => return Ok(None),
+                // ENOENT: the request was withdrawn (its caller was killed) while it was being read.
+                Err(rustix::io::Errno::INTR | rustix::io::Errno::NOENT) => {}
+                Err(error) => return Err(errno(error)),
+            }
+        }
+    }
+
+    /// Answers the request `unique`: with the concatenated parts (at most three), or with an error.
+    ///
+    /// Does not block. An errno of 512 or above cannot travel here and becomes `EIO`; an ioctl can carry it in
+    /// [`IoctlOut::result`](crate::uapi::fuse::IoctlOut::result).
+    ///
+    /// # Errors
+    /// `ENOENT` when nobody waits for this answer any more: it was given already, or the mount was aborted.
+    /// `ENODEV` or `EPERM` when the mount has ended. `EINVAL` for an answer the kernel cannot accept; its
+    /// caller has got `EIO`.
+    pub fn reply(&self, unique: u64, answer: Result<&[&[u8]], Errno>) -> Result<(), Errno> {
+        match answer {
+            Ok(parts) => self.send(unique, 0, parts),
+            Err(error) if error.raw() >= FIRST_KERNEL_ERRNO => self.send(unique, -Errno::IO.raw(), &[]),
+            Err(error) => self.send(unique, -error.raw(), &[]),
+        }
+    }
+
+    /// Makes the kernel forget that `parent` has an entry `name`.
+    ///
+    /// Must not be called by the thread that answers LOOKUP: the kernel takes the lock of the directory, which a
+    /// look-up in progress may hold.
+    ///
+    /// # Errors
+    /// `ENOENT` when the kernel knows no such entry, which is as good.
+    pub fn notify_inval_entry(&self, parent: u64, name: &[u8]) -> Result<(), Errno> {
+        let namelen = u32::try_from(name.len()).map_err(|_| Errno::INVAL)?;
+        let out = NotifyInvalEntryOut { parent, namelen, flags: 0 };
+        self.send(0, notify::INVAL_ENTRY, &[out.as_bytes(), name, &[0]])
+    }
+
+    /// Asks for every request that was read and not answered to be sent again, marked with
+    /// [`UNIQUE_RESEND`](crate::uapi::fuse::UNIQUE_RESEND): for the successor of a daemon that died.
+    ///
+    /// # Errors
+    /// `EINVAL` when the kernel cannot (before 6.9).
+    pub fn notify_resend(&self) -> Result<(), Errno> {
+        self.send(0, notify::RESEND, &[])
+    }
+
+    fn send(&self, unique: u64, error: i32, parts: &[&[u8]]) -> Result<(), Errno> {
+        const PARTS: usize = 3;
+        let total = size_of::<OutHeader>() + parts.iter().map(|part| part.len()).sum::<usize>();
+        let len = u32::try_from(total).map_err(|_| Errno::TOOBIG)?;
+        let header = OutHeader { len, error, unique };
+        let mut slices = [IoSlice::new(&[]); PARTS + 1];
+        let (first, rest) = slices.split_first_mut().ok_or(Errno::TOOBIG)?;
+        *first = IoSlice::new(header.as_bytes());
+        if parts.len() > rest.len() {
+            return Err(Errno::TOOBIG);
+        }
+        for (slot, part) in rest.iter_mut().zip(parts) {
+            *slot = IoSlice::new(part);
+        }
+        loop {
+            match rustix::io::writev(&self.fd, &slices) {
+                Ok(_) => return Ok(()),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(errno(error)),
+            }
+        }
+    }
+}
+
+impl AsFd for Connection {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// The agreement with a kernel that asks `init`, and the answer to it.
+fn agree(init: &InitIn) -> (Negotiated, InitOut) {
+    const WANTED: u64 = init_flags::BIG_WRITES
+        | init_flags::ATOMIC_O_TRUNC
+        | init_flags::PARALLEL_DIROPS
+        | init_flags::HANDLE_KILLPRIV_V2
+        | init_flags::INIT_EXT
+        | init_flags::HAS_RESEND;
+    let offered = u64::from(init.flags) | u64::from(init.flags2) << 32;
+    let flags = offered & WANTED;
+    let [f0, f1, f2, f3, g0, g1, g2, g3] = flags.to_le_bytes();
+    let negotiated = Negotiated {
+        major: KERNEL_VERSION,
+        minor: init.minor.min(KERNEL_MINOR_VERSION),
+        flags,
+        max_write: MAX_WRITE,
+    };
+    let answer = InitOut {
+        major: negotiated.major,
+        minor: negotiated.minor,
+        max_readahead: 0,
+        flags: u32::from_le_bytes([f0, f1, f2, f3]),
+        max_background: MAX_BACKGROUND,
+        congestion_threshold: MAX_BACKGROUND,
+        max_write: MAX_WRITE,
+        time_gran: 1,
+        flags2: u32::from_le_bytes([g0, g1, g2, g3]),
+        // request_timeout stays 0: it would abort the whole mount, all devices, for one that hangs.
+        ..InitOut::default()
+    };
+    (negotiated, answer)
+}
+
+fn errno(error: rustix::io::Errno) -> Errno {
+    Errno::from_raw(error.raw_os_error())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::uapi::fuse::{InHeader, opcode};
+
+    /// A connection whose kernel is the other end of a socket.
+    fn pair() -> (Connection, UnixStream) {
+        let (ours, kernel) = UnixStream::pair().unwrap();
+        kernel.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        (Connection::new(ours.into()).unwrap(), kernel)
+    }
+
+    fn send_init(kernel: &mut UnixStream, major: u32, minor: u32) {
+        use std::io::Write;
+        let header = InHeader { len: 104, opcode: opcode::INIT, unique: 2, ..InHeader::default() };
+        let init = InitIn { major, minor, flags: u32::MAX, flags2: u32::MAX, ..InitIn::default() };
+        kernel.write_all(&[header.as_bytes(), init.as_bytes()].concat()).unwrap();
+    }
+
+    #[test]
+    fn init_asks_for_resend_and_never_for_io_uring_or_no_open() {
+        let (connection, mut kernel) = pair();
+        send_init(&mut kernel, 7, 99);
+        let negotiated = connection.handshake(Duration::from_secs(5)).unwrap();
+        assert!(negotiated.has_resend());
+        assert_eq!(negotiated.flags & (init_flags::OVER_IO_URING | init_flags::NO_OPEN_SUPPORT), 0);
+        assert_eq!((negotiated.minor, negotiated.max_write), (45, MAX_WRITE));
+        let mut answer = [0; 80];
+        kernel.read_exact(&mut answer).unwrap();
+        assert_eq!(answer[..16], [80, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0]);
+        // flags2 lies at byte 32 of fuse_init_out: bit 39 is HAS_RESEND.
+        assert_eq!(answer[16 + 32], 0x80);
+    }
+
+    #[test]
+    fn an_unknown_protocol_is_refused_with_an_answer() {
+        let (connection, mut kernel) = pair();
+        send_init(&mut kernel, 7, 30);
+        let error = connection.handshake(Duration::from_secs(5)).unwrap_err();
+        assert!(matches!(error, HandshakeError::Version { major: 7, minor: 30 }));
+        let mut answer = [0; 16];
+        kernel.read_exact(&mut answer).unwrap();
+        assert_eq!(i32::from_ne_bytes(answer[4..8].try_into().unwrap()), -libc::EPROTO);
+    }
+
+    #[test]
+    fn errors_the_kernel_would_not_take_become_eio() {
+        let (connection, mut kernel) = pair();
+        for (error, sent) in [(Errno::BUSY, -16), (Errno::NOTSUPP, -5)] {
+            connection.reply(9, Err(error)).unwrap();
+            let mut answer = [0; 16];
+            kernel.read_exact(&mut answer).unwrap();
+            assert_eq!(i32::from_ne_bytes(answer[4..8].try_into().unwrap()), sent);
+        }
+    }
+
+    #[test]
+    fn a_silent_kernel_is_reported() {
+        let (connection, _kernel) = pair();
+        let error = connection.handshake(Duration::from_millis(10)).unwrap_err();
+        assert!(matches!(error, HandshakeError::Silent { .. }));
+    }
+}

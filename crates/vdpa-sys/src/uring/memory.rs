@@ -1,0 +1,293 @@
+//! Memory the kernel may read and write while a request is in flight.
+#![expect(unsafe_code, reason = "the kernel reads and writes memory of others while requests are in flight")]
+
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::fmt;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use vdpa_core::Errno;
+
+/// A mapping whose bytes may be accessed by anybody at any time, such as the shared memory of a guest.
+///
+/// # Safety
+/// As long as the object exists, `[base, base + len)` stays mapped at that address, readable and writable, and
+/// no Rust reference to any of its bytes is ever made: the kernel, the guest and other threads change them
+/// concurrently. (Pages that turn out to be inaccessible, as behind a truncated file, are no violation: the
+/// kernel reports `EFAULT` for them.) A mapping that only allows reading may be used if the kernel is only
+/// asked to read from it; for anything else it reports `EFAULT`.
+pub unsafe trait StableMemory: Send + Sync {
+    /// Address of the first byte.
+    fn base(&self) -> usize;
+    /// Bytes.
+    fn len(&self) -> usize;
+    /// Whether there are none.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// A piece of memory by address in this process; laid out as `struct iovec`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IoPiece {
+    /// First byte.
+    pub addr: usize,
+    /// Bytes.
+    pub len: usize,
+}
+
+const _: () = assert!(size_of::<IoPiece>() == size_of::<libc::iovec>());
+const _: () = assert!(align_of::<IoPiece>() == align_of::<libc::iovec>());
+const _: () = assert!(std::mem::offset_of!(IoPiece, len) == std::mem::offset_of!(libc::iovec, iov_len));
+
+/// Mappings kept alive together, such as those one snapshot of an IOTLB translates to. Cloning an `Arc` of it
+/// once per request keeps all of them.
+pub struct MemorySet {
+    /// Ordered by base; mappings do not overlap, since each is mapped.
+    regions: Box<[Region]>,
+}
+
+struct Region {
+    base: usize,
+    last: usize,
+    memory: Arc<dyn StableMemory>,
+}
+
+impl MemorySet {
+    /// The set of the mappings given; empty ones are left out. The same mapping may come more than once.
+    pub fn new(memories: impl IntoIterator<Item = Arc<dyn StableMemory>>) -> Self {
+        let mut regions: Vec<_> = memories
+            .into_iter()
+            .filter_map(|memory| {
+                let base = memory.base();
+                let last = base.checked_add(memory.len().checked_sub(1)?)?;
+                Some(Region { base, last, memory })
+            })
+            .collect();
+        regions.sort_unstable_by_key(|region| region.base);
+        Self { regions: regions.into() }
+    }
+
+    /// Whether all bytes of `piece` lie in one mapping of the set. A piece without bytes does.
+    #[must_use]
+    pub fn covers(&self, piece: IoPiece) -> bool {
+        let Some(more) = piece.len.checked_sub(1) else { return true };
+        let Some(last) = piece.addr.checked_add(more) else { return false };
+        let after = self.regions.partition_point(|region| region.base <= piece.addr);
+        after.checked_sub(1).and_then(|at| self.regions.get(at)).is_some_and(|region| last <= region.last)
+    }
+
+    /// The mappings, by address.
+    pub fn iter(&self) -> impl Iterator<Item = &Arc<dyn StableMemory>> {
+        self.regions.iter().map(|region| &region.memory)
+    }
+}
+
+impl fmt::Debug for MemorySet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.regions.iter().map(|region| (region.base, region.last))).finish()
+    }
+}
+
+/// A scatter-gather list over mappings that it keeps alive.
+#[derive(Debug)]
+pub struct GuestPieces {
+    pub(super) pieces: Box<[IoPiece]>,
+    pub(super) _memory: Arc<MemorySet>,
+}
+
+/// The most pieces of one request: `UIO_MAXIOV`.
+pub const MAX_PIECES: usize = 1024;
+
+impl GuestPieces {
+    /// The list of `pieces`, each inside one mapping of `memory`.
+    ///
+    /// # Errors
+    /// `EFAULT` for a piece outside of `memory`, `EINVAL` for more than [`MAX_PIECES`].
+    pub fn new(pieces: impl Into<Box<[IoPiece]>>, memory: Arc<MemorySet>) -> Result<Self, Errno> {
+        let pieces = pieces.into();
+        if pieces.len() > MAX_PIECES {
+            return Err(Errno::INVAL);
+        }
+        if !pieces.iter().all(|&piece| memory.covers(piece)) {
+            return Err(Errno::FAULT);
+        }
+        Ok(Self { pieces, _memory: memory })
+    }
+
+    /// Bytes of all pieces.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.pieces.iter().map(|piece| piece.len).fold(0, usize::saturating_add)
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// A zeroed buffer at an address that `O_DIRECT` accepts.
+pub struct AlignedBuf {
+    start: NonNull<u8>,
+    layout: Layout,
+}
+
+// SAFETY: the buffer owns its bytes as a Vec does; nothing about it is bound to a thread.
+unsafe impl Send for AlignedBuf {}
+// SAFETY: shared access only reads.
+unsafe impl Sync for AlignedBuf {}
+
+impl AlignedBuf {
+    /// A buffer of `len` zero bytes aligned to `align`.
+    ///
+    /// # Errors
+    /// `EINVAL` when `len` is 0, `align` is no power of two, or the two exceed the address space.
+    pub fn new(len: usize, align: usize) -> Result<Self, Errno> {
+        let layout = Layout::from_size_align(len, align).map_err(|_| Errno::INVAL)?;
+        if len == 0 {
+            return Err(Errno::INVAL);
+        }
+        // SAFETY: the layout has a size above 0, checked just now.
+        let start = unsafe { alloc_zeroed(layout) };
+        let start = NonNull::new(start).unwrap_or_else(|| handle_alloc_error(layout));
+        Ok(Self { start, layout })
+    }
+}
+
+impl std::ops::Deref for AlignedBuf {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        // SAFETY: `start` points to `layout.size()` bytes, zeroed at allocation, owned by self; while the kernel
+        // writes to them the buffer is inside the ring's slab, where nobody can borrow it.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.layout.size()) }
+    }
+}
+
+impl std::ops::DerefMut for AlignedBuf {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as for `deref`, and `&mut self` makes this the only reference.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.layout.size()) }
+    }
+}
+
+impl Drop for AlignedBuf {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new` with this very layout and not freed since.
+        unsafe { dealloc(self.start.as_ptr(), self.layout) }
+    }
+}
+
+impl fmt::Debug for AlignedBuf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AlignedBuf").field("len", &self.len()).field("align", &self.layout.align()).finish()
+    }
+}
+
+/// A buffer that belongs to a request while it is in flight and comes back with its completion.
+#[derive(Debug)]
+pub enum OwnedBuf {
+    /// Its `len()` bytes are read or written; spare capacity is not used.
+    Vec(Vec<u8>),
+    /// For `O_DIRECT`.
+    Aligned(AlignedBuf),
+}
+
+impl OwnedBuf {
+    pub(super) fn piece(&mut self) -> IoPiece {
+        // as_mut_ptr and not as_ptr: the kernel may write through the address.
+        let (addr, len) = match self {
+            Self::Vec(bytes) => (bytes.as_mut_ptr(), bytes.len()),
+            Self::Aligned(bytes) => (bytes.start.as_ptr(), bytes.layout.size()),
+        };
+        IoPiece { addr: addr.expose_provenance(), len }
+    }
+}
+
+impl std::ops::Deref for OwnedBuf {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Vec(bytes) => bytes,
+            Self::Aligned(bytes) => bytes,
+        }
+    }
+}
+
+impl From<Vec<u8>> for OwnedBuf {
+    fn from(bytes: Vec<u8>) -> Self {
+        Self::Vec(bytes)
+    }
+}
+
+impl From<AlignedBuf> for OwnedBuf {
+    fn from(bytes: AlignedBuf) -> Self {
+        Self::Aligned(bytes)
+    }
+}
+
+/// Where the bytes of a read go or the bytes of a write come from.
+#[derive(Debug)]
+pub enum Buffers {
+    /// Guest memory.
+    Guest(GuestPieces),
+    /// A buffer of our own.
+    Owned(OwnedBuf),
+}
+
+impl From<GuestPieces> for Buffers {
+    fn from(pieces: GuestPieces) -> Self {
+        Self::Guest(pieces)
+    }
+}
+
+impl<T: Into<OwnedBuf>> From<T> for Buffers {
+    fn from(buffer: T) -> Self {
+        Self::Owned(buffer.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Fake(usize, usize);
+    // SAFETY: never given to the kernel, only to the arithmetic.
+    unsafe impl StableMemory for Fake {
+        fn base(&self) -> usize {
+            self.0
+        }
+        fn len(&self) -> usize {
+            self.1
+        }
+    }
+
+    #[test]
+    fn a_set_covers_what_lies_in_one_mapping() {
+        let set = MemorySet::new(
+            [Fake(0x3000, 0x1000), Fake(0x1000, 0x1000), Fake(usize::MAX, 1), Fake(5, 0)]
+                .map(|fake| Arc::new(fake) as Arc<dyn StableMemory>),
+        );
+        let covers = |addr, len| set.covers(IoPiece { addr, len });
+        assert!(covers(0x1000, 0x1000) && covers(0x3fff, 1) && covers(usize::MAX, 1));
+        assert!(!covers(0xfff, 1) && !covers(0x1fff, 2) && !covers(0x2000, 1) && !covers(5, 1));
+        assert!(!covers(usize::MAX, 2), "the sum passes the end of the address space");
+        assert!(covers(0, 0));
+        let outside = vec![IoPiece { addr: 0x1000, len: 1 }, IoPiece { addr: 0x2000, len: 1 }];
+        assert_eq!(GuestPieces::new(outside, Arc::new(set)).unwrap_err(), Errno::FAULT);
+    }
+
+    #[test]
+    fn aligned_buffers_are_aligned_and_refuse_nonsense() {
+        let mut buffer = AlignedBuf::new(8192, 4096).unwrap();
+        assert_eq!(buffer.as_ptr().addr() % 4096, 0);
+        buffer[8191] = 7;
+        assert_eq!((buffer[0], buffer[8191], buffer.len()), (0, 7, 8192));
+        assert_eq!(AlignedBuf::new(0, 512).unwrap_err(), Errno::INVAL);
+        assert_eq!(AlignedBuf::new(512, 3).unwrap_err(), Errno::INVAL);
+    }
+}

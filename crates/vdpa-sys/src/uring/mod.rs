@@ -1,0 +1,21 @@
+//! io_uring for a worker that serves disks: requests own the memory and the files they use.
+//!
+//! Whatever the kernel may touch is moved into the [`Ring`] with the request and stays there until its completion
+//! has been seen, so no mistake of a caller can free memory under I/O. Dropping a ring cancels what is in flight
+//! and waits for it.
+//!
+//! One thread submits and reaps (`&mut Ring`); it should be the same one for the life of the ring, because the
+//! kernel cancels the requests of a thread that exits. Registered buffers and files may be changed from any
+//! thread by a [`Registrar`]; for this the ring is not set up with `IORING_SETUP_SINGLE_ISSUER`.
+
+mod memory;
+mod op;
+mod registrar;
+mod ring;
+#[cfg(test)]
+mod tests;
+
+pub use memory::{AlignedBuf, Buffers, GuestPieces, IoPiece, MAX_PIECES, MemorySet, OwnedBuf, StableMemory};
+pub use op::{File, FixedPiece, Op};
+pub use registrar::Registrar;
+pub use ring::{Completion, Ring, SubmitError};

@@ -1,0 +1,219 @@
+//! What a ring can be asked for.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+
+use io_uring::squeue::Entry;
+use io_uring::{opcode, types};
+use vdpa_core::Errno;
+
+use super::{Buffers, IoPiece, MemorySet, OwnedBuf};
+
+/// A file of a request.
+#[derive(Clone, Debug)]
+pub enum File {
+    /// By descriptor, held until the request completes.
+    Fd(Arc<OwnedFd>),
+    /// By slot of the registered files; an empty slot gives `EBADF`.
+    Registered(u32),
+}
+
+/// A piece of a registered buffer.
+#[derive(Clone, Debug)]
+pub struct FixedPiece {
+    /// Slot of the registered buffer.
+    pub slot: u16,
+    /// The bytes, by the address the buffer was registered with. The kernel reports `EFAULT` for bytes outside
+    /// of the buffer, and never looks at the address space: the pages are pinned.
+    pub piece: IoPiece,
+    /// Kept until completion, so that "nobody uses this mapping" can be told by its reference count.
+    pub memory: Arc<MemorySet>,
+}
+
+/// One request.
+#[derive(Debug)]
+pub enum Op {
+    /// Reads into `buffers` from byte `offset` of the file. The result is the number of bytes.
+    Read {
+        /// File.
+        file: File,
+        /// Destination.
+        buffers: Buffers,
+        /// Byte position.
+        offset: u64,
+    },
+    /// Writes `buffers` at byte `offset` of the file. The result is the number of bytes.
+    Write {
+        /// File.
+        file: File,
+        /// Source.
+        buffers: Buffers,
+        /// Byte position.
+        offset: u64,
+    },
+    /// [`Op::Read`] into pinned memory.
+    ReadFixed {
+        /// File.
+        file: File,
+        /// Destination.
+        to: FixedPiece,
+        /// Byte position.
+        offset: u64,
+    },
+    /// [`Op::Write`] from pinned memory.
+    WriteFixed {
+        /// File.
+        file: File,
+        /// Source.
+        from: FixedPiece,
+        /// Byte position.
+        offset: u64,
+    },
+    /// `fsync(2)`, or `fdatasync(2)` when `data_only`.
+    Fsync {
+        /// File.
+        file: File,
+        /// Leave out metadata not needed to read the data back.
+        data_only: bool,
+    },
+    /// `fallocate(2)`: discard and write zeroes.
+    Fallocate {
+        /// File.
+        file: File,
+        /// `FALLOC_FL_*`.
+        mode: i32,
+        /// First byte.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// Reports each time the file becomes readable, until cancelled; the result has the `POLL*` events.
+    ///
+    /// Edge-triggered: an eventfd that is never read gives one completion per signal (signals between two
+    /// reaps may be merged into one), and one at once if it has been signalled before. While
+    /// [`Completion::more`](super::Completion::more) is true the poll goes on; when it is false it must be asked
+    /// for again.
+    PollMultishot {
+        /// What to poll.
+        fd: Arc<OwnedFd>,
+    },
+}
+
+/// What a request needs until its completion.
+#[derive(Debug)]
+pub(super) enum Held {
+    /// Memory of others, files, or nothing.
+    Other {
+        /// Never read again, only dropped.
+        _keep: (Option<Buffers>, Option<Arc<MemorySet>>, Option<File>),
+    },
+    /// A buffer that goes back to the caller.
+    Owned {
+        /// It.
+        buffer: OwnedBuf,
+        /// Its file.
+        _file: File,
+    },
+}
+
+impl Held {
+    /// The buffer to give back.
+    pub(super) fn into_buffer(self) -> Option<OwnedBuf> {
+        match self {
+            Self::Owned { buffer, .. } => Some(buffer),
+            Self::Other { .. } => None,
+        }
+    }
+}
+
+macro_rules! with_file {
+    ($file:expr, |$fd:ident| $entry:expr) => {
+        match $file {
+            File::Fd(fd) => {
+                let $fd = types::Fd(fd.as_raw_fd());
+                $entry
+            }
+            File::Registered(slot) => {
+                let $fd = types::Fixed(*slot);
+                $entry
+            }
+        }
+    };
+}
+
+impl Op {
+    /// The entry for the kernel and what must outlive it.
+    ///
+    /// All addresses in the entry point into memory owned by the returned `Held`, on the heap or mapped, so moving
+    /// the `Held` leaves them valid.
+    ///
+    /// # Errors
+    /// `EINVAL` for a length beyond 2^32.
+    pub(super) fn prepare(self) -> Result<(Entry, Held), Errno> {
+        match self {
+            Self::Read { file, buffers, offset } => transfer(file, buffers, offset, false),
+            Self::Write { file, buffers, offset } => transfer(file, buffers, offset, true),
+            Self::ReadFixed { file, to, offset } => {
+                let (at, len) = fixed(&to)?;
+                let entry = with_file!(&file, |fd| opcode::ReadFixed::new(fd, at, len, to.slot)
+                    .offset(offset)
+                    .build());
+                Ok((entry, Held::Other { _keep: (None, Some(to.memory), Some(file)) }))
+            }
+            Self::WriteFixed { file, from, offset } => {
+                let (at, len) = fixed(&from)?;
+                let entry = with_file!(&file, |fd| opcode::WriteFixed::new(fd, at, len, from.slot)
+                    .offset(offset)
+                    .build());
+                Ok((entry, Held::Other { _keep: (None, Some(from.memory), Some(file)) }))
+            }
+            Self::Fsync { file, data_only } => {
+                let flags = if data_only { types::FsyncFlags::DATASYNC } else { types::FsyncFlags::empty() };
+                let entry = with_file!(&file, |fd| opcode::Fsync::new(fd).flags(flags).build());
+                Ok((entry, Held::Other { _keep: (None, None, Some(file)) }))
+            }
+            Self::Fallocate { file, mode, offset, len } => {
+                let entry =
+                    with_file!(&file, |fd| opcode::Fallocate::new(fd, len).offset(offset).mode(mode).build());
+                Ok((entry, Held::Other { _keep: (None, None, Some(file)) }))
+            }
+            Self::PollMultishot { fd } => {
+                const IN: u32 = 1;
+                const _: () = assert!(libc::POLLIN == 1);
+                let entry = opcode::PollAdd::new(types::Fd(fd.as_raw_fd()), IN).multi(true).build();
+                Ok((entry, Held::Other { _keep: (None, None, Some(File::Fd(fd))) }))
+            }
+        }
+    }
+}
+
+fn transfer(file: File, buffers: Buffers, offset: u64, write: bool) -> Result<(Entry, Held), Errno> {
+    match buffers {
+        Buffers::Guest(guest) => {
+            let count = u32::try_from(guest.pieces.len()).map_err(|_| Errno::INVAL)?;
+            let iov = guest.pieces.as_ptr().cast::<libc::iovec>();
+            let entry = with_file!(&file, |fd| if write {
+                opcode::Writev::new(fd, iov, count).offset(offset).build()
+            } else {
+                opcode::Readv::new(fd, iov, count).offset(offset).build()
+            });
+            Ok((entry, Held::Other { _keep: (Some(Buffers::Guest(guest)), None, Some(file)) }))
+        }
+        Buffers::Owned(mut buffer) => {
+            let piece = buffer.piece();
+            let len = u32::try_from(piece.len).map_err(|_| Errno::INVAL)?;
+            let at = std::ptr::with_exposed_provenance_mut(piece.addr);
+            let entry = with_file!(&file, |fd| if write {
+                opcode::Write::new(fd, at, len).offset(offset).build()
+            } else {
+                opcode::Read::new(fd, at, len).offset(offset).build()
+            });
+            Ok((entry, Held::Owned { buffer, _file: file }))
+        }
+    }
+}
+
+fn fixed(fixed: &FixedPiece) -> Result<(*mut u8, u32), Errno> {
+    let len = u32::try_from(fixed.piece.len).map_err(|_| Errno::INVAL)?;
+    Ok((std::ptr::with_exposed_provenance_mut(fixed.piece.addr), len))
+}

@@ -1,0 +1,318 @@
+//! The ring and its slab of requests in flight.
+#![expect(unsafe_code, reason = "entries of the ring name memory by address; the slab keeps it alive")]
+
+use std::fmt;
+use std::io;
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use io_uring::squeue::Entry;
+use io_uring::types::{CancelBuilder, SubmitArgs, Timespec};
+use io_uring::{IoUring, cqueue, opcode};
+use vdpa_core::Errno;
+
+use super::op::Held;
+use super::{Op, OwnedBuf, Registrar};
+
+/// How long a ring that is dropped waits for the kernel. What is in flight then is leaked, not freed.
+const DROP_PATIENCE: Duration = Duration::from_secs(30);
+
+/// `user_data` of requests that have no entry in the slab.
+const INTERNAL: u64 = u64::MAX;
+
+/// An io_uring; see the module.
+pub struct Ring {
+    ring: Arc<IoUring>,
+    slab: ManuallyDrop<Slab>,
+}
+
+/// The result of a request.
+#[derive(Debug)]
+pub struct Completion {
+    /// The caller's name for the request.
+    pub token: u64,
+    /// Bytes, events or 0; or the error. Cancelled requests give `ECANCELED`.
+    pub result: Result<u32, Errno>,
+    /// Whether further completions of this request will come ([`Op::PollMultishot`]).
+    pub more: bool,
+    /// The buffer of a request that owned one.
+    pub buffer: Option<OwnedBuf>,
+}
+
+/// Why a request was not taken. Nothing has happened and nothing is held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SubmitError {
+    /// The request itself is impossible.
+    #[error("request refused: {errno}")]
+    Request {
+        /// `EINVAL`: a transfer of more than 4 GiB.
+        errno: Errno,
+    },
+    /// The queue is full and the kernel did not take anything out of it: reap completions first.
+    #[error("the submission queue is full and the kernel takes nothing: {errno}; reap completions first")]
+    Full {
+        /// What `io_uring_enter` said.
+        errno: Errno,
+    },
+}
+
+impl SubmitError {
+    /// The error number for the one whose request it was.
+    #[must_use]
+    pub const fn errno(&self) -> Errno {
+        match *self {
+            Self::Request { errno } | Self::Full { errno } => errno,
+        }
+    }
+}
+
+impl Ring {
+    /// A ring whose submission queue has `entries` (a power of two; others are rounded up) and whose completion
+    /// queue has four times as many, for polls that complete more than once.
+    ///
+    /// # Errors
+    /// `EPERM` where io_uring is forbidden (`kernel.io_uring_disabled`, seccomp), `ENOSYS` where it is absent,
+    /// `ENOMEM` under a tight `RLIMIT_MEMLOCK` on kernels before 5.12.
+    pub fn new(entries: u32) -> Result<Self, Errno> {
+        const CQ_FACTOR: u32 = 4;
+        let mut builder = IoUring::builder();
+        builder.setup_cqsize(entries.saturating_mul(CQ_FACTOR)).setup_clamp().dontfork();
+        // Both are later than the oldest kernel served and only save interrupts of the worker.
+        let tuned = builder.clone().setup_submit_all().setup_coop_taskrun().build(entries);
+        let ring = match tuned {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => builder.build(entries),
+            other => other,
+        };
+        let ring = Arc::new(ring.map_err(|error| errno(&error))?);
+        Ok(Self { ring, slab: ManuallyDrop::new(Slab::default()) })
+    }
+
+    /// The handle that registers buffers and files.
+    #[must_use]
+    pub fn registrar(&self) -> Registrar {
+        Registrar { ring: Arc::clone(&self.ring) }
+    }
+
+    /// Requests in flight: submitted or queued, completion not seen yet.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.slab.used
+    }
+
+    /// Queues a request under the caller's name `token`, which need not be unique. It starts at the next
+    /// [`Ring::submit_and_wait`], or earlier when the queue is full. Does not wait for completions.
+    ///
+    /// # Errors
+    /// [`SubmitError`].
+    pub fn submit(&mut self, op: Op, token: u64) -> Result<(), SubmitError> {
+        let (entry, held) = op.prepare().map_err(|errno| SubmitError::Request { errno })?;
+        let key = self.slab.insert(Slot { token, held });
+        let pushed = self.push(&entry.user_data(key));
+        if let Err(errno) = pushed {
+            self.slab.remove(key);
+            return Err(SubmitError::Full { errno });
+        }
+        Ok(())
+    }
+
+    /// Asks for the requests named `token` to be cancelled. Each still completes: with `ECANCELED`, or with its
+    /// result when it was too late. Storage I/O that has reached the device cannot be cancelled.
+    ///
+    /// # Errors
+    /// [`SubmitError::Full`].
+    pub fn cancel(&mut self, token: u64) -> Result<(), SubmitError> {
+        for key in self.slab.keys_of(token) {
+            let entry = opcode::AsyncCancel::new(key).build().user_data(INTERNAL);
+            self.push(&entry).map_err(|errno| SubmitError::Full { errno })?;
+        }
+        Ok(())
+    }
+
+    /// Starts what is queued and waits until at least `want` completions are there (0 does not wait) or the time is
+    /// up. `None` waits without end.
+    ///
+    /// # Errors
+    /// What `io_uring_enter` reports. Running out of time, a signal and a full completion queue are no errors:
+    /// look at [`Ring::next_completion`].
+    pub fn submit_and_wait(&mut self, want: usize, timeout: Option<Duration>) -> Result<(), Errno> {
+        let submitter = self.ring.submitter();
+        let result = match timeout {
+            Some(timeout) if want > 0 => {
+                let time = Timespec::from(timeout);
+                submitter.submit_with_args(want, &SubmitArgs::new().timespec(&time))
+            }
+            _ => submitter.submit_and_wait(want),
+        };
+        match result {
+            Ok(_) => Ok(()),
+            Err(error)
+                if matches!(
+                    error.raw_os_error(),
+                    Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN)
+                ) =>
+            {
+                Ok(())
+            }
+            Err(error) => Err(errno(&error)),
+        }
+    }
+
+    /// The next completion that is there; does not wait.
+    pub fn next_completion(&mut self) -> Option<Completion> {
+        loop {
+            // SAFETY: `&mut self` makes this the only completion queue: the other holders of the Arc are
+            // registrars, which use the submitter only.
+            let entry = unsafe { self.ring.completion_shared() }.next()?;
+            if let Some(completion) = self.complete(entry.user_data(), entry.result(), entry.flags()) {
+                return Some(completion);
+            }
+        }
+    }
+
+    /// The completions that are there, until there are no more.
+    pub fn completions(&mut self) -> impl Iterator<Item = Completion> {
+        std::iter::from_fn(|| self.next_completion())
+    }
+
+    fn complete(&mut self, key: u64, result: i32, flags: u32) -> Option<Completion> {
+        let result = u32::try_from(result).map_err(|_| Errno::from_raw(result.saturating_neg()));
+        if cqueue::more(flags) {
+            let token = self.slab.token(key)?;
+            return Some(Completion { token, result, more: true, buffer: None });
+        }
+        let slot = self.slab.remove(key)?;
+        Some(Completion { token: slot.token, result, more: false, buffer: slot.held.into_buffer() })
+    }
+
+    /// Queues an entry whose memory the slab holds (or that has none).
+    fn push(&mut self, entry: &Entry) -> Result<(), Errno> {
+        if self.try_push(entry) {
+            return Ok(());
+        }
+        let submitted = self.ring.submit();
+        if self.try_push(entry) {
+            return Ok(());
+        }
+        Err(submitted.err().map_or(Errno::BUSY, |error| errno(&error)))
+    }
+
+    fn try_push(&mut self, entry: &Entry) -> bool {
+        // SAFETY: `&mut self` makes this the only submission queue (registrars use the submitter only).
+        let mut queue = unsafe { self.ring.submission_shared() };
+        // SAFETY: everything the entry points to is owned by the slab until the completion is seen, and the slab is
+        // freed only when nothing is in flight (see Drop); a cancel entry points to nothing.
+        unsafe { queue.push(entry) }.is_ok()
+    }
+
+    /// Cancels everything and waits; whether nothing is in flight afterwards.
+    fn drain(&mut self, patience: Duration) -> bool {
+        let deadline = Instant::now() + patience;
+        while self.slab.used > 0 {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            // Again in each round: a request may have been queued by the kernel since the last one.
+            let cancel = opcode::AsyncCancel2::new(CancelBuilder::any()).build().user_data(INTERNAL);
+            let pushed = self.push(&cancel).is_ok();
+            let waited = self.submit_and_wait(1, Some(Duration::from_millis(100)));
+            while self.next_completion().is_some() {}
+            if !pushed && waited.is_err() {
+                return false;
+            }
+        }
+        true
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        if self.drain(DROP_PATIENCE) {
+            // SAFETY: dropped here for the only time; self is gone after this.
+            unsafe { ManuallyDrop::drop(&mut self.slab) }
+        }
+        // Otherwise the kernel still owns memory in the slab: leaking it is the only sound thing left.
+    }
+}
+
+impl AsFd for Ring {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the descriptor is open as long as the ring, which outlives the borrow of self.
+        unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) }
+    }
+}
+
+impl fmt::Debug for Ring {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Ring")
+            .field("fd", &self.ring.as_raw_fd())
+            .field("in_flight", &self.slab.used)
+            .finish()
+    }
+}
+
+pub(super) fn errno(error: &io::Error) -> Errno {
+    Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))
+}
+
+#[derive(Debug)]
+struct Slot {
+    token: u64,
+    held: Held,
+}
+
+/// Requests in flight by key: index in the lower half, generation in the upper one, so that a key is never
+/// valid twice.
+#[derive(Debug, Default)]
+struct Slab {
+    slots: Vec<(u32, Option<Slot>)>,
+    free: Vec<u32>,
+    used: usize,
+}
+
+impl Slab {
+    fn insert(&mut self, slot: Slot) -> u64 {
+        self.used += 1;
+        let index = self.free.pop().unwrap_or_else(|| {
+            self.slots.push((0, None));
+            // The kernel's limit of requests in flight is far below 2^32 (32768 entries, 65536 completions
+            // and a backlog that stops submission).
+            u32::try_from(self.slots.len() - 1).unwrap_or(u32::MAX)
+        });
+        let mut generation = 0;
+        if let Some((slot_generation, place)) = self.slots.get_mut(index as usize) {
+            generation = *slot_generation;
+            *place = Some(slot);
+        }
+        u64::from(generation) << 32 | u64::from(index)
+    }
+
+    fn at(&mut self, key: u64) -> Option<(u32, &mut (u32, Option<Slot>))> {
+        let index = u32::try_from(key & u64::from(u32::MAX)).ok()?;
+        let place = self.slots.get_mut(index as usize)?;
+        (u64::from(place.0) == key >> 32).then_some((index, place))
+    }
+
+    fn token(&mut self, key: u64) -> Option<u64> {
+        self.at(key).and_then(|(_, place)| place.1.as_ref()).map(|slot| slot.token)
+    }
+
+    fn remove(&mut self, key: u64) -> Option<Slot> {
+        let (index, place) = self.at(key)?;
+        let slot = place.1.take()?;
+        // INTERNAL has the last generation, which is therefore never used.
+        place.0 = (place.0 + 1) % u32::MAX;
+        self.free.push(index);
+        self.used -= 1;
+        Some(slot)
+    }
+
+    fn keys_of(&self, token: u64) -> Vec<u64> {
+        let indexed = (0u64..).zip(&self.slots);
+        indexed
+            .filter(|(_, (_, slot))| slot.as_ref().is_some_and(|slot| slot.token == token))
+            .map(|(index, (generation, _))| u64::from(*generation) << 32 | index)
+            .collect()
+    }
+}

@@ -1,0 +1,181 @@
+//! The daemon's command line. What it does is in [`vdpad::daemon`].
+#![forbid(unsafe_code)]
+
+use std::error::Error;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+use vdpad::ctl::api::AddRequest;
+use vdpad::daemon::{self, Config, Daemon, StartError};
+use vdpad::front::watchdog::{self, Ended};
+
+/// The daemon met an error.
+const EXIT_RUNTIME: u8 = 1;
+/// The machine lacks something, for example /dev/fuse. (2, wrong usage, is clap's.)
+const EXIT_ENVIRONMENT: u8 = 3;
+
+/// Serves vDPA devices as vhost-vdpa device files.
+///
+/// Exit status: 0 after SIGTERM or SIGINT, 1 after an error, 2 for wrong usage, 3 when the machine lacks something
+/// the daemon needs, for example /dev/fuse.
+#[derive(Debug, Parser)]
+#[command(name = "vdpad", version, args_conflicts_with_subcommands = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    serve: Serve,
+}
+
+#[derive(Debug, clap::Args)]
+struct Serve {
+    /// Directory in which the device files appear [default: /run/vdpad/dev, without root
+    /// $XDG_RUNTIME_DIR/vdpad/dev]
+    #[arg(long, value_name = "DIR")]
+    dir: Option<PathBuf>,
+
+    /// Path of the control socket [default: /run/vdpad/control.sock, without root
+    /// $XDG_RUNTIME_DIR/vdpad/control.sock]
+    #[arg(long, value_name = "PATH")]
+    control: Option<PathBuf>,
+
+    /// Seconds a request on a device file may take before its caller gets an error
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
+    request_timeout: Duration,
+
+    /// Seconds without progress after which the watchdog frees the clients
+    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
+    watchdog_timeout: Duration,
+
+    /// What to log to standard error: error, warn, info, debug, trace, or filters as in RUST_LOG's syntax
+    #[arg(long, value_name = "FILTER", env = "VDPAD_LOG", default_value = "info")]
+    log: String,
+
+    /// A device to create at start; may be repeated
+    #[arg(long = "dev", value_name = "name=NAME mgmtdev=MGMTDEV ATTR=VALUE...", value_parser = daemon::parse_device)]
+    devices: Vec<AddRequest>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Watches a daemon; started by the daemon itself
+    #[command(hide = true)]
+    Watchdog {
+        /// Mount to end when the daemon stops answering
+        #[arg(long)]
+        mount: PathBuf,
+        /// Seconds without a sign of life
+        #[arg(long, value_parser = seconds)]
+        timeout: Duration,
+    },
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    text.parse()
+        .ok()
+        .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
+        .filter(|duration| !duration.is_zero())
+        .ok_or_else(|| "a number of seconds greater than 0 is right, for example 2.5".into())
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let filter = match EnvFilter::try_new(&cli.serve.log) {
+        Ok(filter) => filter,
+        Err(error) => {
+            eprintln!("vdpad: --log {:?}: {error}", cli.serve.log);
+            return ExitCode::from(2);
+        }
+    };
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(io::IsTerminal::is_terminal(&io::stderr()))
+        .init();
+    match cli.command {
+        Some(Command::Watchdog { mount, timeout }) => watch(&mount, timeout),
+        None => serve(cli.serve),
+    }
+}
+
+fn serve(options: Serve) -> ExitCode {
+    let root = rustix::process::geteuid().is_root();
+    let (Some(dir), Some(control)) = (
+        options.dir.or_else(|| default_path("dev", root)),
+        options.control.or_else(|| default_path("control.sock", root)),
+    ) else {
+        eprintln!("vdpad: without root and without XDG_RUNTIME_DIR give --dir and --control");
+        return ExitCode::from(2);
+    };
+    // First thing, while there is one thread: an ordinary user serves the processes of a namespace of their own.
+    if !root && let Err(error) = vdpa_sys::userns::enter() {
+        eprintln!("vdpad: cannot run without root: {error}");
+        return ExitCode::from(EXIT_ENVIRONMENT);
+    }
+    let config = Config {
+        dir,
+        control,
+        request_timeout: options.request_timeout,
+        watchdog_timeout: options.watchdog_timeout,
+        devices: options.devices,
+    };
+    let daemon = match Daemon::start(&config) {
+        Ok(daemon) => daemon,
+        Err(error) => {
+            report(&error);
+            return ExitCode::from(match error {
+                StartError::Environment { .. } => EXIT_ENVIRONMENT,
+                _ => EXIT_RUNTIME,
+            });
+        }
+    };
+    let outcome = daemon.run(announce);
+    daemon.stop();
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            report(&error);
+            ExitCode::from(EXIT_RUNTIME)
+        }
+    }
+}
+
+/// Tells scripts that wait for it, by the line `ready`, that devices and control socket can be used.
+fn announce() {
+    let mut stdout = io::stdout().lock();
+    if let Err(error) = writeln!(stdout, "ready").and_then(|()| stdout.flush()) {
+        tracing::debug!(%error, "nobody reads standard output");
+    }
+}
+
+/// One line with the whole chain of causes.
+fn report(error: &dyn Error) {
+    let mut line = format!("vdpad: {error}");
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        line.push_str(&format!(": {error}"));
+        cause = error.source();
+    }
+    eprintln!("{line}");
+}
+
+/// Where things are unless told otherwise.
+fn default_path(name: &str, root: bool) -> Option<PathBuf> {
+    let base = if root { PathBuf::from("/run") } else { std::env::var_os("XDG_RUNTIME_DIR")?.into() };
+    Some(base.join("vdpad").join(name))
+}
+
+fn watch(mount: &Path, timeout: Duration) -> ExitCode {
+    match watchdog::run(io::stdin(), mount, timeout) {
+        Ok(Ended::DaemonDied | Ended::Farewell) => ExitCode::SUCCESS,
+        Ok(Ended::Fired) => ExitCode::from(EXIT_RUNTIME),
+        Err(error) => {
+            eprintln!("vdpad watchdog: {error}");
+            ExitCode::from(EXIT_RUNTIME)
+        }
+    }
+}

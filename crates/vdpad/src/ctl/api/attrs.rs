@@ -1,0 +1,196 @@
+//! [`Attrs`]: the free-form attributes of a new device.
+
+use std::fmt;
+
+use serde::de::{Error as _, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+/// Names and values in the order in which they were given; a name occurs once.
+///
+/// In JSON an object. A value may be a string, a number or a boolean there, and is a string here: numbers in
+/// decimal, booleans as `on` and `off`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Attrs(Vec<(String, String)>);
+
+/// Why an attribute was not accepted.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum AttrError {
+    /// The name was there already.
+    #[error("attribute \"{name}\" is given twice; give it once")]
+    Twice {
+        /// Name of the attribute.
+        name: String,
+    },
+    /// The value of a switch is neither on nor off.
+    #[error("attribute \"{name}\" is \"{value}\"; \"on\" or \"off\" is right")]
+    Switch {
+        /// Name of the attribute.
+        name: String,
+        /// Value found.
+        value: String,
+    },
+    /// The value of a number is none, or is out of range.
+    #[error("attribute \"{name}\" is \"{value}\"; a number from {min} to {max} is right")]
+    Number {
+        /// Name of the attribute.
+        name: String,
+        /// Value found.
+        value: String,
+        /// Least value.
+        min: u64,
+        /// Greatest value.
+        max: u64,
+    },
+}
+
+impl Attrs {
+    /// No attributes.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self(Vec::new())
+    }
+
+    /// Adds an attribute.
+    ///
+    /// # Errors
+    /// [`AttrError::Twice`] when the name is there already.
+    pub fn insert(&mut self, name: impl Into<String>, value: impl Into<String>) -> Result<(), AttrError> {
+        let name = name.into();
+        if self.get(&name).is_some() {
+            return Err(AttrError::Twice { name });
+        }
+        self.0.push((name, value.into()));
+        Ok(())
+    }
+
+    /// The value of `name`.
+    #[must_use]
+    pub fn get(&self, name: &str) -> Option<&str> {
+        self.0.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
+    }
+
+    /// The value of the switch `name`, `on` or `off`; `None` when it is absent.
+    ///
+    /// # Errors
+    /// [`AttrError::Switch`] for any other value.
+    pub fn switch(&self, name: &str) -> Result<Option<bool>, AttrError> {
+        match self.get(name) {
+            None => Ok(None),
+            Some("on") => Ok(Some(true)),
+            Some("off") => Ok(Some(false)),
+            Some(value) => Err(AttrError::Switch { name: name.into(), value: value.into() }),
+        }
+    }
+
+    /// The value of the number `name`, decimal and from `min` to `max`; `None` when it is absent.
+    ///
+    /// # Errors
+    /// [`AttrError::Number`] for any other value.
+    pub fn number(&self, name: &str, min: u64, max: u64) -> Result<Option<u64>, AttrError> {
+        let Some(value) = self.get(name) else { return Ok(None) };
+        match value.parse() {
+            Ok(number) if (min..=max).contains(&number) => Ok(Some(number)),
+            _ => Err(AttrError::Number { name: name.into(), value: value.into(), min, max }),
+        }
+    }
+
+    /// Names and values, in order.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.0.iter().map(|(name, value)| (name.as_str(), value.as_str()))
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+impl Serialize for Attrs {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.iter())
+    }
+}
+
+impl<'de> Deserialize<'de> for Attrs {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(AttrsVisitor)
+    }
+}
+
+struct AttrsVisitor;
+
+impl<'de> Visitor<'de> for AttrsVisitor {
+    type Value = Attrs;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object of attributes")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Attrs, A::Error> {
+        let mut attrs = Attrs::new();
+        while let Some((name, Scalar(value))) = map.next_entry::<String, Scalar>()? {
+            attrs.insert(name, value).map_err(A::Error::custom)?;
+        }
+        Ok(attrs)
+    }
+}
+
+/// One value of the object, as the string it stands for.
+struct Scalar(String);
+
+impl<'de> Deserialize<'de> for Scalar {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged, expecting = "an attribute must be a string, a number or a boolean")]
+        enum Form {
+            Text(String),
+            Number(serde_json::Number),
+            Switch(bool),
+        }
+        Ok(Self(match Form::deserialize(deserializer)? {
+            Form::Text(text) => text,
+            Form::Number(number) => number.to_string(),
+            Form::Switch(true) => "on".into(),
+            Form::Switch(false) => "off".into(),
+        }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_of_every_form_become_strings_in_order() {
+        let attrs: Attrs = serde_json::from_str(r#"{"path":"/b","queues":4,"direct":true,"a":"x"}"#).unwrap();
+        let all: Vec<_> = attrs.iter().collect();
+        assert_eq!(all, [("path", "/b"), ("queues", "4"), ("direct", "on"), ("a", "x")]);
+        assert_eq!(
+            serde_json::to_string(&attrs).unwrap(),
+            r#"{"path":"/b","queues":"4","direct":"on","a":"x"}"#
+        );
+    }
+
+    #[test]
+    fn a_name_occurs_once() {
+        let error = serde_json::from_str::<Attrs>(r#"{"a":"1","a":"2"}"#).unwrap_err();
+        assert!(error.to_string().starts_with("attribute \"a\" is given twice"), "{error}");
+        assert!(serde_json::from_str::<Attrs>(r#"{"a":[1]}"#).is_err());
+        assert!(serde_json::from_str::<Attrs>(r#"["a"]"#).is_err());
+    }
+
+    #[test]
+    fn typed_values_name_what_would_be_right() {
+        let mut attrs = Attrs::new();
+        attrs.insert("direct", "yes").unwrap();
+        attrs.insert("queues", "65").unwrap();
+        assert_eq!(
+            attrs.switch("direct").unwrap_err().to_string(),
+            "attribute \"direct\" is \"yes\"; \"on\" or \"off\" is right"
+        );
+        assert_eq!(attrs.switch("pin"), Ok(None));
+        assert_eq!(attrs.number("queues", 1, 65), Ok(Some(65)));
+        assert!(attrs.number("queues", 1, 64).is_err());
+    }
+}

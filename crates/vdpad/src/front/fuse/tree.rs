@@ -1,0 +1,239 @@
+//! Names, nodes and attributes of the directory.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use rustix::process::{getegid, geteuid};
+use vdpa_sys::uapi::fuse::{Attr, Dirent, ROOT_ID, SetattrIn, setattr_valid};
+use zerocopy::IntoBytes;
+
+use super::lane::Lane;
+
+const S_IFDIR: u32 = 0o040_000;
+const S_IFREG: u32 = 0o100_000;
+const PERMISSIONS: u32 = 0o7777;
+const DT_DIR: u32 = 4;
+const DT_REG: u32 = 8;
+const BLOCK: u32 = 4096;
+/// `NAME_MAX`.
+pub(super) const NAME_MAX: u32 = 255;
+/// Node ids double as cookies of READDIR; 1 and 2 are those of "." and "..".
+const FIRST_NODE: u64 = 3;
+
+/// Who may open a device file. Changed by `chmod` and `chown`, kept while the file exists.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileAttributes {
+    /// Permission bits, `0o7777`.
+    pub mode: u32,
+    /// Owner, in the daemon's user namespace.
+    pub uid: u32,
+    /// Group, in the daemon's user namespace.
+    pub gid: u32,
+}
+
+impl FileAttributes {
+    /// Mode 0600 and the daemon's own user.
+    #[must_use]
+    pub fn private() -> Self {
+        Self { mode: 0o600, uid: geteuid().as_raw(), gid: getegid().as_raw() }
+    }
+}
+
+/// Why a file could not be added.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum AddError {
+    /// The name cannot be a file name.
+    #[error(
+        "{name:?} is no file name: it must have 1 to 255 bytes, no slash and no NUL, and not be \".\" or \"..\""
+    )]
+    Name {
+        /// It.
+        name: String,
+    },
+    /// The name is taken.
+    #[error("there is a device file {name:?} already")]
+    Exists {
+        /// It.
+        name: String,
+    },
+}
+
+#[derive(Debug)]
+struct Node {
+    name: String,
+    attr: Attr,
+    lane: Arc<Lane>,
+    /// How often the kernel was told of the node and has not forgotten it.
+    lookups: u64,
+    /// Whether it has its name still.
+    linked: bool,
+}
+
+/// The directory and everything the kernel remembers of it.
+#[derive(Debug)]
+pub(super) struct Tree {
+    root: Attr,
+    nodes: BTreeMap<u64, Node>,
+    names: HashMap<String, u64>,
+    next: u64,
+}
+
+impl Tree {
+    pub(super) fn new() -> Self {
+        let root = FileAttributes { mode: 0o755, ..FileAttributes::private() };
+        Self {
+            root: attr(ROOT_ID, S_IFDIR, 2, root),
+            nodes: BTreeMap::new(),
+            names: HashMap::new(),
+            next: FIRST_NODE,
+        }
+    }
+
+    /// Adds a file and returns its node id, which is never used again.
+    pub(super) fn add(&mut self, lane: Arc<Lane>, attributes: FileAttributes) -> Result<u64, AddError> {
+        let name = lane.name().to_owned();
+        if name.is_empty()
+            || name.len() > NAME_MAX as usize
+            || name.contains(['/', '\0'])
+            || name == "."
+            || name == ".."
+        {
+            return Err(AddError::Name { name });
+        }
+        if self.names.contains_key(&name) {
+            return Err(AddError::Exists { name });
+        }
+        let id = self.next;
+        self.next += 1;
+        let attr = attr(id, S_IFREG, 1, attributes);
+        self.names.insert(name.clone(), id);
+        self.nodes.insert(id, Node { name, attr, lane, lookups: 0, linked: true });
+        Ok(id)
+    }
+
+    pub(super) fn remove(&mut self, name: &str) -> bool {
+        let Some(id) = self.names.remove(name) else { return false };
+        if let Some(node) = self.nodes.get_mut(&id) {
+            node.linked = false;
+            node.attr.nlink = 0;
+        }
+        self.reap(id);
+        true
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.names.len()
+    }
+
+    pub(super) fn lookup(&self, name: &[u8]) -> Option<Attr> {
+        let id = self.names.get(str::from_utf8(name).ok()?)?;
+        self.attr(*id)
+    }
+
+    /// The kernel was told of the node once more.
+    pub(super) fn remember(&mut self, id: u64) {
+        if let Some(node) = self.nodes.get_mut(&id) {
+            node.lookups += 1;
+        }
+    }
+
+    pub(super) fn forget(&mut self, id: u64, lookups: u64) {
+        if let Some(node) = self.nodes.get_mut(&id) {
+            node.lookups = node.lookups.saturating_sub(lookups);
+        }
+        self.reap(id);
+    }
+
+    fn reap(&mut self, id: u64) {
+        if self.nodes.get(&id).is_some_and(|node| !node.linked && node.lookups == 0) {
+            self.nodes.remove(&id);
+        }
+    }
+
+    pub(super) fn attr(&self, id: u64) -> Option<Attr> {
+        if id == ROOT_ID { Some(self.root) } else { self.nodes.get(&id).map(|node| node.attr) }
+    }
+
+    /// The device to open; none when its name is gone.
+    pub(super) fn lane(&self, id: u64) -> Option<Arc<Lane>> {
+        self.nodes.get(&id).filter(|node| node.linked).map(|node| Arc::clone(&node.lane))
+    }
+
+    pub(super) fn attributes(&self, name: &str) -> Option<FileAttributes> {
+        let attr = self.lookup(name.as_bytes())?;
+        Some(FileAttributes { mode: attr.mode & PERMISSIONS, uid: attr.uid, gid: attr.gid })
+    }
+
+    /// Applies a `chmod`, `chown` or `utimes` that the kernel has allowed. A size (from `O_TRUNC` or `truncate`)
+    /// is ignored, as a character device does.
+    pub(super) fn set_attr(&mut self, id: u64, change: &SetattrIn) -> Option<Attr> {
+        let attr = if id == ROOT_ID { &mut self.root } else { &mut self.nodes.get_mut(&id)?.attr };
+        let asks = |bit| change.valid & bit != 0;
+        let (now, now_ns) = now();
+        if asks(setattr_valid::MODE) {
+            attr.mode = attr.mode & !PERMISSIONS | change.mode & PERMISSIONS;
+        }
+        if asks(setattr_valid::UID) {
+            attr.uid = change.uid;
+        }
+        if asks(setattr_valid::GID) {
+            attr.gid = change.gid;
+        }
+        if asks(setattr_valid::ATIME_NOW) {
+            (attr.atime, attr.atimensec) = (now, now_ns);
+        } else if asks(setattr_valid::ATIME) {
+            (attr.atime, attr.atimensec) = (change.atime, change.atimensec);
+        }
+        if asks(setattr_valid::MTIME_NOW) {
+            (attr.mtime, attr.mtimensec) = (now, now_ns);
+        } else if asks(setattr_valid::MTIME) {
+            (attr.mtime, attr.mtimensec) = (change.mtime, change.mtimensec);
+        }
+        (attr.ctime, attr.ctimensec) = (now, now_ns);
+        Some(*attr)
+    }
+
+    /// Entries after the cookie `offset`, in at most `room` bytes.
+    pub(super) fn list(&self, offset: u64, room: usize) -> Vec<u8> {
+        let mut out = Vec::new();
+        let dots = [(1, "."), (2, "..")].map(|(cookie, name)| (cookie, ROOT_ID, DT_DIR, name));
+        let files = self.nodes.range(offset.saturating_add(1)..).filter(|(_, node)| node.linked);
+        let files = files.map(|(&id, node)| (id, id, DT_REG, node.name.as_str()));
+        for (off, ino, kind, name) in dots.into_iter().filter(|dot| dot.0 > offset).chain(files) {
+            let padded = name.len().next_multiple_of(8);
+            let Ok(namelen) = u32::try_from(name.len()) else { continue };
+            if out.len() + size_of::<Dirent>() + padded > room {
+                break;
+            }
+            out.extend_from_slice(Dirent { ino, off, namelen, kind }.as_bytes());
+            out.extend_from_slice(name.as_bytes());
+            out.resize(out.len() + padded - name.len(), 0);
+        }
+        out
+    }
+}
+
+fn attr(ino: u64, kind: u32, nlink: u32, attributes: FileAttributes) -> Attr {
+    let (now, now_ns) = now();
+    Attr {
+        ino,
+        atime: now,
+        mtime: now,
+        ctime: now,
+        atimensec: now_ns,
+        mtimensec: now_ns,
+        ctimensec: now_ns,
+        mode: kind | attributes.mode & PERMISSIONS,
+        nlink,
+        uid: attributes.uid,
+        gid: attributes.gid,
+        blksize: BLOCK,
+        ..Attr::default()
+    }
+}
+
+fn now() -> (u64, u32) {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    (now.as_secs(), now.subsec_nanos())
+}

@@ -1,0 +1,211 @@
+//! The control interface as curl sees it: raw HTTP on the socket.
+#![expect(clippy::unwrap_used, reason = "a test fails where it stands")]
+
+mod support;
+
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use support::{Fixture, SIM_NET, Setup};
+use vdpad::ctl::api::{AddRequest, Attrs, Backend};
+use vdpad::ctl::client::{Client, ClientError};
+use vdpad::ctl::server::{BindError, Limits, Server, StartError};
+
+fn error(answer: &(u16, String)) -> (u16, String, i64) {
+    let body: Value = serde_json::from_str(&answer.1).unwrap_or_else(|_| panic!("not JSON: {answer:?}"));
+    let errno = body["errno"].as_str().unwrap_or_else(|| panic!("no errno: {answer:?}"));
+    assert!(body["error"].is_string(), "{answer:?}");
+    (answer.0, errno.into(), body["code"].as_i64().unwrap())
+}
+
+fn refused(status: u16, errno: &str, code: i64) -> (u16, String, i64) {
+    (status, errno.into(), code)
+}
+
+#[test]
+fn reading() {
+    let setup =
+        Setup::new(Fixture::simulators().with_net(Some(SIM_NET)).with_vstats(1, None, &[("tx packets", 3)]));
+    let get = |path: &str| {
+        let (status, body) = setup.http("GET", path, "");
+        assert_eq!(status, 200, "{body}");
+        serde_json::from_str::<Value>(&body).unwrap()
+    };
+    assert_eq!(get("/v1/version")["daemon"], "vdpad");
+    assert_eq!(
+        get("/v1/mgmtdevs")[0],
+        json!({"name": "vdpasim_net", "supported_classes": [1], "max_supported_vqs": 3, "dev_features": "0x308830028"})
+    );
+    assert_eq!(get("/v1/devs").as_array().unwrap().len(), 1);
+    assert_eq!(get("/v1/devs/vdpa0")["path"], "/run/vdpad/dev/vdpa0");
+    assert_eq!(
+        get("/v1/devs/vdpa0/config"),
+        json!({
+            "name": "vdpa0", "device_id": 1, "device_features": "0x308830028",
+            "negotiated_features": "0x308830028",
+            "net": {"mac": "00:11:22:33:44:55", "status": 1, "mtu": 1500},
+        })
+    );
+    assert_eq!(get("/v1/devs/vdpa0/vstats?qidx=1")["counters"], json!([["tx packets", 3]]));
+}
+
+#[test]
+fn creating_and_removing() {
+    let setup = Setup::new(Fixture::simulators().with_blk());
+    let request = r#"{"name":"b1","mgmtdev":"vdpasim_blk","attrs":{"path":"/a","queues":4,"direct":true}}"#;
+    assert_eq!(setup.http("POST", "/v1/devs", request), (201, String::new()));
+    assert_eq!(setup.http("DELETE", "/v1/devs/blk0?force=1", ""), (204, String::new()));
+    assert_eq!(error(&setup.http("DELETE", "/v1/devs/blk0", "")), refused(409, "EBUSY", 16));
+    assert_eq!(
+        setup.log(),
+        [
+            "add b1 on vdpasim_blk path=/a queues=4 direct=on",
+            "delete blk0 force true",
+            "delete blk0 force false"
+        ]
+    );
+}
+
+#[test]
+fn errors_have_their_status() {
+    let setup = Setup::new(Fixture::simulators().with_blk().with_fs());
+    let post = |body: &str| error(&setup.http("POST", "/v1/devs", body));
+    let get = |path: &str| error(&setup.http("GET", path, ""));
+    assert_eq!(get("/v1/devs/nosuch"), refused(404, "ENODEV", 19));
+    assert_eq!(get("/v1/devs/fs0/config"), refused(422, "EOPNOTSUPP", 95));
+    assert_eq!(get("/v1/devs/blk0/vstats"), refused(400, "EINVAL", 22));
+    assert_eq!(get("/v1/devs/blk0/vstats?qidx=32769"), refused(400, "ERANGE", 34));
+    assert_eq!(get("/v1/devs/blk0/vstats?qidx=x"), refused(400, "EINVAL", 22));
+    assert_eq!(get("/v1/devs/blk0/vstats?queue=1"), refused(400, "EINVAL", 22));
+    assert_eq!(post(r#"{"name":"blk0","mgmtdev":"vdpasim_blk"}"#), refused(409, "EEXIST", 17));
+    assert_eq!(post(r#"{"name":"b1","mgmtdev":"nosuch"}"#), refused(404, "ENODEV", 19));
+    assert_eq!(
+        post(r#"{"name":"b1","mgmtdev":"vduse","attrs":{"colour":"blue"}}"#),
+        refused(422, "EOPNOTSUPP", 95)
+    );
+    assert_eq!(error(&setup.http("DELETE", "/v1/devs/blk0?force=maybe", "")), refused(400, "EINVAL", 22));
+}
+
+#[test]
+fn malformed_requests_are_refused_before_the_backend() {
+    let setup = Setup::new(Fixture::simulators());
+    let post = |body: &str| error(&setup.http("POST", "/v1/devs", body));
+    for body in [
+        "",
+        "{",
+        "[]",
+        "null",
+        r#"{"name":"a"}"#,
+        r#"{"name":"","mgmtdev":"vduse"}"#,
+        r#"{"name":1,"mgmtdev":"vduse"}"#,
+        r#"{"name":"a","mgmtdev":"vduse","atrs":{}}"#,
+        r#"{"name":"a","mgmtdev":"vduse","attrs":{"path":["/a"]}}"#,
+        r#"{"name":"a","mgmtdev":"vduse","attrs":{"path":"/a","path":"/b"}}"#,
+        r#"{"name":"a","mgmtdev":"vduse"} {}"#,
+    ] {
+        assert_eq!(post(body), refused(400, "EINVAL", 22), "{body}");
+    }
+    let long = format!(r#"{{"name":"{}","mgmtdev":"vduse"}}"#, "a".repeat(70_000));
+    assert_eq!(post(&long), refused(413, "EMSGSIZE", 90));
+    assert_eq!(error(&setup.http("GET", "/v2/devs", "")), refused(404, "ENOENT", 2));
+    assert_eq!(error(&setup.http("PUT", "/v1/devs", "")), refused(405, "EOPNOTSUPP", 95));
+    assert!(setup.raw(b"nonsense\r\n\r\n").starts_with("HTTP/1.1 400"));
+    assert!(setup.log().is_empty(), "{:?}", setup.log());
+    assert_eq!(setup.http("GET", "/v1/version", "").0, 200);
+}
+
+#[test]
+fn slow_callers_are_cut_off() {
+    let limits =
+        Limits { head: Duration::from_millis(100), body: Duration::from_millis(100), ..Limits::default() };
+    let setup = Setup::limited(Fixture::simulators(), limits);
+    assert_eq!(setup.raw(b""), "");
+    let idle = setup.raw(b"GET /v1/version HTTP/1.1\r\nHost: a\r\n\r\n");
+    assert!(idle.starts_with("HTTP/1.1 200"), "{idle}");
+    let headless = setup.raw(b"GET /v1/ver");
+    assert!(headless.is_empty() || headless.starts_with("HTTP/1.1 408"), "{headless}");
+    let bodiless =
+        setup.raw(b"POST /v1/devs HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: 9\r\n\r\n{");
+    assert!(bodiless.starts_with("HTTP/1.1 408") && bodiless.contains("ETIMEDOUT"), "{bodiless}");
+}
+
+#[test]
+fn a_slow_backend_is_reported_and_holds_up_nobody() {
+    let limits = Limits { backend: Duration::from_millis(50), ..Limits::default() };
+    let setup = Setup::limited(Fixture::simulators(), limits);
+    let held = setup.fixture.hold.lock().unwrap();
+    let slow = setup.http("POST", "/v1/devs", r#"{"name":"slow","mgmtdev":"vduse"}"#);
+    assert_eq!(error(&slow), refused(504, "ETIMEDOUT", 110));
+    let client = Client::new(&setup.socket).unwrap();
+    assert_eq!(client.version().unwrap().daemon, "vdpad");
+    drop(held);
+}
+
+#[test]
+fn a_panic_in_the_backend_costs_one_request() {
+    let setup = Setup::new(Fixture::simulators());
+    let broken = setup.http("POST", "/v1/devs", r#"{"name":"panic","mgmtdev":"vduse"}"#);
+    assert_eq!(error(&broken), refused(500, "EIO", 5));
+    assert_eq!(setup.http("GET", "/v1/devs", "").0, 200);
+}
+
+#[test]
+fn shutdown_waits_for_nobody_who_hangs() {
+    let limits = Limits { shutdown: Duration::from_millis(50), ..Limits::default() };
+    let setup = Setup::limited(Fixture::simulators(), limits);
+    let fixture = Arc::clone(&setup.fixture);
+    let held = fixture.hold.lock().unwrap();
+    let socket = setup.socket.clone();
+    let caller = std::thread::spawn(move || {
+        Client::new(&socket).unwrap().add(&AddRequest {
+            name: "slow".into(),
+            mgmtdev: "vduse".into(),
+            attrs: Attrs::new(),
+        })
+    });
+    while fixture.log.lock().unwrap().is_empty() {
+        std::thread::yield_now();
+    }
+    setup.shutdown();
+    let outcome = caller.join().unwrap();
+    assert!(matches!(outcome, Err(ClientError::Connection { .. })), "{outcome:?}");
+    drop(held);
+}
+
+#[test]
+fn connections_beyond_the_limit_wait() {
+    let setup = Setup::limited(Fixture::simulators(), Limits { connections: 1, ..Limits::default() });
+    let idle = UnixStream::connect(&setup.socket).unwrap();
+    let client = Client::new(&setup.socket).unwrap().with_timeout(Duration::from_millis(100));
+    assert!(matches!(client.version(), Err(ClientError::TimedOut { .. })));
+    drop(idle);
+    let client = client.with_timeout(Duration::from_secs(20));
+    assert_eq!(client.version().unwrap().pid, std::process::id());
+}
+
+#[test]
+fn a_second_server_is_refused_and_shutdown_removes_the_socket() {
+    let setup = Setup::new(Fixture::simulators());
+    let socket = setup.socket.clone();
+    let backend: Arc<dyn Backend> = setup.fixture.clone();
+    let second = Server::start(&socket, Arc::clone(&backend));
+    assert!(
+        matches!(second, Err(StartError::Bind(BindError::InUse { .. }))),
+        "a second server took the socket of the first"
+    );
+    setup.shutdown();
+    assert!(!socket.exists());
+}
+
+#[test]
+fn curl_can_be_used() {
+    let setup = Setup::new(Fixture::simulators().with_blk());
+    let mut curl = std::process::Command::new("curl");
+    curl.args(["--silent", "--max-time", "20", "--unix-socket"]).arg(&setup.socket);
+    curl.args(["--write-out", " %{http_code}", "--json"]);
+    curl.args([r#"{"name":"b1","mgmtdev":"vdpasim_blk"}"#, "http://vdpad/v1/devs"]);
+    let outcome = support::run(&mut curl);
+    assert_eq!(outcome.stdout, " 201", "{outcome:?}");
+}

@@ -1,0 +1,356 @@
+//! A bus made of constants, the real server in front of it, and the real binaries as callers.
+#![expect(dead_code, reason = "every test binary uses its own part")]
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use vdpa_core::Errno;
+use vdpa_core::features::{Bit, Features, Status};
+use vdpad::ctl::api::{
+    AddRequest, Backend, CtlError, DevInfo, DevState, MgmtDev, Owner, QueueInfo, QueueVstats,
+};
+use vdpad::ctl::config::{
+    BlockConfig, BlockTopology, ClassConfig, DevConfig, DiscardLimits, MacAddr, NetConfig,
+};
+use vdpad::ctl::server::{Limits, Server};
+
+/// Longest a process may take; nothing here should come near.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// What the kernel's network simulator offers.
+pub(crate) const SIM_NET: Features = Features(0x3_0883_0028);
+
+/// A bus whose answers are its fields.
+#[derive(Debug, Default)]
+pub(crate) struct Fixture {
+    pub(crate) mgmtdevs: Vec<MgmtDev>,
+    pub(crate) devices: Vec<(DevInfo, Result<DevConfig, CtlError>)>,
+    pub(crate) vstats: Vec<QueueVstats>,
+    /// Requests that reached it, in order.
+    pub(crate) log: Mutex<Vec<String>>,
+    /// While a test holds this, creating a device named `slow` waits.
+    pub(crate) hold: Mutex<()>,
+}
+
+impl Fixture {
+    /// The three management devices of uapi-spec 7.3.
+    pub(crate) fn simulators() -> Self {
+        let mgmtdev = |name: &str, classes: &[u32], max_supported_vqs, dev_features| MgmtDev {
+            name: name.into(),
+            bus: None,
+            supported_classes: classes.into(),
+            max_supported_vqs,
+            dev_features,
+        };
+        Self {
+            mgmtdevs: vec![
+                mgmtdev("vdpasim_net", &[1], 3, SIM_NET),
+                mgmtdev("vdpasim_blk", &[2], 0, Features::NONE),
+                mgmtdev("vduse", &[1, 2], 0, Features::NONE),
+            ],
+            ..Self::default()
+        }
+    }
+
+    /// `vdpa0` of uapi-spec 7.4, negotiated or not.
+    pub(crate) fn with_net(mut self, negotiated: Option<Features>) -> Self {
+        let net = NetConfig {
+            mac: Some(MacAddr([0, 0x11, 0x22, 0x33, 0x44, 0x55])),
+            status: Some(1),
+            max_vq_pairs: None,
+            mtu: Some(1500),
+        };
+        let config = DevConfig {
+            name: "vdpa0".into(),
+            device_id: 1,
+            device_features: SIM_NET,
+            negotiated_features: negotiated,
+            class: ClassConfig::Net(net),
+        };
+        self.devices.push((info("vdpa0", 1, "vdpasim_net", 3), Ok(config)));
+        self
+    }
+
+    /// `blk0` of uapi-spec 7.4, in use.
+    pub(crate) fn with_blk(mut self) -> Self {
+        let features = Features::of(&[Features::BLK_FLUSH, Features::VERSION_1, Bit(40)]);
+        let block = BlockConfig {
+            capacity: 262_144,
+            blk_size: Some(512),
+            topology: Some(BlockTopology { min_io_size: 1, opt_io_size: 8, ..BlockTopology::default() }),
+            discard: Some(DiscardLimits { max_sectors: 2048, max_segments: 1, sector_alignment: 1 }),
+            flush: true,
+            ..BlockConfig::default()
+        };
+        let config = DevConfig {
+            name: "blk0".into(),
+            device_id: 2,
+            device_features: features,
+            negotiated_features: Some(features),
+            class: ClassConfig::Block(block),
+        };
+        let mut blk = info("blk0", 2, "vdpasim_blk", 1);
+        blk.state = DevState {
+            open: true,
+            status: Status(0xf),
+            suspended: false,
+            owner: Some(Owner { pid: 4711, comm: "qemu".into(), since: 1_795_245_169 }),
+            negotiated_features: Some(features),
+            pinned_pages: 1_048_576,
+            memlock_limit_pages: Some(2_097_152),
+            mappings: 12,
+            queues: vec![QueueInfo {
+                index: 0,
+                size: 256,
+                enabled: true,
+                running: true,
+                requests: 10,
+                bytes: 40_960,
+                errors: 1,
+            }],
+        };
+        self.devices.push((blk, Ok(config)));
+        self
+    }
+
+    /// A file-system device, of which the kernel shows no configuration.
+    pub(crate) fn with_fs(mut self) -> Self {
+        let refusal = CtlError::new(Errno::OPNOTSUPP, "unsupported device class");
+        self.devices.push((info("fs0", 26, "vdpasim_fs", 2), Err(refusal)));
+        self
+    }
+
+    /// Statistics of a queue of `vdpa0`.
+    pub(crate) fn with_vstats(
+        mut self,
+        queue_index: u16,
+        pairs: Option<u16>,
+        counters: &[(&str, u64)],
+    ) -> Self {
+        self.vstats.push(QueueVstats {
+            name: "vdpa0".into(),
+            device_id: 1,
+            negotiated_features: SIM_NET,
+            max_vq_pairs: pairs,
+            queue_index,
+            counters: counters.iter().map(|(name, value)| ((*name).into(), *value)).collect(),
+        });
+        self
+    }
+
+    fn find(&self, name: &str) -> Result<&(DevInfo, Result<DevConfig, CtlError>), CtlError> {
+        self.devices.iter().find(|(info, _)| info.name == name).ok_or_else(CtlError::no_device)
+    }
+
+    fn note(&self, line: String) {
+        self.log.lock().unwrap().push(line);
+    }
+}
+
+fn info(name: &str, device_id: u32, mgmtdev: &str, max_vqs: u32) -> DevInfo {
+    DevInfo {
+        name: name.into(),
+        device_id,
+        mgmtdev: mgmtdev.into(),
+        vendor_id: 0,
+        max_vqs,
+        max_vq_size: 256,
+        min_vq_size: 1,
+        path: PathBuf::from("/run/vdpad/dev").join(name),
+        state: DevState::default(),
+    }
+}
+
+impl Backend for Fixture {
+    fn mgmtdevs(&self) -> Result<Vec<MgmtDev>, CtlError> {
+        Ok(self.mgmtdevs.clone())
+    }
+
+    fn devices(&self) -> Result<Vec<DevInfo>, CtlError> {
+        Ok(self.devices.iter().map(|(info, _)| info.clone()).collect())
+    }
+
+    fn device(&self, name: &str) -> Result<DevInfo, CtlError> {
+        self.note(format!("device {name}"));
+        Ok(self.find(name)?.0.clone())
+    }
+
+    fn config(&self, name: &str) -> Result<DevConfig, CtlError> {
+        self.find(name)?.1.clone()
+    }
+
+    fn vstats(&self, name: &str, queue_index: u16) -> Result<QueueVstats, CtlError> {
+        if self.find(name)?.0.device_id != 1 {
+            return Err(CtlError::new(Errno::OPNOTSUPP, "Operation not supported"));
+        }
+        self.vstats
+            .iter()
+            .find(|vstats| vstats.queue_index == queue_index)
+            .cloned()
+            .ok_or_else(|| CtlError::new(Errno::INVAL, "no such queue"))
+    }
+
+    fn add(&self, request: AddRequest) -> Result<(), CtlError> {
+        let attrs: String = request.attrs.iter().map(|(name, value)| format!(" {name}={value}")).collect();
+        self.note(format!("add {} on {}{attrs}", request.name, request.mgmtdev));
+        if self.find(&request.name).is_ok() {
+            return Err(CtlError::new(Errno::EXIST, "device exists already"));
+        }
+        match request.name.as_str() {
+            "panic" => panic!("a bug in the backend"),
+            "slow" => drop(self.hold.lock().unwrap()),
+            _ => {}
+        }
+        if !self.mgmtdevs.iter().any(|mgmtdev| mgmtdev.handle() == request.mgmtdev) {
+            return Err(CtlError::no_mgmtdev());
+        }
+        if request.attrs.get("colour").is_some() {
+            return Err(CtlError::new(
+                Errno::OPNOTSUPP,
+                "Some provided attributes are not supported: colour",
+            ));
+        }
+        Ok(())
+    }
+
+    fn delete(&self, name: &str, force: bool) -> Result<(), CtlError> {
+        self.note(format!("delete {name} force {force}"));
+        let (info, _) = self.find(name)?;
+        if info.state.open && !force {
+            return Err(CtlError::new(Errno::BUSY, "device is in use")
+                .with_hint("Stop the client, or delete it with --force."));
+        }
+        Ok(())
+    }
+}
+
+/// A server with a fixture behind it.
+pub(crate) struct Setup {
+    pub(crate) fixture: Arc<Fixture>,
+    pub(crate) socket: PathBuf,
+    server: Server,
+    _dir: tempfile::TempDir,
+}
+
+impl Setup {
+    pub(crate) fn new(fixture: Fixture) -> Self {
+        Self::limited(fixture, Limits::default())
+    }
+
+    pub(crate) fn limited(fixture: Fixture, limits: Limits) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("control.sock");
+        let fixture = Arc::new(fixture);
+        let backend: Arc<dyn Backend> = fixture.clone();
+        let server = Server::start_limited(&socket, backend, limits).unwrap();
+        Self { fixture, socket, server, _dir: dir }
+    }
+
+    /// Runs vdpactl with the words of `line`.
+    pub(crate) fn vdpactl(&self, line: &str) -> Outcome {
+        vdpactl(&self.socket, line)
+    }
+
+    /// Sends `bytes` and returns everything that comes back.
+    pub(crate) fn raw(&self, bytes: &[u8]) -> String {
+        let mut stream = UnixStream::connect(&self.socket).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.write_all(bytes).unwrap();
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).unwrap();
+        String::from_utf8(answer).unwrap()
+    }
+
+    /// One request as curl sends it; returns the status and the body.
+    pub(crate) fn http(&self, method: &str, path: &str, body: &str) -> (u16, String) {
+        let answer = self.raw(
+            format!(
+                "{method} {path} HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\nConnection: close\r\n\
+                 Content-Length: {}\r\n\r\n{body}",
+                body.len()
+            )
+            .as_bytes(),
+        );
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
+        let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
+        (status.unwrap_or_else(|| panic!("no HTTP answer: {answer:?}")), body.into())
+    }
+
+    pub(crate) fn log(&self) -> Vec<String> {
+        self.fixture.log.lock().unwrap().clone()
+    }
+
+    pub(crate) fn shutdown(self) {
+        self.server.shutdown();
+    }
+}
+
+/// What a process left.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Outcome {
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+    pub(crate) code: Option<i32>,
+}
+
+impl Outcome {
+    /// Asserts a success with exactly this output; the difference is printed line by line.
+    #[track_caller]
+    pub(crate) fn prints(&self, expected: &str) {
+        assert_eq!((self.code, self.stderr.as_str()), (Some(0), ""), "{self:?}");
+        assert_eq!(self.stdout.split_inclusive('\n').collect::<Vec<_>>(), lines(expected));
+    }
+
+    /// Asserts exit status 1 with exactly this output and this text on standard error.
+    #[track_caller]
+    pub(crate) fn fails(&self, stdout: &str, stderr: &str) {
+        assert_eq!(self.code, Some(1), "{self:?}");
+        assert_eq!(self.stdout, stdout);
+        assert_eq!(self.stderr.split_inclusive('\n').collect::<Vec<_>>(), lines(stderr));
+    }
+}
+
+fn lines(text: &str) -> Vec<&str> {
+    text.split_inclusive('\n').collect()
+}
+
+pub(crate) fn vdpactl(socket: &Path, line: &str) -> Outcome {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vdpactl"));
+    command.env("VDPAD_SOCKET", socket).args(line.split_whitespace());
+    run(&mut command)
+}
+
+/// Runs a command to its end, which must come within [`PATIENCE`].
+pub(crate) fn run(command: &mut Command) -> Outcome {
+    let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    finish(child)
+}
+
+/// Waits for a child's end; kills it and panics if that takes longer than [`PATIENCE`].
+pub(crate) fn finish(mut child: Child) -> Outcome {
+    let drain = |pipe: Option<Box<dyn Read + Send>>| {
+        std::thread::spawn(move || {
+            let mut text = String::new();
+            pipe.map(|mut pipe| pipe.read_to_string(&mut text));
+            text
+        })
+    };
+    let stdout = drain(child.stdout.take().map(|pipe| Box::new(pipe) as _));
+    let stderr = drain(child.stderr.take().map(|pipe| Box::new(pipe) as _));
+    let deadline = Instant::now() + PATIENCE;
+    let status = loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            break status;
+        }
+        if Instant::now() > deadline {
+            child.kill().unwrap();
+            panic!("{child:?} has not ended within {PATIENCE:?}");
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    };
+    Outcome { stdout: stdout.join().unwrap(), stderr: stderr.join().unwrap(), code: status.code() }
+}
