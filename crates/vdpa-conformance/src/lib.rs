@@ -1,1 +1,27 @@
-//! conformance suite for vhost-vdpa devices
+//! Conformance suite for vhost-vdpa devices: the kernel's, those of `vdpad`, anyone's.
+//!
+//! A [`Case`] checks one statement of the interface specification on a device file that it opens afresh. What it
+//! needs from the device (features, backend bits, device class, number of queues) is probed, never derived from
+//! a kernel version. [`run`](runner::run) executes cases and compares the outcomes with the
+//! [`Expectations`](expect::Expectations) for the device, where each deviation has its reason.
+//!
+//! The suite resets the device and takes its ownership: it must have the device for itself.
+#![forbid(unsafe_code)]
+
+mod case;
+pub mod cases;
+pub mod child;
+mod device;
+pub mod expect;
+pub mod matrix;
+mod memory;
+mod probe;
+pub mod report;
+mod request;
+mod ring;
+pub mod runner;
+
+pub use case::{Case, Ctx, Need, Outcome, Stop};
+pub use device::Device;
+pub use probe::{Probe, ProbeError};
+pub use request::Request;

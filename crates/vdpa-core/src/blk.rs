@@ -283,3 +283,98 @@ impl<'a> BlkRequest<'a> {
         memory.write(self.status, &[status.byte()])
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::mem::{offset_of, size_of};
+
+    use super::*;
+    use crate::testing::TestMemory;
+    use crate::types::{IovaRange, Perm};
+
+    #[test]
+    fn the_configuration_has_the_layout_of_linux() {
+        assert_eq!((size_of::<BlkConfig>(), align_of::<BlkConfig>(), size_of::<BlkZoned>()), (96, 1, 24));
+        assert_eq!(offset_of!(BlkConfig, blk_size), 20);
+        assert_eq!(offset_of!(BlkConfig, wce), 32);
+        assert_eq!(offset_of!(BlkConfig, num_queues), 34);
+        assert_eq!(offset_of!(BlkConfig, max_discard_sectors), 36);
+        assert_eq!(offset_of!(BlkConfig, discard_sector_alignment), 44);
+        assert_eq!(offset_of!(BlkConfig, write_zeroes_may_unmap), 56);
+        assert_eq!(offset_of!(BlkConfig, max_secure_erase_sectors), 60);
+        assert_eq!(offset_of!(BlkConfig, zoned), 72);
+        let config = BlkConfig { capacity: 0x0102.into(), num_queues: 0x0304.into(), ..BlkConfig::default() };
+        assert_eq!((config.as_bytes()[0], config.as_bytes()[34]), (2, 4), "little endian");
+    }
+
+    #[test]
+    fn headers_and_segments_round_trip() {
+        let raw: [u8; 16] = std::array::from_fn(|i| u8::try_from(i).unwrap());
+        let header = RequestHeader { kind: 0x0302_0100, ioprio: 0x0706_0504, sector: 0x0f0e_0d0c_0b0a_0908 };
+        assert_eq!(RequestHeader::parse(&raw), header);
+        assert_eq!(header.encode(), raw);
+        let segment = Segment { sector: 0x0706_0504_0302_0100, num_sectors: 0x0b0a_0908, flags: 0x0f0e_0d0c };
+        assert_eq!(Segment::parse(&raw), segment);
+        assert_eq!(segment.encode(), raw);
+        for status in [Status::Ok, Status::IoErr, Status::Unsupp] {
+            assert_eq!(Status::from_byte(status.byte()), Some(status));
+        }
+        assert_eq!(Status::from_byte(0xff), None);
+    }
+
+    /// Cuts `bytes` bytes from `base` into buffers of these lengths; the rest is the last buffer.
+    fn cut(base: u64, bytes: u32, lengths: &[u32]) -> Vec<Buffer> {
+        let mut at = 0;
+        let mut list: Vec<Buffer> = Vec::new();
+        for &len in lengths {
+            list.push(Buffer { iova: base + u64::from(at), len });
+            at += len;
+        }
+        list.push(Buffer { iova: base + u64::from(at), len: bytes - at });
+        list
+    }
+
+    fn chain(readable: Vec<Buffer>, writable: Vec<Buffer>) -> Chain {
+        let mut chain = Chain::new();
+        (chain.readable, chain.writable) = (readable, writable);
+        chain
+    }
+
+    #[test]
+    fn a_request_is_the_same_however_it_is_cut() {
+        let memory = TestMemory::new(0x1000, 0x400);
+        let header = RequestHeader { kind: kind::OUT, ioprio: 0, sector: 77 };
+        memory.poke(0x1000, &header.encode());
+        let cuts: [&[u32]; 6] = [&[], &[16], &[1, 0, 9], &[15, 1], &[17], &[16, 0, 3]];
+        for out in cuts {
+            for back in cuts {
+                let chain = chain(cut(0x1000, 40, out), cut(0x1200, 33, back));
+                let request = BlkRequest::parse(&memory, &chain).unwrap();
+                assert_eq!(request.header, header, "{out:?}");
+                assert_eq!((request.data_out.len(), request.data_in.len()), (24, 32));
+                assert_eq!(request.data_out.iter().next().map(|piece| piece.iova), Some(0x1010));
+                assert_eq!(request.status, 0x1220);
+                let data: Vec<u8> = (1..=32).collect();
+                assert!(request.data_in.write(&memory, &data).unwrap());
+                request.write_status(&memory, Status::Unsupp).unwrap();
+                assert_eq!(memory.peek(0x1200, 34), [&data[..], &[2, 0]].concat());
+                memory.poke(0x1200, &[0; 34]);
+            }
+        }
+    }
+
+    #[test]
+    fn a_chain_of_another_shape_is_refused() {
+        let memory = TestMemory::new(0x1000, 0x400);
+        let parse = |readable, writable| BlkRequest::parse(&memory, &chain(readable, writable)).map(drop);
+        let good = || vec![Buffer { iova: 0x1000, len: 16 }];
+        let buffer = |iova, len| vec![Buffer { iova, len }];
+        assert_eq!(parse(good(), good()), Ok(()));
+        assert_eq!(parse(vec![], good()), Err(ShapeError::Header { readable: 0 }));
+        assert_eq!(parse(buffer(0x1000, 15), good()), Err(ShapeError::Header { readable: 15 }));
+        assert_eq!(parse(good(), vec![]), Err(ShapeError::Status));
+        assert_eq!(parse(good(), [good(), buffer(0x1100, 0)].concat()), Err(ShapeError::Status));
+        memory.protect(IovaRange::new(0x1000, 0x1000).unwrap(), Perm::NONE);
+        assert_eq!(parse(good(), good()), Err(ShapeError::Fault(Fault { addr: 0x1000 })));
+    }
+}

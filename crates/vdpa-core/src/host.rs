@@ -13,7 +13,7 @@ use crate::types::{Perm, Result};
 pub const PAGE_SIZE: u64 = 4096;
 
 /// The family of types one platform brings along.
-pub trait Host: Debug + 'static {
+pub trait Host: Clone + Debug + 'static {
     /// An address space that can own a device.
     type AddressSpace: AddressSpace<Memory = Self::Memory>;
     /// A piece of client memory the device can reach.

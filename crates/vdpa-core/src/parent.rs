@@ -72,6 +72,11 @@ pub trait Parent: Debug + Send {
     /// The device is reset (status 0, open or close); all queues are stopped already.
     fn reset(&mut self) {}
 
+    /// What a queue has done since the device was made. Does not block.
+    fn queue_stats(&self, _index: QueueIndex) -> QueueStats {
+        QueueStats::default()
+    }
+
     /// The device has a new owner address space, or none.
     ///
     /// # Errors
@@ -79,6 +84,17 @@ pub trait Parent: Debug + Send {
     fn bind_owner(&mut self, _owner: Option<&<Self::Host as Host>::AddressSpace>) -> Result<()> {
         Ok(())
     }
+}
+
+/// Counters of a queue; they survive resets and changes of owner.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct QueueStats {
+    /// Requests answered.
+    pub requests: u64,
+    /// Bytes of data moved by them, in either direction.
+    pub bytes: u64,
+    /// Requests answered with an error.
+    pub errors: u64,
 }
 
 /// The three ways in which a parent takes part in translation (uapi-spec 3.1).
@@ -242,6 +258,10 @@ impl<P: Parent + ?Sized> Parent for Box<P> {
 
     fn reset(&mut self) {
         (**self).reset();
+    }
+
+    fn queue_stats(&self, index: QueueIndex) -> QueueStats {
+        (**self).queue_stats(index)
     }
 
     fn bind_owner(&mut self, owner: Option<&<Self::Host as Host>::AddressSpace>) -> Result<()> {

@@ -261,7 +261,7 @@ impl Pair {
     /// First address of the memory of a pair.
     pub const BASE: u64 = 0x10_0000;
     /// Bytes for buffers.
-    pub const BUFFER_BYTES: u64 = 1 << 20;
+    pub const BUFFER_BYTES: u64 = 1 << 16;
 
     /// An empty ring of `size` entries with both sides started.
     ///

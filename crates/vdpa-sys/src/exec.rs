@@ -88,3 +88,33 @@ pub fn set_parent_death_signal(signal: i32) -> Result<(), Errno> {
 fn pointers(strings: &[CString]) -> Vec<*const c_char> {
     strings.iter().map(|string| string.as_ptr()).chain([ptr::null()]).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_exec_returns_with_the_reason() {
+        let missing = Program::Path(c"/no/such/program");
+        assert_eq!(execve(missing, &[], &[]).unwrap_err(), Errno::NOENT);
+        let no_program = crate::memfd::sealed(c"not-a-program", b"text").unwrap();
+        let error = execve(Program::Fd(no_program.as_fd()), &[c"x".into()], &[]).unwrap_err();
+        assert_eq!(error.raw(), libc::ENOEXEC);
+    }
+
+    #[test]
+    fn close_on_exec_is_set_and_cleared() {
+        let fd = crate::memfd::create(c"kept", 0, None).unwrap();
+        set_close_on_exec(&fd, false).unwrap();
+        assert!(!fcntl_getfd(&fd).unwrap().contains(FdFlags::CLOEXEC));
+        set_close_on_exec(&fd, true).unwrap();
+        assert!(fcntl_getfd(&fd).unwrap().contains(FdFlags::CLOEXEC));
+    }
+
+    #[test]
+    fn a_death_signal_must_be_a_signal() {
+        assert_eq!(set_parent_death_signal(4711), Err(Errno::INVAL));
+        set_parent_death_signal(libc::SIGTERM).unwrap();
+        set_parent_death_signal(0).unwrap();
+    }
+}

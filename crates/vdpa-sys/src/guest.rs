@@ -24,7 +24,7 @@ use crate::uring::StableMemory;
 const FRAGMENTS_MAX: usize = 4096;
 
 /// Linux as the platform of devices.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct LinuxHost;
 
 impl Host for LinuxHost {

@@ -141,7 +141,6 @@ impl SharedMap {
         // `buf` is ours alone, so they do not overlap. Other processes may change the source meanwhile: any
         // bytes are valid, and the fences keep the compiler from reading them again later.
         unsafe { ptr::copy_nonoverlapping(from.cast_const(), buf.as_mut_ptr(), buf.len()) };
-        compiler_fence(Ordering::SeqCst);
         self.sound(offset)
     }
 
@@ -156,12 +155,14 @@ impl SharedMap {
         // SAFETY: `writable` checked that `data.len()` bytes from `to` lie in the mapping, which `self` keeps;
         // `data` is a reference and the mapping is never behind one, so they do not overlap.
         unsafe { ptr::copy_nonoverlapping(data.as_ptr(), to, data.len()) };
-        compiler_fence(Ordering::SeqCst);
         self.sound(offset)
     }
 
     #[inline]
     fn sound(&self, offset: usize) -> Result<(), Fault> {
+        // The flag is set by a signal handler on this very thread, so the processor keeps the order by itself;
+        // the compiler must not look at it before the access.
+        compiler_fence(Ordering::SeqCst);
         if self.poisoned() { Err(fault(offset)) } else { Ok(()) }
     }
 }
@@ -192,9 +193,9 @@ macro_rules! atomics {
                     if !at.is_aligned() {
                         return Err(fault(offset));
                     }
-                    // SAFETY: `readable` checked that the bytes lie in the mapping, which `self` keeps; they are
-                    // aligned, and this process accesses them through atomics or copies from other processes'
-                    // point of view only.
+                    // SAFETY: `readable` checked that the bytes lie in the mapping, which `self` keeps, and they
+                    // are aligned. Nothing in this process holds a reference to them; what other processes or
+                    // copies do to them at the same time is as any concurrent store.
                     let value = unsafe { <$atomic>::from_ptr(at) }.load(Ordering::Acquire);
                     self.sound(offset)?;
                     Ok(<$int>::from_le(value))
@@ -323,22 +324,22 @@ impl Area for MapArea {
 
     #[inline]
     fn load_u16(&self, offset: usize) -> Result<u16, Fault> {
-        self.map.load_u16(self.at(offset, 2)?)
+        self.map.load_u16(self.at(offset, 2)?).map_err(|_| fault(offset))
     }
 
     #[inline]
     fn store_u16(&self, offset: usize, value: u16) -> Result<(), Fault> {
-        self.map.store_u16(self.at(offset, 2)?, value)
+        self.map.store_u16(self.at(offset, 2)?, value).map_err(|_| fault(offset))
     }
 
     #[inline]
     fn read(&self, offset: usize, buf: &mut [u8]) -> Result<(), Fault> {
-        self.map.read(self.at(offset, buf.len())?, buf)
+        self.map.read(self.at(offset, buf.len())?, buf).map_err(|_| fault(offset))
     }
 
     #[inline]
     fn write(&self, offset: usize, data: &[u8]) -> Result<(), Fault> {
-        self.map.write(self.at(offset, data.len())?, data)
+        self.map.write(self.at(offset, data.len())?, data).map_err(|_| fault(offset))
     }
 }
 

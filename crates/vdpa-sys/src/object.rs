@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, StatxFlags, statx};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, Statx, StatxFlags, statx};
 use vdpa_core::Errno;
 
 use crate::errno;
@@ -13,6 +13,9 @@ use crate::space::OwnerSpace;
 
 /// Descriptors of a client that are looked through, at most.
 const FDS_MAX: usize = 65536;
+
+/// Threads through which an object is looked for: all of them see the same mappings, but some may have ended.
+const THREADS_MAX: usize = 8;
 
 /// Maps `[uaddr, uaddr + size)` of `vma`; `None` when the object cannot be reached or may not be mapped so.
 ///
@@ -30,7 +33,7 @@ pub(crate) fn map(
     write: bool,
 ) -> Result<Option<GuestMemory>, Errno> {
     let mut last = None;
-    for tid in space.threads() {
+    for tid in space.threads().take(THREADS_MAX) {
         let found = match open_map_file(tid, vma) {
             Ok(path_fd) => path_fd.map(Found::Path),
             Err(Errno::PERM | Errno::ACCESS) => client_descriptor(tid, vma)?.map(Found::Descriptor),
@@ -126,17 +129,22 @@ fn client_descriptor(tid: i32, vma: &Vma) -> Result<Option<OwnedFd>, Errno> {
 }
 
 fn is_regular(fd: impl AsFd) -> Result<bool, Errno> {
-    let stat = rustix::fs::fstat(fd).map_err(errno::from_rustix)?;
-    Ok(FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile)
+    let stat = statx_local(fd, StatxFlags::TYPE)?;
+    Ok(FileType::from_raw_mode(stat.stx_mode.into()) == FileType::RegularFile)
 }
 
 fn created_ns(fd: impl AsFd) -> Result<u64, Errno> {
-    let stat = statx(fd, c"", AtFlags::EMPTY_PATH, StatxFlags::BTIME).map_err(errno::from_rustix)?;
+    let stat = statx_local(fd, StatxFlags::BTIME)?;
     if stat.stx_mask & StatxFlags::BTIME.bits() == 0 {
         return Ok(0);
     }
     let seconds = u64::try_from(stat.stx_btime.tv_sec).unwrap_or(0);
     Ok(seconds.saturating_mul(1_000_000_000).saturating_add(stat.stx_btime.tv_nsec.into()))
+}
+
+/// What this kernel knows of a file, without asking a server that may never answer.
+fn statx_local(fd: impl AsFd, fields: StatxFlags) -> Result<Statx, Errno> {
+    statx(fd, c"", AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC, fields).map_err(errno::from_rustix)
 }
 
 /// Whether what is mapped is the object of `vma`, by the words of the same kernel table. stat(2) would not do:

@@ -30,6 +30,7 @@ pub struct Caller {
     tid: i32,
     pidfd: OnceCell<OwnedFd>,
     tgid: OnceCell<i32>,
+    random_addr: OnceCell<u64>,
 }
 
 /// Where an address space has its 16 random bytes, and what they are.
@@ -48,7 +49,7 @@ impl Caller {
         if tid <= 0 {
             return Err(errno::SRCH);
         }
-        Ok(Self { tid, pidfd: OnceCell::new(), tgid: OnceCell::new() })
+        Ok(Self { tid, pidfd: OnceCell::new(), tgid: OnceCell::new(), random_addr: OnceCell::new() })
     }
 
     /// Its thread id.
@@ -127,6 +128,9 @@ impl Caller {
     ///    no once the first thread of the owner has ended);
     /// 3. the caller's random bytes are at the address, and are the bytes, that the held address space has (an
     ///    exec whose old address space a `CLONE_VM` child keeps alive passes the other two).
+    ///
+    /// Narrower than the kernel in one corner: a `CLONE_VM` child whose parent, the owner, has ended is no longer
+    /// recognised, because kcmp has nothing to compare it with.
     #[must_use]
     pub fn is(&self, owner: &OwnerSpace) -> bool {
         let Some(held) = owner.random() else { return false };
@@ -154,7 +158,13 @@ impl Caller {
 
     /// Its random bytes and their address.
     pub(crate) fn random(&self) -> Result<Random, Errno> {
-        let addr = at_random(&self.proc_bytes("auxv", AUXV_MAX)?).ok_or(Errno::FAULT)?;
+        let addr = match self.random_addr.get() {
+            Some(&addr) => addr,
+            None => {
+                let addr = at_random(&self.proc_bytes("auxv", AUXV_MAX)?).ok_or(Errno::FAULT)?;
+                *self.random_addr.get_or_init(|| addr)
+            }
+        };
         let mut bytes = [0; 16];
         self.read_mem(addr, &mut bytes)?;
         Ok(Random { addr, bytes })

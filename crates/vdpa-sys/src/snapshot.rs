@@ -17,8 +17,13 @@ pub struct Snapshot {
     first: Vec<u64>,
     entries: Vec<Entry>,
     /// Entry of the last hit. Only a hint: any value is right.
-    hint: AtomicUsize,
+    hint: Hint,
 }
+
+/// On a cache line of its own: it is written by every thread that uses the table, the rest by none.
+#[derive(Debug, Default)]
+#[repr(align(64))]
+struct Hint(AtomicUsize);
 
 #[derive(Debug)]
 struct Entry {
@@ -58,7 +63,7 @@ impl Snapshot {
 
     fn from_entries(entries: Vec<Entry>) -> Self {
         let first = entries.iter().map(|entry| entry.first).collect();
-        Self { first, entries, hint: AtomicUsize::new(0) }
+        Self { first, entries, hint: Hint::default() }
     }
 
     /// The pieces of `[iova, iova + len)` in address order. Ends after a [`Fault`], which names the address that
@@ -74,14 +79,14 @@ impl Snapshot {
 
     #[inline]
     fn find(&self, iova: u64) -> Option<&Entry> {
-        let hint = self.hint.load(Ordering::Relaxed);
+        let hint = self.hint.0.load(Ordering::Relaxed);
         if let Some(entry) = self.entries.get(hint).filter(|entry| entry.first <= iova && iova <= entry.last)
         {
             return Some(entry);
         }
         let index = self.first.partition_point(|&first| first <= iova).checked_sub(1)?;
         let entry = self.entries.get(index).filter(|entry| iova <= entry.last)?;
-        self.hint.store(index, Ordering::Relaxed);
+        self.hint.0.store(index, Ordering::Relaxed);
         Some(entry)
     }
 

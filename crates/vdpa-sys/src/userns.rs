@@ -122,3 +122,31 @@ fn diagnose(sysctl: impl Fn(&str) -> Option<i64>) -> Option<UserNsError> {
     }
     (sysctl("kernel/apparmor_restrict_unprivileged_userns") == Some(1)).then_some(UserNsError::AppArmor)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_switch_that_forbids_is_named() {
+        let only = |name: &'static str, value| move |asked: &str| (asked == name).then_some(value);
+        assert!(matches!(diagnose(only("user/max_user_namespaces", 0)), Some(UserNsError::Disabled)));
+        assert!(matches!(
+            diagnose(only("kernel/unprivileged_userns_clone", 0)),
+            Some(UserNsError::Unprivileged)
+        ));
+        let apparmor = "kernel/apparmor_restrict_unprivileged_userns";
+        assert!(matches!(diagnose(only(apparmor, 1)), Some(UserNsError::AppArmor)));
+        assert!(diagnose(only(apparmor, 0)).is_none());
+    }
+
+    #[test]
+    fn several_threads_are_refused() {
+        let (hold, wait) = std::sync::mpsc::channel::<()>();
+        let other = std::thread::spawn(move || wait.recv().is_err());
+        let error = enter_namespaces().unwrap_err();
+        assert!(matches!(error, UserNsError::Threads { threads: 2.. }), "{error}");
+        drop(hold);
+        assert!(other.join().unwrap());
+    }
+}

@@ -1,5 +1,6 @@
 //! Guest memory: what the addresses of a client resolve to.
 #![expect(unsafe_code, reason = "maps memory in every way a client may")]
+#![expect(clippy::unwrap_used, reason = "a failure is a panic here, also outside of test functions")]
 
 mod subject;
 
@@ -280,4 +281,25 @@ fn a_truncated_object_faults_and_the_process_lives() {
     ftruncate(&fd, 0).unwrap();
     assert!(memory.write(0, &[1]).is_err());
     assert!(memory.map().unwrap().0.poisoned());
+}
+
+#[test]
+fn only_guest_mappings_survive_sigbus() {
+    let mut subject = Subject::start();
+    assert_eq!(subject.tell("lose a guest mapping"), 1);
+    assert_eq!(subject.tell("lose a guest mapping"), 1);
+    assert_eq!(subject.tell_deadly("lose another mapping"), Some(libc::SIGBUS));
+    assert_eq!(Subject::start().tell_deadly("send itself SIGBUS"), Some(libc::SIGBUS));
+}
+
+#[test]
+fn a_ring_works_in_copied_memory_too() {
+    use vdpa_core::ring::{Area, Fault};
+    let addr = map_anonymous(1, MapFlags::PRIVATE);
+    let area = resolve_one(addr, PAGE, Perm::RW).area(16, 64).unwrap();
+    poke(addr + 18, &[0x34, 0x12]);
+    assert_eq!(area.load_u16(2), Ok(0x1234));
+    area.store_u16(62, 0xabcd).unwrap();
+    assert_eq!((peek(addr + 78), peek(addr + 79)), (0xcd, 0xab));
+    assert_eq!((area.store_u16(63, 0), area.size()), (Err(Fault { addr: 63 }), 64));
 }

@@ -1,5 +1,6 @@
 //! Who is the owner: each case of the comparison that the kernel makes as `dev->mm == current->mm`.
 #![expect(unsafe_code, reason = "the process under test forks, clones and execs in unusual ways")]
+#![expect(clippy::unwrap_used, reason = "a failure is a panic here, also outside of test functions")]
 
 mod subject;
 
@@ -111,11 +112,17 @@ fn an_undumpable_process_can_own() {
 #[test]
 fn death_is_noticed() {
     let (mut subject, space) = owner();
-    subject.kill();
+    assert_eq!(subject.tell_deadly("send itself SIGBUS"), Some(libc::SIGBUS));
     assert!(!space.is_alive());
     let mut fds = [PollFd::new(&space.fds().pidfd, PollFlags::IN)];
     assert_eq!(poll(&mut fds, None), Ok(1));
     assert_eq!(Spaces::new().adopt(&caller(subject.tid)).unwrap_err().raw(), libc::ESRCH);
+
+    let (mut subject, space) = owner();
+    let mut child = Subject::start();
+    subject.kill();
+    child.kill();
+    assert!(!space.is_alive() && !caller(child.tid).is(&space));
 }
 
 #[test]

@@ -1,4 +1,5 @@
 //! Numbers and layouts against those compiled from the kernel's headers.
+#![expect(clippy::unwrap_used, reason = "a failure is a panic here, also outside of test functions")]
 
 use std::mem::offset_of;
 

@@ -7,8 +7,13 @@ use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
 
+use vdpa_sys::rlimit;
+
+use crate::bus::Bus;
 use crate::ctl::api::{AddRequest, AttrError, Attrs, Backend, CtlError};
 use crate::ctl::server::{self, Server};
+use crate::front::fuse::{FuseFs, Options, ServeError, prepare_dir};
+use crate::front::watchdog::{self, Watchdog};
 
 pub mod notify;
 
@@ -31,19 +36,26 @@ pub struct Config {
 #[derive(Debug)]
 pub struct Daemon {
     control: Server,
+    bus: Arc<Bus>,
+    files: Arc<FuseFs>,
+    watchdog: Watchdog,
 }
 
 /// Why the daemon did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// The machine lacks something that no option of ours can replace.
-    #[error("{what} is missing; {remedy}")]
+    #[error("{what}")]
     Environment {
-        /// What is missing.
+        /// What is missing and how to get it.
         what: String,
-        /// How to get it.
-        remedy: String,
     },
+    /// The device files cannot be served.
+    #[error("cannot serve device files")]
+    Files(#[from] ServeError),
+    /// The process that watches over this one did not start.
+    #[error("cannot start the watchdog process")]
+    Watchdog(#[source] io::Error),
     /// A device asked for at start was refused.
     #[error("device \"{name}\" was refused")]
     Device {
@@ -67,21 +79,38 @@ pub enum RunError {
 }
 
 impl Daemon {
-    /// Creates the devices of `config` on `backend` and opens the control socket.
+    /// Mounts the device files, creates the devices of `config` and opens the control socket.
     ///
-    /// When this returns, devices and socket can be used. On an error nothing is left running; devices that
-    /// were created already go with the backend.
+    /// When this returns, devices and socket can be used. On an error nothing is left running.
     ///
     /// # Errors
     /// [`StartError`].
-    pub fn start(config: &Config, backend: Arc<dyn Backend>) -> Result<Self, StartError> {
+    pub fn start(config: &Config) -> Result<Self, StartError> {
+        vdpa_sys::userns::fuse_available()
+            .map_err(|error| StartError::Environment { what: error.to_string() })?;
+        // Pinned guest memory is charged to its owner by us; the daemon's own limit must not come first. Where it
+        // cannot be raised, a device that is to pin says so.
+        if let Err(error) = rlimit::raise_memlock(None) {
+            tracing::debug!("RLIMIT_MEMLOCK stays as it is: {error}");
+        }
+        let dir = prepare_dir(&config.dir)?;
+        let exe = std::env::current_exe().map_err(StartError::Watchdog)?;
+        let mut watchdog =
+            watchdog::spawn(&exe, &dir, config.watchdog_timeout).map_err(StartError::Watchdog)?;
+        let options = Options {
+            request_timeout: config.request_timeout,
+            heartbeat: watchdog.take_heartbeat(),
+            heartbeat_interval: config.watchdog_timeout / 5,
+            ..Options::default()
+        };
+        let files = FuseFs::mount(&dir, options)?;
+        let bus = Arc::new(Bus::new(Arc::clone(&files)));
         for device in &config.devices {
-            backend
-                .add(device.clone())
+            bus.add(device.clone())
                 .map_err(|source| StartError::Device { name: device.name.clone(), source })?;
         }
-        let control = Server::start(&config.control, backend)?;
-        Ok(Self { control })
+        let control = Server::start(&config.control, Arc::clone(&bus) as _)?;
+        Ok(Self { control, bus, files, watchdog })
     }
 
     /// Blocks until SIGTERM or SIGINT, and tells the service manager when it is ready and when it stops.
@@ -107,9 +136,14 @@ impl Daemon {
         })
     }
 
-    /// Closes the control socket, then stops what is behind it.
+    /// Closes the control socket, then takes the devices from their clients and removes the mount.
     pub fn stop(self) {
         self.control.shutdown();
+        self.bus.shutdown();
+        self.files.shutdown();
+        if let Err(error) = self.watchdog.wait() {
+            tracing::warn!("the watchdog's end was not seen: {error}");
+        }
     }
 }
 

@@ -15,6 +15,7 @@ use std::collections::BTreeMap;
 
 pub use dma::IotlbError;
 use vring::Vring;
+pub use vring::VringInfo;
 
 use crate::errno::Errno;
 use crate::features::{BackendFeatures, Features, Status};

@@ -11,7 +11,7 @@ use crate::vq::{QueueSetup, QueueState};
 
 const PAGE: u64 = 4096;
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct TestHost;
 
 impl Host for TestHost {

@@ -53,7 +53,24 @@ impl<H: Host> Vring<H> {
     }
 }
 
+/// What the management side shows of a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VringInfo {
+    /// Entries; 0 before the driver has set it.
+    pub size: u16,
+    /// Whether the driver has enabled it.
+    pub enabled: bool,
+    /// Whether the device processes it.
+    pub running: bool,
+}
+
 impl<P: Parent> Device<P> {
+    /// Every queue, in order of index.
+    pub fn vring_infos(&self) -> impl Iterator<Item = VringInfo> {
+        let info = |v: &Vring<_>| VringInfo { size: v.num, enabled: v.ready, running: v.running };
+        self.vrings.iter().map(info)
+    }
+
     /// The owner check and the index check every vring request begins with: `EPERM`, then `ENOBUFS`.
     fn vring(&mut self, caller: &dyn Caller<P::Host>, index: QueueIndex) -> Result<&mut Vring<P::Host>> {
         self.ownership.check(caller)?;

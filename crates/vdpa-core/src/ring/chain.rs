@@ -225,10 +225,10 @@ mod tests {
         assert_eq!(all, [0x1000, 0x1001, 0x1002, 0x3000, 0x4000, 0x4001, 0x4002, 0x4003]);
         for from in 0..=8 {
             for to in from..=8 {
-                let (head, _) = BufferSlice::new(&LIST).split_at(to).unwrap();
-                let (_, part) = head.split_at(from).unwrap();
-                assert_eq!(part.len(), to - from);
-                assert_eq!(addresses(part), all[from as usize..to as usize], "{from}..{to}");
+                let (head, _) = BufferSlice::new(&LIST).split_at(to as u64).unwrap();
+                let (_, part) = head.split_at(from as u64).unwrap();
+                assert_eq!(part.len(), (to - from) as u64);
+                assert_eq!(addresses(part), all[from..to], "{from}..{to}");
                 assert!(part.iter().all(|piece| piece.len > 0));
             }
         }

@@ -307,10 +307,10 @@ impl<A: Area> SplitQueue<A> {
     #[inline]
     fn walk<M: Memory>(&self, memory: &M, chain: &mut Chain) -> Result<(), RingError> {
         let mut index = chain.head;
+        if index >= self.size {
+            return Err(self.outside(index));
+        }
         for _ in 0..self.size {
-            if index >= self.size {
-                return Err(self.outside(index));
-            }
             let descriptor = Descriptor::read(&self.desc, index)?;
             if descriptor.flags & INDIRECT != 0 {
                 return self.walk_indirect(memory, descriptor, chain);
@@ -320,6 +320,9 @@ impl<A: Area> SplitQueue<A> {
                 return Ok(());
             }
             index = descriptor.next;
+            if index >= self.size {
+                return Err(self.outside(index));
+            }
         }
         Err(RingError::Loop { head: chain.head, entries: self.size.into() })
     }
@@ -350,6 +353,7 @@ impl<A: Area> SplitQueue<A> {
                 return Ok(());
             }
             index = descriptor.next;
+            window.check(index)?;
         }
         Err(RingError::Loop { head, entries: window.entries })
     }
@@ -384,13 +388,17 @@ impl Window {
     }
 
     #[inline]
+    fn check(&self, index: u16) -> Result<(), RingError> {
+        let (index, entries) = (u32::from(index), self.entries);
+        if index < entries { Ok(()) } else { Err(RingError::DescriptorIndex { index, entries }) }
+    }
+
+    /// The descriptor at `index`, which was checked.
+    #[inline]
     fn descriptor<M: Memory>(&mut self, memory: &M, index: u16) -> Result<Descriptor, RingError> {
         let index = u32::from(index);
-        if index >= self.entries {
-            return Err(RingError::DescriptorIndex { index, entries: self.entries });
-        }
         if index < self.first || index >= self.first + self.loaded {
-            let count = (self.entries - index).min(16);
+            let count = self.entries.saturating_sub(index).min(16);
             let bytes = &mut self.raw.as_flattened_mut()[..count as usize * DESCRIPTOR];
             memory.read(self.iova + u64::from(index) * 16, bytes)?;
             (self.first, self.loaded) = (index, count);

@@ -17,8 +17,8 @@ pub const FS_TYPE: &str = "fuse.vdpad";
 /// How a file system is mounted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MountOptions {
-    /// Let users other than the one who mounts in. Root only, unless `/etc/fuse.conf`'s rule does not apply
-    /// because the mount is made in a user namespace of one's own.
+    /// Let users other than the one who mounts in. In a user namespace the kernel still keeps out those who are
+    /// not inside it (`fuse_allow_current_process()`).
     pub allow_other: bool,
     /// Let the kernel check mode, uid and gid. Without it anybody who sees the mount may open a 0600 file.
     pub default_permissions: bool,

@@ -135,7 +135,7 @@ impl Ring {
     ///
     /// # Errors
     /// What `io_uring_enter` reports. Running out of time, a signal and a full completion queue are no errors:
-    /// look at [`Ring::next`](Ring::next_completion).
+    /// look at [`Ring::next_completion`].
     pub fn submit_and_wait(&mut self, want: usize, timeout: Option<Duration>) -> Result<(), Errno> {
         let submitter = self.ring.submitter();
         let result = match timeout {

@@ -1,1 +1,290 @@
+use std::fs::{self, File as StdFile, OpenOptions};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use vdpa_core::Errno;
+
+use super::*;
+
+const PATIENCE: Option<Duration> = Some(Duration::from_secs(10));
+
+/// Anonymous memory, and a mark that tells when it was unmapped.
+struct Anon {
+    base: usize,
+    len: usize,
+    gone: Arc<AtomicBool>,
+}
+
+// SAFETY: mapped in `new`, unmapped in `drop`, and only accessed through raw pointers.
+unsafe impl StableMemory for Anon {
+    fn base(&self) -> usize {
+        self.base
+    }
+    fn len(&self) -> usize {
+        self.len
+    }
+}
+
+impl Anon {
+    fn new(len: usize) -> (Arc<Self>, Arc<AtomicBool>) {
+        let gone = Arc::new(AtomicBool::new(false));
+        let (prot, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED);
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let base = unsafe { mmap_anonymous(std::ptr::null_mut(), len, prot, flags) }.unwrap();
+        (Arc::new(Self { base: base.expose_provenance(), len, gone: Arc::clone(&gone) }), gone)
+    }
+
+    fn fill(&self, byte: u8) {
+        // SAFETY: the mapping has `len` bytes and nothing is in flight.
+        unsafe { std::ptr::with_exposed_provenance_mut::<u8>(self.base).write_bytes(byte, self.len) }
+    }
+
+    fn byte(&self, at: usize) -> u8 {
+        assert!(at < self.len);
+        // SAFETY: inside the mapping, checked above.
+        unsafe { std::ptr::with_exposed_provenance::<u8>(self.base + at).read_volatile() }
+    }
+}
+
+impl Drop for Anon {
+    fn drop(&mut self) {
+        self.gone.store(true, Ordering::SeqCst);
+        // SAFETY: mapped in `new` with this length; the last reference is gone.
+        unsafe { munmap(std::ptr::with_exposed_provenance_mut(self.base), self.len) }.unwrap();
+    }
+}
+
+fn set(memory: &Arc<Anon>) -> Arc<MemorySet> {
+    let memory: Arc<dyn StableMemory> = Arc::clone(memory) as _;
+    Arc::new(MemorySet::new([memory]))
+}
+
+fn temp() -> Arc<OwnedFd> {
+    Arc::new(OwnedFd::from(tempfile::tempfile().unwrap()))
+}
+
+fn one(ring: &mut Ring) -> Completion {
+    ring.submit_and_wait(1, PATIENCE).unwrap();
+    ring.next_completion().expect("a completion within 10 s")
+}
+
+fn none(ring: &mut Ring) {
+    ring.submit_and_wait(1, Some(Duration::from_millis(50))).unwrap();
+    assert!(ring.next_completion().is_none());
+}
+
+#[test]
+fn guest_pieces_are_scattered_and_gathered() {
+    let mut ring = Ring::new(8).unwrap();
+    let fd = temp();
+    let (memory, _) = Anon::new(8192);
+    memory.fill(7);
+    let pieces = |at: [(usize, usize); 2]| {
+        let pieces = at.map(|(at, len)| IoPiece { addr: memory.base + at, len });
+        GuestPieces::new(pieces, set(&memory)).unwrap()
+    };
+    let write = Op::Write {
+        file: File::Fd(Arc::clone(&fd)),
+        buffers: pieces([(0, 100), (5000, 411)]).into(),
+        offset: 1,
+    };
+    ring.submit(write, 42).unwrap();
+    assert_eq!(ring.in_flight(), 1);
+    let done = one(&mut ring);
+    assert_eq!((done.token, done.result, done.more), (42, Ok(511), false));
+    memory.fill(0);
+    let read = Op::Read { file: File::Fd(fd), buffers: pieces([(8191, 1), (10, 600)]).into(), offset: 1 };
+    ring.submit(read, 43).unwrap();
+    assert_eq!(one(&mut ring).result, Ok(511));
+    assert_eq!(ring.in_flight(), 0);
+    let seen = [9, 10, 519, 520, 8190, 8191].map(|at| memory.byte(at));
+    assert_eq!(seen, [0, 7, 7, 0, 0, 7]);
+}
+
+#[test]
+fn an_owned_buffer_comes_back() {
+    let mut ring = Ring::new(8).unwrap();
+    let fd = temp();
+    ring.submit(
+        Op::Write { file: File::Fd(Arc::clone(&fd)), buffers: b"hello".to_vec().into(), offset: 0 },
+        1,
+    )
+    .unwrap();
+    let done = one(&mut ring);
+    assert_eq!((done.result, done.buffer.as_deref()), (Ok(5), Some(&b"hello"[..])));
+    let buffer = AlignedBuf::new(512, 512).unwrap();
+    ring.submit(Op::Read { file: File::Fd(fd), buffers: buffer.into(), offset: 1 }, 2).unwrap();
+    let done = one(&mut ring);
+    assert_eq!((done.result, &done.buffer.as_deref().unwrap()[..5]), (Ok(4), &b"ello\0"[..]));
+}
+
+#[test]
+fn o_direct_takes_an_aligned_buffer() {
+    // In the build directory: tmpfs may refuse O_DIRECT.
+    let path = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    let direct = OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT).open(&path).unwrap();
+    let fd = Arc::new(OwnedFd::from(direct));
+    let mut ring = Ring::new(8).unwrap();
+    let mut buffer = AlignedBuf::new(4096, 4096).unwrap();
+    buffer.fill(9);
+    ring.submit(Op::Write { file: File::Fd(fd), buffers: buffer.into(), offset: 0 }, 1).unwrap();
+    assert_eq!(one(&mut ring).result, Ok(4096));
+    assert_eq!(fs::read(&path).unwrap(), vec![9; 4096]);
+}
+
+#[test]
+fn registered_buffers_move_bytes_and_keep_their_bounds() {
+    let mut ring = Ring::new(8).unwrap();
+    let registrar = ring.registrar();
+    registrar.reserve_buffers(4).unwrap();
+    let (memory, _) = Anon::new(8192);
+    memory.fill(5);
+    let whole = IoPiece { addr: memory.base, len: 4096 };
+    // From another thread, as the control thread does.
+    let (from_thread, kept) = (registrar.clone(), set(&memory));
+    std::thread::spawn(move || from_thread.set_buffer(2, whole, &kept)).join().unwrap().unwrap();
+    let fd = temp();
+    let op = |slot, addr| {
+        let from = FixedPiece { slot, piece: IoPiece { addr, len: 512 }, memory: set(&memory) };
+        Op::WriteFixed { file: File::Fd(Arc::clone(&fd)), from, offset: 0 }
+    };
+    ring.submit(op(2, memory.base + 3584), 1).unwrap();
+    assert_eq!(one(&mut ring).result, Ok(512));
+    ring.submit(op(2, memory.base + 3585), 2).unwrap();
+    assert_eq!(one(&mut ring).result, Err(Errno::FAULT), "beyond the registered piece");
+    ring.submit(op(1, memory.base), 3).unwrap();
+    assert_eq!(one(&mut ring).result, Err(Errno::FAULT), "an empty slot");
+    memory.fill(0);
+    let to = FixedPiece { slot: 2, piece: whole, memory: set(&memory) };
+    ring.submit(Op::ReadFixed { file: File::Fd(Arc::clone(&fd)), to, offset: 0 }, 4).unwrap();
+    assert_eq!(one(&mut ring).result, Ok(512));
+    assert_eq!((memory.byte(511), memory.byte(512)), (5, 0));
+    registrar.clear_buffer(2).unwrap();
+    ring.submit(op(2, memory.base), 5).unwrap();
+    assert_eq!(one(&mut ring).result, Err(Errno::FAULT), "a cleared slot");
+    assert_eq!(registrar.set_buffer(4, whole, &set(&memory)), Err(Errno::INVAL), "no such slot");
+    let outside = IoPiece { addr: memory.base + 8000, len: 4096 };
+    assert_eq!(registrar.set_buffer(0, outside, &set(&memory)), Err(Errno::FAULT));
+}
+
+#[test]
+fn registered_files_are_used_by_slot() {
+    let mut ring = Ring::new(8).unwrap();
+    let registrar = ring.registrar();
+    registrar.reserve_files(2).unwrap();
+    registrar.set_file(1, Some(&temp())).unwrap();
+    let write = |slot| Op::Write { file: File::Registered(slot), buffers: b"x".to_vec().into(), offset: 0 };
+    ring.submit(write(1), 1).unwrap();
+    assert_eq!(one(&mut ring).result, Ok(1), "the descriptor was closed, the file is there");
+    ring.submit(write(0), 2).unwrap();
+    assert_eq!(one(&mut ring).result, Err(Errno::BADF));
+    registrar.set_file(1, None).unwrap();
+    ring.submit(write(1), 3).unwrap();
+    assert_eq!(one(&mut ring).result, Err(Errno::BADF));
+}
+
+#[test]
+fn a_hole_is_punched_and_synced() {
+    let mut ring = Ring::new(8).unwrap();
+    let file = tempfile::tempfile().unwrap();
+    let fd = Arc::new(OwnedFd::from(file.try_clone().unwrap()));
+    ring.submit(Op::Write { file: File::Fd(Arc::clone(&fd)), buffers: vec![1; 65536].into(), offset: 0 }, 1)
+        .unwrap();
+    assert_eq!(one(&mut ring).result, Ok(65536));
+    ring.submit(Op::Fsync { file: File::Fd(Arc::clone(&fd)), data_only: true }, 2).unwrap();
+    assert_eq!(one(&mut ring).result, Ok(0));
+    let before = file.metadata().unwrap().blocks();
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    ring.submit(Op::Fallocate { file: File::Fd(fd), mode, offset: 0, len: 32768 }, 3).unwrap();
+    assert_eq!(one(&mut ring).result, Ok(0));
+    assert_eq!(file.metadata().unwrap().blocks(), before - 64);
+    assert_eq!(file.metadata().unwrap().len(), 65536);
+}
+
+#[test]
+fn an_eventfd_that_is_never_read_gives_one_completion_per_signal() {
+    let mut ring = Ring::new(8).unwrap();
+    let event = Arc::new(eventfd(0, EventfdFlags::empty()).unwrap());
+    ring.submit(Op::PollMultishot { fd: Arc::clone(&event) }, 7).unwrap();
+    none(&mut ring);
+    for _ in 0..100 {
+        rustix::io::write(&*event, &1u64.to_ne_bytes()).unwrap();
+        let done = one(&mut ring);
+        assert_eq!((done.token, done.result, done.more), (7, Ok(1), true));
+        assert!(ring.next_completion().is_none());
+    }
+    none(&mut ring);
+    ring.cancel(7).unwrap();
+    let done = one(&mut ring);
+    assert_eq!((done.token, done.result, done.more), (7, Err(Errno::from_raw(libc::ECANCELED)), false));
+    assert_eq!(ring.in_flight(), 0);
+}
+
+#[test]
+fn an_eventfd_signalled_before_completes_at_once() {
+    let mut ring = Ring::new(8).unwrap();
+    let event = Arc::new(eventfd(3, EventfdFlags::empty()).unwrap());
+    ring.submit(Op::PollMultishot { fd: event }, 7).unwrap();
+    assert!(one(&mut ring).more);
+    none(&mut ring);
+}
+
+#[test]
+fn waiting_ends_when_the_time_is_up() {
+    let mut ring = Ring::new(8).unwrap();
+    let begin = Instant::now();
+    ring.submit_and_wait(1, Some(Duration::from_millis(30))).unwrap();
+    assert!(begin.elapsed() >= Duration::from_millis(30));
+}
+
+#[test]
+fn more_requests_than_entries_are_taken() {
+    let mut ring = Ring::new(2).unwrap();
+    let fd = temp();
+    for token in 0..50 {
+        let write =
+            Op::Write { file: File::Fd(Arc::clone(&fd)), buffers: vec![0; 8].into(), offset: token * 8 };
+        ring.submit(write, token).unwrap();
+    }
+    let mut seen = Vec::new();
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while seen.len() < 50 && Instant::now() < deadline {
+        ring.submit_and_wait(1, PATIENCE).unwrap();
+        seen.extend(ring.completions().map(|done| done.token));
+    }
+    seen.sort_unstable();
+    assert_eq!(seen, (0..50).collect::<Vec<_>>());
+}
+
+/// A read of an empty pipe stays in flight for ever: its memory must be there until the ring has cancelled it.
+#[test]
+fn dropping_a_ring_waits_for_what_is_in_flight() {
+    let mut ring = Ring::new(8).unwrap();
+    let (pipe, mut writer) = std::io::pipe().unwrap();
+    let fd = Arc::new(OwnedFd::from(pipe));
+    let (memory, gone) = Anon::new(4096);
+    let pieces = GuestPieces::new([IoPiece { addr: memory.base, len: 4096 }], set(&memory)).unwrap();
+    drop(memory);
+    ring.submit(Op::Read { file: File::Fd(Arc::clone(&fd)), buffers: pieces.into(), offset: u64::MAX }, 1)
+        .unwrap();
+    ring.submit(
+        Op::Read { file: File::Fd(Arc::clone(&fd)), buffers: vec![0; 64].into(), offset: u64::MAX },
+        2,
+    )
+    .unwrap();
+    none(&mut ring);
+    assert_eq!((ring.in_flight(), gone.load(Ordering::SeqCst)), (2, false));
+    assert_eq!(Arc::strong_count(&fd), 3);
+    drop(ring);
+    assert!(gone.load(Ordering::SeqCst), "memory released once nothing was in flight");
+    assert_eq!(Arc::strong_count(&fd), 1);
+    std::io::Write::write_all(&mut writer, b"still there").unwrap();
+    let mut rest = [0; 11];
+    std::io::Read::read_exact(&mut StdFile::from(Arc::into_inner(fd).unwrap()), &mut rest).unwrap();
+    assert_eq!(&rest, b"still there", "no cancelled read took it");
+}

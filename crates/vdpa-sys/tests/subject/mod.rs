@@ -7,6 +7,8 @@ use std::os::fd::OwnedFd;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::thread;
 
+use vdpa_sys::mmap::{Prot, SharedMap};
+
 const ROLE: &str = "VDPA_SYS_TEST_SUBJECT";
 
 /// The process; killed when dropped, with all its children.
@@ -43,6 +45,12 @@ impl Subject {
     /// As [`tell`](Self::tell), for commands that answer with a thread or process id.
     pub(crate) fn tell_id(&mut self, command: &str) -> i32 {
         i32::try_from(self.tell(command)).unwrap()
+    }
+
+    /// Has it do something that ends it; returns the signal that did.
+    pub(crate) fn tell_deadly(&mut self, command: &str) -> Option<i32> {
+        writeln!(self.input, "{command}").unwrap();
+        std::os::unix::process::ExitStatusExt::signal(&self.child.wait().unwrap())
     }
 
     pub(crate) fn kill(&mut self) {
@@ -119,13 +127,24 @@ fn obey() -> ! {
             "no aslr" => reply(unsafe { libc::personality(libc::ADDR_NO_RANDOMIZE as u64) }),
             // SAFETY: as above.
             "undumpable" => reply(unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0) }),
-            "map shared" => reply(map(libc::MAP_SHARED)),
-            "map private" => reply(map(libc::MAP_PRIVATE)),
+            "map shared" => reply(map(libc::MAP_SHARED).addr()),
+            "map private" => reply(map(libc::MAP_PRIVATE).addr()),
+            "lose a guest mapping" => reply(u8::from(lose(&guest_map()))),
+            "lose another mapping" => {
+                let _handler = guest_map();
+                lose(&plain_map());
+            }
+            "send itself SIGBUS" => {
+                let _handler = guest_map();
+                rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::BUS)
+                    .unwrap();
+                park();
+            }
             "map with a hole" => {
                 let addr = map(libc::MAP_SHARED);
                 // SAFETY: the second of three pages just mapped, into which there are no references.
-                unsafe { libc::munmap(std::ptr::with_exposed_provenance_mut(addr as usize + 4096), 4096) };
-                reply(addr);
+                unsafe { libc::munmap(addr.byte_add(4096), 4096) };
+                reply(addr.addr());
             }
             other => panic!("the subject does not know {other:?}"),
         }
@@ -139,14 +158,34 @@ fn park() -> ! {
 }
 
 /// Three pages of anonymous memory that begin with "subject".
-fn map(flags: i32) -> u64 {
+fn map(flags: i32) -> *mut libc::c_void {
     let prot = libc::PROT_READ | libc::PROT_WRITE;
     // SAFETY: the kernel picks free addresses.
     let addr = unsafe { libc::mmap(std::ptr::null_mut(), 12288, prot, flags | libc::MAP_ANONYMOUS, -1, 0) };
     assert_ne!(addr, libc::MAP_FAILED);
     // SAFETY: the first 7 of 12288 bytes just mapped.
     unsafe { std::ptr::copy_nonoverlapping(b"subject".as_ptr(), addr.cast(), 7) };
-    addr as u64
+    addr
+}
+
+type Mapping = (OwnedFd, SharedMap);
+
+fn guest_map() -> Mapping {
+    let fd = vdpa_sys::memfd::create(c"subject", 4096, None).unwrap();
+    let map = SharedMap::map_guest(&fd, 0, 4096, Prot::RW, false).unwrap();
+    (fd, map)
+}
+
+fn plain_map() -> Mapping {
+    let fd = vdpa_sys::memfd::create(c"subject", 4096, None).unwrap();
+    let map = SharedMap::map(&fd, 0, 4096, Prot::RW, false).unwrap();
+    (fd, map)
+}
+
+/// Truncates the file and accesses the mapping; whether that was reported.
+fn lose((fd, map): &Mapping) -> bool {
+    rustix::fs::ftruncate(fd, 0).unwrap();
+    map.write(0, b"x").is_err()
 }
 
 fn wait_for_dead_leader() {

@@ -3,16 +3,15 @@
 
 use std::error::Error;
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
-use vdpad::ctl::api::{AddRequest, Backend, CtlError, DevInfo, MgmtDev, QueueVstats};
-use vdpad::ctl::{DEFAULT_SOCKET, config::DevConfig};
+use vdpad::ctl::api::AddRequest;
 use vdpad::daemon::{self, Config, Daemon, StartError};
+use vdpad::front::watchdog::{self, Ended};
 
 /// The daemon met an error.
 const EXIT_RUNTIME: u8 = 1;
@@ -34,20 +33,22 @@ struct Cli {
 
 #[derive(Debug, clap::Args)]
 struct Serve {
-    /// Directory in which the device files appear
-    #[arg(long, value_name = "DIR", default_value = "/run/vdpad/dev")]
-    dir: PathBuf,
+    /// Directory in which the device files appear [default: /run/vdpad/dev, without root
+    /// $XDG_RUNTIME_DIR/vdpad/dev]
+    #[arg(long, value_name = "DIR")]
+    dir: Option<PathBuf>,
 
-    /// Path of the control socket
-    #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
-    control: PathBuf,
+    /// Path of the control socket [default: /run/vdpad/control.sock, without root
+    /// $XDG_RUNTIME_DIR/vdpad/control.sock]
+    #[arg(long, value_name = "PATH")]
+    control: Option<PathBuf>,
 
     /// Seconds a request on a device file may take before its caller gets an error
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
     request_timeout: Duration,
 
     /// Seconds without progress after which the watchdog frees the clients
-    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = seconds)]
+    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
     watchdog_timeout: Duration,
 
     /// What to log to standard error: error, warn, info, debug, trace, or filters as in RUST_LOG's syntax
@@ -63,7 +64,14 @@ struct Serve {
 enum Command {
     /// Watches a daemon; started by the daemon itself
     #[command(hide = true)]
-    Watchdog,
+    Watchdog {
+        /// Mount to end when the daemon stops answering
+        #[arg(long)]
+        mount: PathBuf,
+        /// Seconds without a sign of life
+        #[arg(long, value_parser = seconds)]
+        timeout: Duration,
+    },
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {
@@ -89,20 +97,33 @@ fn main() -> ExitCode {
         .with_ansi(io::IsTerminal::is_terminal(&io::stderr()))
         .init();
     match cli.command {
-        Some(Command::Watchdog) => watchdog(),
+        Some(Command::Watchdog { mount, timeout }) => watch(&mount, timeout),
         None => serve(cli.serve),
     }
 }
 
 fn serve(options: Serve) -> ExitCode {
+    let root = rustix::process::geteuid().is_root();
+    let (Some(dir), Some(control)) = (
+        options.dir.or_else(|| default_path("dev", root)),
+        options.control.or_else(|| default_path("control.sock", root)),
+    ) else {
+        eprintln!("vdpad: without root and without XDG_RUNTIME_DIR give --dir and --control");
+        return ExitCode::from(2);
+    };
+    // First thing, while there is one thread: an ordinary user serves the processes of a namespace of their own.
+    if !root && let Err(error) = vdpa_sys::userns::enter() {
+        eprintln!("vdpad: cannot run without root: {error}");
+        return ExitCode::from(EXIT_ENVIRONMENT);
+    }
     let config = Config {
-        dir: options.dir,
-        control: options.control,
+        dir,
+        control,
         request_timeout: options.request_timeout,
         watchdog_timeout: options.watchdog_timeout,
         devices: options.devices,
     };
-    let daemon = match Daemon::start(&config, Arc::new(EmptyBus)) {
+    let daemon = match Daemon::start(&config) {
         Ok(daemon) => daemon,
         Err(error) => {
             report(&error);
@@ -142,41 +163,19 @@ fn report(error: &dyn Error) {
     eprintln!("{line}");
 }
 
-fn watchdog() -> ExitCode {
-    eprintln!("vdpad: there is no device file to watch");
-    ExitCode::from(EXIT_RUNTIME)
+/// Where things are unless told otherwise.
+fn default_path(name: &str, root: bool) -> Option<PathBuf> {
+    let base = if root { PathBuf::from("/run") } else { std::env::var_os("XDG_RUNTIME_DIR")?.into() };
+    Some(base.join("vdpad").join(name))
 }
 
-/// A bus without management devices.
-#[derive(Debug)]
-struct EmptyBus;
-
-impl Backend for EmptyBus {
-    fn mgmtdevs(&self) -> Result<Vec<MgmtDev>, CtlError> {
-        Ok(Vec::new())
-    }
-
-    fn devices(&self) -> Result<Vec<DevInfo>, CtlError> {
-        Ok(Vec::new())
-    }
-
-    fn device(&self, _name: &str) -> Result<DevInfo, CtlError> {
-        Err(CtlError::no_device())
-    }
-
-    fn config(&self, _name: &str) -> Result<DevConfig, CtlError> {
-        Err(CtlError::no_device())
-    }
-
-    fn vstats(&self, _name: &str, _queue_index: u16) -> Result<QueueVstats, CtlError> {
-        Err(CtlError::no_device())
-    }
-
-    fn add(&self, _request: AddRequest) -> Result<(), CtlError> {
-        Err(CtlError::no_mgmtdev())
-    }
-
-    fn delete(&self, _name: &str, _force: bool) -> Result<(), CtlError> {
-        Err(CtlError::no_device())
+fn watch(mount: &Path, timeout: Duration) -> ExitCode {
+    match watchdog::run(io::stdin(), mount, timeout) {
+        Ok(Ended::DaemonDied | Ended::Farewell) => ExitCode::SUCCESS,
+        Ok(Ended::Fired) => ExitCode::from(EXIT_RUNTIME),
+        Err(error) => {
+            eprintln!("vdpad watchdog: {error}");
+            ExitCode::from(EXIT_RUNTIME)
+        }
     }
 }

@@ -22,13 +22,21 @@ use vdpa_sys::fuse::{FS_TYPE, fs_type_at, unmount};
 /// A heartbeat that is late by this makes the watchdog act, unless told otherwise.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// What the reader writes while it is alive. The first one arms the watchdog: only then is there a mount of this
+/// daemon, and not perhaps one of another daemon that made ours give up.
+pub(super) const BEAT: &[u8] = b".";
+/// What the reader writes last when its mount has ended in order, so that a mount made there since is left alone.
+pub(super) const FAREWELL: &[u8] = b"q";
+
 /// Why a watchdog ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
     /// The heartbeat stopped for the time given; the mount was ended by force.
     Fired,
-    /// The daemon closed the pipe, by exiting or dying; a mount it left behind was removed.
-    DaemonGone,
+    /// The daemon died; the mount it left behind was removed.
+    DaemonDied,
+    /// The daemon ended its mount itself, or never made one. Nothing was touched.
+    Farewell,
 }
 
 /// A running watchdog process. Dropping it closes the pipe, upon which it ends.
@@ -62,7 +70,8 @@ impl Watchdog {
 
 /// Starts `exe watchdog --mount DIR --timeout SECONDS`.
 ///
-/// Before the mount is made, so that there is no moment without it; a missing mount does not disturb it.
+/// Called before the mount is made, with the directory that [`prepare_dir`](super::fuse::prepare_dir) returned. The
+/// watchdog does nothing before the first heartbeat, which the reader sends once the mount is in service.
 ///
 /// # Errors
 /// When the pipe or the process cannot be created.
@@ -82,15 +91,18 @@ pub fn spawn(exe: &Path, dir: &Path, timeout: Duration) -> io::Result<Watchdog> 
 
 /// The watchdog itself: reads heartbeats from `stdin` until they stop.
 ///
-/// `dir` must be absolute and free of symbolic links, as the daemon mounted it.
+/// `dir` must be absolute and free of symbolic links, as the daemon mounted it. When a daemon dies and a new one
+/// replaces its dead mount before this process has run, the new mount may be hit: a supervisor should start the new
+/// daemon when the watchdog has exited, or after a pause.
 ///
 /// # Errors
 /// When `stdin` cannot be read or polled. The mount is left alone then.
 pub fn run(stdin: impl AsFd, dir: &Path, timeout: Duration) -> io::Result<Ended> {
     let time = Timespec::try_from(timeout).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
     let mut beats = [0; 4096];
+    let mut armed = false;
     loop {
-        let ready = match poll(&mut [PollFd::new(&stdin, PollFlags::IN)], Some(&time)) {
+        let ready = match poll(&mut [PollFd::new(&stdin, PollFlags::IN)], armed.then_some(&time)) {
             Err(rustix::io::Errno::INTR) => continue,
             other => other?,
         };
@@ -100,11 +112,16 @@ pub fn run(stdin: impl AsFd, dir: &Path, timeout: Duration) -> io::Result<Ended>
             return Ok(Ended::Fired);
         }
         match rustix::io::read(&stdin, &mut beats) {
-            Ok(0) => {
+            Ok(0) if armed => {
                 remove(dir);
-                return Ok(Ended::DaemonGone);
+                return Ok(Ended::DaemonDied);
             }
-            Ok(_) | Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
+            Ok(0) => return Ok(Ended::Farewell),
+            Ok(len) if beats.get(..len).is_some_and(|beats| beats.ends_with(FAREWELL)) => {
+                return Ok(Ended::Farewell);
+            }
+            Ok(_) => armed = true,
+            Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
             Err(error) => return Err(error.into()),
         }
     }

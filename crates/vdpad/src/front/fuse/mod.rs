@@ -118,7 +118,7 @@ impl FuseFs {
     /// [`ServeError`]; nothing is left mounted then.
     pub fn mount(dir: &Path, options: Options) -> Result<Arc<Self>, ServeError> {
         const HANDSHAKE: Duration = Duration::from_secs(5);
-        let dir = prepare(dir)?;
+        let dir = prepare_dir(dir)?;
         let mount_options = MountOptions {
             allow_other: options.allow_other,
             fsname: options.fsname.clone(),
@@ -255,8 +255,13 @@ fn unmount_logged(dir: &Path) {
     }
 }
 
-/// Makes `dir` ready to be mounted on and returns its true path.
-fn prepare(dir: &Path) -> Result<PathBuf, ServeError> {
+/// Makes `dir` ready to be mounted on and returns its true path: creates it when it is missing and removes what a
+/// daemon that died left mounted there. [`FuseFs::mount`] does this too; separately it serves those who need the
+/// true path before.
+///
+/// # Errors
+/// [`ServeError::Served`], [`ServeError::Hung`], [`ServeError::Directory`] and [`ServeError::Mount`].
+pub fn prepare_dir(dir: &Path) -> Result<PathBuf, ServeError> {
     let failed = |source| ServeError::Directory { dir: dir.into(), source };
     let absolute = std::path::absolute(dir).map_err(failed)?;
     // Only the parent is resolved at first: a dead or hanging mount must not be touched.

@@ -17,6 +17,7 @@ use vdpa_sys::uapi::fuse::{
 };
 use zerocopy::IntoBytes;
 
+use super::super::watchdog::{BEAT, FAREWELL};
 use super::device::DeviceFile;
 use super::is_past;
 use super::lane::{Lane, Work};
@@ -137,10 +138,13 @@ impl Server {
             // A watchdog that is stopped must not stop the reader.
             rustix::io::ioctl_fionbio(pipe, true)?;
         }
+        let mut heart = Heart { pipe: heartbeat, interval, last: None };
+        // Before anybody is told that the mount is there: a daemon that dies from now on leaves none behind.
+        heart.beat();
         let server = Arc::clone(self);
         thread::Builder::new().name("fuse-reader".into()).spawn(move || {
-            let mut heart = Heart { pipe: heartbeat, interval, last: None };
             server.read(&mut heart);
+            heart.say(FAREWELL);
             server.end();
         })
     }
@@ -307,12 +311,16 @@ struct Heart {
 
 impl Heart {
     fn beat(&mut self) {
-        let Some(pipe) = &self.pipe else { return };
         if self.last.is_some_and(|last| !is_past(last, self.interval)) {
             return;
         }
         self.last = Some(Instant::now());
-        match rustix::io::write(pipe, b".") {
+        self.say(BEAT);
+    }
+
+    fn say(&mut self, word: &[u8]) {
+        let Some(pipe) = &self.pipe else { return };
+        match rustix::io::write(pipe, word) {
             // A full pipe: the watchdog is slow, not we.
             Ok(_) | Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {}
             Err(error) => {

@@ -1,0 +1,171 @@
+//! What the device does with its memory: shown with reads of a block device.
+
+use vdpa_core::Errno;
+use vdpa_core::features::{BackendFeatures, Status};
+use vdpa_core::types::{Perm, iotlb_type};
+
+use crate::case::{Case, Ctx, Need, Outcome, check, prepare};
+use crate::device::WRITTEN;
+use crate::request::Request;
+use crate::ring::{BlkDriver, IOVA};
+
+/// A block device with a ring large enough for the driver.
+const BLK: [Need; 2] = [Need::DeviceId(2), Need::RingSize(8)];
+const SUSPEND: Need = Need::Backend(BackendFeatures::SUSPEND);
+const RESUME: Need = Need::Backend(BackendFeatures::RESUME);
+const PERSIST: Need = Need::Backend(BackendFeatures::IOTLB_PERSIST);
+
+macro_rules! case {
+    ($id:literal, $spec:literal, [$($request:ident),+], [$($need:expr),*], $run:ident) => {
+        Case {
+            id: $id,
+            spec: $spec,
+            covers: &[$(Request::$request),+],
+            needs: &[BLK[0], BLK[1], $($need),*],
+            run: $run,
+        }
+    };
+}
+
+pub(super) const CASES: &[Case] = &[
+    case!("data.read", "6.3", [SET_VRING_KICK, SET_VRING_CALL, SET_VRING_ADDR], [], read),
+    case!("data.kick-counter-stays", "1.6", [SET_VRING_KICK], [], kick_counter),
+    case!("data.disabled-queue", "1.6", [SET_VRING_KICK, SET_VRING_ENABLE], [], disabled_queue),
+    case!("data.invalidate-stops-access", "2.5", [IOTLB_INVALIDATE], [], invalidate),
+    case!("data.read-only-memory", "6.1", [IOTLB_UPDATE], [], read_only),
+    case!("data.suspend", "1.8, 8.7", [SUSPEND, RESUME, GET_VRING_BASE], [SUSPEND, RESUME], suspend),
+    case!("data.suspend-enable", "1.8, 8.7", [SUSPEND, SET_VRING_ENABLE], [SUSPEND], suspend_enable),
+    case!("data.base-continues", "1.6", [GET_VRING_BASE, SET_VRING_BASE], [SUSPEND, PERSIST], base_continues),
+    case!("data.reset-stops", "8.7", [SET_STATUS], [], reset_stops),
+    case!("data.reset-persist", "4.5, 9.4 vector 45", [SET_STATUS], [PERSIST], reset_persist),
+    case!(
+        "data.reset-clean-map",
+        "4.5, 9.4 vector 46",
+        [SET_STATUS, IOTLB_BATCH_END],
+        [PERSIST],
+        reset_clean_map
+    ),
+];
+
+fn read(ctx: &mut Ctx<'_>) -> Outcome {
+    let mut driver = BlkDriver::start(ctx, BackendFeatures::NONE)?;
+    for round in 0..20 {
+        driver.works(&format!("read number {round}"))?;
+    }
+    let base = u32::from(driver.submitted());
+    check("GET_VRING_BASE when idle", driver.device.vring(Request::GET_VRING_BASE, 0, 0), Ok(base))
+}
+
+fn kick_counter(ctx: &mut Ctx<'_>) -> Outcome {
+    let mut driver = BlkDriver::start(ctx, BackendFeatures::NONE)?;
+    let _ = driver.kick_count();
+    for round in 1..=3 {
+        driver.works(&format!("read number {round}"))?;
+    }
+    check("counter of the kick eventfd after three kicks", driver.kick_count(), 3)
+}
+
+fn disabled_queue(ctx: &mut Ctx<'_>) -> Outcome {
+    let mut driver = BlkDriver::start(ctx, BackendFeatures::NONE)?;
+    driver.works("before")?;
+    let enable = |num| driver.device.set_vring(Request::SET_VRING_ENABLE, 0, num);
+    prepare("VHOST_VDPA_SET_VRING_ENABLE", enable(0))?;
+    driver.submit()?;
+    driver.stays_silent("queue disabled")
+}
+
+fn invalidate(ctx: &mut Ctx<'_>) -> Outcome {
+    let mut driver = BlkDriver::start(ctx, BackendFeatures::NONE)?;
+    driver.works("mapped")?;
+    check("INVALIDATE", driver.device.unmap(IOVA, driver.region.size()), Ok(WRITTEN))?;
+    driver.submit()?;
+    driver.stays_silent("not mapped")?;
+    check("UPDATE", driver.device.map(IOVA, &driver.region, Perm::RW), Ok(WRITTEN))?;
+    check("status: an unmapped ring is no reason to reset", driver.device.status(), Ok(0xf))?;
+    driver.kick();
+    driver.completes("mapped again and kicked")
+}
+
+fn read_only(ctx: &mut Ctx<'_>) -> Outcome {
+    let mut driver = BlkDriver::start(ctx, BackendFeatures::NONE)?;
+    check("INVALIDATE", driver.device.unmap(IOVA, driver.region.size()), Ok(WRITTEN))?;
+    check("UPDATE, device may only read", driver.device.map(IOVA, &driver.region, Perm::RO), Ok(WRITTEN))?;
+    driver.submit()?;
+    driver.stays_silent("memory the device may not write")
+}
+
+fn suspend(ctx: &mut Ctx<'_>) -> Outcome {
+    let mut driver = BlkDriver::start(ctx, BackendFeatures::NONE)?;
+    driver.works("before SUSPEND")?;
+    check("SUSPEND", driver.device.call(Request::SUSPEND), Ok(()))?;
+    let base = u32::from(driver.submitted());
+    driver.submit()?;
+    driver.stays_silent("suspended, kicked")?;
+    check("GET_VRING_BASE, suspended", driver.device.vring(Request::GET_VRING_BASE, 0, 0), Ok(base))?;
+    check("RESUME", driver.device.call(Request::RESUME), Ok(()))?;
+    driver.completes("the kick while suspended, after RESUME")?;
+    driver.works("after RESUME")
+}
+
+fn suspend_enable(ctx: &mut Ctx<'_>) -> Outcome {
+    let mut driver = BlkDriver::start(ctx, BackendFeatures::NONE)?;
+    check("SUSPEND", driver.device.call(Request::SUSPEND), Ok(()))?;
+    driver.submit()?;
+    let enable = driver.device.set_vring(Request::SET_VRING_ENABLE, 0, 1);
+    check("SET_VRING_ENABLE, suspended", enable, Ok(()))?;
+    driver.kick();
+    driver.stays_silent("suspended, enabled, kicked")
+}
+
+fn base_continues(ctx: &mut Ctx<'_>) -> Outcome {
+    let mut driver = BlkDriver::start(ctx, ctx.probe().backend)?;
+    for round in 0..3 {
+        driver.works(&format!("read number {round}"))?;
+    }
+    check("SUSPEND", driver.device.call(Request::SUSPEND), Ok(()))?;
+    let base = prepare("VHOST_GET_VRING_BASE", driver.device.vring(Request::GET_VRING_BASE, 0, 0))?;
+    check("GET_VRING_BASE", base, 3)?;
+    prepare("SET_STATUS 0", driver.device.set_status(Status::RESET))?;
+    driver.set_up_at(ctx, base)?;
+    driver.go()?;
+    driver.works("continued at its base")?;
+    check("GET_VRING_BASE", driver.device.vring(Request::GET_VRING_BASE, 0, 0), Ok(base + 1))
+}
+
+fn reset_stops(ctx: &mut Ctx<'_>) -> Outcome {
+    let mut driver = BlkDriver::start(ctx, ctx.probe().backend)?;
+    driver.works("before the reset")?;
+    check("SET_STATUS 0", driver.device.set_status(Status::RESET), Ok(()))?;
+    driver.set_up(ctx)?;
+    driver.submit()?;
+    driver.stays_silent("set up, enabled and kicked, without DRIVER_OK")?;
+    driver.go()?;
+    driver.kick();
+    driver.completes("DRIVER_OK and a kick")
+}
+
+fn reset_persist(ctx: &mut Ctx<'_>) -> Outcome {
+    let persist = BackendFeatures::of(&[BackendFeatures::IOTLB_PERSIST]);
+    let mut driver = BlkDriver::start(ctx, persist)?;
+    driver.works("before the reset")?;
+    check("SET_STATUS 0", driver.device.set_status(Status::RESET), Ok(()))?;
+    driver.set_up(ctx)?;
+    driver.go()?;
+    driver.works("after a reset with PERSIST, nothing mapped again")
+}
+
+fn reset_clean_map(ctx: &mut Ctx<'_>) -> Outcome {
+    let mut driver = BlkDriver::start(ctx, BackendFeatures::NONE)?;
+    driver.works("before the reset")?;
+    check("SET_STATUS 0", driver.device.set_status(Status::RESET), Ok(()))?;
+    let again = driver.device.map(IOVA, &driver.region, Perm::RW);
+    check("UPDATE after a reset without PERSIST", again, Err(Errno::FAULT))?;
+    driver.set_up(ctx)?;
+    driver.go()?;
+    driver.submit()?;
+    driver.stays_silent("after a reset without PERSIST")?;
+    check("BATCH_BEGIN", driver.device.plain(0, iotlb_type::BATCH_BEGIN), Ok(WRITTEN))?;
+    check("BATCH_END", driver.device.plain(0, iotlb_type::BATCH_END), Ok(WRITTEN))?;
+    driver.kick();
+    driver.completes("after an empty batch")
+}

@@ -1,0 +1,64 @@
+//! The cases, by part of the interface.
+
+mod config;
+mod data;
+mod features;
+mod file;
+mod iotlb;
+mod live;
+mod order;
+mod owner;
+mod state;
+mod status;
+mod vring;
+
+use crate::case::Case;
+
+/// Every case, in the order in which they run: what others build on comes first.
+#[must_use]
+pub fn all() -> Vec<Case> {
+    [
+        file::CASES,
+        features::CASES,
+        status::CASES,
+        config::CASES,
+        owner::CASES,
+        vring::CASES,
+        iotlb::CASES,
+        state::CASES,
+        order::CASES,
+        data::CASES,
+        live::CASES,
+    ]
+    .concat()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_unique_and_well_formed() {
+        let cases = all();
+        let mut ids: Vec<_> = cases.iter().map(|case| case.id).collect();
+        for id in &ids {
+            let (group, name) = id.split_once('.').unwrap();
+            let plain = |text: &str| {
+                !text.is_empty()
+                    && text.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-')
+            };
+            assert!(plain(group) && plain(name), "{id}");
+        }
+        ids.sort_unstable();
+        ids.dedup();
+        assert_eq!(ids.len(), cases.len());
+    }
+
+    #[test]
+    fn every_case_cites_a_section_and_covers_a_request() {
+        for case in all() {
+            assert!(case.spec.starts_with(|c: char| c.is_ascii_digit()), "{}", case.id);
+            assert!(!case.covers.is_empty(), "{}", case.id);
+        }
+    }
+}

@@ -1,0 +1,238 @@
+//! Ownership: who may do what, and what an owner is.
+
+use std::os::fd::AsFd;
+
+use vdpa_core::Errno;
+use vdpa_core::features::Status;
+use vdpa_core::types::{IotlbMsg, Perm, VringAddr, iotlb_type};
+
+use crate::case::{Case, Ctx, Need, Outcome, check, prepare};
+use crate::device::{V2, WRITTEN, encode, pair};
+use crate::memory::Region;
+use crate::request::Request;
+
+pub(super) const CASES: &[Case] = &[
+    Case {
+        id: "owner.set-twice",
+        spec: "1.6a, 9.4 vector 8",
+        covers: &[Request::SET_OWNER],
+        needs: &[],
+        run: set_twice,
+    },
+    Case {
+        id: "owner.reset-owner",
+        spec: "1.1, 9.4 vector 7",
+        covers: &[Request::RESET_OWNER],
+        needs: &[],
+        run: reset_owner,
+    },
+    Case {
+        id: "owner.needed",
+        spec: "1.3, 4.3, 9.4 vector 6",
+        covers: &[
+            Request::SET_VRING_NUM,
+            Request::SET_VRING_ADDR,
+            Request::SET_VRING_BASE,
+            Request::GET_VRING_BASE,
+            Request::SET_VRING_KICK,
+            Request::SET_VRING_CALL,
+            Request::SET_VRING_ERR,
+            Request::SET_VRING_BUSYLOOP_TIMEOUT,
+            Request::SET_VRING_ENABLE,
+            Request::GET_VRING_GROUP,
+            Request::GET_VRING_DESC_GROUP,
+            Request::GET_VRING_SIZE,
+            Request::SET_GROUP_ASID,
+            Request::SET_MEM_TABLE,
+            Request::IOTLB_UPDATE,
+            Request::IOTLB_BATCH_BEGIN,
+        ],
+        needs: &[],
+        run: needed,
+    },
+    Case {
+        id: "owner.not-needed",
+        spec: "1.3, 4.3",
+        covers: &[
+            Request::GET_FEATURES,
+            Request::SET_FEATURES,
+            Request::GET_STATUS,
+            Request::SET_STATUS,
+            Request::SUSPEND,
+            Request::RESUME,
+        ],
+        needs: &[],
+        run: not_needed,
+    },
+    Case {
+        id: "owner.child-vring-and-iotlb",
+        spec: "0.1, 9.4 vector 48",
+        covers: &[Request::SET_VRING_NUM, Request::IOTLB_UPDATE, Request::SET_OWNER],
+        needs: &[Need::Child],
+        run: child_refused,
+    },
+    Case {
+        id: "owner.child-status",
+        spec: "4.3, 9.4 vectors 49 and 50",
+        covers: &[Request::SET_STATUS, Request::SET_CONFIG_CALL],
+        needs: &[Need::Child],
+        run: child_allowed,
+    },
+    Case {
+        id: "owner.gone-is-still-owner",
+        spec: "4.7",
+        covers: &[Request::SET_OWNER, Request::CLOSE],
+        needs: &[Need::Child],
+        run: gone,
+    },
+    Case { id: "owner.thread", spec: "0.1", covers: &[Request::SET_VRING_NUM], needs: &[], run: thread },
+    Case {
+        id: "owner.mem-table",
+        spec: "1.6a",
+        covers: &[Request::SET_MEM_TABLE],
+        needs: &[],
+        run: mem_table,
+    },
+    Case {
+        id: "owner.fork-from-owner",
+        spec: "1.6a",
+        covers: &[Request::SET_FORK_FROM_OWNER, Request::GET_FORK_FROM_OWNER],
+        needs: &[],
+        run: fork_from_owner,
+    },
+];
+
+fn set_twice(ctx: &mut Ctx<'_>) -> Outcome {
+    let device = ctx.open()?;
+    check("SET_OWNER", device.call(Request::SET_OWNER), Ok(()))?;
+    check("SET_OWNER again", device.call(Request::SET_OWNER), Err(Errno::BUSY))
+}
+
+fn reset_owner(ctx: &mut Ctx<'_>) -> Outcome {
+    let device = ctx.open()?;
+    check("RESET_OWNER(0) without an owner", device.call(Request::RESET_OWNER), Err(Errno::PERM))?;
+    prepare("VHOST_SET_OWNER", device.call(Request::SET_OWNER))?;
+    check("RESET_OWNER(0) as owner", device.call(Request::RESET_OWNER), Err(Errno::FAULT))?;
+    check("RESET_OWNER of a word 0", device.set(Request::RESET_OWNER, &pair(0, 0)), Err(Errno::NOTTY))?;
+    let beyond = pair(ctx.probe().queues, 0);
+    check(
+        "RESET_OWNER of a word beyond the queues",
+        device.set(Request::RESET_OWNER, &beyond),
+        Err(Errno::NOBUFS),
+    )
+}
+
+fn needed(ctx: &mut Ctx<'_>) -> Outcome {
+    let device = ctx.open()?;
+    let refused = Err(Errno::PERM);
+    for request in [
+        Request::SET_VRING_NUM,
+        Request::SET_VRING_BASE,
+        Request::GET_VRING_BASE,
+        Request::SET_VRING_BUSYLOOP_TIMEOUT,
+        Request::SET_VRING_ENABLE,
+        Request::GET_VRING_GROUP,
+        Request::GET_VRING_DESC_GROUP,
+        Request::GET_VRING_SIZE,
+        Request::SET_GROUP_ASID,
+        Request::SET_MEM_TABLE,
+    ] {
+        check(request.name, device.set(request, &pair(0, 0)), refused)?;
+    }
+    for request in [Request::SET_VRING_KICK, Request::SET_VRING_CALL, Request::SET_VRING_ERR] {
+        check(request.name, device.set_fd(request, 0, None), refused)?;
+    }
+    check("VHOST_SET_VRING_ADDR", device.set_addr(0, &VringAddr::default()), refused)?;
+    let region = Region::new(1)?;
+    check("UPDATE", device.map(0x1000, &region, Perm::RW), Err(Errno::FAULT))?;
+    check("BATCH_BEGIN", device.plain(0, iotlb_type::BATCH_BEGIN), Err(Errno::FAULT))
+}
+
+fn not_needed(ctx: &mut Ctx<'_>) -> Outcome {
+    let device = ctx.open()?;
+    check("GET_FEATURES", device.get(Request::GET_FEATURES), Ok(ctx.probe().features.0.to_ne_bytes()))?;
+    check("SET_FEATURES", device.set_features(ctx.plain_features()), Ok(()))?;
+    check("SET_STATUS", device.set_status(Status::ACKNOWLEDGE), Ok(()))?;
+    check("SUSPEND", device.call(Request::SUSPEND), Ok(()))?;
+    check("RESUME", device.call(Request::RESUME), Ok(()))?;
+    check("SET_STATUS 0", device.set_status(Status::RESET), Ok(()))
+}
+
+fn child_refused(ctx: &mut Ctx<'_>) -> Outcome {
+    let device = ctx.open_owned()?;
+    let mut child = ctx.child(&device)?;
+    check("SET_VRING_NUM", child.set(Request::SET_VRING_NUM, &pair(0, 1))?, Err(Errno::PERM))?;
+    check("SET_OWNER", child.call(Request::SET_OWNER)?, Err(Errno::BUSY))?;
+    let begin = IotlbMsg { kind: iotlb_type::BATCH_BEGIN, ..IotlbMsg::default() };
+    check("BATCH_BEGIN", child.write(&encode(V2, 0, &begin))?, Err(Errno::FAULT))?;
+    check("BATCH_BEGIN by the owner", device.plain(0, iotlb_type::BATCH_BEGIN), Ok(WRITTEN))
+}
+
+fn child_allowed(ctx: &mut Ctx<'_>) -> Outcome {
+    let device = ctx.open_owned()?;
+    let mut child = ctx.child(&device)?;
+    prepare("VHOST_VDPA_SET_STATUS", device.set_status(Status::ACKNOWLEDGE))?;
+    check("SET_STATUS 0", child.set(Request::SET_STATUS, &[0])?, Ok(()))?;
+    check("GET_STATUS afterwards", device.status(), Ok(0))?;
+    check("SET_CONFIG_CALL -1", child.set(Request::SET_CONFIG_CALL, &(-1_i32).to_ne_bytes())?, Ok(()))
+}
+
+fn gone(ctx: &mut Ctx<'_>) -> Outcome {
+    let device = ctx.open()?;
+    let mut child = ctx.child(&device)?;
+    check("SET_OWNER", child.call(Request::SET_OWNER)?, Ok(()))?;
+    drop(child);
+    check("SET_OWNER after the owner ended", device.call(Request::SET_OWNER), Err(Errno::BUSY))?;
+    let num = device.set_vring(Request::SET_VRING_NUM, 0, 1);
+    check("SET_VRING_NUM after the owner ended", num, Err(Errno::PERM))?;
+    check("SET_STATUS after the owner ended", device.set_status(Status::RESET), Ok(()))?;
+    drop(device);
+    check("SET_OWNER after another open", ctx.open()?.call(Request::SET_OWNER), Ok(()))
+}
+
+fn thread(ctx: &mut Ctx<'_>) -> Outcome {
+    let device = ctx.open_owned()?;
+    let size = u32::from(ctx.probe().ring_size);
+    let result = std::thread::scope(|scope| {
+        scope.spawn(|| device.set_vring(Request::SET_VRING_NUM, 0, size)).join().unwrap_or(Err(Errno::IO))
+    });
+    check("SET_VRING_NUM by another thread of the owner", result, Ok(()))?;
+    // A duplicate of the descriptor is the same open file.
+    let copy = crate::device::Device::from_fd(
+        device.as_fd().try_clone_to_owned().map_err(|e| crate::case::Stop::CannotRun(e.to_string()))?,
+    );
+    drop(device);
+    check("SET_VRING_NUM by a duplicate", copy.set_vring(Request::SET_VRING_NUM, 0, size), Ok(()))
+}
+
+fn mem_table(ctx: &mut Ctx<'_>) -> Outcome {
+    let device = ctx.open_owned()?;
+    let table = |regions: u32, padding: u32, size: u64| {
+        let mut bytes = pair(regions, padding).to_vec();
+        for region in 0..u64::from(regions) {
+            for word in [(region + 1) << 20, size, 0x10_0000, 0] {
+                bytes.extend_from_slice(&word.to_ne_bytes());
+            }
+        }
+        device.set(Request::SET_MEM_TABLE, &bytes)
+    };
+    check("SET_MEM_TABLE, no regions", table(0, 0, 0), Ok(()))?;
+    check("SET_MEM_TABLE, 64 regions", table(64, 0, 4096), Ok(()))?;
+    check("SET_MEM_TABLE, 65 regions", table(65, 0, 4096), Err(Errno::TOOBIG))?;
+    check("SET_MEM_TABLE, padding set", table(65, 1, 4096), Err(Errno::OPNOTSUPP))?;
+    check("SET_MEM_TABLE, region of size 0", table(1, 0, 0), Err(Errno::FAULT))
+}
+
+fn fork_from_owner(ctx: &mut Ctx<'_>) -> Outcome {
+    let device = ctx.open()?;
+    check("GET_FORK_FROM_OWNER at open", device.get(Request::GET_FORK_FROM_OWNER), Ok([1]))?;
+    check("SET_FORK_FROM_OWNER 2", device.set(Request::SET_FORK_FROM_OWNER, &[2]), Err(Errno::INVAL))?;
+    check("SET_FORK_FROM_OWNER 0", device.set(Request::SET_FORK_FROM_OWNER, &[0]), Ok(()))?;
+    check("GET_FORK_FROM_OWNER", device.get(Request::GET_FORK_FROM_OWNER), Ok([0]))?;
+    prepare("VHOST_SET_OWNER", device.call(Request::SET_OWNER))?;
+    check(
+        "SET_FORK_FROM_OWNER with an owner",
+        device.set(Request::SET_FORK_FROM_OWNER, &[1]),
+        Err(Errno::BUSY),
+    )
+}

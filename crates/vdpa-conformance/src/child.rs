@@ -1,0 +1,214 @@
+//! A second process that holds the same open device: what a forked child or a successor would be.
+//!
+//! The suite starts its own program with `--child`. The device is the child's standard input, since a descriptor
+//! can be passed there without unsafe code; a socket is its standard output. Requests and answers are lines:
+//!
+//! ```text
+//! ioctl NUMBER HEX|null      ok HEX | error ERRNO      the bytes after the call
+//! write HEX                  ok COUNT | error ERRNO
+//! map PATH                   ok UADDR | error ERRNO    maps a file for the rest of the child's life
+//! ```
+
+use std::ffi::OsStr;
+use std::fmt::Write as _;
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use vdpa_core::Errno;
+use vdpa_sys::vhost_vdpa::RawArg;
+
+use crate::case::Stop;
+use crate::device::Device;
+use crate::memory::Region;
+use crate::request::Request;
+
+const PROGRAM: &str = "vdpa-conform";
+/// How long the child may take to answer: below the limit of a case, so that the case can say what happened.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The program to start as a second process: this one, or `vdpa-conform` beside it or one directory up (where cargo
+/// puts it for a test).
+#[must_use]
+pub fn program() -> Option<PathBuf> {
+    let own = std::env::current_exe().ok()?;
+    if own.file_name() == Some(OsStr::new(PROGRAM)) {
+        return Some(own);
+    }
+    own.ancestors().skip(1).take(2).map(|directory| directory.join(PROGRAM)).find(|program| program.is_file())
+}
+
+/// The second process, seen from the suite. Ends when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Child {
+    process: std::process::Child,
+    lines: Option<BufReader<UnixStream>>,
+}
+
+impl Child {
+    /// Starts `program` with a duplicate of the device's descriptor.
+    pub(crate) fn start(program: &Path, device: &Device) -> io::Result<Self> {
+        let (ours, theirs) = UnixStream::pair()?;
+        ours.set_read_timeout(Some(PATIENCE))?;
+        let process = Command::new(program)
+            .arg("--child")
+            .stdin(Stdio::from(device.as_fd().try_clone_to_owned()?))
+            .stdout(Stdio::from(OwnedFd::from(theirs)))
+            .spawn()?;
+        Ok(Self { process, lines: Some(BufReader::new(ours)) })
+    }
+
+    /// A request without an argument, made by the child.
+    pub(crate) fn call(&mut self, request: Request) -> Result<Result<(), Errno>, Stop> {
+        self.ioctl(request, None)
+    }
+
+    /// A request that reads these bytes, made by the child.
+    pub(crate) fn set(&mut self, request: Request, bytes: &[u8]) -> Result<Result<(), Errno>, Stop> {
+        self.ioctl(request, Some(bytes))
+    }
+
+    fn ioctl(&mut self, request: Request, bytes: Option<&[u8]>) -> Result<Result<(), Errno>, Stop> {
+        let number = request.number.unwrap_or(0);
+        let argument = bytes.map_or_else(|| "null".to_owned(), hex);
+        Ok(self.ask(&format!("ioctl {number} {argument}"))?.map(drop))
+    }
+
+    /// Writes bytes to the device in the child.
+    pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<Result<usize, Errno>, Stop> {
+        let answer = self.ask(&format!("write {}", hex(bytes)))?;
+        answer.map(|text| text.parse().map_err(|_| garbled(&text))).map_or_else(|e| Ok(Err(e)), |n| n.map(Ok))
+    }
+
+    /// Maps `region` in the child; returns its address there.
+    pub(crate) fn map(&mut self, region: &Region) -> Result<u64, Stop> {
+        let answer = self.ask(&format!("map {}", region.path()))?;
+        let text =
+            answer.map_err(|errno| Stop::CannotRun(format!("mapping in a second process: {errno}")))?;
+        text.parse().map_err(|_| garbled(&text))
+    }
+
+    fn ask(&mut self, question: &str) -> Result<Result<String, Errno>, Stop> {
+        let line =
+            self.exchange(question).map_err(|e| Stop::Failed(format!("second process: {question}: {e}")))?;
+        match line.trim_end_matches('\n').split_once(' ') {
+            Some(("ok", rest)) => Ok(Ok(rest.to_owned())),
+            Some(("error", number)) => match number.parse() {
+                Ok(number) => Ok(Err(Errno::from_raw(number))),
+                Err(_) => Err(garbled(&line)),
+            },
+            _ => Err(garbled(&line)),
+        }
+    }
+
+    fn exchange(&mut self, question: &str) -> io::Result<String> {
+        let lines = self.lines.as_mut().ok_or(io::ErrorKind::NotConnected)?;
+        writeln!(lines.get_mut(), "{question}")?;
+        let mut line = String::new();
+        if lines.read_line(&mut line)? == 0 {
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "it ended without an answer"));
+        }
+        Ok(line)
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        // The end of its input ends the child; waiting makes sure that its descriptor is closed.
+        drop(self.lines.take());
+        let _ = self.process.wait();
+    }
+}
+
+fn garbled(text: &str) -> Stop {
+    Stop::Failed(format!("second process: cannot read its answer {text:?}"))
+}
+
+/// The child's side: answers requests until there are no more. Called by `vdpa-conform --child`.
+///
+/// # Errors
+/// When the descriptors it was started with are not those of a child, or the suite is gone.
+pub fn serve() -> io::Result<()> {
+    let device = Device::from_fd(rustix::stdio::stdin().try_clone_to_owned()?);
+    let socket = UnixStream::from(rustix::stdio::stdout().try_clone_to_owned()?);
+    let mut answers = socket.try_clone()?;
+    // Mappings stay until the end, as those of a real successor would.
+    let mut regions = Vec::new();
+    for line in BufReader::new(socket).lines() {
+        let answer = match answer(&device, &line?, &mut regions) {
+            Ok(text) => format!("ok {text}"),
+            Err(errno) => format!("error {}", errno.raw()),
+        };
+        writeln!(answers, "{answer}")?;
+    }
+    Ok(())
+}
+
+fn answer(device: &Device, line: &str, regions: &mut Vec<Region>) -> Result<String, Errno> {
+    let words: Vec<_> = line.split(' ').collect();
+    match words.as_slice() {
+        ["ioctl", number, "null"] => {
+            let number = number.parse().map_err(|_| Errno::INVAL)?;
+            device.raw(number, RawArg::Null).map(|()| String::new())
+        }
+        ["ioctl", number, bytes] => {
+            let number = number.parse().map_err(|_| Errno::INVAL)?;
+            let mut bytes = unhex(bytes).ok_or(Errno::INVAL)?;
+            device.raw(number, RawArg::Bytes(&mut bytes)).map(|()| hex(&bytes))
+        }
+        ["write", bytes] => {
+            device.write(&unhex(bytes).ok_or(Errno::INVAL)?).map(|written| written.to_string())
+        }
+        ["map", path] => {
+            let region = Region::of_path(Path::new(path))?;
+            let uaddr = region.uaddr();
+            regions.push(region);
+            Ok(uaddr.to_string())
+        }
+        _ => Err(Errno::NOSYS),
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+fn unhex(text: &str) -> Option<Vec<u8>> {
+    if !text.is_ascii() || !text.len().is_multiple_of(2) {
+        return None;
+    }
+    (0..text.len()).step_by(2).map(|at| u8::from_str_radix(text.get(at..at + 2)?, 16).ok()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_survive_the_way_to_the_child() {
+        let bytes: Vec<u8> = (0..=255).collect();
+        assert_eq!(unhex(&hex(&bytes)).unwrap(), bytes);
+        assert_eq!(unhex("0"), None);
+        assert_eq!(unhex("zz"), None);
+        assert_eq!(unhex("é"), None);
+    }
+
+    #[test]
+    fn an_answer_is_the_devices() {
+        let device = Device::from_fd(std::fs::File::open("/dev/null").unwrap().into());
+        let mut regions = Vec::new();
+        assert_eq!(answer(&device, "ioctl 44801 null", &mut regions), Err(Errno::NOTTY));
+        assert_eq!(answer(&device, "write 00", &mut regions), Err(Errno::BADF));
+        assert_eq!(answer(&device, "dance", &mut regions), Err(Errno::NOSYS));
+        let region = Region::new(1).unwrap();
+        let uaddr: u64 =
+            answer(&device, &format!("map {}", region.path()), &mut regions).unwrap().parse().unwrap();
+        assert!(uaddr != 0 && uaddr != region.uaddr());
+    }
+}

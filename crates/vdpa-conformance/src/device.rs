@@ -1,0 +1,228 @@
+//! [`Device`]: raw access to a device file, request by request.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::{Mode, OFlags};
+use vdpa_core::Errno;
+use vdpa_core::features::{BackendFeatures, Features, Status};
+use vdpa_core::types::{IotlbMsg, Perm, VringAddr, iotlb_type};
+use vdpa_sys::vhost_vdpa::{RawArg, VhostVdpaFd};
+
+use crate::memory::Region;
+use crate::request::Request;
+
+/// What a successful write of an IOTLB message returns, whatever its length (uapi-spec 2.2).
+pub(crate) const WRITTEN: usize = 72;
+/// A message of version 1, `VHOST_IOTLB_MSG`.
+pub(crate) const V1: u32 = 1;
+/// A message of version 2, `VHOST_IOTLB_MSG_V2`.
+pub(crate) const V2: u32 = 2;
+
+/// An open device file. Nothing is checked or remembered on this side: what is asked for is what the device sees.
+#[derive(Debug)]
+pub struct Device {
+    fd: VhostVdpaFd,
+}
+
+/// An error number of a system call made through rustix.
+pub(crate) fn errno(error: rustix::io::Errno) -> Errno {
+    Errno::from_raw(error.raw_os_error())
+}
+
+impl Device {
+    /// Opens it for reading and writing.
+    ///
+    /// # Errors
+    /// What open(2) reports.
+    pub fn open(path: &Path) -> Result<Self, Errno> {
+        Self::open_as(path, OFlags::RDWR)
+    }
+
+    pub(crate) fn open_as(path: &Path, mode: OFlags) -> Result<Self, Errno> {
+        rustix::fs::open(path, mode | OFlags::CLOEXEC, Mode::empty()).map(Self::from_fd).map_err(errno)
+    }
+
+    /// Adopts a descriptor.
+    #[must_use]
+    pub fn from_fd(fd: OwnedFd) -> Self {
+        Self { fd: VhostVdpaFd::from_fd(fd) }
+    }
+
+    /// Any ioctl number with any argument.
+    pub(crate) fn raw(&self, number: u32, argument: RawArg<'_>) -> Result<(), Errno> {
+        self.fd.raw_ioctl(number, argument).map(drop)
+    }
+
+    /// A request with any argument.
+    pub(crate) fn request(&self, request: Request, argument: RawArg<'_>) -> Result<(), Errno> {
+        // Requests that are no ioctl have no number; `INVAL` marks the mistake in the case that made it.
+        self.raw(request.number.ok_or(Errno::INVAL)?, argument)
+    }
+
+    /// A request without an argument.
+    pub(crate) fn call(&self, request: Request) -> Result<(), Errno> {
+        self.request(request, RawArg::Null)
+    }
+
+    /// A request with a pointer that cannot be followed.
+    pub(crate) fn bad_pointer(&self, request: Request) -> Result<(), Errno> {
+        self.request(request, RawArg::BadPointer)
+    }
+
+    /// A request that fills `N` bytes; those the device leaves alone are 0.
+    pub(crate) fn get<const N: usize>(&self, request: Request) -> Result<[u8; N], Errno> {
+        let mut bytes = [0; N];
+        self.request(request, RawArg::Bytes(&mut bytes)).map(|()| bytes)
+    }
+
+    /// A request that reads these bytes.
+    pub(crate) fn set(&self, request: Request, bytes: &[u8]) -> Result<(), Errno> {
+        self.request(request, RawArg::Bytes(&mut bytes.to_vec()))
+    }
+
+    /// A request that reads a u64.
+    pub(crate) fn set_u64(&self, request: Request, value: u64) -> Result<(), Errno> {
+        self.set(request, &value.to_ne_bytes())
+    }
+
+    /// A request with `struct vhost_vring_state`; returns its `num` afterwards.
+    pub(crate) fn vring(&self, request: Request, index: u32, num: u32) -> Result<u32, Errno> {
+        let mut bytes = pair(index, num);
+        self.request(request, RawArg::Bytes(&mut bytes))?;
+        let [.., a, b, c, d] = bytes;
+        Ok(u32::from_ne_bytes([a, b, c, d]))
+    }
+
+    /// As [`vring`](Self::vring), when nothing comes back.
+    pub(crate) fn set_vring(&self, request: Request, index: u32, num: u32) -> Result<(), Errno> {
+        self.vring(request, index, num).map(drop)
+    }
+
+    /// A request with `struct vhost_vring_file`; -1 unbinds.
+    pub(crate) fn set_fd(
+        &self,
+        request: Request,
+        index: u32,
+        fd: Option<BorrowedFd<'_>>,
+    ) -> Result<(), Errno> {
+        self.set(request, &vring_file(index, fd.map_or(-1, |fd| fd.as_raw_fd())))
+    }
+
+    /// `VHOST_SET_VRING_ADDR`.
+    pub(crate) fn set_addr(&self, index: u32, addr: &VringAddr) -> Result<(), Errno> {
+        let mut bytes = pair(index, addr.flags).to_vec();
+        for word in [addr.desc, addr.used, addr.avail, addr.log] {
+            bytes.extend_from_slice(&word.to_ne_bytes());
+        }
+        self.set(Request::SET_VRING_ADDR, &bytes)
+    }
+
+    /// `VHOST_VDPA_GET_STATUS`.
+    pub(crate) fn status(&self) -> Result<u8, Errno> {
+        self.get(Request::GET_STATUS).map(u8::from_ne_bytes)
+    }
+
+    /// `VHOST_VDPA_SET_STATUS`.
+    pub(crate) fn set_status(&self, status: Status) -> Result<(), Errno> {
+        self.set(Request::SET_STATUS, &[status.0])
+    }
+
+    /// `VHOST_SET_FEATURES`.
+    pub(crate) fn set_features(&self, features: Features) -> Result<(), Errno> {
+        self.set_u64(Request::SET_FEATURES, features.0)
+    }
+
+    /// `VHOST_SET_BACKEND_FEATURES`.
+    pub(crate) fn set_backend(&self, features: BackendFeatures) -> Result<(), Errno> {
+        self.set_u64(Request::SET_BACKEND_FEATURES, features.0)
+    }
+
+    /// `VHOST_VDPA_GET_CONFIG` of `len` bytes, the header's idea of it; the buffer is as long.
+    pub(crate) fn config(&self, offset: u32, len: u32) -> Result<Vec<u8>, Errno> {
+        let mut bytes = pair(offset, len).to_vec();
+        bytes.resize(8 + usize::try_from(len).unwrap_or(0), 0);
+        self.request(Request::GET_CONFIG, RawArg::Bytes(&mut bytes))?;
+        Ok(bytes.split_off(8))
+    }
+
+    /// `VHOST_VDPA_SET_CONFIG`.
+    pub(crate) fn set_config(&self, offset: u32, data: &[u8]) -> Result<(), Errno> {
+        let mut bytes = pair(offset, u32::try_from(data.len()).unwrap_or(u32::MAX)).to_vec();
+        bytes.extend_from_slice(data);
+        self.set(Request::SET_CONFIG, &bytes)
+    }
+
+    /// Writes bytes.
+    pub(crate) fn write(&self, bytes: &[u8]) -> Result<usize, Errno> {
+        self.fd.raw_write(bytes)
+    }
+
+    /// Writes a version-2 message.
+    pub(crate) fn message(&self, asid: u32, message: IotlbMsg) -> Result<usize, Errno> {
+        self.write(&encode(V2, asid, &message))
+    }
+
+    /// A message without fields.
+    pub(crate) fn plain(&self, asid: u32, kind: u8) -> Result<usize, Errno> {
+        self.message(asid, IotlbMsg { kind, ..IotlbMsg::default() })
+    }
+
+    /// `UPDATE` of all of `region`, in address space 0.
+    pub(crate) fn map(&self, iova: u64, region: &Region, perm: Perm) -> Result<usize, Errno> {
+        let (size, uaddr) = (region.size(), region.uaddr());
+        self.message(0, IotlbMsg { iova, size, uaddr, perm, kind: iotlb_type::UPDATE })
+    }
+
+    /// `INVALIDATE`, in address space 0.
+    pub(crate) fn unmap(&self, iova: u64, size: u64) -> Result<usize, Errno> {
+        self.message(0, IotlbMsg { iova, size, kind: iotlb_type::INVALIDATE, ..IotlbMsg::default() })
+    }
+}
+
+impl AsFd for Device {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// Two words, as most arguments begin.
+pub(crate) fn pair(first: u32, second: u32) -> [u8; 8] {
+    let ([a, b, c, d], [e, f, g, h]) = (first.to_ne_bytes(), second.to_ne_bytes());
+    [a, b, c, d, e, f, g, h]
+}
+
+/// `struct vhost_vring_file` with any number for the descriptor.
+pub(crate) fn vring_file(index: u32, fd: i32) -> [u8; 8] {
+    pair(index, u32::from_ne_bytes(fd.to_ne_bytes()))
+}
+
+/// A message as it is written: `struct vhost_msg` or `struct vhost_msg_v2`, 72 bytes (uapi-spec 2.1).
+pub(crate) fn encode(version: u32, asid: u32, message: &IotlbMsg) -> Vec<u8> {
+    let mut bytes = pair(version, asid).to_vec();
+    for word in [message.iova, message.size, message.uaddr] {
+        bytes.extend_from_slice(&word.to_ne_bytes());
+    }
+    bytes.extend_from_slice(&[message.perm.0, message.kind]);
+    bytes.resize(WRITTEN, 0);
+    bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_have_the_kernels_layout() {
+        let message = IotlbMsg { iova: 1, size: 2, uaddr: 3, perm: Perm::RW, kind: iotlb_type::UPDATE };
+        let bytes = encode(V2, 7, &message);
+        assert_eq!(bytes.len(), 72);
+        assert_eq!(bytes[..16], [2, 0, 0, 0, 7, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!((bytes[24], bytes[32], bytes[33]), (3, 3, 2));
+    }
+
+    #[test]
+    fn a_missing_descriptor_is_minus_one() {
+        assert_eq!(vring_file(1, -1), [1, 0, 0, 0, 0xff, 0xff, 0xff, 0xff]);
+    }
+}

@@ -1,0 +1,77 @@
+//! [`Region`]: memory that a case gives to the device.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
+
+use vdpa_core::Errno;
+use vdpa_core::ring::Fault;
+use vdpa_sys::memfd;
+use vdpa_sys::mmap::{Prot, SharedMap};
+
+use crate::case::{Stop, prepare};
+
+/// Bytes of a page on the machines the suite runs on.
+pub(crate) const PAGE: u64 = 4096;
+
+/// A memfd and its mapping: shared memory, which every device can reach.
+#[derive(Debug)]
+pub(crate) struct Region {
+    file: OwnedFd,
+    map: SharedMap,
+}
+
+impl Region {
+    /// `pages` pages of zeros.
+    pub(crate) fn new(pages: u64) -> Result<Self, Stop> {
+        let file = prepare("memfd_create", memfd::create(c"vdpa-conform", pages * PAGE, None))?;
+        let map = prepare("mmap", Self::mapping(&file, pages * PAGE))?;
+        Ok(Self { file, map })
+    }
+
+    /// The memory behind a [`path`](Self::path) of another process, mapped here.
+    pub(crate) fn of_path(path: &Path) -> Result<Self, Errno> {
+        let file = std::fs::OpenOptions::new().read(true).write(true).open(path);
+        let io = |error: std::io::Error| Errno::from_raw(error.raw_os_error().unwrap_or(0));
+        let file = file.map_err(io)?;
+        let size = file.metadata().map_err(io)?.len();
+        let file = OwnedFd::from(file);
+        let map = Self::mapping(&file, size)?;
+        Ok(Self { file, map })
+    }
+
+    fn mapping(file: &OwnedFd, size: u64) -> Result<SharedMap, Errno> {
+        let len = usize::try_from(size).map_err(|_| Errno::NOMEM)?;
+        SharedMap::map(file, 0, len, Prot::RW, false)
+    }
+
+    /// Where another process finds it while this one lives.
+    pub(crate) fn path(&self) -> String {
+        format!("/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd())
+    }
+
+    /// Its address in this process.
+    pub(crate) fn uaddr(&self) -> u64 {
+        self.map.addr() as u64
+    }
+
+    /// Its bytes.
+    pub(crate) fn size(&self) -> u64 {
+        self.map.len() as u64
+    }
+
+    /// Copies out.
+    pub(crate) fn read<const N: usize>(&self, offset: usize) -> Result<[u8; N], Stop> {
+        let mut bytes = [0; N];
+        self.map.read(offset, &mut bytes).map_err(outside)?;
+        Ok(bytes)
+    }
+
+    /// Copies in.
+    pub(crate) fn write(&self, offset: usize, bytes: &[u8]) -> Result<(), Stop> {
+        self.map.write(offset, bytes).map_err(outside)
+    }
+}
+
+fn outside(fault: Fault) -> Stop {
+    Stop::Failed(format!("set-up: {fault}"))
+}

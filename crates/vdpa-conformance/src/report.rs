@@ -1,0 +1,204 @@
+//! Results as text, JSON and JUnit.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::runner::{Finding, Verdict};
+
+/// How many cases ended in which way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Summary {
+    /// As the specification says.
+    pub passed: usize,
+    /// Unexpected failures, and expected ones that passed.
+    pub failed: usize,
+    /// Known deviations.
+    pub deviated: usize,
+    /// Not run.
+    pub skipped: usize,
+}
+
+impl Summary {
+    /// Counts.
+    #[must_use]
+    pub fn of(findings: &[Finding]) -> Self {
+        let mut summary = Self::default();
+        for finding in findings {
+            let count = match finding.verdict {
+                Verdict::Passed => &mut summary.passed,
+                Verdict::Failed { .. } | Verdict::UnexpectedPass { .. } => &mut summary.failed,
+                Verdict::Deviated { .. } => &mut summary.deviated,
+                Verdict::Skipped { .. } => &mut summary.skipped,
+            };
+            *count += 1;
+        }
+        summary
+    }
+}
+
+impl std::fmt::Display for Summary {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { passed, failed, deviated, skipped } = self;
+        let cases = passed + failed + deviated + skipped;
+        write!(
+            f,
+            "{cases} cases: {passed} passed, {deviated} known deviations, {failed} failed, {skipped} skipped"
+        )
+    }
+}
+
+/// The word for a verdict and the sentence that goes with it.
+fn words(verdict: &Verdict) -> (&'static str, Option<String>) {
+    match verdict {
+        Verdict::Passed => ("passed", None),
+        Verdict::Failed { what } => ("failed", Some(what.clone())),
+        Verdict::Deviated { what, reason } => ("deviated", Some(format!("{what} (expected: {reason})"))),
+        Verdict::UnexpectedPass { reason } => {
+            ("failed", Some(format!("passed, but the expectation file says it deviates: {reason}")))
+        }
+        Verdict::Skipped { why } => ("skipped", Some(why.clone())),
+    }
+}
+
+/// One line, as it is printed when the case has ended.
+#[must_use]
+pub fn line(finding: &Finding) -> String {
+    let (word, text) = words(&finding.verdict);
+    let mut line = format!("{word:<8} {:<36} {}", finding.case.id, finding.case.spec);
+    if let Some(text) = text {
+        let _ = write!(line, "\n         {text}");
+    }
+    line
+}
+
+/// All of it as one JSON value: `device`, `summary` and `cases`, in the order of the run.
+#[must_use]
+pub fn json(device: &Path, findings: &[Finding]) -> Value {
+    let summary = Summary::of(findings);
+    let cases: Vec<_> = findings
+        .iter()
+        .map(|finding| {
+            let (word, text) = words(&finding.verdict);
+            json!({
+                "id": finding.case.id,
+                "spec": finding.case.spec,
+                "verdict": word,
+                "text": text,
+                "microseconds": u64::try_from(finding.duration.as_micros()).unwrap_or(u64::MAX),
+            })
+        })
+        .collect();
+    json!({
+        "device": device.display().to_string(),
+        "summary": {
+            "passed": summary.passed,
+            "failed": summary.failed,
+            "deviated": summary.deviated,
+            "skipped": summary.skipped,
+        },
+        "cases": cases,
+    })
+}
+
+/// All of it as a JUnit XML document. Known deviations count as passed there, with their text in `system-out`.
+#[must_use]
+pub fn junit(device: &Path, findings: &[Finding]) -> String {
+    let summary = Summary::of(findings);
+    let seconds: f64 = findings.iter().map(|finding| finding.duration.as_secs_f64()).sum();
+    let name = escape(&device.display().to_string());
+    let mut xml = format!(
+        "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<testsuites>\n  <testsuite name=\"{name}\" tests=\"{}\" \
+         failures=\"{}\" skipped=\"{}\" time=\"{seconds:.6}\">\n",
+        findings.len(),
+        summary.failed,
+        summary.skipped,
+    );
+    for finding in findings {
+        let _ = write!(
+            xml,
+            "    <testcase classname=\"vdpa-conform\" name=\"{}\" time=\"{:.6}\">",
+            escape(finding.case.id),
+            finding.duration.as_secs_f64()
+        );
+        let (_, text) = words(&finding.verdict);
+        let text = escape(&text.unwrap_or_default());
+        let _ = match finding.verdict {
+            Verdict::Passed => Ok(()),
+            Verdict::Failed { .. } | Verdict::UnexpectedPass { .. } => {
+                write!(xml, "<failure message=\"{text}\"/>")
+            }
+            Verdict::Deviated { .. } => write!(xml, "<system-out>{text}</system-out>"),
+            Verdict::Skipped { .. } => write!(xml, "<skipped message=\"{text}\"/>"),
+        };
+        xml.push_str("</testcase>\n");
+    }
+    xml.push_str("  </testsuite>\n</testsuites>\n");
+    xml
+}
+
+fn escape(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for character in text.chars() {
+        match character {
+            '&' => escaped.push_str("&amp;"),
+            '<' => escaped.push_str("&lt;"),
+            '>' => escaped.push_str("&gt;"),
+            '"' => escaped.push_str("&quot;"),
+            '\n' => escaped.push_str("&#10;"),
+            // XML 1.0 has no way to write other control characters.
+            control if control.is_control() => escaped.push('\u{fffd}'),
+            other => escaped.push(other),
+        }
+    }
+    escaped
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::case::Case;
+
+    fn findings() -> Vec<Finding> {
+        let finding = |id, verdict| Finding {
+            case: Case { id, spec: "1.5", covers: &[], needs: &[], run: |_| Ok(()) },
+            verdict,
+            duration: Duration::from_millis(2),
+        };
+        vec![
+            finding("a", Verdict::Passed),
+            finding("b", Verdict::Failed { what: "got <1> & \"2\"\u{1}".to_owned() }),
+            finding("c", Verdict::Deviated { what: "x".to_owned(), reason: "y".to_owned() }),
+            finding("d", Verdict::UnexpectedPass { reason: "y".to_owned() }),
+            finding("e", Verdict::Skipped { why: "z".to_owned() }),
+        ]
+    }
+
+    #[test]
+    fn counts_and_lines() {
+        let findings = findings();
+        let text = Summary::of(&findings).to_string();
+        assert_eq!(text, "5 cases: 1 passed, 1 known deviations, 2 failed, 1 skipped");
+        assert_eq!(line(&findings[2]).lines().last().unwrap().trim(), "x (expected: y)");
+    }
+
+    #[test]
+    fn json_has_every_case() {
+        let value = json(Path::new("/dev/x"), &findings());
+        assert_eq!(value["summary"]["failed"], 2);
+        assert_eq!(value["cases"][1]["verdict"], "failed");
+        assert_eq!(value["cases"][0]["text"], Value::Null);
+        assert_eq!(value["cases"][0]["microseconds"], 2000);
+    }
+
+    #[test]
+    fn junit_is_escaped_and_counts_like_the_summary() {
+        let xml = junit(Path::new("/dev/x"), &findings());
+        assert!(xml.contains("tests=\"5\" failures=\"2\" skipped=\"1\""), "{xml}");
+        assert!(xml.contains("message=\"got &lt;1&gt; &amp; &quot;2&quot;\u{fffd}\""), "{xml}");
+        assert_eq!(xml.matches("<testcase").count(), xml.matches("</testcase>").count());
+    }
+}

@@ -1,0 +1,201 @@
+//! Runs cases and judges their outcomes.
+
+use std::path::Path;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::case::{Case, Ctx, Stop};
+use crate::expect::Expectations;
+use crate::probe::Probe;
+
+/// How to run.
+#[derive(Debug)]
+pub struct Config<'a> {
+    /// The device file.
+    pub device: &'a Path,
+    /// The program to start for a second process (`vdpa-conform` itself); without it such cases are skipped.
+    pub child: Option<&'a Path>,
+    /// Longest time for one case.
+    pub limit: Duration,
+    /// Called on another thread when a case exceeds the limit. A request that hangs in the kernel cannot be
+    /// taken back, so this had better end the process.
+    pub on_hang: fn(case: &str, limit: Duration),
+}
+
+/// How a case ended, compared with what was expected.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It did what the specification says.
+    Passed,
+    /// It did not, unexpectedly.
+    Failed {
+        /// What it did.
+        what: String,
+    },
+    /// It did not, or could not be run, as expected.
+    Deviated {
+        /// What it did.
+        what: String,
+        /// Why that is accepted.
+        reason: String,
+    },
+    /// It passed although a deviation was expected: the expectation file is out of date.
+    UnexpectedPass {
+        /// Why it was expected to fail.
+        reason: String,
+    },
+    /// It could not be run.
+    Skipped {
+        /// What is missing.
+        why: String,
+    },
+}
+
+impl Verdict {
+    /// Whether this verdict makes the run fail.
+    #[must_use]
+    pub fn is_error(&self) -> bool {
+        matches!(self, Self::Failed { .. } | Self::UnexpectedPass { .. })
+    }
+
+    fn of(outcome: Result<(), Stop>, expected: Option<&str>) -> Self {
+        match (outcome, expected) {
+            (Ok(()), None) => Self::Passed,
+            (Ok(()), Some(reason)) => Self::UnexpectedPass { reason: reason.to_owned() },
+            (Err(Stop::Failed(what)), None) => Self::Failed { what },
+            (Err(Stop::Failed(what)), Some(reason)) => Self::Deviated { what, reason: reason.to_owned() },
+            (Err(Stop::CannotRun(why)), None) => Self::Skipped { why },
+            (Err(Stop::CannotRun(why)), Some(reason)) => {
+                Self::Deviated { what: format!("not run: {why}"), reason: reason.to_owned() }
+            }
+        }
+    }
+}
+
+/// One case and how it ended.
+#[derive(Clone, Debug)]
+pub struct Finding {
+    /// The case.
+    pub case: Case,
+    /// How it ended.
+    pub verdict: Verdict,
+    /// How long it took.
+    pub duration: Duration,
+}
+
+/// Runs `cases` one after the other, calling `each` when one has ended.
+pub fn run(
+    config: &Config<'_>,
+    probe: &Probe,
+    cases: &[Case],
+    expected: &Expectations,
+    mut each: impl FnMut(&Finding),
+) -> Vec<Finding> {
+    let mut findings = Vec::with_capacity(cases.len());
+    for &case in cases {
+        let started = Instant::now();
+        let missing = case.needs.iter().find_map(|need| need.missing(probe, config.child));
+        let outcome = match missing {
+            Some(why) => Err(Stop::CannotRun(why)),
+            None => guarded(case.id, config.limit, config.on_hang, || {
+                (case.run)(&mut Ctx::new(config.device, probe, config.child))
+            }),
+        };
+        let verdict = Verdict::of(outcome, expected.reason(case.id));
+        let finding = Finding { case, verdict, duration: started.elapsed() };
+        each(&finding);
+        findings.push(finding);
+    }
+    findings
+}
+
+/// Runs `body` under a watchdog.
+fn guarded<T>(id: &'static str, limit: Duration, on_hang: fn(&str, Duration), body: impl FnOnce() -> T) -> T {
+    let (done, ended) = mpsc::channel::<()>();
+    let watchdog = thread::spawn(move || {
+        if ended.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
+            on_hang(id, limit);
+        }
+    });
+    let result = body();
+    drop(done);
+    // It ends at once, since its channel is gone; a panic in it has been printed already.
+    let _ = watchdog.join();
+    result
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use vdpa_core::features::BackendFeatures;
+
+    use super::*;
+    use crate::case::Need;
+
+    fn case(id: &'static str, run: fn(&mut Ctx<'_>) -> Result<(), Stop>) -> Case {
+        Case { id, spec: "0", covers: &[], needs: &[], run }
+    }
+
+    fn verdicts(cases: &[Case], expected: &Expectations) -> Vec<Verdict> {
+        let config = Config {
+            device: Path::new("/nonexistent"),
+            child: None,
+            limit: Duration::from_secs(30),
+            on_hang: |id, _| panic!("{id} hangs"),
+        };
+        let mut seen = 0;
+        let findings = run(&config, &Probe::default(), cases, expected, |_| seen += 1);
+        assert_eq!(seen, cases.len());
+        findings.into_iter().map(|finding| finding.verdict).collect()
+    }
+
+    #[test]
+    fn every_combination_of_outcome_and_expectation_has_its_verdict() {
+        let fail: fn(&mut Ctx<'_>) -> _ = |_| Err(Stop::Failed("wrong".to_owned()));
+        let cases = [
+            case("a", |_| Ok(())),
+            case("b", |_| Ok(())),
+            case("c", fail),
+            case("d", fail),
+            case("e", |_| Err(Stop::CannotRun("no memory".to_owned()))),
+            Case { needs: &[Need::Backend(BackendFeatures::SUSPEND)], ..case("f", |_| Ok(())) },
+        ];
+        let expected = Expectations::parse("b: why b\nd: why d\ne: why e", &["b", "d", "e"]).unwrap();
+        let what = "wrong".to_owned();
+        assert_eq!(
+            verdicts(&cases, &expected),
+            [
+                Verdict::Passed,
+                Verdict::UnexpectedPass { reason: "why b".to_owned() },
+                Verdict::Failed { what: what.clone() },
+                Verdict::Deviated { what, reason: "why d".to_owned() },
+                Verdict::Skipped { why: "no memory".to_owned() },
+                Verdict::Skipped { why: "backend feature SUSPEND is not offered".to_owned() },
+            ]
+        );
+    }
+
+    #[test]
+    fn a_device_that_cannot_be_opened_fails_the_case() {
+        let verdicts = verdicts(&[case("a", |ctx| ctx.open().map(drop))], &Expectations::default());
+        assert!(matches!(&verdicts[..], [Verdict::Failed { what }] if what.contains("open")), "{verdicts:?}");
+    }
+
+    #[test]
+    fn the_watchdog_reports_a_case_that_does_not_return() {
+        static HUNG: AtomicU32 = AtomicU32::new(0);
+        let on_hang: fn(&str, Duration) = |id, _| {
+            assert_eq!(id, "slow");
+            HUNG.fetch_add(1, Ordering::SeqCst);
+        };
+        guarded("slow", Duration::ZERO, on_hang, || {
+            while HUNG.load(Ordering::SeqCst) == 0 {
+                thread::yield_now();
+            }
+        });
+        guarded("fast", Duration::from_secs(60), on_hang, || ());
+        assert_eq!(HUNG.load(Ordering::SeqCst), 1);
+    }
+}

@@ -1,0 +1,68 @@
+//! The program `vdpa-conform` as a user runs it: options, exit codes, files.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+#[expect(clippy::unwrap_used, reason = "a test that cannot start the program fails")]
+fn conform(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_vdpa-conform")).args(arguments).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+#[test]
+fn list_shows_cases_with_their_sections() {
+    let output = conform(&["--list", "--filter", "owner.set-twice"]);
+    assert_eq!(output.status.code(), Some(0));
+    assert_eq!(
+        text(&output.stdout).split_whitespace().collect::<Vec<_>>().join(" "),
+        "owner.set-twice 1.6a, 9.4 vector 8"
+    );
+}
+
+#[test]
+fn a_filter_that_matches_nothing_is_an_error() {
+    let output = conform(&["--filter", "nonsense", "/dev/null"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output.stderr).contains("no case contains nonsense"));
+}
+
+#[test]
+fn what_is_no_device_is_said_to_be_none() {
+    for (path, what) in [("/nonexistent", "cannot open"), ("/dev/null", "is this a vhost-vdpa device?")] {
+        let output = conform(&[path]);
+        assert_eq!(output.status.code(), Some(3), "{path}");
+        assert!(text(&output.stderr).contains(what), "{}", text(&output.stderr));
+    }
+    assert_eq!(conform(&[]).status.code(), Some(2));
+}
+
+#[test]
+fn an_expectation_of_an_unknown_case_is_an_error() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), "no.such: reason\n").unwrap();
+    let output = conform(&["--expect", file.path().to_str().unwrap(), "/dev/null"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(
+        text(&output.stderr).contains("line 1: there is no case \"no.such\""),
+        "{}",
+        text(&output.stderr)
+    );
+}
+
+#[test]
+fn the_expectation_files_name_existing_cases() {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("expect");
+    let ids: Vec<_> = vdpa_conformance::cases::all().iter().map(|case| case.id).collect();
+    let mut files = 0;
+    for entry in std::fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        let text = std::fs::read_to_string(&path).unwrap();
+        vdpa_conformance::expect::Expectations::parse(&text, &ids)
+            .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        files += 1;
+    }
+    assert!(files >= 2);
+}

@@ -1,0 +1,179 @@
+//! Rings full of rubbish: no panic, bounded work, and an end.
+
+use std::cell::Cell;
+
+use proptest::prelude::*;
+use vdpa_core::features::Features;
+use vdpa_core::ring::driver::{DriverState, InFlight, SplitDriver};
+use vdpa_core::ring::split::SplitQueue;
+use vdpa_core::ring::{Buffer, Chain, Fault, Memory};
+use vdpa_core::testing::{Pair, TestArea, TestMemory};
+use vdpa_core::types::Perm;
+use vdpa_core::vq::QueueState;
+
+const SIZE: u16 = 8;
+
+/// Counts reads of buffers and indirect tables.
+struct Counting<'a> {
+    memory: &'a TestMemory,
+    reads: Cell<usize>,
+}
+
+impl Memory for Counting<'_> {
+    type Area = TestArea;
+
+    fn read(&self, iova: u64, buf: &mut [u8]) -> Result<(), Fault> {
+        self.reads.set(self.reads.get() + 1);
+        self.memory.read(iova, buf)
+    }
+
+    fn write(&self, iova: u64, data: &[u8]) -> Result<(), Fault> {
+        self.memory.write(iova, data)
+    }
+
+    fn area(&self, iova: u64, size: u64, perm: Perm) -> Result<TestArea, Fault> {
+        self.memory.area(iova, size, perm)
+    }
+}
+
+/// A descriptor that is often almost right: near the ring's memory, with small lengths and known flags.
+fn descriptor() -> impl Strategy<Value = [u8; 16]> {
+    let addr = prop_oneof![
+        3 => (Pair::BASE..Pair::BASE + 0x800).prop_map(|addr| addr & !15),
+        1 => any::<u64>(),
+    ];
+    let len = prop_oneof![3 => (0..8u32).prop_map(|len| len * 16), 1 => any::<u32>()];
+    let flags = prop_oneof![3 => prop::sample::select(vec![0, 1, 1, 2, 3, 4, 6]), 1 => any::<u16>()];
+    let next = prop_oneof![6 => 0..SIZE, 1 => any::<u16>()];
+    (addr, len, flags, next).prop_map(|(addr, len, flags, next): (u64, u32, u16, u16)| {
+        let mut raw = [0; 16];
+        raw[..8].copy_from_slice(&addr.to_le_bytes());
+        raw[8..12].copy_from_slice(&len.to_le_bytes());
+        raw[12..14].copy_from_slice(&flags.to_le_bytes());
+        raw[14..].copy_from_slice(&next.to_le_bytes());
+        raw
+    })
+}
+
+fn ring_entry() -> impl Strategy<Value = u16> {
+    prop_oneof![8 => 0..SIZE, 1 => any::<u16>()]
+}
+
+fn features(event_idx: bool) -> Features {
+    if event_idx { Features::of(&[Features::RING_EVENT_IDX]) } else { Features::NONE }
+}
+
+fn state() -> impl Strategy<Value = DriverState> {
+    let request = (any::<u64>(), prop::collection::vec(ring_entry(), 0..5), 0..40u32)
+        .prop_map(|(token, descriptors, writable)| InFlight { token, descriptors, writable });
+    let size = prop_oneof![8 => Just(SIZE), 1 => any::<u16>()];
+    let free = prop_oneof![8 => 0..=SIZE, 1 => any::<u16>()];
+    let index = || prop_oneof![0..10u16, any::<u16>()];
+    (size, any::<bool>(), index(), index(), free, prop::collection::vec(request, 0..5)).prop_map(
+        |(size, event_idx, avail_index, last_used_index, free, in_flight)| DriverState {
+            size,
+            features: features(event_idx),
+            avail_index,
+            last_used_index,
+            free,
+            in_flight,
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(2048) })]
+
+    #[test]
+    fn a_hostile_driver_gets_bounded_work(
+        event_idx: bool,
+        start in prop_oneof![Just(0u16), any::<u16>()],
+        advance in prop_oneof![4 => 0..=SIZE, 1 => any::<u16>()],
+        table in prop::collection::vec(descriptor(), 8),
+        ring in prop::collection::vec(ring_entry(), 9),
+    ) {
+        let mut pair = Pair::new(SIZE, features(event_idx));
+        pair.memory.poke(pair.ring.desc, table.as_flattened());
+        let ring: Vec<u8> = ring.iter().flat_map(|entry| entry.to_le_bytes()).collect();
+        pair.memory.poke(pair.ring.avail + 4, if event_idx { &ring } else { &ring[..16] });
+        pair.memory.poke(pair.ring.avail + 2, &start.wrapping_add(advance).to_le_bytes());
+        let [desc, avail, used] = pair.areas();
+        let state = QueueState::Split { avail_index: start };
+        pair.queue = SplitQueue::new(SIZE, features(event_idx), desc, avail, used, state).unwrap();
+
+        let memory = Counting { memory: &pair.memory, reads: Cell::new(0) };
+        let mut chain = Chain::new();
+        let mut popped = 0;
+        loop {
+            memory.reads.set(0);
+            let result = pair.queue.pop(&memory, &mut chain);
+            prop_assert!(memory.reads.get() <= 1 << 16);
+            match result {
+                Ok(true) => {
+                    prop_assert!(chain.head < SIZE);
+                    prop_assert!(chain.readable().len() + chain.writable().len() <= 1 << 32);
+                    pair.queue.push_used(chain.head, 0).unwrap();
+                    popped += 1;
+                }
+                Ok(false) => break,
+                Err(error) => {
+                    prop_assert_eq!(pair.queue.pop(&memory, &mut chain), Err(error));
+                    break;
+                }
+            }
+        }
+        prop_assert!(popped <= SIZE, "{} requests in a ring of {}", popped, SIZE);
+        pair.queue.publish().unwrap();
+        pair.queue.disable_kick().unwrap();
+        let _ = pair.queue.enable_kick();
+    }
+
+    #[test]
+    fn a_hostile_device_completes_each_request_at_most_once(
+        event_idx: bool,
+        added in 0..=SIZE,
+        used in prop::collection::vec((prop_oneof![8 => 0..u32::from(SIZE), 1 => any::<u32>()], 0..20u32), 8),
+        steps in prop::collection::vec(prop_oneof![8 => 0..=SIZE, 1 => any::<u16>()], 1..4),
+    ) {
+        let mut pair = Pair::new(SIZE, features(event_idx));
+        for token in 0..added {
+            pair.driver.add(&[], &[Buffer { iova: 0, len: 10 }], token.into()).unwrap();
+        }
+        pair.driver.publish().unwrap();
+        let elements = used.iter().flat_map(|(id, len)| [id.to_le_bytes(), len.to_le_bytes()]);
+        let elements: Vec<u8> = elements.flatten().collect();
+        pair.memory.poke(pair.ring.used + 4, &elements);
+        let mut seen = [false; SIZE as usize];
+        for index in steps {
+            pair.memory.poke(pair.ring.used + 2, &index.to_le_bytes());
+            while let Ok(Some(done)) = pair.driver.pop_used() {
+                prop_assert!(done.len <= 10);
+                let seen = &mut seen[usize::try_from(done.token).unwrap()];
+                prop_assert!(!std::mem::replace(seen, true), "token {} came twice", done.token);
+            }
+        }
+        let completed = seen.iter().filter(|&&seen| seen).count();
+        prop_assert_eq!(usize::from(pair.driver.in_flight()) + completed, usize::from(added));
+    }
+
+    #[test]
+    fn a_state_adopted_is_sound_whatever_it_was(
+        state in state(),
+        table in prop::collection::vec(descriptor(), 8),
+        index in 0..10u16,
+    ) {
+        let pair = Pair::new(SIZE, Features::of(&[Features::RING_EVENT_IDX]));
+        pair.memory.poke(pair.ring.desc, table.as_flattened());
+        pair.memory.poke(pair.ring.avail + 2, &index.to_le_bytes());
+        let [desc, avail, used] = pair.areas();
+        if let Ok(mut driver) = SplitDriver::adopt(state, desc, avail, used) {
+            let in_flight = driver.in_flight();
+            let mut more = 0;
+            while driver.add(&[Buffer { iova: 0, len: 1 }], &[], 0).is_ok() {
+                more += 1;
+            }
+            prop_assert_eq!(driver.free(), 0);
+            prop_assert_eq!(driver.in_flight(), in_flight + more);
+        }
+    }
+}

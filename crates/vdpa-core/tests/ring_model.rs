@@ -1,0 +1,288 @@
+//! Both sides of a split ring against queues of tokens: nothing is lost or doubled, and no one who waits is left
+//! waiting.
+
+use std::collections::VecDeque;
+use std::fmt::Debug;
+
+use proptest::prelude::*;
+use vdpa_core::features::Features;
+use vdpa_core::ring::driver::{AddError, Completion};
+use vdpa_core::ring::{Buffer, Chain};
+use vdpa_core::testing::Pair;
+
+const SIZE: u16 = 8;
+
+#[derive(Clone, Copy, Debug)]
+enum Op {
+    Add { readable: usize, writable: usize },
+    DriverPublish,
+    DevicePop,
+    DeviceComplete { position: prop::sample::Index },
+    DevicePublish,
+    TakeUsed,
+    EnableKick,
+    DisableKick,
+    EnableInterrupts,
+    DisableInterrupts,
+    RestartDriver,
+    RestartDevice,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        4 => (0..3usize, 0..3usize).prop_map(|(readable, writable)| Op::Add { readable, writable }),
+        2 => Just(Op::DriverPublish),
+        4 => Just(Op::DevicePop),
+        3 => any::<prop::sample::Index>().prop_map(|position| Op::DeviceComplete { position }),
+        2 => Just(Op::DevicePublish),
+        4 => Just(Op::TakeUsed),
+        1 => Just(Op::EnableKick),
+        1 => Just(Op::DisableKick),
+        1 => Just(Op::EnableInterrupts),
+        1 => Just(Op::DisableInterrupts),
+        1 => Just(Op::RestartDriver),
+        1 => Just(Op::RestartDevice),
+    ]
+}
+
+/// What one side has told the other about notifications, and what the other may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wish {
+    /// It waits: the next publication must notify.
+    Waiting,
+    /// It asked for silence: no publication may notify, except the first after a start.
+    Silent,
+    /// Both are allowed.
+    Either,
+}
+
+struct Model {
+    pair: Pair,
+    event_idx: bool,
+    /// Requests where they are, in ring order; in flight with their head and writable bytes.
+    added: VecDeque<Request>,
+    available: VecDeque<Request>,
+    in_flight: Vec<(u16, Request)>,
+    pushed: VecDeque<Completion>,
+    used: VecDeque<Completion>,
+    next_token: u64,
+    device_waits: Wish,
+    driver_waits: Wish,
+    first_kick: bool,
+    first_call: bool,
+}
+
+#[derive(Clone, Debug)]
+struct Request {
+    token: u64,
+    readable: Vec<Buffer>,
+    writable: Vec<Buffer>,
+}
+
+fn failed(error: impl Debug) -> TestCaseError {
+    TestCaseError::fail(format!("{error:?}"))
+}
+
+impl Model {
+    fn new(features: Features, index: u16) -> Self {
+        Self {
+            pair: Pair::starting_at(SIZE, features, index),
+            event_idx: features.has(Features::RING_EVENT_IDX),
+            added: VecDeque::new(),
+            available: VecDeque::new(),
+            in_flight: Vec::new(),
+            pushed: VecDeque::new(),
+            used: VecDeque::new(),
+            next_token: 0,
+            device_waits: Wish::Either,
+            driver_waits: Wish::Either,
+            first_kick: true,
+            first_call: true,
+        }
+    }
+
+    fn descriptors(&self) -> usize {
+        let of = |request: &Request| request.readable.len() + request.writable.len();
+        let waiting = self.added.iter().chain(&self.available);
+        waiting.chain(self.in_flight.iter().map(|(_, request)| request)).map(of).sum()
+    }
+
+    fn step(&mut self, op: Op) -> Result<(), TestCaseError> {
+        match op {
+            Op::Add { readable, writable } => self.add(readable, writable),
+            Op::DriverPublish => self.driver_publish(),
+            Op::DevicePop => self.device_pop(),
+            Op::DeviceComplete { position } => self.device_complete(position),
+            Op::DevicePublish => self.device_publish(),
+            Op::TakeUsed => self.take_used(),
+            Op::EnableKick => {
+                let more = self.pair.queue.enable_kick().map_err(failed)?;
+                prop_assert_eq!(more, !self.available.is_empty());
+                self.device_waits = if more { Wish::Either } else { Wish::Waiting };
+                Ok(())
+            }
+            Op::DisableKick => {
+                // With event indices the last event asked for stays, and may still be ahead.
+                self.device_waits = if self.event_idx { Wish::Either } else { Wish::Silent };
+                self.pair.queue.disable_kick().map_err(failed)
+            }
+            Op::EnableInterrupts => {
+                let more = self.pair.driver.enable_interrupts().map_err(failed)?;
+                prop_assert_eq!(more, !self.used.is_empty());
+                self.driver_waits = if more { Wish::Either } else { Wish::Waiting };
+                Ok(())
+            }
+            Op::DisableInterrupts => {
+                self.driver_waits = Wish::Silent;
+                self.pair.driver.disable_interrupts().map_err(failed)
+            }
+            Op::RestartDriver => {
+                self.pair.restart_driver();
+                self.first_kick = true;
+                Ok(())
+            }
+            Op::RestartDevice => {
+                if self.in_flight.is_empty() && self.pushed.is_empty() {
+                    self.pair.restart_queue();
+                    prop_assert_eq!(self.pair.queue.undelivered(), 0);
+                    self.first_call = true;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn add(&mut self, readable: usize, writable: usize) -> Result<(), TestCaseError> {
+        let token = self.next_token;
+        let list = |count: usize, kind: u64| {
+            (0..count as u64)
+                .map(|i| Buffer { iova: token << 16 | kind << 8 | i, len: 10 })
+                .collect::<Vec<_>>()
+        };
+        let request = Request { token, readable: list(readable, 0), writable: list(writable, 1) };
+        let needed = readable + writable;
+        // Descriptors come back when the driver takes the completion.
+        let free = self.pair.driver.free();
+        match self.pair.driver.add(&request.readable, &request.writable, token) {
+            Ok(()) => {
+                prop_assert!(needed > 0 && needed <= usize::from(free));
+                self.next_token += 1;
+                self.added.push_back(request);
+            }
+            Err(AddError::Empty) => prop_assert_eq!(needed, 0),
+            Err(AddError::Full { .. }) => prop_assert!(needed > usize::from(free)),
+            Err(error) => return Err(failed(error)),
+        }
+        Ok(())
+    }
+
+    fn driver_publish(&mut self) -> Result<(), TestCaseError> {
+        let any = !self.added.is_empty();
+        let kick = self.pair.driver.publish().map_err(failed)?;
+        let wish = if any { self.device_waits } else { Wish::Either };
+        check(wish, kick, self.first_kick)?;
+        if any {
+            self.first_kick = false;
+            if self.event_idx && self.device_waits == Wish::Waiting {
+                self.device_waits = Wish::Either;
+            }
+        }
+        self.available.append(&mut self.added);
+        Ok(())
+    }
+
+    fn device_pop(&mut self) -> Result<(), TestCaseError> {
+        let mut chain = Chain::new();
+        let popped = self.pair.queue.pop(&self.pair.memory, &mut chain).map_err(failed)?;
+        let expected = self.available.pop_front();
+        prop_assert_eq!(popped, expected.is_some());
+        if let Some(request) = expected {
+            prop_assert_eq!(&chain.readable, &request.readable);
+            prop_assert_eq!(&chain.writable, &request.writable);
+            self.in_flight.push((chain.head, request));
+        }
+        prop_assert_eq!(usize::from(self.pair.queue.in_flight()), self.in_flight.len());
+        Ok(())
+    }
+
+    fn device_complete(&mut self, position: prop::sample::Index) -> Result<(), TestCaseError> {
+        if self.in_flight.is_empty() { Ok(()) } else { self.complete(position.index(self.in_flight.len())) }
+    }
+
+    fn complete(&mut self, position: usize) -> Result<(), TestCaseError> {
+        let (head, request) = self.in_flight.swap_remove(position);
+        let len = request.writable.iter().map(|buffer| buffer.len).sum();
+        self.pair.queue.push_used(head, len).map_err(failed)?;
+        self.pushed.push_back(Completion { token: request.token, len });
+        Ok(())
+    }
+
+    fn device_publish(&mut self) -> Result<(), TestCaseError> {
+        let any = !self.pushed.is_empty();
+        let call = self.pair.queue.publish().map_err(failed)?;
+        prop_assert!(any || !call, "nothing to notify of");
+        let wish = if any { self.driver_waits } else { Wish::Either };
+        check(wish, call, self.first_call)?;
+        if any {
+            self.first_call = false;
+            if self.event_idx && self.driver_waits == Wish::Waiting {
+                self.driver_waits = Wish::Either;
+            }
+        }
+        self.used.append(&mut self.pushed);
+        Ok(())
+    }
+
+    fn take_used(&mut self) -> Result<(), TestCaseError> {
+        let completion = self.pair.driver.pop_used().map_err(failed)?;
+        prop_assert_eq!(completion, self.used.pop_front());
+        Ok(())
+    }
+
+    /// Brings everything to rest.
+    fn drain(&mut self) -> Result<(), TestCaseError> {
+        self.driver_publish()?;
+        while !self.available.is_empty() {
+            self.device_pop()?;
+        }
+        while !self.in_flight.is_empty() {
+            self.complete(0)?;
+        }
+        self.device_publish()?;
+        while !self.used.is_empty() {
+            self.take_used()?;
+        }
+        self.take_used()?;
+        prop_assert_eq!((self.pair.driver.in_flight(), self.pair.driver.free()), (0, SIZE));
+        Ok(())
+    }
+}
+
+fn check(wish: Wish, notified: bool, first: bool) -> Result<(), TestCaseError> {
+    match wish {
+        Wish::Waiting => prop_assert!(notified, "a side that waits was not notified"),
+        Wish::Silent => prop_assert!(!notified || first, "a side that asked for silence was notified"),
+        Wish::Either => {}
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(512) })]
+
+    #[test]
+    fn the_ring_is_a_pair_of_queues(
+        event_idx: bool,
+        index: u16,
+        ops in prop::collection::vec(op(), 1..200),
+    ) {
+        let features =
+            if event_idx { Features::of(&[Features::RING_EVENT_IDX]) } else { Features::NONE };
+        let mut model = Model::new(features, index);
+        for op in ops {
+            model.step(op)?;
+            prop_assert!(model.descriptors() <= usize::from(SIZE));
+        }
+        model.drain()?;
+    }
+}

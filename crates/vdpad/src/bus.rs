@@ -1,0 +1,229 @@
+//! [`Bus`]: the devices of this daemon by name.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use parking_lot::{Mutex, MutexGuard};
+use vdpa_core::Errno;
+use vdpa_core::device::Device;
+use vdpa_core::features::Status;
+use vdpa_core::host::PAGE_SIZE;
+use vdpa_core::parent::{Parent, Profile};
+use vdpa_core::types::QueueIndex;
+use vdpa_sys::process::{Caller, OwnerSpace, Spaces};
+use vdpa_sys::rlimit;
+
+use crate::ctl::api::{
+    AddRequest, Backend, CtlError, DevInfo, DevState, ID_NET, MgmtDev, Owner, QueueInfo, QueueVstats,
+};
+use crate::ctl::config::DevConfig;
+use crate::front::fuse::FuseFs;
+use crate::front::vhost::{AnyParent, SharedDevice, VhostVdpaFile};
+use crate::parent::{MgmtDevice, mgmt_devices};
+
+/// How long a management request waits for a device that is busy with a client's.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Longest device name, as file names and log lines can take it.
+const NAME_MAX: usize = 255;
+
+/// The devices, each with its file.
+#[derive(Debug)]
+pub struct Bus {
+    mgmt: Vec<Box<dyn MgmtDevice>>,
+    files: Arc<FuseFs>,
+    spaces: Spaces,
+    devices: Mutex<Vec<Arc<Entry>>>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    name: String,
+    /// The N of `vhost-vdpa-N`.
+    number: u32,
+    mgmtdev: String,
+    profile: Profile,
+    device: SharedDevice,
+    file: Arc<VhostVdpaFile>,
+}
+
+impl Bus {
+    /// A bus whose device files appear in `files`.
+    #[must_use]
+    pub fn new(files: Arc<FuseFs>) -> Self {
+        Self { mgmt: mgmt_devices(), files, spaces: Spaces::new(), devices: Mutex::default() }
+    }
+
+    /// Takes every device away from its clients and ends it.
+    pub fn shutdown(&self) {
+        for entry in std::mem::take(&mut *self.devices.lock()) {
+            self.files.remove(&entry.file_name());
+            if entry.file.take_away(PATIENCE).is_err() {
+                tracing::error!(device = %entry.name, "did not end the request it is busy with");
+            }
+        }
+    }
+
+    fn find(&self, name: &str) -> Result<Arc<Entry>, CtlError> {
+        let devices = self.devices.lock();
+        devices.iter().find(|entry| entry.name == name).cloned().ok_or_else(CtlError::no_device)
+    }
+
+    fn info(&self, entry: &Entry) -> Result<DevInfo, CtlError> {
+        let profile = &entry.profile;
+        Ok(DevInfo {
+            name: entry.name.clone(),
+            device_id: profile.device_id,
+            mgmtdev: entry.mgmtdev.clone(),
+            vendor_id: profile.vendor_id,
+            max_vqs: profile.queues.into(),
+            max_vq_size: profile.queue_size_max,
+            min_vq_size: 1,
+            path: self.files.dir().join(entry.file_name()),
+            state: state(&*entry.lock()?, entry.file.owned_since()),
+        })
+    }
+}
+
+impl Entry {
+    fn file_name(&self) -> String {
+        format!("vhost-vdpa-{}", self.number)
+    }
+
+    fn lock(&self) -> Result<MutexGuard<'_, Device<AnyParent>>, CtlError> {
+        self.device.try_lock_for(PATIENCE).ok_or_else(|| {
+            CtlError::new(Errno::BUSY, format!("device {} is busy with a request of its client", self.name))
+                .with_hint("Its disk may hang; the daemon's log tells. Try again later.")
+        })
+    }
+}
+
+fn state(device: &Device<AnyParent>, since: Option<SystemTime>) -> DevState {
+    let owner = device.owner();
+    let queues = device.vring_infos().zip(0..).map(|(info, index)| {
+        let stats = device.parent().queue_stats(QueueIndex(index));
+        QueueInfo {
+            index,
+            size: info.size,
+            enabled: info.enabled,
+            running: info.running,
+            requests: stats.requests,
+            bytes: stats.bytes,
+            errors: stats.errors,
+        }
+    });
+    DevState {
+        open: device.is_open(),
+        status: device.status(),
+        suspended: device.suspended(),
+        owner: owner.map(|space| describe_owner(space, since)),
+        negotiated_features: device
+            .negotiated_features()
+            .filter(|_| device.status().contains(Status::FEATURES_OK)),
+        pinned_pages: device.pinned_pages(),
+        memlock_limit_pages: owner
+            .and_then(|space| Some(rlimit::memlock_of(space.pid()).ok()?.soft? / PAGE_SIZE)),
+        mappings: device.mapped().entries as u64,
+        queues: queues.collect(),
+    }
+}
+
+fn describe_owner(space: &OwnerSpace, since: Option<SystemTime>) -> Owner {
+    let comm = Caller::new(space.pid()).map(|caller| caller.comm()).unwrap_or_default();
+    let since = since.and_then(|since| since.duration_since(UNIX_EPOCH).ok());
+    Owner { pid: space.pid().unsigned_abs(), comm, since: since.map_or(0, |since| since.as_secs()) }
+}
+
+fn check_name(name: &str) -> Result<(), CtlError> {
+    let fits = !name.is_empty()
+        && name.len() <= NAME_MAX
+        && !name.starts_with('.')
+        && name.chars().all(|c| c.is_ascii_graphic() && c != '/');
+    if fits {
+        return Ok(());
+    }
+    Err(CtlError::new(Errno::INVAL, format!("\"{name}\" is no device name"))
+        .with_hint("1 to 255 visible ASCII characters without a slash, not beginning with a dot, are right."))
+}
+
+impl Backend for Bus {
+    fn mgmtdevs(&self) -> Result<Vec<MgmtDev>, CtlError> {
+        Ok(self.mgmt.iter().map(|mgmt| mgmt.describe()).collect())
+    }
+
+    fn devices(&self) -> Result<Vec<DevInfo>, CtlError> {
+        let entries = self.devices.lock().clone();
+        entries.iter().map(|entry| self.info(entry)).collect()
+    }
+
+    fn device(&self, name: &str) -> Result<DevInfo, CtlError> {
+        self.info(&*self.find(name)?)
+    }
+
+    fn config(&self, name: &str) -> Result<DevConfig, CtlError> {
+        let entry = self.find(name)?;
+        let device = entry.lock()?;
+        let profile = &entry.profile;
+        let mut space = vec![0; profile.config_size as usize];
+        device
+            .peek_config(0, &mut space)
+            .map_err(|errno| CtlError::new(errno, "the device has no configuration"))?;
+        let negotiated =
+            device.negotiated_features().filter(|_| device.status().contains(Status::FEATURES_OK));
+        DevConfig::decode(&entry.name, profile.device_id, profile.features, negotiated, &space)
+    }
+
+    fn vstats(&self, name: &str, _queue_index: u16) -> Result<QueueVstats, CtlError> {
+        let entry = self.find(name)?;
+        let what = if entry.profile.device_id == ID_NET { "this device" } else { "devices other than net" };
+        Err(CtlError::new(Errno::OPNOTSUPP, format!("vendor statistics are not there for {what}"))
+            .with_hint("\"vdpactl -s dev show\" shows the counters of every device."))
+    }
+
+    fn add(&self, request: AddRequest) -> Result<(), CtlError> {
+        check_name(&request.name)?;
+        let mgmt = self
+            .mgmt
+            .iter()
+            .find(|mgmt| mgmt.describe().handle() == request.mgmtdev)
+            .ok_or_else(CtlError::no_mgmtdev)?;
+        // Held throughout, as the kernel holds its management lock: two requests cannot take one name.
+        let mut devices = self.devices.lock();
+        if devices.iter().any(|entry| entry.name == request.name) {
+            return Err(CtlError::new(Errno::EXIST, format!("device {} exists already", request.name))
+                .with_hint("Choose another name, or delete it first with \"vdpactl dev del\"."));
+        }
+        let parent = mgmt.create(&request.name, &request.attrs)?;
+        let profile = parent.profile().clone();
+        let device: SharedDevice = Arc::new(Mutex::new(Device::new(parent)));
+        let file =
+            Arc::new(VhostVdpaFile::new(request.name.clone(), Arc::clone(&device), self.spaces.clone()));
+        let taken: BTreeSet<u32> = devices.iter().map(|entry| entry.number).collect();
+        let number = (0..).find(|number| !taken.contains(number)).unwrap_or(u32::MAX);
+        let entry = Entry { name: request.name, number, mgmtdev: request.mgmtdev, profile, device, file };
+        let name = entry.file_name();
+        self.files.add(&name, Arc::clone(&entry.file) as _).map_err(|error| {
+            CtlError::new(Errno::EXIST, format!("cannot make the device file {name}: {error}"))
+                .with_hint("The mount of the device files may have been ended from outside; restart vdpad.")
+        })?;
+        tracing::info!(device = %entry.name, mgmtdev = %entry.mgmtdev, file = %name, "device added");
+        devices.push(Arc::new(entry));
+        Ok(())
+    }
+
+    fn delete(&self, name: &str, force: bool) -> Result<(), CtlError> {
+        let entry = self.find(name)?;
+        if entry.lock()?.is_open() && !force {
+            return Err(CtlError::new(Errno::BUSY, format!("device {name} is open"))
+                .with_hint("Close its client first, or take it away with \"vdpactl dev del DEV --force\"."));
+        }
+        self.files.remove(&entry.file_name());
+        entry.file.take_away(PATIENCE).map_err(|errno| {
+            CtlError::new(errno, format!("device {name} is busy with a request of its client"))
+        })?;
+        self.devices.lock().retain(|other| !Arc::ptr_eq(other, &entry));
+        tracing::info!(device = %name, force, "device deleted");
+        Ok(())
+    }
+}

@@ -1,0 +1,331 @@
+//! The vhost-vdpa interface: request numbers and bytes on one side, [`Device`] on the other.
+//!
+//! Knows nothing of how requests arrive; a FUSE file delivers them now.
+
+mod wire;
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, SystemTime};
+
+use parking_lot::{Mutex, MutexGuard};
+use vdpa_core::device::Device;
+use vdpa_core::features::{BackendFeatures, Features, Status};
+use vdpa_core::parent::Parent;
+use vdpa_core::types::{Asid, GroupIndex, QueueIndex, Result, VringAddr};
+use vdpa_core::{Errno, device::IotlbError};
+use vdpa_sys::eventfd::EventFd;
+use vdpa_sys::guest::LinuxHost;
+use vdpa_sys::process::{Caller, OwnerSpace, ProcessCaller, Spaces};
+use vdpa_sys::uapi::vhost as uapi;
+use zerocopy::IntoBytes;
+
+use crate::front::fuse::{DeviceFile, IoctlCall, IoctlReply};
+use crate::rate::RateLimit;
+
+/// Any parent of this daemon.
+pub type AnyParent = Box<dyn Parent<Host = LinuxHost>>;
+
+/// A device as all parts of the daemon share it.
+pub type SharedDevice = Arc<Mutex<Device<AnyParent>>>;
+
+/// A configuration request may not ask for more than any device has.
+const CONFIG_MAX: u32 = 1 << 16;
+
+/// A device behind a vhost-vdpa file.
+pub struct VhostVdpaFile {
+    name: String,
+    device: SharedDevice,
+    spaces: Spaces,
+    refusals: RateLimit,
+    /// When the present owner became it.
+    owned_since: Mutex<Option<SystemTime>>,
+    /// The device was taken away: nothing reaches it any more.
+    gone: AtomicBool,
+}
+
+impl fmt::Debug for VhostVdpaFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VhostVdpaFile").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+impl VhostVdpaFile {
+    /// A file for `device`, which is called `name` in the log.
+    #[must_use]
+    pub fn new(name: String, device: SharedDevice, spaces: Spaces) -> Self {
+        Self {
+            name,
+            device,
+            spaces,
+            refusals: RateLimit::per_second(5),
+            owned_since: Mutex::new(None),
+            gone: AtomicBool::new(false),
+        }
+    }
+
+    /// When the present owner became it.
+    pub fn owned_since(&self) -> Option<SystemTime> {
+        *self.owned_since.lock()
+    }
+
+    /// Takes the device away from whoever has it open: it is released, and every further request is `ENODEV`.
+    /// Waits for a request in progress, at most `patience`.
+    ///
+    /// # Errors
+    /// `EBUSY` when a request did not end in time; nothing has changed then.
+    pub fn take_away(&self, patience: Duration) -> Result<()> {
+        let mut device = self.device.try_lock_for(patience).ok_or(Errno::BUSY)?;
+        self.gone.store(true, Ordering::Release);
+        device.release();
+        *self.owned_since.lock() = None;
+        Ok(())
+    }
+
+    /// The device, unless it was taken away.
+    fn lock(&self) -> Result<MutexGuard<'_, Device<AnyParent>>> {
+        let device = self.device.lock();
+        if self.gone.load(Ordering::Acquire) { Err(Errno::NODEV) } else { Ok(device) }
+    }
+
+    fn log_owner(&self, space: Option<&OwnerSpace>, how: &str) {
+        *self.owned_since.lock() = Some(SystemTime::now());
+        let pid = space.map(OwnerSpace::pid);
+        tracing::info!(device = %self.name, pid, "{how}");
+    }
+
+    fn log_refusal(&self, tid: u32, asid: Asid, error: &IotlbError) {
+        if let Some(suppressed) = self.refusals.pass() {
+            tracing::warn!(device = %self.name, tid, %asid, suppressed, "IOTLB message refused: {error}");
+        }
+    }
+
+    /// Fetches an eventfd from the caller's table: `None` for -1.
+    fn event(caller: &Caller, fd: i32) -> Result<Option<EventFd>> {
+        if fd == uapi::VHOST_FILE_UNBIND {
+            return Ok(None);
+        }
+        if fd < 0 {
+            return Err(Errno::BADF);
+        }
+        EventFd::from_fd(caller.get_fd(fd)?).map(Some).map_err(|_| Errno::INVAL)
+    }
+
+    fn get_config(&self, device: &mut Device<AnyParent>, call: &IoctlCall<'_>) -> Result<IoctlReply> {
+        // _IOR: the kernel copies nothing in, so the header is read where the caller has it. The reply stays
+        // empty to leave that header alone.
+        let caller = process(call.tid)?;
+        let mut header = uapi::ConfigHeader::default();
+        caller.read_mem(call.arg, header.as_mut_bytes())?;
+        let len = self.config_len(device, header)?;
+        let mut data = vec![0; len];
+        device.config(header.off, &mut data)?;
+        caller.write_mem(call.arg.checked_add(8).ok_or(Errno::FAULT)?, &data)?;
+        Ok(IoctlReply::default())
+    }
+
+    fn set_config(&self, device: &mut Device<AnyParent>, call: &IoctlCall<'_>) -> Result<IoctlReply> {
+        let header: uapi::ConfigHeader = wire::argument(call.input)?;
+        let mut data = vec![0; self.config_len(device, header)?];
+        process(call.tid)?.read_mem(call.arg.checked_add(8).ok_or(Errno::FAULT)?, &mut data)?;
+        device.set_config(header.off, &data)?;
+        Ok(IoctlReply::default())
+    }
+
+    /// Checks a configuration request before anything of its size is allocated.
+    fn config_len(&self, device: &Device<AnyParent>, header: uapi::ConfigHeader) -> Result<usize> {
+        let len = usize::try_from(header.len.min(CONFIG_MAX)).map_err(|_| Errno::INVAL)?;
+        device.check_config(header.off, len)?;
+        Ok(len)
+    }
+
+    /// Requests that need no owner (uapi-spec 1.1, step 2).
+    fn direct(&self, device: &mut Device<AnyParent>, call: &IoctlCall<'_>) -> Option<Result<IoctlReply>> {
+        let profile = device.profile();
+        let word = || wire::argument::<u64>(call.input);
+        Some(match call.cmd {
+            uapi::VHOST_GET_FEATURES => reply(&profile.features.0),
+            uapi::VHOST_SET_FEATURES => word().and_then(|word| done(device.set_features(Features(word)))),
+            uapi::VHOST_GET_BACKEND_FEATURES => reply(&device.backend_features().0),
+            uapi::VHOST_SET_BACKEND_FEATURES => {
+                word().and_then(|word| done(device.set_backend_features(BackendFeatures(word))))
+            }
+            uapi::VHOST_SET_LOG_BASE | uapi::VHOST_SET_LOG_FD => Err(Errno::NOTTY),
+            uapi::VHOST_VDPA_GET_DEVICE_ID => reply(&profile.device_id),
+            uapi::VHOST_VDPA_GET_STATUS => reply(&device.status().0),
+            uapi::VHOST_VDPA_SET_STATUS => {
+                wire::argument::<u8>(call.input).and_then(|status| done(device.set_status(Status(status))))
+            }
+            uapi::VHOST_VDPA_GET_CONFIG => self.get_config(device, call),
+            uapi::VHOST_VDPA_SET_CONFIG => self.set_config(device, call),
+            uapi::VHOST_VDPA_SET_CONFIG_CALL => wire::argument::<i32>(call.input)
+                .and_then(|fd| Self::event(&process(call.tid)?, fd))
+                .and_then(|event| {
+                    device.set_config_call(event);
+                    Ok(IoctlReply::default())
+                }),
+            uapi::VHOST_VDPA_GET_VRING_NUM => reply(&profile.queue_size_max),
+            uapi::VHOST_VDPA_GET_IOVA_RANGE => {
+                let range = profile.iova_range;
+                reply(&uapi::IovaRange { first: range.first(), last: range.last() })
+            }
+            uapi::VHOST_VDPA_GET_CONFIG_SIZE => reply(&profile.config_size),
+            uapi::VHOST_VDPA_GET_VQS_COUNT => reply(&u32::from(profile.queues)),
+            uapi::VHOST_VDPA_GET_GROUP_NUM => reply(&profile.groups),
+            uapi::VHOST_VDPA_GET_AS_NUM => reply(&profile.address_spaces),
+            uapi::VHOST_VDPA_SUSPEND => done(device.suspend()),
+            uapi::VHOST_VDPA_RESUME => done(device.resume()),
+            _ => return None,
+        })
+    }
+
+    /// The generic vhost requests, then the owner check, then the vring requests (uapi-spec 1.1, steps 3 and 4).
+    fn owned(&self, device: &mut Device<AnyParent>, call: &IoctlCall<'_>) -> Result<IoctlReply> {
+        let process = process(call.tid)?;
+        let caller = ProcessCaller { caller: &process, spaces: &self.spaces };
+        match call.cmd {
+            uapi::VHOST_SET_OWNER => {
+                device.set_owner(&caller)?;
+                self.log_owner(device.owner(), "owner set");
+                return Ok(IoctlReply::default());
+            }
+            uapi::VHOST_NEW_OWNER => {
+                device.new_owner(&caller)?;
+                self.log_owner(device.owner(), "owner changed");
+                return Ok(IoctlReply::default());
+            }
+            _ => device.check_owner(&caller)?,
+        }
+        let index = self.vring_index(device, call, &caller)?;
+        match call.cmd {
+            uapi::VHOST_SET_VRING_ADDR => {
+                let addr: uapi::VringAddr = wire::argument(call.input)?;
+                let addr = VringAddr {
+                    flags: addr.flags,
+                    desc: addr.desc_user_addr,
+                    used: addr.used_user_addr,
+                    avail: addr.avail_user_addr,
+                    log: addr.log_guest_addr,
+                };
+                done(device.set_vring_addr(&caller, index, &addr))
+            }
+            uapi::VHOST_SET_VRING_KICK | uapi::VHOST_SET_VRING_CALL | uapi::VHOST_SET_VRING_ERR => {
+                let file: uapi::VringFile = wire::argument(call.input)?;
+                let event = Self::event(caller.caller, file.fd)?;
+                done(match call.cmd {
+                    uapi::VHOST_SET_VRING_KICK => device.set_vring_kick(&caller, index, event),
+                    uapi::VHOST_SET_VRING_CALL => device.set_vring_call(&caller, index, event),
+                    _ => device.set_vring_err(&caller, index, event),
+                })
+            }
+            _ => vring_state(device, call, &caller, index),
+        }
+    }
+
+    /// The first word of the argument as a queue index: `EFAULT`, then `ENOBUFS`, for every request that got
+    /// this far, known or not.
+    fn vring_index(
+        &self,
+        device: &Device<AnyParent>,
+        call: &IoctlCall<'_>,
+        caller: &ProcessCaller<'_>,
+    ) -> Result<QueueIndex> {
+        let index = match call.input.first_chunk::<4>() {
+            Some(word) => u32::from_ne_bytes(*word),
+            None => {
+                let mut word = [0; 4];
+                caller.caller.read_mem(call.arg, &mut word)?;
+                u32::from_ne_bytes(word)
+            }
+        };
+        u16::try_from(index)
+            .ok()
+            .filter(|index| *index < device.profile().queues)
+            .map(QueueIndex)
+            .ok_or(Errno::NOBUFS)
+    }
+}
+
+/// Vring requests whose argument is a `vhost_vring_state`; any other is `ENOTTY`.
+fn vring_state(
+    device: &mut Device<AnyParent>,
+    call: &IoctlCall<'_>,
+    caller: &ProcessCaller<'_>,
+    index: QueueIndex,
+) -> Result<IoctlReply> {
+    let state = || wire::argument::<uapi::VringState>(call.input);
+    let answer = |num| reply(&uapi::VringState { index: u32::from(index.0), num });
+    match call.cmd {
+        uapi::VHOST_SET_VRING_NUM => done(device.set_vring_num(caller, index, state()?.num)),
+        uapi::VHOST_SET_VRING_BASE => done(device.set_vring_base(caller, index, state()?.num)),
+        uapi::VHOST_GET_VRING_BASE => answer(device.vring_base(caller, index)?),
+        uapi::VHOST_VDPA_SET_VRING_ENABLE => done(device.set_vring_enable(caller, index, state()?.num != 0)),
+        uapi::VHOST_SET_VRING_BUSYLOOP_TIMEOUT => {
+            done(device.set_busyloop_timeout(caller, index, state()?.num))
+        }
+        uapi::VHOST_VDPA_GET_VRING_GROUP => answer(device.vring_group(caller, index)?.0),
+        uapi::VHOST_VDPA_GET_VRING_DESC_GROUP => answer(device.vring_desc_group(caller, index)?.0),
+        uapi::VHOST_VDPA_GET_VRING_SIZE => answer(device.vring_size(caller, index)?),
+        uapi::VHOST_VDPA_SET_GROUP_ASID => {
+            let state = state()?;
+            done(device.set_group_asid(caller, GroupIndex(state.index), Asid(state.num)))
+        }
+        _ => Err(Errno::NOTTY),
+    }
+}
+
+fn reply(value: &(impl IntoBytes + zerocopy::Immutable)) -> Result<IoctlReply> {
+    Ok(IoctlReply::data(value.as_bytes()))
+}
+
+fn done(result: Result<()>) -> Result<IoctlReply> {
+    result.map(|()| IoctlReply::default())
+}
+
+/// The thread that makes a request.
+fn process(tid: u32) -> Result<Caller> {
+    Caller::new(i32::try_from(tid).unwrap_or(0))
+}
+
+impl DeviceFile for VhostVdpaFile {
+    fn open(&self, _flags: u32) -> Result<()> {
+        self.lock()?.open()
+    }
+
+    fn release(&self) {
+        if let Ok(mut device) = self.lock() {
+            device.release();
+            *self.owned_since.lock() = None;
+        }
+    }
+
+    fn ioctl(&self, call: &IoctlCall<'_>) -> Result<IoctlReply> {
+        let mut device = self.lock()?;
+        let result = match self.direct(&mut device, call) {
+            Some(result) => result,
+            None => self.owned(&mut device, call),
+        };
+        tracing::trace!(
+            device = %self.name,
+            tid = call.tid,
+            request = uapi::request_name(call.cmd).unwrap_or("?"),
+            number = format_args!("{:#x}", call.cmd),
+            ?result,
+        );
+        result
+    }
+
+    fn write(&self, tid: u32, data: &[u8]) -> Result<u32> {
+        let mut device = self.lock()?;
+        let (asid, msg) = wire::iotlb_message(data, device.acked_backend_features())?;
+        let process = process(tid)?;
+        let caller = ProcessCaller { caller: &process, spaces: &self.spaces };
+        let result = device.iotlb(&caller, asid, &msg);
+        tracing::trace!(device = %self.name, tid, %asid, ?msg, ?result, "IOTLB");
+        result.map(|()| wire::MESSAGE_SIZE).map_err(|error| {
+            self.log_refusal(tid, asid, &error);
+            error.errno()
+        })
+    }
+}

@@ -1,0 +1,300 @@
+//! Requests of a block device as operations on its file.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use vdpa_core::Errno;
+use vdpa_core::blk::{BlkRequest, ID_BYTES, SECTOR, Segment, ShapeError, Status, kind};
+use vdpa_core::ring::BufferSlice;
+use vdpa_core::types::{Perm, Result};
+use vdpa_sys::uring::{AlignedBuf, Buffers, File, GuestPieces, IoPiece, MAX_PIECES, Op, OwnedBuf};
+
+use super::file::Backing;
+use crate::worker::{After, Disk, Verdict, View};
+
+/// Bytes of the largest transfer. A driver has no reason to ask for more, and a hostile one could make the daemon
+/// allocate bounce buffers of any size.
+const TRANSFER_MAX: u64 = 64 << 20;
+
+/// Bytes of zeros written at a time where a file system cannot zero ranges itself.
+const ZEROS: u64 = 1 << 20;
+
+const FALLOC_KEEP_SIZE: i32 = 0x1;
+const FALLOC_PUNCH_HOLE: i32 = 0x2;
+const FALLOC_ZERO_RANGE: i32 = 0x10;
+
+const IO_ERROR: Verdict = Verdict::Done { status: Status::IoErr, written: 0 };
+const UNSUPPORTED: Verdict = Verdict::Done { status: Status::Unsupp, written: 0 };
+const OK: Verdict = Verdict::Done { status: Status::Ok, written: 0 };
+
+/// A disk on a file.
+pub(super) struct FileDisk {
+    backing: Backing,
+    file: Arc<OwnedFd>,
+    serial: [u8; ID_BYTES],
+}
+
+/// A checked transfer.
+#[derive(Clone, Copy)]
+struct Transfer {
+    offset: u64,
+    len: u32,
+}
+
+impl FileDisk {
+    pub(super) fn new(backing: Backing, serial: [u8; ID_BYTES]) -> Self {
+        Self { file: Arc::clone(&backing.file), backing, serial }
+    }
+
+    fn file(&self) -> File {
+        File::Fd(Arc::clone(&self.file))
+    }
+
+    /// Whether sectors `[sector, sector + count)` exist.
+    fn contains(&self, sector: u64, count: u64) -> bool {
+        sector.checked_add(count).is_some_and(|end| end <= self.backing.sectors)
+    }
+
+    /// Bounds and alignment of a read or write; `None` for one that must fail.
+    fn transfer(&self, sector: u64, bytes: BufferSlice<'_>) -> Option<Transfer> {
+        let len = bytes.len();
+        if !len.is_multiple_of(SECTOR) || len > TRANSFER_MAX || !self.contains(sector, len / SECTOR) {
+            return None;
+        }
+        let offset = sector * SECTOR;
+        let block = u64::from(self.backing.block_size);
+        if self.backing.direct && !(offset.is_multiple_of(block) && len.is_multiple_of(block)) {
+            return None;
+        }
+        Some(Transfer { offset, len: u32::try_from(len).ok()? })
+    }
+
+    /// The client's buffers as the kernel can use them; `None` when a bounce buffer is needed.
+    fn in_place(&self, bytes: BufferSlice<'_>, perm: Perm, view: &View) -> Result<Option<Vec<IoPiece>>> {
+        let places = view.places(bytes, perm).map_err(|_| Errno::FAULT)?;
+        let align = usize::try_from(self.backing.memory_align).map_err(|_| Errno::INVAL)?;
+        let block = usize::try_from(self.backing.block_size).map_err(|_| Errno::INVAL)?;
+        let fits = |piece: &IoPiece| {
+            !self.backing.direct || piece.addr.is_multiple_of(align) && piece.len.is_multiple_of(block)
+        };
+        Ok(places.filter(|places| places.len() <= MAX_PIECES && places.iter().all(fits)))
+    }
+
+    fn bounce(&self, len: u32) -> Result<AlignedBuf> {
+        let align = usize::try_from(self.backing.memory_align.max(64)).map_err(|_| Errno::INVAL)?;
+        AlignedBuf::new(usize::try_from(len).map_err(|_| Errno::INVAL)?, align)
+    }
+
+    fn read(&self, request: &BlkRequest<'_>, view: &Arc<View>) -> Result<Verdict> {
+        let Some(transfer) = self.transfer(request.header.sector, request.data_in) else {
+            return Ok(IO_ERROR);
+        };
+        let Transfer { offset, len } = transfer;
+        if len == 0 {
+            return Ok(OK);
+        }
+        let file = self.file();
+        let after = After::Transfer { len, written: len, sync: false };
+        let op = match self.in_place(request.data_in, Perm::WO, view)? {
+            Some(places) => match fixed(&places, view) {
+                Some(to) => Op::ReadFixed { file, to, offset },
+                None => Op::Read { file, buffers: guest(places, view)?, offset },
+            },
+            None => {
+                let buffers = Buffers::Owned(OwnedBuf::Aligned(self.bounce(len)?));
+                let after = After::CopyOut { to: request.data_in.iter().collect(), len };
+                return Ok(Verdict::Io { op: Op::Read { file, buffers, offset }, after });
+            }
+        };
+        Ok(Verdict::Io { op, after })
+    }
+
+    fn write(&self, request: &BlkRequest<'_>, view: &Arc<View>, sync: bool) -> Result<Verdict> {
+        let Some(transfer) = self.transfer(request.header.sector, request.data_out) else {
+            return Ok(IO_ERROR);
+        };
+        let Transfer { offset, len } = transfer;
+        if self.backing.read_only {
+            return Ok(IO_ERROR);
+        }
+        if len == 0 {
+            return Ok(OK);
+        }
+        let file = self.file();
+        let op = match self.in_place(request.data_out, Perm::RO, view)? {
+            Some(places) => match fixed(&places, view) {
+                Some(from) => Op::WriteFixed { file, from, offset },
+                None => Op::Write { file, buffers: guest(places, view)?, offset },
+            },
+            None => {
+                let mut buffer = self.bounce(len)?;
+                request.data_out.read(view.snapshot(), &mut buffer).map_err(|_| Errno::FAULT)?;
+                Op::Write { file, buffers: Buffers::Owned(OwnedBuf::Aligned(buffer)), offset }
+            }
+        };
+        Ok(Verdict::Io { op, after: After::Transfer { len, written: 0, sync } })
+    }
+
+    /// The one segment of a discard or write-zeroes request; the verdict when there is none that can be carried
+    /// out.
+    fn segment(
+        &self,
+        request: &BlkRequest<'_>,
+        flags: u32,
+        view: &View,
+    ) -> Result<std::result::Result<Segment, Verdict>> {
+        let mut raw = [0; Segment::BYTES];
+        if request.data_out.len() != raw.len() as u64 {
+            return Ok(Err(IO_ERROR));
+        }
+        request.data_out.read(view.snapshot(), &mut raw).map_err(|_| Errno::FAULT)?;
+        let segment = Segment::parse(&raw);
+        if segment.flags & !flags != 0 {
+            return Ok(Err(UNSUPPORTED));
+        }
+        let sectors = segment.num_sectors;
+        let block = u64::from(self.backing.block_size) / SECTOR;
+        let aligned = segment.sector.is_multiple_of(block) && u64::from(sectors).is_multiple_of(block);
+        if self.backing.read_only
+            || sectors > super::RANGE_SECTORS_MAX
+            || !aligned
+            || !self.contains(segment.sector, sectors.into())
+        {
+            return Ok(Err(IO_ERROR));
+        }
+        if sectors == 0 { Ok(Err(OK)) } else { Ok(Ok(segment)) }
+    }
+
+    fn discard(&self, request: &BlkRequest<'_>, view: &View) -> Result<Verdict> {
+        Ok(match self.segment(request, 0, view)? {
+            Err(verdict) => verdict,
+            Ok(segment) => Verdict::Io {
+                op: self.fallocate(segment, FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE),
+                after: After::Hint,
+            },
+        })
+    }
+
+    fn write_zeroes(&self, request: &BlkRequest<'_>, view: &View, sync: bool) -> Result<Verdict> {
+        Ok(match self.segment(request, Segment::UNMAP, view)? {
+            Err(verdict) => verdict,
+            Ok(segment) => {
+                let unmap = segment.flags & Segment::UNMAP != 0;
+                let mode = if unmap { FALLOC_PUNCH_HOLE } else { FALLOC_ZERO_RANGE };
+                let at = segment.sector * SECTOR;
+                let end = at + u64::from(segment.num_sectors) * SECTOR;
+                Verdict::Io {
+                    op: self.fallocate(segment, mode | FALLOC_KEEP_SIZE),
+                    after: After::Zero { at, end, writing: false, sync },
+                }
+            }
+        })
+    }
+
+    fn fallocate(&self, segment: Segment, mode: i32) -> Op {
+        let (offset, len) = (segment.sector * SECTOR, u64::from(segment.num_sectors) * SECTOR);
+        Op::Fallocate { file: self.file(), mode, offset, len }
+    }
+
+    /// Writes the next stretch of zeros.
+    fn zero_next(&self, at: u64, end: u64, sync: bool) -> Verdict {
+        let len = u32::try_from((end - at).min(ZEROS)).unwrap_or(0);
+        match self.bounce(len) {
+            Ok(zeros) => Verdict::Io {
+                op: Op::Write {
+                    file: self.file(),
+                    buffers: Buffers::Owned(OwnedBuf::Aligned(zeros)),
+                    offset: at,
+                },
+                after: After::Zero { at: at + u64::from(len), end, writing: true, sync },
+            },
+            Err(_) => IO_ERROR,
+        }
+    }
+
+    /// Ends a request that has changed the disk: at once, or after a flush when the driver relies on it.
+    fn stable(&self, sync: bool) -> Verdict {
+        if !sync {
+            return OK;
+        }
+        Verdict::Io {
+            op: Op::Fsync { file: self.file(), data_only: true },
+            after: After::Success { sync: false },
+        }
+    }
+
+    fn get_id(&self, request: &BlkRequest<'_>, view: &View) -> Result<Verdict> {
+        let len = request.data_in.len().min(ID_BYTES as u64);
+        let id = &self.serial[..usize::try_from(len).map_err(|_| Errno::INVAL)?];
+        request.data_in.write(view.snapshot(), id).map_err(|_| Errno::FAULT)?;
+        Ok(Verdict::Done { status: Status::Ok, written: u32::try_from(len).unwrap_or(0) })
+    }
+}
+
+impl Disk for FileDisk {
+    fn begin(&mut self, request: &BlkRequest<'_>, view: &Arc<View>, write_back: bool) -> Verdict {
+        let verdict = match request.header.kind {
+            kind::IN => self.read(request, view),
+            kind::OUT => self.write(request, view, !write_back),
+            kind::FLUSH => Ok(self.stable(true)),
+            kind::GET_ID => self.get_id(request, view),
+            kind::DISCARD => self.discard(request, view),
+            kind::WRITE_ZEROES => self.write_zeroes(request, view, !write_back),
+            _ => Ok(UNSUPPORTED),
+        };
+        // Buffers the device cannot reach are the driver's mistake, and an answer is better than silence.
+        verdict.unwrap_or(IO_ERROR)
+    }
+
+    fn misshapen(&mut self, error: &ShapeError) -> Verdict {
+        match error {
+            ShapeError::Fault(_) => Verdict::Unreachable,
+            _ => Verdict::Misshapen { notify: true },
+        }
+    }
+
+    fn proceed(
+        &mut self,
+        after: After,
+        result: Result<u32>,
+        buffer: Option<OwnedBuf>,
+        view: &Arc<View>,
+    ) -> Verdict {
+        match (after, result) {
+            (After::Transfer { len, written, sync }, Ok(moved)) if moved == len => match self.stable(sync) {
+                Verdict::Done { status, .. } => Verdict::Done { status, written },
+                sync => sync,
+            },
+            (After::CopyOut { to, len }, Ok(moved)) if moved == len => {
+                let bytes = buffer.as_deref().unwrap_or_default();
+                match BufferSlice::new(&to).write(view.snapshot(), bytes) {
+                    Ok(true) => Verdict::Done { status: Status::Ok, written: len },
+                    _ => IO_ERROR,
+                }
+            }
+            (After::Success { sync }, Ok(_)) => self.stable(sync),
+            (After::Hint, Ok(_) | Err(Errno::OPNOTSUPP)) => OK,
+            (After::Zero { writing: false, sync, .. }, Ok(_)) => self.stable(sync),
+            (After::Zero { at, end, writing: false, sync }, Err(Errno::OPNOTSUPP)) => {
+                self.zero_next(at, end, sync)
+            }
+            (After::Zero { at, end, writing: true, sync }, Ok(_)) if at < end => {
+                self.zero_next(at, end, sync)
+            }
+            (After::Zero { writing: true, sync, .. }, Ok(_)) => self.stable(sync),
+            _ => IO_ERROR,
+        }
+    }
+}
+
+/// One place inside one registered buffer.
+fn fixed(places: &[IoPiece], view: &View) -> Option<vdpa_sys::uring::FixedPiece> {
+    match places {
+        [place] => view.fixed(*place),
+        _ => None,
+    }
+}
+
+fn guest(places: Vec<IoPiece>, view: &View) -> Result<Buffers> {
+    GuestPieces::new(places, Arc::clone(view.memory())).map(Buffers::Guest)
+}

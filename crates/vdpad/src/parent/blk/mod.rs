@@ -1,0 +1,230 @@
+//! `blk`: a virtio block device on a file or block device.
+
+mod disk;
+mod file;
+mod options;
+mod pin;
+
+use std::sync::Arc;
+
+use vdpa_core::Errno;
+use vdpa_core::blk::BlkConfig;
+use vdpa_core::features::{BackendFeatures, Features};
+use vdpa_core::iotlb::{Mapping, Table};
+use vdpa_core::parent::{AddressMode, CompatReset, Dma, Parent, PrivateMemory, Profile, QueueStats, SetMap};
+use vdpa_core::types::{Asid, IovaRange, QueueIndex, Result};
+use vdpa_core::vq::{QueueSetup, QueueState};
+use vdpa_sys::guest::{GuestMemory, LinuxHost};
+use zerocopy::IntoBytes;
+
+use self::disk::FileDisk;
+use self::file::Backing;
+use self::options::Options;
+use self::pin::Pins;
+use super::MgmtDevice;
+use crate::ctl::api::{Attrs, CtlError, ID_BLOCK, MgmtDev};
+use crate::front::vhost::AnyParent;
+use crate::worker::{View, Worker};
+
+/// Segments of data in one request.
+const SEG_MAX: u32 = 126;
+
+/// Sectors of the largest discard: 1 GiB, so that one request does not occupy the disk for long.
+const RANGE_SECTORS_MAX: u32 = 1 << 21;
+
+/// The management device `blk`.
+#[derive(Debug)]
+pub(crate) struct BlkMgmt;
+
+impl MgmtDevice for BlkMgmt {
+    fn describe(&self) -> MgmtDev {
+        MgmtDev {
+            name: "blk".into(),
+            bus: None,
+            supported_classes: vec![ID_BLOCK],
+            max_supported_vqs: 64,
+            dev_features: features(true),
+        }
+    }
+
+    fn create(&self, name: &str, attrs: &Attrs) -> Result<AnyParent, CtlError> {
+        let options = Options::parse(name, attrs)?;
+        let backing = Backing::open(&options)?;
+        Ok(Box::new(Blk::new(name, &options, backing)?))
+    }
+}
+
+fn features(read_only: bool) -> Features {
+    let offered = Features::of(&[
+        Features::BLK_SEG_MAX,
+        Features::BLK_BLK_SIZE,
+        Features::BLK_FLUSH,
+        Features::BLK_TOPOLOGY,
+        Features::BLK_MQ,
+        Features::BLK_DISCARD,
+        Features::BLK_WRITE_ZEROES,
+        Features::RING_INDIRECT_DESC,
+        Features::RING_EVENT_IDX,
+        Features::VERSION_1,
+        Features::ACCESS_PLATFORM,
+    ]);
+    if read_only { offered.with(Features::BLK_RO) } else { offered }
+}
+
+/// An entry as the data path sees it: first and last address, where it is in the daemon, and its rights.
+type Place = (u64, u64, Option<usize>, u8, bool);
+
+fn place(entry: &Mapping<GuestMemory>) -> Place {
+    let range = entry.range;
+    (range.first(), range.last(), entry.memory.host_addr(0), entry.perm.0, entry.stale)
+}
+
+#[derive(Debug)]
+struct Blk {
+    name: String,
+    profile: Profile,
+    config: BlkConfig,
+    worker: Worker,
+    /// `None` with `pin off`.
+    pins: Option<Pins>,
+    /// Entries of the table the worker has, to see whether one has gone.
+    mapped: Vec<Place>,
+}
+
+impl Blk {
+    fn new(name: &str, options: &Options, backing: Backing) -> Result<Self, CtlError> {
+        let config = config(options, &backing);
+        let profile = profile(options, &backing);
+        let disk = FileDisk::new(backing, options.serial);
+        let worker = Worker::spawn(name, options.queues, disk).map_err(|errno| {
+            CtlError::new(errno, format!("cannot start the worker of {name}: {errno}")).with_hint(
+                "blk needs io_uring: check the sysctl kernel.io_uring_disabled and the seccomp policy of the daemon.",
+            )
+        })?;
+        let pins = options.pin.then(Pins::default);
+        Ok(Self { name: name.into(), profile, config, worker, pins, mapped: Vec::new() })
+    }
+}
+
+fn config(options: &Options, backing: &Backing) -> BlkConfig {
+    BlkConfig {
+        capacity: backing.sectors.into(),
+        seg_max: SEG_MAX.into(),
+        blk_size: backing.block_size.into(),
+        min_io_size: 1.into(),
+        opt_io_size: 1.into(),
+        num_queues: options.queues.into(),
+        max_discard_sectors: RANGE_SECTORS_MAX.into(),
+        max_discard_seg: 1.into(),
+        discard_sector_alignment: (backing.block_size >> 9).into(),
+        max_write_zeroes_sectors: RANGE_SECTORS_MAX.into(),
+        max_write_zeroes_seg: 1.into(),
+        write_zeroes_may_unmap: 1,
+        ..BlkConfig::default()
+    }
+}
+
+fn profile(options: &Options, backing: &Backing) -> Profile {
+    Profile {
+        device_id: ID_BLOCK,
+        vendor_id: 0,
+        features: features(backing.read_only),
+        backend_features: BackendFeatures::of(&[
+            BackendFeatures::ENABLE_AFTER_DRIVER_OK,
+            BackendFeatures::NEW_OWNER,
+        ]),
+        queues: options.queues,
+        queue_size_max: options.queue_size,
+        queue_groups: Vec::new(),
+        groups: 1,
+        address_spaces: 1,
+        iova_range: IovaRange::ALL,
+        config_size: u32::try_from(size_of::<BlkConfig>()).unwrap_or(0),
+        suspend: true,
+        resume: true,
+        vring_size: true,
+        reset_map: true,
+        compat_reset: CompatReset::Keep,
+        address_mode: if options.pin { AddressMode::Pinned } else { AddressMode::Objects },
+        private_memory: PrivateMemory::Copy,
+        max_iotlb_entries: 2048,
+        verify_remap: true,
+        strict_new_owner: options.strict_new_owner,
+        status_unsuspends: false,
+        report_batch_errors: true,
+    }
+}
+
+impl Parent for Blk {
+    type Host = LinuxHost;
+
+    fn profile(&self) -> &Profile {
+        &self.profile
+    }
+
+    fn read_config(&self, offset: u32, out: &mut [u8]) {
+        copy_config(&self.config, offset, out);
+    }
+
+    fn write_config(&mut self, _offset: u32, _data: &[u8]) {
+        // Without CONFIG_WCE nothing in it is the driver's to write.
+    }
+
+    fn negotiate(&mut self, features: Features) -> Result<Features> {
+        if !features.has(Features::ACCESS_PLATFORM) || !features.has(Features::VERSION_1) {
+            return Err(Errno::INVAL);
+        }
+        Ok(features & self.profile.features)
+    }
+
+    fn start_queue(
+        &mut self,
+        index: QueueIndex,
+        setup: &QueueSetup<LinuxHost>,
+        state: QueueState,
+    ) -> Result<()> {
+        self.worker.start(index, setup, state)
+    }
+
+    fn stop_queue(&mut self, index: QueueIndex) -> Result<Option<QueueState>> {
+        self.worker.stop(index)
+    }
+
+    fn dma(&mut self) -> Dma<'_, LinuxHost> {
+        Dma::SetMap(self)
+    }
+
+    fn queue_stats(&self, index: QueueIndex) -> QueueStats {
+        self.worker.stats(index)
+    }
+}
+
+impl SetMap<LinuxHost> for Blk {
+    fn set_map(&mut self, _asid: Asid, table: &Table<GuestMemory>) -> Result<()> {
+        let registrar = self.worker.registrar();
+        let pinned = match &mut self.pins {
+            Some(pins) => pins.pin_new(table, registrar).inspect_err(|errno| {
+                tracing::warn!(device = %self.name, "guest memory cannot be pinned: {errno}");
+            })?,
+            None => Vec::new(),
+        };
+        let view = Arc::new(View::new(table, pinned));
+        let now: Vec<_> = table.iter().map(place).collect();
+        let gone = self.mapped.iter().any(|before| now.binary_search(before).is_err());
+        self.worker.set_view(view, gone)?;
+        self.mapped = now;
+        if let Some(pins) = &mut self.pins {
+            pins.unpin_gone(table, self.worker.registrar());
+        }
+        Ok(())
+    }
+}
+
+/// Copies a part of configuration space; the range was checked.
+pub(super) fn copy_config(config: &BlkConfig, offset: u32, out: &mut [u8]) {
+    let bytes = config.as_bytes();
+    let from = usize::try_from(offset).unwrap_or(usize::MAX);
+    if let Some(part) = bytes.get(from..).and_then(|rest| rest.get(..out.len())) {
+        out.copy_from_slice(part);
+    }
+}

@@ -1,0 +1,144 @@
+//! Attributes of `vdpactl dev add ... mgmtdev blk`.
+
+use std::path::PathBuf;
+
+use vdpa_core::Errno;
+use vdpa_core::blk::ID_BYTES;
+
+use crate::ctl::api::{Attrs, CtlError};
+
+/// Names of the attributes and what they take, for the error that lists them.
+const KNOWN: [(&str, &str); 8] = [
+    ("path", "FILE"),
+    ("readonly", "on|off"),
+    ("direct", "on|off"),
+    ("pin", "on|off"),
+    ("queues", "1-64"),
+    ("queue_size", "2-32768, a power of two"),
+    ("serial", "TEXT of at most 20 bytes"),
+    ("strict_new_owner", "on|off"),
+];
+
+/// What a block device is made of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Options {
+    pub(super) path: PathBuf,
+    pub(super) read_only: bool,
+    /// Bypass the page cache.
+    pub(super) direct: bool,
+    /// Pin guest memory by registering it with io_uring.
+    pub(super) pin: bool,
+    pub(super) queues: u16,
+    pub(super) queue_size: u16,
+    /// The device id, padded with zeros.
+    pub(super) serial: [u8; ID_BYTES],
+    pub(super) strict_new_owner: bool,
+}
+
+impl Options {
+    /// Reads the attributes; `name` is the default serial.
+    pub(super) fn parse(name: &str, attrs: &Attrs) -> Result<Self, CtlError> {
+        reject_unknown(attrs)?;
+        let path = attrs.get("path").filter(|path| !path.is_empty()).ok_or_else(|| {
+            CtlError::new(Errno::INVAL, "blk needs the attribute path")
+                .with_hint("Give the file or block device that holds the data: path /srv/disk.img")
+        })?;
+        let number = |key, min, max, default: u16| -> Result<u16, CtlError> {
+            let value = attrs.number(key, min, max).map_err(invalid)?;
+            Ok(value.map_or(default, |value| u16::try_from(value).unwrap_or(default)))
+        };
+        let switch = |key, default| attrs.switch(key).map_err(invalid).map(|on| on.unwrap_or(default));
+        let queue_size = number("queue_size", 2, 32768, 256)?;
+        if !queue_size.is_power_of_two() {
+            return Err(CtlError::new(Errno::INVAL, format!("queue_size is {queue_size}"))
+                .with_hint("A power of two from 2 to 32768 is right."));
+        }
+        Ok(Self {
+            path: path.into(),
+            read_only: switch("readonly", false)?,
+            direct: switch("direct", false)?,
+            pin: switch("pin", true)?,
+            queues: number("queues", 1, 64, 4)?,
+            queue_size,
+            serial: serial(attrs.get("serial"), name)?,
+            strict_new_owner: switch("strict_new_owner", false)?,
+        })
+    }
+}
+
+/// The id: as given, or the device's name cut to fit.
+fn serial(given: Option<&str>, name: &str) -> Result<[u8; ID_BYTES], CtlError> {
+    let text = match given {
+        Some(text) if text.len() > ID_BYTES => {
+            return Err(CtlError::new(Errno::INVAL, format!("serial \"{text}\" has {} bytes", text.len()))
+                .with_hint("At most 20 bytes are right."));
+        }
+        Some(text) => text,
+        None => name,
+    };
+    let mut serial = [0; ID_BYTES];
+    serial.iter_mut().zip(text.bytes()).for_each(|(to, from)| *to = from);
+    Ok(serial)
+}
+
+fn reject_unknown(attrs: &Attrs) -> Result<(), CtlError> {
+    match attrs.iter().find(|(name, _)| KNOWN.iter().all(|(known, _)| known != name)) {
+        None => Ok(()),
+        Some((name, _)) => {
+            let list: Vec<String> = KNOWN.iter().map(|(name, takes)| format!("{name} {takes}")).collect();
+            Err(CtlError::new(Errno::OPNOTSUPP, format!("blk has no attribute \"{name}\""))
+                .with_hint(format!("It has: {}.", list.join(", "))))
+        }
+    }
+}
+
+fn invalid(error: impl std::fmt::Display) -> CtlError {
+    CtlError::new(Errno::INVAL, error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn attrs(pairs: &[(&str, &str)]) -> Attrs {
+        let mut attrs = Attrs::new();
+        pairs.iter().for_each(|(name, value)| attrs.insert(*name, *value).unwrap());
+        attrs
+    }
+
+    #[test]
+    fn defaults_and_every_attribute() {
+        let options = Options::parse("disk0", &attrs(&[("path", "/d")])).unwrap();
+        assert!(options.pin && !options.direct && !options.read_only && !options.strict_new_owner);
+        assert_eq!((options.queues, options.queue_size), (4, 256));
+        assert_eq!(&options.serial[..6], b"disk0\0");
+        let all = [
+            ("path", "/d"),
+            ("readonly", "on"),
+            ("direct", "on"),
+            ("pin", "off"),
+            ("queues", "64"),
+            ("queue_size", "1024"),
+            ("serial", "12345678901234567890"),
+        ];
+        let options = Options::parse("x", &attrs(&all)).unwrap();
+        assert!(!options.pin && options.direct && options.read_only);
+        assert_eq!((options.queues, options.queue_size, options.serial[19]), (64, 1024, b'0'));
+    }
+
+    #[test]
+    fn what_is_wrong_is_named_with_what_would_be_right() {
+        for (pairs, errno, word) in [
+            (&[][..], Errno::INVAL, "path"),
+            (&[("path", "/d"), ("queues", "0")], Errno::INVAL, "queues"),
+            (&[("path", "/d"), ("queue_size", "100")], Errno::INVAL, "queue_size"),
+            (&[("path", "/d"), ("pin", "yes")], Errno::INVAL, "pin"),
+            (&[("path", "/d"), ("serial", "123456789012345678901")], Errno::INVAL, "serial"),
+            (&[("path", "/d"), ("mac", "0")], Errno::OPNOTSUPP, "mac"),
+        ] {
+            let error = Options::parse("x", &attrs(pairs)).unwrap_err();
+            assert_eq!(error.errno, errno);
+            assert!(error.message.contains(word), "{error}");
+        }
+    }
+}

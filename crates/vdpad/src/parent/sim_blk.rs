@@ -1,0 +1,267 @@
+//! `sim-blk`: the kernel's block simulator (`vdpa_sim_blk`) with its constants and its quirks, in RAM.
+
+use std::sync::Arc;
+
+use vdpa_core::Errno;
+use vdpa_core::blk::{BlkConfig, BlkRequest, SECTOR, Segment, ShapeError, Status, kind};
+use vdpa_core::features::{BackendFeatures, Features};
+use vdpa_core::iotlb::Table;
+use vdpa_core::parent::{AddressMode, CompatReset, Dma, Parent, PrivateMemory, Profile, QueueStats, SetMap};
+use vdpa_core::types::{Asid, IovaRange, QueueIndex, Result};
+use vdpa_core::vq::{QueueSetup, QueueState};
+use vdpa_sys::guest::{GuestMemory, LinuxHost};
+use vdpa_sys::uring::OwnedBuf;
+
+use super::MgmtDevice;
+use super::blk::copy_config;
+use crate::ctl::api::{Attrs, CtlError, ID_BLOCK, MgmtDev};
+use crate::front::vhost::AnyParent;
+use crate::worker::{After, Disk, Verdict, View, Worker};
+
+/// Sectors of the disk: 128 MiB.
+const CAPACITY: u64 = 0x4_0000;
+
+/// Sectors of the largest transfer.
+const SECTORS_MAX: u64 = 131_072;
+
+const ID: &[u8; 20] = b"vdpa_blk_sim\0\0\0\0\0\0\0\0";
+
+/// The management device `sim-blk`.
+#[derive(Debug)]
+pub(crate) struct SimBlkMgmt;
+
+impl MgmtDevice for SimBlkMgmt {
+    fn describe(&self) -> MgmtDev {
+        MgmtDev {
+            name: "sim-blk".into(),
+            bus: None,
+            supported_classes: vec![ID_BLOCK],
+            max_supported_vqs: 0,
+            dev_features: Features::NONE,
+        }
+    }
+
+    fn create(&self, name: &str, attrs: &Attrs) -> Result<AnyParent, CtlError> {
+        if let Some((attr, _)) = attrs.iter().next() {
+            return Err(CtlError::new(Errno::OPNOTSUPP, format!("sim-blk has no attribute \"{attr}\""))
+                .with_hint("It has none, as the kernel's vdpasim_blk."));
+        }
+        let worker = Worker::spawn(name, 1, RamDisk::new()).map_err(|errno| {
+            CtlError::new(errno, format!("cannot start the worker of {name}: {errno}"))
+                .with_hint("Check the sysctl kernel.io_uring_disabled and the seccomp policy of the daemon.")
+        })?;
+        Ok(Box::new(SimBlk { profile: profile(), worker }))
+    }
+}
+
+fn profile() -> Profile {
+    Profile {
+        device_id: ID_BLOCK,
+        vendor_id: 0,
+        features: Features(0x3_0800_7646),
+        backend_features: BackendFeatures::of(&[
+            BackendFeatures::ENABLE_AFTER_DRIVER_OK,
+            BackendFeatures::NEW_OWNER,
+            BackendFeatures::IOTLB_REMAP,
+        ]),
+        queues: 1,
+        queue_size_max: 256,
+        queue_groups: Vec::new(),
+        groups: 1,
+        address_spaces: 1,
+        iova_range: IovaRange::ALL,
+        config_size: u32::try_from(size_of::<BlkConfig>()).unwrap_or(0),
+        suspend: true,
+        resume: true,
+        vring_size: false,
+        reset_map: true,
+        compat_reset: CompatReset::Clean,
+        address_mode: AddressMode::OwnerAddresses,
+        private_memory: PrivateMemory::Skip,
+        max_iotlb_entries: 2048,
+        verify_remap: true,
+        strict_new_owner: false,
+        status_unsuspends: true,
+        report_batch_errors: false,
+    }
+}
+
+fn config() -> BlkConfig {
+    BlkConfig {
+        capacity: CAPACITY.into(),
+        size_max: 4096.into(),
+        seg_max: 32.into(),
+        blk_size: 512.into(),
+        min_io_size: 1.into(),
+        opt_io_size: 1.into(),
+        num_queues: 1.into(),
+        max_discard_sectors: u32::MAX.into(),
+        max_discard_seg: 1.into(),
+        discard_sector_alignment: 512.into(),
+        max_write_zeroes_sectors: u32::MAX.into(),
+        max_write_zeroes_seg: 1.into(),
+        ..BlkConfig::default()
+    }
+}
+
+#[derive(Debug)]
+struct SimBlk {
+    profile: Profile,
+    worker: Worker,
+}
+
+impl Parent for SimBlk {
+    type Host = LinuxHost;
+
+    fn profile(&self) -> &Profile {
+        &self.profile
+    }
+
+    fn read_config(&self, offset: u32, out: &mut [u8]) {
+        copy_config(&config(), offset, out);
+    }
+
+    fn write_config(&mut self, _offset: u32, _data: &[u8]) {
+        // The block is rebuilt on every read.
+    }
+
+    fn negotiate(&mut self, features: Features) -> Result<Features> {
+        if features.has(Features::ACCESS_PLATFORM) {
+            Ok(features & self.profile.features)
+        } else {
+            Err(Errno::INVAL)
+        }
+    }
+
+    fn start_queue(
+        &mut self,
+        index: QueueIndex,
+        setup: &QueueSetup<LinuxHost>,
+        state: QueueState,
+    ) -> Result<()> {
+        self.worker.start(index, setup, state)
+    }
+
+    fn stop_queue(&mut self, index: QueueIndex) -> Result<Option<QueueState>> {
+        self.worker.stop(index)
+    }
+
+    fn dma(&mut self) -> Dma<'_, LinuxHost> {
+        Dma::SetMap(self)
+    }
+
+    fn queue_stats(&self, index: QueueIndex) -> QueueStats {
+        self.worker.stats(index)
+    }
+}
+
+impl SetMap<LinuxHost> for SimBlk {
+    fn set_map(&mut self, _asid: Asid, table: &Table<GuestMemory>) -> Result<()> {
+        // Requests are answered before the next command is looked at, so there is never one in flight, and
+        // draining only makes the queue look its ring up again.
+        self.worker.set_view(Arc::new(View::new(table, Vec::new())), true)
+    }
+}
+
+struct RamDisk {
+    bytes: Vec<u8>,
+}
+
+impl RamDisk {
+    fn new() -> Self {
+        // Zeroed by the kernel page by page, as it is touched.
+        Self { bytes: vec![0; usize::try_from(CAPACITY * SECTOR).unwrap_or(0)] }
+    }
+
+    /// The bytes of a transfer. The kernel checks whole sectors only and lets a length that is no multiple of 512
+    /// reach past the check; here the bytes count.
+    fn range(&mut self, sector: u64, len: u64) -> Option<&mut [u8]> {
+        if sector >= CAPACITY || len.div_ceil(SECTOR) > SECTORS_MAX.min(CAPACITY - sector) {
+            return None;
+        }
+        let from = usize::try_from(sector * SECTOR).ok()?;
+        let len = usize::try_from(len).ok()?;
+        self.bytes.get_mut(from..)?.get_mut(..len)
+    }
+
+    fn discard_or_zero(&mut self, request: &BlkRequest<'_>, view: &View) -> Option<Verdict> {
+        let mut raw = [0; Segment::BYTES];
+        if request.data_out.len() != raw.len() as u64 {
+            return Some(done(Status::IoErr));
+        }
+        request.data_out.read(view.snapshot(), &mut raw).ok()?;
+        let segment = Segment::parse(&raw);
+        let zero = request.header.kind == kind::WRITE_ZEROES;
+        let allowed = if zero { Segment::UNMAP } else { 0 };
+        if segment.flags & !allowed != 0 {
+            return Some(done(Status::Unsupp));
+        }
+        let sectors = u64::from(segment.num_sectors);
+        if segment.sector >= CAPACITY || sectors > CAPACITY - segment.sector {
+            return Some(done(Status::IoErr));
+        }
+        if zero {
+            let from = usize::try_from(segment.sector * SECTOR).ok()?;
+            let len = usize::try_from(sectors * SECTOR).ok()?;
+            self.bytes.get_mut(from..)?.get_mut(..len)?.fill(0);
+        }
+        Some(done(Status::Ok))
+    }
+
+    /// `None` when client memory is out of reach.
+    fn serve(&mut self, request: &BlkRequest<'_>, view: &View) -> Option<Verdict> {
+        let header = request.header;
+        if header.sector != 0 && !matches!(header.kind, kind::IN | kind::OUT) {
+            return Some(done(Status::IoErr));
+        }
+        match header.kind {
+            kind::IN => {
+                let Some(bytes) = self.range(header.sector, request.data_in.len()) else {
+                    return Some(done(Status::IoErr));
+                };
+                request.data_in.write(view.snapshot(), bytes).ok()?;
+                let written = u32::try_from(bytes.len()).ok()?;
+                Some(Verdict::Done { status: Status::Ok, written })
+            }
+            kind::OUT => {
+                let Some(bytes) = self.range(header.sector, request.data_out.len()) else {
+                    return Some(done(Status::IoErr));
+                };
+                request.data_out.read(view.snapshot(), bytes).ok()?;
+                Some(done(Status::Ok))
+            }
+            kind::FLUSH => Some(done(Status::Ok)),
+            // With less room the kernel's id overruns the status byte: completed without one and in silence.
+            kind::GET_ID if request.data_in.len() < ID.len() as u64 => {
+                Some(Verdict::Misshapen { notify: false })
+            }
+            kind::GET_ID => {
+                request.data_in.write(view.snapshot(), ID).ok()?;
+                Some(Verdict::Done { status: Status::Ok, written: 20 })
+            }
+            kind::DISCARD | kind::WRITE_ZEROES => self.discard_or_zero(request, view),
+            _ => Some(done(Status::IoErr)),
+        }
+    }
+}
+
+const fn done(status: Status) -> Verdict {
+    Verdict::Done { status, written: 0 }
+}
+
+impl Disk for RamDisk {
+    fn begin(&mut self, request: &BlkRequest<'_>, view: &Arc<View>, _write_back: bool) -> Verdict {
+        self.serve(request, view).unwrap_or(Verdict::Unreachable)
+    }
+
+    fn misshapen(&mut self, error: &ShapeError) -> Verdict {
+        match error {
+            ShapeError::Fault(_) => Verdict::Unreachable,
+            _ => Verdict::Misshapen { notify: false },
+        }
+    }
+
+    fn proceed(&mut self, _: After, _: Result<u32>, _: Option<OwnedBuf>, _: &Arc<View>) -> Verdict {
+        done(Status::IoErr)
+    }
+}

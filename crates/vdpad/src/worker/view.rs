@@ -1,0 +1,82 @@
+//! What the worker translates with: an immutable picture of the client's memory.
+
+use std::sync::Arc;
+
+use vdpa_core::iotlb::Table;
+use vdpa_core::ring::{BufferSlice, Fault};
+use vdpa_core::types::Perm;
+use vdpa_sys::guest::GuestMemory;
+use vdpa_sys::snapshot::Snapshot;
+use vdpa_sys::uring::{FixedPiece, IoPiece, MemorySet};
+
+/// A run of addresses that is pinned as a registered buffer of the worker's ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Pin {
+    /// Address in the daemon.
+    pub(crate) addr: usize,
+    /// Bytes.
+    pub(crate) len: usize,
+    /// Slot of the registered buffer.
+    pub(crate) slot: u16,
+}
+
+/// A translation table, the mappings behind it and what of them is pinned.
+#[derive(Debug)]
+pub(crate) struct View {
+    snapshot: Snapshot,
+    memory: Arc<MemorySet>,
+    /// By address.
+    pins: Vec<Pin>,
+}
+
+impl View {
+    /// A picture of `table`. `pins` are sorted by address and lie in mappings of the table.
+    pub(crate) fn new(table: &Table<GuestMemory>, pins: Vec<Pin>) -> Self {
+        debug_assert!(pins.is_sorted_by_key(|pin| pin.addr));
+        let maps = table.iter().filter_map(|entry| entry.memory.stable());
+        Self { snapshot: Snapshot::new(table), memory: Arc::new(MemorySet::new(maps)), pins }
+    }
+
+    /// The memory by I/O virtual address.
+    pub(crate) const fn snapshot(&self) -> &Snapshot {
+        &self.snapshot
+    }
+
+    /// The mappings, to be held by requests.
+    pub(crate) const fn memory(&self) -> &Arc<MemorySet> {
+        &self.memory
+    }
+
+    /// The places of a run of bytes in this process, merged where they adjoin; `None` when a part of it can only
+    /// be copied.
+    ///
+    /// # Errors
+    /// [`Fault`] when a byte is unmapped or forbidden.
+    pub(crate) fn places(&self, bytes: BufferSlice<'_>, perm: Perm) -> Result<Option<Vec<IoPiece>>, Fault> {
+        let mut places: Vec<IoPiece> = Vec::with_capacity(1);
+        let mut direct = true;
+        for buffer in bytes {
+            for piece in self.snapshot.translate(buffer.iova, buffer.len.into(), perm) {
+                let piece = piece?;
+                let fault = Fault { addr: buffer.iova };
+                let len = usize::try_from(piece.len).map_err(|_| fault)?;
+                match piece.memory.host_addr(piece.offset) {
+                    None => direct = false,
+                    Some(addr) => match places.last_mut() {
+                        Some(last) if last.addr + last.len == addr => last.len += len,
+                        _ => places.push(IoPiece { addr, len }),
+                    },
+                }
+            }
+        }
+        Ok(direct.then_some(places))
+    }
+
+    /// The registered buffer that holds all of `piece`.
+    pub(crate) fn fixed(&self, piece: IoPiece) -> Option<FixedPiece> {
+        let after = self.pins.partition_point(|pin| pin.addr <= piece.addr);
+        let pin = self.pins.get(after.checked_sub(1)?)?;
+        let inside = piece.addr - pin.addr <= pin.len && piece.len <= pin.len - (piece.addr - pin.addr);
+        inside.then(|| FixedPiece { slot: pin.slot, piece, memory: Arc::clone(&self.memory) })
+    }
+}
