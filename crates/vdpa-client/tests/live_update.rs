@@ -3,6 +3,8 @@
 //! The device is an ordinary file: what it offers is its name, what was asked of it its contents. So both images
 //! see the same device, and the whole sequence of an update can be compared with the one documented.
 
+#![expect(clippy::unwrap_used, reason = "a test: every failure is a panic")]
+
 use std::fs::{File, OpenOptions};
 use std::io::Write as _;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

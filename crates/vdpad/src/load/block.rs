@@ -97,7 +97,8 @@ impl Stamp {
             }
             return Err(Corruption::NoStamp { block, found: magic, expected: self.sequence });
         }
-        let stored = word(data, CHECKSUM_AT) as u32;
+        let stored =
+            data.get(CHECKSUM_AT..).and_then(|d| d.first_chunk::<4>()).map_or(0, |b| u32::from_le_bytes(*b));
         let computed = checksum(data);
         if stored != computed {
             return Err(Corruption::Checksum { block, stored, computed });

@@ -13,13 +13,20 @@
 //! | [`timeline`] | completions per millisecond |
 //! | [`engine`] | issues and reaps requests |
 //! | [`tenant`] | the process |
+//! | [`peer`] | the processes an orchestrator starts |
+//! | [`verify`] | compares the backing file with the ledger |
+//! | [`summary`], [`chart`] | what a demo found out |
 //! | [`demo`] | the orchestrator of `vdpactl demo` |
 
 pub mod block;
+pub mod chart;
 pub mod demo;
 pub mod engine;
 pub mod ledger;
+pub mod peer;
 pub mod requests;
+pub mod summary;
 pub mod tenant;
 pub mod timeline;
+pub mod verify;
 pub mod wire;

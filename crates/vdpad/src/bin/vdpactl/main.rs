@@ -25,6 +25,7 @@ use std::process::ExitCode;
 use clap::{ArgAction, Parser, Subcommand};
 use vdpad::ctl::DEFAULT_SOCKET;
 use vdpad::ctl::client::Client;
+use vdpad::load::{demo, tenant};
 
 use failure::Failure;
 use output::Format;
@@ -89,6 +90,14 @@ enum Object {
         #[arg(short, long)]
         force: bool,
     },
+    /// Shows what updates of a running client cost, and that nothing is lost
+    Demo(Box<demo::Options>),
+    /// The client that "demo" updates
+    #[command(hide = true)]
+    Tenant {
+        /// Its configuration, as JSON
+        config: String,
+    },
     /// The words of every object
     Help,
     #[command(external_subcommand)]
@@ -105,7 +114,13 @@ struct Session {
 }
 
 fn main() -> ExitCode {
-    match run(Cli::parse()) {
+    let cli = Cli::parse();
+    match &cli.object {
+        Some(Object::Demo(options)) => return demo::main(options, cli.options.json),
+        Some(Object::Tenant { config }) => return tenant::main(config),
+        _ => {}
+    }
+    match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             failure.print();
@@ -128,7 +143,7 @@ fn run(Cli { options, object }: Cli) -> Result<(), Failure> {
     match object {
         Some(Object::Mgmtdev { words }) => mgmtdev::run(&session, &words),
         Some(Object::Dev { words, force }) => dev::run(&session, &words, force),
-        None | Some(Object::Help) => {
+        None | Some(Object::Help | Object::Demo(_) | Object::Tenant { .. }) => {
             eprint!("{HELP}");
             Ok(())
         }
@@ -140,7 +155,7 @@ fn run(Cli { options, object }: Cli) -> Result<(), Failure> {
 
 const HELP: &str = "\
 Usage: vdpactl [ OPTIONS ] OBJECT { COMMAND | help }
-where  OBJECT := { mgmtdev | dev }
+where  OBJECT := { mgmtdev | dev | demo }
        OPTIONS := { -V[ersion] | -n[o-nice-names] | -j[son] | -p[retty] |
                     -s[tatistics] | --socket PATH }
 ";

@@ -1,0 +1,104 @@
+//! Completions over time as a picture, with the updates marked.
+
+use std::path::Path;
+
+use plotters::prelude::*;
+use vdpa_client::update::Strategy;
+
+use super::timeline::BUCKET_NS;
+
+/// Columns of the picture; each shows the mean of the milliseconds it stands for.
+const COLUMNS: usize = 1400;
+
+/// An update in the picture: when its first completion came, in ns after the origin.
+#[derive(Clone, Copy, Debug)]
+pub struct Mark {
+    /// Which strategy.
+    pub strategy: Strategy,
+    /// When.
+    pub at_ns: u64,
+}
+
+/// Draws completions per millisecond (`counts`) and `marks` into an SVG file.
+///
+/// # Errors
+/// What the drawing library reports, as text: mostly that the file cannot be written.
+pub fn draw(file: &Path, counts: &[u64], marks: &[Mark]) -> Result<(), String> {
+    let per_column = counts.len().div_ceil(COLUMNS).max(1);
+    let series: Vec<(f64, f64)> = counts
+        .chunks(per_column)
+        .enumerate()
+        .map(|(at, chunk)| {
+            let mean = float(chunk.iter().sum()) / float(chunk.len() as u64);
+            (float((at * per_column) as u64) * seconds(BUCKET_NS), mean)
+        })
+        .collect();
+    let end = seconds(counts.len() as u64 * BUCKET_NS).max(0.001);
+    let top = series.iter().map(|p| p.1).fold(1.0, f64::max) * 1.1;
+
+    let root = SVGBackend::new(file, (1500, 500)).into_drawing_area();
+    let text = |e: &dyn std::fmt::Display| e.to_string();
+    root.fill(&WHITE).map_err(|e| text(&e))?;
+    let mut chart = ChartBuilder::on(&root)
+        .margin(10)
+        .caption("completions per ms; vertical lines: first completion after an update", ("sans-serif", 18))
+        .x_label_area_size(35)
+        .y_label_area_size(55)
+        .build_cartesian_2d(0.0..end, 0.0..top)
+        .map_err(|e| text(&e))?;
+    chart.configure_mesh().x_desc("s").draw().map_err(|e| text(&e))?;
+    for strategy in Strategy::ALL {
+        let color = color(strategy);
+        let lines = marks
+            .iter()
+            .filter(|m| m.strategy == strategy)
+            .map(|m| PathElement::new(vec![(seconds(m.at_ns), 0.0), (seconds(m.at_ns), top)], color));
+        chart
+            .draw_series(lines)
+            .map_err(|e| text(&e))?
+            .label(strategy.name())
+            .legend(move |(x, y)| PathElement::new(vec![(x, y), (x + 15, y)], color));
+    }
+    chart.draw_series(LineSeries::new(series, &BLACK)).map_err(|e| text(&e))?;
+    chart
+        .configure_series_labels()
+        .background_style(WHITE)
+        .border_style(BLACK)
+        .draw()
+        .map_err(|e| text(&e))?;
+    root.present().map_err(|e| text(&e))
+}
+
+const fn color(strategy: Strategy) -> RGBColor {
+    match strategy {
+        Strategy::Live => RGBColor(0, 150, 60),
+        Strategy::Resume => RGBColor(0, 90, 200),
+        Strategy::Reset => RGBColor(230, 140, 0),
+        Strategy::Reopen => RGBColor(210, 0, 30),
+    }
+}
+
+fn seconds(ns: u64) -> f64 {
+    float(ns) / 1e9
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a picture")]
+const fn float(value: u64) -> f64 {
+    value as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_picture_has_every_update() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("chart.svg");
+        let marks = [Mark { strategy: Strategy::Live, at_ns: 2_000_000 }];
+        draw(&file, &[5, 0, 7], &marks).unwrap();
+        let svg = std::fs::read_to_string(&file).unwrap();
+        assert!(svg.contains("<svg") && svg.contains("reopen") && svg.contains("#00963C"), "{svg}");
+        assert!(draw(&directory.path().join("no/such/chart.svg"), &[], &[]).is_err());
+    }
+}

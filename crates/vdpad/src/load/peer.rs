@@ -1,0 +1,209 @@
+//! The processes an orchestrator starts: a private daemon and a tenant.
+
+use std::io::{self, BufRead as _, BufReader, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command as Program, Stdio};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use thiserror::Error;
+
+use super::wire::{Command, Event, TenantConfig};
+
+/// How long a daemon may take to start and to stop.
+const DAEMON_LIMIT: Duration = Duration::from_secs(30);
+
+/// Why a process cannot be used.
+#[derive(Debug, Error)]
+pub enum PeerError {
+    /// It does not start.
+    #[error("cannot start {}", program.display())]
+    Start {
+        /// What was to be started.
+        program: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// It ended or said nothing that makes sense.
+    #[error("the {who} {problem}")]
+    Unusable {
+        /// `daemon` or `tenant`.
+        who: &'static str,
+        /// What happened.
+        problem: String,
+    },
+    /// It stopped listening.
+    #[error("the tenant does not take commands any more")]
+    Deaf(#[source] io::Error),
+}
+
+/// A child whose lines of output arrive in a channel, so that waiting for one has a limit.
+#[derive(Debug)]
+struct Process {
+    who: &'static str,
+    child: Child,
+    lines: Receiver<String>,
+}
+
+impl Process {
+    fn start(who: &'static str, program: &mut Program) -> Result<Self, PeerError> {
+        let spawned = program.stdout(Stdio::piped()).spawn();
+        let mut child =
+            spawned.map_err(|source| PeerError::Start { program: program.get_program().into(), source })?;
+        let (send, lines) = mpsc::channel();
+        if let Some(stdout) = child.stdout.take() {
+            std::thread::spawn(move || forward(stdout, &send));
+        }
+        Ok(Self { who, child, lines })
+    }
+
+    fn line(&mut self, limit: Duration) -> Result<String, PeerError> {
+        let problem = match self.lines.recv_timeout(limit) {
+            Ok(line) => return Ok(line),
+            Err(RecvTimeoutError::Timeout) => format!("has said nothing for {} s", limit.as_secs()),
+            Err(RecvTimeoutError::Disconnected) => match self.child.wait() {
+                Ok(status) => format!("has ended ({status})"),
+                Err(e) => format!("has ended ({e})"),
+            },
+        };
+        Err(PeerError::Unusable { who: self.who, problem })
+    }
+
+    /// Waits for the end, and enforces it after `limit`.
+    fn end(&mut self, limit: Duration) {
+        let begin = Instant::now();
+        while begin.elapsed() < limit {
+            if !matches!(self.child.try_wait(), Ok(None)) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn forward(stdout: ChildStdout, lines: &mpsc::Sender<String>) {
+    for line in BufReader::new(stdout).lines() {
+        let Ok(line) = line else { return };
+        if lines.send(line).is_err() {
+            return;
+        }
+    }
+}
+
+/// A daemon with a socket and a directory of its own. Dropping it ends it.
+#[derive(Debug)]
+pub struct PrivateDaemon {
+    process: Process,
+    socket: PathBuf,
+}
+
+impl PrivateDaemon {
+    /// Starts `vdpad` in `directory` and waits until it serves.
+    ///
+    /// # Errors
+    /// [`PeerError`].
+    pub fn start(vdpad: &Path, directory: &Path) -> Result<Self, PeerError> {
+        let socket = directory.join("control.sock");
+        let mut program = Program::new(vdpad);
+        program.arg("--dir").arg(directory.join("dev")).arg("--control").arg(&socket);
+        program.args(["--log", "warn"]).stdin(Stdio::null());
+        let mut process = Process::start("daemon", &mut program)?;
+        while process.line(DAEMON_LIMIT)? != "ready" {}
+        Ok(Self { process, socket })
+    }
+
+    /// Its control socket.
+    #[must_use]
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+}
+
+impl Drop for PrivateDaemon {
+    fn drop(&mut self) {
+        let pid = i32::try_from(self.process.child.id()).ok().and_then(Pid::from_raw);
+        // Not after it was waited for: the number could be somebody else's.
+        if let (Some(pid), Ok(None)) = (pid, self.process.child.try_wait()) {
+            let _ = kill_process(pid, Signal::TERM);
+        }
+        self.process.end(DAEMON_LIMIT);
+    }
+}
+
+/// A tenant. Dropping it ends it.
+#[derive(Debug)]
+pub struct TenantProcess {
+    process: Process,
+    commands: ChildStdin,
+}
+
+impl TenantProcess {
+    /// Starts `vdpactl tenant` with descriptors that the configuration names and that are inheritable.
+    ///
+    /// # Errors
+    /// [`PeerError::Start`].
+    pub fn start(vdpactl: &Path, config: &TenantConfig) -> Result<Self, PeerError> {
+        let config = serde_json::to_string(config)
+            .map_err(|e| PeerError::Start { program: vdpactl.into(), source: e.into() })?;
+        let mut program = Program::new(vdpactl);
+        program.arg("tenant").arg(config).stdin(Stdio::piped());
+        let mut process = Process::start("tenant", &mut program)?;
+        let commands = process.child.stdin.take().ok_or_else(|| PeerError::Unusable {
+            who: "tenant",
+            problem: "has no standard input".to_owned(),
+        })?;
+        Ok(Self { process, commands })
+    }
+
+    /// Says something to it.
+    ///
+    /// # Errors
+    /// [`PeerError::Deaf`].
+    pub fn tell(&mut self, command: Command) -> Result<(), PeerError> {
+        let line = serde_json::to_string(&command).map_err(|e| PeerError::Deaf(e.into()))?;
+        writeln!(self.commands, "{line}").map_err(PeerError::Deaf)
+    }
+
+    /// Its next event.
+    ///
+    /// # Errors
+    /// [`PeerError::Unusable`] when there is none within `limit`, or the tenant has ended.
+    pub fn event(&mut self, limit: Duration) -> Result<Event, PeerError> {
+        let line = self.process.line(limit)?;
+        serde_json::from_str(&line)
+            .map_err(|e| PeerError::Unusable { who: "tenant", problem: format!("says \"{line}\": {e}") })
+    }
+
+    /// Its next event that is not about progress. `limit` is for each event.
+    ///
+    /// # Errors
+    /// As [`event`](Self::event); also when the tenant says that it has failed.
+    pub fn answer(&mut self, limit: Duration) -> Result<Event, PeerError> {
+        let begin = Instant::now();
+        loop {
+            match self.event(limit)? {
+                Event::Progress(_) if begin.elapsed() < limit => {}
+                Event::Progress(_) => {
+                    let problem = format!("has not answered within {} s", limit.as_secs());
+                    return Err(PeerError::Unusable { who: "tenant", problem });
+                }
+                Event::Failed { error, .. } => {
+                    return Err(PeerError::Unusable {
+                        who: "tenant",
+                        problem: format!("has failed: {error}"),
+                    });
+                }
+                event => return Ok(event),
+            }
+        }
+    }
+}
+
+impl Drop for TenantProcess {
+    fn drop(&mut self) {
+        self.process.end(Duration::from_secs(2));
+    }
+}

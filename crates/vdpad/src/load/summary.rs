@@ -1,0 +1,222 @@
+//! What a demo found out: as JSON and as a table.
+
+use std::fmt::Write as _;
+
+use serde::Serialize;
+use vdpa_client::update::{Report, Strategy};
+
+use super::wire::Totals;
+
+/// The result of `vdpactl demo`.
+#[derive(Clone, Debug, Serialize)]
+pub struct Summary {
+    /// Guest memory, in bytes.
+    pub memory_bytes: u64,
+    /// Bytes of its pages.
+    pub page_size: u64,
+    /// One entry per strategy, in the order in which they ran.
+    pub strategies: Vec<StrategySummary>,
+    /// Blocks compared with the backing file, all comparisons together.
+    pub blocks_verified: u64,
+    /// Whether every update happened and nothing was lost, damaged or answered twice.
+    pub ok: bool,
+    /// What was not right.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub problems: Vec<String>,
+}
+
+/// The updates with one strategy.
+#[derive(Clone, Debug, Serialize)]
+pub struct StrategySummary {
+    /// Which.
+    pub name: Strategy,
+    /// By what means.
+    pub way: String,
+    /// Updates that happened.
+    pub updates: u64,
+    /// Last completion before to first one after, in us.
+    pub blackout_us: Spread,
+    /// Median of each phase, in us.
+    pub phases_us: serde_json::Map<String, serde_json::Value>,
+    /// Pages of 4096 bytes pinned before the first update.
+    pub pinned_pages_before: u64,
+    /// Pages pinned after the last one.
+    pub pinned_pages_after: u64,
+    /// Requests completed during the updates with this strategy.
+    pub requests: u64,
+    /// Requests that never were completed.
+    pub lost: u64,
+    /// Blocks that were read wrong, or that the backing file holds wrong.
+    pub corrupt: u64,
+    /// Completions for requests that were complete.
+    pub duplicate: u64,
+}
+
+/// The spread of some times, in us.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Spread {
+    /// Shortest.
+    pub min: u64,
+    /// Half were not longer.
+    pub median: u64,
+    /// 99 of 100 were not longer.
+    pub p99: u64,
+    /// Longest.
+    pub max: u64,
+}
+
+impl Spread {
+    /// The spread of `times`; all 0 for none.
+    #[must_use]
+    pub fn of(times: impl IntoIterator<Item = u64>) -> Self {
+        let mut times: Vec<u64> = times.into_iter().collect();
+        times.sort_unstable();
+        // Nearest rank: the smallest value that so many percent do not exceed.
+        let rank = |percent: usize| {
+            let at = (times.len() * percent).div_ceil(100).saturating_sub(1);
+            times.get(at).copied().unwrap_or(0)
+        };
+        Self { min: rank(0), median: rank(50), p99: rank(99), max: rank(100) }
+    }
+}
+
+/// What is noted while the updates with one strategy happen.
+#[derive(Clone, Debug)]
+pub struct Notes {
+    /// Which.
+    pub strategy: Strategy,
+    /// One entry per update: blackout in us, and the phases.
+    pub updates: Vec<(u64, Report)>,
+    /// Pinned before and after.
+    pub pinned_pages: (u64, u64),
+    /// Totals before and after.
+    pub totals: (Totals, Totals),
+    /// Blocks the backing file held wrong.
+    pub wrong_blocks: u64,
+}
+
+impl From<&Notes> for StrategySummary {
+    fn from(notes: &Notes) -> Self {
+        let mut phases = serde_json::Map::new();
+        for (at, (name, _)) in Report::new(notes.strategy).phases().iter().enumerate() {
+            let times = notes.updates.iter().filter_map(|(_, r)| Some(r.phases().get(at)?.1 / 1000));
+            phases.insert((*name).to_owned(), Spread::of(times).median.into());
+        }
+        let (before, after) = &notes.totals;
+        let grown = |count: fn(&Totals) -> u64| count(after).saturating_sub(count(before));
+        Self {
+            name: notes.strategy,
+            way: "exec".to_owned(),
+            updates: notes.updates.len() as u64,
+            blackout_us: Spread::of(notes.updates.iter().map(|(us, _)| *us)),
+            phases_us: phases,
+            pinned_pages_before: notes.pinned_pages.0,
+            pinned_pages_after: notes.pinned_pages.1,
+            requests: grown(|t| t.requests),
+            lost: grown(|t| t.lost),
+            corrupt: grown(|t| t.corrupt) + grown(|t| t.errors) + notes.wrong_blocks,
+            duplicate: grown(|t| t.duplicate),
+        }
+    }
+}
+
+impl Summary {
+    /// The median blackout of `reopen` divided by that of `live`.
+    #[must_use]
+    pub fn reopen_per_live(&self) -> Option<f64> {
+        let median = |name| {
+            let found = self.strategies.iter().find(|s| s.name == name)?;
+            (found.updates > 0).then_some(found.blackout_us.median.max(1))
+        };
+        let (reopen, live) = (median(Strategy::Reopen)?, median(Strategy::Live)?);
+        #[expect(clippy::cast_precision_loss, reason = "microseconds, far below 2^53")]
+        let ratio = reopen as f64 / live as f64;
+        Some(ratio)
+    }
+
+    /// The table for people.
+    #[must_use]
+    pub fn table(&self) -> String {
+        let mut text = String::new();
+        let _ = writeln!(
+            text,
+            "{:<9}{:>8} | {:>40} | {:>21} | {:>10} {:>5} {:>8} {:>10}",
+            "strategy",
+            "updates",
+            "blackout ms: min / median / p99 / max",
+            "pages pinned",
+            "requests",
+            "lost",
+            "corrupt",
+            "duplicate"
+        );
+        for s in &self.strategies {
+            let b = s.blackout_us;
+            let blackout = [b.min, b.median, b.p99, b.max].map(millis).join(" / ");
+            let pinned = format!("{} > {}", s.pinned_pages_before, s.pinned_pages_after);
+            let _ = writeln!(
+                text,
+                "{:<9}{:>8} | {blackout:>40} | {pinned:>21} | {:>10} {:>5} {:>8} {:>10}",
+                s.name, s.updates, s.requests, s.lost, s.corrupt, s.duplicate
+            );
+        }
+        let _ = writeln!(text, "\nmedian of each phase, ms:");
+        for s in &self.strategies {
+            let phases =
+                s.phases_us.iter().map(|(name, us)| format!("{name} {}", millis(us.as_u64().unwrap_or(0))));
+            let _ = writeln!(text, "{:<9}{}", s.name, phases.collect::<Vec<_>>().join("  "));
+        }
+        if let Some(ratio) = self.reopen_per_live() {
+            let _ = writeln!(text, "\nreopen / live: {ratio:.1}");
+        }
+        let _ = writeln!(text, "{} blocks verified in the backing file", self.blocks_verified);
+        for problem in &self.problems {
+            let _ = writeln!(text, "PROBLEM: {problem}");
+        }
+        text
+    }
+}
+
+fn millis(us: u64) -> String {
+    format!("{}.{:02}", us / 1000, us % 1000 / 10)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_are_values_that_were_there() {
+        assert_eq!(Spread::of([]), Spread::default());
+        assert_eq!(Spread::of([7]), Spread { min: 7, median: 7, p99: 7, max: 7 });
+        assert_eq!(Spread::of((1..=100).rev()), Spread { min: 1, median: 50, p99: 99, max: 100 });
+        assert_eq!(Spread::of([3, 1]), Spread { min: 1, median: 1, p99: 3, max: 3 });
+    }
+
+    #[test]
+    fn only_what_happened_meanwhile_counts() {
+        let before = Totals { requests: 10, corrupt: 1, ..Totals::default() };
+        let after = Totals { requests: 50, corrupt: 1, lost: 2, ..before.clone() };
+        let report = Report { exec: 5_000_000, ..Report::new(Strategy::Live) };
+        let notes = Notes {
+            strategy: Strategy::Live,
+            updates: vec![(1234, report)],
+            pinned_pages: (8, 8),
+            totals: (before, after),
+            wrong_blocks: 3,
+        };
+        let summary = StrategySummary::from(&notes);
+        assert_eq!((summary.requests, summary.lost, summary.corrupt), (40, 2, 3));
+        assert_eq!(summary.phases_us.get("exec"), Some(&5000.into()));
+        let all = Summary {
+            memory_bytes: 1,
+            page_size: 4096,
+            strategies: vec![summary],
+            blocks_verified: 5,
+            ok: false,
+            problems: vec!["x".to_owned()],
+        };
+        assert!(all.reopen_per_live().is_none());
+        assert!(all.table().contains("1.23 / 1.23 / 1.23 / 1.23") && all.table().contains("PROBLEM: x"));
+    }
+}
