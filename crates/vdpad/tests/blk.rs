@@ -425,12 +425,54 @@ fn indirect_tables() {
     }
 }
 
+/// What is wrong with a ring, and what makes it so.
+type Lie = (&'static str, fn(&Blk));
+
+#[test]
+fn as_many_segments_as_the_device_offers() {
+    for (pin, direct) in [("on", "off"), ("off", "off"), ("on", "on")] {
+        let (daemon, dir) = (Daemon::start(), direct_dir());
+        let disk = Disk::new(dir.path().join("disk"), DISK);
+        let path = daemon.add_blk("d0", &disk, &[("pin", pin), ("direct", direct)]);
+        let blk = Blk::with(&path, FEATURES.with(Features::RING_INDIRECT_DESC), 1);
+        let config = BlkConfig::read_from_bytes(&blk.session.config().unwrap()).unwrap();
+        let segments = u16::try_from(config.seg_max.get()).unwrap();
+        assert_eq!(segments, 126);
+        let ring = blk.by_hand(0);
+        // Apart from each other, so that none can be merged; 512 bytes each, in two halves.
+        let at = |index: u16| data(131_072 + 5000 * u64::from(index), 512);
+        for (position, kind) in [kind::OUT, kind::IN].into_iter().enumerate() {
+            let position = u16::try_from(position).unwrap();
+            let writable = if kind == kind::IN { WRITE } else { 0 };
+            let (header, status) = blk.frame(1, kind, 16);
+            let mut table = descriptor(header, NEXT, 1).to_vec();
+            for index in 0..segments {
+                table.extend(descriptor(at(index), NEXT | writable, index + 2));
+                let fill = if kind == kind::IN { 0 } else { u8::try_from(index).unwrap() };
+                blk.put(at(index).iova - IOVA, &[fill; 512]);
+            }
+            table.extend(descriptor(status, WRITE, 0));
+            blk.put(DATA, &table);
+            ring.descriptor(0, data(0, table.len()), INDIRECT, 0);
+            ring.entry(position, 0);
+            ring.available(position + 1);
+            assert!(ring.wait_used(position + 1), "not answered");
+            assert_eq!(blk.status(1), OK);
+        }
+        for index in 0..segments {
+            let expected = vec![u8::try_from(index).unwrap(); 512];
+            assert_eq!(blk.get(at(index).iova - IOVA, 512), expected);
+            assert_eq!(disk.read(8192 + 512 * u64::from(index), 512), expected);
+        }
+    }
+}
+
 #[test]
 fn a_broken_ring_retires_its_queue_and_nothing_else() {
     let (daemon, _disk, path) = setup(&[("queues", "2")]);
     let other = daemon.disk("other", DISK);
     let mut neighbour = Blk::start(&daemon.add_blk("d1", &other, &[]));
-    let lies: [(&str, fn(&Blk)); 6] = [
+    let lies: [Lie; 6] = [
         ("the available index is ahead of the ring", |blk| blk.by_hand(0).available(65)),
         ("a chain comes back to its head", |blk| {
             let ring = blk.by_hand(0);
