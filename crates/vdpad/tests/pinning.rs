@@ -13,11 +13,20 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use vdpa_core::Errno;
+use vdpa_core::blk::kind;
+use vdpa_core::ops::VdpaOps as _;
+use vdpa_core::ring::Buffer;
+use vdpa_core::types::{Asid, Perm};
+use vdpa_sys::memfd;
+use vdpa_sys::mmap::{Prot, SharedMap};
 use vdpad::ctl::api::DevInfo;
 
 use peer::Peer;
-use support::daemon::Daemon;
+use support::blk::{Blk, IOERR, OK};
+use support::daemon::{Daemon, pattern};
 
+/// Where tests map memory besides that of the driver.
+const ELSEWHERE: u64 = 0x2_0000_0000;
 const FAULT: Result<(), Errno> = Err(Errno::FAULT);
 
 /// A daemon with `count` devices `d0`, `d1`, ... of `pin`.
@@ -235,6 +244,59 @@ fn a_forked_child_pays_with_its_own_limit() {
     limit(&mut peer, 100);
     peer.tell("new_owner").unwrap();
     assert_eq!(pinned(&daemon, "d0"), 100);
+}
+
+/// Memory of a file system whose pages the kernel does not pin for long.
+fn unpinnable(pages: usize) -> (tempfile::NamedTempFile, SharedMap) {
+    const TMPFS_MAGIC: i64 = 0x0102_1994;
+    let file = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let kind = rustix::fs::fstatfs(file.as_file()).unwrap().f_type;
+    assert_ne!(kind, TMPFS_MAGIC, "the target directory must be on a disk for this test");
+    file.as_file().set_len(4096 * pages as u64).unwrap();
+    let map = SharedMap::map(file.as_file(), 0, 4096 * pages, Prot::RW, false).unwrap();
+    (file, map)
+}
+
+#[test]
+fn memory_that_cannot_be_pinned_is_refused_and_charged_to_nobody() {
+    let (daemon, devices) = setup(1, "on");
+    let blk = Blk::start(&devices[0]);
+    let (before, real) = (daemon.info("d0").state, really_pinned(&daemon));
+    let (_file, map) = unpinnable(4);
+    let result = blk.session.ops().dma_map(Asid(0), ELSEWHERE, 16384, map.addr() as u64, Perm::RW);
+    assert_eq!(result, FAULT);
+    let after = daemon.info("d0").state;
+    assert_eq!((after.pinned_pages, after.mappings), (before.pinned_pages, before.mappings));
+    assert_eq!(really_pinned(&daemon), real);
+    assert!(daemon.log().contains("guest memory cannot be pinned"), "the log says why");
+}
+
+#[test]
+fn what_is_unmapped_is_out_of_reach_whatever_else_cannot_be_pinned() {
+    let (daemon, devices) = setup(1, "on");
+    let mut blk = Blk::start(&devices[0]);
+    let (before, real) = (registered(&daemon), really_pinned(&daemon));
+    let fd = memfd::create(c"extra", 8192, None).unwrap();
+    blk.session.map_memfd("extra", fd, ELSEWHERE, 8192, Perm::RW).unwrap();
+    let extra = Buffer { iova: ELSEWHERE, len: 4096 };
+    assert_eq!(blk.io(0, kind::IN, 0, &[], &[extra]).status, OK);
+    let (_file, map) = unpinnable(4);
+    let far = 2 * ELSEWHERE;
+    let ops = blk.session.ops();
+    ops.batch_begin(Asid(0)).unwrap();
+    ops.dma_map(Asid(0), far, 16384, map.addr() as u64, Perm::RW).unwrap();
+    assert_eq!(ops.batch_end(Asid(0)), FAULT, "the device could not take the batch");
+
+    blk.session.unmap("extra").unwrap();
+    assert_eq!(blk.io(0, kind::IN, 0, &[], &[extra]).status, IOERR, "unmapped memory was written");
+    assert_eq!((registered(&daemon), really_pinned(&daemon)), (before, real), "unmapped memory is pinned");
+    assert_eq!(blk.read(0, 0, 512), Ok(pattern(0, 512)), "other memory is served");
+    let unpinned = Buffer { iova: far, len: 4096 };
+    assert_eq!(blk.io(0, kind::IN, 0, &[], &[unpinned]).status, IOERR, "what is not pinned is not served");
+    blk.session.ops().dma_unmap(Asid(0), far, 16384).unwrap();
+    let fd = memfd::create(c"again", 8192, None).unwrap();
+    blk.session.map_memfd("again", fd, ELSEWHERE, 8192, Perm::RW).unwrap();
+    assert_eq!(blk.io(0, kind::IN, 0, &[], &[extra]).status, OK);
 }
 
 #[test]
