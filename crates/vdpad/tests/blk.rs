@@ -594,3 +594,22 @@ fn requests_wait_for_a_device_that_is_suspended() {
     assert_eq!(blk.finish(0, PATIENCE).map(|done| (done.token, done.status)), Some((token, OK)));
     assert_eq!(blk.get(DATA, 512), pattern(4096, 512));
 }
+
+#[test]
+fn a_device_taken_away_leaves_its_file_to_the_next_one() {
+    let (daemon, disk, path) = setup(&[]);
+    let mut blk = Blk::start(&path);
+    assert_eq!(blk.read(0, 8, 512), Ok(pattern(4096, 512)));
+    daemon.delete("d0").unwrap();
+    let ops = blk.session.ops();
+    assert_eq!(ops.status(), Err(Errno::NODEV));
+    assert_eq!(ops.vring_base(QueueIndex(0)), Err(Errno::NODEV));
+    assert_eq!(ops.dma_unmap(Asid(0), 0, 4096), Err(Errno::NODEV));
+    blk.submit(0, kind::OUT, 0, &[data(0, 512)], &[]);
+    blk.notify(0);
+    let path = daemon.add_blk("d0", &disk, &[]);
+    let mut next = Blk::start(&path);
+    assert_eq!(next.read(0, 8, 512), Ok(pattern(4096, 512)));
+    assert_eq!(blk.finish(0, Duration::ZERO), None, "nobody serves the old client");
+    assert!(disk.all() == pattern(0, DISK), "the file was changed");
+}
