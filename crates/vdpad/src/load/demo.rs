@@ -329,7 +329,8 @@ impl Demo {
     }
 }
 
-/// What to create. Where the limit on locked memory cannot be raised, pages are not pinned.
+/// What to create. Where the tenant's limit on locked memory cannot be raised, the device sets one; where the daemon
+/// may not pin at all, pages are not pinned.
 fn device(disk: &Path, memory: u64) -> Result<AddRequest, DemoError> {
     let mut attrs = Attrs::default();
     let path = disk
@@ -338,8 +339,12 @@ fn device(disk: &Path, memory: u64) -> Result<AddRequest, DemoError> {
     attrs.insert("path", path)?;
     // Inherited by the tenant, which is charged for the pages.
     if rlimit::raise_memlock(Some(memory + GIB)).is_err() {
-        eprintln!("vdpactl: demo: RLIMIT_MEMLOCK cannot be raised: memory is not pinned (pin=off)");
-        attrs.insert("pin", "off")?;
+        if rlimit::memlock_exempt() {
+            attrs.insert("memlock", "unlimited")?;
+        } else {
+            eprintln!("vdpactl: demo: RLIMIT_MEMLOCK cannot be raised: memory is not pinned (pin=off)");
+            attrs.insert("pin", "off")?;
+        }
     }
     Ok(AddRequest { name: DEVICE.to_owned(), mgmtdev: "blk".to_owned(), attrs })
 }
