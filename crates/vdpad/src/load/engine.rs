@@ -236,6 +236,12 @@ impl<D: DeviceFile> Engine<D> {
         &self.session
     }
 
+    /// Guest memory.
+    #[must_use]
+    pub const fn ram(&self) -> &SharedMap {
+        &self.ram
+    }
+
     /// Counters until now.
     #[must_use]
     pub const fn totals(&self) -> &Totals {
