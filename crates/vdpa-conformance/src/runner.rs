@@ -171,7 +171,7 @@ mod tests {
                 Verdict::UnexpectedPass { reason: "why b".to_owned() },
                 Verdict::Failed { what: what.clone() },
                 Verdict::Deviated { what, reason: "why d".to_owned() },
-                Verdict::Skipped { why: "no memory".to_owned() },
+                Verdict::Deviated { what: "not run: no memory".to_owned(), reason: "why e".to_owned() },
                 Verdict::Skipped { why: "backend feature SUSPEND is not offered".to_owned() },
             ]
         );

@@ -175,7 +175,7 @@ unsafe impl StableMemory for SharedMap {
     }
 
     fn len(&self) -> usize {
-        self.0.span
+        Self::len(self)
     }
 }
 

@@ -197,7 +197,8 @@ fn a_split_object_gives_fragments_of_one_object() {
     assert!(files.len() == 3 && files.windows(2).all(|pair| pair[0] == pair[1]), "one descriptor: {files:?}");
     let whole = map_fd(&fd, 3, RW, MapFlags::SHARED);
     let second = resolve_one(whole + PAGE, PAGE, Perm::RW);
-    assert!(second.same_object(&fragments[1].memory) && !second.same_object(&fragments[0].memory));
+    assert!(second.same_object(0, &fragments[1].memory, 0));
+    assert!(!second.same_object(0, &fragments[0].memory, 0));
 }
 
 #[test]

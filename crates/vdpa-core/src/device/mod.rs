@@ -29,6 +29,9 @@ pub(crate) type MemoryOf<P> = <<P as Parent>::Host as Host>::Memory;
 pub(crate) type EventOf<P> = <<P as Parent>::Host as Host>::Event;
 pub(crate) type SpaceOf<P> = <<P as Parent>::Host as Host>::AddressSpace;
 
+/// What `VHOST_GET_FORK_FROM_OWNER` gives after an open.
+const FORK_FROM_OWNER: u8 = 1;
+
 /// A device: everything the vhost-vdpa interface remembers, around a parent.
 ///
 /// Not thread-safe by itself: the shell serialises requests per device, as the kernel does with the device
@@ -56,6 +59,7 @@ pub struct Device<P: Parent> {
     tables: BTreeMap<Asid, Table<MemoryOf<P>>>,
     batch: Option<dma::Batch<P>>,
     config_call: Option<EventOf<P>>,
+    fork_from_owner: u8,
 }
 
 impl<P: Parent> Device<P> {
@@ -79,6 +83,7 @@ impl<P: Parent> Device<P> {
             tables: BTreeMap::new(),
             batch: None,
             config_call: None,
+            fork_from_owner: FORK_FROM_OWNER,
             parent,
         }
     }
@@ -99,6 +104,7 @@ impl<P: Parent> Device<P> {
         self.vrings.iter_mut().for_each(|vring| *vring = Vring::default());
         self.acked = BackendFeatures::NONE;
         self.base_features = Features::NONE;
+        self.fork_from_owner = FORK_FROM_OWNER;
         self.opened = true;
         Ok(())
     }
@@ -178,6 +184,26 @@ impl<P: Parent> Device<P> {
             self.mark_stale();
         }
         Ok(())
+    }
+
+    /// `VHOST_SET_FORK_FROM_OWNER` (uapi-spec 1.6a): stored only, as vhost-vdpa has no workers to fork.
+    ///
+    /// # Errors
+    /// `EBUSY` once there is an owner; `EINVAL` for anything but 0 and 1.
+    pub fn set_fork_from_owner(&mut self, value: u8) -> Result<()> {
+        if self.ownership.owner().is_some() {
+            return Err(Errno::BUSY);
+        }
+        if value > 1 {
+            return Err(Errno::INVAL);
+        }
+        self.fork_from_owner = value;
+        Ok(())
+    }
+
+    /// `VHOST_GET_FORK_FROM_OWNER`.
+    pub const fn fork_from_owner(&self) -> u8 {
+        self.fork_from_owner
     }
 
     // Identity and negotiation.

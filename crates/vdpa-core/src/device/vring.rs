@@ -241,6 +241,14 @@ impl<P: Parent> Device<P> {
         Ok(())
     }
 
+    /// `VHOST_GET_VRING_BUSYLOOP_TIMEOUT`: what was stored.
+    ///
+    /// # Errors
+    /// `EPERM`; `ENOBUFS`.
+    pub fn busyloop_timeout(&mut self, caller: &dyn Caller<P::Host>, index: QueueIndex) -> Result<u32> {
+        Ok(self.vring(caller, index)?.busyloop_timeout)
+    }
+
     /// `VHOST_VDPA_GET_VRING_GROUP`.
     ///
     /// # Errors

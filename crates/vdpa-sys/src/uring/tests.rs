@@ -1,3 +1,4 @@
+#![expect(unsafe_code, reason = "the tests make and read mappings of their own")]
 use std::fs::{self, File as StdFile, OpenOptions};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};

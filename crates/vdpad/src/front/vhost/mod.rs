@@ -13,7 +13,7 @@ use parking_lot::{Mutex, MutexGuard};
 use vdpa_core::device::Device;
 use vdpa_core::features::{BackendFeatures, Features, Status};
 use vdpa_core::parent::Parent;
-use vdpa_core::types::{Asid, GroupIndex, QueueIndex, Result, VringAddr};
+use vdpa_core::types::{Asid, GroupIndex, IovaRange, QueueIndex, Result, VringAddr};
 use vdpa_core::{Errno, device::IotlbError};
 use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::guest::LinuxHost;
@@ -161,9 +161,9 @@ impl VhostVdpaFile {
             uapi::VHOST_VDPA_SET_CONFIG => self.set_config(device, call),
             uapi::VHOST_VDPA_SET_CONFIG_CALL => wire::argument::<i32>(call.input)
                 .and_then(|fd| Self::event(&process(call.tid)?, fd))
-                .and_then(|event| {
+                .map(|event| {
                     device.set_config_call(event);
-                    Ok(IoctlReply::default())
+                    IoctlReply::default()
                 }),
             uapi::VHOST_VDPA_GET_VRING_NUM => reply(&profile.queue_size_max),
             uapi::VHOST_VDPA_GET_IOVA_RANGE => {
@@ -174,6 +174,10 @@ impl VhostVdpaFile {
             uapi::VHOST_VDPA_GET_VQS_COUNT => reply(&u32::from(profile.queues)),
             uapi::VHOST_VDPA_GET_GROUP_NUM => reply(&profile.groups),
             uapi::VHOST_VDPA_GET_AS_NUM => reply(&profile.address_spaces),
+            uapi::VHOST_SET_FORK_FROM_OWNER => {
+                wire::argument::<u8>(call.input).and_then(|value| done(device.set_fork_from_owner(value)))
+            }
+            uapi::VHOST_GET_FORK_FROM_OWNER => reply(&device.fork_from_owner()),
             uapi::VHOST_VDPA_SUSPEND => done(device.suspend()),
             uapi::VHOST_VDPA_RESUME => done(device.resume()),
             _ => return None,
@@ -196,6 +200,9 @@ impl VhostVdpaFile {
                 return Ok(IoctlReply::default());
             }
             _ => device.check_owner(&caller)?,
+        }
+        if call.cmd == uapi::VHOST_SET_MEM_TABLE {
+            return set_mem_table(call, caller.caller);
         }
         let index = self.vring_index(device, call, &caller)?;
         match call.cmd {
@@ -264,6 +271,12 @@ fn vring_state(
         uapi::VHOST_SET_VRING_BUSYLOOP_TIMEOUT => {
             done(device.set_busyloop_timeout(caller, index, state()?.num))
         }
+        // _IOW: there is no room for an answer, so it is written where the caller wants it.
+        uapi::VHOST_GET_VRING_BUSYLOOP_TIMEOUT => {
+            let num = device.busyloop_timeout(caller, index)?;
+            let state = uapi::VringState { index: u32::from(index.0), num };
+            done(caller.caller.write_mem(call.arg, state.as_bytes()))
+        }
         uapi::VHOST_VDPA_GET_VRING_GROUP => answer(device.vring_group(caller, index)?.0),
         uapi::VHOST_VDPA_GET_VRING_DESC_GROUP => answer(device.vring_desc_group(caller, index)?.0),
         uapi::VHOST_VDPA_GET_VRING_SIZE => answer(device.vring_size(caller, index)?),
@@ -273,6 +286,27 @@ fn vring_state(
         }
         _ => Err(Errno::NOTTY),
     }
+}
+
+/// `SET_MEM_TABLE` (uapi-spec 1.6a): checked as the kernel checks it, and without an effect on the device.
+fn set_mem_table(call: &IoctlCall<'_>, caller: &Caller) -> Result<IoctlReply> {
+    /// The module parameter `max_mem_regions` of vhost.
+    const REGIONS_MAX: u32 = 64;
+    let header: uapi::MemoryHeader = wire::argument(call.input)?;
+    if header.padding != 0 {
+        return Err(Errno::OPNOTSUPP);
+    }
+    if header.nregions > REGIONS_MAX {
+        return Err(Errno::TOOBIG);
+    }
+    let mut at = call.arg.checked_add(8).ok_or(Errno::FAULT)?;
+    for _ in 0..header.nregions {
+        let mut region = uapi::MemoryRegion::default();
+        caller.read_mem(at, region.as_mut_bytes())?;
+        IovaRange::from_size(region.guest_phys_addr, region.memory_size).ok_or(Errno::FAULT)?;
+        at = at.checked_add(size_of::<uapi::MemoryRegion>() as u64).ok_or(Errno::FAULT)?;
+    }
+    Ok(IoctlReply::default())
 }
 
 fn reply(value: &(impl IntoBytes + zerocopy::Immutable)) -> Result<IoctlReply> {
