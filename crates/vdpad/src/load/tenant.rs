@@ -247,7 +247,7 @@ impl<D: DeviceFile> Tenant<D> {
     /// The first completion after an update has come.
     fn announce(&mut self) -> Result<(), LoadError> {
         let Some(Arrival { report, last_before_ns, in_flight }) = self.arrival.take() else { return Ok(()) };
-        let at_ns = self.engine.last_completion_ns();
+        let at_ns = self.engine.batch_ns();
         let blackout_us = at_ns.saturating_sub(last_before_ns) / 1000;
         let ram = self.engine.ram().clone();
         // Memory that cannot be mapped shows up at the access that needs it.
