@@ -67,12 +67,16 @@ fn the_service_manager_is_told() {
 }
 
 #[test]
-fn a_second_daemon_on_the_same_socket_is_refused() {
+fn a_second_daemon_on_the_same_directory_or_socket_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let first = start(&mut vdpad(dir.path()));
-    let second = support::run(&mut vdpad(dir.path()));
-    assert_eq!(second.code, Some(1), "{second:?}");
-    assert!(second.stderr.contains("is in use by a running vdpad"), "{second:?}");
+    for (elsewhere, words) in [(None, "is served by another vdpad"), (Some("dev2"), "is in use by a running vdpad")] {
+        let mut command = vdpad(dir.path());
+        command.args(elsewhere.map(|dev| format!("--dir={}", dir.path().join(dev).display())));
+        let second = support::run(&mut command);
+        assert_eq!(second.code, Some(1), "{second:?}");
+        assert!(second.stderr.contains(words), "{second:?}");
+    }
     assert!(Client::new(dir.path().join("control.sock")).unwrap().version().is_ok());
     // SIGKILL leaves the socket file; the next daemon replaces it.
     end(first, Signal::KILL);

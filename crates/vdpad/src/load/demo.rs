@@ -337,8 +337,8 @@ fn device(disk: &Path, memory: u64) -> Result<AddRequest, DemoError> {
         .to_str()
         .ok_or_else(|| system("use a directory whose name is not UTF-8")(io::ErrorKind::InvalidInput))?;
     attrs.insert("path", path)?;
-    // Inherited by the tenant, which is charged for the pages.
-    if rlimit::raise_memlock(Some(memory + GIB)).is_err() {
+    // Inherited by the tenant, which is charged for its guest memory and nothing else.
+    if rlimit::raise_memlock(Some(memory)).is_err() {
         if rlimit::memlock_exempt() {
             attrs.insert("memlock", "unlimited")?;
         } else {

@@ -93,6 +93,8 @@ pub struct Engine<D> {
     next_sequence: u64,
     chance: Pattern,
     last_completion_ns: u64,
+    /// When the first completion of the last batch was seen.
+    batch_ns: u64,
     layout: Layout,
     scratch: Vec<u8>,
 }
@@ -183,6 +185,7 @@ impl<D: DeviceFile> Engine<D> {
             next_sequence: 1,
             chance: Pattern(config.seed),
             last_completion_ns: monotonic_ns(),
+            batch_ns: 0,
             scratch: vec![0; usize::from(u16::MAX).max(config.block_size as usize)],
             layout,
         })
@@ -212,6 +215,7 @@ impl<D: DeviceFile> Engine<D> {
             next_sequence,
             chance: Pattern(chance),
             last_completion_ns,
+            batch_ns: 0,
             scratch: vec![0; usize::from(u16::MAX).max(config.block_size as usize)],
             layout,
         })
@@ -236,6 +240,12 @@ impl<D: DeviceFile> Engine<D> {
         &self.session
     }
 
+    /// Guest memory.
+    #[must_use]
+    pub const fn ram(&self) -> &SharedMap {
+        &self.ram
+    }
+
     /// Counters until now.
     #[must_use]
     pub const fn totals(&self) -> &Totals {
@@ -252,6 +262,12 @@ impl<D: DeviceFile> Engine<D> {
     #[must_use]
     pub const fn last_completion_ns(&self) -> u64 {
         self.last_completion_ns
+    }
+
+    /// When the first completion of the last [`reap`](Self::reap) was seen, `CLOCK_MONOTONIC` in ns.
+    #[must_use]
+    pub const fn batch_ns(&self) -> u64 {
+        self.batch_ns
     }
 
     /// Prepares for waiting on [`Queue::call`]; whether there is no need to wait.
@@ -383,6 +399,11 @@ impl<D: DeviceFile> Engine<D> {
                     return Err(e.into());
                 }
             };
+            // Before it is judged, which takes longer than the device needs.
+            self.last_completion_ns = monotonic_ns();
+            if count == 0 {
+                self.batch_ns = self.last_completion_ns;
+            }
             count += 1;
             match self.requests.complete(done.token) {
                 Ok(request) => self.judge(Requests::slot(done.token), &request)?,
@@ -390,7 +411,6 @@ impl<D: DeviceFile> Engine<D> {
             }
         }
         if count > 0 {
-            self.last_completion_ns = monotonic_ns();
             self.timeline.record(self.last_completion_ns, count);
         }
         Ok(count)
