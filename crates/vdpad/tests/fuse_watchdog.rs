@@ -170,9 +170,9 @@ fn main() {
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     match words[..] {
         ["daemon", dir] => daemon(Path::new(dir)),
-        ["watchdog", "--mount", dir, "--timeout", seconds] => {
+        ["watchdog", "--mount", dir, "--source", source, "--timeout", seconds] => {
             let timeout = Duration::from_secs_f64(seconds.parse().unwrap());
-            watchdog::run(std::io::stdin(), Path::new(dir), timeout).unwrap();
+            watchdog::run(std::io::stdin(), Path::new(dir), source, timeout).unwrap();
         }
         _ => run_tests(&words),
     }
