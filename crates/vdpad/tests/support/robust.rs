@@ -266,6 +266,7 @@ pub(crate) fn eventually<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T
 pub(crate) struct Resources {
     /// Open descriptors by what they are.
     pub(crate) fds: BTreeMap<String, usize>,
+    /// Threads but the kernel's workers for io_uring, which come when needed and go when idle.
     pub(crate) threads: usize,
     /// Lines of `/proc/PID/maps`.
     pub(crate) maps: usize,
@@ -305,7 +306,7 @@ impl Resources {
         };
         Self {
             fds,
-            threads: fs::read_dir(proc.join("task")).unwrap().count(),
+            threads: fs::read_dir(proc.join("task")).unwrap().filter(|task| is_lasting(task)).count(),
             maps: maps.lines().count(),
             memfds: maps.lines().filter(|line| line.contains("/memfd:")).count(),
             registered,
@@ -324,6 +325,11 @@ impl Resources {
         assert!(self.maps <= before.maps + 8, "{} mappings, {} before", self.maps, before.maps);
         assert!(self.rss_kib <= before.rss_kib + 8192, "{} KiB, {} before", self.rss_kib, before.rss_kib);
     }
+}
+
+fn is_lasting(task: &std::io::Result<fs::DirEntry>) -> bool {
+    let name = fs::read_to_string(task.as_ref().unwrap().path().join("comm"));
+    name.is_ok_and(|name| !name.starts_with("iou-wrk"))
 }
 
 /// Bytes of the registered buffers of an io_uring, from its file in `/proc/PID/fdinfo`: a line `UserBufs: N` and
