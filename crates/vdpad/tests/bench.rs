@@ -1,5 +1,4 @@
 //! `vdpactl bench io`: figures that belong together, and the exit status.
-#![expect(clippy::unwrap_used, reason = "a test fails where it stands")]
 
 use std::process::Command;
 

@@ -18,6 +18,7 @@ const GIB: u64 = 1 << 30;
 
 /// What the stage is made of.
 #[derive(Clone, Debug, clap::Args)]
+#[group(id = "stage")]
 pub struct Options {
     /// Guest memory, for example 512M or 8G [default: a quarter of free memory, at most 8G]
     #[arg(long, value_name = "SIZE", value_parser = size)]
