@@ -430,7 +430,9 @@ fn a_broken_ring_retires_its_queue_and_nothing_else() {
     let (daemon, _disk, path) = setup(&[("queues", "2")]);
     let other = daemon.disk("other", DISK);
     let mut neighbour = Blk::start(&daemon.add_blk("d1", &other, &[]));
-    let lies: [(&str, fn(&Blk)); 6] = [
+    /// What a driver could do to its ring.
+    type Lie = (&'static str, fn(&Blk));
+    let lies: [Lie; 6] = [
         ("the available index is ahead of the ring", |blk| blk.by_hand(0).available(65)),
         ("a chain comes back to its head", |blk| {
             let ring = blk.by_hand(0);
