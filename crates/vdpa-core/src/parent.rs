@@ -143,6 +143,26 @@ pub enum AddressMode {
     Pinned,
 }
 
+/// How many pages may be pinned for one owner.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PinLimit {
+    /// As many as the soft `RLIMIT_MEMLOCK` of the calling process allows, as in the kernel (uapi-spec 3.3).
+    Rlimit,
+    /// As many as whoever made the device allows, whatever the limit of its users.
+    Pages(u64),
+}
+
+impl PinLimit {
+    /// The limit in pages for a caller whose own is `rlimit` pages.
+    #[must_use]
+    pub const fn pages(self, rlimit: u64) -> u64 {
+        match self {
+            Self::Rlimit => rlimit,
+            Self::Pages(pages) => pages,
+        }
+    }
+}
+
 /// What to do with memory that no other process can see.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PrivateMemory {
@@ -198,6 +218,8 @@ pub struct Profile {
     pub compat_reset: CompatReset,
     /// See [`AddressMode`].
     pub address_mode: AddressMode,
+    /// See [`PinLimit`].
+    pub pin_limit: PinLimit,
     /// See [`PrivateMemory`].
     pub private_memory: PrivateMemory,
     /// Entries per IOTLB table (`max_iotlb_entries`).

@@ -56,6 +56,19 @@ pub fn memlock_of(pid: i32) -> Result<Limit, Errno> {
     Ok(Limit { soft: limit(old.rlim_cur), hard: limit(old.rlim_max) })
 }
 
+/// Whether this process may pin memory (io_uring buffers, mlock) without a limit: it has `CAP_IPC_LOCK` in the
+/// initial user namespace. In a namespace of its own, root is held to `RLIMIT_MEMLOCK`.
+#[must_use]
+pub fn memlock_exempt() -> bool {
+    const CAP_IPC_LOCK: u32 = 14;
+    let read = |path| std::fs::read_to_string(path).unwrap_or_default();
+    let initial = read("/proc/self/uid_map").split_whitespace().eq(["0", "0", "4294967295"]);
+    let effective = read("/proc/self/status")
+        .lines()
+        .find_map(|line| u64::from_str_radix(line.strip_prefix("CapEff:")?.trim(), 16).ok());
+    initial && effective.is_some_and(|caps| caps >> CAP_IPC_LOCK & 1 == 1)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

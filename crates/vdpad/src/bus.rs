@@ -9,7 +9,7 @@ use vdpa_core::Errno;
 use vdpa_core::device::Device;
 use vdpa_core::features::Status;
 use vdpa_core::host::PAGE_SIZE;
-use vdpa_core::parent::{Parent, Profile};
+use vdpa_core::parent::{Parent, PinLimit, Profile};
 use vdpa_core::types::QueueIndex;
 use vdpa_sys::process::{Caller, OwnerSpace, Spaces};
 use vdpa_sys::rlimit;
@@ -122,10 +122,18 @@ fn state(device: &Device<AnyParent>, since: Option<SystemTime>) -> DevState {
             .negotiated_features()
             .filter(|_| device.status().contains(Status::FEATURES_OK)),
         pinned_pages: device.pinned_pages(),
-        memlock_limit_pages: owner
-            .and_then(|space| Some(rlimit::memlock_of(space.pid()).ok()?.soft? / PAGE_SIZE)),
+        memlock_limit_pages: owner.and_then(|space| pin_limit(device, space)),
         mappings: device.mapped().entries as u64,
         queues: queues.collect(),
+    }
+}
+
+/// Pages that may be pinned for the owner; `None` without a limit.
+fn pin_limit(device: &Device<AnyParent>, owner: &OwnerSpace) -> Option<u64> {
+    match device.profile().pin_limit {
+        PinLimit::Pages(u64::MAX) => None,
+        PinLimit::Pages(pages) => Some(pages),
+        PinLimit::Rlimit => Some(rlimit::memlock_of(owner.pid()).ok()?.soft? / PAGE_SIZE),
     }
 }
 

@@ -425,9 +425,6 @@ fn indirect_tables() {
     }
 }
 
-/// What is wrong with a ring, and what makes it so.
-type Lie = (&'static str, fn(&Blk));
-
 #[test]
 fn as_many_segments_as_the_device_offers() {
     for (pin, direct) in [("on", "off"), ("off", "off"), ("on", "on")] {
@@ -466,6 +463,9 @@ fn as_many_segments_as_the_device_offers() {
         }
     }
 }
+
+/// What is wrong with a ring, and what makes it so.
+type Lie = (&'static str, fn(&Blk));
 
 #[test]
 fn a_broken_ring_retires_its_queue_and_nothing_else() {

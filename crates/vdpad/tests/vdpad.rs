@@ -13,9 +13,14 @@ use rustix::process::{Pid, Signal, kill_process};
 use vdpad::ctl::client::Client;
 
 fn vdpad(dir: &Path) -> Command {
+    vdpad_at(dir, "dev")
+}
+
+/// A daemon with its device files elsewhere.
+fn vdpad_at(dir: &Path, files: &str) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vdpad"));
     command.env_remove("NOTIFY_SOCKET").env_remove("VDPAD_LOG");
-    command.arg("--control").arg(dir.join("control.sock")).arg("--dir").arg(dir.join("dev"));
+    command.arg("--control").arg(dir.join("control.sock")).arg("--dir").arg(dir.join(files));
     command
 }
 
@@ -67,12 +72,14 @@ fn the_service_manager_is_told() {
 }
 
 #[test]
-fn a_second_daemon_on_the_same_socket_is_refused() {
+fn a_second_daemon_on_the_same_directory_or_socket_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let first = start(&mut vdpad(dir.path()));
-    let second = support::run(&mut vdpad(dir.path()));
-    assert_eq!(second.code, Some(1), "{second:?}");
-    assert!(second.stderr.contains("is in use by a running vdpad"), "{second:?}");
+    for (files, words) in [("dev", "is served by another vdpad"), ("dev2", "is in use by a running vdpad")] {
+        let second = support::run(&mut vdpad_at(dir.path(), files));
+        assert_eq!(second.code, Some(1), "{second:?}");
+        assert!(second.stderr.contains(words), "{second:?}");
+    }
     assert!(Client::new(dir.path().join("control.sock")).unwrap().version().is_ok());
     // SIGKILL leaves the socket file; the next daemon replaces it.
     end(first, Signal::KILL);

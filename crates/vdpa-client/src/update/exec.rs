@@ -14,7 +14,7 @@ use vdpa_sys::clock::monotonic_ns;
 use vdpa_sys::exec::{Program, execve, set_close_on_exec};
 use vdpa_sys::memfd;
 
-use super::{Cause, Phase, Report, STATE_VARIABLE, Strategy, UpdateError, steps};
+use super::{Cause, PID_VARIABLE, Phase, Report, STATE_VARIABLE, Strategy, UpdateError, steps};
 use crate::device::DeviceFile;
 use crate::queue::Queue;
 use crate::session::{Session, Setup};
@@ -212,7 +212,7 @@ fn check(
 struct Launch {
     image: CString,
     args: Vec<CString>,
-    /// Without [`STATE_VARIABLE`].
+    /// Without [`STATE_VARIABLE`] and [`PID_VARIABLE`].
     env: Vec<CString>,
 }
 
@@ -227,7 +227,7 @@ impl Launch {
         let text = |bytes: Vec<u8>, what| CString::new(bytes).map_err(|_| Cause::Nul { what });
         let args = args.into_iter().map(|a| text(a.into_vec(), "argument")).collect::<Result<Vec<_>, _>>()?;
         let env = std::env::vars_os()
-            .filter(|(name, _)| name != STATE_VARIABLE)
+            .filter(|(name, _)| name != STATE_VARIABLE && name != PID_VARIABLE)
             .map(|(name, value)| text(variable(&name, &value), "environment"))
             .collect::<Result<Vec<_>, _>>()?;
         Ok(Self { image: text(image.as_os_str().as_bytes().to_vec(), "path")?, args, env })
@@ -275,12 +275,11 @@ impl Leave<'_> {
         for fd in all {
             open.inherit(fd).map_err(UpdateError::at(Phase::Exec))?;
         }
-        let variable = format!("{STATE_VARIABLE}={}", file.as_raw_fd());
         let mut env = self.launch.env.clone();
-        env.push(
-            CString::new(variable)
-                .map_err(|_| UpdateError::at(Phase::Exec)(Cause::Nul { what: "environment" }))?,
-        );
+        for (name, number) in [(STATE_VARIABLE, file.as_raw_fd()), (PID_VARIABLE, steps::own_pid())] {
+            let variable = CString::new(format!("{name}={number}"));
+            env.push(variable.map_err(|_| UpdateError::at(Phase::Exec)(Cause::Nul { what: "environment" }))?);
+        }
         execve(Program::Path(&self.launch.image), &self.launch.args, &env).map_err(|source| UpdateError {
             phase: Phase::Exec,
             source: Cause::System { action: "execve the new image", source },
@@ -291,7 +290,7 @@ impl Leave<'_> {
     fn write(&self, saved: Saved, exec_begin_ns: u64) -> Result<OwnedFd, Cause> {
         let update = v1::Update {
             strategy: self.report.strategy.name().to_owned(),
-            pid: rustix::process::getpid().as_raw_nonzero().get(),
+            pid: steps::own_pid(),
             suspend_ns: self.report.suspend,
             save_ns: self.report.save,
             exec_begin_ns,

@@ -52,6 +52,10 @@ use crate::state::StateError;
 /// Environment variable with the number of the descriptor that holds the saved state.
 pub const STATE_VARIABLE: &str = "VDPA_LIVE_STATE";
 
+/// Environment variable with the process id that [`STATE_VARIABLE`] is meant for. An exec keeps it; children that
+/// inherit the variables find that they are not meant.
+pub const PID_VARIABLE: &str = "VDPA_LIVE_PID";
+
 /// The step at which an update failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Error)]
 pub enum Phase {

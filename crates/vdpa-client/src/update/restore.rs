@@ -10,7 +10,9 @@ use vdpa_sys::clock::monotonic_ns;
 use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::{inherit, memfd};
 
-use super::{Cause, Phase, Report, STATE_VARIABLE, StateFileError, Strategy, UpdateError, steps};
+use super::{
+    Cause, PID_VARIABLE, Phase, Report, STATE_VARIABLE, StateFileError, Strategy, UpdateError, steps,
+};
 use crate::device::{DeviceFile, set_backend};
 use crate::dma::{Backing, RegionSpec};
 use crate::error::Error;
@@ -31,7 +33,7 @@ pub struct Restored<D> {
 
 /// Takes over the session of the image that execed this one.
 ///
-/// `None` when there was none: [`STATE_VARIABLE`] is not set. Call it once, early and before other threads
+/// `None` when there was none: [`STATE_VARIABLE`] is not set, or meant for another process. Call it once, early and before other threads
 /// exist: it adopts inherited descriptors by number. A second call fails, since the descriptor is adopted.
 ///
 /// The first completions may have arrived already: reap before waiting.
@@ -44,6 +46,9 @@ pub fn restore<D: DeviceFile>() -> Result<Option<Restored<D>>, UpdateError> {
     let Some(value) = std::env::var_os(STATE_VARIABLE) else {
         return Ok(None);
     };
+    if std::env::var_os(PID_VARIABLE).is_some_and(|pid| pid.to_str() != Some(&steps::own_pid().to_string())) {
+        return Ok(None);
+    }
     let load = || -> Result<Sections, Cause> {
         let number = value
             .to_str()
@@ -143,7 +148,7 @@ impl<D: DeviceFile> Loaded<D> {
 }
 
 fn check_update(update: &v1::Update) -> Result<Strategy, Cause> {
-    let pid = rustix::process::getpid().as_raw_nonzero().get();
+    let pid = steps::own_pid();
     if update.pid != pid {
         return Err(invalid(
             "state",
@@ -256,4 +261,62 @@ fn take(what: &str, number: i32) -> Result<OwnedFd, Cause> {
 
 fn invalid(what: &str, reason: impl Into<String>) -> Cause {
     Cause::Invalid { what: what.to_owned(), reason: reason.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::{Section, StateError};
+
+    #[test]
+    fn only_a_sealed_memfd_is_read() {
+        let file = OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+        assert!(matches!(read_state(7, &file), Err(StateFileError::NotMemfd { number: 7 })));
+        let open = memfd::create(c"open", 100, None).unwrap();
+        let error = read_state(7, &open).unwrap_err();
+        assert!(error.to_string().contains("not sealed"), "{error}");
+        let sealed = memfd::sealed(c"sealed", b"something else entirely, long enough").unwrap();
+        let bytes = read_state(7, &sealed).unwrap();
+        assert!(matches!(state::decode(&bytes), Err(StateError::BadMagic { .. })));
+    }
+
+    fn state() -> v1::State {
+        let golden = include_bytes!("../../tests/golden/v1.state");
+        v1::State::take(&mut state::decode(golden).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn state_of_another_process_or_with_shared_descriptors_is_refused() {
+        let mut state = state();
+        let error = check_update(&state.update).unwrap_err().to_string();
+        assert!(error.contains("process 4711 saved it"), "{error}");
+        state.update.pid = steps::own_pid();
+        assert_eq!(check_update(&state.update).unwrap(), Strategy::Resume);
+        state.update.strategy = "teleport".to_owned();
+        assert!(check_update(&state.update).unwrap_err().to_string().contains("teleport"));
+
+        check_numbers(&state).unwrap();
+        state.queues.queues[0].call_fd = state.memory.regions[1].fd;
+        let error = check_numbers(&state).unwrap_err().to_string();
+        assert!(error.contains("number 7 is there twice"), "{error}");
+    }
+
+    #[test]
+    fn a_base_is_needed_where_the_vrings_are_set_up_again() {
+        let mut queues = state().queues;
+        assert_eq!(bases(Strategy::Reset, &queues).unwrap(), [65535]);
+        queues.queues[0].base = None;
+        assert!(bases(Strategy::Reopen, &queues).is_err());
+        assert!(bases(Strategy::Live, &queues).unwrap().is_empty());
+    }
+
+    #[test]
+    fn sections_that_are_missing_or_of_another_version_are_named() {
+        let mut sections = Sections::default();
+        let error = v1::State::take(&mut sections).unwrap_err();
+        assert!(matches!(error, StateError::Missing { name: v1::UPDATE }));
+        sections.push(Section::new(v1::UPDATE, 2, b"{}".to_vec()));
+        let error = v1::State::take(&mut sections).unwrap_err();
+        assert!(error.to_string().contains("has version 2; this program reads version 1"), "{error}");
+    }
 }

@@ -20,6 +20,10 @@ use crate::session::Setup;
 const BUSY_LIMIT: Duration = Duration::from_secs(5);
 const BUSY_PAUSE: Duration = Duration::from_micros(200);
 
+pub(super) fn own_pid() -> i32 {
+    rustix::process::getpid().as_raw_nonzero().get()
+}
+
 /// Runs `step` and adds the time it took to `ns`.
 pub(super) fn timed<T>(ns: &mut u64, step: impl FnOnce() -> T) -> T {
     let begin = monotonic_ns();

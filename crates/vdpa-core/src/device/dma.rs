@@ -90,7 +90,9 @@ pub enum IotlbError {
         errno: Errno,
     },
     /// The owner's limit on pinned pages.
-    #[error("pinning {pages} more pages exceeds RLIMIT_MEMLOCK: {pinned} pinned of {limit}")]
+    #[error(
+        "pinning {pages} more pages exceeds the limit (RLIMIT_MEMLOCK, or the device's memlock): {pinned} pinned of {limit}"
+    )]
     MemLock {
         /// Pages needed.
         pages: u64,
@@ -220,7 +222,7 @@ impl<P: Parent> Device<P> {
             return Err(IotlbError::Full { entries: table.len(), limit: profile.max_iotlb_entries });
         }
         let pages = pages_to_pin(profile, fragments.iter().map(|(_, fragment)| &fragment.memory));
-        let limit = caller.memlock_pages();
+        let limit = profile.pin_limit.pages(caller.memlock_pages());
         let pinned = owner.account().pages();
         self.ownership.charge(pages, limit).map_err(|_| IotlbError::MemLock { pages, pinned, limit })?;
         let added = self.insert_fragments(asid, range, msg, fragments);

@@ -162,6 +162,7 @@ impl<P: Parent> Device<P> {
         let profile = self.parent.profile();
         let (strict, remap_required) =
             (profile.strict_new_owner, profile.backend_features.has(BackendFeatures::IOTLB_REMAP));
+        let limit = profile.pin_limit;
         if !profile.backend_features.has(BackendFeatures::NEW_OWNER) {
             return Err(Errno::OPNOTSUPP);
         }
@@ -175,7 +176,7 @@ impl<P: Parent> Device<P> {
         let old = old.clone();
         let space = caller.address_space()?;
         self.parent.bind_owner(Some(&space))?;
-        if let Err(error) = self.ownership.transfer(space, caller.memlock_pages()) {
+        if let Err(error) = self.ownership.transfer(space, limit.pages(caller.memlock_pages())) {
             // Re-binding what was bound a moment ago; its result cannot change what the caller is told.
             let _ = self.parent.bind_owner(Some(&old));
             return Err(error);

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use super::*;
 use crate::host::{AddressSpace, Event, Fragment, MemoryObject, PinAccount};
 use crate::iotlb::Mapping;
-use crate::parent::{AddressMode, Dma, PrivateMemory, SetMap};
+use crate::parent::{AddressMode, Dma, PinLimit, PrivateMemory, SetMap};
 use crate::types::{IotlbMsg, Perm, VringAddr, iotlb_type};
 use crate::vq::{QueueSetup, QueueState};
 
@@ -215,6 +215,7 @@ fn profile(mode: AddressMode) -> Profile {
         reset_map: true,
         compat_reset: CompatReset::Keep,
         address_mode: mode,
+        pin_limit: PinLimit::Rlimit,
         private_memory: PrivateMemory::Skip,
         max_iotlb_entries: 16,
         verify_remap: true,
@@ -361,6 +362,19 @@ fn memlock_limits_updates_and_a_refusal_leaves_no_trace() {
     );
     assert_eq!((rig.device.pinned_pages(), rig.device.mapped().entries), (0, 0));
     assert!(rig.last_table().is_empty());
+}
+
+#[test]
+fn whoever_made_the_device_may_set_the_limit() {
+    let mut profile = profile(AddressMode::Pinned);
+    profile.pin_limit = PinLimit::Pages(4);
+    let mut rig = Rig::with(profile, Process::new(1, &[(0x10_0000, 16, 9, 0, true)]));
+    rig.owner.limit = 0;
+    rig.own(iotlb_type::UPDATE, 0, 4 * PAGE, 0x10_0000).unwrap();
+    assert!(rig.own(iotlb_type::UPDATE, 0x10_0000, PAGE, 0x10_4000).is_err());
+    let heir = Process { limit: 0, ..Process::new(2, &[]) };
+    rig.device.new_owner(&heir).unwrap();
+    assert_eq!(heir.space.account.pages(), 4);
 }
 
 #[test]

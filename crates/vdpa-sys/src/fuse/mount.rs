@@ -147,25 +147,44 @@ pub fn unmount(dir: &Path) -> Result<(), MountError> {
     )
 }
 
+/// What is mounted somewhere.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mounted {
+    /// Type of the file system.
+    pub fs_type: String,
+    /// Source: [`MountOptions::fsname`] for a mount of ours.
+    pub source: String,
+}
+
 /// The type of the file system mounted exactly at `dir`, the topmost one; `None` when it is no mount point.
+///
+/// # Errors
+/// As [`mounted_at`].
+pub fn fs_type_at(dir: &Path) -> Result<Option<String>, MountError> {
+    Ok(mounted_at(dir)?.map(|mounted| mounted.fs_type))
+}
+
+/// What is mounted exactly at `dir`, topmost; `None` when it is no mount point.
 ///
 /// Reads the table of mounts only, so it does not wait for a server that hangs. `dir` must be absolute and
 /// free of symbolic links, as the kernel shows it.
 ///
 /// # Errors
 /// [`MountError::Table`].
-pub fn fs_type_at(dir: &Path) -> Result<Option<String>, MountError> {
+pub fn mounted_at(dir: &Path) -> Result<Option<Mounted>, MountError> {
     let table =
         fs::read("/proc/self/mountinfo").map_err(|error| MountError::Table { message: error.to_string() })?;
-    Ok(find_type(&String::from_utf8_lossy(&table), &dir.to_string_lossy()))
+    Ok(find(&String::from_utf8_lossy(&table), &dir.to_string_lossy()))
 }
 
 /// The last line for `dir` wins: a later mount covers an earlier one.
-fn find_type(table: &str, dir: &str) -> Option<String> {
+fn find(table: &str, dir: &str) -> Option<Mounted> {
     table.lines().rev().find_map(|line| {
         let (left, right) = line.split_once(" - ")?;
         let place = left.split(' ').nth(4)?;
-        (unescape(place) == dir).then(|| right.split(' ').next().unwrap_or_default().to_owned())
+        let mut words = right.split(' ');
+        let (fs_type, source) = (words.next()?.to_owned(), unescape(words.next()?));
+        (unescape(place) == dir).then_some(Mounted { fs_type, source })
     })
 }
 
@@ -183,9 +202,11 @@ mod tests {
         let table = "1 0 8:1 / / rw - ext4 /dev/sda rw\n\
                      2 1 0:5 / /run/vdpa\\040x rw shared:7 - tmpfs tmpfs rw\n\
                      3 2 0:6 / /run/vdpa\\040x rw - fuse.vdpad vdpad rw,user_id=0\n";
-        assert_eq!(find_type(table, "/run/vdpa x").as_deref(), Some("fuse.vdpad"));
-        assert_eq!(find_type(table, "/").as_deref(), Some("ext4"));
-        assert_eq!(find_type(table, "/run"), None);
+        let mounted =
+            |fs_type: &str, source: &str| Mounted { fs_type: fs_type.into(), source: source.into() };
+        assert_eq!(find(table, "/run/vdpa x"), Some(mounted("fuse.vdpad", "vdpad")));
+        assert_eq!(find(table, "/"), Some(mounted("ext4", "/dev/sda")));
+        assert_eq!(find(table, "/run"), None);
     }
 
     #[test]

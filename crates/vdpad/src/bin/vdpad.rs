@@ -68,6 +68,9 @@ enum Command {
         /// Mount to end when the daemon stops answering
         #[arg(long)]
         mount: PathBuf,
+        /// Source of that mount
+        #[arg(long)]
+        source: String,
         /// Seconds without a sign of life
         #[arg(long, value_parser = seconds)]
         timeout: Duration,
@@ -97,7 +100,7 @@ fn main() -> ExitCode {
         .with_ansi(io::IsTerminal::is_terminal(&io::stderr()))
         .init();
     match cli.command {
-        Some(Command::Watchdog { mount, timeout }) => watch(&mount, timeout),
+        Some(Command::Watchdog { mount, source, timeout }) => watch(&mount, &source, timeout),
         None => serve(cli.serve),
     }
 }
@@ -169,8 +172,8 @@ fn default_path(name: &str, root: bool) -> Option<PathBuf> {
     Some(base.join("vdpad").join(name))
 }
 
-fn watch(mount: &Path, timeout: Duration) -> ExitCode {
-    match watchdog::run(io::stdin(), mount, timeout) {
+fn watch(mount: &Path, source: &str, timeout: Duration) -> ExitCode {
+    match watchdog::run(io::stdin(), mount, source, timeout) {
         Ok(Ended::DaemonDied | Ended::Farewell) => ExitCode::SUCCESS,
         Ok(Ended::Fired) => ExitCode::from(EXIT_RUNTIME),
         Err(error) => {

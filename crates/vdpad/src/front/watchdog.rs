@@ -4,7 +4,7 @@
 //! [`FuseFs`](super::fuse::FuseFs) answers for a device that hangs; for a daemon that is stopped, starved or
 //! deadlocked there is this process, which only needs a path: a forced unmount aborts the connection.
 //!
-//! The daemon starts itself again as `vdpad watchdog --mount DIR --timeout S` with the read end of a pipe as
+//! The daemon starts itself again as `vdpad watchdog --mount DIR --source SOURCE --timeout S` with the read end of a pipe as
 //! standard input and writes to the pipe as long as its FUSE reader makes progress. The watchdog never touches the
 //! mount with anything but `umount2(2)`: `stat` or `open` there could hang itself. It never holds `/dev/fuse`,
 //! which would keep a dead daemon's mount alive.
@@ -17,7 +17,9 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tracing::{error, info, warn};
-use vdpa_sys::fuse::{FS_TYPE, fs_type_at, unmount};
+use vdpa_sys::fuse::{FS_TYPE, mounted_at, unmount};
+
+use super::fuse::source_of;
 
 /// A heartbeat that is late by this makes the watchdog act, unless told otherwise.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -68,7 +70,7 @@ impl Watchdog {
     }
 }
 
-/// Starts `exe watchdog --mount DIR --timeout SECONDS`.
+/// Starts `exe watchdog --mount DIR --source SOURCE --timeout SECONDS`.
 ///
 /// Called before the mount is made, with the directory that [`prepare_dir`](super::fuse::prepare_dir) returned. The
 /// watchdog does nothing before the first heartbeat, which the reader sends once the mount is in service.
@@ -81,6 +83,8 @@ pub fn spawn(exe: &Path, dir: &Path, timeout: Duration) -> io::Result<Watchdog> 
         .arg("watchdog")
         .arg("--mount")
         .arg(dir)
+        .arg("--source")
+        .arg(source_of(std::process::id()))
         .arg("--timeout")
         .arg(timeout.as_secs_f64().to_string())
         .stdin(Stdio::from(read))
@@ -91,13 +95,12 @@ pub fn spawn(exe: &Path, dir: &Path, timeout: Duration) -> io::Result<Watchdog> 
 
 /// The watchdog itself: reads heartbeats from `stdin` until they stop.
 ///
-/// `dir` must be absolute and free of symbolic links, as the daemon mounted it. When a daemon dies and a new one
-/// replaces its dead mount before this process has run, the new mount may be hit: a supervisor should start the new
-/// daemon when the watchdog has exited, or after a pause.
+/// `dir` must be absolute and free of symbolic links, as the daemon mounted it. Only a mount whose source is `source`
+/// is ended: when the daemon has died and a new one has taken its place already, there is nothing left to do.
 ///
 /// # Errors
 /// When `stdin` cannot be read or polled. The mount is left alone then.
-pub fn run(stdin: impl AsFd, dir: &Path, timeout: Duration) -> io::Result<Ended> {
+pub fn run(stdin: impl AsFd, dir: &Path, source: &str, timeout: Duration) -> io::Result<Ended> {
     let time = Timespec::try_from(timeout).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
     let mut beats = [0; 4096];
     let mut armed = false;
@@ -108,12 +111,12 @@ pub fn run(stdin: impl AsFd, dir: &Path, timeout: Duration) -> io::Result<Ended>
         };
         if ready == 0 {
             error!(mount = %dir.display(), ?timeout, "the daemon's FUSE reader has stopped: ending its mount by force");
-            remove(dir);
+            remove(dir, source);
             return Ok(Ended::Fired);
         }
         match rustix::io::read(&stdin, &mut beats) {
             Ok(0) if armed => {
-                remove(dir);
+                remove(dir, source);
                 return Ok(Ended::DaemonDied);
             }
             Ok(0) => return Ok(Ended::Farewell),
@@ -127,10 +130,10 @@ pub fn run(stdin: impl AsFd, dir: &Path, timeout: Duration) -> io::Result<Ended>
     }
 }
 
-/// Removes our mount from `dir` when there is one; never anybody else's.
-fn remove(dir: &Path) {
-    match fs_type_at(dir) {
-        Ok(Some(kind)) if kind == FS_TYPE => match unmount(dir) {
+/// Removes our mount from `dir` when it is there; never anybody else's.
+fn remove(dir: &Path, source: &str) {
+    match mounted_at(dir) {
+        Ok(Some(mounted)) if mounted.fs_type == FS_TYPE && mounted.source == source => match unmount(dir) {
             Ok(()) => info!(mount = %dir.display(), "unmounted"),
             Err(error) => warn!(%error, "the mount could not be removed"),
         },

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use vdpa_client::device::DeviceFile;
@@ -93,8 +94,12 @@ pub struct Engine<D> {
     next_sequence: u64,
     chance: Pattern,
     last_completion_ns: u64,
+    /// When the first completion of the last batch was seen.
+    batch_ns: u64,
     layout: Layout,
     scratch: Vec<u8>,
+    /// From submission to completion in ns, when somebody wants to know.
+    latency: Option<Histogram<u64>>,
 }
 
 /// Where things are in guest memory, in bytes from its start.
@@ -183,8 +188,10 @@ impl<D: DeviceFile> Engine<D> {
             next_sequence: 1,
             chance: Pattern(config.seed),
             last_completion_ns: monotonic_ns(),
+            batch_ns: 0,
             scratch: vec![0; usize::from(u16::MAX).max(config.block_size as usize)],
             layout,
+            latency: None,
         })
     }
 
@@ -212,8 +219,10 @@ impl<D: DeviceFile> Engine<D> {
             next_sequence,
             chance: Pattern(chance),
             last_completion_ns,
+            batch_ns: 0,
             scratch: vec![0; usize::from(u16::MAX).max(config.block_size as usize)],
             layout,
+            latency: None,
         })
     }
 
@@ -236,10 +245,28 @@ impl<D: DeviceFile> Engine<D> {
         &self.session
     }
 
+    /// Guest memory.
+    #[must_use]
+    pub const fn ram(&self) -> &SharedMap {
+        &self.ram
+    }
+
     /// Counters until now.
     #[must_use]
     pub const fn totals(&self) -> &Totals {
         &self.totals
+    }
+
+    /// Measures how long requests take from now on.
+    pub fn measure_latency(&mut self) {
+        // Three digits; fails only for a precision beyond five.
+        self.latency = Histogram::new(3).ok();
+    }
+
+    /// What was measured, in ns.
+    #[must_use]
+    pub const fn latency(&self) -> Option<&Histogram<u64>> {
+        self.latency.as_ref()
     }
 
     /// Requests in flight.
@@ -252,6 +279,12 @@ impl<D: DeviceFile> Engine<D> {
     #[must_use]
     pub const fn last_completion_ns(&self) -> u64 {
         self.last_completion_ns
+    }
+
+    /// When the first completion of the last [`reap`](Self::reap) was seen, `CLOCK_MONOTONIC` in ns.
+    #[must_use]
+    pub const fn batch_ns(&self) -> u64 {
+        self.batch_ns
     }
 
     /// Prepares for waiting on [`Queue::call`]; whether there is no need to wait.
@@ -383,6 +416,11 @@ impl<D: DeviceFile> Engine<D> {
                     return Err(e.into());
                 }
             };
+            // Before it is judged, which takes longer than the device needs.
+            self.last_completion_ns = monotonic_ns();
+            if count == 0 {
+                self.batch_ns = self.last_completion_ns;
+            }
             count += 1;
             match self.requests.complete(done.token) {
                 Ok(request) => self.judge(Requests::slot(done.token), &request)?,
@@ -390,7 +428,6 @@ impl<D: DeviceFile> Engine<D> {
             }
         }
         if count > 0 {
-            self.last_completion_ns = monotonic_ns();
             self.timeline.record(self.last_completion_ns, count);
         }
         Ok(count)
@@ -398,6 +435,10 @@ impl<D: DeviceFile> Engine<D> {
 
     fn judge(&mut self, slot: usize, request: &Request) -> Result<(), LoadError> {
         self.totals.requests += 1;
+        if let Some(latency) = &mut self.latency {
+            // It grows as needed, up to any value.
+            let _ = latency.record(self.last_completion_ns.saturating_sub(request.submitted_ns));
+        }
         if request.overdue {
             // Late, but not lost.
             self.totals.lost = self.totals.lost.saturating_sub(1);

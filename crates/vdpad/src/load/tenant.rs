@@ -3,6 +3,7 @@
 use std::io::{self, Write as _};
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -90,6 +91,9 @@ struct Tenant<D> {
     stopping: bool,
     input: Vec<u8>,
     arrival: Option<Arrival>,
+    /// Maps all of guest memory again after an update, so that each update finds a process with all of it
+    /// mapped, as that of a guest that has run for a while.
+    populating: Option<JoinHandle<()>>,
     next_command_ns: u64,
     next_progress_ns: u64,
 }
@@ -142,6 +146,7 @@ impl<D: DeviceFile> Tenant<D> {
             stopping: false,
             input: Vec::new(),
             arrival: None,
+            populating: None,
             next_command_ns: 0,
             next_progress_ns: 0,
         }
@@ -242,8 +247,13 @@ impl<D: DeviceFile> Tenant<D> {
     /// The first completion after an update has come.
     fn announce(&mut self) -> Result<(), LoadError> {
         let Some(Arrival { report, last_before_ns, in_flight }) = self.arrival.take() else { return Ok(()) };
-        let at_ns = self.engine.last_completion_ns();
+        let at_ns = self.engine.batch_ns();
         let blackout_us = at_ns.saturating_sub(last_before_ns) / 1000;
+        let ram = self.engine.ram().clone();
+        // Memory that cannot be mapped shows up at the access that needs it.
+        self.populating = Some(std::thread::spawn(move || {
+            let _ = ram.populate();
+        }));
         tell(&Event::Update {
             strategy: report.strategy,
             way: "exec".to_owned(),
@@ -290,7 +300,8 @@ impl<D: DeviceFile> Tenant<D> {
 
     fn next_command(&mut self) -> Result<Option<Command>, LoadError> {
         // One command at a time: the next one waits until this one is done.
-        if matches!(self.mode, Mode::Draining | Mode::Flushing) || self.arrival.is_some() {
+        let populating = self.populating.as_ref().is_some_and(|thread| !thread.is_finished());
+        if populating || matches!(self.mode, Mode::Draining | Mode::Flushing) || self.arrival.is_some() {
             return Ok(None);
         }
         let Some(end) = self.input.iter().position(|&b| b == b'\n') else {

@@ -6,7 +6,9 @@ use vdpa_core::Errno;
 use vdpa_core::blk::{BlkConfig, BlkRequest, SECTOR, Segment, ShapeError, Status, kind};
 use vdpa_core::features::{BackendFeatures, Features};
 use vdpa_core::iotlb::Table;
-use vdpa_core::parent::{AddressMode, CompatReset, Dma, Parent, PrivateMemory, Profile, QueueStats, SetMap};
+use vdpa_core::parent::{
+    AddressMode, CompatReset, Dma, Parent, PinLimit, PrivateMemory, Profile, QueueStats, SetMap,
+};
 use vdpa_core::types::{Asid, IovaRange, QueueIndex, Result};
 use vdpa_core::vq::{QueueSetup, QueueState};
 use vdpa_sys::guest::{GuestMemory, LinuxHost};
@@ -77,6 +79,7 @@ fn profile() -> Profile {
         reset_map: true,
         compat_reset: CompatReset::Clean,
         address_mode: AddressMode::OwnerAddresses,
+        pin_limit: PinLimit::Rlimit,
         private_memory: PrivateMemory::Skip,
         max_iotlb_entries: 2048,
         verify_remap: true,

@@ -37,7 +37,8 @@ pub struct Options {
     /// Let all users in; mode and owner of each file decide who may open it, checked by the kernel. Without it only
     /// the user who runs the daemon sees the directory.
     pub allow_other: bool,
-    /// The source that `mount` shows.
+    /// The source that `mount` shows; by default it names this process, so that a watchdog can tell its mount from
+    /// that of a successor.
     pub fsname: String,
     /// How long a device may take for one request before the client gets `EIO`.
     pub request_timeout: Duration,
@@ -51,7 +52,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             allow_other: true,
-            fsname: "vdpad".into(),
+            fsname: source_of(std::process::id()),
             request_timeout: Duration::from_secs(30),
             heartbeat: None,
             heartbeat_interval: Duration::from_secs(1),
@@ -100,6 +101,12 @@ pub enum ServeError {
         /// The reason.
         source: std::io::Error,
     },
+}
+
+/// The source of the mount that the process `pid` serves.
+#[must_use]
+pub fn source_of(pid: u32) -> String {
+    format!("vdpad-{pid}")
 }
 
 /// A mount that serves device files. Dropping it is [`FuseFs::shutdown`].
@@ -284,7 +291,11 @@ fn clear(target: &Path) -> Result<(), ServeError> {
     match ask(target) {
         Some(Err(OsErrno::NOTCONN | OsErrno::CONNABORTED)) => {
             info!(dir = %target.display(), "removing the mount of a daemon that is gone");
-            Ok(unmount(target)?)
+            match unmount(target) {
+                // Its watchdog may have been faster.
+                Err(_) if fs_type_at(target)?.as_deref() != Some(FS_TYPE) => Ok(()),
+                other => Ok(other?),
+            }
         }
         Some(_) => Err(ServeError::Served { dir: target.into() }),
         None => Err(ServeError::Hung { dir: target.into() }),

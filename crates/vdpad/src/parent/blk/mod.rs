@@ -146,6 +146,7 @@ fn profile(options: &Options, backing: &Backing) -> Profile {
         reset_map: true,
         compat_reset: CompatReset::Keep,
         address_mode: if options.pin { AddressMode::Pinned } else { AddressMode::Objects },
+        pin_limit: options.pin_limit,
         private_memory: PrivateMemory::Copy,
         max_iotlb_entries: 2048,
         verify_remap: true,

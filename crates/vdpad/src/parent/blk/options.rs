@@ -4,15 +4,18 @@ use std::path::PathBuf;
 
 use vdpa_core::Errno;
 use vdpa_core::blk::ID_BYTES;
+use vdpa_core::host::PAGE_SIZE;
+use vdpa_core::parent::PinLimit;
 
 use crate::ctl::api::{Attrs, CtlError};
 
 /// Names of the attributes and what they take, for the error that lists them.
-const KNOWN: [(&str, &str); 8] = [
+const KNOWN: [(&str, &str); 9] = [
     ("path", "FILE"),
     ("readonly", "on|off"),
     ("direct", "on|off"),
     ("pin", "on|off"),
+    ("memlock", "rlimit|unlimited|BYTES"),
     ("queues", "1-64"),
     ("queue_size", "2-32768, a power of two"),
     ("serial", "TEXT of at most 20 bytes"),
@@ -28,6 +31,8 @@ pub(super) struct Options {
     pub(super) direct: bool,
     /// Pin guest memory by registering it with io_uring.
     pub(super) pin: bool,
+    /// How much may be pinned for one owner.
+    pub(super) pin_limit: PinLimit,
     pub(super) queues: u16,
     pub(super) queue_size: u16,
     /// The device id, padded with zeros.
@@ -58,11 +63,24 @@ impl Options {
             read_only: switch("readonly", false)?,
             direct: switch("direct", false)?,
             pin: switch("pin", true)?,
+            pin_limit: pin_limit(attrs)?,
             queues: number("queues", 1, 64, 4)?,
             queue_size,
             serial: serial(attrs.get("serial"), name)?,
             strict_new_owner: switch("strict_new_owner", false)?,
         })
+    }
+}
+
+/// The limit on pinned memory: the owner's own unless the operator sets one for the device.
+fn pin_limit(attrs: &Attrs) -> Result<PinLimit, CtlError> {
+    match attrs.get("memlock") {
+        None | Some("rlimit") => Ok(PinLimit::Rlimit),
+        Some("unlimited") => Ok(PinLimit::Pages(u64::MAX)),
+        Some(text) => text.parse::<u64>().map(|bytes| PinLimit::Pages(bytes / PAGE_SIZE)).map_err(|_| {
+            CtlError::new(Errno::INVAL, format!("memlock is \"{text}\""))
+                .with_hint("\"rlimit\", \"unlimited\" or a number of bytes is right.")
+        }),
     }
 }
 
@@ -117,12 +135,14 @@ mod tests {
             ("readonly", "on"),
             ("direct", "on"),
             ("pin", "off"),
+            ("memlock", "8192"),
             ("queues", "64"),
             ("queue_size", "1024"),
             ("serial", "12345678901234567890"),
         ];
         let options = Options::parse("x", &attrs(&all)).unwrap();
         assert!(!options.pin && options.direct && options.read_only);
+        assert_eq!(options.pin_limit, PinLimit::Pages(2));
         assert_eq!((options.queues, options.queue_size, options.serial[19]), (64, 1024, b'0'));
     }
 
@@ -133,6 +153,7 @@ mod tests {
             (&[("path", "/d"), ("queues", "0")], Errno::INVAL, "queues"),
             (&[("path", "/d"), ("queue_size", "100")], Errno::INVAL, "queue_size"),
             (&[("path", "/d"), ("pin", "yes")], Errno::INVAL, "pin"),
+            (&[("path", "/d"), ("memlock", "lots")], Errno::INVAL, "memlock"),
             (&[("path", "/d"), ("serial", "123456789012345678901")], Errno::INVAL, "serial"),
             (&[("path", "/d"), ("mac", "0")], Errno::OPNOTSUPP, "mac"),
         ] {

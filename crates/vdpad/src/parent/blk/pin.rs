@@ -21,11 +21,22 @@ const SLOTS: u16 = 4096;
 /// What is pinned for one device.
 #[derive(Debug, Default)]
 pub(super) struct Pins {
-    /// By address in the daemon: bytes and slots, one per [`PIECE`].
-    regions: BTreeMap<usize, (usize, Vec<u16>)>,
+    /// By address in the daemon.
+    regions: BTreeMap<usize, Region>,
     free: Vec<u16>,
     /// Slots reserved with the ring: nothing is until the first pin, so that idle devices cost nothing.
     reserved: bool,
+}
+
+/// A pinned mapping.
+#[derive(Debug)]
+struct Region {
+    /// Bytes.
+    len: usize,
+    /// One per [`PIECE`].
+    slots: Vec<u16>,
+    /// As long as it is here no other mapping can get its address, which is how a region is recognised.
+    _memory: MemorySet,
 }
 
 impl Pins {
@@ -64,9 +75,9 @@ impl Pins {
             .iter()
             .filter_map(|entry| pinnable(entry))
             .filter_map(|(addr, _)| self.regions.get_key_value(&addr))
-            .flat_map(|(&addr, (len, slots))| {
+            .flat_map(|(&addr, region)| {
                 let place = |(piece, &slot): (IoPiece, &u16)| Pin { addr: piece.addr, len: piece.len, slot };
-                pieces(addr, *len).zip(slots).map(place).collect::<Vec<_>>()
+                pieces(addr, region.len).zip(&region.slots).map(place)
             })
             .collect();
         pins.sort_unstable_by_key(|pin| pin.addr);
@@ -108,13 +119,13 @@ impl Pins {
                 return Err(error);
             }
         }
-        self.regions.insert(addr, (len, slots));
+        self.regions.insert(addr, Region { len, slots, _memory: memory });
         Ok(())
     }
 
     fn unpin(&mut self, addr: usize, registrar: &Registrar) {
-        if let Some((_, slots)) = self.regions.remove(&addr) {
-            self.release(slots, registrar);
+        if let Some(region) = self.regions.remove(&addr) {
+            self.release(region.slots, registrar);
         }
     }
 
