@@ -15,6 +15,7 @@ use vdpa_core::parent::{AddressMode, CompatReset, Dma, Parent, PrivateMemory, Pr
 use vdpa_core::types::{Asid, IovaRange, QueueIndex, Result};
 use vdpa_core::vq::{QueueSetup, QueueState};
 use vdpa_sys::guest::{GuestMemory, LinuxHost};
+use vdpa_sys::rlimit;
 use zerocopy::IntoBytes;
 
 use self::disk::FileDisk;
@@ -204,7 +205,7 @@ impl SetMap<LinuxHost> for Blk {
         let registrar = self.worker.registrar();
         let pinned = match &mut self.pins {
             Some(pins) => pins.pin_new(table, registrar).inspect_err(|errno| {
-                tracing::warn!(device = %self.name, "guest memory cannot be pinned: {errno}");
+                tracing::warn!(device = %self.name, "guest memory cannot be pinned: {errno}{}", remedy(*errno));
             })?,
             None => Vec::new(),
         };
@@ -217,6 +218,17 @@ impl SetMap<LinuxHost> for Blk {
             pins.unpin_gone(table, self.worker.registrar());
         }
         Ok(())
+    }
+}
+
+/// What can be done about a refused pin, for the log.
+fn remedy(errno: Errno) -> String {
+    match rlimit::memlock().soft {
+        Some(bytes) if errno == Errno::NOMEM => format!(
+            "; without CAP_IPC_LOCK this daemon may lock {bytes} bytes in all (RLIMIT_MEMLOCK): raise that, or add \
+             the device with pin off"
+        ),
+        _ => String::new(),
     }
 }
 
