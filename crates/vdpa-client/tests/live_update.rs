@@ -356,6 +356,15 @@ fn what_cannot_work_is_refused_before_the_device_is_touched() {
     assert!(matches!(cause, Cause::Image { .. }), "{cause}");
     let (cause, session) = refused(session, Plan::new("/bin/true").strategy(Strategy::Resume));
     assert!(cause.to_string().contains("SUSPEND (bit 4)"), "{cause}");
+    let old = directory.path().join(format!("{:x}", offered(&[]).0));
+    File::create(&old).unwrap();
+    for strategy in [Strategy::Live, Strategy::Resume, Strategy::Reset] {
+        let (cause, old) = refused(self::session(&old), Plan::new("/bin/true").strategy(strategy));
+        let text =
+            format!("strategy {strategy} needs backend feature NEW_OWNER (bit 9), which the device does not");
+        assert!(cause.to_string().starts_with(&text), "{cause}");
+        assert!(old.ops().text().ends_with("--- update\n"), "{}", old.ops().text());
+    }
     let (cause, session) = refused(session, Plan::new("/bin/true").strategy(Strategy::Reopen));
     assert!(matches!(cause, Cause::InFlight { in_flight: 2 }), "{cause}");
     let (cause, mut session) =

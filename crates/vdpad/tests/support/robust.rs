@@ -185,9 +185,20 @@ impl Drop for Vdpad {
     }
 }
 
+/// A directory with copies of the programs, for users to whom the build directory is closed.
+pub(crate) const PROGRAMS: &str = "VDPA_TEST_PROGRAMS";
+
+fn program(built: &str) -> PathBuf {
+    let built = PathBuf::from(built);
+    match std::env::var_os(PROGRAMS) {
+        Some(dir) => Path::new(&dir).join(built.file_name().unwrap()),
+        None => built,
+    }
+}
+
 /// vdpad with its directory and its socket in `dir`.
 pub(crate) fn command_at(dir: &Path) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_vdpad"));
+    let mut command = Command::new(program(env!("CARGO_BIN_EXE_vdpad")));
     command.env_remove("NOTIFY_SOCKET").env_remove("VDPAD_LOG");
     command.arg("--dir").arg(dir.join("dev")).arg("--control").arg(dir.join("control.sock"));
     command
@@ -195,7 +206,7 @@ pub(crate) fn command_at(dir: &Path) -> Command {
 
 /// vdpactl for a daemon in `dir`.
 pub(crate) fn vdpactl(dir: &Path) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_vdpactl"));
+    let mut command = Command::new(program(env!("CARGO_BIN_EXE_vdpactl")));
     command.env("VDPAD_SOCKET", dir.join("control.sock"));
     command
 }
