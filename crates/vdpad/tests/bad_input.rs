@@ -112,7 +112,7 @@ fn devices_that_cannot_be_added() {
         (
             format!("{blk} path {dir}/good.img colour blue"),
             "Error: vdpa: blk has no attribute \"colour\".\nkernel answers: Operation not supported\n\
-             It has: path FILE, readonly on|off, direct on|off, pin on|off, queues 1-64, queue_size \
+             It has: path FILE, readonly on|off, direct on|off, pin on|off, memlock rlimit|unlimited|BYTES, queues 1-64, queue_size \
              2-32768, a power of two, serial TEXT of at most 20 bytes, strict_new_owner on|off."
                 .into(),
         ),
