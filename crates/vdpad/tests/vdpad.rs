@@ -67,12 +67,12 @@ fn the_service_manager_is_told() {
 }
 
 #[test]
-fn a_second_daemon_on_the_same_socket_is_refused() {
+fn a_second_daemon_in_the_same_place_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let first = start(&mut vdpad(dir.path()));
     let second = support::run(&mut vdpad(dir.path()));
     assert_eq!(second.code, Some(1), "{second:?}");
-    assert!(second.stderr.contains("is in use by a running vdpad"), "{second:?}");
+    assert!(second.stderr.contains("is served by another vdpad"), "{second:?}");
     assert!(Client::new(dir.path().join("control.sock")).unwrap().version().is_ok());
     // SIGKILL leaves the socket file; the next daemon replaces it.
     end(first, Signal::KILL);
