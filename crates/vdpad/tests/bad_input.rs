@@ -5,7 +5,6 @@
 mod robust;
 
 use std::fs;
-use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -16,10 +15,9 @@ use vdpa_core::ops::VdpaOps;
 use vdpa_sys::vhost_vdpa::VhostVdpaFd;
 
 use robust::disk::{self, Disk};
-use robust::{Vdpad, open_to_all, run};
+use robust::{Vdpad, run};
 
 const LIMIT: Duration = Duration::from_secs(60);
-const NOBODY: u32 = 65534;
 const NO_DEVICE: &str = "Error: vdpa: device not found.\nkernel answers: No such device\n\
                          \"vdpactl dev show\" lists the devices that exist.";
 
@@ -31,123 +29,145 @@ fn refused(path: &Path) -> Errno {
     }
 }
 
-#[test]
-fn devices_that_cannot_be_added() {
-    let vdpad = Vdpad::start(LIMIT);
-    let dir = vdpad.dir().display();
-    vdpad.image("good", 1 << 20);
-    vdpad.image("small", 511);
-    vdpad.add_blk("disk0", 1 << 20, "");
-    let blk = "dev add name d1 mgmtdev blk";
-    let table: [(String, String); 17] = [
+/// A command, and what it says in the end.
+type Case = (String, String);
+
+/// A refusal as vdpactl words it; without a hint there is no third line.
+fn refusal(message: &str, errno: &str, hint: &str) -> String {
+    format!("Error: vdpa: {message}.\nkernel answers: {errno}\n{hint}")
+}
+
+fn bad_names(dir: &str) -> Vec<Case> {
+    let good = format!("path {dir}/good.img");
+    vec![
         (
-            format!("dev add name disk0 mgmtdev blk path {dir}/good.img"),
-            "Error: vdpa: device disk0 exists already.\nkernel answers: File exists\n\
-             Choose another name, or delete it first with \"vdpactl dev del\"."
-                .into(),
+            format!("dev add name disk0 mgmtdev blk {good}"),
+            refusal(
+                "device disk0 exists already",
+                "File exists",
+                "Choose another name, or delete it first with \"vdpactl dev del\".",
+            ),
         ),
         (
-            format!("dev add name d1 mgmtdev nosuch path {dir}/good.img"),
-            "Error: vdpa: Fail to find the specified management device.\nkernel answers: No such device\n\
-             \"vdpactl mgmtdev show\" lists the management devices that exist."
-                .into(),
+            format!("dev add name d1 mgmtdev nosuch {good}"),
+            refusal(
+                "Fail to find the specified management device",
+                "No such device",
+                "\"vdpactl mgmtdev show\" lists the management devices that exist.",
+            ),
         ),
         (
             "dev add name a/b mgmtdev sim-blk".into(),
-            "Error: vdpa: \"a/b\" is no device name.\nkernel answers: Invalid argument\n\
-             1 to 255 visible ASCII characters without a slash, not beginning with a dot, are right."
-                .into(),
-        ),
-        (
-            blk.into(),
-            "Error: vdpa: blk needs the attribute path.\nkernel answers: Invalid argument\n\
-             Give the file or block device that holds the data: path /srv/disk.img"
-                .into(),
-        ),
-        (
-            format!("{blk} path {dir}/missing.img"),
-            format!(
-                "Error: vdpa: cannot open {dir}/missing.img: No such file or directory (os error 2).\n\
-                 kernel answers: No such file or directory\n\
-                 Create it first, for example with \"truncate -s 1G FILE\"."
+            refusal(
+                "\"a/b\" is no device name",
+                "Invalid argument",
+                "1 to 255 visible ASCII characters without a slash, not beginning with a dot, are right.",
             ),
         ),
+        ("dev show d1".into(), NO_DEVICE.into()),
+        ("dev config show d1".into(), NO_DEVICE.into()),
+        ("dev del d1".into(), NO_DEVICE.into()),
+    ]
+}
+
+/// Of `path`: the message without its end, the errno's text, the hint.
+fn bad_files(dir: &str) -> Vec<Case> {
+    let table = [
         (
-            format!("{blk} path {dir}/small.img"),
-            format!(
-                "Error: vdpa: {dir}/small.img has 511 bytes, a disk needs at least 512.\n\
-                 kernel answers: Invalid argument\n\
-                 Make it larger, for example with \"truncate -s 1G FILE\"."
-            ),
+            "/missing.img",
+            format!("cannot open {dir}/missing.img: No such file or directory (os error 2)"),
+            "No such file or directory",
+            "Create it first, for example with \"truncate -s 1G FILE\".",
         ),
         (
-            format!("{blk} path {dir}"),
-            format!(
-                "Error: vdpa: cannot open {dir}: Is a directory (os error 21).\n\
-                 kernel answers: Is a directory\nGive a regular file or a block device."
-            ),
+            "/small.img",
+            format!("{dir}/small.img has 511 bytes, a disk needs at least 512"),
+            "Invalid argument",
+            "Make it larger, for example with \"truncate -s 1G FILE\".",
         ),
         (
-            format!("{blk} path {dir} readonly"),
-            format!(
-                "Error: vdpa: {dir} is neither a file nor a block device.\n\
-                 kernel answers: Invalid argument\nGive a regular file or a block device."
-            ),
+            "",
+            format!("cannot open {dir}: Is a directory (os error 21)"),
+            "Is a directory",
+            "Give a regular file or a block device.",
         ),
         (
-            format!("{blk} path {dir}/good.img/below"),
-            format!(
-                "Error: vdpa: cannot open {dir}/good.img/below: Not a directory (os error 20).\n\
-                 kernel answers: Not a directory\nThe daemon must be able to open it."
-            ),
+            " readonly",
+            format!("{dir} is neither a file nor a block device"),
+            "Invalid argument",
+            "Give a regular file or a block device.",
         ),
         (
-            format!("{blk} path {dir}/disk0.img"),
-            format!(
-                "Error: vdpa: {dir}/disk0.img is locked by another program or device.\n\
-                 kernel answers: Device or resource busy\n\
-                 A disk has one writer, or readers only (readonly on)."
-            ),
+            "/good.img/below",
+            format!("cannot open {dir}/good.img/below: Not a directory (os error 20)"),
+            "Not a directory",
+            "The daemon must be able to open it.",
         ),
         (
-            format!("{blk} path {dir}/good.img colour blue"),
-            "Error: vdpa: blk has no attribute \"colour\".\nkernel answers: Operation not supported\n\
-             It has: path FILE, readonly on|off, direct on|off, pin on|off, memlock rlimit|unlimited|BYTES, queues 1-64, queue_size \
-             2-32768, a power of two, serial TEXT of at most 20 bytes, strict_new_owner on|off."
-                .into(),
-        ),
-        (
-            "dev add name d1 mgmtdev sim-blk path /x".into(),
-            "Error: vdpa: sim-blk has no attribute \"path\".\nkernel answers: Operation not supported\n\
-             It has none, as the kernel's vdpasim_blk."
-                .into(),
-        ),
-        (
-            format!("{blk} path {dir}/good.img queues 65"),
-            "Error: vdpa: attribute \"queues\" is \"65\"; a number from 1 to 64 is right.\nkernel answers: Invalid argument".into(),
-        ),
-        (
-            format!("{blk} path {dir}/good.img queue_size 100"),
-            "Error: vdpa: queue_size is 100.\nkernel answers: Invalid argument\n\
-             A power of two from 2 to 32768 is right."
-                .into(),
-        ),
-        (
-            format!("{blk} path {dir}/good.img pin maybe"),
-            "Error: vdpa: attribute \"pin\" is \"maybe\"; \"on\" or \"off\" is right.\nkernel answers: Invalid argument".into(),
-        ),
-        (
-            format!("{blk} path {dir}/good.img serial 123456789012345678901"),
-            "Error: vdpa: serial \"123456789012345678901\" has 21 bytes.\nkernel answers: Invalid argument\n\
-             At most 20 bytes are right."
-                .into(),
-        ),
-        (
-            "dev show d1".into(),
-            NO_DEVICE.into(),
+            "/disk0.img",
+            format!("{dir}/disk0.img is locked by another program or device"),
+            "Device or resource busy",
+            "A disk has one writer, or readers only (readonly on).",
         ),
     ];
-    for (line, answer) in table {
+    let case = |(path, message, errno, hint): (&str, String, &str, &str)| {
+        (format!("dev add name d1 mgmtdev blk path {dir}{path}"), refusal(&message, errno, hint))
+    };
+    table.into_iter().map(case).collect()
+}
+
+fn bad_attributes(dir: &str) -> Vec<Case> {
+    let invalid = "Invalid argument";
+    let table = [
+        (
+            "colour blue",
+            "blk has no attribute \"colour\"",
+            "Operation not supported",
+            "It has: path FILE, readonly on|off, direct on|off, pin on|off, memlock rlimit|unlimited|BYTES, queues 1-64, queue_size 2-32768, a power \
+             of two, serial TEXT of at most 20 bytes, strict_new_owner on|off.",
+        ),
+        ("queues 65", "attribute \"queues\" is \"65\"; a number from 1 to 64 is right", invalid, ""),
+        ("queue_size 100", "queue_size is 100", invalid, "A power of two from 2 to 32768 is right."),
+        ("pin maybe", "attribute \"pin\" is \"maybe\"; \"on\" or \"off\" is right", invalid, ""),
+        (
+            "serial 123456789012345678901",
+            "serial \"123456789012345678901\" has 21 bytes",
+            invalid,
+            "At most 20 bytes are right.",
+        ),
+    ];
+    let case = |(attribute, message, errno, hint): (&str, &str, &str, &str)| {
+        let line = format!("dev add name d1 mgmtdev blk path {dir}/good.img {attribute}");
+        (line, refusal(message, errno, hint))
+    };
+    let missing = refusal(
+        "blk needs the attribute path",
+        invalid,
+        "Give the file or block device that holds the data: path /srv/disk.img",
+    );
+    let superfluous = refusal(
+        "sim-blk has no attribute \"path\"",
+        "Operation not supported",
+        "It has none, as the kernel's vdpasim_blk.",
+    );
+    table
+        .into_iter()
+        .map(case)
+        .chain([
+            ("dev add name d1 mgmtdev blk".into(), missing),
+            ("dev add name d1 mgmtdev sim-blk path /x".into(), superfluous),
+        ])
+        .collect()
+}
+
+#[test]
+fn devices_that_cannot_be_added() {
+    let vdpad = Vdpad::start(LIMIT);
+    let dir = vdpad.dir().to_str().unwrap();
+    vdpad.image("good", 1 << 20);
+    vdpad.image("small", 511);
+    vdpad.add_blk("disk0", 1 << 20, "");
+    for (line, answer) in [bad_names(dir), bad_files(dir), bad_attributes(dir)].concat() {
         println!("{line}");
         let output = vdpad.ctl(&line);
         output.fails(1, &answer);
@@ -280,32 +300,4 @@ fn a_control_socket_in_use_is_left_alone() {
     );
     assert!(vdpad.client().version().is_ok());
     assert_eq!(vdpa_sys::fuse::fs_type_at(&dir).unwrap(), None, "its mount is removed again");
-}
-
-/// Without `/dev/fuse` nothing can be served; the exit status is one of its own.
-#[test]
-fn a_closed_dev_fuse_is_named() {
-    // The build directory may be closed to others.
-    let dir = tempfile::tempdir().unwrap();
-    open_to_all(dir.path());
-    let exe = dir.path().join("vdpad");
-    fs::copy(env!("CARGO_BIN_EXE_vdpad"), &exe).unwrap();
-    open_to_all(&exe);
-    let may_open =
-        fs::metadata("/dev/fuse").map(|meta| std::os::unix::fs::PermissionsExt::mode(&meta.permissions()));
-    assert!(may_open.unwrap() & 0o006 == 0, "this test needs a /dev/fuse that is closed to other users");
-    let mut command = std::process::Command::new(&exe);
-    command
-        .current_dir("/")
-        .uid(NOBODY)
-        .gid(NOBODY)
-        .arg("--dir")
-        .arg("/tmp/x")
-        .arg("--control")
-        .arg("/tmp/y");
-    run(&mut command).fails(
-        3,
-        "vdpad: cannot run without root: cannot open /dev/fuse: Permission denied (EACCES); it must be readable \
-         and writable for this user (distributions ship it with mode 0666)",
-    );
 }

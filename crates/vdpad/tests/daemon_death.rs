@@ -36,8 +36,9 @@ mod heavy {
 
     #[test]
     fn a_stopped_daemon_does_not_hold_its_clients() {
-        const TIMEOUT: Duration = Duration::from_secs(1);
-        let mut vdpad = Vdpad::start_with(LIMIT, &["--watchdog-timeout", "1"]);
+        // Long enough for a busy machine to be in time with its heartbeats.
+        const TIMEOUT: Duration = Duration::from_secs(3);
+        let mut vdpad = Vdpad::start_with(LIMIT, &["--watchdog-timeout", "3"]);
         let device = vdpad.add_any("disk0", "blk");
         let mut disk = Disk::start(&device, disk::MEMORY_MIN);
         // Longer than the time-out: a daemon that works is left alone.

@@ -79,20 +79,22 @@ fn kill_clients(device: &Path, rounds: u64, chance: &mut u64) -> Duration {
     longest
 }
 
-/// What vdpad holds once nobody uses `device`; the same as `before` as far as descriptors go, if they get there.
+/// What vdpad holds once nobody uses `device`; as many descriptors and threads as `before`, if it gets there.
 fn at_rest(vdpad: &Vdpad, device: &str, before: Option<&Resources>) -> Resources {
     const QUIET: Duration = Duration::from_millis(20);
     vdpad.is_released(device);
     let deadline = Instant::now() + robust::SOON;
     let mut last = vdpad.resources();
-    // Connections of the control socket are closed some time after their clients have gone.
+    // Connections of the control socket are closed, and a device's thread ends, some time after their clients
+    // have gone.
     loop {
-        if before.is_some_and(|before| last.fds == before.fds) {
+        let same = |a: &Resources, b: &Resources| a.fds == b.fds && a.threads == b.threads;
+        if before.is_some_and(|before| same(before, &last)) {
             return last;
         }
         thread::sleep(QUIET);
         let now = vdpad.resources();
-        if before.is_none() && now.fds == last.fds || Instant::now() > deadline {
+        if before.is_none() && same(&now, &last) || Instant::now() > deadline {
             return now;
         }
         last = now;

@@ -151,8 +151,10 @@ fn updated(mgmtdev: &str, strategy: Strategy) {
             assert_eq!((set, changed), (1, updates), "{}", vdpad.log());
         }
         // Nothing of the old image is kept.
-        let now = robust::eventually("descriptors", || {
-            Some(vdpad.resources()).filter(|now| without_sockets(&now.fds) == without_sockets(&held.fds))
+        let now = robust::eventually("descriptors and threads are as before", || {
+            Some(vdpad.resources()).filter(|now| {
+                without_sockets(&now.fds) == without_sockets(&held.fds) && now.threads == held.threads
+            })
         });
         assert_eq!((now.memfds, now.registered, now.threads), (held.memfds, held.registered, held.threads));
     }

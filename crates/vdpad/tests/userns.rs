@@ -54,8 +54,8 @@ fn play(part: &str, uid: u32) {
     assert!(output.code == Some(0) && output.stdout.contains("PLAYED"), "{part}: {output:#?}");
 }
 
-/// As root: a mount namespace in which everybody may open `/dev/fuse`, and there user nobody.
-fn with_open_fuse(part: &str) {
+/// As root: a mount namespace in which `/dev/fuse` has this mode, and there user nobody.
+fn with_fuse_mode(mode: u32, part: &str) {
     // SAFETY: the process has one thread.
     unsafe { unshare_unsafe(UnshareFlags::NEWNS) }.unwrap();
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
@@ -63,7 +63,7 @@ fn with_open_fuse(part: &str) {
     mount("none", dir.path(), "tmpfs", MountFlags::empty(), None::<&std::ffi::CStr>).unwrap();
     let node = dir.path().join("fuse");
     mknodat(CWD, &node, FileType::CharacterDevice, Mode::RWXU, makedev(10, 229)).unwrap();
-    fs::set_permissions(&node, fs::Permissions::from_mode(0o666)).unwrap();
+    fs::set_permissions(&node, fs::Permissions::from_mode(mode)).unwrap();
     mount_bind(&node, "/dev/fuse").unwrap();
     lower_memlock(MEMLOCK);
     play(part, NOBODY);
@@ -183,6 +183,16 @@ fn be_refused() {
     );
 }
 
+/// As nobody, without `/dev/fuse`: the exit status is one of its own.
+fn be_without_fuse() {
+    let dir = tempfile::tempdir().unwrap();
+    run(&mut robust::command_at(dir.path())).fails(
+        3,
+        "vdpad: cannot run without root: cannot open /dev/fuse: Permission denied (EACCES); it must be readable and \
+         writable for this user (distributions ship it with mode 0666)",
+    );
+}
+
 fn an_ordinary_user_serves_in_a_namespace() {
     play("serve", 0);
 }
@@ -195,8 +205,13 @@ fn a_directory_of_others_is_refused() {
     play("refused", 0);
 }
 
+fn a_closed_dev_fuse_is_named() {
+    play("without-fuse", 0);
+}
+
 /// Named by the module of tests that run alone.
-const TESTS: [(&str, fn()); 3] = [
+const TESTS: [(&str, fn()); 4] = [
+    ("heavy::a_closed_dev_fuse_is_named", a_closed_dev_fuse_is_named),
     ("heavy::an_ordinary_user_serves_in_a_namespace", an_ordinary_user_serves_in_a_namespace),
     ("heavy::a_daemon_that_cannot_pin_says_so", a_daemon_that_cannot_pin_says_so),
     ("heavy::a_directory_of_others_is_refused", a_directory_of_others_is_refused),
@@ -206,12 +221,14 @@ fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     match words[..] {
-        ["serve"] => with_open_fuse("user-serve"),
-        ["serve-with-little"] => with_open_fuse("user-serve-with-little"),
-        ["refused"] => with_open_fuse("user-refused"),
+        ["serve"] => with_fuse_mode(0o666, "user-serve"),
+        ["serve-with-little"] => with_fuse_mode(0o666, "user-serve-with-little"),
+        ["refused"] => with_fuse_mode(0o666, "user-refused"),
+        ["without-fuse"] => with_fuse_mode(0o600, "user-without-fuse"),
         ["user-serve"] => serve(),
         ["user-serve-with-little"] => serve_with_little(),
         ["user-refused"] => be_refused(),
+        ["user-without-fuse"] => be_without_fuse(),
         ["client", pid, device, memory] => client(pid, device, memory),
         ["refused-client", pid, device, memory] => refused_client(pid, device, memory),
         _ => return run_tests(&words),
