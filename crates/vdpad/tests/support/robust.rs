@@ -306,7 +306,7 @@ impl Resources {
         };
         Self {
             fds,
-            threads: fs::read_dir(proc.join("task")).unwrap().filter(|task| is_lasting(task)).count(),
+            threads: fs::read_dir(proc.join("task")).unwrap().filter(is_lasting).count(),
             maps: maps.lines().count(),
             memfds: maps.lines().filter(|line| line.contains("/memfd:")).count(),
             registered,
