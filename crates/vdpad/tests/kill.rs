@@ -25,7 +25,7 @@ use vdpa_sys::mmap::{Prot, SharedMap};
 use vdpa_sys::vhost_vdpa::VhostVdpaFd;
 
 use robust::disk::{self, Disk, IOVA, Q0, SLOTS};
-use robust::{Player, Resources, Vdpad, eventually, say, variable};
+use robust::{Player, Resources, Vdpad, eventually, plays, say, variable};
 
 /// Memory wanted for a client that is killed, all of it pinned where the device pins.
 const MEMORY: u64 = 16 << 20;
@@ -34,8 +34,10 @@ const BUSY_MAX: Duration = Duration::from_secs(1);
 
 /// A client that does I/O until it is killed. It tells how long the device was busy before.
 #[test]
-#[ignore = "a part that other tests run as a process of its own"]
 fn load() {
+    if !plays("load") {
+        return;
+    }
     let (mut disk, busy) = Disk::start_timed(Path::new(&variable("DEVICE")), disk::pinnable(MEMORY));
     let mut seed = variable("SEED").parse::<u64>().unwrap();
     disk.check(seed);
@@ -162,8 +164,10 @@ fn point(name: &str) {
 
 /// A client that is updated by the documented sequence, step by step, and killed after one of the steps.
 #[test]
-#[ignore = "a part that other tests run as a process of its own"]
 fn step() {
+    if !plays("step") {
+        return;
+    }
     let strategy: Strategy = variable("STRATEGY").parse().unwrap();
     match std::env::var("INHERITED") {
         Err(_) => old_image(strategy),
