@@ -41,6 +41,13 @@ pub trait AddressSpace: Clone + Debug + Send + Sync + 'static {
 
     /// The account that pinned pages of this address space are charged to, shared by all its devices.
     fn account(&self) -> &PinAccount;
+
+    /// The whole address space as one piece of memory whose offsets are its addresses, for devices that pass
+    /// addresses through before anything is mapped (uapi-spec 6.1). `None` where the platform has no such thing:
+    /// nothing is mapped then.
+    fn whole(&self) -> Option<Self::Memory> {
+        None
+    }
 }
 
 /// One run of a resolved range: what the kernel would see as one VMA.

@@ -219,6 +219,8 @@ fn profile(mode: AddressMode) -> Profile {
         private_memory: PrivateMemory::Skip,
         max_iotlb_entries: 16,
         verify_remap: true,
+        identity_map: false,
+        reset_owner: false,
         strict_new_owner: false,
         status_unsuspends: false,
         report_batch_errors: false,
