@@ -303,6 +303,10 @@ impl AddressSpace for OwnerSpace {
     fn account(&self) -> &PinAccount {
         self.pin_account()
     }
+
+    fn whole(&self) -> Option<GuestMemory> {
+        Some(GuestMemory::from_private(self.clone(), 0, u64::MAX))
+    }
 }
 
 /// The memory of `[uaddr, uaddr + size)`, which lies within `vma`.

@@ -199,6 +199,13 @@ impl VhostVdpaFile {
                 self.log_owner(device.owner(), "owner changed");
                 return Ok(IoctlReply::default());
             }
+            // Where it is not supported it goes the way of all unknown requests, as in the kernel.
+            uapi::VHOST_RESET_OWNER if device.profile().reset_owner => {
+                device.reset_owner(&caller)?;
+                *self.owned_since.lock() = None;
+                tracing::info!(device = %self.name, tid = call.tid, "owner reset");
+                return Ok(IoctlReply::default());
+            }
             _ => device.check_owner(&caller)?,
         }
         if call.cmd == uapi::VHOST_SET_MEM_TABLE {
