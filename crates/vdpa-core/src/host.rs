@@ -7,6 +7,7 @@ use std::fmt::Debug;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::errno::Errno;
+use crate::ring::Fault;
 use crate::types::{Perm, Result};
 
 /// Bytes of a page: the unit of pinning and of its limit.
@@ -71,6 +72,21 @@ pub trait MemoryObject: Clone + Debug + Send + Sync + 'static {
     /// Whether the byte at `offset` here and the one at `other_offset` in `other` are the same byte: the same
     /// object at the same place. False for private memory unless it is the same address space and address.
     fn same_object(&self, offset: u64, other: &Self, other_offset: u64) -> bool;
+}
+
+/// Memory that can be reached by copying. Separate from [`MemoryObject`], since the device itself never looks inside.
+pub trait Bytes: MemoryObject {
+    /// Copies out from `offset`.
+    ///
+    /// # Errors
+    /// [`Fault`] with an offset, beyond the end or when the memory is gone; `buf` may have been changed in part.
+    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), Fault>;
+
+    /// Copies in at `offset`.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read), and where the memory may not be written.
+    fn write(&self, offset: u64, data: &[u8]) -> Result<(), Fault>;
 }
 
 /// An event another party waits for.

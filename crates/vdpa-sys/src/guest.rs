@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use vdpa_core::Errno;
-use vdpa_core::host::{AddressSpace, Fragment, Host, MemoryObject, PAGE_SIZE, PinAccount};
+use vdpa_core::host::{AddressSpace, Bytes, Fragment, Host, MemoryObject, PAGE_SIZE, PinAccount};
 use vdpa_core::ring::Fault;
 use vdpa_core::types::Perm;
 
@@ -276,6 +276,16 @@ impl MemoryObject for GuestMemory {
             }
             _ => false,
         }
+    }
+}
+
+impl Bytes for GuestMemory {
+    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), Fault> {
+        Self::read(self, offset, buf)
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> Result<(), Fault> {
+        Self::write(self, offset, data)
     }
 }
 

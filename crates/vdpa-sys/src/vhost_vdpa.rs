@@ -46,6 +46,7 @@ requests! {
     SET_BACKEND_FEATURES: Setter<u64> = VHOST_SET_BACKEND_FEATURES;
     SET_OWNER: NoArg = VHOST_SET_OWNER;
     NEW_OWNER: NoArg = VHOST_NEW_OWNER;
+    RESET_OWNER: NoArg = VHOST_RESET_OWNER;
     SET_VRING_NUM: Setter<uapi::VringState> = VHOST_SET_VRING_NUM;
     SET_VRING_ADDR: Setter<uapi::VringAddr> = VHOST_SET_VRING_ADDR;
     SET_VRING_BASE: Setter<uapi::VringState> = VHOST_SET_VRING_BASE;
@@ -338,6 +339,10 @@ impl VdpaOps for VhostVdpaFd {
 
     fn new_owner(&self) -> Result<()> {
         NEW_OWNER.call(&self.fd)
+    }
+
+    fn reset_owner(&self) -> Result<()> {
+        RESET_OWNER.call(&self.fd)
     }
 
     fn set_vring_num(&self, index: QueueIndex, num: u32) -> Result<()> {
