@@ -25,9 +25,8 @@ fn the_core_does_what_the_specification_says() {
         },
     };
     let findings = runner::run(&config, &probe, &cases, &expected, |finding| println!("{}", line(finding)));
-    let unexpected = |verdict: &runner::Verdict| {
-        verdict.is_error() || matches!(verdict, runner::Verdict::Skipped { .. })
-    };
+    let unexpected =
+        |verdict: &runner::Verdict| verdict.is_error() || matches!(verdict, runner::Verdict::Skipped { .. });
     let wrong: Vec<_> = findings.iter().filter(|finding| unexpected(&finding.verdict)).map(line).collect();
     assert!(wrong.is_empty(), "not as expected:\n{}", wrong.join("\n"));
 }

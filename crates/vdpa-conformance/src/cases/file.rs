@@ -20,7 +20,13 @@ pub(super) const CASES: &[Case] = &[
         needs: &[],
         run: open_twice,
     },
-    Case { id: "file.open-modes", spec: "4.2", covers: &[Request::OPEN], needs: &[Need::DeviceFile], run: open_modes },
+    Case {
+        id: "file.open-modes",
+        spec: "4.2",
+        covers: &[Request::OPEN],
+        needs: &[Need::DeviceFile],
+        run: open_modes,
+    },
     Case {
         id: "file.close-forgets",
         spec: "4.7, 9.4 vector 47",
@@ -35,8 +41,20 @@ pub(super) const CASES: &[Case] = &[
         needs: &[],
         run: reopen_at_once,
     },
-    Case { id: "file.read", spec: "1.10, 9.4 vector 40", covers: &[Request::READ], needs: &[Need::DeviceFile], run: read },
-    Case { id: "file.lseek", spec: "1.10, 9.4 vector 40", covers: &[Request::LSEEK], needs: &[Need::DeviceFile], run: lseek },
+    Case {
+        id: "file.read",
+        spec: "1.10, 9.4 vector 40",
+        covers: &[Request::READ],
+        needs: &[Need::DeviceFile],
+        run: read,
+    },
+    Case {
+        id: "file.lseek",
+        spec: "1.10, 9.4 vector 40",
+        covers: &[Request::LSEEK],
+        needs: &[Need::DeviceFile],
+        run: lseek,
+    },
     Case {
         id: "file.poll",
         spec: "1.10, 9.4 vector 40",
@@ -44,7 +62,13 @@ pub(super) const CASES: &[Case] = &[
         needs: &[Need::DeviceFile],
         run: poll_ready,
     },
-    Case { id: "file.mmap", spec: "1.9, 9.4 vector 41", covers: &[Request::MMAP], needs: &[Need::DeviceFile], run: mmap },
+    Case {
+        id: "file.mmap",
+        spec: "1.9, 9.4 vector 41",
+        covers: &[Request::MMAP],
+        needs: &[Need::DeviceFile],
+        run: mmap,
+    },
     Case {
         id: "file.epoll",
         spec: "1.10, 9.4 vector 40",
@@ -126,7 +150,8 @@ fn poll_ready(ctx: &mut Ctx<'_>) -> Outcome {
 fn epoll_add(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open()?;
     let set = prepare("epoll_create1", epoll::create(epoll::CreateFlags::CLOEXEC).map_err(errno))?;
-    let added = epoll::add(&set, device.file()?, epoll::EventData::new_u64(0), epoll::EventFlags::IN).map_err(errno);
+    let added =
+        epoll::add(&set, device.file()?, epoll::EventData::new_u64(0), epoll::EventFlags::IN).map_err(errno);
     check("epoll_ctl(ADD)", added, Err(Errno::PERM))
 }
 

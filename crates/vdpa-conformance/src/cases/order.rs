@@ -50,7 +50,13 @@ pub(super) const CASES: &[Case] = &[
         needs: &[Need::DeviceFile],
         run: unknown,
     },
-    Case { id: "order.other-vhost", spec: "1.1", covers: REFUSED, needs: &[Need::DeviceFile], run: other_vhost },
+    Case {
+        id: "order.other-vhost",
+        spec: "1.1",
+        covers: REFUSED,
+        needs: &[Need::DeviceFile],
+        run: other_vhost,
+    },
     Case {
         id: "order.endian",
         spec: "1.1",

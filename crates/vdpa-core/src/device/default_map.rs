@@ -86,7 +86,8 @@ impl<P: Parent> Device<P> {
 
     /// Address spaces in which the parent may have anything.
     fn address_spaces_in_use(&self) -> Vec<Asid> {
-        let passing = (0..).map(Asid).zip(&self.passthrough).filter(|(_, passes)| **passes).map(|(asid, _)| asid);
+        let passing =
+            (0..).map(Asid).zip(&self.passthrough).filter(|(_, passes)| **passes).map(|(asid, _)| asid);
         let mut asids: Vec<Asid> = self.tables.keys().copied().chain(passing).collect();
         asids.sort_unstable();
         asids.dedup();
@@ -129,9 +130,7 @@ impl<P: Parent> Device<P> {
 }
 
 /// All addresses of the owner, at themselves.
-fn identity<P: Parent>(
-    owner: &<P::Host as crate::host::Host>::AddressSpace,
-) -> Option<Mapping<MemoryOf<P>>> {
+fn identity<P: Parent>(owner: &<P::Host as crate::host::Host>::AddressSpace) -> Option<Mapping<MemoryOf<P>>> {
     Some(Mapping {
         range: IovaRange::ALL,
         uaddr: 0,

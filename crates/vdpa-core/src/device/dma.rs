@@ -313,7 +313,8 @@ impl<P: Parent> Device<P> {
             Dma::SetMap(_) | Dma::Platform => {}
         }
         let profile = self.parent.profile();
-        let pages = removed.iter().map(|entry| pages_to_pin(profile, entry.range.size(), &entry.memory)).sum();
+        let pages =
+            removed.iter().map(|entry| pages_to_pin(profile, entry.range.size(), &entry.memory)).sum();
         self.ownership.uncharge(pages);
     }
 

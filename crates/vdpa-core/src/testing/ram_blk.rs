@@ -36,6 +36,9 @@ pub struct RamBlk<H: Host = TestHost> {
     maps: BTreeMap<Asid, BTreeMap<u64, Mapping<H::Memory>>>,
     queue: Option<Queue<H>>,
     stats: QueueStats,
+    refuse_mappings: u32,
+    refuse_owner: bool,
+    told: u32,
 }
 
 struct Queue<H: Host> {
@@ -68,6 +71,9 @@ impl<H: Host> RamBlk<H> {
             maps: BTreeMap::new(),
             queue: None,
             stats: QueueStats::default(),
+            refuse_mappings: 0,
+            refuse_owner: false,
+            told: 0,
         }
     }
 
@@ -82,6 +88,33 @@ impl<H: Host> RamBlk<H> {
     #[must_use]
     pub fn with_single_mappings(self) -> Self {
         Self { single: true, ..self }.with(|profile| profile.vring_size = true)
+    }
+
+    /// Refuses the next `count` tables or mappings with `ENOSPC`; it keeps what it has.
+    pub const fn refuse_mappings(&mut self, count: u32) {
+        self.refuse_mappings = count;
+    }
+
+    /// Refuses owners with `EIO` from now on, or accepts them again.
+    pub const fn refuse_owner(&mut self, refuse: bool) {
+        self.refuse_owner = refuse;
+    }
+
+    /// How often it was told of mappings.
+    #[must_use]
+    pub const fn told(&self) -> u32 {
+        self.told
+    }
+
+    fn hear(&mut self) -> Result<()> {
+        self.told += 1;
+        match self.refuse_mappings.checked_sub(1) {
+            None => Ok(()),
+            Some(left) => {
+                self.refuse_mappings = left;
+                Err(Errno::NOSPC)
+            }
+        }
     }
 
     /// What it translates with in one address space: first address, last address and address in the owner.
@@ -214,7 +247,7 @@ impl<H: Host<Memory: Bytes>> RamBlk<H> {
 
     fn view(&self, asid: Asid) -> View<H> {
         let entries = self.maps.get(&asid).into_iter().flat_map(BTreeMap::values);
-        TableMemory(Arc::new(entries.cloned().collect()))
+        TableMemory::new(entries.cloned().collect())
     }
 }
 
@@ -226,7 +259,8 @@ impl<H: Host<Memory: Bytes> + Send> Parent for RamBlk<H> {
     }
 
     fn read_config(&self, offset: u32, out: &mut [u8]) {
-        let config = BlkConfig { capacity: (self.bytes.len() as u64 / SECTOR).into(), ..BlkConfig::default() };
+        let config =
+            BlkConfig { capacity: (self.bytes.len() as u64 / SECTOR).into(), ..BlkConfig::default() };
         let from = usize::try_from(offset).unwrap_or(usize::MAX);
         if let Some(part) = config.as_bytes().get(from..).and_then(|rest| rest.get(..out.len())) {
             out.copy_from_slice(part);
@@ -262,10 +296,15 @@ impl<H: Host<Memory: Bytes> + Send> Parent for RamBlk<H> {
     fn queue_stats(&self, _index: QueueIndex) -> QueueStats {
         self.stats
     }
+
+    fn bind_owner(&mut self, owner: Option<&H::AddressSpace>) -> Result<()> {
+        if owner.is_some() && self.refuse_owner { Err(Errno::IO) } else { Ok(()) }
+    }
 }
 
 impl<H: Host> SetMap<H> for RamBlk<H> {
     fn set_map(&mut self, asid: Asid, table: &Table<H::Memory>) -> Result<()> {
+        self.hear()?;
         let entries = table.iter().map(|entry| (entry.range.first(), entry.clone())).collect();
         self.maps.insert(asid, entries);
         Ok(())
@@ -274,11 +313,13 @@ impl<H: Host> SetMap<H> for RamBlk<H> {
 
 impl<H: Host> DmaMap<H> for RamBlk<H> {
     fn dma_map(&mut self, asid: Asid, mapping: &Mapping<H::Memory>) -> Result<()> {
+        self.hear()?;
         self.maps.entry(asid).or_default().insert(mapping.range.first(), mapping.clone());
         Ok(())
     }
 
     fn dma_unmap(&mut self, asid: Asid, range: IovaRange) {
+        self.told += 1;
         if let Some(entries) = self.maps.get_mut(&asid) {
             entries.retain(|_, mapping| !range.contains(mapping.range));
         }
@@ -288,6 +329,14 @@ impl<H: Host> DmaMap<H> for RamBlk<H> {
 /// Client memory through a table, entry by entry.
 #[derive(Debug)]
 pub struct TableMemory<M>(Arc<Table<M>>);
+
+impl<M> TableMemory<M> {
+    /// What `table` maps.
+    #[must_use]
+    pub fn new(table: Table<M>) -> Self {
+        Self(Arc::new(table))
+    }
+}
 
 impl<M> Clone for TableMemory<M> {
     fn clone(&self) -> Self {
@@ -308,7 +357,8 @@ impl<M: Bytes> TableMemory<M> {
         while done < len {
             let at = iova.checked_add(done as u64).ok_or(Fault { addr: iova })?;
             let fault = Fault { addr: at };
-            let entry = self.0.get(at).filter(|entry| !entry.stale && entry.perm.allows(perm)).ok_or(fault)?;
+            let entry =
+                self.0.get(at).filter(|entry| !entry.stale && entry.perm.allows(perm)).ok_or(fault)?;
             let room = (entry.range.last() - at).saturating_add(1);
             let part = usize::try_from(room).map_or(len - done, |room| room.min(len - done));
             access(&entry.memory, at - entry.range.first(), done, part).map_err(|_| fault)?;
