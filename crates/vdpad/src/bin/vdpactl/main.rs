@@ -115,6 +115,11 @@ struct Session {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    // The demonstration drives a device itself, and so do the images it becomes.
+    if let Err(error) = vdpa_sys::uapi::live::configure_from_env() {
+        eprintln!("vdpactl: {}: {error}", vdpa_sys::uapi::live::ENV);
+        return ExitCode::from(2);
+    }
     match &cli.object {
         Some(Object::Demo(options)) => return demo::main(options, cli.options.json),
         Some(Object::Tenant { config }) => return tenant::main(config),

@@ -11,13 +11,14 @@ use std::time::{Duration, SystemTime};
 
 use parking_lot::{Mutex, MutexGuard};
 use vdpa_core::device::Device;
-use vdpa_core::features::{BackendFeatures, Features, Status};
+use vdpa_core::features::{Features, Status};
 use vdpa_core::parent::Parent;
 use vdpa_core::types::{Asid, GroupIndex, IovaRange, QueueIndex, Result, VringAddr};
 use vdpa_core::{Errno, device::IotlbError};
 use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::guest::LinuxHost;
 use vdpa_sys::process::{Caller, OwnerSpace, ProcessCaller, Spaces};
+use vdpa_sys::uapi::live::{self, Numbers};
 use vdpa_sys::uapi::vhost as uapi;
 use zerocopy::IntoBytes;
 
@@ -43,6 +44,7 @@ pub struct VhostVdpaFile {
     owned_since: Mutex<Option<SystemTime>>,
     /// The device was taken away: nothing reaches it any more.
     gone: AtomicBool,
+    numbers: Numbers,
 }
 
 impl fmt::Debug for VhostVdpaFile {
@@ -62,6 +64,7 @@ impl VhostVdpaFile {
             refusals: RateLimit::per_second(5),
             owned_since: Mutex::new(None),
             gone: AtomicBool::new(false),
+            numbers: live::configured(),
         }
     }
 
@@ -147,9 +150,12 @@ impl VhostVdpaFile {
         Some(match call.cmd {
             uapi::VHOST_GET_FEATURES => reply(&profile.features.0),
             uapi::VHOST_SET_FEATURES => word().and_then(|word| done(device.set_features(Features(word)))),
-            uapi::VHOST_GET_BACKEND_FEATURES => reply(&device.backend_features().0),
+            uapi::VHOST_GET_BACKEND_FEATURES => {
+                reply(&self.numbers.features_to_wire(device.backend_features()))
+            }
             uapi::VHOST_SET_BACKEND_FEATURES => {
-                word().and_then(|word| done(device.set_backend_features(BackendFeatures(word))))
+                let features = word().map(|word| self.numbers.features_from_wire(word));
+                features.and_then(|features| done(device.set_backend_features(features)))
             }
             uapi::VHOST_SET_LOG_BASE | uapi::VHOST_SET_LOG_FD => Err(Errno::NOTTY),
             uapi::VHOST_VDPA_GET_DEVICE_ID => reply(&profile.device_id),
@@ -194,7 +200,7 @@ impl VhostVdpaFile {
                 self.log_owner(device.owner(), "owner set");
                 return Ok(IoctlReply::default());
             }
-            uapi::VHOST_NEW_OWNER => {
+            request if request == self.numbers.new_owner => {
                 device.new_owner(&caller)?;
                 self.log_owner(device.owner(), "owner changed");
                 return Ok(IoctlReply::default());
@@ -359,7 +365,8 @@ impl DeviceFile for VhostVdpaFile {
 
     fn write(&self, tid: u32, data: &[u8]) -> Result<u32> {
         let mut device = self.lock()?;
-        let (asid, msg) = wire::iotlb_message(data, device.acked_backend_features())?;
+        let (asid, mut msg) = wire::iotlb_message(data, device.acked_backend_features())?;
+        msg.kind = self.numbers.message_from_wire(msg.kind);
         let process = process(tid)?;
         let caller = ProcessCaller { caller: &process, spaces: &self.spaces };
         let result = device.iotlb(&caller, asid, &msg);
