@@ -18,6 +18,7 @@ pub mod errno;
 pub mod features;
 pub mod host;
 pub mod iotlb;
+pub mod net;
 pub mod ops;
 mod owner;
 pub mod parent;
