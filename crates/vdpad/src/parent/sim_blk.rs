@@ -153,16 +153,20 @@ impl Parent for SimBlk {
         Dma::SetMap(self)
     }
 
+    fn reset(&mut self) {
+        self.worker.reset();
+    }
+
     fn queue_stats(&self, index: QueueIndex) -> QueueStats {
         self.worker.stats(index)
     }
 }
 
 impl SetMap<LinuxHost> for SimBlk {
-    fn set_map(&mut self, _asid: Asid, table: &Table<GuestMemory>) -> Result<()> {
+    fn set_map(&mut self, asid: Asid, table: &Table<GuestMemory>) -> Result<()> {
         // Requests are answered before the next command is looked at, so there is never one in flight, and
         // draining only makes the queue look its ring up again.
-        self.worker.set_view(Arc::new(View::new(table, Vec::new())), true)
+        self.worker.set_view(asid, Arc::new(View::new(table, Vec::new())), true)
     }
 }
 

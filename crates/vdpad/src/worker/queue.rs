@@ -14,7 +14,7 @@ use vdpa_sys::snapshot::GuestArea;
 use super::{Reply, View};
 
 /// A queue between START and STOP.
-pub(super) struct Queue {
+pub(crate) struct Queue {
     pub(super) setup: QueueSetup<LinuxHost>,
     /// The ring, once its memory could be reached: a client may map it later than it starts the queue.
     ring: Option<SplitQueue<GuestArea>>,
@@ -28,6 +28,8 @@ pub(super) struct Queue {
     pub(super) generation: u32,
     /// A STOP waits for the requests in flight.
     pub(super) stopping: Option<Reply<Result<Option<QueueState>>>>,
+    /// Requests taken before the present ring was resolved that will never be answered.
+    pub(super) abandoned: u16,
     /// A violation was reported; the queue rests until it is started anew.
     pub(super) retired: bool,
 }
@@ -46,6 +48,7 @@ impl Queue {
             in_flight: 0,
             generation,
             stopping: None,
+            abandoned: 0,
             retired: false,
         })
     }
@@ -74,15 +77,18 @@ impl Queue {
     pub(super) fn unresolve(&mut self) {
         debug_assert_eq!(self.in_flight, 0);
         if let Some(ring) = self.ring.take() {
-            self.state = ring.state();
+            (self.state, self.abandoned) = (ring.state(), ring.in_flight());
         }
-        // What could not be reached before may be reachable now.
-        self.pending = true;
     }
 
     /// Where the queue is.
     pub(super) fn state(&self) -> QueueState {
         self.ring.as_ref().map_or(self.state, SplitQueue::state)
+    }
+
+    /// Requests taken that will never be answered; meaningful while nothing is in flight.
+    pub(super) fn abandoned(&self) -> u16 {
+        self.ring.as_ref().map_or(self.abandoned, SplitQueue::in_flight)
     }
 
     /// Whether the driver uses the flush command, so that writes need not be stable at once
@@ -98,6 +104,7 @@ impl Queue {
         let desc = memory.area(setup.desc, sizes.desc as u64, Perm::RO)?;
         let avail = memory.area(setup.avail, sizes.avail as u64, Perm::RO)?;
         let used = memory.area(setup.used, sizes.used as u64, Perm::RW)?;
-        SplitQueue::new(setup.size, setup.features, desc, avail, used, self.state)
+        let ring = SplitQueue::new(setup.size, setup.features, desc, avail, used, self.state)?;
+        Ok(ring.with_in_flight(self.abandoned))
     }
 }

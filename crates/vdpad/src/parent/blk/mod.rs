@@ -195,13 +195,17 @@ impl Parent for Blk {
         Dma::SetMap(self)
     }
 
+    fn reset(&mut self) {
+        self.worker.reset();
+    }
+
     fn queue_stats(&self, index: QueueIndex) -> QueueStats {
         self.worker.stats(index)
     }
 }
 
 impl SetMap<LinuxHost> for Blk {
-    fn set_map(&mut self, _asid: Asid, table: &Table<GuestMemory>) -> Result<()> {
+    fn set_map(&mut self, asid: Asid, table: &Table<GuestMemory>) -> Result<()> {
         let registrar = self.worker.registrar();
         let pinned = match &mut self.pins {
             Some(pins) => pins.pin_new(table, registrar).inspect_err(|errno| {
@@ -212,7 +216,7 @@ impl SetMap<LinuxHost> for Blk {
         let view = Arc::new(View::new(table, pinned));
         let now: Vec<_> = table.iter().map(place).collect();
         let gone = self.mapped.iter().any(|before| now.binary_search(before).is_err());
-        self.worker.set_view(view, gone)?;
+        self.worker.set_view(asid, view, gone)?;
         self.mapped = now;
         if let Some(pins) = &mut self.pins {
             pins.unpin_gone(table, self.worker.registrar());
