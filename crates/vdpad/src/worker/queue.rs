@@ -15,13 +15,13 @@ use super::{Reply, View};
 
 /// A queue between START and STOP.
 pub(crate) struct Queue {
-    pub(super) setup: QueueSetup<LinuxHost>,
+    pub(crate) setup: QueueSetup<LinuxHost>,
     /// The ring, once its memory could be reached: a client may map it later than it starts the queue.
     ring: Option<SplitQueue<GuestArea>>,
     /// Where the ring is to begin, while there is none.
     state: QueueState,
     /// There may be something to do.
-    pub(super) pending: bool,
+    pub(crate) pending: bool,
     /// Requests popped and not answered.
     pub(super) in_flight: u16,
     /// Names this run of the queue, so that a late kick of an earlier run is not taken for one of this.
@@ -55,11 +55,16 @@ impl Queue {
 
     /// Whether there may be requests that could be taken now.
     pub(super) const fn has_work(&self) -> bool {
-        self.pending && !self.retired && self.stopping.is_none()
+        self.pending && self.is_running()
+    }
+
+    /// Whether it is neither retired nor about to stop.
+    pub(crate) const fn is_running(&self) -> bool {
+        !self.retired && self.stopping.is_none()
     }
 
     /// The ring, resolved through `view` if it was not yet.
-    pub(super) fn ring(&mut self, view: &Arc<View>) -> Result<&mut SplitQueue<GuestArea>, RingError> {
+    pub(crate) fn ring(&mut self, view: &Arc<View>) -> Result<&mut SplitQueue<GuestArea>, RingError> {
         let ring = match self.ring.take() {
             Some(ring) => ring,
             None => self.resolve(view)?,
