@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use vdpa_core::blk::{BlkRequest, ShapeError, Status};
+use vdpa_core::blk::{BlkRequest, ShapeError, Status, kind};
 use vdpa_core::ring::{Buffer, Chain, Memory, RingError};
 use vdpa_core::types::Result;
 use vdpa_sys::uring::{Op, OwnedBuf, SubmitError};
@@ -104,6 +104,8 @@ struct Pending {
     /// Address of the status byte.
     status: u64,
     after: After,
+    /// Bytes of data that the driver wants written.
+    data_out: u64,
     view: Arc<View>,
 }
 
@@ -204,6 +206,7 @@ impl<D: Disk> Requests<D> {
             head: chain.head,
             status: request.status,
             after: After::Hint,
+            data_out: if request.header.kind == kind::OUT { request.data_out.len() } else { 0 },
             view: Arc::clone(view),
         };
         self.carry_out(queues, Some(queue), pending, verdict);
@@ -288,7 +291,8 @@ fn answer_request(
     status: Status,
     written: u32,
 ) {
-    queues.count_request(pending.queue, u64::from(written), status != Status::Ok);
+    let data_out = if status == Status::Ok { pending.data_out } else { 0 };
+    queues.count_request(pending.queue, data_out + u64::from(written), status != Status::Ok);
     let told = pending.view.snapshot().write(pending.status, &[status.byte()]);
     let queue = match queue {
         Some(queue) => Some(queue),

@@ -5,8 +5,8 @@
 mod wire;
 
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
 
 use parking_lot::{Mutex, MutexGuard};
@@ -36,7 +36,9 @@ const CONFIG_MAX: u32 = 1 << 16;
 /// A device behind a vhost-vdpa file.
 pub struct VhostVdpaFile {
     name: String,
-    device: SharedDevice,
+    /// Kept by the bus alone: a client may hold the file open long after its device was removed, and the disk must
+    /// not wait for that.
+    device: Weak<Mutex<Device<AnyParent>>>,
     spaces: Spaces,
     refusals: RateLimit,
     /// When the present owner became it.
@@ -52,12 +54,13 @@ impl fmt::Debug for VhostVdpaFile {
 }
 
 impl VhostVdpaFile {
-    /// A file for `device`, which is called `name` in the log.
+    /// A file for `device`, which is called `name` in the log. When the device is dropped, every request is
+    /// `ENODEV`.
     #[must_use]
-    pub fn new(name: String, device: SharedDevice, spaces: Spaces) -> Self {
+    pub fn new(name: String, device: &SharedDevice, spaces: Spaces) -> Self {
         Self {
             name,
-            device,
+            device: Arc::downgrade(device),
             spaces,
             refusals: RateLimit::per_second(5),
             owned_since: Mutex::new(None),
@@ -76,16 +79,21 @@ impl VhostVdpaFile {
     /// # Errors
     /// `EBUSY` when a request did not end in time; nothing has changed then.
     pub fn take_away(&self, patience: Duration) -> Result<()> {
-        let mut device = self.device.try_lock_for(patience).ok_or(Errno::BUSY)?;
+        let Some(device) = self.device.upgrade() else { return Ok(()) };
+        let mut device = device.try_lock_for(patience).ok_or(Errno::BUSY)?;
         self.gone.store(true, Ordering::Release);
         device.release();
         *self.owned_since.lock() = None;
         Ok(())
     }
 
+    fn device(&self) -> Result<SharedDevice> {
+        self.device.upgrade().ok_or(Errno::NODEV)
+    }
+
     /// The device, unless it was taken away.
-    fn lock(&self) -> Result<MutexGuard<'_, Device<AnyParent>>> {
-        let device = self.device.lock();
+    fn lock<'a>(&self, device: &'a SharedDevice) -> Result<MutexGuard<'a, Device<AnyParent>>> {
+        let device = device.lock();
         if self.gone.load(Ordering::Acquire) { Err(Errno::NODEV) } else { Ok(device) }
     }
 
@@ -324,18 +332,20 @@ fn process(tid: u32) -> Result<Caller> {
 
 impl DeviceFile for VhostVdpaFile {
     fn open(&self, _flags: u32) -> Result<()> {
-        self.lock()?.open()
+        self.lock(&self.device()?)?.open()
     }
 
     fn release(&self) {
-        if let Ok(mut device) = self.lock() {
+        let Ok(device) = self.device() else { return };
+        if let Ok(mut device) = self.lock(&device) {
             device.release();
             *self.owned_since.lock() = None;
         }
     }
 
     fn ioctl(&self, call: &IoctlCall<'_>) -> Result<IoctlReply> {
-        let mut device = self.lock()?;
+        let device = self.device()?;
+        let mut device = self.lock(&device)?;
         let result = match self.direct(&mut device, call) {
             Some(result) => result,
             None => self.owned(&mut device, call),
@@ -351,7 +361,8 @@ impl DeviceFile for VhostVdpaFile {
     }
 
     fn write(&self, tid: u32, data: &[u8]) -> Result<u32> {
-        let mut device = self.lock()?;
+        let device = self.device()?;
+        let mut device = self.lock(&device)?;
         let (asid, msg) = wire::iotlb_message(data, device.acked_backend_features())?;
         let process = process(tid)?;
         let caller = ProcessCaller { caller: &process, spaces: &self.spaces };

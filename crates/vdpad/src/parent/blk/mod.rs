@@ -207,21 +207,22 @@ impl Parent for Blk {
 impl SetMap<LinuxHost> for Blk {
     fn set_map(&mut self, asid: Asid, table: &Table<GuestMemory>) -> Result<()> {
         let registrar = self.worker.registrar();
-        let pinned = match &mut self.pins {
-            Some(pins) => pins.pin_new(table, registrar).inspect_err(|errno| {
-                tracing::warn!(device = %self.name, "guest memory cannot be pinned: {errno}");
-            })?,
-            None => Vec::new(),
-        };
-        let view = Arc::new(View::new(table, pinned));
-        let now: Vec<_> = table.iter().map(place).collect();
+        let pinned = self.pins.as_mut().map_or(Ok(()), |pins| pins.pin_new(table, registrar));
+        // Also when something cannot be pinned: that is not served then, and what the table has no more must be out
+        // of reach whatever happens.
+        let serves = |entry: &&Mapping<_>| self.pins.as_ref().is_none_or(|pins| pins.serves(entry));
+        let entries: Vec<_> = table.iter().filter(serves).collect();
+        let pins = self.pins.as_ref().map(|pins| pins.of(&entries)).unwrap_or_default();
+        let now: Vec<_> = entries.iter().map(|entry| place(entry)).collect();
         let gone = self.mapped.iter().any(|before| now.binary_search(before).is_err());
-        self.worker.set_view(asid, view, gone)?;
+        self.worker.set_view(asid, Arc::new(View::of(&entries, pins)), gone)?;
         self.mapped = now;
         if let Some(pins) = &mut self.pins {
             pins.unpin_gone(table, self.worker.registrar());
         }
-        Ok(())
+        pinned.inspect_err(|errno| {
+            tracing::warn!(device = %self.name, "guest memory cannot be pinned: {errno}");
+        })
     }
 }
 
