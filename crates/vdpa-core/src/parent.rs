@@ -170,6 +170,15 @@ impl PinLimit {
             Self::Pages(pages) => pages,
         }
     }
+
+    /// What sets the limit, for messages.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Rlimit => "RLIMIT_MEMLOCK",
+            Self::Pages(_) => "the device's memlock",
+        }
+    }
 }
 
 /// What to do with memory that no other process can see.

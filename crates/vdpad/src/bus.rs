@@ -244,7 +244,8 @@ impl Backend for Bus {
         let parent = mgmt.create(&request.name, &request.attrs)?;
         let profile = parent.profile().clone();
         let device: SharedDevice = Arc::new(Mutex::new(Device::new(parent)));
-        let file = Arc::new(VhostVdpaFile::new(request.name.clone(), &device, self.spaces.clone()));
+        let file =
+            Arc::new(VhostVdpaFile::new(request.name.clone(), Arc::clone(&device), self.spaces.clone()));
         let taken: BTreeSet<u32> = devices.iter().map(|entry| entry.number).collect();
         let number = (0..).find(|number| !taken.contains(number)).unwrap_or(u32::MAX);
         let entry = Entry { name: request.name, number, mgmtdev: request.mgmtdev, profile, device, file };

@@ -90,9 +90,7 @@ pub enum IotlbError {
         errno: Errno,
     },
     /// The owner's limit on pinned pages.
-    #[error(
-        "pinning {pages} more pages exceeds the limit (RLIMIT_MEMLOCK, or the device's memlock): {pinned} pinned of {limit}"
-    )]
+    #[error("pinning {pages} more pages exceeds {what}: {pinned} pinned of {limit}")]
     MemLock {
         /// Pages needed.
         pages: u64,
@@ -100,6 +98,8 @@ pub enum IotlbError {
         pinned: u64,
         /// Limit in pages.
         limit: u64,
+        /// What sets it.
+        what: &'static str,
     },
     /// The parent refused.
     #[error("the device refused the mapping: {errno}")]
@@ -222,9 +222,14 @@ impl<P: Parent> Device<P> {
             return Err(IotlbError::Full { entries: table.len(), limit: profile.max_iotlb_entries });
         }
         let pages = pages_to_pin(profile, fragments.iter().map(|(_, fragment)| &fragment.memory));
-        let limit = profile.pin_limit.pages(caller.memlock_pages());
+        let (limit, what) = (profile.pin_limit.pages(caller.memlock_pages()), profile.pin_limit.name());
         let pinned = owner.account().pages();
-        self.ownership.charge(pages, limit).map_err(|_| IotlbError::MemLock { pages, pinned, limit })?;
+        self.ownership.charge(pages, limit).map_err(|_| IotlbError::MemLock {
+            pages,
+            pinned,
+            limit,
+            what,
+        })?;
         let added = self.insert_fragments(asid, range, msg, fragments);
         self.tell_parent_added(asid, range, &added).map_err(|errno| {
             self.ownership.uncharge(pages);

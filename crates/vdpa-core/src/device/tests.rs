@@ -351,7 +351,7 @@ fn memlock_limits_updates_and_a_refusal_leaves_no_trace() {
     rig.owner.limit = 4;
     rig.own(iotlb_type::UPDATE, 0, 4 * PAGE, 0x10_0000).unwrap();
     let refused = rig.own(iotlb_type::UPDATE, 0x10_0000, PAGE, 0x10_4000);
-    assert_eq!(refused, Err(IotlbError::MemLock { pages: 1, pinned: 4, limit: 4 }));
+    assert_eq!(refused, Err(IotlbError::MemLock { pages: 1, pinned: 4, limit: 4, what: "RLIMIT_MEMLOCK" }));
     assert_eq!(rig.device.mapped().entries, 1);
     rig.own(iotlb_type::INVALIDATE, 0, 1, 0).unwrap();
     assert_eq!(rig.device.pinned_pages(), 0);

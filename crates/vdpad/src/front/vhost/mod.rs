@@ -5,11 +5,10 @@
 mod wire;
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::Mutex;
 use vdpa_core::device::Device;
 use vdpa_core::features::{BackendFeatures, Features, Status};
 use vdpa_core::parent::Parent;
@@ -36,15 +35,13 @@ const CONFIG_MAX: u32 = 1 << 16;
 /// A device behind a vhost-vdpa file.
 pub struct VhostVdpaFile {
     name: String,
-    /// Kept by the bus alone: a client may hold the file open long after its device was removed, and the disk must
-    /// not wait for that.
-    device: Weak<Mutex<Device<AnyParent>>>,
+    /// `None` when the device was taken away: nothing reaches it any more, and what it holds is free although a
+    /// client may keep the file open.
+    device: Mutex<Option<SharedDevice>>,
     spaces: Spaces,
     refusals: RateLimit,
     /// When the present owner became it.
     owned_since: Mutex<Option<SystemTime>>,
-    /// The device was taken away: nothing reaches it any more.
-    gone: AtomicBool,
 }
 
 impl fmt::Debug for VhostVdpaFile {
@@ -54,17 +51,15 @@ impl fmt::Debug for VhostVdpaFile {
 }
 
 impl VhostVdpaFile {
-    /// A file for `device`, which is called `name` in the log. When the device is dropped, every request is
-    /// `ENODEV`.
+    /// A file for `device`, which is called `name` in the log.
     #[must_use]
-    pub fn new(name: String, device: &SharedDevice, spaces: Spaces) -> Self {
+    pub fn new(name: String, device: SharedDevice, spaces: Spaces) -> Self {
         Self {
             name,
-            device: Arc::downgrade(device),
+            device: Mutex::new(Some(device)),
             spaces,
             refusals: RateLimit::per_second(5),
             owned_since: Mutex::new(None),
-            gone: AtomicBool::new(false),
         }
     }
 
@@ -79,22 +74,23 @@ impl VhostVdpaFile {
     /// # Errors
     /// `EBUSY` when a request did not end in time; nothing has changed then.
     pub fn take_away(&self, patience: Duration) -> Result<()> {
-        let Some(device) = self.device.upgrade() else { return Ok(()) };
+        let Some(device) = self.device.lock().clone() else { return Ok(()) };
         let mut device = device.try_lock_for(patience).ok_or(Errno::BUSY)?;
-        self.gone.store(true, Ordering::Release);
+        *self.device.lock() = None;
         device.release();
         *self.owned_since.lock() = None;
         Ok(())
     }
 
-    fn device(&self) -> Result<SharedDevice> {
-        self.device.upgrade().ok_or(Errno::NODEV)
-    }
-
-    /// The device, unless it was taken away.
-    fn lock<'a>(&self, device: &'a SharedDevice) -> Result<MutexGuard<'a, Device<AnyParent>>> {
-        let device = device.lock();
-        if self.gone.load(Ordering::Acquire) { Err(Errno::NODEV) } else { Ok(device) }
+    /// Calls the device, unless it was taken away.
+    fn with<T>(&self, call: impl FnOnce(&mut Device<AnyParent>) -> Result<T>) -> Result<T> {
+        let device = self.device.lock().clone().ok_or(Errno::NODEV)?;
+        let mut device = device.lock();
+        // It may have been taken away while this waited for it.
+        if self.device.lock().is_none() {
+            return Err(Errno::NODEV);
+        }
+        call(&mut device)
     }
 
     fn log_owner(&self, space: Option<&OwnerSpace>, how: &str) {
@@ -332,24 +328,24 @@ fn process(tid: u32) -> Result<Caller> {
 
 impl DeviceFile for VhostVdpaFile {
     fn open(&self, _flags: u32) -> Result<()> {
-        self.lock(&self.device()?)?.open()
+        self.with(Device::open)
     }
 
     fn release(&self) {
-        let Ok(device) = self.device() else { return };
-        if let Ok(mut device) = self.lock(&device) {
+        let release = |device: &mut Device<AnyParent>| {
             device.release();
             *self.owned_since.lock() = None;
-        }
+            Ok(())
+        };
+        // A device that was taken away has been released.
+        let _ = self.with(release);
     }
 
     fn ioctl(&self, call: &IoctlCall<'_>) -> Result<IoctlReply> {
-        let device = self.device()?;
-        let mut device = self.lock(&device)?;
-        let result = match self.direct(&mut device, call) {
+        let result = self.with(|device| match self.direct(device, call) {
             Some(result) => result,
-            None => self.owned(&mut device, call),
-        };
+            None => self.owned(device, call),
+        });
         tracing::trace!(
             device = %self.name,
             tid = call.tid,
@@ -361,16 +357,16 @@ impl DeviceFile for VhostVdpaFile {
     }
 
     fn write(&self, tid: u32, data: &[u8]) -> Result<u32> {
-        let device = self.device()?;
-        let mut device = self.lock(&device)?;
-        let (asid, msg) = wire::iotlb_message(data, device.acked_backend_features())?;
-        let process = process(tid)?;
-        let caller = ProcessCaller { caller: &process, spaces: &self.spaces };
-        let result = device.iotlb(&caller, asid, &msg);
-        tracing::trace!(device = %self.name, tid, %asid, ?msg, ?result, "IOTLB");
-        result.map(|()| wire::MESSAGE_SIZE).map_err(|error| {
-            self.log_refusal(tid, asid, &error);
-            error.errno()
+        self.with(|device| {
+            let (asid, msg) = wire::iotlb_message(data, device.acked_backend_features())?;
+            let process = process(tid)?;
+            let caller = ProcessCaller { caller: &process, spaces: &self.spaces };
+            let result = device.iotlb(&caller, asid, &msg);
+            tracing::trace!(device = %self.name, tid, %asid, ?msg, ?result, "IOTLB");
+            result.map(|()| wire::MESSAGE_SIZE).map_err(|error| {
+                self.log_refusal(tid, asid, &error);
+                error.errno()
+            })
         })
     }
 }

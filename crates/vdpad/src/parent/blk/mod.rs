@@ -15,6 +15,7 @@ use vdpa_core::parent::{AddressMode, CompatReset, Dma, Parent, PrivateMemory, Pr
 use vdpa_core::types::{Asid, IovaRange, QueueIndex, Result};
 use vdpa_core::vq::{QueueSetup, QueueState};
 use vdpa_sys::guest::{GuestMemory, LinuxHost};
+use vdpa_sys::rlimit;
 use zerocopy::IntoBytes;
 
 use self::disk::FileDisk;
@@ -221,8 +222,19 @@ impl SetMap<LinuxHost> for Blk {
             pins.unpin_gone(table, self.worker.registrar());
         }
         pinned.inspect_err(|errno| {
-            tracing::warn!(device = %self.name, "guest memory cannot be pinned: {errno}");
+            tracing::warn!(device = %self.name, "guest memory cannot be pinned: {errno}{}", remedy(*errno));
         })
+    }
+}
+
+/// What can be done about a refused pin, for the log.
+fn remedy(errno: Errno) -> String {
+    match rlimit::memlock().soft {
+        Some(bytes) if errno == Errno::NOMEM => format!(
+            "; without CAP_IPC_LOCK this daemon may lock {bytes} bytes in all (RLIMIT_MEMLOCK): raise that, or add \
+             the device with pin off"
+        ),
+        _ => String::new(),
     }
 }
 
