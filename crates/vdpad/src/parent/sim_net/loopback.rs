@@ -1,6 +1,10 @@
 //! What the simulator does with its queues (uapi-spec 6.2): `vdpasim_net_work` of the kernel.
 //!
 //! Written over [`End`], a queue as this logic sees it, so that it can be tested without a thread.
+//!
+//! What drivers that follow the rules cannot see differs: a chain that breaks the rules of rings (a loop, an index out
+//! of range) stops its queue until it is started anew, where `vringh` skips it; and an answer that cannot be written has
+//! the length 0, where the kernel's has an error number's.
 
 use std::sync::Arc;
 
