@@ -105,6 +105,20 @@ word! {
         BLK_DISCARD = 13;
         /// Block: write-zeroes command.
         BLK_WRITE_ZEROES = 14;
+        /// Network: the largest packet is given.
+        NET_MTU = 3;
+        /// Network: a MAC address is given.
+        NET_MAC = 5;
+        /// Network: the link status is given.
+        NET_STATUS = 16;
+        /// Network: control queue.
+        NET_CTRL_VQ = 17;
+        /// Network: several pairs of data queues.
+        NET_MQ = 22;
+        /// Network: the driver may set the MAC address with a command.
+        NET_CTRL_MAC_ADDR = 23;
+        /// Network: receive-side scaling.
+        NET_RSS = 60;
         /// Arbitrary descriptor layouts (legacy bit, offered by the kernel's simulator).
         ANY_LAYOUT = 27;
         /// Indirect descriptor tables.
@@ -230,6 +244,17 @@ mod tests {
             Features::ACCESS_PLATFORM,
         ]);
         assert_eq!(blk.0, 0x3_0800_7646);
+        let net = Features::of(&[
+            Features::NET_MTU,
+            Features::NET_MAC,
+            Features::NET_STATUS,
+            Features::NET_CTRL_VQ,
+            Features::NET_CTRL_MAC_ADDR,
+            Features::ANY_LAYOUT,
+            Features::VERSION_1,
+            Features::ACCESS_PLATFORM,
+        ]);
+        assert_eq!(net.0, 0x3_0883_0028);
         let live = BackendFeatures(0x17e).with(BackendFeatures::NEW_OWNER).with(BackendFeatures::IOTLB_REMAP);
         assert_eq!(live.0, 0x77e);
         assert!(!live.without(BackendFeatures::IOTLB_REMAP).has(BackendFeatures::IOTLB_REMAP));

@@ -20,6 +20,7 @@ pub mod features;
 pub mod host;
 pub mod inprocess;
 pub mod iotlb;
+pub mod net;
 pub mod ops;
 mod owner;
 pub mod parent;

@@ -77,6 +77,15 @@ pub trait Parent: Debug + Send {
         QueueStats::default()
     }
 
+    /// What the vendor counts for a queue, with the vendor's names and in its order (`get_vendor_vq_stats`). Does not
+    /// block.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` without such statistics; `EINVAL` for a queue that has none.
+    fn vendor_stats(&self, _index: QueueIndex) -> Result<Vec<(&'static str, u64)>> {
+        Err(Errno::OPNOTSUPP)
+    }
+
     /// The device has a new owner address space, or none.
     ///
     /// # Errors
@@ -302,6 +311,10 @@ impl<P: Parent + ?Sized> Parent for Box<P> {
 
     fn queue_stats(&self, index: QueueIndex) -> QueueStats {
         (**self).queue_stats(index)
+    }
+
+    fn vendor_stats(&self, index: QueueIndex) -> Result<Vec<(&'static str, u64)>> {
+        (**self).vendor_stats(index)
     }
 
     fn bind_owner(&mut self, owner: Option<&<Self::Host as Host>::AddressSpace>) -> Result<()> {

@@ -7,20 +7,23 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use parking_lot::{Mutex, MutexGuard};
 use vdpa_core::Errno;
 use vdpa_core::device::Device;
-use vdpa_core::features::Status;
+use vdpa_core::features::{Features, Status};
 use vdpa_core::host::PAGE_SIZE;
+use vdpa_core::net::NetConfig;
 use vdpa_core::parent::{Parent, PinLimit, Profile};
 use vdpa_core::types::QueueIndex;
 use vdpa_sys::process::{Caller, OwnerSpace, Spaces};
 use vdpa_sys::rlimit;
+use zerocopy::IntoBytes;
 
 use crate::ctl::api::{
     AddRequest, Backend, CtlError, DevInfo, DevState, ID_NET, MgmtDev, Owner, QueueInfo, QueueVstats,
+    VSTATS_INDEX_MAX,
 };
 use crate::ctl::config::DevConfig;
 use crate::front::fuse::FuseFs;
 use crate::front::vhost::{AnyParent, SharedDevice, VhostVdpaFile};
-use crate::parent::{MgmtDevice, mgmt_devices};
+use crate::parent::{MgmtDevice, NetAttrs, mgmt_devices};
 
 /// How long a management request waits for a device that is busy with a client's.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -182,20 +185,56 @@ impl Backend for Bus {
         DevConfig::decode(&entry.name, profile.device_id, profile.features, negotiated, &space)
     }
 
-    fn vstats(&self, name: &str, _queue_index: u16) -> Result<QueueVstats, CtlError> {
+    fn vstats(&self, name: &str, queue_index: u32) -> Result<QueueVstats, CtlError> {
         let entry = self.find(name)?;
-        let what = if entry.profile.device_id == ID_NET { "this device" } else { "devices other than net" };
-        Err(CtlError::new(Errno::OPNOTSUPP, format!("vendor statistics are not there for {what}"))
-            .with_hint("\"vdpactl -s dev show\" shows the counters of every device."))
+        if entry.profile.device_id != ID_NET {
+            return Err(CtlError::new(
+                Errno::OPNOTSUPP,
+                "vendor statistics are not there for devices other than net",
+            )
+            .with_hint("\"vdpactl -s dev show\" shows the counters of every device."));
+        }
+        let index = u16::try_from(queue_index).ok().filter(|_| queue_index <= VSTATS_INDEX_MAX);
+        let index = index.ok_or_else(|| {
+            CtlError::new(Errno::RANGE, "queue index exceeds max value")
+                .with_hint(format!("An index is at most {VSTATS_INDEX_MAX}."))
+        })?;
+        let mut device = entry.lock()?;
+        if !device.status().contains(Status::FEATURES_OK) {
+            return Err(CtlError::new(Errno::AGAIN, "feature negotiation not complete")
+                .with_hint("There are statistics once a client has set FEATURES_OK."));
+        }
+        // With the side effect a client's GET_CONFIG has, as in the kernel.
+        let mut space = NetConfig::default();
+        device
+            .config(0, space.as_mut_bytes())
+            .map_err(|errno| CtlError::new(errno, "the device has no configuration"))?;
+        let negotiated = device.negotiated_features().unwrap_or_default();
+        let counters = device.parent().vendor_stats(QueueIndex(index)).map_err(|errno| {
+            CtlError::new(errno, format!("no vendor statistics of queue {index}: {errno}")).with_hint(
+                format!("The device has the queues 0 to {}.", entry.profile.queues.saturating_sub(1)),
+            )
+        })?;
+        let pairs = negotiated.has(Features::NET_MQ) || negotiated.has(Features::NET_RSS);
+        Ok(QueueVstats {
+            name: entry.name.clone(),
+            device_id: entry.profile.device_id,
+            negotiated_features: negotiated,
+            max_vq_pairs: pairs.then(|| space.max_virtqueue_pairs.get()),
+            queue_index: index,
+            counters: counters.into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
+        })
     }
 
     fn add(&self, request: AddRequest) -> Result<(), CtlError> {
         check_name(&request.name)?;
+        let net_attrs = NetAttrs::parse(&request.attrs)?;
         let mgmt = self
             .mgmt
             .iter()
             .find(|mgmt| mgmt.describe().handle() == request.mgmtdev)
             .ok_or_else(CtlError::no_mgmtdev)?;
+        net_attrs.check(&**mgmt)?;
         // Held throughout, as the kernel holds its management lock: two requests cannot take one name.
         let mut devices = self.devices.lock();
         if devices.iter().any(|entry| entry.name == request.name) {

@@ -70,13 +70,14 @@ fn creating_and_removing() {
 
 #[test]
 fn errors_have_their_status() {
-    let setup = Setup::new(Fixture::simulators().with_blk().with_fs());
+    let setup = Setup::new(Fixture::simulators().with_net(None).with_blk().with_fs());
     let post = |body: &str| error(&setup.http("POST", "/v1/devs", body));
     let get = |path: &str| error(&setup.http("GET", path, ""));
     assert_eq!(get("/v1/devs/nosuch"), refused(404, "ENODEV", 19));
     assert_eq!(get("/v1/devs/fs0/config"), refused(422, "EOPNOTSUPP", 95));
     assert_eq!(get("/v1/devs/blk0/vstats"), refused(400, "EINVAL", 22));
-    assert_eq!(get("/v1/devs/blk0/vstats?qidx=32769"), refused(400, "ERANGE", 34));
+    assert_eq!(get("/v1/devs/vdpa0/vstats?qidx=32769"), refused(400, "ERANGE", 34));
+    assert_eq!(get("/v1/devs/blk0/vstats?qidx=32769"), refused(422, "EOPNOTSUPP", 95));
     assert_eq!(get("/v1/devs/blk0/vstats?qidx=x"), refused(400, "EINVAL", 22));
     assert_eq!(get("/v1/devs/blk0/vstats?queue=1"), refused(400, "EINVAL", 22));
     assert_eq!(post(r#"{"name":"blk0","mgmtdev":"vdpasim_blk"}"#), refused(409, "EEXIST", 17));

@@ -103,6 +103,17 @@ impl<A: Area> SplitQueue<A> {
         self
     }
 
+    /// Starts with `count` requests taken already, to be completed or not: the used index begins that far behind.
+    ///
+    /// For a device that goes on with a ring it had left, not for one that takes a ring over. `count` is at most the
+    /// ring's size; a greater one is taken for that.
+    #[must_use]
+    pub fn with_in_flight(mut self, count: u16) -> Self {
+        self.next_used = self.next_avail.wrapping_sub(count.min(self.size));
+        self.published = self.next_used;
+        self
+    }
+
     /// Takes the next request into `chain`; `false` when there is none.
     ///
     /// When it returns `false` or an error, `chain` is unspecified.

@@ -57,12 +57,12 @@ pub trait Backend: Debug + Send + Sync + 'static {
     /// `ENODEV`; `EOPNOTSUPP` for a device that is neither network nor block.
     fn config(&self, name: &str) -> Result<DevConfig, CtlError>;
 
-    /// Vendor statistics of one queue, at most [`VSTATS_INDEX_MAX`].
+    /// Vendor statistics of one queue.
     ///
     /// # Errors
-    /// In this order (uapi-spec 7.3): `ENODEV`; `EOPNOTSUPP` for a device that is not a network device or has no
-    /// statistics; `EAGAIN` before FEATURES_OK; what the parent says.
-    fn vstats(&self, name: &str, queue_index: u16) -> Result<QueueVstats, CtlError>;
+    /// In this order (uapi-spec 7.3): `ENODEV`; `EOPNOTSUPP` for a device that is not a network device; `ERANGE` for
+    /// an index above [`VSTATS_INDEX_MAX`]; `EAGAIN` before FEATURES_OK; what the parent says.
+    fn vstats(&self, name: &str, queue_index: u32) -> Result<QueueVstats, CtlError>;
 
     /// Creates a device.
     ///

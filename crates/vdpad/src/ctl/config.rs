@@ -4,21 +4,10 @@ use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
-use vdpa_core::features::{Bit, Features};
+use vdpa_core::features::Features;
 
 use super::api::{CtlError, ID_BLOCK, ID_NET};
 use vdpa_core::Errno;
-
-/// Net: an MTU is given.
-const NET_MTU: Bit = Bit(3);
-/// Net: a MAC address is given.
-const NET_MAC: Bit = Bit(5);
-/// Net: the link status is given.
-const NET_STATUS: Bit = Bit(16);
-/// Net: several pairs of queues.
-const NET_MQ: Bit = Bit(22);
-/// Net: receive-side scaling.
-const NET_RSS: Bit = Bit(60);
 
 /// The configuration of a device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -202,10 +191,11 @@ impl NetConfig {
     /// Offsets: virtio 1.2 section 5.1.4.
     fn decode(offered: Features, space: Space<'_>) -> Self {
         Self {
-            mac: offered.has(NET_MAC).then(|| MacAddr(space.bytes(0))),
-            status: offered.has(NET_STATUS).then(|| space.u16(6)),
-            max_vq_pairs: (offered.has(NET_MQ) || offered.has(NET_RSS)).then(|| space.u16(8)),
-            mtu: offered.has(NET_MTU).then(|| space.u16(10)),
+            mac: offered.has(Features::NET_MAC).then(|| MacAddr(space.bytes(0))),
+            status: offered.has(Features::NET_STATUS).then(|| space.u16(6)),
+            max_vq_pairs: (offered.has(Features::NET_MQ) || offered.has(Features::NET_RSS))
+                .then(|| space.u16(8)),
+            mtu: offered.has(Features::NET_MTU).then(|| space.u16(10)),
         }
     }
 }

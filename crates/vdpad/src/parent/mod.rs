@@ -1,19 +1,29 @@
 //! The devices this daemon can make, and the management devices that make them.
 
 pub(crate) mod blk;
+mod net_attrs;
 mod options;
 mod sim;
 pub(crate) mod sim_blk;
+pub(crate) mod sim_net;
 
 use std::fmt::Debug;
 
 use crate::ctl::api::{Attrs, CtlError, MgmtDev};
 use crate::front::vhost::AnyParent;
 
+pub use net_attrs::NetAttr;
+pub(crate) use net_attrs::NetAttrs;
+
 /// Makes devices of one kind: the place of the kernel's `vdpa_mgmt_dev`.
 pub trait MgmtDevice: Debug + Send + Sync {
     /// What `mgmtdev show` tells.
     fn describe(&self) -> MgmtDev;
+
+    /// Which of the attributes that the kernel's netlink family knows can be given to its devices.
+    fn net_attrs(&self) -> &'static [NetAttr] {
+        &[]
+    }
 
     /// Makes a device called `name`. May block on files and threads; nothing is left behind on an error.
     ///
@@ -26,5 +36,5 @@ pub trait MgmtDevice: Debug + Send + Sync {
 /// All management devices, in the order in which they are shown.
 #[must_use]
 pub fn mgmt_devices() -> Vec<Box<dyn MgmtDevice>> {
-    vec![Box::new(blk::BlkMgmt), Box::new(sim_blk::SimBlkMgmt)]
+    vec![Box::new(blk::BlkMgmt), Box::new(sim_blk::SimBlkMgmt), Box::new(sim_net::SimNetMgmt)]
 }

@@ -9,16 +9,18 @@
 //! Source: uapi-spec 6.1, 8.6.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use vdpa_core::Errno;
 use vdpa_core::features::BackendFeatures;
 use vdpa_core::iotlb::{Mapping, Table};
-use vdpa_core::parent::{AddressMode, CompatReset, PrivateMemory, Profile};
-use vdpa_core::types::{IovaRange, Result};
-use vdpa_sys::guest::GuestMemory;
+use vdpa_core::parent::{AddressMode, CompatReset, Dma, DmaMap, PrivateMemory, Profile, SetMap};
+use vdpa_core::types::{Asid, IovaRange, Result};
+use vdpa_sys::guest::{GuestMemory, LinuxHost};
 
 use super::options::{compat_reset, invalid, reject_unknown};
 use crate::ctl::api::{Attrs, CtlError};
+use crate::worker::{View, Worker};
 
 /// Names of the attributes every simulator has, and what they take.
 pub(super) const KNOWN: [(&str, &str); 6] = [
@@ -120,28 +122,89 @@ impl Options {
 
 /// The table of one address space of a simulator that takes single mappings.
 #[derive(Debug, Default)]
-pub(super) struct SingleMappings(BTreeMap<u64, Mapping<GuestMemory>>);
+struct SingleMappings(BTreeMap<u64, Mapping<GuestMemory>>);
 
 impl SingleMappings {
     /// Adds a mapping.
     ///
     /// # Errors
     /// `ENOSPC` when the table is full.
-    pub(super) fn insert(&mut self, mapping: &Mapping<GuestMemory>, options: &Options) -> Result<()> {
+    fn insert(&mut self, mapping: &Mapping<GuestMemory>, options: &Options) -> Result<()> {
         options.check_room(self.0.len() + 1)?;
         self.0.insert(mapping.range.first(), mapping.clone());
         Ok(())
     }
 
     /// Removes every mapping that lies in `range`.
-    pub(super) fn remove(&mut self, range: IovaRange) {
+    fn remove(&mut self, range: IovaRange) {
         self.0.retain(|_, mapping| !range.contains(mapping.range));
     }
 
     /// All of them.
-    pub(super) fn table(&self) -> Table<GuestMemory> {
+    fn table(&self) -> Table<GuestMemory> {
         self.0.values().cloned().collect()
     }
+}
+
+/// The part of a simulator that reaches client memory: its worker, and what the worker is shown of each address space.
+#[derive(Debug)]
+pub(super) struct Simulator {
+    pub(super) worker: Worker,
+    options: Options,
+    /// With `batch_mapping off`.
+    single: BTreeMap<Asid, SingleMappings>,
+}
+
+impl Simulator {
+    pub(super) const fn new(worker: Worker, options: Options) -> Self {
+        Self { worker, options, single: BTreeMap::new() }
+    }
+
+    /// See [`Parent::dma`](vdpa_core::parent::Parent::dma).
+    pub(super) fn dma(&mut self) -> Dma<'_, LinuxHost> {
+        if self.options.batch_mapping { Dma::SetMap(self) } else { Dma::DmaMap(self) }
+    }
+
+    /// Gives the worker a table. Requests are answered before the next command is looked at, so there is never one
+    /// in flight, and draining only makes the queues look their rings up again.
+    fn show(&self, asid: Asid, table: &Table<GuestMemory>) -> Result<()> {
+        self.worker.set_view(asid, Arc::new(View::new(table, Vec::new())), true)
+    }
+
+    fn show_single(&self, asid: Asid) -> Result<()> {
+        self.show(asid, &self.single.get(&asid).map(SingleMappings::table).unwrap_or_default())
+    }
+}
+
+impl SetMap<LinuxHost> for Simulator {
+    fn set_map(&mut self, asid: Asid, table: &Table<GuestMemory>) -> Result<()> {
+        if let Err(full) = self.options.check_room(table.len()) {
+            // As in the kernel, where filling the table has begun by emptying it.
+            self.show(asid, &Table::default())?;
+            return Err(full);
+        }
+        self.show(asid, table)
+    }
+}
+
+impl DmaMap<LinuxHost> for Simulator {
+    fn dma_map(&mut self, asid: Asid, mapping: &Mapping<GuestMemory>) -> Result<()> {
+        self.single.entry(asid).or_default().insert(mapping, &self.options)?;
+        self.show_single(asid)
+    }
+
+    fn dma_unmap(&mut self, asid: Asid, range: IovaRange) {
+        self.single.entry(asid).or_default().remove(range);
+        if let Err(errno) = self.show_single(asid) {
+            tracing::error!("the worker is gone, nothing uses its mappings any more: {errno}");
+        }
+    }
+}
+
+/// Why a simulator's worker did not start.
+pub(super) fn no_worker(name: &str, errno: Errno) -> CtlError {
+    CtlError::new(errno, format!("cannot start the worker of {name}: {errno}"))
+        .with_hint("Check the sysctl kernel.io_uring_disabled and the seccomp policy of the daemon.")
 }
 
 #[cfg(test)]

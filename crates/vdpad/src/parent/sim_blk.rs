@@ -5,18 +5,17 @@ use std::sync::Arc;
 use vdpa_core::Errno;
 use vdpa_core::blk::{BlkConfig, BlkRequest, SECTOR, Segment, ShapeError, Status, kind};
 use vdpa_core::features::{BackendFeatures, Features};
-use vdpa_core::iotlb::{Mapping, Table};
 use vdpa_core::parent::{
-    AddressMode, CompatReset, Dma, DmaMap, Parent, PinLimit, PrivateMemory, Profile, QueueStats, SetMap,
+    AddressMode, CompatReset, Dma, Parent, PinLimit, PrivateMemory, Profile, QueueStats,
 };
-use vdpa_core::types::{Asid, IovaRange, QueueIndex, Result};
+use vdpa_core::types::{IovaRange, QueueIndex, Result};
 use vdpa_core::vq::{QueueSetup, QueueState};
-use vdpa_sys::guest::{GuestMemory, LinuxHost};
+use vdpa_sys::guest::LinuxHost;
 use vdpa_sys::uring::OwnedBuf;
 
 use super::MgmtDevice;
 use super::blk::copy_config;
-use super::sim::{Options, SingleMappings};
+use super::sim::{Options, Simulator, no_worker};
 use crate::ctl::api::{Attrs, CtlError, ID_BLOCK, MgmtDev};
 use crate::front::vhost::AnyParent;
 use crate::worker::{After, Disk, Verdict, View, Worker};
@@ -46,12 +45,8 @@ impl MgmtDevice for SimBlkMgmt {
 
     fn create(&self, name: &str, attrs: &Attrs) -> Result<AnyParent, CtlError> {
         let options = Options::parse("sim-blk", attrs, &[])?;
-        let worker = Worker::spawn(name, 1, RamDisk::new()).map_err(|errno| {
-            CtlError::new(errno, format!("cannot start the worker of {name}: {errno}"))
-                .with_hint("Check the sysctl kernel.io_uring_disabled and the seccomp policy of the daemon.")
-        })?;
-        let mappings = SingleMappings::default();
-        Ok(Box::new(SimBlk { profile: options.apply(profile()), options, mappings, worker }))
+        let worker = Worker::spawn(name, 1, RamDisk::new()).map_err(|errno| no_worker(name, errno))?;
+        Ok(Box::new(SimBlk { profile: options.apply(profile()), sim: Simulator::new(worker, options) }))
     }
 }
 
@@ -108,18 +103,7 @@ fn config() -> BlkConfig {
 #[derive(Debug)]
 struct SimBlk {
     profile: Profile,
-    options: Options,
-    /// With `batch_mapping off`.
-    mappings: SingleMappings,
-    worker: Worker,
-}
-
-impl SimBlk {
-    /// Gives the worker a table. Requests are answered before the next command is looked at, so there is never one
-    /// in flight, and draining only makes the queue look its ring up again.
-    fn show(&self, table: &Table<GuestMemory>) -> Result<()> {
-        self.worker.set_view(Arc::new(View::new(table, Vec::new())), true)
-    }
+    sim: Simulator,
 }
 
 impl Parent for SimBlk {
@@ -151,44 +135,23 @@ impl Parent for SimBlk {
         setup: &QueueSetup<LinuxHost>,
         state: QueueState,
     ) -> Result<()> {
-        self.worker.start(index, setup, state)
+        self.sim.worker.start(index, setup, state)
     }
 
     fn stop_queue(&mut self, index: QueueIndex) -> Result<Option<QueueState>> {
-        self.worker.stop(index)
+        self.sim.worker.stop(index)
     }
 
     fn dma(&mut self) -> Dma<'_, LinuxHost> {
-        if self.options.batch_mapping { Dma::SetMap(self) } else { Dma::DmaMap(self) }
+        self.sim.dma()
+    }
+
+    fn reset(&mut self) {
+        self.sim.worker.reset();
     }
 
     fn queue_stats(&self, index: QueueIndex) -> QueueStats {
-        self.worker.stats(index)
-    }
-}
-
-impl SetMap<LinuxHost> for SimBlk {
-    fn set_map(&mut self, _asid: Asid, table: &Table<GuestMemory>) -> Result<()> {
-        if let Err(full) = self.options.check_room(table.len()) {
-            // As in the kernel, where filling the table has begun by emptying it.
-            self.show(&Table::default())?;
-            return Err(full);
-        }
-        self.show(table)
-    }
-}
-
-impl DmaMap<LinuxHost> for SimBlk {
-    fn dma_map(&mut self, _asid: Asid, mapping: &Mapping<GuestMemory>) -> Result<()> {
-        self.mappings.insert(mapping, &self.options)?;
-        self.show(&self.mappings.table())
-    }
-
-    fn dma_unmap(&mut self, _asid: Asid, range: IovaRange) {
-        self.mappings.remove(range);
-        if let Err(errno) = self.show(&self.mappings.table()) {
-            tracing::error!("the worker is gone, nothing uses its mappings any more: {errno}");
-        }
+        self.sim.worker.stats(index)
     }
 }
 

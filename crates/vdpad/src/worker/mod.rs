@@ -1,10 +1,15 @@
-//! The thread that serves the rings of a block device.
+//! The thread that serves the rings of a device.
+//!
+//! [`serve`] runs it, whatever the device is; a [`Logic`] does what the device does with its [`Queues`]. [`disk`] is
+//! the logic of block devices, which asks a [`Disk`] about each request.
 //!
 //! One io_uring carries everything the thread waits for: kicks, commands of the control side and disk I/O. The
 //! control side ([`Worker`]) talks to it by commands and waits for the answer, so that a queue that was stopped is
 //! at rest and a mapping that was removed is unused when the call returns.
 
+mod disk;
 mod queue;
+mod queues;
 mod serve;
 mod view;
 
@@ -15,101 +20,49 @@ use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread::JoinHandle;
 
 use vdpa_core::Errno;
-use vdpa_core::blk::{BlkRequest, ShapeError, Status};
 use vdpa_core::parent::QueueStats;
-use vdpa_core::ring::Buffer;
-use vdpa_core::types::{QueueIndex, Result};
+use vdpa_core::types::{Asid, QueueIndex, Result};
 use vdpa_core::vq::{QueueSetup, QueueState};
 use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::guest::LinuxHost;
-use vdpa_sys::uring::{Op, OwnedBuf, Registrar, Ring};
+use vdpa_sys::uring::{OwnedBuf, Registrar, Ring};
 
+use disk::Requests;
+pub(crate) use disk::{After, Disk, Verdict};
+pub(crate) use queue::Queue;
+pub(crate) use queues::Queues;
 pub(crate) use view::{Pin, View};
 
 /// Entries of the submission queue: requests started between two visits to the kernel.
 const RING_ENTRIES: u32 = 256;
 
-/// What a request comes to.
-#[derive(Debug)]
-pub(crate) enum Verdict {
-    /// Answered: `written` bytes of data are in the client's buffers.
-    Done {
-        /// The status byte.
-        status: Status,
-        /// Bytes.
-        written: u32,
-    },
-    /// The kernel is to do this first.
-    Io {
-        /// What.
-        op: Op,
-        /// What then.
-        after: After,
-    },
-    /// Client memory is out of reach: the request goes back, and the queue rests until the next kick.
-    Unreachable,
-    /// No request at all: completed with length 0 and no status.
-    Misshapen {
-        /// Whether the client is told.
-        notify: bool,
-    },
-}
+/// What a device does with its queues. Called from the worker's thread only.
+pub(crate) trait Logic: Send + 'static {
+    /// Whether a changed translation is a reason to look at the rings again, without a kick.
+    const MAP_WAKES: bool;
 
-/// What follows a completed I/O.
-#[derive(Debug)]
-pub(crate) enum After {
-    /// `len` bytes must have been moved; `written` of them into the client's memory.
-    Transfer {
-        /// Expected.
-        len: u32,
-        /// For the used element.
-        written: u32,
-        /// Make them stable before answering (write-through).
-        sync: bool,
-    },
-    /// The bytes go from a bounce buffer to the client.
-    CopyOut {
-        /// Destination.
-        to: Vec<Buffer>,
-        /// Bytes.
-        len: u32,
-    },
-    /// Nothing more than success counts.
-    Success {
-        /// Make it stable before answering.
-        sync: bool,
-    },
-    /// A discard is a hint: a file system that cannot do it is no error.
-    Hint,
-    /// Zero a range; where the file system cannot, by writing zeros from `at` to `end`.
-    Zero {
-        /// First byte not yet zero.
-        at: u64,
-        /// End, in bytes.
-        end: u64,
-        /// Whether zeros are being written already.
-        writing: bool,
-        /// Make it stable before answering.
-        sync: bool,
-    },
-}
+    /// Serves the queues that have something to do, each for a bounded time, and leaves `pending` set on those that
+    /// want another turn before anything else happens. Must not block.
+    fn serve(&mut self, queues: &mut Queues);
 
-/// A disk as the worker uses it. Called from the worker's thread only.
-pub(crate) trait Disk: Send + 'static {
-    /// Looks at a request and starts it. `write_back`: the driver has a flush command and uses it.
-    fn begin(&mut self, request: &BlkRequest<'_>, view: &Arc<View>, write_back: bool) -> Verdict;
-
-    /// A chain that is no request.
-    fn misshapen(&mut self, error: &ShapeError) -> Verdict;
-
-    /// An I/O of a request has completed. Disks that never answer [`Verdict::Io`] are never called.
-    fn proceed(
+    /// An operation submitted as `slot` has completed. A logic that submits none is never called.
+    fn complete(
         &mut self,
-        after: After,
-        result: Result<u32>,
-        buffer: Option<OwnedBuf>,
-        view: &Arc<View>,
-    ) -> Verdict;
+        _queues: &mut Queues,
+        _slot: u32,
+        _result: Result<u32>,
+        _buffer: Option<OwnedBuf>,
+    ) {
+    }
+}
+
+/// How much of everything a device has.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Size {
+    /// Virtqueues.
+    pub(crate) queues: u16,
+    /// Address spaces, at least 1.
+    pub(crate) address_spaces: usize,
 }
 
 /// Counters of one queue; they live as long as the device.
@@ -121,10 +74,10 @@ struct Counters {
 }
 
 impl Counters {
-    fn count(&self, bytes: u64, status: Status) {
+    fn count(&self, bytes: u64, failed: bool) {
         self.requests.fetch_add(1, Ordering::Relaxed);
         self.bytes.fetch_add(bytes, Ordering::Relaxed);
-        if status != Status::Ok {
+        if failed {
             self.errors.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -144,7 +97,8 @@ type Reply<T> = SyncSender<T>;
 enum Command {
     Start { index: QueueIndex, setup: QueueSetup<LinuxHost>, state: QueueState, reply: Reply<Result<()>> },
     Stop { index: QueueIndex, reply: Reply<Result<Option<QueueState>>> },
-    SetView { view: Arc<View>, drain: bool, reply: Reply<()> },
+    SetView { asid: Asid, view: Arc<View>, drain: bool, reply: Reply<()> },
+    Forget,
     Exit,
 }
 
@@ -164,18 +118,29 @@ impl fmt::Debug for Worker {
 }
 
 impl Worker {
-    /// Starts the thread of the device `name` with `queues` queues, all stopped.
+    /// Starts the thread of the block device `name` with `queues` queues, all stopped.
     ///
     /// # Errors
     /// Those of io_uring, of eventfd and of thread creation.
     pub(crate) fn spawn(name: &str, queues: u16, disk: impl Disk) -> Result<Self> {
+        Self::spawn_logic(name, Size { queues, address_spaces: 1 }, Requests::new(disk))
+    }
+
+    /// Starts the thread of the device `name` with all queues stopped and nothing mapped.
+    ///
+    /// # Errors
+    /// As [`spawn`](Self::spawn).
+    pub(crate) fn spawn_logic(name: &str, size: Size, logic: impl Logic) -> Result<Self> {
         let (commands, receiver) = channel();
         let (ready, started) = sync_channel(1);
         let wake = EventFd::new()?;
-        let counters: Arc<[Counters]> = (0..queues).map(|_| Counters::default()).collect();
+        let counters: Arc<[Counters]> = (0..size.queues).map(|_| Counters::default()).collect();
         let label = name.to_owned();
         let (thread_wake, thread_counters) = (wake.clone(), Arc::clone(&counters));
-        let run = move || run(label, &receiver, &thread_wake, thread_counters, disk, &ready);
+        let run = move || {
+            let queues = move |uring| Queues::new(label, uring, size, thread_counters);
+            run(&receiver, &thread_wake, queues, logic, &ready);
+        };
         // The kernel cuts thread names at 15 bytes.
         let builder = std::thread::Builder::new().name(format!("vq-{name}").chars().take(15).collect());
         let thread = builder
@@ -211,9 +176,16 @@ impl Worker {
         self.ask(|reply| Command::Stop { index, reply })?
     }
 
-    /// Replaces the translation. With `drain`, returns when no request uses the previous one any more.
-    pub(crate) fn set_view(&self, view: Arc<View>, drain: bool) -> Result<()> {
-        self.ask(|reply| Command::SetView { view, drain, reply })
+    /// Replaces the translation of one address space. With `drain`, returns when no request uses the previous one
+    /// any more, and every ring in it is looked up again.
+    pub(crate) fn set_view(&self, asid: Asid, view: Arc<View>, drain: bool) -> Result<()> {
+        self.ask(|reply| Command::SetView { asid, view, drain, reply })
+    }
+
+    /// The device is reset: a queue that is started again owes nothing for requests it took before.
+    pub(crate) fn reset(&self) {
+        // A thread that is gone has forgotten everything.
+        let _ = self.commands.send(Command::Forget);
     }
 
     /// Sends a command and waits for its answer; `EIO` when the thread is gone.
@@ -239,11 +211,10 @@ impl Drop for Worker {
 }
 
 fn run(
-    name: String,
     commands: &Receiver<Command>,
     wake: &EventFd,
-    counters: Arc<[Counters]>,
-    disk: impl Disk,
+    queues: impl FnOnce(Ring) -> Queues,
+    logic: impl Logic,
     ready: &SyncSender<Result<Registrar>>,
 ) {
     let ring = match Ring::new(RING_ENTRIES) {
@@ -255,7 +226,7 @@ fn run(
         }
     };
     let registrar = ring.registrar();
-    let mut server = serve::Server::new(name, ring, counters, disk);
+    let mut server = serve::Server::new(queues(ring), logic);
     let _ = ready.send(server.watch(wake).map(|()| registrar));
     server.run(commands);
 }

@@ -14,20 +14,22 @@ use vdpa_sys::snapshot::GuestArea;
 use super::{Reply, View};
 
 /// A queue between START and STOP.
-pub(super) struct Queue {
-    pub(super) setup: QueueSetup<LinuxHost>,
+pub(crate) struct Queue {
+    pub(crate) setup: QueueSetup<LinuxHost>,
     /// The ring, once its memory could be reached: a client may map it later than it starts the queue.
     ring: Option<SplitQueue<GuestArea>>,
     /// Where the ring is to begin, while there is none.
     state: QueueState,
     /// There may be something to do.
-    pub(super) pending: bool,
+    pub(crate) pending: bool,
     /// Requests popped and not answered.
     pub(super) in_flight: u16,
     /// Names this run of the queue, so that a late kick of an earlier run is not taken for one of this.
     pub(super) generation: u32,
     /// A STOP waits for the requests in flight.
     pub(super) stopping: Option<Reply<Result<Option<QueueState>>>>,
+    /// Requests taken before the present ring was resolved that will never be answered.
+    pub(super) abandoned: u16,
     /// A violation was reported; the queue rests until it is started anew.
     pub(super) retired: bool,
 }
@@ -46,17 +48,23 @@ impl Queue {
             in_flight: 0,
             generation,
             stopping: None,
+            abandoned: 0,
             retired: false,
         })
     }
 
     /// Whether there may be requests that could be taken now.
     pub(super) const fn has_work(&self) -> bool {
-        self.pending && !self.retired && self.stopping.is_none()
+        self.pending && self.is_running()
+    }
+
+    /// Whether it is neither retired nor about to stop.
+    pub(crate) const fn is_running(&self) -> bool {
+        !self.retired && self.stopping.is_none()
     }
 
     /// The ring, resolved through `view` if it was not yet.
-    pub(super) fn ring(&mut self, view: &Arc<View>) -> Result<&mut SplitQueue<GuestArea>, RingError> {
+    pub(crate) fn ring(&mut self, view: &Arc<View>) -> Result<&mut SplitQueue<GuestArea>, RingError> {
         let ring = match self.ring.take() {
             Some(ring) => ring,
             None => self.resolve(view)?,
@@ -74,15 +82,18 @@ impl Queue {
     pub(super) fn unresolve(&mut self) {
         debug_assert_eq!(self.in_flight, 0);
         if let Some(ring) = self.ring.take() {
-            self.state = ring.state();
+            (self.state, self.abandoned) = (ring.state(), ring.in_flight());
         }
-        // What could not be reached before may be reachable now.
-        self.pending = true;
     }
 
     /// Where the queue is.
     pub(super) fn state(&self) -> QueueState {
         self.ring.as_ref().map_or(self.state, SplitQueue::state)
+    }
+
+    /// Requests taken that will never be answered; meaningful while nothing is in flight.
+    pub(super) fn abandoned(&self) -> u16 {
+        self.ring.as_ref().map_or(self.abandoned, SplitQueue::in_flight)
     }
 
     /// Whether the driver uses the flush command, so that writes need not be stable at once
@@ -98,6 +109,7 @@ impl Queue {
         let desc = memory.area(setup.desc, sizes.desc as u64, Perm::RO)?;
         let avail = memory.area(setup.avail, sizes.avail as u64, Perm::RO)?;
         let used = memory.area(setup.used, sizes.used as u64, Perm::RW)?;
-        SplitQueue::new(setup.size, setup.features, desc, avail, used, self.state)
+        let ring = SplitQueue::new(setup.size, setup.features, desc, avail, used, self.state)?;
+        Ok(ring.with_in_flight(self.abandoned))
     }
 }

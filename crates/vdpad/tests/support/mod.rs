@@ -16,6 +16,7 @@ use vdpa_core::Errno;
 use vdpa_core::features::{Bit, Features, Status};
 use vdpad::ctl::api::{
     AddRequest, Backend, CtlError, DevInfo, DevState, MgmtDev, Owner, QueueInfo, QueueVstats,
+    VSTATS_INDEX_MAX,
 };
 use vdpad::ctl::config::{
     BlockConfig, BlockTopology, ClassConfig, DevConfig, DiscardLimits, MacAddr, NetConfig,
@@ -187,13 +188,16 @@ impl Backend for Fixture {
         self.find(name)?.1.clone()
     }
 
-    fn vstats(&self, name: &str, queue_index: u16) -> Result<QueueVstats, CtlError> {
+    fn vstats(&self, name: &str, queue_index: u32) -> Result<QueueVstats, CtlError> {
         if self.find(name)?.0.device_id != 1 {
             return Err(CtlError::new(Errno::OPNOTSUPP, "Operation not supported"));
         }
+        if queue_index > VSTATS_INDEX_MAX {
+            return Err(CtlError::new(Errno::RANGE, "queue index exceeds max value"));
+        }
         self.vstats
             .iter()
-            .find(|vstats| vstats.queue_index == queue_index)
+            .find(|vstats| u32::from(vstats.queue_index) == queue_index)
             .cloned()
             .ok_or_else(|| CtlError::new(Errno::INVAL, "no such queue"))
     }

@@ -334,3 +334,30 @@ fn impossible_rings_are_refused() {
     let state = QueueState::initial(packed);
     assert_eq!(new(8, Features::NONE, [4096; 3], state), Err(RingError::PackedState));
 }
+
+#[test]
+fn a_ring_that_goes_on_uses_its_next_entry_and_not_one_it_owes() {
+    let mut pair = Pair::new(SIZE, Features::NONE);
+    let buffers = [pair.allocate(16), pair.allocate(16), pair.allocate(16)];
+    for (token, buffer) in (0..).zip(&buffers[..2]) {
+        pair.driver.add(&[*buffer], &[], token).unwrap();
+    }
+    pair.driver.publish().unwrap();
+    let mut chain = Chain::new();
+    assert_eq!(pair.queue.pop(&pair.memory, &mut chain), Ok(true));
+    // The first request is never answered, and the ring is left and taken up again.
+    let (state, owed) = (pair.queue.state(), pair.queue.in_flight());
+    assert_eq!(owed, 1);
+    let area = |at: u64, size: usize, perm| pair.memory.area(at, size as u64, perm).unwrap();
+    let (ring, sizes) = (pair.ring, area_sizes(SIZE, false));
+    let desc = area(ring.desc, sizes.desc, Perm::RO);
+    let avail = area(ring.avail, sizes.avail, Perm::RO);
+    let used = area(ring.used, sizes.used, Perm::RW);
+    let queue = SplitQueue::new(SIZE, Features::NONE, desc, avail, used, state).unwrap();
+    let mut queue = queue.with_in_flight(owed);
+    assert_eq!(queue.pop(&pair.memory, &mut chain), Ok(true));
+    queue.push_used(chain.head, 0).unwrap();
+    assert_eq!(queue.publish(), Ok(true));
+    assert_eq!(pair.driver.pop_used().unwrap().map(|done| done.token), Some(1));
+    assert_eq!(pair.driver.pop_used(), Ok(None));
+}

@@ -3,6 +3,7 @@
 use serde_json::{Map, Value};
 use vdpa_core::Errno;
 use vdpa_core::features::Features;
+use vdpa_core::net::{ANNOUNCE, LINK_UP};
 use vdpad::ctl::client::ClientError;
 use vdpad::ctl::config::{BlockConfig, ClassConfig, DevConfig, NetConfig};
 
@@ -13,11 +14,6 @@ use crate::output::{Entry, put, section};
 use crate::words;
 
 const HELP: &str = "Usage: vdpactl dev config show [ DEV ]\n";
-
-/// `VIRTIO_NET_S_LINK_UP`.
-const LINK_UP: u16 = 1;
-/// `VIRTIO_NET_S_ANNOUNCE`.
-const ANNOUNCE: u16 = 2;
 
 pub(crate) fn run(session: &Session, words: &[String]) -> Result<(), Failure> {
     match words {

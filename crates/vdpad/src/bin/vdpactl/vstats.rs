@@ -1,7 +1,7 @@
 //! `vdpactl dev vstats`: what a parent counts for a queue.
 
 use serde_json::{Map, Value};
-use vdpa_core::features::Bit;
+use vdpa_core::features::Features;
 use vdpad::ctl::api::QueueVstats;
 
 use crate::Session;
@@ -10,9 +10,6 @@ use crate::output::{Entry, put, section};
 use crate::words;
 
 const HELP: &str = "Usage: vdpactl dev vstats show DEV [ qidx QUEUE_INDEX ]\n";
-
-/// `VIRTIO_NET_F_CTRL_VQ`.
-const CTRL_VQ: Bit = Bit(17);
 
 /// `show` and `help` cannot be abbreviated here, as in iproute2.
 pub(crate) fn run(session: &Session, words: &[String]) -> Result<(), Failure> {
@@ -63,7 +60,7 @@ fn entry(vstats: &QueueVstats) -> Entry {
 fn queue_type(vstats: &QueueVstats) -> &'static str {
     let index = u32::from(vstats.queue_index);
     let control = 2 * u32::from(vstats.max_vq_pairs.unwrap_or(0));
-    if vstats.negotiated_features.has(CTRL_VQ) && index == control {
+    if vstats.negotiated_features.has(Features::NET_CTRL_VQ) && index == control {
         "control_vq"
     } else if index % 2 == 0 {
         "rx"

@@ -16,7 +16,7 @@ use serde::Serialize;
 use vdpa_core::Errno;
 
 use super::Limits;
-use crate::ctl::api::{AddRequest, Backend, CtlError, ErrorBody, VSTATS_INDEX_MAX, Version};
+use crate::ctl::api::{AddRequest, Backend, CtlError, ErrorBody, Version};
 
 #[derive(Clone)]
 struct App {
@@ -79,10 +79,6 @@ async fn vstats(
     let index = query?.0.qidx.ok_or_else(|| {
         CtlError::new(Errno::INVAL, "Required vendor stats queue index is missing")
             .with_hint("Name a queue with qidx, for example qidx 0.")
-    })?;
-    let index = u16::try_from(index).ok().filter(|_| index <= VSTATS_INDEX_MAX).ok_or_else(|| {
-        CtlError::new(Errno::RANGE, "queue index exceeds max value")
-            .with_hint(format!("An index is at most {VSTATS_INDEX_MAX}."))
     })?;
     app.call(move |backend| backend.vstats(&name, index)).await.map(ok)
 }

@@ -198,13 +198,17 @@ impl Parent for Blk {
         Dma::SetMap(self)
     }
 
+    fn reset(&mut self) {
+        self.worker.reset();
+    }
+
     fn queue_stats(&self, index: QueueIndex) -> QueueStats {
         self.worker.stats(index)
     }
 }
 
 impl SetMap<LinuxHost> for Blk {
-    fn set_map(&mut self, _asid: Asid, table: &Table<GuestMemory>) -> Result<()> {
+    fn set_map(&mut self, asid: Asid, table: &Table<GuestMemory>) -> Result<()> {
         let registrar = self.worker.registrar();
         let pinned = self.pins.as_mut().map_or(Ok(()), |pins| pins.pin_new(table, registrar));
         // Also when something cannot be pinned: that is not served then, and what the table has no more must be out
@@ -214,7 +218,7 @@ impl SetMap<LinuxHost> for Blk {
         let pins = self.pins.as_ref().map(|pins| pins.of(&entries)).unwrap_or_default();
         let now: Vec<_> = entries.iter().map(|entry| place(entry)).collect();
         let gone = self.mapped.iter().any(|before| now.binary_search(before).is_err());
-        self.worker.set_view(Arc::new(View::of(&entries, pins)), gone)?;
+        self.worker.set_view(asid, Arc::new(View::of(&entries, pins)), gone)?;
         self.mapped = now;
         if let Some(pins) = &mut self.pins {
             pins.unpin_gone(table, self.worker.registrar());

@@ -1,0 +1,186 @@
+//! Virtio network configuration, packet header and control commands (virtio 1.2 section 5.1): their bytes, no
+//! traffic.
+
+use zerocopy::little_endian::{U16, U32};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use crate::features::Features;
+
+/// Bytes of an Ethernet address.
+pub const MAC_BYTES: usize = 6;
+
+/// Bit 0 of [`NetConfig::status`]: `VIRTIO_NET_S_LINK_UP`.
+pub const LINK_UP: u16 = 1;
+
+/// Bit 1 of [`NetConfig::status`]: `VIRTIO_NET_S_ANNOUNCE`.
+pub const ANNOUNCE: u16 = 2;
+
+/// Configuration space: `struct virtio_net_config`, 24 bytes.
+///
+/// A field has a meaning when the feature named is offered; the others are 0.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
+)]
+#[repr(C)]
+pub struct NetConfig {
+    /// Ethernet address (`MAC`).
+    pub mac: [u8; MAC_BYTES],
+    /// [`LINK_UP`] and [`ANNOUNCE`] (`STATUS`).
+    pub status: U16,
+    /// Pairs of data queues (`MQ`).
+    pub max_virtqueue_pairs: U16,
+    /// Bytes of the largest packet, without the Ethernet header (`MTU`).
+    pub mtu: U16,
+    /// Mbit/s; all ones when unknown (`SPEED_DUPLEX`).
+    pub speed: U32,
+    /// 1: full, 0: half, 0xff: unknown (`SPEED_DUPLEX`).
+    pub duplex: u8,
+    /// Bytes of the longest hash key (`RSS`).
+    pub rss_max_key_size: u8,
+    /// Entries of the longest indirection table (`RSS`).
+    pub rss_max_indirection_table_length: U16,
+    /// Hash types (`RSS`).
+    pub supported_hash_types: U32,
+}
+
+/// What comes before each packet in a buffer of a data queue: `struct virtio_net_hdr_v1`, 12 bytes.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
+)]
+#[repr(C)]
+pub struct NetHeader {
+    /// `VIRTIO_NET_HDR_F_*`.
+    pub flags: u8,
+    /// `VIRTIO_NET_HDR_GSO_*`.
+    pub gso_type: u8,
+    /// Bytes of the packet's own headers.
+    pub hdr_len: U16,
+    /// Bytes of payload in a segment.
+    pub gso_size: U16,
+    /// Where the checksum begins.
+    pub csum_start: U16,
+    /// Where it is stored, from there.
+    pub csum_offset: U16,
+    /// Receive buffers the packet is spread over; not there without `VERSION_1` (and `MRG_RXBUF`).
+    pub num_buffers: U16,
+}
+
+/// Bytes of the packet header under these features: 12 with `VERSION_1`, else 10 (virtio 1.2 section 5.1.6.1).
+#[must_use]
+pub const fn header_len(features: Features) -> usize {
+    if features.has(Features::VERSION_1) { size_of::<NetHeader>() } else { size_of::<NetHeader>() - 2 }
+}
+
+/// How a command of the control queue begins (virtio 1.2 section 5.1.6.5): `struct virtio_net_ctrl_hdr`.
+///
+/// ```
+/// use vdpa_core::net::{ControlHeader, class, mac};
+/// use zerocopy::{FromBytes, IntoBytes};
+///
+/// let header = ControlHeader { class: class::MAC, command: mac::ADDR_SET };
+/// assert_eq!(header.as_bytes(), [1, 1]);
+/// assert_eq!(ControlHeader::read_from_bytes(&[1, 1]).ok(), Some(header));
+/// ```
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
+)]
+#[repr(C)]
+pub struct ControlHeader {
+    /// See [`class`].
+    pub class: u8,
+    /// Depends on the class.
+    pub command: u8,
+}
+
+/// [`ControlHeader::class`]: `VIRTIO_NET_CTRL_*`.
+pub mod class {
+    /// What is received.
+    pub const RX: u8 = 0;
+    /// MAC addresses: see [`mac`](super::mac).
+    pub const MAC: u8 = 1;
+}
+
+/// [`ControlHeader::command`] in [`class::MAC`]: `VIRTIO_NET_CTRL_MAC_*`.
+pub mod mac {
+    /// Two lists of addresses to be received.
+    pub const TABLE_SET: u8 = 0;
+    /// The device's address, [`MAC_BYTES`](super::MAC_BYTES) long.
+    pub const ADDR_SET: u8 = 1;
+}
+
+/// The byte that answers a command: `VIRTIO_NET_OK`, `VIRTIO_NET_ERR`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Ack {
+    /// Done.
+    Ok = 0,
+    /// Not done.
+    Err = 1,
+}
+
+impl Ack {
+    /// The byte the device writes.
+    #[must_use]
+    pub const fn byte(self) -> u8 {
+        self as u8
+    }
+
+    /// What a driver finds; `None` for a value that is neither.
+    #[must_use]
+    pub const fn from_byte(byte: u8) -> Option<Self> {
+        match byte {
+            0 => Some(Self::Ok),
+            1 => Some(Self::Err),
+            _ => None,
+        }
+    }
+}
+
+/// Whether an Ethernet address is of a group: multicast, or the broadcast address.
+#[must_use]
+pub const fn is_multicast(address: [u8; MAC_BYTES]) -> bool {
+    address[0] & 1 != 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_configuration_has_the_fields_where_virtio_has_them() {
+        let config = NetConfig {
+            mac: [1, 2, 3, 4, 5, 6],
+            status: 0x0807.into(),
+            max_virtqueue_pairs: 0x0a09.into(),
+            mtu: 0x0c0b.into(),
+            speed: 0x100f_0e0d.into(),
+            duplex: 17,
+            rss_max_key_size: 18,
+            rss_max_indirection_table_length: 0x1413.into(),
+            supported_hash_types: 0x1817_1615.into(),
+        };
+        assert_eq!(config.as_bytes(), (1..=24).collect::<Vec<u8>>());
+    }
+
+    #[test]
+    fn the_header_is_longer_by_num_buffers_with_version_1() {
+        assert_eq!(header_len(Features::NONE), 10);
+        assert_eq!(header_len(Features::of(&[Features::VERSION_1])), 12);
+        let header = NetHeader { num_buffers: 0x0201.into(), ..NetHeader::default() };
+        assert_eq!(header.as_bytes()[10..], [1, 2]);
+    }
+
+    #[test]
+    fn groups_are_told_by_the_lowest_bit_of_the_first_byte() {
+        assert!(is_multicast([0xff; 6]) && is_multicast([1, 0, 0x5e, 0, 0, 1]));
+        assert!(!is_multicast([2, 1, 1, 1, 1, 1]));
+    }
+
+    #[test]
+    fn an_answer_is_one_byte() {
+        for ack in [Ack::Ok, Ack::Err] {
+            assert_eq!(Ack::from_byte(ack.byte()), Some(ack));
+        }
+        assert_eq!(Ack::from_byte(2), None);
+    }
+}

@@ -1,0 +1,353 @@
+//! Every rule of a pass, on rings in the test's own memory.
+
+use vdpa_core::ring::Buffer;
+use vdpa_core::testing::{Pair, TestMemory};
+use vdpa_core::types::{IovaRange, Perm, QueueIndex};
+
+use super::*;
+
+const FEATURES: Features = Features::of(&[Features::VERSION_1, Features::ACCESS_PLATFORM]);
+const MAC: [u8; 6] = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
+const HEADER: usize = 12;
+
+/// One queue with both its sides.
+struct Queue {
+    pair: Pair,
+    features: Features,
+    /// Notifications the driver got.
+    told: usize,
+    token: u64,
+}
+
+impl Queue {
+    fn new() -> Self {
+        Self { pair: Pair::new(16, FEATURES), features: FEATURES, told: 0, token: 0 }
+    }
+
+    /// The driver makes a chain available.
+    fn add(&mut self, readable: &[Buffer], writable: &[Buffer]) -> u64 {
+        self.token += 1;
+        self.pair.driver.add(readable, writable, self.token).unwrap();
+        self.pair.driver.publish().unwrap();
+        self.token
+    }
+
+    fn send(&mut self, bytes: &[u8]) -> u64 {
+        let buffer = self.holding(bytes);
+        self.add(&[buffer], &[])
+    }
+
+    fn offer(&mut self, len: u32) -> Buffer {
+        let buffer = self.pair.allocate(len);
+        self.add(&[], &[buffer]);
+        buffer
+    }
+
+    fn holding(&mut self, bytes: &[u8]) -> Buffer {
+        let buffer = self.pair.allocate(u32::try_from(bytes.len()).unwrap());
+        self.pair.memory.write(buffer.iova, bytes).unwrap();
+        buffer
+    }
+
+    fn read(&self, buffer: Buffer) -> Vec<u8> {
+        let mut bytes = vec![0; buffer.len as usize];
+        self.pair.memory.read(buffer.iova, &mut bytes).unwrap();
+        bytes
+    }
+
+    /// Tokens and lengths of what was completed.
+    fn used(&mut self) -> Vec<(u64, u32)> {
+        std::iter::from_fn(|| self.pair.driver.pop_used().unwrap())
+            .map(|done| (done.token, done.len))
+            .collect()
+    }
+
+    fn unmap(&self, buffer: Buffer) {
+        let range = IovaRange::from_size(buffer.iova, buffer.len.into()).unwrap();
+        self.pair.memory.protect(range, Perm::NONE);
+    }
+}
+
+impl End for Queue {
+    type Memory = TestMemory;
+
+    fn memory(&self) -> &TestMemory {
+        &self.pair.memory
+    }
+
+    fn features(&self) -> Features {
+        self.features
+    }
+
+    fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
+        self.pair.queue.pop(&self.pair.memory, chain)
+    }
+
+    fn complete(&mut self, head: u16, len: usize, tell: Tell) {
+        self.pair.queue.push_used(head, u32::try_from(len).unwrap()).unwrap();
+        if self.pair.queue.publish().unwrap() || tell == Tell::Always {
+            self.told += 1;
+        }
+    }
+}
+
+/// A device with all its queues.
+struct Device {
+    shared: Arc<Shared>,
+    logic: Loopback,
+    rx: Queue,
+    tx: Queue,
+    control: Queue,
+}
+
+impl Device {
+    fn new() -> Self {
+        let shared = Arc::new(Shared::default());
+        shared.config.lock().mac = MAC;
+        let logic = Loopback::new(Arc::clone(&shared));
+        Self { shared, logic, rx: Queue::new(), tx: Queue::new(), control: Queue::new() }
+    }
+
+    fn pass(&mut self) -> bool {
+        self.logic.loop_back(&mut self.tx, &mut self.rx)
+    }
+
+    fn counters(&self, queue: u16) -> Vec<u64> {
+        let all = self.shared.stats.vendor(QueueIndex(queue)).unwrap();
+        all.into_iter().map(|(_, value)| value).collect()
+    }
+
+    /// A command with `body`; returns the place of its answer.
+    fn command(&mut self, body: &[u8]) -> Buffer {
+        let command = self.control.holding(body);
+        let answer = self.control.holding(&[0xee]);
+        self.control.add(&[command], &[answer]);
+        answer
+    }
+}
+
+/// A packet to `to` with `payload` bytes after its destination.
+fn packet(to: [u8; 6], payload: usize) -> Vec<u8> {
+    let header = (0..HEADER).map(|at| u8::try_from(at + 0xa0).unwrap());
+    header.chain(to).chain((0..payload).map(|at| at.to_le_bytes()[0] ^ 0x55)).collect()
+}
+
+#[test]
+fn a_packet_comes_back_as_it_was_sent() {
+    let mut device = Device::new();
+    let sent = packet(MAC, 100);
+    let (first, second) = (device.tx.holding(&sent[..20]), device.tx.holding(&sent[20..]));
+    let token = device.tx.add(&[first, second], &[]);
+    let room = device.rx.offer(200);
+    assert!(!device.pass());
+    assert_eq!(device.tx.used(), [(token, 0)]);
+    assert_eq!(device.rx.used(), [(1, 118)]);
+    assert_eq!(device.rx.read(room)[..118], sent);
+    assert_eq!((device.tx.told, device.rx.told), (1, 1));
+    assert_eq!(device.counters(0), [1, 118, 0, 0, 0]);
+    assert_eq!(device.counters(1), [1, 118, 0, 0]);
+}
+
+#[test]
+fn the_filter_takes_its_own_address_groups_and_what_looks_like_its_own() {
+    let passes = |to: [u8; 6], mac: [u8; 6]| accepts(&packet(to, 0), HEADER, &mac);
+    assert!(passes(MAC, MAC) && passes([0xff; 6], MAC) && passes([1, 0, 0x5e, 0, 0, 1], MAC));
+    // 52:54:00 is all that is compared.
+    assert!(passes([0x52, 0x54, 0, 9, 9, 9], MAC));
+    assert!(!passes([0x52, 0x54, 1, 0x12, 0x34, 0x56], MAC));
+    assert!(!passes([0x52, 0x56, 0, 0x12, 0x34, 0x56], MAC));
+    let full = [0x52, 0x54, 1, 2, 3, 4];
+    assert!(passes(full, full) && !passes([0x52, 0x54, 1, 2, 3, 5], full));
+    // An address that begins with 00, which the default does, is everybody's that begins so.
+    assert!(passes([0, 1, 2, 3, 4, 5], [0; 6]) && !passes([2, 0, 0, 0, 0, 0], [0; 6]));
+}
+
+#[test]
+fn a_packet_needs_a_header_and_a_destination() {
+    let whole = packet(MAC, 0);
+    assert!(accepts(&whole, 12, &MAC) && !accepts(&whole[..17], 12, &MAC));
+    assert!(accepts(&whole[2..], header_len(Features::NONE), &MAC));
+    let mut device = Device::new();
+    let tokens = [device.tx.send(&whole[..17]), device.tx.send(&whole)];
+    device.rx.offer(64);
+    device.pass();
+    assert_eq!(device.tx.used(), tokens.map(|token| (token, 0)));
+    assert_eq!(device.counters(0), [1, 18, 0, 0, 1]);
+    assert_eq!(device.counters(1), [2, 35, 0, 0]);
+    // Without VERSION_1 the header is shorter.
+    device.tx.features = Features::NONE;
+    device.tx.send(&whole[2..]);
+    device.rx.offer(64);
+    device.pass();
+    assert_eq!(device.counters(0), [2, 34, 0, 0, 1]);
+}
+
+#[test]
+fn what_does_not_fit_is_cut_off() {
+    let mut device = Device::new();
+    device.tx.send(&packet(MAC, 5000));
+    let room = device.rx.offer(5000);
+    device.tx.send(&packet(MAC, 100));
+    device.rx.offer(30);
+    device.pass();
+    assert_eq!(device.rx.used(), [(1, 4096), (2, 30)]);
+    assert_eq!(device.rx.read(room)[4090..4100], [&packet(MAC, 5000)[4090..4096], &[0; 4]].concat());
+    assert_eq!(device.counters(0), [2, 4126, 0, 0, 0]);
+    assert_eq!(device.counters(1), [2, 4096 + 118, 0, 0]);
+}
+
+#[test]
+fn without_room_a_packet_is_lost_and_the_pass_ends() {
+    let mut device = Device::new();
+    let tokens = [device.tx.send(&packet(MAC, 1)), device.tx.send(&packet(MAC, 2))];
+    assert!(!device.pass());
+    assert_eq!(device.tx.used(), [(tokens[0], 0)]);
+    assert_eq!(device.counters(0), [0, 0, 0, 1, 0]);
+    // A chain with something to read is no room, and stays with the device.
+    let readable = device.rx.holding(&[0; 64]);
+    device.rx.add(&[readable], &[]);
+    assert!(!device.pass());
+    assert_eq!(device.tx.used(), [(tokens[1], 0)]);
+    assert_eq!((device.counters(0), device.rx.used()), (vec![0, 0, 0, 2, 0], vec![]));
+}
+
+#[test]
+fn room_that_cannot_be_written_keeps_both_chains() {
+    let mut device = Device::new();
+    let room = device.rx.offer(256);
+    device.rx.unmap(room);
+    device.tx.send(&packet(MAC, 1));
+    assert!(!device.pass());
+    let empty = device.rx.pair.allocate(0);
+    device.rx.add(&[], &[empty]);
+    device.tx.send(&packet(MAC, 2));
+    assert!(!device.pass());
+    assert_eq!((device.tx.used(), device.rx.used()), (vec![], vec![]));
+    assert_eq!(device.counters(0), [0, 0, 2, 0, 0]);
+    // The next ones have nothing to do with it.
+    device.rx.offer(64);
+    let token = device.tx.send(&packet(MAC, 3));
+    device.pass();
+    assert_eq!((device.tx.used(), device.rx.used()), (vec![(token, 0)], vec![(3, 21)]));
+}
+
+#[test]
+fn what_cannot_be_read_is_no_packet() {
+    let mut device = Device::new();
+    let lost = device.tx.pair.allocate(256);
+    device.tx.unmap(lost);
+    let tokens = [device.tx.add(&[lost], &[]), device.tx.send(&[]), device.tx.send(&packet(MAC, 0))];
+    device.rx.offer(64);
+    assert!(!device.pass());
+    assert_eq!(device.tx.used(), tokens.map(|token| (token, 0)));
+    assert_eq!(device.counters(1), [1, 18, 2, 0]);
+    assert_eq!(device.counters(0), [1, 18, 0, 0, 0]);
+}
+
+#[test]
+fn a_transmit_chain_to_be_written_ends_the_pass() {
+    let mut device = Device::new();
+    let (sent, written) = (device.tx.holding(&packet(MAC, 0)), device.tx.pair.allocate(8));
+    device.tx.add(&[sent], &[written]);
+    let token = device.tx.send(&packet(MAC, 0));
+    device.rx.offer(64);
+    assert!(!device.pass());
+    assert_eq!((device.tx.used(), device.counters(1)), (vec![], vec![0, 0, 1, 0]));
+    assert!(!device.pass());
+    assert_eq!(device.tx.used(), [(token, 0)]);
+}
+
+#[test]
+fn a_pass_ends_after_a_delivery_when_it_has_had_more_than_four() {
+    let mut device = Device::new();
+    for _ in 0..7 {
+        device.tx.send(&packet(MAC, 0));
+        device.rx.offer(64);
+    }
+    assert!(device.pass());
+    assert_eq!(device.rx.used().len(), 5);
+    assert!(!device.pass());
+    assert_eq!(device.rx.used().len(), 2);
+    // Those that are not delivered count, and do not end it.
+    let other = [2, 2, 2, 2, 2, 2];
+    for to in [other, other, other, other, other, MAC, MAC] {
+        device.tx.send(&packet(to, 0));
+    }
+    device.rx.offer(64);
+    device.rx.offer(64);
+    assert!(device.pass());
+    assert_eq!((device.tx.used().len(), device.rx.used().len()), (7 + 6, 1));
+}
+
+#[test]
+fn a_driver_that_does_not_want_to_be_told_is_not_except_by_the_control_queue() {
+    let mut device = Device::new();
+    for queue in [&mut device.tx, &mut device.rx, &mut device.control] {
+        queue.pair.driver.disable_interrupts().unwrap();
+    }
+    device.tx.send(&packet(MAC, 0));
+    device.rx.offer(64);
+    device.command(&[1, 0]);
+    device.pass();
+    device.logic.control(&mut device.control);
+    assert_eq!((device.tx.told, device.rx.told, device.control.told), (0, 0, 1));
+    assert_eq!((device.tx.used().len(), device.rx.used().len(), device.control.used().len()), (1, 1, 1));
+}
+
+#[test]
+fn the_control_queue_sets_the_address() {
+    let mut device = Device::new();
+    let answer = device.command(&[1, 1, 2, 3, 4, 5, 6, 7]);
+    assert!(!device.logic.control(&mut device.control));
+    assert_eq!(device.control.used(), [(1, 1)]);
+    assert_eq!(device.control.read(answer), [0]);
+    assert_eq!(device.shared.config.lock().mac, [2, 3, 4, 5, 6, 7]);
+    // Too short, and stored as far as it goes.
+    let answer = device.command(&[1, 1, 9, 9]);
+    device.logic.control(&mut device.control);
+    assert_eq!(device.control.read(answer), [1]);
+    assert_eq!(device.shared.config.lock().mac, [9, 9, 4, 5, 6, 7]);
+    assert_eq!(device.counters(2), [2, 1, 1]);
+}
+
+#[test]
+fn a_command_of_another_class_gets_the_answer_of_the_one_before() {
+    let mut device = Device::new();
+    let answers = [
+        device.command(&[0, 0, 1]),
+        device.command(&[1, 1, 2, 3, 4, 5, 6, 7]),
+        device.command(&[0, 0, 1]),
+        device.command(&[1, 0]),
+        device.command(&[4, 0]),
+    ];
+    device.logic.control(&mut device.control);
+    assert_eq!(answers.map(|answer| device.control.read(answer)[0]), [1, 0, 0, 1, 1]);
+    // A pass begins with an error, whatever the last one ended with.
+    device.command(&[1, 1, 2, 3, 4, 5, 6, 7]);
+    device.logic.control(&mut device.control);
+    let answer = device.command(&[0, 0]);
+    device.logic.control(&mut device.control);
+    assert_eq!(device.control.read(answer), [1]);
+    assert_eq!(device.counters(2), [7, 3, 4]);
+}
+
+#[test]
+fn a_command_without_a_header_ends_the_pass_and_is_not_answered() {
+    let mut device = Device::new();
+    device.command(&[1]);
+    device.command(&[1, 1, 2, 3, 4, 5, 6, 7]);
+    device.logic.control(&mut device.control);
+    assert_eq!((device.control.used(), device.counters(2)), (vec![], vec![1, 0, 1]));
+    device.logic.control(&mut device.control);
+    assert_eq!((device.control.used(), device.counters(2)), (vec![(2, 1)], vec![2, 1, 1]));
+}
+
+#[test]
+fn a_command_without_room_for_an_answer_is_carried_out() {
+    let mut device = Device::new();
+    let command = device.control.holding(&[1, 1, 2, 3, 4, 5, 6, 7]);
+    device.control.add(&[command], &[]);
+    device.logic.control(&mut device.control);
+    assert_eq!(device.control.used(), [(1, 0)]);
+    assert_eq!(device.shared.config.lock().mac, [2, 3, 4, 5, 6, 7]);
+}

@@ -1,0 +1,311 @@
+//! Serving a block device: every queue for itself, each request through a [`Disk`].
+
+use std::sync::Arc;
+
+use vdpa_core::blk::{BlkRequest, ShapeError, Status, kind};
+use vdpa_core::ring::{Buffer, Chain, Memory, RingError};
+use vdpa_core::types::Result;
+use vdpa_sys::uring::{Op, OwnedBuf, SubmitError};
+
+use super::queue::Queue;
+use super::queues::{Queues, to_u16};
+use super::{Logic, View};
+
+/// Requests taken from one queue before the others have their turn.
+const BUDGET: usize = 64;
+
+/// What a request comes to.
+#[derive(Debug)]
+pub(crate) enum Verdict {
+    /// Answered: `written` bytes of data are in the client's buffers.
+    Done {
+        /// The status byte.
+        status: Status,
+        /// Bytes.
+        written: u32,
+    },
+    /// The kernel is to do this first.
+    Io {
+        /// What.
+        op: Op,
+        /// What then.
+        after: After,
+    },
+    /// Client memory is out of reach: the request goes back, and the queue rests until the next kick.
+    Unreachable,
+    /// No request at all: completed with length 0 and no status.
+    Misshapen {
+        /// Whether the client is told.
+        notify: bool,
+    },
+}
+
+/// What follows a completed I/O.
+#[derive(Debug)]
+pub(crate) enum After {
+    /// `len` bytes must have been moved; `written` of them into the client's memory.
+    Transfer {
+        /// Expected.
+        len: u32,
+        /// For the used element.
+        written: u32,
+        /// Make them stable before answering (write-through).
+        sync: bool,
+    },
+    /// The bytes go from a bounce buffer to the client.
+    CopyOut {
+        /// Destination.
+        to: Vec<Buffer>,
+        /// Bytes.
+        len: u32,
+    },
+    /// Nothing more than success counts.
+    Success {
+        /// Make it stable before answering.
+        sync: bool,
+    },
+    /// A discard is a hint: a file system that cannot do it is no error.
+    Hint,
+    /// Zero a range; where the file system cannot, by writing zeros from `at` to `end`.
+    Zero {
+        /// First byte not yet zero.
+        at: u64,
+        /// End, in bytes.
+        end: u64,
+        /// Whether zeros are being written already.
+        writing: bool,
+        /// Make it stable before answering.
+        sync: bool,
+    },
+}
+
+/// A disk as the worker uses it. Called from the worker's thread only.
+pub(crate) trait Disk: Send + 'static {
+    /// Looks at a request and starts it. `write_back`: the driver has a flush command and uses it.
+    fn begin(&mut self, request: &BlkRequest<'_>, view: &Arc<View>, write_back: bool) -> Verdict;
+
+    /// A chain that is no request.
+    fn misshapen(&mut self, error: &ShapeError) -> Verdict;
+
+    /// An I/O of a request has completed. Disks that never answer [`Verdict::Io`] are never called.
+    fn proceed(
+        &mut self,
+        after: After,
+        result: Result<u32>,
+        buffer: Option<OwnedBuf>,
+        view: &Arc<View>,
+    ) -> Verdict;
+}
+
+/// A request whose I/O is in flight.
+struct Pending {
+    queue: u16,
+    head: u16,
+    /// Address of the status byte.
+    status: u64,
+    after: After,
+    /// Bytes of data that the driver wants written.
+    data_out: u64,
+    view: Arc<View>,
+}
+
+/// The logic of a block device.
+pub(super) struct Requests<D> {
+    disk: D,
+    pending: Vec<Option<Pending>>,
+    free: Vec<u32>,
+    chain: Chain,
+}
+
+impl<D: Disk> Logic for Requests<D> {
+    // A request that was put back because its memory was out of reach may be in reach now.
+    const MAP_WAKES: bool = true;
+
+    fn serve(&mut self, queues: &mut Queues) {
+        for index in 0..queues.count() {
+            let index = to_u16(index);
+            let Some(mut queue) = queues.take(index) else { continue };
+            if queue.has_work() {
+                queue.pending = match self.serve_queue(queues, index, &mut queue) {
+                    Ok(more) => more,
+                    Err(error) => queues.rest(index, &mut queue, error),
+                };
+            }
+            queues.put(index, queue);
+        }
+    }
+
+    fn complete(&mut self, queues: &mut Queues, slot: u32, result: Result<u32>, buffer: Option<OwnedBuf>) {
+        let Some(mut pending) = self.pending.get_mut(slot as usize).and_then(Option::take) else { return };
+        self.free.push(slot);
+        let after = std::mem::replace(&mut pending.after, After::Hint);
+        if let Err(error) = result {
+            queues.complain(pending.queue, &error);
+        }
+        let view = Arc::clone(&pending.view);
+        let verdict = self.disk.proceed(after, result, buffer, &view);
+        self.carry_out(queues, None, pending, verdict);
+    }
+}
+
+impl<D: Disk> Requests<D> {
+    pub(super) fn new(disk: D) -> Self {
+        Self { disk, pending: Vec::new(), free: Vec::new(), chain: Chain::new() }
+    }
+
+    /// Takes requests of one queue up to the budget; whether there may be more.
+    fn serve_queue(&mut self, queues: &mut Queues, index: u16, queue: &mut Queue) -> Result<bool, RingError> {
+        let view = queues.view(queue);
+        queue.ring(&view)?.disable_kick()?;
+        for _ in 0..BUDGET {
+            let mut chain = std::mem::take(&mut self.chain);
+            let found = queue.ring(&view)?.pop(view.snapshot(), &mut chain);
+            let going = match found {
+                Ok(true) => self.begin(queues, index, queue, &view, &chain),
+                Ok(false) => {
+                    self.chain = chain;
+                    queues.publish(queue)?;
+                    return queue.ring(&view)?.enable_kick();
+                }
+                Err(error) => Err(error),
+            };
+            self.chain = chain;
+            if !going? {
+                queues.publish(queue)?;
+                return Ok(false);
+            }
+        }
+        queues.publish(queue)?;
+        Ok(true)
+    }
+
+    /// Starts one request; `false` when the queue is to rest until the next kick.
+    fn begin(
+        &mut self,
+        queues: &mut Queues,
+        index: u16,
+        queue: &mut Queue,
+        view: &Arc<View>,
+        chain: &Chain,
+    ) -> Result<bool, RingError> {
+        let request = match BlkRequest::parse(view.snapshot(), chain) {
+            Ok(request) => request,
+            Err(error) => {
+                let verdict = self.disk.misshapen(&error);
+                queues.complain(index, &error);
+                return unusual(queue, view, chain, &verdict);
+            }
+        };
+        let verdict = self.disk.begin(&request, view, queue.write_back());
+        if matches!(verdict, Verdict::Unreachable | Verdict::Misshapen { .. }) {
+            return unusual(queue, view, chain, &verdict);
+        }
+        queue.in_flight += 1;
+        let pending = Pending {
+            queue: index,
+            head: chain.head,
+            status: request.status,
+            after: After::Hint,
+            data_out: if request.header.kind == kind::OUT { request.data_out.len() } else { 0 },
+            view: Arc::clone(view),
+        };
+        self.carry_out(queues, Some(queue), pending, verdict);
+        Ok(true)
+    }
+
+    /// Follows a verdict: answers the request or starts its next I/O. `queue` is given while it is out of its
+    /// place.
+    fn carry_out(
+        &mut self,
+        queues: &mut Queues,
+        queue: Option<&mut Queue>,
+        mut pending: Pending,
+        verdict: Verdict,
+    ) {
+        let (status, written) = match verdict {
+            Verdict::Io { op, after } => {
+                pending.after = after;
+                match self.submit(queues, op, pending) {
+                    Ok(()) => return,
+                    Err((error, back)) => {
+                        queues.complain(back.queue, &error);
+                        pending = back;
+                        (Status::IoErr, 0)
+                    }
+                }
+            }
+            Verdict::Done { status, written } => (status, written),
+            Verdict::Unreachable | Verdict::Misshapen { .. } => (Status::IoErr, 0),
+        };
+        answer_request(queues, queue, &pending, status, written);
+    }
+
+    /// Hands an operation to the ring; gives the request back when it is not taken.
+    fn submit(
+        &mut self,
+        queues: &mut Queues,
+        op: Op,
+        pending: Pending,
+    ) -> Result<(), (SubmitError, Pending)> {
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.pending.push(None);
+            u32::try_from(self.pending.len() - 1).unwrap_or(u32::MAX)
+        });
+        if let Err(error) = queues.submit(op, slot) {
+            self.free.push(slot);
+            return Err((error, pending));
+        }
+        if let Some(place) = self.pending.get_mut(slot as usize) {
+            *place = Some(pending);
+        }
+        Ok(())
+    }
+}
+
+/// A chain that is not served as a request.
+fn unusual(queue: &mut Queue, view: &Arc<View>, chain: &Chain, verdict: &Verdict) -> Result<bool, RingError> {
+    let call = queue.setup.call.clone();
+    let ring = queue.ring(view)?;
+    let Verdict::Misshapen { notify } = verdict else {
+        ring.abandon(chain)?;
+        // The driver must kick again once its memory is back.
+        ring.enable_kick()?;
+        return Ok(false);
+    };
+    ring.push_used(chain.head, 0)?;
+    let wanted = ring.publish()?;
+    if *notify
+        && wanted
+        && let Some(call) = call
+    {
+        call.signal();
+    }
+    Ok(*notify)
+}
+
+/// Writes the status and the used element of a request. The driver sees them with the next publication.
+fn answer_request(
+    queues: &mut Queues,
+    queue: Option<&mut Queue>,
+    pending: &Pending,
+    status: Status,
+    written: u32,
+) {
+    let data_out = if status == Status::Ok { pending.data_out } else { 0 };
+    queues.count_request(pending.queue, data_out + u64::from(written), status != Status::Ok);
+    let told = pending.view.snapshot().write(pending.status, &[status.byte()]);
+    let queue = match queue {
+        Some(queue) => Some(queue),
+        None => queues.get_mut(pending.queue),
+    };
+    let Some(queue) = queue else { return };
+    queue.in_flight -= 1;
+    let len = if told.is_ok() { written.saturating_add(1) } else { 0 };
+    let pushed = match queue.resolved() {
+        Some(ring) => ring.push_used(pending.head, len),
+        None => Ok(()),
+    };
+    if let Err(error) = pushed {
+        queues.complain(pending.queue, &error);
+    }
+}
