@@ -130,6 +130,9 @@ impl VdpaOps for Notes {
     fn set_owner(&self) -> Result<()> {
         self.note("set_owner")
     }
+    fn reset_owner(&self) -> Result<()> {
+        Err(Errno::FAULT)
+    }
     fn new_owner(&self) -> Result<()> {
         self.note("new_owner")
     }

@@ -2,6 +2,8 @@
 
 pub(crate) mod blk;
 mod net_attrs;
+mod options;
+mod sim;
 pub(crate) mod sim_blk;
 pub(crate) mod sim_net;
 

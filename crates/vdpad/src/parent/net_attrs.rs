@@ -39,11 +39,6 @@ impl NetAttr {
         }
     }
 
-    /// The attribute with a name; `None` for one that the kernel does not know.
-    pub(super) fn of_name(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|attr| attr.name() == name)
-    }
-
     /// `1 << VDPA_ATTR_DEV_...` (uapi-spec 7.2).
     const fn mask(self) -> u64 {
         match self {

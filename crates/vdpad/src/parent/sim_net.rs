@@ -8,10 +8,10 @@ use std::sync::Arc;
 
 use vdpa_core::Errno;
 use vdpa_core::features::{BackendFeatures, Features};
-use vdpa_core::iotlb::Table;
+use vdpa_core::iotlb::{Mapping, Table};
 use vdpa_core::net::{LINK_UP, NetConfig};
 use vdpa_core::parent::{
-    AddressMode, CompatReset, Dma, Parent, PinLimit, PrivateMemory, Profile, QueueStats, SetMap,
+    AddressMode, CompatReset, Dma, DmaMap, Parent, PinLimit, PrivateMemory, Profile, QueueStats, SetMap,
 };
 use vdpa_core::ring::{Chain, RingError};
 use vdpa_core::types::{Asid, GroupIndex, IovaRange, QueueIndex, Result};
@@ -23,6 +23,7 @@ use zerocopy::IntoBytes;
 use self::loopback::{End, Loopback, Shared, Tell};
 use super::MgmtDevice;
 use super::net_attrs::{NetAttr, NetAttrs};
+use super::sim::{Options, SingleMappings};
 use crate::ctl::api::{Attrs, CtlError, ID_NET, MgmtDev};
 use crate::front::vhost::AnyParent;
 use crate::worker::{Logic, Queue, Queues, Size, View, Worker};
@@ -44,6 +45,9 @@ const FEATURES: Features = Features(0x3_0883_0028);
 /// The MTU of a device that was given none, in bytes.
 const MTU: u16 = 1500;
 
+/// Names of its attributes besides those of every simulator, and what they take.
+const OWN: [(&str, &str); 3] = [("mac", "MACADDR"), ("mtu", "68-65535"), ("device_features", "HEX")];
+
 /// The management device `sim-net`.
 #[derive(Debug)]
 pub(crate) struct SimNetMgmt;
@@ -64,10 +68,7 @@ impl MgmtDevice for SimNetMgmt {
     }
 
     fn create(&self, name: &str, attrs: &Attrs) -> Result<AnyParent, CtlError> {
-        if let Some((attr, _)) = attrs.iter().find(|(attr, _)| NetAttr::of_name(attr).is_none()) {
-            return Err(CtlError::new(Errno::OPNOTSUPP, format!("sim-net has no attribute \"{attr}\""))
-                .with_hint("It has mac, mtu and device_features, as the kernel's vdpasim_net."));
-        }
+        let options = Options::parse("sim-net", attrs, &OWN)?;
         let attrs = NetAttrs::parse(attrs)?;
         let features = attrs.features.unwrap_or(FEATURES);
         if !FEATURES.contains(features) {
@@ -90,20 +91,18 @@ impl MgmtDevice for SimNetMgmt {
                     "Check the sysctl kernel.io_uring_disabled and the seccomp policy of the daemon.",
                 )
             })?;
-        Ok(Box::new(SimNet { profile: profile(features), shared, worker }))
+        let profile = options.apply(profile(features));
+        Ok(Box::new(SimNet { profile, options, mappings: Default::default(), shared, worker }))
     }
 }
 
+/// What the options leave open; they decide the rest.
 fn profile(features: Features) -> Profile {
     Profile {
         device_id: ID_NET,
         vendor_id: 0,
         features,
-        backend_features: BackendFeatures::of(&[
-            BackendFeatures::ENABLE_AFTER_DRIVER_OK,
-            BackendFeatures::NEW_OWNER,
-            BackendFeatures::IOTLB_REMAP,
-        ]),
+        backend_features: BackendFeatures::NONE,
         queues: QUEUES,
         queue_size_max: 256,
         // The control queue may have an address space of its own, which a hypervisor keeps from the guest.
@@ -122,6 +121,8 @@ fn profile(features: Features) -> Profile {
         private_memory: PrivateMemory::Skip,
         max_iotlb_entries: 2048,
         verify_remap: true,
+        identity_map: true,
+        reset_owner: false,
         strict_new_owner: false,
         status_unsuspends: true,
         report_batch_errors: false,
@@ -131,8 +132,23 @@ fn profile(features: Features) -> Profile {
 #[derive(Debug)]
 struct SimNet {
     profile: Profile,
+    options: Options,
+    /// With `batch_mapping off`: by address space.
+    mappings: [SingleMappings; ADDRESS_SPACES as usize],
     shared: Arc<Shared>,
     worker: Worker,
+}
+
+impl SimNet {
+    /// Gives the worker a table. Nothing is ever in flight between two commands; draining makes the queues look their
+    /// rings up again.
+    fn show(&self, asid: Asid, table: &Table<GuestMemory>) -> Result<()> {
+        self.worker.set_view(asid, Arc::new(View::new(table, Vec::new())), true)
+    }
+
+    fn mappings(&mut self, asid: Asid) -> Result<&mut SingleMappings> {
+        self.mappings.get_mut(asid.0 as usize).ok_or(Errno::INVAL)
+    }
 }
 
 impl Parent for SimNet {
@@ -182,7 +198,7 @@ impl Parent for SimNet {
     }
 
     fn dma(&mut self) -> Dma<'_, LinuxHost> {
-        Dma::SetMap(self)
+        if self.options.batch_mapping { Dma::SetMap(self) } else { Dma::DmaMap(self) }
     }
 
     fn reset(&mut self) {
@@ -200,8 +216,31 @@ impl Parent for SimNet {
 
 impl SetMap<LinuxHost> for SimNet {
     fn set_map(&mut self, asid: Asid, table: &Table<GuestMemory>) -> Result<()> {
-        // Nothing is ever in flight between two commands; draining makes the queues look their rings up again.
-        self.worker.set_view(asid, Arc::new(View::new(table, Vec::new())), true)
+        if let Err(full) = self.options.check_room(table.len()) {
+            // As in the kernel, where filling the table has begun by emptying it.
+            self.show(asid, &Table::default())?;
+            return Err(full);
+        }
+        self.show(asid, table)
+    }
+}
+
+impl DmaMap<LinuxHost> for SimNet {
+    fn dma_map(&mut self, asid: Asid, mapping: &Mapping<GuestMemory>) -> Result<()> {
+        let options = self.options;
+        self.mappings(asid)?.insert(mapping, &options)?;
+        let table = self.mappings(asid)?.table();
+        self.show(asid, &table)
+    }
+
+    fn dma_unmap(&mut self, asid: Asid, range: IovaRange) {
+        let removed = self.mappings(asid).map(|mappings| {
+            mappings.remove(range);
+            mappings.table()
+        });
+        if let Err(errno) = removed.and_then(|table| self.show(asid, &table)) {
+            tracing::error!("the worker is gone, nothing uses its mappings any more: {errno}");
+        }
     }
 }
 

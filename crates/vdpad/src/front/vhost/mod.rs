@@ -10,13 +10,14 @@ use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
 use vdpa_core::device::Device;
-use vdpa_core::features::{BackendFeatures, Features, Status};
+use vdpa_core::features::{Features, Status};
 use vdpa_core::parent::Parent;
 use vdpa_core::types::{Asid, GroupIndex, IovaRange, QueueIndex, Result, VringAddr};
 use vdpa_core::{Errno, device::IotlbError};
 use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::guest::LinuxHost;
 use vdpa_sys::process::{Caller, OwnerSpace, ProcessCaller, Spaces};
+use vdpa_sys::uapi::live::{self, Numbers};
 use vdpa_sys::uapi::vhost as uapi;
 use zerocopy::IntoBytes;
 
@@ -42,6 +43,7 @@ pub struct VhostVdpaFile {
     refusals: RateLimit,
     /// When the present owner became it.
     owned_since: Mutex<Option<SystemTime>>,
+    numbers: Numbers,
 }
 
 impl fmt::Debug for VhostVdpaFile {
@@ -60,6 +62,7 @@ impl VhostVdpaFile {
             spaces,
             refusals: RateLimit::per_second(5),
             owned_since: Mutex::new(None),
+            numbers: live::configured(),
         }
     }
 
@@ -151,9 +154,12 @@ impl VhostVdpaFile {
         Some(match call.cmd {
             uapi::VHOST_GET_FEATURES => reply(&profile.features.0),
             uapi::VHOST_SET_FEATURES => word().and_then(|word| done(device.set_features(Features(word)))),
-            uapi::VHOST_GET_BACKEND_FEATURES => reply(&device.backend_features().0),
+            uapi::VHOST_GET_BACKEND_FEATURES => {
+                reply(&self.numbers.features_to_wire(device.backend_features()))
+            }
             uapi::VHOST_SET_BACKEND_FEATURES => {
-                word().and_then(|word| done(device.set_backend_features(BackendFeatures(word))))
+                let features = word().map(|word| self.numbers.features_from_wire(word));
+                features.and_then(|features| done(device.set_backend_features(features)))
             }
             uapi::VHOST_SET_LOG_BASE | uapi::VHOST_SET_LOG_FD => Err(Errno::NOTTY),
             uapi::VHOST_VDPA_GET_DEVICE_ID => reply(&profile.device_id),
@@ -198,9 +204,16 @@ impl VhostVdpaFile {
                 self.log_owner(device.owner(), "owner set");
                 return Ok(IoctlReply::default());
             }
-            uapi::VHOST_NEW_OWNER => {
+            request if request == self.numbers.new_owner => {
                 device.new_owner(&caller)?;
                 self.log_owner(device.owner(), "owner changed");
+                return Ok(IoctlReply::default());
+            }
+            // Where it is not supported it goes the way of all unknown requests, as in the kernel.
+            uapi::VHOST_RESET_OWNER if device.profile().reset_owner => {
+                device.reset_owner(&caller)?;
+                *self.owned_since.lock() = None;
+                tracing::info!(device = %self.name, tid = call.tid, "owner reset");
                 return Ok(IoctlReply::default());
             }
             _ => device.check_owner(&caller)?,
@@ -358,7 +371,8 @@ impl DeviceFile for VhostVdpaFile {
 
     fn write(&self, tid: u32, data: &[u8]) -> Result<u32> {
         self.with(|device| {
-            let (asid, msg) = wire::iotlb_message(data, device.acked_backend_features())?;
+            let (asid, mut msg) = wire::iotlb_message(data, device.acked_backend_features())?;
+            msg.kind = self.numbers.message_from_wire(msg.kind);
             let process = process(tid)?;
             let caller = ProcessCaller { caller: &process, spaces: &self.spaces };
             let result = device.iotlb(&caller, asid, &msg);

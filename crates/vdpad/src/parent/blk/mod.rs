@@ -11,7 +11,7 @@ use vdpa_core::Errno;
 use vdpa_core::blk::BlkConfig;
 use vdpa_core::features::{BackendFeatures, Features};
 use vdpa_core::iotlb::{Mapping, Table};
-use vdpa_core::parent::{AddressMode, CompatReset, Dma, Parent, PrivateMemory, Profile, QueueStats, SetMap};
+use vdpa_core::parent::{AddressMode, Dma, Parent, PrivateMemory, Profile, QueueStats, SetMap};
 use vdpa_core::types::{Asid, IovaRange, QueueIndex, Result};
 use vdpa_core::vq::{QueueSetup, QueueState};
 use vdpa_sys::guest::{GuestMemory, LinuxHost};
@@ -145,12 +145,14 @@ fn profile(options: &Options, backing: &Backing) -> Profile {
         resume: true,
         vring_size: true,
         reset_map: true,
-        compat_reset: CompatReset::Keep,
+        compat_reset: options.compat_reset,
         address_mode: if options.pin { AddressMode::Pinned } else { AddressMode::Objects },
         pin_limit: options.pin_limit,
         private_memory: PrivateMemory::Copy,
         max_iotlb_entries: 2048,
         verify_remap: true,
+        identity_map: false,
+        reset_owner: options.reset_owner,
         strict_new_owner: options.strict_new_owner,
         status_unsuspends: false,
         report_batch_errors: true,
