@@ -39,6 +39,9 @@ struct Arguments {
     /// Prints one JSON object instead of text.
     #[arg(short, long)]
     json: bool,
+    /// Also writes the JSON object to a file.
+    #[arg(long, value_name = "FILE")]
+    json_file: Option<PathBuf>,
     /// Also writes a JUnit XML file.
     #[arg(long, value_name = "FILE")]
     junit: Option<PathBuf>,
@@ -97,11 +100,18 @@ fn dispatch(arguments: &Arguments) -> Result<u8, Fatal> {
     let expected = read_expectations(arguments.expect.as_deref())?;
     let findings = run(arguments, device, &selected, &expected)?;
     let summary = Summary::of(&findings);
+    let json = || format!("{}\n", json(device, &findings));
+    let save = |file: &Path, text: String| {
+        std::fs::write(file, text).map_err(|error| Fatal::new(USAGE, file.display(), error))
+    };
     if let Some(file) = &arguments.junit {
-        std::fs::write(file, junit(device, &findings)).map_err(|e| Fatal::new(USAGE, file.display(), e))?;
+        save(file, junit(device, &findings))?;
+    }
+    if let Some(file) = &arguments.json_file {
+        save(file, json())?;
     }
     if arguments.json {
-        print(&format!("{}\n", json(device, &findings)))?;
+        print(&json())?;
     } else {
         print(&format!("{summary}\n"))?;
     }

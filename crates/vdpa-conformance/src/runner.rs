@@ -33,7 +33,7 @@ pub enum Verdict {
         /// What it did.
         what: String,
     },
-    /// It did not, or could not be run, as expected.
+    /// It did not, as expected.
     Deviated {
         /// What it did.
         what: String,
@@ -43,6 +43,13 @@ pub enum Verdict {
     /// It passed although a deviation was expected: the expectation file is out of date.
     UnexpectedPass {
         /// Why it was expected to fail.
+        reason: String,
+    },
+    /// It could not be run, as expected.
+    NotApplicable {
+        /// What is missing.
+        why: String,
+        /// Why that is accepted.
         reason: String,
     },
     /// It could not be run.
@@ -67,7 +74,7 @@ impl Verdict {
             (Err(Stop::Failed(what)), Some(reason)) => Self::Deviated { what, reason: reason.to_owned() },
             (Err(Stop::CannotRun(why)), None) => Self::Skipped { why },
             (Err(Stop::CannotRun(why)), Some(reason)) => {
-                Self::Deviated { what: format!("not run: {why}"), reason: reason.to_owned() }
+                Self::NotApplicable { why, reason: reason.to_owned() }
             }
         }
     }
@@ -171,7 +178,7 @@ mod tests {
                 Verdict::UnexpectedPass { reason: "why b".to_owned() },
                 Verdict::Failed { what: what.clone() },
                 Verdict::Deviated { what, reason: "why d".to_owned() },
-                Verdict::Deviated { what: "not run: no memory".to_owned(), reason: "why e".to_owned() },
+                Verdict::NotApplicable { why: "no memory".to_owned(), reason: "why e".to_owned() },
                 Verdict::Skipped { why: "backend feature SUSPEND is not offered".to_owned() },
             ]
         );
