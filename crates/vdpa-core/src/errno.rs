@@ -31,9 +31,11 @@ macro_rules! errnos {
 errnos! {
     PERM = 1, "Operation not permitted";
     NOENT = 2, "No such file or directory";
+    SRCH = 3, "No such process";
     INTR = 4, "Interrupted system call";
     IO = 5, "Input/output error";
     TOOBIG = 7, "Argument list too long";
+    NOEXEC = 8, "Exec format error";
     BADF = 9, "Bad file descriptor";
     AGAIN = 11, "Resource temporarily unavailable";
     NOMEM = 12, "Cannot allocate memory";
@@ -42,16 +44,26 @@ errnos! {
     BUSY = 16, "Device or resource busy";
     EXIST = 17, "File exists";
     NODEV = 19, "No such device";
+    NOTDIR = 20, "Not a directory";
+    ISDIR = 21, "Is a directory";
     INVAL = 22, "Invalid argument";
+    NFILE = 23, "Too many open files in system";
+    MFILE = 24, "Too many open files";
     NOTTY = 25, "Inappropriate ioctl for device";
+    TXTBSY = 26, "Text file busy";
     NOSPC = 28, "No space left on device";
     SPIPE = 29, "Illegal seek";
+    ROFS = 30, "Read-only file system";
     RANGE = 34, "Numerical result out of range";
+    NAMETOOLONG = 36, "File name too long";
     NOSYS = 38, "Function not implemented";
+    LOOP = 40, "Too many levels of symbolic links";
     OVERFLOW = 75, "Value too large for defined data type";
     MSGSIZE = 90, "Message too long";
     OPNOTSUPP = 95, "Operation not supported";
+    CONNABORTED = 103, "Software caused connection abort";
     NOBUFS = 105, "No buffer space available";
+    NOTCONN = 107, "Transport endpoint is not connected";
     TIMEDOUT = 110, "Connection timed out";
     NOTSUPP = 524, "Operation not supported (kernel-internal ENOTSUPP)";
 }
