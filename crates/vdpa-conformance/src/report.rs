@@ -136,7 +136,9 @@ pub fn junit(device: &Path, findings: &[Finding]) -> String {
                 write!(xml, "<failure message=\"{text}\"/>")
             }
             Verdict::Deviated { .. } => write!(xml, "<system-out>{text}</system-out>"),
-            Verdict::NotApplicable { .. } | Verdict::Skipped { .. } => write!(xml, "<skipped message=\"{text}\"/>"),
+            Verdict::NotApplicable { .. } | Verdict::Skipped { .. } => {
+                write!(xml, "<skipped message=\"{text}\"/>")
+            }
         };
         xml.push_str("</testcase>\n");
     }
