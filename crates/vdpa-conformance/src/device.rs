@@ -49,6 +49,11 @@ impl Device {
         Self { fd: VhostVdpaFd::from_fd(fd) }
     }
 
+    /// The descriptor, for a child.
+    pub(crate) fn vhost(&self) -> &VhostVdpaFd {
+        &self.fd
+    }
+
     /// Any ioctl number with any argument.
     pub(crate) fn raw(&self, number: u32, argument: RawArg<'_>) -> Result<(), Errno> {
         self.fd.raw_ioctl(number, argument).map(drop)

@@ -13,6 +13,7 @@ pub mod cases;
 pub mod child;
 mod device;
 pub mod expect;
+mod forked;
 pub mod matrix;
 mod memory;
 mod probe;

@@ -4,8 +4,8 @@ use vdpa_core::Errno;
 use vdpa_core::features::BackendFeatures;
 use vdpa_core::types::{IotlbMsg, Perm, iotlb_type};
 
-use crate::case::{Case, Ctx, Outcome, Stop, check, prepare};
-use crate::device::{Device, V1, V2, WRITTEN, encode};
+use crate::case::{Case, Ctx, Need, Outcome, Stop, check, prepare};
+use crate::device::{Device, V1, V2, WRITTEN, encode, errno};
 use crate::memory::{PAGE, Region};
 use crate::request::Request;
 
@@ -30,6 +30,14 @@ pub(super) const CASES: &[Case] = &[
     case!("iotlb.update-range", "2.4", [IOTLB_UPDATE], update_range),
     case!("iotlb.update-hole", "3.2", [IOTLB_UPDATE], update_hole),
     case!("iotlb.permissions", "2.4", [IOTLB_UPDATE], permissions),
+    case!("iotlb.fragments", "3.2", [IOTLB_UPDATE, IOTLB_INVALIDATE], fragments),
+    Case {
+        id: "iotlb.pin-limit",
+        spec: "3.3",
+        covers: &[Request::IOTLB_UPDATE, Request::IOTLB_INVALIDATE],
+        needs: &[Need::Child],
+        run: pin_limit,
+    },
     case!("iotlb.private-memory", "3.2, 9.4 vector 31", [IOTLB_UPDATE], private_memory),
     case!("iotlb.invalidate-whole-entry", "2.5, 9.4 vector 32", [IOTLB_INVALIDATE], invalidate_whole_entry),
     case!("iotlb.invalidate-all", "2.5, 9.4 vector 39", [IOTLB_INVALIDATE], invalidate_all),
@@ -48,6 +56,8 @@ pub(super) const CASES: &[Case] = &[
         [IOTLB_BATCH_BEGIN, IOTLB_BATCH_END, IOTLB_UPDATE],
         batch_asid
     ),
+    case!("iotlb.writev", "2.2", [IOTLB_BATCH_BEGIN], writev),
+    case!("batch.survives-reset", "2.6", [IOTLB_BATCH_BEGIN, SET_STATUS, CLOSE], batch_survives_reset),
     case!("batch.end-without-begin", "2.6, 9.4 vector 36", [IOTLB_BATCH_END], batch_end),
     case!("batch.begin-again", "2.6", [IOTLB_BATCH_BEGIN], batch_begin_again),
     case!("batch.no-rollback", "2.6", [IOTLB_BATCH_BEGIN, IOTLB_BATCH_END, IOTLB_UPDATE], batch_no_rollback),
@@ -124,6 +134,38 @@ fn permissions(ctx: &mut Ctx<'_>) -> Outcome {
     Ok(())
 }
 
+fn fragments(ctx: &mut Ctx<'_>) -> Outcome {
+    let device = ctx.open_owned()?;
+    let region = Region::in_two_mappings()?;
+    check("UPDATE of two mappings", device.map(0x10_000, &region, Perm::RW), MAPPED)?;
+    check("INVALIDATE of a byte of the first", device.unmap(0x10_000, 1), MAPPED)?;
+    check("the first is mapped", is_mapped(&device, 0x10_000), Ok(false))?;
+    check("the second is mapped", is_mapped(&device, 0x11_000), Ok(true))
+}
+
+fn pin_limit(ctx: &mut Ctx<'_>) -> Outcome {
+    let device = ctx.open()?;
+    let mut owner = ctx.child(&device)?;
+    owner.limit_memlock(4)?;
+    check("SET_OWNER", owner.call(Request::SET_OWNER)?, Ok(()))?;
+    let region = Region::new(4)?;
+    let uaddr = owner.map(&region)?;
+    let mut map = |iova, pages| owner.write(&encode(V2, 0, &update(iova, pages * PAGE, uaddr, Perm::RW)));
+    if map(0, 5)? == MAPPED {
+        return Err(Stop::CannotRun(
+            "the device does not hold RLIMIT_MEMLOCK against pinned memory".to_owned(),
+        ));
+    }
+    check("UPDATE of 3 pages, 4 are allowed", map(0, 3)?, MAPPED)?;
+    check("UPDATE of 2 more", map(0x10_000, 2)?, REFUSED)?;
+    check("UPDATE of the first page once more, which counts again", map(0x10_000, 1)?, MAPPED)?;
+    check("UPDATE of one more", map(0x20_000, 1)?, REFUSED)?;
+    let unmap = IotlbMsg { iova: 0x10_000, size: PAGE, kind: iotlb_type::INVALIDATE, ..IotlbMsg::default() };
+    check("INVALIDATE of one", owner.write(&encode(V2, 0, &unmap))?, MAPPED)?;
+    let again = update(0x20_000, PAGE, uaddr, Perm::RW);
+    check("UPDATE in its place", owner.write(&encode(V2, 0, &again))?, MAPPED)
+}
+
 fn private_memory(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open_owned()?;
     let private = vec![0_u8; 2 * 4096];
@@ -186,6 +228,14 @@ fn short_message(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open_owned()?;
     let bytes = encode(V2, 0, &IotlbMsg { kind: iotlb_type::BATCH_BEGIN, ..IotlbMsg::default() });
     check("message of 40 bytes", device.write(bytes.get(..40).unwrap_or_default()), MAPPED)
+}
+
+fn writev(ctx: &mut Ctx<'_>) -> Outcome {
+    let device = ctx.open_owned()?;
+    let bytes = encode(V2, 0, &IotlbMsg { kind: iotlb_type::BATCH_BEGIN, ..IotlbMsg::default() });
+    let (head, tail) = bytes.split_at(5);
+    let pieces = [std::io::IoSlice::new(head), std::io::IoSlice::new(tail)];
+    check("message in two pieces", rustix::io::writev(&device, &pieces).map_err(errno), MAPPED)
 }
 
 fn first_word(ctx: &mut Ctx<'_>) -> Outcome {
@@ -281,6 +331,26 @@ fn batch_end(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open_owned()?;
     check("UPDATE", device.map(0x1000, &Region::new(1)?, Perm::RW), MAPPED)?;
     check("BATCH_END without BATCH_BEGIN", device.plain(0, iotlb_type::BATCH_END), MAPPED)
+}
+
+fn batch_survives_reset(ctx: &mut Ctx<'_>) -> Outcome {
+    let device = ctx.open_owned()?;
+    let acknowledged = BackendFeatures::of(&[BackendFeatures::IOTLB_ASID]);
+    prepare("VHOST_SET_BACKEND_FEATURES", device.set_backend(acknowledged))?;
+    check("BATCH_BEGIN", device.plain(0, iotlb_type::BATCH_BEGIN), MAPPED)?;
+    prepare("SET_STATUS 0", device.set_status(vdpa_core::features::Status::RESET))?;
+    let other = if ctx.probe().address_spaces > 1 { 1 } else { 0 };
+    // Only a second address space shows it: its messages are refused while the batch of the first is open.
+    let want = if other == 1 { REFUSED } else { MAPPED };
+    check(
+        "BATCH_BEGIN of the last address space after a reset",
+        device.plain(other, iotlb_type::BATCH_BEGIN),
+        want,
+    )?;
+    drop(device);
+    let device = ctx.open_owned()?;
+    prepare("VHOST_SET_BACKEND_FEATURES", device.set_backend(acknowledged))?;
+    check("BATCH_BEGIN of it after another open", device.plain(other, iotlb_type::BATCH_BEGIN), MAPPED)
 }
 
 fn batch_begin_again(ctx: &mut Ctx<'_>) -> Outcome {

@@ -1,0 +1,48 @@
+//! [`Forked`]: a child of the suite that has not exec'd, with the suite's own addresses.
+
+use vdpa_core::Errno;
+use vdpa_sys::fork;
+
+use crate::case::Stop;
+use crate::device::Device;
+use crate::request::Request;
+
+/// A forked child that holds the device too. Ends when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Forked(fork::Forked);
+
+impl Forked {
+    pub(crate) fn start(device: &Device) -> Result<Self, Stop> {
+        fork::Forked::start(device.vhost()).map(Self).map_err(|errno| cannot("fork", errno))
+    }
+
+    /// A request without an argument, made by the child.
+    pub(crate) fn call(&self, request: Request) -> Result<Result<(), Errno>, Stop> {
+        let answer = self.0.call(request.number.unwrap_or(0));
+        answer.map(|result| result.map(drop)).map_err(|errno| cannot(request.name, errno))
+    }
+
+    /// A request that reads these bytes, made by the child.
+    pub(crate) fn set(&self, request: Request, bytes: &[u8]) -> Result<Result<(), Errno>, Stop> {
+        let answer = self.0.ioctl(request.number.unwrap_or(0), &mut bytes.to_vec());
+        answer.map(|result| result.map(drop)).map_err(|errno| cannot(request.name, errno))
+    }
+
+    /// Writes bytes to the device in the child.
+    pub(crate) fn write(&self, bytes: &[u8]) -> Result<Result<usize, Errno>, Stop> {
+        let answer = self.0.write(bytes);
+        answer
+            .map(|result| result.map(|count| usize::try_from(count).unwrap_or(0)))
+            .map_err(|errno| cannot("write", errno))
+    }
+}
+
+/// A request that reads these bytes, made by a child in the memory of the suite, as after vfork(2).
+pub(crate) fn vfork_set(device: &Device, request: Request, bytes: &[u8]) -> Result<Result<(), Errno>, Stop> {
+    let answer = fork::vfork_ioctl(device.vhost(), request.number.unwrap_or(0), &mut bytes.to_vec());
+    answer.map(|result| result.map(drop)).map_err(|errno| cannot("vfork", errno))
+}
+
+fn cannot(what: &str, errno: Errno) -> Stop {
+    Stop::Failed(format!("forked child: {what}: {errno}"))
+}
