@@ -14,7 +14,12 @@ use thiserror::Error;
 
 /// The deviations that are known of a device.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Expectations(BTreeMap<String, String>);
+pub struct Expectations {
+    /// Reasons by case.
+    cases: BTreeMap<String, String>,
+    /// Reasons by group of cases, for those that cannot be run.
+    groups: BTreeMap<String, String>,
+}
 
 /// What is wrong with an expectation file. Lines count from 1.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -46,12 +51,13 @@ pub enum ParseError {
 }
 
 impl Expectations {
-    /// Reads a file: one `case-id: reason` per line, empty lines and those beginning with `#` left out.
+    /// Reads a file: one `case-id: reason` per line, empty lines and those beginning with `#` left out. A line
+    /// `group.*: reason` is for the cases of a group that cannot be run on the device, and excuses no failure.
     ///
     /// # Errors
     /// [`ParseError`], also for a case that is not among `known`: a file must not outlive what it speaks of.
     pub fn parse(text: &str, known: &[&str]) -> Result<Self, ParseError> {
-        let mut expected = BTreeMap::new();
+        let mut expected = Self::default();
         for (index, text) in text.lines().enumerate() {
             let line = index + 1;
             let text = text.trim();
@@ -63,20 +69,40 @@ impl Expectations {
                 .map(|(id, reason)| (id.trim(), reason.trim()))
                 .filter(|(id, reason)| !id.is_empty() && !reason.is_empty())
                 .ok_or_else(|| ParseError::Form { line, text: text.to_owned() })?;
-            if !known.contains(&id) {
+            let (map, found) = match id.strip_suffix('*') {
+                Some(group) => (&mut expected.groups, known.iter().any(|case| case.starts_with(group))),
+                None => (&mut expected.cases, known.contains(&id)),
+            };
+            let key = id.trim_end_matches('*');
+            if !found || key.is_empty() {
                 return Err(ParseError::UnknownCase { line, id: id.to_owned() });
             }
-            if expected.insert(id.to_owned(), reason.to_owned()).is_some() {
+            if map.insert(key.to_owned(), reason.to_owned()).is_some() {
                 return Err(ParseError::Repeated { line, id: id.to_owned() });
             }
         }
-        Ok(Self(expected))
+        Ok(expected)
+    }
+
+    /// These and those of another file, which wins where both speak of a case.
+    #[must_use]
+    pub fn and(mut self, more: Self) -> Self {
+        self.cases.extend(more.cases);
+        self.groups.extend(more.groups);
+        self
     }
 
     /// Why the device deviates in this case; `None` when it should not.
     #[must_use]
     pub fn reason(&self, id: &str) -> Option<&str> {
-        self.0.get(id).map(String::as_str)
+        self.cases.get(id).map(String::as_str)
+    }
+
+    /// Why this case cannot be run on the device; `None` when it should be.
+    #[must_use]
+    pub fn excuse(&self, id: &str) -> Option<&str> {
+        let group = id.split_inclusive('.').next()?;
+        self.reason(id).or_else(|| self.groups.get(group).map(String::as_str))
     }
 }
 
@@ -89,6 +115,27 @@ mod tests {
         let expected = Expectations::parse("\n# x\n a.b : since 6.12: no limit \n", &["a.b"]).unwrap();
         assert_eq!(expected.reason("a.b"), Some("since 6.12: no limit"));
         assert_eq!(expected.reason("a"), None);
+    }
+
+    #[test]
+    fn a_group_excuses_what_cannot_be_run_only() {
+        let known = ["data.read", "data.write", "file.open"];
+        let expected = Expectations::parse("data.*: no disk\ndata.read: why", &known).unwrap();
+        assert_eq!(expected.excuse("data.read"), Some("why"));
+        assert_eq!(expected.excuse("data.write"), Some("no disk"));
+        assert_eq!((expected.reason("data.write"), expected.excuse("file.open")), (None, None));
+        for id in ["*", "nosuch.*"] {
+            assert!(
+                matches!(
+                    Expectations::parse(&format!("{id}: x"), &known),
+                    Err(ParseError::UnknownCase { .. })
+                ),
+                "{id}"
+            );
+        }
+        let more = Expectations::parse("data.read: other\nfile.*: y", &known).unwrap();
+        let both = expected.and(more);
+        assert_eq!((both.reason("data.read"), both.excuse("file.open")), (Some("other"), Some("y")));
     }
 
     #[test]

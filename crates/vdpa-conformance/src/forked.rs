@@ -16,6 +16,11 @@ impl Forked {
         fork::Forked::start(device.vhost()).map(Self).map_err(|errno| cannot("fork", errno))
     }
 
+    /// Limits the memory that may be locked for the child.
+    pub(crate) fn limit_memlock(&self, bytes: u64) -> Result<(), Stop> {
+        vdpa_sys::rlimit::set_memlock_of(self.0.pid(), bytes).map_err(|errno| cannot("RLIMIT_MEMLOCK", errno))
+    }
+
     /// A request without an argument, made by the child.
     pub(crate) fn call(&self, request: Request) -> Result<Result<(), Errno>, Stop> {
         let answer = self.0.call(request.number.unwrap_or(0));

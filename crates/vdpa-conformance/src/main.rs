@@ -30,9 +30,9 @@ struct Arguments {
     /// Runs only cases whose name contains this; may be repeated.
     #[arg(long, value_name = "TEXT")]
     filter: Vec<String>,
-    /// Known deviations of the device, one `case-id: reason` per line.
+    /// Known deviations of the device, one `case-id: reason` per line; may be repeated.
     #[arg(long, value_name = "FILE")]
-    expect: Option<PathBuf>,
+    expect: Vec<PathBuf>,
     /// Makes a skipped case an error.
     #[arg(long)]
     deny_skip: bool,
@@ -97,7 +97,7 @@ fn dispatch(arguments: &Arguments) -> Result<u8, Fatal> {
     let Some(device) = &arguments.device else {
         return Err(Fatal(USAGE, "no device file given".to_owned()));
     };
-    let expected = read_expectations(arguments.expect.as_deref())?;
+    let expected = read_expectations(&arguments.expect)?;
     let findings = run(arguments, device, &selected, &expected)?;
     let summary = Summary::of(&findings);
     let json = || format!("{}\n", json(device, &findings));
@@ -131,11 +131,13 @@ fn select(filters: &[String]) -> Result<Vec<Case>, Fatal> {
     Ok(selected)
 }
 
-fn read_expectations(file: Option<&Path>) -> Result<Expectations, Fatal> {
-    let Some(file) = file else { return Ok(Expectations::default()) };
-    let text = std::fs::read_to_string(file).map_err(|e| Fatal::new(USAGE, file.display(), e))?;
+fn read_expectations(files: &[PathBuf]) -> Result<Expectations, Fatal> {
     let ids: Vec<_> = cases::all().iter().map(|case| case.id).collect();
-    Expectations::parse(&text, &ids).map_err(|e| Fatal::new(USAGE, file.display(), e))
+    files.iter().try_fold(Expectations::default(), |expected, file| {
+        let text = std::fs::read_to_string(file).map_err(|e| Fatal::new(USAGE, file.display(), e))?;
+        let more = Expectations::parse(&text, &ids).map_err(|e| Fatal::new(USAGE, file.display(), e))?;
+        Ok(expected.and(more))
+    })
 }
 
 fn run(

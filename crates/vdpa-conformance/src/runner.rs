@@ -66,16 +66,17 @@ impl Verdict {
         matches!(self, Self::Failed { .. } | Self::UnexpectedPass { .. })
     }
 
-    fn of(outcome: Result<(), Stop>, expected: Option<&str>) -> Self {
-        match (outcome, expected) {
+    fn of(outcome: Result<(), Stop>, id: &str, expected: &Expectations) -> Self {
+        let reason = expected.reason(id).map(str::to_owned);
+        match (outcome, reason) {
             (Ok(()), None) => Self::Passed,
-            (Ok(()), Some(reason)) => Self::UnexpectedPass { reason: reason.to_owned() },
+            (Ok(()), Some(reason)) => Self::UnexpectedPass { reason },
             (Err(Stop::Failed(what)), None) => Self::Failed { what },
-            (Err(Stop::Failed(what)), Some(reason)) => Self::Deviated { what, reason: reason.to_owned() },
-            (Err(Stop::CannotRun(why)), None) => Self::Skipped { why },
-            (Err(Stop::CannotRun(why)), Some(reason)) => {
-                Self::NotApplicable { why, reason: reason.to_owned() }
-            }
+            (Err(Stop::Failed(what)), Some(reason)) => Self::Deviated { what, reason },
+            (Err(Stop::CannotRun(why)), _) => match expected.excuse(id) {
+                None => Self::Skipped { why },
+                Some(reason) => Self::NotApplicable { why, reason: reason.to_owned() },
+            },
         }
     }
 }
@@ -109,7 +110,7 @@ pub fn run(
                 (case.run)(&mut Ctx::new(config.device, probe, config.child))
             }),
         };
-        let verdict = Verdict::of(outcome, expected.reason(case.id));
+        let verdict = Verdict::of(outcome, case.id, expected);
         let finding = Finding { case, verdict, duration: started.elapsed() };
         each(&finding);
         findings.push(finding);

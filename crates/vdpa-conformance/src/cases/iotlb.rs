@@ -77,6 +77,17 @@ fn is_mapped(device: &Device, iova: u64) -> Result<bool, Stop> {
     }
 }
 
+/// Whether the device holds the memory it pins against `RLIMIT_MEMLOCK` of its owner (uapi-spec 3.3).
+fn counts_pins(ctx: &Ctx<'_>) -> Result<bool, Stop> {
+    let device = ctx.open()?;
+    let region = Region::new(2)?;
+    let owner = ctx.fork(&device)?;
+    owner.limit_memlock(PAGE)?;
+    check("SET_OWNER", owner.call(Request::SET_OWNER)?, Ok(()))?;
+    let message = update(0x1000, region.size(), region.uaddr(), Perm::RW);
+    Ok(owner.write(&encode(V2, 0, &message))? != MAPPED)
+}
+
 fn invalidate_first(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open_owned()?;
     check("INVALIDATE before any UPDATE", device.unmap(0, PAGE), REFUSED)?;
@@ -144,6 +155,11 @@ fn fragments(ctx: &mut Ctx<'_>) -> Outcome {
 }
 
 fn pin_limit(ctx: &mut Ctx<'_>) -> Outcome {
+    if !counts_pins(ctx)? {
+        return Err(Stop::CannotRun(
+            "the device does not hold RLIMIT_MEMLOCK against pinned memory".to_owned(),
+        ));
+    }
     let device = ctx.open()?;
     let mut owner = ctx.child(&device)?;
     owner.limit_memlock(4)?;
@@ -151,11 +167,7 @@ fn pin_limit(ctx: &mut Ctx<'_>) -> Outcome {
     let region = Region::new(4)?;
     let uaddr = owner.map(&region)?;
     let mut map = |iova, pages| owner.write(&encode(V2, 0, &update(iova, pages * PAGE, uaddr, Perm::RW)));
-    if map(0, 5)? == MAPPED {
-        return Err(Stop::CannotRun(
-            "the device does not hold RLIMIT_MEMLOCK against pinned memory".to_owned(),
-        ));
-    }
+    check("UPDATE of 5 pages, 4 are allowed", map(0, 5)?, REFUSED)?;
     check("UPDATE of 3 pages, 4 are allowed", map(0, 3)?, MAPPED)?;
     check("UPDATE of 2 more", map(0x10_000, 2)?, REFUSED)?;
     check("UPDATE of the first page once more, which counts again", map(0x10_000, 1)?, MAPPED)?;
@@ -167,20 +179,23 @@ fn pin_limit(ctx: &mut Ctx<'_>) -> Outcome {
 }
 
 fn private_memory(ctx: &mut Ctx<'_>) -> Outcome {
+    let pinned = counts_pins(ctx)?;
     let device = ctx.open_owned()?;
     let private = vec![0_u8; 2 * 4096];
     let uaddr = (private.as_ptr().expose_provenance() as u64).next_multiple_of(PAGE);
     let message = update(0x1000, PAGE, uaddr, Perm::RW);
     check("UPDATE of private anonymous memory", device.message(0, message), MAPPED)?;
-    check("it is mapped", is_mapped(&device, 0x1000), Ok(false))
+    check("it is mapped", is_mapped(&device, 0x1000), Ok(pinned))
 }
 
 fn invalidate_whole_entry(ctx: &mut Ctx<'_>) -> Outcome {
+    // Where memory is pinned an entry is a run of adjacent pages, however long it happens to be.
+    let pages: &[u64] = if counts_pins(ctx)? { &[0x18_000] } else { &[0x10_000, 0x18_000, 0x1f_000] };
     let device = ctx.open_owned()?;
     let region = Region::new(16)?;
     check("UPDATE of 16 pages", device.map(0x10_000, &region, Perm::RW), MAPPED)?;
     check("INVALIDATE of one byte in it", device.unmap(0x18_123, 1), MAPPED)?;
-    for iova in [0x10_000, 0x18_000, 0x1f_000] {
+    for &iova in pages {
         check(&format!("page {iova:#x} is mapped"), is_mapped(&device, iova), Ok(false))?;
     }
     Ok(())
@@ -199,6 +214,7 @@ fn invalidate_all(ctx: &mut Ctx<'_>) -> Outcome {
 }
 
 fn invalidate_odd(ctx: &mut Ctx<'_>) -> Outcome {
+    let pinned = counts_pins(ctx)?;
     let device = ctx.open_owned()?;
     let region = Region::new(2)?;
     check("UPDATE of two pages", device.map(0x10_000, &region, Perm::RW), MAPPED)?;
@@ -207,7 +223,9 @@ fn invalidate_odd(ctx: &mut Ctx<'_>) -> Outcome {
     check("INVALIDATE (first page, 0)", device.unmap(0x10_000, 0), MAPPED)?;
     check("still mapped", is_mapped(&device, 0x10_000), Ok(true))?;
     check("INVALIDATE (second page, 0): the entry spans that boundary", device.unmap(0x11_000, 0), MAPPED)?;
-    check("still mapped", is_mapped(&device, 0x10_000), Ok(false))?;
+    if !pinned {
+        check("still mapped", is_mapped(&device, 0x10_000), Ok(false))?;
+    }
     check("INVALIDATE (0, 2^64 - 1)", device.unmap(0, u64::MAX), MAPPED)
 }
 
@@ -299,6 +317,8 @@ fn reset_keeps(ctx: &mut Ctx<'_>) -> Outcome {
 fn limit(ctx: &mut Ctx<'_>) -> Outcome {
     /// Default of the parameter `max_iotlb_entries`.
     const ENTRIES: u64 = 2048;
+    // It is the table that is to be full. Where this is refused, pinned memory is counted by somebody else.
+    let _ = vdpa_sys::rlimit::raise_memlock(Some(4 * ENTRIES * PAGE));
     let device = ctx.open_owned()?;
     let region = Region::new(1)?;
     // Every other page, so that no two entries could be merged.
