@@ -30,7 +30,8 @@ struct Arguments {
     /// Runs only cases whose name contains this; may be repeated.
     #[arg(long, value_name = "TEXT")]
     filter: Vec<String>,
-    /// Known deviations of the device, one `case-id: reason` per line; may be repeated.
+    /// What is known of the device: `case-id: reason` for a deviation, `n/a case-id: reason` for what cannot be run; may
+    /// be repeated, and later files win.
     #[arg(long, value_name = "FILE")]
     expect: Vec<PathBuf>,
     /// Makes a skipped case an error.

@@ -60,7 +60,7 @@ fn words(verdict: &Verdict) -> (&'static str, Option<String>) {
         Verdict::Failed { what } => ("failed", Some(what.clone())),
         Verdict::Deviated { what, reason } => ("deviated", Some(format!("{what} (expected: {reason})"))),
         Verdict::UnexpectedPass { reason } => {
-            ("failed", Some(format!("passed, but the expectation file says it deviates: {reason}")))
+            ("failed", Some(format!("passed, which the expectation file does not expect: {reason}")))
         }
         Verdict::NotApplicable { why, reason } => ("n/a", Some(format!("{why} (expected: {reason})"))),
         Verdict::Skipped { why } => ("skipped", Some(why.clone())),

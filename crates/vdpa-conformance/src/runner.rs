@@ -67,16 +67,20 @@ impl Verdict {
     }
 
     fn of(outcome: Result<(), Stop>, id: &str, expected: &Expectations) -> Self {
-        let reason = expected.reason(id).map(str::to_owned);
-        match (outcome, reason) {
-            (Ok(()), None) => Self::Passed,
-            (Ok(()), Some(reason)) => Self::UnexpectedPass { reason },
-            (Err(Stop::Failed(what)), None) => Self::Failed { what },
-            (Err(Stop::Failed(what)), Some(reason)) => Self::Deviated { what, reason },
-            (Err(Stop::CannotRun(why)), _) => match expected.excuse(id) {
+        let deviation = expected.deviation(id).map(str::to_owned);
+        match (outcome, deviation) {
+            (Err(Stop::CannotRun(why)), _) => match expected.inapplicable(id) {
                 None => Self::Skipped { why },
                 Some(reason) => Self::NotApplicable { why, reason: reason.to_owned() },
             },
+            (Ok(()), Some(reason)) => Self::UnexpectedPass { reason },
+            (Ok(()), None) if expected.names_inapplicable(id) => {
+                let reason = expected.inapplicable(id).unwrap_or_default().to_owned();
+                Self::UnexpectedPass { reason }
+            }
+            (Ok(()), None) => Self::Passed,
+            (Err(Stop::Failed(what)), None) => Self::Failed { what },
+            (Err(Stop::Failed(what)), Some(reason)) => Self::Deviated { what, reason },
         }
     }
 }
@@ -103,6 +107,13 @@ pub fn run(
     let mut findings = Vec::with_capacity(cases.len());
     for &case in cases {
         let started = Instant::now();
+        if let Some(reason) = expected.not_run(case.id) {
+            let verdict = Verdict::NotApplicable { why: "not tried".to_owned(), reason: reason.to_owned() };
+            let finding = Finding { case, verdict, duration: Duration::ZERO };
+            each(&finding);
+            findings.push(finding);
+            continue;
+        }
         let missing = case.needs.iter().find_map(|need| need.missing(probe, config.child));
         let outcome = match missing {
             Some(why) => Err(Stop::CannotRun(why)),
@@ -169,8 +180,11 @@ mod tests {
             case("d", fail),
             case("e", |_| Err(Stop::CannotRun("no memory".to_owned()))),
             Case { needs: &[Need::Backend(BackendFeatures::SUSPEND)], ..case("f", |_| Ok(())) },
+            case("g", |_| Ok(())),
+            case("h", |_| panic!("it is not tried")),
         ];
-        let expected = Expectations::parse("b: why b\nd: why d\ne: why e", &["b", "d", "e"]).unwrap();
+        let text = "b: why b\nd: why d\nn/a e: why e\nn/a g: why g\nnot-run h: why h";
+        let expected = Expectations::parse(text, &["b", "d", "e", "g", "h"]).unwrap();
         let what = "wrong".to_owned();
         assert_eq!(
             verdicts(&cases, &expected),
@@ -181,6 +195,8 @@ mod tests {
                 Verdict::Deviated { what, reason: "why d".to_owned() },
                 Verdict::NotApplicable { why: "no memory".to_owned(), reason: "why e".to_owned() },
                 Verdict::Skipped { why: "backend feature SUSPEND is not offered".to_owned() },
+                Verdict::UnexpectedPass { reason: "why g".to_owned() },
+                Verdict::NotApplicable { why: "not tried".to_owned(), reason: "why h".to_owned() },
             ]
         );
     }
