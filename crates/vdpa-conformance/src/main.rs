@@ -88,7 +88,8 @@ fn dispatch(arguments: &Arguments) -> Result<u8, Fatal> {
         return child::serve().map(|()| 0).map_err(|error| Fatal::new(FAILED, "second process", error));
     }
     if arguments.matrix {
-        return print(&matrix::render(&cases::all())).map(|()| 0);
+        let text = matrix::render(&cases::all()).map_err(|e| Fatal::new(FAILED, "expectation file", e))?;
+        return print(&text).map(|()| 0);
     }
     let selected = select(&arguments.filter)?;
     if arguments.list {
