@@ -37,7 +37,10 @@ const COLUMNS: [Column; 4] = [
             &[file!("kernel-6.12-sim-blk-dma-map")],
         ],
     },
-    Column { title: "VDUSE, Linux 6.12", devices: &[&[file!("kernel-6.12-vduse-blk")]] },
+    Column {
+        title: "VDUSE, Linux 6.12 and 7.2",
+        devices: &[&[file!("kernel-6.12-vduse-blk")], &[file!("kernel-7.2-vduse-blk")]],
+    },
 ];
 
 const HEAD: &str = include_str!("matrix/head.md");
@@ -95,9 +98,9 @@ fn cell(cases: &[&'static str], devices: &[Expectations]) -> String {
         .iter()
         .flat_map(|device| cases.iter().filter(|id| device.deviation(id).is_some()).copied())
         .collect();
-    let tried = devices
-        .iter()
-        .any(|device| cases.iter().any(|id| device.inapplicable(id).is_none() && device.not_run(id).is_none()));
+    let tried = devices.iter().any(|device| {
+        cases.iter().any(|id| device.inapplicable(id).is_none() && device.not_run(id).is_none())
+    });
     match (tried, differs.is_empty()) {
         (false, _) => "–".to_owned(),
         (true, true) => "as specified".to_owned(),
