@@ -9,14 +9,14 @@ use std::fmt;
 pub struct Errno(i32);
 
 macro_rules! errnos {
-    ($($name:ident = $value:literal, $text:literal;)*) => {
+    ($($name:ident $(as $symbol:literal)? = $value:literal, $text:literal;)*) => {
         impl Errno {
             $(#[doc = concat!($text, " (", stringify!($value), ").")] pub const $name: Self = Self($value);)*
 
-            /// The symbolic name, when this crate knows it.
+            /// The symbolic name without its `E`, when this crate knows it.
             #[must_use]
             pub const fn name(self) -> Option<&'static str> {
-                match self.0 { $($value => Some(stringify!($name)),)* _ => None }
+                match self.0 { $($value => Some(errnos!(@symbol $name $($symbol)?)),)* _ => None }
             }
 
             /// What `strerror` says, without the name; `"unknown error"` when this crate does not know it.
@@ -26,6 +26,8 @@ macro_rules! errnos {
             }
         }
     };
+    (@symbol $name:ident) => { stringify!($name) };
+    (@symbol $name:ident $symbol:literal) => { $symbol };
 }
 
 errnos! {
@@ -34,12 +36,12 @@ errnos! {
     SRCH = 3, "No such process";
     INTR = 4, "Interrupted system call";
     IO = 5, "Input/output error";
-    TOOBIG = 7, "Argument list too long";
+    TOOBIG as "2BIG" = 7, "Argument list too long";
     NOEXEC = 8, "Exec format error";
     BADF = 9, "Bad file descriptor";
     AGAIN = 11, "Resource temporarily unavailable";
     NOMEM = 12, "Cannot allocate memory";
-    ACCESS = 13, "Permission denied";
+    ACCESS as "ACCES" = 13, "Permission denied";
     FAULT = 14, "Bad address";
     BUSY = 16, "Device or resource busy";
     EXIST = 17, "File exists";
@@ -111,6 +113,8 @@ mod tests {
         assert_eq!(Errno::FAULT.raw(), 14);
         assert_eq!(format!("{:?}", Errno::NOTSUPP), "ENOTSUPP");
         assert_eq!(Errno::PERM.to_string(), "Operation not permitted (EPERM)");
+        assert_eq!(Errno::ACCESS.to_string(), "Permission denied (EACCES)");
+        assert_eq!(format!("{:?}", Errno::TOOBIG), "E2BIG");
         assert_eq!(Errno::from_raw(200).to_string(), "error 200");
         assert_eq!(Errno::from_raw(0), Errno::IO);
     }

@@ -10,6 +10,7 @@
 //! | implements a device | [`parent::Parent`] |
 //! | brings address spaces, memory and events | [`host::Host`] |
 //! | joins the three | [`device::Device`] |
+//! | opens a device without a file | [`inprocess::Node`] |
 #![forbid(unsafe_code)]
 
 pub mod blk;
@@ -17,6 +18,7 @@ pub mod device;
 pub mod errno;
 pub mod features;
 pub mod host;
+pub mod inprocess;
 pub mod iotlb;
 pub mod ops;
 mod owner;

@@ -45,17 +45,19 @@ pub struct Forked {
 }
 
 impl Forked {
-    /// Forks. The child keeps copies of all descriptors of this process until it is dropped.
+    /// Forks. The child keeps copies of all descriptors of this process until it is dropped. Without a device it
+    /// answers EBADF to everything: there is an address space, and that may be all that is wanted.
     ///
     /// # Errors
     /// `EAGAIN`, `ENOMEM`, `EMFILE`.
-    pub fn start(device: &VhostVdpaFd) -> Result<Self, Errno> {
+    pub fn start(device: Option<&VhostVdpaFd>) -> Result<Self, Errno> {
         let (ours, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
                 .map_err(errno::from_rustix)?;
         set_socket_timeout(&ours, Timeout::Recv, Some(PATIENCE)).map_err(errno::from_rustix)?;
         let fence = Fence::with_room(ARGUMENT_MAX)?;
-        let (device, others, socket) = (device.as_fd().as_raw_fd(), ours.as_raw_fd(), theirs.as_raw_fd());
+        let device = device.map_or(-1, |device| device.as_fd().as_raw_fd());
+        let (others, socket) = (ours.as_raw_fd(), theirs.as_raw_fd());
         // SAFETY: the child runs `serve` and nothing else, which keeps to what is allowed there and never returns.
         let pid = unsafe { libc::fork() };
         if pid == 0 {
@@ -257,7 +259,7 @@ mod tests {
         // FIONREAD and the write show that both see one open file: the child's writes move the position.
         const FIONREAD: u32 = 0x541B;
         let device = file(b"abc");
-        let child = Forked::start(&device).unwrap();
+        let child = Forked::start(Some(&device)).unwrap();
         assert_ne!(child.pid(), i32::try_from(std::process::id()).unwrap());
         assert_eq!(child.write(b"12345"), Ok(Ok(5)));
         assert_eq!(rustix::fs::tell(&device), Ok(8));
@@ -271,8 +273,9 @@ mod tests {
 
     #[test]
     fn a_forked_child_ends_with_its_handle() {
-        let child = Forked::start(&file(b"")).unwrap();
+        let child = Forked::start(None).unwrap();
         let pid = child.pid();
+        assert_eq!(child.call(0xAF01), Ok(Err(Errno::BADF)));
         drop(child);
         assert!(!std::path::Path::new(&format!("/proc/{pid}")).exists());
     }

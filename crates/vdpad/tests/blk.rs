@@ -426,11 +426,53 @@ fn indirect_tables() {
 }
 
 #[test]
+fn as_many_segments_as_the_device_offers() {
+    for (pin, direct) in [("on", "off"), ("off", "off"), ("on", "on")] {
+        let (daemon, dir) = (Daemon::start(), direct_dir());
+        let disk = Disk::new(dir.path().join("disk"), DISK);
+        let path = daemon.add_blk("d0", &disk, &[("pin", pin), ("direct", direct)]);
+        let blk = Blk::with(&path, FEATURES.with(Features::RING_INDIRECT_DESC), 1);
+        let config = BlkConfig::read_from_bytes(&blk.session.config().unwrap()).unwrap();
+        let segments = u16::try_from(config.seg_max.get()).unwrap();
+        assert_eq!(segments, 126);
+        let ring = blk.by_hand(0);
+        // Apart from each other, so that none can be merged; 512 bytes each, in two halves.
+        let at = |index: u16| data(131_072 + 5000 * u64::from(index), 512);
+        for (position, kind) in [kind::OUT, kind::IN].into_iter().enumerate() {
+            let position = u16::try_from(position).unwrap();
+            let writable = if kind == kind::IN { WRITE } else { 0 };
+            let (header, status) = blk.frame(1, kind, 16);
+            let mut table = descriptor(header, NEXT, 1).to_vec();
+            for index in 0..segments {
+                table.extend(descriptor(at(index), NEXT | writable, index + 2));
+                let fill = if kind == kind::IN { 0 } else { u8::try_from(index).unwrap() };
+                blk.put(at(index).iova - IOVA, &[fill; 512]);
+            }
+            table.extend(descriptor(status, WRITE, 0));
+            blk.put(DATA, &table);
+            ring.descriptor(0, data(0, table.len()), INDIRECT, 0);
+            ring.entry(position, 0);
+            ring.available(position + 1);
+            assert!(ring.wait_used(position + 1), "not answered");
+            assert_eq!(blk.status(1), OK);
+        }
+        for index in 0..segments {
+            let expected = vec![u8::try_from(index).unwrap(); 512];
+            assert_eq!(blk.get(at(index).iova - IOVA, 512), expected);
+            assert_eq!(disk.read(8192 + 512 * u64::from(index), 512), expected);
+        }
+    }
+}
+
+/// What is wrong with a ring, and what makes it so.
+type Lie = (&'static str, fn(&Blk));
+
+#[test]
 fn a_broken_ring_retires_its_queue_and_nothing_else() {
     let (daemon, _disk, path) = setup(&[("queues", "2")]);
     let other = daemon.disk("other", DISK);
     let mut neighbour = Blk::start(&daemon.add_blk("d1", &other, &[]));
-    let lies: [(&str, fn(&Blk)); 6] = [
+    let lies: [Lie; 6] = [
         ("the available index is ahead of the ring", |blk| blk.by_hand(0).available(65)),
         ("a chain comes back to its head", |blk| {
             let ring = blk.by_hand(0);
@@ -551,4 +593,23 @@ fn requests_wait_for_a_device_that_is_suspended() {
     blk.session.ops().resume().unwrap();
     assert_eq!(blk.finish(0, PATIENCE).map(|done| (done.token, done.status)), Some((token, OK)));
     assert_eq!(blk.get(DATA, 512), pattern(4096, 512));
+}
+
+#[test]
+fn a_device_taken_away_leaves_its_file_to_the_next_one() {
+    let (daemon, disk, path) = setup(&[]);
+    let mut blk = Blk::start(&path);
+    assert_eq!(blk.read(0, 8, 512), Ok(pattern(4096, 512)));
+    daemon.delete("d0").unwrap();
+    let ops = blk.session.ops();
+    assert_eq!(ops.status(), Err(Errno::NODEV));
+    assert_eq!(ops.vring_base(QueueIndex(0)), Err(Errno::NODEV));
+    assert_eq!(ops.dma_unmap(Asid(0), 0, 4096), Err(Errno::NODEV));
+    blk.submit(0, kind::OUT, 0, &[data(0, 512)], &[]);
+    blk.notify(0);
+    let path = daemon.add_blk("d0", &disk, &[]);
+    let mut next = Blk::start(&path);
+    assert_eq!(next.read(0, 8, 512), Ok(pattern(4096, 512)));
+    assert_eq!(blk.finish(0, Duration::ZERO), None, "nobody serves the old client");
+    assert!(disk.all() == pattern(0, DISK), "the file was changed");
 }

@@ -14,7 +14,7 @@ use support::daemon::Daemon;
 use vdpa_conformance::expect::Expectations;
 use vdpa_conformance::report::{Summary, line};
 use vdpa_conformance::runner::{self, Config, Verdict};
-use vdpa_conformance::{Probe, cases, child};
+use vdpa_conformance::{Probe, Target, cases, child};
 
 /// Longest time for one case; the daemon's own guard ends it later, should a request hang in the kernel.
 const CASE_LIMIT: Duration = Duration::from_secs(25);
@@ -73,10 +73,10 @@ fn conforms(subject: &Subject) {
     } else {
         daemon.add(subject.name, subject.mgmtdev, subject.attrs)
     };
-    let probe = Probe::of(&device).unwrap();
+    let probe = Probe::of(device.as_path()).unwrap();
     let program = std::env::current_exe().unwrap();
     let config = Config {
-        device: &device,
+        device: Target::File(&device),
         child: Some(&program),
         limit: CASE_LIMIT,
         on_hang: |case, limit| {

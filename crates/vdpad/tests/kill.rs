@@ -25,7 +25,7 @@ use vdpa_sys::mmap::{Prot, SharedMap};
 use vdpa_sys::vhost_vdpa::VhostVdpaFd;
 
 use robust::disk::{self, Disk, IOVA, Q0, SLOTS};
-use robust::{Player, Resources, Vdpad, eventually, say, variable};
+use robust::{Player, Resources, Vdpad, eventually, plays, say, variable};
 
 /// Memory wanted for a client that is killed, all of it pinned where the device pins.
 const MEMORY: u64 = 16 << 20;
@@ -34,8 +34,10 @@ const BUSY_MAX: Duration = Duration::from_secs(1);
 
 /// A client that does I/O until it is killed. It tells how long the device was busy before.
 #[test]
-#[ignore = "a part that other tests run as a process of its own"]
 fn load() {
+    if !plays("load") {
+        return;
+    }
     let (mut disk, busy) = Disk::start_timed(Path::new(&variable("DEVICE")), disk::pinnable(MEMORY));
     let mut seed = variable("SEED").parse::<u64>().unwrap();
     disk.check(seed);
@@ -79,20 +81,22 @@ fn kill_clients(device: &Path, rounds: u64, chance: &mut u64) -> Duration {
     longest
 }
 
-/// What vdpad holds once nobody uses `device`; the same as `before` as far as descriptors go, if they get there.
+/// What vdpad holds once nobody uses `device`; as many descriptors and threads as `before`, if it gets there.
 fn at_rest(vdpad: &Vdpad, device: &str, before: Option<&Resources>) -> Resources {
     const QUIET: Duration = Duration::from_millis(20);
     vdpad.is_released(device);
     let deadline = Instant::now() + robust::SOON;
     let mut last = vdpad.resources();
-    // Connections of the control socket are closed some time after their clients have gone.
+    // Connections of the control socket are closed, and a device's thread ends, some time after their clients
+    // have gone.
     loop {
-        if before.is_some_and(|before| last.fds == before.fds) {
+        let same = |a: &Resources, b: &Resources| a.fds == b.fds && a.threads == b.threads;
+        if before.is_some_and(|before| same(before, &last)) {
             return last;
         }
         thread::sleep(QUIET);
         let now = vdpad.resources();
-        if before.is_none() && now.fds == last.fds || Instant::now() > deadline {
+        if before.is_none() && same(&now, &last) || Instant::now() > deadline {
             return now;
         }
         last = now;
@@ -160,8 +164,10 @@ fn point(name: &str) {
 
 /// A client that is updated by the documented sequence, step by step, and killed after one of the steps.
 #[test]
-#[ignore = "a part that other tests run as a process of its own"]
 fn step() {
+    if !plays("step") {
+        return;
+    }
     let strategy: Strategy = variable("STRATEGY").parse().unwrap();
     match std::env::var("INHERITED") {
         Err(_) => old_image(strategy),

@@ -24,7 +24,7 @@ use vdpa_sys::vhost_vdpa::VhostVdpaFd;
 use vdpad::ctl::api::DevState;
 
 use robust::disk::{self, Disk, Flight, Q0, SLOTS};
-use robust::{Player, Vdpad, listen, say, variable};
+use robust::{Player, Vdpad, listen, plays, say, variable};
 
 /// Memory wanted for the client.
 const MEMORY: u64 = 64 << 20;
@@ -45,8 +45,10 @@ fn text(error: &dyn std::error::Error) -> String {
 
 /// A client that updates itself with requests in flight, and checks that each is answered once and right.
 #[test]
-#[ignore = "a part that other tests run as a process of its own"]
 fn tenant() {
+    if !plays("tenant") {
+        return;
+    }
     let strategy: Strategy = variable("STRATEGY").parse().unwrap();
     let (mut disk, made) = match update::restore::<VhostVdpaFd>().unwrap_or_else(|e| panic!("{}", text(&e))) {
         None => (first_start(), 0),
@@ -151,8 +153,10 @@ fn updated(mgmtdev: &str, strategy: Strategy) {
             assert_eq!((set, changed), (1, updates), "{}", vdpad.log());
         }
         // Nothing of the old image is kept.
-        let now = robust::eventually("descriptors", || {
-            Some(vdpad.resources()).filter(|now| without_sockets(&now.fds) == without_sockets(&held.fds))
+        let now = robust::eventually("descriptors and threads are as before", || {
+            Some(vdpad.resources()).filter(|now| {
+                without_sockets(&now.fds) == without_sockets(&held.fds) && now.threads == held.threads
+            })
         });
         assert_eq!((now.memfds, now.registered, now.threads), (held.memfds, held.registered, held.threads));
     }
@@ -196,8 +200,10 @@ fn in_the_file(image: &Path) {
 
 /// A client whose update fails before the exec: it must go on as if nothing had been.
 #[test]
-#[ignore = "a part that other tests run as a process of its own"]
 fn staying() {
+    if !plays("staying") {
+        return;
+    }
     let strategy: Strategy = variable("STRATEGY").parse().unwrap();
     let mut disk = first_start();
     let images = [
@@ -268,8 +274,10 @@ fn fails_and_stays(mgmtdev: &str, strategies: &[Strategy]) {
 
 /// A program that is told of a state it cannot restore.
 #[test]
-#[ignore = "a part that other tests run as a process of its own"]
 fn restoring() {
+    if !plays("restoring") {
+        return;
+    }
     let error: UpdateError = update::restore::<VhostVdpaFd>().unwrap_err();
     assert_eq!(error.phase, Phase::Load);
     say(&format!("refused {}", text(&error)));
@@ -324,8 +332,10 @@ fn state_that_cannot_be_read_is_named() {
 
 /// A client with memory of its own address space.
 #[test]
-#[ignore = "a part that other tests run as a process of its own"]
 fn private() {
+    if !plays("private") {
+        return;
+    }
     let mut disk = first_start();
     let heap = vec![0x5a_u8; 3 * 4096].leak();
     let spec = RegionSpec {

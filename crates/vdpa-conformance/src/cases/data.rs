@@ -30,7 +30,7 @@ macro_rules! case {
 pub(super) const CASES: &[Case] = &[
     case!("data.read", "6.3", [SET_VRING_KICK, SET_VRING_CALL, SET_VRING_ADDR], [], read),
     case!("data.kick-counter-stays", "1.6", [SET_VRING_KICK], [], kick_counter),
-    case!("data.kick-before-install", "1.6", [SET_VRING_KICK], [], kick_before_install),
+    case!("data.kick-before-install", "1.6", [SET_VRING_KICK], [Need::DeviceFile], kick_before_install),
     case!("data.disabled-queue", "1.6", [SET_VRING_KICK, SET_VRING_ENABLE], [], disabled_queue),
     case!("data.invalidate-stops-access", "2.5", [IOTLB_INVALIDATE], [], invalidate),
     case!("data.read-only-memory", "6.1", [IOTLB_UPDATE], [], read_only),

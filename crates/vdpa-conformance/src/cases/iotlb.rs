@@ -14,7 +14,16 @@ const REFUSED: Result<usize, Errno> = Err(Errno::FAULT);
 
 macro_rules! case {
     ($id:literal, $spec:literal, [$($request:ident),+], $run:expr) => {
-        Case { id: $id, spec: $spec, covers: &[$(Request::$request),+], needs: &[], run: $run }
+        case!($id, $spec, [$($request),+], [], $run)
+    };
+    ($id:literal, $spec:literal, [$($request:ident),+], [$($need:ident),*], $run:expr) => {
+        Case {
+            id: $id,
+            spec: $spec,
+            covers: &[$(Request::$request),+],
+            needs: &[$(Need::$need),*],
+            run: $run,
+        }
     };
 }
 
@@ -42,8 +51,8 @@ pub(super) const CASES: &[Case] = &[
     case!("iotlb.invalidate-whole-entry", "2.5, 9.4 vector 32", [IOTLB_INVALIDATE], invalidate_whole_entry),
     case!("iotlb.invalidate-all", "2.5, 9.4 vector 39", [IOTLB_INVALIDATE], invalidate_all),
     case!("iotlb.invalidate-odd", "2.5", [IOTLB_INVALIDATE], invalidate_odd),
-    case!("iotlb.length", "2.2, 9.4 vector 33", [IOTLB_BATCH_BEGIN], length),
-    case!("iotlb.short-message", "2.2, 9.4 vector 33", [IOTLB_BATCH_BEGIN], short_message),
+    case!("iotlb.length", "2.2, 9.4 vector 33", [IOTLB_BATCH_BEGIN], [DeviceFile], length),
+    case!("iotlb.short-message", "2.2, 9.4 vector 33", [IOTLB_BATCH_BEGIN], [DeviceFile], short_message),
     case!("iotlb.first-word", "2.2, 9.4 vector 38", [IOTLB_OTHER], first_word),
     case!("iotlb.version-1", "2.1, 2.2", [IOTLB_UPDATE, IOTLB_INVALIDATE], version_1),
     case!("iotlb.types", "2.3, 9.4 vector 37", [IOTLB_OTHER], types),
@@ -56,7 +65,7 @@ pub(super) const CASES: &[Case] = &[
         [IOTLB_BATCH_BEGIN, IOTLB_BATCH_END, IOTLB_UPDATE],
         batch_asid
     ),
-    case!("iotlb.writev", "2.2", [IOTLB_BATCH_BEGIN], writev),
+    case!("iotlb.writev", "2.2", [IOTLB_BATCH_BEGIN], [DeviceFile], writev),
     case!("batch.survives-reset", "2.6", [IOTLB_BATCH_BEGIN, SET_STATUS, CLOSE], batch_survives_reset),
     case!("batch.end-without-begin", "2.6, 9.4 vector 36", [IOTLB_BATCH_END], batch_end),
     case!("batch.begin-again", "2.6", [IOTLB_BATCH_BEGIN], batch_begin_again),
@@ -253,7 +262,7 @@ fn writev(ctx: &mut Ctx<'_>) -> Outcome {
     let bytes = encode(V2, 0, &IotlbMsg { kind: iotlb_type::BATCH_BEGIN, ..IotlbMsg::default() });
     let (head, tail) = bytes.split_at(5);
     let pieces = [std::io::IoSlice::new(head), std::io::IoSlice::new(tail)];
-    check("message in two pieces", rustix::io::writev(&device, &pieces).map_err(errno), MAPPED)
+    check("message in two pieces", rustix::io::writev(device.file()?, &pieces).map_err(errno), MAPPED)
 }
 
 fn first_word(ctx: &mut Ctx<'_>) -> Outcome {

@@ -1,7 +1,5 @@
 //! Ownership: who may do what, and what an owner is.
 
-use std::os::fd::AsFd;
-
 use vdpa_core::Errno;
 use vdpa_core::features::Status;
 use vdpa_core::types::{IotlbMsg, Perm, VringAddr, iotlb_type};
@@ -24,7 +22,7 @@ pub(super) const CASES: &[Case] = &[
         id: "owner.reset-owner",
         spec: "1.1, 9.4 vector 7",
         covers: &[Request::RESET_OWNER],
-        needs: &[],
+        needs: &[Need::DeviceFile],
         run: reset_owner,
     },
     Case {
@@ -104,7 +102,7 @@ pub(super) const CASES: &[Case] = &[
         id: "owner.vfork",
         spec: "0.1",
         covers: &[Request::SET_OWNER, Request::SET_VRING_NUM],
-        needs: &[],
+        needs: &[Need::DeviceFile],
         run: vfork,
     },
     Case {
@@ -119,7 +117,7 @@ pub(super) const CASES: &[Case] = &[
         id: "owner.mem-table",
         spec: "1.6a",
         covers: &[Request::SET_MEM_TABLE],
-        needs: &[],
+        needs: &[Need::DeviceFile],
         run: mem_table,
     },
     Case {
@@ -269,9 +267,7 @@ fn thread(ctx: &mut Ctx<'_>) -> Outcome {
     });
     check("SET_VRING_NUM by another thread of the owner", result, Ok(()))?;
     // A duplicate of the descriptor is the same open file.
-    let copy = crate::device::Device::from_fd(
-        device.as_fd().try_clone_to_owned().map_err(|e| crate::case::Stop::CannotRun(e.to_string()))?,
-    );
+    let copy = device.duplicate()?;
     drop(device);
     check("SET_VRING_NUM by a duplicate", copy.set_vring(Request::SET_VRING_NUM, 0, size), Ok(()))
 }

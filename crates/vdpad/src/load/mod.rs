@@ -17,7 +17,7 @@
 //! | [`verify`] | compares the backing file with the ledger |
 //! | [`summary`], [`chart`] | what a demo found out |
 //! | [`stage`] | a private daemon with one disk |
-//! | [`demo`], [`bench`] | `vdpactl demo` and `vdpactl bench io` |
+//! | [`demo`], [`mod@bench`] | `vdpactl demo` and `vdpactl bench io` |
 
 pub mod bench;
 pub mod block;

@@ -89,6 +89,11 @@ impl Daemon {
         self.add(name, "blk", &all)
     }
 
+    /// Takes a device away, in use or not.
+    pub(crate) fn delete(&self, name: &str) -> Result<(), ClientError> {
+        self.client().delete(name, true)
+    }
+
     /// A file of `bytes` bytes for a device, full of a pattern.
     pub(crate) fn disk(&self, name: &str, bytes: usize) -> Disk {
         Disk::new(self.dir.path().join(name), bytes)

@@ -15,7 +15,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
+use vdpa_client::update;
 use vdpa_sys::fuse::{FS_TYPE, fs_type_at, unmount};
+use vdpa_sys::vhost_vdpa::VhostVdpaFd;
 use vdpad::ctl::api::DevInfo;
 use vdpad::ctl::client::Client;
 
@@ -185,9 +187,20 @@ impl Drop for Vdpad {
     }
 }
 
+/// A directory with copies of the programs, for users to whom the build directory is closed.
+pub(crate) const PROGRAMS: &str = "VDPA_TEST_PROGRAMS";
+
+fn program(built: &str) -> PathBuf {
+    let built = PathBuf::from(built);
+    match std::env::var_os(PROGRAMS) {
+        Some(dir) => Path::new(&dir).join(built.file_name().unwrap()),
+        None => built,
+    }
+}
+
 /// vdpad with its directory and its socket in `dir`.
 pub(crate) fn command_at(dir: &Path) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_vdpad"));
+    let mut command = Command::new(program(env!("CARGO_BIN_EXE_vdpad")));
     command.env_remove("NOTIFY_SOCKET").env_remove("VDPAD_LOG");
     command.arg("--dir").arg(dir.join("dev")).arg("--control").arg(dir.join("control.sock"));
     command
@@ -195,7 +208,7 @@ pub(crate) fn command_at(dir: &Path) -> Command {
 
 /// vdpactl for a daemon in `dir`.
 pub(crate) fn vdpactl(dir: &Path) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_vdpactl"));
+    let mut command = Command::new(program(env!("CARGO_BIN_EXE_vdpactl")));
     command.env("VDPAD_SOCKET", dir.join("control.sock"));
     command
 }
@@ -306,7 +319,7 @@ impl Resources {
         };
         Self {
             fds,
-            threads: fs::read_dir(proc.join("task")).unwrap().filter(|task| is_lasting(task)).count(),
+            threads: fs::read_dir(proc.join("task")).unwrap().filter(is_lasting).count(),
             maps: maps.lines().count(),
             memfds: maps.lines().filter(|line| line.contains("/memfd:")).count(),
             registered,
@@ -346,7 +359,20 @@ fn registered_bytes(fdinfo: &Path) -> u64 {
         .sum()
 }
 
-/// Another instance of the test program, playing a part: an ignored test that is run alone.
+/// Names the part that this instance of the test program plays.
+const PART: &str = "VDPA_TEST_PART";
+
+/// Whether this process plays `part`. A test run that comes here is no player: nobody has left it a device, and that
+/// is what it checks.
+pub(crate) fn plays(part: &str) -> bool {
+    let plays = std::env::var(PART).is_ok_and(|playing| playing == part);
+    if !plays {
+        assert!(update::restore::<VhostVdpaFd>().unwrap().is_none(), "a first start has nothing to restore");
+    }
+    plays
+}
+
+/// Another instance of the test program, playing a part: a test that is run alone and told so.
 pub(crate) struct Player {
     child: Child,
     lines: BufReader<std::process::ChildStdout>,
@@ -356,7 +382,7 @@ impl Player {
     /// Starts this program as `part`, with environment variables.
     pub(crate) fn start(part: &str, variables: &[(&str, &str)]) -> Self {
         let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args([part, "--exact", "--ignored", "--nocapture"]).envs(variables.iter().copied());
+        command.args([part, "--exact", "--nocapture"]).env(PART, part).envs(variables.iter().copied());
         Self::spawn(&mut command)
     }
 

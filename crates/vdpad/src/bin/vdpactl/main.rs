@@ -134,6 +134,11 @@ fn main() -> ExitCode {
         eprintln!("vdpactl: cannot start a private daemon without root: {error}");
         return ExitCode::from(1);
     }
+    // The demonstration drives a device itself, and so do the images it becomes.
+    if let Err(error) = vdpa_sys::uapi::live::configure_from_env() {
+        eprintln!("vdpactl: {}: {error}", vdpa_sys::uapi::live::ENV);
+        return ExitCode::from(2);
+    }
     match &cli.object {
         Some(Object::Demo(options)) => return demo::main(options, cli.options.json),
         Some(Object::Bench { what: Bench::Io(options) }) => return bench::main(options, cli.options.json),
