@@ -39,3 +39,7 @@ conform device *args:
 # Writes docs/uapi.md anew from the suite.
 matrix:
     cargo run --locked --package vdpa-conformance --bin vdpa-conform -- --matrix > docs/uapi.md
+
+# Runs the conformance suite on the kernel's own devices, in an emulated machine (downloads 400 MB the first time).
+conform-kernel *args:
+    testbed/conform {{args}}

@@ -10,6 +10,7 @@ use vdpa_core::features::{BackendFeatures, Bit, Features};
 
 use crate::child::Child;
 use crate::device::{Device, Target};
+use crate::forked::Forked;
 use crate::probe::Probe;
 use crate::request::Request;
 
@@ -47,6 +48,10 @@ pub enum Need {
     DeviceId(u32),
     /// It has at least this many virtqueues.
     Queues(u32),
+    /// It has at least this many groups of virtqueues.
+    Groups(u32),
+    /// It has at least this many address spaces.
+    AddressSpaces(u32),
     /// Its largest ring has at least this many entries.
     RingSize(u16),
     /// A second process can be started: the program of the suite is there.
@@ -68,6 +73,13 @@ impl Need {
             }
             Self::Queues(count) => {
                 (probe.queues >= count, format!("{} virtqueues, {count} are needed", probe.queues))
+            }
+            Self::Groups(count) => {
+                (probe.groups >= count, format!("{} virtqueue groups, {count} are needed", probe.groups))
+            }
+            Self::AddressSpaces(count) => {
+                let why = format!("{} address spaces, {count} are needed", probe.address_spaces);
+                (probe.address_spaces >= count, why)
             }
             Self::RingSize(size) => {
                 (probe.ring_size >= size, format!("rings of at most {}, {size} are needed", probe.ring_size))
@@ -153,6 +165,12 @@ impl<'a> Ctx<'a> {
     /// The features every transport client acknowledges, as far as the device offers them.
     pub(crate) fn plain_features(&self) -> Features {
         self.probe.features & Features::of(&[Features::VERSION_1, Features::ACCESS_PLATFORM])
+    }
+
+    /// Forks a child that holds `device` too.
+    #[expect(clippy::unused_self, reason = "beside `child`, as the other kind of second process")]
+    pub(crate) fn fork(&self, device: &Device) -> Result<Forked, Stop> {
+        Forked::start(device)
     }
 
     /// Starts a second process that holds `device` too.

@@ -25,7 +25,7 @@ use vdpa_sys::vhost_vdpa::RawArg;
 use crate::case::Stop;
 use crate::device::Device;
 use crate::inprocess::Local;
-use crate::memory::Region;
+use crate::memory::{PAGE, Region};
 use crate::request::Request;
 
 const PROGRAM: &str = "vdpa-conform";
@@ -70,6 +70,13 @@ impl Child {
         let mut child = Self { process, lines: Some(BufReader::new(ours)), local };
         // Not before its exec is complete is it the process it will be.
         child.exchange("ready").map(|_| child)
+    }
+
+    /// Limits the memory that may be locked for the child.
+    pub(crate) fn limit_memlock(&self, pages: u64) -> Result<(), Stop> {
+        let pid = i32::try_from(self.process.id()).unwrap_or(0);
+        vdpa_sys::rlimit::set_memlock_of(pid, pages * PAGE)
+            .map_err(|errno| Stop::CannotRun(format!("RLIMIT_MEMLOCK of a second process: {errno}")))
     }
 
     /// A request without an argument, made by the child.

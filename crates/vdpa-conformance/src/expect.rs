@@ -1,26 +1,40 @@
-//! Expectation files: the known deviations of one device, each with its reason.
+//! Expectation files: what is known of one device, each line with its reason.
+//!
+//! ```text
+//! file.epoll: a FUSE file can always be polled             it deviates in this case
+//! n/a net.*: it is a block device                          these cases, or one, cannot be run on it
+//! not-run data.read-only-memory: it ends the daemon        is not tried
+//! ```
+//!
+//! A line that is no longer true is an error of the run (what deviates or is not applicable must be so), except that
+//! a group line is for those of its cases that cannot be run.
 //!
 //! ```
 //! use vdpa_conformance::expect::Expectations;
 //!
 //! let file = "# fuse\nfile.epoll: a FUSE file can always be polled\n";
 //! let expected = Expectations::parse(file, &["file.epoll"]).unwrap();
-//! assert_eq!(expected.reason("file.epoll"), Some("a FUSE file can always be polled"));
+//! assert_eq!(expected.deviation("file.epoll"), Some("a FUSE file can always be polled"));
 //! ```
 
 use std::collections::BTreeMap;
 
 use thiserror::Error;
 
-/// The deviations that are known of a device.
+/// What is known of a device: reasons by case.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Expectations(BTreeMap<String, String>);
+pub struct Expectations {
+    deviations: BTreeMap<String, String>,
+    /// Cases, and groups by their names with the dot.
+    inapplicable: BTreeMap<String, String>,
+    not_run: BTreeMap<String, String>,
+}
 
 /// What is wrong with an expectation file. Lines count from 1.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum ParseError {
-    /// A line is not `case-id: reason`.
-    #[error("line {line}: not of the form `case-id: reason`: {text:?}")]
+    /// A line is not `case-id: reason`, with or without `n/a` or `not-run` before it.
+    #[error("line {line}: not of the form `[n/a |not-run ]case-id: reason`: {text:?}")]
     Form {
         /// The line.
         line: usize,
@@ -46,37 +60,81 @@ pub enum ParseError {
 }
 
 impl Expectations {
-    /// Reads a file: one `case-id: reason` per line, empty lines and those beginning with `#` left out.
+    /// Reads a file; empty lines and those beginning with `#` are left out.
     ///
     /// # Errors
     /// [`ParseError`], also for a case that is not among `known`: a file must not outlive what it speaks of.
     pub fn parse(text: &str, known: &[&str]) -> Result<Self, ParseError> {
-        let mut expected = BTreeMap::new();
+        let mut expected = Self::default();
         for (index, text) in text.lines().enumerate() {
-            let line = index + 1;
             let text = text.trim();
-            if text.is_empty() || text.starts_with('#') {
-                continue;
-            }
-            let (id, reason) = text
-                .split_once(':')
-                .map(|(id, reason)| (id.trim(), reason.trim()))
-                .filter(|(id, reason)| !id.is_empty() && !reason.is_empty())
-                .ok_or_else(|| ParseError::Form { line, text: text.to_owned() })?;
-            if !known.contains(&id) {
-                return Err(ParseError::UnknownCase { line, id: id.to_owned() });
-            }
-            if expected.insert(id.to_owned(), reason.to_owned()).is_some() {
-                return Err(ParseError::Repeated { line, id: id.to_owned() });
+            if !text.is_empty() && !text.starts_with('#') {
+                expected.add(index + 1, text, known)?;
             }
         }
-        Ok(Self(expected))
+        Ok(expected)
+    }
+
+    fn add(&mut self, line: usize, text: &str, known: &[&str]) -> Result<(), ParseError> {
+        let (what, reason) = text
+            .split_once(':')
+            .map(|(what, reason)| (what.trim(), reason.trim()))
+            .filter(|(what, reason)| !what.is_empty() && !reason.is_empty())
+            .ok_or_else(|| ParseError::Form { line, text: text.to_owned() })?;
+        let (map, id) = match what.split_once(' ') {
+            None => (&mut self.deviations, what),
+            Some(("n/a", id)) => (&mut self.inapplicable, id),
+            Some(("not-run", id)) => (&mut self.not_run, id),
+            Some(_) => return Err(ParseError::Form { line, text: text.to_owned() }),
+        };
+        let group = id.strip_suffix('*').filter(|group| what != id && group.ends_with('.'));
+        let found = known.iter().any(|&case| group.map_or(case == id, |group| case.starts_with(group)));
+        if !found {
+            return Err(ParseError::UnknownCase { line, id: id.to_owned() });
+        }
+        match map.insert(group.unwrap_or(id).to_owned(), reason.to_owned()) {
+            None => Ok(()),
+            Some(_) => Err(ParseError::Repeated { line, id: id.to_owned() }),
+        }
+    }
+
+    /// These and those of another file, which wins where both speak of a case.
+    #[must_use]
+    pub fn and(mut self, more: Self) -> Self {
+        self.deviations.extend(more.deviations);
+        self.inapplicable.extend(more.inapplicable);
+        self.not_run.extend(more.not_run);
+        self
     }
 
     /// Why the device deviates in this case; `None` when it should not.
     #[must_use]
-    pub fn reason(&self, id: &str) -> Option<&str> {
-        self.0.get(id).map(String::as_str)
+    pub fn deviation(&self, id: &str) -> Option<&str> {
+        self.deviations.get(id).map(String::as_str)
+    }
+
+    /// Every deviation: case and reason, by name.
+    pub fn deviations(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.deviations.iter().map(|(id, reason)| (id.as_str(), reason.as_str()))
+    }
+
+    /// Why this case cannot be run on the device; `None` when it should be.
+    #[must_use]
+    pub fn inapplicable(&self, id: &str) -> Option<&str> {
+        let group = id.split_inclusive('.').next()?;
+        self.inapplicable.get(id).or_else(|| self.inapplicable.get(group)).map(String::as_str)
+    }
+
+    /// Whether this very case, not only its group, is said to be inapplicable.
+    #[must_use]
+    pub(crate) fn names_inapplicable(&self, id: &str) -> bool {
+        self.inapplicable.contains_key(id)
+    }
+
+    /// Why this case must not be tried on the device; `None` when it may.
+    #[must_use]
+    pub fn not_run(&self, id: &str) -> Option<&str> {
+        self.not_run.get(id).map(String::as_str)
     }
 }
 
@@ -87,8 +145,31 @@ mod tests {
     #[test]
     fn reads_reasons_with_colons_and_leaves_comments_out() {
         let expected = Expectations::parse("\n# x\n a.b : since 6.12: no limit \n", &["a.b"]).unwrap();
-        assert_eq!(expected.reason("a.b"), Some("since 6.12: no limit"));
-        assert_eq!(expected.reason("a"), None);
+        assert_eq!(expected.deviation("a.b"), Some("since 6.12: no limit"));
+        assert_eq!(expected.deviation("a"), None);
+    }
+
+    #[test]
+    fn a_group_excuses_what_cannot_be_run_only() {
+        let known = ["data.read", "data.write", "file.open"];
+        let expected = Expectations::parse(
+            "n/a data.*: no disk\nn/a data.read: why\nnot-run file.open: ends it",
+            &known,
+        );
+        let expected = expected.unwrap();
+        assert_eq!(expected.inapplicable("data.read"), Some("why"));
+        assert_eq!(expected.inapplicable("data.write"), Some("no disk"));
+        assert_eq!((expected.deviation("data.write"), expected.inapplicable("file.open")), (None, None));
+        assert_eq!(expected.not_run("file.open"), Some("ends it"));
+        assert!(expected.names_inapplicable("data.read") && !expected.names_inapplicable("data.write"));
+        for what in ["n/a *", "n/a nosuch.*", "data.*", "n/a data*", "not-run nosuch"] {
+            let parsed = Expectations::parse(&format!("{what}: x"), &known);
+            assert!(matches!(parsed, Err(ParseError::UnknownCase { .. })), "{what}: {parsed:?}");
+        }
+        let more = Expectations::parse("data.read: other\nn/a file.*: y", &known).unwrap();
+        let both = expected.and(more);
+        assert_eq!((both.deviation("data.read"), both.inapplicable("file.open")), (Some("other"), Some("y")));
+        assert_eq!(both.deviations().collect::<Vec<_>>(), [("data.read", "other")]);
     }
 
     #[test]
@@ -102,7 +183,7 @@ mod tests {
             Expectations::parse("a.b: x\na.b: y", &known),
             Err(ParseError::Repeated { line: 2, id: "a.b".to_owned() })
         );
-        for text in ["a.b", "a.b:", ": x"] {
+        for text in ["a.b", "a.b:", ": x", "never a.b: x"] {
             assert!(
                 matches!(Expectations::parse(text, &known), Err(ParseError::Form { line: 1, .. })),
                 "{text}"

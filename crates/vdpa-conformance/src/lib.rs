@@ -14,6 +14,7 @@ pub mod cases;
 pub mod child;
 mod device;
 pub mod expect;
+mod forked;
 mod inprocess;
 pub mod matrix;
 mod memory;

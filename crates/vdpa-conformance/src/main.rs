@@ -33,15 +33,19 @@ struct Arguments {
     /// Runs only cases whose name contains this; may be repeated.
     #[arg(long, value_name = "TEXT")]
     filter: Vec<String>,
-    /// Known deviations of the device, one `case-id: reason` per line.
+    /// What is known of the device: `case-id: reason` for a deviation, `n/a case-id: reason` for what cannot be run; may
+    /// be repeated, and later files win.
     #[arg(long, value_name = "FILE")]
-    expect: Option<PathBuf>,
+    expect: Vec<PathBuf>,
     /// Makes a skipped case an error.
     #[arg(long)]
     deny_skip: bool,
     /// Prints one JSON object instead of text.
     #[arg(short, long)]
     json: bool,
+    /// Also writes the JSON object to a file.
+    #[arg(long, value_name = "FILE")]
+    json_file: Option<PathBuf>,
     /// Also writes a JUnit XML file.
     #[arg(long, value_name = "FILE")]
     junit: Option<PathBuf>,
@@ -87,7 +91,8 @@ fn dispatch(arguments: &Arguments) -> Result<u8, Fatal> {
         return child::serve().map(|()| 0).map_err(|error| Fatal::new(FAILED, "second process", error));
     }
     if arguments.matrix {
-        return print(&matrix::render(&cases::all())).map(|()| 0);
+        let text = matrix::render(&cases::all()).map_err(|e| Fatal::new(FAILED, "expectation file", e))?;
+        return print(&text).map(|()| 0);
     }
     let selected = select(&arguments.filter)?;
     if arguments.list {
@@ -99,14 +104,21 @@ fn dispatch(arguments: &Arguments) -> Result<u8, Fatal> {
         Some(device) => (device.as_path(), Target::File(device)),
         None => (Path::new("in-process"), Target::InProcess(&local)),
     };
-    let expected = read_expectations(arguments.expect.as_deref())?;
+    let expected = read_expectations(&arguments.expect)?;
     let findings = run(arguments, device, target, &selected, &expected)?;
     let summary = Summary::of(&findings);
+    let json = || format!("{}\n", json(device, &findings));
+    let save = |file: &Path, text: String| {
+        std::fs::write(file, text).map_err(|error| Fatal::new(USAGE, file.display(), error))
+    };
     if let Some(file) = &arguments.junit {
-        std::fs::write(file, junit(device, &findings)).map_err(|e| Fatal::new(USAGE, file.display(), e))?;
+        save(file, junit(device, &findings))?;
+    }
+    if let Some(file) = &arguments.json_file {
+        save(file, json())?;
     }
     if arguments.json {
-        print(&format!("{}\n", json(device, &findings)))?;
+        print(&json())?;
     } else {
         print(&format!("{summary}\n"))?;
     }
@@ -126,11 +138,13 @@ fn select(filters: &[String]) -> Result<Vec<Case>, Fatal> {
     Ok(selected)
 }
 
-fn read_expectations(file: Option<&Path>) -> Result<Expectations, Fatal> {
-    let Some(file) = file else { return Ok(Expectations::default()) };
-    let text = std::fs::read_to_string(file).map_err(|e| Fatal::new(USAGE, file.display(), e))?;
+fn read_expectations(files: &[PathBuf]) -> Result<Expectations, Fatal> {
     let ids: Vec<_> = cases::all().iter().map(|case| case.id).collect();
-    Expectations::parse(&text, &ids).map_err(|e| Fatal::new(USAGE, file.display(), e))
+    files.iter().try_fold(Expectations::default(), |expected, file| {
+        let text = std::fs::read_to_string(file).map_err(|e| Fatal::new(USAGE, file.display(), e))?;
+        let more = Expectations::parse(&text, &ids).map_err(|e| Fatal::new(USAGE, file.display(), e))?;
+        Ok(expected.and(more))
+    })
 }
 
 fn run(

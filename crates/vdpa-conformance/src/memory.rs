@@ -28,6 +28,14 @@ impl Region {
         Ok(Self { file, map })
     }
 
+    /// Two pages of zeros that are two mappings for the kernel, of one file, one after the other.
+    pub(crate) fn in_two_mappings() -> Result<Self, Stop> {
+        let region = Self::new(2)?;
+        let page = rustix::param::page_size();
+        prepare("madvise", region.map.leave_out_of_dumps(page, page))?;
+        Ok(region)
+    }
+
     /// The memory behind a [`path`](Self::path) of another process, mapped here.
     pub(crate) fn of_path(path: &Path) -> Result<Self, Errno> {
         let file = std::fs::OpenOptions::new().read(true).write(true).open(path);

@@ -16,7 +16,9 @@ pub struct Summary {
     pub failed: usize,
     /// Known deviations.
     pub deviated: usize,
-    /// Not run.
+    /// Not run, as the expectation file says.
+    pub not_applicable: usize,
+    /// Not run, unexpectedly.
     pub skipped: usize,
 }
 
@@ -30,6 +32,7 @@ impl Summary {
                 Verdict::Passed => &mut summary.passed,
                 Verdict::Failed { .. } | Verdict::UnexpectedPass { .. } => &mut summary.failed,
                 Verdict::Deviated { .. } => &mut summary.deviated,
+                Verdict::NotApplicable { .. } => &mut summary.not_applicable,
                 Verdict::Skipped { .. } => &mut summary.skipped,
             };
             *count += 1;
@@ -40,11 +43,12 @@ impl Summary {
 
 impl std::fmt::Display for Summary {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { passed, failed, deviated, skipped } = self;
-        let cases = passed + failed + deviated + skipped;
+        let Self { passed, failed, deviated, not_applicable, skipped } = self;
+        let cases = passed + failed + deviated + not_applicable + skipped;
         write!(
             f,
-            "{cases} cases: {passed} passed, {deviated} known deviations, {failed} failed, {skipped} skipped"
+            "{cases} cases: {passed} passed, {deviated} known deviations, {not_applicable} not applicable, \
+             {failed} failed, {skipped} skipped"
         )
     }
 }
@@ -56,8 +60,9 @@ fn words(verdict: &Verdict) -> (&'static str, Option<String>) {
         Verdict::Failed { what } => ("failed", Some(what.clone())),
         Verdict::Deviated { what, reason } => ("deviated", Some(format!("{what} (expected: {reason})"))),
         Verdict::UnexpectedPass { reason } => {
-            ("failed", Some(format!("passed, but the expectation file says it deviates: {reason}")))
+            ("failed", Some(format!("passed, which the expectation file does not expect: {reason}")))
         }
+        Verdict::NotApplicable { why, reason } => ("n/a", Some(format!("{why} (expected: {reason})"))),
         Verdict::Skipped { why } => ("skipped", Some(why.clone())),
     }
 }
@@ -96,6 +101,7 @@ pub fn json(device: &Path, findings: &[Finding]) -> Value {
             "passed": summary.passed,
             "failed": summary.failed,
             "deviated": summary.deviated,
+            "not_applicable": summary.not_applicable,
             "skipped": summary.skipped,
         },
         "cases": cases,
@@ -113,7 +119,7 @@ pub fn junit(device: &Path, findings: &[Finding]) -> String {
          failures=\"{}\" skipped=\"{}\" time=\"{seconds:.6}\">\n",
         findings.len(),
         summary.failed,
-        summary.skipped,
+        summary.skipped + summary.not_applicable,
     );
     for finding in findings {
         let _ = write!(
@@ -130,7 +136,9 @@ pub fn junit(device: &Path, findings: &[Finding]) -> String {
                 write!(xml, "<failure message=\"{text}\"/>")
             }
             Verdict::Deviated { .. } => write!(xml, "<system-out>{text}</system-out>"),
-            Verdict::Skipped { .. } => write!(xml, "<skipped message=\"{text}\"/>"),
+            Verdict::NotApplicable { .. } | Verdict::Skipped { .. } => {
+                write!(xml, "<skipped message=\"{text}\"/>")
+            }
         };
         xml.push_str("</testcase>\n");
     }
@@ -174,6 +182,7 @@ mod tests {
             finding("c", Verdict::Deviated { what: "x".to_owned(), reason: "y".to_owned() }),
             finding("d", Verdict::UnexpectedPass { reason: "y".to_owned() }),
             finding("e", Verdict::Skipped { why: "z".to_owned() }),
+            finding("f", Verdict::NotApplicable { why: "z".to_owned(), reason: "y".to_owned() }),
         ]
     }
 
@@ -181,7 +190,7 @@ mod tests {
     fn counts_and_lines() {
         let findings = findings();
         let text = Summary::of(&findings).to_string();
-        assert_eq!(text, "5 cases: 1 passed, 1 known deviations, 2 failed, 1 skipped");
+        assert_eq!(text, "6 cases: 1 passed, 1 known deviations, 1 not applicable, 2 failed, 1 skipped");
         assert_eq!(line(&findings[2]).lines().last().unwrap().trim(), "x (expected: y)");
     }
 
@@ -197,7 +206,7 @@ mod tests {
     #[test]
     fn junit_is_escaped_and_counts_like_the_summary() {
         let xml = junit(Path::new("/dev/x"), &findings());
-        assert!(xml.contains("tests=\"5\" failures=\"2\" skipped=\"1\""), "{xml}");
+        assert!(xml.contains("tests=\"6\" failures=\"2\" skipped=\"2\""), "{xml}");
         assert!(xml.contains("message=\"got &lt;1&gt; &amp; &quot;2&quot;\u{fffd}\""), "{xml}");
         assert_eq!(xml.matches("<testcase").count(), xml.matches("</testcase>").count());
     }

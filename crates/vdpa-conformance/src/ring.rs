@@ -165,6 +165,12 @@ impl BlkDriver {
         Ok(())
     }
 
+    /// Makes the device listen to the kicks again.
+    pub(crate) fn install_kick(&self) -> Result<(), Stop> {
+        let kick = Some(self.kick.as_fd());
+        prepare("VHOST_SET_VRING_KICK", self.device.set_fd(Request::SET_VRING_KICK, 0, kick))
+    }
+
     /// Kicks once more.
     pub(crate) fn kick(&self) {
         self.kick.signal();

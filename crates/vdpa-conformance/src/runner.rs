@@ -34,7 +34,7 @@ pub enum Verdict {
         /// What it did.
         what: String,
     },
-    /// It did not, or could not be run, as expected.
+    /// It did not, as expected.
     Deviated {
         /// What it did.
         what: String,
@@ -44,6 +44,13 @@ pub enum Verdict {
     /// It passed although a deviation was expected: the expectation file is out of date.
     UnexpectedPass {
         /// Why it was expected to fail.
+        reason: String,
+    },
+    /// It could not be run, as expected.
+    NotApplicable {
+        /// What is missing.
+        why: String,
+        /// Why that is accepted.
         reason: String,
     },
     /// It could not be run.
@@ -60,16 +67,21 @@ impl Verdict {
         matches!(self, Self::Failed { .. } | Self::UnexpectedPass { .. })
     }
 
-    fn of(outcome: Result<(), Stop>, expected: Option<&str>) -> Self {
-        match (outcome, expected) {
-            (Ok(()), None) => Self::Passed,
-            (Ok(()), Some(reason)) => Self::UnexpectedPass { reason: reason.to_owned() },
-            (Err(Stop::Failed(what)), None) => Self::Failed { what },
-            (Err(Stop::Failed(what)), Some(reason)) => Self::Deviated { what, reason: reason.to_owned() },
-            (Err(Stop::CannotRun(why)), None) => Self::Skipped { why },
-            (Err(Stop::CannotRun(why)), Some(reason)) => {
-                Self::Deviated { what: format!("not run: {why}"), reason: reason.to_owned() }
+    fn of(outcome: Result<(), Stop>, id: &str, expected: &Expectations) -> Self {
+        let deviation = expected.deviation(id).map(str::to_owned);
+        match (outcome, deviation) {
+            (Err(Stop::CannotRun(why)), _) => match expected.inapplicable(id) {
+                None => Self::Skipped { why },
+                Some(reason) => Self::NotApplicable { why, reason: reason.to_owned() },
+            },
+            (Ok(()), Some(reason)) => Self::UnexpectedPass { reason },
+            (Ok(()), None) if expected.names_inapplicable(id) => {
+                let reason = expected.inapplicable(id).unwrap_or_default().to_owned();
+                Self::UnexpectedPass { reason }
             }
+            (Ok(()), None) => Self::Passed,
+            (Err(Stop::Failed(what)), None) => Self::Failed { what },
+            (Err(Stop::Failed(what)), Some(reason)) => Self::Deviated { what, reason },
         }
     }
 }
@@ -96,6 +108,13 @@ pub fn run(
     let mut findings = Vec::with_capacity(cases.len());
     for &case in cases {
         let started = Instant::now();
+        if let Some(reason) = expected.not_run(case.id) {
+            let verdict = Verdict::NotApplicable { why: "not tried".to_owned(), reason: reason.to_owned() };
+            let finding = Finding { case, verdict, duration: Duration::ZERO };
+            each(&finding);
+            findings.push(finding);
+            continue;
+        }
         let missing = case.needs.iter().find_map(|need| need.missing(probe, config.child));
         let outcome = match missing {
             Some(why) => Err(Stop::CannotRun(why)),
@@ -103,7 +122,7 @@ pub fn run(
                 (case.run)(&mut Ctx::new(config.device, probe, config.child))
             }),
         };
-        let verdict = Verdict::of(outcome, expected.reason(case.id));
+        let verdict = Verdict::of(outcome, case.id, expected);
         let finding = Finding { case, verdict, duration: started.elapsed() };
         each(&finding);
         findings.push(finding);
@@ -162,8 +181,11 @@ mod tests {
             case("d", fail),
             case("e", |_| Err(Stop::CannotRun("no memory".to_owned()))),
             Case { needs: &[Need::Backend(BackendFeatures::SUSPEND)], ..case("f", |_| Ok(())) },
+            case("g", |_| Ok(())),
+            case("h", |_| panic!("it is not tried")),
         ];
-        let expected = Expectations::parse("b: why b\nd: why d\ne: why e", &["b", "d", "e"]).unwrap();
+        let text = "b: why b\nd: why d\nn/a e: why e\nn/a g: why g\nnot-run h: why h";
+        let expected = Expectations::parse(text, &["b", "d", "e", "g", "h"]).unwrap();
         let what = "wrong".to_owned();
         assert_eq!(
             verdicts(&cases, &expected),
@@ -172,8 +194,10 @@ mod tests {
                 Verdict::UnexpectedPass { reason: "why b".to_owned() },
                 Verdict::Failed { what: what.clone() },
                 Verdict::Deviated { what, reason: "why d".to_owned() },
-                Verdict::Deviated { what: "not run: no memory".to_owned(), reason: "why e".to_owned() },
+                Verdict::NotApplicable { why: "no memory".to_owned(), reason: "why e".to_owned() },
                 Verdict::Skipped { why: "backend feature SUSPEND is not offered".to_owned() },
+                Verdict::UnexpectedPass { reason: "why g".to_owned() },
+                Verdict::NotApplicable { why: "not tried".to_owned(), reason: "why h".to_owned() },
             ]
         );
     }

@@ -7,6 +7,8 @@ pub mod clock;
 mod errno;
 pub mod eventfd;
 pub mod exec;
+mod fence;
+pub mod fork;
 pub mod fuse;
 pub mod guest;
 pub mod inherit;

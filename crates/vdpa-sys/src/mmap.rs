@@ -120,6 +120,18 @@ impl SharedMap {
             .map_err(errno::from_rustix)
     }
 
+    /// Leaves `len` bytes from `offset` out of core dumps. The kernel keeps such a piece as a mapping of its own.
+    ///
+    /// # Errors
+    /// `EINVAL` unless both are whole pages within the mapping.
+    pub fn leave_out_of_dumps(&self, offset: usize, len: usize) -> Result<(), Errno> {
+        let start = self.0.check(offset, len).map_err(|_| Errno::INVAL).map(|()| self.0.addr + offset)?;
+        // SAFETY: the range lies within the mapping that `self` keeps alive (the kernel refuses part of a page), and
+        // this advice changes neither bytes nor access.
+        unsafe { madvise(ptr::with_exposed_provenance_mut(start), len, Advice::LinuxDontDump) }
+            .map_err(errno::from_rustix)
+    }
+
     /// A piece of the mapping that keeps it alive.
     ///
     /// # Errors
@@ -361,6 +373,20 @@ mod tests {
         assert_eq!(reader.load_u32(4), Ok(0x0102_0304));
         writer.populate().unwrap();
         reader.populate().unwrap();
+    }
+
+    #[test]
+    fn a_piece_left_out_of_dumps_is_a_mapping_of_its_own() {
+        let fd = crate::memfd::create(c"map", 8192, None).unwrap();
+        let map = SharedMap::map(&fd, 0, 8192, Prot::RW, false).unwrap();
+        let line = format!("{:x}-", map.addr() + 4096);
+        let split =
+            || std::fs::read_to_string("/proc/self/maps").unwrap().lines().any(|l| l.starts_with(&line));
+        assert!(!split());
+        assert_eq!(map.leave_out_of_dumps(4096, 8192), Err(Errno::INVAL));
+        map.leave_out_of_dumps(4096, 4096).unwrap();
+        assert!(split());
+        map.write(4096, &[1]).unwrap();
     }
 
     #[test]

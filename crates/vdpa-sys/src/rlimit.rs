@@ -3,7 +3,7 @@
 
 use std::mem::MaybeUninit;
 
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit, setrlimit};
 use vdpa_core::Errno;
 
 use crate::errno;
@@ -56,6 +56,18 @@ pub fn memlock_of(pid: i32) -> Result<Limit, Errno> {
     Ok(Limit { soft: limit(old.rlim_cur), hard: limit(old.rlim_max) })
 }
 
+/// Sets the soft limit on locked memory of the process `pid`, which must not exceed its hard one.
+///
+/// # Errors
+/// `EINVAL` beyond the hard limit; `ESRCH`; `EPERM` for a process of another user without `CAP_SYS_RESOURCE`.
+pub fn set_memlock_of(pid: i32, bytes: u64) -> Result<(), Errno> {
+    let hard = memlock_of(pid)?.hard;
+    let process = Pid::from_raw(pid).ok_or(errno::SRCH)?;
+    prlimit(Some(process), Resource::Memlock, Rlimit { current: Some(bytes), maximum: hard })
+        .map(drop)
+        .map_err(errno::from_rustix)
+}
+
 /// Whether this process may pin memory (io_uring buffers, mlock) without a limit: it has `CAP_IPC_LOCK` in the
 /// initial user namespace. In a namespace of its own, root is held to `RLIMIT_MEMLOCK`.
 #[must_use]
@@ -72,6 +84,18 @@ pub fn memlock_exempt() -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_limit_of_a_child_is_set() {
+        let mut child =
+            std::process::Command::new("cat").stdin(std::process::Stdio::piped()).spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        set_memlock_of(pid, 8192).unwrap();
+        assert_eq!(memlock_of(pid).unwrap().soft, Some(8192));
+        drop(child.stdin.take());
+        child.wait().unwrap();
+        assert_eq!(set_memlock_of(i32::MAX, 0), Err(errno::SRCH));
+    }
 
     #[test]
     fn own_limit_by_both_ways_and_never_lowered() {

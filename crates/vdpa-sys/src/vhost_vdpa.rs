@@ -13,10 +13,8 @@ use std::fs::OpenOptions;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap_anonymous, mprotect, munmap};
 use thiserror::Error;
 use vdpa_core::Errno;
 use vdpa_core::features::{BackendFeatures, Features, Status};
@@ -26,6 +24,7 @@ use zerocopy::IntoBytes;
 
 use crate::errno;
 use crate::eventfd::EventFd;
+use crate::fence::Fence;
 use crate::ioctl::{self, Getter, NoArg, Setter, Updater};
 use crate::uapi::live::{self, Numbers};
 use crate::uapi::vhost as uapi;
@@ -202,8 +201,8 @@ impl VhostVdpaFd {
                 let fence = Fence::new(bytes)?;
                 // SAFETY: a vhost-vdpa device accesses only memory from its argument upward, and that is the
                 // copy in `fence` and nothing after it.
-                let result = unsafe { ioctl::call(&self.fd, cmd, fence.start) };
-                fence.copy_back(bytes);
+                let result = unsafe { ioctl::call(&self.fd, cmd, fence.start()) };
+                fence.copy_out(bytes);
                 return result;
             }
         };
@@ -449,57 +448,6 @@ fn encode_iotlb(acknowledged: BackendFeatures, asid: Asid, msg: &IotlbMsg) -> Re
     } else {
         zerocopy::transmute!(uapi::Msg { kind: uapi::VHOST_IOTLB_MSG.cast_signed(), hole: 0, iotlb, padding })
     })
-}
-
-/// A copy of some bytes at the very end of mapped memory: the page after it cannot be accessed.
-struct Fence {
-    base: usize,
-    span: usize,
-    start: usize,
-    len: usize,
-}
-
-impl Fence {
-    fn new(bytes: &[u8]) -> Result<Self> {
-        let page = rustix::param::page_size();
-        let room = bytes.len().checked_next_multiple_of(page).ok_or(Errno::NOMEM)?;
-        let span = room.checked_add(page).ok_or(Errno::NOMEM)?;
-        // SAFETY: without a wanted address the kernel picks one that is free, so nothing in use is replaced.
-        let base = unsafe { mmap_anonymous(ptr::null_mut(), span, ProtFlags::empty(), MapFlags::PRIVATE) }
-            .map_err(errno::from_rustix)?;
-        let fence = Self {
-            base: base.expose_provenance(),
-            span,
-            start: base.expose_provenance() + room - bytes.len(),
-            len: bytes.len(),
-        };
-        if room > 0 {
-            // SAFETY: the first `room` bytes are ours, mapped above, and nothing refers to them yet.
-            unsafe { mprotect(base, room, MprotectFlags::READ | MprotectFlags::WRITE) }
-                .map_err(errno::from_rustix)?;
-        }
-        // SAFETY: `start` is `len` bytes before the end of the accessible part, which nothing else refers to.
-        unsafe {
-            ptr::copy_nonoverlapping(bytes.as_ptr(), ptr::with_exposed_provenance_mut(fence.start), fence.len)
-        };
-        Ok(fence)
-    }
-
-    fn copy_back(&self, bytes: &mut [u8]) {
-        let len = self.len.min(bytes.len());
-        // SAFETY: `len` bytes from `start` are accessible (see `new`), and no call that writes them is running.
-        unsafe {
-            ptr::copy_nonoverlapping(ptr::with_exposed_provenance(self.start), bytes.as_mut_ptr(), len)
-        };
-    }
-}
-
-impl Drop for Fence {
-    fn drop(&mut self) {
-        // SAFETY: the range was mapped by `new`, and no reference into it exists.
-        let result = unsafe { munmap(ptr::with_exposed_provenance_mut(self.base), self.span) };
-        debug_assert!(result.is_ok(), "unmapping what was mapped succeeds: {result:?}");
-    }
 }
 
 #[cfg(test)]

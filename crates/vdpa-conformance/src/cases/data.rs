@@ -30,6 +30,7 @@ macro_rules! case {
 pub(super) const CASES: &[Case] = &[
     case!("data.read", "6.3", [SET_VRING_KICK, SET_VRING_CALL, SET_VRING_ADDR], [], read),
     case!("data.kick-counter-stays", "1.6", [SET_VRING_KICK], [], kick_counter),
+    case!("data.kick-before-install", "1.6", [SET_VRING_KICK], [Need::DeviceFile], kick_before_install),
     case!("data.disabled-queue", "1.6", [SET_VRING_KICK, SET_VRING_ENABLE], [], disabled_queue),
     case!("data.invalidate-stops-access", "2.5", [IOTLB_INVALIDATE], [], invalidate),
     case!("data.read-only-memory", "6.1", [IOTLB_UPDATE], [], read_only),
@@ -63,6 +64,17 @@ fn kick_counter(ctx: &mut Ctx<'_>) -> Outcome {
         driver.works(&format!("read number {round}"))?;
     }
     check("counter of the kick eventfd after three kicks", driver.kick_count(), 3)
+}
+
+fn kick_before_install(ctx: &mut Ctx<'_>) -> Outcome {
+    let mut driver = BlkDriver::start(ctx, BackendFeatures::NONE)?;
+    driver.works("before")?;
+    let remove = driver.device.set_fd(Request::SET_VRING_KICK, 0, None);
+    prepare("VHOST_SET_VRING_KICK", remove)?;
+    driver.submit()?;
+    driver.stays_silent("no kick eventfd installed")?;
+    driver.install_kick()?;
+    driver.completes("an eventfd installed that had been written")
 }
 
 fn disabled_queue(ctx: &mut Ctx<'_>) -> Outcome {

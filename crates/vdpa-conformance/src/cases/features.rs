@@ -59,6 +59,13 @@ pub(super) const CASES: &[Case] = &[
         run: backend_unoffered_remap,
     },
     Case {
+        id: "backend.unoffered",
+        spec: "1.4, 9.4 vector 4",
+        covers: &[Request::SET_BACKEND_FEATURES],
+        needs: &[],
+        run: backend_unoffered,
+    },
+    Case {
         id: "backend.any-time",
         spec: "1.4, 9.4 vector 5",
         covers: &[Request::SET_BACKEND_FEATURES],
@@ -151,6 +158,23 @@ fn backend_refused(ctx: &mut Ctx<'_>) -> Outcome {
         )?;
     }
     Ok(())
+}
+
+fn backend_unoffered(ctx: &mut Ctx<'_>) -> Outcome {
+    let device = ctx.open()?;
+    let offered = ctx.probe().backend;
+    for bit in [
+        BackendFeatures::SUSPEND,
+        BackendFeatures::RESUME,
+        BackendFeatures::IOTLB_PERSIST,
+        BackendFeatures::NEW_OWNER,
+    ] {
+        let want = if offered.has(bit) { Ok(()) } else { Err(Errno::OPNOTSUPP) };
+        let word = BackendFeatures::of(&[bit]);
+        check(&format!("SET_BACKEND_FEATURES {:#x}", word.0), device.set_backend(word), want)?;
+    }
+    let enable = BackendFeatures::of(&[BackendFeatures::ENABLE_AFTER_DRIVER_OK]);
+    check("SET_BACKEND_FEATURES 0x40, which is never checked", device.set_backend(enable), Ok(()))
 }
 
 fn backend_unoffered_remap(ctx: &mut Ctx<'_>) -> Outcome {

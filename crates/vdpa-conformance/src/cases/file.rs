@@ -8,7 +8,7 @@ use vdpa_core::types::{IotlbMsg, Perm, iotlb_type};
 use vdpa_sys::mmap::{Prot, SharedMap};
 
 use crate::case::{Case, Ctx, Need, Outcome, check, prepare};
-use crate::device::{WRITTEN, errno};
+use crate::device::{V2, WRITTEN, encode, errno};
 use crate::memory::Region;
 use crate::request::Request;
 
@@ -47,6 +47,20 @@ pub(super) const CASES: &[Case] = &[
         covers: &[Request::READ],
         needs: &[Need::DeviceFile],
         run: read,
+    },
+    Case {
+        id: "file.read-write-only",
+        spec: "1.10",
+        covers: &[Request::READ],
+        needs: &[Need::DeviceFile],
+        run: read_write_only,
+    },
+    Case {
+        id: "file.pwrite",
+        spec: "1.10",
+        covers: &[Request::IOTLB_BATCH_BEGIN],
+        needs: &[Need::DeviceFile],
+        run: pwrite,
     },
     Case {
         id: "file.lseek",
@@ -131,6 +145,23 @@ fn read(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open()?;
     let mut bytes = [0; WRITTEN];
     check("read", rustix::io::read(device.file()?, &mut bytes).map_err(errno), Err(Errno::INVAL))
+}
+
+fn read_write_only(ctx: &mut Ctx<'_>) -> Outcome {
+    let device = ctx.open_as(OFlags::WRONLY)?;
+    let mut bytes = [0; WRITTEN];
+    check(
+        "read, open for writing only",
+        rustix::io::read(device.file()?, &mut bytes).map_err(errno),
+        Err(Errno::BADF),
+    )
+}
+
+fn pwrite(ctx: &mut Ctx<'_>) -> Outcome {
+    let device = ctx.open_owned()?;
+    let begin = IotlbMsg { kind: iotlb_type::BATCH_BEGIN, ..IotlbMsg::default() };
+    let written = rustix::io::pwrite(device.file()?, &encode(V2, 0, &begin), 4096).map_err(errno);
+    check("pwrite of a message at some offset", written, Ok(WRITTEN))
 }
 
 fn lseek(ctx: &mut Ctx<'_>) -> Outcome {

@@ -5,7 +5,7 @@ use vdpa_core::features::BackendFeatures;
 use vdpa_core::types::{IotlbMsg, Perm, iotlb_type};
 
 use crate::case::{Case, Ctx, Need, Outcome, Stop, check, prepare};
-use crate::device::{Device, V1, V2, WRITTEN, encode};
+use crate::device::{Device, V1, V2, WRITTEN, encode, errno};
 use crate::memory::{PAGE, Region};
 use crate::request::Request;
 
@@ -39,6 +39,14 @@ pub(super) const CASES: &[Case] = &[
     case!("iotlb.update-range", "2.4", [IOTLB_UPDATE], update_range),
     case!("iotlb.update-hole", "3.2", [IOTLB_UPDATE], update_hole),
     case!("iotlb.permissions", "2.4", [IOTLB_UPDATE], permissions),
+    case!("iotlb.fragments", "3.2", [IOTLB_UPDATE, IOTLB_INVALIDATE], fragments),
+    Case {
+        id: "iotlb.pin-limit",
+        spec: "3.3",
+        covers: &[Request::IOTLB_UPDATE, Request::IOTLB_INVALIDATE],
+        needs: &[Need::Child],
+        run: pin_limit,
+    },
     case!("iotlb.private-memory", "3.2, 9.4 vector 31", [IOTLB_UPDATE], private_memory),
     case!("iotlb.invalidate-whole-entry", "2.5, 9.4 vector 32", [IOTLB_INVALIDATE], invalidate_whole_entry),
     case!("iotlb.invalidate-all", "2.5, 9.4 vector 39", [IOTLB_INVALIDATE], invalidate_all),
@@ -57,6 +65,8 @@ pub(super) const CASES: &[Case] = &[
         [IOTLB_BATCH_BEGIN, IOTLB_BATCH_END, IOTLB_UPDATE],
         batch_asid
     ),
+    case!("iotlb.writev", "2.2", [IOTLB_BATCH_BEGIN], [DeviceFile], writev),
+    case!("batch.survives-reset", "2.6", [IOTLB_BATCH_BEGIN, SET_STATUS, CLOSE], batch_survives_reset),
     case!("batch.end-without-begin", "2.6, 9.4 vector 36", [IOTLB_BATCH_END], batch_end),
     case!("batch.begin-again", "2.6", [IOTLB_BATCH_BEGIN], batch_begin_again),
     case!("batch.no-rollback", "2.6", [IOTLB_BATCH_BEGIN, IOTLB_BATCH_END, IOTLB_UPDATE], batch_no_rollback),
@@ -74,6 +84,17 @@ fn is_mapped(device: &Device, iova: u64) -> Result<bool, Stop> {
         Err(Errno::FAULT) => Ok(true),
         Err(errno) => Err(Stop::setup("UPDATE as a probe", errno)),
     }
+}
+
+/// Whether the device holds the memory it pins against `RLIMIT_MEMLOCK` of its owner (uapi-spec 3.3).
+fn counts_pins(ctx: &Ctx<'_>) -> Result<bool, Stop> {
+    let device = ctx.open()?;
+    let region = Region::new(2)?;
+    let owner = ctx.fork(&device)?;
+    owner.limit_memlock(PAGE)?;
+    check("SET_OWNER", owner.call(Request::SET_OWNER)?, Ok(()))?;
+    let message = update(0x1000, region.size(), region.uaddr(), Perm::RW);
+    Ok(owner.write(&encode(V2, 0, &message))? != MAPPED)
 }
 
 fn invalidate_first(ctx: &mut Ctx<'_>) -> Outcome {
@@ -133,21 +154,57 @@ fn permissions(ctx: &mut Ctx<'_>) -> Outcome {
     Ok(())
 }
 
+fn fragments(ctx: &mut Ctx<'_>) -> Outcome {
+    let device = ctx.open_owned()?;
+    let region = Region::in_two_mappings()?;
+    check("UPDATE of two mappings", device.map(0x10_000, &region, Perm::RW), MAPPED)?;
+    check("INVALIDATE of a byte of the first", device.unmap(0x10_000, 1), MAPPED)?;
+    check("the first is mapped", is_mapped(&device, 0x10_000), Ok(false))?;
+    check("the second is mapped", is_mapped(&device, 0x11_000), Ok(true))
+}
+
+fn pin_limit(ctx: &mut Ctx<'_>) -> Outcome {
+    if !counts_pins(ctx)? {
+        return Err(Stop::CannotRun(
+            "the device does not hold RLIMIT_MEMLOCK against pinned memory".to_owned(),
+        ));
+    }
+    let device = ctx.open()?;
+    let mut owner = ctx.child(&device)?;
+    owner.limit_memlock(4)?;
+    check("SET_OWNER", owner.call(Request::SET_OWNER)?, Ok(()))?;
+    let region = Region::new(4)?;
+    let uaddr = owner.map(&region)?;
+    let mut map = |iova, pages| owner.write(&encode(V2, 0, &update(iova, pages * PAGE, uaddr, Perm::RW)));
+    check("UPDATE of 5 pages, 4 are allowed", map(0, 5)?, REFUSED)?;
+    check("UPDATE of 3 pages, 4 are allowed", map(0, 3)?, MAPPED)?;
+    check("UPDATE of 2 more", map(0x10_000, 2)?, REFUSED)?;
+    check("UPDATE of the first page once more, which counts again", map(0x10_000, 1)?, MAPPED)?;
+    check("UPDATE of one more", map(0x20_000, 1)?, REFUSED)?;
+    let unmap = IotlbMsg { iova: 0x10_000, size: PAGE, kind: iotlb_type::INVALIDATE, ..IotlbMsg::default() };
+    check("INVALIDATE of one", owner.write(&encode(V2, 0, &unmap))?, MAPPED)?;
+    let again = update(0x20_000, PAGE, uaddr, Perm::RW);
+    check("UPDATE in its place", owner.write(&encode(V2, 0, &again))?, MAPPED)
+}
+
 fn private_memory(ctx: &mut Ctx<'_>) -> Outcome {
+    let pinned = counts_pins(ctx)?;
     let device = ctx.open_owned()?;
     let private = vec![0_u8; 2 * 4096];
     let uaddr = (private.as_ptr().expose_provenance() as u64).next_multiple_of(PAGE);
     let message = update(0x1000, PAGE, uaddr, Perm::RW);
     check("UPDATE of private anonymous memory", device.message(0, message), MAPPED)?;
-    check("it is mapped", is_mapped(&device, 0x1000), Ok(false))
+    check("it is mapped", is_mapped(&device, 0x1000), Ok(pinned))
 }
 
 fn invalidate_whole_entry(ctx: &mut Ctx<'_>) -> Outcome {
+    // Where memory is pinned an entry is a run of adjacent pages, however long it happens to be.
+    let pages: &[u64] = if counts_pins(ctx)? { &[0x18_000] } else { &[0x10_000, 0x18_000, 0x1f_000] };
     let device = ctx.open_owned()?;
     let region = Region::new(16)?;
     check("UPDATE of 16 pages", device.map(0x10_000, &region, Perm::RW), MAPPED)?;
     check("INVALIDATE of one byte in it", device.unmap(0x18_123, 1), MAPPED)?;
-    for iova in [0x10_000, 0x18_000, 0x1f_000] {
+    for &iova in pages {
         check(&format!("page {iova:#x} is mapped"), is_mapped(&device, iova), Ok(false))?;
     }
     Ok(())
@@ -166,6 +223,7 @@ fn invalidate_all(ctx: &mut Ctx<'_>) -> Outcome {
 }
 
 fn invalidate_odd(ctx: &mut Ctx<'_>) -> Outcome {
+    let pinned = counts_pins(ctx)?;
     let device = ctx.open_owned()?;
     let region = Region::new(2)?;
     check("UPDATE of two pages", device.map(0x10_000, &region, Perm::RW), MAPPED)?;
@@ -174,7 +232,9 @@ fn invalidate_odd(ctx: &mut Ctx<'_>) -> Outcome {
     check("INVALIDATE (first page, 0)", device.unmap(0x10_000, 0), MAPPED)?;
     check("still mapped", is_mapped(&device, 0x10_000), Ok(true))?;
     check("INVALIDATE (second page, 0): the entry spans that boundary", device.unmap(0x11_000, 0), MAPPED)?;
-    check("still mapped", is_mapped(&device, 0x10_000), Ok(false))?;
+    if !pinned {
+        check("still mapped", is_mapped(&device, 0x10_000), Ok(false))?;
+    }
     check("INVALIDATE (0, 2^64 - 1)", device.unmap(0, u64::MAX), MAPPED)
 }
 
@@ -195,6 +255,14 @@ fn short_message(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open_owned()?;
     let bytes = encode(V2, 0, &IotlbMsg { kind: iotlb_type::BATCH_BEGIN, ..IotlbMsg::default() });
     check("message of 40 bytes", device.write(bytes.get(..40).unwrap_or_default()), MAPPED)
+}
+
+fn writev(ctx: &mut Ctx<'_>) -> Outcome {
+    let device = ctx.open_owned()?;
+    let bytes = encode(V2, 0, &IotlbMsg { kind: iotlb_type::BATCH_BEGIN, ..IotlbMsg::default() });
+    let (head, tail) = bytes.split_at(5);
+    let pieces = [std::io::IoSlice::new(head), std::io::IoSlice::new(tail)];
+    check("message in two pieces", rustix::io::writev(device.file()?, &pieces).map_err(errno), MAPPED)
 }
 
 fn first_word(ctx: &mut Ctx<'_>) -> Outcome {
@@ -258,6 +326,8 @@ fn reset_keeps(ctx: &mut Ctx<'_>) -> Outcome {
 fn limit(ctx: &mut Ctx<'_>) -> Outcome {
     /// Default of the parameter `max_iotlb_entries`.
     const ENTRIES: u64 = 2048;
+    // It is the table that is to be full. Where this is refused, pinned memory is counted by somebody else.
+    let _ = vdpa_sys::rlimit::raise_memlock(Some(4 * ENTRIES * PAGE));
     let device = ctx.open_owned()?;
     let region = Region::new(1)?;
     // Every other page, so that no two entries could be merged.
@@ -290,6 +360,26 @@ fn batch_end(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open_owned()?;
     check("UPDATE", device.map(0x1000, &Region::new(1)?, Perm::RW), MAPPED)?;
     check("BATCH_END without BATCH_BEGIN", device.plain(0, iotlb_type::BATCH_END), MAPPED)
+}
+
+fn batch_survives_reset(ctx: &mut Ctx<'_>) -> Outcome {
+    let device = ctx.open_owned()?;
+    let acknowledged = BackendFeatures::of(&[BackendFeatures::IOTLB_ASID]);
+    prepare("VHOST_SET_BACKEND_FEATURES", device.set_backend(acknowledged))?;
+    check("BATCH_BEGIN", device.plain(0, iotlb_type::BATCH_BEGIN), MAPPED)?;
+    prepare("SET_STATUS 0", device.set_status(vdpa_core::features::Status::RESET))?;
+    let other = if ctx.probe().address_spaces > 1 { 1 } else { 0 };
+    // Only a second address space shows it: its messages are refused while the batch of the first is open.
+    let want = if other == 1 { REFUSED } else { MAPPED };
+    check(
+        "BATCH_BEGIN of the last address space after a reset",
+        device.plain(other, iotlb_type::BATCH_BEGIN),
+        want,
+    )?;
+    drop(device);
+    let device = ctx.open_owned()?;
+    prepare("VHOST_SET_BACKEND_FEATURES", device.set_backend(acknowledged))?;
+    check("BATCH_BEGIN of it after another open", device.plain(other, iotlb_type::BATCH_BEGIN), MAPPED)
 }
 
 fn batch_begin_again(ctx: &mut Ctx<'_>) -> Outcome {

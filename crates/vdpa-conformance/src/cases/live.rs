@@ -1,8 +1,8 @@
 //! Live update: NEW_OWNER and REMAP.
 //!
-//! The second process is a program of its own and not a fork, so its addresses differ from those of the suite. Not
-//! covered for that reason, or because the device does not say what it would take to know: vectors L4 and L9 of
-//! uapi-spec 9.4 as far as they concern pinned pages, and L6.
+//! A second process is either a program of its own, with other addresses, as after an exec; or a fork, where the old
+//! addresses are valid. Whether a device counts pinned memory it does not say: those cases find out, and cannot be run
+//! where it does not.
 
 use vdpa_core::Errno;
 use vdpa_core::features::{BackendFeatures, Status};
@@ -58,6 +58,18 @@ pub(super) const CASES: &[Case] = &[
         [Need::Child, BLK, RING, SUSPEND],
         reset
     ),
+    case!("live.fork-new-owner", "8.4, 9.4 vector L3", [NEW_OWNER, SET_VRING_NUM], fork_new_owner),
+    case!("live.fork-stale", "8.5, 9.4 vector L10", [IOTLB_REMAP, NEW_OWNER], [REMAP, BLK, RING], fork_stale),
+    case!("live.new-owner-memlock", "8.4, 9.4 vector L4", [NEW_OWNER], [Need::Child], memlock),
+    case!("live.remap-fragments", "8.5, 9.4 vector L6", [IOTLB_REMAP], [REMAP], remap_fragments),
+    case!("live.remap-pinned", "8.5, 9.4 vector L9", [IOTLB_REMAP], [NO_REMAP, Need::Child], remap_pinned),
+    Case {
+        id: "live.new-owner-unoffered",
+        spec: "8.1, 8.4",
+        covers: &[Request::NEW_OWNER],
+        needs: &[Need::NoBackend(BackendFeatures::NEW_OWNER)],
+        run: unoffered,
+    },
     case!("live.keeps-running", "8.4, 8.6", [NEW_OWNER], [Need::Child, BLK, RING], keeps_running),
     case!(
         "live.resume",
@@ -224,6 +236,97 @@ fn reset(ctx: &mut Ctx<'_>) -> Outcome {
     }
     driver.go()?;
     driver.works("after the sequence with a reset")
+}
+
+fn fork_new_owner(ctx: &mut Ctx<'_>) -> Outcome {
+    let device = ctx.open_owned()?;
+    let child = ctx.fork(&device)?;
+    check("NEW_OWNER by a forked child", child.call(Request::NEW_OWNER)?, Ok(()))?;
+    let old = device.set_vring(Request::SET_VRING_NUM, 0, 1);
+    check("SET_VRING_NUM by its parent", old, Err(Errno::PERM))?;
+    check("SET_VRING_NUM by the child", child.set(Request::SET_VRING_NUM, &pair(0, 1))?, Ok(()))?;
+    check("NEW_OWNER again", child.call(Request::NEW_OWNER)?, Err(Errno::BUSY))?;
+    check("NEW_OWNER back", device.call(Request::NEW_OWNER), Ok(()))
+}
+
+fn fork_stale(ctx: &mut Ctx<'_>) -> Outcome {
+    let mut driver = BlkDriver::start(ctx, BackendFeatures::NONE)?;
+    driver.works("before")?;
+    let child = ctx.fork(&driver.device)?;
+    check("NEW_OWNER by a forked child", child.call(Request::NEW_OWNER)?, Ok(()))?;
+    driver.submit()?;
+    driver.stays_silent("between NEW_OWNER and REMAP, the old address valid")?;
+    let message = encode(V2, 0, &remap_message(driver.region.uaddr(), driver.region.size()));
+    check("REMAP by the child, to the same address", child.write(&message)?, MAPPED)?;
+    driver.kick();
+    driver.completes("after REMAP and a kick")
+}
+
+/// A device owned by a second process that may lock `pages` and has mapped as many for the device, with the memory and
+/// its address there. Cannot be had where the device does not count.
+fn at_the_limit(ctx: &Ctx<'_>, pages: u64) -> Result<(Device, Child, Region, u64), Stop> {
+    let device = ctx.open()?;
+    let mut child = ctx.child(&device)?;
+    child.limit_memlock(pages)?;
+    check("SET_OWNER", child.call(Request::SET_OWNER)?, Ok(()))?;
+    let region = Region::new(pages)?;
+    let uaddr = child.map(&region)?;
+    check("UPDATE up to the limit", child.write(&update_message(IOVA, pages, uaddr))?, MAPPED)?;
+    if child.write(&update_message(0, 1, uaddr))? == MAPPED {
+        return Err(Stop::CannotRun(
+            "the device does not hold RLIMIT_MEMLOCK against pinned memory".to_owned(),
+        ));
+    }
+    Ok((device, child, region, uaddr))
+}
+
+fn update_message(iova: u64, pages: u64, uaddr: u64) -> Vec<u8> {
+    let size = pages * PAGE;
+    encode(V2, 0, &IotlbMsg { iova, size, uaddr, perm: Perm::RW, kind: iotlb_type::UPDATE })
+}
+
+fn memlock(ctx: &mut Ctx<'_>) -> Outcome {
+    let (device, mut owner, _region, uaddr) = at_the_limit(ctx, 4)?;
+    let mut child = ctx.child(&device)?;
+    child.limit_memlock(3)?;
+    check("NEW_OWNER over the limit", child.call(Request::NEW_OWNER)?, Err(Errno::NOMEM))?;
+    check("SET_VRING_NUM by it", child.set(Request::SET_VRING_NUM, &pair(0, 1))?, Err(Errno::PERM))?;
+    check("SET_VRING_NUM by the owner", owner.set(Request::SET_VRING_NUM, &pair(0, 1))?, Ok(()))?;
+    check("NEW_OWNER by the owner, at its limit", owner.call(Request::NEW_OWNER)?, Err(Errno::BUSY))?;
+    child.limit_memlock(4)?;
+    check("NEW_OWNER up to the limit", child.call(Request::NEW_OWNER)?, Ok(()))?;
+    check("UPDATE by the new owner: it was charged", child.write(&update_message(0, 1, uaddr))?, REFUSED)
+}
+
+fn remap_fragments(ctx: &mut Ctx<'_>) -> Outcome {
+    let device = ctx.open_owned()?;
+    let region = Region::in_two_mappings()?;
+    check("UPDATE of two mappings", device.map(IOVA, &region, Perm::RW), MAPPED)?;
+    let whole = remap_message(region.uaddr(), region.size());
+    check("REMAP of both", device.message(0, whole), MAPPED)?;
+    check("REMAP of the first", device.message(0, IotlbMsg { size: PAGE, ..whole }), MAPPED)?;
+    let second = IotlbMsg { iova: IOVA + PAGE, size: PAGE, uaddr: region.uaddr() + PAGE, ..whole };
+    check("REMAP of the second", device.message(0, second), MAPPED)?;
+    let straddling = IotlbMsg { iova: IOVA, size: PAGE + 1, ..whole };
+    check("REMAP of one and a bit", device.message(0, straddling), REFUSED)
+}
+
+fn remap_pinned(ctx: &mut Ctx<'_>) -> Outcome {
+    let (_device, mut owner, region, uaddr) = at_the_limit(ctx, 4)?;
+    let remap = encode(V2, 0, &remap_message(uaddr, region.size()));
+    check("REMAP", owner.write(&remap)?, REFUSED)?;
+    check("UPDATE: as much is charged as before", owner.write(&update_message(0, 1, uaddr))?, REFUSED)?;
+    let unmap =
+        IotlbMsg { iova: IOVA, size: region.size(), kind: iotlb_type::INVALIDATE, ..IotlbMsg::default() };
+    check("INVALIDATE", owner.write(&encode(V2, 0, &unmap))?, MAPPED)?;
+    check("UPDATE up to the limit again", owner.write(&update_message(0, 4, uaddr))?, MAPPED)
+}
+
+fn unoffered(ctx: &mut Ctx<'_>) -> Outcome {
+    let refused = ctx.open_owned()?.call(Request::NEW_OWNER);
+    // A kernel that never heard of it treats it as any unknown ioctl of argument 0.
+    let known = refused == Err(Errno::OPNOTSUPP) || refused == Err(Errno::FAULT);
+    check(&format!("NEW_OWNER {refused:?} is EOPNOTSUPP or EFAULT"), known, true)
 }
 
 fn keeps_running(ctx: &mut Ctx<'_>) -> Outcome {

@@ -6,6 +6,7 @@ mod features;
 mod file;
 mod iotlb;
 mod live;
+mod net;
 mod order;
 mod owner;
 mod state;
@@ -29,6 +30,7 @@ pub fn all() -> Vec<Case> {
         order::CASES,
         data::CASES,
         live::CASES,
+        net::CASES,
     ]
     .concat()
 }

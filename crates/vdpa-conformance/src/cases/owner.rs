@@ -6,6 +6,7 @@ use vdpa_core::types::{IotlbMsg, Perm, VringAddr, iotlb_type};
 
 use crate::case::{Case, Ctx, Need, Outcome, check, prepare};
 use crate::device::{V2, WRITTEN, encode, pair};
+use crate::forked::vfork_set;
 use crate::memory::Region;
 use crate::request::Request;
 
@@ -75,6 +76,34 @@ pub(super) const CASES: &[Case] = &[
         covers: &[Request::SET_STATUS, Request::SET_CONFIG_CALL],
         needs: &[Need::Child],
         run: child_allowed,
+    },
+    Case {
+        id: "owner.fork-vring-and-iotlb",
+        spec: "0.1, 9.4 vector 48",
+        covers: &[Request::SET_VRING_NUM, Request::IOTLB_BATCH_BEGIN, Request::SET_OWNER],
+        needs: &[],
+        run: fork_refused,
+    },
+    Case {
+        id: "owner.fork-status",
+        spec: "4.3, 9.4 vectors 49 and 50",
+        covers: &[Request::SET_STATUS, Request::SET_CONFIG_CALL],
+        needs: &[],
+        run: fork_allowed,
+    },
+    Case {
+        id: "owner.fork-becomes-owner",
+        spec: "0.1, 4.7",
+        covers: &[Request::SET_OWNER],
+        needs: &[],
+        run: fork_owns,
+    },
+    Case {
+        id: "owner.vfork",
+        spec: "0.1",
+        covers: &[Request::SET_OWNER, Request::SET_VRING_NUM],
+        needs: &[Need::DeviceFile],
+        run: vfork,
     },
     Case {
         id: "owner.gone-is-still-owner",
@@ -173,6 +202,48 @@ fn child_allowed(ctx: &mut Ctx<'_>) -> Outcome {
     check("SET_STATUS 0", child.set(Request::SET_STATUS, &[0])?, Ok(()))?;
     check("GET_STATUS afterwards", device.status(), Ok(0))?;
     check("SET_CONFIG_CALL -1", child.set(Request::SET_CONFIG_CALL, &(-1_i32).to_ne_bytes())?, Ok(()))
+}
+
+fn fork_refused(ctx: &mut Ctx<'_>) -> Outcome {
+    let device = ctx.open_owned()?;
+    let child = ctx.fork(&device)?;
+    check("SET_VRING_NUM", child.set(Request::SET_VRING_NUM, &pair(0, 1))?, Err(Errno::PERM))?;
+    check("SET_OWNER", child.call(Request::SET_OWNER)?, Err(Errno::BUSY))?;
+    let begin = IotlbMsg { kind: iotlb_type::BATCH_BEGIN, ..IotlbMsg::default() };
+    check("BATCH_BEGIN", child.write(&encode(V2, 0, &begin))?, Err(Errno::FAULT))?;
+    check("BATCH_BEGIN by the owner", device.plain(0, iotlb_type::BATCH_BEGIN), Ok(WRITTEN))
+}
+
+fn fork_allowed(ctx: &mut Ctx<'_>) -> Outcome {
+    let device = ctx.open_owned()?;
+    let child = ctx.fork(&device)?;
+    prepare("VHOST_VDPA_SET_STATUS", device.set_status(Status::ACKNOWLEDGE))?;
+    check("SET_STATUS 0", child.set(Request::SET_STATUS, &[0])?, Ok(()))?;
+    check("GET_STATUS afterwards", device.status(), Ok(0))?;
+    check("SET_CONFIG_CALL -1", child.set(Request::SET_CONFIG_CALL, &(-1_i32).to_ne_bytes())?, Ok(()))
+}
+
+fn fork_owns(ctx: &mut Ctx<'_>) -> Outcome {
+    let device = ctx.open()?;
+    let child = ctx.fork(&device)?;
+    check("SET_OWNER by a forked child", child.call(Request::SET_OWNER)?, Ok(()))?;
+    let size = u32::from(ctx.probe().ring_size);
+    let num = |index| pair(index, size);
+    check("SET_VRING_NUM by that child", child.set(Request::SET_VRING_NUM, &num(0))?, Ok(()))?;
+    let parent = || device.set(Request::SET_VRING_NUM, &num(0));
+    check("SET_VRING_NUM by its parent", parent(), Err(Errno::PERM))?;
+    drop(child);
+    check("SET_VRING_NUM by the parent of an owner that ended", parent(), Err(Errno::PERM))
+}
+
+fn vfork(ctx: &mut Ctx<'_>) -> Outcome {
+    let device = ctx.open()?;
+    let num = pair(0, ctx.probe().ring_size.into());
+    let by_child = || vfork_set(&device, Request::SET_VRING_NUM, &num);
+    check("SET_VRING_NUM by a vforked child, no owner", by_child()?, Err(Errno::PERM))?;
+    prepare("VHOST_SET_OWNER", device.call(Request::SET_OWNER))?;
+    check("SET_VRING_NUM by a vforked child of the owner", by_child()?, Ok(()))?;
+    check("SET_VRING_NUM by the owner", device.set(Request::SET_VRING_NUM, &num), Ok(()))
 }
 
 fn gone(ctx: &mut Ctx<'_>) -> Outcome {

@@ -122,6 +122,20 @@ pub(super) const CASES: &[Case] = &[
             })
         },
     },
+    row!("state.suspend", Request::SUSPEND, |ctx| always(ctx, |device| device.call(Request::SUSPEND))),
+    Case {
+        id: "state.resume",
+        spec: "1.7",
+        covers: &[Request::RESUME],
+        needs: &[Need::Backend(BackendFeatures::SUSPEND), Need::Backend(BackendFeatures::RESUME)],
+        run: |ctx| {
+            always(ctx, |device| device.call(Request::RESUME))?;
+            let device = reach(ctx, Stage::Suspended)?;
+            prepare("VHOST_VDPA_RESUME", device.call(Request::RESUME))?;
+            let base = device.set_vring(Request::SET_VRING_BASE, 0, 1);
+            check("SET_VRING_BASE after RESUME", base, Err(Errno::INVAL))
+        },
+    },
     row!("state.reset", Request::SET_STATUS, |ctx| always(ctx, |device| device.set_status(Status::RESET))),
     row!("state.set-status-superset", Request::SET_STATUS, |ctx| {
         always(ctx, |device| {

@@ -57,6 +57,13 @@ pub(super) const CASES: &[Case] = &[
         needs: &[Need::NoBackend(BackendFeatures::SUSPEND)],
         run: suspend_unsupported,
     },
+    Case {
+        id: "suspend.resume-unsupported",
+        spec: "1.7, 1.8",
+        covers: &[Request::RESUME],
+        needs: &[Need::NoBackend(BackendFeatures::RESUME)],
+        run: resume_unsupported,
+    },
 ];
 
 fn zero_at_open(ctx: &mut Ctx<'_>) -> Outcome {
@@ -119,6 +126,10 @@ fn suspend_repeated(ctx: &mut Ctx<'_>) -> Outcome {
         check(&format!("{round} RESUME"), device.call(Request::RESUME), Ok(()))?;
     }
     Ok(())
+}
+
+fn resume_unsupported(ctx: &mut Ctx<'_>) -> Outcome {
+    check("RESUME", reach(ctx, Stage::Running)?.call(Request::RESUME), Err(Errno::OPNOTSUPP))
 }
 
 fn suspend_unsupported(ctx: &mut Ctx<'_>) -> Outcome {

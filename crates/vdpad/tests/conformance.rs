@@ -1,0 +1,130 @@
+//! The conformance suite on the devices of a real daemon: every difference from the kernel is in an expectation file.
+//!
+//! This program plays two parts: the tests, and the second process of a case (`--child`). Needs /dev/fuse and the right
+//! to mount, and fails without.
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
+mod support;
+
+use std::path::Path;
+use std::process::{Command, exit};
+use std::time::Duration;
+
+use support::daemon::Daemon;
+use vdpa_conformance::expect::Expectations;
+use vdpa_conformance::report::{Summary, line};
+use vdpa_conformance::runner::{self, Config, Verdict};
+use vdpa_conformance::{Probe, Target, cases, child};
+
+/// Longest time for one case; the daemon's own guard ends it later, should a request hang in the kernel.
+const CASE_LIMIT: Duration = Duration::from_secs(25);
+
+/// A device, and the files of `crates/vdpa-conformance/expect` that say how it differs.
+struct Subject {
+    name: &'static str,
+    mgmtdev: &'static str,
+    attrs: &'static [(&'static str, &'static str)],
+    expect: &'static [&'static str],
+}
+
+const SUBJECTS: [Subject; 6] = [
+    Subject { name: "sim_net", mgmtdev: "sim-net", attrs: &[], expect: &["fuse", "fuse-sim-net"] },
+    Subject { name: "sim_blk", mgmtdev: "sim-blk", attrs: &[], expect: &["fuse", "fuse-sim-blk"] },
+    Subject {
+        name: "blk",
+        mgmtdev: "blk",
+        attrs: &[("pin", "off")],
+        expect: &["fuse", "fuse-blk", "fuse-blk-unlimited"],
+    },
+    Subject {
+        name: "blk_pinned",
+        mgmtdev: "blk",
+        attrs: &[("pin", "on"), ("memlock", "rlimit")],
+        expect: &["fuse", "fuse-blk"],
+    },
+    Subject {
+        name: "blk_pinned_unlimited",
+        mgmtdev: "blk",
+        attrs: &[("pin", "on"), ("memlock", "unlimited")],
+        expect: &["fuse", "fuse-blk", "fuse-blk-unlimited"],
+    },
+    Subject {
+        name: "blk_read_only",
+        mgmtdev: "blk",
+        attrs: &[("pin", "off"), ("readonly", "on")],
+        expect: &["fuse", "fuse-blk", "fuse-blk-unlimited"],
+    },
+];
+
+fn expectations(files: &[&str]) -> Expectations {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../vdpa-conformance/expect");
+    let ids: Vec<_> = cases::all().iter().map(|case| case.id).collect();
+    files.iter().fold(Expectations::default(), |expected, name| {
+        let text = std::fs::read_to_string(directory.join(format!("{name}.txt"))).unwrap();
+        expected.and(Expectations::parse(&text, &ids).unwrap())
+    })
+}
+
+/// Runs every case on the device; none may differ, or be left out, without a reason.
+fn conforms(subject: &Subject) {
+    let daemon = Daemon::start();
+    let device = if subject.mgmtdev == "blk" {
+        let disk = daemon.disk("disk", 1 << 20);
+        daemon.add_blk(subject.name, &disk, subject.attrs)
+    } else {
+        daemon.add(subject.name, subject.mgmtdev, subject.attrs)
+    };
+    let probe = Probe::of(device.as_path()).unwrap();
+    let program = std::env::current_exe().unwrap();
+    let config = Config {
+        device: Target::File(&device),
+        child: Some(&program),
+        limit: CASE_LIMIT,
+        on_hang: |case, limit| {
+            eprintln!("case {case} did not return within {limit:?}");
+            exit(4)
+        },
+    };
+    let expected = expectations(subject.expect);
+    let findings = runner::run(&config, &probe, &cases::all(), &expected, |_| ());
+    let unexplained: Vec<_> = findings
+        .iter()
+        .filter(|finding| finding.verdict.is_error() || matches!(finding.verdict, Verdict::Skipped { .. }))
+        .map(line)
+        .collect();
+    println!("{}: {}", subject.name, Summary::of(&findings));
+    assert!(unexplained.is_empty(), "{}", unexplained.join("\n"));
+    daemon.assert_alive();
+}
+
+fn main() {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = args.iter().map(String::as_str).collect();
+    if words == ["--child"] {
+        child::serve().expect("the suite is there");
+    } else {
+        run_tests(&words);
+    }
+}
+
+/// As much of libtest's command line as cargo and nextest use. One test per process: a fork copies everything.
+fn run_tests(words: &[&str]) {
+    let ignored = words.contains(&"--ignored");
+    let filter = words.iter().find(|word| !word.starts_with('-') && **word != "terse");
+    for subject in &SUBJECTS {
+        let name = subject.name;
+        if ignored || !filter.is_none_or(|filter| name.contains(filter)) {
+            continue;
+        }
+        if words.contains(&"--list") {
+            println!("{name}: test");
+        } else if filter.is_some_and(|filter| *filter == name) {
+            conforms(subject);
+            println!("test {name} ... ok");
+        } else if filter.is_none() || !words.contains(&"--exact") {
+            let status =
+                Command::new(std::env::current_exe().unwrap()).arg(name).arg("--exact").status().unwrap();
+            assert!(status.success(), "{name} failed");
+        }
+    }
+}
