@@ -50,7 +50,8 @@ impl Request {
     pub(crate) const GET_FEATURES: Self = Self::ioctl("VHOST_GET_FEATURES", 0x8008_AF00, "1.4");
     pub(crate) const SET_FEATURES: Self = Self::ioctl("VHOST_SET_FEATURES", 0x4008_AF00, "1.4");
     pub(crate) const SET_OWNER: Self = Self::ioctl("VHOST_SET_OWNER", 0x0000_AF01, "1.6a");
-    pub(crate) const RESET_OWNER: Self = Self::ioctl("VHOST_RESET_OWNER", 0x0000_AF02, "1.1").all("refused");
+    pub(crate) const RESET_OWNER: Self =
+        Self::ioctl("VHOST_RESET_OWNER", 0x0000_AF02, "1.1").all("refused, or see notes");
     pub(crate) const SET_MEM_TABLE: Self =
         Self::ioctl("VHOST_SET_MEM_TABLE", 0x4008_AF03, "1.6a").all("stored, no effect");
     pub(crate) const SET_LOG_BASE: Self =
@@ -105,8 +106,8 @@ impl Request {
             .parents("EOPNOTSUPP", "EOPNOTSUPP");
     pub(crate) const GET_VQS_COUNT: Self = Self::ioctl("VHOST_VDPA_GET_VQS_COUNT", 0x8004_AF80, "1.4");
     pub(crate) const GET_GROUP_NUM: Self = Self::ioctl("VHOST_VDPA_GET_GROUP_NUM", 0x8004_AF81, "1.4");
-    pub(crate) const GET_VRING_SIZE: Self =
-        Self::ioctl("VHOST_VDPA_GET_VRING_SIZE", 0xC008_AF82, "1.6").parents("EOPNOTSUPP", "EOPNOTSUPP");
+    pub(crate) const GET_VRING_SIZE: Self = Self::ioctl("VHOST_VDPA_GET_VRING_SIZE", 0xC008_AF82, "1.6")
+        .parents("EOPNOTSUPP; with batch_mapping off yes", "yes");
     pub(crate) const GET_FEATURES_ARRAY: Self =
         Self::ioctl("VHOST_GET_FEATURES_ARRAY", 0x8008_AF83, "1.1").all("refused");
     pub(crate) const SET_FEATURES_ARRAY: Self =
@@ -119,7 +120,7 @@ impl Request {
     pub(crate) const IOTLB_INVALIDATE: Self = Self::other("INVALIDATE", "2.5");
     pub(crate) const IOTLB_BATCH_BEGIN: Self = Self::other("BATCH_BEGIN", "2.6");
     pub(crate) const IOTLB_BATCH_END: Self = Self::other("BATCH_END", "2.6");
-    pub(crate) const IOTLB_REMAP: Self = Self::other("REMAP", "8.5").parents("yes", "EFAULT");
+    pub(crate) const IOTLB_REMAP: Self = Self::other("REMAP", "8.5").parents("yes; see notes", "EFAULT");
     pub(crate) const IOTLB_OTHER: Self = Self::other("other messages", "2.3").all("EFAULT");
     pub(crate) const OPEN: Self = Self::other("open", "4.2");
     pub(crate) const CLOSE: Self = Self::other("close", "4.7");
