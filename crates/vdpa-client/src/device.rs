@@ -79,6 +79,15 @@ impl<D: DeviceFile> Device<D> {
     pub fn from_fd(fd: OwnedFd) -> Self {
         Self { ops: D::from_fd(fd), path: None }
     }
+}
+
+impl<D: VdpaOps<Event = EventFd>> Device<D> {
+    /// Uses a device that is no file, for example one [in this process](vdpa_core::inprocess). It cannot be handed to
+    /// another image.
+    #[must_use]
+    pub const fn from_ops(ops: D) -> Self {
+        Self { ops, path: None }
+    }
 
     /// Says where this device can be opened again.
     #[must_use]

@@ -1,14 +1,61 @@
 //! A negotiated device with its memory and its queues.
+//!
+//! Reading the first sector of a disk, which is a device in this process here and a device file as a rule:
+//!
+//! ```
+//! use vdpa_client::device::Device;
+//! use vdpa_core::blk::{RequestHeader, kind};
+//! use vdpa_core::features::Features;
+//! use vdpa_core::inprocess::Node;
+//! use vdpa_core::ring::Buffer;
+//! use vdpa_core::testing::RamBlk;
+//! use vdpa_core::types::{Perm, QueueIndex};
+//! use vdpa_sys::guest::LinuxHost;
+//! use vdpa_sys::memfd;
+//! use vdpa_sys::process::ThisProcess;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! const IOVA: u64 = 0x10_0000;
+//! const SIZE: u64 = 0x4000;
+//! let queue = QueueIndex(0);
+//!
+//! let node = Node::new(RamBlk::<LinuxHost>::on_host(64));
+//! let device = Device::from_ops(node.open(ThisProcess::default())?);
+//! let mut session = device.negotiate(Features::of(&[Features::BLK_FLUSH]))?;
+//!
+//! // The ring in the first 8 KiB of a memory object, the request after it.
+//! session.map_memfd("memory", memfd::create(c"memory", SIZE, None)?, IOVA, SIZE, Perm::RW)?;
+//! session.add_queue(queue, 16, "memory", 0)?;
+//! let memory = session.region("memory").and_then(|region| region.map()).cloned().ok_or("not ours")?;
+//! memory.write(0x2000, &RequestHeader { kind: kind::IN, ioprio: 0, sector: 0 }.encode())?;
+//! memory.write(0x2010, &[0xff])?;
+//! session.start()?;
+//!
+//! let at = |offset, len| Buffer { iova: IOVA + offset, len };
+//! let driver = session.queue_mut(queue)?;
+//! driver.submit(&[at(0x2000, 16)], &[at(0x3000, 512), at(0x2010, 1)], 7)?;
+//! driver.notify()?;
+//! node.with(|device| device.parent_mut().serve()); // A device file waits for the kick itself.
+//!
+//! let completion = driver.reap()?.ok_or("not answered")?;
+//! assert_eq!((completion.token, completion.len), (7, 513));
+//! let mut status = [0xff];
+//! memory.read(0x2010, &mut status)?;
+//! assert_eq!(status, [0], "VIRTIO_BLK_S_OK");
+//! # Ok(())
+//! # }
+//! ```
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use vdpa_core::features::{BackendFeatures, Features, Status};
-use vdpa_core::ops::read_all_config;
+use vdpa_core::ops::{VdpaOps, read_all_config};
 use vdpa_core::types::{IovaRange, Perm, QueueIndex};
 use vdpa_core::vq::QueueState;
+use vdpa_sys::eventfd::EventFd;
 
-use crate::device::{DeviceFile, driver_ok};
+use crate::device::driver_ok;
 use crate::dma::{Backing, Region, RegionSpec, map_all, problem};
 use crate::error::{Error, QueueProblem, RegionProblem};
 use crate::queue::{Queue, RingLayout, queue};
@@ -65,7 +112,7 @@ impl Setup {
     }
 }
 
-impl<D: DeviceFile> Session<D> {
+impl<D: VdpaOps<Event = EventFd>> Session<D> {
     pub(crate) const fn new(ops: D, setup: Setup) -> Self {
         Self { ops, setup }
     }

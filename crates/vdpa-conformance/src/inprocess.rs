@@ -9,6 +9,7 @@ use vdpa_core::device::Device;
 use vdpa_core::features::{BackendFeatures, Features, Status};
 use vdpa_core::inprocess::{InProcess, Node};
 use vdpa_core::ops::VdpaOps;
+use vdpa_core::parent::{AddressMode, PinLimit, PrivateMemory};
 use vdpa_core::testing::RamBlk;
 use vdpa_core::types::{Asid, GroupIndex, IotlbMsg, Perm, QueueIndex, Result, VringAddr};
 use vdpa_sys::eventfd::EventFd;
@@ -42,9 +43,24 @@ impl LocalDevice {
         Self::with(RamBlk::on_host(64))
     }
 
-    /// Any other.
+    /// As the simulator with `use_va=0`: pinned pages.
     #[must_use]
-    pub fn with(device: RamBlk<LinuxHost>) -> Self {
+    pub fn pinned() -> Self {
+        Self::with(RamBlk::on_host(64).with(|profile| {
+            profile.address_mode = AddressMode::PinnedPages;
+            profile.private_memory = PrivateMemory::Copy;
+            // The limit of the account the suite runs under is not what is checked.
+            profile.pin_limit = PinLimit::Pages(1 << 20);
+        }))
+    }
+
+    /// As the simulator with `batch_mapping=0`: owner addresses, by single mappings.
+    #[must_use]
+    pub fn single_mappings() -> Self {
+        Self::with(RamBlk::on_host(64).with_single_mappings())
+    }
+
+    fn with(device: RamBlk<LinuxHost>) -> Self {
         Self { node: Node::new(device), spaces: Spaces::new() }
     }
 

@@ -3,6 +3,8 @@
 //! The device columns come from the expectation files, and those from runs: a run fails when a case does otherwise than
 //! its file says, in either direction.
 
+mod choices;
+
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
@@ -25,7 +27,8 @@ macro_rules! file {
 const FUSE: &str = file!("fuse");
 const BLK: &str = file!("fuse-blk");
 
-const COLUMNS: [Column; 4] = [
+const COLUMNS: [Column; 5] = [
+    Column { title: "sim-net", devices: &[&[FUSE, file!("fuse-sim-net")]] },
     Column { title: "sim-blk", devices: &[&[FUSE, file!("fuse-sim-blk")]] },
     Column { title: "blk", devices: &[&[FUSE, BLK], &[FUSE, BLK, file!("fuse-blk-unlimited")]] },
     Column {
@@ -72,6 +75,7 @@ pub fn render(cases: &[Case]) -> Result<String, ParseError> {
             let _ = writeln!(text, "- `{id}`: {reason}");
         });
     }
+    choices::render(&mut text);
     text.push_str(TAIL);
     Ok(text)
 }

@@ -36,7 +36,7 @@ impl Request {
     pub(crate) const SET_FEATURES: Self = Self::ioctl("VHOST_SET_FEATURES", 0x4008_AF00, "1.4");
     pub(crate) const SET_OWNER: Self = Self::ioctl("VHOST_SET_OWNER", 0x0000_AF01, "1.6a");
     pub(crate) const RESET_OWNER: Self =
-        Self::ioctl("VHOST_RESET_OWNER", 0x0000_AF02, "1.1").effect("refused");
+        Self::ioctl("VHOST_RESET_OWNER", 0x0000_AF02, "1.1").effect("refused, or see notes");
     pub(crate) const SET_MEM_TABLE: Self =
         Self::ioctl("VHOST_SET_MEM_TABLE", 0x4008_AF03, "1.6a").effect("stored, no effect");
     pub(crate) const SET_LOG_BASE: Self =
@@ -92,7 +92,7 @@ impl Request {
     pub(crate) const GET_VQS_COUNT: Self = Self::ioctl("VHOST_VDPA_GET_VQS_COUNT", 0x8004_AF80, "1.4");
     pub(crate) const GET_GROUP_NUM: Self = Self::ioctl("VHOST_VDPA_GET_GROUP_NUM", 0x8004_AF81, "1.4");
     pub(crate) const GET_VRING_SIZE: Self =
-        Self::ioctl("VHOST_VDPA_GET_VRING_SIZE", 0xC008_AF82, "1.6").effect("EOPNOTSUPP");
+        Self::ioctl("VHOST_VDPA_GET_VRING_SIZE", 0xC008_AF82, "1.6").effect("EOPNOTSUPP, or see notes");
     pub(crate) const GET_FEATURES_ARRAY: Self =
         Self::ioctl("VHOST_GET_FEATURES_ARRAY", 0x8008_AF83, "1.1").effect("refused");
     pub(crate) const SET_FEATURES_ARRAY: Self =

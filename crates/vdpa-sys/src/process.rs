@@ -14,7 +14,7 @@ use vdpa_core::Errno;
 use vdpa_core::host::PAGE_SIZE;
 
 use crate::errno;
-pub use crate::space::{OwnerSpace, ProcessCaller, Spaces};
+pub use crate::space::{OwnerSpace, ProcessCaller, Spaces, ThisProcess};
 use crate::uapi::proc::{PIDFD_GET_INFO, PIDFD_INFO_PID, PidfdInfo};
 
 /// `PIDFD_THREAD`, Linux 6.9: the descriptor stands for one thread and its descriptor table.

@@ -234,3 +234,30 @@ impl vdpa_core::host::Caller<LinuxHost> for ProcessCaller<'_> {
         self.caller.memlock_pages()
     }
 }
+
+/// The thread that makes a call as the caller: for a device in its own process
+/// ([`vdpa_core::inprocess`]).
+#[derive(Clone, Debug, Default)]
+pub struct ThisProcess {
+    spaces: Spaces,
+}
+
+impl ThisProcess {
+    fn caller(&self) -> Result<Caller, Errno> {
+        Caller::new(rustix::thread::gettid().as_raw_nonzero().get())
+    }
+}
+
+impl vdpa_core::host::Caller<LinuxHost> for ThisProcess {
+    fn is(&self, owner: &OwnerSpace) -> bool {
+        self.caller().is_ok_and(|caller| caller.is(owner))
+    }
+
+    fn address_space(&self) -> Result<OwnerSpace, Errno> {
+        self.spaces.adopt(&self.caller()?)
+    }
+
+    fn memlock_pages(&self) -> u64 {
+        self.caller().map_or(0, |caller| caller.memlock_pages())
+    }
+}

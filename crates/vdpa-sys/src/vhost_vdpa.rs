@@ -166,7 +166,7 @@ impl VhostVdpaFd {
         Self { fd, acknowledged: AtomicU64::new(0), numbers: live::configured() }
     }
 
-    /// Uses other numbers for the live-update requests than [`live::configured`].
+    /// Uses other live-update numbers than [`live::configured`].
     ///
     /// # Errors
     /// [`live::NumbersError::Taken`].
@@ -348,8 +348,7 @@ impl VdpaOps for VhostVdpaFd {
     fn new_owner(&self) -> Result<()> {
         // SAFETY: the number encodes that there is no argument, which `Numbers::check` has seen to; a driver that
         // takes it for something else looks at address 0, where nothing can be mapped.
-        let request = unsafe { NoArg::new(self.numbers.new_owner) };
-        request.call(&self.fd)
+        unsafe { NoArg::new(self.numbers.new_owner) }.call(&self.fd)
     }
 
     fn reset_owner(&self) -> Result<()> {

@@ -10,6 +10,11 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
+use vdpa_core::Errno;
+use vdpa_core::features::BackendFeatures;
+use vdpa_core::ops::VdpaOps;
+use vdpa_core::types::QueueIndex;
+use vdpa_sys::vhost_vdpa::VhostVdpaFd;
 use vdpad::ctl::client::Client;
 
 fn vdpad(dir: &Path) -> Command {
@@ -19,7 +24,7 @@ fn vdpad(dir: &Path) -> Command {
 /// A daemon with its device files elsewhere.
 fn vdpad_at(dir: &Path, files: &str) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vdpad"));
-    command.env_remove("NOTIFY_SOCKET").env_remove("VDPAD_LOG");
+    command.env_remove("NOTIFY_SOCKET").env_remove("VDPAD_LOG").env_remove("VDPA_LIVE_NUMBERS");
     command.arg("--control").arg(dir.join("control.sock")).arg("--dir").arg(dir.join(files));
     command
 }
@@ -107,4 +112,53 @@ fn exit_status_tells_usage_from_failure() {
         "{refused:?}"
     );
     assert!(!dir.path().join("control.sock").exists());
+}
+
+/// Requests end by the daemon's time-out at the latest, so that no client hangs.
+fn serve_sim(dir: &Path, more: &[&str]) -> (Child, VhostVdpaFd) {
+    let mut command = vdpad(dir);
+    let child = start(command.args(["--request-timeout", "10"]).args(more));
+    let device = VhostVdpaFd::open(dir.join("dev/vhost-vdpa-0")).unwrap();
+    (child, device)
+}
+
+#[test]
+fn live_update_requests_can_have_other_numbers() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = "new_owner=0xaf2f,remap=9,new_owner_bit=19,remap_bit=20";
+    let more = ["--live-numbers", text, "--dev", "name=d0 mgmtdev=sim-blk"];
+    let (child, device) = serve_sim(dir.path(), &more);
+    assert_eq!(device.backend_features().unwrap().0, 0x18_017e, "the bits are elsewhere");
+    device.set_owner().unwrap();
+    assert_eq!(device.new_owner(), Err(Errno::FAULT), "the posted number is an unknown request");
+    let device = device.with_live_numbers(text.parse().unwrap()).unwrap();
+    assert_eq!(device.backend_features().unwrap().0, 0x77e);
+    assert_eq!(device.set_backend_features(BackendFeatures(0x77e)), Ok(()));
+    assert_eq!(device.new_owner(), Err(Errno::BUSY), "known, and refused to the owner");
+    drop(device);
+    assert_eq!(end(child, Signal::TERM).code, Some(0));
+
+    let outcome = support::run(vdpad(dir.path()).args(["--live-numbers", "remap=2"]));
+    assert_eq!(outcome.code, Some(2), "{outcome:?}");
+    assert!(outcome.stderr.contains("a message type from 7 on is right"), "{outcome:?}");
+}
+
+#[test]
+fn the_simulators_have_the_parameters_of_the_kernels() {
+    for (attrs, backend, size, reset_owner) in [
+        ("", 0x77e, Err(Errno::OPNOTSUPP), Err(Errno::FAULT)),
+        (" use_va=off reset_owner=on", 0x37e, Err(Errno::OPNOTSUPP), Ok(())),
+        (" batch_mapping=off", 0x17e, Ok(256), Err(Errno::FAULT)),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let dev = format!("name=d0 mgmtdev=sim-blk{attrs}");
+        let (child, device) = serve_sim(dir.path(), &["--dev", &dev]);
+        assert_eq!(device.backend_features().unwrap().0, backend, "{attrs}");
+        device.set_owner().unwrap();
+        assert_eq!(device.vring_size(QueueIndex(0)), size, "{attrs}");
+        assert_eq!(device.reset_owner(), reset_owner, "{attrs}");
+        assert_eq!(device.set_owner().is_ok(), reset_owner.is_ok(), "{attrs}: the owner has gone or not");
+        drop(device);
+        assert_eq!(end(child, Signal::TERM).code, Some(0));
+    }
 }
