@@ -27,9 +27,21 @@ struct Subject {
     expect: &'static [&'static str],
 }
 
-const SUBJECTS: [Subject; 6] = [
+const SUBJECTS: [Subject; 8] = [
     Subject { name: "sim_net", mgmtdev: "sim-net", attrs: &[], expect: &["fuse", "fuse-sim-net"] },
     Subject { name: "sim_blk", mgmtdev: "sim-blk", attrs: &[], expect: &["fuse", "fuse-sim-blk"] },
+    Subject {
+        name: "sim_blk_pinned",
+        mgmtdev: "sim-blk",
+        attrs: &[("use_va", "off")],
+        expect: &["fuse", "fuse-sim-blk-pinned"],
+    },
+    Subject {
+        name: "sim_blk_dma_map",
+        mgmtdev: "sim-blk",
+        attrs: &[("batch_mapping", "off")],
+        expect: &["fuse", "fuse-sim-blk-dma-map"],
+    },
     Subject {
         name: "blk",
         mgmtdev: "blk",
