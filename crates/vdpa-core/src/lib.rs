@@ -16,6 +16,8 @@ pub mod blk;
 pub mod device;
 pub mod errno;
 pub mod features;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 pub mod host;
 pub mod iotlb;
 pub mod ops;

@@ -6,6 +6,8 @@
 //! holds the device may make, and getters for whoever manages the device.
 
 mod dma;
+#[cfg(any(test, fuzzing))]
+mod invariants;
 mod remap;
 #[cfg(test)]
 mod tests;

@@ -24,6 +24,34 @@ use zerocopy::IntoBytes;
 use crate::front::fuse::{DeviceFile, IoctlCall, IoctlReply};
 use crate::rate::RateLimit;
 
+/// The decoders, for fuzz targets.
+#[cfg(fuzzing)]
+pub mod fuzzing {
+    use vdpa_core::types::IotlbMsg;
+
+    use super::{Asid, BackendFeatures, Result, uapi, wire};
+
+    /// Decodes one `write`, with these backend features acknowledged.
+    ///
+    /// # Errors
+    /// As for a client.
+    pub fn iotlb_message(bytes: &[u8], acked: BackendFeatures) -> Result<(Asid, IotlbMsg)> {
+        wire::iotlb_message(bytes, acked)
+    }
+
+    /// Decodes `input` as every kind of argument there is.
+    pub fn arguments(input: &[u8]) {
+        let _ = wire::argument::<u8>(input);
+        let _ = wire::argument::<i32>(input);
+        let _ = wire::argument::<u64>(input);
+        let _ = wire::argument::<uapi::ConfigHeader>(input);
+        let _ = wire::argument::<uapi::MemoryHeader>(input);
+        let _ = wire::argument::<uapi::VringAddr>(input);
+        let _ = wire::argument::<uapi::VringFile>(input);
+        let _ = wire::argument::<uapi::VringState>(input);
+    }
+}
+
 /// Any parent of this daemon.
 pub type AnyParent = Box<dyn Parent<Host = LinuxHost>>;
 
