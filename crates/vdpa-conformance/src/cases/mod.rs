@@ -8,6 +8,7 @@ mod iotlb;
 mod live;
 mod order;
 mod owner;
+mod pins;
 mod state;
 mod status;
 mod vring;
@@ -25,6 +26,7 @@ pub fn all() -> Vec<Case> {
         owner::CASES,
         vring::CASES,
         iotlb::CASES,
+        pins::CASES,
         state::CASES,
         order::CASES,
         data::CASES,
