@@ -15,6 +15,8 @@
 pub mod blk;
 pub mod device;
 pub mod errno;
+#[doc(hidden)]
+pub mod faults;
 pub mod features;
 #[cfg(fuzzing)]
 pub mod fuzzing;

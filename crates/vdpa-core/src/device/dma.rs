@@ -4,11 +4,12 @@ use thiserror::Error;
 
 use crate::device::{Device, MemoryOf};
 use crate::errno::Errno;
+use crate::faults::{self, Fault};
 use crate::features::BackendFeatures;
 use crate::host::{AddressSpace, Caller, Fragment, MemoryObject};
 use crate::iotlb::{Mapping, RecordId, Table};
 use crate::parent::{AddressMode, Dma, Parent, PrivateMemory, Profile};
-use crate::types::{Asid, IotlbMsg, IovaRange, Result, iotlb_type};
+use crate::types::{Asid, IotlbMsg, IovaRange, Perm, Result, iotlb_type};
 
 /// Why an IOTLB message was refused. The client sees [`errno`](Self::errno), which is nearly always `EFAULT`;
 /// the rest is for the log.
@@ -170,7 +171,7 @@ impl<P: Parent> Device<P> {
         asid: Asid,
         msg: &IotlbMsg,
     ) -> Result<(), IotlbError> {
-        if msg.kind == iotlb_type::UPDATE && msg.size == 0 {
+        if msg.kind == iotlb_type::UPDATE && msg.size == 0 && !faults::is(Fault::UpdateEmptyErrno) {
             return Err(IotlbError::EmptyUpdate { iova: msg.iova });
         }
         self.ownership.check(caller).map_err(|_| IotlbError::NotOwner)?;
@@ -186,7 +187,13 @@ impl<P: Parent> Device<P> {
                 Ok(())
             }
             iotlb_type::BATCH_END => self.end_batch(asid),
-            iotlb_type::REMAP => self.remap(asid, msg),
+            iotlb_type::REMAP => {
+                let result = self.remap(asid, msg);
+                if result.is_err() && faults::is(Fault::RemapNoRollback) {
+                    self.invalidate(asid, msg);
+                }
+                result
+            }
             kind => Err(IotlbError::UnknownType { kind }),
         }
     }
@@ -208,17 +215,23 @@ impl<P: Parent> Device<P> {
     }
 
     fn update(&mut self, caller: &dyn Caller<P::Host>, asid: Asid, msg: &IotlbMsg) -> Result<(), IotlbError> {
+        let all = IotlbMsg { perm: Perm::RW, ..*msg };
+        let msg = if faults::is(Fault::UpdateIgnoresPermission) { &all } else { msg };
         let profile = self.parent.profile();
         let range = IovaRange::from_size(msg.iova, msg.size)
             .filter(|range| profile.iova_range.contains(*range))
             .ok_or(IotlbError::OutOfRange { iova: msg.iova, size: msg.size, range: profile.iova_range })?;
+        if faults::is(Fault::UpdateReplaces) {
+            self.tables.entry(asid).or_default().remove_touching(range.first(), range.last());
+        }
         let table = self.tables.get(&asid).ok_or(IotlbError::NoTable { asid })?;
         if let Some(existing) = table.overlapping(range).first() {
             return Err(IotlbError::Overlap { range, existing: existing.range });
         }
         let owner = self.ownership.owner().ok_or(IotlbError::NotOwner)?;
         let fragments = resolve(owner, profile, range, msg)?;
-        if table.len() + fragments.len() > profile.max_iotlb_entries {
+        let limit = profile.max_iotlb_entries + usize::from(faults::is(Fault::TableLimit));
+        if table.len() + fragments.len() > limit {
             return Err(IotlbError::Full { entries: table.len(), limit: profile.max_iotlb_entries });
         }
         let pages = pages_to_pin(profile, fragments.iter().map(|(_, fragment)| &fragment.memory));
@@ -288,17 +301,29 @@ impl<P: Parent> Device<P> {
         // Wrapping on purpose: size 0 and sums beyond 2^64 have the documented odd effects.
         let last = msg.iova.wrapping_add(msg.size).wrapping_sub(1);
         let Some(table) = self.tables.get_mut(&asid) else { return };
+        let within = |entry: &Mapping<_>| msg.iova <= entry.range.first() && entry.range.last() <= last;
+        if faults::is(Fault::InvalidateWithin) && !table.iter().any(within) {
+            return;
+        }
         let removed = table.remove_touching(msg.iova, last);
+        if faults::is(Fault::InvalidateUnheard) {
+            return;
+        }
         match self.parent.dma() {
             Dma::SetMap(map) if self.batch.is_none() => drop(map.set_map(asid, table)),
             Dma::DmaMap(map) => removed.iter().for_each(|entry| map.dma_unmap(asid, entry.range)),
             Dma::SetMap(_) | Dma::Platform => {}
         }
         let pages = pages_to_pin(self.parent.profile(), removed.iter().map(|entry| &entry.memory));
-        self.ownership.uncharge(pages);
+        if !faults::is(Fault::ChargeKept) {
+            self.ownership.uncharge(pages);
+        }
     }
 
     fn end_batch(&mut self, asid: Asid) -> Result<(), IotlbError> {
+        if self.batch.is_none() && faults::is(Fault::BatchEndNeedsBegin) {
+            return Err(IotlbError::NoTable { asid });
+        }
         let Some(batch) = self.batch.take() else { return Ok(()) };
         let report = self.parent.profile().report_batch_errors || !batch.remapped.is_empty();
         let Err(errno) = self.set_map(asid) else { return Ok(()) };

@@ -20,6 +20,7 @@ use vring::Vring;
 pub use vring::VringInfo;
 
 use crate::errno::Errno;
+use crate::faults::{self, Fault};
 use crate::features::{BackendFeatures, Features, Status};
 use crate::host::{Caller, Host};
 use crate::iotlb::Table;
@@ -121,7 +122,9 @@ impl<P: Parent> Device<P> {
         let _ = self.reset_device(false);
         self.unmap_everything();
         let _ = self.parent.bind_owner(None);
-        self.ownership.clear();
+        if !faults::is(Fault::OwnerSurvivesClose) {
+            self.ownership.clear();
+        }
         self.config_call = None;
         self.acked = BackendFeatures::NONE;
         self.vrings.iter_mut().for_each(|vring| *vring = Vring::default());
@@ -136,7 +139,7 @@ impl<P: Parent> Device<P> {
     /// `EBUSY` when there is an owner, also when it is the caller; what the platform or the parent reports.
     pub fn set_owner(&mut self, caller: &dyn Caller<P::Host>) -> Result<()> {
         if self.ownership.owner().is_some() {
-            return Err(Errno::BUSY);
+            return if faults::is(Fault::SetOwnerTwice) { Ok(()) } else { Err(Errno::BUSY) };
         }
         let space = caller.address_space()?;
         self.parent.bind_owner(Some(&space))?;
@@ -168,9 +171,13 @@ impl<P: Parent> Device<P> {
         if !profile.backend_features.has(BackendFeatures::NEW_OWNER) {
             return Err(Errno::OPNOTSUPP);
         }
-        let old = self.ownership.owner().ok_or(Errno::INVAL)?;
-        if caller.is(old) {
+        let without_owner = if faults::is(Fault::NewOwnerErrno) { Errno::PERM } else { Errno::INVAL };
+        let old = self.ownership.owner().ok_or(without_owner)?;
+        if caller.is(old) && !faults::is(Fault::NewOwnerByOwner) {
             return Err(Errno::BUSY);
+        }
+        if faults::is(Fault::NewOwnerIgnored) {
+            return Ok(());
         }
         if strict && self.status.contains(Status::DRIVER_OK) && !self.suspended {
             return Err(Errno::BUSY);
@@ -183,8 +190,14 @@ impl<P: Parent> Device<P> {
             let _ = self.parent.bind_owner(Some(&old));
             return Err(error);
         }
-        if remap_required {
+        if remap_required && !faults::is(Fault::StaleReadable) {
             self.mark_stale();
+        }
+        if faults::is(Fault::NewOwnerUnmaps) {
+            self.unmap_everything();
+        }
+        if faults::is(Fault::NewOwnerResumes) {
+            return self.resume();
         }
         Ok(())
     }
@@ -247,6 +260,10 @@ impl<P: Parent> Device<P> {
         const UNCHECKED: u64 = 0x4e;
         let offered = self.backend_features();
         let acceptable = BackendFeatures(KNOWN | offered.0 & !1);
+        if faults::is(Fault::BackendAnyBit) {
+            self.acked = word;
+            return Ok(());
+        }
         if !acceptable.contains(word) {
             return Err(Errno::OPNOTSUPP);
         }
@@ -279,7 +296,7 @@ impl<P: Parent> Device<P> {
     /// # Errors
     /// `EBUSY` after FEATURES_OK; `EINVAL` when the parent refuses the word.
     pub fn set_features(&mut self, word: Features) -> Result<()> {
-        if self.status.contains(Status::FEATURES_OK) {
+        if self.status.contains(Status::FEATURES_OK) && !faults::is(Fault::FeaturesAnyTime) {
             return Err(Errno::BUSY);
         }
         let in_force = self.parent.negotiate(word).map_err(|_| Errno::INVAL)?;
@@ -308,7 +325,7 @@ impl<P: Parent> Device<P> {
         if new == Status::RESET {
             return self.reset_device(self.cleans_map());
         }
-        if !new.contains(self.status) {
+        if !new.contains(self.status) && !faults::is(Fault::StatusClears) {
             return Err(Errno::INVAL);
         }
         self.status = new;
@@ -330,6 +347,10 @@ impl<P: Parent> Device<P> {
         }
         if !self.parent.profile().suspend {
             return Err(Errno::OPNOTSUPP);
+        }
+        if faults::is(Fault::SuspendRunsOn) {
+            self.suspended = true;
+            return Ok(());
         }
         self.paused = true;
         if let Err(error) = self.stop_all() {
@@ -353,6 +374,9 @@ impl<P: Parent> Device<P> {
             return Err(Errno::OPNOTSUPP);
         }
         self.suspended = false;
+        if faults::is(Fault::ResumeStaysStopped) {
+            return Ok(());
+        }
         self.paused = false;
         self.start_ready();
         Ok(())
@@ -368,7 +392,7 @@ impl<P: Parent> Device<P> {
 
     /// One device reset (uapi-spec 4.5). IOTLB, pins, owner, backend features, eventfds and batch survive.
     fn reset_device(&mut self, clean_map: bool) -> Result<()> {
-        self.suspended = false;
+        self.suspended &= faults::is(Fault::ResetKeepsSuspended);
         self.paused = false;
         self.num_max = 0;
         self.features = None;
@@ -377,8 +401,14 @@ impl<P: Parent> Device<P> {
         self.vrings.iter_mut().for_each(Vring::reset);
         self.group_asids.iter_mut().for_each(|asid| *asid = Asid(0));
         self.parent.reset();
-        if clean_map {
+        if clean_map && !faults::is(Fault::ResetKeepsTranslation) {
             self.clean_parent_map();
+        }
+        if faults::is(Fault::ResetUnmaps) {
+            self.unmap_everything();
+        }
+        if faults::is(Fault::ResetDisowns) {
+            self.ownership.clear();
         }
         self.num_max = self.parent.profile().queue_size_max;
         Ok(())
@@ -427,7 +457,7 @@ impl<P: Parent> Device<P> {
     pub fn check_config(&self, offset: u32, len: usize) -> Result<()> {
         let size = self.parent.profile().config_size;
         let fits = u32::try_from(len).is_ok_and(|len| len > 0 && offset <= size && len <= size - offset);
-        if fits { Ok(()) } else { Err(Errno::INVAL) }
+        if fits || faults::is(Fault::ConfigBeyondEnd) { Ok(()) } else { Err(Errno::INVAL) }
     }
 
     /// `VHOST_VDPA_SET_CONFIG_CALL`.
@@ -461,7 +491,7 @@ impl<P: Parent> Device<P> {
         if group.0 >= profile.groups || asid.0 >= profile.address_spaces {
             return Err(Errno::INVAL);
         }
-        if self.status.contains(Status::DRIVER_OK) {
+        if self.status.contains(Status::DRIVER_OK) && !faults::is(Fault::GroupAsidAnyTime) {
             return Err(Errno::BUSY);
         }
         self.group_asids[group.0 as usize] = asid;

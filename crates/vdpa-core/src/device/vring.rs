@@ -2,6 +2,7 @@
 
 use crate::device::{Device, EventOf};
 use crate::errno::Errno;
+use crate::faults::{self, Fault};
 use crate::features::{Features, Status};
 use crate::host::{Caller, Host};
 use crate::parent::Parent;
@@ -90,7 +91,7 @@ impl<P: Parent> Device<P> {
         let max = self.num_max;
         let vring = self.vring(caller, index)?;
         let num = u16::try_from(num).map_err(|_| Errno::INVAL)?;
-        if num > max || !num.is_power_of_two() {
+        if num > max || !num.is_power_of_two() && !faults::is(Fault::VringNumAny) {
             return Err(Errno::INVAL);
         }
         vring.num = num;
@@ -116,7 +117,7 @@ impl<P: Parent> Device<P> {
         if !addr.avail.is_multiple_of(2)
             || !addr.used.is_multiple_of(4)
             || !addr.log.is_multiple_of(4)
-            || live
+            || live && !faults::is(Fault::VringAddrAnyTime)
         {
             return Err(Errno::INVAL);
         }
@@ -175,8 +176,9 @@ impl<P: Parent> Device<P> {
     ) -> Result<()> {
         self.vring(caller, index)?.ready = enable;
         if enable {
+            self.paused &= !faults::is(Fault::EnableWhileSuspended);
             self.start(index);
-        } else {
+        } else if !faults::is(Fault::DisableRunsOn) {
             self.stop(index)?;
         }
         Ok(())
@@ -310,7 +312,8 @@ impl<P: Parent> Device<P> {
     /// Starts a queue if the device runs and the queue is enabled and set up; otherwise nothing happens, and a
     /// later transition tries again. Nothing can be reported: `set_vq_ready` and `set_status` are void in vDPA.
     pub(super) fn start(&mut self, index: QueueIndex) {
-        if !self.status.contains(Status::DRIVER_OK) || self.paused {
+        let early = faults::is(Fault::StartEarly);
+        if !(self.status.contains(Status::DRIVER_OK) || early) || self.paused {
             return;
         }
         let asid = self.asid_of(index);
@@ -341,6 +344,9 @@ impl<P: Parent> Device<P> {
         }
         if let Some(state) = self.parent.stop_queue(index)? {
             vring.state = Some(state);
+            if let (QueueState::Split { avail_index }, true) = (state, faults::is(Fault::BaseBehind)) {
+                vring.state = Some(QueueState::Split { avail_index: avail_index.wrapping_sub(1) });
+            }
         }
         vring.running = false;
         Ok(true)

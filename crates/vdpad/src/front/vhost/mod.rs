@@ -11,6 +11,7 @@ use std::time::{Duration, SystemTime};
 
 use parking_lot::{Mutex, MutexGuard};
 use vdpa_core::device::Device;
+use vdpa_core::faults::{self, Fault};
 use vdpa_core::features::{BackendFeatures, Features, Status};
 use vdpa_core::parent::Parent;
 use vdpa_core::types::{Asid, GroupIndex, IovaRange, QueueIndex, Result, VringAddr};
@@ -131,7 +132,7 @@ impl VhostVdpaFile {
 
     /// Fetches an eventfd from the caller's table: `None` for -1.
     fn event(caller: &Caller, fd: i32) -> Result<Option<EventFd>> {
-        if fd == uapi::VHOST_FILE_UNBIND {
+        if fd == uapi::VHOST_FILE_UNBIND && !faults::is(Fault::UnbindRefused) {
             return Ok(None);
         }
         if fd < 0 {
@@ -227,6 +228,7 @@ impl VhostVdpaFile {
                 self.log_owner(device.owner(), "owner changed");
                 return Ok(IoctlReply::default());
             }
+            _ if faults::is(Fault::IndexBeforeOwner) => drop(self.vring_index(device, call, &caller)?),
             _ => device.check_owner(&caller)?,
         }
         if call.cmd == uapi::VHOST_SET_MEM_TABLE {
@@ -312,6 +314,7 @@ fn vring_state(
             let state = state()?;
             done(device.set_group_asid(caller, GroupIndex(state.index), Asid(state.num)))
         }
+        _ if faults::is(Fault::UnknownRequestErrno) => Err(Errno::INVAL),
         _ => Err(Errno::NOTTY),
     }
 }
