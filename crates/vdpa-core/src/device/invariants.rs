@@ -68,7 +68,8 @@ impl<P: Parent> Device<P> {
             return Err("at rest without SUSPEND".to_owned());
         }
         for (index, info) in self.vring_infos().enumerate() {
-            if info.running && !(may_run && info.enabled && info.size > 0) {
+            // One that did not come to rest at the close waits for the next open.
+            if self.opened && info.running && !(may_run && info.enabled && info.size > 0) {
                 return Err(format!(
                     "queue {index} runs: status {}, paused {}, {info:?}",
                     self.status, self.paused

@@ -127,7 +127,7 @@ impl<P: Parent> Device<P> {
         }
         self.config_call = None;
         self.acked = BackendFeatures::NONE;
-        self.vrings.iter_mut().for_each(|vring| *vring = Vring::default());
+        self.vrings.iter_mut().for_each(Vring::close);
         self.opened = false;
     }
 

@@ -579,6 +579,22 @@ fn a_suspend_that_fails_leaves_the_device_running() {
 }
 
 #[test]
+fn a_queue_that_does_not_come_to_rest_is_not_forgotten() {
+    let mut rig = Rig::new(AddressMode::Objects);
+    let owner = rig.owner.clone();
+    rig.start_queue_0();
+    rig.seen.lock().unwrap().stop_fails = true;
+    assert_eq!(rig.device.set_vring_enable(&owner, QueueIndex(0), false), Err(Errno::IO));
+    assert_eq!(rig.device.check_invariants(), Ok(()), "a queue that runs is enabled");
+    rig.device.release();
+    assert_eq!(rig.device.open(), Err(Errno::IO), "the queue of the last client still runs");
+    rig.seen.lock().unwrap().stop_fails = false;
+    rig.device.open().unwrap();
+    assert!(!rig.running());
+    assert_eq!(rig.device.check_invariants(), Ok(()));
+}
+
+#[test]
 fn vring_arguments_are_checked_in_the_kernels_order() {
     let mut rig = Rig::new(AddressMode::Objects);
     let owner = rig.owner.clone();

@@ -52,6 +52,12 @@ impl<H: Host> Vring<H> {
         self.call_installed = false;
         self.ready = false;
     }
+
+    /// Forgets what the client left. A queue that could not be brought to rest is still to be stopped, by the
+    /// reset of the next open.
+    pub(super) fn close(&mut self) {
+        *self = Self { running: self.running, ..Self::default() };
+    }
 }
 
 /// What the management side shows of a queue.
@@ -167,19 +173,21 @@ impl<P: Parent> Device<P> {
     /// does not start a suspended device.
     ///
     /// # Errors
-    /// `EPERM`; `ENOBUFS`; `EIO` when the queue does not come to rest.
+    /// `EPERM`; `ENOBUFS`; `EIO` when the queue does not come to rest, and then it is still enabled.
     pub fn set_vring_enable(
         &mut self,
         caller: &dyn Caller<P::Host>,
         index: QueueIndex,
         enable: bool,
     ) -> Result<()> {
+        self.vring(caller, index)?;
+        if !enable && !faults::is(Fault::DisableRunsOn) {
+            self.stop(index)?;
+        }
         self.vring(caller, index)?.ready = enable;
         if enable {
             self.paused &= !faults::is(Fault::EnableWhileSuspended);
             self.start(index);
-        } else if !faults::is(Fault::DisableRunsOn) {
-            self.stop(index)?;
         }
         Ok(())
     }
