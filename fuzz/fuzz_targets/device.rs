@@ -61,6 +61,8 @@ enum Op {
     Status(u8),
     /// All status bits a running driver has set.
     DriverOk,
+    /// Everything it takes to run a queue.
+    BringUp(Who, u8),
     Features(u64),
     GoodFeatures,
     Backend(u16),
@@ -212,6 +214,15 @@ impl World {
             Op::Hide(who, hidden) => processes[usize::from(who)].hidden = hidden,
             Op::Status(status) => drop(device.set_status(Status(status))),
             Op::DriverOk => drop(device.set_status(Status(0xf))),
+            Op::BringUp(who, index) => {
+                let _ = device.set_owner(caller(who));
+                let _ = device.set_features(Features(0x3_0000_0000));
+                let _ = device.set_vring_num(caller(who), q(index), 64);
+                let addr = VringAddr { desc: 0x1000, avail: 0x2000, used: 0x3000, ..VringAddr::default() };
+                let _ = device.set_vring_addr(caller(who), q(index), &addr);
+                let _ = device.set_vring_enable(caller(who), q(index), true);
+                let _ = device.set_status(Status(0xf));
+            }
             Op::Features(word) => drop(device.set_features(Features(word))),
             Op::GoodFeatures => drop(device.set_features(Features(0x3_0000_0000))),
             Op::Backend(word) => drop(device.set_backend_features(BackendFeatures(word.into()))),
