@@ -352,9 +352,9 @@ impl<P: Parent> Device<P> {
             self.suspended = true;
             return Ok(());
         }
-        self.paused = true;
+        let before = std::mem::replace(&mut self.paused, true);
         if let Err(error) = self.stop_all() {
-            self.paused = self.suspended;
+            self.paused = before;
             self.start_ready();
             return Err(error);
         }
