@@ -9,7 +9,7 @@ use vdpa_core::Errno;
 use vdpa_core::features::{BackendFeatures, Bit, Features};
 
 use crate::child::Child;
-use crate::device::Device;
+use crate::device::{Device, Target};
 use crate::probe::Probe;
 use crate::request::Request;
 
@@ -51,6 +51,8 @@ pub enum Need {
     RingSize(u16),
     /// A second process can be started: the program of the suite is there.
     Child,
+    /// The device is a file: the case is about its system calls, or about arguments as they lie in memory.
+    DeviceFile,
 }
 
 impl Need {
@@ -70,6 +72,7 @@ impl Need {
             Self::RingSize(size) => {
                 (probe.ring_size >= size, format!("rings of at most {}, {size} are needed", probe.ring_size))
             }
+            Self::DeviceFile => (probe.is_file, "there is no device file".to_owned()),
             Self::Child => (child.is_some(), "the program vdpa-conform was not found".to_owned()),
         };
         (!met).then_some(why)
@@ -107,14 +110,14 @@ pub struct Case {
 /// What a check is given.
 #[derive(Debug)]
 pub struct Ctx<'a> {
-    path: &'a Path,
+    target: Target<'a>,
     probe: &'a Probe,
     child: Option<&'a Path>,
 }
 
 impl<'a> Ctx<'a> {
-    pub(crate) fn new(path: &'a Path, probe: &'a Probe, child: Option<&'a Path>) -> Self {
-        Self { path, probe, child }
+    pub(crate) fn new(target: Target<'a>, probe: &'a Probe, child: Option<&'a Path>) -> Self {
+        Self { target, probe, child }
     }
 
     /// What the device is.
@@ -124,12 +127,15 @@ impl<'a> Ctx<'a> {
 
     /// Opens the device for reading and writing.
     pub(crate) fn try_open(&self) -> Result<Device, Errno> {
-        Device::open(self.path)
+        Device::open(self.target)
     }
 
-    /// Opens the device in some mode.
+    /// Opens the device file in some mode.
     pub(crate) fn open_as(&self, mode: OFlags) -> Result<Device, Stop> {
-        Device::open_as(self.path, mode).map_err(|errno| Stop::setup("open", errno))
+        let Target::File(path) = self.target else {
+            return Err(Stop::CannotRun("there is no device file".to_owned()));
+        };
+        Device::open_as(path, mode).map_err(|errno| Stop::setup("open", errno))
     }
 
     /// Opens the device; no owner, status 0.

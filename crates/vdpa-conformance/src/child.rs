@@ -5,6 +5,7 @@
 //!
 //! ```text
 //! ioctl NUMBER HEX|null      ok HEX | error ERRNO      the bytes after the call
+//! ready                      ok
 //! write HEX                  ok COUNT | error ERRNO
 //! map PATH                   ok UADDR | error ERRNO    maps a file for the rest of the child's life
 //! ```
@@ -23,6 +24,7 @@ use vdpa_sys::vhost_vdpa::RawArg;
 
 use crate::case::Stop;
 use crate::device::Device;
+use crate::inprocess::Local;
 use crate::memory::Region;
 use crate::request::Request;
 
@@ -46,6 +48,8 @@ pub fn program() -> Option<PathBuf> {
 pub(crate) struct Child {
     process: std::process::Child,
     lines: Option<BufReader<UnixStream>>,
+    /// A device in the suite's process, in the hands of the child: requests are made there on its behalf.
+    local: Option<Local>,
 }
 
 impl Child {
@@ -53,12 +57,19 @@ impl Child {
     pub(crate) fn start(program: &Path, device: &Device) -> io::Result<Self> {
         let (ours, theirs) = UnixStream::pair()?;
         ours.set_read_timeout(Some(PATIENCE))?;
+        let input = match device.file() {
+            Ok(file) => Stdio::from(file.as_fd().try_clone_to_owned()?),
+            Err(_) => Stdio::null(),
+        };
         let process = Command::new(program)
             .arg("--child")
-            .stdin(Stdio::from(device.as_fd().try_clone_to_owned()?))
+            .stdin(input)
             .stdout(Stdio::from(OwnedFd::from(theirs)))
             .spawn()?;
-        Ok(Self { process, lines: Some(BufReader::new(ours)) })
+        let local = device.local().map(|local| local.by(process.id()));
+        let mut child = Self { process, lines: Some(BufReader::new(ours)), local };
+        // Not before its exec is complete is it the process it will be.
+        child.exchange("ready").map(|_| child)
     }
 
     /// A request without an argument, made by the child.
@@ -72,6 +83,10 @@ impl Child {
     }
 
     fn ioctl(&mut self, request: Request, bytes: Option<&[u8]>) -> Result<Result<(), Errno>, Stop> {
+        if let Some(local) = &self.local {
+            let mut copy = bytes.map(<[u8]>::to_vec);
+            return Ok(local.request(request, copy.as_mut().map_or(RawArg::Null, |copy| RawArg::Bytes(copy))));
+        }
         let number = request.number.unwrap_or(0);
         let argument = bytes.map_or_else(|| "null".to_owned(), hex);
         Ok(self.ask(&format!("ioctl {number} {argument}"))?.map(drop))
@@ -79,6 +94,9 @@ impl Child {
 
     /// Writes bytes to the device in the child.
     pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<Result<usize, Errno>, Stop> {
+        if let Some(local) = &self.local {
+            return Ok(local.write(bytes));
+        }
         let answer = self.ask(&format!("write {}", hex(bytes)))?;
         answer.map(|text| text.parse().map_err(|_| garbled(&text))).map_or_else(|e| Ok(Err(e)), |n| n.map(Ok))
     }
@@ -150,6 +168,7 @@ pub fn serve() -> io::Result<()> {
 fn answer(device: &Device, line: &str, regions: &mut Vec<Region>) -> Result<String, Errno> {
     let words: Vec<_> = line.split(' ').collect();
     match words.as_slice() {
+        ["ready"] => Ok(String::new()),
         ["ioctl", number, "null"] => {
             let number = number.parse().map_err(|_| Errno::INVAL)?;
             device.raw(number, RawArg::Null).map(|()| String::new())

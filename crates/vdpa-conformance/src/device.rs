@@ -1,4 +1,4 @@
-//! [`Device`]: raw access to a device file, request by request.
+//! [`Device`]: raw access to a device, request by request.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -9,6 +9,8 @@ use vdpa_core::features::{BackendFeatures, Features, Status};
 use vdpa_core::types::{IotlbMsg, Perm, VringAddr, iotlb_type};
 use vdpa_sys::vhost_vdpa::{RawArg, VhostVdpaFd};
 
+use crate::case::Stop;
+use crate::inprocess::{Local, LocalDevice};
 use crate::memory::Region;
 use crate::request::Request;
 
@@ -19,10 +21,38 @@ pub(crate) const V1: u32 = 1;
 /// A message of version 2, `VHOST_IOTLB_MSG_V2`.
 pub(crate) const V2: u32 = 2;
 
-/// An open device file. Nothing is checked or remembered on this side: what is asked for is what the device sees.
+/// Where a device is.
+#[derive(Clone, Copy, Debug)]
+pub enum Target<'a> {
+    /// A device file.
+    File(&'a Path),
+    /// In this process.
+    InProcess(&'a LocalDevice),
+}
+
+impl<'a> From<&'a Path> for Target<'a> {
+    fn from(path: &'a Path) -> Self {
+        Self::File(path)
+    }
+}
+
+impl<'a> From<&'a LocalDevice> for Target<'a> {
+    fn from(device: &'a LocalDevice) -> Self {
+        Self::InProcess(device)
+    }
+}
+
+/// An open device. Nothing is checked or remembered on this side: what is asked for is what the device sees.
 #[derive(Debug)]
 pub struct Device {
-    fd: VhostVdpaFd,
+    transport: Transport,
+}
+
+/// How requests reach the device.
+#[derive(Debug)]
+enum Transport {
+    File(VhostVdpaFd),
+    InProcess(Local),
 }
 
 /// An error number of a system call made through rustix.
@@ -35,8 +65,15 @@ impl Device {
     ///
     /// # Errors
     /// What open(2) reports.
-    pub fn open(path: &Path) -> Result<Self, Errno> {
-        Self::open_as(path, OFlags::RDWR)
+    pub fn open<'a>(target: impl Into<Target<'a>>) -> Result<Self, Errno> {
+        match target.into() {
+            Target::File(path) => Self::open_as(path, OFlags::RDWR),
+            Target::InProcess(device) => device.open().map(Self::from_local),
+        }
+    }
+
+    const fn from_local(local: Local) -> Self {
+        Self { transport: Transport::InProcess(local) }
     }
 
     pub(crate) fn open_as(path: &Path, mode: OFlags) -> Result<Self, Errno> {
@@ -46,16 +83,57 @@ impl Device {
     /// Adopts a descriptor.
     #[must_use]
     pub fn from_fd(fd: OwnedFd) -> Self {
-        Self { fd: VhostVdpaFd::from_fd(fd) }
+        Self { transport: Transport::File(VhostVdpaFd::from_fd(fd)) }
+    }
+
+    /// The file, for its system calls.
+    pub(crate) fn file(&self) -> Result<&VhostVdpaFd, Stop> {
+        match &self.transport {
+            Transport::File(fd) => Ok(fd),
+            Transport::InProcess(_) => Err(Stop::CannotRun("there is no device file".to_owned())),
+        }
+    }
+
+    /// The device in this process, if it is there.
+    pub(crate) const fn local(&self) -> Option<&Local> {
+        match &self.transport {
+            Transport::File(_) => None,
+            Transport::InProcess(local) => Some(local),
+        }
+    }
+
+    /// Another descriptor of the same open file.
+    pub(crate) fn duplicate(&self) -> Result<Self, Stop> {
+        match &self.transport {
+            Transport::File(fd) => {
+                let copy = fd.as_fd().try_clone_to_owned();
+                copy.map(Self::from_fd).map_err(|error| Stop::CannotRun(error.to_string()))
+            }
+            Transport::InProcess(local) => Ok(Self::from_local(local.clone())),
+        }
+    }
+
+    /// To be called after a kick: a device in this process has no thread that waits for the eventfd.
+    pub(crate) fn kicked(&self) {
+        if let Some(local) = self.local() {
+            local.kicked();
+        }
     }
 
     /// Any ioctl number with any argument.
     pub(crate) fn raw(&self, number: u32, argument: RawArg<'_>) -> Result<(), Errno> {
-        self.fd.raw_ioctl(number, argument).map(drop)
+        match &self.transport {
+            Transport::File(fd) => fd.raw_ioctl(number, argument).map(drop),
+            // A number without a name is one that only a file can answer.
+            Transport::InProcess(_) => Err(Errno::NOSYS),
+        }
     }
 
     /// A request with any argument.
     pub(crate) fn request(&self, request: Request, argument: RawArg<'_>) -> Result<(), Errno> {
+        if let Some(local) = self.local() {
+            return local.request(request, argument);
+        }
         // Requests that are no ioctl have no number; `INVAL` marks the mistake in the case that made it.
         self.raw(request.number.ok_or(Errno::INVAL)?, argument)
     }
@@ -155,7 +233,10 @@ impl Device {
 
     /// Writes bytes.
     pub(crate) fn write(&self, bytes: &[u8]) -> Result<usize, Errno> {
-        self.fd.raw_write(bytes)
+        match &self.transport {
+            Transport::File(fd) => fd.raw_write(bytes),
+            Transport::InProcess(local) => local.write(bytes),
+        }
     }
 
     /// Writes a version-2 message.
@@ -177,12 +258,6 @@ impl Device {
     /// `INVALIDATE`, in address space 0.
     pub(crate) fn unmap(&self, iova: u64, size: u64) -> Result<usize, Errno> {
         self.message(0, IotlbMsg { iova, size, kind: iotlb_type::INVALIDATE, ..IotlbMsg::default() })
-    }
-}
-
-impl AsFd for Device {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
     }
 }
 

@@ -1,6 +1,7 @@
 //! Conformance suite for vhost-vdpa devices: the kernel's, those of `vdpad`, anyone's.
 //!
-//! A [`Case`] checks one statement of the interface specification on a device file that it opens afresh. What it
+//! A [`Case`] checks one statement of the interface specification on a device that it opens afresh: a device file, or
+//! a [`LocalDevice`] without one. What it
 //! needs from the device (features, backend bits, device class, number of queues) is probed, never derived from
 //! a kernel version. [`run`](runner::run) executes cases and compares the outcomes with the
 //! [`Expectations`](expect::Expectations) for the device, where each deviation has its reason.
@@ -13,6 +14,7 @@ pub mod cases;
 pub mod child;
 mod device;
 pub mod expect;
+mod inprocess;
 pub mod matrix;
 mod memory;
 mod probe;
@@ -22,6 +24,7 @@ mod ring;
 pub mod runner;
 
 pub use case::{Case, Ctx, Need, Outcome, Stop};
-pub use device::Device;
+pub use device::{Device, Target};
+pub use inprocess::LocalDevice;
 pub use probe::{Probe, ProbeError};
 pub use request::Request;

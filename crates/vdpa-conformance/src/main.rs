@@ -11,7 +11,7 @@ use clap::Parser;
 use vdpa_conformance::expect::Expectations;
 use vdpa_conformance::report::{Summary, json, junit, line};
 use vdpa_conformance::runner::{self, Config, Finding};
-use vdpa_conformance::{Case, Probe, cases, child, matrix};
+use vdpa_conformance::{Case, LocalDevice, Probe, Target, cases, child, matrix};
 
 /// Runs the conformance suite against a vhost-vdpa device file.
 ///
@@ -22,8 +22,11 @@ use vdpa_conformance::{Case, Probe, cases, child, matrix};
 #[command(version)]
 struct Arguments {
     /// The device file. It is reset and must not be in use.
-    #[arg(required_unless_present_any = ["list", "matrix", "child"])]
+    #[arg(required_unless_present_any = ["list", "matrix", "child", "in_process"])]
     device: Option<PathBuf>,
+    /// Checks a block device in this process in place of a file: the core of vdpad, without kernel and daemon.
+    #[arg(long, conflicts_with = "device")]
+    in_process: bool,
     /// Lists the cases, with the sections they check, and runs none.
     #[arg(long)]
     list: bool,
@@ -91,11 +94,13 @@ fn dispatch(arguments: &Arguments) -> Result<u8, Fatal> {
         let list: String = selected.iter().map(|case| format!("{:<36} {}\n", case.id, case.spec)).collect();
         return print(&list).map(|()| 0);
     }
-    let Some(device) = &arguments.device else {
-        return Err(Fatal(USAGE, "no device file given".to_owned()));
+    let local = LocalDevice::new();
+    let (device, target) = match &arguments.device {
+        Some(device) => (device.as_path(), Target::File(device)),
+        None => (Path::new("in-process"), Target::InProcess(&local)),
     };
     let expected = read_expectations(arguments.expect.as_deref())?;
-    let findings = run(arguments, device, &selected, &expected)?;
+    let findings = run(arguments, device, target, &selected, &expected)?;
     let summary = Summary::of(&findings);
     if let Some(file) = &arguments.junit {
         std::fs::write(file, junit(device, &findings)).map_err(|e| Fatal::new(USAGE, file.display(), e))?;
@@ -131,13 +136,14 @@ fn read_expectations(file: Option<&Path>) -> Result<Expectations, Fatal> {
 fn run(
     arguments: &Arguments,
     device: &Path,
+    target: Target<'_>,
     selected: &[Case],
     expected: &Expectations,
 ) -> Result<Vec<Finding>, Fatal> {
-    let probe = Probe::of(device).map_err(|error| Fatal::new(NO_DEVICE, device.display(), error))?;
+    let probe = Probe::of(target).map_err(|error| Fatal::new(NO_DEVICE, device.display(), error))?;
     let program = child::program();
     let config = Config {
-        device,
+        device: target,
         child: program.as_deref(),
         limit: Duration::from_secs(arguments.timeout),
         on_hang: |case, limit| {

@@ -1,17 +1,17 @@
 //! [`Probe`]: what a device says about itself.
 
-use std::path::Path;
-
 use thiserror::Error;
 use vdpa_core::Errno;
 use vdpa_core::features::{BackendFeatures, Features};
 
-use crate::device::Device;
+use crate::device::{Device, Target};
 use crate::request::Request;
 
 /// What a device says about itself; needs are decided by it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Probe {
+    /// It is a file.
+    pub is_file: bool,
     /// Virtio device id.
     pub device_id: u32,
     /// Device features offered.
@@ -47,13 +47,15 @@ pub enum ProbeError {
 }
 
 impl Probe {
-    /// Opens the device at `path`, asks, and closes it.
+    /// Opens the device, asks, and closes it.
     ///
     /// # Errors
     /// [`ProbeError`].
-    pub fn of(path: &Path) -> Result<Self, ProbeError> {
-        let device = Device::open(path).map_err(ProbeError::Open)?;
+    pub fn of<'a>(target: impl Into<Target<'a>>) -> Result<Self, ProbeError> {
+        let target = target.into();
+        let device = Device::open(target).map_err(ProbeError::Open)?;
         Ok(Self {
+            is_file: matches!(target, Target::File(_)),
             device_id: u32::from_ne_bytes(ask(&device, Request::GET_DEVICE_ID)?),
             features: Features(u64::from_ne_bytes(ask(&device, Request::GET_FEATURES)?)),
             backend: BackendFeatures(u64::from_ne_bytes(ask(&device, Request::GET_BACKEND_FEATURES)?)),

@@ -168,6 +168,7 @@ impl BlkDriver {
     /// Kicks once more.
     pub(crate) fn kick(&self) {
         self.kick.signal();
+        self.device.kicked();
     }
 
     /// The counter of the kick eventfd, which is set to 0 by that.

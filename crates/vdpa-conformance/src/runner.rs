@@ -6,14 +6,15 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::case::{Case, Ctx, Stop};
+use crate::device::Target;
 use crate::expect::Expectations;
 use crate::probe::Probe;
 
 /// How to run.
 #[derive(Debug)]
 pub struct Config<'a> {
-    /// The device file.
-    pub device: &'a Path,
+    /// The device.
+    pub device: Target<'a>,
     /// The program to start for a second process (`vdpa-conform` itself); without it such cases are skipped.
     pub child: Option<&'a Path>,
     /// Longest time for one case.
@@ -140,7 +141,7 @@ mod tests {
 
     fn verdicts(cases: &[Case], expected: &Expectations) -> Vec<Verdict> {
         let config = Config {
-            device: Path::new("/nonexistent"),
+            device: Target::File(Path::new("/nonexistent")),
             child: None,
             limit: Duration::from_secs(30),
             on_hang: |id, _| panic!("{id} hangs"),

@@ -9,14 +9,14 @@ use std::fmt;
 pub struct Errno(i32);
 
 macro_rules! errnos {
-    ($($name:ident = $value:literal, $text:literal;)*) => {
+    ($($name:ident $(as $symbol:literal)? = $value:literal, $text:literal;)*) => {
         impl Errno {
             $(#[doc = concat!($text, " (", stringify!($value), ").")] pub const $name: Self = Self($value);)*
 
-            /// The symbolic name, when this crate knows it.
+            /// The symbolic name without its `E`, when this crate knows it.
             #[must_use]
             pub const fn name(self) -> Option<&'static str> {
-                match self.0 { $($value => Some(stringify!($name)),)* _ => None }
+                match self.0 { $($value => Some(errnos!(@symbol $name $($symbol)?)),)* _ => None }
             }
 
             /// What `strerror` says, without the name; `"unknown error"` when this crate does not know it.
@@ -26,32 +26,46 @@ macro_rules! errnos {
             }
         }
     };
+    (@symbol $name:ident) => { stringify!($name) };
+    (@symbol $name:ident $symbol:literal) => { $symbol };
 }
 
 errnos! {
     PERM = 1, "Operation not permitted";
     NOENT = 2, "No such file or directory";
+    SRCH = 3, "No such process";
     INTR = 4, "Interrupted system call";
     IO = 5, "Input/output error";
-    TOOBIG = 7, "Argument list too long";
+    TOOBIG as "2BIG" = 7, "Argument list too long";
+    NOEXEC = 8, "Exec format error";
     BADF = 9, "Bad file descriptor";
     AGAIN = 11, "Resource temporarily unavailable";
     NOMEM = 12, "Cannot allocate memory";
-    ACCESS = 13, "Permission denied";
+    ACCESS as "ACCES" = 13, "Permission denied";
     FAULT = 14, "Bad address";
     BUSY = 16, "Device or resource busy";
     EXIST = 17, "File exists";
     NODEV = 19, "No such device";
+    NOTDIR = 20, "Not a directory";
+    ISDIR = 21, "Is a directory";
     INVAL = 22, "Invalid argument";
+    NFILE = 23, "Too many open files in system";
+    MFILE = 24, "Too many open files";
     NOTTY = 25, "Inappropriate ioctl for device";
+    TXTBSY = 26, "Text file busy";
     NOSPC = 28, "No space left on device";
     SPIPE = 29, "Illegal seek";
+    ROFS = 30, "Read-only file system";
     RANGE = 34, "Numerical result out of range";
+    NAMETOOLONG = 36, "File name too long";
     NOSYS = 38, "Function not implemented";
+    LOOP = 40, "Too many levels of symbolic links";
     OVERFLOW = 75, "Value too large for defined data type";
     MSGSIZE = 90, "Message too long";
     OPNOTSUPP = 95, "Operation not supported";
+    CONNABORTED = 103, "Software caused connection abort";
     NOBUFS = 105, "No buffer space available";
+    NOTCONN = 107, "Transport endpoint is not connected";
     TIMEDOUT = 110, "Connection timed out";
     NOTSUPP = 524, "Operation not supported (kernel-internal ENOTSUPP)";
 }
@@ -99,6 +113,8 @@ mod tests {
         assert_eq!(Errno::FAULT.raw(), 14);
         assert_eq!(format!("{:?}", Errno::NOTSUPP), "ENOTSUPP");
         assert_eq!(Errno::PERM.to_string(), "Operation not permitted (EPERM)");
+        assert_eq!(Errno::ACCESS.to_string(), "Permission denied (EACCES)");
+        assert_eq!(format!("{:?}", Errno::TOOBIG), "E2BIG");
         assert_eq!(Errno::from_raw(200).to_string(), "error 200");
         assert_eq!(Errno::from_raw(0), Errno::IO);
     }

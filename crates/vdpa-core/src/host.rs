@@ -7,6 +7,7 @@ use std::fmt::Debug;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::errno::Errno;
+use crate::ring::Fault;
 use crate::types::{Perm, Result};
 
 /// Bytes of a page: the unit of pinning and of its limit.
@@ -41,6 +42,13 @@ pub trait AddressSpace: Clone + Debug + Send + Sync + 'static {
 
     /// The account that pinned pages of this address space are charged to, shared by all its devices.
     fn account(&self) -> &PinAccount;
+
+    /// The whole address space as one piece of memory whose offsets are its addresses, for devices that pass
+    /// addresses through before anything is mapped (uapi-spec 6.1). `None` where the platform has no such thing:
+    /// nothing is mapped then.
+    fn whole(&self) -> Option<Self::Memory> {
+        None
+    }
 }
 
 /// One run of a resolved range: what the kernel would see as one VMA.
@@ -64,6 +72,21 @@ pub trait MemoryObject: Clone + Debug + Send + Sync + 'static {
     /// Whether the byte at `offset` here and the one at `other_offset` in `other` are the same byte: the same
     /// object at the same place. False for private memory unless it is the same address space and address.
     fn same_object(&self, offset: u64, other: &Self, other_offset: u64) -> bool;
+}
+
+/// Memory that can be reached by copying. Separate from [`MemoryObject`], since the device itself never looks inside.
+pub trait Bytes: MemoryObject {
+    /// Copies out from `offset`.
+    ///
+    /// # Errors
+    /// [`Fault`] with an offset, beyond the end or when the memory is gone; `buf` may have been changed in part.
+    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), Fault>;
+
+    /// Copies in at `offset`.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read), and where the memory may not be written.
+    fn write(&self, offset: u64, data: &[u8]) -> Result<(), Fault>;
 }
 
 /// An event another party waits for.

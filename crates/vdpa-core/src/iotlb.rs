@@ -53,6 +53,15 @@ impl<M> Default for Table<M> {
     }
 }
 
+/// A table of mappings that belong to no UPDATE, for parents that keep one themselves. Of mappings that begin at the
+/// same address the last one counts; otherwise they must not overlap.
+impl<M> FromIterator<Mapping<M>> for Table<M> {
+    fn from_iter<I: IntoIterator<Item = Mapping<M>>>(mappings: I) -> Self {
+        let entries = mappings.into_iter().map(|mapping| (mapping.range.first(), mapping)).collect();
+        Self { entries, ..Self::default() }
+    }
+}
+
 impl<M> Table<M> {
     /// Entries in address order.
     pub fn iter(&self) -> impl DoubleEndedIterator<Item = &Mapping<M>> {

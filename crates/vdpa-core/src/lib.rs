@@ -10,6 +10,7 @@
 //! | implements a device | [`parent::Parent`] |
 //! | brings address spaces, memory and events | [`host::Host`] |
 //! | joins the three | [`device::Device`] |
+//! | opens a device without a file | [`inprocess::Node`] |
 #![forbid(unsafe_code)]
 
 pub mod blk;
@@ -21,6 +22,7 @@ pub mod features;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 pub mod host;
+pub mod inprocess;
 pub mod iotlb;
 pub mod ops;
 mod owner;

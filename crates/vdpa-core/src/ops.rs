@@ -123,6 +123,13 @@ pub trait VdpaOps {
     /// owner (or, in strict mode, while the device runs); `ENOMEM` over the caller's `RLIMIT_MEMLOCK`.
     fn new_owner(&self) -> Result<()>;
 
+    /// `VHOST_RESET_OWNER` (owner), without an argument: gives the device up, with everything mapped, and keeps it
+    /// open.
+    ///
+    /// # Errors
+    /// `EPERM`; `EFAULT` where it is not supported, as by every kernel's vhost-vdpa.
+    fn reset_owner(&self) -> Result<()>;
+
     /// `VHOST_SET_VRING_NUM` (owner): entries of the ring.
     ///
     /// # Errors

@@ -40,17 +40,29 @@ impl<H: Host> Ownership<H> {
         self.owner = Some(space);
     }
 
-    /// Moves ownership and the charge; nothing changes on an error.
-    pub(crate) fn transfer(&mut self, to: H::AddressSpace, limit: u64) -> Result<()> {
+    /// Charges what is pinned to the heir as well, so that the transfer itself cannot fail any more; `ENOMEM`
+    /// over `limit`, and nothing has changed then.
+    pub(crate) fn charge_heir(&self, heir: &H::AddressSpace, limit: u64) -> Result<()> {
         if faults::is(Fault::ChargeNotMoved) {
-            self.pinned = 0;
+            return Ok(());
         }
         let limit = if faults::is(Fault::ChargeUnlimited) { u64::MAX } else { limit };
-        to.account().charge(self.pinned, limit)?;
-        if let Some(old) = self.owner.replace(to) {
+        heir.account().charge(self.pinned, limit)
+    }
+
+    /// Takes back [`charge_heir`](Self::charge_heir).
+    pub(crate) fn uncharge_heir(&self, heir: &H::AddressSpace) {
+        heir.account().uncharge(self.pinned);
+    }
+
+    /// Makes an heir that was charged the owner. The old account is uncharged whether or not its process lives.
+    pub(crate) fn transfer(&mut self, heir: H::AddressSpace) {
+        if let Some(old) = self.owner.replace(heir) {
+            if faults::is(Fault::ChargeNotMoved) {
+                self.pinned = 0;
+            }
             old.account().uncharge(self.pinned);
         }
-        Ok(())
     }
 
     pub(crate) fn charge(&mut self, pages: u64, limit: u64) -> Result<()> {

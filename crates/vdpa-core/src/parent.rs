@@ -141,6 +141,9 @@ pub enum AddressMode {
     Objects,
     /// As [`Objects`](Self::Objects), with the pages pinned and charged to the owner.
     Pinned,
+    /// As [`Pinned`](Self::Pinned), by the kernel's rule: a mapping is made of whole pages, every one of which is
+    /// charged, and what the request has of its first page is dropped from the address (uapi-spec 3.3).
+    PinnedPages,
 }
 
 /// How many pages may be pinned for one owner.
@@ -159,6 +162,15 @@ impl PinLimit {
         match self {
             Self::Rlimit => rlimit,
             Self::Pages(pages) => pages,
+        }
+    }
+
+    /// What sets the limit, for messages.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Rlimit => "RLIMIT_MEMLOCK",
+            Self::Pages(_) => "the device's memlock",
         }
     }
 }
@@ -226,6 +238,12 @@ pub struct Profile {
     pub max_iotlb_entries: usize,
     /// Refuse REMAP to memory that is not the same object at the same offset.
     pub verify_remap: bool,
+    /// Whether an address space in which nothing was mapped yet passes addresses through: an I/O virtual address is
+    /// the owner's virtual address, until the first mapping and again after a reset that cleans the map
+    /// (uapi-spec 6.1). Only with [`AddressMode::OwnerAddresses`]; it goes with [`reset_map`](Self::reset_map).
+    pub identity_map: bool,
+    /// Whether RESET_OWNER works; in the kernel it does not (uapi-spec 1.1).
+    pub reset_owner: bool,
     /// Refuse NEW_OWNER while the device runs (uapi-spec 8.4, strict mode).
     pub strict_new_owner: bool,
     /// Whether a status write with DRIVER_OK restarts a suspended device, as the kernel's simulator does.

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use vdpa_core::Errno;
-use vdpa_core::host::{AddressSpace, Fragment, Host, MemoryObject, PAGE_SIZE, PinAccount};
+use vdpa_core::host::{AddressSpace, Bytes, Fragment, Host, MemoryObject, PAGE_SIZE, PinAccount};
 use vdpa_core::ring::Fault;
 use vdpa_core::types::Perm;
 
@@ -279,6 +279,16 @@ impl MemoryObject for GuestMemory {
     }
 }
 
+impl Bytes for GuestMemory {
+    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), Fault> {
+        Self::read(self, offset, buf)
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> Result<(), Fault> {
+        Self::write(self, offset, data)
+    }
+}
+
 impl AddressSpace for OwnerSpace {
     type Memory = GuestMemory;
 
@@ -302,6 +312,10 @@ impl AddressSpace for OwnerSpace {
 
     fn account(&self) -> &PinAccount {
         self.pin_account()
+    }
+
+    fn whole(&self) -> Option<GuestMemory> {
+        Some(GuestMemory::from_private(self.clone(), 0, u64::MAX))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering, fence};
 
-use vdpa_core::iotlb::Table;
+use vdpa_core::iotlb::{Mapping, Table};
 use vdpa_core::ring::{Area, Fault, Memory};
 use vdpa_core::types::Perm;
 
@@ -48,8 +48,13 @@ impl Snapshot {
     /// Copies a table. Entries that a change of owner has left stale are not in it.
     #[must_use]
     pub fn new(table: &Table<GuestMemory>) -> Self {
-        let entries: Vec<Entry> = table
-            .iter()
+        Self::of(table.iter())
+    }
+
+    /// As [`new`](Self::new), of some entries of a table, in address order.
+    #[must_use]
+    pub fn of<'a>(mappings: impl Iterator<Item = &'a Mapping<GuestMemory>>) -> Self {
+        let entries: Vec<Entry> = mappings
             .filter(|mapping| !mapping.stale)
             .map(|mapping| Entry {
                 first: mapping.range.first(),

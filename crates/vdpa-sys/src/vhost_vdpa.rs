@@ -27,6 +27,7 @@ use zerocopy::IntoBytes;
 use crate::errno;
 use crate::eventfd::EventFd;
 use crate::ioctl::{self, Getter, NoArg, Setter, Updater};
+use crate::uapi::live::{self, Numbers};
 use crate::uapi::vhost as uapi;
 
 macro_rules! requests {
@@ -45,7 +46,7 @@ requests! {
     GET_BACKEND_FEATURES: Getter<u64> = VHOST_GET_BACKEND_FEATURES;
     SET_BACKEND_FEATURES: Setter<u64> = VHOST_SET_BACKEND_FEATURES;
     SET_OWNER: NoArg = VHOST_SET_OWNER;
-    NEW_OWNER: NoArg = VHOST_NEW_OWNER;
+    RESET_OWNER: NoArg = VHOST_RESET_OWNER;
     SET_VRING_NUM: Setter<uapi::VringState> = VHOST_SET_VRING_NUM;
     SET_VRING_ADDR: Setter<uapi::VringAddr> = VHOST_SET_VRING_ADDR;
     SET_VRING_BASE: Setter<uapi::VringState> = VHOST_SET_VRING_BASE;
@@ -135,6 +136,7 @@ pub struct VhostVdpaFd {
     fd: OwnedFd,
     /// Backend features acknowledged through this value: decides the version of IOTLB messages.
     acknowledged: AtomicU64,
+    numbers: Numbers,
 }
 
 impl VhostVdpaFd {
@@ -161,8 +163,16 @@ impl VhostVdpaFd {
     /// Adopts a descriptor, inherited or received. No backend feature counts as acknowledged:
     /// see [`set_acknowledged`](Self::set_acknowledged).
     #[must_use]
-    pub const fn from_fd(fd: OwnedFd) -> Self {
-        Self { fd, acknowledged: AtomicU64::new(0) }
+    pub fn from_fd(fd: OwnedFd) -> Self {
+        Self { fd, acknowledged: AtomicU64::new(0), numbers: live::configured() }
+    }
+
+    /// Uses other numbers for the live-update requests than [`live::configured`].
+    ///
+    /// # Errors
+    /// [`live::NumbersError::Taken`].
+    pub fn with_live_numbers(self, numbers: Numbers) -> Result<Self, live::NumbersError> {
+        Ok(Self { numbers: numbers.check()?, ..self })
     }
 
     /// Backend features acknowledged through this value, or declared to be.
@@ -281,11 +291,11 @@ impl VdpaOps for VhostVdpaFd {
     }
 
     fn backend_features(&self) -> Result<BackendFeatures> {
-        GET_BACKEND_FEATURES.get(&self.fd).map(BackendFeatures)
+        GET_BACKEND_FEATURES.get(&self.fd).map(|word| self.numbers.features_from_wire(word))
     }
 
     fn set_backend_features(&self, features: BackendFeatures) -> Result<()> {
-        SET_BACKEND_FEATURES.set(&self.fd, &features.0)?;
+        SET_BACKEND_FEATURES.set(&self.fd, &self.numbers.features_to_wire(features))?;
         self.set_acknowledged(features);
         Ok(())
     }
@@ -337,7 +347,14 @@ impl VdpaOps for VhostVdpaFd {
     }
 
     fn new_owner(&self) -> Result<()> {
-        NEW_OWNER.call(&self.fd)
+        // SAFETY: the number encodes that there is no argument, which `Numbers::check` has seen to; a driver that
+        // takes it for something else looks at address 0, where nothing can be mapped.
+        let request = unsafe { NoArg::new(self.numbers.new_owner) };
+        request.call(&self.fd)
+    }
+
+    fn reset_owner(&self) -> Result<()> {
+        RESET_OWNER.call(&self.fd)
     }
 
     fn set_vring_num(&self, index: QueueIndex, num: u32) -> Result<()> {
@@ -403,7 +420,8 @@ impl VdpaOps for VhostVdpaFd {
     }
 
     fn iotlb(&self, asid: Asid, msg: &IotlbMsg) -> Result<()> {
-        let written = self.raw_write(&encode_iotlb(self.acknowledged(), asid, msg)?)?;
+        let msg = IotlbMsg { kind: self.numbers.message_to_wire(msg.kind), ..*msg };
+        let written = self.raw_write(&encode_iotlb(self.acknowledged(), asid, &msg)?)?;
         if written == MSG_SIZE { Ok(()) } else { Err(Errno::IO) }
     }
 }
@@ -546,6 +564,19 @@ mod tests {
         {
             assert_eq!(device.raw_ioctl(FIONREAD, arg), Err(Errno::FAULT));
         }
+    }
+
+    #[test]
+    fn the_number_of_remap_is_the_configured_one() {
+        let file = crate::memfd::create(c"messages", 0, None).unwrap();
+        let numbers = Numbers { remap: 9, ..Numbers::POSTED };
+        let device = VhostVdpaFd::from_fd(file).with_live_numbers(numbers).unwrap();
+        device.dma_remap(Asid(0), 0, 1, 0).unwrap();
+        let mut bytes = [0; MSG_SIZE];
+        rustix::io::pread(&device, &mut bytes, 0).unwrap();
+        assert_eq!(bytes[33], 9);
+        let taken = Numbers { new_owner: uapi::VHOST_SET_OWNER, ..Numbers::POSTED };
+        assert!(device.with_live_numbers(taken).is_err());
     }
 
     #[test]

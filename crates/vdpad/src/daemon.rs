@@ -76,6 +76,12 @@ pub enum RunError {
     /// Signals cannot be waited for.
     #[error("cannot wait for signals")]
     Signals(#[source] io::Error),
+    /// The mount of the device files was ended from outside, by umount or by the watchdog.
+    #[error("the mount {} has been ended; the device files are gone", dir.display())]
+    MountLost {
+        /// Where it was.
+        dir: PathBuf,
+    },
 }
 
 impl Daemon {
@@ -91,7 +97,9 @@ impl Daemon {
         // Pinned guest memory is charged to its owner by us; the daemon's own limit must not come first. Where it
         // cannot be raised, a device that is to pin says so.
         if let Err(error) = rlimit::raise_memlock(None) {
-            tracing::debug!("RLIMIT_MEMLOCK stays as it is: {error}");
+            tracing::debug!("RLIMIT_MEMLOCK is not unlimited: {error}");
+            // As far as it goes without privileges; cannot fail.
+            let _ = rlimit::raise_memlock(rlimit::memlock().hard);
         }
         let dir = prepare_dir(&config.dir)?;
         let exe = std::env::current_exe().map_err(StartError::Watchdog)?;
@@ -113,7 +121,7 @@ impl Daemon {
         Ok(Self { control, bus, files, watchdog })
     }
 
-    /// Blocks until SIGTERM or SIGINT, and tells the service manager when it is ready and when it stops.
+    /// Blocks until SIGTERM or SIGINT or until the mount is gone, and tells the service manager when it is ready and when it stops.
     ///
     /// # Errors
     /// [`RunError`].
@@ -129,11 +137,24 @@ impl Daemon {
             let name = tokio::select! {
                 _ = terminate.recv() => "SIGTERM",
                 _ = interrupt.recv() => "SIGINT",
+                () = self.mount_lost() => {
+                    notify::service_manager("STOPPING=1");
+                    return Err(RunError::MountLost { dir: self.files.dir().into() });
+                }
             };
             tracing::info!(signal = name, "stopping");
             notify::service_manager("STOPPING=1");
             Ok(())
         })
+    }
+
+    /// Returns when the device files cannot be served any more: a daemon without them is of no use, and whoever
+    /// supervises it can start another one.
+    async fn mount_lost(&self) {
+        let mut look = tokio::time::interval(Duration::from_secs(1));
+        while self.files.is_serving() {
+            look.tick().await;
+        }
     }
 
     /// Closes the control socket, then takes the devices from their clients and removes the mount.

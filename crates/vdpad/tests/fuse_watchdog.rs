@@ -97,6 +97,22 @@ impl Running {
     fn signal(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
+
+    /// Stops it and waits until each of its threads has stopped: until then one may answer.
+    fn stop(&self) {
+        self.signal(Signal::STOP);
+        let stopped = |stat: &str| stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" T"));
+        let task = format!("/proc/{}/task", self.child.id());
+        let deadline = Instant::now() + Duration::from_secs(5);
+        loop {
+            let threads = std::fs::read_dir(&task).unwrap().map(|entry| entry.unwrap().path().join("stat"));
+            if threads.map(|stat| std::fs::read_to_string(stat).unwrap()).all(|stat| stopped(&stat)) {
+                return;
+            }
+            assert!(Instant::now() < deadline, "it does not stop");
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
 }
 
 impl Drop for Running {
@@ -116,7 +132,7 @@ fn a_stopped_daemon_does_not_hold_its_clients() {
         ask(&file).unwrap();
         thread::sleep(TIMEOUT / 4);
     }
-    running.signal(Signal::STOP);
+    running.stop();
     let begin = Instant::now();
     assert_eq!(ask(&file), Err(libc::ECONNABORTED));
     assert!(begin.elapsed() < TIMEOUT * 5, "{:?}", begin.elapsed());

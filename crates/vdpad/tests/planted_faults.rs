@@ -12,7 +12,7 @@ use std::time::Duration;
 use rustix::process::{Pid, Signal, kill_process};
 use vdpa_conformance::expect::Expectations;
 use vdpa_conformance::runner::{self, Config, Finding, Verdict};
-use vdpa_conformance::{Case, Probe, cases, child};
+use vdpa_conformance::{Case, Probe, Target, cases, child};
 use vdpa_core::faults::Fault;
 
 /// The device that shows a fault.
@@ -117,10 +117,10 @@ impl Daemon {
 
     fn run(&self, on: On, selected: &[Case]) -> Vec<Finding> {
         let device = self.device(on);
-        let probe = Probe::of(&device).unwrap();
+        let probe = Probe::of(Target::File(&device)).unwrap();
         let program = std::env::current_exe().unwrap();
         let config = Config {
-            device: &device,
+            device: Target::File(&device),
             child: Some(&program),
             limit: Duration::from_secs(30),
             on_hang: |case, _| {

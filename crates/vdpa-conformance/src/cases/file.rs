@@ -7,7 +7,7 @@ use vdpa_core::features::{BackendFeatures, Status};
 use vdpa_core::types::{IotlbMsg, Perm, iotlb_type};
 use vdpa_sys::mmap::{Prot, SharedMap};
 
-use crate::case::{Case, Ctx, Outcome, check, prepare};
+use crate::case::{Case, Ctx, Need, Outcome, check, prepare};
 use crate::device::{WRITTEN, errno};
 use crate::memory::Region;
 use crate::request::Request;
@@ -20,7 +20,13 @@ pub(super) const CASES: &[Case] = &[
         needs: &[],
         run: open_twice,
     },
-    Case { id: "file.open-modes", spec: "4.2", covers: &[Request::OPEN], needs: &[], run: open_modes },
+    Case {
+        id: "file.open-modes",
+        spec: "4.2",
+        covers: &[Request::OPEN],
+        needs: &[Need::DeviceFile],
+        run: open_modes,
+    },
     Case {
         id: "file.close-forgets",
         spec: "4.7, 9.4 vector 47",
@@ -35,21 +41,39 @@ pub(super) const CASES: &[Case] = &[
         needs: &[],
         run: reopen_at_once,
     },
-    Case { id: "file.read", spec: "1.10, 9.4 vector 40", covers: &[Request::READ], needs: &[], run: read },
-    Case { id: "file.lseek", spec: "1.10, 9.4 vector 40", covers: &[Request::LSEEK], needs: &[], run: lseek },
+    Case {
+        id: "file.read",
+        spec: "1.10, 9.4 vector 40",
+        covers: &[Request::READ],
+        needs: &[Need::DeviceFile],
+        run: read,
+    },
+    Case {
+        id: "file.lseek",
+        spec: "1.10, 9.4 vector 40",
+        covers: &[Request::LSEEK],
+        needs: &[Need::DeviceFile],
+        run: lseek,
+    },
     Case {
         id: "file.poll",
         spec: "1.10, 9.4 vector 40",
         covers: &[Request::POLL],
-        needs: &[],
+        needs: &[Need::DeviceFile],
         run: poll_ready,
     },
-    Case { id: "file.mmap", spec: "1.9, 9.4 vector 41", covers: &[Request::MMAP], needs: &[], run: mmap },
+    Case {
+        id: "file.mmap",
+        spec: "1.9, 9.4 vector 41",
+        covers: &[Request::MMAP],
+        needs: &[Need::DeviceFile],
+        run: mmap,
+    },
     Case {
         id: "file.epoll",
         spec: "1.10, 9.4 vector 40",
         covers: &[Request::POLL],
-        needs: &[],
+        needs: &[Need::DeviceFile],
         run: epoll_add,
     },
 ];
@@ -106,17 +130,17 @@ fn reopen_at_once(ctx: &mut Ctx<'_>) -> Outcome {
 fn read(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open()?;
     let mut bytes = [0; WRITTEN];
-    check("read", rustix::io::read(&device, &mut bytes).map_err(errno), Err(Errno::INVAL))
+    check("read", rustix::io::read(device.file()?, &mut bytes).map_err(errno), Err(Errno::INVAL))
 }
 
 fn lseek(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open()?;
-    check("lseek", rustix::fs::seek(&device, SeekFrom::Start(0)).map_err(errno), Err(Errno::SPIPE))
+    check("lseek", rustix::fs::seek(device.file()?, SeekFrom::Start(0)).map_err(errno), Err(Errno::SPIPE))
 }
 
 fn poll_ready(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open()?;
-    let mut fds = [PollFd::new(&device, PollFlags::IN | PollFlags::OUT)];
+    let mut fds = [PollFd::new(device.file()?, PollFlags::IN | PollFlags::OUT)];
     let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
     check("poll", poll(&mut fds, Some(&at_once)).map_err(errno), Ok(1))?;
     let [fd] = fds;
@@ -126,7 +150,8 @@ fn poll_ready(ctx: &mut Ctx<'_>) -> Outcome {
 fn epoll_add(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open()?;
     let set = prepare("epoll_create1", epoll::create(epoll::CreateFlags::CLOEXEC).map_err(errno))?;
-    let added = epoll::add(&set, &device, epoll::EventData::new_u64(0), epoll::EventFlags::IN).map_err(errno);
+    let added =
+        epoll::add(&set, device.file()?, epoll::EventData::new_u64(0), epoll::EventFlags::IN).map_err(errno);
     check("epoll_ctl(ADD)", added, Err(Errno::PERM))
 }
 
@@ -138,7 +163,7 @@ fn mmap(ctx: &mut Ctx<'_>) -> Outcome {
         ("4096 bytes to read and write", 4096, Prot::RW, Errno::INVAL),
         ("4096 bytes to write", 4096, write, Errno::NOTSUPP),
     ] {
-        let mapped = SharedMap::map(&device, 0, len, prot, false).map(drop);
+        let mapped = SharedMap::map(device.file()?, 0, len, prot, false).map(drop);
         check(&format!("mmap of {what}"), mapped, Err(want))?;
     }
     Ok(())

@@ -4,7 +4,7 @@ use vdpa_core::Errno;
 use vdpa_core::features::BackendFeatures;
 use vdpa_core::types::{IotlbMsg, Perm, iotlb_type};
 
-use crate::case::{Case, Ctx, Outcome, Stop, check, prepare};
+use crate::case::{Case, Ctx, Need, Outcome, Stop, check, prepare};
 use crate::device::{Device, V1, V2, WRITTEN, encode};
 use crate::memory::{PAGE, Region};
 use crate::request::Request;
@@ -14,7 +14,16 @@ const REFUSED: Result<usize, Errno> = Err(Errno::FAULT);
 
 macro_rules! case {
     ($id:literal, $spec:literal, [$($request:ident),+], $run:expr) => {
-        Case { id: $id, spec: $spec, covers: &[$(Request::$request),+], needs: &[], run: $run }
+        case!($id, $spec, [$($request),+], [], $run)
+    };
+    ($id:literal, $spec:literal, [$($request:ident),+], [$($need:ident),*], $run:expr) => {
+        Case {
+            id: $id,
+            spec: $spec,
+            covers: &[$(Request::$request),+],
+            needs: &[$(Need::$need),*],
+            run: $run,
+        }
     };
 }
 
@@ -34,8 +43,8 @@ pub(super) const CASES: &[Case] = &[
     case!("iotlb.invalidate-whole-entry", "2.5, 9.4 vector 32", [IOTLB_INVALIDATE], invalidate_whole_entry),
     case!("iotlb.invalidate-all", "2.5, 9.4 vector 39", [IOTLB_INVALIDATE], invalidate_all),
     case!("iotlb.invalidate-odd", "2.5", [IOTLB_INVALIDATE], invalidate_odd),
-    case!("iotlb.length", "2.2, 9.4 vector 33", [IOTLB_BATCH_BEGIN], length),
-    case!("iotlb.short-message", "2.2, 9.4 vector 33", [IOTLB_BATCH_BEGIN], short_message),
+    case!("iotlb.length", "2.2, 9.4 vector 33", [IOTLB_BATCH_BEGIN], [DeviceFile], length),
+    case!("iotlb.short-message", "2.2, 9.4 vector 33", [IOTLB_BATCH_BEGIN], [DeviceFile], short_message),
     case!("iotlb.first-word", "2.2, 9.4 vector 38", [IOTLB_OTHER], first_word),
     case!("iotlb.version-1", "2.1, 2.2", [IOTLB_UPDATE, IOTLB_INVALIDATE], version_1),
     case!("iotlb.types", "2.3, 9.4 vector 37", [IOTLB_OTHER], types),

@@ -6,7 +6,7 @@ use vdpa_core::types::VringAddr;
 use vdpa_sys::vhost_vdpa::RawArg;
 
 use super::state::{Stage, reach};
-use crate::case::{Case, Ctx, Outcome, check, prepare};
+use crate::case::{Case, Ctx, Need, Outcome, check, prepare};
 use crate::device::{pair, vring_file};
 use crate::request::Request;
 
@@ -26,7 +26,7 @@ pub(super) const CASES: &[Case] = &[
         id: "order.log-base",
         spec: "1.1, 9.4 vector 9",
         covers: &[Request::SET_LOG_BASE],
-        needs: &[],
+        needs: &[Need::DeviceFile],
         run: |ctx| {
             let device = ctx.open()?;
             check(
@@ -40,29 +40,35 @@ pub(super) const CASES: &[Case] = &[
         id: "order.log",
         spec: "1.1",
         covers: &[Request::SET_LOG_BASE, Request::SET_LOG_FD],
-        needs: &[],
+        needs: &[Need::DeviceFile],
         run: log,
     },
     Case {
         id: "order.unknown",
         spec: "1.1, 9.4 vector 10",
         covers: &[Request::UNKNOWN],
-        needs: &[],
+        needs: &[Need::DeviceFile],
         run: unknown,
     },
-    Case { id: "order.other-vhost", spec: "1.1", covers: REFUSED, needs: &[], run: other_vhost },
+    Case {
+        id: "order.other-vhost",
+        spec: "1.1",
+        covers: REFUSED,
+        needs: &[Need::DeviceFile],
+        run: other_vhost,
+    },
     Case {
         id: "order.endian",
         spec: "1.1",
         covers: &[Request::SET_VRING_ENDIAN, Request::GET_VRING_ENDIAN],
-        needs: &[],
+        needs: &[Need::DeviceFile],
         run: endian,
     },
     Case {
         id: "order.owner-before-pointer",
         spec: "1.1",
         covers: &[Request::SET_VRING_NUM, Request::SET_MEM_TABLE],
-        needs: &[],
+        needs: &[Need::DeviceFile],
         run: |ctx| {
             let device = ctx.open()?;
             for request in [Request::SET_VRING_NUM, Request::SET_VRING_ADDR, Request::SET_MEM_TABLE] {
@@ -76,14 +82,14 @@ pub(super) const CASES: &[Case] = &[
         id: "order.bad-pointer",
         spec: "1.3",
         covers: &[Request::GET_FEATURES, Request::SET_FEATURES, Request::GET_CONFIG, Request::SET_STATUS],
-        needs: &[],
+        needs: &[Need::DeviceFile],
         run: bad_pointer,
     },
     Case {
         id: "order.features-ok-before-pointer",
         spec: "1.4, 9.4 vector 15",
         covers: &[Request::SET_FEATURES],
-        needs: &[],
+        needs: &[Need::DeviceFile],
         run: |ctx| {
             let device = ctx.open()?;
             prepare("VHOST_VDPA_SET_STATUS", device.set_status(Status::FEATURES_OK))?;

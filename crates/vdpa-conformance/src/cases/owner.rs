@@ -1,7 +1,5 @@
 //! Ownership: who may do what, and what an owner is.
 
-use std::os::fd::AsFd;
-
 use vdpa_core::Errno;
 use vdpa_core::features::Status;
 use vdpa_core::types::{IotlbMsg, Perm, VringAddr, iotlb_type};
@@ -23,7 +21,7 @@ pub(super) const CASES: &[Case] = &[
         id: "owner.reset-owner",
         spec: "1.1, 9.4 vector 7",
         covers: &[Request::RESET_OWNER],
-        needs: &[],
+        needs: &[Need::DeviceFile],
         run: reset_owner,
     },
     Case {
@@ -90,7 +88,7 @@ pub(super) const CASES: &[Case] = &[
         id: "owner.mem-table",
         spec: "1.6a",
         covers: &[Request::SET_MEM_TABLE],
-        needs: &[],
+        needs: &[Need::DeviceFile],
         run: mem_table,
     },
     Case {
@@ -198,9 +196,7 @@ fn thread(ctx: &mut Ctx<'_>) -> Outcome {
     });
     check("SET_VRING_NUM by another thread of the owner", result, Ok(()))?;
     // A duplicate of the descriptor is the same open file.
-    let copy = crate::device::Device::from_fd(
-        device.as_fd().try_clone_to_owned().map_err(|e| crate::case::Stop::CannotRun(e.to_string()))?,
-    );
+    let copy = device.duplicate()?;
     drop(device);
     check("SET_VRING_NUM by a duplicate", copy.set_vring(Request::SET_VRING_NUM, 0, size), Ok(()))
 }

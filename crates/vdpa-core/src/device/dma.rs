@@ -6,8 +6,8 @@ use crate::device::{Device, MemoryOf};
 use crate::errno::Errno;
 use crate::faults::{self, Fault};
 use crate::features::BackendFeatures;
-use crate::host::{AddressSpace, Caller, Fragment, MemoryObject};
-use crate::iotlb::{Mapping, RecordId, Table};
+use crate::host::{AddressSpace, Caller, Fragment, MemoryObject, PAGE_SIZE};
+use crate::iotlb::{Mapping, RecordId};
 use crate::parent::{AddressMode, Dma, Parent, PrivateMemory, Profile};
 use crate::types::{Asid, IotlbMsg, IovaRange, Perm, Result, iotlb_type};
 
@@ -91,9 +91,7 @@ pub enum IotlbError {
         errno: Errno,
     },
     /// The owner's limit on pinned pages.
-    #[error(
-        "pinning {pages} more pages exceeds the limit (RLIMIT_MEMLOCK, or the device's memlock): {pinned} pinned of {limit}"
-    )]
+    #[error("pinning {pages} more pages exceeds {what}: {pinned} pinned of {limit}")]
     MemLock {
         /// Pages needed.
         pages: u64,
@@ -101,6 +99,8 @@ pub enum IotlbError {
         pinned: u64,
         /// Limit in pages.
         limit: u64,
+        /// What sets it.
+        what: &'static str,
     },
     /// The parent refused.
     #[error("the device refused the mapping: {errno}")]
@@ -218,9 +218,16 @@ impl<P: Parent> Device<P> {
         let all = IotlbMsg { perm: Perm::RW, ..*msg };
         let msg = if faults::is(Fault::UpdateIgnoresPermission) { &all } else { msg };
         let profile = self.parent.profile();
-        let range = IovaRange::from_size(msg.iova, msg.size)
+        let beyond = IotlbError::OutOfRange { iova: msg.iova, size: msg.size, range: profile.iova_range };
+        IovaRange::from_size(msg.iova, msg.size)
             .filter(|range| profile.iova_range.contains(*range))
-            .ok_or(IotlbError::OutOfRange { iova: msg.iova, size: msg.size, range: profile.iova_range })?;
+            .ok_or(beyond)?;
+        let msg = &if profile.address_mode == AddressMode::PinnedPages {
+            whole_pages(msg).ok_or(beyond)?
+        } else {
+            *msg
+        };
+        let range = IovaRange::from_size(msg.iova, msg.size).ok_or(beyond)?;
         if faults::is(Fault::UpdateReplaces) {
             self.tables.entry(asid).or_default().remove_touching(range.first(), range.last());
         }
@@ -234,10 +241,15 @@ impl<P: Parent> Device<P> {
         if table.len() + fragments.len() > limit {
             return Err(IotlbError::Full { entries: table.len(), limit: profile.max_iotlb_entries });
         }
-        let pages = pages_to_pin(profile, fragments.iter().map(|(_, fragment)| &fragment.memory));
-        let limit = profile.pin_limit.pages(caller.memlock_pages());
+        let pages = fragments.iter().map(|(_, piece)| pages_to_pin(profile, piece.size, &piece.memory)).sum();
+        let (limit, what) = (profile.pin_limit.pages(caller.memlock_pages()), profile.pin_limit.name());
         let pinned = owner.account().pages();
-        self.ownership.charge(pages, limit).map_err(|_| IotlbError::MemLock { pages, pinned, limit })?;
+        self.ownership.charge(pages, limit).map_err(|_| IotlbError::MemLock {
+            pages,
+            pinned,
+            limit,
+            what,
+        })?;
         let added = self.insert_fragments(asid, range, msg, fragments);
         self.tell_parent_added(asid, range, &added).map_err(|errno| {
             self.ownership.uncharge(pages);
@@ -266,6 +278,9 @@ impl<P: Parent> Device<P> {
 
     /// Hands new entries to the parent; when it refuses, they are gone from the table and from the parent.
     fn tell_parent_added(&mut self, asid: Asid, range: IovaRange, added: &[IovaRange]) -> Result<()> {
+        if !added.is_empty() && !self.waits_for_end() {
+            self.leave_default_map(asid);
+        }
         let Some(table) = self.tables.get_mut(&asid) else { return Ok(()) };
         let batched = self.batch.is_some();
         let result = match self.parent.dma() {
@@ -309,12 +324,22 @@ impl<P: Parent> Device<P> {
         if faults::is(Fault::InvalidateUnheard) {
             return;
         }
+        let tells = match self.parent.dma() {
+            Dma::SetMap(_) => self.batch.is_none(),
+            Dma::DmaMap(_) | Dma::Platform => !removed.is_empty(),
+        };
+        if tells {
+            self.leave_default_map(asid);
+        }
+        let Some(table) = self.tables.get(&asid) else { return };
         match self.parent.dma() {
             Dma::SetMap(map) if self.batch.is_none() => drop(map.set_map(asid, table)),
             Dma::DmaMap(map) => removed.iter().for_each(|entry| map.dma_unmap(asid, entry.range)),
             Dma::SetMap(_) | Dma::Platform => {}
         }
-        let pages = pages_to_pin(self.parent.profile(), removed.iter().map(|entry| &entry.memory));
+        let profile = self.parent.profile();
+        let pages =
+            removed.iter().map(|entry| pages_to_pin(profile, entry.range.size(), &entry.memory)).sum();
         if !faults::is(Fault::ChargeKept) {
             self.ownership.uncharge(pages);
         }
@@ -333,30 +358,20 @@ impl<P: Parent> Device<P> {
         if report { Err(IotlbError::Parent { errno }) } else { Ok(()) }
     }
 
+    /// Whether the parent learns of mappings only at the end of the open batch.
+    fn waits_for_end(&mut self) -> bool {
+        self.batch.is_some() && matches!(self.parent.dma(), Dma::SetMap(_))
+    }
+
     /// Gives a snapshot parent the present table of `asid`.
     pub(super) fn set_map(&mut self, asid: Asid) -> Result<()> {
+        if matches!(self.parent.dma(), Dma::SetMap(_)) {
+            self.leave_default_map(asid);
+        }
         match (self.parent.dma(), self.tables.get(&asid)) {
             (Dma::SetMap(map), Some(table)) => map.set_map(asid, table),
             _ => Ok(()),
         }
-    }
-
-    /// A reset that cleans the map: the parent's translation goes, the interface's table stays (uapi-spec 4.5).
-    pub(super) fn clean_parent_map(&mut self) {
-        for (&asid, table) in &self.tables {
-            match self.parent.dma() {
-                Dma::SetMap(map) => drop(map.set_map(asid, &Table::default())),
-                Dma::DmaMap(map) => table.iter().for_each(|entry| map.dma_unmap(asid, entry.range)),
-                Dma::Platform => {}
-            }
-        }
-    }
-
-    /// Close: every table is emptied, for the parent too, and the charge goes back.
-    pub(super) fn unmap_everything(&mut self) {
-        self.clean_parent_map();
-        self.tables.clear();
-        self.ownership.uncharge(self.ownership.pinned_pages());
     }
 
     /// After a change of owner, entries with owner addresses wait for their REMAP (uapi-spec 8.5, R7).
@@ -366,16 +381,17 @@ impl<P: Parent> Device<P> {
             if let Some(table) = self.tables.get_mut(&asid) {
                 table.mark_all(true);
             }
-            // A parent that refuses keeps its old table; the entries are gone with their address space anyway.
-            let _ = self.set_map(asid);
+            // A parent that has lost its table in a reset is not given it back by this.
+            if !self.passes_through(asid) {
+                // One that refuses keeps its old table; the entries are gone with their address space anyway.
+                let _ = self.set_map(asid);
+            }
         }
     }
 
     /// Whether the device offers REMAP.
     pub(super) fn offers_remap(&self) -> bool {
-        let profile = self.parent.profile();
-        profile.address_mode == AddressMode::OwnerAddresses
-            && profile.backend_features.has(BackendFeatures::IOTLB_REMAP)
+        self.own_features.has(BackendFeatures::IOTLB_REMAP)
     }
 }
 
@@ -423,13 +439,19 @@ pub(super) fn mappings<M>(
     })
 }
 
-/// What these pieces charge to the owner: nothing unless the device pins.
-pub(super) fn pages_to_pin<'a, M: MemoryObject>(
-    profile: &Profile,
-    pieces: impl Iterator<Item = &'a M>,
-) -> u64 {
+/// The whole pages that hold a request: its sub-page part of the user address is dropped, so that data is shifted
+/// unless both addresses have the same offset in their page (uapi-spec 3.3). `None` when they pass 2^64.
+fn whole_pages(msg: &IotlbMsg) -> Option<IotlbMsg> {
+    let offset = msg.iova % PAGE_SIZE;
+    let size = msg.size.checked_add(offset)?.checked_next_multiple_of(PAGE_SIZE)?;
+    Some(IotlbMsg { iova: msg.iova - offset, size, uaddr: msg.uaddr - msg.uaddr % PAGE_SIZE, ..*msg })
+}
+
+/// What `size` bytes of `memory` charge to the owner: nothing unless the device pins.
+pub(super) fn pages_to_pin<M: MemoryObject>(profile: &Profile, size: u64, memory: &M) -> u64 {
     match profile.address_mode {
-        AddressMode::Pinned => pieces.map(MemoryObject::pin_pages).sum(),
+        AddressMode::Pinned => memory.pin_pages(),
+        AddressMode::PinnedPages => size / PAGE_SIZE,
         AddressMode::OwnerAddresses | AddressMode::Objects => 0,
     }
 }

@@ -48,8 +48,10 @@ impl<P: Parent> Device<P> {
     }
 
     fn check_charge(&self) -> Result<(), String> {
-        let memory = self.tables.values().flat_map(Table::iter).map(|entry| &entry.memory);
-        let (pinned, charged) = (pages_to_pin(self.parent.profile(), memory), self.ownership.pinned_pages());
+        let profile = self.parent.profile();
+        let entries = self.tables.values().flat_map(Table::iter);
+        let pinned: u64 = entries.map(|entry| pages_to_pin(profile, entry.range.size(), &entry.memory)).sum();
+        let charged = self.ownership.pinned_pages();
         if pinned != charged {
             return Err(format!("{pinned} pages are pinned and {charged} charged"));
         }

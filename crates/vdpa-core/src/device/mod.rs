@@ -5,9 +5,11 @@
 //! [`Caller`] because only the owner may make them or because they change the owner, requests that anybody who
 //! holds the device may make, and getters for whoever manages the device.
 
+mod default_map;
 mod dma;
 #[cfg(any(test, fuzzing))]
 mod invariants;
+mod ownership;
 mod remap;
 #[cfg(test)]
 mod tests;
@@ -25,7 +27,7 @@ use crate::features::{BackendFeatures, Features, Status};
 use crate::host::{Caller, Host};
 use crate::iotlb::Table;
 use crate::owner::Ownership;
-use crate::parent::{CompatReset, Parent, Profile};
+use crate::parent::{AddressMode, CompatReset, Dma, Parent, Profile};
 use crate::types::{Asid, GroupIndex, IovaRange, QueueIndex, Result};
 
 pub(crate) type MemoryOf<P> = <<P as Parent>::Host as Host>::Memory;
@@ -61,13 +63,19 @@ pub struct Device<P: Parent> {
     group_asids: Vec<Asid>,
     tables: BTreeMap<Asid, Table<MemoryOf<P>>>,
     batch: Option<dma::Batch<P>>,
+    /// Of each address space: the parent passes addresses through, as nothing was mapped yet.
+    passthrough: Vec<bool>,
+    /// Backend features of the parent, as far as they fit together: see [`parent_features`].
+    own_features: BackendFeatures,
     config_call: Option<EventOf<P>>,
     fork_from_owner: u8,
 }
 
 impl<P: Parent> Device<P> {
     /// A device nobody has opened yet.
-    pub fn new(parent: P) -> Self {
+    pub fn new(mut parent: P) -> Self {
+        let own_features = parent_features(&mut parent);
+        let passthrough = default_map::initial(&mut parent);
         let profile = parent.profile();
         let vrings = (0..profile.queues).map(|_| Vring::default()).collect();
         let group_asids = vec![Asid(0); profile.groups as usize];
@@ -85,6 +93,8 @@ impl<P: Parent> Device<P> {
             group_asids,
             tables: BTreeMap::new(),
             batch: None,
+            passthrough,
+            own_features,
             config_call: None,
             fork_from_owner: FORK_FROM_OWNER,
             parent,
@@ -118,108 +128,10 @@ impl<P: Parent> Device<P> {
         if !self.opened {
             return;
         }
-        self.batch = None;
-        let _ = self.reset_device(false);
-        self.unmap_everything();
-        let _ = self.parent.bind_owner(None);
-        if !faults::is(Fault::OwnerSurvivesClose) {
-            self.ownership.clear();
-        }
+        let _ = self.reset_device(self.cleans_map());
+        self.forget_owner();
         self.config_call = None;
-        self.acked = BackendFeatures::NONE;
-        self.vrings.iter_mut().for_each(Vring::close);
         self.opened = false;
-    }
-
-    // Ownership.
-
-    /// `VHOST_SET_OWNER` (uapi-spec 4.3).
-    ///
-    /// # Errors
-    /// `EBUSY` when there is an owner, also when it is the caller; what the platform or the parent reports.
-    pub fn set_owner(&mut self, caller: &dyn Caller<P::Host>) -> Result<()> {
-        if self.ownership.owner().is_some() {
-            return if faults::is(Fault::SetOwnerTwice) { Ok(()) } else { Err(Errno::BUSY) };
-        }
-        let space = caller.address_space()?;
-        self.parent.bind_owner(Some(&space))?;
-        self.ownership.set(space);
-        Ok(())
-    }
-
-    /// `VHOST_RESET_OWNER`: not part of vhost-vdpa. With argument 0 the owner gets `EFAULT`, anybody else
-    /// `EPERM` (uapi-spec 1.1).
-    ///
-    /// # Errors
-    /// Always.
-    pub fn reset_owner(&mut self, caller: &dyn Caller<P::Host>) -> Result<()> {
-        self.ownership.check(caller)?;
-        Err(Errno::FAULT)
-    }
-
-    /// `VHOST_NEW_OWNER`, with the resolved order of checks (uapi-spec 8.4). Mappings, pins, vring state,
-    /// eventfds, status and negotiated words stay; the pinned-page charge moves to the caller's account.
-    ///
-    /// # Errors
-    /// `EOPNOTSUPP` when not offered; `EINVAL` without an owner; `EBUSY` when the caller is the owner, and in
-    /// strict mode while the device runs; `ENOMEM` over the caller's limit. Nothing changes on an error.
-    pub fn new_owner(&mut self, caller: &dyn Caller<P::Host>) -> Result<()> {
-        let profile = self.parent.profile();
-        let (strict, remap_required) =
-            (profile.strict_new_owner, profile.backend_features.has(BackendFeatures::IOTLB_REMAP));
-        let limit = profile.pin_limit;
-        if !profile.backend_features.has(BackendFeatures::NEW_OWNER) {
-            return Err(Errno::OPNOTSUPP);
-        }
-        let without_owner = if faults::is(Fault::NewOwnerErrno) { Errno::PERM } else { Errno::INVAL };
-        let old = self.ownership.owner().ok_or(without_owner)?;
-        if caller.is(old) && !faults::is(Fault::NewOwnerByOwner) {
-            return Err(Errno::BUSY);
-        }
-        if faults::is(Fault::NewOwnerIgnored) {
-            return Ok(());
-        }
-        if strict && self.status.contains(Status::DRIVER_OK) && !self.suspended {
-            return Err(Errno::BUSY);
-        }
-        let old = old.clone();
-        let space = caller.address_space()?;
-        self.parent.bind_owner(Some(&space))?;
-        if let Err(error) = self.ownership.transfer(space, limit.pages(caller.memlock_pages())) {
-            // Re-binding what was bound a moment ago; its result cannot change what the caller is told.
-            let _ = self.parent.bind_owner(Some(&old));
-            return Err(error);
-        }
-        if remap_required && !faults::is(Fault::StaleReadable) {
-            self.mark_stale();
-        }
-        if faults::is(Fault::NewOwnerUnmaps) {
-            self.unmap_everything();
-        }
-        if faults::is(Fault::NewOwnerResumes) {
-            return self.resume();
-        }
-        Ok(())
-    }
-
-    /// `VHOST_SET_FORK_FROM_OWNER` (uapi-spec 1.6a): stored only, as vhost-vdpa has no workers to fork.
-    ///
-    /// # Errors
-    /// `EBUSY` once there is an owner; `EINVAL` for anything but 0 and 1.
-    pub fn set_fork_from_owner(&mut self, value: u8) -> Result<()> {
-        if self.ownership.owner().is_some() {
-            return Err(Errno::BUSY);
-        }
-        if value > 1 {
-            return Err(Errno::INVAL);
-        }
-        self.fork_from_owner = value;
-        Ok(())
-    }
-
-    /// `VHOST_GET_FORK_FROM_OWNER`.
-    pub const fn fork_from_owner(&self) -> u8 {
-        self.fork_from_owner
     }
 
     // Identity and negotiation.
@@ -237,7 +149,7 @@ impl<P: Parent> Device<P> {
             BackendFeatures::IOTLB_ASID,
         ]);
         let profile = self.parent.profile();
-        let mut offered = BASE | profile.backend_features;
+        let mut offered = BASE | self.own_features;
         if profile.suspend {
             offered = offered.with(BackendFeatures::SUSPEND);
         }
@@ -402,7 +314,7 @@ impl<P: Parent> Device<P> {
         self.group_asids.iter_mut().for_each(|asid| *asid = Asid(0));
         self.parent.reset();
         if clean_map && !faults::is(Fault::ResetKeepsTranslation) {
-            self.clean_parent_map();
+            self.restore_default_map();
         }
         if faults::is(Fault::ResetUnmaps) {
             self.unmap_everything();
@@ -553,6 +465,25 @@ impl<P: Parent> Device<P> {
     pub const fn parent_mut(&mut self) -> &mut P {
         &mut self.parent
     }
+}
+
+/// The parent's own backend features, without those that contradict its translation (uapi-spec 1.4, 8.6).
+///
+/// REMAP needs owner addresses in whole tables (R3, O4, O5), and a device that uses owner addresses offers both
+/// NEW_OWNER and REMAP or neither. Without a translation of its own there is nothing a reset could lose.
+fn parent_features<P: Parent>(parent: &mut P) -> BackendFeatures {
+    const LIVE: BackendFeatures =
+        BackendFeatures::of(&[BackendFeatures::NEW_OWNER, BackendFeatures::IOTLB_REMAP]);
+    let whole_tables = matches!(parent.dma(), Dma::SetMap(_));
+    let platform = matches!(parent.dma(), Dma::Platform);
+    let profile = parent.profile();
+    let mut own = profile.backend_features;
+    if profile.address_mode != AddressMode::OwnerAddresses {
+        own = own.without(BackendFeatures::IOTLB_REMAP);
+    } else if !whole_tables || !own.contains(LIVE) {
+        own = own.without(BackendFeatures::NEW_OWNER).without(BackendFeatures::IOTLB_REMAP);
+    }
+    if platform { own.with(BackendFeatures::IOTLB_PERSIST) } else { own }
 }
 
 /// A summary of what is mapped: see [`Device::mapped`].

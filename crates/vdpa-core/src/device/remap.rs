@@ -84,17 +84,18 @@ impl<P: Parent> Device<P> {
         new.into_iter().for_each(|entry| table.insert(entry));
     }
 
-    /// Puts back what records held before they were remapped, in reverse order. A record that an INVALIDATE
-    /// has shortened since keeps only what is left of it.
+    /// Puts back what records held before they were remapped, in reverse order.
+    ///
+    /// What an INVALIDATE has taken since stays unmapped: an old entry comes back only where all of it is still
+    /// mapped, and elsewhere the part that is left keeps its new address.
     pub(super) fn undo_remaps(&mut self, asid: Asid, remapped: Vec<(RecordId, Vec<Mapping<MemoryOf<P>>>)>) {
         let Some(table) = self.tables.get_mut(&asid) else { return };
         for (record, before) in remapped.into_iter().rev() {
-            let left: Vec<IovaRange> = table.take_fragments(record).iter().map(|entry| entry.range).collect();
-            for entry in before {
-                if left.iter().any(|range| range.overlaps(entry.range)) {
-                    table.insert(entry);
-                }
-            }
+            let left = table.take_fragments(record);
+            let back: Vec<_> = before.into_iter().filter(|entry| covers(&left, entry.range)).collect();
+            let replaced = |range: IovaRange| back.iter().any(|entry| entry.range.overlaps(range));
+            let kept: Vec<_> = left.into_iter().filter(|entry| !replaced(entry.range)).collect();
+            back.into_iter().chain(kept).for_each(|entry| table.insert(entry));
         }
     }
 }
@@ -104,6 +105,21 @@ fn remember<P: Parent>(batch: &mut Batch<P>, record: RecordId, before: Vec<Mappi
     if !batch.remapped.iter().any(|(id, _)| *id == record) {
         batch.remapped.push((record, before));
     }
+}
+
+/// Whether every byte of `range` is in one of `entries`, which are in address order.
+fn covers<M>(entries: &[Mapping<M>], range: IovaRange) -> bool {
+    let mut at = range.first();
+    for entry in entries.iter().filter(|entry| entry.range.overlaps(range)) {
+        if entry.range.first() > at {
+            return false;
+        }
+        match entry.range.last().checked_add(1) {
+            Some(next) if entry.range.last() < range.last() => at = next,
+            _ => return true,
+        }
+    }
+    false
 }
 
 /// A whole record, or exactly one entry (uapi-spec 8.5, R2).

@@ -1,5 +1,7 @@
 //! Tests of the device over an in-memory platform: no operating system, every transition.
 
+mod translation;
+
 use std::sync::{Arc, Mutex};
 
 use super::*;
@@ -89,6 +91,10 @@ impl AddressSpace for Space {
     fn account(&self) -> &PinAccount {
         &self.account
     }
+
+    fn whole(&self) -> Option<Piece> {
+        Some(Piece { object: self.id, offset: 0, size: u64::MAX, shared: false })
+    }
 }
 
 /// A process: its address space is replaced by `exec`.
@@ -134,6 +140,7 @@ struct Seen {
     running: Vec<bool>,
     index: u16,
     stop_fails: bool,
+    refuse_owner: bool,
 }
 
 #[derive(Debug)]
@@ -177,6 +184,9 @@ impl Parent for TestParent {
     fn dma(&mut self) -> Dma<'_, TestHost> {
         Dma::SetMap(self)
     }
+    fn bind_owner(&mut self, owner: Option<&Space>) -> Result<()> {
+        if owner.is_some() && self.seen.lock().unwrap().refuse_owner { Err(Errno::IO) } else { Ok(()) }
+    }
 }
 
 impl SetMap<TestHost> for TestParent {
@@ -219,6 +229,8 @@ fn profile(mode: AddressMode) -> Profile {
         private_memory: PrivateMemory::Skip,
         max_iotlb_entries: 16,
         verify_remap: true,
+        identity_map: false,
+        reset_owner: false,
         strict_new_owner: false,
         status_unsuspends: false,
         report_batch_errors: false,
@@ -351,7 +363,7 @@ fn memlock_limits_updates_and_a_refusal_leaves_no_trace() {
     rig.owner.limit = 4;
     rig.own(iotlb_type::UPDATE, 0, 4 * PAGE, 0x10_0000).unwrap();
     let refused = rig.own(iotlb_type::UPDATE, 0x10_0000, PAGE, 0x10_4000);
-    assert_eq!(refused, Err(IotlbError::MemLock { pages: 1, pinned: 4, limit: 4 }));
+    assert_eq!(refused, Err(IotlbError::MemLock { pages: 1, pinned: 4, limit: 4, what: "RLIMIT_MEMLOCK" }));
     assert_eq!(rig.device.mapped().entries, 1);
     rig.own(iotlb_type::INVALIDATE, 0, 1, 0).unwrap();
     assert_eq!(rig.device.pinned_pages(), 0);

@@ -1,6 +1,7 @@
 //! Structures and numbers of the kernel's headers, one file per header.
 
 pub mod fuse;
+pub mod live;
 pub(crate) mod proc;
 pub mod vhost;
 pub mod virtio;

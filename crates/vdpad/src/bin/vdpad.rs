@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
+use vdpa_sys::uapi::live::{self, Numbers};
 use vdpad::ctl::api::AddRequest;
 use vdpad::daemon::{self, Config, Daemon, StartError};
 use vdpad::front::watchdog::{self, Ended};
@@ -50,6 +51,11 @@ struct Serve {
     /// Seconds without progress after which the watchdog frees the clients
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
     watchdog_timeout: Duration,
+
+    /// Other numbers for the live-update requests, which no released kernel has: NAME=NUMBER,... with new_owner, remap,
+    /// new_owner_bit and remap_bit
+    #[arg(long, value_name = "NUMBERS", env = live::ENV, default_value = "")]
+    live_numbers: Numbers,
 
     /// What to log to standard error: error, warn, info, debug, trace, or filters as in RUST_LOG's syntax
     #[arg(long, value_name = "FILTER", env = "VDPAD_LOG", default_value = "info")]
@@ -120,6 +126,10 @@ fn plant_fault() -> Result<(), std::ffi::OsString> {
 }
 
 fn serve(options: Serve) -> ExitCode {
+    if let Err(error) = live::configure(options.live_numbers) {
+        eprintln!("vdpad: --live-numbers: {error}");
+        return ExitCode::from(2);
+    }
     let root = rustix::process::geteuid().is_root();
     let (Some(dir), Some(control)) = (
         options.dir.or_else(|| default_path("dev", root)),

@@ -10,13 +10,15 @@ use super::timeline::BUCKET_NS;
 /// Columns of the picture; each shows the mean of the milliseconds it stands for.
 const COLUMNS: usize = 1400;
 
-/// An update in the picture: when its first completion came, in ns after the origin.
+/// An update in the picture, in ns after the origin.
 #[derive(Clone, Copy, Debug)]
 pub struct Mark {
     /// Which strategy.
     pub strategy: Strategy,
-    /// When.
-    pub at_ns: u64,
+    /// When the last completion before it was seen.
+    pub from_ns: u64,
+    /// When the first one after it was seen.
+    pub to_ns: u64,
 }
 
 /// Draws completions per millisecond (`counts`) and `marks` into an SVG file.
@@ -24,6 +26,10 @@ pub struct Mark {
 /// # Errors
 /// What the drawing library reports, as text: mostly that the file cannot be written.
 pub fn draw(file: &Path, counts: &[u64], marks: &[Mark]) -> Result<(), String> {
+    // Time begins with the load, not with the preparations.
+    let first = counts.iter().position(|&count| count > 0).unwrap_or(0);
+    let origin_ns = first as u64 * BUCKET_NS;
+    let counts = counts.get(first..).unwrap_or_default();
     let per_column = counts.len().div_ceil(COLUMNS).max(1);
     let series: Vec<(f64, f64)> = counts
         .chunks(per_column)
@@ -34,34 +40,46 @@ pub fn draw(file: &Path, counts: &[u64], marks: &[Mark]) -> Result<(), String> {
         })
         .collect();
     let end = seconds(counts.len() as u64 * BUCKET_NS).max(0.001);
-    let top = series.iter().map(|p| p.1).fold(1.0, f64::max) * 1.1;
+    let top = series.iter().map(|p| p.1).fold(1.0, f64::max) * 1.25;
 
     let root = SVGBackend::new(file, (1500, 500)).into_drawing_area();
     let text = |e: &dyn std::fmt::Display| e.to_string();
     root.fill(&WHITE).map_err(|e| text(&e))?;
     let mut chart = ChartBuilder::on(&root)
         .margin(10)
-        .caption("completions per ms; vertical lines: first completion after an update", ("sans-serif", 18))
+        .caption(
+            "Completions seen by the tenant. Coloured: silence of an update. White gaps: the disk is verified.",
+            ("sans-serif", 18),
+        )
         .x_label_area_size(35)
         .y_label_area_size(55)
         .build_cartesian_2d(0.0..end, 0.0..top)
         .map_err(|e| text(&e))?;
-    chart.configure_mesh().x_desc("s").draw().map_err(|e| text(&e))?;
+    chart
+        .configure_mesh()
+        .disable_mesh()
+        .x_desc("seconds")
+        .y_desc("completions per ms")
+        .draw()
+        .map_err(|e| text(&e))?;
     for strategy in Strategy::ALL {
         let color = color(strategy);
-        let lines = marks
-            .iter()
-            .filter(|m| m.strategy == strategy)
-            .map(|m| PathElement::new(vec![(seconds(m.at_ns), 0.0), (seconds(m.at_ns), top)], color));
+        let at = |ns: u64| seconds(ns.saturating_sub(origin_ns));
+        // An outline, so that a silence of less than a pixel is seen too.
+        let bands = marks.iter().filter(|m| m.strategy == strategy).flat_map(|m| {
+            let corners = [(at(m.from_ns), 0.0), (at(m.to_ns), top)];
+            [Rectangle::new(corners, color.mix(0.4).filled()), Rectangle::new(corners, color.stroke_width(1))]
+        });
         chart
-            .draw_series(lines)
+            .draw_series(bands)
             .map_err(|e| text(&e))?
             .label(strategy.name())
-            .legend(move |(x, y)| PathElement::new(vec![(x, y), (x + 15, y)], color));
+            .legend(move |(x, y)| Rectangle::new([(x, y - 5), (x + 15, y + 5)], color.filled()));
     }
     chart.draw_series(LineSeries::new(series, &BLACK)).map_err(|e| text(&e))?;
     chart
         .configure_series_labels()
+        .position(SeriesLabelPosition::UpperLeft)
         .background_style(WHITE)
         .border_style(BLACK)
         .draw()
@@ -95,7 +113,7 @@ mod tests {
     fn a_picture_has_every_update() {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("chart.svg");
-        let marks = [Mark { strategy: Strategy::Live, at_ns: 2_000_000 }];
+        let marks = [Mark { strategy: Strategy::Live, from_ns: 1_000_000, to_ns: 2_000_000 }];
         draw(&file, &[5, 0, 7], &marks).unwrap();
         let svg = std::fs::read_to_string(&file).unwrap();
         assert!(svg.contains("<svg") && svg.contains("reopen") && svg.contains("#00963C"), "{svg}");

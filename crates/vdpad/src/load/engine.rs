@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use vdpa_client::device::DeviceFile;
@@ -97,6 +98,8 @@ pub struct Engine<D> {
     batch_ns: u64,
     layout: Layout,
     scratch: Vec<u8>,
+    /// From submission to completion in ns, when somebody wants to know.
+    latency: Option<Histogram<u64>>,
 }
 
 /// Where things are in guest memory, in bytes from its start.
@@ -188,6 +191,7 @@ impl<D: DeviceFile> Engine<D> {
             batch_ns: 0,
             scratch: vec![0; usize::from(u16::MAX).max(config.block_size as usize)],
             layout,
+            latency: None,
         })
     }
 
@@ -218,6 +222,7 @@ impl<D: DeviceFile> Engine<D> {
             batch_ns: 0,
             scratch: vec![0; usize::from(u16::MAX).max(config.block_size as usize)],
             layout,
+            latency: None,
         })
     }
 
@@ -250,6 +255,18 @@ impl<D: DeviceFile> Engine<D> {
     #[must_use]
     pub const fn totals(&self) -> &Totals {
         &self.totals
+    }
+
+    /// Measures how long requests take from now on.
+    pub fn measure_latency(&mut self) {
+        // Three digits; fails only for a precision beyond five.
+        self.latency = Histogram::new(3).ok();
+    }
+
+    /// What was measured, in ns.
+    #[must_use]
+    pub const fn latency(&self) -> Option<&Histogram<u64>> {
+        self.latency.as_ref()
     }
 
     /// Requests in flight.
@@ -418,6 +435,10 @@ impl<D: DeviceFile> Engine<D> {
 
     fn judge(&mut self, slot: usize, request: &Request) -> Result<(), LoadError> {
         self.totals.requests += 1;
+        if let Some(latency) = &mut self.latency {
+            // It grows as needed, up to any value.
+            let _ = latency.record(self.last_completion_ns.saturating_sub(request.submitted_ns));
+        }
         if request.overdue {
             // Late, but not lost.
             self.totals.lost = self.totals.lost.saturating_sub(1);

@@ -16,8 +16,10 @@
 //! | [`peer`] | the processes an orchestrator starts |
 //! | [`verify`] | compares the backing file with the ledger |
 //! | [`summary`], [`chart`] | what a demo found out |
-//! | [`demo`] | the orchestrator of `vdpactl demo` |
+//! | [`stage`] | a private daemon with one disk |
+//! | [`demo`], [`mod@bench`] | `vdpactl demo` and `vdpactl bench io` |
 
+pub mod bench;
 pub mod block;
 pub mod chart;
 pub mod demo;
@@ -25,6 +27,7 @@ pub mod engine;
 pub mod ledger;
 pub mod peer;
 pub mod requests;
+pub mod stage;
 pub mod summary;
 pub mod tenant;
 pub mod timeline;

@@ -1,6 +1,8 @@
 //! The devices this daemon can make, and the management devices that make them.
 
 pub(crate) mod blk;
+mod options;
+mod sim;
 pub(crate) mod sim_blk;
 
 use std::fmt::Debug;

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use vdpa_core::Errno;
 use vdpa_core::blk::{BlkConfig, BlkRequest, SECTOR, Segment, ShapeError, Status, kind};
 use vdpa_core::features::{BackendFeatures, Features};
-use vdpa_core::iotlb::Table;
+use vdpa_core::iotlb::{Mapping, Table};
 use vdpa_core::parent::{
-    AddressMode, CompatReset, Dma, Parent, PinLimit, PrivateMemory, Profile, QueueStats, SetMap,
+    AddressMode, CompatReset, Dma, DmaMap, Parent, PinLimit, PrivateMemory, Profile, QueueStats, SetMap,
 };
 use vdpa_core::types::{Asid, IovaRange, QueueIndex, Result};
 use vdpa_core::vq::{QueueSetup, QueueState};
@@ -16,6 +16,7 @@ use vdpa_sys::uring::OwnedBuf;
 
 use super::MgmtDevice;
 use super::blk::copy_config;
+use super::sim::{Options, SingleMappings};
 use crate::ctl::api::{Attrs, CtlError, ID_BLOCK, MgmtDev};
 use crate::front::vhost::AnyParent;
 use crate::worker::{After, Disk, Verdict, View, Worker};
@@ -44,28 +45,23 @@ impl MgmtDevice for SimBlkMgmt {
     }
 
     fn create(&self, name: &str, attrs: &Attrs) -> Result<AnyParent, CtlError> {
-        if let Some((attr, _)) = attrs.iter().next() {
-            return Err(CtlError::new(Errno::OPNOTSUPP, format!("sim-blk has no attribute \"{attr}\""))
-                .with_hint("It has none, as the kernel's vdpasim_blk."));
-        }
+        let options = Options::parse("sim-blk", attrs, &[])?;
         let worker = Worker::spawn(name, 1, RamDisk::new()).map_err(|errno| {
             CtlError::new(errno, format!("cannot start the worker of {name}: {errno}"))
                 .with_hint("Check the sysctl kernel.io_uring_disabled and the seccomp policy of the daemon.")
         })?;
-        Ok(Box::new(SimBlk { profile: profile(), worker }))
+        let mappings = SingleMappings::default();
+        Ok(Box::new(SimBlk { profile: options.apply(profile()), options, mappings, worker }))
     }
 }
 
+/// What the options leave open; they decide the rest.
 fn profile() -> Profile {
     Profile {
         device_id: ID_BLOCK,
         vendor_id: 0,
         features: Features(0x3_0800_7646),
-        backend_features: BackendFeatures::of(&[
-            BackendFeatures::ENABLE_AFTER_DRIVER_OK,
-            BackendFeatures::NEW_OWNER,
-            BackendFeatures::IOTLB_REMAP,
-        ]),
+        backend_features: BackendFeatures::NONE,
         queues: 1,
         queue_size_max: 256,
         queue_groups: Vec::new(),
@@ -83,6 +79,8 @@ fn profile() -> Profile {
         private_memory: PrivateMemory::Skip,
         max_iotlb_entries: 2048,
         verify_remap: true,
+        identity_map: true,
+        reset_owner: false,
         strict_new_owner: false,
         status_unsuspends: true,
         report_batch_errors: false,
@@ -110,7 +108,18 @@ fn config() -> BlkConfig {
 #[derive(Debug)]
 struct SimBlk {
     profile: Profile,
+    options: Options,
+    /// With `batch_mapping off`.
+    mappings: SingleMappings,
     worker: Worker,
+}
+
+impl SimBlk {
+    /// Gives the worker a table. Requests are answered before the next command is looked at, so there is never one
+    /// in flight, and draining only makes the queue look its ring up again.
+    fn show(&self, table: &Table<GuestMemory>) -> Result<()> {
+        self.worker.set_view(Arc::new(View::new(table, Vec::new())), true)
+    }
 }
 
 impl Parent for SimBlk {
@@ -150,7 +159,7 @@ impl Parent for SimBlk {
     }
 
     fn dma(&mut self) -> Dma<'_, LinuxHost> {
-        Dma::SetMap(self)
+        if self.options.batch_mapping { Dma::SetMap(self) } else { Dma::DmaMap(self) }
     }
 
     fn queue_stats(&self, index: QueueIndex) -> QueueStats {
@@ -160,9 +169,26 @@ impl Parent for SimBlk {
 
 impl SetMap<LinuxHost> for SimBlk {
     fn set_map(&mut self, _asid: Asid, table: &Table<GuestMemory>) -> Result<()> {
-        // Requests are answered before the next command is looked at, so there is never one in flight, and
-        // draining only makes the queue look its ring up again.
-        self.worker.set_view(Arc::new(View::new(table, Vec::new())), true)
+        if let Err(full) = self.options.check_room(table.len()) {
+            // As in the kernel, where filling the table has begun by emptying it.
+            self.show(&Table::default())?;
+            return Err(full);
+        }
+        self.show(table)
+    }
+}
+
+impl DmaMap<LinuxHost> for SimBlk {
+    fn dma_map(&mut self, _asid: Asid, mapping: &Mapping<GuestMemory>) -> Result<()> {
+        self.mappings.insert(mapping, &self.options)?;
+        self.show(&self.mappings.table())
+    }
+
+    fn dma_unmap(&mut self, _asid: Asid, range: IovaRange) {
+        self.mappings.remove(range);
+        if let Err(errno) = self.show(&self.mappings.table()) {
+            tracing::error!("the worker is gone, nothing uses its mappings any more: {errno}");
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
 
 use vdpa_core::Errno;
-use vdpa_core::blk::{BlkRequest, Status};
+use vdpa_core::blk::{BlkRequest, Status, kind};
 use vdpa_core::iotlb::Table;
 use vdpa_core::ring::{Chain, Memory, RingError};
 use vdpa_core::types::{QueueIndex, Result};
@@ -57,6 +57,8 @@ struct Pending {
     /// Address of the status byte.
     status: u64,
     after: After,
+    /// Bytes of data that the driver wants written.
+    data_out: u64,
     view: Arc<View>,
 }
 
@@ -283,6 +285,7 @@ impl<D: Disk> Server<D> {
             head: chain.head,
             status: request.status,
             after: After::Hint,
+            data_out: if request.header.kind == kind::OUT { request.data_out.len() } else { 0 },
             view: Arc::clone(view),
         };
         self.carry_out(Some(queue), pending, verdict);
@@ -357,7 +360,8 @@ impl<D: Disk> Server<D> {
     fn answer_request(&mut self, queue: Option<&mut Queue>, pending: &Pending, status: Status, written: u32) {
         let index = usize::from(pending.queue);
         if let Some(counters) = self.counters.get(index) {
-            counters.count(u64::from(written), status);
+            let data_out = if status == Status::Ok { pending.data_out } else { 0 };
+            counters.count(data_out + u64::from(written), status);
         }
         let told = pending.view.snapshot().write(pending.status, &[status.byte()]);
         let queue = match queue {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use vdpa_core::iotlb::Table;
+use vdpa_core::iotlb::{Mapping, Table};
 use vdpa_core::ring::{BufferSlice, Fault};
 use vdpa_core::types::Perm;
 use vdpa_sys::guest::GuestMemory;
@@ -32,9 +32,15 @@ pub(crate) struct View {
 impl View {
     /// A picture of `table`. `pins` are sorted by address and lie in mappings of the table.
     pub(crate) fn new(table: &Table<GuestMemory>, pins: Vec<Pin>) -> Self {
+        Self::of(&table.iter().collect::<Vec<_>>(), pins)
+    }
+
+    /// As [`new`](Self::new), of some entries of a table, in address order.
+    pub(crate) fn of(entries: &[&Mapping<GuestMemory>], pins: Vec<Pin>) -> Self {
         debug_assert!(pins.is_sorted_by_key(|pin| pin.addr));
-        let maps = table.iter().filter_map(|entry| entry.memory.stable());
-        Self { snapshot: Snapshot::new(table), memory: Arc::new(MemorySet::new(maps)), pins }
+        let maps = entries.iter().filter_map(|entry| entry.memory.stable());
+        let memory = Arc::new(MemorySet::new(maps));
+        Self { snapshot: Snapshot::of(entries.iter().copied()), memory, pins }
     }
 
     /// The memory by I/O virtual address.

@@ -1,5 +1,9 @@
-//! A bus made of constants, the real server in front of it, and the real binaries as callers.
+//! A bus made of constants, the real server in front of it, and the real binaries as callers; and, in modules of
+//! their own, the real daemon and clients of its devices.
 #![expect(dead_code, reason = "every test binary uses its own part")]
+
+pub(crate) mod blk;
+pub(crate) mod daemon;
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;

@@ -80,7 +80,7 @@ pub mod open_flags {
     pub const NOFLUSH: u32 = 1 << 5;
 }
 
-/// `FUSE_IOCTL_*`: flags of [`IoctlIn`].
+/// `FUSE_IOCTL_*`: flags of [`IoctlIn`](super::IoctlIn).
 pub mod ioctl_flags {
     /// A 32-bit caller on a 64-bit kernel.
     pub const COMPAT: u32 = 1 << 0;
@@ -90,7 +90,7 @@ pub mod ioctl_flags {
     pub const DIR: u32 = 1 << 4;
 }
 
-/// `FATTR_*`: which fields of [`SetattrIn`] count.
+/// `FATTR_*`: which fields of [`SetattrIn`](super::SetattrIn) count.
 pub mod setattr_valid {
     /// `mode`.
     pub const MODE: u32 = 1 << 0;

@@ -25,7 +25,7 @@ use std::process::ExitCode;
 use clap::{ArgAction, Parser, Subcommand};
 use vdpad::ctl::DEFAULT_SOCKET;
 use vdpad::ctl::client::Client;
-use vdpad::load::{demo, tenant};
+use vdpad::load::{bench, demo, tenant};
 
 use failure::Failure;
 use output::Format;
@@ -92,6 +92,12 @@ enum Object {
     },
     /// Shows what updates of a running client cost, and that nothing is lost
     Demo(Box<demo::Options>),
+    /// Measures devices
+    Bench {
+        /// What
+        #[command(subcommand)]
+        what: Bench,
+    },
     /// The client that "demo" updates
     #[command(hide = true)]
     Tenant {
@@ -102,6 +108,13 @@ enum Object {
     Help,
     #[command(external_subcommand)]
     Other(Vec<String>),
+}
+
+/// What can be measured.
+#[derive(Debug, Subcommand)]
+enum Bench {
+    /// Verified random requests: rate and latency
+    Io(Box<bench::Options>),
 }
 
 /// What every command needs.
@@ -115,8 +128,20 @@ struct Session {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    if let Some(Object::Demo(_) | Object::Bench { .. }) = &cli.object
+        && let Err(error) = own_namespace()
+    {
+        eprintln!("vdpactl: cannot start a private daemon without root: {error}");
+        return ExitCode::from(1);
+    }
+    // The demonstration drives a device itself, and so do the images it becomes.
+    if let Err(error) = vdpa_sys::uapi::live::configure_from_env() {
+        eprintln!("vdpactl: {}: {error}", vdpa_sys::uapi::live::ENV);
+        return ExitCode::from(2);
+    }
     match &cli.object {
         Some(Object::Demo(options)) => return demo::main(options, cli.options.json),
+        Some(Object::Bench { what: Bench::Io(options) }) => return bench::main(options, cli.options.json),
         Some(Object::Tenant { config }) => return tenant::main(config),
         _ => {}
     }
@@ -127,6 +152,12 @@ fn main() -> ExitCode {
             ExitCode::from(1)
         }
     }
+}
+
+/// An ordinary user's private daemon and its clients share a namespace of their own. First thing, while there is one
+/// thread.
+fn own_namespace() -> Result<(), vdpa_sys::userns::UserNsError> {
+    if rustix::process::geteuid().is_root() { Ok(()) } else { vdpa_sys::userns::enter() }
 }
 
 fn run(Cli { options, object }: Cli) -> Result<(), Failure> {
@@ -143,7 +174,7 @@ fn run(Cli { options, object }: Cli) -> Result<(), Failure> {
     match object {
         Some(Object::Mgmtdev { words }) => mgmtdev::run(&session, &words),
         Some(Object::Dev { words, force }) => dev::run(&session, &words, force),
-        None | Some(Object::Help | Object::Demo(_) | Object::Tenant { .. }) => {
+        None | Some(Object::Help | Object::Demo(_) | Object::Bench { .. } | Object::Tenant { .. }) => {
             eprint!("{HELP}");
             Ok(())
         }
@@ -155,7 +186,7 @@ fn run(Cli { options, object }: Cli) -> Result<(), Failure> {
 
 const HELP: &str = "\
 Usage: vdpactl [ OPTIONS ] OBJECT { COMMAND | help }
-where  OBJECT := { mgmtdev | dev | demo }
+where  OBJECT := { mgmtdev | dev | demo | bench }
        OPTIONS := { -V[ersion] | -n[o-nice-names] | -j[son] | -p[retty] |
                     -s[tatistics] | --socket PATH }
 ";

@@ -269,7 +269,12 @@ fn unmount_logged(dir: &Path) {
 /// # Errors
 /// [`ServeError::Served`], [`ServeError::Hung`], [`ServeError::Directory`] and [`ServeError::Mount`].
 pub fn prepare_dir(dir: &Path) -> Result<PathBuf, ServeError> {
-    let failed = |source| ServeError::Directory { dir: dir.into(), source };
+    let failed = |source: std::io::Error| {
+        // Of something that is no directory, making it says that it exists.
+        let exists = source.kind() == std::io::ErrorKind::AlreadyExists;
+        let source = if exists { OsErrno::NOTDIR.into() } else { source };
+        ServeError::Directory { dir: dir.into(), source }
+    };
     let absolute = std::path::absolute(dir).map_err(failed)?;
     // Only the parent is resolved at first: a dead or hanging mount must not be touched.
     let target = match (absolute.parent(), absolute.file_name()) {

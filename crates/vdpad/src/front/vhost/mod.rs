@@ -6,19 +6,19 @@ mod wire;
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::Mutex;
 use vdpa_core::device::Device;
 use vdpa_core::faults::{self, Fault};
-use vdpa_core::features::{BackendFeatures, Features, Status};
+use vdpa_core::features::{Features, Status};
 use vdpa_core::parent::Parent;
 use vdpa_core::types::{Asid, GroupIndex, IovaRange, QueueIndex, Result, VringAddr};
 use vdpa_core::{Errno, device::IotlbError};
 use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::guest::LinuxHost;
 use vdpa_sys::process::{Caller, OwnerSpace, ProcessCaller, Spaces};
+use vdpa_sys::uapi::live::{self, Numbers};
 use vdpa_sys::uapi::vhost as uapi;
 use zerocopy::IntoBytes;
 
@@ -28,9 +28,10 @@ use crate::rate::RateLimit;
 /// The decoders, for fuzz targets.
 #[cfg(fuzzing)]
 pub mod fuzzing {
+    use vdpa_core::features::BackendFeatures;
     use vdpa_core::types::IotlbMsg;
 
-    use super::{Asid, BackendFeatures, Result, uapi, wire};
+    use super::{Asid, Result, uapi, wire};
 
     /// Decodes one `write`, with these backend features acknowledged.
     ///
@@ -65,13 +66,14 @@ const CONFIG_MAX: u32 = 1 << 16;
 /// A device behind a vhost-vdpa file.
 pub struct VhostVdpaFile {
     name: String,
-    device: SharedDevice,
+    /// `None` when the device was taken away: nothing reaches it any more, and what it holds is free although a
+    /// client may keep the file open.
+    device: Mutex<Option<SharedDevice>>,
     spaces: Spaces,
     refusals: RateLimit,
     /// When the present owner became it.
     owned_since: Mutex<Option<SystemTime>>,
-    /// The device was taken away: nothing reaches it any more.
-    gone: AtomicBool,
+    numbers: Numbers,
 }
 
 impl fmt::Debug for VhostVdpaFile {
@@ -86,11 +88,11 @@ impl VhostVdpaFile {
     pub fn new(name: String, device: SharedDevice, spaces: Spaces) -> Self {
         Self {
             name,
-            device,
+            device: Mutex::new(Some(device)),
             spaces,
             refusals: RateLimit::per_second(5),
             owned_since: Mutex::new(None),
-            gone: AtomicBool::new(false),
+            numbers: live::configured(),
         }
     }
 
@@ -105,17 +107,23 @@ impl VhostVdpaFile {
     /// # Errors
     /// `EBUSY` when a request did not end in time; nothing has changed then.
     pub fn take_away(&self, patience: Duration) -> Result<()> {
-        let mut device = self.device.try_lock_for(patience).ok_or(Errno::BUSY)?;
-        self.gone.store(true, Ordering::Release);
+        let Some(device) = self.device.lock().clone() else { return Ok(()) };
+        let mut device = device.try_lock_for(patience).ok_or(Errno::BUSY)?;
+        *self.device.lock() = None;
         device.release();
         *self.owned_since.lock() = None;
         Ok(())
     }
 
-    /// The device, unless it was taken away.
-    fn lock(&self) -> Result<MutexGuard<'_, Device<AnyParent>>> {
-        let device = self.device.lock();
-        if self.gone.load(Ordering::Acquire) { Err(Errno::NODEV) } else { Ok(device) }
+    /// Calls the device, unless it was taken away.
+    fn with<T>(&self, call: impl FnOnce(&mut Device<AnyParent>) -> Result<T>) -> Result<T> {
+        let device = self.device.lock().clone().ok_or(Errno::NODEV)?;
+        let mut device = device.lock();
+        // It may have been taken away while this waited for it.
+        if self.device.lock().is_none() {
+            return Err(Errno::NODEV);
+        }
+        call(&mut device)
     }
 
     fn log_owner(&self, space: Option<&OwnerSpace>, how: &str) {
@@ -176,9 +184,12 @@ impl VhostVdpaFile {
         Some(match call.cmd {
             uapi::VHOST_GET_FEATURES => reply(&profile.features.0),
             uapi::VHOST_SET_FEATURES => word().and_then(|word| done(device.set_features(Features(word)))),
-            uapi::VHOST_GET_BACKEND_FEATURES => reply(&device.backend_features().0),
+            uapi::VHOST_GET_BACKEND_FEATURES => {
+                reply(&self.numbers.features_to_wire(device.backend_features()))
+            }
             uapi::VHOST_SET_BACKEND_FEATURES => {
-                word().and_then(|word| done(device.set_backend_features(BackendFeatures(word))))
+                let features = word().map(|word| self.numbers.features_from_wire(word));
+                features.and_then(|features| done(device.set_backend_features(features)))
             }
             uapi::VHOST_SET_LOG_BASE | uapi::VHOST_SET_LOG_FD => Err(Errno::NOTTY),
             uapi::VHOST_VDPA_GET_DEVICE_ID => reply(&profile.device_id),
@@ -223,9 +234,16 @@ impl VhostVdpaFile {
                 self.log_owner(device.owner(), "owner set");
                 return Ok(IoctlReply::default());
             }
-            uapi::VHOST_NEW_OWNER => {
+            request if request == self.numbers.new_owner => {
                 device.new_owner(&caller)?;
                 self.log_owner(device.owner(), "owner changed");
+                return Ok(IoctlReply::default());
+            }
+            // Where it is not supported it goes the way of all unknown requests, as in the kernel.
+            uapi::VHOST_RESET_OWNER if device.profile().reset_owner => {
+                device.reset_owner(&caller)?;
+                *self.owned_since.lock() = None;
+                tracing::info!(device = %self.name, tid = call.tid, "owner reset");
                 return Ok(IoctlReply::default());
             }
             _ if faults::is(Fault::IndexBeforeOwner) => drop(self.vring_index(device, call, &caller)?),
@@ -355,22 +373,24 @@ fn process(tid: u32) -> Result<Caller> {
 
 impl DeviceFile for VhostVdpaFile {
     fn open(&self, _flags: u32) -> Result<()> {
-        self.lock()?.open()
+        self.with(Device::open)
     }
 
     fn release(&self) {
-        if let Ok(mut device) = self.lock() {
+        let release = |device: &mut Device<AnyParent>| {
             device.release();
             *self.owned_since.lock() = None;
-        }
+            Ok(())
+        };
+        // A device that was taken away has been released.
+        let _ = self.with(release);
     }
 
     fn ioctl(&self, call: &IoctlCall<'_>) -> Result<IoctlReply> {
-        let mut device = self.lock()?;
-        let result = match self.direct(&mut device, call) {
+        let result = self.with(|device| match self.direct(device, call) {
             Some(result) => result,
-            None => self.owned(&mut device, call),
-        };
+            None => self.owned(device, call),
+        });
         tracing::trace!(
             device = %self.name,
             tid = call.tid,
@@ -382,15 +402,17 @@ impl DeviceFile for VhostVdpaFile {
     }
 
     fn write(&self, tid: u32, data: &[u8]) -> Result<u32> {
-        let mut device = self.lock()?;
-        let (asid, msg) = wire::iotlb_message(data, device.acked_backend_features())?;
-        let process = process(tid)?;
-        let caller = ProcessCaller { caller: &process, spaces: &self.spaces };
-        let result = device.iotlb(&caller, asid, &msg);
-        tracing::trace!(device = %self.name, tid, %asid, ?msg, ?result, "IOTLB");
-        result.map(|()| wire::MESSAGE_SIZE).map_err(|error| {
-            self.log_refusal(tid, asid, &error);
-            error.errno()
+        self.with(|device| {
+            let (asid, mut msg) = wire::iotlb_message(data, device.acked_backend_features())?;
+            msg.kind = self.numbers.message_from_wire(msg.kind);
+            let process = process(tid)?;
+            let caller = ProcessCaller { caller: &process, spaces: &self.spaces };
+            let result = device.iotlb(&caller, asid, &msg);
+            tracing::trace!(device = %self.name, tid, %asid, ?msg, ?result, "IOTLB");
+            result.map(|()| wire::MESSAGE_SIZE).map_err(|error| {
+                self.log_refusal(tid, asid, &error);
+                error.errno()
+            })
         })
     }
 }

@@ -11,10 +11,11 @@ use vdpa_core::Errno;
 use vdpa_core::blk::BlkConfig;
 use vdpa_core::features::{BackendFeatures, Features};
 use vdpa_core::iotlb::{Mapping, Table};
-use vdpa_core::parent::{AddressMode, CompatReset, Dma, Parent, PrivateMemory, Profile, QueueStats, SetMap};
+use vdpa_core::parent::{AddressMode, Dma, Parent, PrivateMemory, Profile, QueueStats, SetMap};
 use vdpa_core::types::{Asid, IovaRange, QueueIndex, Result};
 use vdpa_core::vq::{QueueSetup, QueueState};
 use vdpa_sys::guest::{GuestMemory, LinuxHost};
+use vdpa_sys::rlimit;
 use zerocopy::IntoBytes;
 
 use self::disk::FileDisk;
@@ -144,12 +145,14 @@ fn profile(options: &Options, backing: &Backing) -> Profile {
         resume: true,
         vring_size: true,
         reset_map: true,
-        compat_reset: CompatReset::Keep,
+        compat_reset: options.compat_reset,
         address_mode: if options.pin { AddressMode::Pinned } else { AddressMode::Objects },
         pin_limit: options.pin_limit,
         private_memory: PrivateMemory::Copy,
         max_iotlb_entries: 2048,
         verify_remap: true,
+        identity_map: false,
+        reset_owner: options.reset_owner,
         strict_new_owner: options.strict_new_owner,
         status_unsuspends: false,
         report_batch_errors: true,
@@ -203,21 +206,33 @@ impl Parent for Blk {
 impl SetMap<LinuxHost> for Blk {
     fn set_map(&mut self, _asid: Asid, table: &Table<GuestMemory>) -> Result<()> {
         let registrar = self.worker.registrar();
-        let pinned = match &mut self.pins {
-            Some(pins) => pins.pin_new(table, registrar).inspect_err(|errno| {
-                tracing::warn!(device = %self.name, "guest memory cannot be pinned: {errno}");
-            })?,
-            None => Vec::new(),
-        };
-        let view = Arc::new(View::new(table, pinned));
-        let now: Vec<_> = table.iter().map(place).collect();
+        let pinned = self.pins.as_mut().map_or(Ok(()), |pins| pins.pin_new(table, registrar));
+        // Also when something cannot be pinned: that is not served then, and what the table has no more must be out
+        // of reach whatever happens.
+        let serves = |entry: &&Mapping<_>| self.pins.as_ref().is_none_or(|pins| pins.serves(entry));
+        let entries: Vec<_> = table.iter().filter(serves).collect();
+        let pins = self.pins.as_ref().map(|pins| pins.of(&entries)).unwrap_or_default();
+        let now: Vec<_> = entries.iter().map(|entry| place(entry)).collect();
         let gone = self.mapped.iter().any(|before| now.binary_search(before).is_err());
-        self.worker.set_view(view, gone)?;
+        self.worker.set_view(Arc::new(View::of(&entries, pins)), gone)?;
         self.mapped = now;
         if let Some(pins) = &mut self.pins {
             pins.unpin_gone(table, self.worker.registrar());
         }
-        Ok(())
+        pinned.inspect_err(|errno| {
+            tracing::warn!(device = %self.name, "guest memory cannot be pinned: {errno}{}", remedy(*errno));
+        })
+    }
+}
+
+/// What can be done about a refused pin, for the log.
+fn remedy(errno: Errno) -> String {
+    match rlimit::memlock().soft {
+        Some(bytes) if errno == Errno::NOMEM => format!(
+            "; without CAP_IPC_LOCK this daemon may lock {bytes} bytes in all (RLIMIT_MEMLOCK): raise that, or add \
+             the device with pin off"
+        ),
+        _ => String::new(),
     }
 }
 

@@ -5,12 +5,13 @@ use std::path::PathBuf;
 use vdpa_core::Errno;
 use vdpa_core::blk::ID_BYTES;
 use vdpa_core::host::PAGE_SIZE;
-use vdpa_core::parent::PinLimit;
+use vdpa_core::parent::{CompatReset, PinLimit};
 
 use crate::ctl::api::{Attrs, CtlError};
+use crate::parent::options::{compat_reset, invalid, reject_unknown};
 
 /// Names of the attributes and what they take, for the error that lists them.
-const KNOWN: [(&str, &str); 9] = [
+const KNOWN: [(&str, &str); 11] = [
     ("path", "FILE"),
     ("readonly", "on|off"),
     ("direct", "on|off"),
@@ -19,6 +20,8 @@ const KNOWN: [(&str, &str); 9] = [
     ("queues", "1-64"),
     ("queue_size", "2-32768, a power of two"),
     ("serial", "TEXT of at most 20 bytes"),
+    ("compat_reset", "keep|clean"),
+    ("reset_owner", "on|off"),
     ("strict_new_owner", "on|off"),
 ];
 
@@ -37,13 +40,17 @@ pub(super) struct Options {
     pub(super) queue_size: u16,
     /// The device id, padded with zeros.
     pub(super) serial: [u8; ID_BYTES],
+    /// What a reset without IOTLB_PERSIST does to the translation.
+    pub(super) compat_reset: CompatReset,
+    /// Let RESET_OWNER work.
+    pub(super) reset_owner: bool,
     pub(super) strict_new_owner: bool,
 }
 
 impl Options {
     /// Reads the attributes; `name` is the default serial.
     pub(super) fn parse(name: &str, attrs: &Attrs) -> Result<Self, CtlError> {
-        reject_unknown(attrs)?;
+        reject_unknown("blk", attrs, &KNOWN)?;
         let path = attrs.get("path").filter(|path| !path.is_empty()).ok_or_else(|| {
             CtlError::new(Errno::INVAL, "blk needs the attribute path")
                 .with_hint("Give the file or block device that holds the data: path /srv/disk.img")
@@ -67,6 +74,8 @@ impl Options {
             queues: number("queues", 1, 64, 4)?,
             queue_size,
             serial: serial(attrs.get("serial"), name)?,
+            compat_reset: compat_reset(attrs, CompatReset::Keep)?,
+            reset_owner: switch("reset_owner", false)?,
             strict_new_owner: switch("strict_new_owner", false)?,
         })
     }
@@ -99,21 +108,6 @@ fn serial(given: Option<&str>, name: &str) -> Result<[u8; ID_BYTES], CtlError> {
     Ok(serial)
 }
 
-fn reject_unknown(attrs: &Attrs) -> Result<(), CtlError> {
-    match attrs.iter().find(|(name, _)| KNOWN.iter().all(|(known, _)| known != name)) {
-        None => Ok(()),
-        Some((name, _)) => {
-            let list: Vec<String> = KNOWN.iter().map(|(name, takes)| format!("{name} {takes}")).collect();
-            Err(CtlError::new(Errno::OPNOTSUPP, format!("blk has no attribute \"{name}\""))
-                .with_hint(format!("It has: {}.", list.join(", "))))
-        }
-    }
-}
-
-fn invalid(error: impl std::fmt::Display) -> CtlError {
-    CtlError::new(Errno::INVAL, error.to_string())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -128,6 +122,7 @@ mod tests {
     fn defaults_and_every_attribute() {
         let options = Options::parse("disk0", &attrs(&[("path", "/d")])).unwrap();
         assert!(options.pin && !options.direct && !options.read_only && !options.strict_new_owner);
+        assert!(options.compat_reset == CompatReset::Keep && !options.reset_owner);
         assert_eq!((options.queues, options.queue_size), (4, 256));
         assert_eq!(&options.serial[..6], b"disk0\0");
         let all = [
@@ -139,10 +134,13 @@ mod tests {
             ("queues", "64"),
             ("queue_size", "1024"),
             ("serial", "12345678901234567890"),
+            ("compat_reset", "clean"),
+            ("reset_owner", "on"),
         ];
         let options = Options::parse("x", &attrs(&all)).unwrap();
         assert!(!options.pin && options.direct && options.read_only);
         assert_eq!(options.pin_limit, PinLimit::Pages(2));
+        assert!(options.compat_reset == CompatReset::Clean && options.reset_owner);
         assert_eq!((options.queues, options.queue_size, options.serial[19]), (64, 1024, b'0'));
     }
 

@@ -43,12 +43,10 @@ impl Pins {
     /// Pins what `table` has and was not pinned yet. Blocks while pages are brought in and pinned, about half a
     /// second for each fresh 4 GiB of 4 KiB pages.
     ///
-    /// Returns all pins of the table, by address.
-    ///
     /// # Errors
     /// `ENOMEM` when the daemon's own RLIMIT_MEMLOCK or the slots do not suffice, `EFAULT`, `EOPNOTSUPP` for file
     /// systems whose pages cannot be pinned; what was pinned by this call is unpinned again.
-    pub(super) fn pin_new(&mut self, table: &Table<GuestMemory>, registrar: &Registrar) -> Result<Vec<Pin>> {
+    pub(super) fn pin_new(&mut self, table: &Table<GuestMemory>, registrar: &Registrar) -> Result<()> {
         let mut added = Vec::new();
         for entry in table.iter() {
             let Some((addr, len)) = pinnable(entry) else { continue };
@@ -63,7 +61,27 @@ impl Pins {
                 }
             }
         }
-        Ok(self.pins_of(table))
+        Ok(())
+    }
+
+    /// Whether an entry may be used: it is pinned, or is not of the kind that is.
+    pub(super) fn serves(&self, entry: &Mapping<GuestMemory>) -> bool {
+        pinnable(entry).is_none_or(|(addr, _)| self.regions.contains_key(&addr))
+    }
+
+    /// The pins of these entries, by address.
+    pub(super) fn of(&self, entries: &[&Mapping<GuestMemory>]) -> Vec<Pin> {
+        let mut pins: Vec<Pin> = entries
+            .iter()
+            .filter_map(|entry| pinnable(entry))
+            .filter_map(|(addr, _)| self.regions.get_key_value(&addr))
+            .flat_map(|(&addr, region)| {
+                let place = |(piece, &slot): (IoPiece, &u16)| Pin { addr: piece.addr, len: piece.len, slot };
+                pieces(addr, region.len).zip(&region.slots).map(place)
+            })
+            .collect();
+        pins.sort_unstable_by_key(|pin| pin.addr);
+        pins
     }
 
     /// Unpins what `table` has no more. Nothing may use it.
@@ -119,20 +137,6 @@ impl Pins {
                 Err(error) => tracing::error!(slot, "a pinned buffer cannot be released: {error}"),
             }
         }
-    }
-
-    fn pins_of(&self, table: &Table<GuestMemory>) -> Vec<Pin> {
-        let mut pins: Vec<Pin> = table
-            .iter()
-            .filter_map(pinnable)
-            .filter_map(|(addr, _)| self.regions.get_key_value(&addr))
-            .flat_map(|(&addr, region)| {
-                let place = |(piece, &slot): (IoPiece, &u16)| Pin { addr: piece.addr, len: piece.len, slot };
-                pieces(addr, region.len).zip(&region.slots).map(place)
-            })
-            .collect();
-        pins.sort_unstable_by_key(|pin| pin.addr);
-        pins
     }
 }
 

@@ -1,0 +1,135 @@
+//! Who owns the device: SET_OWNER, NEW_OWNER, RESET_OWNER (uapi-spec 4.3, 8.4).
+
+use crate::device::vring::Vring;
+use crate::device::{Device, FORK_FROM_OWNER};
+use crate::errno::Errno;
+use crate::faults::{self, Fault};
+use crate::features::{BackendFeatures, Features, Status};
+use crate::host::Caller;
+use crate::parent::Parent;
+use crate::types::Result;
+
+impl<P: Parent> Device<P> {
+    /// `VHOST_SET_OWNER` (uapi-spec 4.3).
+    ///
+    /// # Errors
+    /// `EBUSY` when there is an owner, also when it is the caller; what the platform reports; what the parent
+    /// reports, and the device has then forgotten what was negotiated, as after a close.
+    pub fn set_owner(&mut self, caller: &dyn Caller<P::Host>) -> Result<()> {
+        if self.ownership.owner().is_some() {
+            return if faults::is(Fault::SetOwnerTwice) { Ok(()) } else { Err(Errno::BUSY) };
+        }
+        let space = caller.address_space()?;
+        self.parent.bind_owner(Some(&space)).inspect_err(|_| self.forget_negotiation())?;
+        self.ownership.set(space);
+        self.follow_owner();
+        Ok(())
+    }
+
+    /// `VHOST_RESET_OWNER` with argument 0.
+    ///
+    /// In the kernel not part of vhost-vdpa: the owner gets `EFAULT` (uapi-spec 1.1). With
+    /// [`Profile::reset_owner`](crate::parent::Profile::reset_owner) the device is as after a close and an open,
+    /// without an owner and with nothing mapped or pinned, and stays open. Blocks as a reset does.
+    ///
+    /// # Errors
+    /// `EPERM`; `EFAULT` where it is not supported; `EIO` when a queue does not come to rest, and the owner and
+    /// the mappings stay then.
+    pub fn reset_owner(&mut self, caller: &dyn Caller<P::Host>) -> Result<()> {
+        self.ownership.check(caller)?;
+        if !self.parent.profile().reset_owner {
+            return Err(Errno::FAULT);
+        }
+        self.reset_device(false)?;
+        self.forget_owner();
+        Ok(())
+    }
+
+    /// `VHOST_NEW_OWNER`, with the resolved order of checks (uapi-spec 8.4). Mappings, pins, vring state,
+    /// eventfds, status, negotiated words and an open batch stay; the pinned-page charge moves to the caller's
+    /// account, whether or not the old owner still lives.
+    ///
+    /// Whoever holds the device may call it, suspended or not (O1, O2).
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` when not offered; `EINVAL` without an owner; `EBUSY` when the caller is the owner, and in
+    /// strict mode while the device runs; `ENOMEM` over the caller's limit; what the platform or the parent
+    /// reports. Nothing changes on an error.
+    pub fn new_owner(&mut self, caller: &dyn Caller<P::Host>) -> Result<()> {
+        if !self.own_features.has(BackendFeatures::NEW_OWNER) {
+            return Err(Errno::OPNOTSUPP);
+        }
+        let without_owner = if faults::is(Fault::NewOwnerErrno) { Errno::PERM } else { Errno::INVAL };
+        let old = self.ownership.owner().ok_or(without_owner)?;
+        // Before the limit, so that the owner's own pages are never counted twice (N1).
+        if caller.is(old) && !faults::is(Fault::NewOwnerByOwner) {
+            return Err(Errno::BUSY);
+        }
+        if faults::is(Fault::NewOwnerIgnored) {
+            return Ok(());
+        }
+        let profile = self.parent.profile();
+        if profile.strict_new_owner && self.status.contains(Status::DRIVER_OK) && !self.suspended {
+            return Err(Errno::BUSY);
+        }
+        let heir = caller.address_space()?;
+        self.ownership.charge_heir(&heir, profile.pin_limit.pages(caller.memlock_pages()))?;
+        // The last step that can fail: there is never a bound owner to go back to (N2).
+        if let Err(error) = self.parent.bind_owner(Some(&heir)) {
+            self.ownership.uncharge_heir(&heir);
+            return Err(error);
+        }
+        self.ownership.transfer(heir);
+        if self.own_features.has(BackendFeatures::IOTLB_REMAP) && !faults::is(Fault::StaleReadable) {
+            self.mark_stale();
+        }
+        self.follow_owner();
+        if faults::is(Fault::NewOwnerUnmaps) {
+            self.unmap_everything();
+        }
+        if faults::is(Fault::NewOwnerResumes) {
+            return self.resume();
+        }
+        Ok(())
+    }
+
+    /// What close and RESET_OWNER have in common, for a device that was reset: mappings, pins, owner, eventfds and
+    /// negotiated words go. Errors are ignored, as there is nobody to tell.
+    pub(super) fn forget_owner(&mut self) {
+        self.batch = None;
+        self.unmap_everything();
+        let _ = self.parent.bind_owner(None);
+        if !faults::is(Fault::OwnerSurvivesClose) {
+            self.ownership.clear();
+        }
+        self.forget_negotiation();
+    }
+
+    /// What the kernel's `vhost_dev_cleanup` forgets.
+    fn forget_negotiation(&mut self) {
+        self.acked = BackendFeatures::NONE;
+        self.base_features = Features::NONE;
+        self.fork_from_owner = FORK_FROM_OWNER;
+        self.vrings.iter_mut().for_each(Vring::close);
+    }
+
+    /// `VHOST_SET_FORK_FROM_OWNER` (uapi-spec 1.6a): stored only, as vhost-vdpa has no workers to fork.
+    ///
+    /// # Errors
+    /// `EBUSY` once there is an owner; `EINVAL` for anything but 0 and 1.
+    pub fn set_fork_from_owner(&mut self, value: u8) -> Result<()> {
+        if self.ownership.owner().is_some() {
+            return Err(Errno::BUSY);
+        }
+        if value > 1 {
+            return Err(Errno::INVAL);
+        }
+        self.fork_from_owner = value;
+        Ok(())
+    }
+
+    /// `VHOST_GET_FORK_FROM_OWNER`.
+    pub const fn fork_from_owner(&self) -> u8 {
+        self.fork_from_owner
+    }
+}

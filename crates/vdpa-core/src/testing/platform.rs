@@ -1,0 +1,350 @@
+//! [`TestHost`]: a platform in memory, with processes that map memory objects, fork and exec.
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::errno::Errno;
+use crate::host::{AddressSpace, Bytes, Caller, Event, Fragment, Host, MemoryObject, PAGE_SIZE, PinAccount};
+use crate::ring::Fault;
+use crate::types::{Perm, Result};
+
+/// Where the first mapping of a process is; every later one leaves a hole before it.
+const FIRST: u64 = 0x7f00_0000_0000;
+
+/// The platform.
+#[derive(Clone, Debug)]
+pub struct TestHost;
+
+impl Host for TestHost {
+    type AddressSpace = TestSpace;
+    type Memory = TestPiece;
+    type Event = TestEvent;
+}
+
+/// A counter somebody may wait for. Clones are the same event.
+#[derive(Clone, Debug, Default)]
+pub struct TestEvent(Arc<AtomicU64>);
+
+impl TestEvent {
+    /// The counter, which is 0 then.
+    #[must_use]
+    pub fn take(&self) -> u64 {
+        self.0.swap(0, Ordering::AcqRel)
+    }
+}
+
+impl Event for TestEvent {
+    fn signal(&self) {
+        self.0.fetch_add(1, Ordering::AcqRel);
+    }
+}
+
+/// A memory object, as a memfd is one. Clones are the same object.
+#[derive(Clone, Debug)]
+pub struct TestObject(Arc<Mutex<Vec<u8>>>);
+
+impl TestObject {
+    /// `size` bytes of zeros.
+    ///
+    /// # Panics
+    /// When `size` is no multiple of the page size.
+    #[must_use]
+    pub fn new(size: u64) -> Self {
+        assert!(size.is_multiple_of(PAGE_SIZE), "size {size} is no multiple of {PAGE_SIZE}");
+        Self(Arc::new(Mutex::new(vec![0; usize::try_from(size).unwrap_or(0)])))
+    }
+
+    fn bytes(&self) -> MutexGuard<'_, Vec<u8>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its bytes.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.bytes().len() as u64
+    }
+}
+
+/// A part of a [`TestObject`].
+#[derive(Clone, Debug)]
+pub struct TestPiece {
+    object: TestObject,
+    offset: u64,
+    size: u64,
+    shared: bool,
+}
+
+impl TestPiece {
+    fn range(&self, offset: u64, len: usize) -> Result<std::ops::Range<usize>, Fault> {
+        let fault = Fault { addr: offset };
+        if offset > self.size || len as u64 > self.size - offset {
+            return Err(fault);
+        }
+        let start = usize::try_from(self.offset + offset).map_err(|_| fault)?;
+        Ok(start..start + len)
+    }
+}
+
+impl MemoryObject for TestPiece {
+    fn is_shared(&self) -> bool {
+        self.shared
+    }
+
+    fn pin_pages(&self) -> u64 {
+        if self.shared { self.size.div_ceil(PAGE_SIZE) } else { 0 }
+    }
+
+    fn same_object(&self, offset: u64, other: &Self, other_offset: u64) -> bool {
+        Arc::ptr_eq(&self.object.0, &other.object.0) && self.offset + offset == other.offset + other_offset
+    }
+}
+
+impl Bytes for TestPiece {
+    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), Fault> {
+        let range = self.range(offset, buf.len())?;
+        buf.copy_from_slice(self.object.bytes().get(range).ok_or(Fault { addr: offset })?);
+        Ok(())
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> Result<(), Fault> {
+        let range = self.range(offset, data.len())?;
+        self.object.bytes().get_mut(range).ok_or(Fault { addr: offset })?.copy_from_slice(data);
+        Ok(())
+    }
+}
+
+/// A mapping of a process: what the kernel calls a VMA.
+#[derive(Clone, Debug)]
+struct Vma {
+    start: u64,
+    memory: TestPiece,
+}
+
+/// An address space. Clones are the same one.
+#[derive(Clone, Debug)]
+pub struct TestSpace {
+    id: u32,
+    vmas: Arc<Mutex<Vec<Vma>>>,
+    account: Arc<PinAccount>,
+}
+
+impl TestSpace {
+    fn new(vmas: Vec<Vma>) -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let id = NEXT.fetch_add(1, Ordering::Relaxed);
+        Self { id, vmas: Arc::new(Mutex::new(vmas)), account: Arc::default() }
+    }
+
+    fn vmas(&self) -> MutexGuard<'_, Vec<Vma>> {
+        self.vmas.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl AddressSpace for TestSpace {
+    type Memory = TestPiece;
+
+    fn resolve(&self, uaddr: u64, size: u64, _perm: Perm) -> Result<Vec<Fragment<TestPiece>>> {
+        let vmas = self.vmas();
+        let mut fragments = Vec::new();
+        let end = uaddr.checked_add(size).ok_or(Errno::FAULT)?;
+        let mut at = uaddr;
+        while at < end {
+            let holds = |vma: &&Vma| vma.start <= at && at - vma.start < vma.memory.size;
+            let vma = vmas.iter().find(holds).ok_or(Errno::FAULT)?;
+            let skip = at - vma.start;
+            let size = (end - at).min(vma.memory.size - skip);
+            let memory = TestPiece { offset: vma.memory.offset + skip, size, ..vma.memory.clone() };
+            fragments.push(Fragment { size, memory });
+            at += size;
+        }
+        Ok(fragments)
+    }
+
+    fn account(&self) -> &PinAccount {
+        &self.account
+    }
+}
+
+/// A process. Clones are the same one, also after [`exec`](Self::exec).
+#[derive(Clone, Debug)]
+pub struct TestProcess(Arc<Mutex<State>>);
+
+#[derive(Debug)]
+struct State {
+    space: TestSpace,
+    memlock_pages: u64,
+}
+
+impl Default for TestProcess {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl TestProcess {
+    /// A process with nothing mapped and no limit on pinned pages.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::with(TestSpace::new(Vec::new()), u64::MAX)
+    }
+
+    fn with(space: TestSpace, memlock_pages: u64) -> Self {
+        Self(Arc::new(Mutex::new(State { space, memlock_pages })))
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its present address space.
+    #[must_use]
+    pub fn space(&self) -> TestSpace {
+        self.state().space.clone()
+    }
+
+    /// Sets its soft `RLIMIT_MEMLOCK`.
+    pub fn set_memlock_pages(&self, pages: u64) {
+        self.state().memlock_pages = pages;
+    }
+
+    /// Pages charged to its present address space.
+    #[must_use]
+    pub fn pinned_pages(&self) -> u64 {
+        self.state().space.account.pages()
+    }
+
+    /// Maps all of `object`, shared; returns the address.
+    #[must_use]
+    pub fn map(&self, object: &TestObject) -> u64 {
+        self.map_part(object, 0, object.size(), true)
+    }
+
+    /// Maps a fresh object of `size` bytes, shared; returns the address.
+    #[must_use]
+    pub fn map_new(&self, size: u64) -> u64 {
+        self.map(&TestObject::new(size))
+    }
+
+    /// Maps `size` bytes of `object` from `offset`, shared or private, right after the last shared mapping if that
+    /// was made with [`map_next`](Self::map_next), else with a hole before it; returns the address.
+    #[must_use]
+    pub fn map_part(&self, object: &TestObject, offset: u64, size: u64, shared: bool) -> u64 {
+        let at = self.end().map_or(FIRST, |end| end + 16 * PAGE_SIZE);
+        self.place(at, object, offset, size, shared)
+    }
+
+    /// As [`map_part`](Self::map_part), without a hole before it: two VMAs that adjoin.
+    #[must_use]
+    pub fn map_next(&self, object: &TestObject, offset: u64, size: u64, shared: bool) -> u64 {
+        self.place(self.end().unwrap_or(FIRST), object, offset, size, shared)
+    }
+
+    fn end(&self) -> Option<u64> {
+        self.space().vmas().last().map(|vma| vma.start + vma.memory.size)
+    }
+
+    fn place(&self, start: u64, object: &TestObject, offset: u64, size: u64, shared: bool) -> u64 {
+        let memory = TestPiece { object: object.clone(), offset, size, shared };
+        self.space().vmas().push(Vma { start, memory });
+        start
+    }
+
+    /// The object mapped at `uaddr`.
+    #[must_use]
+    pub fn object_at(&self, uaddr: u64) -> Option<TestObject> {
+        let [fragment] = <[_; 1]>::try_from(self.space().resolve(uaddr, 1, Perm::RO).ok()?).ok()?;
+        Some(fragment.memory.object)
+    }
+
+    /// Copies from its memory.
+    ///
+    /// # Errors
+    /// `EFAULT`.
+    pub fn peek(&self, uaddr: u64, buf: &mut [u8]) -> Result<()> {
+        let mut rest = buf;
+        for Fragment { size, memory } in self.space().resolve(uaddr, rest.len() as u64, Perm::RO)? {
+            let size = usize::try_from(size).map_err(|_| Errno::FAULT)?;
+            let (now, later) = std::mem::take(&mut rest).split_at_mut_checked(size).ok_or(Errno::FAULT)?;
+            memory.read(0, now).map_err(|_| Errno::FAULT)?;
+            rest = later;
+        }
+        Ok(())
+    }
+
+    /// Copies into its memory.
+    ///
+    /// # Errors
+    /// `EFAULT`.
+    pub fn poke(&self, uaddr: u64, data: &[u8]) -> Result<()> {
+        let mut rest = data;
+        for Fragment { size, memory } in self.space().resolve(uaddr, rest.len() as u64, Perm::WO)? {
+            let size = usize::try_from(size).map_err(|_| Errno::FAULT)?;
+            let (now, later) = rest.split_at_checked(size).ok_or(Errno::FAULT)?;
+            memory.write(0, now).map_err(|_| Errno::FAULT)?;
+            rest = later;
+        }
+        Ok(())
+    }
+
+    /// A child: another address space with the same mappings.
+    #[must_use]
+    pub fn fork(&self) -> Self {
+        let state = self.state();
+        Self::with(TestSpace::new(state.space.vmas().clone()), state.memlock_pages)
+    }
+
+    /// Replaces its address space by an empty one. The old one has no users then.
+    pub fn exec(&self) {
+        let mut state = self.state();
+        state.space.vmas().clear();
+        state.space = TestSpace::new(Vec::new());
+    }
+}
+
+impl Caller<TestHost> for TestProcess {
+    fn is(&self, owner: &TestSpace) -> bool {
+        self.state().space.id == owner.id
+    }
+
+    fn address_space(&self) -> Result<TestSpace> {
+        Ok(self.space())
+    }
+
+    fn memlock_pages(&self) -> u64 {
+        self.state().memlock_pages
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_range_resolves_to_one_fragment_per_mapping() {
+        let process = TestProcess::new();
+        let (a, b) = (TestObject::new(2 * PAGE_SIZE), TestObject::new(PAGE_SIZE));
+        let start = process.map(&a);
+        let _ = process.map_next(&b, 0, PAGE_SIZE, false);
+        let fragments = process.space().resolve(start + PAGE_SIZE, 2 * PAGE_SIZE, Perm::RW).unwrap();
+        let seen: Vec<_> = fragments.iter().map(|f| (f.size, f.memory.is_shared())).collect();
+        assert_eq!(seen, [(PAGE_SIZE, true), (PAGE_SIZE, false)]);
+        assert_eq!(process.space().resolve(start, 4 * PAGE_SIZE, Perm::RW).err(), Some(Errno::FAULT));
+        assert!(process.map(&a) > start + 3 * PAGE_SIZE, "a hole before it");
+    }
+
+    #[test]
+    fn processes_share_objects_and_not_identities() {
+        let process = TestProcess::new();
+        let uaddr = process.map_new(PAGE_SIZE);
+        let (space, child) = (process.space(), process.fork());
+        assert!(process.is(&space) && process.clone().is(&space) && !child.is(&space));
+        child.poke(uaddr + 5, &[7, 8]).unwrap();
+        let mut bytes = [0; 2];
+        process.peek(uaddr + 5, &mut bytes).unwrap();
+        assert_eq!(bytes, [7, 8]);
+        process.exec();
+        assert!(!process.is(&space));
+        assert_eq!(process.peek(uaddr, &mut bytes), Err(Errno::FAULT));
+        assert_eq!(child.peek(uaddr, &mut bytes), Ok(()));
+    }
+}

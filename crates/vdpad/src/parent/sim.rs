@@ -1,0 +1,229 @@
+//! What the simulators have in common: the module parameters of the kernel's `vdpa_sim`, as attributes of a device.
+//!
+//! | `use_va` | `batch_mapping` | reaches client memory by | backend features of the live-update series |
+//! |---|---|---|---|
+//! | on | on | owner addresses, whole tables | NEW_OWNER, IOTLB_REMAP |
+//! | on | off | owner addresses, single mappings | none: REMAP would be required and cannot be had |
+//! | off | either | pinned pages | NEW_OWNER |
+//!
+//! Source: uapi-spec 6.1, 8.6.
+
+use std::collections::BTreeMap;
+
+use vdpa_core::Errno;
+use vdpa_core::features::BackendFeatures;
+use vdpa_core::iotlb::{Mapping, Table};
+use vdpa_core::parent::{AddressMode, CompatReset, PrivateMemory, Profile};
+use vdpa_core::types::{IovaRange, Result};
+use vdpa_sys::guest::GuestMemory;
+
+use super::options::{compat_reset, invalid, reject_unknown};
+use crate::ctl::api::{Attrs, CtlError};
+
+/// Names of the attributes every simulator has, and what they take.
+pub(super) const KNOWN: [(&str, &str); 6] = [
+    ("use_va", "on|off"),
+    ("batch_mapping", "on|off"),
+    ("max_iotlb_entries", "2-1048576"),
+    ("compat_reset", "keep|clean"),
+    ("verify_remap", "on|off"),
+    ("reset_owner", "on|off"),
+];
+
+/// How a simulator treats mappings and owners.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Options {
+    /// Reach client memory by the owner's addresses, else by pinned pages.
+    pub(super) use_va: bool,
+    /// Take whole tables, else single mappings.
+    pub(super) batch_mapping: bool,
+    /// Entries of the simulator's own table, per address space. That of the interface has its own limit.
+    pub(super) max_iotlb_entries: usize,
+    /// What a reset without IOTLB_PERSIST does to the simulator's table.
+    pub(super) compat_reset: CompatReset,
+    /// Refuse REMAP to other memory.
+    pub(super) verify_remap: bool,
+    /// Let RESET_OWNER work.
+    pub(super) reset_owner: bool,
+}
+
+impl Default for Options {
+    /// The kernel's defaults, and a REMAP that is checked: the contract demands the same memory.
+    fn default() -> Self {
+        Self {
+            use_va: true,
+            batch_mapping: true,
+            max_iotlb_entries: 2048,
+            compat_reset: CompatReset::Clean,
+            verify_remap: true,
+            reset_owner: false,
+        }
+    }
+}
+
+impl Options {
+    /// Reads the attributes of a device of `kind`, which has those in `own` besides.
+    pub(super) fn parse(kind: &str, attrs: &Attrs, own: &[(&str, &str)]) -> Result<Self, CtlError> {
+        reject_unknown(kind, attrs, &[own, &KNOWN].concat())?;
+        let default = Self::default();
+        let switch = |key, default| attrs.switch(key).map_err(invalid).map(|on| on.unwrap_or(default));
+        let entries = attrs.number("max_iotlb_entries", 2, 1 << 20).map_err(invalid)?;
+        Ok(Self {
+            use_va: switch("use_va", default.use_va)?,
+            batch_mapping: switch("batch_mapping", default.batch_mapping)?,
+            max_iotlb_entries: entries
+                .and_then(|entries| usize::try_from(entries).ok())
+                .unwrap_or(default.max_iotlb_entries),
+            compat_reset: compat_reset(attrs, default.compat_reset)?,
+            verify_remap: switch("verify_remap", default.verify_remap)?,
+            reset_owner: switch("reset_owner", default.reset_owner)?,
+        })
+    }
+
+    /// `base` with everything that depends on the options, and with what is the same in all simulators.
+    pub(super) fn apply(&self, base: Profile) -> Profile {
+        let live: &[_] = match (self.use_va, self.batch_mapping) {
+            (true, true) => &[BackendFeatures::NEW_OWNER, BackendFeatures::IOTLB_REMAP],
+            (true, false) => &[],
+            (false, _) => &[BackendFeatures::NEW_OWNER],
+        };
+        let own = BackendFeatures::of(&[BackendFeatures::ENABLE_AFTER_DRIVER_OK]);
+        let (address_mode, private_memory) = if self.use_va {
+            (AddressMode::OwnerAddresses, PrivateMemory::Skip)
+        } else {
+            (AddressMode::PinnedPages, PrivateMemory::Copy)
+        };
+        Profile {
+            backend_features: own | BackendFeatures::of(live),
+            vring_size: !self.batch_mapping,
+            reset_map: true,
+            compat_reset: self.compat_reset,
+            address_mode,
+            private_memory,
+            verify_remap: self.verify_remap,
+            identity_map: true,
+            reset_owner: self.reset_owner,
+            status_unsuspends: true,
+            report_batch_errors: false,
+            ..base
+        }
+    }
+
+    /// Whether a table of that many entries fits.
+    ///
+    /// # Errors
+    /// `ENOSPC`.
+    pub(super) fn check_room(&self, entries: usize) -> Result<()> {
+        if entries <= self.max_iotlb_entries { Ok(()) } else { Err(Errno::NOSPC) }
+    }
+}
+
+/// The table of one address space of a simulator that takes single mappings.
+#[derive(Debug, Default)]
+pub(super) struct SingleMappings(BTreeMap<u64, Mapping<GuestMemory>>);
+
+impl SingleMappings {
+    /// Adds a mapping.
+    ///
+    /// # Errors
+    /// `ENOSPC` when the table is full.
+    pub(super) fn insert(&mut self, mapping: &Mapping<GuestMemory>, options: &Options) -> Result<()> {
+        options.check_room(self.0.len() + 1)?;
+        self.0.insert(mapping.range.first(), mapping.clone());
+        Ok(())
+    }
+
+    /// Removes every mapping that lies in `range`.
+    pub(super) fn remove(&mut self, range: IovaRange) {
+        self.0.retain(|_, mapping| !range.contains(mapping.range));
+    }
+
+    /// All of them.
+    pub(super) fn table(&self) -> Table<GuestMemory> {
+        self.0.values().cloned().collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vdpa_core::features::Features;
+    use vdpa_core::parent::PinLimit;
+
+    use super::*;
+
+    fn options(pairs: &[(&str, &str)]) -> Result<Options, CtlError> {
+        let mut attrs = Attrs::new();
+        pairs.iter().for_each(|(name, value)| attrs.insert(*name, *value).unwrap());
+        Options::parse("sim", &attrs, &[("mac", "MAC")])
+    }
+
+    fn profile(pairs: &[(&str, &str)]) -> Profile {
+        options(pairs).unwrap().apply(Profile {
+            device_id: 2,
+            vendor_id: 0,
+            features: Features::NONE,
+            backend_features: BackendFeatures::NONE,
+            queues: 1,
+            queue_size_max: 256,
+            queue_groups: Vec::new(),
+            groups: 1,
+            address_spaces: 1,
+            iova_range: IovaRange::ALL,
+            config_size: 0,
+            suspend: true,
+            resume: true,
+            vring_size: false,
+            reset_map: false,
+            compat_reset: CompatReset::Keep,
+            address_mode: AddressMode::Objects,
+            pin_limit: PinLimit::Rlimit,
+            private_memory: PrivateMemory::Copy,
+            max_iotlb_entries: 2048,
+            verify_remap: false,
+            identity_map: false,
+            reset_owner: false,
+            strict_new_owner: false,
+            status_unsuspends: false,
+            report_batch_errors: true,
+        })
+    }
+
+    #[test]
+    fn the_backend_bits_follow_the_translation() {
+        for (pairs, own, size) in [
+            (&[][..], 0x640, false),
+            (&[("batch_mapping", "off")], 0x040, true),
+            (&[("use_va", "off")], 0x240, false),
+            (&[("use_va", "off"), ("batch_mapping", "off")], 0x240, true),
+        ] {
+            let profile = profile(pairs);
+            assert_eq!((profile.backend_features.0, profile.vring_size), (own, size), "{pairs:?}");
+        }
+        assert_eq!(profile(&[("use_va", "off")]).private_memory, PrivateMemory::Copy);
+        assert_eq!(profile(&[("compat_reset", "keep")]).compat_reset, CompatReset::Keep);
+        assert!(profile(&[("reset_owner", "on")]).reset_owner && !profile(&[]).reset_owner);
+        assert!(!profile(&[("verify_remap", "off")]).verify_remap);
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        for (name, value, errno) in [
+            ("use_va", "yes", Errno::INVAL),
+            ("max_iotlb_entries", "1", Errno::INVAL),
+            ("compat_reset", "on", Errno::INVAL),
+            ("path", "/d", Errno::OPNOTSUPP),
+        ] {
+            let error = options(&[(name, value)]).unwrap_err();
+            assert_eq!(error.errno, errno, "{name}");
+            assert!(error.message.contains(name), "{error}");
+        }
+        assert_eq!(options(&[("mac", "00:11:22:33:44:55")]).unwrap(), Options::default());
+    }
+
+    #[test]
+    fn the_table_has_a_limit() {
+        let options = options(&[("max_iotlb_entries", "2")]).unwrap();
+        assert_eq!(options.check_room(2), Ok(()));
+        assert_eq!(options.check_room(3), Err(Errno::NOSPC));
+    }
+}

@@ -1,0 +1,303 @@
+//! What vdpad and vdpactl say when they are asked for what cannot be: exact words and exit status.
+#![expect(clippy::unwrap_used, reason = "a test fails where it stands")]
+
+#[path = "support/robust.rs"]
+mod robust;
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use vdpa_client::Error;
+use vdpa_client::device::Device;
+use vdpa_core::Errno;
+use vdpa_core::ops::VdpaOps;
+use vdpa_sys::vhost_vdpa::VhostVdpaFd;
+
+use robust::disk::{self, Disk};
+use robust::{Vdpad, run};
+
+const LIMIT: Duration = Duration::from_secs(60);
+const NO_DEVICE: &str = "Error: vdpa: device not found.\nkernel answers: No such device\n\
+                         \"vdpactl dev show\" lists the devices that exist.";
+
+/// Opens a device that must refuse.
+fn refused(path: &Path) -> Errno {
+    match Device::<VhostVdpaFd>::open(path) {
+        Err(Error::Open { source, .. }) => source,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// A command, and what it says in the end.
+type Case = (String, String);
+
+/// A refusal as vdpactl words it; without a hint there is no third line.
+fn refusal(message: &str, errno: &str, hint: &str) -> String {
+    format!("Error: vdpa: {message}.\nkernel answers: {errno}\n{hint}")
+}
+
+fn bad_names(dir: &str) -> Vec<Case> {
+    let good = format!("path {dir}/good.img");
+    vec![
+        (
+            format!("dev add name disk0 mgmtdev blk {good}"),
+            refusal(
+                "device disk0 exists already",
+                "File exists",
+                "Choose another name, or delete it first with \"vdpactl dev del\".",
+            ),
+        ),
+        (
+            format!("dev add name d1 mgmtdev nosuch {good}"),
+            refusal(
+                "Fail to find the specified management device",
+                "No such device",
+                "\"vdpactl mgmtdev show\" lists the management devices that exist.",
+            ),
+        ),
+        (
+            "dev add name a/b mgmtdev sim-blk".into(),
+            refusal(
+                "\"a/b\" is no device name",
+                "Invalid argument",
+                "1 to 255 visible ASCII characters without a slash, not beginning with a dot, are right.",
+            ),
+        ),
+        ("dev show d1".into(), NO_DEVICE.into()),
+        ("dev config show d1".into(), NO_DEVICE.into()),
+        ("dev del d1".into(), NO_DEVICE.into()),
+    ]
+}
+
+/// Of `path`: the message without its end, the errno's text, the hint.
+fn bad_files(dir: &str) -> Vec<Case> {
+    let table = [
+        (
+            "/missing.img",
+            format!("cannot open {dir}/missing.img: No such file or directory (os error 2)"),
+            "No such file or directory",
+            "Create it first, for example with \"truncate -s 1G FILE\".",
+        ),
+        (
+            "/small.img",
+            format!("{dir}/small.img has 511 bytes, a disk needs at least 512"),
+            "Invalid argument",
+            "Make it larger, for example with \"truncate -s 1G FILE\".",
+        ),
+        (
+            "",
+            format!("cannot open {dir}: Is a directory (os error 21)"),
+            "Is a directory",
+            "Give a regular file or a block device.",
+        ),
+        (
+            " readonly",
+            format!("{dir} is neither a file nor a block device"),
+            "Invalid argument",
+            "Give a regular file or a block device.",
+        ),
+        (
+            "/good.img/below",
+            format!("cannot open {dir}/good.img/below: Not a directory (os error 20)"),
+            "Not a directory",
+            "The daemon must be able to open it.",
+        ),
+        (
+            "/disk0.img",
+            format!("{dir}/disk0.img is locked by another program or device"),
+            "Device or resource busy",
+            "A disk has one writer, or readers only (readonly on).",
+        ),
+    ];
+    let case = |(path, message, errno, hint): (&str, String, &str, &str)| {
+        (format!("dev add name d1 mgmtdev blk path {dir}{path}"), refusal(&message, errno, hint))
+    };
+    table.into_iter().map(case).collect()
+}
+
+fn bad_attributes(dir: &str) -> Vec<Case> {
+    let invalid = "Invalid argument";
+    let table = [
+        (
+            "colour blue",
+            "blk has no attribute \"colour\"",
+            "Operation not supported",
+            "It has: path FILE, readonly on|off, direct on|off, pin on|off, memlock rlimit|unlimited|BYTES, queues 1-64, queue_size 2-32768, a power \
+             of two, serial TEXT of at most 20 bytes, strict_new_owner on|off.",
+        ),
+        ("queues 65", "attribute \"queues\" is \"65\"; a number from 1 to 64 is right", invalid, ""),
+        ("queue_size 100", "queue_size is 100", invalid, "A power of two from 2 to 32768 is right."),
+        ("pin maybe", "attribute \"pin\" is \"maybe\"; \"on\" or \"off\" is right", invalid, ""),
+        (
+            "serial 123456789012345678901",
+            "serial \"123456789012345678901\" has 21 bytes",
+            invalid,
+            "At most 20 bytes are right.",
+        ),
+    ];
+    let case = |(attribute, message, errno, hint): (&str, &str, &str, &str)| {
+        let line = format!("dev add name d1 mgmtdev blk path {dir}/good.img {attribute}");
+        (line, refusal(message, errno, hint))
+    };
+    let missing = refusal(
+        "blk needs the attribute path",
+        invalid,
+        "Give the file or block device that holds the data: path /srv/disk.img",
+    );
+    let superfluous = refusal(
+        "sim-blk has no attribute \"path\"",
+        "Operation not supported",
+        "It has none, as the kernel's vdpasim_blk.",
+    );
+    table
+        .into_iter()
+        .map(case)
+        .chain([
+            ("dev add name d1 mgmtdev blk".into(), missing),
+            ("dev add name d1 mgmtdev sim-blk path /x".into(), superfluous),
+        ])
+        .collect()
+}
+
+#[test]
+fn devices_that_cannot_be_added() {
+    let vdpad = Vdpad::start(LIMIT);
+    let dir = vdpad.dir().to_str().unwrap();
+    vdpad.image("good", 1 << 20);
+    vdpad.image("small", 511);
+    vdpad.add_blk("disk0", 1 << 20, "");
+    for (line, answer) in [bad_names(dir), bad_files(dir), bad_attributes(dir)].concat() {
+        println!("{line}");
+        let output = vdpad.ctl(&line);
+        output.fails(1, &answer);
+        assert_eq!(output.stdout, "");
+    }
+    // Nothing of all that is left, and the file is free.
+    assert_eq!(vdpad.client().devices().unwrap().len(), 1);
+    vdpad.add("d1", "blk", &format!("path {dir}/good.img"));
+}
+
+#[test]
+fn a_device_is_open_once() {
+    let vdpad = Vdpad::start(LIMIT);
+    for mgmtdev in ["blk", "sim-blk"] {
+        let device = vdpad.add_any(mgmtdev, mgmtdev);
+        let mut first = Disk::start(&device, disk::MEMORY_MIN);
+        assert_eq!(refused(&device), Errno::BUSY);
+        let text = VhostVdpaFd::open(&device).unwrap_err().to_string();
+        assert!(
+            text.ends_with("the device is open already; vhost-vdpa allows one open file per device"),
+            "{text}"
+        );
+        first.check(3);
+    }
+}
+
+#[test]
+fn a_deleted_device_cannot_be_opened() {
+    let vdpad = Vdpad::start(LIMIT);
+    let device = vdpad.add_blk("disk0", 1 << 20, "");
+    vdpad.ctl("dev del disk0").succeeds();
+    assert_eq!(refused(&device), Errno::NOENT);
+    vdpad.ctl("dev del disk0").fails(1, NO_DEVICE);
+}
+
+#[test]
+fn a_device_in_use_is_deleted_by_force_only() {
+    let vdpad = Vdpad::start(LIMIT);
+    for mgmtdev in ["blk", "sim-blk"] {
+        let device = vdpad.add_any("disk0", mgmtdev);
+        let mut old = Disk::start(&device, disk::MEMORY_MIN);
+        old.check(3);
+        vdpad.ctl("dev del disk0").fails(
+            1,
+            "Error: vdpa: device disk0 is open.\nkernel answers: Device or resource busy\n\
+             Close its client first, or take it away with \"vdpactl dev del DEV --force\".",
+        );
+        old.check(4);
+        vdpad.ctl("dev del disk0 --force").succeeds();
+        let ops = old.session.ops();
+        assert_eq!(ops.status(), Err(Errno::NODEV));
+        assert_eq!(ops.suspend(), Err(Errno::NODEV));
+        assert_eq!(ops.new_owner(), Err(Errno::NODEV));
+        assert_eq!(ops.vring_base(disk::Q0), Err(Errno::NODEV));
+        assert_eq!(ops.batch_begin(vdpa_core::types::Asid(0)), Err(Errno::NODEV));
+        assert_eq!(refused(&device), Errno::NOENT);
+
+        // The name and the file are free, also while the old client is still there; its end disturbs nobody.
+        let again = vdpad.add_any("disk0", mgmtdev);
+        let mut new = Disk::start(&again, disk::MEMORY_MIN);
+        new.check(5);
+        drop(old);
+        new.check(6);
+        assert!(vdpad.info("disk0").state.open);
+        drop(new);
+        vdpad.is_released("disk0");
+        vdpad.ctl("dev del disk0").succeeds();
+        let now = robust::eventually("all is given back", || {
+            Some(vdpad.resources()).filter(|now| !now.fds.keys().any(|kind| kind.contains("io_uring")))
+        });
+        assert_eq!((now.memfds, now.pinned_kib), (0, 0), "{now:?}");
+    }
+}
+
+#[test]
+fn directories_that_cannot_be_served() {
+    let vdpad = Vdpad::start(LIMIT);
+    let served = vdpad.mount();
+    let other = tempfile::tempdir().unwrap();
+    let control = other.path().join("control.sock");
+    let file = other.path().join("file");
+    fs::write(&file, "").unwrap();
+    let start = |dir: &Path| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_vdpad"));
+        run(command.args(["--log", "error", "--control"]).arg(&control).arg("--dir").arg(dir))
+    };
+    start(&file).fails(
+        1,
+        &format!(
+            "vdpad: cannot serve device files: cannot use {} as mount directory: Not a directory (os error 20)",
+            file.display()
+        ),
+    );
+    start(&file.join("below")).fails(
+        1,
+        &format!(
+            "vdpad: cannot serve device files: cannot use {} as mount directory: Not a directory (os error 20)",
+            file.join("below").display()
+        ),
+    );
+    start(Path::new("/proc/nosuch")).fails(
+        1,
+        "vdpad: cannot serve device files: cannot use /proc/nosuch as mount directory: No such file or directory \
+         (os error 2)",
+    );
+    start(&served).fails(
+        1,
+        &format!(
+            "vdpad: cannot serve device files: {} is served by another vdpad; stop that one or choose another \
+             directory",
+            served.display()
+        ),
+    );
+    assert!(vdpad.is_mounted(), "the other one is not harmed");
+}
+
+#[test]
+fn a_control_socket_in_use_is_left_alone() {
+    let vdpad = Vdpad::start(LIMIT);
+    let other = tempfile::tempdir().unwrap();
+    let dir = other.path().join("dev");
+    let control = vdpad.dir().join("control.sock");
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_vdpad"));
+    run(command.args(["--log", "error", "--dir"]).arg(&dir).arg("--control").arg(&control)).fails(
+        1,
+        &format!(
+            "vdpad: {} is in use by a running vdpad; stop that one or choose another path with --control",
+            control.display()
+        ),
+    );
+    assert!(vdpad.client().version().is_ok());
+    assert_eq!(vdpa_sys::fuse::fs_type_at(&dir).unwrap(), None, "its mount is removed again");
+}

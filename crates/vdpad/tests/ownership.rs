@@ -1,0 +1,168 @@
+//! Who may use a device that several processes hold: the owner and its threads, and nobody else until NEW_OWNER.
+#![expect(unsafe_code, reason = "another process forks before its main")]
+#![expect(clippy::unwrap_used, reason = "a failure is a panic here, also outside of test functions")]
+
+#[path = "support/peer.rs"]
+mod peer;
+mod support;
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use vdpa_core::Errno;
+use vdpa_core::blk::kind;
+use vdpa_core::ops::VdpaOps as _;
+use vdpa_core::types::QueueIndex;
+
+use peer::Peer;
+use support::blk::{Blk, OK, data};
+use support::daemon::{Daemon, pattern};
+
+const PERM: Result<(), Errno> = Err(Errno::PERM);
+const FAULT: Result<(), Errno> = Err(Errno::FAULT);
+
+/// Runs `test` on the device file of each kind of device, called `d0`.
+fn on_both(test: impl Fn(&Daemon, &Path)) {
+    let daemon = Daemon::start();
+    test(&daemon, &daemon.add("d0", "sim-blk", &[]));
+    let daemon = Daemon::start();
+    let disk = daemon.disk("disk", 1 << 20);
+    test(&daemon, &daemon.add_blk("d0", &disk, &[]));
+}
+
+fn open(path: &Path) -> OwnedFd {
+    File::options().read(true).write(true).open(path).unwrap().into()
+}
+
+/// Asserts that what only the owner may do goes as `vring` and `iotlb` say, and what all may do goes well.
+#[track_caller]
+fn expect(peer: &mut Peer, prefix: &str, (vring, iotlb): (Result<(), Errno>, Result<(), Errno>)) {
+    let mut tell = |command: &str| peer.tell(&format!("{prefix}{command}"));
+    for command in ["num", "base", "enable"] {
+        assert_eq!(tell(command), vring, "{prefix}{command}");
+    }
+    assert_eq!(tell("map 0x900000 1"), iotlb, "{prefix}map");
+    assert_eq!(tell("unmap 0x900000 1"), iotlb, "{prefix}unmap");
+    for command in ["features", "status"] {
+        assert_eq!(tell(command), Ok(()), "{prefix}{command}");
+    }
+}
+
+#[test]
+fn another_process_with_the_descriptor_has_to_become_the_owner() {
+    on_both(|daemon, path| {
+        let device = open(path);
+        let (mut first, mut second) = (Peer::inheriting(&device), Peer::inheriting(&device));
+        assert_eq!(second.tell("new_owner"), Err(Errno::INVAL), "there is no owner to follow");
+        expect(&mut first, "", (PERM, FAULT));
+        assert_eq!(first.tell("owner"), Ok(()));
+        expect(&mut first, "", (Ok(()), Ok(())));
+        assert_eq!(second.tell("owner"), Err(Errno::BUSY));
+        expect(&mut second, "", (PERM, FAULT));
+        assert_eq!(daemon.info("d0").state.owner.unwrap().pid, first.pid());
+
+        assert_eq!(second.tell("new_owner"), Ok(()));
+        assert_eq!(second.tell("new_owner"), Err(Errno::BUSY), "it is the owner already");
+        assert_eq!(daemon.info("d0").state.owner.unwrap().pid, second.pid());
+        expect(&mut second, "", (Ok(()), Ok(())));
+        expect(&mut first, "", (PERM, FAULT));
+        assert_eq!(first.tell("owner"), Err(Errno::BUSY));
+
+        second.kill();
+        expect(&mut first, "", (PERM, FAULT));
+        assert_eq!(first.tell("new_owner"), Ok(()), "also after a dead owner");
+        expect(&mut first, "", (Ok(()), Ok(())));
+    });
+}
+
+#[test]
+fn a_forked_child_is_another_process() {
+    on_both(|_, path| {
+        let device = open(path);
+        let mut peer = Peer::inheriting(&device);
+        assert_eq!(peer.tell("owner"), Ok(()));
+        expect(&mut peer, "", (Ok(()), Ok(())));
+        expect(&mut peer, "fork ", (PERM, FAULT));
+        expect(&mut peer, "", (Ok(()), Ok(())));
+        assert_eq!(peer.tell("fork new_owner"), Ok(()));
+        expect(&mut peer, "", (PERM, FAULT));
+        expect(&mut peer, "fork ", (PERM, FAULT));
+        assert_eq!(peer.tell("new_owner"), Ok(()));
+        expect(&mut peer, "", (Ok(()), Ok(())));
+    });
+}
+
+#[test]
+fn a_thread_of_the_owner_is_the_owner() {
+    on_both(|_, path| {
+        let device = open(path);
+        let (mut peer, mut other) = (Peer::inheriting(&device), Peer::inheriting(&device));
+        assert_eq!(peer.tell("thread owner"), Ok(()));
+        expect(&mut peer, "", (Ok(()), Ok(())));
+        expect(&mut peer, "thread ", (Ok(()), Ok(())));
+        assert_eq!(peer.tell("thread new_owner"), Err(Errno::BUSY));
+        assert_eq!(other.tell("thread new_owner"), Ok(()));
+        expect(&mut peer, "thread ", (PERM, FAULT));
+    });
+}
+
+#[test]
+fn an_image_after_exec_is_another_owner() {
+    on_both(|daemon, path| {
+        let device = open(path);
+        let mut peer = Peer::inheriting(&device);
+        assert_eq!(peer.tell("owner"), Ok(()));
+        expect(&mut peer, "", (Ok(()), Ok(())));
+        assert_eq!(peer.tell("exec"), Ok(()));
+        expect(&mut peer, "", (PERM, FAULT));
+        assert_eq!(peer.tell("owner"), Err(Errno::BUSY));
+        assert_eq!(peer.tell("new_owner"), Ok(()));
+        expect(&mut peer, "", (Ok(()), Ok(())));
+        assert_eq!(daemon.info("d0").state.owner.unwrap().pid, peer.pid());
+    });
+}
+
+#[test]
+fn a_device_is_open_until_the_last_process_has_closed_it() {
+    on_both(|daemon, path| {
+        let device = open(path);
+        let mut peer = Peer::inheriting(&device);
+        assert_eq!(peer.tell("owner"), Ok(()));
+        drop(device);
+        assert_eq!(peer.tell("num"), Ok(()));
+        let mut other = Peer::start();
+        let again = format!("open {}", path.display());
+        assert_eq!(other.tell(&again), Err(Errno::BUSY));
+        peer.kill();
+        daemon.wait_for("d0", "the close", |info| !info.state.open);
+        assert_eq!(daemon.info("d0").state.owner, None);
+        assert_eq!(other.tell(&again), Ok(()));
+        assert_eq!(other.tell("owner"), Ok(()));
+        expect(&mut other, "", (Ok(()), Ok(())));
+    });
+}
+
+/// `blk` finds memory by its object, so requests go on whoever the owner is.
+#[test]
+fn requests_go_on_over_a_change_of_owner() {
+    let daemon = Daemon::start();
+    let disk = daemon.disk("disk", 1 << 20);
+    let path = daemon.add_blk("d0", &disk, &[]);
+    let mut blk = Blk::start(&path);
+    let device = std::os::fd::AsFd::as_fd(blk.session.ops()).try_clone_to_owned().unwrap();
+    let mut peer = Peer::inheriting(&device);
+    let pinned = daemon.info("d0").state.pinned_pages;
+    let token = blk.submit(0, kind::IN, 8, &[], &[data(0, 4096)]);
+    assert_eq!(peer.tell("new_owner"), Ok(()));
+    blk.notify(0);
+    let done = blk.finish(0, support::blk::PATIENCE).unwrap();
+    assert_eq!((done.token, done.status), (token, OK));
+    assert_eq!(blk.get(support::blk::DATA, 4096), pattern(4096, 4096));
+    assert_eq!(blk.session.ops().vring_base(QueueIndex(0)), Err(Errno::PERM));
+    assert_eq!(daemon.info("d0").state.pinned_pages, pinned);
+    blk.session.ops().new_owner().unwrap();
+    assert_eq!(blk.session.ops().vring_base(QueueIndex(0)), Ok(1));
+    peer.kill();
+    assert_eq!(blk.read(0, 0, 512), Ok(pattern(0, 512)));
+}

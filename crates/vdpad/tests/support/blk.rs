@@ -1,0 +1,282 @@
+//! [`Blk`]: a block driver for tests, which makes right requests and wrong ones.
+
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::time::Duration;
+
+use vdpa_client::Session;
+use vdpa_client::device::Device;
+use vdpa_client::queue::RingLayout;
+use vdpa_core::blk::{RequestHeader, Segment, kind};
+use vdpa_core::features::Features;
+use vdpa_core::ring::Buffer;
+use vdpa_core::types::{Perm, QueueIndex};
+use vdpa_sys::eventfd::EventFd;
+use vdpa_sys::memfd;
+use vdpa_sys::mmap::SharedMap;
+use vdpa_sys::vhost_vdpa::VhostVdpaFd;
+
+/// Longest time a request may take.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
+
+/// `VIRTIO_BLK_S_OK`, `_IOERR` and `_UNSUPP`, and what stands in a status byte that nobody has written.
+pub(crate) const OK: u8 = 0;
+pub(crate) const IOERR: u8 = 1;
+pub(crate) const UNSUPP: u8 = 2;
+pub(crate) const UNWRITTEN: u8 = 0xee;
+
+/// Everything a `blk` device can do for this driver.
+pub(crate) const FEATURES: Features = Features::of(&[
+    Features::BLK_FLUSH,
+    Features::BLK_MQ,
+    Features::BLK_DISCARD,
+    Features::BLK_WRITE_ZEROES,
+    Features::BLK_RO,
+]);
+
+/// Entries of each ring.
+pub(crate) const SIZE: u16 = 64;
+/// I/O virtual address of the memory.
+pub(crate) const IOVA: u64 = 0x1_0000_0000;
+/// Bytes of the memory: rings, then headers, then data.
+pub(crate) const MEMORY: u64 = 4 << 20;
+const RING: u64 = 8192;
+const HEADERS: u64 = 256 << 10;
+const HEADER: u64 = 64;
+/// Where the data begin.
+pub(crate) const DATA: u64 = 1 << 20;
+const STATUS: u64 = 48;
+
+/// How a request ended: status byte, and the length in its used element.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Done {
+    pub(crate) token: u64,
+    pub(crate) status: u8,
+    pub(crate) len: u32,
+}
+
+/// A negotiated device with all its memory in one memfd.
+pub(crate) struct Blk {
+    pub(crate) session: Session<VhostVdpaFd>,
+    next: u64,
+}
+
+impl Blk {
+    /// One queue, all features.
+    pub(crate) fn start(path: &Path) -> Self {
+        Self::with(path, FEATURES, 1)
+    }
+
+    /// `queues` queues, running.
+    pub(crate) fn with(path: &Path, features: Features, queues: u16) -> Self {
+        let mut blk = Self::negotiated(path, features);
+        blk.map(memfd::create(c"blk", MEMORY, None).unwrap());
+        blk.run(queues);
+        blk
+    }
+
+    /// No memory and no queues yet.
+    pub(crate) fn negotiated(path: &Path, features: Features) -> Self {
+        let device = Device::<VhostVdpaFd>::open(path).unwrap();
+        Self { session: device.negotiate(features).unwrap(), next: 0 }
+    }
+
+    pub(crate) fn map(&mut self, memory: OwnedFd) {
+        self.session.map_memfd("memory", memory, IOVA, MEMORY, Perm::RW).unwrap();
+    }
+
+    pub(crate) fn run(&mut self, queues: u16) {
+        for index in 0..queues {
+            let at = u64::from(index) * RING;
+            self.session.add_queue(QueueIndex(index), SIZE, "memory", at).unwrap();
+        }
+        self.session.start().unwrap();
+    }
+
+    /// The memory, from [`IOVA`] on.
+    pub(crate) fn memory(&self) -> &SharedMap {
+        self.session.region("memory").unwrap().map().unwrap()
+    }
+
+    pub(crate) fn put(&self, offset: u64, bytes: &[u8]) {
+        self.memory().write(usize::try_from(offset).unwrap(), bytes).unwrap();
+    }
+
+    pub(crate) fn get(&self, offset: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.memory().read(usize::try_from(offset).unwrap(), &mut bytes).unwrap();
+        bytes
+    }
+
+    /// Writes a header; returns it and the status byte as buffers, both in the place of `token`.
+    pub(crate) fn frame(&self, token: u64, kind: u32, sector: u64) -> (Buffer, Buffer) {
+        let at = HEADERS + token % 1024 * HEADER;
+        self.put(at, &RequestHeader { kind, ioprio: 0, sector }.encode());
+        self.put(at + STATUS, &[UNWRITTEN]);
+        (Buffer { iova: IOVA + at, len: 16 }, Buffer { iova: IOVA + at + STATUS, len: 1 })
+    }
+
+    /// The status byte of `token`.
+    pub(crate) fn status(&self, token: u64) -> u8 {
+        self.get(HEADERS + token % 1024 * HEADER + STATUS, 1)[0]
+    }
+
+    /// Submits a request with these data buffers, without telling the device.
+    pub(crate) fn submit(
+        &mut self,
+        queue: u16,
+        kind: u32,
+        sector: u64,
+        readable: &[Buffer],
+        writable: &[Buffer],
+    ) -> u64 {
+        self.next += 1;
+        let token = self.next;
+        let (header, status) = self.frame(token, kind, sector);
+        let readable = [&[header], readable].concat();
+        let writable = [writable, &[status]].concat();
+        self.session.queue_mut(QueueIndex(queue)).unwrap().submit(&readable, &writable, token).unwrap();
+        token
+    }
+
+    pub(crate) fn notify(&mut self, queue: u16) {
+        self.session.queue_mut(QueueIndex(queue)).unwrap().notify().unwrap();
+    }
+
+    /// The next completion; `None` when it does not come within `patience`.
+    pub(crate) fn finish(&mut self, queue: u16, patience: Duration) -> Option<Done> {
+        let ring = self.session.queue_mut(QueueIndex(queue)).unwrap();
+        loop {
+            if let Some(completion) = ring.reap().unwrap() {
+                let token = completion.token;
+                return Some(Done { token, status: self.status(token), len: completion.len });
+            }
+            if !ring.wait(Some(patience)).unwrap() {
+                return None;
+            }
+        }
+    }
+
+    /// One request from start to end.
+    #[track_caller]
+    pub(crate) fn io(
+        &mut self,
+        queue: u16,
+        kind: u32,
+        sector: u64,
+        readable: &[Buffer],
+        writable: &[Buffer],
+    ) -> Done {
+        let token = self.submit(queue, kind, sector, readable, writable);
+        self.notify(queue);
+        let Some(done) = self.finish(queue, PATIENCE) else { panic!("request {kind} has not been answered") };
+        assert_eq!(done.token, token);
+        done
+    }
+
+    /// Writes `bytes` from `sector` on; returns the status.
+    #[track_caller]
+    pub(crate) fn write(&mut self, queue: u16, sector: u64, bytes: &[u8]) -> u8 {
+        self.put(DATA, bytes);
+        self.io(queue, kind::OUT, sector, &[data(0, bytes.len())], &[]).status
+    }
+
+    /// Reads `len` bytes; the length in the used element must agree.
+    #[track_caller]
+    pub(crate) fn read(&mut self, queue: u16, sector: u64, len: usize) -> Result<Vec<u8>, u8> {
+        self.put(DATA, &vec![0xa5; len]);
+        let done = self.io(queue, kind::IN, sector, &[], &[data(0, len)]);
+        if done.status != OK {
+            assert_eq!(done.len, 1, "a failed read has written nothing but its status");
+            return Err(done.status);
+        }
+        assert_eq!(usize::try_from(done.len), Ok(len + 1));
+        Ok(self.get(DATA, len))
+    }
+
+    /// A discard or write-zeroes request of one segment.
+    #[track_caller]
+    pub(crate) fn range(&mut self, kind: u32, sector: u64, num_sectors: u32, flags: u32) -> u8 {
+        self.put(DATA, &Segment { sector, num_sectors, flags }.encode());
+        self.io(0, kind, 0, &[data(0, Segment::BYTES)], &[]).status
+    }
+
+    /// Takes the ring of `queue` into one's own hands: nothing else may use it from now on.
+    pub(crate) fn by_hand(&self, queue: u16) -> HandRing {
+        let queue = self.session.queue(QueueIndex(queue)).unwrap();
+        HandRing {
+            map: self.memory().clone(),
+            layout: queue.layout(),
+            kick: queue.kick().clone(),
+            call: queue.call().clone(),
+        }
+    }
+}
+
+/// A data buffer `offset` bytes into the data.
+pub(crate) fn data(offset: u64, len: usize) -> Buffer {
+    Buffer { iova: IOVA + DATA + offset, len: u32::try_from(len).unwrap() }
+}
+
+/// `VIRTQ_DESC_F_NEXT`, `_WRITE` and `_INDIRECT`.
+pub(crate) const NEXT: u16 = 1;
+pub(crate) const WRITE: u16 = 2;
+pub(crate) const INDIRECT: u16 = 4;
+
+/// A ring written word by word (virtio 1.2 section 2.7), so that it can be wrong.
+pub(crate) struct HandRing {
+    map: SharedMap,
+    layout: RingLayout,
+    kick: EventFd,
+    pub(crate) call: EventFd,
+}
+
+impl HandRing {
+    /// Writes one entry of the descriptor table.
+    pub(crate) fn descriptor(&self, index: u16, buffer: Buffer, flags: u16, next: u16) {
+        let at = self.layout.desc + u64::from(index) * 16;
+        self.map.write(to_usize(at), &descriptor(buffer, flags, next)).unwrap();
+    }
+
+    /// Makes the chain from `head` available as entry `position`, without telling.
+    pub(crate) fn entry(&self, position: u16, head: u16) {
+        let at = self.layout.avail + 4 + u64::from(position % self.layout.size) * 2;
+        self.map.store_u16(to_usize(at), head).unwrap();
+    }
+
+    /// Says that everything below `index` is available, and kicks.
+    pub(crate) fn available(&self, index: u16) {
+        self.map.store_u16(to_usize(self.layout.avail + 2), index).unwrap();
+        self.kick.signal();
+    }
+
+    /// The device's used index.
+    pub(crate) fn used(&self) -> u16 {
+        self.map.load_u16(to_usize(self.layout.used + 2)).unwrap()
+    }
+
+    /// Waits until the used index is `index`; whether that came.
+    pub(crate) fn wait_used(&self, index: u16) -> bool {
+        while self.used() != index {
+            if !self.call.wait(Some(PATIENCE)) {
+                return self.used() == index;
+            }
+            let _ = self.call.drain();
+        }
+        true
+    }
+}
+
+/// The bytes of a descriptor.
+pub(crate) fn descriptor(buffer: Buffer, flags: u16, next: u16) -> [u8; 16] {
+    let mut raw = [0; 16];
+    raw[..8].copy_from_slice(&buffer.iova.to_le_bytes());
+    raw[8..12].copy_from_slice(&buffer.len.to_le_bytes());
+    raw[12..14].copy_from_slice(&flags.to_le_bytes());
+    raw[14..].copy_from_slice(&next.to_le_bytes());
+    raw
+}
+
+fn to_usize(offset: u64) -> usize {
+    usize::try_from(offset).unwrap()
+}

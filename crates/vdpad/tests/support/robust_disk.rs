@@ -1,0 +1,192 @@
+//! A small block driver that checks everything it reads.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use vdpa_client::device::Device;
+use vdpa_client::{Error, Session};
+use vdpa_core::Errno;
+use vdpa_core::blk::{SECTOR, kind};
+use vdpa_core::features::Features;
+use vdpa_core::ring::Buffer;
+use vdpa_core::types::{Perm, QueueIndex};
+use vdpa_sys::mmap::SharedMap;
+use vdpa_sys::vhost_vdpa::VhostVdpaFd;
+use vdpa_sys::{memfd, rlimit};
+
+pub(crate) const Q0: QueueIndex = QueueIndex(0);
+/// Where the device sees the memory.
+pub(crate) const IOVA: u64 = 0x1_0000_0000;
+/// Entries of the ring.
+pub(crate) const RING: u16 = 256;
+/// Requests that fit: three descriptors each.
+pub(crate) const SLOTS: u64 = 64;
+/// Bytes of data in a request.
+pub(crate) const DATA: u32 = 4096;
+/// Bytes of memory that are needed at least.
+pub(crate) const MEMORY_MIN: u64 = 1 << 20;
+
+const HEADERS_AT: u64 = 0x8000;
+const DATA_AT: u64 = 0x1_0000;
+const SECTORS: u64 = DATA as u64 / SECTOR;
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// A request in flight: kind, block, seed of its data.
+pub(crate) type Flight = (u32, u64, u64);
+
+/// A block device with one queue, blocks of [`DATA`] bytes and a request for each slot.
+#[derive(Debug)]
+pub(crate) struct Disk {
+    pub(crate) session: Session<VhostVdpaFd>,
+    pub(crate) flying: BTreeMap<u64, Flight>,
+}
+
+/// Opens and negotiates; waits while a dead client is still being taken down, and tells for how long.
+pub(crate) fn open(path: &Path) -> (Session<VhostVdpaFd>, Duration) {
+    let begin = Instant::now();
+    let device = loop {
+        match Device::<VhostVdpaFd>::open(path) {
+            Err(Error::Open { source: Errno::BUSY, .. }) if begin.elapsed() < LIMIT => {
+                thread::sleep(Duration::from_micros(100));
+            }
+            result => break result.unwrap(),
+        }
+    };
+    let waited = begin.elapsed();
+    (device.negotiate(Features::NONE).unwrap(), waited)
+}
+
+/// As much of `wanted` bytes as this process can have pinned: raises its limit on locked memory where that is
+/// allowed (`CAP_SYS_RESOURCE`), and says so where it is not.
+pub(crate) fn pinnable(wanted: u64) -> u64 {
+    if rlimit::raise_memlock(Some(wanted)).is_ok() {
+        return wanted;
+    }
+    let limit = rlimit::memlock().soft.unwrap_or(wanted);
+    eprintln!("RLIMIT_MEMLOCK is {limit} bytes and cannot be raised: no more is pinned by this test");
+    (limit & !0xf_ffff).min(wanted)
+}
+
+impl Disk {
+    /// Opens a device and sets it up with `memory` bytes.
+    pub(crate) fn start(path: &Path, memory: u64) -> Self {
+        Self::start_timed(path, memory).0
+    }
+
+    /// Tells also how long the device was busy.
+    pub(crate) fn start_timed(path: &Path, memory: u64) -> (Self, Duration) {
+        pinnable(memory);
+        Self::set_up(path, memory)
+    }
+
+    /// Leaves the limit on locked memory as it is.
+    pub(crate) fn start_within_limit(path: &Path, memory: u64) -> Self {
+        Self::set_up(path, memory).0
+    }
+
+    fn set_up(path: &Path, memory: u64) -> (Self, Duration) {
+        let (mut session, waited) = open(path);
+        let ram = memfd::create(c"robust-ram", memory, None).unwrap();
+        session.map_memfd("ram", ram, IOVA, memory, Perm::RW).unwrap();
+        session.add_queue(Q0, RING, "ram", 0).unwrap();
+        session.start().unwrap();
+        (Self { session, flying: BTreeMap::new() }, waited)
+    }
+
+    fn map(&self) -> &SharedMap {
+        self.session.region("ram").unwrap().map().unwrap()
+    }
+
+    /// Puts a request into its slot; the device sees it with [`kick`](Self::kick).
+    pub(crate) fn submit(&mut self, slot: u64, (kind, block, seed): Flight) {
+        let header = usize::try_from(HEADERS_AT + slot * 64).unwrap();
+        let mut bytes = [0; 16];
+        bytes[..4].copy_from_slice(&kind.to_le_bytes());
+        bytes[8..].copy_from_slice(&(block * SECTORS).to_le_bytes());
+        self.map().write(header, &bytes).unwrap();
+        self.map().write(header + 32, &[0xff]).unwrap();
+        let data = usize::try_from(DATA_AT).unwrap() + usize::try_from(slot).unwrap() * DATA as usize;
+        let contents = if kind == kind::OUT { pattern(block, seed) } else { vec![0xa5; DATA as usize] };
+        self.map().write(data, &contents).unwrap();
+        let header = Buffer { iova: IOVA + HEADERS_AT + slot * 64, len: 16 };
+        let data = Buffer { iova: IOVA + DATA_AT + slot * u64::from(DATA), len: DATA };
+        let status = Buffer { iova: header.iova + 32, len: 1 };
+        let queue = self.session.queue_mut(Q0).unwrap();
+        if kind == kind::OUT {
+            queue.submit(&[header, data], &[status], slot).unwrap();
+        } else {
+            queue.submit(&[header], &[data, status], slot).unwrap();
+        }
+        assert!(self.flying.insert(slot, (kind, block, seed)).is_none(), "slot {slot} is in use");
+    }
+
+    pub(crate) fn kick(&mut self) {
+        self.session.queue_mut(Q0).unwrap().notify().unwrap();
+    }
+
+    /// Takes what is complete and judges it; returns the slots.
+    pub(crate) fn reap(&mut self) -> Vec<u64> {
+        let mut slots = Vec::new();
+        while let Some(done) = self.session.queue_mut(Q0).unwrap().reap().unwrap() {
+            let slot = done.token;
+            let flight = self.flying.remove(&slot);
+            let Some((kind, block, seed)) = flight else { panic!("slot {slot} was not in flight: {done:?}") };
+            let header = usize::try_from(HEADERS_AT + slot * 64).unwrap();
+            let mut status = [0];
+            self.map().read(header + 32, &mut status).unwrap();
+            assert_eq!(status, [0], "kind {kind} of block {block}: {done:?}");
+            if kind == kind::IN {
+                let data = usize::try_from(DATA_AT).unwrap() + usize::try_from(slot).unwrap() * DATA as usize;
+                let mut bytes = vec![0; DATA as usize];
+                self.map().read(data, &mut bytes).unwrap();
+                assert!(bytes == pattern(block, seed), "block {block} does not hold seed {seed}");
+            }
+            slots.push(slot);
+        }
+        slots
+    }
+
+    /// Waits for a completion, at most 10 s.
+    pub(crate) fn wait(&mut self) {
+        assert!(self.session.queue_mut(Q0).unwrap().wait(Some(LIMIT)).unwrap(), "{:?}", self.flying);
+    }
+
+    /// Waits until nothing is in flight; returns the slots in the order in which they came.
+    pub(crate) fn settle(&mut self) -> Vec<u64> {
+        let mut slots = self.reap();
+        while !self.flying.is_empty() {
+            self.wait();
+            slots.extend(self.reap());
+        }
+        slots
+    }
+
+    /// One request from beginning to end.
+    pub(crate) fn one(&mut self, flight: Flight) {
+        self.submit(0, flight);
+        self.kick();
+        self.settle();
+    }
+
+    /// Writes block 1 and reads it back.
+    pub(crate) fn check(&mut self, seed: u64) {
+        self.one((kind::OUT, 1, seed));
+        self.one((kind::IN, 1, seed));
+    }
+}
+
+/// What a block written with `seed` holds; all different.
+pub(crate) fn pattern(block: u64, seed: u64) -> Vec<u8> {
+    let mut word = block.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ seed;
+    let words = (0..DATA / 8).flat_map(|_| {
+        // xorshift64*; a state of zero would stay there.
+        word |= 1 << 63;
+        word ^= word >> 12;
+        word ^= word << 25;
+        word ^= word >> 27;
+        word.wrapping_mul(0x2545_f491_4f6c_dd1d).to_le_bytes()
+    });
+    words.collect()
+}

@@ -1,0 +1,433 @@
+//! Clients that replace themselves by exec, against the real daemon.
+#![expect(clippy::unwrap_used, reason = "a test fails where it stands")]
+
+#[path = "support/robust.rs"]
+mod robust;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use vdpa_client::dma::{Backing, RegionSpec};
+use vdpa_client::state::{self, Section, Sections};
+use vdpa_client::update::{self, Phase, Plan, Strategy, UpdateError};
+use vdpa_core::blk::kind;
+use vdpa_core::features::Status;
+use vdpa_core::ops::VdpaOps;
+use vdpa_core::types::Perm;
+use vdpa_sys::exec::set_close_on_exec;
+use vdpa_sys::memfd;
+use vdpa_sys::vhost_vdpa::VhostVdpaFd;
+use vdpad::ctl::api::DevState;
+
+use robust::disk::{self, Disk, Flight, Q0, SLOTS};
+use robust::{Player, Vdpad, listen, plays, say, variable};
+
+/// Memory wanted for the client.
+const MEMORY: u64 = 64 << 20;
+/// Blocks that hold data from before the first update to after the last.
+const OLD_BLOCKS: std::ops::Range<u64> = 200..232;
+const BLOCKS: u64 = OLD_BLOCKS.end - OLD_BLOCKS.start;
+/// Updates in a row.
+const UPDATES: u64 = 2;
+/// Name and version of the client's section of saved state.
+const SECTION: (&str, u32) = ("test/disk", 1);
+
+/// What a client carries over: updates made, and requests in flight by slot.
+type Saved = (u64, Vec<(u64, Flight)>);
+
+fn text(error: &dyn std::error::Error) -> String {
+    vdpad::load::wire::chain(error)
+}
+
+/// A client that updates itself with requests in flight, and checks that each is answered once and right.
+#[test]
+fn tenant() {
+    if !plays("tenant") {
+        return;
+    }
+    let strategy: Strategy = variable("STRATEGY").parse().unwrap();
+    let (mut disk, made) = match update::restore::<VhostVdpaFd>().unwrap_or_else(|e| panic!("{}", text(&e))) {
+        None => (first_start(), 0),
+        Some(mut restored) => {
+            assert_eq!(restored.report.strategy, strategy);
+            let section = restored.sections.take(SECTION.0).unwrap();
+            restored.sections.ensure_consumed().unwrap();
+            let (made, flying): Saved = section.parse(SECTION.1).unwrap();
+            let disk = Disk { session: restored.session, flying: BTreeMap::from_iter(flying) };
+            (again(disk, made), made + 1)
+        }
+    };
+    say("ready");
+    listen();
+    if made == UPDATES {
+        say("end");
+        return;
+    }
+    // Writes in the lower half of the slots, reads in the upper; what the device has not seen is in flight too.
+    let seed = 100 + made;
+    for slot in 0..SLOTS / 2 {
+        disk.submit(slot, (kind::OUT, 2 + slot, seed));
+        disk.submit(SLOTS / 2 + slot, (kind::IN, OLD_BLOCKS.start + slot % BLOCKS, 1));
+        if slot == 8 {
+            disk.kick();
+        }
+    }
+    if strategy == Strategy::Live {
+        // Nothing stops this device, so that it may complete them while no image of this program runs.
+        disk.kick();
+    }
+    let Disk { session, flying } = disk;
+    assert_eq!(u64::from(session.queue(Q0).unwrap().in_flight()), SLOTS);
+    let saved: Saved = (made, flying.into_iter().collect());
+    let section = Section::json(SECTION.0, SECTION.1, &saved).unwrap();
+    let plan = Plan::new("/proc/self/exe").strategy(strategy).section(section);
+    panic!("not replaced: {}", text(&update::exec(session, plan).error));
+}
+
+fn first_start() -> Disk {
+    let mut disk = Disk::start(Path::new(&variable("DEVICE")), disk::pinnable(MEMORY));
+    for block in OLD_BLOCKS {
+        disk.one((kind::OUT, block, 1));
+    }
+    disk
+}
+
+/// In the new image: all that was in flight comes, each once, and everything is where it was.
+fn again(mut disk: Disk, made: u64) -> Disk {
+    // What was published and not kicked.
+    disk.kick();
+    let slots = disk.settle();
+    assert_eq!(slots.len() as u64, SLOTS, "{slots:?}");
+    assert_eq!(slots.iter().collect::<BTreeSet<_>>().len() as u64, SLOTS, "{slots:?}");
+    for slot in 0..SLOTS / 2 {
+        disk.one((kind::IN, 2 + slot, 100 + made));
+    }
+    for block in OLD_BLOCKS {
+        disk.one((kind::IN, block, 1));
+    }
+    assert!(disk.reap().is_empty() && disk.session.queue(Q0).unwrap().in_flight() == 0);
+    disk
+}
+
+fn start(part: &str, device: &Path, strategy: Strategy) -> Player {
+    Player::start(part, &[("DEVICE", device.to_str().unwrap()), ("STRATEGY", strategy.name())])
+}
+
+/// Lines of the log that tell who became the owner.
+fn owners(vdpad: &Vdpad, what: &str) -> usize {
+    vdpad.log().lines().filter(|line| line.contains(what)).count()
+}
+
+/// Updates a client twice and compares what the device has of it before and after.
+fn updated(mgmtdev: &str, strategy: Strategy) {
+    let vdpad = Vdpad::start(Duration::from_secs(60));
+    let device = vdpad.add_any("disk0", mgmtdev);
+    let mut client = start("tenant", &device, strategy);
+    client.hear("ready");
+    let before = vdpad.info("disk0").state;
+    let held = vdpad.resources();
+    let pid = client.pid().as_raw_nonzero().get().unsigned_abs();
+    assert_eq!(before.owner.as_ref().unwrap().pid, pid);
+    assert_eq!((before.pinned_pages > 0, before.mappings), (mgmtdev == "blk", 1), "{before:?}");
+    for update in 1..=UPDATES {
+        client.tell("update");
+        client.hear("ready");
+        let after = vdpad.info("disk0").state;
+        same_but_counters(&before, &after);
+        // Every request was served once.
+        let requests = BLOCKS + update * (SLOTS + SLOTS / 2 + BLOCKS);
+        let counted = &after.queues[0];
+        assert_eq!(
+            (counted.requests, counted.bytes, counted.errors),
+            (requests, requests * u64::from(disk::DATA), 0)
+        );
+        let (set, changed) = (owners(&vdpad, "owner set"), owners(&vdpad, "owner changed"));
+        let updates = usize::try_from(update).unwrap();
+        if strategy == Strategy::Reopen {
+            assert_eq!((set, changed), (1 + updates, 0), "{}", vdpad.log());
+        } else {
+            assert_eq!((set, changed), (1, updates), "{}", vdpad.log());
+        }
+        // Nothing of the old image is kept.
+        let now = robust::eventually("descriptors and threads are as before", || {
+            Some(vdpad.resources()).filter(|now| {
+                without_sockets(&now.fds) == without_sockets(&held.fds) && now.threads == held.threads
+            })
+        });
+        assert_eq!((now.memfds, now.registered, now.threads), (held.memfds, held.registered, held.threads));
+    }
+    client.tell("end");
+    client.hear("end");
+    assert!(client.end().success());
+    vdpad.is_released("disk0");
+    if mgmtdev == "blk" {
+        in_the_file(&vdpad.dir().join("disk0.img"));
+    }
+}
+
+/// Connections of the control socket come and go.
+fn without_sockets(fds: &BTreeMap<String, usize>) -> Vec<(&String, &usize)> {
+    fds.iter().filter(|(kind, _)| *kind != "socket:").collect()
+}
+
+fn same_but_counters(before: &DevState, after: &DevState) {
+    let plain = |state: &DevState| {
+        let mut state = state.clone();
+        state.queues.iter_mut().for_each(|queue| (queue.requests, queue.bytes) = (0, 0));
+        // The pid stays; the name is that of another program.
+        state.owner.iter_mut().for_each(|owner| (owner.since, owner.comm) = (0, String::new()));
+        state
+    };
+    assert_eq!(plain(before), plain(after));
+}
+
+/// Looks at the disk from outside.
+fn in_the_file(image: &Path) {
+    let bytes = fs::read(image).unwrap();
+    let block =
+        |block: u64| &bytes[usize::try_from(block).unwrap() * disk::DATA as usize..][..disk::DATA as usize];
+    for number in OLD_BLOCKS {
+        assert!(block(number) == disk::pattern(number, 1), "block {number}");
+    }
+    for number in 2..2 + SLOTS / 2 {
+        assert!(block(number) == disk::pattern(number, 100 + UPDATES - 1), "block {number}");
+    }
+}
+
+/// A client whose update fails before the exec: it must go on as if nothing had been.
+#[test]
+fn staying() {
+    if !plays("staying") {
+        return;
+    }
+    let strategy: Strategy = variable("STRATEGY").parse().unwrap();
+    let mut disk = first_start();
+    let images = [
+        ("missing", Phase::Check),
+        ("closed", Phase::Check),
+        ("directory", Phase::Check),
+        ("junk", Phase::Exec),
+    ];
+    for (seed, (image, phase)) in (10..).zip(images) {
+        (0..SLOTS / 2).for_each(|slot| disk.submit(slot, (kind::OUT, 2 + slot, seed)));
+        disk.kick();
+        let path = PathBuf::from(variable("IMAGES")).join(image);
+        let Disk { session, flying } = disk;
+        let failed = update::exec(session, Plan::new(&path).strategy(strategy));
+        say(&format!("{image} {}", text(&failed.error)));
+        assert_eq!(failed.error.phase, phase, "{}", text(&failed.error));
+        disk = Disk { session: failed.session.unwrap(), flying };
+        assert_eq!(disk.settle().len() as u64, SLOTS / 2);
+        (0..SLOTS / 2).for_each(|slot| disk.one((kind::IN, 2 + slot, seed)));
+        let status = disk.session.ops().status().unwrap();
+        assert!(status.contains(Status::DRIVER_OK) && !status.contains(Status::NEEDS_RESET), "{status}");
+        listen();
+    }
+}
+
+fn fails_and_stays(mgmtdev: &str, strategies: &[Strategy]) {
+    let vdpad = Vdpad::start(Duration::from_secs(60));
+    let device = vdpad.add_any("disk0", mgmtdev);
+    let images = vdpad.dir().join("images");
+    fs::create_dir_all(images.join("directory")).unwrap();
+    for (name, mode) in [("closed", 0o644), ("junk", 0o755)] {
+        fs::write(images.join(name), "\u{1}no program").unwrap();
+        fs::set_permissions(images.join(name), fs::Permissions::from_mode(mode)).unwrap();
+    }
+    for &strategy in strategies {
+        let variables = [
+            ("DEVICE", device.to_str().unwrap()),
+            ("STRATEGY", strategy.name()),
+            ("IMAGES", images.to_str().unwrap()),
+        ];
+        let mut client = Player::start("staying", &variables);
+        let mut before = None;
+        let unusable = |name: &str, why: &str| {
+            let path = images.join(name);
+            format!("update failed in phase check: the new image {} cannot be run: {why}", path.display())
+        };
+        for (image, error) in [
+            ("missing", unusable("missing", "No such file or directory (os error 2)")),
+            ("closed", unusable("closed", "Permission denied (os error 13)")),
+            ("directory", unusable("directory", "it is not a regular file")),
+            (
+                "junk",
+                "update failed in phase exec: cannot execve the new image: Exec format error (ENOEXEC)"
+                    .into(),
+            ),
+        ] {
+            assert_eq!(client.hear(image), error, "{strategy}");
+            let state = vdpad.info("disk0").state;
+            assert_eq!(state.owner.as_ref().unwrap().pid, client.pid().as_raw_nonzero().get().unsigned_abs());
+            let held = (state.pinned_pages, state.mappings, state.suspended);
+            assert_eq!(*before.get_or_insert(held), held, "{strategy}, {image}");
+            client.tell("go on");
+        }
+        assert!(client.end().success());
+        vdpad.is_released("disk0");
+    }
+}
+
+/// A program that is told of a state it cannot restore.
+#[test]
+fn restoring() {
+    if !plays("restoring") {
+        return;
+    }
+    let error: UpdateError = update::restore::<VhostVdpaFd>().unwrap_err();
+    assert_eq!(error.phase, Phase::Load);
+    say(&format!("refused {}", text(&error)));
+}
+
+/// What a program that inherits `value` as the number of its state says.
+fn refusal(value: &str) -> String {
+    let mut client = Player::start("restoring", &[(update::STATE_VARIABLE, value)]);
+    let said = client.hear("refused");
+    assert!(client.end().success());
+    let said = said.strip_prefix("update failed in phase load: ").unwrap();
+    said.replace(&format!("descriptor {value}"), "descriptor N")
+}
+
+#[test]
+fn state_that_cannot_be_read_is_named() {
+    let inherited = |fd: &dyn AsFd| {
+        set_close_on_exec(fd.as_fd(), false).unwrap();
+        refusal(&fd.as_fd().as_raw_fd().to_string())
+    };
+    assert_eq!(refusal("seven"), "VDPA_LIVE_STATE is \"seven\", not the number of a descriptor");
+    assert_eq!(
+        refusal("777"),
+        "descriptor N, named by VDPA_LIVE_STATE, was not inherited: Bad file descriptor (EBADF)"
+    );
+    let file = fs::File::open("/proc/self/exe").unwrap();
+    let (reading, _writing) = std::io::pipe().unwrap();
+    assert_eq!(inherited(&reading), "descriptor N, named by VDPA_LIVE_STATE, is not a memfd");
+    // A file of a tmpfs has seals too.
+    let said = inherited(&file);
+    assert!(said.ends_with("is not a memfd") || said.ends_with("is not sealed"), "{said}");
+    let open = memfd::create(c"open", 100, None).unwrap();
+    assert_eq!(inherited(&open), "the memfd with the saved state (descriptor N) is not sealed");
+    let write_only = {
+        let sealed = memfd::sealed(c"sealed", b"unreadable").unwrap();
+        let path = format!("/proc/self/fd/{}", sealed.as_raw_fd());
+        // A sealed file cannot be opened for writing only; O_PATH gives neither reading nor seals.
+        let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC;
+        rustix::fs::open(path, flags, rustix::fs::Mode::empty()).unwrap()
+    };
+    assert_eq!(inherited(&write_only), "descriptor N, named by VDPA_LIVE_STATE, is not a memfd");
+
+    let sealed = |bytes: &[u8]| inherited(&memfd::sealed(c"state", bytes).unwrap());
+    assert_eq!(sealed(b"short"), "saved state has 5 bytes, fewer than the 24 of its header");
+    let said = sealed(&[b'x'; 64]);
+    assert!(said.starts_with("this is not saved state: it begins with [78, 78,"), "{said}");
+    let mut state = state::encode(&Sections::default()).unwrap();
+    assert_eq!(sealed(&state), "saved state has no section \"vdpa/update\"");
+    state[8] = 99;
+    assert_eq!(sealed(&state), "saved state has format version 99; this program reads versions 1 to 1");
+}
+
+/// A client with memory of its own address space.
+#[test]
+fn private() {
+    if !plays("private") {
+        return;
+    }
+    let mut disk = first_start();
+    let heap = vec![0x5a_u8; 3 * 4096].leak();
+    let spec = RegionSpec {
+        name: "heap".into(),
+        backing: Backing::Caller((heap.as_ptr() as u64).next_multiple_of(4096)),
+        iova: 0x1000,
+        size: 4096,
+        perm: Perm::RO,
+        populate: false,
+    };
+    disk.session.map(vec![spec]).unwrap();
+    let strategy: Strategy = variable("STRATEGY").parse().unwrap();
+    let Disk { session, flying } = disk;
+    let failed = update::exec(session, Plan::new("/proc/self/exe").strategy(strategy));
+    say(&format!("refused {}", text(&failed.error)));
+    Disk { session: failed.session.unwrap(), flying }.check(5);
+}
+
+#[test]
+fn private_memory_is_refused_by_its_name() {
+    let vdpad = Vdpad::start(Duration::from_secs(60));
+    let device = vdpad.add_any("disk0", "blk");
+    for strategy in [Strategy::Live, Strategy::Resume, Strategy::Reset, Strategy::Reopen] {
+        let mut client = start("private", &device, strategy);
+        assert_eq!(
+            client.hear("refused"),
+            "update failed in phase check: region \"heap\" is memory of the caller without a memory object: it \
+             ends with this program. Map it from a memfd (Backing::Object) to update by exec"
+        );
+        assert!(client.end().success());
+    }
+}
+
+#[test]
+fn live_is_not_for_a_device_that_uses_addresses() {
+    let vdpad = Vdpad::start(Duration::from_secs(60));
+    let mut disk = Disk::start(&vdpad.add_any("disk0", "sim-blk"), disk::MEMORY_MIN);
+    let failed = update::exec(disk.session, Plan::new("/proc/self/exe").strategy(Strategy::Live));
+    assert_eq!(
+        text(&failed.error),
+        "update failed in phase check: strategy live needs a device without backend feature IOTLB_REMAP (bit \
+         10): this one uses addresses of its owner, so it has to be suspended while they change; use resume"
+    );
+    disk = Disk { session: failed.session.unwrap(), flying: BTreeMap::new() };
+    disk.check(5);
+}
+
+mod heavy {
+    use super::*;
+
+    #[test]
+    fn blk_is_updated_live() {
+        updated("blk", Strategy::Live);
+    }
+
+    #[test]
+    fn blk_is_updated_by_resume() {
+        updated("blk", Strategy::Resume);
+    }
+
+    #[test]
+    fn blk_is_updated_by_reset() {
+        updated("blk", Strategy::Reset);
+    }
+
+    #[test]
+    fn blk_is_updated_by_reopen() {
+        updated("blk", Strategy::Reopen);
+    }
+
+    #[test]
+    fn sim_blk_is_updated_by_resume() {
+        updated("sim-blk", Strategy::Resume);
+    }
+
+    #[test]
+    fn sim_blk_is_updated_by_reset() {
+        updated("sim-blk", Strategy::Reset);
+    }
+
+    #[test]
+    fn sim_blk_is_updated_by_reopen() {
+        updated("sim-blk", Strategy::Reopen);
+    }
+
+    #[test]
+    fn a_client_of_blk_stays_when_its_update_fails() {
+        fails_and_stays("blk", &Strategy::ALL);
+    }
+
+    #[test]
+    fn a_client_of_sim_blk_stays_when_its_update_fails() {
+        fails_and_stays("sim-blk", &[Strategy::Resume, Strategy::Reset, Strategy::Reopen]);
+    }
+}
