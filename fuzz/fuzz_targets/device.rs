@@ -36,6 +36,8 @@ struct Kind {
     strict_new_owner: bool,
     status_unsuspends: bool,
     report_batch_errors: bool,
+    identity_map: bool,
+    reset_owner: bool,
     two_groups: bool,
     last_page: Option<u8>,
     own_limit: Option<u8>,
@@ -123,10 +125,11 @@ impl Op {
 }
 
 fn profile(kind: &Kind) -> Profile {
-    let address_mode = match kind.mode % 3 {
+    let address_mode = match kind.mode % 4 {
         0 => AddressMode::OwnerAddresses,
         1 => AddressMode::Objects,
-        _ => AddressMode::Pinned,
+        2 => AddressMode::Pinned,
+        _ => AddressMode::PinnedPages,
     };
     let mut backend_features = BackendFeatures::of(&[BackendFeatures::ENABLE_AFTER_DRIVER_OK]);
     if kind.live {
@@ -163,6 +166,8 @@ fn profile(kind: &Kind) -> Profile {
         strict_new_owner: kind.strict_new_owner,
         status_unsuspends: kind.status_unsuspends,
         report_batch_errors: kind.report_batch_errors,
+        identity_map: kind.identity_map,
+        reset_owner: kind.reset_owner,
     }
 }
 

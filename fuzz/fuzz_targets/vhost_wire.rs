@@ -161,6 +161,8 @@ impl Idle {
             strict_new_owner: false,
             status_unsuspends: false,
             report_batch_errors: true,
+            identity_map: false,
+            reset_owner: true,
         };
         Self { profile, running: [false; 2] }
     }

@@ -65,7 +65,7 @@ faults! {
     UpdateEmptyErrno = "update-empty-errno";
     /// UPDATE gives the device every permission.
     UpdateIgnoresPermission = "update-ignores-permission";
-    /// The table takes one entry more than its limit.
+    /// The table takes one entry fewer than its limit.
     TableLimit = "table-limit";
     /// INVALIDATE takes only entries that lie within its range.
     InvalidateWithin = "invalidate-within";

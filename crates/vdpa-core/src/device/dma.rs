@@ -237,7 +237,7 @@ impl<P: Parent> Device<P> {
         }
         let owner = self.ownership.owner().ok_or(IotlbError::NotOwner)?;
         let fragments = resolve(owner, profile, range, msg)?;
-        let limit = profile.max_iotlb_entries + usize::from(faults::is(Fault::TableLimit));
+        let limit = profile.max_iotlb_entries - usize::from(faults::is(Fault::TableLimit));
         if table.len() + fragments.len() > limit {
             return Err(IotlbError::Full { entries: table.len(), limit: profile.max_iotlb_entries });
         }
