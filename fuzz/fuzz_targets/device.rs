@@ -342,11 +342,11 @@ impl World {
     /// The parent never reaches more than the table says. Inside a batch, and after a refusal, it may lag behind.
     fn check_translation(&self) {
         let parent = self.device.parent();
-        if parent.way == Way::Platform || self.device.in_batch_for_fuzzing() || parent.refused {
+        if parent.way == Way::Platform || self.device.in_batch_for_fuzzing() {
             return;
         }
         let tables = self.device.tables_for_fuzzing();
-        for (asid, entries) in &parent.tables {
+        for (asid, entries) in parent.tables.iter().filter(|(asid, _)| !parent.refused.contains(asid)) {
             for (first, (last, memory, stale)) in entries {
                 let entry = tables.get(asid).and_then(|table| table.get(*first));
                 let same = entry.is_some_and(|entry| {

@@ -1,6 +1,6 @@
 //! A parent that keeps book of what it was told and refuses when asked to.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use vdpa_core::Errno;
 use vdpa_core::features::Features;
@@ -36,8 +36,8 @@ pub struct FuzzParent {
     pub refuse_owner: bool,
     pub refuse_start: bool,
     pub refuse_stop: bool,
-    /// Whether the last translation was refused, so that what the parent has may be out of date.
-    pub refused: bool,
+    /// Address spaces whose last table was refused, so that what the parent has may be out of date.
+    pub refused: BTreeSet<Asid>,
 }
 
 impl FuzzParent {
@@ -53,7 +53,7 @@ impl FuzzParent {
             refuse_owner: false,
             refuse_start: false,
             refuse_stop: false,
-            refused: false,
+            refused: BTreeSet::new(),
         }
     }
 
@@ -136,10 +136,11 @@ impl Parent for FuzzParent {
 
 impl SetMap<FuzzHost> for FuzzParent {
     fn set_map(&mut self, asid: Asid, table: &Table<Piece>) -> Result<()> {
-        self.refused = self.refuses();
-        if self.refused {
+        if self.refuses() {
+            self.refused.insert(asid);
             return Err(Errno::NOSPC);
         }
+        self.refused.remove(&asid);
         self.tables.insert(asid, table.iter().map(entry).collect());
         Ok(())
     }
