@@ -30,7 +30,7 @@ doc:
 
 # Runs one fuzz target for a minute.
 fuzz target seconds='60':
-    cargo +nightly fuzz run {{target}} -- -max_total_time={{seconds}}
+    scripts/fuzz {{target}} {{seconds}}
 
 # Runs the conformance suite against a device file.
 conform device *args:

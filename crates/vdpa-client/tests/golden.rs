@@ -1,7 +1,7 @@
 //! Saved states of every released version are understood for ever.
 
 use vdpa_client::state::v1::State;
-use vdpa_client::state::{decode, encode};
+use vdpa_client::state::{Sections, decode, encode};
 
 const V1: &[u8] = include_bytes!("golden/v1.state");
 
@@ -37,4 +37,23 @@ fn version_1_is_still_written() {
         assert_eq!(written.take(&section.name).as_ref(), Some(section));
     }
     assert_eq!(encode(&sections).unwrap(), V1);
+}
+
+/// With `VDPA_WRITE_SEEDS` these begin the corpus of the fuzz target `saved_state`.
+#[test]
+fn parts_of_version_1_are_whole_states() {
+    let sections = decode(V1).unwrap();
+    let mut seeds = vec![("v1".to_owned(), V1.to_vec())];
+    for section in sections.iter() {
+        let mut one = Sections::default();
+        one.push(section.clone());
+        let bytes = encode(&one).unwrap();
+        assert_eq!(decode(&bytes).as_ref(), Ok(&one));
+        seeds.push((section.name.replace('/', "-"), bytes));
+    }
+    if let Some(dir) = std::env::var_os("VDPA_WRITE_SEEDS") {
+        let dir = std::path::Path::new(&dir).join("saved_state");
+        std::fs::create_dir_all(&dir).unwrap();
+        seeds.iter().for_each(|(name, bytes)| std::fs::write(dir.join(name), bytes).unwrap());
+    }
 }

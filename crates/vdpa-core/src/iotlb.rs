@@ -181,6 +181,27 @@ impl<M> Table<M> {
             .take_while(move |entry| entry.range.last() >= first)
     }
 
+    /// Checks order, overlap and the records' counts.
+    #[cfg(any(test, fuzzing))]
+    pub fn check(&self) -> Result<(), String> {
+        let mut end = None;
+        let mut counts: BTreeMap<RecordId, usize> = BTreeMap::new();
+        for (first, entry) in &self.entries {
+            if *first != entry.range.first() || end.is_some_and(|end| end >= *first) {
+                return Err(format!("{} is out of order or overlaps what ends at {end:x?}", entry.range));
+            }
+            end = Some(entry.range.last());
+            let record = self.records.get(&entry.record);
+            if !record.is_some_and(|record| record.range.contains(entry.range)) {
+                return Err(format!("{} is not within its record {record:?}", entry.range));
+            }
+            *counts.entry(entry.record).or_default() += 1;
+        }
+        let stored: BTreeMap<_, _> =
+            self.records.iter().map(|(id, record)| (*id, record.fragments)).collect();
+        if stored == counts { Ok(()) } else { Err(format!("records count {stored:?}, there are {counts:?}")) }
+    }
+
     fn forget_fragment(&mut self, id: RecordId) {
         let Some(record) = self.records.get_mut(&id) else { return };
         record.broken = true;

@@ -16,7 +16,11 @@
 pub mod blk;
 pub mod device;
 pub mod errno;
+#[doc(hidden)]
+pub mod faults;
 pub mod features;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 pub mod host;
 pub mod inprocess;
 pub mod iotlb;

@@ -97,9 +97,7 @@ impl Daemon {
         // Pinned guest memory is charged to its owner by us; the daemon's own limit must not come first. Where it
         // cannot be raised, a device that is to pin says so.
         if let Err(error) = rlimit::raise_memlock(None) {
-            tracing::debug!("RLIMIT_MEMLOCK is not unlimited: {error}");
-            // As far as it goes without privileges; cannot fail.
-            let _ = rlimit::raise_memlock(rlimit::memlock().hard);
+            tracing::debug!("RLIMIT_MEMLOCK stays as it is: {error}");
         }
         let dir = prepare_dir(&config.dir)?;
         let exe = std::env::current_exe().map_err(StartError::Watchdog)?;

@@ -124,7 +124,7 @@ fn bad_attributes(dir: &str) -> Vec<Case> {
             "blk has no attribute \"colour\"",
             "Operation not supported",
             "It has: path FILE, readonly on|off, direct on|off, pin on|off, memlock rlimit|unlimited|BYTES, queues 1-64, queue_size 2-32768, a power \
-             of two, serial TEXT of at most 20 bytes, strict_new_owner on|off.",
+             of two, serial TEXT of at most 20 bytes, compat_reset keep|clean, reset_owner on|off, strict_new_owner on|off.",
         ),
         ("queues 65", "attribute \"queues\" is \"65\"; a number from 1 to 64 is right", invalid, ""),
         ("queue_size 100", "queue_size is 100", invalid, "A power of two from 2 to 32768 is right."),

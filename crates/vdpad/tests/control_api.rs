@@ -9,8 +9,9 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use support::{Fixture, SIM_NET, Setup};
-use vdpad::ctl::api::{AddRequest, Attrs, Backend};
+use vdpad::ctl::api::{AddRequest, Attrs, Backend, DevInfo, ErrorBody, MgmtDev, QueueVstats, Version};
 use vdpad::ctl::client::{Client, ClientError};
+use vdpad::ctl::config::DevConfig;
 use vdpad::ctl::server::{BindError, Limits, Server, StartError};
 
 fn error(answer: &(u16, String)) -> (u16, String, i64) {
@@ -49,6 +50,51 @@ fn reading() {
         })
     );
     assert_eq!(get("/v1/devs/vdpa0/vstats?qidx=1")["counters"], json!([["tx packets", 3]]));
+}
+
+/// With `VDPA_WRITE_SEEDS` the bodies begin the corpus of the fuzz target `control_json`.
+#[test]
+fn bodies_are_read_as_they_were_written() {
+    let setup = Setup::new(Fixture::simulators().with_net(Some(SIM_NET)).with_vstats(1, None, &[("rx", 3)]));
+    let blk = Setup::new(Fixture::simulators().with_blk());
+    let first = |body: &str| serde_json::from_str::<Vec<Value>>(body).unwrap()[0].to_string();
+    let bodies = [
+        ("version", r#"{"daemon":"vdpad","version":"0.1.0","pid":1}"#.to_owned()),
+        ("mgmtdev", first(&setup.http("GET", "/v1/mgmtdevs", "").1)),
+        ("net", setup.http("GET", "/v1/devs/vdpa0", "").1),
+        ("net-config", setup.http("GET", "/v1/devs/vdpa0/config", "").1),
+        ("vstats", setup.http("GET", "/v1/devs/vdpa0/vstats?qidx=1", "").1),
+        ("blk", blk.http("GET", "/v1/devs/blk0", "").1),
+        ("blk-config", blk.http("GET", "/v1/devs/blk0/config", "").1),
+        ("error", blk.http("GET", "/v1/devs/none", "").1),
+        (
+            "add",
+            r#"{"name":"b1","mgmtdev":"sim-blk","attrs":{"path":"/a","queues":"4","direct":"on"}}"#
+                .to_owned(),
+        ),
+    ];
+    let again = |text: &str, name: &str| -> Value {
+        let value = match name {
+            "version" => serde_json::to_value(serde_json::from_str::<Version>(text).unwrap()),
+            "mgmtdev" => serde_json::to_value(serde_json::from_str::<MgmtDev>(text).unwrap()),
+            "net" | "blk" => serde_json::to_value(serde_json::from_str::<DevInfo>(text).unwrap()),
+            "net-config" | "blk-config" => {
+                serde_json::to_value(serde_json::from_str::<DevConfig>(text).unwrap())
+            }
+            "vstats" => serde_json::to_value(serde_json::from_str::<QueueVstats>(text).unwrap()),
+            "error" => serde_json::to_value(serde_json::from_str::<ErrorBody>(text).unwrap()),
+            _ => serde_json::to_value(serde_json::from_str::<AddRequest>(text).unwrap()),
+        };
+        value.unwrap()
+    };
+    for (name, body) in bodies {
+        assert_eq!(again(&body, name), serde_json::from_str::<Value>(&body).unwrap(), "{name}");
+        if let Some(dir) = std::env::var_os("VDPA_WRITE_SEEDS") {
+            let dir = std::path::Path::new(&dir).join("control_json");
+            std::fs::create_dir_all(&dir).unwrap();
+            std::fs::write(dir.join(name), body).unwrap();
+        }
+    }
 }
 
 #[test]

@@ -44,6 +44,8 @@ use vdpa_core::features::{BackendFeatures, Features};
 
 pub use self::exec::{Failed, Plan, exec};
 pub use self::report::Report;
+#[cfg(fuzzing)]
+pub use self::restore::fuzzing;
 pub use self::restore::{Restored, restore, restore_from};
 pub use self::strategy::{Strategy, UnknownStrategy, Unsupported};
 use crate::error::Error as SessionError;

@@ -263,6 +263,33 @@ fn invalid(what: &str, reason: impl Into<String>) -> Cause {
     Cause::Invalid { what: what.to_owned(), reason: reason.into() }
 }
 
+/// What a restore checks before it adopts a descriptor, for fuzz targets.
+#[cfg(fuzzing)]
+pub mod fuzzing {
+    use vdpa_core::features::Features;
+    use vdpa_core::ring::driver::DriverState;
+
+    use super::{bases, check_numbers, v1};
+    use crate::update::Strategy;
+
+    /// The checks of the state against itself.
+    ///
+    /// # Errors
+    /// What is wrong, in words.
+    pub fn validate(state: &v1::State) -> Result<(), String> {
+        let strategy: Strategy =
+            state.update.strategy.parse().map_err(|e: super::super::UnknownStrategy| e.to_string())?;
+        check_numbers(state).map_err(|e| e.to_string())?;
+        bases(strategy, &state.queues).map(drop).map_err(|e| e.to_string())
+    }
+
+    /// The driver side of a ring as it is given to be adopted.
+    #[must_use]
+    pub fn adopt_driver(driver: v1::Driver, size: u16, features: Features) -> DriverState {
+        driver.restore(size, features)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -41,6 +41,7 @@ pub(super) const CASES: &[Case] = &[
     case!("live.new-owner-keeps-state", "8.4", [NEW_OWNER], [Need::Child, SUSPEND], keeps_state),
     case!("live.new-owner-of-dead", "8.4", [NEW_OWNER], [Need::Child], of_dead),
     case!("live.remap", "8.5, 9.4 vector L5", [IOTLB_REMAP], [REMAP], remap),
+    case!("live.remap-refused", "8.5", [IOTLB_REMAP], [REMAP, BLK, RING], remap_refused),
     case!("live.remap-batch", "8.5, 9.4 vector L7", [IOTLB_REMAP], [REMAP], remap_batch),
     case!("live.remap-by-old-owner", "8.5, 9.4 vector L8", [IOTLB_REMAP], [REMAP, Need::Child], remap_by_old),
     case!("live.remap-unsupported", "8.5, 9.4 vector L9", [IOTLB_REMAP], [NO_REMAP], remap_unsupported),
@@ -147,6 +148,15 @@ fn remap(ctx: &mut Ctx<'_>) -> Outcome {
         check(&format!("REMAP {what}"), device.message(0, message), want)?;
     }
     check("UPDATE: still mapped", device.map(IOVA, &region, Perm::RW), REFUSED)
+}
+
+fn remap_refused(ctx: &mut Ctx<'_>) -> Outcome {
+    let mut driver = BlkDriver::start(ctx, BackendFeatures::NONE)?;
+    driver.works("before")?;
+    // Above the last mapping of any process.
+    let message = remap_message(0xffff_8000_0000_0000, driver.region.size());
+    check("REMAP to an address where nothing is mapped", driver.device.message(0, message), REFUSED)?;
+    driver.works("after a REMAP that was refused")
 }
 
 fn remap_batch(ctx: &mut Ctx<'_>) -> Outcome {

@@ -4,11 +4,12 @@ use thiserror::Error;
 
 use crate::device::{Device, MemoryOf};
 use crate::errno::Errno;
+use crate::faults::{self, Fault};
 use crate::features::BackendFeatures;
 use crate::host::{AddressSpace, Caller, Fragment, MemoryObject, PAGE_SIZE};
 use crate::iotlb::{Mapping, RecordId};
 use crate::parent::{AddressMode, Dma, Parent, PrivateMemory, Profile};
-use crate::types::{Asid, IotlbMsg, IovaRange, Result, iotlb_type};
+use crate::types::{Asid, IotlbMsg, IovaRange, Perm, Result, iotlb_type};
 
 /// Why an IOTLB message was refused. The client sees [`errno`](Self::errno), which is nearly always `EFAULT`;
 /// the rest is for the log.
@@ -170,7 +171,7 @@ impl<P: Parent> Device<P> {
         asid: Asid,
         msg: &IotlbMsg,
     ) -> Result<(), IotlbError> {
-        if msg.kind == iotlb_type::UPDATE && msg.size == 0 {
+        if msg.kind == iotlb_type::UPDATE && msg.size == 0 && !faults::is(Fault::UpdateEmptyErrno) {
             return Err(IotlbError::EmptyUpdate { iova: msg.iova });
         }
         self.ownership.check(caller).map_err(|_| IotlbError::NotOwner)?;
@@ -186,7 +187,13 @@ impl<P: Parent> Device<P> {
                 Ok(())
             }
             iotlb_type::BATCH_END => self.end_batch(asid),
-            iotlb_type::REMAP => self.remap(asid, msg),
+            iotlb_type::REMAP => {
+                let result = self.remap(asid, msg);
+                if result.is_err() && faults::is(Fault::RemapNoRollback) {
+                    self.invalidate(asid, msg);
+                }
+                result
+            }
             kind => Err(IotlbError::UnknownType { kind }),
         }
     }
@@ -208,6 +215,8 @@ impl<P: Parent> Device<P> {
     }
 
     fn update(&mut self, caller: &dyn Caller<P::Host>, asid: Asid, msg: &IotlbMsg) -> Result<(), IotlbError> {
+        let all = IotlbMsg { perm: Perm::RW, ..*msg };
+        let msg = if faults::is(Fault::UpdateIgnoresPermission) { &all } else { msg };
         let profile = self.parent.profile();
         let beyond = IotlbError::OutOfRange { iova: msg.iova, size: msg.size, range: profile.iova_range };
         IovaRange::from_size(msg.iova, msg.size)
@@ -219,13 +228,17 @@ impl<P: Parent> Device<P> {
             *msg
         };
         let range = IovaRange::from_size(msg.iova, msg.size).ok_or(beyond)?;
+        if faults::is(Fault::UpdateReplaces) {
+            self.tables.entry(asid).or_default().remove_touching(range.first(), range.last());
+        }
         let table = self.tables.get(&asid).ok_or(IotlbError::NoTable { asid })?;
         if let Some(existing) = table.overlapping(range).first() {
             return Err(IotlbError::Overlap { range, existing: existing.range });
         }
         let owner = self.ownership.owner().ok_or(IotlbError::NotOwner)?;
         let fragments = resolve(owner, profile, range, msg)?;
-        if table.len() + fragments.len() > profile.max_iotlb_entries {
+        let limit = profile.max_iotlb_entries - usize::from(faults::is(Fault::TableLimit));
+        if table.len() + fragments.len() > limit {
             return Err(IotlbError::Full { entries: table.len(), limit: profile.max_iotlb_entries });
         }
         let pages = fragments.iter().map(|(_, piece)| pages_to_pin(profile, piece.size, &piece.memory)).sum();
@@ -303,7 +316,14 @@ impl<P: Parent> Device<P> {
         // Wrapping on purpose: size 0 and sums beyond 2^64 have the documented odd effects.
         let last = msg.iova.wrapping_add(msg.size).wrapping_sub(1);
         let Some(table) = self.tables.get_mut(&asid) else { return };
+        let within = |entry: &Mapping<_>| msg.iova <= entry.range.first() && entry.range.last() <= last;
+        if faults::is(Fault::InvalidateWithin) && !table.iter().any(within) {
+            return;
+        }
         let removed = table.remove_touching(msg.iova, last);
+        if faults::is(Fault::InvalidateUnheard) {
+            return;
+        }
         let tells = match self.parent.dma() {
             Dma::SetMap(_) => self.batch.is_none(),
             Dma::DmaMap(_) | Dma::Platform => !removed.is_empty(),
@@ -320,10 +340,15 @@ impl<P: Parent> Device<P> {
         let profile = self.parent.profile();
         let pages =
             removed.iter().map(|entry| pages_to_pin(profile, entry.range.size(), &entry.memory)).sum();
-        self.ownership.uncharge(pages);
+        if !faults::is(Fault::ChargeKept) {
+            self.ownership.uncharge(pages);
+        }
     }
 
     fn end_batch(&mut self, asid: Asid) -> Result<(), IotlbError> {
+        if self.batch.is_none() && faults::is(Fault::BatchEndNeedsBegin) {
+            return Err(IotlbError::NoTable { asid });
+        }
         let Some(batch) = self.batch.take() else { return Ok(()) };
         let report = self.parent.profile().report_batch_errors || !batch.remapped.is_empty();
         let Err(errno) = self.set_map(asid) else { return Ok(()) };
@@ -423,7 +448,7 @@ fn whole_pages(msg: &IotlbMsg) -> Option<IotlbMsg> {
 }
 
 /// What `size` bytes of `memory` charge to the owner: nothing unless the device pins.
-fn pages_to_pin<M: MemoryObject>(profile: &Profile, size: u64, memory: &M) -> u64 {
+pub(super) fn pages_to_pin<M: MemoryObject>(profile: &Profile, size: u64, memory: &M) -> u64 {
     match profile.address_mode {
         AddressMode::Pinned => memory.pin_pages(),
         AddressMode::PinnedPages => size / PAGE_SIZE,

@@ -7,6 +7,8 @@
 
 mod default_map;
 mod dma;
+#[cfg(any(test, fuzzing))]
+mod invariants;
 mod ownership;
 mod remap;
 #[cfg(test)]
@@ -20,6 +22,7 @@ use vring::Vring;
 pub use vring::VringInfo;
 
 use crate::errno::Errno;
+use crate::faults::{self, Fault};
 use crate::features::{BackendFeatures, Features, Status};
 use crate::host::{Caller, Host};
 use crate::iotlb::Table;
@@ -169,6 +172,10 @@ impl<P: Parent> Device<P> {
         const UNCHECKED: u64 = 0x4e;
         let offered = self.backend_features();
         let acceptable = BackendFeatures(KNOWN | offered.0 & !1);
+        if faults::is(Fault::BackendAnyBit) {
+            self.acked = word;
+            return Ok(());
+        }
         if !acceptable.contains(word) {
             return Err(Errno::OPNOTSUPP);
         }
@@ -201,7 +208,7 @@ impl<P: Parent> Device<P> {
     /// # Errors
     /// `EBUSY` after FEATURES_OK; `EINVAL` when the parent refuses the word.
     pub fn set_features(&mut self, word: Features) -> Result<()> {
-        if self.status.contains(Status::FEATURES_OK) {
+        if self.status.contains(Status::FEATURES_OK) && !faults::is(Fault::FeaturesAnyTime) {
             return Err(Errno::BUSY);
         }
         let in_force = self.parent.negotiate(word).map_err(|_| Errno::INVAL)?;
@@ -230,7 +237,7 @@ impl<P: Parent> Device<P> {
         if new == Status::RESET {
             return self.reset_device(self.cleans_map());
         }
-        if !new.contains(self.status) {
+        if !new.contains(self.status) && !faults::is(Fault::StatusClears) {
             return Err(Errno::INVAL);
         }
         self.status = new;
@@ -253,9 +260,13 @@ impl<P: Parent> Device<P> {
         if !self.parent.profile().suspend {
             return Err(Errno::OPNOTSUPP);
         }
-        self.paused = true;
+        if faults::is(Fault::SuspendRunsOn) {
+            self.suspended = true;
+            return Ok(());
+        }
+        let before = std::mem::replace(&mut self.paused, true);
         if let Err(error) = self.stop_all() {
-            self.paused = self.suspended;
+            self.paused = before;
             self.start_ready();
             return Err(error);
         }
@@ -275,6 +286,9 @@ impl<P: Parent> Device<P> {
             return Err(Errno::OPNOTSUPP);
         }
         self.suspended = false;
+        if faults::is(Fault::ResumeStaysStopped) {
+            return Ok(());
+        }
         self.paused = false;
         self.start_ready();
         Ok(())
@@ -290,7 +304,7 @@ impl<P: Parent> Device<P> {
 
     /// One device reset (uapi-spec 4.5). IOTLB, pins, owner, backend features, eventfds and batch survive.
     fn reset_device(&mut self, clean_map: bool) -> Result<()> {
-        self.suspended = false;
+        self.suspended &= faults::is(Fault::ResetKeepsSuspended);
         self.paused = false;
         self.num_max = 0;
         self.features = None;
@@ -299,8 +313,14 @@ impl<P: Parent> Device<P> {
         self.vrings.iter_mut().for_each(Vring::reset);
         self.group_asids.iter_mut().for_each(|asid| *asid = Asid(0));
         self.parent.reset();
-        if clean_map {
+        if clean_map && !faults::is(Fault::ResetKeepsTranslation) {
             self.restore_default_map();
+        }
+        if faults::is(Fault::ResetUnmaps) {
+            self.unmap_everything();
+        }
+        if faults::is(Fault::ResetDisowns) {
+            self.ownership.clear();
         }
         self.num_max = self.parent.profile().queue_size_max;
         Ok(())
@@ -349,7 +369,7 @@ impl<P: Parent> Device<P> {
     pub fn check_config(&self, offset: u32, len: usize) -> Result<()> {
         let size = self.parent.profile().config_size;
         let fits = u32::try_from(len).is_ok_and(|len| len > 0 && offset <= size && len <= size - offset);
-        if fits { Ok(()) } else { Err(Errno::INVAL) }
+        if fits || faults::is(Fault::ConfigBeyondEnd) { Ok(()) } else { Err(Errno::INVAL) }
     }
 
     /// `VHOST_VDPA_SET_CONFIG_CALL`.
@@ -383,7 +403,7 @@ impl<P: Parent> Device<P> {
         if group.0 >= profile.groups || asid.0 >= profile.address_spaces {
             return Err(Errno::INVAL);
         }
-        if self.status.contains(Status::DRIVER_OK) {
+        if self.status.contains(Status::DRIVER_OK) && !faults::is(Fault::GroupAsidAnyTime) {
             return Err(Errno::BUSY);
         }
         self.group_asids[group.0 as usize] = asid;

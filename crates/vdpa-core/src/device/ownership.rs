@@ -3,6 +3,7 @@
 use crate::device::vring::Vring;
 use crate::device::{Device, FORK_FROM_OWNER};
 use crate::errno::Errno;
+use crate::faults::{self, Fault};
 use crate::features::{BackendFeatures, Features, Status};
 use crate::host::Caller;
 use crate::parent::Parent;
@@ -16,7 +17,7 @@ impl<P: Parent> Device<P> {
     /// reports, and the device has then forgotten what was negotiated, as after a close.
     pub fn set_owner(&mut self, caller: &dyn Caller<P::Host>) -> Result<()> {
         if self.ownership.owner().is_some() {
-            return Err(Errno::BUSY);
+            return if faults::is(Fault::SetOwnerTwice) { Ok(()) } else { Err(Errno::BUSY) };
         }
         let space = caller.address_space()?;
         self.parent.bind_owner(Some(&space)).inspect_err(|_| self.forget_negotiation())?;
@@ -58,10 +59,14 @@ impl<P: Parent> Device<P> {
         if !self.own_features.has(BackendFeatures::NEW_OWNER) {
             return Err(Errno::OPNOTSUPP);
         }
-        let old = self.ownership.owner().ok_or(Errno::INVAL)?;
+        let without_owner = if faults::is(Fault::NewOwnerErrno) { Errno::PERM } else { Errno::INVAL };
+        let old = self.ownership.owner().ok_or(without_owner)?;
         // Before the limit, so that the owner's own pages are never counted twice (N1).
-        if caller.is(old) {
+        if caller.is(old) && !faults::is(Fault::NewOwnerByOwner) {
             return Err(Errno::BUSY);
+        }
+        if faults::is(Fault::NewOwnerIgnored) {
+            return Ok(());
         }
         let profile = self.parent.profile();
         if profile.strict_new_owner && self.status.contains(Status::DRIVER_OK) && !self.suspended {
@@ -75,10 +80,16 @@ impl<P: Parent> Device<P> {
             return Err(error);
         }
         self.ownership.transfer(heir);
-        if self.own_features.has(BackendFeatures::IOTLB_REMAP) {
+        if self.own_features.has(BackendFeatures::IOTLB_REMAP) && !faults::is(Fault::StaleReadable) {
             self.mark_stale();
         }
         self.follow_owner();
+        if faults::is(Fault::NewOwnerUnmaps) {
+            self.unmap_everything();
+        }
+        if faults::is(Fault::NewOwnerResumes) {
+            return self.resume();
+        }
         Ok(())
     }
 
@@ -88,16 +99,18 @@ impl<P: Parent> Device<P> {
         self.batch = None;
         self.unmap_everything();
         let _ = self.parent.bind_owner(None);
-        self.ownership.clear();
+        if !faults::is(Fault::OwnerSurvivesClose) {
+            self.ownership.clear();
+        }
         self.forget_negotiation();
     }
 
-    /// What the kernel's `vhost_dev_cleanup` forgets. No queue is running.
+    /// What the kernel's `vhost_dev_cleanup` forgets.
     fn forget_negotiation(&mut self) {
         self.acked = BackendFeatures::NONE;
         self.base_features = Features::NONE;
         self.fork_from_owner = FORK_FROM_OWNER;
-        self.vrings.iter_mut().for_each(|vring| *vring = Vring::default());
+        self.vrings.iter_mut().for_each(Vring::close);
     }
 
     /// `VHOST_SET_FORK_FROM_OWNER` (uapi-spec 1.6a): stored only, as vhost-vdpa has no workers to fork.

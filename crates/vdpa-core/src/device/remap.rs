@@ -2,6 +2,7 @@
 
 use crate::device::dma::{Batch, mappings, resolve};
 use crate::device::{Device, IotlbError, MemoryOf};
+use crate::faults::{self, Fault};
 use crate::host::{Fragment, MemoryObject};
 use crate::iotlb::{Mapping, RecordId, Table};
 use crate::parent::Parent;
@@ -20,11 +21,15 @@ impl<P: Parent> Device<P> {
     /// Checks and carries out one REMAP. Outside a batch it takes effect completely or not at all; inside, the
     /// parent learns of it at END.
     pub(super) fn remap(&mut self, asid: Asid, msg: &IotlbMsg) -> Result<(), IotlbError> {
-        if msg.perm.0 != 0 || msg.size == 0 {
+        if msg.perm.0 != 0 && !faults::is(Fault::RemapWithPermission) || msg.size == 0 {
             return Err(IotlbError::RemapArguments { perm: msg.perm.0, size: msg.size });
         }
         if !self.offers_remap() {
-            return Err(IotlbError::RemapNotOffered);
+            return if faults::is(Fault::RemapUnsupported) {
+                Ok(())
+            } else {
+                Err(IotlbError::RemapNotOffered)
+            };
         }
         let table = self.tables.get(&asid).ok_or(IotlbError::NoTable { asid })?;
         let no_match = IotlbError::RemapNoMatch { iova: msg.iova, size: msg.size };
@@ -43,7 +48,9 @@ impl<P: Parent> Device<P> {
         if profile.verify_remap && !same_memory(range, &old, &fragments) {
             return Err(IotlbError::RemapOtherObject { range, uaddr: msg.uaddr });
         }
-        let new: Vec<_> = mappings(range, &msg, record, fragments).collect();
+        let stale = faults::is(Fault::RemapStaysStale);
+        let new: Vec<_> =
+            mappings(range, &msg, record, fragments).map(|entry| Mapping { stale, ..entry }).collect();
         let others = |entry: &Mapping<MemoryOf<P>>| {
             table.overlapping(entry.range).iter().any(|hit| hit.record != record)
         };

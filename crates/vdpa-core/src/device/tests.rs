@@ -590,6 +590,39 @@ fn a_suspend_that_fails_leaves_the_device_running() {
     assert!(rig.device.suspended() && !rig.running());
 }
 
+/// A status write has started the queues again, as in the simulator, while SUSPEND is still in force.
+#[test]
+fn a_second_suspend_that_fails_leaves_the_device_running() {
+    let profile = Profile { status_unsuspends: true, ..profile(AddressMode::Objects) };
+    let mut rig = Rig::with(profile, Process::new(1, &[]));
+    rig.start_queue_0();
+    rig.device.suspend().unwrap();
+    rig.device.set_status(Status(15)).unwrap();
+    assert!(rig.device.suspended() && rig.running());
+    rig.seen.lock().unwrap().stop_fails = true;
+    assert_eq!(rig.device.suspend(), Err(Errno::IO));
+    assert_eq!(rig.device.check_invariants(), Ok(()), "not at rest while a queue runs");
+    rig.seen.lock().unwrap().stop_fails = false;
+    rig.device.suspend().unwrap();
+    assert!(!rig.running());
+}
+
+#[test]
+fn a_queue_that_does_not_come_to_rest_is_not_forgotten() {
+    let mut rig = Rig::new(AddressMode::Objects);
+    let owner = rig.owner.clone();
+    rig.start_queue_0();
+    rig.seen.lock().unwrap().stop_fails = true;
+    assert_eq!(rig.device.set_vring_enable(&owner, QueueIndex(0), false), Err(Errno::IO));
+    assert_eq!(rig.device.check_invariants(), Ok(()), "a queue that runs is enabled");
+    rig.device.release();
+    assert_eq!(rig.device.open(), Err(Errno::IO), "the queue of the last client still runs");
+    rig.seen.lock().unwrap().stop_fails = false;
+    rig.device.open().unwrap();
+    assert!(!rig.running());
+    assert_eq!(rig.device.check_invariants(), Ok(()));
+}
+
 #[test]
 fn vring_arguments_are_checked_in_the_kernels_order() {
     let mut rig = Rig::new(AddressMode::Objects);

@@ -2,6 +2,7 @@
 
 use crate::device::{Device, EventOf};
 use crate::errno::Errno;
+use crate::faults::{self, Fault};
 use crate::features::{Features, Status};
 use crate::host::{Caller, Host};
 use crate::parent::Parent;
@@ -51,6 +52,12 @@ impl<H: Host> Vring<H> {
         self.call_installed = false;
         self.ready = false;
     }
+
+    /// Forgets what the client left. A queue that could not be brought to rest is still to be stopped, by the
+    /// reset of the next open.
+    pub(super) fn close(&mut self) {
+        *self = Self { running: self.running, ..Self::default() };
+    }
 }
 
 /// What the management side shows of a queue.
@@ -90,7 +97,7 @@ impl<P: Parent> Device<P> {
         let max = self.num_max;
         let vring = self.vring(caller, index)?;
         let num = u16::try_from(num).map_err(|_| Errno::INVAL)?;
-        if num > max || !num.is_power_of_two() {
+        if num > max || !num.is_power_of_two() && !faults::is(Fault::VringNumAny) {
             return Err(Errno::INVAL);
         }
         vring.num = num;
@@ -116,7 +123,7 @@ impl<P: Parent> Device<P> {
         if !addr.avail.is_multiple_of(2)
             || !addr.used.is_multiple_of(4)
             || !addr.log.is_multiple_of(4)
-            || live
+            || live && !faults::is(Fault::VringAddrAnyTime)
         {
             return Err(Errno::INVAL);
         }
@@ -166,18 +173,21 @@ impl<P: Parent> Device<P> {
     /// does not start a suspended device.
     ///
     /// # Errors
-    /// `EPERM`; `ENOBUFS`; `EIO` when the queue does not come to rest.
+    /// `EPERM`; `ENOBUFS`; `EIO` when the queue does not come to rest, and then it is still enabled.
     pub fn set_vring_enable(
         &mut self,
         caller: &dyn Caller<P::Host>,
         index: QueueIndex,
         enable: bool,
     ) -> Result<()> {
+        self.vring(caller, index)?;
+        if !enable && !faults::is(Fault::DisableRunsOn) {
+            self.stop(index)?;
+        }
         self.vring(caller, index)?.ready = enable;
         if enable {
+            self.paused &= !faults::is(Fault::EnableWhileSuspended);
             self.start(index);
-        } else {
-            self.stop(index)?;
         }
         Ok(())
     }
@@ -310,7 +320,8 @@ impl<P: Parent> Device<P> {
     /// Starts a queue if the device runs and the queue is enabled and set up; otherwise nothing happens, and a
     /// later transition tries again. Nothing can be reported: `set_vq_ready` and `set_status` are void in vDPA.
     pub(super) fn start(&mut self, index: QueueIndex) {
-        if !self.status.contains(Status::DRIVER_OK) || self.paused {
+        let early = faults::is(Fault::StartEarly);
+        if !(self.status.contains(Status::DRIVER_OK) || early) || self.paused {
             return;
         }
         let asid = self.asid_of(index);
@@ -341,6 +352,9 @@ impl<P: Parent> Device<P> {
         }
         if let Some(state) = self.parent.stop_queue(index)? {
             vring.state = Some(state);
+            if let (QueueState::Split { avail_index }, true) = (state, faults::is(Fault::BaseBehind)) {
+                vring.state = Some(QueueState::Split { avail_index: avail_index.wrapping_sub(1) });
+            }
         }
         vring.running = false;
         Ok(true)

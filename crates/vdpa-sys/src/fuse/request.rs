@@ -302,6 +302,39 @@ mod tests {
         assert_eq!(Request::decode(&bytes[..39]), Err(DecodeError::NoHeader { got: 39 }));
     }
 
+    /// One message of each kind: with `VDPA_WRITE_SEEDS` they begin the corpus of the fuzz target `fuse_wire`.
+    #[test]
+    fn every_known_request_is_decoded() {
+        let ioctl = IoctlIn { cmd: 0x4008_af00, in_size: 8, ..IoctlIn::default() };
+        let write = WriteIn { size: 72, ..WriteIn::default() };
+        let getxattr = GetxattrIn::default();
+        let messages: Vec<(u32, Vec<&[u8]>)> = vec![
+            (opcode::INIT, vec![&[7; 64]]),
+            (opcode::LOOKUP, vec![b"vhost-vdpa-0\0"]),
+            (opcode::BATCH_FORGET, vec![&[1, 0, 0, 0, 0, 0, 0, 0], &[1; 16]]),
+            (opcode::IOCTL, vec![ioctl.as_bytes(), &[1; 8]]),
+            (opcode::WRITE, vec![write.as_bytes(), &[2; 72]]),
+            (opcode::GETXATTR, vec![getxattr.as_bytes(), b"security.capability\0"]),
+            (opcode::SETATTR, vec![&[0; 88]]),
+            (opcode::READ, vec![&[0; 40]]),
+            (opcode::READDIR, vec![&[0; 40]]),
+            (opcode::POLL, vec![&[0; 24]]),
+            (opcode::RELEASE, vec![&[0; 24]]),
+            (opcode::OPEN, vec![&[0; 8]]),
+            (opcode::STATFS, vec![]),
+            (opcode::DESTROY, vec![]),
+        ];
+        for (code, parts) in messages {
+            let bytes = message(code, &parts);
+            assert!(Request::decode(&bytes).is_ok(), "opcode {code}");
+            if let Some(dir) = std::env::var_os("VDPA_WRITE_SEEDS") {
+                let dir = std::path::Path::new(&dir).join("fuse_wire");
+                std::fs::create_dir_all(&dir).unwrap();
+                std::fs::write(dir.join(format!("opcode-{code}")), bytes).unwrap();
+            }
+        }
+    }
+
     /// Every opcode with every body length, filled with the bytes most likely to overflow a sum.
     #[test]
     fn no_bytes_make_it_panic() {

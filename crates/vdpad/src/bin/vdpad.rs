@@ -105,10 +105,24 @@ fn main() -> ExitCode {
         .with_writer(io::stderr)
         .with_ansi(io::IsTerminal::is_terminal(&io::stderr()))
         .init();
+    #[cfg(feature = "planted-faults")]
+    if let Err(name) = plant_fault() {
+        eprintln!("vdpad: VDPA_PLANTED_FAULT: there is no fault {name:?}");
+        return ExitCode::from(2);
+    }
     match cli.command {
         Some(Command::Watchdog { mount, source, timeout }) => watch(&mount, &source, timeout),
         None => serve(cli.serve),
     }
+}
+
+/// Makes this daemon wrong in the way that `VDPA_PLANTED_FAULT` names, for the test of the conformance suite.
+#[cfg(feature = "planted-faults")]
+fn plant_fault() -> Result<(), std::ffi::OsString> {
+    let Some(name) = std::env::var_os("VDPA_PLANTED_FAULT") else { return Ok(()) };
+    let fault = name.to_str().and_then(vdpa_core::faults::plant);
+    tracing::warn!(?fault, "this daemon is wrong on purpose");
+    fault.map(drop).ok_or(name)
 }
 
 fn serve(options: Serve) -> ExitCode {

@@ -39,12 +39,13 @@ impl Queue {
         if !matches!(state, QueueState::Split { .. }) || setup.features.has(Features::RING_PACKED) {
             return Err(Errno::OPNOTSUPP);
         }
+        let pending = setup.kick.is_some();
         Ok(Self {
             setup,
             ring: None,
             state,
-            // Kicks may have come before the start.
-            pending: true,
+            // Kicks may have come before the start; without an eventfd there is nothing they could have come by.
+            pending,
             in_flight: 0,
             generation,
             stopping: None,

@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
 use vdpa_core::device::Device;
+use vdpa_core::faults::{self, Fault};
 use vdpa_core::features::{Features, Status};
 use vdpa_core::parent::Parent;
 use vdpa_core::types::{Asid, GroupIndex, IovaRange, QueueIndex, Result, VringAddr};
@@ -23,6 +24,35 @@ use zerocopy::IntoBytes;
 
 use crate::front::fuse::{DeviceFile, IoctlCall, IoctlReply};
 use crate::rate::RateLimit;
+
+/// The decoders, for fuzz targets.
+#[cfg(fuzzing)]
+pub mod fuzzing {
+    use vdpa_core::features::BackendFeatures;
+    use vdpa_core::types::IotlbMsg;
+
+    use super::{Asid, Result, uapi, wire};
+
+    /// Decodes one `write`, with these backend features acknowledged.
+    ///
+    /// # Errors
+    /// As for a client.
+    pub fn iotlb_message(bytes: &[u8], acked: BackendFeatures) -> Result<(Asid, IotlbMsg)> {
+        wire::iotlb_message(bytes, acked)
+    }
+
+    /// Decodes `input` as every kind of argument there is.
+    pub fn arguments(input: &[u8]) {
+        let _ = wire::argument::<u8>(input);
+        let _ = wire::argument::<i32>(input);
+        let _ = wire::argument::<u64>(input);
+        let _ = wire::argument::<uapi::ConfigHeader>(input);
+        let _ = wire::argument::<uapi::MemoryHeader>(input);
+        let _ = wire::argument::<uapi::VringAddr>(input);
+        let _ = wire::argument::<uapi::VringFile>(input);
+        let _ = wire::argument::<uapi::VringState>(input);
+    }
+}
 
 /// Any parent of this daemon.
 pub type AnyParent = Box<dyn Parent<Host = LinuxHost>>;
@@ -110,7 +140,7 @@ impl VhostVdpaFile {
 
     /// Fetches an eventfd from the caller's table: `None` for -1.
     fn event(caller: &Caller, fd: i32) -> Result<Option<EventFd>> {
-        if fd == uapi::VHOST_FILE_UNBIND {
+        if fd == uapi::VHOST_FILE_UNBIND && !faults::is(Fault::UnbindRefused) {
             return Ok(None);
         }
         if fd < 0 {
@@ -216,6 +246,7 @@ impl VhostVdpaFile {
                 tracing::info!(device = %self.name, tid = call.tid, "owner reset");
                 return Ok(IoctlReply::default());
             }
+            _ if faults::is(Fault::IndexBeforeOwner) => drop(self.vring_index(device, call, &caller)?),
             _ => device.check_owner(&caller)?,
         }
         if call.cmd == uapi::VHOST_SET_MEM_TABLE {
@@ -301,6 +332,7 @@ fn vring_state(
             let state = state()?;
             done(device.set_group_asid(caller, GroupIndex(state.index), Asid(state.num)))
         }
+        _ if faults::is(Fault::UnknownRequestErrno) => Err(Errno::INVAL),
         _ => Err(Errno::NOTTY),
     }
 }

@@ -1,6 +1,7 @@
 //! IOTLB messages and ioctl arguments as bytes.
 
 use vdpa_core::Errno;
+use vdpa_core::faults::{self, Fault};
 use vdpa_core::features::BackendFeatures;
 use vdpa_core::types::{Asid, IotlbMsg, Perm, Result};
 use vdpa_sys::uapi::vhost as uapi;
@@ -21,8 +22,13 @@ pub(super) fn iotlb_message(bytes: &[u8], acked: BackendFeatures) -> Result<(Asi
     let (version, rest) = u32::read_from_prefix(bytes).map_err(|_| Errno::INVAL)?;
     let asid = match version {
         uapi::VHOST_IOTLB_MSG => 0,
-        uapi::VHOST_IOTLB_MSG_V2 if !acked.has(BackendFeatures::IOTLB_ASID) => 0,
+        uapi::VHOST_IOTLB_MSG_V2
+            if !acked.has(BackendFeatures::IOTLB_ASID) && !faults::is(Fault::AsidUnasked) =>
+        {
+            0
+        }
         uapi::VHOST_IOTLB_MSG_V2 => u32::read_from_prefix(rest).map_err(|_| Errno::INVAL)?.0,
+        _ if faults::is(Fault::VersionUnchecked) => 0,
         _ => return Err(Errno::INVAL),
     };
     let payload = bytes.get(8..MESSAGE_MIN).ok_or(Errno::INVAL)?;

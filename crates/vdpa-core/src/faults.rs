@@ -1,0 +1,158 @@
+//! Planted faults: a device that is wrong on purpose, to prove that the conformance suite notices.
+//!
+//! Only with feature `planted-faults`, and then only the one fault named to [`plant`], can [`is`] be true.
+//! Without the feature `is` is the constant `false`, and nothing of a fault is compiled.
+
+macro_rules! faults {
+    ($($(#[$doc:meta])* $fault:ident = $name:literal;)*) => {
+        /// A way to be wrong.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[repr(u8)]
+        pub enum Fault {
+            $($(#[$doc])* $fault,)*
+        }
+
+        #[cfg(feature = "planted-faults")]
+        impl Fault {
+            /// Every fault.
+            pub const ALL: &[Self] = &[$(Self::$fault),*];
+
+            /// The name by which it is selected.
+            #[must_use]
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$fault => $name,)* }
+            }
+        }
+    };
+}
+
+faults! {
+    /// A second SET_OWNER succeeds.
+    SetOwnerTwice = "set-owner-twice";
+    /// Requests for the owner are taken from anybody.
+    OwnerUnchecked = "owner-unchecked";
+    /// The owner survives the close.
+    OwnerSurvivesClose = "owner-survives-close";
+    /// NEW_OWNER without an owner is EPERM.
+    NewOwnerErrno = "new-owner-errno";
+    /// NEW_OWNER by the owner succeeds.
+    NewOwnerByOwner = "new-owner-by-owner";
+    /// NEW_OWNER succeeds and the old owner stays.
+    NewOwnerIgnored = "new-owner-ignored";
+    /// NEW_OWNER unmaps everything.
+    NewOwnerUnmaps = "new-owner-unmaps";
+    /// NEW_OWNER resumes a suspended device.
+    NewOwnerResumes = "new-owner-resumes";
+    /// NEW_OWNER leaves the pinned pages charged to the old owner.
+    ChargeNotMoved = "charge-not-moved";
+    /// NEW_OWNER is not refused over the new owner's limit.
+    ChargeUnlimited = "charge-unlimited";
+    /// INVALIDATE does not give the charge back.
+    ChargeKept = "charge-kept";
+    /// Entries with the old owner's addresses stay readable.
+    StaleReadable = "stale-readable";
+    /// An entry stays stale after its REMAP.
+    RemapStaysStale = "remap-stays-stale";
+    /// REMAP is taken with a permission.
+    RemapWithPermission = "remap-with-permission";
+    /// REMAP removes the mapping before it looks at the new memory.
+    RemapNoRollback = "remap-no-rollback";
+    /// REMAP is answered as done by a device that does not offer it.
+    RemapUnsupported = "remap-unsupported";
+    /// UPDATE over an existing mapping replaces it.
+    UpdateReplaces = "update-replaces";
+    /// UPDATE of size 0 is EFAULT.
+    UpdateEmptyErrno = "update-empty-errno";
+    /// UPDATE gives the device every permission.
+    UpdateIgnoresPermission = "update-ignores-permission";
+    /// The table takes one entry fewer than its limit.
+    TableLimit = "table-limit";
+    /// INVALIDATE takes only entries that lie within its range.
+    InvalidateWithin = "invalidate-within";
+    /// INVALIDATE does not reach the data path.
+    InvalidateUnheard = "invalidate-unheard";
+    /// BATCH_END is refused without BATCH_BEGIN.
+    BatchEndNeedsBegin = "batch-end-needs-begin";
+    /// A reset unmaps everything.
+    ResetUnmaps = "reset-unmaps";
+    /// A reset without PERSIST keeps the translation of a device that drops it.
+    ResetKeepsTranslation = "reset-keeps-translation";
+    /// A reset forgets the owner.
+    ResetDisowns = "reset-disowns";
+    /// A reset leaves the device suspended.
+    ResetKeepsSuspended = "reset-keeps-suspended";
+    /// Status bits can be cleared one by one.
+    StatusClears = "status-clears";
+    /// Features can be set after FEATURES_OK.
+    FeaturesAnyTime = "features-any-time";
+    /// Backend features are acknowledged whatever they are.
+    BackendAnyBit = "backend-any-bit";
+    /// SUSPEND leaves the queues running.
+    SuspendRunsOn = "suspend-runs-on";
+    /// RESUME does not start the queues.
+    ResumeStaysStopped = "resume-stays-stopped";
+    /// Queues start without DRIVER_OK.
+    StartEarly = "start-early";
+    /// Enabling a queue starts it although the device is suspended.
+    EnableWhileSuspended = "enable-while-suspended";
+    /// A disabled queue runs on.
+    DisableRunsOn = "disable-runs-on";
+    /// Any ring size up to the maximum is taken.
+    VringNumAny = "vring-num-any";
+    /// Ring addresses can be changed while the device runs.
+    VringAddrAnyTime = "vring-addr-any-time";
+    /// A stopped queue reports one request too few.
+    BaseBehind = "base-behind";
+    /// A group can change its address space after DRIVER_OK.
+    GroupAsidAnyTime = "group-asid-any-time";
+    /// The asid of a message counts although IOTLB_ASID was not acknowledged.
+    AsidUnasked = "asid-unasked";
+    /// IOTLB messages of unknown versions are taken as version 2.
+    VersionUnchecked = "version-unchecked";
+    /// The index is checked before the owner.
+    IndexBeforeOwner = "index-before-owner";
+    /// An unknown request is EINVAL.
+    UnknownRequestErrno = "unknown-request-errno";
+    /// Descriptor -1 is refused.
+    UnbindRefused = "unbind-refused";
+    /// GET_CONFIG beyond the end gives what there is.
+    ConfigBeyondEnd = "config-beyond-end";
+}
+
+/// Whether the device is to be wrong in this way.
+#[cfg(not(feature = "planted-faults"))]
+#[must_use]
+#[inline]
+pub const fn is(_: Fault) -> bool {
+    false
+}
+
+#[cfg(not(feature = "planted-faults"))]
+const _: () = assert!(!is(Fault::SetOwnerTwice), "a constant, so that the compiler drops what depends on it");
+
+#[cfg(feature = "planted-faults")]
+pub use planted::{is, plant};
+
+#[cfg(feature = "planted-faults")]
+mod planted {
+    use std::sync::atomic::{AtomicU8, Ordering};
+
+    use super::Fault;
+
+    const NONE: u8 = u8::MAX;
+    static PLANTED: AtomicU8 = AtomicU8::new(NONE);
+
+    /// Whether the device is to be wrong in this way.
+    #[must_use]
+    pub fn is(fault: Fault) -> bool {
+        PLANTED.load(Ordering::Relaxed) == fault as u8
+    }
+
+    /// Makes every device of this process wrong in the way called `name`; `None` when there is no such fault.
+    #[must_use]
+    pub fn plant(name: &str) -> Option<Fault> {
+        let fault = Fault::ALL.iter().copied().find(|fault| fault.name() == name)?;
+        PLANTED.store(fault as u8, Ordering::Relaxed);
+        Some(fault)
+    }
+}
