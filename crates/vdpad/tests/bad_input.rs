@@ -148,7 +148,7 @@ fn bad_attributes(dir: &str) -> Vec<Case> {
     let superfluous = refusal(
         "sim-blk has no attribute \"path\"",
         "Operation not supported",
-        "It has none, as the kernel's vdpasim_blk.",
+        "It has: use_va on|off, batch_mapping on|off, max_iotlb_entries 2-1048576, compat_reset keep|clean, verify_remap on|off, reset_owner on|off.",
     );
     table
         .into_iter()

@@ -141,7 +141,10 @@ impl<L: Logic> Server<L> {
         }
         if !self.queues.in_flight() {
             for (asid, reply) in std::mem::take(&mut self.draining) {
-                let concerned = self.queues.iter_mut().filter(|queue| queue.setup.asid == asid);
+                let concerned = self
+                    .queues
+                    .iter_mut()
+                    .filter(|queue| queue.setup.asid == asid && queue.setup.kick.is_some());
                 concerned.for_each(Queue::unresolve);
                 self.map_changed(asid);
                 answer(&reply, ());
@@ -152,7 +155,8 @@ impl<L: Logic> Server<L> {
     /// What could not be reached before may be reachable now.
     fn map_changed(&mut self, asid: Asid) {
         if L::MAP_WAKES {
-            let concerned = self.queues.iter_mut().filter(|queue| queue.setup.asid == asid);
+            let concerned =
+                self.queues.iter_mut().filter(|queue| queue.setup.asid == asid && queue.setup.kick.is_some());
             concerned.for_each(|queue| queue.pending = true);
         }
     }
