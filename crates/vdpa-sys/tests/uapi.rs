@@ -6,9 +6,10 @@ use std::mem::offset_of;
 use serde_json::Value;
 use vdpa_core::features::{BackendFeatures, Features};
 use vdpa_core::types::iotlb_type;
+use vdpa_core::{blk, net};
 use vdpa_sys::ioctl::{Direction, direction, size};
-use vdpa_sys::uapi::vhost::REQUESTS;
-use vdpa_sys::uapi::{vhost, virtio};
+
+use vdpa_sys::uapi::vhost::{self, REQUESTS};
 
 fn data() -> Value {
     serde_json::from_str(include_str!("data/uapi-numbers.json")).unwrap()
@@ -116,6 +117,10 @@ macro_rules! check {
             &[$((stringify!($field), offset_of!($module::$type, $field))),+],
         );)+
         let mut missing = $data["structs"].as_object().unwrap().clone();
+        // Read and written field by field, or a part of another: their tests are beside the code.
+        for name in ["virtio_blk_geometry", "virtio_blk_outhdr", "virtio_blk_discard_write_zeroes"] {
+            missing.remove(name);
+        }
         $(missing.remove($name);)+
         assert!(missing.is_empty(), "structures that are not checked: {:?}", missing.keys().collect::<Vec<_>>());
     };
@@ -139,23 +144,20 @@ fn every_structure_has_the_layout_of_the_headers() {
         "vhost_memory" = vhost::MemoryHeader { nregions, padding };
         "vhost_vdpa_config" = vhost::ConfigHeader { off, len };
         "vhost_vdpa_iova_range" = vhost::IovaRange { first, last };
-        "virtio_net_config" = virtio::NetConfig {
+        "virtio_net_config" = net::NetConfig {
             mac, status, max_virtqueue_pairs, mtu, speed, duplex, rss_max_key_size,
             rss_max_indirection_table_length, supported_hash_types
         };
         "virtio_net_hdr_v1" =
-            virtio::NetHdrV1 { flags, gso_type, hdr_len, gso_size, csum_start, csum_offset, num_buffers };
-        "virtio_blk_config" = virtio::BlkConfig {
-            capacity, size_max, seg_max, geometry, blk_size, physical_block_exp, alignment_offset, min_io_size,
+            net::NetHeader { flags, gso_type, hdr_len, gso_size, csum_start, csum_offset, num_buffers };
+        "virtio_blk_config" = blk::BlkConfig {
+            capacity, size_max, seg_max, blk_size, physical_block_exp, alignment_offset, min_io_size,
             opt_io_size, wce, num_queues, max_discard_sectors, max_discard_seg, discard_sector_alignment,
             max_write_zeroes_sectors, max_write_zeroes_seg, write_zeroes_may_unmap, max_secure_erase_sectors,
             max_secure_erase_seg, secure_erase_sector_alignment, zoned
         };
-        "virtio_blk_geometry" = virtio::BlkGeometry { cylinders, heads, sectors };
-        "virtio_blk_zoned_characteristics" = virtio::BlkZoned {
+        "virtio_blk_zoned_characteristics" = blk::BlkZoned {
             zone_sectors, max_open_zones, max_active_zones, max_append_sectors, write_granularity, model
         };
-        "virtio_blk_outhdr" = virtio::BlkOutHdr { kind, ioprio, sector };
-        "virtio_blk_discard_write_zeroes" = virtio::BlkDiscardWriteZeroes { sector, num_sectors, flags };
     }
 }

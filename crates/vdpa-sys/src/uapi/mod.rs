@@ -4,4 +4,3 @@ pub mod fuse;
 pub mod live;
 pub(crate) mod proc;
 pub mod vhost;
-pub mod virtio;

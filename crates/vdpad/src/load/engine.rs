@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use vdpa_client::device::DeviceFile;
 use vdpa_client::dma::{Backing, RegionSpec};
-use vdpa_client::queue::{Queue, RingLayout};
+use vdpa_client::queue::Queue;
 use vdpa_client::{Device, Session};
 use vdpa_core::Errno;
 use vdpa_core::blk::{HEADER_BYTES, RequestHeader, SECTOR, Status, kind};
@@ -19,7 +19,8 @@ use vdpa_sys::clock::monotonic_ns;
 use vdpa_sys::memfd;
 use vdpa_sys::mmap::SharedMap;
 
-use super::block::{Pattern, STAMP_BYTES};
+use super::block::Pattern;
+use super::layout::{Layout, SLOT_BYTES};
 use super::ledger::{Ledger, LedgerError};
 use super::requests::{Kind, Request, Requests, SavedRequests};
 use super::timeline::Timeline;
@@ -29,8 +30,6 @@ const RAM: &str = "ram";
 const QUEUE: QueueIndex = QueueIndex(0);
 /// Where guest memory begins for the device: not at 0, so that a request with an address left out fails.
 const RAM_IOVA: u64 = 1 << 20;
-/// Bytes per request for its header and its status.
-const SLOT_BYTES: u64 = 64;
 const STATUS_AT: u64 = HEADER_BYTES;
 /// A status no device writes.
 const NO_STATUS: u8 = 0xff;
@@ -100,55 +99,6 @@ pub struct Engine<D> {
     scratch: Vec<u8>,
     /// From submission to completion in ns, when somebody wants to know.
     latency: Option<Histogram<u64>>,
-}
-
-/// Where things are in guest memory, in bytes from its start.
-#[derive(Clone, Copy, Debug)]
-struct Layout {
-    slots: u64,
-    data: u64,
-    buffers: u64,
-    block_size: u64,
-    read_percent: u64,
-    queue_depth: u16,
-    ring_size: u16,
-}
-
-impl Layout {
-    fn new(config: &TenantConfig) -> Result<Self, LoadError> {
-        let wrong = |what: String| Err(LoadError::Config { what });
-        let block_size = u64::from(config.block_size);
-        if block_size == 0 || !block_size.is_multiple_of(SECTOR) || block_size < STAMP_BYTES as u64 {
-            return wrong(format!("a block of {block_size} bytes: a multiple of 512 is required"));
-        }
-        if config.queue_depth == 0 || config.queue_depth > 256 {
-            return wrong(format!("a queue depth of {}: 1 to 256 are possible", config.queue_depth));
-        }
-        // Three descriptors per request.
-        let ring_size = (config.queue_depth * 3).next_power_of_two();
-        let slots = RingLayout::at(0, ring_size).end().next_multiple_of(SLOT_BYTES);
-        let data =
-            (slots + SLOT_BYTES * u64::from(config.queue_depth)).next_multiple_of(block_size.max(4096));
-        let buffers = config.memory.saturating_sub(data) / block_size;
-        let least = 4 * u64::from(config.queue_depth);
-        if buffers < least || !config.memory.is_multiple_of(4096) {
-            let least = (data + least * block_size).next_multiple_of(4096);
-            return wrong(format!(
-                "{} bytes of memory: a multiple of 4096 from {least} on is required",
-                config.memory
-            ));
-        }
-        let read_percent = u64::from(config.read_percent.min(100));
-        Ok(Self {
-            slots,
-            data,
-            buffers,
-            block_size,
-            read_percent,
-            queue_depth: config.queue_depth,
-            ring_size,
-        })
-    }
 }
 
 /// Features the load asks for.

@@ -24,6 +24,7 @@ pub mod block;
 pub mod chart;
 pub mod demo;
 pub mod engine;
+mod layout;
 pub mod ledger;
 pub mod peer;
 pub mod requests;

@@ -1,0 +1,60 @@
+//! Where a load keeps its ring, its headers and its buffers.
+
+use vdpa_client::queue::RingLayout;
+use vdpa_core::blk::SECTOR;
+
+use super::block::STAMP_BYTES;
+use super::engine::LoadError;
+use super::wire::TenantConfig;
+
+/// Bytes per request for its header and its status.
+pub(super) const SLOT_BYTES: u64 = 64;
+
+/// Where things are in guest memory, in bytes from its start.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Layout {
+    pub(super) slots: u64,
+    pub(super) data: u64,
+    pub(super) buffers: u64,
+    pub(super) block_size: u64,
+    pub(super) read_percent: u64,
+    pub(super) queue_depth: u16,
+    pub(super) ring_size: u16,
+}
+
+impl Layout {
+    pub(super) fn new(config: &TenantConfig) -> Result<Self, LoadError> {
+        let wrong = |what: String| Err(LoadError::Config { what });
+        let block_size = u64::from(config.block_size);
+        if block_size == 0 || !block_size.is_multiple_of(SECTOR) || block_size < STAMP_BYTES as u64 {
+            return wrong(format!("a block of {block_size} bytes: a multiple of 512 is required"));
+        }
+        if config.queue_depth == 0 || config.queue_depth > 256 {
+            return wrong(format!("a queue depth of {}: 1 to 256 are possible", config.queue_depth));
+        }
+        // Three descriptors per request.
+        let ring_size = (config.queue_depth * 3).next_power_of_two();
+        let slots = RingLayout::at(0, ring_size).end().next_multiple_of(SLOT_BYTES);
+        let data =
+            (slots + SLOT_BYTES * u64::from(config.queue_depth)).next_multiple_of(block_size.max(4096));
+        let buffers = config.memory.saturating_sub(data) / block_size;
+        let least = 4 * u64::from(config.queue_depth);
+        if buffers < least || !config.memory.is_multiple_of(4096) {
+            let least = (data + least * block_size).next_multiple_of(4096);
+            return wrong(format!(
+                "{} bytes of memory: a multiple of 4096 from {least} on is required",
+                config.memory
+            ));
+        }
+        let read_percent = u64::from(config.read_percent.min(100));
+        Ok(Self {
+            slots,
+            data,
+            buffers,
+            block_size,
+            read_percent,
+            queue_depth: config.queue_depth,
+            ring_size,
+        })
+    }
+}
