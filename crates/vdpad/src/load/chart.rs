@@ -65,9 +65,11 @@ pub fn draw(file: &Path, counts: &[u64], marks: &[Mark]) -> Result<(), String> {
     for strategy in Strategy::ALL {
         let color = color(strategy);
         let at = |ns: u64| seconds(ns.saturating_sub(origin_ns));
-        // An outline, so that a silence of less than a pixel is seen too.
+        // Two pixels at least, so that a short silence is seen too.
+        let least = end / 700.0;
         let bands = marks.iter().filter(|m| m.strategy == strategy).flat_map(|m| {
-            let corners = [(at(m.from_ns), 0.0), (at(m.to_ns), top)];
+            let from = at(m.from_ns).min(at(m.to_ns) - least).max(0.0);
+            let corners = [(from, 0.0), (at(m.to_ns), top)];
             [Rectangle::new(corners, color.mix(0.4).filled()), Rectangle::new(corners, color.stroke_width(1))]
         });
         chart
