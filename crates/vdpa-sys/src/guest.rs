@@ -191,18 +191,10 @@ impl GuestMemory {
         self.check(offset, buf.len())?;
         match &self.kind {
             Kind::Mapped { map, start, .. } => map.read(*start + index(offset)?, buf),
-            Kind::Copied { space, uaddr } => {
-                let mut done = 0;
-                while let Some(rest) = buf.get_mut(done..).filter(|rest| !rest.is_empty()) {
-                    match rustix::io::pread(space.mem(), rest, uaddr + offset + done as u64) {
-                        Ok(0) => return Err(Fault { addr: offset }),
-                        Ok(count) => done += count,
-                        Err(rustix::io::Errno::INTR) => {}
-                        Err(_) => return Err(Fault { addr: offset }),
-                    }
-                }
-                Ok(())
-            }
+            Kind::Copied { space, uaddr } => in_full(buf.len(), |done| {
+                let rest = buf.get_mut(done..).unwrap_or_default();
+                rustix::io::pread(space.mem(), rest, uaddr + offset + done as u64)
+            }),
         }
         .map_err(|_| Fault { addr: offset })
     }
@@ -217,18 +209,10 @@ impl GuestMemory {
         self.check(offset, data.len())?;
         match &self.kind {
             Kind::Mapped { map, start, .. } => map.write(*start + index(offset)?, data),
-            Kind::Copied { space, uaddr } => {
-                let mut done = 0;
-                while let Some(rest) = data.get(done..).filter(|rest| !rest.is_empty()) {
-                    match rustix::io::pwrite(space.mem(), rest, uaddr + offset + done as u64) {
-                        Ok(0) => return Err(Fault { addr: offset }),
-                        Ok(count) => done += count,
-                        Err(rustix::io::Errno::INTR) => {}
-                        Err(_) => return Err(Fault { addr: offset }),
-                    }
-                }
-                Ok(())
-            }
+            Kind::Copied { space, uaddr } => in_full(data.len(), |done| {
+                let rest = data.get(done..).unwrap_or_default();
+                rustix::io::pwrite(space.mem(), rest, uaddr + offset + done as u64)
+            }),
         }
         .map_err(|_| Fault { addr: offset })
     }
@@ -241,6 +225,20 @@ impl GuestMemory {
             Err(Fault { addr: offset })
         }
     }
+}
+
+/// Repeats `step`, which is told how many bytes are done, until all `len` are. An address space that is gone moves no
+/// bytes.
+fn in_full(len: usize, mut step: impl FnMut(usize) -> rustix::io::Result<usize>) -> Result<(), Fault> {
+    let mut done = 0;
+    while done < len {
+        match step(done) {
+            Err(rustix::io::Errno::INTR) => {}
+            Ok(0) | Err(_) => return Err(Fault { addr: done as u64 }),
+            Ok(count) => done += count,
+        }
+    }
+    Ok(())
 }
 
 #[inline]
