@@ -9,6 +9,7 @@ use vdpa_core::ops::VdpaOps;
 use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::vhost_vdpa::{OpenError, VhostVdpaFd};
 
+use crate::dma::Regions;
 use crate::error::Error;
 use crate::session::{Session, Setup};
 
@@ -113,7 +114,7 @@ impl<D: VdpaOps<Event = EventFd>> Device<D> {
         if !features.has(Features::VERSION_1) {
             return Err(Error::Legacy { offered: features });
         }
-        let chosen = features & (wanted | Features::of(&[Features::VERSION_1, Features::ACCESS_PLATFORM]));
+        let chosen = choose(features, wanted);
         let setup = Setup {
             path,
             device_id: ops.device_id().map_err(Error::request("VHOST_VDPA_GET_DEVICE_ID"))?,
@@ -121,14 +122,21 @@ impl<D: VdpaOps<Event = EventFd>> Device<D> {
             offered,
             backend: offered & BACKEND_FEATURES,
             features: chosen,
-            regions: Vec::new(),
+            regions: Regions::default(),
             queues: Vec::new(),
+            guest_queues: Vec::new(),
             running: false,
+            generation: 0,
         };
         set_backend(&ops, setup.backend)?;
         agree(&ops, chosen)?;
         Ok(Session::new(ops, setup))
     }
+}
+
+/// What is taken of the offered features: those wanted, and those without which there is no modern device.
+pub(crate) fn choose(offered: Features, wanted: Features) -> Features {
+    offered & (wanted | Features::of(&[Features::VERSION_1, Features::ACCESS_PLATFORM]))
 }
 
 /// Acknowledges backend features. Legal in any state, and needed in each new image: the version of the IOTLB

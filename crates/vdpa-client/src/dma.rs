@@ -1,13 +1,15 @@
 //! Memory the device can reach.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::collections::{BTreeMap, HashMap};
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
-use vdpa_core::Errno;
 use vdpa_core::ops::VdpaOps;
 use vdpa_core::types::{Asid, IovaRange, Perm};
-use vdpa_sys::mmap::{MapArea, Prot, SharedMap};
+use vdpa_sys::mmap::{MapArea, SharedMap};
 
 use crate::error::{Error, RegionProblem};
+use crate::memory::Memory;
 
 const PAGE: u64 = vdpa_core::host::PAGE_SIZE;
 
@@ -24,7 +26,7 @@ pub struct RegionSpec {
     pub size: u64,
     /// What the device may do.
     pub perm: Perm,
-    /// Whether all pages are allocated and mapped at once, so that no later access faults.
+    /// Whether all pages are allocated and mapped at once, so that no later access faults. For [`Backing::Object`].
     pub populate: bool,
 }
 
@@ -32,11 +34,13 @@ pub struct RegionSpec {
 #[derive(Debug)]
 pub enum Backing {
     /// A memory object (memfd, hugetlb or tmpfs file), mapped shared from its first byte by this library.
-    /// The only kind that outlives an exec.
     Object(OwnedFd),
+    /// Part of memory that several regions or devices share, from this byte on.
+    Memory(Arc<Memory>, u64),
     /// Memory that the caller has mapped itself and keeps mapped at this address while the session lives.
     ///
-    /// The library cannot map it again, so a session that has such a region cannot be updated by exec.
+    /// It ends with the program, so a session that has such a region cannot be updated. Memory of an object that the
+    /// caller has mapped himself is [`Memory::placed`].
     Caller(u64),
 }
 
@@ -47,13 +51,8 @@ pub struct Region {
     range: IovaRange,
     perm: Perm,
     asid: Asid,
-    memory: Mapped,
-}
-
-#[derive(Debug)]
-enum Mapped {
-    Object { fd: OwnedFd, map: SharedMap },
-    Caller { uaddr: u64 },
+    memory: Arc<Memory>,
+    offset: u64,
 }
 
 impl Region {
@@ -67,14 +66,15 @@ impl Region {
         if !usable.contains(range) {
             return Err(problem(&name, RegionProblem::OutOfRange { range, usable }));
         }
-        let memory = match backing {
-            Backing::Caller(uaddr) => Mapped::Caller { uaddr },
-            Backing::Object(fd) => {
-                let map = map_object(&name, fd.as_fd(), size, populate)?;
-                Mapped::Object { fd, map }
-            }
+        let (memory, offset) = match backing {
+            Backing::Caller(uaddr) => (Memory::private(&name, uaddr, size), 0),
+            Backing::Object(fd) => (Memory::map(&name, fd, 0, size, populate)?, 0),
+            Backing::Memory(memory, offset) => (memory, offset),
         };
-        Ok(Self { name, range, perm, asid: Asid(0), memory })
+        if offset.checked_add(size).is_none_or(|end| end > memory.size()) || offset % PAGE != 0 {
+            return Err(problem(&name, RegionProblem::Outside { offset, size, memory: memory.size() }));
+        }
+        Ok(Self { name, range, perm, asid: Asid(0), memory, offset })
     }
 
     /// Its name.
@@ -98,51 +98,104 @@ impl Region {
     /// Address in this process.
     #[must_use]
     pub fn uaddr(&self) -> u64 {
-        match &self.memory {
-            Mapped::Object { map, .. } => map.addr() as u64,
-            Mapped::Caller { uaddr } => *uaddr,
-        }
+        self.memory.uaddr().saturating_add(self.offset)
+    }
+
+    /// The memory it is a part of.
+    #[must_use]
+    pub const fn memory(&self) -> &Arc<Memory> {
+        &self.memory
+    }
+
+    /// Where it begins in its memory, in bytes.
+    #[must_use]
+    pub const fn offset(&self) -> u64 {
+        self.offset
     }
 
     /// The memory object; `None` for memory of the caller.
     #[must_use]
     pub fn object(&self) -> Option<BorrowedFd<'_>> {
-        match &self.memory {
-            Mapped::Object { fd, .. } => Some(fd.as_fd()),
-            Mapped::Caller { .. } => None,
-        }
+        self.memory.object().map(|(fd, _)| fd)
     }
 
-    /// `size` bytes from `offset`, for ring accesses of this process; `None` beyond the end and for memory of
-    /// the caller.
+    /// `size` bytes from `offset` of this region, for ring accesses of this process; `None` beyond the end and for
+    /// memory that this library has not mapped.
     #[must_use]
     pub fn area(&self, offset: u64, size: u64) -> Option<MapArea> {
-        self.map()?.area(usize::try_from(offset).ok()?, usize::try_from(size).ok()?).ok()
+        let end = offset.checked_add(size)?;
+        let at = self.offset.checked_add(offset)?;
+        if end > self.range.size() {
+            return None;
+        }
+        self.map()?.area(usize::try_from(at).ok()?, usize::try_from(size).ok()?).ok()
     }
 
-    /// The region in this process; `None` for memory of the caller.
+    /// The whole memory of which this region is a part, [from its offset on](Self::offset), in this process; `None` for
+    /// memory that this library has not mapped.
     #[must_use]
-    pub const fn map(&self) -> Option<&SharedMap> {
-        match &self.memory {
-            Mapped::Object { map, .. } => Some(map),
-            Mapped::Caller { .. } => None,
-        }
+    pub fn map(&self) -> Option<&SharedMap> {
+        self.memory.as_map()
     }
 }
 
-fn map_object(name: &str, fd: BorrowedFd<'_>, size: u64, populate: bool) -> Result<SharedMap, Error> {
-    let object = rustix::fs::fstat(fd)
-        .map_err(|e| Error::Request {
-            request: "fstat of a memory object",
-            source: Errno::from_raw(e.raw_os_error()),
-        })?
-        .st_size;
-    let object = u64::try_from(object).unwrap_or(0);
-    if object < size {
-        return Err(problem(name, RegionProblem::Short { size, object }));
+/// The regions of a session in the order in which they were mapped, found by name and by address.
+#[derive(Debug, Default)]
+pub(crate) struct Regions {
+    list: Vec<Region>,
+    by_name: HashMap<String, usize>,
+    /// By first address.
+    by_iova: BTreeMap<u64, usize>,
+}
+
+impl Regions {
+    pub(crate) fn list(&self) -> &[Region] {
+        &self.list
     }
-    let len = usize::try_from(size).map_err(|_| problem(name, RegionProblem::Short { size, object }))?;
-    SharedMap::map(fd, 0, len, Prot::RW, populate).map_err(Error::request("mmap of a memory object"))
+
+    pub(crate) fn get(&self, name: &str) -> Option<&Region> {
+        self.list.get(*self.by_name.get(name)?)
+    }
+
+    /// The region with the greatest first address up to `iova`.
+    fn below(&self, iova: u64) -> Option<&Region> {
+        self.by_iova.range(..=iova).next_back().and_then(|(_, &at)| self.list.get(at))
+    }
+
+    pub(crate) fn covers(&self, iova: u64) -> bool {
+        self.below(iova).is_some_and(|r| r.range().last() >= iova)
+    }
+
+    pub(crate) fn push(&mut self, region: Region) -> Result<(), Error> {
+        if self.by_name.contains_key(region.name()) {
+            return Err(problem(region.name(), RegionProblem::Exists));
+        }
+        if let Some(other) = self.below(region.range().last()).filter(|r| r.range().overlaps(region.range()))
+        {
+            return Err(problem(region.name(), RegionProblem::Overlap { other: other.name().to_owned() }));
+        }
+        let at = self.list.len();
+        self.by_name.insert(region.name().to_owned(), at);
+        self.by_iova.insert(region.range().first(), at);
+        self.list.push(region);
+        Ok(())
+    }
+
+    pub(crate) fn truncate(&mut self, len: usize) {
+        self.list.truncate(len);
+        self.index();
+    }
+
+    pub(crate) fn remove(&mut self, name: &str) {
+        self.list.retain(|region| region.name() != name);
+        self.index();
+    }
+
+    fn index(&mut self) {
+        let entries = || self.list.iter().enumerate();
+        self.by_name = entries().map(|(at, r)| (r.name().to_owned(), at)).collect();
+        self.by_iova = entries().map(|(at, r)| (r.range().first(), at)).collect();
+    }
 }
 
 pub(crate) fn problem(name: &str, problem: RegionProblem) -> Error {

@@ -7,6 +7,19 @@ use vdpa_core::Errno;
 use vdpa_core::features::{Features, Status};
 use vdpa_core::types::{IovaRange, QueueIndex};
 
+/// The error and its causes on one line.
+#[must_use]
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
+
 /// What went wrong while a session was set up or used.
 #[derive(Debug, Error)]
 pub enum Error {
@@ -109,6 +122,19 @@ pub enum RegionProblem {
         /// The other region.
         other: String,
     },
+    /// Not within the memory it is to be a part of.
+    #[error(
+        "begins at byte {offset:#x} and has {size} bytes, which is not within the {memory} bytes of its memory, or \
+         does not begin at a multiple of 4096"
+    )]
+    Outside {
+        /// Where it begins in the memory.
+        offset: u64,
+        /// Bytes of the region.
+        size: u64,
+        /// Bytes of the memory.
+        memory: u64,
+    },
     /// The memory object is shorter than the region.
     #[error("has {size} bytes, but its memory object only {object}")]
     Short {
@@ -116,6 +142,35 @@ pub enum RegionProblem {
         size: u64,
         /// Bytes of the object.
         object: u64,
+    },
+}
+
+/// Why memory would not be the same for the next image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum MemoryProblem {
+    /// It belongs to this address space alone.
+    #[error(
+        "is private memory, which ends with this program: map it shared from a memfd, a hugetlb memfd or a file \
+         (Backing::Object, Memory::map, Memory::placed)"
+    )]
+    Private,
+    /// Nothing is mapped there.
+    #[error("is not mapped at {uaddr:#x}, where the caller said it is")]
+    Hole {
+        /// The address.
+        uaddr: u64,
+    },
+    /// Another object or another offset is mapped there.
+    #[error("is something else at {uaddr:#x} than the object and the offset that the caller gave")]
+    Other {
+        /// The first address where it differs.
+        uaddr: u64,
+    },
+    /// The mappings of this process cannot be read.
+    #[error("cannot be looked up among the mappings of this process: {source}")]
+    Unreadable {
+        /// Why not.
+        source: Errno,
     },
 }
 
@@ -150,6 +205,26 @@ pub enum QueueProblem {
         needed: u64,
         /// Bytes of the region.
         size: u64,
+    },
+    /// It is set up as the other kind.
+    #[error("is a ring of {owner}, not of {asked}")]
+    Kind {
+        /// Whose ring it is.
+        owner: &'static str,
+        /// Who was asked for.
+        asked: &'static str,
+    },
+    /// An area of a guest's ring that no mapping of the session covers.
+    #[error(
+        "has its {area} at I/O virtual address {iova:#x}, which is in no region or not aligned to {align}"
+    )]
+    Area {
+        /// Which area, in virtio's words.
+        area: &'static str,
+        /// Where it was said to be.
+        iova: u64,
+        /// Its alignment in bytes.
+        align: u64,
     },
     /// The driver side could not be set up or adopted.
     #[error("has no usable driver state: {reason}")]

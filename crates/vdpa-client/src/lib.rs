@@ -8,35 +8,41 @@
 //! |---|---|
 //! | [`device`] | opening a device and negotiating with it |
 //! | [`session`] | a negotiated device with its memory and queues |
-//! | [`dma`] | memory the device can reach |
-//! | [`queue`] | the driver side of one virtqueue |
-//! | [`update`] | being replaced: strategies, exec, restore, timings |
+//! | [`memory`], [`dma`] | memory, and the parts of it that a device can reach |
+//! | [`queue`] | a virtqueue that this program drives |
+//! | [`vring`] | a virtqueue that a guest drives |
+//! | [`update`] | being replaced: ways, strategies, roll-back, timings |
 //! | [`state`] | the format of saved state |
 //!
 //! A program that survives its own replacement:
 //!
 //! ```no_run
 //! use vdpa_client::device::Device;
-//! use vdpa_client::state::Section;
-//! use vdpa_client::update::{self, Plan};
+//! use vdpa_client::state::{Section, Sections};
+//! use vdpa_client::update::{self, Devices, Image, Plan, Via};
 //! use vdpa_core::features::Features;
 //! use vdpa_sys::vhost_vdpa::VhostVdpaFd;
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! let session = match update::restore::<VhostVdpaFd>()? {
+//! let mut devices = match update::restore::<VhostVdpaFd>()? {
 //!     // A new image: requests are in flight and the device may be serving them at this moment.
-//!     Some(restored) => restored.session,
+//!     Some(restored) => restored.devices,
 //!     // A first start.
 //!     None => {
 //!         let device = Device::<VhostVdpaFd>::open("/run/vdpa/dev/vdpa0")?;
-//!         device.negotiate(Features::of(&[Features::BLK_FLUSH]))?
+//!         Devices::one("disk", device.negotiate(Features::of(&[Features::BLK_FLUSH]))?)
 //!     }
 //! };
-//! // ... and later, when a new binary is there:
-//! let plan = Plan::new("/proc/self/exe").section(Section::new("my-program", 1, b"my own state".to_vec()));
-//! let failed = update::exec(session, plan);
-//! // Only a failure comes back; the session in it works as before.
-//! eprintln!("not updated: {}", failed.error);
+//! // ... and later, when a new binary is there. The devices are driven all through prepare:
+//! let plan = Plan::new().section(Section::new("my-program", 1, b"my own state".to_vec()));
+//! let prepared = plan.prepare(&devices, Via::Exec(Image::new("/usr/bin/my-program")))?;
+//! // Now nobody drives them for the time of an exec.
+//! if let Err(failed) = prepared.switch(devices, Sections::new()) {
+//!     // Only a failure comes back; the devices in it work as before.
+//!     eprintln!("not updated: {}", failed.error);
+//!     devices = failed.devices;
+//! }
+//! # drop(devices);
 //! # Ok(())
 //! # }
 //! ```
@@ -45,10 +51,12 @@
 pub mod device;
 pub mod dma;
 pub mod error;
+pub mod memory;
 pub mod queue;
 pub mod session;
 pub mod state;
 pub mod update;
+pub mod vring;
 
 pub use device::{Device, DeviceFile};
 pub use error::Error;

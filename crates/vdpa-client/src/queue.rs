@@ -3,17 +3,16 @@
 use std::time::Duration;
 
 use vdpa_core::features::Features;
-use vdpa_core::ops::VdpaOps;
 use vdpa_core::ring::driver::{AddError, Completion, SplitDriver};
 use vdpa_core::ring::{Buffer, RingError};
 use vdpa_core::types::{Perm, QueueIndex, VringAddr};
-use vdpa_core::vq::QueueState;
 use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::mmap::MapArea;
 
 use crate::dma::Region;
 use crate::error::{Error, QueueProblem};
 use crate::state::v1;
+use crate::vring::Vring;
 
 /// Where the three areas of a split ring lie in a region, in bytes from its start (virtio 1.2 section 2.7).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,12 +68,9 @@ impl RingLayout {
 /// Requests are known by a token of the caller's choice, which comes back with the completion.
 #[derive(Debug)]
 pub struct Queue {
-    index: QueueIndex,
+    pub(crate) vring: Vring,
     region: String,
     layout: RingLayout,
-    addr: VringAddr,
-    kick: EventFd,
-    call: EventFd,
     ring: SplitDriver<MapArea>,
 }
 
@@ -89,14 +85,11 @@ impl Queue {
         let [desc, avail, used] = areas(index, region, layout)?;
         let ring = SplitDriver::new(layout.size, features, desc, avail, used).map_err(driver(index))?;
         let event = || EventFd::new().map_err(Error::request("eventfd"));
-        let addr = address(region, layout);
+        let events = (event()?, event()?);
         Ok(Self {
-            index,
+            vring: vring(index, region, layout, events),
             region: region.name().to_owned(),
             layout,
-            addr,
-            kick: event()?,
-            call: event()?,
             ring,
         })
     }
@@ -107,20 +100,24 @@ impl Queue {
         region: &Region,
         layout: RingLayout,
         features: Features,
-        (kick, call): (EventFd, EventFd),
+        events: (EventFd, EventFd),
         state: v1::Driver,
     ) -> Result<Self, Error> {
         let [desc, avail, used] = areas(index, region, layout)?;
         let state = state.restore(layout.size, features);
         let ring = SplitDriver::adopt(state, desc, avail, used).map_err(driver(index))?;
-        let addr = address(region, layout);
-        Ok(Self { index, region: region.name().to_owned(), layout, addr, kick, call, ring })
+        Ok(Self {
+            vring: vring(index, region, layout, events),
+            region: region.name().to_owned(),
+            layout,
+            ring,
+        })
     }
 
     /// Which virtqueue of the device it is.
     #[must_use]
     pub const fn index(&self) -> QueueIndex {
-        self.index
+        self.vring.index
     }
 
     /// Name of the region the ring lies in.
@@ -138,13 +135,13 @@ impl Queue {
     /// Signalled by the device when it has used buffers, unless suppressed.
     #[must_use]
     pub const fn call(&self) -> &EventFd {
-        &self.call
+        &self.vring.call
     }
 
     /// What the device waits for.
     #[must_use]
     pub const fn kick(&self) -> &EventFd {
-        &self.kick
+        &self.vring.kick
     }
 
     /// Adds one request: first the buffers the device reads, then those it writes.
@@ -163,7 +160,7 @@ impl Queue {
     /// A fault: the ring memory is gone.
     pub fn notify(&mut self) -> Result<(), RingError> {
         if self.ring.publish()? {
-            self.kick.signal();
+            self.vring.kick.signal();
         }
         Ok(())
     }
@@ -182,7 +179,7 @@ impl Queue {
     /// # Errors
     /// As [`reap`](Self::reap).
     pub fn arm(&mut self) -> Result<bool, RingError> {
-        let _ = self.call.drain();
+        let _ = self.vring.call.drain();
         self.ring.enable_interrupts()
     }
 
@@ -191,7 +188,7 @@ impl Queue {
     /// # Errors
     /// As [`reap`](Self::reap).
     pub fn wait(&mut self, timeout: Option<Duration>) -> Result<bool, RingError> {
-        Ok(self.arm()? || self.call.wait(timeout))
+        Ok(self.arm()? || self.vring.call.wait(timeout))
     }
 
     /// Requests in flight.
@@ -203,17 +200,6 @@ impl Queue {
     /// The driver side as it is now.
     pub(crate) fn saved(&self) -> v1::Driver {
         v1::Driver::save(self.ring.state())
-    }
-
-    /// Tells the device everything about this vring and enables it (`VHOST_SET_VRING_*`).
-    pub(crate) fn set_up<D: VdpaOps<Event = EventFd>>(&self, ops: &D, base: QueueState) -> Result<(), Error> {
-        ops.set_vring_num(self.index, u32::from(self.layout.size))
-            .map_err(Error::request("VHOST_SET_VRING_NUM"))?;
-        ops.set_vring_base(self.index, base.encode()).map_err(Error::request("VHOST_SET_VRING_BASE"))?;
-        ops.set_vring_addr(self.index, &self.addr).map_err(Error::request("VHOST_SET_VRING_ADDR"))?;
-        ops.set_vring_kick(self.index, Some(&self.kick)).map_err(Error::request("VHOST_SET_VRING_KICK"))?;
-        ops.set_vring_call(self.index, Some(&self.call)).map_err(Error::request("VHOST_SET_VRING_CALL"))?;
-        ops.set_vring_enable(self.index, true).map_err(Error::request("VHOST_VDPA_SET_VRING_ENABLE"))
     }
 }
 
@@ -237,15 +223,16 @@ fn areas(index: QueueIndex, region: &Region, layout: RingLayout) -> Result<[MapA
     ])
 }
 
-fn address(region: &Region, layout: RingLayout) -> VringAddr {
+fn vring(index: QueueIndex, region: &Region, layout: RingLayout, (kick, call): (EventFd, EventFd)) -> Vring {
     let base = region.range().first();
     // `areas` has shown that all three lie inside the region.
-    VringAddr {
+    let addr = VringAddr {
         desc: base + layout.desc,
         avail: base + layout.avail,
         used: base + layout.used,
         ..VringAddr::default()
-    }
+    };
+    Vring { index, size: layout.size, addr, kick, call }
 }
 
 pub(crate) fn queue(index: QueueIndex, problem: QueueProblem) -> Error {

@@ -48,6 +48,7 @@
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use vdpa_core::features::{BackendFeatures, Features, Status};
 use vdpa_core::ops::{VdpaOps, read_all_config};
@@ -55,10 +56,12 @@ use vdpa_core::types::{IovaRange, Perm, QueueIndex};
 use vdpa_core::vq::QueueState;
 use vdpa_sys::eventfd::EventFd;
 
-use crate::device::driver_ok;
-use crate::dma::{Backing, Region, RegionSpec, map_all, problem};
+use crate::device::{agree, choose, driver_ok, set_status};
+use crate::dma::{Backing, Region, RegionSpec, Regions, in_batch, map_all, problem};
 use crate::error::{Error, QueueProblem, RegionProblem};
+use crate::memory::Memory;
 use crate::queue::{Queue, RingLayout, queue};
+use crate::vring::{GuestQueue, GuestRing, Vring, check_guest_ring};
 
 /// A device that this process owns, with everything that was set up on it.
 ///
@@ -78,37 +81,28 @@ pub(crate) struct Setup {
     pub(crate) offered: BackendFeatures,
     pub(crate) backend: BackendFeatures,
     pub(crate) features: Features,
-    pub(crate) regions: Vec<Region>,
+    pub(crate) regions: Regions,
     pub(crate) queues: Vec<Queue>,
+    pub(crate) guest_queues: Vec<GuestQueue>,
     pub(crate) running: bool,
+    /// Counts changes of what is above, so that a prepared update notices them.
+    pub(crate) generation: u64,
 }
 
 impl Setup {
-    pub(crate) fn region(&self, name: &str) -> Option<&Region> {
-        self.regions.iter().find(|r| r.name() == name)
-    }
-
     pub(crate) const fn batch(&self) -> bool {
         self.backend.has(BackendFeatures::IOTLB_BATCH)
     }
 
-    /// Checks a region against those that are there.
-    fn admit(&self, region: &Region) -> Result<(), Error> {
-        if self.region(region.name()).is_some() {
-            return Err(problem(region.name(), RegionProblem::Exists));
-        }
-        match self.regions.iter().find(|r| r.range().overlaps(region.range())) {
-            Some(r) => Err(problem(region.name(), RegionProblem::Overlap { other: r.name().to_owned() })),
-            None => Ok(()),
-        }
+    /// All virtqueues: first those driven here, then those of a guest. Vring bases are in this order.
+    pub(crate) fn vrings(&self) -> impl Iterator<Item = &Vring> {
+        self.queues.iter().map(|q| &q.vring).chain(self.guest_queues.iter().map(|q| &q.0))
     }
 
     /// Adds a region whose mapping the device has or will get.
     pub(crate) fn add_region(&mut self, spec: RegionSpec) -> Result<(), Error> {
         let region = Region::new(spec, self.iova_range)?;
-        self.admit(&region)?;
-        self.regions.push(region);
-        Ok(())
+        self.regions.push(region)
     }
 }
 
@@ -119,6 +113,10 @@ impl<D: VdpaOps<Event = EventFd>> Session<D> {
 
     pub(crate) fn into_parts(self) -> (D, Setup) {
         (self.ops, self.setup)
+    }
+
+    pub(crate) const fn parts(&self) -> (&D, &Setup) {
+        (&self.ops, &self.setup)
     }
 
     /// The device, for requests this type has no method for.
@@ -170,14 +168,32 @@ impl<D: VdpaOps<Event = EventFd>> Session<D> {
         self.map(vec![RegionSpec { name: name.to_owned(), backing, iova, size, perm, populate: false }])
     }
 
+    /// Maps a part of memory that other regions or devices share: `size` bytes from byte `offset` of it on.
+    ///
+    /// # Errors
+    /// As [`map_memfd`](Self::map_memfd).
+    pub fn map_memory(
+        &mut self,
+        name: &str,
+        memory: &Arc<Memory>,
+        offset: u64,
+        iova: u64,
+        size: u64,
+        perm: Perm,
+    ) -> Result<(), Error> {
+        let backing = Backing::Memory(Arc::clone(memory), offset);
+        self.map(vec![RegionSpec { name: name.to_owned(), backing, iova, size, perm, populate: false }])
+    }
+
     /// Maps several regions, in one batch if the device can. All or nothing.
     ///
     /// # Errors
     /// As [`map_memfd`](Self::map_memfd).
     pub fn map(&mut self, specs: Vec<RegionSpec>) -> Result<(), Error> {
-        let before = self.setup.regions.len();
+        let before = self.setup.regions.list().len();
+        self.setup.generation += 1;
         let added = specs.into_iter().try_for_each(|spec| self.setup.add_region(spec)).and_then(|()| {
-            let new = self.setup.regions.get(before..).unwrap_or_default();
+            let new = self.setup.regions.list().get(before..).unwrap_or_default();
             map_all(&self.ops, new, self.setup.batch())
         });
         if added.is_err() {
@@ -191,27 +207,25 @@ impl<D: VdpaOps<Event = EventFd>> Session<D> {
     /// # Errors
     /// [`Error::Region`] for an unknown name; [`Error::Request`].
     pub fn unmap(&mut self, name: &str) -> Result<(), Error> {
-        let at = self.setup.regions.iter().position(|r| r.name() == name);
-        let Some((at, region)) = at.and_then(|at| Some((at, self.setup.regions.get(at)?))) else {
-            return Err(problem(name, RegionProblem::Unknown));
-        };
+        let region = self.setup.regions.get(name).ok_or_else(|| problem(name, RegionProblem::Unknown))?;
         self.ops
             .dma_unmap(vdpa_core::types::Asid(0), region.range().first(), region.range().size())
             .map_err(Error::request("VHOST_IOTLB_INVALIDATE"))?;
-        self.setup.regions.remove(at);
+        self.setup.generation += 1;
+        self.setup.regions.remove(name);
         Ok(())
     }
 
     /// A region by its name.
     #[must_use]
     pub fn region(&self, name: &str) -> Option<&Region> {
-        self.setup.region(name)
+        self.setup.regions.get(name)
     }
 
     /// All regions, in the order in which they were mapped.
     #[must_use]
     pub fn regions(&self) -> &[Region] {
-        &self.setup.regions
+        self.setup.regions.list()
     }
 
     /// Sets up a split ring of `size` entries in a region, from byte `offset` on.
@@ -225,21 +239,78 @@ impl<D: VdpaOps<Event = EventFd>> Session<D> {
         region: &str,
         offset: u64,
     ) -> Result<(), Error> {
-        if self.setup.running {
-            return Err(queue(index, QueueProblem::Running));
-        }
-        if self.queue(index).is_ok() {
-            return Err(queue(index, QueueProblem::Exists));
-        }
-        let max = self.ops.vring_num().map_err(Error::request("VHOST_VDPA_GET_VRING_NUM"))?;
-        if size < 2 || !size.is_power_of_two() || size > max {
-            return Err(queue(index, QueueProblem::Size { size, max }));
-        }
+        self.check_new_queue(index, size, true)?;
         let layout = RingLayout::at(offset, size);
         let memory = self.region(region).ok_or_else(|| problem(region, RegionProblem::Unknown))?;
         let new = Queue::new(index, memory, layout, self.setup.features)?;
-        new.set_up(&self.ops, QueueState::initial(self.setup.features))?;
+        new.vring.set_up(&self.ops, QueueState::initial(self.setup.features))?;
+        self.setup.generation += 1;
         self.setup.queues.push(new);
+        Ok(())
+    }
+
+    /// Sets up a ring that belongs to a guest, split or packed as negotiated. A guest has placed it in memory that is
+    /// mapped already; the caller gives the events, which the session keeps.
+    ///
+    /// # Errors
+    /// [`Error::Queue`], [`Error::Request`].
+    pub fn add_guest_queue(
+        &mut self,
+        index: QueueIndex,
+        ring: GuestRing,
+        kick: EventFd,
+        call: EventFd,
+    ) -> Result<(), Error> {
+        let packed = self.setup.features.has(Features::RING_PACKED);
+        self.check_new_queue(index, ring.size, !packed)?;
+        let addr = check_guest_ring(index, ring, |iova| self.setup.regions.covers(iova))?;
+        let vring = Vring { index, size: ring.size, addr, kick, call };
+        vring.set_up(&self.ops, QueueState::initial(self.setup.features))?;
+        self.setup.generation += 1;
+        self.setup.guest_queues.push(GuestQueue(vring));
+        Ok(())
+    }
+
+    fn check_new_queue(&self, index: QueueIndex, size: u16, power_of_two: bool) -> Result<(), Error> {
+        if self.setup.running {
+            return Err(queue(index, QueueProblem::Running));
+        }
+        if self.setup.vrings().any(|vring| vring.index == index) {
+            return Err(queue(index, QueueProblem::Exists));
+        }
+        let max = self.ops.vring_num().map_err(Error::request("VHOST_VDPA_GET_VRING_NUM"))?;
+        let shape = if power_of_two { size >= 2 && size.is_power_of_two() } else { size >= 1 };
+        if shape && size <= max { Ok(()) } else { Err(queue(index, QueueProblem::Size { size, max })) }
+    }
+
+    /// Resets the device, as a guest does: the queues are gone, the memory stays mapped, and
+    /// [`renegotiate`](Self::renegotiate) comes next. Requests in flight are not answered. Blocks while the device resets.
+    ///
+    /// # Errors
+    /// [`Error::Request`].
+    pub fn reset(&mut self) -> Result<(), Error> {
+        set_status(&self.ops, Status::RESET)?;
+        self.setup.generation += 1;
+        self.setup.running = false;
+        self.setup.queues.clear();
+        self.setup.guest_queues.clear();
+        if self.setup.backend.has(BackendFeatures::IOTLB_PERSIST) {
+            return Ok(());
+        }
+        // A device that forgets its translation in a reset gets it again with the end of a batch (uapi-spec 4.5).
+        in_batch(&self.ops, self.setup.batch(), || Ok(()))
+    }
+
+    /// Negotiates features again, after a [`reset`](Self::reset); of `wanted` those that the device offers.
+    ///
+    /// # Errors
+    /// [`Error::Request`], [`Error::FeaturesRefused`].
+    pub fn renegotiate(&mut self, wanted: Features) -> Result<(), Error> {
+        let offered = self.ops.features().map_err(Error::request("VHOST_GET_FEATURES"))?;
+        let chosen = choose(offered, wanted);
+        agree(&self.ops, chosen)?;
+        self.setup.generation += 1;
+        self.setup.features = chosen;
         Ok(())
     }
 
@@ -249,6 +320,7 @@ impl<D: VdpaOps<Event = EventFd>> Session<D> {
     /// [`Error::Request`].
     pub fn start(&mut self) -> Result<(), Error> {
         driver_ok(&self.ops)?;
+        self.setup.generation += 1;
         self.setup.running = true;
         Ok(())
     }
@@ -262,7 +334,25 @@ impl<D: VdpaOps<Event = EventFd>> Session<D> {
             .queues
             .iter()
             .find(|q| q.index() == index)
-            .ok_or_else(|| queue(index, QueueProblem::Unknown))
+            .ok_or_else(|| self.no_queue(index, "this program"))
+    }
+
+    /// A queue of a guest.
+    ///
+    /// # Errors
+    /// [`Error::Queue`] when it is not set up, or driven by this program.
+    pub fn guest_queue(&self, index: QueueIndex) -> Result<&GuestQueue, Error> {
+        self.setup
+            .guest_queues
+            .iter()
+            .find(|q| q.index() == index)
+            .ok_or_else(|| self.no_queue(index, "a guest"))
+    }
+
+    fn no_queue(&self, index: QueueIndex, asked: &'static str) -> Error {
+        let owner = if asked == "a guest" { "this program" } else { "a guest" };
+        let there = self.setup.vrings().any(|vring| vring.index == index);
+        queue(index, if there { QueueProblem::Kind { owner, asked } } else { QueueProblem::Unknown })
     }
 
     /// A queue, to drive it.

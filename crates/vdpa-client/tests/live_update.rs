@@ -1,213 +1,22 @@
 //! Sessions carried over a real exec, against a device file that writes down every request.
-//!
-//! The device is an ordinary file: what it offers is its name, what was asked of it its contents. So both images
-//! see the same device, and the whole sequence of an update can be compared with the one documented.
 
 #![expect(clippy::unwrap_used, reason = "a test: every failure is a panic")]
 
-use std::fs::{File, OpenOptions};
-use std::io::Write as _;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+#[path = "support/notes.rs"]
+mod notes;
+
+use std::fs::File;
 use std::path::Path;
 use std::process::Command;
 
-use vdpa_client::device::{Device, DeviceFile};
 use vdpa_client::dma::{Backing, RegionSpec};
-use vdpa_client::state::Section;
-use vdpa_client::update::{self, Cause, Phase, Plan, Strategy};
-use vdpa_core::Errno;
-use vdpa_core::features::{BackendFeatures, Features, Status};
-use vdpa_core::ops::VdpaOps;
-use vdpa_core::ring::Buffer;
-use vdpa_core::types::{
-    Asid, GroupIndex, IotlbMsg, IovaRange, Perm, QueueIndex, Result, VringAddr, iotlb_type,
-};
-use vdpa_sys::eventfd::EventFd;
+use vdpa_client::state::{Section, Sections};
+use vdpa_client::update::{self, Cause, Devices, Image, Phase, Plan, Strategy, Via, Way};
+use vdpa_core::features::{BackendFeatures, Status};
+use vdpa_core::types::Perm;
 use vdpa_sys::memfd;
 
-const Q0: QueueIndex = QueueIndex(0);
-
-/// A device that notes requests in its file.
-#[derive(Debug)]
-struct Notes(File);
-
-impl Notes {
-    fn path(&self) -> std::path::PathBuf {
-        use std::os::fd::AsRawFd;
-        std::fs::read_link(format!("/proc/self/fd/{}", self.0.as_raw_fd())).unwrap()
-    }
-
-    fn text(&self) -> String {
-        std::fs::read_to_string(self.path()).unwrap()
-    }
-
-    fn note(&self, line: &str) -> Result<()> {
-        writeln!(&self.0, "{line}").unwrap();
-        Ok(())
-    }
-}
-
-impl Drop for Notes {
-    fn drop(&mut self) {
-        let _ = self.note("close");
-    }
-}
-
-impl AsFd for Notes {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
-    }
-}
-
-impl DeviceFile for Notes {
-    fn open(path: &Path) -> Result<Self> {
-        let file = OpenOptions::new().append(true).open(path).map_err(|_| Errno::NOENT)?;
-        let device = Self(file);
-        device.note("open")?;
-        Ok(device)
-    }
-
-    fn from_fd(fd: OwnedFd) -> Self {
-        Self(File::from(fd))
-    }
-}
-
-impl VdpaOps for Notes {
-    type Event = EventFd;
-
-    fn device_id(&self) -> Result<u32> {
-        Ok(2)
-    }
-    fn status(&self) -> Result<Status> {
-        let text = self.text();
-        let last = text.lines().rev().find_map(|l| l.strip_prefix("status "));
-        Ok(Status(last.map_or(0, |s| s.parse().unwrap())))
-    }
-    fn set_status(&self, status: Status) -> Result<()> {
-        self.note(&format!("status {}", status.0))
-    }
-    fn features(&self) -> Result<Features> {
-        Ok(Features::of(&[Features::VERSION_1, Features::ACCESS_PLATFORM, Features::BLK_FLUSH]))
-    }
-    fn set_features(&self, _: Features) -> Result<()> {
-        self.note("features")
-    }
-    fn backend_features(&self) -> Result<BackendFeatures> {
-        let path = self.path();
-        let name = path.file_name().unwrap().to_str().unwrap();
-        Ok(BackendFeatures(u64::from_str_radix(name, 16).unwrap()))
-    }
-    fn set_backend_features(&self, _: BackendFeatures) -> Result<()> {
-        Ok(())
-    }
-    fn vqs_count(&self) -> Result<u32> {
-        Ok(1)
-    }
-    fn group_num(&self) -> Result<u32> {
-        Ok(1)
-    }
-    fn as_num(&self) -> Result<u32> {
-        Ok(1)
-    }
-    fn iova_range(&self) -> Result<IovaRange> {
-        Ok(IovaRange::ALL)
-    }
-    fn config_size(&self) -> Result<u32> {
-        Ok(0)
-    }
-    fn config(&self, _: u32, _: &mut [u8]) -> Result<()> {
-        Ok(())
-    }
-    fn set_config(&self, _: u32, _: &[u8]) -> Result<()> {
-        Ok(())
-    }
-    fn set_config_call(&self, _: Option<&EventFd>) -> Result<()> {
-        Ok(())
-    }
-    fn vring_num(&self) -> Result<u16> {
-        Ok(256)
-    }
-    fn set_owner(&self) -> Result<()> {
-        self.note("set_owner")
-    }
-    fn reset_owner(&self) -> Result<()> {
-        Err(Errno::FAULT)
-    }
-    fn new_owner(&self) -> Result<()> {
-        self.note("new_owner")
-    }
-    fn set_vring_num(&self, _: QueueIndex, _: u32) -> Result<()> {
-        Ok(())
-    }
-    fn set_vring_addr(&self, _: QueueIndex, _: &VringAddr) -> Result<()> {
-        Ok(())
-    }
-    fn set_vring_base(&self, _: QueueIndex, num: u32) -> Result<()> {
-        self.note(&format!("base {num}"))
-    }
-    fn vring_base(&self, _: QueueIndex) -> Result<u32> {
-        self.note("get_base")?;
-        Ok(1)
-    }
-    fn set_vring_enable(&self, _: QueueIndex, _: bool) -> Result<()> {
-        self.note("enable")
-    }
-    fn set_vring_kick(&self, _: QueueIndex, _: Option<&EventFd>) -> Result<()> {
-        Ok(())
-    }
-    fn set_vring_call(&self, _: QueueIndex, _: Option<&EventFd>) -> Result<()> {
-        Ok(())
-    }
-    fn set_vring_err(&self, _: QueueIndex, _: Option<&EventFd>) -> Result<()> {
-        Ok(())
-    }
-    fn vring_group(&self, _: QueueIndex) -> Result<GroupIndex> {
-        Ok(GroupIndex(0))
-    }
-    fn set_group_asid(&self, _: GroupIndex, _: Asid) -> Result<()> {
-        Ok(())
-    }
-    fn vring_size(&self, _: QueueIndex) -> Result<u32> {
-        Ok(256)
-    }
-    fn suspend(&self) -> Result<()> {
-        self.note("suspend")
-    }
-    fn resume(&self) -> Result<()> {
-        self.note("resume")
-    }
-    fn iotlb(&self, _: Asid, msg: &IotlbMsg) -> Result<()> {
-        self.note(match msg.kind {
-            iotlb_type::UPDATE => "update",
-            iotlb_type::REMAP => "remap",
-            iotlb_type::BATCH_BEGIN => "begin",
-            iotlb_type::BATCH_END => "end",
-            _ => "invalidate",
-        })
-    }
-}
-
-const BASE: BackendFeatures = BackendFeatures(0x10e);
-
-fn offered(bits: &[vdpa_core::features::Bit]) -> BackendFeatures {
-    BASE | BackendFeatures::of(bits)
-}
-
-fn session(path: &Path) -> vdpa_client::Session<Notes> {
-    let mut session = Device::<Notes>::open(path).unwrap().negotiate(Features::NONE).unwrap();
-    let ram = memfd::create(c"ram", 1 << 16, None).unwrap();
-    session.map_memfd("ram", ram, 0x10_0000, 1 << 16, Perm::RW).unwrap();
-    session.add_queue(Q0, 8, "ram", 0).unwrap();
-    session.start().unwrap();
-    let queue = session.queue_mut(Q0).unwrap();
-    for token in [11, 22] {
-        queue.submit(&[Buffer { iova: 0x10_8000, len: 16 }], &[], token).unwrap();
-    }
-    queue.notify().unwrap();
-    session.region("ram").unwrap().map().unwrap().write(0x8000, b"guest memory").unwrap();
-    session.ops().note("--- update").unwrap();
-    session
-}
+use notes::{Notes, Q0, complete_first, offered, session};
 
 /// Both images of the program that the tests below run; the arguments of libtest stay, the variables say more.
 #[test]
@@ -218,20 +27,34 @@ fn image() {
         return;
     };
     let strategy: Strategy = std::env::var("STRATEGY").unwrap().parse().unwrap();
-    let Some(mut restored) = update::restore::<Notes>().unwrap() else {
-        let session = session(Path::new(&path));
-        let plan =
-            Plan::new("/proc/self/exe").strategy(strategy).section(Section::new("mine", 1, b"x".to_vec()));
-        panic!("not replaced: {:?}", update::exec(session, plan).error);
+    let Some(incoming) = update::incoming::<Notes>().unwrap() else {
+        let devices = Devices::one("disk0", session(Path::new(&path)));
+        let mine = Section::new("mine", 1, b"x".to_vec());
+        let plan = Plan::new().strategy(strategy).section(mine).late_section("late", 2, false);
+        let plan = plan.descriptor("file", File::open("/dev/zero").unwrap());
+        let prepared = plan.prepare(&devices, Via::Exec(Image::new("/proc/self/exe"))).unwrap();
+        assert_eq!(prepared.strategy("disk0"), Some(strategy));
+        let late = Section::new("late", 2, b"y".to_vec());
+        panic!(
+            "not replaced: {:?}",
+            prepared.switch(devices, Sections::from_iter([late])).unwrap_err().error
+        );
     };
-    let report = restored.report;
-    assert_eq!(report.strategy, strategy);
-    assert_eq!(report.mappings, 1);
-    assert!(report.exec > 0 && report.total().as_secs() < 60, "{report:?}");
-    assert_eq!(restored.sections.take("mine").unwrap().payload, b"x");
+    let mut incoming = incoming.understands(&[("mine", 1..=1), ("late", 1..=2)]).unwrap();
+    assert_eq!(incoming.devices().collect::<Vec<_>>(), [("disk0", strategy)]);
+    assert_eq!(incoming.sections().take("mine").unwrap().payload, b"x");
+    let mut restored = incoming.take_over().unwrap();
+    let report = &restored.report;
+    let device = report.device("disk0").unwrap();
+    assert_eq!((report.way, device.strategy), (Way::Exec, strategy));
+    assert_eq!((device.mappings, device.queues), (1, 1));
+    assert!(report.transfer > 0 && report.total().as_secs() < 60, "{report:?}");
+    assert_eq!(restored.sections.take("late").unwrap().payload, b"y");
     restored.sections.ensure_consumed().unwrap();
+    let zero = File::from(restored.descriptors.remove("file").unwrap());
+    assert_eq!(std::io::Read::read(&mut &zero, &mut [1; 8]).unwrap(), 8);
 
-    let session = &mut restored.session;
+    let session = restored.devices.get_mut("disk0").unwrap();
     let mut bytes = [0; 12];
     session.region("ram").unwrap().map().unwrap().read(0x8000, &mut bytes).unwrap();
     assert_eq!(&bytes, b"guest memory");
@@ -244,15 +67,6 @@ fn image() {
     assert_eq!(queue.reap().unwrap(), None);
     session.ops().note("--- served").unwrap();
     assert!(update::restore::<Notes>().is_err(), "the state was adopted already");
-}
-
-/// What a device does with the first request.
-fn complete_first(session: &vdpa_client::Session<Notes>) {
-    let layout = session.queue(Q0).unwrap().layout();
-    let map = session.region("ram").unwrap().map().unwrap();
-    let used = usize::try_from(layout.used).unwrap();
-    map.write(used + 4, &[0; 8]).unwrap();
-    map.store_u16(used + 2, 1).unwrap();
 }
 
 /// Runs both images and returns the requests from the update on.
@@ -319,9 +133,13 @@ fn fail(strategy: Strategy, bits: &[vdpa_core::features::Bit]) -> String {
     let image = directory.path().join("image");
     std::fs::write(&image, "\u{1}no program").unwrap();
     std::fs::set_permissions(&image, std::fs::Permissions::from_mode(0o755)).unwrap();
-    let failed = update::exec(session(&path), Plan::new(&image).strategy(strategy));
-    assert_eq!(failed.error.phase, Phase::Exec, "{:?}", failed.error);
-    let mut session = failed.session.unwrap();
+    let devices = Devices::one("disk0", session(&path));
+    let prepared = Plan::new().strategy(strategy).prepare(&devices, Via::Exec(Image::new(&image))).unwrap();
+    let failed = prepared.switch(devices, Sections::new()).unwrap_err();
+    assert_eq!(failed.error.phase, Phase::Transfer, "{:?}", failed.error);
+    assert!(failed.error.source.to_string().contains("execve"), "{:?}", failed.error);
+    let mut devices = failed.devices;
+    let mut session = devices.take("disk0").unwrap();
     let notes = std::fs::read_to_string(&path).unwrap();
     let (_, update) = notes.split_once("--- update\n").unwrap();
 
@@ -351,31 +169,42 @@ fn what_cannot_work_is_refused_before_the_device_is_touched() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join(format!("{:x}", offered(&[BackendFeatures::NEW_OWNER]).0));
     File::create(&path).unwrap();
-    let refused = |session, plan| {
-        let failed = update::exec(session, plan);
-        assert_eq!(failed.error.phase, Phase::Check);
-        (failed.error.source, failed.session.unwrap())
+    let refused = |devices: &Devices<Notes>, plan: Plan, image: &str| {
+        let error = plan.prepare(devices, Via::Exec(Image::new(image))).unwrap_err();
+        assert_eq!(error.phase, Phase::Prepare);
+        error.source
     };
-    let (cause, session) = refused(session(&path), Plan::new("/does/not/exist"));
+    let mut devices = Devices::one("disk0", session(&path));
+    let cause = refused(&devices, Plan::new(), "/does/not/exist");
     assert!(cause.to_string().contains("/does/not/exist"), "{cause}");
-    let (cause, session) = refused(session, Plan::new("/etc/passwd"));
+    let cause = refused(&devices, Plan::new(), "/etc/passwd");
     assert!(matches!(cause, Cause::Image { .. }), "{cause}");
-    let (cause, session) = refused(session, Plan::new("/bin/true").strategy(Strategy::Resume));
+    let cause = refused(&devices, Plan::new().strategy(Strategy::Resume), "/bin/true");
     assert!(cause.to_string().contains("SUSPEND (bit 4)"), "{cause}");
+    let cause = refused(&devices, Plan::new().strategy_of("disk1", Strategy::Live), "/bin/true");
+    assert_eq!(cause.to_string(), "a strategy is given for device \"disk1\"; there are: disk0");
     let old = directory.path().join(format!("{:x}", offered(&[]).0));
     File::create(&old).unwrap();
+    let others = Devices::one("old", session(&old));
     for strategy in [Strategy::Live, Strategy::Resume, Strategy::Reset] {
-        let (cause, old) = refused(self::session(&old), Plan::new("/bin/true").strategy(strategy));
+        let cause = refused(&others, Plan::new().strategy(strategy), "/bin/true");
         let text =
             format!("strategy {strategy} needs backend feature NEW_OWNER (bit 9), which the device does not");
         assert!(cause.to_string().starts_with(&text), "{cause}");
-        assert!(old.ops().text().ends_with("--- update\n"), "{}", old.ops().text());
     }
-    let (cause, session) = refused(session, Plan::new("/bin/true").strategy(Strategy::Reopen));
+    let text = Notes::at(&old).text();
+    assert!(text.ends_with("--- update\n"), "{text}");
+    let cause = refused(&devices, Plan::new().strategy(Strategy::Reopen), "/bin/true");
     assert!(matches!(cause, Cause::InFlight { in_flight: 2 }), "{cause}");
-    let (cause, mut session) =
-        refused(session, Plan::new("/bin/true").section(Section::new("vdpa/session", 1, vec![])));
+    let section = |name| Section::new(name, 1, vec![]);
+    let cause = refused(&devices, Plan::new().section(section("vdpa/session")), "/bin/true");
     assert!(matches!(cause, Cause::State(_)), "{cause}");
+    let twice = Plan::new().section(section("mine")).late_section("mine", 1, true);
+    let cause = refused(&devices, twice, "/bin/true");
+    assert_eq!(cause.to_string(), "there are two of section \"mine\"; names must be unique in an update");
+    let zero = || File::open("/dev/zero").unwrap();
+    let twice = Plan::new().descriptor("file", zero()).descriptor("file", zero());
+    assert!(matches!(refused(&devices, twice, "/bin/true"), Cause::Twice { what: "descriptor", .. }));
 
     let spec = RegionSpec {
         name: "heap".to_owned(),
@@ -385,9 +214,79 @@ fn what_cannot_work_is_refused_before_the_device_is_touched() {
         perm: Perm::RO,
         populate: false,
     };
-    session.map(vec![spec]).unwrap();
-    let (cause, session) = refused(session, Plan::new("/bin/true"));
+    devices.get_mut("disk0").unwrap().map(vec![spec]).unwrap();
+    let cause = refused(&devices, Plan::new(), "/bin/true");
     assert!(cause.to_string().contains("\"heap\"") && cause.to_string().contains("memfd"), "{cause}");
-    let notes = session.ops().text();
+    let notes = devices.get("disk0").unwrap().ops().text();
     assert!(notes.ends_with("--- update\nbegin\nupdate\nend\n"), "{notes}");
+}
+
+#[test]
+fn a_session_that_changes_after_prepare_is_prepared_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join(format!("{:x}", offered(&[BackendFeatures::NEW_OWNER]).0));
+    File::create(&path).unwrap();
+    let mut devices = Devices::one("disk0", session(&path));
+    let prepare = |devices: &Devices<Notes>, plan: Plan| {
+        plan.prepare(devices, Via::Exec(Image::new("/bin/true"))).unwrap()
+    };
+    let prepared = prepare(&devices, Plan::new());
+    let more = memfd::create(c"more", 4096, None).unwrap();
+    devices.get_mut("disk0").unwrap().map_memfd("more", more, 0x4000_0000, 4096, Perm::RW).unwrap();
+    let failed = prepared.switch(devices, Sections::new()).unwrap_err();
+    assert!(failed.error.to_string().ends_with("prepare of device disk0"), "{}", failed.error);
+    assert!(failed.error.source.to_string().contains("was set up differently"), "{:?}", failed.error);
+
+    let prepared = prepare(&failed.devices, Plan::new().late_section("cpu", 3, false));
+    let failed = prepared.switch(failed.devices, Sections::new()).unwrap_err();
+    assert_eq!(failed.error.source.to_string(), "section \"cpu\" was announced and not given");
+    let prepared = prepare(&failed.devices, Plan::new());
+    let late = Section::new("cpu", 3, Vec::new());
+    let failed = prepared.switch(failed.devices, Sections::from_iter([late])).unwrap_err();
+    assert!(failed.error.source.to_string().contains("was not announced"), "{:?}", failed.error);
+    let text = failed.devices.get("disk0").unwrap().ops().text();
+    assert!(text.ends_with("--- update\nbegin\nupdate\nend\n"), "{text}");
+}
+
+#[test]
+fn a_deadline_that_is_over_keeps_the_program_here() {
+    use BackendFeatures as B;
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join(format!("{:x}", offered(&[B::NEW_OWNER, B::SUSPEND, B::RESUME]).0));
+    File::create(&path).unwrap();
+    let devices = Devices::one("disk0", session(&path));
+    let plan = Plan::new().strategy(Strategy::Resume).deadline(std::time::Duration::ZERO);
+    let prepared = plan.prepare(&devices, Via::Exec(Image::new("/bin/true"))).unwrap();
+    let failed = prepared.switch(devices, Sections::new()).unwrap_err();
+    assert!(matches!(failed.error.source, Cause::Deadline), "{:?}", failed.error);
+    let text = failed.devices.get("disk0").unwrap().ops().text();
+    assert!(text.ends_with("--- update\nsuspend\nresume\n"), "{text}");
+}
+
+/// The caller's own view of a request that the device refuses in the middle of bringing two devices to rest.
+#[test]
+fn devices_that_are_at_rest_already_go_on_when_the_next_one_fails() {
+    use BackendFeatures as B;
+    let bits = [B::NEW_OWNER, B::SUSPEND, B::RESUME];
+    let directories = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let paths = directories.each_ref().map(|d| d.path().join(format!("{:x}", offered(&bits).0)));
+    let mut devices = Devices::new();
+    for (name, path) in ["first", "second"].into_iter().zip(&paths) {
+        File::create(path).unwrap();
+        devices.push(name, session(path));
+    }
+    devices.get("second").unwrap().ops().fail_next("suspend");
+    let plan = Plan::new().strategy_of("first", Strategy::Reset).strategy_of("second", Strategy::Resume);
+    let prepared = plan.prepare(&devices, Via::Exec(Image::new("/bin/true"))).unwrap();
+    let failed = prepared.switch(devices, Sections::new()).unwrap_err();
+    assert_eq!(failed.error.to_string(), "update failed in phase suspend of device second");
+    assert!(failed.lost.is_empty());
+    assert_eq!(failed.devices.iter().map(|(name, _)| name).collect::<Vec<_>>(), ["first", "second"]);
+    let tail = |name: &str| {
+        let text = failed.devices.get(name).unwrap().ops().text();
+        text.split_once("--- update\n").unwrap().1.lines().collect::<Vec<_>>().join(", ")
+    };
+    assert_eq!(tail("second"), "suspend fails, resume");
+    let handshake = "status 0, status 1, status 3, features, status 11";
+    assert_eq!(tail("first"), format!("suspend, get_base, status 0, {handshake}, base 1, enable, status 15"));
 }

@@ -3,7 +3,10 @@
 
 use std::convert::Infallible;
 use std::ffi::{CStr, CString, c_char};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command};
 use std::ptr;
 
 use rustix::io::{FdFlags, fcntl_getfd, fcntl_setfd};
@@ -70,6 +73,24 @@ pub fn execve(program: Program<'_>, argv: &[CString], env: &[CString]) -> Result
     Err(errno::last())
 }
 
+/// Starts `command` as a child that inherits `keep` under their numbers, and nothing else but the standard three and
+/// what was inheritable before. They are closed here when the child has started.
+///
+/// # Errors
+/// Of `Command::spawn`: the program cannot be run, or there can be no more processes.
+pub fn spawn(command: &mut Command, keep: Vec<OwnedFd>) -> io::Result<Child> {
+    let inherit = move || {
+        for fd in &keep {
+            fcntl_setfd(fd, FdFlags::empty())?;
+        }
+        Ok(())
+    };
+    // SAFETY: between fork and exec the closure makes fcntl calls on descriptors that were open before the fork; it
+    // neither allocates nor takes a lock, and its error is made of a number.
+    unsafe { command.pre_exec(inherit) };
+    command.spawn()
+}
+
 /// Has `signal` sent to this process when the thread that created it ends; 0 for none. Cleared by fork, and by
 /// the exec of a program that gains privileges.
 ///
@@ -100,6 +121,23 @@ mod tests {
         let no_program = crate::memfd::sealed(c"not-a-program", b"text").unwrap();
         let error = execve(Program::Fd(no_program.as_fd()), &[c"x".into()], &[]).unwrap_err();
         assert_eq!(error.raw(), libc::ENOEXEC);
+    }
+
+    #[test]
+    fn a_child_inherits_what_it_is_given_under_its_number() {
+        let given = crate::memfd::sealed(c"given", b"hello").unwrap();
+        let kept = crate::memfd::sealed(c"kept", b"secret").unwrap();
+        let (given_number, kept_number) = (given.as_raw_fd(), kept.as_raw_fd());
+        let script = format!("cat /proc/self/fd/{given_number} && ! test -e /proc/self/fd/{kept_number}");
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", &script]).stdout(std::process::Stdio::piped());
+        let child = spawn(&mut command, vec![given]).unwrap();
+        drop(command);
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success());
+        assert_eq!(output.stdout, b"hello");
+        assert!(fcntl_getfd(&kept).unwrap().contains(FdFlags::CLOEXEC));
+        assert!(spawn(&mut Command::new("/no/such/program"), Vec::new()).is_err());
     }
 
     #[test]

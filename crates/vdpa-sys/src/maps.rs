@@ -49,7 +49,10 @@ pub fn vma_at(maps: impl AsFd, addr: u64) -> Result<Option<Vma>, Errno> {
 }
 
 /// Opens the mappings of this process.
-pub(crate) fn own() -> Result<OwnedFd, Errno> {
+///
+/// # Errors
+/// Of opening `/proc/self/maps`.
+pub fn own() -> Result<OwnedFd, Errno> {
     rustix::fs::open("/proc/self/maps", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
         .map_err(errno::from_rustix)
 }

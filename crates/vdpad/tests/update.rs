@@ -11,9 +11,10 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use vdpa_client::Session;
 use vdpa_client::dma::{Backing, RegionSpec};
 use vdpa_client::state::{self, Section, Sections};
-use vdpa_client::update::{self, Phase, Plan, Strategy, UpdateError};
+use vdpa_client::update::{self, Devices, Failed, Image, Phase, Plan, Strategy, UpdateError, Via};
 use vdpa_core::blk::kind;
 use vdpa_core::features::Status;
 use vdpa_core::ops::VdpaOps;
@@ -52,12 +53,13 @@ fn tenant() {
     let strategy: Strategy = variable("STRATEGY").parse().unwrap();
     let (mut disk, made) = match update::restore::<VhostVdpaFd>().unwrap_or_else(|e| panic!("{}", text(&e))) {
         None => (first_start(), 0),
-        Some(mut restored) => {
-            assert_eq!(restored.report.strategy, strategy);
-            let section = restored.sections.take(SECTION.0).unwrap();
-            restored.sections.ensure_consumed().unwrap();
+        Some(restored) => {
+            let (session, mut sections, report) = restored.into_one().unwrap();
+            assert_eq!(report.device("disk0").unwrap().strategy, strategy);
+            let section = sections.take(SECTION.0).unwrap();
+            sections.ensure_consumed().unwrap();
             let (made, flying): Saved = section.parse(SECTION.1).unwrap();
-            let disk = Disk { session: restored.session, flying: BTreeMap::from_iter(flying) };
+            let disk = Disk { session, flying: BTreeMap::from_iter(flying) };
             (again(disk, made), made + 1)
         }
     };
@@ -84,8 +86,17 @@ fn tenant() {
     assert_eq!(u64::from(session.queue(Q0).unwrap().in_flight()), SLOTS);
     let saved: Saved = (made, flying.into_iter().collect());
     let section = Section::json(SECTION.0, SECTION.1, &saved).unwrap();
-    let plan = Plan::new("/proc/self/exe").strategy(strategy).section(section);
-    panic!("not replaced: {}", text(&update::exec(session, plan).error));
+    let failed = exec(session, "/proc/self/exe".as_ref(), Plan::new().strategy(strategy).section(section));
+    panic!("not replaced: {}", text(&failed.error));
+}
+
+/// Execs `image`, which only returns when that fails.
+fn exec(session: Session<VhostVdpaFd>, image: &Path, plan: Plan) -> Failed<VhostVdpaFd> {
+    let devices = Devices::one("disk0", session);
+    match plan.prepare(&devices, Via::Exec(Image::new(image))) {
+        Ok(prepared) => *prepared.switch(devices, Sections::new()).unwrap_err(),
+        Err(error) => Failed { error, devices, lost: Vec::new() },
+    }
 }
 
 fn first_start() -> Disk {
@@ -207,20 +218,20 @@ fn staying() {
     let strategy: Strategy = variable("STRATEGY").parse().unwrap();
     let mut disk = first_start();
     let images = [
-        ("missing", Phase::Check),
-        ("closed", Phase::Check),
-        ("directory", Phase::Check),
-        ("junk", Phase::Exec),
+        ("missing", Phase::Prepare),
+        ("closed", Phase::Prepare),
+        ("directory", Phase::Prepare),
+        ("junk", Phase::Transfer),
     ];
     for (seed, (image, phase)) in (10..).zip(images) {
         (0..SLOTS / 2).for_each(|slot| disk.submit(slot, (kind::OUT, 2 + slot, seed)));
         disk.kick();
         let path = PathBuf::from(variable("IMAGES")).join(image);
         let Disk { session, flying } = disk;
-        let failed = update::exec(session, Plan::new(&path).strategy(strategy));
+        let mut failed = exec(session, &path, Plan::new().strategy(strategy));
         say(&format!("{image} {}", text(&failed.error)));
         assert_eq!(failed.error.phase, phase, "{}", text(&failed.error));
-        disk = Disk { session: failed.session.unwrap(), flying };
+        disk = Disk { session: failed.devices.take("disk0").unwrap(), flying };
         assert_eq!(disk.settle().len() as u64, SLOTS / 2);
         (0..SLOTS / 2).for_each(|slot| disk.one((kind::IN, 2 + slot, seed)));
         let status = disk.session.ops().status().unwrap();
@@ -248,7 +259,7 @@ fn fails_and_stays(mgmtdev: &str, strategies: &[Strategy]) {
         let mut before = None;
         let unusable = |name: &str, why: &str| {
             let path = images.join(name);
-            format!("update failed in phase check: the new image {} cannot be run: {why}", path.display())
+            format!("update failed in phase prepare: the new image {} cannot be run: {why}", path.display())
         };
         for (image, error) in [
             ("missing", unusable("missing", "No such file or directory (os error 2)")),
@@ -256,7 +267,7 @@ fn fails_and_stays(mgmtdev: &str, strategies: &[Strategy]) {
             ("directory", unusable("directory", "it is not a regular file")),
             (
                 "junk",
-                "update failed in phase exec: cannot execve the new image: Exec format error (ENOEXEC)"
+                "update failed in phase transfer: cannot execve the new image: Exec format error (ENOEXEC)"
                     .into(),
             ),
         ] {
@@ -349,9 +360,9 @@ fn private() {
     disk.session.map(vec![spec]).unwrap();
     let strategy: Strategy = variable("STRATEGY").parse().unwrap();
     let Disk { session, flying } = disk;
-    let failed = update::exec(session, Plan::new("/proc/self/exe").strategy(strategy));
+    let mut failed = exec(session, "/proc/self/exe".as_ref(), Plan::new().strategy(strategy));
     say(&format!("refused {}", text(&failed.error)));
-    Disk { session: failed.session.unwrap(), flying }.check(5);
+    Disk { session: failed.devices.take("disk0").unwrap(), flying }.check(5);
 }
 
 #[test]
@@ -362,8 +373,8 @@ fn private_memory_is_refused_by_its_name() {
         let mut client = start("private", &device, strategy);
         assert_eq!(
             client.hear("refused"),
-            "update failed in phase check: region \"heap\" is memory of the caller without a memory object: it \
-             ends with this program. Map it from a memfd (Backing::Object) to update by exec"
+            "update failed in phase prepare of device disk0: region \"heap\" is private memory, which ends with this \
+             program: map it shared from a memfd, a hugetlb memfd or a file (Backing::Object, Memory::map, Memory::placed)"
         );
         assert!(client.end().success());
     }
@@ -373,13 +384,13 @@ fn private_memory_is_refused_by_its_name() {
 fn live_is_not_for_a_device_that_uses_addresses() {
     let vdpad = Vdpad::start(Duration::from_secs(60));
     let mut disk = Disk::start(&vdpad.add_any("disk0", "sim-blk"), disk::MEMORY_MIN);
-    let failed = update::exec(disk.session, Plan::new("/proc/self/exe").strategy(Strategy::Live));
+    let mut failed = exec(disk.session, "/proc/self/exe".as_ref(), Plan::new().strategy(Strategy::Live));
     assert_eq!(
         text(&failed.error),
-        "update failed in phase check: strategy live needs a device without backend feature IOTLB_REMAP (bit \
+        "update failed in phase prepare of device disk0: strategy live needs a device without backend feature IOTLB_REMAP (bit \
          10): this one uses addresses of its owner, so it has to be suspended while they change; use resume"
     );
-    disk = Disk { session: failed.session.unwrap(), flying: BTreeMap::new() };
+    disk = Disk { session: failed.devices.take("disk0").unwrap(), flying: BTreeMap::new() };
     disk.check(5);
 }
 

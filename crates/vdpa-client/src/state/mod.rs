@@ -3,7 +3,7 @@
 //! Saved state is a trust boundary: it comes from another version of the program, perhaps another program.
 //! [`decode`] therefore believes nothing, allocates no more than it was given, and says what was wrong in
 //! its own error for each reason. The layout is described in `docs/saved-state.md`; what the library's own
-//! sections contain is in [`v1`].
+//! sections contain is in [`v2`]; [`v1`] is still read.
 //!
 //! ```
 //! use vdpa_client::state::{self, Section, Sections};
@@ -19,6 +19,7 @@
 //! ```
 
 pub mod v1;
+pub mod v2;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -192,11 +193,23 @@ impl Section {
     }
 }
 
+impl FromIterator<Section> for Sections {
+    fn from_iter<I: IntoIterator<Item = Section>>(sections: I) -> Self {
+        Self(sections.into_iter().collect())
+    }
+}
+
 /// The sections of one saved state. What is taken is gone, so that what nobody took can be found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Sections(Vec<Section>);
 
 impl Sections {
+    /// None.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self(Vec::new())
+    }
+
     /// Adds a section.
     pub fn push(&mut self, section: Section) {
         self.0.push(section);
@@ -214,6 +227,17 @@ impl Sections {
     /// [`StateError::Missing`].
     pub fn require(&mut self, name: &'static str) -> Result<Section, StateError> {
         self.take(name).ok_or(StateError::Missing { name })
+    }
+
+    /// A section that is there.
+    #[must_use]
+    pub fn get(&self, name: &str) -> Option<&Section> {
+        self.0.iter().find(|s| s.name == name)
+    }
+
+    /// Moves all sections of `other` to the end of these.
+    pub fn append(&mut self, other: Self) {
+        self.0.extend(other.0);
     }
 
     /// The sections still there.

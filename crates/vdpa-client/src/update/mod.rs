@@ -1,4 +1,4 @@
-//! Being replaced by another program image without losing the device.
+//! Being replaced by another program without losing the device.
 //!
 //! # Guarantees
 //!
@@ -7,48 +7,70 @@
 //!    the others it stands still at a place both sides agree on.
 //! 2. **Mappings and pinned pages stay** (all strategies but [`Strategy::Reopen`]): the cost depends on the
 //!    number of mappings, never on the number of pages.
-//! 3. **A failed update leaves a working program.** Everything that can be checked is checked before the
-//!    device is touched. When anything fails before the new image runs, execve included, the steps taken are
-//!    undone and [`exec`](exec()) returns the session with the error. When the new image cannot restore, it gets an
-//!    error that says what is wrong; the device then still has its mappings, since nothing was unmapped.
+//! 3. **A failed update leaves a working program.** Everything that can be checked is checked before a
+//!    device is touched. When anything fails before the new program has the devices, the steps taken are undone and
+//!    [`Prepared::switch`] returns the sessions with the error. When a new image cannot restore after an exec, it gets an
+//!    error that says what is wrong; the devices then still have their mappings, since nothing was unmapped.
+//! 4. **One process has a device.** In a hand-over the predecessor decides, up to its commit; after it, it has nothing
+//!    left by which it could reach a device. One that dies in between has decided by that.
 //!
-//! # Sequences
+//! # Ways
 //!
-//! | strategy | old image | new image |
+//! | way | who has the devices afterwards | no driver is there for |
 //! |---|---|---|
-//! | live | exec | NEW_OWNER |
-//! | resume | SUSPEND, exec | NEW_OWNER, REMAP each, RESUME |
-//! | reset | SUSPEND, bases, reset, exec | NEW_OWNER, features, vrings, REMAP each, DRIVER_OK |
-//! | reopen | SUSPEND, bases, close, exec | open, SET_OWNER, features, UPDATE each, vrings, DRIVER_OK |
+//! | [`Via::Exec`] | the new image in this process | an execve and the start of a program |
+//! | [`Via::Fork`] | a child that was started before | two messages |
+//! | [`Via::HandOver`] | a process that ran already | two messages |
+//!
+//! # Strategies
+//!
+//! | strategy | predecessor | successor |
+//! |---|---|---|
+//! | live | | NEW_OWNER |
+//! | resume | SUSPEND | NEW_OWNER, REMAP each, RESUME |
+//! | reset | SUSPEND, bases, reset | NEW_OWNER, features, vrings, REMAP each, DRIVER_OK |
+//! | reopen | SUSPEND, bases, close | open, SET_OWNER, features, UPDATE each, vrings, DRIVER_OK |
 //!
 //! REMAP is sent where the device offers IOTLB_REMAP: such a device uses addresses of its owner.
 //!
-//! # What the caller does
+//! # Phases
 //!
-//! Nothing may be driving the session while it is handed to [`exec`](exec()), and no other thread should be in
-//! the middle of anything: execve ends them where they are. State of the caller travels as named sections,
-//! its open files with [`Plan::keep`].
+//! [`Plan::describe`] looks at the sessions; [`Described::prepare`] may take its time, on another thread if the devices
+//! have to be driven meanwhile ([`Plan::prepare`] does both). [`Prepared::switch`] is short, and has a
+//! deadline. What comes after, [`Incoming::take_over`] does in the successor. Nothing may be driving the sessions while
+//! they are in [`Prepared::switch`]. For an exec no other thread should be in the middle of anything: execve ends them
+//! where they are.
 
-mod exec;
+mod devices;
+mod incoming;
+mod link;
+mod load;
+mod plan;
+pub mod points;
+mod prepared;
 mod report;
-mod restore;
+mod rest;
+mod save;
 mod steps;
 mod strategy;
+mod successor;
 
 use std::io;
 use std::path::PathBuf;
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use vdpa_core::Errno;
 use vdpa_core::features::{BackendFeatures, Features};
 
-pub use self::exec::{Failed, Plan, exec};
-pub use self::report::Report;
-#[cfg(fuzzing)]
-pub use self::restore::fuzzing;
-pub use self::restore::{Restored, restore, restore_from};
+pub use self::devices::{Devices, Iter};
+pub use self::incoming::{Incoming, Restored, incoming, restore};
+pub use self::link::{Cancel, LinkError};
+pub use self::plan::{DEADLINE, Image, Plan, UnknownWay, Via, Way};
+pub use self::prepared::{Departed, Described, Failed, Prepared};
+pub use self::report::{DeviceReport, Report};
 pub use self::strategy::{Strategy, UnknownStrategy, Unsupported};
-use crate::error::Error as SessionError;
+use crate::error::{Error as SessionError, MemoryProblem, chain};
 use crate::state::StateError;
 
 /// Environment variable with the number of the descriptor that holds the saved state.
@@ -58,21 +80,26 @@ pub const STATE_VARIABLE: &str = "VDPA_LIVE_STATE";
 /// inherit the variables find that they are not meant.
 pub const PID_VARIABLE: &str = "VDPA_LIVE_PID";
 
+/// Environment variable with the number of the socket on which the predecessor of a fork offers the devices, and its inode,
+/// by which processes for which it is not meant notice.
+pub const SOCKET_VARIABLE: &str = "VDPA_LIVE_SOCKET";
+
 /// The step at which an update failed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Error)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Error, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Phase {
     /// Before anything was touched.
-    #[error("check")]
-    Check,
+    #[error("prepare")]
+    Prepare,
     /// Bringing the device to rest.
     #[error("suspend")]
     Suspend,
     /// Writing the state.
     #[error("save")]
     Save,
-    /// Replacing the program.
-    #[error("exec")]
-    Exec,
+    /// Replacing the program, or telling the successor.
+    #[error("transfer")]
+    Transfer,
     /// Reading the state, mapping the memory.
     #[error("load")]
     Load,
@@ -88,22 +115,25 @@ pub enum Phase {
     /// Letting the device run.
     #[error("resume")]
     Resume,
+    /// Agreeing that it is done.
+    #[error("commit")]
+    Commit,
 }
 
 /// An update failed.
 #[derive(Debug, Error)]
-#[error("update failed in phase {phase}")]
+#[error("update failed in phase {phase}{}", of_device(.device.as_deref()))]
 pub struct UpdateError {
     /// Where.
     pub phase: Phase,
+    /// With which device, if it was one.
+    pub device: Option<String>,
     /// Why.
     pub source: Cause,
 }
 
-impl UpdateError {
-    pub(crate) fn at<C: Into<Cause>>(phase: Phase) -> impl Fn(C) -> Self {
-        move |cause| Self { phase, source: cause.into() }
-    }
+fn of_device(device: Option<&str>) -> String {
+    device.map_or_else(String::new, |name| format!(" of device {name}"))
 }
 
 /// Why an update failed.
@@ -118,14 +148,97 @@ pub enum Cause {
     /// The state cannot be encoded or decoded.
     #[error(transparent)]
     State(#[from] StateError),
-    /// Memory that ends with this address space.
-    #[error(
-        "region \"{name}\" is memory of the caller without a memory object: it ends with this program. \
-         Map it from a memfd (Backing::Object) to update by exec"
-    )]
-    PrivateMemory {
+    /// Memory that the next program would not find the same.
+    #[error("region \"{name}\" {problem}")]
+    Memory {
         /// Name of the region.
         name: String,
+        /// What is wrong with it.
+        problem: MemoryProblem,
+    },
+    /// A name that must be unique is not.
+    #[error("there are two of {what} \"{name}\"; names must be unique in an update")]
+    Twice {
+        /// `device`, `section` or `descriptor`.
+        what: &'static str,
+        /// The name.
+        name: String,
+    },
+    /// A strategy for a device that is not there.
+    #[error("a strategy is given for device \"{name}\"; there are: {present}")]
+    NoDevice {
+        /// The name given.
+        name: String,
+        /// Those there are.
+        present: String,
+    },
+    /// A descriptor of the caller could not be copied.
+    #[error("descriptor \"{name}\" cannot be copied")]
+    Descriptor {
+        /// Its name.
+        name: String,
+        /// Why not.
+        source: Errno,
+    },
+    /// A section given at the switch is not as it was announced.
+    #[error("section \"{name}\" {problem}")]
+    Late {
+        /// Its name.
+        name: String,
+        /// What is wrong.
+        problem: &'static str,
+    },
+    /// The devices are not those that were prepared.
+    #[error("the session {problem} since the update was prepared; prepare again")]
+    Changed {
+        /// What is different.
+        problem: &'static str,
+    },
+    /// The deadline of the switch is over.
+    #[error("the deadline of the switch was over before the successor could begin")]
+    Deadline,
+    /// The other process cannot be talked to.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// The successor does not want the devices or could not take them.
+    #[error("the successor (process {pid}) failed in phase {phase}{}: {reason}", of_device(.device.as_deref()))]
+    Successor {
+        /// Its process id.
+        pid: i32,
+        /// Where it failed.
+        phase: Phase,
+        /// With which device, if it was one.
+        device: Option<String>,
+        /// What it said.
+        reason: String,
+    },
+    /// The successor can be neither heard nor killed, so that it cannot be ruled out that it drives the devices.
+    #[error(
+        "the successor (process {pid}) neither answers nor can be killed: the devices are left to it, since two processes must not drive one"
+    )]
+    Silent {
+        /// Its process id.
+        pid: i32,
+    },
+    /// The predecessor goes on by itself.
+    #[error("the predecessor has called the update off and goes on")]
+    Aborted,
+    /// This was a rehearsal.
+    #[error("this was a rehearsal: everything is understood, and the predecessor goes on")]
+    Rehearsed,
+    /// This program does not want it.
+    #[error("refused: {reason}")]
+    Refused {
+        /// Why.
+        reason: String,
+    },
+    /// A system call failed.
+    #[error("cannot {action}")]
+    Io {
+        /// What was being done.
+        action: &'static str,
+        /// The error.
+        source: io::Error,
     },
     /// There is no program to exec.
     #[error("the new image {} cannot be run", path.display())]
@@ -150,6 +263,12 @@ pub enum Cause {
         /// How many.
         in_flight: usize,
     },
+    /// A guest may have requests in flight on a device that cannot come to rest.
+    #[error(
+        "the device runs with rings of a guest and does not offer SUSPEND (bit 4): what is in flight would be lost with \
+         strategy reopen"
+    )]
+    GuestInFlight,
     /// The device was opened by somebody else.
     #[error("strategy reopen needs the path of the device; say it with Device::at")]
     NoPath,
@@ -190,6 +309,16 @@ pub enum Cause {
     },
 }
 
+impl Cause {
+    /// The same once more, for each device that it concerns. Only of [`Cause::Silent`].
+    pub(crate) fn again(&self) -> Self {
+        match self {
+            Self::Silent { pid } => Self::Silent { pid: *pid },
+            other => Self::Refused { reason: other.to_string() },
+        }
+    }
+}
+
 /// What is wrong with the descriptor that [`STATE_VARIABLE`] names.
 #[derive(Debug, Error)]
 pub enum StateFileError {
@@ -227,4 +356,27 @@ pub enum StateFileError {
         /// Why.
         reason: String,
     },
+}
+
+/// What a successor checks before it adopts a descriptor, for fuzz targets.
+#[cfg(fuzzing)]
+pub mod fuzzing {
+    use vdpa_core::features::Features;
+    use vdpa_core::ring::driver::DriverState;
+
+    use crate::state::{v1, v2};
+
+    /// The checks of the state against itself.
+    ///
+    /// # Errors
+    /// What is wrong, in words.
+    pub fn validate(state: &v2::Prepared) -> Result<(), String> {
+        super::load::check_numbers(state).map_err(|e| e.to_string())
+    }
+
+    /// The driver side of a ring as it is given to be adopted.
+    #[must_use]
+    pub fn adopt_driver(driver: v1::Driver, size: u16, features: Features) -> DriverState {
+        driver.restore(size, features)
+    }
 }

@@ -1,73 +1,188 @@
 //! What an update cost.
 
+use std::fmt;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::Strategy;
+use super::{Strategy, Way};
 
-/// The time of every phase of one update, in ns; 0 for a phase that the strategy does not have.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// The times of one update, for all devices together and for each. All in ns of `CLOCK_MONOTONIC`, which goes on over
+/// an exec and is the same in both processes of a hand-over; 0 for what did not happen.
+///
+/// ```
+/// use vdpa_client::update::{DeviceReport, Report, Strategy, Way};
+///
+/// let mut report = Report::new(Way::HandOver);
+/// report.total = 120_000;
+/// report.devices.push(DeviceReport { new_owner: 35_000, ..DeviceReport::new("disk0", Strategy::Live) });
+/// assert!(report.to_string().starts_with("hand-over of 1 device in 0.120 ms"));
+/// let json = serde_json::to_string(&report)?;
+/// assert_eq!(serde_json::from_str::<Report>(&json)?, report);
+/// # Ok::<(), serde_json::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
+    /// By what way.
+    pub way: Way,
+    /// Process that had the devices.
+    pub predecessor: i32,
+    /// Process that has them now; the same for an exec.
+    pub successor: i32,
+    /// When the update was begun, in ns since 1970-01-01 UTC.
+    pub begun_unix_ns: u64,
+    /// Preparing, while the devices run and are driven. Not part of the total.
+    pub prepare: u64,
+    /// Collecting the state.
+    pub save: u64,
+    /// From the complete state to the successor's hands: execve and the start of the new image up to the entry of
+    /// [`incoming`](super::incoming()), or the message to a process that waits for it.
+    pub transfer: u64,
+    /// Reading and checking what was not known before: all of the state and the mapping of all memory for an exec, the
+    /// rings' positions for a hand-over.
+    pub load: u64,
+    /// Agreeing with the predecessor that the update is done; part of the total only as far as it is waited for.
+    pub commit: u64,
+    /// From the beginning of the switch to its end: how long no driver was there.
+    pub total: u64,
+    /// Each device, in the order in which they were given.
+    pub devices: Vec<DeviceReport>,
+}
+
+/// The times of one device, in ns.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceReport {
+    /// Its name.
+    pub name: String,
     /// The strategy used.
     pub strategy: Strategy,
     /// SUSPEND, and for `reset` reading the vring bases and resetting, for `reopen` the close.
     pub suspend: u64,
-    /// Collecting the state.
-    pub save: u64,
-    /// Sealing the state, execve, start of the new image up to the entry of
-    /// [`restore`](super::restore()). `CLOCK_MONOTONIC` goes on over an exec, so this is one measurement.
-    pub exec: u64,
-    /// Reading and checking the state, mapping memory into the new address space.
-    pub load: u64,
     /// NEW_OWNER; for `reopen` open, SET_OWNER and negotiation.
     pub new_owner: u64,
-    /// REMAP of each mapping, or UPDATE of each for `reopen`.
-    pub remap: u64,
     /// Setting up the vrings again.
     pub vrings: u64,
+    /// REMAP of each mapping, or UPDATE of each for `reopen`.
+    pub remap: u64,
     /// RESUME or DRIVER_OK.
     pub resume: u64,
-    /// Mappings the session has.
+    /// Mappings it has.
     pub mappings: u64,
+    /// Virtqueues it has.
+    pub queues: u64,
+}
+
+impl DeviceReport {
+    /// A report in which nothing has taken any time yet.
+    #[must_use]
+    pub fn new(name: &str, strategy: Strategy) -> Self {
+        Self {
+            name: name.to_owned(),
+            strategy,
+            suspend: 0,
+            new_owner: 0,
+            vrings: 0,
+            remap: 0,
+            resume: 0,
+            mappings: 0,
+            queues: 0,
+        }
+    }
+
+    /// All phases by name, in the order in which they happen.
+    #[must_use]
+    pub const fn phases(&self) -> [(&'static str, u64); 5] {
+        [
+            ("suspend", self.suspend),
+            ("new_owner", self.new_owner),
+            ("vrings", self.vrings),
+            ("remap", self.remap),
+            ("resume", self.resume),
+        ]
+    }
 }
 
 impl Report {
     /// A report in which nothing has taken any time yet.
     #[must_use]
-    pub const fn new(strategy: Strategy) -> Self {
+    pub const fn new(way: Way) -> Self {
         Self {
-            strategy,
-            suspend: 0,
+            way,
+            predecessor: 0,
+            successor: 0,
+            begun_unix_ns: 0,
+            prepare: 0,
             save: 0,
-            exec: 0,
+            transfer: 0,
             load: 0,
-            new_owner: 0,
-            remap: 0,
-            vrings: 0,
-            resume: 0,
-            mappings: 0,
+            commit: 0,
+            total: 0,
+            devices: Vec::new(),
         }
     }
 
-    /// All phases by name, in the order in which they happen, in ns.
+    /// All phases of the switch by name, in the order in which they happen, those of devices summed.
     #[must_use]
-    pub const fn phases(&self) -> [(&'static str, u64); 8] {
+    pub fn phases(&self) -> [(&'static str, u64); 9] {
+        let sum = |time: fn(&DeviceReport) -> u64| self.devices.iter().map(time).fold(0, u64::saturating_add);
         [
-            ("suspend", self.suspend),
+            ("suspend", sum(|d| d.suspend)),
             ("save", self.save),
-            ("exec", self.exec),
+            ("transfer", self.transfer),
             ("load", self.load),
-            ("new_owner", self.new_owner),
-            ("remap", self.remap),
-            ("vrings", self.vrings),
-            ("resume", self.resume),
+            ("new_owner", sum(|d| d.new_owner)),
+            ("vrings", sum(|d| d.vrings)),
+            ("remap", sum(|d| d.remap)),
+            ("resume", sum(|d| d.resume)),
+            ("commit", self.commit),
         ]
     }
 
-    /// The sum of all phases: how long no driver was there.
+    /// How long no driver was there.
     #[must_use]
-    pub fn total(&self) -> Duration {
-        Duration::from_nanos(self.phases().iter().fold(0, |sum, (_, ns)| sum.saturating_add(*ns)))
+    pub const fn total(&self) -> Duration {
+        Duration::from_nanos(self.total)
+    }
+
+    /// A device by its name.
+    #[must_use]
+    pub fn device(&self, name: &str) -> Option<&DeviceReport> {
+        self.devices.iter().find(|d| d.name == name)
+    }
+}
+
+/// Milliseconds with three digits.
+fn ms(ns: u64) -> String {
+    format!("{}.{:03}", ns / 1_000_000, ns / 1_000 % 1_000)
+}
+
+/// The table of an operator: one line for the whole, one for each device.
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let devices = if self.devices.len() == 1 { "device" } else { "devices" };
+        writeln!(f, "{} of {} {devices} in {} ms", self.way, self.devices.len(), ms(self.total))?;
+        writeln!(
+            f,
+            "prepare {}  save {}  transfer {}  load {}  commit {}  (ms; the devices run during prepare)",
+            ms(self.prepare),
+            ms(self.save),
+            ms(self.transfer),
+            ms(self.load),
+            ms(self.commit)
+        )?;
+        let width = self.devices.iter().map(|d| d.name.len()).max().unwrap_or(0).max("device".len());
+        write!(f, "{:width$}  strategy", "device")?;
+        for (name, _) in DeviceReport::new("", Strategy::Live).phases() {
+            write!(f, "  {name:>9}")?;
+        }
+        write!(f, "  mappings  queues")?;
+        for device in &self.devices {
+            write!(f, "\n{:width$}  {:8}", device.name, device.strategy)?;
+            for (_, ns) in device.phases() {
+                write!(f, "  {:>9}", ms(ns))?;
+            }
+            write!(f, "  {:>8}  {:>6}", device.mappings, device.queues)?;
+        }
+        Ok(())
     }
 }

@@ -10,7 +10,7 @@ use vdpa_core::vq::QueueState;
 use vdpa_sys::clock::monotonic_ns;
 use vdpa_sys::eventfd::EventFd;
 
-use super::{Phase, Report, UpdateError};
+use super::{Cause, DeviceReport, Phase};
 use crate::device::{DeviceFile, agree, driver_ok, set_backend, set_status};
 use crate::dma::{in_batch, map_all, remap_all};
 use crate::error::Error;
@@ -44,12 +44,20 @@ pub(super) fn new_owner<D: VdpaOps>(ops: &D) -> Result<(), Error> {
     ops.new_owner().map_err(Error::request("VHOST_NEW_OWNER"))
 }
 
-/// Where the device is in each ring, in the order of `setup.queues`. The device must be at rest.
+/// Becomes the owner again, if another process has become it meanwhile.
+pub(super) fn claim<D: VdpaOps>(ops: &D) -> Result<(), Error> {
+    match ops.new_owner() {
+        // It is the owner still.
+        Ok(()) | Err(Errno::BUSY) => Ok(()),
+        Err(source) => Err(Error::Request { request: "VHOST_NEW_OWNER", source }),
+    }
+}
+
+/// Where the device is in each ring, in the order of `Setup::vrings`. The device must be at rest.
 pub(super) fn bases<D: VdpaOps>(ops: &D, setup: &Setup) -> Result<Vec<u32>, Error> {
     setup
-        .queues
-        .iter()
-        .map(|q| ops.vring_base(q.index()).map_err(Error::request("VHOST_GET_VRING_BASE")))
+        .vrings()
+        .map(|vring| ops.vring_base(vring.index).map_err(Error::request("VHOST_GET_VRING_BASE")))
         .collect()
 }
 
@@ -72,7 +80,7 @@ pub(super) fn set_up_vrings<D: VdpaOps<Event = EventFd>>(
     setup: &Setup,
     bases: &[u32],
 ) -> Result<(), Error> {
-    setup.queues.iter().zip(bases).try_for_each(|(q, &base)| q.set_up(ops, base_of(base, setup.features)))
+    setup.vrings().zip(bases).try_for_each(|(vring, &base)| vring.set_up(ops, base_of(base, setup.features)))
 }
 
 fn base_of(base: u32, features: Features) -> QueueState {
@@ -94,8 +102,8 @@ pub(super) fn run_again<D: VdpaOps>(ops: &D, setup: &Setup) -> Result<(), Error>
 /// Kicks every queue. Kicks that came while the device was at rest are its duty to remember; one more is cheap
 /// and makes the outcome independent of it.
 pub(super) fn kick_all(setup: &Setup) {
-    for queue in &setup.queues {
-        queue.kick().signal();
+    for vring in setup.vrings() {
+        vring.kick.signal();
     }
 }
 
@@ -105,7 +113,7 @@ pub(super) fn kick_all(setup: &Setup) {
 /// it again with the end of a batch, even an empty one (uapi-spec 4.5).
 pub(super) fn remap<D: VdpaOps>(ops: &D, setup: &Setup, was_reset: bool) -> Result<(), Error> {
     if setup.backend.has(BackendFeatures::IOTLB_REMAP) {
-        remap_all(ops, &setup.regions, setup.batch())
+        remap_all(ops, setup.regions.list(), setup.batch())
     } else if was_reset && !setup.backend.has(BackendFeatures::IOTLB_PERSIST) {
         in_batch(ops, setup.batch(), || Ok(()))
     } else {
@@ -113,26 +121,24 @@ pub(super) fn remap<D: VdpaOps>(ops: &D, setup: &Setup, was_reset: bool) -> Resu
     }
 }
 
-/// Undoes a reset in the process that made it.
+/// Sets a device that was reset up again, with what it has to know of this process, and lets it run.
 pub(super) fn undo_reset<D: VdpaOps<Event = EventFd>>(
     ops: &D,
     setup: &Setup,
     bases: &[u32],
 ) -> Result<(), Error> {
     set_up_again(ops, setup, bases)?;
-    if !setup.backend.has(BackendFeatures::IOTLB_PERSIST) {
-        in_batch(ops, setup.batch(), || Ok(()))?;
-    }
+    remap(ops, setup, true)?;
     run_again(ops, setup)
 }
 
-/// Opens a device that was closed and sets it up as it was. Pays for every page again.
+/// Opens a device that was closed and sets it up as it was, up to DRIVER_OK. Pays for every page again.
 pub(super) fn reopen<D: DeviceFile>(
     path: &Path,
     setup: &Setup,
     bases: &[u32],
-    report: &mut Report,
-) -> Result<D, UpdateError> {
+    report: &mut DeviceReport,
+) -> Result<D, (Phase, Cause)> {
     let owned = timed(&mut report.new_owner, || {
         let ops: D = open_patiently(path)?;
         ops.set_owner().map_err(Error::request("VHOST_SET_OWNER"))?;
@@ -140,13 +146,19 @@ pub(super) fn reopen<D: DeviceFile>(
         agree(&ops, setup.features)?;
         Ok(ops)
     });
-    let ops = owned.map_err(UpdateError::at::<Error>(Phase::NewOwner))?;
-    timed(&mut report.remap, || map_all(&ops, &setup.regions, setup.batch()))
-        .map_err(UpdateError::at(Phase::Remap))?;
-    timed(&mut report.vrings, || set_up_vrings(&ops, setup, bases))
-        .map_err(UpdateError::at(Phase::Vrings))?;
-    timed(&mut report.resume, || run_again(&ops, setup)).map_err(UpdateError::at(Phase::Resume))?;
+    let ops = owned.map_err(|e: Error| (Phase::NewOwner, e.into()))?;
+    timed(&mut report.remap, || map_all(&ops, setup.regions.list(), setup.batch()))
+        .map_err(|e| (Phase::Remap, e.into()))?;
+    timed(&mut report.vrings, || set_up_vrings(&ops, setup, bases)).map_err(|e| (Phase::Vrings, e.into()))?;
     Ok(ops)
+}
+
+/// The first of sorted names that is there twice.
+pub(super) fn first_twice<T: PartialEq>(sorted: &[T]) -> Option<&T> {
+    sorted.windows(2).find_map(|pair| match pair {
+        [one, other] if one == other => Some(one),
+        _ => None,
+    })
 }
 
 fn open_patiently<D: DeviceFile>(path: &Path) -> Result<D, Error> {

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use serde::Serialize;
-use vdpa_client::update::{Report, Strategy};
+use vdpa_client::update::{Report, Strategy, Way};
 
 use super::wire::Totals;
 
@@ -98,7 +98,7 @@ pub struct Notes {
 impl From<&Notes> for StrategySummary {
     fn from(notes: &Notes) -> Self {
         let mut phases = serde_json::Map::new();
-        for (at, (name, _)) in Report::new(notes.strategy).phases().iter().enumerate() {
+        for (at, (name, _)) in Report::new(Way::Exec).phases().iter().enumerate() {
             let times = notes.updates.iter().filter_map(|(_, r)| Some(r.phases().get(at)?.1 / 1000));
             phases.insert((*name).to_owned(), Spread::of(times).median.into());
         }
@@ -197,7 +197,7 @@ mod tests {
     fn only_what_happened_meanwhile_counts() {
         let before = Totals { requests: 10, corrupt: 1, ..Totals::default() };
         let after = Totals { requests: 50, corrupt: 1, lost: 2, ..before.clone() };
-        let report = Report { exec: 5_000_000, ..Report::new(Strategy::Live) };
+        let report = Report { transfer: 5_000_000, ..Report::new(Way::Exec) };
         let notes = Notes {
             strategy: Strategy::Live,
             updates: vec![(1234, report)],
@@ -207,7 +207,7 @@ mod tests {
         };
         let summary = StrategySummary::from(&notes);
         assert_eq!((summary.requests, summary.lost, summary.corrupt), (40, 2, 3));
-        assert_eq!(summary.phases_us.get("exec"), Some(&5000.into()));
+        assert_eq!(summary.phases_us.get("transfer"), Some(&5000.into()));
         let all = Summary {
             memory_bytes: 1,
             page_size: 4096,

@@ -10,7 +10,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
 use vdpa_client::device::DeviceFile;
 use vdpa_client::state::Section;
-use vdpa_client::update::{self, Plan, Report, Restored, Strategy};
+use vdpa_client::state::Sections;
+use vdpa_client::update::{self, Devices, Image, Plan, Report, Restored, Strategy, Via};
 use vdpa_sys::clock::monotonic_ns;
 use vdpa_sys::vhost_vdpa::VhostVdpaFd;
 use vdpa_sys::{inherit, rlimit};
@@ -20,6 +21,10 @@ use super::ledger::Ledger;
 use super::timeline::Timeline;
 use super::wire::{Command, Event, TenantConfig, Totals, chain};
 
+/// Names under which the next image finds things.
+const DEVICE: &str = "disk";
+const LEDGER: &str = "ledger";
+const TIMELINE: &str = "timeline";
 /// Name and version of the tenant's section of saved state.
 const SECTION: (&str, u32) = ("load/tenant", 1);
 /// Longest line accepted as a command.
@@ -103,11 +108,23 @@ impl<D: DeviceFile> Tenant<D> {
     fn begin(config: &TenantConfig) -> Result<Self, LoadError> {
         let restored = update::restore::<D>()
             .map_err(|e| LoadError::Config { what: format!("cannot take over: {}", chain(&e)) })?;
-        let take = |number| {
-            inherit::take(number)
-                .map_err(|source| LoadError::System { action: "adopt shared memory", source })
+        let (restored, shared) = match restored {
+            Some(mut restored) => {
+                let mut take = |name| {
+                    let missing = || LoadError::Config { what: format!("{name} was not handed over") };
+                    restored.descriptors.remove(name).ok_or_else(missing)
+                };
+                let shared = [take(LEDGER)?, take(TIMELINE)?];
+                (Some(restored), shared)
+            }
+            None => {
+                let take = |number| {
+                    inherit::take(number)
+                        .map_err(|source| LoadError::System { action: "adopt shared memory", source })
+                };
+                (None, [take(config.ledger_fd)?, take(config.timeline_fd)?])
+            }
         };
-        let shared = [take(config.ledger_fd)?, take(config.timeline_fd)?];
         let [ledger, timeline] = &shared;
         let ledger = Ledger::open(ledger)?;
         let timeline = Timeline::open(timeline)
@@ -158,8 +175,9 @@ impl<D: DeviceFile> Tenant<D> {
         accounts: (Ledger, Timeline),
         restored: Restored<D>,
     ) -> Result<Self, LoadError> {
-        let Restored { session, mut sections, report } = restored;
         let unreadable = |what: String| LoadError::Config { what };
+        let (session, mut sections, report) =
+            restored.into_one().map_err(|_| unreadable("more than one device was handed over".to_owned()))?;
         let section = sections
             .take(SECTION.0)
             .ok_or_else(|| unreadable("the saved state is not one of a tenant".to_owned()))?;
@@ -255,8 +273,8 @@ impl<D: DeviceFile> Tenant<D> {
             let _ = ram.populate();
         }));
         tell(&Event::Update {
-            strategy: report.strategy,
-            way: "exec".to_owned(),
+            strategy: report.devices.first().map_or(Strategy::Live, |d| d.strategy),
+            way: report.way.name().to_owned(),
             report,
             blackout_us,
             at_ns,
@@ -338,16 +356,29 @@ impl<D: DeviceFile> Tenant<D> {
         let saved = Saved { engine, mode, stopping, input };
         let section = Section::json(SECTION.0, SECTION.1, &saved)
             .map_err(|e| LoadError::Config { what: e.to_string() })?;
-        let [first, second] = shared;
-        let plan = Plan::new("/proc/self/exe").strategy(strategy).section(section).keep(first).keep(second);
-        let failed = update::exec(session, plan);
-        tell(&Event::UpdateFailed { strategy, error: chain(&failed.error) })?;
-        let session = failed.session.map_err(|e| LoadError::Config {
-            what: format!("the failed update could not be undone: {}", chain(&e)),
-        })?;
-        let Ok(shared) = <[OwnedFd; 2]>::try_from(failed.kept) else {
-            return Err(LoadError::Config { what: "shared memory was not given back".to_owned() });
+        let devices = Devices::one(DEVICE, session);
+        let [first, second] = &shared;
+        let plan = Plan::new()
+            .strategy(strategy)
+            .no_deadline()
+            .section(section)
+            .descriptor(LEDGER, first)
+            .descriptor(TIMELINE, second);
+        let (error, mut devices, lost) = match plan.prepare(&devices, Via::Exec(Image::new("/proc/self/exe")))
+        {
+            Err(error) => (error, devices, Vec::new()),
+            Ok(prepared) => match prepared.switch(devices, Sections::new()) {
+                Ok(_) => return Err(LoadError::Config { what: "an exec returned".to_owned() }),
+                Err(failed) => (failed.error, failed.devices, failed.lost),
+            },
         };
+        tell(&Event::UpdateFailed { strategy, error: chain(&error) })?;
+        let session = devices.take(DEVICE).ok_or_else(|| LoadError::Config {
+            what: format!(
+                "the failed update could not be undone: {}",
+                lost.first().map_or_else(String::new, |e| chain(e))
+            ),
+        })?;
         let engine = Engine::restore(&config, session, (ledger, timeline), saved.engine)?;
         let mut tenant = Self::new(config, shared, engine);
         tenant.mode = mode;

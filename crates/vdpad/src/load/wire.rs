@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+pub use vdpa_client::error::chain;
 use vdpa_client::update::{Report, Strategy};
 
 /// How a tenant is set up: the only argument of its command line.
@@ -128,19 +129,6 @@ impl Totals {
     pub const fn clean(&self) -> bool {
         self.lost == 0 && self.duplicate == 0 && self.corrupt == 0 && self.errors == 0
     }
-}
-
-/// The error and its causes on one line.
-#[must_use]
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 #[cfg(test)]

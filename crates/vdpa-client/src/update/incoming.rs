@@ -1,0 +1,552 @@
+//! The successor's side of an update.
+
+use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::time::Instant;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{SealFlags, fcntl_get_seals, fstat};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use vdpa_sys::clock::monotonic_ns;
+use vdpa_sys::{inherit, memfd};
+
+use super::link::{Kind, Link, LinkError, Wait};
+use super::load::{All, Loaded, Source, load};
+use super::points::{Point, reach};
+use super::successor::Failure;
+use super::{
+    Cause, DeviceReport, Devices, PID_VARIABLE, Phase, Report, SOCKET_VARIABLE, STATE_VARIABLE,
+    StateFileError, Strategy, UpdateError, Way, steps,
+};
+use crate::device::DeviceFile;
+use crate::session::Session;
+use crate::state::{self, Section, Sections, v2};
+
+/// What a predecessor offers: all memory is mapped already, and the devices are still its own.
+///
+/// Look at [`sections`](Self::sections) and [`late`](Self::late), say what is [understood](Self::understands), and
+/// [`take_over`](Self::take_over). Dropping it refuses a hand-over, of which nothing has come then.
+#[derive(Debug)]
+pub struct Incoming<D> {
+    update: v2::Update,
+    all: All<D>,
+    sections: Sections,
+    origin: Origin,
+    entered: u64,
+}
+
+/// Where the rest of the state comes from.
+#[derive(Debug)]
+enum Origin {
+    /// The image that was in this process before.
+    Image(v2::Switch),
+    /// Another process.
+    Process(Conversation),
+}
+
+/// Devices taken over.
+#[derive(Debug)]
+pub struct Restored<D> {
+    /// With the requests that were in flight, under the names that the predecessor gave them.
+    pub devices: Devices<D>,
+    /// The caller's sections that were not taken before, and the late ones. Call [`Sections::ensure_consumed`] when all
+    /// that are known are taken.
+    pub sections: Sections,
+    /// The caller's descriptors, by name.
+    pub descriptors: BTreeMap<String, OwnedFd>,
+    /// How long everything took, from the beginning of the switch in the predecessor.
+    pub report: Report,
+}
+
+impl<D> Restored<D> {
+    /// The only device, for programs that have one.
+    ///
+    /// # Errors
+    /// All of it again, when there is not exactly one.
+    pub fn into_one(self) -> Result<(Session<D>, Sections, Report), Box<Self>> {
+        if self.devices.len() != 1 {
+            return Err(Box::new(self));
+        }
+        let Self { devices, sections, descriptors, report } = self;
+        match devices.into_iter().next() {
+            Some((_, session)) => Ok((session, sections, report)),
+            None => Err(Box::new(Self { devices: Devices::new(), sections, descriptors, report })),
+        }
+    }
+}
+
+/// What is incoming, if this program was started by an update: by exec or by fork.
+///
+/// `None` for a first start: no variable is set, or it is meant for another process. Call it once, early and before
+/// other threads exist: it adopts inherited descriptors by number. A second call after an exec fails, since the
+/// descriptors are adopted. After a fork it blocks until the predecessor has offered everything.
+///
+/// # Errors
+/// [`UpdateError`] with the phase. After an exec the devices still have what was mapped while this process keeps running,
+/// unless the strategy was [`Strategy::Reopen`]; a predecessor of a fork goes on by itself.
+pub fn incoming<D: DeviceFile>() -> Result<Option<Incoming<D>>, UpdateError> {
+    let entered = monotonic_ns();
+    let at_load = |source| UpdateError { phase: Phase::Load, device: None, source };
+    if let Some(socket) = inherited_socket().map_err(at_load)? {
+        reach(Point::Entered);
+        return Incoming::receive(socket).map(Some);
+    }
+    let Some(value) = std::env::var_os(STATE_VARIABLE) else {
+        return Ok(None);
+    };
+    if std::env::var_os(PID_VARIABLE).is_some_and(|pid| pid.to_str() != Some(&steps::own_pid().to_string())) {
+        return Ok(None);
+    }
+    reach(Point::Entered);
+    let read = || -> Result<Sections, Cause> {
+        let number = value
+            .to_str()
+            .and_then(|v| v.parse::<i32>().ok())
+            .ok_or_else(|| StateFileError::NotANumber { value: value.to_string_lossy().into_owned() })?;
+        let file = inherit::take(number).map_err(|source| StateFileError::NotInherited { number, source })?;
+        Ok(state::decode(&read_state(number, &file)?)?)
+    };
+    Incoming::from_image(read().map_err(at_load)?, entered).map(Some)
+}
+
+/// [`incoming`](incoming()) and [`Incoming::take_over`] in one, for a program that need not look before.
+///
+/// The first completions may have arrived already: reap before waiting.
+///
+/// # Errors
+/// As both.
+pub fn restore<D: DeviceFile>() -> Result<Option<Restored<D>>, UpdateError> {
+    incoming()?.map(Incoming::take_over).transpose()
+}
+
+/// The socket that a predecessor left to its child. Children of that child find another file under the number, or none.
+fn inherited_socket() -> Result<Option<UnixStream>, Cause> {
+    let Some(value) = std::env::var_os(SOCKET_VARIABLE) else { return Ok(None) };
+    let not_a_number = || StateFileError::NotANumber { value: value.to_string_lossy().into_owned() };
+    let (number, inode) = value.to_str().and_then(|v| v.split_once(':')).ok_or_else(not_a_number)?;
+    let (Ok(number), Ok(inode)) = (number.parse::<i32>(), inode.parse::<u64>()) else {
+        return Err(not_a_number().into());
+    };
+    let Ok(fd) = inherit::take(number) else { return Ok(None) };
+    Ok(fstat(&fd).is_ok_and(|stat| stat.st_ino == inode).then(|| fd.into()))
+}
+
+/// The bytes of a state file, if it is one: a memfd that nobody can change any more.
+fn read_state(number: i32, file: &OwnedFd) -> Result<Vec<u8>, StateFileError> {
+    // Only memory files have seals.
+    let seals = fcntl_get_seals(file).map_err(|_| StateFileError::NotMemfd { number })?;
+    if !seals.contains(SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW) {
+        return Err(StateFileError::NotSealed { number });
+    }
+    let limit = usize::try_from(state::MAX_PAYLOAD).unwrap_or(usize::MAX).saturating_add(state::HEADER_LEN);
+    memfd::read_all(file, limit).map_err(|e| StateFileError::Unreadable { number, reason: e.to_string() })
+}
+
+impl<D: DeviceFile> Incoming<D> {
+    /// Waits for the offer of the predecessor at the other end of `socket`, and maps all memory. Blocks until the
+    /// predecessor prepares an update by [`Via::HandOver`](super::Via::HandOver), or is gone.
+    ///
+    /// # Errors
+    /// [`UpdateError`]; the predecessor is told and goes on.
+    pub fn receive(socket: UnixStream) -> Result<Self, UpdateError> {
+        let at = |phase| move |source| UpdateError { phase, device: None, source };
+        let mut conversation = Conversation::new(socket).map_err(at(Phase::Prepare))?;
+        let offer = conversation.hear(Kind::Offer).map_err(at(Phase::Prepare))?;
+        let entered = monotonic_ns();
+        reach(Point::Received);
+        let fds = offer.fds.into_iter().map(Some).collect();
+        let loaded = (|| {
+            let mut sections = state::decode(&offer.payload).map_err(|e| at(Phase::Load)(e.into()))?;
+            let known = v2::Prepared::take(&mut sections).map_err(|e| at(Phase::Load)(e.into()))?;
+            sections.ensure_consumed_below(state::RESERVED_PREFIX).map_err(|e| at(Phase::Load)(e.into()))?;
+            let update = known.update.clone();
+            Ok((update, load(known, Source::Received(fds))?, sections))
+        })();
+        match loaded {
+            Ok((update, all, sections)) => {
+                reach(Point::Loaded);
+                let origin = Origin::Process(conversation);
+                Ok(Self { update, all, sections, origin, entered })
+            }
+            Err(error) => {
+                conversation.say_no(Kind::Refused, &error);
+                Err(error)
+            }
+        }
+    }
+
+    /// What an image that was in this process before left in `sections`; `entered` is when this image began to look, on
+    /// `CLOCK_MONOTONIC` in ns.
+    fn from_image(mut sections: Sections, entered: u64) -> Result<Self, UpdateError> {
+        let general = |source: Cause| UpdateError { phase: Phase::Load, device: None, source };
+        reach(Point::Received);
+        let (known, switch) = v2::take(&mut sections).map_err(|e| general(e.into()))?;
+        check_process(&known.update).map_err(general)?;
+        let update = known.update.clone();
+        let all = load(known, Source::Inherited)?;
+        reach(Point::Loaded);
+        Ok(Self { update, all, sections, origin: Origin::Image(switch), entered })
+    }
+}
+
+fn check_process(update: &v2::Update) -> Result<(), Cause> {
+    let pid = steps::own_pid();
+    if update.predecessor == pid {
+        return Ok(());
+    }
+    let reason = format!("process {} saved it for itself; this is process {pid}", update.predecessor);
+    Err(Cause::Invalid { what: "state".to_owned(), reason })
+}
+
+impl<D> Incoming<D> {
+    /// The process that has the devices; this one after an exec.
+    #[must_use]
+    pub const fn predecessor(&self) -> i32 {
+        self.update.predecessor
+    }
+
+    /// The caller's sections that are known already; after an exec also the late ones.
+    pub const fn sections(&mut self) -> &mut Sections {
+        &mut self.sections
+    }
+
+    /// Sections that are announced to come with the switch, without their contents.
+    #[must_use]
+    pub fn late(&self) -> Vec<Section> {
+        let section = |late: &v2::Late| {
+            let section = Section::new(&late.name, late.version, Vec::new());
+            if late.optional { section.optional() } else { section }
+        };
+        self.update.late.iter().map(section).collect()
+    }
+
+    /// Names and strategies of the devices.
+    pub fn devices(&self) -> impl Iterator<Item = (&str, Strategy)> {
+        self.all.devices.iter().map(|d| (d.name.as_str(), d.strategy))
+    }
+
+    /// Says which sections this program understands, in which versions. Any other that is not optional is a reason to
+    /// refuse the update, now, while the predecessor has the devices.
+    ///
+    /// # Errors
+    /// [`UpdateError`] with the name of the section; the predecessor is told and goes on.
+    pub fn understands(self, known: &[(&str, RangeInclusive<u32>)]) -> Result<Self, UpdateError> {
+        let present: Vec<Section> = self.sections.iter().cloned().chain(self.late()).collect();
+        for section in present {
+            let supported = known.iter().find(|(name, _)| *name == section.name);
+            let error = match supported {
+                Some((_, versions)) if versions.contains(&section.version) => continue,
+                _ if section.optional => continue,
+                Some((_, versions)) => state::StateError::SectionVersion {
+                    name: section.name,
+                    found: section.version,
+                    supported: *versions.end(),
+                },
+                None => state::StateError::Unknown { name: section.name, version: section.version },
+            };
+            return Err(self.no(error.into()));
+        }
+        Ok(self)
+    }
+
+    /// Refuses, with a reason that the predecessor is told.
+    #[must_use = "this is what the predecessor is told"]
+    pub fn refuse(self, reason: &str) -> UpdateError {
+        self.no(Cause::Refused { reason: reason.to_owned() })
+    }
+
+    fn no(self, source: Cause) -> UpdateError {
+        let error = UpdateError { phase: Phase::Load, device: None, source };
+        let Self { all, origin, .. } = self;
+        drop(all);
+        if let Origin::Process(mut conversation) = origin {
+            conversation.say_no(Kind::Refused, &error);
+        }
+        error
+    }
+}
+
+impl<D: DeviceFile> Incoming<D> {
+    /// Takes the devices over. In a hand-over, says that everything is ready and blocks until the predecessor has brought
+    /// the devices to rest, which it may do much later.
+    ///
+    /// # Errors
+    /// [`UpdateError`]. In a hand-over the predecessor goes on with the devices, and [`Cause::Aborted`] says that it wants
+    /// to. After an exec, what the devices have mapped is still there while this process keeps running.
+    pub fn take_over(self) -> Result<Restored<D>, UpdateError> {
+        let Self { update, all, mut sections, origin, entered } = self;
+        let All { devices, descriptors } = all;
+        let mut report = Report::new(Way::Exec);
+        report.predecessor = update.predecessor;
+        report.successor = steps::own_pid();
+        report.begun_unix_ns = update.begun_unix_ns;
+        let devices = match origin {
+            Origin::Image(switch) => {
+                report.transfer = entered.saturating_sub(switch.saved_ns);
+                let begun_ns = switch.begun_ns;
+                let mut taking = Taking::adopt(devices, switch, entered, &mut report)?;
+                taking.own(&mut report)?;
+                let devices = taking.run(&mut report)?;
+                report.total = monotonic_ns().saturating_sub(begun_ns);
+                devices
+            }
+            Origin::Process(mut conversation) => {
+                let way = update.way.parse().unwrap_or(Way::HandOver);
+                report.way = way;
+                let taken = take_from_process(&mut conversation, devices, &mut sections, &mut report);
+                match taken {
+                    Ok(devices) => devices,
+                    Err(mut error) => {
+                        if matches!(error.source, Cause::Aborted) && way == Way::Exec {
+                            error.source = Cause::Rehearsed;
+                        }
+                        // Nothing is held any more.
+                        let aborted = matches!(error.source, Cause::Aborted | Cause::Rehearsed);
+                        conversation.say_no(if aborted { Kind::Aborted } else { Kind::Failed }, &error);
+                        return Err(error);
+                    }
+                }
+            }
+        };
+        Ok(Restored { devices, sections, descriptors, report })
+    }
+}
+
+fn take_from_process<D: DeviceFile>(
+    conversation: &mut Conversation,
+    devices: Vec<Loaded<D>>,
+    sections: &mut Sections,
+    report: &mut Report,
+) -> Result<Devices<D>, UpdateError> {
+    let at = |phase| move |source| UpdateError { phase, device: None, source };
+    conversation.say(Kind::Ready, b"").map_err(at(Phase::Prepare))?;
+    reach(Point::ReadySent);
+    let message = conversation.hear(Kind::Switch).map_err(at(Phase::Prepare))?;
+    let heard = monotonic_ns();
+    reach(Point::SwitchHeard);
+    let mut late = state::decode(&message.payload).map_err(|e| at(Phase::Load)(e.into()))?;
+    let switch = v2::Switch::take(&mut late).map_err(|e| at(Phase::Load)(e.into()))?;
+    sections.append(late);
+    report.transfer = heard.saturating_sub(switch.saved_ns);
+    let begun_ns = switch.begun_ns;
+    let mut taking = Taking::adopt(devices, switch, heard, report)?;
+    taking.own(report)?;
+    taking.run_all_but_reopened(report)?;
+    let payload = serde_json::to_vec(report)
+        .map_err(|e| at(Phase::Commit)(LinkError::Protocol { what: e.to_string() }.into()))?;
+    conversation.say(Kind::Taken, &payload).map_err(at(Phase::Commit))?;
+    let said = monotonic_ns();
+    reach(Point::TakenSent);
+    conversation.hear_commit().map_err(at(Phase::Commit))?;
+    report.commit = monotonic_ns().saturating_sub(said);
+    reach(Point::CommitHeard);
+    let devices = taking.run(report)?;
+    report.total = monotonic_ns().saturating_sub(begun_ns);
+    Ok(devices)
+}
+
+/// Devices in the course of being taken over.
+struct Taking<D> {
+    devices: Vec<(Loaded<D>, Vec<u32>)>,
+    running: usize,
+}
+
+impl<D: DeviceFile> Taking<D> {
+    /// Adopts the driver side of all rings.
+    fn adopt(
+        devices: Vec<Loaded<D>>,
+        switch: v2::Switch,
+        since: u64,
+        report: &mut Report,
+    ) -> Result<Self, UpdateError> {
+        report.prepare = switch.prepare_ns;
+        report.save = switch.save_ns;
+        if devices.len() != switch.devices.len() {
+            let reason = format!("{} were offered, {} are at rest", devices.len(), switch.devices.len());
+            let source = Cause::Invalid { what: "devices".to_owned(), reason };
+            return Err(UpdateError { phase: Phase::Load, device: None, source });
+        }
+        let mut adopted = Vec::with_capacity(devices.len());
+        for (mut device, rest) in devices.into_iter().zip(switch.devices) {
+            let mut times = DeviceReport::new(&device.name, device.strategy);
+            times.suspend = rest.suspend_ns;
+            let bases = device.adopt(rest).map_err(|source| UpdateError {
+                phase: Phase::Load,
+                device: Some(device.name.clone()),
+                source,
+            })?;
+            times.mappings = device.setup.regions.list().len() as u64;
+            times.queues = device.setup.vrings().count() as u64;
+            report.devices.push(times);
+            adopted.push((device, bases));
+        }
+        reach(Point::Adopted);
+        report.load = monotonic_ns().saturating_sub(since);
+        Ok(Self { devices: adopted, running: 0 })
+    }
+
+    /// Becomes the owner of all and tells each what it has to know; none is started.
+    fn own(&mut self, report: &mut Report) -> Result<(), UpdateError> {
+        for ((device, bases), times) in self.devices.iter_mut().zip(&mut report.devices) {
+            let name = device.name.clone();
+            own_one(device, bases, times).map_err(|(phase, source)| UpdateError {
+                phase,
+                device: Some(name),
+                source,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Starts those that the predecessor could stop again.
+    fn run_all_but_reopened(&mut self, report: &mut Report) -> Result<(), UpdateError> {
+        for ((device, _), times) in self.devices.iter().zip(&mut report.devices) {
+            if device.strategy != Strategy::Reopen {
+                run_one(device, times)?;
+            }
+        }
+        self.running = 1;
+        Ok(())
+    }
+
+    /// Starts all that do not run yet.
+    fn run(self, report: &mut Report) -> Result<Devices<D>, UpdateError> {
+        let mut sessions = Devices::new();
+        for ((device, _), times) in self.devices.into_iter().zip(&mut report.devices) {
+            if self.running == 0 || device.strategy == Strategy::Reopen {
+                run_one(&device, times)?;
+            }
+            let Loaded { name, ops, setup, .. } = device;
+            let closed =
+                || UpdateError { phase: Phase::Resume, device: Some(name.clone()), source: Cause::NoPath };
+            sessions.push(&name, Session::new(ops.ok_or_else(closed)?, setup));
+        }
+        Ok(sessions)
+    }
+}
+
+fn own_one<D: DeviceFile>(
+    device: &mut Loaded<D>,
+    bases: &[u32],
+    times: &mut DeviceReport,
+) -> Result<(), (Phase, Cause)> {
+    let setup = &device.setup;
+    let Some(ops) = &device.ops else {
+        let path = setup.path.clone().unwrap_or_default();
+        device.ops = Some(steps::reopen(&path, setup, bases, times)?);
+        reach(Point::Owned);
+        return Ok(());
+    };
+    steps::timed(&mut times.new_owner, || steps::new_owner(ops)).map_err(|e| (Phase::NewOwner, e.into()))?;
+    reach(Point::Owned);
+    let was_reset = device.strategy == Strategy::Reset;
+    if was_reset {
+        steps::timed(&mut times.vrings, || steps::set_up_again(ops, setup, bases))
+            .map_err(|e| (Phase::Vrings, e.into()))?;
+        reach(Point::Vrings);
+    }
+    steps::timed(&mut times.remap, || steps::remap(ops, setup, was_reset))
+        .map_err(|e| (Phase::Remap, e.into()))?;
+    reach(Point::Remapped);
+    Ok(())
+}
+
+fn run_one<D: DeviceFile>(device: &Loaded<D>, times: &mut DeviceReport) -> Result<(), UpdateError> {
+    let Loaded { name, strategy, ops, setup, .. } = device;
+    let run = || -> Result<(), crate::error::Error> {
+        match (strategy, ops) {
+            (Strategy::Reset | Strategy::Reopen, Some(ops)) => steps::run_again(ops, setup),
+            (Strategy::Resume, Some(ops)) => steps::resume(ops).map(|()| steps::kick_all(setup)),
+            (Strategy::Live, _) | (_, None) => Ok(()),
+        }
+    };
+    let done = steps::timed(&mut times.resume, run).map_err(|e| UpdateError {
+        phase: Phase::Resume,
+        device: Some(name.clone()),
+        source: e.into(),
+    });
+    reach(Point::Running);
+    done
+}
+
+/// The successor's end of the socket.
+#[derive(Debug)]
+struct Conversation {
+    link: Link,
+    process: Option<OwnedFd>,
+    over: bool,
+}
+
+impl Conversation {
+    fn new(socket: UnixStream) -> Result<Self, Cause> {
+        let link = Link::new(socket.into())?;
+        let peer = link.peer(None)?;
+        let process = Pid::from_raw(peer.pid).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+        Ok(Self { link, process, over: false })
+    }
+
+    fn say(&mut self, kind: Kind, payload: &[u8]) -> Result<(), Cause> {
+        Ok(self.link.send(kind, payload, &[], Wait::default())?)
+    }
+
+    /// Waits for one kind of message, as long as it takes: only the predecessor decides.
+    fn hear(&mut self, kind: Kind) -> Result<super::link::Message, Cause> {
+        let message = self.link.receive(Wait::default())?;
+        match message.kind {
+            heard if heard == kind => Ok(message),
+            Kind::Abort => Err(Cause::Aborted),
+            heard => Err(LinkError::Protocol { what: format!("{heard:?} is out of turn") }.into()),
+        }
+    }
+
+    /// Waits for the predecessor's last word. One that has ended cannot say it, and cannot want the devices back: then
+    /// they are this process's.
+    fn hear_commit(&mut self) -> Result<(), Cause> {
+        match self.hear(Kind::Commit) {
+            Err(Cause::Link(LinkError::Gone)) if self.predecessor_has_ended() => {}
+            other => drop(other?),
+        }
+        self.over = true;
+        Ok(())
+    }
+
+    /// Whether the process has ended, waiting for a moment: its socket closes before it is gone.
+    fn predecessor_has_ended(&self) -> bool {
+        let Some(process) = &self.process else { return true };
+        let limit = Timespec { tv_sec: 5, tv_nsec: 0 };
+        let begin = Instant::now();
+        loop {
+            let mut fds = [PollFd::new(process, PollFlags::IN)];
+            match poll(&mut fds, Some(&limit)) {
+                Ok(count) => return count > 0,
+                Err(_) if begin.elapsed().as_secs() < 5 => {}
+                Err(_) => return false,
+            }
+        }
+    }
+
+    /// Says why not. Nobody is there to be told when that fails.
+    fn say_no(&mut self, kind: Kind, error: &UpdateError) {
+        if self.over {
+            return;
+        }
+        self.over = true;
+        let failure =
+            Failure { phase: error.phase, device: error.device.clone(), reason: super::chain(&error.source) };
+        let payload = serde_json::to_vec(&failure).unwrap_or_default();
+        let _ = self.link.send(kind, &payload, &[], Wait::default());
+    }
+}
+
+impl Drop for Conversation {
+    fn drop(&mut self) {
+        let source = Cause::Refused { reason: "the successor has given up".to_owned() };
+        self.say_no(Kind::Refused, &UpdateError { phase: Phase::Load, device: None, source });
+    }
+}
+
+#[cfg(test)]
+#[path = "incoming_tests.rs"]
+mod tests;

@@ -1,0 +1,420 @@
+//! Messages between predecessor and successor on a Unix stream socket, with descriptors.
+//!
+//! A message is a header of 16 bytes and a payload. Descriptors come before it, in messages of their own with as many as
+//! the kernel passes at once. Both sides are of different versions as a rule: the header says which protocol is spoken.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Instant;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::sockopt::{socket_domain, socket_peercred, socket_type};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketType, recvmsg, sendmsg,
+};
+use thiserror::Error;
+use vdpa_core::Errno;
+use vdpa_sys::eventfd::EventFd;
+
+use crate::state::MAX_PAYLOAD;
+
+/// Version of the protocol.
+const PROTOCOL: u16 = 1;
+const MAGIC: [u8; 4] = *b"VDPH";
+const HEADER: usize = 16;
+/// The kernel passes at most 253 descriptors at once (`SCM_MAX_FD`).
+const FDS_AT_ONCE: usize = 200;
+/// More than any program has open.
+const FDS_MAX: usize = 1 << 16;
+
+/// Ends a prepare early, from another thread or a signal handler's pipe.
+#[derive(Clone, Debug)]
+pub struct Cancel(Arc<EventFd>);
+
+impl Cancel {
+    /// One that has not been used yet.
+    ///
+    /// # Errors
+    /// `EMFILE`, `ENOMEM`.
+    pub fn new() -> Result<Self, Errno> {
+        Ok(Self(Arc::new(EventFd::new()?)))
+    }
+
+    /// Ends the prepare of every plan that this is given to, also of those still to come.
+    pub fn cancel(&self) {
+        self.0.signal();
+    }
+}
+
+/// Why the other side cannot be talked to.
+#[derive(Debug, Error)]
+pub enum LinkError {
+    /// No Unix stream socket.
+    #[error("the descriptor is not a Unix stream socket")]
+    NotASocket,
+    /// Its other end belongs to somebody who may not have the devices.
+    #[error("the other side runs as user {uid}; user {own} and root may take part")]
+    Stranger {
+        /// User of the other side.
+        uid: u32,
+        /// Who would be allowed.
+        own: u32,
+    },
+    /// The other side ended, or closed the connection.
+    #[error("the other side is gone")]
+    Gone,
+    /// It did not answer in time.
+    #[error("the other side has not answered in time")]
+    TimedOut,
+    /// [`Cancel`] was used.
+    #[error("it was cancelled")]
+    Cancelled,
+    /// It speaks another protocol.
+    #[error("the other side does not speak this protocol: {what}")]
+    Protocol {
+        /// What is wrong.
+        what: String,
+    },
+    /// Descriptors got lost on the way.
+    #[error("not all descriptors could be received; RLIMIT_NOFILE may be too low here")]
+    Descriptors,
+    /// A system call failed.
+    #[error("cannot {action}")]
+    System {
+        /// What was being done.
+        action: &'static str,
+        /// The error.
+        source: Errno,
+    },
+}
+
+fn system(action: &'static str) -> impl Fn(rustix::io::Errno) -> LinkError {
+    move |e| LinkError::System { action, source: Errno::from_raw(e.raw_os_error()) }
+}
+
+/// What a message says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Only descriptors.
+    Descriptors = 1,
+    /// To the successor: everything that is known before the switch.
+    Offer = 2,
+    /// To the predecessor: everything is understood and mapped.
+    Ready = 3,
+    /// To the predecessor: no, with the reason.
+    Refused = 4,
+    /// To the successor: the rest of the state; the devices are at rest.
+    Switch = 5,
+    /// To the predecessor: the devices are taken over.
+    Taken = 6,
+    /// To the predecessor: taking over failed; nothing is held any more.
+    Failed = 7,
+    /// To the successor: the devices are yours.
+    Commit = 8,
+    /// To the successor: let go.
+    Abort = 9,
+    /// To the predecessor: nothing is held any more.
+    Aborted = 10,
+}
+
+impl Kind {
+    const ALL: [Self; 10] = [
+        Self::Descriptors,
+        Self::Offer,
+        Self::Ready,
+        Self::Refused,
+        Self::Switch,
+        Self::Taken,
+        Self::Failed,
+        Self::Commit,
+        Self::Abort,
+        Self::Aborted,
+    ];
+}
+
+/// One message.
+#[derive(Debug)]
+pub(super) struct Message {
+    pub(super) kind: Kind,
+    pub(super) payload: Vec<u8>,
+    pub(super) fds: Vec<OwnedFd>,
+}
+
+/// How long to wait, and what ends it early.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Wait<'a> {
+    pub(super) until: Option<Instant>,
+    pub(super) cancel: Option<&'a Cancel>,
+    /// Descriptor of the other process (pidfd): readable when it has ended.
+    pub(super) process: Option<BorrowedFd<'a>>,
+}
+
+/// One end of the conversation.
+#[derive(Debug)]
+pub(super) struct Link(OwnedFd);
+
+/// The other process, as the kernel knows it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Peer {
+    pub(super) pid: i32,
+}
+
+impl Link {
+    pub(super) fn new(socket: OwnedFd) -> Result<Self, LinkError> {
+        let unix = socket_domain(&socket).is_ok_and(|family| family == AddressFamily::UNIX);
+        let stream = socket_type(&socket).is_ok_and(|kind| kind == SocketType::STREAM);
+        if unix && stream { Ok(Self(socket)) } else { Err(LinkError::NotASocket) }
+    }
+
+    /// Who is at the other end, if that one may be: root, this process's user, or `allowed`.
+    pub(super) fn peer(&self, allowed: Option<u32>) -> Result<Peer, LinkError> {
+        let credentials = socket_peercred(&self.0).map_err(system("ask who is at the other end"))?;
+        let uid = credentials.uid.as_raw();
+        let own = rustix::process::geteuid().as_raw();
+        if uid != 0 && uid != own && allowed != Some(uid) {
+            return Err(LinkError::Stranger { uid, own });
+        }
+        Ok(Peer { pid: credentials.pid.as_raw_nonzero().get() })
+    }
+
+    pub(super) fn send(
+        &self,
+        kind: Kind,
+        payload: &[u8],
+        fds: &[BorrowedFd<'_>],
+        wait: Wait<'_>,
+    ) -> Result<(), LinkError> {
+        for some in fds.chunks(FDS_AT_ONCE) {
+            self.send_bytes(&header(Kind::Descriptors, 0), some, wait)?;
+        }
+        let mut bytes = header(kind, payload.len() as u64).to_vec();
+        bytes.extend_from_slice(payload);
+        self.send_bytes(&bytes, &[], wait)
+    }
+
+    fn send_bytes(
+        &self,
+        mut bytes: &[u8],
+        mut fds: &[BorrowedFd<'_>],
+        wait: Wait<'_>,
+    ) -> Result<(), LinkError> {
+        while !bytes.is_empty() {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_AT_ONCE))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            if !fds.is_empty() {
+                control.push(SendAncillaryMessage::ScmRights(fds));
+            }
+            let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+            match sendmsg(&self.0, &[IoSlice::new(bytes)], &mut control, flags) {
+                Ok(sent) => {
+                    bytes = bytes.get(sent..).unwrap_or_default();
+                    fds = &[];
+                }
+                Err(rustix::io::Errno::AGAIN) => self.wait(PollFlags::OUT, wait)?,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(rustix::io::Errno::PIPE | rustix::io::Errno::CONNRESET) => return Err(LinkError::Gone),
+                Err(e) => return Err(system("send to the other side")(e)),
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn receive(&self, wait: Wait<'_>) -> Result<Message, LinkError> {
+        let mut fds = Vec::new();
+        loop {
+            let mut bytes = [0; HEADER];
+            self.receive_bytes(&mut bytes, &mut fds, wait)?;
+            let (kind, len) = parse(&bytes)?;
+            if fds.len() > FDS_MAX {
+                return Err(LinkError::Protocol { what: format!("more than {FDS_MAX} descriptors") });
+            }
+            if kind == Kind::Descriptors {
+                continue;
+            }
+            let mut payload = Vec::new();
+            // In pieces: what is announced may be more than what comes.
+            while (payload.len() as u64) < len {
+                let rest = usize::try_from(len - payload.len() as u64).unwrap_or(usize::MAX);
+                let start = payload.len();
+                payload.resize(start + rest.min(1 << 20), 0);
+                let piece = payload.get_mut(start..).unwrap_or_default();
+                self.receive_bytes(piece, &mut fds, wait)?;
+            }
+            return Ok(Message { kind, payload, fds });
+        }
+    }
+
+    fn receive_bytes(
+        &self,
+        mut bytes: &mut [u8],
+        fds: &mut Vec<OwnedFd>,
+        wait: Wait<'_>,
+    ) -> Result<(), LinkError> {
+        while !bytes.is_empty() {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_AT_ONCE))];
+            let mut control = RecvAncillaryBuffer::new(&mut space);
+            let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+            let received = match recvmsg(&self.0, &mut [IoSliceMut::new(bytes)], &mut control, flags) {
+                Ok(received) => received,
+                Err(rustix::io::Errno::AGAIN) => {
+                    self.wait(PollFlags::IN, wait)?;
+                    continue;
+                }
+                Err(rustix::io::Errno::INTR) => continue,
+                Err(rustix::io::Errno::CONNRESET) => return Err(LinkError::Gone),
+                Err(e) => return Err(system("receive from the other side")(e)),
+            };
+            for message in control.drain() {
+                if let RecvAncillaryMessage::ScmRights(some) = message {
+                    fds.extend(some);
+                }
+            }
+            if received.flags.contains(ReturnFlags::CTRUNC) {
+                return Err(LinkError::Descriptors);
+            }
+            if received.bytes == 0 {
+                return Err(LinkError::Gone);
+            }
+            bytes = bytes.get_mut(received.bytes..).unwrap_or_default();
+        }
+        Ok(())
+    }
+
+    fn wait(&self, flags: PollFlags, wait: Wait<'_>) -> Result<(), LinkError> {
+        loop {
+            let left = wait.until.map(|until| until.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|left| left.is_zero()) {
+                return Err(LinkError::TimedOut);
+            }
+            let timeout = left.and_then(|left| Timespec::try_from(left).ok());
+            let mut fds = vec![PollFd::new(&self.0, flags)];
+            if let Some(cancel) = wait.cancel {
+                fds.push(PollFd::new(&*cancel.0, PollFlags::IN));
+            }
+            let cancel_at = wait.cancel.map(|_| 1);
+            if let Some(process) = &wait.process {
+                fds.push(PollFd::new(process, PollFlags::IN));
+            }
+            match poll(&mut fds, timeout.as_ref()) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(e) => return Err(system("wait for the other side")(e)),
+            }
+            let ready = |at: usize| fds.get(at).is_some_and(|fd| !fd.revents().is_empty());
+            // What has arrived counts, also from a process that has ended since.
+            if ready(0) {
+                return Ok(());
+            }
+            if cancel_at.is_some_and(ready) {
+                return Err(LinkError::Cancelled);
+            }
+            if wait.process.is_some() && ready(fds.len() - 1) {
+                return Err(LinkError::Gone);
+            }
+        }
+    }
+}
+
+impl AsFd for Link {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+fn header(kind: Kind, len: u64) -> [u8; HEADER] {
+    let mut bytes = [0; HEADER];
+    let parts = MAGIC.into_iter().chain(PROTOCOL.to_le_bytes()).chain((kind as u16).to_le_bytes());
+    bytes.iter_mut().zip(parts.chain(len.to_le_bytes())).for_each(|(to, from)| *to = from);
+    bytes
+}
+
+fn parse(bytes: &[u8; HEADER]) -> Result<(Kind, u64), LinkError> {
+    let protocol = |what: String| LinkError::Protocol { what };
+    let [m0, m1, m2, m3, v0, v1, k0, k1, len @ ..] = *bytes;
+    if [m0, m1, m2, m3] != MAGIC {
+        return Err(protocol("its message begins with something else".to_owned()));
+    }
+    let version = u16::from_le_bytes([v0, v1]);
+    if version != PROTOCOL {
+        return Err(protocol(format!("version {version}, here it is {PROTOCOL}")));
+    }
+    let number = u16::from_le_bytes([k0, k1]);
+    let kind = Kind::ALL
+        .into_iter()
+        .find(|&kind| kind as u16 == number)
+        .ok_or_else(|| protocol(format!("message {number}")))?;
+    let len = u64::from_le_bytes(len);
+    if len > MAX_PAYLOAD + crate::state::HEADER_LEN as u64 {
+        return Err(protocol(format!("a message of {len} bytes")));
+    }
+    Ok((kind, len))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+    use std::time::Duration;
+
+    use super::*;
+
+    fn pair() -> (Link, Link) {
+        let (a, b) = UnixStream::pair().unwrap();
+        (Link::new(a.into()).unwrap(), Link::new(b.into()).unwrap())
+    }
+
+    fn soon() -> Wait<'static> {
+        Wait { until: Some(Instant::now() + Duration::from_secs(10)), ..Wait::default() }
+    }
+
+    #[test]
+    fn messages_arrive_with_all_their_descriptors() {
+        let (a, b) = pair();
+        let files: Vec<EventFd> = (0..450).map(|_| EventFd::new().unwrap()).collect();
+        let payload = vec![7; 3 << 20];
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+                a.send(Kind::Offer, &payload, &fds, soon()).unwrap();
+            });
+            let message = b.receive(soon()).unwrap();
+            assert_eq!((message.kind, message.payload.len(), message.fds.len()), (Kind::Offer, 3 << 20, 450));
+            for (sent, received) in files.iter().zip(message.fds) {
+                sent.signal();
+                assert_eq!(EventFd::from_fd(received).unwrap().drain(), 1);
+            }
+        });
+        assert_eq!(b.peer(None).unwrap().pid, i32::try_from(std::process::id()).unwrap());
+    }
+
+    #[test]
+    fn waiting_ends_by_time_by_cancel_and_by_the_end() {
+        let (a, b) = pair();
+        let now = Wait { until: Some(Instant::now()), ..Wait::default() };
+        assert!(matches!(b.receive(now), Err(LinkError::TimedOut)));
+        let cancel = Cancel::new().unwrap();
+        cancel.cancel();
+        let wait = Wait { cancel: Some(&cancel), ..soon() };
+        assert!(matches!(b.receive(wait), Err(LinkError::Cancelled)));
+        a.send(Kind::Ready, b"", &[], soon()).unwrap();
+        drop(a);
+        assert_eq!(b.receive(wait).unwrap().kind, Kind::Ready);
+        assert!(matches!(b.receive(soon()), Err(LinkError::Gone)));
+        assert!(matches!(b.send(Kind::Ready, b"", &[], soon()), Err(LinkError::Gone)));
+    }
+
+    #[test]
+    fn what_is_not_the_protocol_is_refused() {
+        assert!(matches!(parse(b"GET / HTTP/1.1\r\n"), Err(LinkError::Protocol { .. })));
+        let mut other = header(Kind::Offer, 0);
+        other[4] = 9;
+        assert!(parse(&other).unwrap_err().to_string().contains("version 9, here it is 1"));
+        assert!(parse(&header(Kind::Offer, MAX_PAYLOAD + 25)).is_err());
+        for kind in Kind::ALL {
+            assert_eq!(parse(&header(kind, 5)).unwrap(), (kind, 5));
+        }
+        let (reading, _writing) = std::io::pipe().unwrap();
+        assert!(matches!(Link::new(reading.into()), Err(LinkError::NotASocket)));
+    }
+}

@@ -1,0 +1,264 @@
+//! What a successor makes of saved state before it owns anything.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use vdpa_core::features::{BackendFeatures, Features};
+use vdpa_core::types::{IovaRange, Perm, QueueIndex};
+use vdpa_sys::eventfd::EventFd;
+use vdpa_sys::inherit;
+
+use super::{Cause, Phase, Strategy, UpdateError, steps};
+use crate::device::{DeviceFile, set_backend};
+use crate::dma::{Backing, RegionSpec, Regions};
+use crate::error::Error;
+use crate::memory::Memory;
+use crate::queue::{Queue, RingLayout};
+use crate::session::Setup;
+use crate::state::{v1, v2};
+use crate::vring::{GuestQueue, GuestRing, Vring, check_guest_ring};
+
+/// Where the descriptors are that the state speaks of.
+#[derive(Debug)]
+pub(super) enum Source {
+    /// Inherited under their numbers.
+    Inherited,
+    /// In the order in which they came.
+    Received(Vec<Option<OwnedFd>>),
+}
+
+impl Source {
+    fn take(&mut self, what: &str, number: i32) -> Result<OwnedFd, Cause> {
+        match self {
+            Self::Inherited => {
+                inherit::take(number).map_err(|e| invalid(what, format!("descriptor {number}: {e}")))
+            }
+            Self::Received(fds) => {
+                let at = usize::try_from(number).ok();
+                at.and_then(|at| fds.get_mut(at)).and_then(Option::take).ok_or_else(|| {
+                    invalid(what, format!("descriptor {number} did not come, or is there twice"))
+                })
+            }
+        }
+    }
+}
+
+/// A device with its memory mapped; nothing was asked of it but what it offers.
+#[derive(Debug)]
+pub(super) struct Loaded<D> {
+    pub(super) name: String,
+    pub(super) strategy: Strategy,
+    /// `None` when it is to be opened.
+    pub(super) ops: Option<D>,
+    /// Without the queues that this program drives.
+    pub(super) setup: Setup,
+    rings: Vec<(v2::Queue, EventFd, EventFd)>,
+}
+
+/// All devices and the caller's descriptors.
+#[derive(Debug)]
+pub(super) struct All<D> {
+    pub(super) devices: Vec<Loaded<D>>,
+    pub(super) descriptors: BTreeMap<String, OwnedFd>,
+}
+
+/// Checks everything against itself and against what is there, and maps all memory.
+pub(super) fn load<D: DeviceFile>(state: v2::Prepared, mut source: Source) -> Result<All<D>, UpdateError> {
+    let general = |source| UpdateError { phase: Phase::Load, device: None, source };
+    check_numbers(&state).map_err(general)?;
+    let v2::Prepared { update: _, memory, devices, descriptors } = state;
+    let memories = memory.memories.into_iter().map(|memory| map(memory, &mut source));
+    let memories = memories.collect::<Result<Vec<_>, _>>().map_err(general)?;
+    let mut loaded: Vec<Loaded<D>> = Vec::with_capacity(devices.devices.len());
+    let mut names = std::collections::HashSet::new();
+    for device in devices.devices {
+        let name = device.name.clone();
+        let one = || {
+            if !names.insert(device.name.clone()) {
+                return Err(invalid("device", "its name is there twice"));
+            }
+            Loaded::new(device, &memories, &mut source)
+        };
+        loaded.push(one().map_err(|source| UpdateError {
+            phase: Phase::Load,
+            device: Some(name),
+            source,
+        })?);
+    }
+    let mut named = BTreeMap::new();
+    for v2::Descriptor { name, fd } in descriptors.descriptors {
+        let fd = source.take(&format!("descriptor \"{name}\""), fd).map_err(general)?;
+        if named.insert(name.clone(), fd).is_some() {
+            return Err(general(invalid("descriptors", format!("\"{name}\" is there twice"))));
+        }
+    }
+    Ok(All { devices: loaded, descriptors: named })
+}
+
+fn map(memory: v2::Memory, source: &mut Source) -> Result<Arc<Memory>, Cause> {
+    let v2::Memory { name, fd, offset, size } = memory;
+    let fd = source.take(&format!("memory \"{name}\""), fd)?;
+    Ok(Memory::map(&name, fd, offset, size, false)?)
+}
+
+/// No descriptor may be named twice: each gets one owner.
+pub(super) fn check_numbers(state: &v2::Prepared) -> Result<(), Cause> {
+    let devices = &state.devices.devices;
+    let events = devices.iter().flat_map(|d| d.queues.iter().flat_map(|q| [q.kick_fd, q.call_fd]));
+    let guests = devices.iter().flat_map(|d| d.guest_queues.iter().flat_map(|q| [q.kick_fd, q.call_fd]));
+    let memories = state.memory.memories.iter().map(|m| m.fd);
+    let own = state.descriptors.descriptors.iter().map(|d| d.fd);
+    let files = devices.iter().filter_map(|d| d.fd);
+    let mut numbers: Vec<i32> = memories.chain(events).chain(guests).chain(own).chain(files).collect();
+    numbers.sort_unstable();
+    match steps::first_twice(&numbers) {
+        Some(number) => Err(invalid("descriptors", format!("number {number} is there twice"))),
+        None => Ok(()),
+    }
+}
+
+impl<D: DeviceFile> Loaded<D> {
+    fn new(device: v2::Device, memories: &[Arc<Memory>], source: &mut Source) -> Result<Self, Cause> {
+        let strategy: Strategy = device
+            .strategy
+            .parse()
+            .map_err(|e: super::UnknownStrategy| invalid("strategy", e.to_string()))?;
+        let ops = match (strategy, device.fd) {
+            (Strategy::Reopen, _) => None,
+            (_, Some(fd)) => Some(D::from_fd(source.take("device", fd)?)),
+            (_, None) => return Err(invalid("device", "there is no descriptor of it")),
+        };
+        let mut setup = setup(&device, ops.as_ref())?;
+        for mapping in device.mappings {
+            add_region(&mut setup, mapping, memories)?;
+        }
+        let mut indexes = std::collections::HashSet::new();
+        let mut rings = Vec::with_capacity(device.queues.len());
+        for queue in device.queues {
+            once(&mut indexes, queue.index)?;
+            let (kick, call) = events(source, queue.index, queue.kick_fd, queue.call_fd)?;
+            rings.push((queue, kick, call));
+        }
+        for queue in device.guest_queues {
+            once(&mut indexes, queue.index)?;
+            let (kick, call) = events(source, queue.index, queue.kick_fd, queue.call_fd)?;
+            let v2::GuestQueue { index, size, desc, driver, device, .. } = queue;
+            let index = QueueIndex(index);
+            let ring = GuestRing { size, desc, driver, device };
+            let addr = check_guest_ring(index, ring, |iova| setup.regions.covers(iova))?;
+            setup.guest_queues.push(GuestQueue(Vring { index, size, addr, kick, call }));
+        }
+        Ok(Self { name: device.name, strategy, ops, setup, rings })
+    }
+
+    /// Adopts the driver side of the rings where the predecessor left it; returns where the device goes on, for a device
+    /// that has to be told.
+    pub(super) fn adopt(&mut self, rest: v2::AtRest) -> Result<Vec<u32>, Cause> {
+        let v2::AtRest { suspend_ns: _, bases, drivers } = rest;
+        if drivers.len() != self.rings.len() {
+            return Err(invalid(
+                "queues",
+                format!("there are {} of them and {} driver sides", self.rings.len(), drivers.len()),
+            ));
+        }
+        let vrings = self.rings.len() + self.setup.guest_queues.len();
+        let told = matches!(self.strategy, Strategy::Reset | Strategy::Reopen);
+        if told && bases.len() != vrings {
+            return Err(invalid("queues", format!("there are {vrings} of them and {} bases", bases.len())));
+        }
+        for ((queue, kick, call), driver) in self.rings.drain(..).zip(drivers) {
+            let adopted = adopt_queue(&self.setup, queue, (kick, call), driver)?;
+            self.setup.queues.push(adopted);
+        }
+        Ok(bases)
+    }
+}
+
+fn once(indexes: &mut std::collections::HashSet<u16>, index: u16) -> Result<(), Cause> {
+    if indexes.insert(index) { Ok(()) } else { Err(invalid(&format!("queue {index}"), "it is there twice")) }
+}
+
+fn events(source: &mut Source, index: u16, kick: i32, call: i32) -> Result<(EventFd, EventFd), Cause> {
+    let mut event = |name: &str, number| -> Result<EventFd, Cause> {
+        let what = format!("{name} of queue {index}");
+        EventFd::from_fd(source.take(&what, number)?).map_err(|e| invalid(&what, e.to_string()))
+    };
+    Ok((event("kick", kick)?, event("call", call)?))
+}
+
+/// What was negotiated, if the present device still offers it.
+fn setup<D: DeviceFile>(device: &v2::Device, ops: Option<&D>) -> Result<Setup, Cause> {
+    let saved = Features(device.features);
+    let backend = BackendFeatures(device.backend_features);
+    let mut setup = Setup {
+        path: device.path.as_ref().map(PathBuf::from),
+        device_id: device.device_id,
+        iova_range: IovaRange::ALL,
+        offered: backend,
+        backend,
+        features: saved,
+        regions: Regions::default(),
+        queues: Vec::new(),
+        guest_queues: Vec::new(),
+        running: device.running,
+        generation: 0,
+    };
+    let Some(ops) = ops else {
+        return if setup.path.is_some() { Ok(setup) } else { Err(Cause::NoPath) };
+    };
+    let device_id = ops.device_id().map_err(Error::request("VHOST_VDPA_GET_DEVICE_ID"))?;
+    if device_id != device.device_id {
+        return Err(invalid(
+            "device",
+            format!(
+                "it was of virtio type {}, the descriptor leads to one of type {device_id}",
+                device.device_id
+            ),
+        ));
+    }
+    let present = ops.features().map_err(Error::request("VHOST_GET_FEATURES"))?;
+    if !present.contains(saved) {
+        return Err(Cause::Features { saved, present });
+    }
+    let present = ops.backend_features().map_err(Error::request("VHOST_GET_BACKEND_FEATURES"))?;
+    if !present.contains(backend) {
+        return Err(Cause::BackendFeatures { saved: backend, present });
+    }
+    setup.offered = present;
+    setup.iova_range = ops.iova_range().map_err(Error::request("VHOST_VDPA_GET_IOVA_RANGE"))?;
+    set_backend(ops, backend)?;
+    Ok(setup)
+}
+
+fn add_region(setup: &mut Setup, mapping: v2::Mapping, memories: &[Arc<Memory>]) -> Result<(), Cause> {
+    let v2::Mapping { name, memory, offset, iova, size, perm, asid } = mapping;
+    let what = || format!("region \"{name}\"");
+    if asid != 0 {
+        return Err(invalid(&what(), format!("it is in address space {asid}; only 0 is known")));
+    }
+    let at = usize::try_from(memory).ok().and_then(|at| memories.get(at));
+    let memory = at.ok_or_else(|| invalid(&what(), format!("there is no memory {memory}")))?;
+    let backing = Backing::Memory(Arc::clone(memory), offset);
+    setup.add_region(RegionSpec { name, backing, iova, size, perm: Perm(perm), populate: false })?;
+    Ok(())
+}
+
+fn adopt_queue(
+    setup: &Setup,
+    queue: v2::Queue,
+    events: (EventFd, EventFd),
+    driver: v1::Driver,
+) -> Result<Queue, Cause> {
+    let v2::Queue { index, size, desc, avail, used, region, .. } = queue;
+    let layout = RingLayout { size, desc, avail, used };
+    let place = setup.regions.get(&region).ok_or_else(|| {
+        invalid(&format!("queue {index}"), format!("its region \"{region}\" does not exist"))
+    })?;
+    Ok(Queue::adopt(QueueIndex(index), place, layout, setup.features, events, driver)?)
+}
+
+pub(super) fn invalid(what: &str, reason: impl Into<String>) -> Cause {
+    Cause::Invalid { what: what.to_owned(), reason: reason.into() }
+}

@@ -1,0 +1,508 @@
+//! The predecessor's side of an update: prepare, switch, roll back.
+
+use std::ffi::CString;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::process::Child;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use rustix::io::FdFlags;
+use vdpa_core::Errno;
+use vdpa_core::features::BackendFeatures;
+use vdpa_sys::clock::monotonic_ns;
+use vdpa_sys::exec::{Program, execve, set_close_on_exec};
+use vdpa_sys::keeper::AddressSpaceKeeper;
+use vdpa_sys::memfd;
+
+use super::points::{Point, reach};
+use super::rest::AtRest;
+use super::successor::Successor;
+use super::{
+    Cause, Devices, Image, PID_VARIABLE, Phase, Plan, Report, STATE_VARIABLE, Strategy, UpdateError, Via,
+    Way, save, steps,
+};
+use crate::device::DeviceFile;
+use crate::session::{Session, Setup};
+use crate::state::{self, Sections, v2};
+
+/// An update that is ready to happen: everything that can fail without a device being stopped has been done, and the
+/// devices run and are driven as before.
+///
+/// Dropping it gives the update up; a successor is told so.
+#[derive(Debug)]
+pub struct Prepared {
+    plan: Plan,
+    to: To,
+    chosen: Vec<Chosen>,
+    /// The library's and the caller's, as far as they are known.
+    sections: Sections,
+    begun_unix_ns: u64,
+    prepare_ns: u64,
+}
+
+#[derive(Debug)]
+enum To {
+    Exec(Image),
+    Process(Way, Successor),
+}
+
+/// One device of a prepared update.
+#[derive(Debug)]
+struct Chosen {
+    name: String,
+    strategy: Strategy,
+    generation: u64,
+}
+
+/// The predecessor's view of an update that is done: the devices are another process's.
+#[derive(Debug)]
+pub struct Departed {
+    /// What it cost.
+    pub report: Report,
+    /// The successor, if it is a child of this process; to be waited for as long as this process goes on.
+    pub child: Option<Child>,
+}
+
+/// An update that did not happen.
+#[derive(Debug)]
+pub struct Failed<D> {
+    /// What failed.
+    pub error: UpdateError,
+    /// The devices as they were, working.
+    pub devices: Devices<D>,
+    /// Devices that could not be brought back, and why. They are closed.
+    pub lost: Vec<UpdateError>,
+}
+
+/// Devices as a plan found them, and what the successor will be told of them: all that preparing needs.
+///
+/// Holds copies of all descriptors, so it can be moved to another thread while the devices are driven.
+#[derive(Debug)]
+pub struct Described {
+    plan: Plan,
+    chosen: Vec<Chosen>,
+    known: v2::Prepared,
+    table: save::Table,
+    begun_unix_ns: u64,
+    took_ns: u64,
+}
+
+impl Plan {
+    /// Prepares an update of `devices`. This is [`describe`](Self::describe) and [`Described::prepare`] in one, for
+    /// programs whose devices need nobody to drive them: it blocks as long as preparing takes.
+    ///
+    /// # Errors
+    /// [`UpdateError`]; nothing has changed.
+    pub fn prepare<'a, D: DeviceFile + 'a>(
+        self,
+        devices: impl IntoIterator<Item = (&'a str, &'a Session<D>)>,
+        via: Via,
+    ) -> Result<Prepared, UpdateError> {
+        self.describe(devices)?.prepare(via)
+    }
+
+    /// Checks strategies, memory and names, and describes `devices` for the successor. Does not block; takes some
+    /// microseconds for each mapping. `devices` is a [`Devices`], or names with sessions that the caller keeps elsewhere;
+    /// [`Prepared::switch`] is given the same ones in the same order.
+    ///
+    /// # Errors
+    /// [`UpdateError`]; nothing has changed.
+    pub fn describe<'a, D: DeviceFile + 'a>(
+        self,
+        devices: impl IntoIterator<Item = (&'a str, &'a Session<D>)>,
+    ) -> Result<Described, UpdateError> {
+        let devices: Vec<_> = devices.into_iter().collect();
+        let begin = monotonic_ns();
+        let begun_unix_ns = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_nanos();
+        let begun_unix_ns = u64::try_from(begun_unix_ns).unwrap_or(u64::MAX);
+        self.check(devices.iter().map(|(name, _)| *name).collect()).map_err(general)?;
+        let mut chosen = Vec::with_capacity(devices.len());
+        for &(name, session) in &devices {
+            let setup = session.parts().1;
+            let strategy = check(setup, self.strategy_for(name)).map_err(|source| of_device(name, source))?;
+            chosen.push(Chosen { name: name.to_owned(), strategy, generation: setup.generation });
+        }
+        let strategies: Vec<Strategy> = chosen.iter().map(|c| c.strategy).collect();
+        let (known, table) = save::prepared(&devices, &strategies, &self, begun_unix_ns).map_err(general)?;
+        let took_ns = monotonic_ns().saturating_sub(begin);
+        Ok(Described { plan: self, chosen, known, table, begun_unix_ns, took_ns })
+    }
+}
+
+fn general(source: Cause) -> UpdateError {
+    UpdateError { phase: Phase::Prepare, device: None, source }
+}
+
+fn of_device(name: &str, source: Cause) -> UpdateError {
+    UpdateError { phase: Phase::Prepare, device: Some(name.to_owned()), source }
+}
+
+impl Described {
+    /// Starts or contacts the successor and waits until it has mapped all memory and says that it understands every
+    /// section. Blocks as long as that takes, unless [cancelled](Plan::cancel); the devices may be driven meanwhile, but
+    /// not be set up differently.
+    ///
+    /// # Errors
+    /// [`UpdateError`]; nothing has changed.
+    pub fn prepare(self, via: Via) -> Result<Prepared, UpdateError> {
+        let begin = monotonic_ns();
+        let (to, sections) = self.connect(via).map_err(general)?;
+        reach(Point::Ready);
+        let Self { plan, chosen, begun_unix_ns, took_ns, .. } = self;
+        let prepare_ns = monotonic_ns().saturating_sub(begin).saturating_add(took_ns);
+        Ok(Prepared { plan, to, chosen, sections, begun_unix_ns, prepare_ns })
+    }
+
+    fn connect(&self, via: Via) -> Result<(To, Sections), Cause> {
+        let way = via.way();
+        // Descriptors by place, as another process gets them.
+        let offer = || {
+            let mut known = self.known.clone();
+            way.name().clone_into(&mut known.update.way);
+            let mut sections = self.plan.sections.clone();
+            known.put(&mut sections)?;
+            let bytes = state::encode(&sections)?;
+            Ok::<_, Cause>((sections, bytes))
+        };
+        let (sections, bytes) = offer()?;
+        if let Via::Exec(image) | Via::Fork(image) = &via {
+            image.check()?;
+        }
+        reach(Point::Checked);
+        let cancel = self.plan.cancel.as_ref();
+        let fds = self.table.fds();
+        let connected = |successor: Result<Successor, Cause>| {
+            let mut successor = successor?;
+            reach(Point::Connected);
+            successor.offer(&bytes, &fds, cancel)?;
+            Ok::<_, Cause>(successor)
+        };
+        match via {
+            Via::Exec(image) => {
+                if self.plan.rehearse {
+                    drop(connected(Successor::start(&image))?);
+                }
+                image.prefetch();
+                let mut known = self.known.clone();
+                way.name().clone_into(&mut known.update.way);
+                save::by_number(&mut known, &self.table);
+                let mut sections = self.plan.sections.clone();
+                known.put(&mut sections)?;
+                Ok((To::Exec(image), sections))
+            }
+            Via::Fork(image) => Ok((To::Process(way, connected(Successor::start(&image))?), sections)),
+            Via::HandOver(socket) => {
+                let successor = Successor::connect(socket, self.plan.allowed_uid);
+                Ok((To::Process(way, connected(successor)?), sections))
+            }
+        }
+    }
+}
+
+/// Everything about one device that can be known before it is touched.
+fn check(setup: &Setup, strategy: Option<Strategy>) -> Result<Strategy, Cause> {
+    let strategy = strategy.unwrap_or_else(|| Strategy::pick(setup.offered));
+    strategy.check(setup.offered)?;
+    for region in setup.regions.list() {
+        let named = |problem| Cause::Memory { name: region.name().to_owned(), problem };
+        region.memory().verify().map_err(named)?;
+    }
+    if strategy == Strategy::Reopen {
+        if setup.path.is_none() {
+            return Err(Cause::NoPath);
+        }
+        check_reopen(setup)?;
+    }
+    Ok(strategy)
+}
+
+/// A device that cannot come to rest must have nothing in flight when it is closed.
+fn check_reopen(setup: &Setup) -> Result<(), Cause> {
+    if setup.backend.has(BackendFeatures::SUSPEND) {
+        return Ok(());
+    }
+    if setup.running && !setup.guest_queues.is_empty() {
+        return Err(Cause::GuestInFlight);
+    }
+    match setup.queues.iter().map(|q| usize::from(q.in_flight())).sum() {
+        0 => Ok(()),
+        in_flight => Err(Cause::InFlight { in_flight }),
+    }
+}
+
+impl Prepared {
+    /// The strategy that was chosen for a device.
+    #[must_use]
+    pub fn strategy(&self, device: &str) -> Option<Strategy> {
+        self.chosen.iter().find(|c| c.name == device).map(|c| c.strategy)
+    }
+
+    /// How long preparing took.
+    #[must_use]
+    pub const fn took(&self) -> Duration {
+        Duration::from_nanos(self.prepare_ns)
+    }
+
+    /// The process that will have the devices; this one for an exec.
+    #[must_use]
+    pub fn successor(&self) -> i32 {
+        match &self.to {
+            To::Exec(_) => steps::own_pid(),
+            To::Process(_, successor) => successor.pid(),
+        }
+    }
+
+    /// Lets the devices go. Nobody may drive them from here on; `late` are the sections that were announced.
+    ///
+    /// An exec does not return from here unless it failed. Another process has the devices when this returns with
+    /// success; nothing in this process can reach them any more. Blocks at most until the plan's deadline.
+    ///
+    /// # Errors
+    /// [`Failed`] with the devices, which run in this process as before.
+    pub fn switch<D: DeviceFile>(
+        self,
+        devices: Devices<D>,
+        late: Sections,
+    ) -> Result<Departed, Box<Failed<D>>> {
+        let begun_ns = monotonic_ns();
+        let until = self.plan.deadline.and_then(|deadline| Instant::now().checked_add(deadline));
+        reach(Point::Switching);
+        if let Err(error) =
+            self.unchanged(&devices).and_then(|()| self.plan.check_late(&late).map_err(general))
+        {
+            return Err(Box::new(Failed { error, devices, lost: Vec::new() }));
+        }
+        let mut resting: Vec<AtRest<D>> = Vec::with_capacity(devices.len());
+        let mut waiting = devices.into_iter().zip(&self.chosen);
+        while let Some(((name, session), chosen)) = waiting.next() {
+            match AtRest::bring(name.clone(), session, chosen.strategy) {
+                Ok(device) => resting.push(device),
+                Err(failed) => {
+                    let (error, undone) = *failed;
+                    let rest = waiting.map(|((name, session), _)| (name, Ok(session)));
+                    return Err(back(
+                        error,
+                        resting,
+                        AtRest::undo,
+                        std::iter::once((name, undone)).chain(rest),
+                    ));
+                }
+            }
+        }
+        let Self { plan, to, sections, begun_unix_ns, prepare_ns, .. } = self;
+        let save_begin = monotonic_ns();
+        let mut switch = v2::Switch {
+            begun_ns,
+            saved_ns: 0,
+            prepare_ns,
+            save_ns: 0,
+            devices: resting.iter().map(AtRest::saved).collect(),
+        };
+        switch.saved_ns = monotonic_ns();
+        switch.save_ns = switch.saved_ns.saturating_sub(save_begin);
+        reach(Point::Saved);
+        match to {
+            To::Exec(image) => {
+                let leave = Leave { image: &image, plan: &plan, sections, late, switch, until };
+                let error = leave.go(&resting);
+                Err(back(error, resting, AtRest::undo, std::iter::empty()))
+            }
+            To::Process(way, successor) => {
+                let begun = Begun { way, unix_ns: begun_unix_ns, ns: begun_ns };
+                depart(successor, resting, &switch, late, until, begun)
+            }
+        }
+    }
+
+    /// Checks that the devices are those that were prepared, set up as they were then.
+    fn unchanged<D: DeviceFile>(&self, devices: &Devices<D>) -> Result<(), UpdateError> {
+        let error = |device: &str, problem| UpdateError {
+            phase: Phase::Prepare,
+            device: Some(device.to_owned()),
+            source: Cause::Changed { problem },
+        };
+        for (at, (name, session)) in devices.iter().enumerate() {
+            match self.chosen.get(at) {
+                Some(chosen) if chosen.name == name => {
+                    let setup = session.parts().1;
+                    if setup.generation != chosen.generation {
+                        return Err(error(name, "was set up differently (regions, queues, features)"));
+                    }
+                    if chosen.strategy == Strategy::Reopen {
+                        check_reopen(setup).map_err(|source| of_device(name, source))?;
+                    }
+                }
+                _ => return Err(error(name, "was not prepared, or in another order")),
+            }
+        }
+        match self.chosen.get(devices.len()) {
+            Some(missing) => Err(error(&missing.name, "was prepared and is missing")),
+            None => Ok(()),
+        }
+    }
+}
+
+/// All devices of a failed update: those `others`, and those at rest, which `how` brings back, the last one first.
+fn back<D: DeviceFile>(
+    error: UpdateError,
+    resting: Vec<AtRest<D>>,
+    how: impl Fn(AtRest<D>) -> super::rest::Undone<D>,
+    others: impl Iterator<Item = (String, super::rest::Undone<D>)>,
+) -> Box<Failed<D>> {
+    let mut all: Vec<_> =
+        resting.into_iter().rev().map(|device| (device.name.clone(), how(device))).collect();
+    all.reverse();
+    let mut lost = Vec::new();
+    let mut devices = Devices::new();
+    for (name, undone) in all.into_iter().chain(others) {
+        match undone {
+            Ok(session) => devices.push(&name, session),
+            Err(e) => lost.push(e),
+        }
+    }
+    Box::new(Failed { error, devices, lost })
+}
+
+/// When an update began.
+struct Begun {
+    way: Way,
+    unix_ns: u64,
+    ns: u64,
+}
+
+/// Lets another process have the devices.
+fn depart<D: DeviceFile>(
+    mut successor: Successor,
+    resting: Vec<AtRest<D>>,
+    switch: &v2::Switch,
+    mut late: Sections,
+    until: Option<Instant>,
+    begun: Begun,
+) -> Result<Departed, Box<Failed<D>>> {
+    let mut talk = || -> Result<Report, Cause> {
+        switch.put(&mut late)?;
+        let report = successor.switch(&state::encode(&late)?, until)?;
+        reach(Point::TakenHeard);
+        // Until here this process decides; a successor that has ended meanwhile does not get the devices.
+        successor.commit(until)?;
+        Ok(report)
+    };
+    match talk() {
+        Ok(mut report) => {
+            // Every descriptor of a device ends here, and with it all that this process could do to it.
+            drop(resting);
+            reach(Point::Departed);
+            report.total = monotonic_ns().saturating_sub(begun.ns);
+            report.begun_unix_ns = begun.unix_ns;
+            report.way = begun.way;
+            Ok(Departed { report, child: successor.into_child() })
+        }
+        Err(source) => {
+            let error = successor_error(source);
+            match successor.call_off() {
+                Ok(()) => Err(back(error, resting, AtRest::take_back, std::iter::empty())),
+                Err(silent) => {
+                    // Two processes must not drive a device: this one lets go.
+                    let lost = |device: &AtRest<D>| UpdateError {
+                        phase: Phase::Commit,
+                        device: Some(device.name.clone()),
+                        source: silent.again(),
+                    };
+                    let lost = resting.iter().map(lost).collect();
+                    Err(Box::new(Failed { error, devices: Devices::new(), lost }))
+                }
+            }
+        }
+    }
+}
+
+/// The phase in which it failed is the successor's, if it is the one that failed.
+fn successor_error(source: Cause) -> UpdateError {
+    match &source {
+        Cause::Successor { phase, device, .. } => {
+            UpdateError { phase: *phase, device: device.clone(), source }
+        }
+        _ => UpdateError { phase: Phase::Transfer, device: None, source },
+    }
+}
+
+/// The last steps of an image that is replaced.
+struct Leave<'a> {
+    image: &'a Image,
+    plan: &'a Plan,
+    sections: Sections,
+    late: Sections,
+    switch: v2::Switch,
+    until: Option<Instant>,
+}
+
+impl Leave<'_> {
+    /// Execs. Returns the reason why this image still runs; close-on-exec flags are as before then.
+    fn go<D: DeviceFile>(self, resting: &[AtRest<D>]) -> UpdateError {
+        let at = |phase| move |source| UpdateError { phase, device: None, source };
+        let Self { image, plan, mut sections, late, switch, until } = self;
+        sections.append(late);
+        let mut write = || -> Result<_, Cause> {
+            switch.put(&mut sections)?;
+            memfd::sealed(c"vdpa-live-state", &state::encode(&sections)?)
+                .map_err(|source| Cause::System { action: "write the state", source })
+        };
+        let file = match write() {
+            Ok(file) => file,
+            Err(cause) => return at(Phase::Save)(cause),
+        };
+        let exec = || -> Result<std::convert::Infallible, Cause> {
+            let mut open = Open::default();
+            for device in resting {
+                device.ops.iter().try_for_each(|ops| open.inherit(ops.as_fd()))?;
+                let regions = device.setup.regions.list().iter().filter_map(|r| r.object());
+                let events = device.setup.vrings().flat_map(|v| [v.kick.as_fd(), v.call.as_fd()]);
+                regions.chain(events).try_for_each(|fd| open.inherit(fd))?;
+            }
+            plan.descriptors.iter().try_for_each(|(_, fd)| open.inherit(fd.as_fd()))?;
+            open.inherit(file.as_fd())?;
+            let (path, args, mut env) = image.strings()?;
+            for (name, number) in [(STATE_VARIABLE, file.as_raw_fd()), (PID_VARIABLE, steps::own_pid())] {
+                let variable = CString::new(format!("{name}={number}"));
+                env.push(variable.map_err(|_| Cause::Nul { what: "environment" })?);
+            }
+            // The page tables of this image are taken down after the exec and not in it. Where that is not possible, the
+            // update is slower and otherwise the same. Dropped when the exec fails.
+            let _keeper = AddressSpaceKeeper::spawn();
+            if until.is_some_and(|until| Instant::now() >= until) {
+                return Err(Cause::Deadline);
+            }
+            reach(Point::Leaving);
+            execve(Program::Path(&path), &args, &env)
+                .map_err(|source| Cause::System { action: "execve the new image", source })
+        };
+        match exec() {
+            Ok(never) => match never {},
+            Err(cause) => at(Phase::Transfer)(cause),
+        }
+    }
+}
+
+/// Descriptors that are to stay open over the exec. Dropping it puts their flags back.
+#[derive(Default)]
+struct Open<'a>(Vec<BorrowedFd<'a>>);
+
+impl<'a> Open<'a> {
+    fn inherit(&mut self, fd: BorrowedFd<'a>) -> Result<(), Cause> {
+        let system = |source| Cause::System { action: "keep a descriptor open over the exec", source };
+        let flags = rustix::io::fcntl_getfd(fd).map_err(|e| system(Errno::from_raw(e.raw_os_error())))?;
+        if flags.contains(FdFlags::CLOEXEC) {
+            set_close_on_exec(fd, false).map_err(system)?;
+            self.0.push(fd);
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Open<'_> {
+    fn drop(&mut self) {
+        for fd in &self.0 {
+            // Cannot fail for a descriptor whose flag was just changed; and there is nobody to tell.
+            let _ = set_close_on_exec(fd, true);
+        }
+    }
+}

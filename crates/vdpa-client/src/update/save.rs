@@ -1,0 +1,194 @@
+//! What the next program is told.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use vdpa_core::Errno;
+
+use super::{Cause, Plan, Strategy};
+use crate::device::DeviceFile;
+use crate::memory::Memory;
+use crate::queue::Queue;
+use crate::session::{Session, Setup};
+use crate::state::v2;
+use crate::vring::GuestQueue;
+
+/// The descriptors an update carries, each once. The state speaks of them by their place here.
+///
+/// They are copies, so that preparing can go on while the devices are driven, and whatever is done to them.
+#[derive(Debug, Default)]
+pub(super) struct Table {
+    copies: Vec<OwnedFd>,
+    /// Their numbers in this process, which an exec keeps.
+    numbers: Vec<i32>,
+}
+
+impl Table {
+    fn add(&mut self, fd: BorrowedFd<'_>) -> Result<i32, Cause> {
+        let copy = fd.try_clone_to_owned().map_err(|e| Cause::System {
+            action: "copy a descriptor for the successor",
+            source: Errno::from_raw(e.raw_os_error().unwrap_or(0)),
+        })?;
+        self.copies.push(copy);
+        self.numbers.push(fd.as_raw_fd());
+        i32::try_from(self.copies.len() - 1).map_err(|_| Cause::Invalid {
+            what: "descriptors".to_owned(),
+            reason: "there are too many".to_owned(),
+        })
+    }
+
+    pub(super) fn fds(&self) -> Vec<BorrowedFd<'_>> {
+        self.copies.iter().map(AsFd::as_fd).collect()
+    }
+}
+
+/// Has the state speak of descriptors by their numbers in this process, and not by their place in `table`.
+pub(super) fn by_number(state: &mut v2::Prepared, table: &Table) {
+    let number = |place: &mut i32| {
+        let at = usize::try_from(*place).ok();
+        *place = at.and_then(|at| table.numbers.get(at)).copied().unwrap_or(-1);
+    };
+    state.memory.memories.iter_mut().for_each(|m| number(&mut m.fd));
+    state.descriptors.descriptors.iter_mut().for_each(|d| number(&mut d.fd));
+    for device in &mut state.devices.devices {
+        device.fd.iter_mut().for_each(number);
+        for queue in &mut device.queues {
+            number(&mut queue.kick_fd);
+            number(&mut queue.call_fd);
+        }
+        for queue in &mut device.guest_queues {
+            number(&mut queue.kick_fd);
+            number(&mut queue.call_fd);
+        }
+    }
+}
+
+/// Everything that is known before the switch.
+pub(super) fn prepared<D: DeviceFile>(
+    devices: &[(&str, &Session<D>)],
+    strategies: &[Strategy],
+    plan: &Plan,
+    begun_unix_ns: u64,
+) -> Result<(v2::Prepared, Table), Cause> {
+    let mut table = Table::default();
+    let mut memories = Memories::default();
+    let mut list = Vec::new();
+    for (&(name, session), &strategy) in devices.iter().zip(strategies) {
+        let (ops, setup) = session.parts();
+        let open = (strategy != Strategy::Reopen).then(|| ops.as_fd());
+        list.push(device(name, strategy, open, setup, &mut table, &mut memories)?);
+    }
+    let mut descriptors = Vec::new();
+    for (name, fd) in &plan.descriptors {
+        descriptors.push(v2::Descriptor { name: name.clone(), fd: table.add(fd.as_fd())? });
+    }
+    let update = v2::Update {
+        // Until it is known.
+        way: String::new(),
+        predecessor: super::steps::own_pid(),
+        begun_unix_ns,
+        late: plan.late.clone(),
+    };
+    let prepared = v2::Prepared {
+        update,
+        memory: v2::Memories { memories: memories.saved },
+        devices: v2::Devices { devices: list },
+        descriptors: v2::Descriptors { descriptors },
+    };
+    Ok((prepared, table))
+}
+
+/// Each piece of memory once, however many mappings there are of it.
+#[derive(Default)]
+struct Memories {
+    saved: Vec<v2::Memory>,
+    /// By address of the shared value.
+    known: HashMap<usize, u32>,
+}
+
+impl Memories {
+    fn add(&mut self, memory: &Arc<Memory>, table: &mut Table) -> Result<u32, Cause> {
+        let key = Arc::as_ptr(memory) as usize;
+        if let Some(&at) = self.known.get(&key) {
+            return Ok(at);
+        }
+        let problem = |problem| Cause::Memory { name: memory.name().to_owned(), problem };
+        let (fd, offset) = memory.object().ok_or_else(|| problem(crate::error::MemoryProblem::Private))?;
+        let at = u32::try_from(self.saved.len()).unwrap_or(u32::MAX);
+        let fd = table.add(fd)?;
+        self.saved.push(v2::Memory { name: memory.name().to_owned(), fd, offset, size: memory.size() });
+        self.known.insert(key, at);
+        Ok(at)
+    }
+}
+
+fn device(
+    name: &str,
+    strategy: Strategy,
+    open: Option<BorrowedFd<'_>>,
+    setup: &Setup,
+    table: &mut Table,
+    memories: &mut Memories,
+) -> Result<v2::Device, Cause> {
+    let path = setup.path.as_deref().map(|p| p.to_str().map(str::to_owned));
+    // A path that is not UTF-8 matters only to reopen.
+    if matches!(path, Some(None)) && open.is_none() {
+        let reason = "it is not UTF-8".to_owned();
+        return Err(Cause::Invalid { what: "path of the device".to_owned(), reason });
+    }
+    let mut mappings = Vec::with_capacity(setup.regions.list().len());
+    for region in setup.regions.list() {
+        mappings.push(v2::Mapping {
+            name: region.name().to_owned(),
+            memory: memories.add(region.memory(), table)?,
+            offset: region.offset(),
+            iova: region.range().first(),
+            size: region.range().size(),
+            perm: region.perm().0,
+            asid: 0,
+        });
+    }
+    let queues = setup.queues.iter().map(|q| queue(q, table)).collect::<Result<_, _>>()?;
+    let guest_queues = setup.guest_queues.iter().map(|q| guest_queue(q, table)).collect::<Result<_, _>>()?;
+    Ok(v2::Device {
+        name: name.to_owned(),
+        strategy: strategy.name().to_owned(),
+        fd: open.map(|fd| table.add(fd)).transpose()?,
+        path: path.flatten(),
+        device_id: setup.device_id,
+        features: setup.features.0,
+        backend_features: setup.backend.0,
+        running: setup.running,
+        mappings,
+        queues,
+        guest_queues,
+    })
+}
+
+fn queue(queue: &Queue, table: &mut Table) -> Result<v2::Queue, Cause> {
+    let layout = queue.layout();
+    Ok(v2::Queue {
+        index: queue.index().0,
+        size: layout.size,
+        region: queue.region().to_owned(),
+        desc: layout.desc,
+        avail: layout.avail,
+        used: layout.used,
+        kick_fd: table.add(queue.kick().as_fd())?,
+        call_fd: table.add(queue.call().as_fd())?,
+    })
+}
+
+fn guest_queue(queue: &GuestQueue, table: &mut Table) -> Result<v2::GuestQueue, Cause> {
+    let ring = queue.ring();
+    Ok(v2::GuestQueue {
+        index: queue.index().0,
+        size: ring.size,
+        desc: ring.desc,
+        driver: ring.driver,
+        device: ring.device,
+        kick_fd: table.add(queue.kick().as_fd())?,
+        call_fd: table.add(queue.call().as_fd())?,
+    })
+}

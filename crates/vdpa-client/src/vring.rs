@@ -1,0 +1,99 @@
+//! What a device is told of one virtqueue, whoever drives its ring.
+
+use vdpa_core::ops::VdpaOps;
+use vdpa_core::types::{QueueIndex, VringAddr};
+use vdpa_core::vq::QueueState;
+use vdpa_sys::eventfd::EventFd;
+
+use crate::error::{Error, QueueProblem};
+use crate::queue::queue;
+
+/// A virtqueue whose ring belongs to a guest: the session knows where it is, and nothing of what is in it.
+///
+/// The guest's driver fills the ring; kicks arrive through `kick` (an ioeventfd, as a rule) and interrupts leave
+/// through `call` (an irqfd). Both stay the same open files over an update, so whatever they are bound to stays bound.
+#[derive(Debug)]
+pub struct GuestQueue(pub(crate) Vring);
+
+/// Where a guest has placed a ring, as I/O virtual addresses, and how large it is.
+///
+/// For a packed ring the driver and the device area are the two event suppression structures (virtio 1.2 section 2.8).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GuestRing {
+    /// Entries.
+    pub size: u16,
+    /// Descriptor area.
+    pub desc: u64,
+    /// Driver area.
+    pub driver: u64,
+    /// Device area.
+    pub device: u64,
+}
+
+impl GuestQueue {
+    /// Which virtqueue of the device it is.
+    #[must_use]
+    pub const fn index(&self) -> QueueIndex {
+        self.0.index
+    }
+
+    /// Where the ring is.
+    #[must_use]
+    pub const fn ring(&self) -> GuestRing {
+        let VringAddr { desc, avail, used, .. } = self.0.addr;
+        GuestRing { size: self.0.size, desc, driver: avail, device: used }
+    }
+
+    /// What the device waits for.
+    #[must_use]
+    pub const fn kick(&self) -> &EventFd {
+        &self.0.kick
+    }
+
+    /// What the device signals.
+    #[must_use]
+    pub const fn call(&self) -> &EventFd {
+        &self.0.call
+    }
+}
+
+/// The part of a queue that the device is told.
+#[derive(Debug)]
+pub(crate) struct Vring {
+    pub(crate) index: QueueIndex,
+    pub(crate) size: u16,
+    pub(crate) addr: VringAddr,
+    pub(crate) kick: EventFd,
+    pub(crate) call: EventFd,
+}
+
+impl Vring {
+    /// Tells the device everything about this vring and enables it (`VHOST_SET_VRING_*`).
+    pub(crate) fn set_up<D: VdpaOps<Event = EventFd>>(&self, ops: &D, base: QueueState) -> Result<(), Error> {
+        ops.set_vring_num(self.index, u32::from(self.size)).map_err(Error::request("VHOST_SET_VRING_NUM"))?;
+        ops.set_vring_base(self.index, base.encode()).map_err(Error::request("VHOST_SET_VRING_BASE"))?;
+        ops.set_vring_addr(self.index, &self.addr).map_err(Error::request("VHOST_SET_VRING_ADDR"))?;
+        ops.set_vring_kick(self.index, Some(&self.kick)).map_err(Error::request("VHOST_SET_VRING_KICK"))?;
+        ops.set_vring_call(self.index, Some(&self.call)).map_err(Error::request("VHOST_SET_VRING_CALL"))?;
+        ops.set_vring_enable(self.index, true).map_err(Error::request("VHOST_VDPA_SET_VRING_ENABLE"))
+    }
+}
+
+/// Alignments of the three areas (virtio 1.2 sections 2.7 and 2.8; those of split rings, which are the stricter ones
+/// but for the descriptors of both, which are the same).
+const AREAS: [(&str, u64); 3] = [("descriptor area", 16), ("driver area", 2), ("device area", 4)];
+
+/// Checks where a guest has placed a ring, as far as that can be known without looking into it.
+pub(crate) fn check_guest_ring(
+    index: QueueIndex,
+    ring: GuestRing,
+    mapped: impl Fn(u64) -> bool,
+) -> Result<VringAddr, Error> {
+    let at = [ring.desc, ring.driver, ring.device];
+    for ((area, align), iova) in AREAS.into_iter().zip(at) {
+        if !iova.is_multiple_of(align) || !mapped(iova) {
+            return Err(queue(index, QueueProblem::Area { area, iova, align }));
+        }
+    }
+    Ok(VringAddr { desc: ring.desc, avail: ring.driver, used: ring.device, ..VringAddr::default() })
+}

@@ -1,0 +1,408 @@
+//! Sessions that another process takes over, against a device file that writes down every request. Most tests have both
+//! sides in one process, on two threads: what matters is who says what, and the device does not know.
+
+#![expect(clippy::unwrap_used, reason = "a test: every failure is a panic")]
+
+#[path = "support/notes.rs"]
+mod notes;
+
+use std::fs::File;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use vdpa_client::memory::Memory;
+use vdpa_client::state::{Section, Sections};
+use vdpa_client::update::{
+    self, Cancel, Cause, Departed, Devices, Failed, Image, Incoming, LinkError, Phase, Plan, Restored,
+    Strategy, UpdateError, Via, Way,
+};
+use vdpa_client::vring::GuestRing;
+use vdpa_core::features::{BackendFeatures as B, Bit};
+use vdpa_core::types::{Perm, QueueIndex};
+use vdpa_sys::eventfd::EventFd;
+use vdpa_sys::memfd;
+
+use notes::{Notes, Q0, complete_first, offered, session};
+
+const ALL: [Bit; 3] = [B::NEW_OWNER, B::SUSPEND, B::RESUME];
+
+/// A device file in a directory of its own.
+struct Disk {
+    _directory: tempfile::TempDir,
+    path: PathBuf,
+}
+
+impl Disk {
+    fn new(bits: &[Bit]) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join(format!("{:x}", offered(bits).0));
+        File::create(&path).unwrap();
+        Self { _directory: directory, path }
+    }
+
+    fn devices(&self) -> Devices<Notes> {
+        Devices::one("disk0", session(&self.path))
+    }
+
+    /// Requests from the update on.
+    fn notes(&self) -> String {
+        let text = std::fs::read_to_string(&self.path).unwrap();
+        text.split_once("--- update\n").unwrap().1.lines().collect::<Vec<_>>().join(", ")
+    }
+}
+
+type Switched = Result<Departed, Box<Failed<Notes>>>;
+
+/// Hands over within this process.
+fn hand_over(
+    devices: Devices<Notes>,
+    plan: Plan,
+    late: Sections,
+    successor: impl FnOnce(Incoming<Notes>) -> Result<Restored<Notes>, UpdateError> + Send,
+) -> (Switched, Result<Restored<Notes>, UpdateError>) {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    thread::scope(|scope| {
+        let taken = scope.spawn(|| successor(Incoming::receive(theirs)?));
+        let left = match plan.prepare(&devices, Via::HandOver(ours)) {
+            Ok(prepared) => prepared.switch(devices, late),
+            Err(error) => Err(Box::new(Failed { error, devices, lost: Vec::new() })),
+        };
+        (left, taken.join().unwrap())
+    })
+}
+
+fn works(devices: &mut Devices<Notes>) {
+    let session = devices.get_mut("disk0").unwrap();
+    complete_first(session);
+    assert_eq!(session.queue_mut(Q0).unwrap().in_flight(), 2);
+    assert_eq!(session.queue_mut(Q0).unwrap().reap().unwrap().unwrap().token, 11);
+}
+
+#[test]
+fn every_strategy_and_its_requests() {
+    let handshake = "status 0, status 1, status 3, features, status 11";
+    let up = "base 1, enable";
+    let expected = [
+        (Strategy::Live, "new_owner".to_owned()),
+        (Strategy::Resume, "suspend, new_owner, resume".to_owned()),
+        (Strategy::Reset, format!("suspend, get_base, status 0, new_owner, {handshake}, {up}, status 15")),
+        (
+            Strategy::Reopen,
+            format!(
+                "suspend, get_base, close, open, set_owner, {handshake}, begin, update, end, {up}, status 15"
+            ),
+        ),
+    ];
+    for (strategy, requests) in expected {
+        let disk = Disk::new(&ALL);
+        let (left, taken) =
+            hand_over(disk.devices(), Plan::new().strategy(strategy), Sections::new(), Incoming::take_over);
+        let report = left.unwrap().report;
+        let notes = disk.notes();
+        // The predecessor's descriptor is a copy of the same file; what it closes is noted, in any order.
+        assert_eq!(notes.replace(", close", "").replace("get_base, open", "get_base, close, open"), requests);
+        let mut restored = taken.unwrap();
+        works(&mut restored.devices);
+        let device = restored.report.device("disk0").unwrap();
+        assert_eq!((device.strategy, device.mappings, device.queues), (strategy, 1, 1));
+        assert_eq!((report.way, restored.report.way), (Way::HandOver, Way::HandOver));
+        assert!(report.total > 0 && restored.report.total > 0, "{report:?}");
+        assert_eq!(report.device("disk0").unwrap().new_owner, device.new_owner);
+    }
+}
+
+#[test]
+fn sections_and_descriptors_arrive() {
+    let disk = Disk::new(&ALL);
+    let plan = Plan::new()
+        .section(Section::new("config", 1, b"early".to_vec()))
+        .section(Section::new("hint", 9, b"skip me".to_vec()).optional())
+        .late_section("cpu", 2, false)
+        .late_section("tlb", 1, true)
+        .descriptor("zero", File::open("/dev/zero").unwrap());
+    let late = Sections::from_iter([Section::new("cpu", 2, b"late".to_vec())]);
+    let (left, taken) = hand_over(disk.devices(), plan, late, |incoming| {
+        let mut incoming = incoming.understands(&[("config", 1..=2), ("cpu", 1..=2)])?;
+        assert_eq!(incoming.sections().take("config").unwrap().payload, b"early");
+        assert_eq!(incoming.late().len(), 2);
+        incoming.take_over()
+    });
+    left.unwrap();
+    let mut restored = taken.unwrap();
+    assert_eq!(restored.sections.take("cpu").unwrap().payload, b"late");
+    restored.sections.ensure_consumed().unwrap();
+    assert!(restored.descriptors.contains_key("zero"));
+}
+
+#[test]
+fn a_section_that_is_not_understood_is_found_while_the_device_runs() {
+    let refusals: [(Plan, &str); 3] = [
+        (Plan::new().section(Section::new("config", 3, vec![])), "section \"config\" has version 3"),
+        (
+            Plan::new().late_section("cpu", 1, false),
+            "has a section \"cpu\" (version 1) that this program does not know",
+        ),
+        (Plan::new(), "refused: not today"),
+    ];
+    for (plan, reason) in refusals {
+        let disk = Disk::new(&ALL);
+        let (left, taken) = hand_over(disk.devices(), plan, Sections::new(), |incoming| {
+            let incoming = incoming.understands(&[("config", 1..=2)])?;
+            Err(incoming.refuse("not today"))
+        });
+        let mut failed = left.unwrap_err();
+        assert_eq!(failed.error.phase, Phase::Prepare);
+        let text = failed.error.source.to_string();
+        assert!(text.contains("failed in phase load: ") && text.contains(reason), "{text}");
+        assert!(taken.unwrap_err().source.to_string().contains(reason.trim_start_matches("refused: ")));
+        works(&mut failed.devices);
+        assert!(!disk.notes().contains("suspend"), "{}", disk.notes());
+    }
+}
+
+/// Each request of the successor fails once; the predecessor goes on and says where it failed.
+#[test]
+fn what_fails_in_the_successor_is_rolled_back() {
+    let handshake = "status 0, status 1, status 3, features, status 11";
+    let cases = [
+        (Strategy::Live, "new_owner", Phase::NewOwner, "new_owner fails, new_owner".to_owned()),
+        (
+            Strategy::Resume,
+            "new_owner",
+            Phase::NewOwner,
+            "suspend, new_owner fails, suspend, new_owner, resume".to_owned(),
+        ),
+        (
+            Strategy::Resume,
+            "resume",
+            Phase::Resume,
+            "suspend, new_owner, resume fails, suspend, new_owner, resume".to_owned(),
+        ),
+        (
+            Strategy::Reset,
+            "new_owner",
+            Phase::NewOwner,
+            format!(
+                "suspend, get_base, status 0, new_owner fails, new_owner, {handshake}, base 1, enable, status 15"
+            ),
+        ),
+    ];
+    for (strategy, request, phase, requests) in cases {
+        let disk = Disk::new(&ALL);
+        let (left, taken) =
+            hand_over(disk.devices(), Plan::new().strategy(strategy), Sections::new(), |incoming| {
+                Notes::at(&disk.path).fail_next(request);
+                incoming.take_over()
+            });
+        let mut failed = left.unwrap_err();
+        assert_eq!(failed.error.phase, phase, "{:?}", failed.error);
+        assert_eq!(failed.error.device.as_deref(), Some("disk0"));
+        assert_eq!(taken.unwrap_err().phase, phase);
+        assert!(failed.lost.is_empty());
+        works(&mut failed.devices);
+        assert_eq!(disk.notes().replace(", close", ""), requests);
+    }
+}
+
+/// A successor that does not answer in time is called off, lets go, and hears why.
+#[test]
+fn a_successor_that_is_late_is_called_off() {
+    for strategy in [Strategy::Live, Strategy::Resume, Strategy::Reset] {
+        let disk = Disk::new(&ALL);
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let devices = disk.devices();
+        thread::scope(|scope| {
+            let taken = scope.spawn(|| Incoming::<Notes>::receive(theirs)?.take_over());
+            let plan = Plan::new().strategy(strategy).deadline(Duration::ZERO);
+            let prepared = plan.prepare(&devices, Via::HandOver(ours)).unwrap();
+            let mut failed = prepared.switch(devices, Sections::new()).unwrap_err();
+            assert!(matches!(failed.error.source, Cause::Link(LinkError::TimedOut)), "{:?}", failed.error);
+            assert!(failed.lost.is_empty());
+            works(&mut failed.devices);
+            let error = taken.join().unwrap().unwrap_err();
+            assert!(matches!(error.source, Cause::Aborted), "{error:?}");
+        });
+        let notes = disk.notes();
+        assert!(strategy == Strategy::Live || notes.contains("suspend"), "{notes}");
+    }
+}
+
+#[test]
+fn a_prepare_can_be_cancelled_and_dropped() {
+    let disk = Disk::new(&ALL);
+    let devices = disk.devices();
+    let (ours, silent) = UnixStream::pair().unwrap();
+    let cancel = Cancel::new().unwrap();
+    let begin = Instant::now();
+    let error = thread::scope(|scope| {
+        scope.spawn(|| {
+            thread::sleep(Duration::from_millis(20));
+            cancel.cancel();
+        });
+        Plan::new().cancel(&cancel).prepare(&devices, Via::HandOver(ours)).unwrap_err()
+    });
+    drop(silent);
+    assert!(matches!(error.source, Cause::Link(LinkError::Cancelled)), "{error:?}");
+    assert!(begin.elapsed() < Duration::from_secs(20));
+
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let error = thread::scope(|scope| {
+        let taken = scope.spawn(|| Incoming::<Notes>::receive(theirs)?.take_over());
+        drop(Plan::new().prepare(&devices, Via::HandOver(ours)).unwrap());
+        taken.join().unwrap().unwrap_err()
+    });
+    assert!(matches!(error.source, Cause::Aborted), "{error:?}");
+    assert!(!disk.notes().contains("new_owner"), "{}", disk.notes());
+}
+
+/// A virtual machine monitor: two devices, one memory, rings that belong to a guest, and one that is the program's own.
+#[test]
+fn a_guests_rings_and_shared_memory_are_carried_over() {
+    let disks = [Disk::new(&ALL), Disk::new(&[B::SUSPEND])];
+    let memory =
+        Memory::map("ram", memfd::create(c"ram", 1 << 20, None).unwrap(), 0, 1 << 20, false).unwrap();
+    let mut devices = Devices::new();
+    let events: Vec<EventFd> = (0..4).map(|_| EventFd::new().unwrap()).collect();
+    let copy = |event: &EventFd| {
+        use std::os::fd::AsFd as _;
+        EventFd::from_fd(event.as_fd().try_clone_to_owned().unwrap()).unwrap()
+    };
+    let ring = GuestRing { size: 128, desc: 0x1000, driver: 0x2000, device: 0x3000 };
+    for ((name, disk), events) in ["disk0", "disk1"].into_iter().zip(&disks).zip(events.chunks(2)) {
+        let mut session = notes::negotiated(&disk.path);
+        session.map_memory("low", &memory, 0, 0, 0x8_0000, Perm::RW).unwrap();
+        session.map_memory("high", &memory, 0x8_0000, 0x1_0000_0000, 0x8_0000, Perm::RW).unwrap();
+        let (kick, call) = (copy(&events[0]), copy(&events[1]));
+        session.add_guest_queue(Q0, ring, kick, call).unwrap();
+        session.add_queue(QueueIndex(1), 8, "high", 0x1000).unwrap();
+        session.start().unwrap();
+        session.ops().note("--- update").unwrap();
+        devices.push(name, session);
+    }
+    let (left, taken) = hand_over(devices, Plan::new(), Sections::new(), Incoming::take_over);
+    left.unwrap();
+    let Restored { devices, report, .. } = taken.unwrap();
+    let strategies: Vec<Strategy> = report.devices.iter().map(|d| d.strategy).collect();
+    assert_eq!(strategies, [Strategy::Live, Strategy::Reopen], "the best that each can do");
+    for ((_, session), events) in devices.iter().zip(events.chunks(2)) {
+        let queue = session.guest_queue(Q0).unwrap();
+        assert_eq!(queue.ring(), ring);
+        events[1].signal();
+        assert_eq!(queue.call().drain(), 1, "it is the caller's own");
+        assert_eq!(session.queue(QueueIndex(1)).unwrap().region(), "high");
+        let error = session.queue(Q0).unwrap_err().to_string();
+        assert_eq!(error, "queue 0 is a ring of a guest, not of this program");
+        let regions: Vec<_> = session.regions().iter().map(|r| (r.name(), r.offset())).collect();
+        assert_eq!(regions, [("low", 0), ("high", 0x8_0000)]);
+    }
+    let uaddr = |name| devices.get(name).unwrap().region("low").unwrap().uaddr();
+    assert_eq!(uaddr("disk0"), uaddr("disk1"), "mapped once");
+    assert_ne!(uaddr("disk0"), memory.uaddr(), "and not where the predecessor has it");
+}
+
+#[test]
+fn strangers_and_other_files_are_refused() {
+    let disk = Disk::new(&ALL);
+    let devices = disk.devices();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    drop(theirs);
+    let error = Plan::new().prepare(&devices, Via::HandOver(ours)).unwrap_err();
+    assert!(matches!(error.source, Cause::Link(LinkError::Gone)), "{error:?}");
+    let udp = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let socket = UnixStream::from(std::os::fd::OwnedFd::from(udp));
+    let error = Plan::new().prepare(&devices, Via::HandOver(socket)).unwrap_err();
+    assert_eq!(error.source.to_string(), "the descriptor is not a Unix stream socket");
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    std::io::Write::write_all(&mut theirs, b"HTTP/1.1 400 Bad Request\r\n").unwrap();
+    let error = Plan::new().prepare(&devices, Via::HandOver(ours)).unwrap_err();
+    assert!(error.source.to_string().contains("does not speak this protocol"), "{error:?}");
+}
+
+/// The program that [`a_child_takes_over`] and its like start; libtest's arguments choose this test.
+#[test]
+fn child() {
+    let Ok(part) = std::env::var("PART") else {
+        assert!(update::incoming::<Notes>().unwrap().is_none(), "nobody has left anything to this process");
+        return;
+    };
+    let incoming = update::incoming::<Notes>();
+    let taken = match part.as_str() {
+        "take" => incoming.unwrap().unwrap().take_over(),
+        "refuse" => Err(incoming.unwrap().unwrap().refuse("not this one")),
+        "die" => std::process::exit(7),
+        "die ready" => {
+            let _incoming = incoming.unwrap().unwrap();
+            std::process::exit(7)
+        }
+        other => panic!("{other}"),
+    };
+    if let Ok(mut restored) = taken {
+        assert_eq!(restored.report.way, Way::Fork);
+        works(&mut restored.devices);
+        restored.devices.get("disk0").unwrap().ops().note("--- served").unwrap();
+    }
+}
+
+fn image(part: &str) -> Image {
+    Image::new(std::env::current_exe().unwrap())
+        .args(["x", "child", "--exact", "--nocapture"])
+        .env("PART", part)
+}
+
+#[test]
+fn a_child_takes_over() {
+    let disk = Disk::new(&ALL);
+    let devices = disk.devices();
+    // As a program does whose devices are driven meanwhile.
+    let described = Plan::new().describe(&devices).unwrap();
+    let prepared = thread::spawn(|| described.prepare(Via::Fork(image("take"))));
+    let prepared = prepared.join().unwrap().unwrap();
+    assert_ne!(prepared.successor(), i32::try_from(std::process::id()).unwrap());
+    assert_eq!(disk.notes(), "", "the device was not touched");
+    let mut departed = prepared.switch(devices, Sections::new()).unwrap();
+    assert!(departed.child.as_mut().unwrap().wait().unwrap().success());
+    assert_eq!(departed.report.way, Way::Fork);
+    let notes = disk.notes().replace(", close", "");
+    assert_eq!(notes, "new_owner, --- served");
+}
+
+#[test]
+fn a_child_that_fails_leaves_everything_here() {
+    for (part, reason) in [
+        ("refuse", "failed in phase load: refused: not this one"),
+        ("die", "the other side is gone"),
+        ("die ready", "the successor has given up"),
+    ] {
+        let disk = Disk::new(&ALL);
+        let mut devices = disk.devices();
+        let error = Plan::new().prepare(&devices, Via::Fork(image(part))).unwrap_err();
+        let text = error.source.to_string();
+        // A process that exits does not drop what it has: the socket just closes.
+        let gone = part == "die ready" && text == "the other side is gone";
+        assert!(text.contains(reason) || gone, "{part}: {text}");
+        works(&mut devices);
+        // The child closes its copy.
+        assert_eq!(disk.notes().replace("close", ""), "", "{part}");
+    }
+    let disk = Disk::new(&ALL);
+    let devices = disk.devices();
+    let error = Plan::new().prepare(&devices, Via::Fork(Image::new("/bin/nothing"))).unwrap_err();
+    assert!(error.source.to_string().contains("/bin/nothing cannot be run"), "{error:?}");
+}
+
+/// A rehearsal finds out what an exec would find out too late, and changes nothing.
+#[test]
+fn a_rehearsal_asks_the_new_image_before_the_exec() {
+    let disk = Disk::new(&ALL);
+    let mut devices = disk.devices();
+    let error = Plan::new().rehearse().prepare(&devices, Via::Exec(image("refuse"))).unwrap_err();
+    assert!(error.source.to_string().contains("refused: not this one"), "{error:?}");
+    let prepared = Plan::new().rehearse().prepare(&devices, Via::Exec(image("take"))).unwrap();
+    drop(prepared);
+    works(&mut devices);
+    assert_eq!(disk.notes().replace("close", "").replace(", ", ""), "");
+    let prepared = Plan::new().prepare(&devices, Via::Exec(Image::new(Path::new("/bin/true")))).unwrap();
+    assert_eq!(prepared.strategy("disk0"), Some(Strategy::Live));
+}

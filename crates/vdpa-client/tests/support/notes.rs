@@ -1,0 +1,241 @@
+//! A device that is an ordinary file: what it offers is its name, what was asked of it its contents. So every process sees
+//! the same device, and the whole sequence of an update can be compared with the one documented.
+#![expect(clippy::unwrap_used, reason = "a test: every failure is a panic")]
+#![expect(unreachable_pub, reason = "shared by tests, each of which is a crate")]
+
+use std::fs::{File, OpenOptions};
+use std::io::Write as _;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use vdpa_client::device::{Device, DeviceFile};
+use vdpa_core::Errno;
+use vdpa_core::features::{BackendFeatures, Features, Status};
+use vdpa_core::ops::VdpaOps;
+use vdpa_core::ring::Buffer;
+use vdpa_core::types::{
+    Asid, GroupIndex, IotlbMsg, IovaRange, Perm, QueueIndex, Result, VringAddr, iotlb_type,
+};
+use vdpa_sys::eventfd::EventFd;
+use vdpa_sys::memfd;
+
+pub const Q0: QueueIndex = QueueIndex(0);
+
+/// A device that notes requests in its file.
+#[derive(Debug)]
+pub struct Notes(File);
+
+impl Notes {
+    /// The device file at `path`, looked at from outside: nothing is noted.
+    pub fn at(path: &Path) -> std::mem::ManuallyDrop<Self> {
+        std::mem::ManuallyDrop::new(Self(OpenOptions::new().append(true).open(path).unwrap()))
+    }
+
+    fn path(&self) -> std::path::PathBuf {
+        use std::os::fd::AsRawFd;
+        std::fs::read_link(format!("/proc/self/fd/{}", self.0.as_raw_fd())).unwrap()
+    }
+
+    pub fn text(&self) -> String {
+        std::fs::read_to_string(self.path()).unwrap()
+    }
+
+    /// The next request of this name fails, once.
+    pub fn fail_next(&self, request: &str) {
+        std::fs::write(self.path().with_extension("fail"), request).unwrap();
+    }
+
+    fn may_fail(&self, request: &str) -> Result<()> {
+        let order = self.path().with_extension("fail");
+        if std::fs::read_to_string(&order).is_ok_and(|name| name == request) {
+            std::fs::remove_file(order).unwrap();
+            self.note(&format!("{request} fails"))?;
+            return Err(Errno::IO);
+        }
+        Ok(())
+    }
+
+    pub fn note(&self, line: &str) -> Result<()> {
+        writeln!(&self.0, "{line}").unwrap();
+        Ok(())
+    }
+}
+
+impl Drop for Notes {
+    fn drop(&mut self) {
+        let _ = self.note("close");
+    }
+}
+
+impl AsFd for Notes {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl DeviceFile for Notes {
+    fn open(path: &Path) -> Result<Self> {
+        let file = OpenOptions::new().append(true).open(path).map_err(|_| Errno::NOENT)?;
+        let device = Self(file);
+        device.note("open")?;
+        Ok(device)
+    }
+
+    fn from_fd(fd: OwnedFd) -> Self {
+        Self(File::from(fd))
+    }
+}
+
+impl VdpaOps for Notes {
+    type Event = EventFd;
+
+    fn device_id(&self) -> Result<u32> {
+        Ok(2)
+    }
+    fn status(&self) -> Result<Status> {
+        let text = self.text();
+        let last = text.lines().rev().find_map(|l| l.strip_prefix("status "));
+        Ok(Status(last.map_or(0, |s| s.parse().unwrap())))
+    }
+    fn set_status(&self, status: Status) -> Result<()> {
+        self.may_fail("status")?;
+        self.note(&format!("status {}", status.0))
+    }
+    fn features(&self) -> Result<Features> {
+        Ok(Features::of(&[Features::VERSION_1, Features::ACCESS_PLATFORM, Features::BLK_FLUSH]))
+    }
+    fn set_features(&self, _: Features) -> Result<()> {
+        self.note("features")
+    }
+    fn backend_features(&self) -> Result<BackendFeatures> {
+        let path = self.path();
+        let name = path.file_name().unwrap().to_str().unwrap();
+        Ok(BackendFeatures(u64::from_str_radix(name, 16).unwrap()))
+    }
+    fn set_backend_features(&self, _: BackendFeatures) -> Result<()> {
+        Ok(())
+    }
+    fn vqs_count(&self) -> Result<u32> {
+        Ok(2)
+    }
+    fn group_num(&self) -> Result<u32> {
+        Ok(1)
+    }
+    fn as_num(&self) -> Result<u32> {
+        Ok(1)
+    }
+    fn iova_range(&self) -> Result<IovaRange> {
+        Ok(IovaRange::ALL)
+    }
+    fn config_size(&self) -> Result<u32> {
+        Ok(0)
+    }
+    fn config(&self, _: u32, _: &mut [u8]) -> Result<()> {
+        Ok(())
+    }
+    fn set_config(&self, _: u32, _: &[u8]) -> Result<()> {
+        Ok(())
+    }
+    fn set_config_call(&self, _: Option<&EventFd>) -> Result<()> {
+        Ok(())
+    }
+    fn vring_num(&self) -> Result<u16> {
+        Ok(256)
+    }
+    fn set_owner(&self) -> Result<()> {
+        self.note("set_owner")
+    }
+    fn reset_owner(&self) -> Result<()> {
+        Err(Errno::FAULT)
+    }
+    fn new_owner(&self) -> Result<()> {
+        self.may_fail("new_owner")?;
+        self.note("new_owner")
+    }
+    fn set_vring_num(&self, _: QueueIndex, _: u32) -> Result<()> {
+        Ok(())
+    }
+    fn set_vring_addr(&self, _: QueueIndex, _: &VringAddr) -> Result<()> {
+        Ok(())
+    }
+    fn set_vring_base(&self, _: QueueIndex, num: u32) -> Result<()> {
+        self.note(&format!("base {num}"))
+    }
+    fn vring_base(&self, _: QueueIndex) -> Result<u32> {
+        self.note("get_base")?;
+        Ok(1)
+    }
+    fn set_vring_enable(&self, _: QueueIndex, _: bool) -> Result<()> {
+        self.note("enable")
+    }
+    fn set_vring_kick(&self, _: QueueIndex, _: Option<&EventFd>) -> Result<()> {
+        Ok(())
+    }
+    fn set_vring_call(&self, _: QueueIndex, _: Option<&EventFd>) -> Result<()> {
+        Ok(())
+    }
+    fn set_vring_err(&self, _: QueueIndex, _: Option<&EventFd>) -> Result<()> {
+        Ok(())
+    }
+    fn vring_group(&self, _: QueueIndex) -> Result<GroupIndex> {
+        Ok(GroupIndex(0))
+    }
+    fn set_group_asid(&self, _: GroupIndex, _: Asid) -> Result<()> {
+        Ok(())
+    }
+    fn vring_size(&self, _: QueueIndex) -> Result<u32> {
+        Ok(256)
+    }
+    fn suspend(&self) -> Result<()> {
+        self.may_fail("suspend")?;
+        self.note("suspend")
+    }
+    fn resume(&self) -> Result<()> {
+        self.may_fail("resume")?;
+        self.note("resume")
+    }
+    fn iotlb(&self, _: Asid, msg: &IotlbMsg) -> Result<()> {
+        self.note(match msg.kind {
+            iotlb_type::UPDATE => "update",
+            iotlb_type::REMAP => "remap",
+            iotlb_type::BATCH_BEGIN => "begin",
+            iotlb_type::BATCH_END => "end",
+            _ => "invalidate",
+        })
+    }
+}
+
+pub const BASE: BackendFeatures = BackendFeatures(0x10e);
+
+pub fn offered(bits: &[vdpa_core::features::Bit]) -> BackendFeatures {
+    BASE | BackendFeatures::of(bits)
+}
+
+pub fn negotiated(path: &Path) -> vdpa_client::Session<Notes> {
+    Device::<Notes>::open(path).unwrap().negotiate(Features::NONE).unwrap()
+}
+
+pub fn session(path: &Path) -> vdpa_client::Session<Notes> {
+    let mut session = negotiated(path);
+    let ram = memfd::create(c"ram", 1 << 16, None).unwrap();
+    session.map_memfd("ram", ram, 0x10_0000, 1 << 16, Perm::RW).unwrap();
+    session.add_queue(Q0, 8, "ram", 0).unwrap();
+    session.start().unwrap();
+    let queue = session.queue_mut(Q0).unwrap();
+    for token in [11, 22] {
+        queue.submit(&[Buffer { iova: 0x10_8000, len: 16 }], &[], token).unwrap();
+    }
+    queue.notify().unwrap();
+    session.region("ram").unwrap().map().unwrap().write(0x8000, b"guest memory").unwrap();
+    session.ops().note("--- update").unwrap();
+    session
+}
+
+/// What a device does with the first request.
+pub fn complete_first(session: &vdpa_client::Session<Notes>) {
+    let layout = session.queue(Q0).unwrap().layout();
+    let map = session.region("ram").unwrap().map().unwrap();
+    let used = usize::try_from(layout.used).unwrap();
+    map.write(used + 4, &[0; 8]).unwrap();
+    map.store_u16(used + 2, 1).unwrap();
+}
