@@ -253,8 +253,15 @@ impl Sections {
         self.ensure_consumed_below("")
     }
 
-    /// [`ensure_consumed`](Self::ensure_consumed) for the names that begin with `prefix`.
-    pub(crate) fn ensure_consumed_below(&self, prefix: &str) -> Result<(), StateError> {
+    /// [`ensure_consumed`](Self::ensure_consumed) for the library's own; those that may be skipped are dropped, so that the
+    /// caller's remain.
+    pub(crate) fn end_of_own(&mut self) -> Result<(), StateError> {
+        self.ensure_consumed_below(RESERVED_PREFIX)?;
+        self.0.retain(|s| !s.name.starts_with(RESERVED_PREFIX));
+        Ok(())
+    }
+
+    fn ensure_consumed_below(&self, prefix: &str) -> Result<(), StateError> {
         match self.0.iter().find(|s| !s.optional && s.name.starts_with(prefix)) {
             Some(s) => Err(StateError::Unknown { name: s.name.clone(), version: s.version }),
             None => Ok(()),
@@ -442,7 +449,8 @@ mod tests {
         assert!(
             matches!(sections.ensure_consumed(), Err(StateError::Unknown { name, version: 1 }) if name == "a")
         );
-        assert!(sections.ensure_consumed_below(RESERVED_PREFIX).is_ok());
+        sections.end_of_own().unwrap();
+        assert_eq!(sections.iter().map(|s| s.name.as_str()).collect::<Vec<_>>(), ["a"]);
         sections.take("a").unwrap();
         sections.ensure_consumed().unwrap();
     }

@@ -224,7 +224,7 @@ impl State {
             memory: sections.require(MEMORY)?.parse(VERSION)?,
             queues: sections.require(QUEUES)?.parse(VERSION)?,
         };
-        sections.ensure_consumed_below(super::RESERVED_PREFIX)?;
+        sections.end_of_own()?;
         Ok(state)
     }
 }

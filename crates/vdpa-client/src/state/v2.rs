@@ -285,7 +285,7 @@ pub fn take(sections: &mut Sections) -> Result<(Prepared, Switch), StateError> {
         return Ok(from_v1(v1::State::take(sections)?));
     }
     let taken = (Prepared::take(sections)?, Switch::take(sections)?);
-    sections.ensure_consumed_below(super::RESERVED_PREFIX)?;
+    sections.end_of_own()?;
     Ok(taken)
 }
 

@@ -160,7 +160,7 @@ impl<D: DeviceFile> Incoming<D> {
         let loaded = (|| {
             let mut sections = state::decode(&offer.payload).map_err(|e| at(Phase::Load)(e.into()))?;
             let known = v2::Prepared::take(&mut sections).map_err(|e| at(Phase::Load)(e.into()))?;
-            sections.ensure_consumed_below(state::RESERVED_PREFIX).map_err(|e| at(Phase::Load)(e.into()))?;
+            sections.end_of_own().map_err(|e| at(Phase::Load)(e.into()))?;
             let update = known.update.clone();
             Ok((update, load(known, Source::Received(fds))?, sections))
         })();
