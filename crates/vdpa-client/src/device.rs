@@ -7,6 +7,7 @@ use vdpa_core::Errno;
 use vdpa_core::features::{BackendFeatures, Features, Status};
 use vdpa_core::ops::VdpaOps;
 use vdpa_sys::eventfd::EventFd;
+use vdpa_sys::uapi::report::UpdateReport;
 use vdpa_sys::vhost_vdpa::{OpenError, VhostVdpaFd};
 
 use crate::dma::Regions;
@@ -25,6 +26,14 @@ pub trait DeviceFile: VdpaOps<Event = EventFd> + AsFd + Sized {
 
     /// Uses a device that is open already. Makes no request.
     fn from_fd(fd: OwnedFd) -> Self;
+
+    /// Tells the server of the device what an update cost, for its operators. Nothing depends on it.
+    ///
+    /// # Errors
+    /// `ENOTTY` from a server that does not want to know, such as the kernel; this is the default.
+    fn report_update(&self, _report: &UpdateReport) -> Result<(), Errno> {
+        Err(Errno::NOTTY)
+    }
 }
 
 impl DeviceFile for VhostVdpaFd {
@@ -39,6 +48,10 @@ impl DeviceFile for VhostVdpaFd {
 
     fn from_fd(fd: OwnedFd) -> Self {
         Self::from_fd(fd)
+    }
+
+    fn report_update(&self, report: &UpdateReport) -> Result<(), Errno> {
+        Self::report_update(self, report)
     }
 }
 

@@ -27,6 +27,7 @@ use crate::eventfd::EventFd;
 use crate::fence::Fence;
 use crate::ioctl::{self, Getter, NoArg, Setter, Updater};
 use crate::uapi::live::{self, Numbers};
+use crate::uapi::report::UpdateReport;
 use crate::uapi::vhost as uapi;
 
 macro_rules! requests {
@@ -221,6 +222,18 @@ impl VhostVdpaFd {
                 result => return result.map_err(errno::from_rustix),
             }
         }
+    }
+
+    /// Tells the server of the device what an update cost. Blocks as every request does.
+    ///
+    /// # Errors
+    /// `ENOTTY` from a server that does not want to know, such as the kernel; `EPERM` unless this process is the owner;
+    /// `EINVAL` for a report that makes no sense.
+    pub fn report_update(&self, report: &UpdateReport) -> Result<()> {
+        let address = std::ptr::from_ref(report).expose_provenance();
+        // SAFETY: the request reads exactly the bytes of the report (its size is in the number), which is borrowed here;
+        // a server that does not know the request reads at most a 4-byte index from its start.
+        unsafe { ioctl::call(&self.fd, self.numbers.report_request(), address) }.map(drop)
     }
 
     fn state(index: QueueIndex, num: u32) -> uapi::VringState {

@@ -14,11 +14,12 @@ use vdpa_core::parent::{Parent, PinLimit, Profile};
 use vdpa_core::types::QueueIndex;
 use vdpa_sys::process::{Caller, OwnerSpace, Spaces};
 use vdpa_sys::rlimit;
+use vdpa_sys::uapi::report::UpdateReport;
 use zerocopy::IntoBytes;
 
 use crate::ctl::api::{
-    AddRequest, Backend, CtlError, DevInfo, DevState, ID_NET, MgmtDev, Owner, QueueInfo, QueueVstats,
-    VSTATS_INDEX_MAX,
+    AddRequest, Backend, CtlError, DevInfo, DevState, ID_NET, LastUpdate, MgmtDev, Owner, QueueInfo,
+    QueueVstats, UpdateInfo, VSTATS_INDEX_MAX,
 };
 use crate::ctl::config::DevConfig;
 use crate::front::fuse::FuseFs;
@@ -94,6 +95,20 @@ impl Entry {
         format!("vhost-vdpa-{}", self.number)
     }
 
+    fn update(&self) -> Result<UpdateInfo, CtlError> {
+        let owner = self.lock()?.owner().map(|space| describe_owner(space, self.file.owned_since()));
+        let updates = self.file.updates();
+        Ok(UpdateInfo {
+            name: self.name.clone(),
+            owner,
+            owner_changes: updates.owner_changes,
+            owner_changed: updates.owner_changed.map(unix),
+            updates: updates.done,
+            rolled_back: updates.rolled_back,
+            last: updates.last.map(|(report, at)| last_update(&report, at)),
+        })
+    }
+
     fn lock(&self) -> Result<MutexGuard<'_, Device<AnyParent>>, CtlError> {
         self.device.try_lock_for(PATIENCE).ok_or_else(|| {
             CtlError::new(Errno::BUSY, format!("device {} is busy with a request of its client", self.name))
@@ -140,10 +155,43 @@ fn pin_limit(device: &Device<AnyParent>, owner: &OwnerSpace) -> Option<u64> {
     }
 }
 
+/// Seconds since 1970.
+fn unix(at: SystemTime) -> u64 {
+    at.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+fn last_update(report: &UpdateReport, at: SystemTime) -> LastUpdate {
+    let name = |names: &[&str], at: u8| names.get(usize::from(at)).copied().unwrap_or("unknown").to_owned();
+    let phases = [
+        ("suspend", report.suspend),
+        ("save", report.save),
+        ("transfer", report.transfer),
+        ("load", report.load),
+        ("new_owner", report.new_owner),
+        ("vrings", report.vrings),
+        ("remap", report.remap),
+        ("resume", report.resume),
+        ("commit", report.commit),
+    ];
+    LastUpdate {
+        at: unix(at),
+        way: name(&["exec", "fork", "hand-over"], report.way),
+        strategy: name(&["live", "resume", "reset", "reopen"], report.strategy),
+        outcome: name(&["done", "rolled back"], report.outcome),
+        reason: report.reason(),
+        predecessor: report.predecessor,
+        successor: report.successor,
+        total_ns: report.total,
+        prepare_ns: report.prepare,
+        phases_ns: phases.into_iter().map(|(phase, ns)| (phase.to_owned(), ns)).collect(),
+        mappings: report.mappings,
+        queues: report.queues,
+    }
+}
+
 fn describe_owner(space: &OwnerSpace, since: Option<SystemTime>) -> Owner {
     let comm = Caller::new(space.pid()).map(|caller| caller.comm()).unwrap_or_default();
-    let since = since.and_then(|since| since.duration_since(UNIX_EPOCH).ok());
-    Owner { pid: space.pid().unsigned_abs(), comm, since: since.map_or(0, |since| since.as_secs()) }
+    Owner { pid: space.pid().unsigned_abs(), comm, since: since.map_or(0, unix) }
 }
 
 fn check_name(name: &str) -> Result<(), CtlError> {
@@ -224,6 +272,15 @@ impl Backend for Bus {
             queue_index: index,
             counters: counters.into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
         })
+    }
+
+    fn updates(&self) -> Result<Vec<UpdateInfo>, CtlError> {
+        let entries = self.devices.lock().clone();
+        entries.iter().map(|entry| entry.update()).collect()
+    }
+
+    fn update(&self, name: &str) -> Result<UpdateInfo, CtlError> {
+        self.find(name)?.update()
     }
 
     fn add(&self, request: AddRequest) -> Result<(), CtlError> {

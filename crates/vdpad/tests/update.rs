@@ -15,12 +15,14 @@ use vdpa_client::Session;
 use vdpa_client::dma::{Backing, RegionSpec};
 use vdpa_client::state::{self, Section, Sections};
 use vdpa_client::update::{self, Devices, Failed, Image, Phase, Plan, Strategy, UpdateError, Via};
+use vdpa_core::Errno;
 use vdpa_core::blk::kind;
 use vdpa_core::features::Status;
 use vdpa_core::ops::VdpaOps;
 use vdpa_core::types::Perm;
 use vdpa_sys::exec::set_close_on_exec;
 use vdpa_sys::memfd;
+use vdpa_sys::uapi::report::UpdateReport;
 use vdpa_sys::vhost_vdpa::VhostVdpaFd;
 use vdpad::ctl::api::DevState;
 
@@ -59,8 +61,9 @@ fn tenant() {
             let section = sections.take(SECTION.0).unwrap();
             sections.ensure_consumed().unwrap();
             let (made, flying): Saved = section.parse(SECTION.1).unwrap();
-            let disk = Disk { session, flying: BTreeMap::from_iter(flying) };
-            (again(disk, made), made + 1)
+            let disk = again(Disk { session, flying: BTreeMap::from_iter(flying) }, made);
+            report.announce("disk0", &disk.session).unwrap();
+            (disk, made + 1)
         }
     };
     say("ready");
@@ -163,6 +166,7 @@ fn updated(mgmtdev: &str, strategy: Strategy) {
         } else {
             assert_eq!((set, changed), (1, updates), "{}", vdpad.log());
         }
+        shown(&vdpad, &after, strategy, update);
         // Nothing of the old image is kept.
         let now = robust::eventually("descriptors and threads are as before", || {
             Some(vdpad.resources()).filter(|now| {
@@ -178,6 +182,57 @@ fn updated(mgmtdev: &str, strategy: Strategy) {
     if mgmtdev == "blk" {
         in_the_file(&vdpad.dir().join("disk0.img"));
     }
+}
+
+/// What an operator sees of the update.
+fn shown(vdpad: &Vdpad, state: &DevState, strategy: Strategy, updates: u64) {
+    let update = vdpad.client().update("disk0").unwrap();
+    assert_eq!(update.owner, state.owner);
+    let changes = if strategy == Strategy::Reopen { 0 } else { updates };
+    assert_eq!((update.owner_changes, update.owner_changed.is_some()), (changes, changes > 0));
+    assert_eq!((update.updates, update.rolled_back), (updates, 0));
+    let last = update.last.unwrap();
+    assert_eq!(
+        (last.way.as_str(), last.strategy.as_str(), last.outcome.as_str()),
+        ("exec", strategy.name(), "done")
+    );
+    assert_eq!(
+        (last.predecessor, last.successor),
+        (last.successor, last.predecessor),
+        "an exec keeps the pid"
+    );
+    let sum: u64 = last.phases_ns.iter().map(|(_, ns)| ns).sum();
+    assert!(sum > 0 && sum <= last.total_ns && (last.mappings, last.queues) == (1, 1), "{last:?}");
+    let text = vdpad.ctl("update show disk0").stdout;
+    let pid = state.owner.as_ref().unwrap().pid;
+    assert!(text.starts_with(&format!("disk0: owner pid {pid} comm ")), "{text}");
+    assert!(
+        text.contains(&format!(" way exec strategy {strategy} done pid {pid} mappings 1 queues 1\n")),
+        "{text}"
+    );
+    assert!(text.contains("  total ") && text.contains(" transfer "), "{text}");
+    let json: serde_json::Value = serde_json::from_str(&vdpad.ctl("-j update show").stdout).unwrap();
+    assert_eq!(json["update"]["disk0"]["last"]["total_ns"], last.total_ns, "{json}");
+}
+
+#[test]
+fn reports_of_updates_are_the_owners_and_checked() {
+    let vdpad = Vdpad::start(Duration::from_secs(60));
+    let device = vdpad.add_any("disk0", "blk");
+    let none = vdpad.ctl("update show").stdout;
+    assert_eq!(none, "disk0: no owner\n  owner_changes 0 updates 0 rolled_back 0\n");
+    let file = VhostVdpaFd::open(&device).unwrap();
+    let report = UpdateReport::default();
+    assert_eq!(file.report_update(&report), Err(Errno::PERM), "it has no owner");
+    file.set_owner().unwrap();
+    assert_eq!(file.report_update(&UpdateReport { strategy: 9, ..report }), Err(Errno::INVAL));
+    assert_eq!(file.report_update(&report), Ok(()));
+    let update = vdpad.client().update("disk0").unwrap();
+    assert_eq!((update.updates, update.last.unwrap().way.as_str()), (1, "exec"));
+    drop(file);
+    vdpad.is_released("disk0");
+    assert!(vdpad.ctl("update show").stdout.contains("no owner\n  owner_changes 0 updates 1 "));
+    assert!(vdpad.ctl("update show disk1").stderr.starts_with("Error: vdpa: device not found.\n"));
 }
 
 /// Connections of the control socket come and go.
@@ -249,6 +304,7 @@ fn fails_and_stays(mgmtdev: &str, strategies: &[Strategy]) {
         fs::write(images.join(name), "\u{1}no program").unwrap();
         fs::set_permissions(images.join(name), fs::Permissions::from_mode(mode)).unwrap();
     }
+    let mut rolled_back = 0;
     for &strategy in strategies {
         let variables = [
             ("DEVICE", device.to_str().unwrap()),
@@ -276,6 +332,16 @@ fn fails_and_stays(mgmtdev: &str, strategies: &[Strategy]) {
             assert_eq!(state.owner.as_ref().unwrap().pid, client.pid().as_raw_nonzero().get().unsigned_abs());
             let held = (state.pinned_pages, state.mappings, state.suspended);
             assert_eq!(*before.get_or_insert(held), held, "{strategy}, {image}");
+            let update = vdpad.client().update("disk0").unwrap();
+            rolled_back += u64::from(image == "junk");
+            assert_eq!((update.updates, update.rolled_back), (0, rolled_back));
+            if let Some(last) = update.last {
+                assert_eq!(last.outcome, "rolled back");
+                assert!(
+                    last.reason.starts_with("update failed in phase transfer: cannot execve"),
+                    "{last:?}"
+                );
+            }
             client.tell("go on");
         }
         assert!(client.end().success());

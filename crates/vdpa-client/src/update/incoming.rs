@@ -60,6 +60,16 @@ pub struct Restored<D> {
     pub report: Report,
 }
 
+impl<D: DeviceFile> Restored<D> {
+    /// [`Report::announce`] for every device that is still here.
+    pub fn announce(&self) {
+        for (name, session) in &self.devices {
+            // Nothing depends on it; a kernel device does not know the request.
+            let _ = self.report.announce(name, session);
+        }
+    }
+}
+
 impl<D> Restored<D> {
     /// The only device, for programs that have one.
     ///

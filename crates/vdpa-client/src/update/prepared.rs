@@ -288,7 +288,7 @@ impl Prepared {
                 }
             }
         }
-        let Self { plan, to, sections, begun_unix_ns, prepare_ns, .. } = self;
+        let Self { plan, to, sections, begun_unix_ns, prepare_ns, chosen } = self;
         let save_begin = monotonic_ns();
         let mut switch = v2::Switch {
             begun_ns,
@@ -304,11 +304,13 @@ impl Prepared {
             To::Exec(image) => {
                 let leave = Leave { image: &image, plan: &plan, sections, late, switch, until };
                 let error = leave.go(&resting);
-                Err(back(error, resting, AtRest::undo, std::iter::empty()))
+                let failed = back(error, resting, AtRest::undo, std::iter::empty());
+                Err(announced(Way::Exec, begun_unix_ns, failed, &chosen))
             }
             To::Process(way, successor) => {
                 let begun = Begun { way, unix_ns: begun_unix_ns, ns: begun_ns };
                 depart(successor, resting, &switch, late, until, begun)
+                    .map_err(|failed| announced(way, begun_unix_ns, failed, &chosen))
             }
         }
     }
@@ -360,6 +362,22 @@ fn back<D: DeviceFile>(
         }
     }
     Box::new(Failed { error, devices, lost })
+}
+
+/// Tells the servers of devices that were brought back that their update was rolled back, and why.
+fn announced<D: DeviceFile>(
+    way: Way,
+    begun_unix_ns: u64,
+    failed: Box<Failed<D>>,
+    chosen: &[Chosen],
+) -> Box<Failed<D>> {
+    for (name, session) in &failed.devices {
+        let strategy = chosen.iter().find(|c| c.name == name).map_or(Strategy::Reopen, |c| c.strategy);
+        let report = Report::rolled_back(way, strategy, begun_unix_ns, &failed.error);
+        // Nothing depends on it; a kernel device does not know the request.
+        let _ = session.parts().0.report_update(&report);
+    }
+    failed
 }
 
 /// When an update began.

@@ -5,7 +5,13 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Strategy, Way};
+use vdpa_core::Errno;
+use vdpa_sys::uapi::report::UpdateReport;
+
+use super::{Strategy, UpdateError, Way};
+use crate::device::DeviceFile;
+use crate::error::chain;
+use crate::session::Session;
 
 /// The times of one update, for all devices together and for each. All in ns of `CLOCK_MONOTONIC`, which goes on over
 /// an exec and is the same in both processes of a hand-over; 0 for what did not happen.
@@ -144,11 +150,71 @@ impl Report {
         Duration::from_nanos(self.total)
     }
 
+    /// Tells the server of a device what this update cost it, for its operators (`vdpactl update show`). One request; make
+    /// it when the device is driven again, so that it is not in the way.
+    ///
+    /// # Errors
+    /// `ENOTTY` from a server that does not want to know, such as the kernel; `EINVAL` when `name` is not in this report.
+    pub fn announce<D: DeviceFile>(&self, name: &str, session: &Session<D>) -> Result<(), Errno> {
+        let device = self.device(name).ok_or(Errno::INVAL)?;
+        session.parts().0.report_update(&self.of(device))
+    }
+
+    fn of(&self, device: &DeviceReport) -> UpdateReport {
+        let few = |number: u64| u32::try_from(number).unwrap_or(u32::MAX);
+        UpdateReport {
+            way: position(&Way::ALL, self.way),
+            strategy: position(&Strategy::ALL, device.strategy),
+            predecessor: self.predecessor,
+            successor: self.successor,
+            begun_unix: self.begun_unix_ns,
+            prepare: self.prepare,
+            total: self.total,
+            save: self.save,
+            transfer: self.transfer,
+            load: self.load,
+            commit: self.commit,
+            suspend: device.suspend,
+            new_owner: device.new_owner,
+            vrings: device.vrings,
+            remap: device.remap,
+            resume: device.resume,
+            mappings: few(device.mappings),
+            queues: few(device.queues),
+            ..UpdateReport::default()
+        }
+    }
+
+    /// The report of an update that was rolled back.
+    pub(super) fn rolled_back(
+        way: Way,
+        strategy: Strategy,
+        begun_unix_ns: u64,
+        why: &UpdateError,
+    ) -> UpdateReport {
+        let own = super::steps::own_pid();
+        let mut report = UpdateReport {
+            way: position(&Way::ALL, way),
+            strategy: position(&Strategy::ALL, strategy),
+            outcome: 1,
+            predecessor: own,
+            successor: own,
+            begun_unix: begun_unix_ns,
+            ..UpdateReport::default()
+        };
+        report.set_reason(&chain(why));
+        report
+    }
+
     /// A device by its name.
     #[must_use]
     pub fn device(&self, name: &str) -> Option<&DeviceReport> {
         self.devices.iter().find(|d| d.name == name)
     }
+}
+
+fn position<T: PartialEq>(all: &[T], one: T) -> u8 {
+    all.iter().position(|other| *other == one).and_then(|at| u8::try_from(at).ok()).unwrap_or(0)
 }
 
 /// Milliseconds with three digits.

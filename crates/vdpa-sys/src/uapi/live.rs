@@ -22,13 +22,15 @@ use thiserror::Error;
 use vdpa_core::features::{BackendFeatures, Bit};
 use vdpa_core::types::iotlb_type;
 
-use crate::uapi::vhost;
+use crate::uapi::{report, vhost};
 
 /// The environment variable that [`configure_from_env`] reads.
 pub const ENV: &str = "VDPA_LIVE_NUMBERS";
 
 /// First bit of a backend feature word that Linux 7.3 leaves free.
 const FREE_BIT: u8 = 9;
+/// First number of an ioctl that Linux 7.3 leaves free to its end.
+const FREE_NUMBER: u8 = 0x90;
 /// First IOTLB message type that Linux 7.3 leaves free.
 const FREE_TYPE: u8 = 7;
 /// Where a bit goes that means nothing here: no device offers it.
@@ -45,13 +47,17 @@ pub struct Numbers {
     pub new_owner_bit: Bit,
     /// The backend feature `VHOST_BACKEND_F_IOTLB_REMAP`.
     pub remap_bit: Bit,
+    /// The number of the ioctl `VDPA_LIVE_REPORT`, which is not of the series ([`report`]).
+    pub report: u8,
 }
 
 /// Why numbers cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum NumbersError {
     /// Not a list of names and values.
-    #[error("\"{text}\": NAME=NUMBER,... is right, with new_owner, remap, new_owner_bit and remap_bit")]
+    #[error(
+        "\"{text}\": NAME=NUMBER,... is right, with new_owner, remap, new_owner_bit, remap_bit and report"
+    )]
     Form {
         /// The part that is wrong.
         text: String,
@@ -84,7 +90,14 @@ impl Numbers {
         remap: iotlb_type::REMAP,
         new_owner_bit: BackendFeatures::NEW_OWNER,
         remap_bit: BackendFeatures::IOTLB_REMAP,
+        report: report::NUMBER,
     };
+
+    /// The ioctl `VDPA_LIVE_REPORT`.
+    #[must_use]
+    pub const fn report_request(self) -> u32 {
+        report::request(self.report)
+    }
 
     /// A backend feature word as it crosses the interface.
     #[must_use]
@@ -146,6 +159,9 @@ impl Numbers {
         if other || self.new_owner >> 8 != u32::from(vhost::VHOST_VIRTIO) {
             return taken("new_owner", self.new_owner, "a free number of the form 0xafNN is right");
         }
+        if self.report < FREE_NUMBER {
+            return taken("report", self.report.into(), "a number from 0x90 to 0xff is right");
+        }
         if self.remap < FREE_TYPE {
             return taken("remap", self.remap.into(), "a message type from 7 on is right");
         }
@@ -178,6 +194,7 @@ impl FromStr for Numbers {
             let byte = || u8::try_from(value).map_err(|_| form());
             match name {
                 "new_owner" => numbers.new_owner = value,
+                "report" => numbers.report = byte()?,
                 "remap" => numbers.remap = byte()?,
                 "new_owner_bit" => numbers.new_owner_bit = Bit(byte()?),
                 "remap_bit" => numbers.remap_bit = Bit(byte()?),
@@ -220,7 +237,7 @@ mod tests {
     use super::*;
 
     const MOVED: Numbers =
-        Numbers { new_owner: 0xaf2f, remap: 9, new_owner_bit: Bit(20), remap_bit: Bit(21) };
+        Numbers { new_owner: 0xaf2f, remap: 9, new_owner_bit: Bit(20), remap_bit: Bit(21), report: 0xf0 };
 
     #[test]
     fn posted_numbers_change_nothing() {
@@ -247,7 +264,7 @@ mod tests {
 
     #[test]
     fn text_names_what_differs() {
-        let text = "new_owner=0xaf2f, remap=9,new_owner_bit=20,remap_bit=0x15";
+        let text = "new_owner=0xaf2f, remap=9,new_owner_bit=20,remap_bit=0x15,report=240";
         assert_eq!(text.parse(), Ok(MOVED));
         assert_eq!("".parse(), Ok(Numbers::POSTED));
         for (text, what) in [
@@ -257,6 +274,7 @@ mod tests {
             ("new_owner=0xaf01", "new_owner=0xaf01"),
             ("new_owner=0x4008af10", "new_owner=0x4008af10"),
             ("new_owner=0x1227", "0xafNN"),
+            ("report=0x20", "from 0x90"),
             ("remap=6", "from 7 on"),
             ("new_owner_bit=8", "9 to 62"),
             ("new_owner_bit=63", "9 to 62"),

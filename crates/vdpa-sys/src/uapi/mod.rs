@@ -3,4 +3,5 @@
 pub mod fuse;
 pub mod live;
 pub(crate) mod proc;
+pub mod report;
 pub mod vhost;

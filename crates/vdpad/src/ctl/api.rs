@@ -15,8 +15,10 @@ use super::config::DevConfig;
 
 mod attrs;
 pub(in crate::ctl) mod hex;
+mod updates;
 
 pub use attrs::{AttrError, Attrs};
+pub use updates::{LastUpdate, UpdateInfo};
 
 /// The virtio device id of network devices (virtio 1.2 section 5).
 pub const ID_NET: u32 = 1;
@@ -63,6 +65,18 @@ pub trait Backend: Debug + Send + Sync + 'static {
     /// In this order (uapi-spec 7.3): `ENODEV`; `EOPNOTSUPP` for a device that is not a network device; `ERANGE` for
     /// an index above [`VSTATS_INDEX_MAX`]; `EAGAIN` before FEATURES_OK; what the parent says.
     fn vstats(&self, name: &str, queue_index: u32) -> Result<QueueVstats, CtlError>;
+
+    /// Who owns each device, and what is known of its updates, in order of creation.
+    ///
+    /// # Errors
+    /// What keeps the backend from answering at all.
+    fn updates(&self) -> Result<Vec<UpdateInfo>, CtlError>;
+
+    /// The same of one device.
+    ///
+    /// # Errors
+    /// `ENODEV`.
+    fn update(&self, name: &str) -> Result<UpdateInfo, CtlError>;
 
     /// Creates a device.
     ///

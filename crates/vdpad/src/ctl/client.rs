@@ -13,7 +13,7 @@ use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
 
-use super::api::{AddRequest, CtlError, DevInfo, ErrorBody, MgmtDev, QueueVstats, Version};
+use super::api::{AddRequest, CtlError, DevInfo, ErrorBody, MgmtDev, QueueVstats, UpdateInfo, Version};
 use super::config::DevConfig;
 
 /// Longer than the daemon's own limit ([`Limits::backend`](super::server::Limits::backend)), so that the daemon
@@ -151,6 +151,22 @@ impl Client {
     pub fn vstats(&self, name: &str, queue_index: Option<u32>) -> Result<QueueVstats, ClientError> {
         let query = queue_index.map(|index| format!("?qidx={index}")).unwrap_or_default();
         self.get(&format!("{}/vstats{query}", device_path(name)))
+    }
+
+    /// Who owns each device, and what is known of its updates.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn updates(&self) -> Result<Vec<UpdateInfo>, ClientError> {
+        self.get("/v1/updates")
+    }
+
+    /// The same of one device.
+    ///
+    /// # Errors
+    /// [`ClientError`]; `ENODEV` for an unknown name.
+    pub fn update(&self, name: &str) -> Result<UpdateInfo, ClientError> {
+        self.get(&format!("{}/update", device_path(name)))
     }
 
     /// Creates a device.

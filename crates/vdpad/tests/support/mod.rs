@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use vdpa_core::Errno;
 use vdpa_core::features::{Bit, Features, Status};
+use vdpad::ctl::api::UpdateInfo;
 use vdpad::ctl::api::{
     AddRequest, Backend, CtlError, DevInfo, DevState, MgmtDev, Owner, QueueInfo, QueueVstats,
     VSTATS_INDEX_MAX,
@@ -200,6 +201,23 @@ impl Backend for Fixture {
             .find(|vstats| u32::from(vstats.queue_index) == queue_index)
             .cloned()
             .ok_or_else(|| CtlError::new(Errno::INVAL, "no such queue"))
+    }
+
+    fn updates(&self) -> Result<Vec<UpdateInfo>, CtlError> {
+        self.devices.iter().map(|(info, _)| self.update(&info.name)).collect()
+    }
+
+    fn update(&self, name: &str) -> Result<UpdateInfo, CtlError> {
+        let (info, _) = self.find(name)?;
+        Ok(UpdateInfo {
+            name: name.to_owned(),
+            owner: info.state.owner.clone(),
+            owner_changes: 0,
+            owner_changed: None,
+            updates: 0,
+            rolled_back: 0,
+            last: None,
+        })
     }
 
     fn add(&self, request: AddRequest) -> Result<(), CtlError> {

@@ -15,6 +15,7 @@ mod failure;
 mod features;
 mod mgmtdev;
 mod output;
+mod update;
 mod utc;
 mod vstats;
 mod words;
@@ -89,6 +90,11 @@ enum Object {
         /// With "del": take the device away from the client that uses it
         #[arg(short, long)]
         force: bool,
+    },
+    /// Updates of clients: who owns which device since when, and what its last update cost
+    Update {
+        /// Command and its words; "help" lists them
+        words: Vec<String>,
     },
     /// Shows what updates of a running client cost, and that nothing is lost
     Demo(Box<demo::Options>),
@@ -174,6 +180,7 @@ fn run(Cli { options, object }: Cli) -> Result<(), Failure> {
     match object {
         Some(Object::Mgmtdev { words }) => mgmtdev::run(&session, &words),
         Some(Object::Dev { words, force }) => dev::run(&session, &words, force),
+        Some(Object::Update { words }) => update::run(&session, &words),
         None | Some(Object::Help | Object::Demo(_) | Object::Bench { .. } | Object::Tenant { .. }) => {
             eprint!("{HELP}");
             Ok(())
@@ -186,7 +193,7 @@ fn run(Cli { options, object }: Cli) -> Result<(), Failure> {
 
 const HELP: &str = "\
 Usage: vdpactl [ OPTIONS ] OBJECT { COMMAND | help }
-where  OBJECT := { mgmtdev | dev | demo | bench }
+where  OBJECT := { mgmtdev | dev | update | demo | bench }
        OPTIONS := { -V[ersion] | -n[o-nice-names] | -j[son] | -p[retty] |
                     -s[tatistics] | --socket PATH }
 ";

@@ -33,6 +33,8 @@ pub(super) fn router(backend: Arc<dyn Backend>, limits: Limits, caller: Result<(
         .route("/v1/devs/{name}", get(device).delete(delete))
         .route("/v1/devs/{name}/config", get(config))
         .route("/v1/devs/{name}/vstats", get(vstats))
+        .route("/v1/devs/{name}/update", get(update))
+        .route("/v1/updates", get(updates))
         .fallback(no_such_path)
         .method_not_allowed_fallback(no_such_method)
         .with_state(App { backend, limits })
@@ -83,6 +85,14 @@ async fn vstats(
     app.call(move |backend| backend.vstats(&name, index)).await.map(ok)
 }
 
+async fn updates(State(app): State<App>) -> Result<Response, Failure> {
+    app.call(|backend| backend.updates()).await.map(ok)
+}
+
+async fn update(State(app): State<App>, Path(name): Path<String>) -> Result<Response, Failure> {
+    app.call(move |backend| backend.update(&name)).await.map(ok)
+}
+
 async fn add(State(app): State<App>, request: Request) -> Result<Response, Failure> {
     let request: AddRequest = read_json(request.into_body(), &app.limits).await?;
     if request.name.is_empty() {
@@ -120,7 +130,7 @@ async fn delete(
 
 async fn no_such_path(request: Request) -> Failure {
     let error = CtlError::new(Errno::NOENT, format!("there is nothing at {}", request.uri().path()))
-        .with_hint("The paths are /v1/version, /v1/mgmtdevs, /v1/devs and /v1/devs/NAME[/config|/vstats].");
+        .with_hint("The paths are /v1/version, /v1/mgmtdevs, /v1/updates, /v1/devs and /v1/devs/NAME[/config|/vstats|/update].");
     Failure { status: StatusCode::NOT_FOUND, error }
 }
 

@@ -2,6 +2,7 @@
 //!
 //! Knows nothing of how requests arrive; a FUSE file delivers them now.
 
+mod updates;
 mod wire;
 
 use std::fmt;
@@ -19,11 +20,14 @@ use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::guest::LinuxHost;
 use vdpa_sys::process::{Caller, OwnerSpace, ProcessCaller, Spaces};
 use vdpa_sys::uapi::live::{self, Numbers};
+use vdpa_sys::uapi::report::UpdateReport;
 use vdpa_sys::uapi::vhost as uapi;
 use zerocopy::IntoBytes;
 
 use crate::front::fuse::{DeviceFile, IoctlCall, IoctlReply};
 use crate::rate::RateLimit;
+
+pub use self::updates::Updates;
 
 /// The decoders, for fuzz targets.
 #[cfg(fuzzing)]
@@ -73,6 +77,7 @@ pub struct VhostVdpaFile {
     refusals: RateLimit,
     /// When the present owner became it.
     owned_since: Mutex<Option<SystemTime>>,
+    updates: Mutex<Updates>,
     numbers: Numbers,
 }
 
@@ -92,6 +97,7 @@ impl VhostVdpaFile {
             spaces,
             refusals: RateLimit::per_second(5),
             owned_since: Mutex::new(None),
+            updates: Mutex::default(),
             numbers: live::configured(),
         }
     }
@@ -99,6 +105,26 @@ impl VhostVdpaFile {
     /// When the present owner became it.
     pub fn owned_since(&self) -> Option<SystemTime> {
         *self.owned_since.lock()
+    }
+
+    /// What is remembered of its owners and updates.
+    pub fn updates(&self) -> Updates {
+        self.updates.lock().clone()
+    }
+
+    /// `VDPA_LIVE_REPORT`: the owner tells what an update cost. Nothing depends on it.
+    fn report(&self, call: &IoctlCall<'_>) -> Result<IoctlReply> {
+        let report: UpdateReport = wire::argument(call.input)?;
+        report.check()?;
+        tracing::info!(
+            device = %self.name,
+            tid = call.tid,
+            outcome = report.outcome,
+            total_us = report.total / 1000,
+            "update reported"
+        );
+        self.updates.lock().reported(report);
+        Ok(IoctlReply::default())
     }
 
     /// Takes the device away from whoever has it open: it is released, and every further request is `ENODEV`.
@@ -237,6 +263,7 @@ impl VhostVdpaFile {
             request if request == self.numbers.new_owner => {
                 device.new_owner(&caller)?;
                 self.log_owner(device.owner(), "owner changed");
+                self.updates.lock().owner_changed();
                 return Ok(IoctlReply::default());
             }
             // Where it is not supported it goes the way of all unknown requests, as in the kernel.
@@ -248,6 +275,9 @@ impl VhostVdpaFile {
             }
             _ if faults::is(Fault::IndexBeforeOwner) => drop(self.vring_index(device, call, &caller)?),
             _ => device.check_owner(&caller)?,
+        }
+        if call.cmd == self.numbers.report_request() {
+            return self.report(call);
         }
         if call.cmd == uapi::VHOST_SET_MEM_TABLE {
             return set_mem_table(call, caller.caller);
