@@ -4,21 +4,19 @@ use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::time::Instant;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{SealFlags, fcntl_get_seals, fstat};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use vdpa_sys::clock::monotonic_ns;
 use vdpa_sys::{inherit, memfd};
 
-use super::link::{Kind, Link, LinkError, Wait};
+use super::link::{Kind, LinkError};
 use super::load::{All, Loaded, Source, load};
 use super::points::{Point, reach};
-use super::successor::Failure;
+use super::predecessor::Conversation;
+use super::taking::Taking;
 use super::{
-    Cause, DeviceReport, Devices, PID_VARIABLE, Phase, Report, SOCKET_VARIABLE, STATE_VARIABLE,
-    StateFileError, Strategy, UpdateError, Way, steps,
+    Cause, Devices, PID_VARIABLE, Phase, Report, SOCKET_VARIABLE, STATE_VARIABLE, StateFileError, Strategy,
+    UpdateError, Way, steps,
 };
 use crate::device::DeviceFile;
 use crate::session::Session;
@@ -355,206 +353,6 @@ fn take_from_process<D: DeviceFile>(
     let devices = taking.run(report)?;
     report.total = monotonic_ns().saturating_sub(begun_ns);
     Ok(devices)
-}
-
-/// Devices in the course of being taken over.
-struct Taking<D> {
-    devices: Vec<(Loaded<D>, Vec<u32>)>,
-    running: usize,
-}
-
-impl<D: DeviceFile> Taking<D> {
-    /// Adopts the driver side of all rings.
-    fn adopt(
-        devices: Vec<Loaded<D>>,
-        switch: v2::Switch,
-        since: u64,
-        report: &mut Report,
-    ) -> Result<Self, UpdateError> {
-        report.prepare = switch.prepare_ns;
-        report.save = switch.save_ns;
-        if devices.len() != switch.devices.len() {
-            let reason = format!("{} were offered, {} are at rest", devices.len(), switch.devices.len());
-            let source = Cause::Invalid { what: "devices".to_owned(), reason };
-            return Err(UpdateError { phase: Phase::Load, device: None, source });
-        }
-        let mut adopted = Vec::with_capacity(devices.len());
-        for (mut device, rest) in devices.into_iter().zip(switch.devices) {
-            let mut times = DeviceReport::new(&device.name, device.strategy);
-            times.suspend = rest.suspend_ns;
-            let bases = device.adopt(rest).map_err(|source| UpdateError {
-                phase: Phase::Load,
-                device: Some(device.name.clone()),
-                source,
-            })?;
-            times.mappings = device.setup.regions.list().len() as u64;
-            times.queues = device.setup.vrings().count() as u64;
-            report.devices.push(times);
-            adopted.push((device, bases));
-        }
-        reach(Point::Adopted);
-        report.load = monotonic_ns().saturating_sub(since);
-        Ok(Self { devices: adopted, running: 0 })
-    }
-
-    /// Becomes the owner of all and tells each what it has to know; none is started.
-    fn own(&mut self, report: &mut Report) -> Result<(), UpdateError> {
-        for ((device, bases), times) in self.devices.iter_mut().zip(&mut report.devices) {
-            let name = device.name.clone();
-            own_one(device, bases, times).map_err(|(phase, source)| UpdateError {
-                phase,
-                device: Some(name),
-                source,
-            })?;
-        }
-        Ok(())
-    }
-
-    /// Starts those that the predecessor could stop again.
-    fn run_all_but_reopened(&mut self, report: &mut Report) -> Result<(), UpdateError> {
-        for ((device, _), times) in self.devices.iter().zip(&mut report.devices) {
-            if device.strategy != Strategy::Reopen {
-                run_one(device, times)?;
-            }
-        }
-        self.running = 1;
-        Ok(())
-    }
-
-    /// Starts all that do not run yet.
-    fn run(self, report: &mut Report) -> Result<Devices<D>, UpdateError> {
-        let mut sessions = Devices::new();
-        for ((device, _), times) in self.devices.into_iter().zip(&mut report.devices) {
-            if self.running == 0 || device.strategy == Strategy::Reopen {
-                run_one(&device, times)?;
-            }
-            let Loaded { name, ops, setup, .. } = device;
-            let closed =
-                || UpdateError { phase: Phase::Resume, device: Some(name.clone()), source: Cause::NoPath };
-            sessions.push(&name, Session::new(ops.ok_or_else(closed)?, setup));
-        }
-        Ok(sessions)
-    }
-}
-
-fn own_one<D: DeviceFile>(
-    device: &mut Loaded<D>,
-    bases: &[u32],
-    times: &mut DeviceReport,
-) -> Result<(), (Phase, Cause)> {
-    let setup = &device.setup;
-    let Some(ops) = &device.ops else {
-        let path = setup.path.clone().unwrap_or_default();
-        device.ops = Some(steps::reopen(&path, setup, bases, times)?);
-        reach(Point::Owned);
-        return Ok(());
-    };
-    steps::timed(&mut times.new_owner, || steps::new_owner(ops)).map_err(|e| (Phase::NewOwner, e.into()))?;
-    reach(Point::Owned);
-    let was_reset = device.strategy == Strategy::Reset;
-    if was_reset {
-        steps::timed(&mut times.vrings, || steps::set_up_again(ops, setup, bases))
-            .map_err(|e| (Phase::Vrings, e.into()))?;
-        reach(Point::Vrings);
-    }
-    steps::timed(&mut times.remap, || steps::remap(ops, setup, was_reset))
-        .map_err(|e| (Phase::Remap, e.into()))?;
-    reach(Point::Remapped);
-    Ok(())
-}
-
-fn run_one<D: DeviceFile>(device: &Loaded<D>, times: &mut DeviceReport) -> Result<(), UpdateError> {
-    let Loaded { name, strategy, ops, setup, .. } = device;
-    let run = || -> Result<(), crate::error::Error> {
-        match (strategy, ops) {
-            (Strategy::Reset | Strategy::Reopen, Some(ops)) => steps::run_again(ops, setup),
-            (Strategy::Resume, Some(ops)) => steps::resume(ops).map(|()| steps::kick_all(setup)),
-            (Strategy::Live, _) | (_, None) => Ok(()),
-        }
-    };
-    let done = steps::timed(&mut times.resume, run).map_err(|e| UpdateError {
-        phase: Phase::Resume,
-        device: Some(name.clone()),
-        source: e.into(),
-    });
-    reach(Point::Running);
-    done
-}
-
-/// The successor's end of the socket.
-#[derive(Debug)]
-struct Conversation {
-    link: Link,
-    process: Option<OwnedFd>,
-    over: bool,
-}
-
-impl Conversation {
-    fn new(socket: UnixStream) -> Result<Self, Cause> {
-        let link = Link::new(socket.into())?;
-        let peer = link.peer(None)?;
-        let process = Pid::from_raw(peer.pid).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
-        Ok(Self { link, process, over: false })
-    }
-
-    fn say(&mut self, kind: Kind, payload: &[u8]) -> Result<(), Cause> {
-        Ok(self.link.send(kind, payload, &[], Wait::default())?)
-    }
-
-    /// Waits for one kind of message, as long as it takes: only the predecessor decides.
-    fn hear(&mut self, kind: Kind) -> Result<super::link::Message, Cause> {
-        let message = self.link.receive(Wait::default())?;
-        match message.kind {
-            heard if heard == kind => Ok(message),
-            Kind::Abort => Err(Cause::Aborted),
-            heard => Err(LinkError::Protocol { what: format!("{heard:?} is out of turn") }.into()),
-        }
-    }
-
-    /// Waits for the predecessor's last word. One that has ended cannot say it, and cannot want the devices back: then
-    /// they are this process's.
-    fn hear_commit(&mut self) -> Result<(), Cause> {
-        match self.hear(Kind::Commit) {
-            Err(Cause::Link(LinkError::Gone)) if self.predecessor_has_ended() => {}
-            other => drop(other?),
-        }
-        self.over = true;
-        Ok(())
-    }
-
-    /// Whether the process has ended, waiting for a moment: its socket closes before it is gone.
-    fn predecessor_has_ended(&self) -> bool {
-        let Some(process) = &self.process else { return true };
-        let limit = Timespec { tv_sec: 5, tv_nsec: 0 };
-        let begin = Instant::now();
-        loop {
-            let mut fds = [PollFd::new(process, PollFlags::IN)];
-            match poll(&mut fds, Some(&limit)) {
-                Ok(count) => return count > 0,
-                Err(_) if begin.elapsed().as_secs() < 5 => {}
-                Err(_) => return false,
-            }
-        }
-    }
-
-    /// Says why not. Nobody is there to be told when that fails.
-    fn say_no(&mut self, kind: Kind, error: &UpdateError) {
-        if self.over {
-            return;
-        }
-        self.over = true;
-        let failure =
-            Failure { phase: error.phase, device: error.device.clone(), reason: super::chain(&error.source) };
-        let payload = serde_json::to_vec(&failure).unwrap_or_default();
-        let _ = self.link.send(kind, &payload, &[], Wait::default());
-    }
-}
-
-impl Drop for Conversation {
-    fn drop(&mut self) {
-        let source = Cause::Refused { reason: "the successor has given up".to_owned() };
-        self.say_no(Kind::Refused, &UpdateError { phase: Phase::Load, device: None, source });
-    }
 }
 
 #[cfg(test)]

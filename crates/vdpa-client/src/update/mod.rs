@@ -43,10 +43,12 @@
 
 mod devices;
 mod incoming;
+mod leave;
 mod link;
 mod load;
 mod plan;
 pub mod points;
+mod predecessor;
 mod prepared;
 mod report;
 mod rest;
@@ -54,6 +56,7 @@ mod save;
 mod steps;
 mod strategy;
 mod successor;
+mod taking;
 
 use std::io;
 use std::path::PathBuf;
@@ -70,7 +73,7 @@ pub use self::plan::{DEADLINE, Image, Plan, UnknownWay, Via, Way};
 pub use self::prepared::{Departed, Described, Failed, Prepared};
 pub use self::report::{DeviceReport, Report};
 pub use self::strategy::{Strategy, UnknownStrategy, Unsupported};
-use crate::error::{Error as SessionError, MemoryProblem, chain};
+use crate::error::{Error as SessionError, MemoryProblem};
 use crate::state::StateError;
 
 /// Environment variable with the number of the descriptor that holds the saved state.

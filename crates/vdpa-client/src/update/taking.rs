@@ -1,0 +1,134 @@
+//! The steps by which a successor becomes the driver of its devices.
+
+use vdpa_sys::clock::monotonic_ns;
+
+use super::load::Loaded;
+use super::points::{Point, reach};
+use super::{Cause, DeviceReport, Devices, Phase, Report, Strategy, UpdateError, steps};
+use crate::device::DeviceFile;
+use crate::session::Session;
+use crate::state::v2;
+
+/// Devices in the course of being taken over.
+pub(super) struct Taking<D> {
+    devices: Vec<(Loaded<D>, Vec<u32>)>,
+    running: usize,
+}
+
+impl<D: DeviceFile> Taking<D> {
+    /// Adopts the driver side of all rings.
+    pub(super) fn adopt(
+        devices: Vec<Loaded<D>>,
+        switch: v2::Switch,
+        since: u64,
+        report: &mut Report,
+    ) -> Result<Self, UpdateError> {
+        report.prepare = switch.prepare_ns;
+        report.save = switch.save_ns;
+        if devices.len() != switch.devices.len() {
+            let reason = format!("{} were offered, {} are at rest", devices.len(), switch.devices.len());
+            let source = Cause::Invalid { what: "devices".to_owned(), reason };
+            return Err(UpdateError { phase: Phase::Load, device: None, source });
+        }
+        let mut adopted = Vec::with_capacity(devices.len());
+        for (mut device, rest) in devices.into_iter().zip(switch.devices) {
+            let mut times = DeviceReport::new(&device.name, device.strategy);
+            times.suspend = rest.suspend_ns;
+            let bases = device.adopt(rest).map_err(|source| UpdateError {
+                phase: Phase::Load,
+                device: Some(device.name.clone()),
+                source,
+            })?;
+            times.mappings = device.setup.regions.list().len() as u64;
+            times.queues = device.setup.vrings().count() as u64;
+            report.devices.push(times);
+            adopted.push((device, bases));
+        }
+        reach(Point::Adopted);
+        report.load = monotonic_ns().saturating_sub(since);
+        Ok(Self { devices: adopted, running: 0 })
+    }
+
+    /// Becomes the owner of all and tells each what it has to know; none is started.
+    pub(super) fn own(&mut self, report: &mut Report) -> Result<(), UpdateError> {
+        for ((device, bases), times) in self.devices.iter_mut().zip(&mut report.devices) {
+            let name = device.name.clone();
+            own_one(device, bases, times).map_err(|(phase, source)| UpdateError {
+                phase,
+                device: Some(name),
+                source,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Starts those that the predecessor could stop again.
+    pub(super) fn run_all_but_reopened(&mut self, report: &mut Report) -> Result<(), UpdateError> {
+        for ((device, _), times) in self.devices.iter().zip(&mut report.devices) {
+            if device.strategy != Strategy::Reopen {
+                run_one(device, times)?;
+            }
+        }
+        self.running = 1;
+        Ok(())
+    }
+
+    /// Starts all that do not run yet.
+    pub(super) fn run(self, report: &mut Report) -> Result<Devices<D>, UpdateError> {
+        let mut sessions = Devices::new();
+        for ((device, _), times) in self.devices.into_iter().zip(&mut report.devices) {
+            if self.running == 0 || device.strategy == Strategy::Reopen {
+                run_one(&device, times)?;
+            }
+            let Loaded { name, ops, setup, .. } = device;
+            let closed =
+                || UpdateError { phase: Phase::Resume, device: Some(name.clone()), source: Cause::NoPath };
+            sessions.push(&name, Session::new(ops.ok_or_else(closed)?, setup));
+        }
+        Ok(sessions)
+    }
+}
+
+fn own_one<D: DeviceFile>(
+    device: &mut Loaded<D>,
+    bases: &[u32],
+    times: &mut DeviceReport,
+) -> Result<(), (Phase, Cause)> {
+    let setup = &device.setup;
+    let Some(ops) = &device.ops else {
+        let path = setup.path.clone().unwrap_or_default();
+        device.ops = Some(steps::reopen(&path, setup, bases, times)?);
+        reach(Point::Owned);
+        return Ok(());
+    };
+    steps::timed(&mut times.new_owner, || steps::new_owner(ops)).map_err(|e| (Phase::NewOwner, e.into()))?;
+    reach(Point::Owned);
+    let was_reset = device.strategy == Strategy::Reset;
+    if was_reset {
+        steps::timed(&mut times.vrings, || steps::set_up_again(ops, setup, bases))
+            .map_err(|e| (Phase::Vrings, e.into()))?;
+        reach(Point::Vrings);
+    }
+    steps::timed(&mut times.remap, || steps::remap(ops, setup, was_reset))
+        .map_err(|e| (Phase::Remap, e.into()))?;
+    reach(Point::Remapped);
+    Ok(())
+}
+
+fn run_one<D: DeviceFile>(device: &Loaded<D>, times: &mut DeviceReport) -> Result<(), UpdateError> {
+    let Loaded { name, strategy, ops, setup, .. } = device;
+    let run = || -> Result<(), crate::error::Error> {
+        match (strategy, ops) {
+            (Strategy::Reset | Strategy::Reopen, Some(ops)) => steps::run_again(ops, setup),
+            (Strategy::Resume, Some(ops)) => steps::resume(ops).map(|()| steps::kick_all(setup)),
+            (Strategy::Live, _) | (_, None) => Ok(()),
+        }
+    };
+    let done = steps::timed(&mut times.resume, run).map_err(|e| UpdateError {
+        phase: Phase::Resume,
+        device: Some(name.clone()),
+        source: e.into(),
+    });
+    reach(Point::Running);
+    done
+}
