@@ -1,0 +1,126 @@
+//! The examples of vdpa-client, run as their readers run them.
+#![expect(clippy::unwrap_used, reason = "a test fails where it stands")]
+
+#[path = "support/robust.rs"]
+mod robust;
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use robust::{Vdpad, eventually};
+
+/// Builds the examples, if that was not done, and says where one is.
+fn example(name: &str) -> PathBuf {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let status = Command::new(cargo)
+        .args(["build", "--quiet", "--locked", "--package", "vdpa-client", "--example", name])
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .status()
+        .unwrap();
+    assert!(status.success());
+    // target/debug/deps/examples-HASH: a debug build, as the command above makes.
+    let target = std::env::current_exe().unwrap();
+    let target = target.ancestors().nth(3).unwrap();
+    target.join("debug/examples").join(name)
+}
+
+fn run(name: &str, args: &[&str]) -> String {
+    let output = Command::new(example(name)).args(args).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+    text
+}
+
+#[test]
+fn driver_replaces_itself() {
+    let vdpad = Vdpad::start(Duration::from_secs(120));
+    for mgmtdev in ["blk", "sim-blk"] {
+        let device = vdpad.add_any(mgmtdev, mgmtdev);
+        let text = run("driver", &[device.to_str().unwrap(), "3"]);
+        assert!(text.ends_with("3 updates, nothing lost\n"), "{text}");
+        assert_eq!(text.matches("exec of 1 device in ").count(), 3, "{text}");
+        assert_eq!(vdpad.client().update(mgmtdev).unwrap().updates, 3);
+    }
+}
+
+#[test]
+fn the_guest_of_the_vmm_does_not_notice() {
+    let vdpad = Vdpad::start(Duration::from_secs(120));
+    for mgmtdev in ["blk", "sim-blk"] {
+        let device = vdpad.add_any(mgmtdev, mgmtdev);
+        let text = run("vmm", &[device.to_str().unwrap(), "3"]);
+        assert!(
+            text.contains("\n3 updates, the guest wrote ") && text.ends_with(" and lost none\n"),
+            "{text}"
+        );
+        assert_eq!(text.matches("fork of 1 device in ").count(), 3, "{text}");
+        let update = vdpad.client().update(mgmtdev).unwrap();
+        assert_eq!((update.updates, update.last.unwrap().way.as_str()), (3, "fork"));
+    }
+}
+
+/// A server that is ended with the test, if it goes on so long.
+struct Server(Child);
+
+impl Server {
+    fn start(args: &[&str]) -> (Self, BufReader<std::process::ChildStdout>) {
+        let mut child =
+            Command::new(example("upgrade_server")).args(args).stdout(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap());
+        let mut line = String::new();
+        while !line.ends_with("serves\n") {
+            line.clear();
+            assert!(lines.read_line(&mut line).unwrap() > 0, "the server has ended");
+        }
+        (Self(child), lines)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn ask(client: &mut BufReader<UnixStream>, line: &str) -> String {
+    client.get_mut().write_all(line.as_bytes()).unwrap();
+    let mut answer = String::new();
+    client.read_line(&mut answer).unwrap();
+    answer.trim_end().to_owned()
+}
+
+#[test]
+fn clients_of_the_server_keep_their_connections() {
+    let vdpad = Vdpad::start(Duration::from_secs(120));
+    let device = vdpad.add_any("disk0", "blk");
+    let path = vdpad.dir().join("server.sock");
+    let path: &Path = &path;
+    let (mut first, _output) = Server::start(&["1", device.to_str().unwrap(), path.to_str().unwrap()]);
+    let connect = || {
+        let stream = UnixStream::connect(path).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        BufReader::new(stream)
+    };
+    let (mut one, mut other) = (connect(), connect());
+    assert_eq!(ask(&mut one, "version\n"), "1");
+    assert_eq!(ask(&mut other, "write 7 kept over versions\n"), "written");
+    // Half a request: the next version answers it.
+    one.get_mut().write_all(b"read").unwrap();
+    assert_eq!(ask(&mut other, "version\n"), "1");
+
+    let (mut second, _output) = Server::start(&["2", "--take-over", path.to_str().unwrap()]);
+    assert!(eventually("the first version ends", || first.0.try_wait().unwrap()).success());
+    assert_eq!(ask(&mut one, " 7\n"), "kept over versions");
+    assert_eq!(ask(&mut other, "version\n"), "2");
+    assert_eq!(ask(&mut connect(), "version\n"), "2", "new clients too");
+
+    let (_third, _output) = Server::start(&["3", "--take-over", path.to_str().unwrap()]);
+    assert!(eventually("the second version ends", || second.0.try_wait().unwrap()).success());
+    assert_eq!(ask(&mut other, "version\n"), "3");
+    let update = vdpad.client().update("disk0").unwrap();
+    assert_eq!((update.updates, update.last.unwrap().way.as_str()), (2, "hand-over"));
+}
