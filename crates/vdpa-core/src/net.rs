@@ -1,5 +1,7 @@
-//! Virtio network configuration, packet header and control commands (virtio 1.2 section 5.1): their bytes, no
-//! traffic.
+//! Virtio network configuration, packet header and control commands (virtio 1.2 section 5.1), and
+//! the [`loopback`] that the kernel's simulator makes of them.
+
+pub mod loopback;
 
 use zerocopy::little_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};

@@ -262,6 +262,48 @@ pub struct Profile {
 }
 
 impl Profile {
+    /// A device as the kernel's simulators are by default (uapi-spec 6.1), with one group and one address space.
+    #[must_use]
+    pub const fn simulator(device_id: u32, features: Features, queues: u16, config_size: u32) -> Self {
+        Self {
+            device_id,
+            vendor_id: 0,
+            features,
+            backend_features: BackendFeatures::of(&[BackendFeatures::ENABLE_AFTER_DRIVER_OK]),
+            queues,
+            queue_size_max: 256,
+            queue_groups: Vec::new(),
+            groups: 1,
+            address_spaces: 1,
+            iova_range: IovaRange::ALL,
+            config_size,
+            suspend: true,
+            resume: true,
+            vring_size: false,
+            reset_map: true,
+            compat_reset: CompatReset::Clean,
+            address_mode: AddressMode::OwnerAddresses,
+            pin_limit: PinLimit::Rlimit,
+            private_memory: PrivateMemory::Skip,
+            max_iotlb_entries: 2048,
+            verify_remap: true,
+            identity_map: true,
+            reset_owner: false,
+            strict_new_owner: false,
+            status_unsuspends: true,
+            report_batch_errors: false,
+        }
+    }
+
+    /// What a simulator answers to features: those it offers, provided that ACCESS_PLATFORM is among them
+    /// (uapi-spec 6.1). For [`Parent::negotiate`].
+    ///
+    /// # Errors
+    /// `EINVAL`.
+    pub fn mask_features(&self, features: Features) -> Result<Features> {
+        if features.has(Features::ACCESS_PLATFORM) { Ok(features & self.features) } else { Err(Errno::INVAL) }
+    }
+
     /// The group of `queue`.
     #[must_use]
     pub fn group_of(&self, queue: QueueIndex) -> GroupIndex {
