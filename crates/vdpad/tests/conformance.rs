@@ -14,7 +14,7 @@ use support::daemon::Daemon;
 use vdpa_conformance::expect::Expectations;
 use vdpa_conformance::report::{Summary, line};
 use vdpa_conformance::runner::{self, Config, Verdict};
-use vdpa_conformance::{Probe, Target, cases, child};
+use vdpa_conformance::{Means, Probe, Target, Vstats, cases, child};
 
 /// Longest time for one case; the daemon's own guard ends it later, should a request hang in the kernel.
 const CASE_LIMIT: Duration = Duration::from_secs(25);
@@ -88,9 +88,13 @@ fn conforms(subject: &Subject) {
     };
     let probe = Probe::of(device.as_path()).unwrap();
     let program = std::env::current_exe().unwrap();
+    let socket = daemon.dir().join("control.sock");
+    let words =
+        [env!("CARGO_BIN_EXE_vdpactl"), "--socket", socket.to_str().unwrap(), "-j", "dev", "vstats", "show"];
+    let vstats = Vstats::new(words.into_iter().chain([subject.name]).map(str::to_owned));
     let config = Config {
         device: Target::File(&device),
-        child: Some(&program),
+        means: Means { child: Some(&program), vstats: Some(&vstats) },
         limit: CASE_LIMIT,
         on_hang: |case, limit| {
             eprintln!("case {case} did not return within {limit:?}");

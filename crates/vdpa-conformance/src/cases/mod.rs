@@ -7,6 +7,7 @@ mod file;
 mod iotlb;
 mod live;
 mod net;
+mod net_data;
 mod order;
 mod owner;
 mod state;
@@ -31,6 +32,7 @@ pub fn all() -> Vec<Case> {
         data::CASES,
         live::CASES,
         net::CASES,
+        net_data::CASES,
     ]
     .concat()
 }
