@@ -15,6 +15,7 @@ use vdpa_core::types::{Asid, GroupIndex, IotlbMsg, Perm, QueueIndex, Result, Vri
 use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::guest::LinuxHost;
 use vdpa_sys::process::{Caller, OwnerSpace, ProcessCaller, Spaces};
+use vdpa_sys::uapi::live;
 use vdpa_sys::vhost_vdpa::RawArg;
 
 use crate::device::{V1, V2, WRITTEN, pair};
@@ -158,6 +159,7 @@ impl Local {
         };
         let (version, second) = (word(0)?, word(4)?);
         let [perm, kind] = *bytes.get(32..).and_then(|rest| rest.first_chunk()).ok_or(Errno::INVAL)?;
+        let kind = live::configured().message_from_wire(kind);
         let message = IotlbMsg { iova: long(8)?, size: long(16)?, uaddr: long(24)?, perm: Perm(perm), kind };
         self.0.with(|device, caller| {
             let asid = match version {

@@ -12,6 +12,7 @@ use vdpa_conformance::expect::Expectations;
 use vdpa_conformance::report::{Summary, json, junit, line};
 use vdpa_conformance::runner::{self, Config, Finding};
 use vdpa_conformance::{Case, LocalDevice, Means, Probe, Target, Vstats, cases, child, matrix};
+use vdpa_sys::uapi::live;
 
 /// A device in this process.
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -24,8 +25,11 @@ enum Kind {
 
 /// Runs the conformance suite against a vhost-vdpa device file.
 ///
+/// VDPA_LIVE_NUMBERS gives the requests of the live-update series other numbers, as for vdpad and vdpactl:
+/// new_owner=0xaf2f,remap=9,new_owner_bit=20,remap_bit=21.
+///
 /// Exit codes: 0 every case passed, was skipped for a need, or deviated as expected; 1 an unexpected failure, or an
-/// expected one that passed; 2 the command line or a file named in it is wrong; 3 the device cannot be opened or
+/// expected one that passed; 2 the command line, a file named in it or the environment is wrong; 3 the device cannot be opened or
 /// examined; 4 a case did not return in time; 5 a case was skipped, with --deny-skip.
 #[derive(Debug, Parser)]
 #[command(version)]
@@ -91,7 +95,8 @@ impl Fatal {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    match dispatch(&arguments) {
+    let numbers = live::configure_from_env().map_err(|error| Fatal::new(USAGE, live::ENV, error));
+    match numbers.and_then(|()| dispatch(&arguments)) {
         Ok(code) => ExitCode::from(code),
         Err(Fatal(code, message)) => {
             eprintln!("vdpa-conform: {message}");
