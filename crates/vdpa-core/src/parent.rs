@@ -6,6 +6,7 @@ use crate::errno::Errno;
 use crate::features::{BackendFeatures, Features};
 use crate::host::Host;
 use crate::iotlb::{Mapping, Table};
+use crate::net::MAC_BYTES;
 use crate::types::{Asid, GroupIndex, IovaRange, QueueIndex, Result};
 use crate::vq::{QueueSetup, QueueState};
 
@@ -83,6 +84,15 @@ pub trait Parent: Debug + Send {
     /// # Errors
     /// `EOPNOTSUPP` without such statistics; `EINVAL` for a queue that has none.
     fn vendor_stats(&self, _index: QueueIndex) -> Result<Vec<(&'static str, u64)>> {
+        Err(Errno::OPNOTSUPP)
+    }
+
+    /// The management side gives the device another Ethernet address, which is neither zero nor that of a group
+    /// (`dev_set_attr`). Does not block.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` for a device that cannot change it, or has none.
+    fn set_mac(&mut self, _mac: [u8; MAC_BYTES]) -> Result<()> {
         Err(Errno::OPNOTSUPP)
     }
 
@@ -357,6 +367,10 @@ impl<P: Parent + ?Sized> Parent for Box<P> {
 
     fn vendor_stats(&self, index: QueueIndex) -> Result<Vec<(&'static str, u64)>> {
         (**self).vendor_stats(index)
+    }
+
+    fn set_mac(&mut self, mac: [u8; MAC_BYTES]) -> Result<()> {
+        (**self).set_mac(mac)
     }
 
     fn bind_owner(&mut self, owner: Option<&<Self::Host as Host>::AddressSpace>) -> Result<()> {

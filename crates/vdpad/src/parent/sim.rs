@@ -15,6 +15,7 @@ use std::sync::Arc;
 use vdpa_core::Errno;
 use vdpa_core::features::{BackendFeatures, Features};
 use vdpa_core::iotlb::{Mapping, Table};
+use vdpa_core::net::MAC_BYTES;
 use vdpa_core::parent::{
     AddressMode, CompatReset, Dma, DmaMap, Parent, PrivateMemory, Profile, QueueStats, SetMap,
 };
@@ -160,6 +161,11 @@ pub(super) trait Model: Debug + Send {
     fn vendor_stats(&self, _index: QueueIndex) -> Result<Vec<(&'static str, u64)>> {
         Err(Errno::OPNOTSUPP)
     }
+
+    /// See [`Parent::set_mac`].
+    fn set_mac(&self, _mac: [u8; MAC_BYTES]) -> Result<()> {
+        Err(Errno::OPNOTSUPP)
+    }
 }
 
 /// A simulator: what it is, its model, and the worker that serves its queues.
@@ -228,6 +234,10 @@ impl<M: Model> Parent for Simulator<M> {
 
     fn vendor_stats(&self, index: QueueIndex) -> Result<Vec<(&'static str, u64)>> {
         self.model.vendor_stats(index)
+    }
+
+    fn set_mac(&mut self, mac: [u8; MAC_BYTES]) -> Result<()> {
+        self.model.set_mac(mac)
     }
 }
 

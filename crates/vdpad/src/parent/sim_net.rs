@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use vdpa_core::Errno;
 use vdpa_core::features::Features;
-use vdpa_core::net::NetConfig;
 use vdpa_core::net::loopback::{CONTROL, End, FEATURES, Loopback, QUEUES, RX, Shared, TX, Tell};
+use vdpa_core::net::{MAC_BYTES, NetConfig};
 use vdpa_core::parent::{Profile, QueueStats};
 use vdpa_core::ring::{Chain, RingError};
 use vdpa_core::types::{GroupIndex, QueueIndex, Result};
@@ -98,6 +98,11 @@ impl Model for Net {
 
     fn vendor_stats(&self, index: QueueIndex) -> Result<Vec<(&'static str, u64)>> {
         self.0.stats.vendor(index)
+    }
+
+    fn set_mac(&self, mac: [u8; MAC_BYTES]) -> Result<()> {
+        self.0.config().mac = mac;
+        Ok(())
     }
 }
 
