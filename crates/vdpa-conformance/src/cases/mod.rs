@@ -9,6 +9,7 @@ mod live;
 mod net;
 mod net_data;
 mod order;
+mod owned;
 mod owner;
 mod state;
 mod status;
