@@ -4,11 +4,13 @@
 use libfuzzer_sys::fuzz_target;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use vdpad::ctl::api::{AddRequest, DevInfo, ErrorBody, MgmtDev, QueueVstats, Version};
+use vdpad::ctl::api::{AddRequest, DevInfo, ErrorBody, MgmtDev, QueueVstats, SetAnswer, SetRequest, Version};
 use vdpad::ctl::config::DevConfig;
 
 fuzz_target!(|data: &[u8]| {
     round_trip::<AddRequest>(data);
+    round_trip::<SetRequest>(data);
+    round_trip::<SetAnswer>(data);
     round_trip::<DevInfo>(data);
     round_trip::<ErrorBody>(data);
     round_trip::<MgmtDev>(data);

@@ -13,6 +13,7 @@ use crate::device::{Device, Target};
 use crate::forked::Forked;
 use crate::probe::Probe;
 use crate::request::Request;
+use crate::vstats::{self, Counters, Vstats};
 
 /// What a check came to: `Ok` when the device did what the specification says.
 pub type Outcome = Result<(), Stop>;
@@ -56,6 +57,8 @@ pub enum Need {
     RingSize(u16),
     /// A second process can be started: the program of the suite is there.
     Child,
+    /// There is a way to learn what the device counts; see [`Vstats`].
+    Vstats,
     /// The device is a file: the case is about its system calls, or about arguments as they lie in memory.
     DeviceFile,
 }
@@ -63,7 +66,7 @@ pub enum Need {
 impl Need {
     /// Why this need is not met; `None` when it is.
     #[must_use]
-    pub fn missing(self, probe: &Probe, child: Option<&Path>) -> Option<String> {
+    pub fn missing(self, probe: &Probe, means: Means<'_>) -> Option<String> {
         let (met, why) = match self {
             Self::Backend(bit) => (probe.backend.has(bit), format!("{} is not offered", backend_name(bit))),
             Self::NoBackend(bit) => (!probe.backend.has(bit), format!("{} is offered", backend_name(bit))),
@@ -85,7 +88,8 @@ impl Need {
                 (probe.ring_size >= size, format!("rings of at most {}, {size} are needed", probe.ring_size))
             }
             Self::DeviceFile => (probe.is_file, "there is no device file".to_owned()),
-            Self::Child => (child.is_some(), "the program vdpa-conform was not found".to_owned()),
+            Self::Vstats => (!probe.is_file || means.vstats.is_some(), vstats::MISSING.to_owned()),
+            Self::Child => (means.child.is_some(), "the program vdpa-conform was not found".to_owned()),
         };
         (!met).then_some(why)
     }
@@ -119,17 +123,26 @@ pub struct Case {
     pub run: fn(&mut Ctx<'_>) -> Outcome,
 }
 
+/// What there is for a run besides the device.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Means<'a> {
+    /// The program to start for a second process (`vdpa-conform` itself); without it such cases are skipped.
+    pub child: Option<&'a Path>,
+    /// How to learn what the device counts; without it such cases are skipped.
+    pub vstats: Option<&'a Vstats>,
+}
+
 /// What a check is given.
 #[derive(Debug)]
 pub struct Ctx<'a> {
     target: Target<'a>,
     probe: &'a Probe,
-    child: Option<&'a Path>,
+    means: Means<'a>,
 }
 
 impl<'a> Ctx<'a> {
-    pub(crate) fn new(target: Target<'a>, probe: &'a Probe, child: Option<&'a Path>) -> Self {
-        Self { target, probe, child }
+    pub(crate) fn new(target: Target<'a>, probe: &'a Probe, means: Means<'a>) -> Self {
+        Self { target, probe, means }
     }
 
     /// What the device is.
@@ -167,6 +180,11 @@ impl<'a> Ctx<'a> {
         self.probe.features & Features::of(&[Features::VERSION_1, Features::ACCESS_PLATFORM])
     }
 
+    /// What `device` counts for a queue.
+    pub(crate) fn counters(&self, device: &Device, queue: u16) -> Result<Counters, Stop> {
+        vstats::counters(self.means.vstats, device, queue)
+    }
+
     /// Forks a child that holds `device` too.
     #[expect(clippy::unused_self, reason = "beside `child`, as the other kind of second process")]
     pub(crate) fn fork(&self, device: &Device) -> Result<Forked, Stop> {
@@ -176,7 +194,7 @@ impl<'a> Ctx<'a> {
     /// Starts a second process that holds `device` too.
     pub(crate) fn child(&self, device: &Device) -> Result<Child, Stop> {
         let program =
-            self.child.ok_or_else(|| Stop::CannotRun("no program for a second process".to_owned()))?;
+            self.means.child.ok_or_else(|| Stop::CannotRun("no program for a second process".to_owned()))?;
         Child::start(program, device).map_err(|error| Stop::CannotRun(format!("second process: {error}")))
     }
 }
@@ -198,13 +216,19 @@ mod tests {
     #[test]
     fn a_need_says_what_is_missing() {
         let probe = Probe { device_id: 2, queues: 1, ..Probe::default() };
-        assert_eq!(Need::DeviceId(2).missing(&probe, None), None);
-        assert_eq!(Need::Queues(2).missing(&probe, None).unwrap(), "1 virtqueues, 2 are needed");
+        let none = Means::default();
+        assert_eq!(Need::DeviceId(2).missing(&probe, none), None);
+        assert_eq!(Need::Queues(2).missing(&probe, none).unwrap(), "1 virtqueues, 2 are needed");
         let need = Need::Backend(BackendFeatures::NEW_OWNER);
-        assert_eq!(need.missing(&probe, None).unwrap(), "backend feature NEW_OWNER is not offered");
-        assert!(Need::NoBackend(BackendFeatures::NEW_OWNER).missing(&probe, None).is_none());
-        assert!(Need::Child.missing(&probe, None).is_some());
-        assert!(Need::Child.missing(&probe, Some(Path::new("/bin/true"))).is_none());
+        assert_eq!(need.missing(&probe, none).unwrap(), "backend feature NEW_OWNER is not offered");
+        assert!(Need::NoBackend(BackendFeatures::NEW_OWNER).missing(&probe, none).is_none());
+        assert!(Need::Child.missing(&probe, none).is_some());
+        let child = Means { child: Some(Path::new("/bin/true")), ..none };
+        assert!(Need::Child.missing(&probe, child).is_none());
+        let file = Probe { is_file: true, ..probe };
+        assert!(Need::Vstats.missing(&file, child).unwrap().contains("--vstats"));
+        assert!(Need::Vstats.missing(&file, Means { vstats: Some(&"vdpa".into()), ..none }).is_none());
+        assert!(Need::Vstats.missing(&probe, none).is_none(), "it is asked itself");
     }
 
     #[test]

@@ -94,7 +94,7 @@ impl Child {
             let mut copy = bytes.map(<[u8]>::to_vec);
             return Ok(local.request(request, copy.as_mut().map_or(RawArg::Null, |copy| RawArg::Bytes(copy))));
         }
-        let number = request.number.unwrap_or(0);
+        let number = request.wire_number().unwrap_or(0);
         let argument = bytes.map_or_else(|| "null".to_owned(), hex);
         Ok(self.ask(&format!("ioctl {number} {argument}"))?.map(drop))
     }

@@ -7,6 +7,7 @@ use rustix::fs::{Mode, OFlags};
 use vdpa_core::Errno;
 use vdpa_core::features::{BackendFeatures, Features, Status};
 use vdpa_core::types::{IotlbMsg, Perm, VringAddr, iotlb_type};
+use vdpa_sys::uapi::live;
 use vdpa_sys::vhost_vdpa::{RawArg, VhostVdpaFd};
 
 use crate::case::Stop;
@@ -135,7 +136,19 @@ impl Device {
             return local.request(request, argument);
         }
         // Requests that are no ioctl have no number; `INVAL` marks the mistake in the case that made it.
-        self.raw(request.number.ok_or(Errno::INVAL)?, argument)
+        let number = request.wire_number().ok_or(Errno::INVAL)?;
+        match (request, argument) {
+            (Request::GET_BACKEND_FEATURES, RawArg::Bytes(bytes)) => {
+                self.raw(number, RawArg::Bytes(bytes))?;
+                translate(bytes, |word| live::configured().features_from_wire(word).0);
+                Ok(())
+            }
+            (Request::SET_BACKEND_FEATURES, RawArg::Bytes(bytes)) => {
+                translate(bytes, |word| live::configured().features_to_wire(BackendFeatures(word)));
+                self.raw(number, RawArg::Bytes(bytes))
+            }
+            (_, argument) => self.raw(number, argument),
+        }
     }
 
     /// A request without an argument.
@@ -261,6 +274,13 @@ impl Device {
     }
 }
 
+/// Changes a word that crosses the interface.
+fn translate(bytes: &mut [u8], change: impl FnOnce(u64) -> u64) {
+    if let Some(word) = bytes.first_chunk_mut() {
+        *word = change(u64::from_ne_bytes(*word)).to_ne_bytes();
+    }
+}
+
 /// Two words, as most arguments begin.
 pub(crate) fn pair(first: u32, second: u32) -> [u8; 8] {
     let ([a, b, c, d], [e, f, g, h]) = (first.to_ne_bytes(), second.to_ne_bytes());
@@ -278,7 +298,7 @@ pub(crate) fn encode(version: u32, asid: u32, message: &IotlbMsg) -> Vec<u8> {
     for word in [message.iova, message.size, message.uaddr] {
         bytes.extend_from_slice(&word.to_ne_bytes());
     }
-    bytes.extend_from_slice(&[message.perm.0, message.kind]);
+    bytes.extend_from_slice(&[message.perm.0, live::configured().message_to_wire(message.kind)]);
     bytes.resize(WRITTEN, 0);
     bytes
 }

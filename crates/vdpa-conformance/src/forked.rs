@@ -35,7 +35,7 @@ impl Forked {
         if let Some(local) = &self.local {
             return Ok(local.request(request, RawArg::Null));
         }
-        let answer = self.child.call(request.number.unwrap_or(0));
+        let answer = self.child.call(request.wire_number().unwrap_or(0));
         answer.map(|result| result.map(drop)).map_err(|errno| cannot(request.name, errno))
     }
 
@@ -44,7 +44,7 @@ impl Forked {
         if let Some(local) = &self.local {
             return Ok(local.request(request, RawArg::Bytes(&mut bytes.to_vec())));
         }
-        let answer = self.child.ioctl(request.number.unwrap_or(0), &mut bytes.to_vec());
+        let answer = self.child.ioctl(request.wire_number().unwrap_or(0), &mut bytes.to_vec());
         answer.map(|result| result.map(drop)).map_err(|errno| cannot(request.name, errno))
     }
 
@@ -62,7 +62,7 @@ impl Forked {
 
 /// A request that reads these bytes, made by a child in the memory of the suite, as after vfork(2).
 pub(crate) fn vfork_set(device: &Device, request: Request, bytes: &[u8]) -> Result<Result<(), Errno>, Stop> {
-    let answer = fork::vfork_ioctl(device.file()?, request.number.unwrap_or(0), &mut bytes.to_vec());
+    let answer = fork::vfork_ioctl(device.file()?, request.wire_number().unwrap_or(0), &mut bytes.to_vec());
     answer.map(|result| result.map(drop)).map_err(|errno| cannot("vfork", errno))
 }
 

@@ -9,12 +9,13 @@ use vdpa_core::device::Device;
 use vdpa_core::features::{BackendFeatures, Features, Status};
 use vdpa_core::inprocess::{InProcess, Node};
 use vdpa_core::ops::VdpaOps;
-use vdpa_core::parent::{AddressMode, PinLimit, PrivateMemory};
-use vdpa_core::testing::RamBlk;
+use vdpa_core::parent::{AddressMode, Parent, PinLimit, PrivateMemory};
+use vdpa_core::testing::{RamBlk, RamNet};
 use vdpa_core::types::{Asid, GroupIndex, IotlbMsg, Perm, QueueIndex, Result, VringAddr};
 use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::guest::LinuxHost;
 use vdpa_sys::process::{Caller, OwnerSpace, ProcessCaller, Spaces};
+use vdpa_sys::uapi::live;
 use vdpa_sys::vhost_vdpa::RawArg;
 
 use crate::device::{V1, V2, WRITTEN, pair};
@@ -23,10 +24,30 @@ use crate::request::Request;
 /// What marks a request that only a device file has, in a case that does not say that it needs one.
 const NO_FILE: Errno = Errno::NOSYS;
 
-/// A block device in this process, to be opened by cases.
+/// A device that serves its queues when it is told to.
+trait Served: Parent<Host = LinuxHost> {
+    /// A queue was kicked.
+    fn serve(&mut self);
+}
+
+impl Served for RamBlk<LinuxHost> {
+    fn serve(&mut self) {
+        Self::serve(self);
+    }
+}
+
+impl Served for RamNet<LinuxHost> {
+    fn serve(&mut self) {
+        Self::serve(self);
+    }
+}
+
+type AnyServed = Box<dyn Served>;
+
+/// A device in this process, to be opened by cases.
 #[derive(Clone, Debug)]
 pub struct LocalDevice {
-    node: Node<RamBlk<LinuxHost>>,
+    node: Node<AnyServed>,
     spaces: Spaces,
 }
 
@@ -37,7 +58,7 @@ impl Default for LocalDevice {
 }
 
 impl LocalDevice {
-    /// A device with the translation and the backend features of the kernel's block simulator.
+    /// A block device with the translation and the backend features of the kernel's simulator.
     #[must_use]
     pub fn new() -> Self {
         Self::with(RamBlk::on_host(64))
@@ -60,8 +81,14 @@ impl LocalDevice {
         Self::with(RamBlk::on_host(64).with_single_mappings())
     }
 
-    fn with(device: RamBlk<LinuxHost>) -> Self {
-        Self { node: Node::new(device), spaces: Spaces::new() }
+    /// The kernel's network simulator.
+    #[must_use]
+    pub fn net() -> Self {
+        Self::with(RamNet::new())
+    }
+
+    fn with(device: impl Served + 'static) -> Self {
+        Self { node: Node::new(Box::new(device)), spaces: Spaces::new() }
     }
 
     pub(crate) fn open(&self) -> Result<Local> {
@@ -100,7 +127,7 @@ impl vdpa_core::host::Caller<LinuxHost> for Process {
 
 /// The device, open, in the hands of one process.
 #[derive(Clone, Debug)]
-pub(crate) struct Local(InProcess<RamBlk<LinuxHost>, Process>);
+pub(crate) struct Local(InProcess<AnyServed, Process>);
 
 impl Local {
     /// The same open device in the hands of the process `pid`.
@@ -112,6 +139,12 @@ impl Local {
     /// The queue was kicked.
     pub(crate) fn kicked(&self) {
         self.0.with(|device, _| device.parent_mut().serve());
+    }
+
+    /// What the device counts for a queue.
+    pub(crate) fn vendor_stats(&self, index: QueueIndex) -> Result<Vec<(String, u64)>> {
+        let counters = self.0.with(|device, _| device.parent().vendor_stats(index))?;
+        Ok(counters.into_iter().map(|(name, value)| (name.to_owned(), value)).collect())
     }
 
     /// One IOTLB message, decoded as in uapi-spec 2.2.
@@ -126,6 +159,7 @@ impl Local {
         };
         let (version, second) = (word(0)?, word(4)?);
         let [perm, kind] = *bytes.get(32..).and_then(|rest| rest.first_chunk()).ok_or(Errno::INVAL)?;
+        let kind = live::configured().message_from_wire(kind);
         let message = IotlbMsg { iova: long(8)?, size: long(16)?, uaddr: long(24)?, perm: Perm(perm), kind };
         self.0.with(|device, caller| {
             let asid = match version {
@@ -269,7 +303,7 @@ impl Local {
 
 /// Requests that give a number for a queue.
 fn vring_answer(
-    device: &mut Device<RamBlk<LinuxHost>>,
+    device: &mut Device<AnyServed>,
     caller: &Process,
     request: Request,
     index: QueueIndex,

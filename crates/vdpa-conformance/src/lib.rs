@@ -9,6 +9,7 @@
 //! The suite resets the device and takes its ownership: it must have the device for itself.
 #![forbid(unsafe_code)]
 
+mod blk_driver;
 mod case;
 pub mod cases;
 pub mod child;
@@ -18,14 +19,17 @@ mod forked;
 mod inprocess;
 pub mod matrix;
 mod memory;
+mod net_driver;
 mod probe;
 pub mod report;
 mod request;
 mod ring;
 pub mod runner;
+mod vstats;
 
-pub use case::{Case, Ctx, Need, Outcome, Stop};
+pub use case::{Case, Ctx, Means, Need, Outcome, Stop};
 pub use device::{Device, Target};
 pub use inprocess::LocalDevice;
 pub use probe::{Probe, ProbeError};
 pub use request::Request;
+pub use vstats::Vstats;

@@ -7,16 +7,29 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitCode, exit};
 use std::time::Duration;
 
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use vdpa_conformance::expect::Expectations;
 use vdpa_conformance::report::{Summary, json, junit, line};
 use vdpa_conformance::runner::{self, Config, Finding};
-use vdpa_conformance::{Case, LocalDevice, Probe, Target, cases, child, matrix};
+use vdpa_conformance::{Case, LocalDevice, Means, Probe, Target, Vstats, cases, child, matrix};
+use vdpa_sys::uapi::live;
+
+/// A device in this process.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Kind {
+    /// A block device.
+    Blk,
+    /// A network device that receives what it sends.
+    Net,
+}
 
 /// Runs the conformance suite against a vhost-vdpa device file.
 ///
+/// VDPA_LIVE_NUMBERS gives the requests of the live-update series other numbers, as for vdpad and vdpactl:
+/// new_owner=0xaf2f,remap=9,new_owner_bit=20,remap_bit=21.
+///
 /// Exit codes: 0 every case passed, was skipped for a need, or deviated as expected; 1 an unexpected failure, or an
-/// expected one that passed; 2 the command line or a file named in it is wrong; 3 the device cannot be opened or
+/// expected one that passed; 2 the command line, a file named in it or the environment is wrong; 3 the device cannot be opened or
 /// examined; 4 a case did not return in time; 5 a case was skipped, with --deny-skip.
 #[derive(Debug, Parser)]
 #[command(version)]
@@ -24,9 +37,10 @@ struct Arguments {
     /// The device file. It is reset and must not be in use.
     #[arg(required_unless_present_any = ["list", "matrix", "child", "in_process"])]
     device: Option<PathBuf>,
-    /// Checks a block device in this process in place of a file: the core of vdpad, without kernel and daemon.
-    #[arg(long, conflicts_with = "device")]
-    in_process: bool,
+    /// Checks a device in this process in place of a file: the core of vdpad, without kernel and daemon.
+    #[arg(long, conflicts_with = "device", value_name = "KIND", num_args = 0..=1, require_equals = true)]
+    #[arg(default_missing_value = "blk")]
+    in_process: Option<Kind>,
     /// Lists the cases, with the sections they check, and runs none.
     #[arg(long)]
     list: bool,
@@ -37,6 +51,10 @@ struct Arguments {
     /// be repeated, and later files win.
     #[arg(long, value_name = "FILE")]
     expect: Vec<PathBuf>,
+    /// How to learn what the device counts: a command that prints the vendor statistics of a queue as JSON when "qidx N"
+    /// is appended, such as "vdpa -j dev vstats show NAME".
+    #[arg(long, value_name = "COMMAND")]
+    vstats: Option<String>,
     /// Makes a skipped case an error.
     #[arg(long)]
     deny_skip: bool,
@@ -77,7 +95,8 @@ impl Fatal {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    match dispatch(&arguments) {
+    let numbers = live::configure_from_env().map_err(|error| Fatal::new(USAGE, live::ENV, error));
+    match numbers.and_then(|()| dispatch(&arguments)) {
         Ok(code) => ExitCode::from(code),
         Err(Fatal(code, message)) => {
             eprintln!("vdpa-conform: {message}");
@@ -99,7 +118,10 @@ fn dispatch(arguments: &Arguments) -> Result<u8, Fatal> {
         let list: String = selected.iter().map(|case| format!("{:<36} {}\n", case.id, case.spec)).collect();
         return print(&list).map(|()| 0);
     }
-    let local = LocalDevice::new();
+    let local = match arguments.in_process {
+        Some(Kind::Net) => LocalDevice::net(),
+        _ => LocalDevice::new(),
+    };
     let (device, target) = match &arguments.device {
         Some(device) => (device.as_path(), Target::File(device)),
         None => (Path::new("in-process"), Target::InProcess(&local)),
@@ -156,9 +178,10 @@ fn run(
 ) -> Result<Vec<Finding>, Fatal> {
     let probe = Probe::of(target).map_err(|error| Fatal::new(NO_DEVICE, device.display(), error))?;
     let program = child::program();
+    let vstats = arguments.vstats.as_deref().map(Vstats::from);
     let config = Config {
         device: target,
-        child: program.as_deref(),
+        means: Means { child: program.as_deref(), vstats: vstats.as_ref() },
         limit: Duration::from_secs(arguments.timeout),
         on_hang: |case, limit| {
             eprintln!("vdpa-conform: case {case} did not return within {} s", limit.as_secs());

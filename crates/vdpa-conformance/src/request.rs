@@ -1,7 +1,10 @@
 //! The requests of the interface: names and numbers, and who serves them.
 //!
 //! The numbers are written down once more here and not taken from `vdpa-sys`: a suite that shared them with what it
-//! checks could not see a wrong one.
+//! checks could not see a wrong one. Only where a program was told other numbers for the live-update series
+//! ([`live::ENV`]) they are those.
+
+use vdpa_sys::uapi::live::{self, Numbers};
 
 /// One request: an ioctl, an IOTLB message type or a system call on the device file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +26,13 @@ impl Request {
 
     const fn other(name: &'static str, spec: &'static str) -> Self {
         Self { name, number: None, spec, effect: "served" }
+    }
+
+    /// The ioctl number with which this program makes it: of the live-update series another one may be set.
+    pub(crate) fn wire_number(self) -> Option<u32> {
+        let set = live::configured().new_owner;
+        // As long as none is set, the suite's own number counts.
+        if self == Self::NEW_OWNER && set != Numbers::POSTED.new_owner { Some(set) } else { self.number }
     }
 
     const fn effect(mut self, effect: &'static str) -> Self {

@@ -1,180 +1,146 @@
-//! [`BlkDriver`]: the smallest driver that proves whether a block device reaches its memory.
+//! [`Ring`]: the driver side of a split ring, for the drivers of the suite.
 //!
-//! One split ring with one request at a time, read of sector 0. Written out here and not taken from the library of
-//! rings, which is among the things checked.
-
-use std::sync::atomic::{Ordering, fence};
-use std::time::Duration;
+//! Written out here and not taken from the library of rings, which is among the things checked.
 
 use std::os::fd::AsFd;
+use std::sync::atomic::{Ordering, fence};
+use std::time::{Duration, Instant};
 
-use vdpa_core::features::{BackendFeatures, Status};
-use vdpa_core::types::{IotlbMsg, Perm, VringAddr, iotlb_type};
+use vdpa_core::types::VringAddr;
 use vdpa_sys::eventfd::EventFd;
 
-use crate::case::{Ctx, Stop, check, prepare};
-use crate::device::{Device, WRITTEN};
+use crate::case::{Stop, prepare};
+use crate::device::Device;
 use crate::memory::Region;
 use crate::request::Request;
 
-/// Entries of the ring.
-const SIZE: u16 = 8;
-/// Where the memory is mapped for the device.
+/// Where memory is mapped for the device.
 pub(crate) const IOVA: u64 = 0x10_0000;
+/// Pages of a ring: one for each area.
+pub(crate) const RING_PAGES: u64 = 3;
 
-// Offsets into the region: one page for each area.
+// Offsets of the areas.
 const DESC: usize = 0;
 const AVAIL: usize = 0x1000;
 const USED: usize = 0x2000;
-const HEADER: usize = 0x3000;
-const STATUS: usize = 0x3010;
-const DATA: usize = 0x4000;
-const PAGES: u64 = 5;
-const SECTOR: u32 = 512;
 
 const DESC_F_NEXT: u16 = 1;
 const DESC_F_WRITE: u16 = 2;
-/// Not a status of virtio-blk: still there when the device has not written.
-const UNANSWERED: u8 = 0xff;
+/// A flag of the available ring: no call is wanted.
+const NO_INTERRUPT: u16 = 1;
 
 /// How long a device that works may take for one request.
-const PATIENCE: Duration = Duration::from_secs(5);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 /// How long to wait for what should not come.
-const SILENCE: Duration = Duration::from_millis(300);
+pub(crate) const SILENCE: Duration = Duration::from_millis(300);
+/// How long to wait for a call before looking again: there may be none.
+const TICK: Duration = Duration::from_millis(20);
 
-/// A driver of a block device, set up and running.
+/// A part of a request: bytes of the region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Part {
+    /// Offset into the region.
+    pub(crate) offset: usize,
+    /// Bytes.
+    pub(crate) len: u32,
+    /// Whether the device writes them.
+    pub(crate) write: bool,
+}
+
+impl Part {
+    pub(crate) const fn readable(offset: usize, len: u32) -> Self {
+        Self { offset, len, write: false }
+    }
+
+    pub(crate) const fn writable(offset: usize, len: u32) -> Self {
+        Self { offset, len, write: true }
+    }
+}
+
+/// A ring in the memory of some region that is mapped at [`IOVA`], in whichever address space.
 #[derive(Debug)]
-pub(crate) struct BlkDriver {
-    pub(crate) device: Device,
-    pub(crate) region: Region,
+pub(crate) struct Ring {
+    queue: u32,
+    /// Entries, a power of two of at most 256.
+    size: u16,
+    /// Offset of the ring in its region.
+    at: usize,
     kick: EventFd,
     call: EventFd,
     /// Requests made available so far.
     submitted: u16,
+    /// Completions seen so far.
+    seen: u16,
 }
 
-impl BlkDriver {
-    /// Opens the device, becomes its owner, acknowledges `backend`, maps memory and starts queue 0.
-    pub(crate) fn start(ctx: &Ctx<'_>, backend: BackendFeatures) -> Result<Self, Stop> {
-        let device = ctx.open_owned()?;
-        prepare("VHOST_SET_BACKEND_FEATURES", device.set_backend(backend))?;
-        let region = Self::memory()?;
-        check("UPDATE of the ring's memory", device.map(IOVA, &region, Perm::RW), Ok(WRITTEN))?;
-        let mut driver = Self::over(device, region)?;
-        driver.set_up(ctx)?;
-        driver.go()?;
-        Ok(driver)
-    }
-
-    /// A driver of a device whose owner has mapped `region` at [`IOVA`]; nothing is set up.
-    pub(crate) fn over(device: Device, region: Region) -> Result<Self, Stop> {
+impl Ring {
+    pub(crate) fn new(queue: u32, size: u16, at: usize) -> Result<Self, Stop> {
         let (kick, call) = (prepare("eventfd", EventFd::new())?, prepare("eventfd", EventFd::new())?);
-        Ok(Self { device, region, kick, call, submitted: 0 })
+        Ok(Self { queue, size, at, kick, call, submitted: 0, seen: 0 })
     }
 
-    /// Memory for a ring.
-    pub(crate) fn memory() -> Result<Region, Stop> {
-        Region::new(PAGES)
+    /// Where its areas are for the device.
+    pub(crate) fn addr(&self) -> VringAddr {
+        let at = |area: usize| IOVA + (self.at + area) as u64;
+        VringAddr { flags: 0, desc: at(DESC), used: at(USED), avail: at(AVAIL), log: 0 }
     }
 
-    /// Features and queue 0, up to just before DRIVER_OK, as after a reset: with an empty ring from index 0.
-    ///
-    /// Vring requests are made by this process, which must be the owner.
-    pub(crate) fn set_up(&mut self, ctx: &Ctx<'_>) -> Result<(), Stop> {
-        self.clear_ring()?;
-        self.set_up_at(ctx, 0)
+    /// Tells the device all about the queue, which begins at `base`, and enables it. Made by this process, which must be
+    /// the owner.
+    pub(crate) fn set_up(&self, device: &Device, base: u32) -> Result<(), Stop> {
+        let Self { queue, .. } = *self;
+        prepare("VHOST_SET_VRING_NUM", device.set_vring(Request::SET_VRING_NUM, queue, self.size.into()))?;
+        prepare("VHOST_SET_VRING_BASE", device.set_vring(Request::SET_VRING_BASE, queue, base))?;
+        prepare("VHOST_SET_VRING_ADDR", device.set_addr(queue, &self.addr()))?;
+        self.install_kick(device)?;
+        let call = device.set_fd(Request::SET_VRING_CALL, queue, Some(self.call.as_fd()));
+        prepare("VHOST_SET_VRING_CALL", call)?;
+        prepare("VHOST_VDPA_SET_VRING_ENABLE", device.set_vring(Request::SET_VRING_ENABLE, queue, 1))
     }
 
-    /// As [`set_up`](Self::set_up), with the ring as it is, from index `base`.
-    pub(crate) fn set_up_at(&self, ctx: &Ctx<'_>, base: u32) -> Result<(), Stop> {
-        self.negotiate(ctx)?;
-        let device = &self.device;
-        prepare("VHOST_SET_VRING_NUM", device.set_vring(Request::SET_VRING_NUM, 0, SIZE.into()))?;
-        prepare("VHOST_SET_VRING_BASE", device.set_vring(Request::SET_VRING_BASE, 0, base))?;
-        prepare("VHOST_SET_VRING_ADDR", device.set_addr(0, &ring_addr()))?;
-        prepare("VHOST_SET_VRING_KICK", device.set_fd(Request::SET_VRING_KICK, 0, Some(self.kick.as_fd())))?;
-        prepare("VHOST_SET_VRING_CALL", device.set_fd(Request::SET_VRING_CALL, 0, Some(self.call.as_fd())))?;
-        prepare("VHOST_VDPA_SET_VRING_ENABLE", device.set_vring(Request::SET_VRING_ENABLE, 0, 1))
+    /// Makes the device listen to the kicks.
+    pub(crate) fn install_kick(&self, device: &Device) -> Result<(), Stop> {
+        let kick = Some(self.kick.as_fd());
+        prepare("VHOST_SET_VRING_KICK", device.set_fd(Request::SET_VRING_KICK, self.queue, kick))
     }
 
-    /// Status and features, up to FEATURES_OK.
-    pub(crate) fn negotiate(&self, ctx: &Ctx<'_>) -> Result<(), Stop> {
-        let device = &self.device;
-        let known = Status::ACKNOWLEDGE | Status::DRIVER;
-        prepare("VHOST_VDPA_SET_STATUS", device.set_status(known))?;
-        prepare("VHOST_SET_FEATURES", device.set_features(ctx.plain_features()))?;
-        prepare("VHOST_VDPA_SET_STATUS", device.set_status(known | Status::FEATURES_OK))
-    }
-
-    /// DRIVER_OK.
-    pub(crate) fn go(&self) -> Result<(), Stop> {
-        let running = Status::ACKNOWLEDGE | Status::DRIVER | Status::FEATURES_OK | Status::DRIVER_OK;
-        prepare("VHOST_VDPA_SET_STATUS", self.device.set_status(running))?;
-        check("status after DRIVER_OK", self.device.status(), Ok(running.0))
-    }
-
-    /// The ring as at its start; what was submitted is forgotten.
-    fn clear_ring(&mut self) -> Result<(), Stop> {
-        self.submitted = 0;
+    /// As at its start; what was submitted is forgotten.
+    pub(crate) fn clear(&mut self, region: &Region) -> Result<(), Stop> {
+        (self.submitted, self.seen) = (0, 0);
         let _ = self.call.drain();
         for area in [DESC, AVAIL, USED] {
-            self.region.write(area, &[0; AVAIL - DESC])?;
+            region.write(self.at + area, &[0; AVAIL - DESC])?;
         }
         Ok(())
     }
 
-    /// Submits a read of sector 0 and waits for it: the device reaches the memory.
-    pub(crate) fn works(&mut self, when: &str) -> Result<(), Stop> {
-        self.submit()?;
-        self.completes(when)
-    }
-
-    /// What was submitted completes, with status OK.
-    pub(crate) fn completes(&self, when: &str) -> Result<(), Stop> {
-        if !self.wait(PATIENCE)? {
-            return Err(Stop::Failed(format!(
-                "{when}: a read did not complete within {} s",
-                PATIENCE.as_secs()
-            )));
+    /// Writes a request into the descriptors from `head` on, and makes it available. No kick.
+    pub(crate) fn submit(&mut self, region: &Region, head: u16, parts: &[Part]) -> Result<(), Stop> {
+        let last = parts.len().saturating_sub(1);
+        for ((index, slot), part) in (0..).zip(head..).zip(parts) {
+            let (slot, next) = (slot % self.size, (slot + 1) % self.size);
+            let more = if index < last { DESC_F_NEXT } else { 0 };
+            let flags = more | if part.write { DESC_F_WRITE } else { 0 };
+            let mut bytes = Vec::with_capacity(16);
+            bytes.extend_from_slice(&(IOVA + part.offset as u64).to_le_bytes());
+            bytes.extend_from_slice(&part.len.to_le_bytes());
+            bytes.extend_from_slice(&flags.to_le_bytes());
+            bytes.extend_from_slice(&next.to_le_bytes());
+            region.write(self.at + DESC + 16 * usize::from(slot), &bytes)?;
         }
-        check(&format!("{when}: status of the read"), self.status_byte()?, 0)
-    }
-
-    /// Nothing of what was submitted completes.
-    pub(crate) fn stays_silent(&self, when: &str) -> Result<(), Stop> {
-        if self.wait(SILENCE)? {
-            return Err(Stop::Failed(format!("{when}: a read completed, none should")));
-        }
-        check(&format!("{when}: status byte in memory"), self.status_byte()?, UNANSWERED)
-    }
-
-    /// Makes a read of sector 0 available and kicks.
-    pub(crate) fn submit(&mut self) -> Result<(), Stop> {
-        self.region.write(HEADER, &[0; 16])?;
-        self.region.write(STATUS, &[UNANSWERED])?;
-        self.describe(0, HEADER, 16, DESC_F_NEXT, 1)?;
-        self.describe(1, DATA, SECTOR, DESC_F_NEXT | DESC_F_WRITE, 2)?;
-        self.describe(2, STATUS, 1, DESC_F_WRITE, 0)?;
-        let slot = usize::from(self.submitted % SIZE);
-        self.region.write(AVAIL + 4 + 2 * slot, &0_u16.to_le_bytes())?;
+        let slot = usize::from(self.submitted % self.size);
+        region.write(self.at + AVAIL + 4 + 2 * slot, &(head % self.size).to_le_bytes())?;
         self.submitted = self.submitted.wrapping_add(1);
         fence(Ordering::SeqCst);
-        self.region.write(AVAIL + 2, &self.submitted.to_le_bytes())?;
+        region.write(self.at + AVAIL + 2, &self.submitted.to_le_bytes())?;
         fence(Ordering::SeqCst);
-        self.kick();
         Ok(())
     }
 
-    /// Makes the device listen to the kicks again.
-    pub(crate) fn install_kick(&self) -> Result<(), Stop> {
-        let kick = Some(self.kick.as_fd());
-        prepare("VHOST_SET_VRING_KICK", self.device.set_fd(Request::SET_VRING_KICK, 0, kick))
-    }
-
-    /// Kicks once more.
-    pub(crate) fn kick(&self) {
+    /// Kicks.
+    pub(crate) fn kick(&self, device: &Device) {
         self.kick.signal();
-        self.device.kicked();
+        device.kicked();
     }
 
     /// The counter of the kick eventfd, which is set to 0 by that.
@@ -182,50 +148,63 @@ impl BlkDriver {
         self.kick.drain()
     }
 
+    /// The counter of the call eventfd, which is set to 0 by that.
+    pub(crate) fn call_count(&self) -> u64 {
+        self.call.drain()
+    }
+
+    /// Waits for a call; whether it came.
+    pub(crate) fn wait_call(&self, patience: Duration) -> bool {
+        self.call.wait(Some(patience))
+    }
+
+    /// Wants calls, or none.
+    pub(crate) fn want_calls(&self, region: &Region, want: bool) -> Result<(), Stop> {
+        let flags = if want { 0 } else { NO_INTERRUPT };
+        region.write(self.at + AVAIL, &flags.to_le_bytes())
+    }
+
     /// Requests made available so far.
     pub(crate) fn submitted(&self) -> u16 {
         self.submitted
     }
 
-    fn describe(&self, index: usize, offset: usize, len: u32, flags: u16, next: u16) -> Result<(), Stop> {
-        let mut bytes = Vec::with_capacity(16);
-        bytes.extend_from_slice(&(IOVA + offset as u64).to_le_bytes());
-        bytes.extend_from_slice(&len.to_le_bytes());
-        bytes.extend_from_slice(&flags.to_le_bytes());
-        bytes.extend_from_slice(&next.to_le_bytes());
-        self.region.write(DESC + 16 * index, &bytes)
+    /// The next completion, head and length, if it comes in time. Leaves the call eventfd alone unless it has to wait.
+    pub(crate) fn completion(
+        &mut self,
+        region: &Region,
+        patience: Duration,
+    ) -> Result<Option<(u16, u32)>, Stop> {
+        if !self.wait(region, patience, |used| used != self.seen)? {
+            return Ok(None);
+        }
+        let slot = usize::from(self.seen % self.size);
+        let element: [u8; 8] = region.read(self.at + USED + 4 + 8 * slot)?;
+        let [a, b, _, _, len @ ..] = element;
+        self.seen = self.seen.wrapping_add(1);
+        Ok(Some((u16::from_le_bytes([a, b]), u32::from_le_bytes(len))))
     }
 
     /// Waits until everything submitted was used; whether it was.
-    fn wait(&self, patience: Duration) -> Result<bool, Stop> {
-        let deadline = std::time::Instant::now() + patience;
+    pub(crate) fn wait_all(&self, region: &Region, patience: Duration) -> Result<bool, Stop> {
+        self.wait(region, patience, |used| used == self.submitted)
+    }
+
+    /// Waits until the used index is what is waited for; whether it is.
+    fn wait(&self, region: &Region, patience: Duration, done: impl Fn(u16) -> bool) -> Result<bool, Stop> {
+        let deadline = Instant::now() + patience;
         loop {
-            if u16::from_le_bytes(self.region.read(USED + 2)?) == self.submitted {
+            if done(u16::from_le_bytes(region.read(self.at + USED + 2)?)) {
                 fence(Ordering::SeqCst);
                 return Ok(true);
             }
-            let left = deadline.saturating_duration_since(std::time::Instant::now());
+            let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Ok(false);
             }
-            if self.call.wait(Some(left)) {
+            if self.call.wait(Some(left.min(TICK))) {
                 let _ = self.call.drain();
             }
         }
     }
-
-    fn status_byte(&self) -> Result<u8, Stop> {
-        self.region.read(STATUS).map(u8::from_ne_bytes)
-    }
-}
-
-/// Where the areas of the ring are for the device.
-pub(crate) fn ring_addr() -> VringAddr {
-    let at = |offset: usize| IOVA + offset as u64;
-    VringAddr { flags: 0, desc: at(DESC), used: at(USED), avail: at(AVAIL), log: 0 }
-}
-
-/// `REMAP` of the region as this process has it.
-pub(crate) fn remap_message(uaddr: u64, size: u64) -> IotlbMsg {
-    IotlbMsg { iova: IOVA, size, uaddr, perm: Perm::NONE, kind: iotlb_type::REMAP }
 }

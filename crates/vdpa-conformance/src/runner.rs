@@ -1,11 +1,10 @@
 //! Runs cases and judges their outcomes.
 
-use std::path::Path;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::case::{Case, Ctx, Stop};
+use crate::case::{Case, Ctx, Means, Stop};
 use crate::device::Target;
 use crate::expect::Expectations;
 use crate::probe::Probe;
@@ -15,8 +14,8 @@ use crate::probe::Probe;
 pub struct Config<'a> {
     /// The device.
     pub device: Target<'a>,
-    /// The program to start for a second process (`vdpa-conform` itself); without it such cases are skipped.
-    pub child: Option<&'a Path>,
+    /// What there is besides it.
+    pub means: Means<'a>,
     /// Longest time for one case.
     pub limit: Duration,
     /// Called on another thread when a case exceeds the limit. A request that hangs in the kernel cannot be
@@ -115,11 +114,11 @@ pub fn run(
             findings.push(finding);
             continue;
         }
-        let missing = case.needs.iter().find_map(|need| need.missing(probe, config.child));
+        let missing = case.needs.iter().find_map(|need| need.missing(probe, config.means));
         let outcome = match missing {
             Some(why) => Err(Stop::CannotRun(why)),
             None => guarded(case.id, config.limit, config.on_hang, || {
-                (case.run)(&mut Ctx::new(config.device, probe, config.child))
+                (case.run)(&mut Ctx::new(config.device, probe, config.means))
             }),
         };
         let verdict = Verdict::of(outcome, case.id, expected);
@@ -147,6 +146,7 @@ fn guarded<T>(id: &'static str, limit: Duration, on_hang: fn(&str, Duration), bo
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
     use std::sync::atomic::{AtomicU32, Ordering};
 
     use vdpa_core::features::BackendFeatures;
@@ -161,7 +161,7 @@ mod tests {
     fn verdicts(cases: &[Case], expected: &Expectations) -> Vec<Verdict> {
         let config = Config {
             device: Target::File(Path::new("/nonexistent")),
-            child: None,
+            means: Means::default(),
             limit: Duration::from_secs(30),
             on_hang: |id, _| panic!("{id} hangs"),
         };

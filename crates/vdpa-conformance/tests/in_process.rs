@@ -7,7 +7,7 @@ use std::time::Duration;
 use vdpa_conformance::expect::Expectations;
 use vdpa_conformance::report::line;
 use vdpa_conformance::runner::{self, Config, Verdict};
-use vdpa_conformance::{LocalDevice, Probe, Target, cases};
+use vdpa_conformance::{LocalDevice, Means, Probe, Target, cases};
 
 fn check(device: &LocalDevice, expectations: &str) {
     let probe = Probe::of(device).unwrap();
@@ -16,7 +16,7 @@ fn check(device: &LocalDevice, expectations: &str) {
     let expected = Expectations::parse(expectations, &ids).unwrap();
     let config = Config {
         device: Target::InProcess(device),
-        child: Some(Path::new(env!("CARGO_BIN_EXE_vdpa-conform"))),
+        means: Means { child: Some(Path::new(env!("CARGO_BIN_EXE_vdpa-conform"))), vstats: None },
         limit: Duration::from_secs(60),
         on_hang: |case, _| {
             eprintln!("{case} hangs");
@@ -42,4 +42,9 @@ fn pinned_pages() {
 #[test]
 fn owner_addresses_in_single_mappings() {
     check(&LocalDevice::single_mappings(), include_str!("../expect/in-process-dma-map.txt"));
+}
+
+#[test]
+fn network() {
+    check(&LocalDevice::net(), include_str!("../expect/in-process-net.txt"));
 }

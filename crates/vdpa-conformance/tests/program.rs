@@ -23,6 +23,20 @@ fn list_shows_cases_with_their_sections() {
 }
 
 #[test]
+fn numbers_of_the_live_update_series_come_from_the_environment() {
+    let run = |numbers: &str| {
+        let arguments = ["--in-process", "--deny-skip", "--filter", "live.remap-batch"];
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vdpa-conform"));
+        command.args(arguments).env("VDPA_LIVE_NUMBERS", numbers).output().unwrap()
+    };
+    let refused = run("remap=6");
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(text(&refused.stderr).contains("VDPA_LIVE_NUMBERS: remap=0x6"), "{}", text(&refused.stderr));
+    let moved = run("new_owner=0xaf2f,remap=9,new_owner_bit=20,remap_bit=21");
+    assert_eq!(moved.status.code(), Some(0), "{}", text(&moved.stdout));
+}
+
+#[test]
 fn a_filter_that_matches_nothing_is_an_error() {
     let output = conform(&["--filter", "nonsense", "/dev/null"]);
     assert_eq!(output.status.code(), Some(2));

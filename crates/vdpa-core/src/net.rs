@@ -1,5 +1,7 @@
-//! Virtio network configuration, packet header and control commands (virtio 1.2 section 5.1): their bytes, no
-//! traffic.
+//! Virtio network configuration, packet header and control commands (virtio 1.2 section 5.1), and
+//! the [`loopback`] that the kernel's simulator makes of them.
+
+pub mod loopback;
 
 use zerocopy::little_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -142,6 +144,13 @@ pub const fn is_multicast(address: [u8; MAC_BYTES]) -> bool {
     address[0] & 1 != 0
 }
 
+/// Whether a device can have this Ethernet address: neither zero nor that of a group (the kernel's
+/// `is_valid_ether_addr`).
+#[must_use]
+pub fn is_valid_address(address: [u8; MAC_BYTES]) -> bool {
+    !is_multicast(address) && address != [0; MAC_BYTES]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -174,6 +183,8 @@ mod tests {
     fn groups_are_told_by_the_lowest_bit_of_the_first_byte() {
         assert!(is_multicast([0xff; 6]) && is_multicast([1, 0, 0x5e, 0, 0, 1]));
         assert!(!is_multicast([2, 1, 1, 1, 1, 1]));
+        assert!(is_valid_address([2, 1, 1, 1, 1, 1]) && is_valid_address([0, 0, 0, 0, 0, 1]));
+        assert!(!is_valid_address([0; 6]) && !is_valid_address([0xff; 6]));
     }
 
     #[test]

@@ -6,6 +6,7 @@ use crate::errno::Errno;
 use crate::features::{BackendFeatures, Features};
 use crate::host::Host;
 use crate::iotlb::{Mapping, Table};
+use crate::net::MAC_BYTES;
 use crate::types::{Asid, GroupIndex, IovaRange, QueueIndex, Result};
 use crate::vq::{QueueSetup, QueueState};
 
@@ -83,6 +84,15 @@ pub trait Parent: Debug + Send {
     /// # Errors
     /// `EOPNOTSUPP` without such statistics; `EINVAL` for a queue that has none.
     fn vendor_stats(&self, _index: QueueIndex) -> Result<Vec<(&'static str, u64)>> {
+        Err(Errno::OPNOTSUPP)
+    }
+
+    /// The management side gives the device another Ethernet address, which is neither zero nor that of a group
+    /// (`dev_set_attr`). Does not block.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` for a device that cannot change it, or has none.
+    fn set_mac(&mut self, _mac: [u8; MAC_BYTES]) -> Result<()> {
         Err(Errno::OPNOTSUPP)
     }
 
@@ -262,6 +272,48 @@ pub struct Profile {
 }
 
 impl Profile {
+    /// A device as the kernel's simulators are by default (uapi-spec 6.1), with one group and one address space.
+    #[must_use]
+    pub const fn simulator(device_id: u32, features: Features, queues: u16, config_size: u32) -> Self {
+        Self {
+            device_id,
+            vendor_id: 0,
+            features,
+            backend_features: BackendFeatures::of(&[BackendFeatures::ENABLE_AFTER_DRIVER_OK]),
+            queues,
+            queue_size_max: 256,
+            queue_groups: Vec::new(),
+            groups: 1,
+            address_spaces: 1,
+            iova_range: IovaRange::ALL,
+            config_size,
+            suspend: true,
+            resume: true,
+            vring_size: false,
+            reset_map: true,
+            compat_reset: CompatReset::Clean,
+            address_mode: AddressMode::OwnerAddresses,
+            pin_limit: PinLimit::Rlimit,
+            private_memory: PrivateMemory::Skip,
+            max_iotlb_entries: 2048,
+            verify_remap: true,
+            identity_map: true,
+            reset_owner: false,
+            strict_new_owner: false,
+            status_unsuspends: true,
+            report_batch_errors: false,
+        }
+    }
+
+    /// What a simulator answers to features: those it offers, provided that ACCESS_PLATFORM is among them
+    /// (uapi-spec 6.1). For [`Parent::negotiate`].
+    ///
+    /// # Errors
+    /// `EINVAL`.
+    pub fn mask_features(&self, features: Features) -> Result<Features> {
+        if features.has(Features::ACCESS_PLATFORM) { Ok(features & self.features) } else { Err(Errno::INVAL) }
+    }
+
     /// The group of `queue`.
     #[must_use]
     pub fn group_of(&self, queue: QueueIndex) -> GroupIndex {
@@ -315,6 +367,10 @@ impl<P: Parent + ?Sized> Parent for Box<P> {
 
     fn vendor_stats(&self, index: QueueIndex) -> Result<Vec<(&'static str, u64)>> {
         (**self).vendor_stats(index)
+    }
+
+    fn set_mac(&mut self, mac: [u8; MAC_BYTES]) -> Result<()> {
+        (**self).set_mac(mac)
     }
 
     fn bind_owner(&mut self, owner: Option<&<Self::Host as Host>::AddressSpace>) -> Result<()> {

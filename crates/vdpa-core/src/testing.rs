@@ -19,16 +19,20 @@
 //! ```
 //!
 //! A whole device needs a platform: [`TestHost`] has processes that map memory objects, fork and exec, and
-//! [`RamBlk`] is a block device on it, to be opened as an [`inprocess::Node`](crate::inprocess::Node).
+//! [`RamBlk`] and [`RamNet`] are devices on it, to be opened as an [`inprocess::Node`](crate::inprocess::Node).
 //!
 //! What is called wrongly here panics: that is a bug of the test.
 #![expect(clippy::expect_used, reason = "a test that cannot set up its ring must fail")]
 
 mod platform;
 mod ram_blk;
+mod ram_net;
+mod table;
 
 pub use platform::{TestEvent, TestHost, TestObject, TestPiece, TestProcess, TestSpace};
-pub use ram_blk::{RamBlk, TableArea, TableMemory};
+pub use ram_blk::RamBlk;
+pub use ram_net::RamNet;
+pub use table::{TableArea, TableMemory};
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};

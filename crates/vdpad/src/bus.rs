@@ -9,7 +9,7 @@ use vdpa_core::Errno;
 use vdpa_core::device::Device;
 use vdpa_core::features::{Features, Status};
 use vdpa_core::host::PAGE_SIZE;
-use vdpa_core::net::NetConfig;
+use vdpa_core::net::{NetConfig, is_valid_address};
 use vdpa_core::parent::{Parent, PinLimit, Profile};
 use vdpa_core::types::QueueIndex;
 use vdpa_sys::process::{Caller, OwnerSpace, Spaces};
@@ -19,7 +19,7 @@ use zerocopy::IntoBytes;
 
 use crate::ctl::api::{
     AddRequest, Backend, CtlError, DevInfo, DevState, ID_NET, LastUpdate, MgmtDev, Owner, QueueInfo,
-    QueueVstats, UpdateInfo, VSTATS_INDEX_MAX,
+    QueueVstats, SetAnswer, SetRequest, UpdateInfo, VSTATS_INDEX_MAX,
 };
 use crate::ctl::config::DevConfig;
 use crate::front::fuse::FuseFs;
@@ -314,6 +314,28 @@ impl Backend for Bus {
         tracing::info!(device = %entry.name, mgmtdev = %entry.mgmtdev, file = %name, "device added");
         devices.push(Arc::new(entry));
         Ok(())
+    }
+
+    fn set(&self, name: &str, SetRequest { mac }: SetRequest) -> Result<SetAnswer, CtlError> {
+        let entry = self.find(name)?;
+        let mgmt = self.mgmt.iter().map(|mgmt| mgmt.describe()).find(|mgmt| mgmt.handle() == entry.mgmtdev);
+        if !mgmt.is_some_and(|mgmt| mgmt.supported_classes.contains(&ID_NET)) {
+            return Ok(SetAnswer { warning: Some(format!("{name} device not supported")) });
+        }
+        let mac = mac.ok_or_else(|| {
+            CtlError::new(Errno::OPNOTSUPP, "no attribute to be set").with_hint("\"mac\" can be set.")
+        })?;
+        if !is_valid_address(mac.0) {
+            return Err(CtlError::new(Errno::OPNOTSUPP, "Invalid MAC address")
+                .with_hint("An address that is not zero and not of a group is right."));
+        }
+        entry
+            .lock()?
+            .parent_mut()
+            .set_mac(mac.0)
+            .map_err(|errno| CtlError::new(errno, "Operation not supported by the device"))?;
+        tracing::info!(device = %name, %mac, "attribute set");
+        Ok(SetAnswer::default())
     }
 
     fn delete(&self, name: &str, force: bool) -> Result<(), CtlError> {

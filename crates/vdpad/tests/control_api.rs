@@ -9,7 +9,9 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use support::{Fixture, SIM_NET, Setup};
-use vdpad::ctl::api::{AddRequest, Attrs, Backend, DevInfo, ErrorBody, MgmtDev, QueueVstats, Version};
+use vdpad::ctl::api::{
+    AddRequest, Attrs, Backend, DevInfo, ErrorBody, MgmtDev, QueueVstats, SetAnswer, SetRequest, Version,
+};
 use vdpad::ctl::client::{Client, ClientError};
 use vdpad::ctl::config::DevConfig;
 use vdpad::ctl::server::{BindError, Limits, Server, StartError};
@@ -67,6 +69,8 @@ fn bodies_are_read_as_they_were_written() {
         ("blk", blk.http("GET", "/v1/devs/blk0", "").1),
         ("blk-config", blk.http("GET", "/v1/devs/blk0/config", "").1),
         ("error", blk.http("GET", "/v1/devs/none", "").1),
+        ("set", r#"{"mac":"52:54:00:12:34:56"}"#.to_owned()),
+        ("set-answer", r#"{"warning":"blk0 device not supported"}"#.to_owned()),
         (
             "add",
             r#"{"name":"b1","mgmtdev":"sim-blk","attrs":{"path":"/a","queues":"4","direct":"on"}}"#
@@ -82,6 +86,8 @@ fn bodies_are_read_as_they_were_written() {
                 serde_json::to_value(serde_json::from_str::<DevConfig>(text).unwrap())
             }
             "vstats" => serde_json::to_value(serde_json::from_str::<QueueVstats>(text).unwrap()),
+            "set" => serde_json::to_value(serde_json::from_str::<SetRequest>(text).unwrap()),
+            "set-answer" => serde_json::to_value(serde_json::from_str::<SetAnswer>(text).unwrap()),
             "error" => serde_json::to_value(serde_json::from_str::<ErrorBody>(text).unwrap()),
             _ => serde_json::to_value(serde_json::from_str::<AddRequest>(text).unwrap()),
         };
@@ -110,6 +116,29 @@ fn creating_and_removing() {
             "add b1 on vdpasim_blk path=/a queues=4 direct=on",
             "delete blk0 force true",
             "delete blk0 force false"
+        ]
+    );
+}
+
+#[test]
+fn changing() {
+    let setup = Setup::new(Fixture::simulators().with_net(None).with_blk());
+    let patch = |name: &str, body: &str| setup.http("PATCH", &format!("/v1/devs/{name}"), body);
+    assert_eq!(patch("vdpa0", r#"{"mac":"52:54:0:12:34:56"}"#), (200, "{}".into()));
+    assert_eq!(patch("vdpa0", "{}"), (200, "{}".into()));
+    let (status, body) = patch("blk0", r#"{"mac":"52:54:00:12:34:56"}"#);
+    assert_eq!((status, body.as_str()), (200, r#"{"warning":"blk0 device not supported"}"#));
+    assert_eq!(error(&patch("nosuch", "{}")), refused(404, "ENODEV", 19));
+    for body in ["", "null", r#"{"mac":"zz"}"#, r#"{"mac":1}"#, r#"{"mtu":1400}"#] {
+        assert_eq!(error(&patch("vdpa0", body)), refused(400, "EINVAL", 22), "{body}");
+    }
+    assert_eq!(
+        setup.log(),
+        [
+            "set vdpa0 mac 52:54:00:12:34:56",
+            "set vdpa0 mac ",
+            "set blk0 mac 52:54:00:12:34:56",
+            "set nosuch mac "
         ]
     );
 }

@@ -382,6 +382,36 @@ fn vdpactl_shows_what_the_command_vdpa_shows_of_the_kernels() {
 }
 
 #[test]
+fn the_address_can_be_set_from_outside() {
+    let (daemon, path) = setup();
+    daemon.add("s0", "sim-blk", &[]);
+    let set = |line: &str| {
+        let outcome = vdpactl(&daemon, &format!("dev set {line}"));
+        (outcome.code, outcome.stderr.lines().take(2).map(str::to_owned).collect::<Vec<_>>())
+    };
+    let refused = |message: &str, errno: &str| {
+        (Some(1), vec![format!("Error: vdpa: {message}."), format!("kernel answers: {errno}")])
+    };
+    let unsupported = "Operation not supported";
+    let mut net = Net::start(&path);
+    net.loops(&packet(MAC, 1));
+    assert_eq!(set("name n0 mac 52:54:11:12:34:57"), (Some(0), vec![]));
+    assert_eq!(read_all_config(&net.device).unwrap()[..6], OTHER);
+    net.loops(&packet(OTHER, 1));
+    net.transmit(&packet(MAC, 1));
+    // In the kernel's words, which are those of Linux 7.2.
+    assert_eq!(set("name n0 mac 00:00:00:00:00:00"), refused("Invalid MAC address", unsupported));
+    assert_eq!(set("name n0 mac 01:00:5e:00:00:01"), refused("Invalid MAC address", unsupported));
+    assert_eq!(set("name n0"), refused("no attribute to be set", unsupported));
+    assert_eq!(set("name nosuch mac 0:0:0:0:0:0"), refused("device not found", "No such device"));
+    let warning = vec!["Warning: vdpa: s0 device not supported.".to_owned()];
+    for line in ["name s0 mac 52:54:11:12:34:57", "name s0 mac 01:00:5e:00:00:01", "name s0"] {
+        assert_eq!(set(line), (Some(0), warning.clone()), "{line}");
+    }
+    assert_eq!(read_all_config(&net.device).unwrap()[..6], OTHER, "refusals change nothing");
+}
+
+#[test]
 fn statistics_are_refused_in_the_kernels_order() {
     let (daemon, path) = setup();
     daemon.add("s0", "sim-blk", &[]);

@@ -297,6 +297,27 @@ fn add_and_delete_say_nothing_when_they_succeed() {
     );
 }
 
+/// As iproute2 6.15 does on Linux 7.2: a device that is no network device is a warning and a success.
+#[test]
+fn set_says_nothing_or_warns() {
+    let setup = Setup::new(Fixture::simulators().with_net(None).with_blk());
+    setup.vdpactl("dev set name vdpa0 mac 52:54:0:12:34:56").prints("");
+    let warned = setup.vdpactl("-j dev set na blk0 mac 52:54:0:12:34:56");
+    assert_eq!((warned.code, warned.stdout.as_str()), (Some(0), ""), "{warned:?}");
+    assert_eq!(warned.stderr, "Warning: vdpa: blk0 device not supported.\n");
+    setup.vdpactl("dev set name nosuch mac 52:54:0:12:34:56").fails("", NO_DEVICE);
+    setup.vdpactl("dev set").fails("", "device name is not set.\n");
+    setup.vdpactl("dev se name vdpa0").fails("", "Command \"se\" not found\n");
+    assert_eq!(
+        setup.log(),
+        [
+            "set vdpa0 mac 52:54:00:12:34:56",
+            "set blk0 mac 52:54:00:12:34:56",
+            "set nosuch mac 52:54:00:12:34:56"
+        ]
+    );
+}
+
 impl support::Outcome {
     #[track_caller]
     fn fails_to_parse(&self) {

@@ -4,10 +4,11 @@ use vdpa_core::Errno;
 use vdpa_core::features::{BackendFeatures, Status};
 use vdpa_core::types::{Perm, iotlb_type};
 
+use crate::blk_driver::BlkDriver;
 use crate::case::{Case, Ctx, Need, Outcome, check, prepare};
 use crate::device::WRITTEN;
 use crate::request::Request;
-use crate::ring::{BlkDriver, IOVA};
+use crate::ring::IOVA;
 
 /// A block device with a ring large enough for the driver.
 const BLK: [Need; 2] = [Need::DeviceId(2), Need::RingSize(8)];

@@ -2,6 +2,7 @@
 
 use vdpa_core::Errno;
 use vdpa_core::features::{BackendFeatures, Features, Status};
+use vdpa_sys::uapi::live;
 use vdpa_sys::vhost_vdpa::RawArg;
 
 use super::state::{Stage, reach};
@@ -151,6 +152,10 @@ fn backend_refused(ctx: &mut Ctx<'_>) -> Outcome {
         (0x80, Errno::INVAL),
         (0x88, Errno::OPNOTSUPP),
     ] {
+        // Unless that bit was given a meaning here.
+        if live::configured().features_from_wire(word) != BackendFeatures(word) {
+            continue;
+        }
         check(
             &format!("SET_BACKEND_FEATURES {word:#x}"),
             device.set_backend(BackendFeatures(word)),

@@ -84,6 +84,13 @@ pub(super) const CASES: &[Case] = &[
         run: mmap,
     },
     Case {
+        id: "file.mmap-write-only",
+        spec: "1.9",
+        covers: &[Request::MMAP],
+        needs: &[Need::DeviceFile],
+        run: mmap_write_only,
+    },
+    Case {
         id: "file.epoll",
         spec: "1.10, 9.4 vector 40",
         covers: &[Request::POLL],
@@ -196,6 +203,15 @@ fn mmap(ctx: &mut Ctx<'_>) -> Outcome {
     ] {
         let mapped = SharedMap::map(device.file()?, 0, len, prot, false).map(drop);
         check(&format!("mmap of {what}"), mapped, Err(want))?;
+    }
+    Ok(())
+}
+
+fn mmap_write_only(ctx: &mut Ctx<'_>) -> Outcome {
+    let device = ctx.open_as(OFlags::WRONLY)?;
+    for (what, prot) in [("write", Prot { read: false, write: true }), ("read and write", Prot::RW)] {
+        let mapped = SharedMap::map(device.file()?, 0, 4096, prot, false).map(drop);
+        check(&format!("mmap of 4096 bytes to {what}, open for writing only"), mapped, Err(Errno::ACCESS))?;
     }
     Ok(())
 }

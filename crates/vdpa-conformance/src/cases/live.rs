@@ -8,12 +8,13 @@ use vdpa_core::Errno;
 use vdpa_core::features::{BackendFeatures, Status};
 use vdpa_core::types::{IotlbMsg, Perm, iotlb_type};
 
+use crate::blk_driver::{BlkDriver, remap_message};
 use crate::case::{Case, Ctx, Need, Outcome, Stop, check, prepare};
 use crate::child::Child;
 use crate::device::{Device, V2, WRITTEN, encode, pair};
 use crate::memory::{PAGE, Region};
 use crate::request::Request;
-use crate::ring::{BlkDriver, IOVA, remap_message};
+use crate::ring::IOVA;
 
 const NEW_OWNER: Need = Need::Backend(BackendFeatures::NEW_OWNER);
 const REMAP: Need = Need::Backend(BackendFeatures::IOTLB_REMAP);

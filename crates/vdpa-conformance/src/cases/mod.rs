@@ -7,7 +7,9 @@ mod file;
 mod iotlb;
 mod live;
 mod net;
+mod net_data;
 mod order;
+mod owned;
 mod owner;
 mod state;
 mod status;
@@ -31,6 +33,7 @@ pub fn all() -> Vec<Case> {
         data::CASES,
         live::CASES,
         net::CASES,
+        net_data::CASES,
     ]
     .concat()
 }

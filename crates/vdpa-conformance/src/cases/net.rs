@@ -10,7 +10,9 @@ use crate::device::{Device, WRITTEN};
 use crate::memory::{PAGE, Region};
 use crate::request::Request;
 
-const NET: &[Need] = &[Need::DeviceId(1), Need::Queues(3), Need::Groups(2), Need::AddressSpaces(2)];
+/// What such a device has.
+pub(super) const PROFILE: [Need; 4] =
+    [Need::DeviceId(1), Need::Queues(3), Need::Groups(2), Need::AddressSpaces(2)];
 /// ANY_LAYOUT, VERSION_1, ACCESS_PLATFORM, MTU, MAC, STATUS, CTRL_VQ, CTRL_MAC_ADDR.
 const FEATURES: u64 = 0x3_0883_0028;
 /// What the simulator offers, which may be joined by the live-update bits.
@@ -20,7 +22,7 @@ const CONFIG: u32 = 24;
 
 macro_rules! case {
     ($id:literal, $spec:literal, [$($request:ident),+], $run:expr) => {
-        Case { id: $id, spec: $spec, covers: &[$(Request::$request),+], needs: NET, run: $run }
+        Case { id: $id, spec: $spec, covers: &[$(Request::$request),+], needs: &PROFILE, run: $run }
     };
 }
 

@@ -2,12 +2,12 @@
 
 use vdpa_core::Errno;
 use vdpa_core::features::Status;
-use vdpa_core::types::VringAddr;
 use vdpa_sys::vhost_vdpa::RawArg;
 
+use super::owned;
 use super::state::{Stage, reach};
 use crate::case::{Case, Ctx, Need, Outcome, check, prepare};
-use crate::device::{pair, vring_file};
+use crate::device::pair;
 use crate::request::Request;
 
 /// Requests of other vhost devices: owner, index, then refused (uapi-spec 1.1). Large enough for any of them.
@@ -97,23 +97,7 @@ pub(super) const CASES: &[Case] = &[
             check("SET_FEATURES after FEATURES_OK, bad pointer", refused, Err(Errno::BUSY))
         },
     },
-    Case {
-        id: "order.index-first",
-        spec: "1.1, 1.6",
-        covers: &[
-            Request::SET_VRING_NUM,
-            Request::SET_VRING_ADDR,
-            Request::SET_VRING_BASE,
-            Request::GET_VRING_BASE,
-            Request::SET_VRING_KICK,
-            Request::SET_VRING_CALL,
-            Request::SET_VRING_ERR,
-            Request::SET_VRING_ENABLE,
-            Request::SET_GROUP_ASID,
-        ],
-        needs: &[],
-        run: index_first,
-    },
+    Case { id: "order.index-first", spec: "1.1, 1.6", covers: owned::VRING, needs: &[], run: index_first },
     Case {
         id: "order.group-asid",
         spec: "1.6",
@@ -228,21 +212,10 @@ fn index_first(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open_owned()?;
     let beyond = Err(Errno::NOBUFS);
     for index in [ctx.probe().queues, u32::MAX] {
-        let what = |request: Request| format!("{} of queue {index}, the rest wrong too", request.name);
-        for (request, wrong) in [
-            (Request::SET_VRING_NUM, 0),
-            (Request::SET_VRING_BASE, 65_536),
-            (Request::GET_VRING_BASE, 0),
-            (Request::SET_VRING_ENABLE, 1),
-            (Request::SET_GROUP_ASID, u32::MAX),
-        ] {
-            check(&what(request), device.set_vring(request, index, wrong), beyond)?;
+        for &request in owned::VRING {
+            let refused = owned::vring(&device, request, index, false);
+            check(&format!("{} of queue {index}, the rest wrong too", request.name), refused, beyond)?;
         }
-        for request in [Request::SET_VRING_KICK, Request::SET_VRING_CALL, Request::SET_VRING_ERR] {
-            check(&what(request), device.set(request, &vring_file(index, 999_999)), beyond)?;
-        }
-        let addr = VringAddr { flags: 2, used: 1, ..VringAddr::default() };
-        check(&what(Request::SET_VRING_ADDR), device.set_addr(index, &addr), beyond)?;
     }
     Ok(())
 }

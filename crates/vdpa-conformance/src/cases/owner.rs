@@ -2,8 +2,9 @@
 
 use vdpa_core::Errno;
 use vdpa_core::features::Status;
-use vdpa_core::types::{IotlbMsg, Perm, VringAddr, iotlb_type};
+use vdpa_core::types::{IotlbMsg, Perm, iotlb_type};
 
+use super::owned;
 use crate::case::{Case, Ctx, Need, Outcome, check, prepare};
 use crate::device::{V2, WRITTEN, encode, pair};
 use crate::forked::vfork_set;
@@ -25,30 +26,7 @@ pub(super) const CASES: &[Case] = &[
         needs: &[Need::DeviceFile],
         run: reset_owner,
     },
-    Case {
-        id: "owner.needed",
-        spec: "1.3, 4.3, 9.4 vector 6",
-        covers: &[
-            Request::SET_VRING_NUM,
-            Request::SET_VRING_ADDR,
-            Request::SET_VRING_BASE,
-            Request::GET_VRING_BASE,
-            Request::SET_VRING_KICK,
-            Request::SET_VRING_CALL,
-            Request::SET_VRING_ERR,
-            Request::SET_VRING_BUSYLOOP_TIMEOUT,
-            Request::SET_VRING_ENABLE,
-            Request::GET_VRING_GROUP,
-            Request::GET_VRING_DESC_GROUP,
-            Request::GET_VRING_SIZE,
-            Request::SET_GROUP_ASID,
-            Request::SET_MEM_TABLE,
-            Request::IOTLB_UPDATE,
-            Request::IOTLB_BATCH_BEGIN,
-        ],
-        needs: &[],
-        run: needed,
-    },
+    Case { id: "owner.needed", spec: "1.3, 4.3, 9.4 vector 6", covers: owned::ALL, needs: &[], run: needed },
     Case {
         id: "owner.not-needed",
         spec: "1.3, 4.3",
@@ -152,24 +130,10 @@ fn reset_owner(ctx: &mut Ctx<'_>) -> Outcome {
 fn needed(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open()?;
     let refused = Err(Errno::PERM);
-    for request in [
-        Request::SET_VRING_NUM,
-        Request::SET_VRING_BASE,
-        Request::GET_VRING_BASE,
-        Request::SET_VRING_BUSYLOOP_TIMEOUT,
-        Request::SET_VRING_ENABLE,
-        Request::GET_VRING_GROUP,
-        Request::GET_VRING_DESC_GROUP,
-        Request::GET_VRING_SIZE,
-        Request::SET_GROUP_ASID,
-        Request::SET_MEM_TABLE,
-    ] {
-        check(request.name, device.set(request, &pair(0, 0)), refused)?;
+    for &request in owned::VRING {
+        check(request.name, owned::vring(&device, request, 0, true), refused)?;
     }
-    for request in [Request::SET_VRING_KICK, Request::SET_VRING_CALL, Request::SET_VRING_ERR] {
-        check(request.name, device.set_fd(request, 0, None), refused)?;
-    }
-    check("VHOST_SET_VRING_ADDR", device.set_addr(0, &VringAddr::default()), refused)?;
+    check("VHOST_SET_MEM_TABLE", device.set(Request::SET_MEM_TABLE, &pair(0, 0)), refused)?;
     let region = Region::new(1)?;
     check("UPDATE", device.map(0x1000, &region, Perm::RW), Err(Errno::FAULT))?;
     check("BATCH_BEGIN", device.plain(0, iotlb_type::BATCH_BEGIN), Err(Errno::FAULT))

@@ -5,131 +5,34 @@ mod translation;
 use std::sync::{Arc, Mutex};
 
 use super::*;
-use crate::host::{AddressSpace, Event, Fragment, MemoryObject, PinAccount};
 use crate::iotlb::Mapping;
 use crate::parent::{AddressMode, Dma, PinLimit, PrivateMemory, SetMap};
+use crate::testing::{TestHost, TestObject, TestPiece, TestProcess, TestSpace};
 use crate::types::{IotlbMsg, Perm, VringAddr, iotlb_type};
 use crate::vq::{QueueSetup, QueueState};
 
 const PAGE: u64 = 4096;
 
-#[derive(Clone, Debug)]
-struct TestHost;
-
-impl Host for TestHost {
-    type AddressSpace = Space;
-    type Memory = Piece;
-    type Event = Bell;
+/// A process with these mappings: address, pages, number of the object, page of the object, shared. A number means the same
+/// object everywhere in a test.
+fn process(vmas: &[(u64, u64, usize, u64, bool)]) -> TestProcess {
+    thread_local! {
+        static OBJECTS: [TestObject; 10] = std::array::from_fn(|_| TestObject::new(16 * PAGE));
+    }
+    let process = TestProcess::new();
+    for &(start, pages, object, first, shared) in vmas {
+        OBJECTS.with(|objects| {
+            process.map_at(start, &objects[object], first * PAGE, pages * PAGE, shared);
+        });
+    }
+    process
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Bell(u32);
-
-impl Event for Bell {
-    fn signal(&self) {}
-}
-
-/// One VMA of a test process.
-#[derive(Clone, Debug)]
-struct Vma {
-    start: u64,
-    size: u64,
-    object: u32,
-    offset: u64,
-    shared: bool,
-}
-
-#[derive(Clone, Debug)]
-struct Piece {
-    object: u32,
-    offset: u64,
-    size: u64,
-    shared: bool,
-}
-
-impl MemoryObject for Piece {
-    fn is_shared(&self) -> bool {
-        self.shared
-    }
-    fn pin_pages(&self) -> u64 {
-        if self.shared { self.size.div_ceil(PAGE) } else { 0 }
-    }
-    fn same_object(&self, offset: u64, other: &Self, other_offset: u64) -> bool {
-        self.object == other.object && self.offset + offset == other.offset + other_offset
-    }
-}
-
-#[derive(Clone, Debug)]
-struct Space {
-    id: u32,
-    vmas: Vec<Vma>,
-    account: Arc<PinAccount>,
-}
-
-impl AddressSpace for Space {
-    type Memory = Piece;
-
-    fn resolve(&self, uaddr: u64, size: u64, _perm: Perm) -> Result<Vec<Fragment<Piece>>> {
-        let mut fragments = Vec::new();
-        let (mut at, mut left) = (uaddr, size);
-        while left > 0 {
-            let vma = self
-                .vmas
-                .iter()
-                .find(|vma| vma.start <= at && at < vma.start + vma.size)
-                .ok_or(Errno::FAULT)?;
-            let size = left.min(vma.start + vma.size - at);
-            let offset = vma.offset + at - vma.start;
-            let memory = Piece { object: vma.object, offset, size, shared: vma.shared };
-            fragments.push(Fragment { size, memory });
-            at += size;
-            left -= size;
-        }
-        Ok(fragments)
-    }
-
-    fn account(&self) -> &PinAccount {
-        &self.account
-    }
-
-    fn whole(&self) -> Option<Piece> {
-        Some(Piece { object: self.id, offset: 0, size: u64::MAX, shared: false })
-    }
-}
-
-/// A process: its address space is replaced by `exec`.
-#[derive(Clone, Debug)]
-struct Process {
-    space: Space,
-    limit: u64,
-}
-
-impl Process {
-    fn new(id: u32, vmas: &[(u64, u64, u32, u64, bool)]) -> Self {
-        let vmas = vmas
-            .iter()
-            .map(|&(start, pages, object, offset, shared)| Vma {
-                start,
-                size: pages * PAGE,
-                object,
-                offset: offset * PAGE,
-                shared,
-            })
-            .collect();
-        Self { space: Space { id, vmas, account: Arc::default() }, limit: 1 << 20 }
-    }
-}
-
-impl Caller<TestHost> for Process {
-    fn is(&self, owner: &Space) -> bool {
-        self.space.id == owner.id
-    }
-    fn address_space(&self) -> Result<Space> {
-        Ok(self.space.clone())
-    }
-    fn memlock_pages(&self) -> u64 {
-        self.limit
-    }
+/// A process with nothing mapped that may pin `pages` pages.
+fn limited(pages: u64) -> TestProcess {
+    let process = TestProcess::new();
+    process.set_memlock_pages(pages);
+    process
 }
 
 /// What the parent saw: (first, last, uaddr, stale) of each table it was given, and whether to refuse.
@@ -160,11 +63,7 @@ impl Parent for TestParent {
     }
     fn write_config(&mut self, _offset: u32, _data: &[u8]) {}
     fn negotiate(&mut self, features: Features) -> Result<Features> {
-        if features.has(Features::ACCESS_PLATFORM) {
-            Ok(features & self.profile.features)
-        } else {
-            Err(Errno::INVAL)
-        }
+        self.profile.mask_features(features)
     }
     fn start_queue(&mut self, index: QueueIndex, _: &QueueSetup<TestHost>, state: QueueState) -> Result<()> {
         let mut seen = self.seen.lock().unwrap();
@@ -184,19 +83,19 @@ impl Parent for TestParent {
     fn dma(&mut self) -> Dma<'_, TestHost> {
         Dma::SetMap(self)
     }
-    fn bind_owner(&mut self, owner: Option<&Space>) -> Result<()> {
+    fn bind_owner(&mut self, owner: Option<&TestSpace>) -> Result<()> {
         if owner.is_some() && self.seen.lock().unwrap().refuse_owner { Err(Errno::IO) } else { Ok(()) }
     }
 }
 
 impl SetMap<TestHost> for TestParent {
-    fn set_map(&mut self, _asid: Asid, table: &Table<Piece>) -> Result<()> {
+    fn set_map(&mut self, _asid: Asid, table: &Table<TestPiece>) -> Result<()> {
         let mut seen = self.seen.lock().unwrap();
         if seen.refuse > 0 {
             seen.refuse -= 1;
             return Err(Errno::NOSPC);
         }
-        let row = |e: &Mapping<Piece>| (e.range.first(), e.range.last(), e.uaddr, e.stale);
+        let row = |e: &Mapping<TestPiece>| (e.range.first(), e.range.last(), e.uaddr, e.stale);
         seen.tables.push(table.iter().map(row).collect());
         Ok(())
     }
@@ -207,33 +106,16 @@ fn profile(mode: AddressMode) -> Profile {
     if mode == AddressMode::OwnerAddresses {
         live = live.with(BackendFeatures::IOTLB_REMAP);
     }
+    let features = Features::of(&[Features::VERSION_1, Features::ACCESS_PLATFORM]);
     Profile {
-        device_id: 2,
-        vendor_id: 0,
-        features: Features::of(&[Features::VERSION_1, Features::ACCESS_PLATFORM]),
         backend_features: live.with(BackendFeatures::ENABLE_AFTER_DRIVER_OK),
-        queues: 2,
-        queue_size_max: 256,
-        queue_groups: vec![],
-        groups: 1,
         address_spaces: 2,
-        iova_range: IovaRange::ALL,
-        config_size: 60,
-        suspend: true,
-        resume: true,
-        vring_size: false,
-        reset_map: true,
         compat_reset: CompatReset::Keep,
         address_mode: mode,
-        pin_limit: PinLimit::Rlimit,
-        private_memory: PrivateMemory::Skip,
         max_iotlb_entries: 16,
-        verify_remap: true,
         identity_map: false,
-        reset_owner: false,
-        strict_new_owner: false,
         status_unsuspends: false,
-        report_batch_errors: false,
+        ..Profile::simulator(2, features, 2, 60)
     }
 }
 
@@ -241,17 +123,17 @@ fn profile(mode: AddressMode) -> Profile {
 struct Rig {
     device: Device<TestParent>,
     seen: Arc<Mutex<Seen>>,
-    owner: Process,
+    owner: TestProcess,
 }
 
 const A0: Asid = Asid(0);
 
 impl Rig {
     fn new(mode: AddressMode) -> Self {
-        Self::with(profile(mode), Process::new(1, &[(0x10_0000, 16, 9, 0, true)]))
+        Self::with(profile(mode), process(&[(0x10_0000, 16, 9, 0, true)]))
     }
 
-    fn with(profile: Profile, owner: Process) -> Self {
+    fn with(profile: Profile, owner: TestProcess) -> Self {
         let seen = Arc::new(Mutex::new(Seen { running: vec![false; 2], ..Seen::default() }));
         let mut device = Device::new(TestParent { profile, seen: Arc::clone(&seen) });
         device.open().unwrap();
@@ -259,7 +141,14 @@ impl Rig {
         Self { device, seen, owner }
     }
 
-    fn send(&mut self, who: &Process, kind: u8, iova: u64, size: u64, uaddr: u64) -> Result<(), IotlbError> {
+    fn send(
+        &mut self,
+        who: &TestProcess,
+        kind: u8,
+        iova: u64,
+        size: u64,
+        uaddr: u64,
+    ) -> Result<(), IotlbError> {
         let perm = if kind == iotlb_type::UPDATE { Perm::RW } else { Perm::NONE };
         self.device.iotlb(who, A0, &IotlbMsg { iova, size, uaddr, perm, kind })
     }
@@ -297,9 +186,9 @@ fn the_device_is_exclusive_and_close_undoes_everything() {
     rig.own(iotlb_type::UPDATE, 0, 4 * PAGE, 0x10_0000).unwrap();
     rig.start_queue_0();
     rig.device.set_backend_features(BackendFeatures(0x10e)).unwrap();
-    assert_eq!(rig.owner.space.account.pages(), 4);
+    assert_eq!(rig.owner.pinned_pages(), 4);
     rig.device.release();
-    assert_eq!(rig.owner.space.account.pages(), 0);
+    assert_eq!(rig.owner.pinned_pages(), 0);
     assert!(!rig.running() && rig.last_table().is_empty());
     rig.device.open().unwrap();
     assert!(rig.device.owner().is_none());
@@ -311,7 +200,7 @@ fn the_device_is_exclusive_and_close_undoes_everything() {
 #[test]
 fn only_the_owner_may_touch_vrings_and_mappings() {
     let mut rig = Rig::new(AddressMode::OwnerAddresses);
-    let child = Process::new(2, &[(0x10_0000, 16, 9, 0, true)]);
+    let child = process(&[(0x10_0000, 16, 9, 0, true)]);
     assert_eq!(rig.device.set_vring_num(&child, QueueIndex(0), 64), Err(Errno::PERM));
     assert_eq!(rig.device.reset_owner(&child), Err(Errno::PERM));
     assert_eq!(rig.device.reset_owner(&rig.owner.clone()), Err(Errno::FAULT));
@@ -328,19 +217,19 @@ fn only_the_owner_may_touch_vrings_and_mappings() {
 fn new_owner_needs_an_offer_and_an_owner_and_moves_the_charge() {
     let mut plain = profile(AddressMode::Pinned);
     plain.backend_features = BackendFeatures::NONE;
-    let heir = Process::new(2, &[]);
-    assert_eq!(Rig::with(plain, Process::new(1, &[])).device.new_owner(&heir), Err(Errno::OPNOTSUPP));
+    let heir = process(&[]);
+    assert_eq!(Rig::with(plain, process(&[])).device.new_owner(&heir), Err(Errno::OPNOTSUPP));
 
     let mut rig = Rig::new(AddressMode::Pinned);
     rig.own(iotlb_type::UPDATE, 0, 8 * PAGE, 0x10_0000).unwrap();
-    let poor = Process { limit: 7, ..Process::new(3, &[]) };
+    let poor = limited(7);
     assert_eq!(rig.device.new_owner(&poor), Err(Errno::NOMEM));
     assert!(rig.device.check_owner(&rig.owner).is_ok(), "a refused heir changes nothing");
     rig.device.new_owner(&heir).unwrap();
-    assert_eq!((rig.owner.space.account.pages(), heir.space.account.pages()), (0, 8));
+    assert_eq!((rig.owner.pinned_pages(), heir.pinned_pages()), (0, 8));
     assert_eq!(rig.device.pinned_pages(), 8);
     rig.device.release();
-    assert_eq!(heir.space.account.pages(), 0);
+    assert_eq!(heir.pinned_pages(), 0);
     rig.device.open().unwrap();
     assert_eq!(rig.device.new_owner(&heir), Err(Errno::INVAL));
 }
@@ -349,9 +238,9 @@ fn new_owner_needs_an_offer_and_an_owner_and_moves_the_charge() {
 fn strict_mode_wants_a_suspended_device() {
     let mut strict = profile(AddressMode::Objects);
     strict.strict_new_owner = true;
-    let mut rig = Rig::with(strict, Process::new(1, &[]));
+    let mut rig = Rig::with(strict, process(&[]));
     rig.start_queue_0();
-    let heir = Process::new(2, &[]);
+    let heir = process(&[]);
     assert_eq!(rig.device.new_owner(&heir), Err(Errno::BUSY));
     rig.device.suspend().unwrap();
     rig.device.new_owner(&heir).unwrap();
@@ -360,7 +249,7 @@ fn strict_mode_wants_a_suspended_device() {
 #[test]
 fn memlock_limits_updates_and_a_refusal_leaves_no_trace() {
     let mut rig = Rig::new(AddressMode::Pinned);
-    rig.owner.limit = 4;
+    rig.owner.set_memlock_pages(4);
     rig.own(iotlb_type::UPDATE, 0, 4 * PAGE, 0x10_0000).unwrap();
     let refused = rig.own(iotlb_type::UPDATE, 0x10_0000, PAGE, 0x10_4000);
     assert_eq!(refused, Err(IotlbError::MemLock { pages: 1, pinned: 4, limit: 4, what: "RLIMIT_MEMLOCK" }));
@@ -380,19 +269,19 @@ fn memlock_limits_updates_and_a_refusal_leaves_no_trace() {
 fn whoever_made_the_device_may_set_the_limit() {
     let mut profile = profile(AddressMode::Pinned);
     profile.pin_limit = PinLimit::Pages(4);
-    let mut rig = Rig::with(profile, Process::new(1, &[(0x10_0000, 16, 9, 0, true)]));
-    rig.owner.limit = 0;
+    let mut rig = Rig::with(profile, process(&[(0x10_0000, 16, 9, 0, true)]));
+    rig.owner.set_memlock_pages(0);
     rig.own(iotlb_type::UPDATE, 0, 4 * PAGE, 0x10_0000).unwrap();
     assert!(rig.own(iotlb_type::UPDATE, 0x10_0000, PAGE, 0x10_4000).is_err());
-    let heir = Process { limit: 0, ..Process::new(2, &[]) };
+    let heir = limited(0);
     rig.device.new_owner(&heir).unwrap();
-    assert_eq!(heir.space.account.pages(), 4);
+    assert_eq!(heir.pinned_pages(), 4);
 }
 
 #[test]
 fn updates_never_overlap_and_private_memory_is_skipped_or_copied() {
     let vmas = [(0x10_0000, 2, 9, 0, true), (0x10_2000, 2, 0, 0, false)];
-    let mut rig = Rig::with(profile(AddressMode::OwnerAddresses), Process::new(1, &vmas));
+    let mut rig = Rig::with(profile(AddressMode::OwnerAddresses), process(&vmas));
     assert_eq!(rig.own(iotlb_type::INVALIDATE, 0, 0, 0), Err(IotlbError::NoTable { asid: A0 }));
     assert_eq!(rig.own(iotlb_type::UPDATE, 0, 0, 0).unwrap_err().errno(), Errno::INVAL);
     rig.own(iotlb_type::UPDATE, 0, 4 * PAGE, 0x10_0000).unwrap();
@@ -404,7 +293,7 @@ fn updates_never_overlap_and_private_memory_is_skipped_or_copied() {
 
     let mut copying = profile(AddressMode::Objects);
     copying.private_memory = PrivateMemory::Copy;
-    let mut rig = Rig::with(copying, Process::new(1, &vmas));
+    let mut rig = Rig::with(copying, process(&vmas));
     rig.own(iotlb_type::UPDATE, 0, 4 * PAGE, 0x10_0000).unwrap();
     assert_eq!((rig.device.mapped().entries, rig.device.mapped().bytes), (2, 4 * PAGE));
 }
@@ -440,8 +329,8 @@ fn batches_belong_to_one_address_space_and_reach_the_parent_once() {
 }
 
 /// The image after an exec: the same object somewhere else, split in two VMAs.
-fn heir() -> Process {
-    Process::new(2, &[(0x20_0000, 3, 9, 0, true), (0x20_3000, 13, 9, 3, true), (0x40_0000, 16, 8, 0, true)])
+fn heir() -> TestProcess {
+    process(&[(0x20_0000, 3, 9, 0, true), (0x20_3000, 13, 9, 3, true), (0x40_0000, 16, 8, 0, true)])
 }
 
 #[test]
@@ -520,7 +409,7 @@ fn a_batch_without_remap_hides_the_parents_error_as_the_kernel_does() {
     for report in [false, true] {
         let mut profile = profile(AddressMode::Objects);
         profile.report_batch_errors = report;
-        let mut rig = Rig::with(profile, Process::new(1, &[(0x10_0000, 16, 9, 0, true)]));
+        let mut rig = Rig::with(profile, process(&[(0x10_0000, 16, 9, 0, true)]));
         rig.own(iotlb_type::BATCH_BEGIN, 0, 0, 0).unwrap();
         rig.own(iotlb_type::UPDATE, 0, PAGE, 0x10_0000).unwrap();
         rig.seen.lock().unwrap().refuse = 1;
@@ -533,7 +422,7 @@ fn reset_drops_the_parents_map_only_where_it_must() {
     let clean = |acked: u64| {
         let mut profile = profile(AddressMode::OwnerAddresses);
         profile.compat_reset = CompatReset::Clean;
-        let mut rig = Rig::with(profile, Process::new(1, &[(0x10_0000, 16, 9, 0, true)]));
+        let mut rig = Rig::with(profile, process(&[(0x10_0000, 16, 9, 0, true)]));
         rig.device.set_backend_features(BackendFeatures(acked)).unwrap();
         rig.own(iotlb_type::UPDATE, 0, PAGE, 0x10_0000).unwrap();
         rig.device.set_status(Status::RESET).unwrap();
@@ -594,7 +483,7 @@ fn a_suspend_that_fails_leaves_the_device_running() {
 #[test]
 fn a_second_suspend_that_fails_leaves_the_device_running() {
     let profile = Profile { status_unsuspends: true, ..profile(AddressMode::Objects) };
-    let mut rig = Rig::with(profile, Process::new(1, &[]));
+    let mut rig = Rig::with(profile, process(&[]));
     rig.start_queue_0();
     rig.device.suspend().unwrap();
     rig.device.set_status(Status(15)).unwrap();

@@ -65,10 +65,18 @@ impl TestObject {
     }
 }
 
-/// A part of a [`TestObject`].
+/// What a piece of memory is a part of.
+#[derive(Clone, Debug)]
+enum Backing {
+    Object(TestObject),
+    /// A whole address space, by address.
+    Space(TestSpace),
+}
+
+/// A part of a [`TestObject`], or a [whole address space](AddressSpace::whole).
 #[derive(Clone, Debug)]
 pub struct TestPiece {
-    object: TestObject,
+    backing: Backing,
     offset: u64,
     size: u64,
     shared: bool,
@@ -95,20 +103,31 @@ impl MemoryObject for TestPiece {
     }
 
     fn same_object(&self, offset: u64, other: &Self, other_offset: u64) -> bool {
-        Arc::ptr_eq(&self.object.0, &other.object.0) && self.offset + offset == other.offset + other_offset
+        let same = match (&self.backing, &other.backing) {
+            (Backing::Object(this), Backing::Object(other)) => Arc::ptr_eq(&this.0, &other.0),
+            (Backing::Space(this), Backing::Space(other)) => this.id == other.id,
+            _ => false,
+        };
+        same && self.offset + offset == other.offset + other_offset
     }
 }
 
 impl Bytes for TestPiece {
     fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), Fault> {
-        let range = self.range(offset, buf.len())?;
-        buf.copy_from_slice(self.object.bytes().get(range).ok_or(Fault { addr: offset })?);
+        let (range, fault) = (self.range(offset, buf.len())?, Fault { addr: offset });
+        match &self.backing {
+            Backing::Object(object) => buf.copy_from_slice(object.bytes().get(range).ok_or(fault)?),
+            Backing::Space(space) => space.read(offset, buf).map_err(|_| fault)?,
+        }
         Ok(())
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Result<(), Fault> {
-        let range = self.range(offset, data.len())?;
-        self.object.bytes().get_mut(range).ok_or(Fault { addr: offset })?.copy_from_slice(data);
+        let (range, fault) = (self.range(offset, data.len())?, Fault { addr: offset });
+        match &self.backing {
+            Backing::Object(object) => object.bytes().get_mut(range).ok_or(fault)?.copy_from_slice(data),
+            Backing::Space(space) => space.write(offset, data).map_err(|_| fault)?,
+        }
         Ok(())
     }
 }
@@ -138,6 +157,28 @@ impl TestSpace {
     fn vmas(&self) -> MutexGuard<'_, Vec<Vma>> {
         self.vmas.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    fn read(&self, uaddr: u64, buf: &mut [u8]) -> Result<()> {
+        let mut rest = buf;
+        for Fragment { size, memory } in self.resolve(uaddr, rest.len() as u64, Perm::RO)? {
+            let size = usize::try_from(size).map_err(|_| Errno::FAULT)?;
+            let (now, later) = std::mem::take(&mut rest).split_at_mut_checked(size).ok_or(Errno::FAULT)?;
+            memory.read(0, now).map_err(|_| Errno::FAULT)?;
+            rest = later;
+        }
+        Ok(())
+    }
+
+    fn write(&self, uaddr: u64, data: &[u8]) -> Result<()> {
+        let mut rest = data;
+        for Fragment { size, memory } in self.resolve(uaddr, rest.len() as u64, Perm::WO)? {
+            let size = usize::try_from(size).map_err(|_| Errno::FAULT)?;
+            let (now, later) = rest.split_at_checked(size).ok_or(Errno::FAULT)?;
+            memory.write(0, now).map_err(|_| Errno::FAULT)?;
+            rest = later;
+        }
+        Ok(())
+    }
 }
 
 impl AddressSpace for TestSpace {
@@ -162,6 +203,10 @@ impl AddressSpace for TestSpace {
 
     fn account(&self) -> &PinAccount {
         &self.account
+    }
+
+    fn whole(&self) -> Option<TestPiece> {
+        Some(TestPiece { backing: Backing::Space(self.clone()), offset: 0, size: u64::MAX, shared: false })
     }
 }
 
@@ -244,16 +289,24 @@ impl TestProcess {
     }
 
     fn place(&self, start: u64, object: &TestObject, offset: u64, size: u64, shared: bool) -> u64 {
-        let memory = TestPiece { object: object.clone(), offset, size, shared };
-        self.space().vmas().push(Vma { start, memory });
+        self.map_at(start, object, offset, size, shared);
         start
+    }
+
+    /// As [`map_part`](Self::map_part), at an address where nothing is mapped.
+    pub fn map_at(&self, start: u64, object: &TestObject, offset: u64, size: u64, shared: bool) {
+        let memory = TestPiece { backing: Backing::Object(object.clone()), offset, size, shared };
+        self.space().vmas().push(Vma { start, memory });
     }
 
     /// The object mapped at `uaddr`.
     #[must_use]
     pub fn object_at(&self, uaddr: u64) -> Option<TestObject> {
         let [fragment] = <[_; 1]>::try_from(self.space().resolve(uaddr, 1, Perm::RO).ok()?).ok()?;
-        Some(fragment.memory.object)
+        match fragment.memory.backing {
+            Backing::Object(object) => Some(object),
+            Backing::Space(_) => None,
+        }
     }
 
     /// Copies from its memory.
@@ -261,14 +314,7 @@ impl TestProcess {
     /// # Errors
     /// `EFAULT`.
     pub fn peek(&self, uaddr: u64, buf: &mut [u8]) -> Result<()> {
-        let mut rest = buf;
-        for Fragment { size, memory } in self.space().resolve(uaddr, rest.len() as u64, Perm::RO)? {
-            let size = usize::try_from(size).map_err(|_| Errno::FAULT)?;
-            let (now, later) = std::mem::take(&mut rest).split_at_mut_checked(size).ok_or(Errno::FAULT)?;
-            memory.read(0, now).map_err(|_| Errno::FAULT)?;
-            rest = later;
-        }
-        Ok(())
+        self.space().read(uaddr, buf)
     }
 
     /// Copies into its memory.
@@ -276,14 +322,7 @@ impl TestProcess {
     /// # Errors
     /// `EFAULT`.
     pub fn poke(&self, uaddr: u64, data: &[u8]) -> Result<()> {
-        let mut rest = data;
-        for Fragment { size, memory } in self.space().resolve(uaddr, rest.len() as u64, Perm::WO)? {
-            let size = usize::try_from(size).map_err(|_| Errno::FAULT)?;
-            let (now, later) = rest.split_at_checked(size).ok_or(Errno::FAULT)?;
-            memory.write(0, now).map_err(|_| Errno::FAULT)?;
-            rest = later;
-        }
-        Ok(())
+        self.space().write(uaddr, data)
     }
 
     /// A child: another address space with the same mappings.

@@ -1,28 +1,22 @@
 //! [`RamBlk`]: a block device in RAM, on any platform whose memory can be copied.
 
-use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
 
 use zerocopy::IntoBytes;
+
+use super::table::{Maps, RamQueue, TableArea, View};
 
 use crate::blk::{BlkConfig, BlkRequest, SECTOR, Status, kind};
 use crate::errno::Errno;
 use crate::features::{BackendFeatures, Features};
 use crate::host::{Bytes, Event, Host};
 use crate::iotlb::{Mapping, Table};
-use crate::parent::{
-    AddressMode, CompatReset, Dma, DmaMap, Parent, PinLimit, PrivateMemory, Profile, QueueStats, SetMap,
-};
-use crate::ring::split::{SplitQueue, area_sizes};
-use crate::ring::{Area, Chain, Fault, Memory};
+use crate::parent::{Dma, DmaMap, Parent, Profile, QueueStats, SetMap};
+use crate::ring::Chain;
+use crate::ring::split::SplitQueue;
 use crate::testing::TestHost;
-use crate::types::{Asid, IovaRange, Perm, QueueIndex, Result};
+use crate::types::{Asid, IovaRange, QueueIndex, Result};
 use crate::vq::{QueueSetup, QueueState};
-
-/// A translation table as the data path uses it.
-type View<H> = TableMemory<<H as Host>::Memory>;
 
 /// A block device with one queue and its data in RAM. It has no thread: a queue is served when it starts and when
 /// [`serve`](Self::serve) is called, in place of a kick.
@@ -33,17 +27,12 @@ pub struct RamBlk<H: Host = TestHost> {
     profile: Profile,
     single: bool,
     bytes: Vec<u8>,
-    maps: BTreeMap<Asid, BTreeMap<u64, Mapping<H::Memory>>>,
-    queue: Option<Queue<H>>,
+    maps: Maps<H>,
+    queue: Option<RamQueue<H>>,
     stats: QueueStats,
     refuse_mappings: u32,
     refuse_owner: bool,
     told: u32,
-}
-
-struct Queue<H: Host> {
-    setup: QueueSetup<H>,
-    state: QueueState,
 }
 
 impl<H: Host> fmt::Debug for RamBlk<H> {
@@ -68,7 +57,7 @@ impl<H: Host> RamBlk<H> {
             profile: profile(),
             single: false,
             bytes: vec![0; usize::try_from(sectors * SECTOR).unwrap_or(0)],
-            maps: BTreeMap::new(),
+            maps: Maps::new(),
             queue: None,
             stats: QueueStats::default(),
             refuse_mappings: 0,
@@ -121,43 +110,21 @@ impl<H: Host> RamBlk<H> {
     #[must_use]
     pub fn mappings(&self, asid: Asid) -> Vec<(u64, u64, u64)> {
         let row = |entry: &Mapping<_>| (entry.range.first(), entry.range.last(), entry.uaddr);
-        let entries = self.maps.get(&asid).into_iter().flat_map(BTreeMap::values);
-        entries.filter(|entry| !entry.stale).map(row).collect()
+        self.maps.entries(asid).filter(|entry| !entry.stale).map(row).collect()
     }
 }
 
 fn profile() -> Profile {
+    let config_size = u32::try_from(size_of::<BlkConfig>()).unwrap_or(0);
+    let features = Features::of(&[Features::BLK_FLUSH, Features::VERSION_1, Features::ACCESS_PLATFORM]);
+    let sim = Profile::simulator(2, features, 1, config_size);
     Profile {
-        device_id: 2,
-        vendor_id: 0,
-        features: Features::of(&[Features::BLK_FLUSH, Features::VERSION_1, Features::ACCESS_PLATFORM]),
-        backend_features: BackendFeatures::of(&[
-            BackendFeatures::ENABLE_AFTER_DRIVER_OK,
-            BackendFeatures::NEW_OWNER,
-            BackendFeatures::IOTLB_REMAP,
-        ]),
-        queues: 1,
-        queue_size_max: 256,
-        queue_groups: Vec::new(),
-        groups: 1,
-        address_spaces: 1,
-        iova_range: IovaRange::ALL,
-        config_size: u32::try_from(size_of::<BlkConfig>()).unwrap_or(0),
-        suspend: true,
-        resume: true,
-        vring_size: false,
-        reset_map: true,
-        compat_reset: CompatReset::Clean,
-        address_mode: AddressMode::OwnerAddresses,
-        pin_limit: PinLimit::Rlimit,
-        private_memory: PrivateMemory::Skip,
-        max_iotlb_entries: 2048,
-        verify_remap: true,
-        identity_map: true,
-        reset_owner: false,
-        strict_new_owner: false,
+        backend_features: sim
+            .backend_features
+            .with(BackendFeatures::NEW_OWNER)
+            .with(BackendFeatures::IOTLB_REMAP),
         status_unsuspends: false,
-        report_batch_errors: false,
+        ..sim
     }
 }
 
@@ -165,16 +132,16 @@ impl<H: Host<Memory: Bytes>> RamBlk<H> {
     /// Serves what is available, if the queue is running. To be called after a kick.
     pub fn serve(&mut self) {
         let Some(mut queue) = self.queue.take() else { return };
+        let view = self.maps.view(queue.setup.asid);
         // A ring that cannot be reached waits for a mapping and the next call.
-        if let Ok(mut ring) = self.ring(&queue) {
-            let view = self.view(queue.setup.asid);
+        if let Ok(mut ring) = queue.ring(&view) {
             self.serve_ring(&mut ring, &view);
             if ring.publish().unwrap_or(false)
                 && let Some(call) = &queue.setup.call
             {
                 call.signal();
             }
-            queue.state = ring.state();
+            queue.leave(&ring);
         }
         self.queue = Some(queue);
     }
@@ -231,24 +198,6 @@ impl<H: Host<Memory: Bytes>> RamBlk<H> {
         let from = usize::try_from(sector.checked_mul(SECTOR)?).ok()?;
         self.bytes.get_mut(from..)?.get_mut(..usize::try_from(len).ok()?)
     }
-
-    fn ring(&self, queue: &Queue<H>) -> Result<SplitQueue<TableArea<H::Memory>>> {
-        let QueueSetup { size, desc, avail, used, asid, features, .. } = queue.setup;
-        let view = self.view(asid);
-        let sizes = area_sizes(size, features.has(Features::RING_EVENT_IDX));
-        let area = |iova, size: usize, perm| view.area(iova, size as u64, perm).map_err(|_| Errno::FAULT);
-        let areas = (
-            area(desc, sizes.desc, Perm::RO)?,
-            area(avail, sizes.avail, Perm::RO)?,
-            area(used, sizes.used, Perm::RW)?,
-        );
-        SplitQueue::new(size, features, areas.0, areas.1, areas.2, queue.state).map_err(|_| Errno::INVAL)
-    }
-
-    fn view(&self, asid: Asid) -> View<H> {
-        let entries = self.maps.get(&asid).into_iter().flat_map(BTreeMap::values);
-        TableMemory::new(entries.cloned().collect())
-    }
 }
 
 impl<H: Host<Memory: Bytes> + Send> Parent for RamBlk<H> {
@@ -270,16 +219,12 @@ impl<H: Host<Memory: Bytes> + Send> Parent for RamBlk<H> {
     fn write_config(&mut self, _offset: u32, _data: &[u8]) {}
 
     fn negotiate(&mut self, features: Features) -> Result<Features> {
-        if features.has(Features::ACCESS_PLATFORM) {
-            Ok(features & self.profile.features)
-        } else {
-            Err(Errno::INVAL)
-        }
+        self.profile.mask_features(features)
     }
 
     fn start_queue(&mut self, _index: QueueIndex, setup: &QueueSetup<H>, state: QueueState) -> Result<()> {
         if self.queue.is_none() {
-            self.queue = Some(Queue { setup: setup.clone(), state });
+            self.queue = Some(RamQueue::new(setup, state));
             self.serve();
         }
         Ok(())
@@ -305,131 +250,18 @@ impl<H: Host<Memory: Bytes> + Send> Parent for RamBlk<H> {
 impl<H: Host> SetMap<H> for RamBlk<H> {
     fn set_map(&mut self, asid: Asid, table: &Table<H::Memory>) -> Result<()> {
         self.hear()?;
-        let entries = table.iter().map(|entry| (entry.range.first(), entry.clone())).collect();
-        self.maps.insert(asid, entries);
-        Ok(())
+        self.maps.set_map(asid, table)
     }
 }
 
 impl<H: Host> DmaMap<H> for RamBlk<H> {
     fn dma_map(&mut self, asid: Asid, mapping: &Mapping<H::Memory>) -> Result<()> {
         self.hear()?;
-        self.maps.entry(asid).or_default().insert(mapping.range.first(), mapping.clone());
-        Ok(())
+        self.maps.dma_map(asid, mapping)
     }
 
     fn dma_unmap(&mut self, asid: Asid, range: IovaRange) {
         self.told += 1;
-        if let Some(entries) = self.maps.get_mut(&asid) {
-            entries.retain(|_, mapping| !range.contains(mapping.range));
-        }
-    }
-}
-
-/// Client memory through a table, entry by entry.
-#[derive(Debug)]
-pub struct TableMemory<M>(Arc<Table<M>>);
-
-impl<M> TableMemory<M> {
-    /// What `table` maps.
-    #[must_use]
-    pub fn new(table: Table<M>) -> Self {
-        Self(Arc::new(table))
-    }
-}
-
-impl<M> Clone for TableMemory<M> {
-    fn clone(&self) -> Self {
-        Self(Arc::clone(&self.0))
-    }
-}
-
-impl<M: Bytes> TableMemory<M> {
-    /// Calls `access(memory, offset in it, first byte of the part, bytes of the part)` for each part of a range.
-    fn parts(
-        &self,
-        iova: u64,
-        len: usize,
-        perm: Perm,
-        mut access: impl FnMut(&M, u64, usize, usize) -> Result<(), Fault>,
-    ) -> Result<(), Fault> {
-        let mut done = 0;
-        while done < len {
-            let at = iova.checked_add(done as u64).ok_or(Fault { addr: iova })?;
-            let fault = Fault { addr: at };
-            let entry =
-                self.0.get(at).filter(|entry| !entry.stale && entry.perm.allows(perm)).ok_or(fault)?;
-            let room = (entry.range.last() - at).saturating_add(1);
-            let part = usize::try_from(room).map_or(len - done, |room| room.min(len - done));
-            access(&entry.memory, at - entry.range.first(), done, part).map_err(|_| fault)?;
-            done += part;
-        }
-        Ok(())
-    }
-}
-
-impl<M: Bytes> Memory for TableMemory<M> {
-    type Area = TableArea<M>;
-
-    fn read(&self, iova: u64, buf: &mut [u8]) -> Result<(), Fault> {
-        self.parts(iova, buf.len(), Perm::RO, |memory, offset, at, len| {
-            memory.read(offset, buf.get_mut(at..at + len).unwrap_or_default())
-        })
-    }
-
-    fn write(&self, iova: u64, data: &[u8]) -> Result<(), Fault> {
-        self.parts(iova, data.len(), Perm::WO, |memory, offset, at, len| {
-            memory.write(offset, data.get(at..at + len).unwrap_or_default())
-        })
-    }
-
-    fn area(&self, iova: u64, size: u64, perm: Perm) -> Result<TableArea<M>, Fault> {
-        let size = usize::try_from(size).map_err(|_| Fault { addr: iova })?;
-        self.parts(iova, size, perm, |_, _, _, _| Ok(()))?;
-        Ok(TableArea { memory: self.clone(), iova, size })
-    }
-}
-
-/// A part of a [`TableMemory`]. Its u16 accesses are copies: both sides of the ring must be on one thread.
-#[derive(Debug)]
-pub struct TableArea<M> {
-    memory: TableMemory<M>,
-    iova: u64,
-    size: usize,
-}
-
-impl<M> TableArea<M> {
-    fn at(&self, offset: usize, len: usize) -> Result<u64, Fault> {
-        let fault = Fault { addr: offset as u64 };
-        if offset.checked_add(len).is_none_or(|end| end > self.size) {
-            return Err(fault);
-        }
-        self.iova.checked_add(offset as u64).ok_or(fault)
-    }
-}
-
-impl<M: Bytes> Area for TableArea<M> {
-    fn size(&self) -> usize {
-        self.size
-    }
-
-    fn load_u16(&self, offset: usize) -> Result<u16, Fault> {
-        let mut bytes = [0; 2];
-        Area::read(self, offset, &mut bytes)?;
-        fence(Ordering::Acquire);
-        Ok(u16::from_le_bytes(bytes))
-    }
-
-    fn store_u16(&self, offset: usize, value: u16) -> Result<(), Fault> {
-        fence(Ordering::Release);
-        Area::write(self, offset, &value.to_le_bytes())
-    }
-
-    fn read(&self, offset: usize, buf: &mut [u8]) -> Result<(), Fault> {
-        self.memory.read(self.at(offset, buf.len())?, buf)
-    }
-
-    fn write(&self, offset: usize, data: &[u8]) -> Result<(), Fault> {
-        self.memory.write(self.at(offset, data.len())?, data)
+        self.maps.dma_unmap(asid, range);
     }
 }

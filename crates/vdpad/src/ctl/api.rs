@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use vdpa_core::Errno;
 use vdpa_core::features::{Features, Status};
 
-use super::config::DevConfig;
+use super::config::{DevConfig, MacAddr};
 
 mod attrs;
 pub(in crate::ctl) mod hex;
@@ -84,6 +84,14 @@ pub trait Backend: Debug + Send + Sync + 'static {
     /// As the kernel's DEV_NEW (uapi-spec 7.3): `ENODEV` for an unknown management device, `EOPNOTSUPP` for an
     /// attribute it does not know, `EINVAL` for a bad value, `EEXIST` for a name in use.
     fn add(&self, request: AddRequest) -> Result<(), CtlError>;
+
+    /// Changes attributes of a device. One of a management device without network devices is left as it is, with a
+    /// warning, as in the kernel.
+    ///
+    /// # Errors
+    /// As the kernel's DEV_ATTR_SET (uapi-spec 7.3): `ENODEV`; `EOPNOTSUPP` without an address, for one that no device
+    /// can have, and for a device that cannot change its own.
+    fn set(&self, name: &str, request: SetRequest) -> Result<SetAnswer, CtlError>;
 
     /// Removes a device. A device that a client holds open is `EBUSY` unless `force`, which takes it away.
     ///
@@ -230,6 +238,23 @@ pub struct AddRequest {
     /// Attributes; which ones exist is the management device's affair.
     #[serde(default, skip_serializing_if = "Attrs::is_empty")]
     pub attrs: Attrs,
+}
+
+/// A request to change attributes of a device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SetRequest {
+    /// Another Ethernet address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<MacAddr>,
+}
+
+/// The answer to a [`SetRequest`] that was not refused.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SetAnswer {
+    /// Why nothing has changed: in the kernel's words, no full stop.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub warning: Option<String>,
 }
 
 /// The answer to `GET /v1/version`.

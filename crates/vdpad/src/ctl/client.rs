@@ -13,7 +13,10 @@ use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
 
-use super::api::{AddRequest, CtlError, DevInfo, ErrorBody, MgmtDev, QueueVstats, UpdateInfo, Version};
+use super::api::{
+    AddRequest, CtlError, DevInfo, ErrorBody, MgmtDev, QueueVstats, SetAnswer, SetRequest, UpdateInfo,
+    Version,
+};
 use super::config::DevConfig;
 
 /// Longer than the daemon's own limit ([`Limits::backend`](super::server::Limits::backend)), so that the daemon
@@ -177,6 +180,16 @@ impl Client {
         // Strings and maps of strings cannot fail to become JSON; should they, the daemon names the empty body.
         let body = serde_json::to_vec(request).unwrap_or_default();
         self.call(Method::POST, "/v1/devs", body).map(drop)
+    }
+
+    /// Changes attributes of a device.
+    ///
+    /// # Errors
+    /// [`ClientError`]; see [`Backend::set`](super::api::Backend::set).
+    pub fn set(&self, name: &str, request: &SetRequest) -> Result<SetAnswer, ClientError> {
+        let body = serde_json::to_vec(request).unwrap_or_default();
+        let (status, body) = self.call(Method::PATCH, &device_path(name), body)?;
+        serde_json::from_slice(&body).map_err(|error| self.protocol(status, &error))
     }
 
     /// Removes a device, even one in use if `force`.

@@ -9,13 +9,18 @@
 //! Source: uapi-spec 6.1, 8.6.
 
 use std::collections::BTreeMap;
+use std::fmt::Debug;
 use std::sync::Arc;
 
 use vdpa_core::Errno;
-use vdpa_core::features::BackendFeatures;
+use vdpa_core::features::{BackendFeatures, Features};
 use vdpa_core::iotlb::{Mapping, Table};
-use vdpa_core::parent::{AddressMode, CompatReset, Dma, DmaMap, PrivateMemory, Profile, SetMap};
-use vdpa_core::types::{Asid, IovaRange, Result};
+use vdpa_core::net::MAC_BYTES;
+use vdpa_core::parent::{
+    AddressMode, CompatReset, Dma, DmaMap, Parent, PrivateMemory, Profile, QueueStats, SetMap,
+};
+use vdpa_core::types::{Asid, IovaRange, QueueIndex, Result};
+use vdpa_core::vq::{QueueSetup, QueueState};
 use vdpa_sys::guest::{GuestMemory, LinuxHost};
 
 use super::options::{compat_reset, invalid, reject_unknown};
@@ -82,31 +87,26 @@ impl Options {
         })
     }
 
-    /// `base` with everything that depends on the options, and with what is the same in all simulators.
-    pub(super) fn apply(&self, base: Profile) -> Profile {
+    /// `base`, a [`Profile::simulator`], with everything that depends on the options.
+    fn apply(&self, base: Profile) -> Profile {
         let live: &[_] = match (self.use_va, self.batch_mapping) {
             (true, true) => &[BackendFeatures::NEW_OWNER, BackendFeatures::IOTLB_REMAP],
             (true, false) => &[],
             (false, _) => &[BackendFeatures::NEW_OWNER],
         };
-        let own = BackendFeatures::of(&[BackendFeatures::ENABLE_AFTER_DRIVER_OK]);
         let (address_mode, private_memory) = if self.use_va {
             (AddressMode::OwnerAddresses, PrivateMemory::Skip)
         } else {
             (AddressMode::PinnedPages, PrivateMemory::Copy)
         };
         Profile {
-            backend_features: own | BackendFeatures::of(live),
+            backend_features: base.backend_features | BackendFeatures::of(live),
             vring_size: !self.batch_mapping,
-            reset_map: true,
             compat_reset: self.compat_reset,
             address_mode,
             private_memory,
             verify_remap: self.verify_remap,
-            identity_map: true,
             reset_owner: self.reset_owner,
-            status_unsuspends: true,
-            report_batch_errors: false,
             ..base
         }
     }
@@ -146,25 +146,111 @@ impl SingleMappings {
     }
 }
 
+/// What one simulator has that others have not.
+pub(super) trait Model: Debug + Send {
+    /// See [`Parent::read_config`].
+    fn read_config(&self, offset: u32, out: &mut [u8]);
+
+    /// See [`Parent::write_config`].
+    fn write_config(&self, offset: u32, data: &[u8]);
+
+    /// See [`Parent::queue_stats`].
+    fn queue_stats(&self, worker: &Worker, index: QueueIndex) -> QueueStats;
+
+    /// See [`Parent::vendor_stats`].
+    fn vendor_stats(&self, _index: QueueIndex) -> Result<Vec<(&'static str, u64)>> {
+        Err(Errno::OPNOTSUPP)
+    }
+
+    /// See [`Parent::set_mac`].
+    fn set_mac(&self, _mac: [u8; MAC_BYTES]) -> Result<()> {
+        Err(Errno::OPNOTSUPP)
+    }
+}
+
+/// A simulator: what it is, its model, and the worker that serves its queues.
+#[derive(Debug)]
+pub(super) struct Simulator<M> {
+    profile: Profile,
+    model: M,
+    mappings: Mappings,
+}
+
+impl<M: Model> Simulator<M> {
+    /// `base` is a [`Profile::simulator`].
+    pub(super) fn new(base: Profile, options: Options, model: M, worker: Worker) -> Self {
+        let profile = options.apply(base);
+        Self { profile, model, mappings: Mappings { worker, options, single: BTreeMap::new() } }
+    }
+}
+
+impl<M: Model> Parent for Simulator<M> {
+    type Host = LinuxHost;
+
+    fn profile(&self) -> &Profile {
+        &self.profile
+    }
+
+    fn read_config(&self, offset: u32, out: &mut [u8]) {
+        self.model.read_config(offset, out);
+    }
+
+    fn write_config(&mut self, offset: u32, data: &[u8]) {
+        self.model.write_config(offset, data);
+    }
+
+    fn negotiate(&mut self, features: Features) -> Result<Features> {
+        self.profile.mask_features(features)
+    }
+
+    fn start_queue(
+        &mut self,
+        index: QueueIndex,
+        setup: &QueueSetup<LinuxHost>,
+        state: QueueState,
+    ) -> Result<()> {
+        self.mappings.worker.start(index, setup, state)
+    }
+
+    fn stop_queue(&mut self, index: QueueIndex) -> Result<Option<QueueState>> {
+        self.mappings.worker.stop(index)
+    }
+
+    fn dma(&mut self) -> Dma<'_, LinuxHost> {
+        if self.mappings.options.batch_mapping {
+            Dma::SetMap(&mut self.mappings)
+        } else {
+            Dma::DmaMap(&mut self.mappings)
+        }
+    }
+
+    fn reset(&mut self) {
+        self.mappings.worker.reset();
+    }
+
+    fn queue_stats(&self, index: QueueIndex) -> QueueStats {
+        self.model.queue_stats(&self.mappings.worker, index)
+    }
+
+    fn vendor_stats(&self, index: QueueIndex) -> Result<Vec<(&'static str, u64)>> {
+        self.model.vendor_stats(index)
+    }
+
+    fn set_mac(&mut self, mac: [u8; MAC_BYTES]) -> Result<()> {
+        self.model.set_mac(mac)
+    }
+}
+
 /// The part of a simulator that reaches client memory: its worker, and what the worker is shown of each address space.
 #[derive(Debug)]
-pub(super) struct Simulator {
-    pub(super) worker: Worker,
+struct Mappings {
+    worker: Worker,
     options: Options,
     /// With `batch_mapping off`.
     single: BTreeMap<Asid, SingleMappings>,
 }
 
-impl Simulator {
-    pub(super) const fn new(worker: Worker, options: Options) -> Self {
-        Self { worker, options, single: BTreeMap::new() }
-    }
-
-    /// See [`Parent::dma`](vdpa_core::parent::Parent::dma).
-    pub(super) fn dma(&mut self) -> Dma<'_, LinuxHost> {
-        if self.options.batch_mapping { Dma::SetMap(self) } else { Dma::DmaMap(self) }
-    }
-
+impl Mappings {
     /// Gives the worker a table. Requests are answered before the next command is looked at, so there is never one
     /// in flight, and draining only makes the queues look their rings up again.
     fn show(&self, asid: Asid, table: &Table<GuestMemory>) -> Result<()> {
@@ -176,7 +262,7 @@ impl Simulator {
     }
 }
 
-impl SetMap<LinuxHost> for Simulator {
+impl SetMap<LinuxHost> for Mappings {
     fn set_map(&mut self, asid: Asid, table: &Table<GuestMemory>) -> Result<()> {
         if let Err(full) = self.options.check_room(table.len()) {
             // As in the kernel, where filling the table has begun by emptying it.
@@ -187,7 +273,7 @@ impl SetMap<LinuxHost> for Simulator {
     }
 }
 
-impl DmaMap<LinuxHost> for Simulator {
+impl DmaMap<LinuxHost> for Mappings {
     fn dma_map(&mut self, asid: Asid, mapping: &Mapping<GuestMemory>) -> Result<()> {
         self.single.entry(asid).or_default().insert(mapping, &self.options)?;
         self.show_single(asid)
@@ -209,9 +295,6 @@ pub(super) fn no_worker(name: &str, errno: Errno) -> CtlError {
 
 #[cfg(test)]
 mod tests {
-    use vdpa_core::features::Features;
-    use vdpa_core::parent::PinLimit;
-
     use super::*;
 
     fn options(pairs: &[(&str, &str)]) -> Result<Options, CtlError> {
@@ -221,34 +304,7 @@ mod tests {
     }
 
     fn profile(pairs: &[(&str, &str)]) -> Profile {
-        options(pairs).unwrap().apply(Profile {
-            device_id: 2,
-            vendor_id: 0,
-            features: Features::NONE,
-            backend_features: BackendFeatures::NONE,
-            queues: 1,
-            queue_size_max: 256,
-            queue_groups: Vec::new(),
-            groups: 1,
-            address_spaces: 1,
-            iova_range: IovaRange::ALL,
-            config_size: 0,
-            suspend: true,
-            resume: true,
-            vring_size: false,
-            reset_map: false,
-            compat_reset: CompatReset::Keep,
-            address_mode: AddressMode::Objects,
-            pin_limit: PinLimit::Rlimit,
-            private_memory: PrivateMemory::Copy,
-            max_iotlb_entries: 2048,
-            verify_remap: false,
-            identity_map: false,
-            reset_owner: false,
-            strict_new_owner: false,
-            status_unsuspends: false,
-            report_batch_errors: true,
-        })
+        options(pairs).unwrap().apply(Profile::simulator(2, Features::NONE, 1, 0))
     }
 
     #[test]

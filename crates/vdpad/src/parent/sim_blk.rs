@@ -2,23 +2,21 @@
 
 use std::sync::Arc;
 
-use vdpa_core::Errno;
 use vdpa_core::blk::{BlkConfig, BlkRequest, SECTOR, Segment, ShapeError, Status, kind};
-use vdpa_core::features::{BackendFeatures, Features};
-use vdpa_core::parent::{
-    AddressMode, CompatReset, Dma, Parent, PinLimit, PrivateMemory, Profile, QueueStats,
-};
-use vdpa_core::types::{IovaRange, QueueIndex, Result};
-use vdpa_core::vq::{QueueSetup, QueueState};
-use vdpa_sys::guest::LinuxHost;
+use vdpa_core::features::Features;
+use vdpa_core::parent::{Profile, QueueStats};
+use vdpa_core::types::{QueueIndex, Result};
 use vdpa_sys::uring::OwnedBuf;
 
 use super::MgmtDevice;
 use super::blk::copy_config;
-use super::sim::{Options, Simulator, no_worker};
+use super::sim::{Model, Options, Simulator, no_worker};
 use crate::ctl::api::{Attrs, CtlError, ID_BLOCK, MgmtDev};
 use crate::front::vhost::AnyParent;
 use crate::worker::{After, Disk, Verdict, View, Worker};
+
+/// SIZE_MAX, SEG_MAX, BLK_SIZE, FLUSH, TOPOLOGY, MQ, DISCARD, WRITE_ZEROES and those all simulators have.
+const FEATURES: Features = Features(0x3_0800_7646);
 
 /// Sectors of the disk: 128 MiB.
 const CAPACITY: u64 = 0x4_0000;
@@ -46,39 +44,9 @@ impl MgmtDevice for SimBlkMgmt {
     fn create(&self, name: &str, attrs: &Attrs) -> Result<AnyParent, CtlError> {
         let options = Options::parse("sim-blk", attrs, &[])?;
         let worker = Worker::spawn(name, 1, RamDisk::new()).map_err(|errno| no_worker(name, errno))?;
-        Ok(Box::new(SimBlk { profile: options.apply(profile()), sim: Simulator::new(worker, options) }))
-    }
-}
-
-/// What the options leave open; they decide the rest.
-fn profile() -> Profile {
-    Profile {
-        device_id: ID_BLOCK,
-        vendor_id: 0,
-        features: Features(0x3_0800_7646),
-        backend_features: BackendFeatures::NONE,
-        queues: 1,
-        queue_size_max: 256,
-        queue_groups: Vec::new(),
-        groups: 1,
-        address_spaces: 1,
-        iova_range: IovaRange::ALL,
-        config_size: u32::try_from(size_of::<BlkConfig>()).unwrap_or(0),
-        suspend: true,
-        resume: true,
-        vring_size: false,
-        reset_map: true,
-        compat_reset: CompatReset::Clean,
-        address_mode: AddressMode::OwnerAddresses,
-        pin_limit: PinLimit::Rlimit,
-        private_memory: PrivateMemory::Skip,
-        max_iotlb_entries: 2048,
-        verify_remap: true,
-        identity_map: true,
-        reset_owner: false,
-        strict_new_owner: false,
-        status_unsuspends: true,
-        report_batch_errors: false,
+        let config_size = u32::try_from(size_of::<BlkConfig>()).unwrap_or(0);
+        let profile = Profile::simulator(ID_BLOCK, FEATURES, 1, config_size);
+        Ok(Box::new(Simulator::new(profile, options, Blk, worker)))
     }
 }
 
@@ -101,57 +69,19 @@ fn config() -> BlkConfig {
 }
 
 #[derive(Debug)]
-struct SimBlk {
-    profile: Profile,
-    sim: Simulator,
-}
+struct Blk;
 
-impl Parent for SimBlk {
-    type Host = LinuxHost;
-
-    fn profile(&self) -> &Profile {
-        &self.profile
-    }
-
+impl Model for Blk {
     fn read_config(&self, offset: u32, out: &mut [u8]) {
         copy_config(&config(), offset, out);
     }
 
-    fn write_config(&mut self, _offset: u32, _data: &[u8]) {
+    fn write_config(&self, _offset: u32, _data: &[u8]) {
         // The block is rebuilt on every read.
     }
 
-    fn negotiate(&mut self, features: Features) -> Result<Features> {
-        if features.has(Features::ACCESS_PLATFORM) {
-            Ok(features & self.profile.features)
-        } else {
-            Err(Errno::INVAL)
-        }
-    }
-
-    fn start_queue(
-        &mut self,
-        index: QueueIndex,
-        setup: &QueueSetup<LinuxHost>,
-        state: QueueState,
-    ) -> Result<()> {
-        self.sim.worker.start(index, setup, state)
-    }
-
-    fn stop_queue(&mut self, index: QueueIndex) -> Result<Option<QueueState>> {
-        self.sim.worker.stop(index)
-    }
-
-    fn dma(&mut self) -> Dma<'_, LinuxHost> {
-        self.sim.dma()
-    }
-
-    fn reset(&mut self) {
-        self.sim.worker.reset();
-    }
-
-    fn queue_stats(&self, index: QueueIndex) -> QueueStats {
-        self.sim.worker.stats(index)
+    fn queue_stats(&self, worker: &Worker, index: QueueIndex) -> QueueStats {
+        worker.stats(index)
     }
 }
 

@@ -1,45 +1,25 @@
 //! `sim-net`: the kernel's network simulator (`vdpa_sim_net`) with its constants and its quirks. What is sent is
 //! received again.
 
-mod loopback;
-mod stats;
-
 use std::sync::Arc;
 
 use vdpa_core::Errno;
-use vdpa_core::features::{BackendFeatures, Features};
-use vdpa_core::net::{LINK_UP, NetConfig};
-use vdpa_core::parent::{
-    AddressMode, CompatReset, Dma, Parent, PinLimit, PrivateMemory, Profile, QueueStats,
-};
+use vdpa_core::features::Features;
+use vdpa_core::net::loopback::{CONTROL, End, FEATURES, Loopback, QUEUES, RX, Shared, TX, Tell};
+use vdpa_core::net::{MAC_BYTES, NetConfig};
+use vdpa_core::parent::{Profile, QueueStats};
 use vdpa_core::ring::{Chain, RingError};
-use vdpa_core::types::{GroupIndex, IovaRange, QueueIndex, Result};
-use vdpa_core::vq::{QueueSetup, QueueState};
-use vdpa_sys::guest::LinuxHost;
+use vdpa_core::types::{GroupIndex, QueueIndex, Result};
 use vdpa_sys::snapshot::Snapshot;
-use zerocopy::IntoBytes;
 
-use self::loopback::{End, Loopback, Shared, Tell};
 use super::MgmtDevice;
 use super::net_attrs::{NetAttr, NetAttrs};
-use super::sim::{Options, Simulator, no_worker};
+use super::sim::{Model, Options, Simulator, no_worker};
 use crate::ctl::api::{Attrs, CtlError, ID_NET, MgmtDev};
 use crate::front::vhost::AnyParent;
 use crate::worker::{Logic, Queue, Queues, Size, View, Worker};
 
-/// The receive queue.
-const RX: u16 = 0;
-/// The transmit queue.
-const TX: u16 = 1;
-/// The control queue.
-const CONTROL: u16 = 2;
-/// All of them.
-const QUEUES: u16 = 3;
-
 const ADDRESS_SPACES: u32 = 2;
-
-/// What the simulator can offer.
-const FEATURES: Features = Features(0x3_0883_0028);
 
 /// The MTU of a device that was given none, in bytes.
 const MTU: u16 = 1500;
@@ -77,120 +57,52 @@ impl MgmtDevice for SimNetMgmt {
             )
             .with_hint(format!("A subset of {FEATURES} is right.")));
         }
-        let shared = Arc::new(Shared::default());
-        *shared.config.lock() = NetConfig {
+        let shared = Arc::new(Shared::new(NetConfig {
             mac: attrs.mac.unwrap_or_default().0,
             mtu: attrs.mtu.unwrap_or(MTU).into(),
             ..NetConfig::default()
-        };
+        }));
         let size = Size { queues: QUEUES, address_spaces: ADDRESS_SPACES as usize };
         let worker = Worker::spawn_logic(name, size, Loopback::new(Arc::clone(&shared)))
             .map_err(|errno| no_worker(name, errno))?;
-        let profile = options.apply(profile(features));
-        Ok(Box::new(SimNet { profile, shared, sim: Simulator::new(worker, options) }))
+        Ok(Box::new(Simulator::new(profile(features), options, Net(shared), worker)))
     }
 }
 
-/// What the options leave open; they decide the rest.
 fn profile(features: Features) -> Profile {
+    let config_size = u32::try_from(size_of::<NetConfig>()).unwrap_or(0);
     Profile {
-        device_id: ID_NET,
-        vendor_id: 0,
-        features,
-        backend_features: BackendFeatures::NONE,
-        queues: QUEUES,
-        queue_size_max: 256,
         // The control queue may have an address space of its own, which a hypervisor keeps from the guest.
         queue_groups: vec![GroupIndex(0), GroupIndex(0), GroupIndex(1)],
         groups: 2,
         address_spaces: ADDRESS_SPACES,
-        iova_range: IovaRange::ALL,
-        config_size: u32::try_from(size_of::<NetConfig>()).unwrap_or(0),
-        suspend: true,
-        resume: true,
-        vring_size: false,
-        reset_map: true,
-        compat_reset: CompatReset::Clean,
-        address_mode: AddressMode::OwnerAddresses,
-        pin_limit: PinLimit::Rlimit,
-        private_memory: PrivateMemory::Skip,
-        max_iotlb_entries: 2048,
-        verify_remap: true,
-        identity_map: true,
-        reset_owner: false,
-        strict_new_owner: false,
-        status_unsuspends: true,
-        report_batch_errors: false,
+        ..Profile::simulator(ID_NET, features, QUEUES, config_size)
     }
 }
 
 #[derive(Debug)]
-struct SimNet {
-    profile: Profile,
-    shared: Arc<Shared>,
-    sim: Simulator,
-}
+struct Net(Arc<Shared>);
 
-impl Parent for SimNet {
-    type Host = LinuxHost;
-
-    fn profile(&self) -> &Profile {
-        &self.profile
-    }
-
+impl Model for Net {
     fn read_config(&self, offset: u32, out: &mut [u8]) {
-        let mut config = self.shared.config.lock();
-        // Whatever the driver wrote, the link is up.
-        config.status = LINK_UP.into();
-        let part = usize::try_from(offset).ok().and_then(|from| config.as_bytes().get(from..));
-        if let Some(part) = part.and_then(|rest| rest.get(..out.len())) {
-            out.copy_from_slice(part);
-        }
+        self.0.read_config(offset, out);
     }
 
-    fn write_config(&mut self, offset: u32, data: &[u8]) {
-        let mut config = self.shared.config.lock();
-        let part = usize::try_from(offset).ok().and_then(|from| config.as_mut_bytes().get_mut(from..));
-        if let Some(part) = part.and_then(|rest| rest.get_mut(..data.len())) {
-            part.copy_from_slice(data);
-        }
+    fn write_config(&self, offset: u32, data: &[u8]) {
+        self.0.write_config(offset, data);
     }
 
-    fn negotiate(&mut self, features: Features) -> Result<Features> {
-        if features.has(Features::ACCESS_PLATFORM) {
-            Ok(features & self.profile.features)
-        } else {
-            Err(Errno::INVAL)
-        }
-    }
-
-    fn start_queue(
-        &mut self,
-        index: QueueIndex,
-        setup: &QueueSetup<LinuxHost>,
-        state: QueueState,
-    ) -> Result<()> {
-        self.sim.worker.start(index, setup, state)
-    }
-
-    fn stop_queue(&mut self, index: QueueIndex) -> Result<Option<QueueState>> {
-        self.sim.worker.stop(index)
-    }
-
-    fn dma(&mut self) -> Dma<'_, LinuxHost> {
-        self.sim.dma()
-    }
-
-    fn reset(&mut self) {
-        self.sim.worker.reset();
-    }
-
-    fn queue_stats(&self, index: QueueIndex) -> QueueStats {
-        self.shared.stats.queue(index)
+    fn queue_stats(&self, _worker: &Worker, index: QueueIndex) -> QueueStats {
+        self.0.stats.queue(index)
     }
 
     fn vendor_stats(&self, index: QueueIndex) -> Result<Vec<(&'static str, u64)>> {
-        self.shared.stats.vendor(index)
+        self.0.stats.vendor(index)
+    }
+
+    fn set_mac(&self, mac: [u8; MAC_BYTES]) -> Result<()> {
+        self.0.config().mac = mac;
+        Ok(())
     }
 }
 

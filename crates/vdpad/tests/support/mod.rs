@@ -16,8 +16,8 @@ use vdpa_core::Errno;
 use vdpa_core::features::{Bit, Features, Status};
 use vdpad::ctl::api::UpdateInfo;
 use vdpad::ctl::api::{
-    AddRequest, Backend, CtlError, DevInfo, DevState, MgmtDev, Owner, QueueInfo, QueueVstats,
-    VSTATS_INDEX_MAX,
+    AddRequest, Backend, CtlError, DevInfo, DevState, MgmtDev, Owner, QueueInfo, QueueVstats, SetAnswer,
+    SetRequest, VSTATS_INDEX_MAX,
 };
 use vdpad::ctl::config::{
     BlockConfig, BlockTopology, ClassConfig, DevConfig, DiscardLimits, MacAddr, NetConfig,
@@ -241,6 +241,13 @@ impl Backend for Fixture {
             ));
         }
         Ok(())
+    }
+
+    fn set(&self, name: &str, request: SetRequest) -> Result<SetAnswer, CtlError> {
+        let mac = request.mac.map(|mac| mac.to_string()).unwrap_or_default();
+        self.note(format!("set {name} mac {mac}"));
+        let net = self.find(name)?.0.device_id == 1;
+        Ok(SetAnswer { warning: (!net).then(|| format!("{name} device not supported")) })
     }
 
     fn delete(&self, name: &str, force: bool) -> Result<(), CtlError> {

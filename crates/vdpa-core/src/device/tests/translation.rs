@@ -8,7 +8,7 @@ fn passing() -> Rig {
     let mut profile = profile(AddressMode::OwnerAddresses);
     profile.identity_map = true;
     profile.compat_reset = CompatReset::Clean;
-    Rig::with(profile, Process::new(1, &[(0x10_0000, 16, 9, 0, true)]))
+    Rig::with(profile, process(&[(0x10_0000, 16, 9, 0, true)]))
 }
 
 #[test]
@@ -59,16 +59,13 @@ fn the_1_1_map_follows_the_owner_and_other_tables_do_not() {
     let mut rig = passing();
     let told = |rig: &Rig| rig.seen.lock().unwrap().tables.len();
     let before = told(&rig);
-    rig.device.new_owner(&Process::new(2, &[])).unwrap();
+    rig.device.new_owner(&process(&[])).unwrap();
     assert!(told(&rig) > before);
     assert_eq!(rig.last_table(), [ALL], "never stale: it is of whoever owns the device");
 
     let mut pinned = profile(AddressMode::PinnedPages);
     pinned.identity_map = true;
-    assert!(
-        Rig::with(pinned, Process::new(1, &[])).last_table().is_empty(),
-        "physical addresses are out of reach"
-    );
+    assert!(Rig::with(pinned, process(&[])).last_table().is_empty(), "physical addresses are out of reach");
 }
 
 #[test]
@@ -77,7 +74,7 @@ fn whole_pages_are_mapped_and_charged() {
     // 0x20 bytes over a page border, and a user address with another offset in its page.
     rig.own(iotlb_type::UPDATE, 2 * PAGE - 0x10, 0x20, 0x10_0123).unwrap();
     assert_eq!(rig.last_table(), [(PAGE, 3 * PAGE - 1, 0x10_0000, false)]);
-    assert_eq!((rig.device.pinned_pages(), rig.owner.space.account.pages()), (2, 2));
+    assert_eq!((rig.device.pinned_pages(), rig.owner.pinned_pages()), (2, 2));
     let again = rig.own(iotlb_type::UPDATE, PAGE, 1, 0x10_4000).unwrap_err();
     assert!(matches!(again, IotlbError::Overlap { .. }), "another byte of the same page");
     rig.own(iotlb_type::UPDATE, 3 * PAGE, 1, 0x10_0000).unwrap();
@@ -92,8 +89,8 @@ fn whole_pages_are_mapped_and_charged() {
 fn private_pages_are_pinned_too() {
     let mut profile = profile(AddressMode::PinnedPages);
     profile.private_memory = PrivateMemory::Copy;
-    let mut rig = Rig::with(profile, Process::new(1, &[(0x10_0000, 4, 0, 0, false)]));
-    rig.owner.limit = 3;
+    let mut rig = Rig::with(profile, process(&[(0x10_0000, 4, 0, 0, false)]));
+    rig.owner.set_memlock_pages(3);
     assert!(matches!(rig.own(iotlb_type::UPDATE, 0, 4 * PAGE, 0x10_0000), Err(IotlbError::MemLock { .. })));
     rig.own(iotlb_type::UPDATE, 0, 3 * PAGE, 0x10_0000).unwrap();
     assert_eq!(rig.device.pinned_pages(), 3);

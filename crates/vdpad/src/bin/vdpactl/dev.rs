@@ -13,6 +13,7 @@ use crate::{config, vstats, words};
 const HELP: &str = "\
 Usage: vdpactl dev show [ DEV ]
        vdpactl dev add name NAME mgmtdev MANAGEMENTDEV [ ATTRIBUTE VALUE ]...
+       vdpactl dev set name NAME mac MACADDR
        vdpactl dev del DEV [ -f | --force ]
 Usage: vdpactl dev config COMMAND [ OPTIONS ]
 Usage: vdpactl dev vstats COMMAND
@@ -45,6 +46,12 @@ pub(crate) fn run(session: &Session, words: &[String], force: bool) -> Result<()
         config::run(session, rest)
     } else if word == "vstats" {
         vstats::run(session, rest)
+    } else if word == "set" {
+        let (name, request) = words::set_request(rest)?;
+        if let Some(warning) = session.client.set(&name, &request)?.warning {
+            eprintln!("Warning: vdpa: {warning}.");
+        }
+        Ok(())
     } else {
         Err(words::no_command(word))
     }

@@ -1,6 +1,6 @@
 //! The grammar of iproute2: abbreviated words, and `name value` pairs.
 
-use vdpad::ctl::api::{AddRequest, Attrs};
+use vdpad::ctl::api::{AddRequest, Attrs, SetRequest};
 use vdpad::ctl::config::MacAddr;
 
 use crate::failure::Failure;
@@ -65,7 +65,7 @@ pub(crate) fn add_request(mut words: &[String]) -> Result<AddRequest, Failure> {
                 mgmtdev = Some(handle(rest)?.to_owned());
                 continue;
             }
-            "mac" => ("mac", mac(value(rest)?)?),
+            "mac" => ("mac", mac_addr(value(rest)?)?.to_string()),
             "mtu" => ("mtu", u16_text(rest)?),
             word if matches(word, "max_vqp") => ("max_vqp", u16_text(rest)?),
             word if matches(word, "device_features") => ("device_features", hexadecimal(value(rest)?)?),
@@ -88,12 +88,27 @@ pub(crate) fn add_request(mut words: &[String]) -> Result<AddRequest, Failure> {
     Ok(AddRequest { name, mgmtdev, attrs })
 }
 
+/// Reads the pairs of `dev set`: the name of a device, and what to change.
+pub(crate) fn set_request(mut words: &[String]) -> Result<(String, SetRequest), Failure> {
+    let (mut name, mut request) = (None, SetRequest::default());
+    while let [word, rest @ ..] = words {
+        words = rest.get(1..).unwrap_or_default();
+        match word.as_str() {
+            word if matches(word, "name") => name = Some(value(rest)?.to_owned()),
+            "mac" => request.mac = Some(mac_addr(value(rest)?)?),
+            word => return Err(unknown_option(word)),
+        }
+    }
+    let name = name.ok_or_else(|| Failure::Words("device name is not set.".into()))?;
+    Ok((name, request))
+}
+
 fn value(rest: &[String]) -> Result<&str, Failure> {
     rest.first().map(String::as_str).ok_or_else(|| Failure::Words("String parameter expected".into()))
 }
 
-fn mac(text: &str) -> Result<String, Failure> {
-    text.parse::<MacAddr>().map(|mac| mac.to_string()).map_err(|error| Failure::Words(error.to_string()))
+fn mac_addr(text: &str) -> Result<MacAddr, Failure> {
+    text.parse::<MacAddr>().map_err(|error| Failure::Words(error.to_string()))
 }
 
 fn u16_text(rest: &[String]) -> Result<String, Failure> {
@@ -150,6 +165,25 @@ mod tests {
         assert_eq!(attrs("name b mgmtdev blk readonly path /x"), ["readonly=on", "path=/x"]);
         assert_eq!(attrs("name b mgmtdev blk path /x readonly"), ["path=/x", "readonly=on"]);
         assert_eq!(attrs("name b mgmtdev blk readonly off path /x"), ["readonly=off", "path=/x"]);
+    }
+
+    #[test]
+    fn a_device_is_named_and_its_new_address() {
+        let set = |text: &str| {
+            let words: Vec<_> = text.split(' ').map(str::to_owned).collect();
+            set_request(&words).map_err(|failure| match failure {
+                Failure::Words(text) => text,
+                other => format!("{other:?}"),
+            })
+        };
+        let mac = Some(MacAddr([0x52, 0x54, 0, 0x12, 0x34, 0x56]));
+        assert_eq!(set("mac 52:54:0:12:34:56 n v0"), Ok(("v0".into(), SetRequest { mac })));
+        assert_eq!(set("name v0"), Ok(("v0".into(), SetRequest { mac: None })));
+        assert_eq!(set("mac 52:54:0:12:34:56").unwrap_err(), "device name is not set.");
+        assert_eq!(set("name v0 mtu 1400").unwrap_err(), "Unknown option \"mtu\"");
+        assert_eq!(set("v0 mac 52:54:0:12:34:56").unwrap_err(), "Unknown option \"v0\"");
+        assert_eq!(set("name v0 ma 52:54:0:12:34:56").unwrap_err(), "Unknown option \"ma\"");
+        assert!(set("name v0 mac zz").unwrap_err().contains("not an Ethernet address"));
     }
 
     #[test]

@@ -16,7 +16,7 @@ use serde::Serialize;
 use vdpa_core::Errno;
 
 use super::Limits;
-use crate::ctl::api::{AddRequest, Backend, CtlError, ErrorBody, Version};
+use crate::ctl::api::{AddRequest, Backend, CtlError, ErrorBody, SetRequest, Version};
 
 #[derive(Clone)]
 struct App {
@@ -30,7 +30,7 @@ pub(super) fn router(backend: Arc<dyn Backend>, limits: Limits, caller: Result<(
         .route("/v1/version", get(version))
         .route("/v1/mgmtdevs", get(mgmtdevs))
         .route("/v1/devs", get(devices).post(add))
-        .route("/v1/devs/{name}", get(device).delete(delete))
+        .route("/v1/devs/{name}", get(device).patch(set).delete(delete))
         .route("/v1/devs/{name}/config", get(config))
         .route("/v1/devs/{name}/vstats", get(vstats))
         .route("/v1/devs/{name}/update", get(update))
@@ -108,6 +108,15 @@ async fn add(State(app): State<App>, request: Request) -> Result<Response, Failu
         response.headers_mut().insert(header::LOCATION, location);
     }
     Ok(response)
+}
+
+async fn set(
+    State(app): State<App>,
+    Path(name): Path<String>,
+    request: Request,
+) -> Result<Response, Failure> {
+    let request: SetRequest = read_json(request.into_body(), &app.limits).await?;
+    app.call(move |backend| backend.set(&name, request)).await.map(ok)
 }
 
 async fn delete(

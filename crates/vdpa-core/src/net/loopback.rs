@@ -1,22 +1,37 @@
-//! What the simulator does with its queues (uapi-spec 6.2): `vdpasim_net_work` of the kernel.
+//! A network device that receives what it sends: what the kernel's network simulator does with its queues
+//! (uapi-spec 6.2, `vdpasim_net_work`).
 //!
-//! Written over [`End`], a queue as this logic sees it, so that it can be tested without a thread.
+//! Written over [`End`], a queue as this logic sees it, so that it needs no thread.
 //!
 //! What drivers that follow the rules cannot see differs: a chain that breaks the rules of rings (a loop, an index out
 //! of range) stops its queue until it is started anew, where `vringh` skips it; and an answer that cannot be written has
 //! the length 0, where the kernel's has an error number's.
 
-use std::sync::Arc;
+mod stats;
 
-use parking_lot::Mutex;
-use vdpa_core::features::Features;
-use vdpa_core::net::{
-    Ack, ControlHeader, MAC_BYTES, NetConfig, class, header_len, is_multicast, mac as mac_command,
-};
-use vdpa_core::ring::{BufferSlice, Chain, Fault, Memory, RingError};
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
 use zerocopy::IntoBytes;
 
-use super::stats::Stats;
+pub use self::stats::Stats;
+use super::{
+    Ack, ControlHeader, LINK_UP, MAC_BYTES, NetConfig, class, header_len, is_multicast, mac as mac_command,
+};
+use crate::features::Features;
+use crate::ring::{BufferSlice, Chain, Fault, Memory, RingError};
+
+/// The receive queue.
+pub const RX: u16 = 0;
+/// The transmit queue.
+pub const TX: u16 = 1;
+/// The control queue.
+pub const CONTROL: u16 = 2;
+/// All of them.
+pub const QUEUES: u16 = 3;
+
+/// What such a device can offer: ANY_LAYOUT, VERSION_1, ACCESS_PLATFORM, MTU, MAC, STATUS, CTRL_VQ, CTRL_MAC_ADDR.
+pub const FEATURES: Features = Features(0x3_0883_0028);
 
 /// Bytes of a packet that are looped back; the rest is cut off.
 const PACKET_MAX: usize = 4096;
@@ -30,7 +45,7 @@ const PASS_MAX: usize = 256;
 
 /// Whether the driver is told of a completion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Tell {
+pub enum Tell {
     /// If it wants to be.
     Wanted,
     /// Whether it wants to be or not.
@@ -38,7 +53,7 @@ pub(super) enum Tell {
 }
 
 /// One queue with the memory its addresses are in.
-pub(super) trait End {
+pub trait End {
     /// The memory.
     type Memory: Memory;
 
@@ -51,7 +66,7 @@ pub(super) trait End {
     /// Takes the next chain; `false` when there is none.
     ///
     /// # Errors
-    /// As [`SplitQueue::pop`](vdpa_core::ring::split::SplitQueue::pop).
+    /// As [`SplitQueue::pop`](crate::ring::split::SplitQueue::pop).
     fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingError>;
 
     /// Completes a chain with `len` bytes written, and shows it to the driver.
@@ -60,27 +75,69 @@ pub(super) trait End {
 
 /// What the control side of the device and its worker share.
 #[derive(Debug, Default)]
-pub(super) struct Shared {
-    /// Configuration space, which the driver may write, also by the control queue.
-    pub(super) config: Mutex<NetConfig>,
-    pub(super) stats: Stats,
+pub struct Shared {
+    config: Mutex<NetConfig>,
+    /// What was done so far.
+    pub stats: Stats,
 }
 
-/// The state of the worker.
-pub(super) struct Loopback {
+impl Shared {
+    /// What a device that is described by `config` begins with.
+    #[must_use]
+    pub fn new(config: NetConfig) -> Self {
+        Self { config: Mutex::new(config), stats: Stats::default() }
+    }
+
+    /// Configuration space, which the driver may write, also by the control queue. Held for the time of a copy only.
+    pub fn config(&self) -> MutexGuard<'_, NetConfig> {
+        // Bytes without invariants: what a panic left is as good as anything the driver may have written.
+        self.config.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Copies configuration space from `offset` into `out`; what is beyond its end stays as it is. Whatever the driver
+    /// wrote, the link is up.
+    pub fn read_config(&self, offset: u32, out: &mut [u8]) {
+        let mut config = self.config();
+        config.status = LINK_UP.into();
+        let part = usize::try_from(offset).ok().and_then(|from| config.as_bytes().get(from..));
+        if let Some(part) = part.and_then(|rest| rest.get(..out.len())) {
+            out.copy_from_slice(part);
+        }
+    }
+
+    /// The driver writes configuration space; what is beyond its end is ignored.
+    pub fn write_config(&self, offset: u32, data: &[u8]) {
+        let mut config = self.config();
+        let part = usize::try_from(offset).ok().and_then(|from| config.as_mut_bytes().get_mut(from..));
+        if let Some(part) = part.and_then(|rest| rest.get_mut(..data.len())) {
+            part.copy_from_slice(data);
+        }
+    }
+}
+
+/// What the worker of a device knows; one per device.
+pub struct Loopback {
     shared: Arc<Shared>,
     packet: Box<[u8; PACKET_MAX]>,
     chain: Chain,
     rx_chain: Chain,
 }
 
+impl fmt::Debug for Loopback {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Loopback").field("shared", &self.shared).finish_non_exhaustive()
+    }
+}
+
 impl Loopback {
-    pub(super) fn new(shared: Arc<Shared>) -> Self {
+    /// The worker of the device with which it shares `shared`.
+    #[must_use]
+    pub fn new(shared: Arc<Shared>) -> Self {
         Self { shared, packet: Box::new([0; PACKET_MAX]), chain: Chain::new(), rx_chain: Chain::new() }
     }
 
     /// Serves the control queue (`vdpasim_handle_cvq`); whether there may be more.
-    pub(super) fn control(&mut self, queue: &mut impl End) -> bool {
+    pub fn control(&mut self, queue: &mut impl End) -> bool {
         let stats = &self.shared.stats;
         // The answer to a command of an unknown class is that to the command before it in this pass.
         let mut status = Ack::Err;
@@ -117,14 +174,14 @@ impl Loopback {
         if command != mac_command::ADDR_SET {
             return Ack::Err;
         }
-        match pull(memory, body, &mut self.shared.config.lock().mac) {
+        match pull(memory, body, &mut self.shared.config().mac) {
             Ok(MAC_BYTES) => Ack::Ok,
             _ => Ack::Err,
         }
     }
 
     /// Moves packets from the transmit to the receive queue; whether another pass is scheduled.
-    pub(super) fn loop_back(&mut self, tx: &mut impl End, rx: &mut impl End) -> bool {
+    pub fn loop_back(&mut self, tx: &mut impl End, rx: &mut impl End) -> bool {
         let stats = &self.shared.stats;
         let header = header_len(tx.features());
         for taken in 1..=PASS_MAX {
@@ -146,7 +203,7 @@ impl Loopback {
             stats.tx_packets.add(1);
             stats.tx_bytes.add(sent);
             let packet = self.packet.get(..sent).unwrap_or_default();
-            if !accepts(packet, header, &self.shared.config.lock().mac) {
+            if !accepts(packet, header, &self.shared.config().mac) {
                 stats.rx_drops.add(1);
                 tx.complete(self.chain.head, 0, Tell::Wanted);
                 continue;

@@ -2,9 +2,9 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use vdpa_core::Errno;
-use vdpa_core::parent::QueueStats;
-use vdpa_core::types::{QueueIndex, Result};
+use crate::errno::Errno;
+use crate::parent::QueueStats;
+use crate::types::{QueueIndex, Result};
 
 /// A counter: one thread adds, any reads.
 #[derive(Debug, Default)]
@@ -22,7 +22,7 @@ impl Counter {
 
 /// All counters of a device, from its creation on: neither reset nor close clears them.
 #[derive(Debug, Default)]
-pub(super) struct Stats {
+pub struct Stats {
     pub(super) rx_packets: Counter,
     pub(super) rx_bytes: Counter,
     pub(super) rx_errors: Counter,
@@ -41,7 +41,7 @@ impl Stats {
     ///
     /// # Errors
     /// `EINVAL` for a queue the device does not have.
-    pub(super) fn vendor(&self, index: QueueIndex) -> Result<Vec<(&'static str, u64)>> {
+    pub fn vendor(&self, index: QueueIndex) -> Result<Vec<(&'static str, u64)>> {
         let rows: &[(&'static str, &Counter)] = match index.0 {
             super::RX => &[
                 ("rx packets", &self.rx_packets),
@@ -67,8 +67,9 @@ impl Stats {
         Ok(rows.iter().map(|(name, counter)| (*name, counter.get())).collect())
     }
 
-    /// The same, as every device has it.
-    pub(super) fn queue(&self, index: QueueIndex) -> QueueStats {
+    /// The same, as every device has it; nothing for a queue that is not there.
+    #[must_use]
+    pub fn queue(&self, index: QueueIndex) -> QueueStats {
         let (requests, bytes, errors) = match index.0 {
             super::RX => (self.rx_packets.get(), self.rx_bytes.get(), self.rx_errors.get()),
             super::TX => (self.tx_packets.get(), self.tx_bytes.get(), self.tx_errors.get()),

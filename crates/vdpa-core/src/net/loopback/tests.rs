@@ -1,8 +1,8 @@
 //! Every rule of a pass, on rings in the test's own memory.
 
-use vdpa_core::ring::Buffer;
-use vdpa_core::testing::{Pair, TestMemory};
-use vdpa_core::types::{IovaRange, Perm, QueueIndex};
+use crate::ring::Buffer;
+use crate::testing::{Pair, TestMemory};
+use crate::types::{IovaRange, Perm, QueueIndex};
 
 use super::*;
 
@@ -103,7 +103,7 @@ struct Device {
 impl Device {
     fn new() -> Self {
         let shared = Arc::new(Shared::default());
-        shared.config.lock().mac = MAC;
+        shared.config().mac = MAC;
         let logic = Loopback::new(Arc::clone(&shared));
         Self { shared, logic, rx: Queue::new(), tx: Queue::new(), control: Queue::new() }
     }
@@ -301,12 +301,12 @@ fn the_control_queue_sets_the_address() {
     assert!(!device.logic.control(&mut device.control));
     assert_eq!(device.control.used(), [(1, 1)]);
     assert_eq!(device.control.read(answer), [0]);
-    assert_eq!(device.shared.config.lock().mac, [2, 3, 4, 5, 6, 7]);
+    assert_eq!(device.shared.config().mac, [2, 3, 4, 5, 6, 7]);
     // Too short, and stored as far as it goes.
     let answer = device.command(&[1, 1, 9, 9]);
     device.logic.control(&mut device.control);
     assert_eq!(device.control.read(answer), [1]);
-    assert_eq!(device.shared.config.lock().mac, [9, 9, 4, 5, 6, 7]);
+    assert_eq!(device.shared.config().mac, [9, 9, 4, 5, 6, 7]);
     assert_eq!(device.counters(2), [2, 1, 1]);
 }
 
@@ -349,5 +349,5 @@ fn a_command_without_room_for_an_answer_is_carried_out() {
     device.control.add(&[command], &[]);
     device.logic.control(&mut device.control);
     assert_eq!(device.control.used(), [(1, 0)]);
-    assert_eq!(device.shared.config.lock().mac, [2, 3, 4, 5, 6, 7]);
+    assert_eq!(device.shared.config().mac, [2, 3, 4, 5, 6, 7]);
 }

@@ -1,0 +1,96 @@
+//! [`Vstats`]: how the suite learns what a device counts. No request of the device file tells; the management side does.
+
+use std::process::{Command, Stdio};
+
+use serde_json::Value;
+use vdpa_core::Errno;
+use vdpa_core::types::QueueIndex;
+
+use crate::case::Stop;
+use crate::device::Device;
+
+/// Names and values, in the device's order.
+pub(crate) type Counters = Vec<(String, u64)>;
+
+/// A command that prints the vendor statistics of one queue of the device as JSON, when `qidx` and the number of the queue
+/// are appended to it: `vdpa -j dev vstats show NAME`, or vdpactl's.
+#[derive(Clone, Debug)]
+pub struct Vstats {
+    words: Vec<String>,
+}
+
+impl Vstats {
+    /// The command with these words; the first one is the program.
+    #[must_use]
+    pub fn new(words: impl IntoIterator<Item = String>) -> Self {
+        Self { words: words.into_iter().collect() }
+    }
+
+    fn counters(&self, queue: u16) -> Result<Counters, Stop> {
+        let failed = |what: String| Stop::Failed(format!("{}: {what}", self.words.join(" ")));
+        let (program, words) = self.words.split_first().ok_or_else(|| failed("no command".to_owned()))?;
+        let output = Command::new(program)
+            .args(words)
+            .args(["qidx", &queue.to_string()])
+            .stdin(Stdio::null())
+            .output()
+            .map_err(|error| failed(error.to_string()))?;
+        if !output.status.success() {
+            return Err(failed(String::from_utf8_lossy(&output.stderr).trim().replace('\n', "; ")));
+        }
+        parse(&output.stdout).ok_or_else(|| failed("not the statistics of one device, as JSON".to_owned()))
+    }
+}
+
+impl From<&str> for Vstats {
+    /// Words separated by blanks.
+    fn from(line: &str) -> Self {
+        Self::new(line.split_whitespace().map(str::to_owned))
+    }
+}
+
+/// What `device` counts for a queue: asked by `vstats`, or of the device itself where it is in this process.
+pub(crate) fn counters(vstats: Option<&Vstats>, device: &Device, queue: u16) -> Result<Counters, Stop> {
+    if let Some(local) = device.local() {
+        let refused = |errno: Errno| Stop::Failed(format!("vendor statistics of queue {queue}: {errno}"));
+        return local.vendor_stats(QueueIndex(queue)).map_err(refused);
+    }
+    vstats.ok_or_else(|| Stop::CannotRun(MISSING.to_owned()))?.counters(queue)
+}
+
+/// Why a case that needs statistics is left out.
+pub(crate) const MISSING: &str = "no command that shows vendor statistics was given (--vstats)";
+
+/// The numbers of `{"vstats":{NAME:{...}}}`; what is no number is left out.
+fn parse(text: &[u8]) -> Option<Counters> {
+    let root: Value = serde_json::from_slice(text).ok()?;
+    let mut devices = root.get("vstats")?.as_object()?.values();
+    let (Some(device), None) = (devices.next(), devices.next()) else { return None };
+    let numbers = device.as_object()?.iter();
+    Some(numbers.filter_map(|(name, value)| Some((name.clone(), value.as_u64()?))).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_read_in_their_order() {
+        let text = br#"{"vstats":{"n0":{"queue_type":"tx","tx packets":3,"tx bytes":192,"tx errors":0}}}"#;
+        let counter = |name: &str, value| (name.to_owned(), value);
+        let want = vec![counter("tx packets", 3), counter("tx bytes", 192), counter("tx errors", 0)];
+        assert_eq!(parse(text), Some(want));
+        for text in ["", "{}", r#"{"vstats":{}}"#, r#"{"vstats":{"a":{},"b":{}}}"#, r#"{"vstats":{"a":1}}"#] {
+            assert_eq!(parse(text.as_bytes()), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_command_that_fails_is_named_with_what_it_said() {
+        let counters = |line: &str| Vstats::from(line).counters(0).unwrap_err().to_string();
+        assert!(counters("/nonexistent -j show").starts_with("/nonexistent -j show: "), "{}", counters("/x"));
+        assert!(counters("ls /no/such/file").contains("/no/such/file"));
+        assert!(counters("echo").ends_with("as JSON"));
+        assert!(counters("").ends_with("no command"));
+    }
+}
