@@ -1,6 +1,6 @@
 //! `VHOST_IOTLB_REMAP`: an existing mapping has another address in its new owner (uapi-spec 8.5).
 
-use crate::device::dma::{Batch, mappings, resolve};
+use crate::device::dma::{mappings, resolve};
 use crate::device::{Device, IotlbError, MemoryOf};
 use crate::faults::{self, Fault};
 use crate::host::{Fragment, MemoryObject};
@@ -62,13 +62,15 @@ impl<P: Parent> Device<P> {
         if table.len() - old.len() + new.len() > limit {
             return Err(IotlbError::Full { entries: table.len(), limit });
         }
-        self.replace(asid, unit, new);
         if let Some(batch) = &mut self.batch {
-            remember(batch, record, before);
+            batch.before_remap(table);
+        }
+        self.replace(asid, unit, new);
+        if self.batch.is_some() {
             return Ok(());
         }
         self.set_map(asid).map_err(|errno| {
-            self.undo_remaps(asid, vec![(record, before)]);
+            self.put_back(asid, record, before);
             // The parent's table may be gone with the failing call: offer the previous one once.
             let _ = self.set_map(asid);
             IotlbError::Parent { errno }
@@ -84,42 +86,12 @@ impl<P: Parent> Device<P> {
         new.into_iter().for_each(|entry| table.insert(entry));
     }
 
-    /// Puts back what records held before they were remapped, in reverse order.
-    ///
-    /// What an INVALIDATE has taken since stays unmapped: an old entry comes back only where all of it is still
-    /// mapped, and elsewhere the part that is left keeps its new address.
-    pub(super) fn undo_remaps(&mut self, asid: Asid, remapped: Vec<(RecordId, Vec<Mapping<MemoryOf<P>>>)>) {
+    /// Gives a record the entries it had before a REMAP and no others, whatever the REMAP mapped.
+    fn put_back(&mut self, asid: Asid, record: RecordId, before: Vec<Mapping<MemoryOf<P>>>) {
         let Some(table) = self.tables.get_mut(&asid) else { return };
-        for (record, before) in remapped.into_iter().rev() {
-            let left = table.take_fragments(record);
-            let back: Vec<_> = before.into_iter().filter(|entry| covers(&left, entry.range)).collect();
-            let replaced = |range: IovaRange| back.iter().any(|entry| entry.range.overlaps(range));
-            let kept: Vec<_> = left.into_iter().filter(|entry| !replaced(entry.range)).collect();
-            back.into_iter().chain(kept).for_each(|entry| table.insert(entry));
-        }
+        drop(table.take_fragments(record));
+        before.into_iter().for_each(|entry| table.insert(entry));
     }
-}
-
-/// Keeps the first state of a record in a batch; later ones of the same batch are not what END goes back to.
-fn remember<P: Parent>(batch: &mut Batch<P>, record: RecordId, before: Vec<Mapping<MemoryOf<P>>>) {
-    if !batch.remapped.iter().any(|(id, _)| *id == record) {
-        batch.remapped.push((record, before));
-    }
-}
-
-/// Whether every byte of `range` is in one of `entries`, which are in address order.
-fn covers<M>(entries: &[Mapping<M>], range: IovaRange) -> bool {
-    let mut at = range.first();
-    for entry in entries.iter().filter(|entry| entry.range.overlaps(range)) {
-        if entry.range.first() > at {
-            return false;
-        }
-        match entry.range.last().checked_add(1) {
-            Some(next) if entry.range.last() < range.last() => at = next,
-            _ => return true,
-        }
-    }
-    false
 }
 
 /// A whole record, or exactly one entry (uapi-spec 8.5, R2).
