@@ -19,7 +19,7 @@ const SLOTS: u64 = 2;
 const A0: Asid = Asid(0);
 
 /// First page, pages, and at which of the addresses of the object. Of address 1 the halves are two mappings; of address
-/// 2 the high one is private.
+/// 2 the high one is private, and of address 3 the low one.
 type Fragment = (u64, u64, usize);
 
 #[derive(Clone, Copy, Debug)]
@@ -58,9 +58,9 @@ fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
         2 => Just(Op::Begin),
         2 => Just(Op::End),
-        4 => (0..SLOTS, part(), 0..3usize).prop_map(|(slot, part, at)| Op::Update(slot, part, at)),
+        4 => (0..SLOTS, part(), 0..4usize).prop_map(|(slot, part, at)| Op::Update(slot, part, at)),
         3 => (0..SLOTS, 0..4u64).prop_map(|(slot, page)| Op::Invalidate(slot, page)),
-        5 => (0..SLOTS, part(), 0..3usize).prop_map(|(slot, part, at)| Op::Remap(slot, part, at)),
+        5 => (0..SLOTS, part(), 0..4usize).prop_map(|(slot, part, at)| Op::Remap(slot, part, at)),
         2 => (1..3u32).prop_map(Op::Refuse),
     ]
 }
@@ -92,7 +92,8 @@ fn split((first, pages): (u64, u64), at: usize) -> Vec<Fragment> {
     match (at, first, pages) {
         (1, 0, 4) => vec![(0, 2, 1), (2, 2, 1)],
         (2, 0, _) => vec![(0, 2, 2)],
-        (2, ..) => vec![],
+        (3, _, 4) | (3, 2, _) => vec![(2, 2, 3)],
+        (2 | 3, ..) => vec![],
         _ => vec![(first, pages, at)],
     }
 }
@@ -260,7 +261,7 @@ impl Model {
 struct Real {
     node: Node<RamBlk>,
     device: InProcess<RamBlk, TestProcess>,
-    uaddrs: [u64; 3],
+    uaddrs: [u64; 4],
 }
 
 impl Real {
@@ -275,9 +276,11 @@ impl Real {
         let _ = process.map_next(&object, 2 * PAGE, 2 * PAGE, true);
         let partly = process.map_part(&object, 0, 2 * PAGE, true);
         let _ = process.map_next(&object, 2 * PAGE, 2 * PAGE, false);
+        let rest = process.map_part(&object, 0, 2 * PAGE, false);
+        let _ = process.map_next(&object, 2 * PAGE, 2 * PAGE, true);
         let device = node.open(process).unwrap();
         device.set_owner().unwrap();
-        Self { node, device, uaddrs: [whole, halves, partly] }
+        Self { node, device, uaddrs: [whole, halves, partly, rest] }
     }
 
     fn step(&self, op: Op) -> Result<(), Errno> {

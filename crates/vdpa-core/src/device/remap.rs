@@ -38,7 +38,9 @@ impl<P: Parent> Device<P> {
         let record = match unit {
             Unit::Record(id) | Unit::Entry(id, _) => id,
         };
-        let old: Vec<_> = table.overlapping(range).into_iter().cloned().collect();
+        // What another UPDATE has put into a gap of the record is not the REMAP's business.
+        let hit = table.overlapping(range).into_iter();
+        let old: Vec<_> = hit.filter(|entry| entry.record == record).cloned().collect();
         let perm = old.first().map_or(msg.perm, |entry| entry.perm);
         let msg = IotlbMsg { perm, ..*msg };
 
@@ -94,17 +96,15 @@ impl<P: Parent> Device<P> {
     }
 }
 
-/// A whole record, or exactly one entry (uapi-spec 8.5, R2).
+/// A whole record, also where another UPDATE has filled its gaps, or exactly one entry (uapi-spec 8.5, R2).
 fn find_unit<M>(table: &Table<M>, range: IovaRange) -> Option<Unit> {
-    let first = *table.overlapping(range).first()?;
-    let record = table.record(first.record)?;
-    if record.range == range && !record.broken {
-        Some(Unit::Record(first.record))
-    } else if first.range == range {
-        Some(Unit::Entry(first.record, range))
-    } else {
-        None
+    let hits = table.overlapping(range);
+    let is_whole = |id| table.record(id).is_some_and(|record| record.range == range && !record.broken);
+    if let Some(entry) = hits.iter().find(|entry| is_whole(entry.record)) {
+        return Some(Unit::Record(entry.record));
     }
+    let first = hits.first()?;
+    (first.range == range).then_some(Unit::Entry(first.record, range))
 }
 
 /// Whether every byte that is mapped now is the same byte of the same object at the new address.

@@ -247,3 +247,33 @@ fn a_batch_remembers_nothing_that_is_gone() {
         assert_eq!(remembered, Some(0));
     }
 }
+
+/// What another UPDATE has put where a record has nothing is not the record's, even when it comes first.
+#[test]
+fn a_remap_leaves_alone_what_was_mapped_into_a_gap_of_its_record() {
+    let at = Bench::new(|_| ()).at;
+    for (from, gap, entry) in [
+        (at.first, 1, (0, 1, at.first)),
+        (at.first, 3, (0, 1, at.first)),
+        (at.rest, 0, (1, 3, at.rest + PAGE)),
+    ] {
+        let bench = Bench::new(|_| ());
+        bench.update(0, 4, from).unwrap();
+        bench.update(gap, 1, at.whole).unwrap();
+        assert_eq!(bench.remap(0, 4, from), Ok(()), "{from:#x}");
+        let mut rows = [entry, (gap, 1, at.whole)];
+        rows.sort_unstable();
+        assert_eq!(bench.rows(), rows);
+    }
+}
+
+#[test]
+fn a_remap_fills_no_table_beyond_its_limit() {
+    let bench = Bench::tight(4);
+    bench.update(0, 4, bench.at.first).unwrap();
+    bench.update(3, 1, bench.at.whole).unwrap();
+    bench.update(4, 1, bench.at.whole).unwrap();
+    let before = bench.rows();
+    assert_eq!(bench.remap(0, 4, bench.at.most), REFUSED, "it would have 3 of 5");
+    assert_eq!(bench.rows(), before);
+}
