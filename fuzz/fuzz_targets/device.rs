@@ -176,6 +176,8 @@ struct World {
     processes: [Process; 2],
     next_id: u32,
     accounts: Vec<Arc<PinAccount>>,
+    /// The tables when the open batch began, as long as it has had nothing but REMAPs.
+    at_begin: Option<Tables>,
 }
 
 impl World {
@@ -183,7 +185,7 @@ impl World {
         let processes = [Process::new(0, &input.first), Process::new(1, &input.second)];
         let accounts = processes.iter().map(|process| Arc::clone(&process.space.account)).collect();
         let parent = FuzzParent::new(profile(&input.kind), input.kind.way);
-        Self { device: Device::new(parent), processes, next_id: 2, accounts }
+        Self { device: Device::new(parent), processes, next_id: 2, accounts, at_begin: None }
     }
 
     fn become_new(&mut self, who: Who, make: impl FnOnce(u32) -> Process) {
@@ -292,13 +294,32 @@ impl World {
         }
     }
 
-    /// One IOTLB message: a refused UPDATE or REMAP leaves every table as it was.
+    /// One IOTLB message: one that is refused leaves every table as it was, and so does a refused batch of REMAPs.
     fn message(&mut self, who: Who, asid: Asid, msg: &IotlbMsg) {
         let before = self.tables();
         let pinned = self.device.pinned_pages();
+        let was_open = self.device.in_batch_for_fuzzing();
         let result = self.device.iotlb(&self.processes[usize::from(who)], asid, msg);
-        if result.is_err() && msg.kind != iotlb_type::BATCH_END {
-            assert_eq!(self.tables(), before, "a refused message changed a table: {result:?}");
+        let is_open = self.device.in_batch_for_fuzzing();
+        match (was_open, is_open) {
+            (false, true) => self.at_begin = Some(before),
+            (true, false) => {
+                if let Some(at_begin) = self.at_begin.take()
+                    && result.is_err()
+                {
+                    assert_eq!(self.tables(), at_begin, "a refused batch of REMAPs changed a table");
+                }
+            }
+            _ => {
+                if result.is_err() {
+                    assert_eq!(self.tables(), before, "a refused message changed a table: {result:?}");
+                }
+                if result.is_ok() && matches!(msg.kind, iotlb_type::UPDATE | iotlb_type::INVALIDATE) {
+                    self.at_begin = None;
+                }
+            }
+        }
+        if result.is_err() {
             assert_eq!(self.device.pinned_pages(), pinned, "a refused message changed the charge");
         }
     }
@@ -315,6 +336,7 @@ impl World {
             assert_eq!(after, before);
             assert_eq!(self.device.owner().map(|owner| owner.id), owner);
         } else {
+            self.at_begin = None;
             let places =
                 |tables: &Tables| tables.iter().map(|&(a, f, l, u, _)| (a, f, l, u)).collect::<Vec<_>>();
             assert_eq!(places(&after), places(&before));

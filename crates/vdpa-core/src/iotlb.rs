@@ -134,6 +134,13 @@ impl<M> Table<M> {
         self.entries.insert(mapping.range.first(), mapping);
     }
 
+    /// Adds an entry of another table of the same address space, which must not overlap one here, with its record.
+    pub(crate) fn adopt(&mut self, record: &Record, mapping: Mapping<M>) {
+        self.next_record = self.next_record.max(mapping.record.0 + 1);
+        self.records.entry(mapping.record).or_insert(Record { fragments: 0, ..*record });
+        self.insert(mapping);
+    }
+
     /// Removes every entry that the interval `[first, last]` touches, whole, and returns them in address order.
     ///
     /// The interval may be inverted, as the kernel's interval tree allows it to be: then only an entry that

@@ -1,7 +1,8 @@
 //! Batches against a naive model: UPDATE, INVALIDATE and REMAP in any order, in and out of batches, with a parent that
 //! refuses now and then.
 //!
-//! The model knows pages only: a slot is four pages, each of which belongs to a fragment or to none.
+//! The model knows pages only: a slot is four pages, each of which belongs to a fragment or to none. A REMAP may map
+//! less than before, or more, as private memory is left out.
 #![expect(clippy::unwrap_used, reason = "a test that cannot set up its device must fail")]
 
 use std::collections::BTreeMap;
@@ -17,15 +18,16 @@ const PAGE: u64 = 4096;
 const SLOTS: u64 = 2;
 const A0: Asid = Asid(0);
 
-/// First page, pages, and at which of the addresses of the object. Of address 1 the halves are two mappings.
+/// First page, pages, and at which of the addresses of the object. Of address 1 the halves are two mappings; of address
+/// 2 the high one is private, and of address 3 the low one.
 type Fragment = (u64, u64, usize);
 
 #[derive(Clone, Copy, Debug)]
 enum Op {
     Begin,
     End,
-    /// Maps a slot from one of the addresses.
-    Update(u64, usize),
+    /// Maps a part of a slot from one of the addresses.
+    Update(u64, Part, usize),
     /// Removes what overlaps one page.
     Invalidate(u64, u64),
     /// Remaps a part of a slot to one of the addresses.
@@ -52,67 +54,103 @@ impl Part {
 }
 
 fn op() -> impl Strategy<Value = Op> {
-    let part = prop_oneof![2 => Just(Part::Whole), 1 => Just(Part::Low), 1 => Just(Part::High)];
+    let part = || prop_oneof![2 => Just(Part::Whole), 1 => Just(Part::Low), 1 => Just(Part::High)];
     prop_oneof![
         2 => Just(Op::Begin),
         2 => Just(Op::End),
-        4 => (0..SLOTS, 0..2usize).prop_map(|(slot, at)| Op::Update(slot, at)),
+        4 => (0..SLOTS, part(), 0..4usize).prop_map(|(slot, part, at)| Op::Update(slot, part, at)),
         3 => (0..SLOTS, 0..4u64).prop_map(|(slot, page)| Op::Invalidate(slot, page)),
-        5 => (0..SLOTS, part, 0..2usize).prop_map(|(slot, part, at)| Op::Remap(slot, part, at)),
+        5 => (0..SLOTS, part(), 0..4usize).prop_map(|(slot, part, at)| Op::Remap(slot, part, at)),
         2 => (1..3u32).prop_map(Op::Refuse),
     ]
 }
 
-/// One UPDATE: its slot, what is left of it, and whether an INVALIDATE has taken a part.
+/// One UPDATE: its slot and pages, what is left of it, and whether an INVALIDATE has taken a part.
 #[derive(Clone, Debug)]
 struct Record {
     slot: u64,
+    pages: (u64, u64),
     fragments: Vec<Fragment>,
     broken: bool,
 }
 
+type Records = BTreeMap<u32, Record>;
+
 #[derive(Debug, Default)]
 struct Model {
     table: bool,
-    records: BTreeMap<u32, Record>,
+    records: Records,
     next: u32,
-    /// In a batch: the fragments of each record before its first REMAP.
-    batch: Option<BTreeMap<u32, Vec<Fragment>>>,
+    /// In a batch, from its first REMAP on: what there would be without its REMAPs.
+    batch: Option<Option<Records>>,
     refuse: u32,
     /// What the parent was given last.
     parent: Vec<(u64, Fragment)>,
 }
 
-fn split(first: u64, pages: u64, at: usize) -> Vec<Fragment> {
-    if at == 1 && pages == 4 { vec![(0, 2, 1), (2, 2, 1)] } else { vec![(first, pages, at)] }
+fn split((first, pages): (u64, u64), at: usize) -> Vec<Fragment> {
+    match (at, first, pages) {
+        (1, 0, 4) => vec![(0, 2, 1), (2, 2, 1)],
+        (2, 0, _) => vec![(0, 2, 2)],
+        (3, _, 4) | (3, 2, _) => vec![(2, 2, 3)],
+        (2 | 3, ..) => vec![],
+        _ => vec![(first, pages, at)],
+    }
 }
 
-fn has(fragment: &Fragment, page: u64) -> bool {
-    (fragment.0..fragment.0 + fragment.1).contains(&page)
+fn pages(fragment: &Fragment) -> std::ops::Range<u64> {
+    fragment.0..fragment.0 + fragment.1
+}
+
+fn rows(records: &Records) -> Vec<(u64, Fragment)> {
+    let row = |record: &Record| record.fragments.iter().map(|f| (record.slot, *f)).collect::<Vec<_>>();
+    let mut rows: Vec<_> = records.values().flat_map(row).collect();
+    rows.sort_unstable();
+    rows
+}
+
+fn in_slot(records: &Records, slot: u64) -> Vec<Fragment> {
+    rows(records).into_iter().filter(|row| row.0 == slot).map(|row| row.1).collect()
+}
+
+fn overlaps(fragments: &[Fragment], taken: &[u64]) -> bool {
+    fragments.iter().flat_map(pages).any(|page| taken.contains(&page))
+}
+
+/// Removes each fragment that has one of the pages, and returns all the pages these had.
+fn take(records: &mut Records, slot: u64, taken: &[u64]) -> Vec<u64> {
+    let mut gone = Vec::new();
+    for record in records.values_mut().filter(|record| record.slot == slot) {
+        let (out, left) = record.fragments.iter().partition(|fragment| overlaps(&[**fragment], taken));
+        record.fragments = left;
+        record.broken |= !Vec::is_empty(&out);
+        gone.extend(out.iter().flat_map(pages));
+    }
+    records.retain(|_, record| !record.fragments.is_empty());
+    gone
+}
+
+/// Copies fragments that have one of the pages to where there is nothing.
+fn copy(from: &Records, to: &mut Records, slot: u64, wanted: &[u64]) {
+    for (id, record) in from.iter().filter(|(_, record)| record.slot == slot) {
+        for fragment in record.fragments.iter().filter(|fragment| overlaps(&[**fragment], wanted)) {
+            if !overlaps(&in_slot(to, slot), &pages(fragment).collect::<Vec<_>>()) {
+                let copy = to.entry(*id).or_insert(Record { fragments: Vec::new(), ..record.clone() });
+                copy.fragments.push(*fragment);
+                copy.fragments.sort_unstable();
+            }
+        }
+    }
 }
 
 impl Model {
-    fn rows(&self) -> Vec<(u64, Fragment)> {
-        let mut rows: Vec<_> = self
-            .records
-            .values()
-            .flat_map(|record| record.fragments.iter().map(|fragment| (record.slot, *fragment)))
-            .collect();
-        rows.sort_unstable();
-        rows
-    }
-
     fn tell(&mut self) -> Result<(), Errno> {
         if self.refuse > 0 {
             self.refuse -= 1;
             return Err(Errno::FAULT);
         }
-        self.parent = self.rows();
+        self.parent = rows(&self.records);
         Ok(())
-    }
-
-    fn in_slot(&self, slot: u64) -> impl Iterator<Item = (&u32, &Record)> {
-        self.records.iter().filter(move |(_, record)| record.slot == slot)
     }
 
     fn step(&mut self, op: Op) -> Result<(), Errno> {
@@ -122,15 +160,12 @@ impl Model {
                 self.table = true;
                 self.batch.get_or_insert_default();
             }
-            Op::Update(slot, at) => return self.update(slot, at),
+            Op::Update(slot, part, at) => return self.update(slot, part, at),
             _ if !self.table => return Err(Errno::FAULT),
             Op::Invalidate(slot, page) => {
-                for record in self.records.values_mut().filter(|record| record.slot == slot) {
-                    let before = record.fragments.len();
-                    record.fragments.retain(|fragment| !has(fragment, page));
-                    record.broken |= record.fragments.len() < before;
-                }
-                self.records.retain(|_, record| !record.fragments.is_empty());
+                let mut gone = take(&mut self.records, slot, &[page]);
+                gone.push(page);
+                self.follow(slot, &gone, &[]);
                 if self.batch.is_none() {
                     let _ = self.tell();
                 }
@@ -141,14 +176,29 @@ impl Model {
         Ok(())
     }
 
-    fn update(&mut self, slot: u64, at: usize) -> Result<(), Errno> {
+    /// What END would go back to loses these pages, and has what is there now in place of what it lost.
+    fn follow(&mut self, slot: u64, taken: &[u64], added: &[u64]) {
+        if let Some(Some(other)) = &mut self.batch {
+            let lost = take(other, slot, taken);
+            copy(&self.records, other, slot, &[&lost, added].concat());
+        }
+    }
+
+    fn update(&mut self, slot: u64, part: Part, at: usize) -> Result<(), Errno> {
         self.table = true;
-        if self.in_slot(slot).next().is_some() {
+        let (first, count) = part.pages();
+        let wanted: Vec<_> = (first..first + count).collect();
+        if overlaps(&in_slot(&self.records, slot), &wanted) {
             return Err(Errno::FAULT);
         }
-        let id = self.next;
+        let (id, fragments) = (self.next, split(part.pages(), at));
         self.next += 1;
-        self.records.insert(id, Record { slot, fragments: split(0, 4, at), broken: false });
+        if fragments.is_empty() {
+            return Ok(());
+        }
+        let added: Vec<_> = fragments.iter().flat_map(pages).collect();
+        self.records.insert(id, Record { slot, pages: part.pages(), fragments, broken: false });
+        self.follow(slot, &added, &added);
         if self.batch.is_none() && self.tell().is_err() {
             self.records.remove(&id);
             let _ = self.tell();
@@ -158,49 +208,50 @@ impl Model {
     }
 
     fn remap(&mut self, slot: u64, part: Part, at: usize) -> Result<(), Errno> {
-        let (first, pages) = part.pages();
-        let found = self.in_slot(slot).next().map(|(id, record)| (*id, record.clone()));
-        let (id, mut record) = found.ok_or(Errno::FAULT)?;
-        let before = record.fragments.clone();
-        let exact = record.fragments.iter().position(|f| (f.0, f.1) == (first, pages));
-        if pages == 4 && !record.broken {
-            record.fragments.clear();
-        } else {
-            record.fragments.remove(exact.ok_or(Errno::FAULT)?);
+        let (first, count) = part.pages();
+        let wanted: Vec<_> = (first..first + count).collect();
+        let hit = in_slot(&self.records, slot).into_iter().find(|fragment| overlaps(&[*fragment], &wanted));
+        let hit = hit.filter(|hit| (hit.0, hit.1) == part.pages());
+        let is_whole = |record: &Record| record.pages == part.pages() && !record.broken;
+        let names = |record: &Record| {
+            record.slot == slot
+                && (is_whole(record) || hit.is_some_and(|hit| record.fragments.contains(&hit)))
+        };
+        let found = self.records.iter().find(|(_, record)| names(record));
+        let (id, mut record) = found.map(|(id, record)| (*id, record.clone())).ok_or(Errno::FAULT)?;
+        let whole = is_whole(&record);
+        record.fragments.retain(|fragment| !whole && hit != Some(*fragment));
+        let new = split(part.pages(), at);
+        let others: Records =
+            self.records.iter().filter(|(other, _)| **other != id).map(|(id, r)| (*id, r.clone())).collect();
+        let in_others = overlaps(&in_slot(&others, slot), &new.iter().flat_map(pages).collect::<Vec<_>>());
+        if new.is_empty() || in_others {
+            return Err(Errno::FAULT);
         }
-        record.fragments.extend(split(first, pages, at));
+        record.fragments.extend(new);
         record.fragments.sort_unstable();
+        let before = self.records.clone();
         self.records.insert(id, record);
         match &mut self.batch {
-            Some(saved) => {
-                saved.entry(id).or_insert(before);
+            Some(other) => {
+                other.get_or_insert(before);
                 Ok(())
             }
             None => self.tell().inspect_err(|_| {
-                if let Some(record) = self.records.get_mut(&id) {
-                    record.fragments = before;
-                }
+                self.records = before;
                 let _ = self.tell();
             }),
         }
     }
 
     fn end(&mut self) -> Result<(), Errno> {
-        let Some(saved) = self.batch.take() else { return Ok(()) };
-        let remapped = !saved.is_empty();
+        let Some(other) = self.batch.take() else { return Ok(()) };
         if self.tell().is_ok() {
             return Ok(());
         }
-        for (id, before) in saved {
-            let Some(record) = self.records.get_mut(&id) else { continue };
-            let left = std::mem::take(&mut record.fragments);
-            let mapped = |page| left.iter().any(|fragment| has(fragment, page));
-            let back: Vec<_> = before.into_iter().filter(|old| (old.0..old.0 + old.1).all(mapped)).collect();
-            let free =
-                |new: &&Fragment| (new.0..new.0 + new.1).all(|page| !back.iter().any(|old| has(old, page)));
-            record.fragments = left.iter().filter(free).copied().collect();
-            record.fragments.extend(back);
-            record.fragments.sort_unstable();
+        let remapped = other.is_some();
+        if let Some(other) = other {
+            self.records = other;
         }
         let _ = self.tell();
         if remapped { Err(Errno::FAULT) } else { Ok(()) }
@@ -210,19 +261,26 @@ impl Model {
 struct Real {
     node: Node<RamBlk>,
     device: InProcess<RamBlk, TestProcess>,
-    uaddrs: [u64; 2],
+    uaddrs: [u64; 4],
 }
 
 impl Real {
     fn new() -> Self {
-        let node = Node::new(RamBlk::new(1).with(|profile| profile.identity_map = false));
+        let node = Node::new(RamBlk::new(1).with(|profile| {
+            profile.identity_map = false;
+            profile.verify_remap = false;
+        }));
         let (process, object) = (TestProcess::new(), TestObject::new(4 * PAGE));
         let whole = process.map(&object);
         let halves = process.map_part(&object, 0, 2 * PAGE, true);
         let _ = process.map_next(&object, 2 * PAGE, 2 * PAGE, true);
+        let partly = process.map_part(&object, 0, 2 * PAGE, true);
+        let _ = process.map_next(&object, 2 * PAGE, 2 * PAGE, false);
+        let rest = process.map_part(&object, 0, 2 * PAGE, false);
+        let _ = process.map_next(&object, 2 * PAGE, 2 * PAGE, true);
         let device = node.open(process).unwrap();
         device.set_owner().unwrap();
-        Self { node, device, uaddrs: [whole, halves] }
+        Self { node, device, uaddrs: [whole, halves, partly, rest] }
     }
 
     fn step(&self, op: Op) -> Result<(), Errno> {
@@ -230,8 +288,10 @@ impl Real {
         match op {
             Op::Begin => self.device.batch_begin(A0),
             Op::End => self.device.batch_end(A0),
-            Op::Update(slot, at) => {
-                self.device.dma_map(A0, iova(slot, 0), 4 * PAGE, self.uaddrs[at], Perm::RW)
+            Op::Update(slot, part, at) => {
+                let (first, pages) = part.pages();
+                let uaddr = self.uaddrs[at] + first * PAGE;
+                self.device.dma_map(A0, iova(slot, first), pages * PAGE, uaddr, Perm::RW)
             }
             Op::Invalidate(slot, page) => self.device.dma_unmap(A0, iova(slot, page), 1),
             Op::Remap(slot, part, at) => {
@@ -247,7 +307,7 @@ impl Real {
 
     fn rows(&self) -> Vec<(u64, Fragment)> {
         let row = |(first, last, uaddr): (u64, u64, u64)| {
-            let at = usize::from(uaddr >= self.uaddrs[1]);
+            let at = self.uaddrs.partition_point(|&start| start <= uaddr) - 1;
             (first >> 20, ((first & 0xf_ffff) / PAGE, (last + 1 - first) / PAGE, at))
         };
         self.node.with(|device| device.parent().mappings(A0)).into_iter().map(row).collect()
@@ -263,7 +323,7 @@ proptest! {
         for op in ops {
             prop_assert_eq!(real.step(op), model.step(op), "{:?} {:?}", op, model);
             prop_assert_eq!(real.rows(), model.parent.clone(), "{:?} {:?}", op, model);
-            prop_assert_eq!(real.node.with(|device| device.mapped().entries), model.rows().len());
+            prop_assert_eq!(real.node.with(|device| device.mapped().entries), rows(&model.records).len());
         }
     }
 }

@@ -1,7 +1,8 @@
-//! IOTLB messages: UPDATE, INVALIDATE and batches.
+//! IOTLB messages: their checks, UPDATE and INVALIDATE.
 
 use thiserror::Error;
 
+use crate::device::batch::Batch;
 use crate::device::{Device, MemoryOf};
 use crate::errno::Errno;
 use crate::faults::{self, Fault};
@@ -150,14 +151,6 @@ impl IotlbError {
     }
 }
 
-/// An open batch, and what a failing END must take back: the state before the batch's first REMAP of each
-/// record (uapi-spec 8.5, R6).
-#[derive(Debug)]
-pub(super) struct Batch<P: Parent> {
-    pub(super) asid: Asid,
-    pub(super) remapped: Vec<(RecordId, Vec<Mapping<MemoryOf<P>>>)>,
-}
-
 impl<P: Parent> Device<P> {
     /// One IOTLB message, checked in the kernel's order (uapi-spec 2.2 to 2.6). `asid` is 0 for version-1
     /// messages and where IOTLB_ASID was not acknowledged: the shell decodes that. Blocks until requests that
@@ -183,7 +176,7 @@ impl<P: Parent> Device<P> {
                 Ok(())
             }
             iotlb_type::BATCH_BEGIN => {
-                self.batch.get_or_insert_with(|| Batch { asid, remapped: Vec::new() });
+                self.begin_batch(asid);
                 Ok(())
             }
             iotlb_type::BATCH_END => self.end_batch(asid),
@@ -238,8 +231,9 @@ impl<P: Parent> Device<P> {
         let owner = self.ownership.owner().ok_or(IotlbError::NotOwner)?;
         let fragments = resolve(owner, profile, range, msg)?;
         let limit = profile.max_iotlb_entries - usize::from(faults::is(Fault::TableLimit));
-        if table.len() + fragments.len() > limit {
-            return Err(IotlbError::Full { entries: table.len(), limit: profile.max_iotlb_entries });
+        let entries = table.len().max(self.batch.as_ref().map_or(0, Batch::entries_after_failure));
+        if entries + fragments.len() > limit {
+            return Err(IotlbError::Full { entries, limit: profile.max_iotlb_entries });
         }
         let pages = fragments.iter().map(|(_, piece)| pages_to_pin(profile, piece.size, &piece.memory)).sum();
         let (limit, what) = (profile.pin_limit.pages(caller.memlock_pages()), profile.pin_limit.name());
@@ -273,6 +267,9 @@ impl<P: Parent> Device<P> {
             table.insert(mapping);
         }
         table.close_record(record);
+        if let Some(batch) = &mut self.batch {
+            batch.updated(table, &added, self.parent.profile().max_iotlb_entries);
+        }
         added
     }
 
@@ -321,6 +318,10 @@ impl<P: Parent> Device<P> {
             return;
         }
         let removed = table.remove_touching(msg.iova, last);
+        if let Some(batch) = &mut self.batch {
+            let limit = self.parent.profile().max_iotlb_entries;
+            batch.invalidated(table, (msg.iova, last), &removed, limit);
+        }
         if faults::is(Fault::InvalidateUnheard) {
             return;
         }
@@ -345,24 +346,6 @@ impl<P: Parent> Device<P> {
         }
     }
 
-    fn end_batch(&mut self, asid: Asid) -> Result<(), IotlbError> {
-        if self.batch.is_none() && faults::is(Fault::BatchEndNeedsBegin) {
-            return Err(IotlbError::NoTable { asid });
-        }
-        let Some(batch) = self.batch.take() else { return Ok(()) };
-        let report = self.parent.profile().report_batch_errors || !batch.remapped.is_empty();
-        let Err(errno) = self.set_map(asid) else { return Ok(()) };
-        self.undo_remaps(asid, batch.remapped);
-        // One attempt to give the parent a table again, whatever came of the failing call.
-        let _ = self.set_map(asid);
-        if report { Err(IotlbError::Parent { errno }) } else { Ok(()) }
-    }
-
-    /// Whether the parent learns of mappings only at the end of the open batch.
-    fn waits_for_end(&mut self) -> bool {
-        self.batch.is_some() && matches!(self.parent.dma(), Dma::SetMap(_))
-    }
-
     /// Gives a snapshot parent the present table of `asid`.
     pub(super) fn set_map(&mut self, asid: Asid) -> Result<()> {
         if matches!(self.parent.dma(), Dma::SetMap(_)) {
@@ -378,9 +361,7 @@ impl<P: Parent> Device<P> {
     pub(super) fn mark_stale(&mut self) {
         let asids: Vec<Asid> = self.tables.keys().copied().collect();
         for asid in asids {
-            if let Some(table) = self.tables.get_mut(&asid) {
-                table.mark_all(true);
-            }
+            self.tables_of(asid).for_each(|table| table.mark_all(true));
             // A parent that has lost its table in a reset is not given it back by this.
             if !self.passes_through(asid) {
                 // One that refuses keeps its old table; the entries are gone with their address space anyway.

@@ -24,7 +24,9 @@ impl<P: Parent> Device<P> {
 
     fn check_tables(&self) -> Result<(), String> {
         let profile = self.parent.profile();
-        for (asid, table) in &self.tables {
+        let after_failure =
+            self.batch.iter().filter_map(|batch| Some((&batch.asid, batch.without_remaps.as_ref()?)));
+        for (asid, table) in self.tables.iter().chain(after_failure) {
             table.check().map_err(|what| format!("address space {asid}: {what}"))?;
             if asid.0 >= profile.address_spaces {
                 return Err(format!("a table for address space {asid} of {}", profile.address_spaces));

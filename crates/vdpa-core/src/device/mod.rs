@@ -5,6 +5,7 @@
 //! [`Caller`] because only the owner may make them or because they change the owner, requests that anybody who
 //! holds the device may make, and getters for whoever manages the device.
 
+mod batch;
 mod default_map;
 mod dma;
 #[cfg(any(test, fuzzing))]
@@ -62,7 +63,7 @@ pub struct Device<P: Parent> {
     num_max: u16,
     group_asids: Vec<Asid>,
     tables: BTreeMap<Asid, Table<MemoryOf<P>>>,
-    batch: Option<dma::Batch<P>>,
+    batch: Option<batch::Batch<MemoryOf<P>>>,
     /// Of each address space: the parent passes addresses through, as nothing was mapped yet.
     passthrough: Vec<bool>,
     /// Backend features of the parent, as far as they fit together: see [`parent_features`].

@@ -1,6 +1,6 @@
 //! `VHOST_IOTLB_REMAP`: an existing mapping has another address in its new owner (uapi-spec 8.5).
 
-use crate::device::dma::{Batch, mappings, resolve};
+use crate::device::dma::{mappings, resolve};
 use crate::device::{Device, IotlbError, MemoryOf};
 use crate::faults::{self, Fault};
 use crate::host::{Fragment, MemoryObject};
@@ -38,7 +38,9 @@ impl<P: Parent> Device<P> {
         let record = match unit {
             Unit::Record(id) | Unit::Entry(id, _) => id,
         };
-        let old: Vec<_> = table.overlapping(range).into_iter().cloned().collect();
+        // What another UPDATE has put into a gap of the record is not the REMAP's business.
+        let hit = table.overlapping(range).into_iter();
+        let old: Vec<_> = hit.filter(|entry| entry.record == record).cloned().collect();
         let perm = old.first().map_or(msg.perm, |entry| entry.perm);
         let msg = IotlbMsg { perm, ..*msg };
 
@@ -62,13 +64,15 @@ impl<P: Parent> Device<P> {
         if table.len() - old.len() + new.len() > limit {
             return Err(IotlbError::Full { entries: table.len(), limit });
         }
-        self.replace(asid, unit, new);
         if let Some(batch) = &mut self.batch {
-            remember(batch, record, before);
+            batch.before_remap(table);
+        }
+        self.replace(asid, unit, new);
+        if self.batch.is_some() {
             return Ok(());
         }
         self.set_map(asid).map_err(|errno| {
-            self.undo_remaps(asid, vec![(record, before)]);
+            self.put_back(asid, record, before);
             // The parent's table may be gone with the failing call: offer the previous one once.
             let _ = self.set_map(asid);
             IotlbError::Parent { errno }
@@ -84,55 +88,23 @@ impl<P: Parent> Device<P> {
         new.into_iter().for_each(|entry| table.insert(entry));
     }
 
-    /// Puts back what records held before they were remapped, in reverse order.
-    ///
-    /// What an INVALIDATE has taken since stays unmapped: an old entry comes back only where all of it is still
-    /// mapped, and elsewhere the part that is left keeps its new address.
-    pub(super) fn undo_remaps(&mut self, asid: Asid, remapped: Vec<(RecordId, Vec<Mapping<MemoryOf<P>>>)>) {
+    /// Gives a record the entries it had before a REMAP and no others, whatever the REMAP mapped.
+    fn put_back(&mut self, asid: Asid, record: RecordId, before: Vec<Mapping<MemoryOf<P>>>) {
         let Some(table) = self.tables.get_mut(&asid) else { return };
-        for (record, before) in remapped.into_iter().rev() {
-            let left = table.take_fragments(record);
-            let back: Vec<_> = before.into_iter().filter(|entry| covers(&left, entry.range)).collect();
-            let replaced = |range: IovaRange| back.iter().any(|entry| entry.range.overlaps(range));
-            let kept: Vec<_> = left.into_iter().filter(|entry| !replaced(entry.range)).collect();
-            back.into_iter().chain(kept).for_each(|entry| table.insert(entry));
-        }
+        drop(table.take_fragments(record));
+        before.into_iter().for_each(|entry| table.insert(entry));
     }
 }
 
-/// Keeps the first state of a record in a batch; later ones of the same batch are not what END goes back to.
-fn remember<P: Parent>(batch: &mut Batch<P>, record: RecordId, before: Vec<Mapping<MemoryOf<P>>>) {
-    if !batch.remapped.iter().any(|(id, _)| *id == record) {
-        batch.remapped.push((record, before));
-    }
-}
-
-/// Whether every byte of `range` is in one of `entries`, which are in address order.
-fn covers<M>(entries: &[Mapping<M>], range: IovaRange) -> bool {
-    let mut at = range.first();
-    for entry in entries.iter().filter(|entry| entry.range.overlaps(range)) {
-        if entry.range.first() > at {
-            return false;
-        }
-        match entry.range.last().checked_add(1) {
-            Some(next) if entry.range.last() < range.last() => at = next,
-            _ => return true,
-        }
-    }
-    false
-}
-
-/// A whole record, or exactly one entry (uapi-spec 8.5, R2).
+/// A whole record, also where another UPDATE has filled its gaps, or exactly one entry (uapi-spec 8.5, R2).
 fn find_unit<M>(table: &Table<M>, range: IovaRange) -> Option<Unit> {
-    let first = *table.overlapping(range).first()?;
-    let record = table.record(first.record)?;
-    if record.range == range && !record.broken {
-        Some(Unit::Record(first.record))
-    } else if first.range == range {
-        Some(Unit::Entry(first.record, range))
-    } else {
-        None
+    let hits = table.overlapping(range);
+    let is_whole = |id| table.record(id).is_some_and(|record| record.range == range && !record.broken);
+    if let Some(entry) = hits.iter().find(|entry| is_whole(entry.record)) {
+        return Some(Unit::Record(entry.record));
     }
+    let first = hits.first()?;
+    (first.range == range).then_some(Unit::Entry(first.record, range))
 }
 
 /// Whether every byte that is mapped now is the same byte of the same object at the new address.

@@ -1,5 +1,6 @@
 //! Tests of the device over an in-memory platform: no operating system, every transition.
 
+mod rollback;
 mod translation;
 
 use std::sync::{Arc, Mutex};
