@@ -159,8 +159,16 @@ impl<D: DeviceFile> Incoming<D> {
     /// # Errors
     /// [`UpdateError`]; the predecessor is told and goes on.
     pub fn receive(socket: UnixStream) -> Result<Self, UpdateError> {
+        Self::receive_from(socket, None)
+    }
+
+    /// [`receive`](Self::receive), also from a process of the user `allowed`, besides root and the user of this process.
+    ///
+    /// # Errors
+    /// As [`receive`](Self::receive); [`LinkError::Stranger`].
+    pub fn receive_from(socket: UnixStream, allowed: Option<u32>) -> Result<Self, UpdateError> {
         let at = |phase| move |source| UpdateError { phase, device: None, source };
-        let mut conversation = Conversation::new(socket).map_err(at(Phase::Prepare))?;
+        let mut conversation = Conversation::new(socket, allowed).map_err(at(Phase::Prepare))?;
         let offer = conversation.hear(Kind::Offer).map_err(at(Phase::Prepare))?;
         let entered = monotonic_ns();
         reach(Point::Received);

@@ -174,7 +174,7 @@ impl Link {
         let credentials = socket_peercred(&self.0).map_err(system("ask who is at the other end"))?;
         let uid = credentials.uid.as_raw();
         let own = rustix::process::geteuid().as_raw();
-        if uid != 0 && uid != own && allowed != Some(uid) {
+        if !may_take_part(uid, own, allowed) {
             return Err(LinkError::Stranger { uid, own });
         }
         Ok(Peer { pid: credentials.pid.as_raw_nonzero().get() })
@@ -323,6 +323,11 @@ impl AsFd for Link {
     }
 }
 
+/// Descriptors of devices and memory are worth as much as the devices.
+fn may_take_part(uid: u32, own: u32, allowed: Option<u32>) -> bool {
+    uid == 0 || uid == own || allowed == Some(uid)
+}
+
 fn header(kind: Kind, len: u64) -> [u8; HEADER] {
     let mut bytes = [0; HEADER];
     let parts = MAGIC.into_iter().chain(PROTOCOL.to_le_bytes()).chain((kind as u16).to_le_bytes());
@@ -402,6 +407,14 @@ mod tests {
         assert_eq!(b.receive(wait).unwrap().kind, Kind::Ready);
         assert!(matches!(b.receive(soon()), Err(LinkError::Gone)));
         assert!(matches!(b.send(Kind::Ready, b"", &[], soon()), Err(LinkError::Gone)));
+    }
+
+    #[test]
+    fn root_the_same_user_and_one_more_may_take_part() {
+        assert!(may_take_part(0, 1000, None) && may_take_part(1000, 1000, None));
+        assert!(may_take_part(1001, 1000, Some(1001)));
+        assert!(!may_take_part(1001, 1000, None) && !may_take_part(1000, 0, None));
+        assert!(!may_take_part(1002, 1000, Some(1001)));
     }
 
     #[test]

@@ -21,9 +21,9 @@ pub(super) struct Conversation {
 }
 
 impl Conversation {
-    pub(super) fn new(socket: UnixStream) -> Result<Self, Cause> {
+    pub(super) fn new(socket: UnixStream, allowed: Option<u32>) -> Result<Self, Cause> {
         let link = Link::new(socket.into())?;
-        let peer = link.peer(None)?;
+        let peer = link.peer(allowed)?;
         let process = Pid::from_raw(peer.pid).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
         Ok(Self { link, process, over: false })
     }

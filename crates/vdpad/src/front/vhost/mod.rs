@@ -50,6 +50,9 @@ pub mod fuzzing {
         let _ = wire::argument::<u8>(input);
         let _ = wire::argument::<i32>(input);
         let _ = wire::argument::<u64>(input);
+        if let Ok(report) = wire::argument::<vdpa_sys::uapi::report::UpdateReport>(input) {
+            let _ = (report.check(), report.reason());
+        }
         let _ = wire::argument::<uapi::ConfigHeader>(input);
         let _ = wire::argument::<uapi::MemoryHeader>(input);
         let _ = wire::argument::<uapi::VringAddr>(input);
