@@ -148,7 +148,8 @@ fn bad_attributes(dir: &str) -> Vec<Case> {
     let superfluous = refusal(
         "sim-blk has no attribute \"path\"",
         "Operation not supported",
-        "It has: use_va on|off, batch_mapping on|off, max_iotlb_entries 2-1048576, compat_reset keep|clean, verify_remap on|off, reset_owner on|off.",
+        "It has: use_va on|off, batch_mapping on|off, max_iotlb_entries 2-1048576, compat_reset keep|clean, \
+         verify_remap on|off, reset_owner on|off, queue_size 2-32768, a power of two, memlock rlimit|unlimited|BYTES.",
     );
     table
         .into_iter()

@@ -14,22 +14,29 @@ use std::sync::Arc;
 use vdpa_core::Errno;
 use vdpa_core::features::BackendFeatures;
 use vdpa_core::iotlb::{Mapping, Table};
-use vdpa_core::parent::{AddressMode, CompatReset, Dma, DmaMap, PrivateMemory, Profile, SetMap};
+use vdpa_core::parent::{AddressMode, CompatReset, Dma, DmaMap, PinLimit, PrivateMemory, Profile, SetMap};
 use vdpa_core::types::{Asid, IovaRange, Result};
 use vdpa_sys::guest::{GuestMemory, LinuxHost};
 
-use super::options::{compat_reset, invalid, reject_unknown};
+use super::options::{
+    MEMLOCK_ATTR, QUEUE_SIZE_ATTR, compat_reset, invalid, pin_limit, queue_size, reject_unknown,
+};
 use crate::ctl::api::{Attrs, CtlError};
 use crate::worker::{View, Worker};
 
+/// Entries of the largest ring, as in the kernel's simulators (`VDPASIM_QUEUE_MAX`).
+pub(super) const QUEUE_SIZE: u16 = 256;
+
 /// Names of the attributes every simulator has, and what they take.
-pub(super) const KNOWN: [(&str, &str); 6] = [
+pub(super) const KNOWN: [(&str, &str); 8] = [
     ("use_va", "on|off"),
     ("batch_mapping", "on|off"),
     ("max_iotlb_entries", "2-1048576"),
     ("compat_reset", "keep|clean"),
     ("verify_remap", "on|off"),
     ("reset_owner", "on|off"),
+    QUEUE_SIZE_ATTR,
+    MEMLOCK_ATTR,
 ];
 
 /// How a simulator treats mappings and owners.
@@ -47,6 +54,10 @@ pub(super) struct Options {
     pub(super) verify_remap: bool,
     /// Let RESET_OWNER work.
     pub(super) reset_owner: bool,
+    /// Entries of the largest ring. The kernel's simulators have no such parameter.
+    pub(super) queue_size: u16,
+    /// How much may be pinned for one owner.
+    pub(super) pin_limit: PinLimit,
 }
 
 impl Default for Options {
@@ -59,6 +70,8 @@ impl Default for Options {
             compat_reset: CompatReset::Clean,
             verify_remap: true,
             reset_owner: false,
+            queue_size: QUEUE_SIZE,
+            pin_limit: PinLimit::Rlimit,
         }
     }
 }
@@ -79,6 +92,8 @@ impl Options {
             compat_reset: compat_reset(attrs, default.compat_reset)?,
             verify_remap: switch("verify_remap", default.verify_remap)?,
             reset_owner: switch("reset_owner", default.reset_owner)?,
+            queue_size: queue_size(attrs, default.queue_size)?,
+            pin_limit: pin_limit(attrs)?,
         })
     }
 
@@ -97,6 +112,8 @@ impl Options {
         };
         Profile {
             backend_features: own | BackendFeatures::of(live),
+            queue_size_max: self.queue_size,
+            pin_limit: self.pin_limit,
             vring_size: !self.batch_mapping,
             reset_map: true,
             compat_reset: self.compat_reset,
@@ -210,7 +227,6 @@ pub(super) fn no_worker(name: &str, errno: Errno) -> CtlError {
 #[cfg(test)]
 mod tests {
     use vdpa_core::features::Features;
-    use vdpa_core::parent::PinLimit;
 
     use super::*;
 
@@ -266,6 +282,9 @@ mod tests {
         assert_eq!(profile(&[("compat_reset", "keep")]).compat_reset, CompatReset::Keep);
         assert!(profile(&[("reset_owner", "on")]).reset_owner && !profile(&[]).reset_owner);
         assert!(!profile(&[("verify_remap", "off")]).verify_remap);
+        assert_eq!(profile(&[]).queue_size_max, 256);
+        assert_eq!(profile(&[("queue_size", "1024")]).queue_size_max, 1024);
+        assert_eq!(profile(&[("memlock", "8192")]).pin_limit, PinLimit::Pages(2));
     }
 
     #[test]
@@ -274,6 +293,7 @@ mod tests {
             ("use_va", "yes", Errno::INVAL),
             ("max_iotlb_entries", "1", Errno::INVAL),
             ("compat_reset", "on", Errno::INVAL),
+            ("queue_size", "1000", Errno::INVAL),
             ("path", "/d", Errno::OPNOTSUPP),
         ] {
             let error = options(&[(name, value)]).unwrap_err();

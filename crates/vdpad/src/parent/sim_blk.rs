@@ -15,7 +15,7 @@ use vdpa_sys::uring::OwnedBuf;
 
 use super::MgmtDevice;
 use super::blk::copy_config;
-use super::sim::{Options, Simulator, no_worker};
+use super::sim::{Options, QUEUE_SIZE, Simulator, no_worker};
 use crate::ctl::api::{Attrs, CtlError, ID_BLOCK, MgmtDev};
 use crate::front::vhost::AnyParent;
 use crate::worker::{After, Disk, Verdict, View, Worker};
@@ -58,7 +58,7 @@ fn profile() -> Profile {
         features: Features(0x3_0800_7646),
         backend_features: BackendFeatures::NONE,
         queues: 1,
-        queue_size_max: 256,
+        queue_size_max: QUEUE_SIZE,
         queue_groups: Vec::new(),
         groups: 1,
         address_spaces: 1,

@@ -22,7 +22,7 @@ use zerocopy::IntoBytes;
 use self::loopback::{End, Loopback, Shared, Tell};
 use super::MgmtDevice;
 use super::net_attrs::{NetAttr, NetAttrs};
-use super::sim::{Options, Simulator, no_worker};
+use super::sim::{Options, QUEUE_SIZE, Simulator, no_worker};
 use crate::ctl::api::{Attrs, CtlError, ID_NET, MgmtDev};
 use crate::front::vhost::AnyParent;
 use crate::worker::{Logic, Queue, Queues, Size, View, Worker};
@@ -99,7 +99,7 @@ fn profile(features: Features) -> Profile {
         features,
         backend_features: BackendFeatures::NONE,
         queues: QUEUES,
-        queue_size_max: 256,
+        queue_size_max: QUEUE_SIZE,
         // The control queue may have an address space of its own, which a hypervisor keeps from the guest.
         queue_groups: vec![GroupIndex(0), GroupIndex(0), GroupIndex(1)],
         groups: 2,
