@@ -150,6 +150,10 @@ impl Parent for SimBlk {
         self.sim.worker.reset();
     }
 
+    fn fail(&mut self) -> Result<()> {
+        self.sim.worker.fail()
+    }
+
     fn queue_stats(&self, index: QueueIndex) -> QueueStats {
         self.sim.worker.stats(index)
     }

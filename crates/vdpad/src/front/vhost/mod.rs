@@ -6,6 +6,7 @@ mod wire;
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
@@ -74,6 +75,8 @@ pub struct VhostVdpaFile {
     /// When the present owner became it.
     owned_since: Mutex<Option<SystemTime>>,
     numbers: Numbers,
+    /// The device was deleted while a client had it; it goes when the client does.
+    deleted: AtomicBool,
 }
 
 impl fmt::Debug for VhostVdpaFile {
@@ -93,6 +96,7 @@ impl VhostVdpaFile {
             refusals: RateLimit::per_second(5),
             owned_since: Mutex::new(None),
             numbers: live::configured(),
+            deleted: AtomicBool::new(false),
         }
     }
 
@@ -101,12 +105,29 @@ impl VhostVdpaFile {
         *self.owned_since.lock()
     }
 
-    /// Takes the device away from whoever has it open: it is released, and every further request is `ENODEV`.
-    /// Waits for a request in progress, at most `patience`.
+    /// Takes what is behind the device away from whoever has it open, whose requests fail from now on; the device goes
+    /// when the file is closed. Where requests cannot fail, the device is [released](Self::release_now) at once. Waits
+    /// for a request in progress, at most `patience`.
     ///
     /// # Errors
     /// `EBUSY` when a request did not end in time; nothing has changed then.
     pub fn take_away(&self, patience: Duration) -> Result<()> {
+        let Some(device) = self.device.lock().clone() else { return Ok(()) };
+        let mut device = device.try_lock_for(patience).ok_or(Errno::BUSY)?;
+        if device.is_open() && device.fail().is_ok() {
+            self.deleted.store(true, Ordering::Release);
+            return Ok(());
+        }
+        drop(device);
+        self.release_now(patience)
+    }
+
+    /// Releases the device, open or not; every further request is `ENODEV`. Waits for a request in progress, at most
+    /// `patience`.
+    ///
+    /// # Errors
+    /// `EBUSY` when a request did not end in time; nothing has changed then.
+    pub fn release_now(&self, patience: Duration) -> Result<()> {
         let Some(device) = self.device.lock().clone() else { return Ok(()) };
         let mut device = device.try_lock_for(patience).ok_or(Errno::BUSY)?;
         *self.device.lock() = None;
@@ -382,8 +403,11 @@ impl DeviceFile for VhostVdpaFile {
             *self.owned_since.lock() = None;
             Ok(())
         };
-        // A device that was taken away has been released.
+        // A device that was taken away may have been released.
         let _ = self.with(release);
+        if self.deleted.load(Ordering::Acquire) {
+            *self.device.lock() = None;
+        }
     }
 
     fn ioctl(&self, call: &IoctlCall<'_>) -> Result<IoctlReply> {
