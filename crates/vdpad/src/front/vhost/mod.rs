@@ -13,8 +13,8 @@ use parking_lot::Mutex;
 use vdpa_core::device::Device;
 use vdpa_core::faults::{self, Fault};
 use vdpa_core::features::{Features, Status};
-use vdpa_core::parent::Parent;
-use vdpa_core::types::{Asid, GroupIndex, IovaRange, QueueIndex, Result, VringAddr};
+use vdpa_core::parent::{Parent, PrivateMemory};
+use vdpa_core::types::{Asid, GroupIndex, IotlbMsg, IovaRange, QueueIndex, Result, VringAddr, iotlb_type};
 use vdpa_core::{Errno, device::IotlbError};
 use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::guest::LinuxHost;
@@ -77,6 +77,8 @@ pub struct VhostVdpaFile {
     numbers: Numbers,
     /// The device was deleted while a client had it; it goes when the client does.
     deleted: AtomicBool,
+    /// The present owner was told that its memory is private.
+    told_private: AtomicBool,
 }
 
 impl fmt::Debug for VhostVdpaFile {
@@ -97,6 +99,7 @@ impl VhostVdpaFile {
             owned_since: Mutex::new(None),
             numbers: live::configured(),
             deleted: AtomicBool::new(false),
+            told_private: AtomicBool::new(false),
         }
     }
 
@@ -149,6 +152,7 @@ impl VhostVdpaFile {
 
     fn log_owner(&self, space: Option<&OwnerSpace>, how: &str) {
         *self.owned_since.lock() = Some(SystemTime::now());
+        self.told_private.store(false, Ordering::Relaxed);
         let pid = space.map(OwnerSpace::pid);
         tracing::info!(device = %self.name, pid, "{how}");
     }
@@ -157,6 +161,32 @@ impl VhostVdpaFile {
         if let Some(suppressed) = self.refusals.pass() {
             tracing::warn!(device = %self.name, tid, %asid, suppressed, "IOTLB message refused: {error}");
         }
+    }
+
+    /// Tells the log, once per owner, of much memory that no other process can see.
+    fn tell_private(&self, device: &Device<AnyParent>, tid: u32, asid: Asid, msg: &IotlbMsg) {
+        /// Firmware and frame buffers are private in every hypervisor, and of no concern.
+        const MUCH: u64 = 32 << 20;
+        let Some(range) = IovaRange::from_size(msg.iova, msg.size) else { return };
+        if msg.size < MUCH || self.told_private.load(Ordering::Relaxed) {
+            return;
+        }
+        let bytes = device.private_bytes(asid, range);
+        if bytes < MUCH {
+            return;
+        }
+        self.told_private.store(true, Ordering::Relaxed);
+        let fate = match device.profile().private_memory {
+            PrivateMemory::Copy => {
+                "it is reached by copying, which is slower, and not at all after an exec of the client"
+            }
+            PrivateMemory::Skip => "this device cannot reach it, and requests in it fail",
+        };
+        tracing::warn!(
+            device = %self.name, tid, %range, bytes,
+            "client memory is private: {fate}. Give the client shared memory (QEMU: -object \
+             memory-backend-memfd,id=ram,share=on,size=... -machine memory-backend=ram)"
+        );
     }
 
     /// Fetches an eventfd from the caller's table: `None` for -1.
@@ -433,6 +463,9 @@ impl DeviceFile for VhostVdpaFile {
             let caller = ProcessCaller { caller: &process, spaces: &self.spaces };
             let result = device.iotlb(&caller, asid, &msg);
             tracing::trace!(device = %self.name, tid, %asid, ?msg, ?result, "IOTLB");
+            if result.is_ok() && msg.kind == iotlb_type::UPDATE {
+                self.tell_private(device, tid, asid, &msg);
+            }
             result.map(|()| wire::MESSAGE_SIZE).map_err(|error| {
                 self.log_refusal(tid, asid, &error);
                 error.errno()
