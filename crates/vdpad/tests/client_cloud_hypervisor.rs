@@ -217,7 +217,7 @@ fn a_machine_that_boots_twice_and_migrates() {
     vdpa.dma_unmap(0, BYTES as u64).unwrap();
     drop(vdpa);
     for round in 1..=3 {
-        assert_eq!(disk.read(4096 * round, 4096), pattern((round as u64) << 40, 4096));
+        assert_eq!(disk.read(4096 * round, 4096), pattern(round << 40, 4096));
     }
     assert_eq!(daemon.info("d0").state.queues.iter().map(|queue| queue.requests).collect::<Vec<_>>(), [3, 3]);
 }

@@ -45,11 +45,10 @@ struct Client {
 
 impl Client {
     fn start(path: &Path) -> Self {
-        Self::start_with(path, 1, 0)
+        Self::start_with(connected(path), 1, 0)
     }
 
-    fn start_with(path: &Path, queues: i32, poll_queues: i32) -> Self {
-        let mut blkio = connected(path);
+    fn start_with(mut blkio: Blkio, queues: i32, poll_queues: i32) -> Self {
         blkio.set_i32("num-queues", queues).unwrap();
         blkio.set_i32("num-poll-queues", poll_queues).unwrap();
         let BlkioStartOutcome { queues: all, poll_queues } = blkio.start().unwrap();
@@ -311,32 +310,41 @@ fn completions_are_told_when_that_is_asked_for() {
 #[test]
 fn a_queue_that_is_polled() {
     let (_daemon, _disk, path) = device(&[]);
-    let mut client = Client::start_with(&path, 0, 2);
+    let mut client = Client::start_with(connected(&path), 0, 2);
     assert_eq!(client.queue.get_completion_fd(), None);
     assert_eq!(client.read(512, 1024), pattern(512, 1024));
     assert_eq!(client.write(512, &[7; 512], NO_FLAGS), 0);
     assert_eq!(client.read(512, 512), [7; 512]);
 }
 
-/// `queue-full`: more requests than the ring has entries.
+/// `queue-full`: more requests than the ring has entries, and as many as the largest ring has.
 #[test]
 fn more_requests_than_the_queue_holds() {
     const COUNT: usize = 1000;
     let (daemon, _disk, path) = device(&[]);
-    let mut client = Client::start(&path);
-    for index in 0..COUNT {
-        client.queue.read(512 * index as u64, client.at(512 * index), 512, index, NO_FLAGS);
-    }
-    let mut seen = vec![false; COUNT];
-    while seen.iter().any(|seen| !seen) {
-        for done in wait(&mut client.queue, 1, 64).unwrap() {
-            assert_eq!(done.ret, 0);
-            assert!(!std::mem::replace(&mut seen[done.user_data], true), "{} twice", done.user_data);
+    for (round, size) in [(1, 16), (2, 256), (3, 1024)] {
+        let mut blkio = connected(&path);
+        blkio.set_i32("queue-size", size).unwrap();
+        let mut client = Client::start_with(blkio, 1, 0);
+        for index in 0..COUNT {
+            client.queue.read(512 * index as u64, client.at(512 * index), 512, index, NO_FLAGS);
         }
+        let mut seen = vec![false; COUNT];
+        while seen.iter().any(|seen| !seen) {
+            for done in wait(&mut client.queue, 1, 64).unwrap() {
+                assert_eq!(done.ret, 0);
+                assert!(!std::mem::replace(&mut seen[done.user_data], true), "{} twice", done.user_data);
+            }
+        }
+        assert_eq!(client.get(0, 512 * COUNT), pattern(0, 512 * COUNT));
+        let queue = &daemon.info("d0").state.queues[0];
+        assert_eq!(
+            (queue.size, queue.requests, queue.errors),
+            (u16::try_from(size).unwrap(), round * COUNT as u64, 0)
+        );
+        drop(client);
+        daemon.wait_for("d0", "the close", |info| !info.state.open);
     }
-    assert_eq!(client.get(0, 512 * COUNT), pattern(0, 512 * COUNT));
-    let queue = &daemon.info("d0").state.queues[0];
-    assert_eq!((queue.requests, queue.errors), (COUNT as u64, 0));
 }
 
 /// `timeout` and what may be waited for.

@@ -206,7 +206,7 @@ impl<P: Parent> Device<P> {
         let part = |entry: &&Mapping<MemoryOf<P>>| {
             entry.range.last().min(range.last()) - entry.range.first().max(range.first()) + 1
         };
-        range.size() - shared.map(|entry| part(entry)).sum::<u64>()
+        range.size() - shared.map(part).sum::<u64>()
     }
 
     /// The table must exist, or be created, and no batch may be open for another one (uapi-spec 2.3).
