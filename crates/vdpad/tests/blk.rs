@@ -243,8 +243,7 @@ fn a_whole_ring_in_private_memory() {
     memory.put(32, &descriptor(at(0x4010, 1), WRITE, 0));
     memory.put(0x4010, &[UNWRITTEN]);
     memory.put(4096, &[0, 0, 1, 0]);
-    let (kick, call) =
-        (vdpa_sys::eventfd::EventFd::new().unwrap(), vdpa_sys::eventfd::EventFd::new().unwrap());
+    let (kick, call) = (EventFd::new().unwrap(), EventFd::new().unwrap());
     let q = QueueIndex(0);
     ops.set_vring_num(q, 16).unwrap();
     let addr = vdpa_core::types::VringAddr {
