@@ -40,6 +40,10 @@ conform device *args:
 matrix:
     cargo run --locked --package vdpa-conformance --bin vdpa-conform -- --matrix > docs/uapi.md
 
+# Runs QEMU, libblkio and the like against our devices: "all", or the name of a script of tests/clients.
+clients *args:
+    tests/clients/run {{args}}
+
 # Runs the conformance suite on the kernel's own devices, in an emulated machine (downloads 400 MB the first time).
 conform-kernel *args:
     testbed/conform {{args}}

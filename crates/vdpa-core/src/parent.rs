@@ -73,6 +73,15 @@ pub trait Parent: Debug + Send {
     /// The device is reset (status 0, open or close); all queues are stopped already.
     fn reset(&mut self) {}
 
+    /// What is behind the device is taken away, for ever: every request from now on is answered with an error.
+    /// Blocks until requests in flight are done.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` for devices that cannot; their client loses the device file.
+    fn fail(&mut self) -> Result<()> {
+        Err(Errno::OPNOTSUPP)
+    }
+
     /// What a queue has done since the device was made. Does not block.
     fn queue_stats(&self, _index: QueueIndex) -> QueueStats {
         QueueStats::default()
@@ -359,6 +368,10 @@ impl<P: Parent + ?Sized> Parent for Box<P> {
 
     fn reset(&mut self) {
         (**self).reset();
+    }
+
+    fn fail(&mut self) -> Result<()> {
+        (**self).fail()
     }
 
     fn queue_stats(&self, index: QueueIndex) -> QueueStats {

@@ -63,7 +63,7 @@ impl Bus {
     pub fn shutdown(&self) {
         for entry in std::mem::take(&mut *self.devices.lock()) {
             self.files.remove(&entry.file_name());
-            if entry.file.take_away(PATIENCE).is_err() {
+            if entry.file.release_now(PATIENCE).is_err() {
                 tracing::error!(device = %entry.name, "did not end the request it is busy with");
             }
         }

@@ -8,14 +8,16 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{ftruncate, statfs};
 use vdpa_client::dma::{Backing, RegionSpec};
 use vdpa_core::Errno;
 use vdpa_core::blk::{BlkConfig, Segment, kind};
-use vdpa_core::features::Features;
+use vdpa_core::features::{Features, Status};
 use vdpa_core::ops::VdpaOps;
 use vdpa_core::ring::Buffer;
 use vdpa_core::types::{Asid, Perm, QueueIndex};
+use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::memfd;
 use vdpa_sys::mmap::{Prot, SharedMap};
 use zerocopy::FromBytes;
@@ -241,8 +243,7 @@ fn a_whole_ring_in_private_memory() {
     memory.put(32, &descriptor(at(0x4010, 1), WRITE, 0));
     memory.put(0x4010, &[UNWRITTEN]);
     memory.put(4096, &[0, 0, 1, 0]);
-    let (kick, call) =
-        (vdpa_sys::eventfd::EventFd::new().unwrap(), vdpa_sys::eventfd::EventFd::new().unwrap());
+    let (kick, call) = (EventFd::new().unwrap(), EventFd::new().unwrap());
     let q = QueueIndex(0);
     ops.set_vring_num(q, 16).unwrap();
     let addr = vdpa_core::types::VringAddr {
@@ -509,8 +510,11 @@ fn a_broken_ring_retires_its_queue_and_nothing_else() {
     for (what, lie) in lies {
         let mut blk = Blk::with(&path, FEATURES, 2);
         lie(&blk);
-        // The same thread serves both queues, and it hears of the first one first.
-        assert_eq!(blk.read(1, 8, 512), Ok(pattern(4096, 512)), "{what}");
+        // The same thread serves both queues. It may be about to look at the other one when the lie is told; between two
+        // answers it has heard of everything that came before the first request.
+        for _ in 0..2 {
+            assert_eq!(blk.read(1, 8, 512), Ok(pattern(4096, 512)), "{what}");
+        }
         // Now a right request.
         let (header, status) = blk.frame(1, kind::IN, 0);
         let ring = blk.by_hand(0);
@@ -596,20 +600,65 @@ fn requests_wait_for_a_device_that_is_suspended() {
 }
 
 #[test]
-fn a_device_taken_away_leaves_its_file_to_the_next_one() {
+fn a_device_taken_away_fails_requests_and_leaves_its_file_to_the_next_one() {
     let (daemon, disk, path) = setup(&[]);
     let mut blk = Blk::start(&path);
     assert_eq!(blk.read(0, 8, 512), Ok(pattern(4096, 512)));
+    let [config, errors] = [EventFd::new().unwrap(), EventFd::new().unwrap()];
+    let is_set = |event: &EventFd| {
+        let time = Timespec { tv_sec: 0, tv_nsec: 0 };
+        poll(&mut [PollFd::new(event, PollFlags::IN)], Some(&time)).unwrap() == 1
+    };
+    blk.session.ops().set_config_call(Some(&config)).unwrap();
+    blk.session.ops().set_vring_err(QueueIndex(0), Some(&errors)).unwrap();
+    assert!(!is_set(&config) && !is_set(&errors));
+
     daemon.delete("d0").unwrap();
-    let ops = blk.session.ops();
-    assert_eq!(ops.status(), Err(Errno::NODEV));
-    assert_eq!(ops.vring_base(QueueIndex(0)), Err(Errno::NODEV));
-    assert_eq!(ops.dma_unmap(Asid(0), 0, 4096), Err(Errno::NODEV));
-    blk.submit(0, kind::OUT, 0, &[data(0, 512)], &[]);
-    blk.notify(0);
+    assert!(is_set(&config) && is_set(&errors), "the client is told");
+    assert!(blk.session.ops().status().unwrap().contains(Status::NEEDS_RESET));
     let path = daemon.add_blk("d0", &disk, &[]);
     let mut next = Blk::start(&path);
     assert_eq!(next.read(0, 8, 512), Ok(pattern(4096, 512)));
-    assert_eq!(blk.finish(0, Duration::ZERO), None, "nobody serves the old client");
+
+    for kind in [kind::IN, kind::OUT, kind::FLUSH] {
+        let (out, into) = match kind {
+            kind::OUT => (&[data(0, 512)][..], &[][..]),
+            kind::IN => (&[][..], &[data(0, 512)][..]),
+            _ => (&[][..], &[][..]),
+        };
+        let token = blk.submit(0, kind, 0, out, into);
+        blk.notify(0);
+        let done = blk.finish(0, PATIENCE).unwrap();
+        assert_eq!((done.token, done.status), (token, IOERR), "{kind}");
+    }
     assert!(disk.all() == pattern(0, DISK), "the file was changed");
+    // The client stops it as any other, and has its memory back.
+    let ops = blk.session.ops();
+    ops.suspend().unwrap();
+    assert_eq!(ops.vring_base(QueueIndex(0)), Ok(4));
+    ops.set_status(Status::RESET).unwrap();
+    assert_eq!(ops.status(), Ok(Status::RESET));
+    drop(blk);
+    assert_eq!(next.read(0, 16, 512), Ok(pattern(8192, 512)));
+    assert!(daemon.info("d0").state.open);
+}
+
+/// Also requests that are in flight at that moment.
+#[test]
+fn every_request_is_answered_when_a_device_is_taken_away() {
+    let (daemon, _disk, path) = setup(&[]);
+    let mut blk = Blk::start(&path);
+    for round in 0..8 {
+        for _ in 0..16 {
+            blk.submit(0, kind::OUT, 8, &[data(0, 4096)], &[]);
+        }
+        blk.notify(0);
+        if round == 3 {
+            daemon.delete("d0").unwrap();
+        }
+        for _ in 0..16 {
+            let done = blk.finish(0, PATIENCE).expect("an answer");
+            assert!(if round < 3 { done.status == OK } else { round == 3 || done.status == IOERR });
+        }
+    }
 }

@@ -191,6 +191,17 @@ impl<P: Parent> Device<P> {
         }
     }
 
+    /// How many bytes of `range` are not in shared memory: private, so that they can only be copied, or not mapped at
+    /// all, as devices that do not copy leave them.
+    pub fn private_bytes(&self, asid: Asid, range: IovaRange) -> u64 {
+        let overlapping = self.tables.get(&asid).map(|table| table.overlapping(range)).unwrap_or_default();
+        let shared = overlapping.iter().filter(|entry| entry.memory.is_shared());
+        let part = |entry: &&Mapping<MemoryOf<P>>| {
+            entry.range.last().min(range.last()) - entry.range.first().max(range.first()) + 1
+        };
+        range.size() - shared.map(part).sum::<u64>()
+    }
+
     /// The table must exist, or be created, and no batch may be open for another one (uapi-spec 2.3).
     fn find_table(&mut self, asid: Asid, create: bool) -> Result<(), IotlbError> {
         let count = self.parent.profile().address_spaces;

@@ -6,8 +6,10 @@
 //! holds the device may make, and getters for whoever manages the device.
 
 mod batch;
+mod config;
 mod default_map;
 mod dma;
+mod failure;
 #[cfg(any(test, fuzzing))]
 mod invariants;
 mod ownership;
@@ -70,6 +72,8 @@ pub struct Device<P: Parent> {
     own_features: BackendFeatures,
     config_call: Option<EventOf<P>>,
     fork_from_owner: u8,
+    /// What was behind the device was taken away: see [`fail`](Device::fail).
+    failed: bool,
 }
 
 impl<P: Parent> Device<P> {
@@ -98,6 +102,7 @@ impl<P: Parent> Device<P> {
             own_features,
             config_call: None,
             fork_from_owner: FORK_FROM_OWNER,
+            failed: false,
             parent,
         }
     }
@@ -220,11 +225,6 @@ impl<P: Parent> Device<P> {
 
     // Status.
 
-    /// `VHOST_VDPA_GET_STATUS`.
-    pub const fn status(&self) -> Status {
-        self.status
-    }
-
     /// Whether SUSPEND is in force.
     pub const fn suspended(&self) -> bool {
         self.suspended
@@ -246,6 +246,7 @@ impl<P: Parent> Device<P> {
             self.paused = false;
         }
         self.start_ready();
+        self.tell_failure();
         Ok(())
     }
 
@@ -325,62 +326,6 @@ impl<P: Parent> Device<P> {
         }
         self.num_max = self.parent.profile().queue_size_max;
         Ok(())
-    }
-
-    // Configuration space.
-
-    /// `VHOST_VDPA_GET_CONFIG` (uapi-spec 1.5): fills `out` from `offset`.
-    ///
-    /// # Errors
-    /// `EINVAL` for an empty or out-of-range request.
-    pub fn config(&mut self, offset: u32, out: &mut [u8]) -> Result<()> {
-        self.check_config(offset, out.len())?;
-        if self.features.is_none() {
-            // The mark stays even when the parent refuses the empty word, as in the kernel.
-            self.features = Some(self.parent.negotiate(Features::NONE).unwrap_or(Features::NONE));
-        }
-        self.parent.read_config(offset, out);
-        Ok(())
-    }
-
-    /// Reads configuration space for the management side, without the side effect of [`config`](Self::config).
-    ///
-    /// # Errors
-    /// `EINVAL` for an empty or out-of-range request.
-    pub fn peek_config(&self, offset: u32, out: &mut [u8]) -> Result<()> {
-        self.check_config(offset, out.len())?;
-        self.parent.read_config(offset, out);
-        Ok(())
-    }
-
-    /// `VHOST_VDPA_SET_CONFIG`.
-    ///
-    /// # Errors
-    /// `EINVAL` for an empty or out-of-range request.
-    pub fn set_config(&mut self, offset: u32, data: &[u8]) -> Result<()> {
-        self.check_config(offset, data.len())?;
-        self.parent.write_config(offset, data);
-        Ok(())
-    }
-
-    /// Checks a configuration request of `len` bytes; the shell calls it before it allocates or reads `len`.
-    ///
-    /// # Errors
-    /// `EINVAL`.
-    pub fn check_config(&self, offset: u32, len: usize) -> Result<()> {
-        let size = self.parent.profile().config_size;
-        let fits = u32::try_from(len).is_ok_and(|len| len > 0 && offset <= size && len <= size - offset);
-        if fits || faults::is(Fault::ConfigBeyondEnd) { Ok(()) } else { Err(Errno::INVAL) }
-    }
-
-    /// `VHOST_VDPA_SET_CONFIG_CALL`.
-    pub fn set_config_call(&mut self, event: Option<EventOf<P>>) {
-        self.config_call = event;
-    }
-
-    /// The event to signal when the configuration changes.
-    pub const fn config_call(&self) -> Option<&EventOf<P>> {
-        self.config_call.as_ref()
     }
 
     // Groups.

@@ -287,6 +287,8 @@ fn updates_never_overlap_and_private_memory_is_skipped_or_copied() {
     assert_eq!(rig.own(iotlb_type::UPDATE, 0, 0, 0).unwrap_err().errno(), Errno::INVAL);
     rig.own(iotlb_type::UPDATE, 0, 4 * PAGE, 0x10_0000).unwrap();
     assert_eq!(rig.device.mapped().bytes, 2 * PAGE);
+    let range = |first, size| IovaRange::from_size(first, size).unwrap();
+    assert_eq!(rig.device.private_bytes(A0, range(0, 4 * PAGE)), 2 * PAGE);
     let again = rig.own(iotlb_type::UPDATE, PAGE, PAGE, 0x10_0000).unwrap_err();
     assert!(matches!(again, IotlbError::Overlap { .. }) && again.errno() == Errno::FAULT);
     let hole = rig.own(iotlb_type::UPDATE, 1 << 32, 8 * PAGE, 0x10_0000).unwrap_err();
@@ -297,6 +299,9 @@ fn updates_never_overlap_and_private_memory_is_skipped_or_copied() {
     let mut rig = Rig::with(copying, process(&vmas));
     rig.own(iotlb_type::UPDATE, 0, 4 * PAGE, 0x10_0000).unwrap();
     assert_eq!((rig.device.mapped().entries, rig.device.mapped().bytes), (2, 4 * PAGE));
+    assert_eq!(rig.device.private_bytes(A0, range(0, 4 * PAGE)), 2 * PAGE);
+    assert_eq!(rig.device.private_bytes(A0, range(PAGE, 2 * PAGE)), PAGE);
+    assert_eq!(rig.device.private_bytes(A0, range(0, 2 * PAGE)), 0);
 }
 
 #[test]

@@ -46,6 +46,11 @@ impl<H: Host> Default for Vring<H> {
 }
 
 impl<H: Host> Vring<H> {
+    /// The event the client wants to hear of errors by.
+    pub(super) const fn err(&self) -> Option<&H::Event> {
+        self.err.as_ref()
+    }
+
     pub(super) fn reset(&mut self) {
         self.addr = None;
         self.state = None;

@@ -1,7 +1,8 @@
 //! Attributes that several kinds of devices take.
 
 use vdpa_core::Errno;
-use vdpa_core::parent::CompatReset;
+use vdpa_core::host::PAGE_SIZE;
+use vdpa_core::parent::{CompatReset, PinLimit};
 
 use crate::ctl::api::{Attrs, CtlError};
 
@@ -25,6 +26,35 @@ pub(super) fn compat_reset(attrs: &Attrs, default: CompatReset) -> Result<Compat
         Some("clean") => Ok(CompatReset::Clean),
         Some(text) => Err(CtlError::new(Errno::INVAL, format!("compat_reset is \"{text}\""))
             .with_hint("\"keep\" or \"clean\" is right.")),
+    }
+}
+
+/// Name of the attribute [`queue_size`] and what it takes.
+pub(super) const QUEUE_SIZE_ATTR: (&str, &str) = ("queue_size", "2-32768, a power of two");
+
+/// Entries of the largest ring.
+pub(super) fn queue_size(attrs: &Attrs, default: u16) -> Result<u16, CtlError> {
+    let given = attrs.number("queue_size", 2, 32768).map_err(invalid)?;
+    let size = given.map_or(default, |size| u16::try_from(size).unwrap_or(default));
+    if size.is_power_of_two() {
+        return Ok(size);
+    }
+    Err(CtlError::new(Errno::INVAL, format!("queue_size is {size}"))
+        .with_hint("A power of two from 2 to 32768 is right."))
+}
+
+/// Name of the attribute [`pin_limit`] and what it takes.
+pub(super) const MEMLOCK_ATTR: (&str, &str) = ("memlock", "rlimit|unlimited|BYTES");
+
+/// The limit on pinned memory: the owner's own unless the operator sets one for the device.
+pub(super) fn pin_limit(attrs: &Attrs) -> Result<PinLimit, CtlError> {
+    match attrs.get("memlock") {
+        None | Some("rlimit") => Ok(PinLimit::Rlimit),
+        Some("unlimited") => Ok(PinLimit::Pages(u64::MAX)),
+        Some(text) => text.parse::<u64>().map(|bytes| PinLimit::Pages(bytes / PAGE_SIZE)).map_err(|_| {
+            CtlError::new(Errno::INVAL, format!("memlock is \"{text}\""))
+                .with_hint("\"rlimit\", \"unlimited\" or a number of bytes is right.")
+        }),
     }
 }
 

@@ -17,24 +17,31 @@ use vdpa_core::features::{BackendFeatures, Features};
 use vdpa_core::iotlb::{Mapping, Table};
 use vdpa_core::net::MAC_BYTES;
 use vdpa_core::parent::{
-    AddressMode, CompatReset, Dma, DmaMap, Parent, PrivateMemory, Profile, QueueStats, SetMap,
+    AddressMode, CompatReset, Dma, DmaMap, Parent, PinLimit, PrivateMemory, Profile, QueueStats, SetMap,
 };
 use vdpa_core::types::{Asid, IovaRange, QueueIndex, Result};
 use vdpa_core::vq::{QueueSetup, QueueState};
 use vdpa_sys::guest::{GuestMemory, LinuxHost};
 
-use super::options::{compat_reset, invalid, reject_unknown};
+use super::options::{
+    MEMLOCK_ATTR, QUEUE_SIZE_ATTR, compat_reset, invalid, pin_limit, queue_size, reject_unknown,
+};
 use crate::ctl::api::{Attrs, CtlError};
 use crate::worker::{View, Worker};
 
+/// Entries of the largest ring, as in the kernel's simulators (`VDPASIM_QUEUE_MAX`).
+pub(super) const QUEUE_SIZE: u16 = 256;
+
 /// Names of the attributes every simulator has, and what they take.
-pub(super) const KNOWN: [(&str, &str); 6] = [
+pub(super) const KNOWN: [(&str, &str); 8] = [
     ("use_va", "on|off"),
     ("batch_mapping", "on|off"),
     ("max_iotlb_entries", "2-1048576"),
     ("compat_reset", "keep|clean"),
     ("verify_remap", "on|off"),
     ("reset_owner", "on|off"),
+    QUEUE_SIZE_ATTR,
+    MEMLOCK_ATTR,
 ];
 
 /// How a simulator treats mappings and owners.
@@ -52,6 +59,10 @@ pub(super) struct Options {
     pub(super) verify_remap: bool,
     /// Let RESET_OWNER work.
     pub(super) reset_owner: bool,
+    /// Entries of the largest ring. The kernel's simulators have no such parameter.
+    pub(super) queue_size: u16,
+    /// How much may be pinned for one owner.
+    pub(super) pin_limit: PinLimit,
 }
 
 impl Default for Options {
@@ -64,6 +75,8 @@ impl Default for Options {
             compat_reset: CompatReset::Clean,
             verify_remap: true,
             reset_owner: false,
+            queue_size: QUEUE_SIZE,
+            pin_limit: PinLimit::Rlimit,
         }
     }
 }
@@ -84,6 +97,8 @@ impl Options {
             compat_reset: compat_reset(attrs, default.compat_reset)?,
             verify_remap: switch("verify_remap", default.verify_remap)?,
             reset_owner: switch("reset_owner", default.reset_owner)?,
+            queue_size: queue_size(attrs, default.queue_size)?,
+            pin_limit: pin_limit(attrs)?,
         })
     }
 
@@ -101,6 +116,8 @@ impl Options {
         };
         Profile {
             backend_features: base.backend_features | BackendFeatures::of(live),
+            queue_size_max: self.queue_size,
+            pin_limit: self.pin_limit,
             vring_size: !self.batch_mapping,
             compat_reset: self.compat_reset,
             address_mode,
@@ -156,6 +173,11 @@ pub(super) trait Model: Debug + Send {
 
     /// See [`Parent::queue_stats`].
     fn queue_stats(&self, worker: &Worker, index: QueueIndex) -> QueueStats;
+
+    /// See [`Parent::fail`].
+    fn fail(&self, _worker: &Worker) -> Result<()> {
+        Err(Errno::OPNOTSUPP)
+    }
 
     /// See [`Parent::vendor_stats`].
     fn vendor_stats(&self, _index: QueueIndex) -> Result<Vec<(&'static str, u64)>> {
@@ -226,6 +248,10 @@ impl<M: Model> Parent for Simulator<M> {
 
     fn reset(&mut self) {
         self.mappings.worker.reset();
+    }
+
+    fn fail(&mut self) -> Result<()> {
+        self.model.fail(&self.mappings.worker)
     }
 
     fn queue_stats(&self, index: QueueIndex) -> QueueStats {
@@ -322,6 +348,9 @@ mod tests {
         assert_eq!(profile(&[("compat_reset", "keep")]).compat_reset, CompatReset::Keep);
         assert!(profile(&[("reset_owner", "on")]).reset_owner && !profile(&[]).reset_owner);
         assert!(!profile(&[("verify_remap", "off")]).verify_remap);
+        assert_eq!(profile(&[]).queue_size_max, 256);
+        assert_eq!(profile(&[("queue_size", "1024")]).queue_size_max, 1024);
+        assert_eq!(profile(&[("memlock", "8192")]).pin_limit, PinLimit::Pages(2));
     }
 
     #[test]
@@ -330,6 +359,7 @@ mod tests {
             ("use_va", "yes", Errno::INVAL),
             ("max_iotlb_entries", "1", Errno::INVAL),
             ("compat_reset", "on", Errno::INVAL),
+            ("queue_size", "1000", Errno::INVAL),
             ("path", "/d", Errno::OPNOTSUPP),
         ] {
             let error = options(&[(name, value)]).unwrap_err();

@@ -80,6 +80,10 @@ impl Model for Blk {
         // The block is rebuilt on every read.
     }
 
+    fn fail(&self, worker: &Worker) -> Result<()> {
+        worker.fail()
+    }
+
     fn queue_stats(&self, worker: &Worker, index: QueueIndex) -> QueueStats {
         worker.stats(index)
     }

@@ -109,9 +109,13 @@ struct Pending {
     view: Arc<View>,
 }
 
+/// The answer to a request for a disk that is gone.
+const GONE: Verdict = Verdict::Done { status: Status::IoErr, written: 0 };
+
 /// The logic of a block device.
 pub(super) struct Requests<D> {
-    disk: D,
+    /// `None` once it was taken away.
+    disk: Option<D>,
     pending: Vec<Option<Pending>>,
     free: Vec<u32>,
     chain: Chain,
@@ -143,14 +147,21 @@ impl<D: Disk> Logic for Requests<D> {
             queues.complain(pending.queue, &error);
         }
         let view = Arc::clone(&pending.view);
-        let verdict = self.disk.proceed(after, result, buffer, &view);
+        let verdict = match &mut self.disk {
+            Some(disk) => disk.proceed(after, result, buffer, &view),
+            None => GONE,
+        };
         self.carry_out(queues, None, pending, verdict);
+    }
+
+    fn fail(&mut self) {
+        self.disk = None;
     }
 }
 
 impl<D: Disk> Requests<D> {
     pub(super) fn new(disk: D) -> Self {
-        Self { disk, pending: Vec::new(), free: Vec::new(), chain: Chain::new() }
+        Self { disk: Some(disk), pending: Vec::new(), free: Vec::new(), chain: Chain::new() }
     }
 
     /// Takes requests of one queue up to the budget; whether there may be more.
@@ -191,12 +202,19 @@ impl<D: Disk> Requests<D> {
         let request = match BlkRequest::parse(view.snapshot(), chain) {
             Ok(request) => request,
             Err(error) => {
-                let verdict = self.disk.misshapen(&error);
+                let verdict = match (&mut self.disk, &error) {
+                    (Some(disk), _) => disk.misshapen(&error),
+                    (None, ShapeError::Fault(_)) => Verdict::Unreachable,
+                    (None, _) => Verdict::Misshapen { notify: true },
+                };
                 queues.complain(index, &error);
                 return unusual(queue, view, chain, &verdict);
             }
         };
-        let verdict = self.disk.begin(&request, view, queue.write_back());
+        let verdict = match &mut self.disk {
+            Some(disk) => disk.begin(&request, view, queue.write_back()),
+            None => GONE,
+        };
         if matches!(verdict, Verdict::Unreachable | Verdict::Misshapen { .. }) {
             return unusual(queue, view, chain, &verdict);
         }

@@ -54,6 +54,10 @@ pub(crate) trait Logic: Send + 'static {
         _buffer: Option<OwnedBuf>,
     ) {
     }
+
+    /// What the device does with its requests cannot be done any more: each is to be answered with an error. Nothing is
+    /// in flight.
+    fn fail(&mut self) {}
 }
 
 /// How much of everything a device has.
@@ -99,6 +103,7 @@ enum Command {
     Stop { index: QueueIndex, reply: Reply<Result<Option<QueueState>>> },
     SetView { asid: Asid, view: Arc<View>, drain: bool, reply: Reply<()> },
     Forget,
+    Fail { reply: Reply<()> },
     Exit,
 }
 
@@ -186,6 +191,11 @@ impl Worker {
     pub(crate) fn reset(&self) {
         // A thread that is gone has forgotten everything.
         let _ = self.commands.send(Command::Forget);
+    }
+
+    /// See [`Parent::fail`](vdpa_core::parent::Parent::fail).
+    pub(crate) fn fail(&self) -> Result<()> {
+        self.ask(|reply| Command::Fail { reply })
     }
 
     /// Sends a command and waits for its answer; `EIO` when the thread is gone.

@@ -22,6 +22,8 @@ pub(super) struct Server<L> {
     generation: u32,
     /// Answers owed when nothing is in flight any more, and the address spaces that have changed.
     draining: Vec<(Asid, Reply<()>)>,
+    /// Answers owed when nothing is in flight any more and the logic has been told to fail.
+    failing: Vec<Reply<()>>,
     /// Where stopped queues were, and how many requests each had taken and will never answer. As long as the device
     /// is not reset, a queue that goes on at the same place goes on without them.
     abandoned: Vec<Option<(QueueState, u16)>>,
@@ -30,7 +32,15 @@ pub(super) struct Server<L> {
 impl<L: Logic> Server<L> {
     pub(super) fn new(queues: Queues, logic: L) -> Self {
         let abandoned = vec![None; queues.count()];
-        Self { queues, logic, wake: None, generation: 0, draining: Vec::new(), abandoned }
+        Self {
+            queues,
+            logic,
+            wake: None,
+            generation: 0,
+            draining: Vec::new(),
+            failing: Vec::new(),
+            abandoned,
+        }
     }
 
     /// Watches the event that announces commands.
@@ -47,7 +57,7 @@ impl<L: Logic> Server<L> {
                 Ok(false) => return,
                 Err(error) => tracing::error!(device = %self.queues.name(), "worker: {error}"),
             }
-            if self.draining.is_empty() {
+            if self.takes_requests() {
                 self.logic.serve(&mut self.queues);
             }
             self.settle();
@@ -83,6 +93,7 @@ impl<L: Logic> Server<L> {
                         answer(&reply, ());
                     }
                 }
+                Ok(Command::Fail { reply }) => self.failing.push(reply),
                 Ok(Command::Forget) => self.abandoned.fill(None),
                 Ok(Command::Exit) | Err(TryRecvError::Disconnected) => return Ok(false),
                 Err(TryRecvError::Empty) => return Ok(true),
@@ -140,6 +151,10 @@ impl<L: Logic> Server<L> {
             }
         }
         if !self.queues.in_flight() {
+            if !self.failing.is_empty() {
+                self.logic.fail();
+            }
+            self.failing.drain(..).for_each(|reply| answer(&reply, ()));
             for (asid, reply) in std::mem::take(&mut self.draining) {
                 let concerned = self
                     .queues
@@ -161,8 +176,13 @@ impl<L: Logic> Server<L> {
         }
     }
 
+    /// Whether requests are taken from the rings, rather than waited for until none is in flight.
+    fn takes_requests(&self) -> bool {
+        self.draining.is_empty() && self.failing.is_empty()
+    }
+
     fn has_work(&self) -> bool {
-        self.draining.is_empty() && self.queues.has_work()
+        self.takes_requests() && self.queues.has_work()
     }
 
     fn complete(&mut self, completion: Completion) {

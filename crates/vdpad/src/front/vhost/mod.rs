@@ -7,14 +7,15 @@ mod wire;
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
 use vdpa_core::device::Device;
 use vdpa_core::faults::{self, Fault};
 use vdpa_core::features::{Features, Status};
-use vdpa_core::parent::Parent;
-use vdpa_core::types::{Asid, GroupIndex, IovaRange, QueueIndex, Result, VringAddr};
+use vdpa_core::parent::{Parent, PrivateMemory};
+use vdpa_core::types::{Asid, GroupIndex, IotlbMsg, IovaRange, QueueIndex, Result, VringAddr, iotlb_type};
 use vdpa_core::{Errno, device::IotlbError};
 use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::guest::LinuxHost;
@@ -82,6 +83,10 @@ pub struct VhostVdpaFile {
     owned_since: Mutex<Option<SystemTime>>,
     updates: Mutex<Updates>,
     numbers: Numbers,
+    /// The device was deleted while a client had it; it goes when the client does.
+    deleted: AtomicBool,
+    /// The present owner was told that its memory is private.
+    told_private: AtomicBool,
 }
 
 impl fmt::Debug for VhostVdpaFile {
@@ -102,6 +107,8 @@ impl VhostVdpaFile {
             owned_since: Mutex::new(None),
             updates: Mutex::default(),
             numbers: live::configured(),
+            deleted: AtomicBool::new(false),
+            told_private: AtomicBool::new(false),
         }
     }
 
@@ -130,12 +137,29 @@ impl VhostVdpaFile {
         Ok(IoctlReply::default())
     }
 
-    /// Takes the device away from whoever has it open: it is released, and every further request is `ENODEV`.
-    /// Waits for a request in progress, at most `patience`.
+    /// Takes what is behind the device away from whoever has it open, whose requests fail from now on; the device goes
+    /// when the file is closed. Where requests cannot fail, the device is [released](Self::release_now) at once. Waits
+    /// for a request in progress, at most `patience`.
     ///
     /// # Errors
     /// `EBUSY` when a request did not end in time; nothing has changed then.
     pub fn take_away(&self, patience: Duration) -> Result<()> {
+        let Some(device) = self.device.lock().clone() else { return Ok(()) };
+        let mut device = device.try_lock_for(patience).ok_or(Errno::BUSY)?;
+        if device.is_open() && device.fail().is_ok() {
+            self.deleted.store(true, Ordering::Release);
+            return Ok(());
+        }
+        drop(device);
+        self.release_now(patience)
+    }
+
+    /// Releases the device, open or not; every further request is `ENODEV`. Waits for a request in progress, at most
+    /// `patience`.
+    ///
+    /// # Errors
+    /// `EBUSY` when a request did not end in time; nothing has changed then.
+    pub fn release_now(&self, patience: Duration) -> Result<()> {
         let Some(device) = self.device.lock().clone() else { return Ok(()) };
         let mut device = device.try_lock_for(patience).ok_or(Errno::BUSY)?;
         *self.device.lock() = None;
@@ -157,6 +181,7 @@ impl VhostVdpaFile {
 
     fn log_owner(&self, space: Option<&OwnerSpace>, how: &str) {
         *self.owned_since.lock() = Some(SystemTime::now());
+        self.told_private.store(false, Ordering::Relaxed);
         let pid = space.map(OwnerSpace::pid);
         tracing::info!(device = %self.name, pid, "{how}");
     }
@@ -165,6 +190,32 @@ impl VhostVdpaFile {
         if let Some(suppressed) = self.refusals.pass() {
             tracing::warn!(device = %self.name, tid, %asid, suppressed, "IOTLB message refused: {error}");
         }
+    }
+
+    /// Tells the log, once per owner, of much memory that no other process can see.
+    fn tell_private(&self, device: &Device<AnyParent>, tid: u32, asid: Asid, msg: &IotlbMsg) {
+        /// Firmware and frame buffers are private in every hypervisor, and of no concern.
+        const MUCH: u64 = 32 << 20;
+        let Some(range) = IovaRange::from_size(msg.iova, msg.size) else { return };
+        if msg.size < MUCH || self.told_private.load(Ordering::Relaxed) {
+            return;
+        }
+        let bytes = device.private_bytes(asid, range);
+        if bytes < MUCH {
+            return;
+        }
+        self.told_private.store(true, Ordering::Relaxed);
+        let fate = match device.profile().private_memory {
+            PrivateMemory::Copy => {
+                "it is reached by copying, which is slower, and not at all after an exec of the client"
+            }
+            PrivateMemory::Skip => "this device cannot reach it, and requests in it fail",
+        };
+        tracing::warn!(
+            device = %self.name, tid, %range, bytes,
+            "client memory is private: {fate}. Give the client shared memory (QEMU: -object \
+             memory-backend-memfd,id=ram,share=on,size=... -machine memory-backend=ram)"
+        );
     }
 
     /// Fetches an eventfd from the caller's table: `None` for -1.
@@ -415,8 +466,11 @@ impl DeviceFile for VhostVdpaFile {
             *self.owned_since.lock() = None;
             Ok(())
         };
-        // A device that was taken away has been released.
+        // A device that was taken away may have been released.
         let _ = self.with(release);
+        if self.deleted.load(Ordering::Acquire) {
+            *self.device.lock() = None;
+        }
     }
 
     fn ioctl(&self, call: &IoctlCall<'_>) -> Result<IoctlReply> {
@@ -442,6 +496,9 @@ impl DeviceFile for VhostVdpaFile {
             let caller = ProcessCaller { caller: &process, spaces: &self.spaces };
             let result = device.iotlb(&caller, asid, &msg);
             tracing::trace!(device = %self.name, tid, %asid, ?msg, ?result, "IOTLB");
+            if result.is_ok() && msg.kind == iotlb_type::UPDATE {
+                self.tell_private(device, tid, asid, &msg);
+            }
             result.map(|()| wire::MESSAGE_SIZE).map_err(|error| {
                 self.log_refusal(tid, asid, &error);
                 error.errno()

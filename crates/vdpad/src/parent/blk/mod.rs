@@ -202,6 +202,10 @@ impl Parent for Blk {
         self.worker.reset();
     }
 
+    fn fail(&mut self) -> Result<()> {
+        self.worker.fail()
+    }
+
     fn queue_stats(&self, index: QueueIndex) -> QueueStats {
         self.worker.stats(index)
     }
