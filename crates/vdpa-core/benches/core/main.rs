@@ -10,6 +10,7 @@
 
 mod lookup;
 mod measure;
+mod plain;
 mod ring;
 
 use std::fs;

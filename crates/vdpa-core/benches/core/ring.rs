@@ -17,6 +17,7 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use crate::measure::{Contender, Make};
+use crate::plain::{PlainArea, PlainTable};
 
 /// Entries of the ring.
 const SIZE: u16 = 256;
@@ -58,7 +59,7 @@ fn areas(memory: &Snapshot, features: Features) -> [GuestArea; 3] {
         .map(|(iova, size)| memory.area(iova, size as u64, Perm::RW).unwrap())
 }
 
-/// Where a buffer is in this process, as an iovec would have it.
+/// Where buffers are in this process, as an iovec would have it.
 #[inline]
 fn translate(memory: &Snapshot, buffers: &[Buffer], perm: Perm) {
     for buffer in buffers {
@@ -69,9 +70,37 @@ fn translate(memory: &Snapshot, buffers: &[Buffer], perm: Perm) {
     }
 }
 
-fn ours(name: &'static str, features: Features, regions: u64) -> Contender {
+/// As a device does it: client memory mapped with a guard against files that shrink.
+fn mapped(name: &'static str, features: Features, regions: u64) -> Contender {
     let memory = snapshot(regions);
-    let [desc, avail, used] = areas(&memory, features);
+    let areas = areas(&memory, features);
+    ours(name, features, areas, memory, regions, translate)
+}
+
+/// The core without a platform.
+fn plain(regions: u64) -> Contender {
+    let sizes = area_sizes(SIZE, Features::NONE);
+    let areas = [sizes.desc, sizes.avail, sizes.used].map(PlainArea::new);
+    let range = |i: u64| IovaRange::from_size(BASE + i * 2 * REGION, REGION).unwrap();
+    let table = PlainTable::new((0..regions).map(range).collect());
+    ours("vdpa-core alone, split", Features::NONE, areas, table, regions, |table, buffers, perm| {
+        for &buffer in buffers {
+            black_box(table.translate(buffer, perm).unwrap());
+        }
+    })
+}
+
+fn ours<M: Memory + 'static>(
+    name: &'static str,
+    features: Features,
+    [desc, avail, used]: [M::Area; 3],
+    memory: M,
+    regions: u64,
+    translate: impl Fn(&M, &[Buffer], Perm) + 'static,
+) -> Contender
+where
+    M::Area: Clone + 'static,
+{
     let mut driver = Driver::new(SIZE, features, desc.clone(), avail.clone(), used.clone()).unwrap();
     let state = QueueState::initial(features);
     let mut queue = Ring::new(SIZE, features, desc, avail, used, state).unwrap();
@@ -170,8 +199,9 @@ pub(crate) fn tables() -> Vec<(String, Make)> {
     let table = |regions: u64| {
         let make: Make = Box::new(move || {
             vec![
-                ours("vdpa-core, split", Features::NONE, regions),
-                ours("vdpa-core, packed", Features::of(&[Features::RING_PACKED]), regions),
+                mapped("vdpa-core, split", Features::NONE, regions),
+                plain(regions),
+                mapped("vdpa-core, packed", Features::of(&[Features::RING_PACKED]), regions),
                 virtio_queue(regions),
             ]
         });
