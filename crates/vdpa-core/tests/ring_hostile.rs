@@ -243,7 +243,7 @@ proptest! {
             }
         }
         pair.driver.publish().unwrap();
-        let mut seen = vec![false; 6];
+        let mut seen = [false; 6];
         let mut completed = 0;
         for table in steps {
             pair.memory.poke(pair.ring.desc, table.as_flattened());

@@ -43,7 +43,7 @@ fn ranges(count: u64, layout: Layout) -> Vec<IovaRange> {
     let mut random = Random(count + 1);
     let mut at = 0x10_0000;
     let range = |i: u64| {
-        if matches!(layout, Layout::Crowds) && i > 0 && i % count.div_ceil(4) == 0 {
+        if matches!(layout, Layout::Crowds) && i > 0 && i.is_multiple_of(count.div_ceil(4)) {
             at += 0x200_0000_0000;
         }
         let pages = 1 + random.next() % 16;

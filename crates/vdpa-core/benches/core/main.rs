@@ -6,7 +6,12 @@
 //!
 //! An own loop, because neither criterion nor divan runs contenders in turn: they measure one after the other, and on a
 //! shared machine the ratio of two such figures is mostly noise.
-#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a benchmark reports to a terminal, or stops")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::print_stdout,
+    reason = "a benchmark reports to a terminal, or stops"
+)]
 
 mod lookup;
 mod measure;

@@ -111,8 +111,8 @@ impl Lookup {
         loop {
             let Some(offset) = iova.checked_sub(directory.base) else { return directory.start as usize };
             let position = (offset >> directory.shift).min(directory.last_slot.into());
-            // At most `last_slot`, which is a u32.
-            let Some(slot) = self.slots.get(directory.first_slot as usize + position as usize) else { break };
+            let Ok(position) = usize::try_from(position) else { break };
+            let Some(slot) = self.slots.get(directory.first_slot as usize + position) else { break };
             if slot.content & DIRECTORY != 0 {
                 let Some(below) = self.directories.get((slot.content & !DIRECTORY) as usize) else { break };
                 directory = below;
