@@ -36,6 +36,10 @@ fuzz target seconds='60':
 conform device *args:
     cargo run --release --locked --package vdpa-conformance --bin vdpa-conform -- {{device}} {{args}}
 
+# Nanoseconds of rings and look-ups beside other crates; arguments: --rounds N, --millis N, a part of a table's name.
+bench-core *args:
+    cargo bench --locked --package vdpa-core --bench core -- {{args}}
+
 # Writes docs/uapi.md anew from the suite.
 matrix:
     cargo run --locked --package vdpa-conformance --bin vdpa-conform -- --matrix > docs/uapi.md

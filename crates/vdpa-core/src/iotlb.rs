@@ -1,5 +1,9 @@
 //! Translation tables: what is mapped where, and by which request.
 
+mod lookup;
+
+pub use lookup::Lookup;
+
 use std::collections::BTreeMap;
 
 use crate::types::{IovaRange, Perm};

@@ -27,11 +27,13 @@
 mod platform;
 mod ram_blk;
 mod ram_net;
+mod ring_pair;
 mod table;
 
 pub use platform::{TestEvent, TestHost, TestObject, TestPiece, TestProcess, TestSpace};
 pub use ram_blk::RamBlk;
 pub use ram_net::RamNet;
+pub use ring_pair::RingPair;
 pub use table::{TableArea, TableMemory};
 
 use std::sync::Arc;
@@ -39,8 +41,8 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 
 use crate::features::Features;
 use crate::ring::driver::SplitDriver;
-use crate::ring::split::{SplitQueue, area_sizes};
-use crate::ring::{Area, Buffer, Chain, Fault, Memory, RingError};
+use crate::ring::split::SplitQueue;
+use crate::ring::{Area, Buffer, Chain, Fault, Memory, RingError, area_sizes};
 use crate::types::{IovaRange, Perm};
 use crate::vq::QueueState;
 
@@ -366,7 +368,7 @@ impl Pair {
 }
 
 fn memory_for(size: u16, features: Features) -> (TestMemory, RingAddresses, u64) {
-    let sizes = area_sizes(size, features.has(Features::RING_EVENT_IDX));
+    let sizes = area_sizes(size, features);
     let round = |address: u64| address.next_multiple_of(TEST_PAGE);
     let desc = Pair::BASE;
     let avail = round(desc + sizes.desc as u64);
@@ -377,13 +379,10 @@ fn memory_for(size: u16, features: Features) -> (TestMemory, RingAddresses, u64)
 }
 
 fn areas(memory: &TestMemory, ring: RingAddresses, size: u16, features: Features) -> [TestArea; 3] {
-    let sizes = area_sizes(size, features.has(Features::RING_EVENT_IDX));
-    [
-        (ring.desc, sizes.desc, Perm::RO),
-        (ring.avail, sizes.avail, Perm::RO),
-        (ring.used, sizes.used, Perm::RW),
-    ]
-    .map(|(iova, size, perm)| memory.area(iova, size as u64, perm).expect("the ring is mapped"))
+    let sizes = area_sizes(size, features);
+    let desc = if features.has(Features::RING_PACKED) { Perm::RW } else { Perm::RO };
+    [(ring.desc, sizes.desc, desc), (ring.avail, sizes.avail, Perm::RO), (ring.used, sizes.used, Perm::RW)]
+        .map(|(iova, size, perm)| memory.area(iova, size as u64, perm).expect("the ring is mapped"))
 }
 
 #[cfg(test)]

@@ -1,13 +1,15 @@
-//! Rings full of rubbish: no panic, bounded work, and an end.
+//! Rings full of rubbish, split and packed: no panic, bounded work, and an end.
 
 use std::cell::Cell;
 
 use proptest::prelude::*;
 use vdpa_core::features::Features;
-use vdpa_core::ring::driver::{DriverState, InFlight, SplitDriver};
+use vdpa_core::ring::driver::{
+    Driver, DriverState, InFlight, PackedDriver, PackedDriverState, PackedInFlight, SplitDriver,
+};
 use vdpa_core::ring::split::SplitQueue;
 use vdpa_core::ring::{Buffer, Chain, Fault, Memory};
-use vdpa_core::testing::{Pair, TestArea, TestMemory};
+use vdpa_core::testing::{Pair, RingPair, TestArea, TestMemory};
 use vdpa_core::types::Perm;
 use vdpa_core::vq::QueueState;
 
@@ -176,4 +178,175 @@ proptest! {
             prop_assert_eq!(driver.in_flight(), in_flight + more);
         }
     }
+
+    #[test]
+    fn a_hostile_driver_of_a_packed_ring_gets_bounded_work(
+        features in packed(),
+        (size, state) in packed_start(),
+        rounds in prop::collection::vec(prop::collection::vec(packed_descriptor(), 8), 1..4),
+    ) {
+        let mut pair = RingPair::new(size, Features::of(&[Features::RING_PACKED]));
+        let [desc, driver, device] = pair.areas();
+        let Ok(queue) = vdpa_core::ring::Ring::new(size, features, desc, driver, device, state) else {
+            return Ok(());
+        };
+        pair.queue = queue;
+        let memory = Counting { memory: &pair.memory, reads: Cell::new(0) };
+        let mut chain = Chain::new();
+        let lost = u64::from(pair.queue.undelivered());
+        for table in rounds {
+            pair.memory.poke(pair.ring.desc, &table.as_flattened()[..usize::from(size) * 16]);
+            let mut popped = 0;
+            loop {
+                memory.reads.set(0);
+                let result = pair.queue.pop(&memory, &mut chain);
+                prop_assert!(memory.reads.get() <= 1 << 12, "a window has 16 descriptors");
+                match result {
+                    Ok(true) => {
+                        prop_assert!(chain.head < size);
+                        prop_assert!(chain.readable().len() + chain.writable().len() <= 1 << 32);
+                        pair.queue.push_used(chain.head, 0).unwrap();
+                        popped += 1;
+                    }
+                    Ok(false) => break,
+                    Err(error) => {
+                        prop_assert_eq!(pair.queue.pop(&memory, &mut chain), Err(error));
+                        break;
+                    }
+                }
+            }
+            prop_assert!(popped + lost <= u64::from(size), "{} requests in a ring of {}", popped, size);
+            pair.queue.publish().unwrap();
+            pair.queue.disable_kick().unwrap();
+            let _ = pair.queue.enable_kick();
+            prop_assert_eq!(u64::from(pair.queue.undelivered()), lost);
+        }
+    }
+
+    #[test]
+    fn a_hostile_device_of_a_packed_ring_completes_each_request_at_most_once(
+        event_idx: bool,
+        added in prop::collection::vec((0..3usize, 1..3usize), 0..6),
+        steps in prop::collection::vec(prop::collection::vec(packed_descriptor(), 8), 1..4),
+    ) {
+        let mut features = Features::of(&[Features::RING_PACKED]);
+        if event_idx {
+            features = features.with(Features::RING_EVENT_IDX);
+        }
+        let mut pair = RingPair::new(SIZE, features);
+        let buffer = Buffer { iova: 0, len: 10 };
+        let mut tokens = Vec::new();
+        for (token, (readable, writable)) in (0..).zip(added) {
+            let [readable, writable] = [readable, writable].map(|count| vec![buffer; count]);
+            if pair.driver.add(&readable, &writable, token).is_ok() {
+                tokens.push(writable.len() * 10);
+            }
+        }
+        pair.driver.publish().unwrap();
+        let mut seen = [false; 6];
+        let mut completed = 0;
+        for table in steps {
+            pair.memory.poke(pair.ring.desc, table.as_flattened());
+            while let Ok(Some(done)) = pair.driver.pop_used() {
+                let seen = &mut seen[usize::try_from(done.token).unwrap()];
+                prop_assert!(!std::mem::replace(seen, true), "token {} came twice", done.token);
+                prop_assert!(done.len <= 20);
+                completed += 1;
+            }
+            let _ = pair.driver.publish();
+        }
+        prop_assert_eq!(usize::from(pair.driver.in_flight()) + completed, tokens.len());
+    }
+
+    #[test]
+    fn a_packed_state_adopted_is_sound_whatever_it_was(
+        state in packed_state(),
+        table in prop::collection::vec(packed_descriptor(), 8),
+    ) {
+        let pair = RingPair::new(SIZE, Features::of(&[Features::RING_PACKED]));
+        pair.memory.poke(pair.ring.desc, table.as_flattened());
+        let [desc, driver, device] = pair.areas();
+        if let Ok(driver) = PackedDriver::adopt(&state, desc, driver, device) {
+            prop_assert_eq!(usize::from(driver.in_flight()), state.in_flight.len());
+            let mut again = driver.state();
+            let key = |request: &PackedInFlight| request.id;
+            let mut sorted = state;
+            sorted.in_flight.sort_by_key(key);
+            again.in_flight.sort_by_key(key);
+            prop_assert_eq!(again, sorted);
+            let mut driver = Driver::Packed(driver);
+            let in_flight = driver.in_flight();
+            let mut more = 0;
+            while driver.add(&[Buffer { iova: 0, len: 1 }], &[], 0).is_ok() {
+                more += 1;
+            }
+            prop_assert_eq!((driver.free(), driver.in_flight()), (0, in_flight + more));
+        }
+    }
+}
+
+/// A descriptor of a packed ring that is often available, or used, in one of the two laps.
+fn packed_descriptor() -> impl Strategy<Value = [u8; 16]> {
+    let addr = prop_oneof![
+        3 => (Pair::BASE..Pair::BASE + 0x800).prop_map(|addr| addr & !15),
+        1 => any::<u64>(),
+    ];
+    let len = prop_oneof![3 => (0..3u32).prop_map(|len| len * 16), 1 => any::<u32>()];
+    let id = prop_oneof![6 => 0..SIZE, 1 => any::<u16>()];
+    let kind = prop_oneof![3 => prop::sample::select(vec![0, 1, 1, 2, 3, 4, 6]), 1 => any::<u16>()];
+    let lap = prop::sample::select(vec![0, 1 << 7, 1 << 15, 1 << 7 | 1 << 15]);
+    (addr, len, id, kind, lap).prop_map(|(addr, len, id, kind, lap): (u64, u32, u16, u16, u16)| {
+        let mut raw = [0; 16];
+        raw[..8].copy_from_slice(&addr.to_le_bytes());
+        raw[8..12].copy_from_slice(&len.to_le_bytes());
+        raw[12..14].copy_from_slice(&id.to_le_bytes());
+        raw[14..].copy_from_slice(&(kind & 0x7f7f | lap).to_le_bytes());
+        raw
+    })
+}
+
+fn packed() -> impl Strategy<Value = Features> {
+    (any::<bool>(), any::<bool>()).prop_map(|(event_idx, in_order)| {
+        let mut features = Features::of(&[Features::RING_PACKED]);
+        if event_idx {
+            features = features.with(Features::RING_EVENT_IDX);
+        }
+        if in_order { features.with(Features::IN_ORDER) } else { features }
+    })
+}
+
+fn packed_start() -> impl Strategy<Value = (u16, QueueState)> {
+    let place = || (0..SIZE, any::<bool>());
+    (1..=SIZE, place(), place(), any::<bool>()).prop_map(|(size, avail, used, same)| {
+        let used = if same { avail } else { used };
+        let state = QueueState::Packed {
+            last_avail_idx: avail.0,
+            last_avail_wrap: avail.1,
+            last_used_idx: used.0,
+            last_used_wrap: used.1,
+        };
+        (size, state)
+    })
+}
+
+fn packed_state() -> impl Strategy<Value = PackedDriverState> {
+    let request = (any::<u64>(), ring_entry(), prop_oneof![8 => 0..3u16, 1 => any::<u16>()], 0..40u32)
+        .prop_map(|(token, id, descriptors, writable)| PackedInFlight { token, id, descriptors, writable });
+    let place = || {
+        prop_oneof![
+            8 => (0..SIZE, any::<bool>()).prop_map(|(index, wrap)| index | u16::from(wrap) << 15),
+            1 => any::<u16>(),
+        ]
+    };
+    let size = prop_oneof![8 => 1..=SIZE, 1 => any::<u16>()];
+    (size, packed(), place(), place(), place(), prop::collection::vec(request, 0..4)).prop_map(
+        |(size, features, next_avail, published, last_used, in_flight)| PackedDriverState {
+            size,
+            features,
+            next_avail,
+            published,
+            last_used,
+            in_flight,
+        },
+    )
 }

@@ -1,4 +1,4 @@
-//! Both sides of a split ring against queues of tokens: nothing is lost or doubled, and no one who waits is left
+//! Both sides of a ring, split or packed, against queues of tokens: nothing is lost or doubled, and no one who waits is left
 //! waiting.
 
 use std::collections::VecDeque;
@@ -8,7 +8,8 @@ use proptest::prelude::*;
 use vdpa_core::features::Features;
 use vdpa_core::ring::driver::{AddError, Completion};
 use vdpa_core::ring::{Buffer, Chain};
-use vdpa_core::testing::Pair;
+use vdpa_core::testing::RingPair;
+use vdpa_core::vq::QueueState;
 
 const SIZE: u16 = 8;
 
@@ -57,8 +58,10 @@ enum Wish {
 }
 
 struct Model {
-    pair: Pair,
+    pair: RingPair,
+    size: u16,
     event_idx: bool,
+    packed: bool,
     /// Requests where they are, in ring order; in flight with their head and writable bytes.
     added: VecDeque<Request>,
     available: VecDeque<Request>,
@@ -84,9 +87,11 @@ fn failed(error: impl Debug) -> TestCaseError {
 }
 
 impl Model {
-    fn new(features: Features, index: u16) -> Self {
+    fn new(size: u16, features: Features, state: QueueState) -> Self {
         Self {
-            pair: Pair::starting_at(SIZE, features, index),
+            pair: RingPair::starting_at(size, features, state),
+            size,
+            packed: features.has(Features::RING_PACKED),
             event_idx: features.has(Features::RING_EVENT_IDX),
             added: VecDeque::new(),
             available: VecDeque::new(),
@@ -99,6 +104,14 @@ impl Model {
             first_kick: true,
             first_call: true,
         }
+    }
+
+    /// Where all requests are, and what the driver may still add.
+    fn shape(&self) -> (Vec<u64>, Vec<u64>, Vec<u64>, Vec<Completion>, u16) {
+        let tokens = |list: &VecDeque<Request>| list.iter().map(|request| request.token).collect();
+        let in_flight = self.in_flight.iter().map(|(_, request)| request.token).collect();
+        let done = self.pushed.iter().chain(&self.used).copied().collect();
+        (tokens(&self.added), tokens(&self.available), in_flight, done, self.pair.driver.free())
     }
 
     fn descriptors(&self) -> usize {
@@ -122,8 +135,9 @@ impl Model {
                 Ok(())
             }
             Op::DisableKick => {
-                // With event indices the last event asked for stays, and may still be ahead.
-                self.device_waits = if self.event_idx { Wish::Either } else { Wish::Silent };
+                // With the event index of a split ring the last event asked for stays, and may still be ahead.
+                let silent = self.packed || !self.event_idx;
+                self.device_waits = if silent { Wish::Silent } else { Wish::Either };
                 self.pair.queue.disable_kick().map_err(failed)
             }
             Op::EnableInterrupts => {
@@ -170,7 +184,7 @@ impl Model {
                 self.added.push_back(request);
             }
             Err(AddError::Empty) => prop_assert_eq!(needed, 0),
-            Err(AddError::Full { .. }) => prop_assert!(needed > usize::from(free)),
+            Err(AddError::Full { .. } | AddError::TooLong { .. }) => prop_assert!(needed > usize::from(free)),
             Err(error) => return Err(failed(error)),
         }
         Ok(())
@@ -253,7 +267,7 @@ impl Model {
             self.take_used()?;
         }
         self.take_used()?;
-        prop_assert_eq!((self.pair.driver.in_flight(), self.pair.driver.free()), (0, SIZE));
+        prop_assert_eq!((self.pair.driver.in_flight(), self.pair.driver.free()), (0, self.size));
         Ok(())
     }
 }
@@ -276,13 +290,61 @@ proptest! {
         index: u16,
         ops in prop::collection::vec(op(), 1..200),
     ) {
-        let features =
-            if event_idx { Features::of(&[Features::RING_EVENT_IDX]) } else { Features::NONE };
-        let mut model = Model::new(features, index);
-        for op in ops {
-            model.step(op)?;
-            prop_assert!(model.descriptors() <= usize::from(SIZE));
-        }
-        model.drain()?;
+        let state = QueueState::Split { avail_index: index };
+        run(Model::new(SIZE, features(event_idx, false), state), &ops)?;
     }
+
+    /// Of any size: a packed ring need not have a power of two.
+    #[test]
+    fn the_packed_ring_is_a_pair_of_queues(
+        event_idx: bool,
+        size in 1..=SIZE,
+        index in 0..SIZE,
+        wrap: bool,
+        ops in prop::collection::vec(op(), 1..200),
+    ) {
+        let index = index % size;
+        let state = QueueState::Packed {
+            last_avail_idx: index,
+            last_avail_wrap: wrap,
+            last_used_idx: index,
+            last_used_wrap: wrap,
+        };
+        run(Model::new(size, features(event_idx, true), state), &ops)?;
+    }
+
+    /// The same requests through either format: the device sees the same buffers, the driver the same answers.
+    #[test]
+    fn both_formats_carry_the_same_stream(
+        event_idx: bool,
+        ops in prop::collection::vec(op(), 1..200),
+    ) {
+        let mut streams = [false, true].map(|packed| {
+            let features = features(event_idx, packed);
+            (Model::new(SIZE, features, QueueState::initial(features)), Vec::new())
+        });
+        for op in ops {
+            for (model, stream) in &mut streams {
+                model.step(op)?;
+                stream.push(model.shape());
+            }
+        }
+        prop_assert_eq!(&streams[0].1, &streams[1].1);
+    }
+}
+
+fn features(event_idx: bool, packed: bool) -> Features {
+    let mut features = Features::NONE;
+    if event_idx {
+        features = features.with(Features::RING_EVENT_IDX);
+    }
+    if packed { features.with(Features::RING_PACKED) } else { features }
+}
+
+fn run(mut model: Model, ops: &[Op]) -> Result<(), TestCaseError> {
+    for &op in ops {
+        model.step(op)?;
+        prop_assert!(model.descriptors() <= usize::from(model.size));
+    }
+    model.drain()
 }

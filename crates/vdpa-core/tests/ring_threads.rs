@@ -6,10 +6,9 @@ use std::thread;
 use std::time::Duration;
 
 use vdpa_core::features::Features;
-use vdpa_core::ring::driver::{AddError, SplitDriver};
-use vdpa_core::ring::split::SplitQueue;
-use vdpa_core::ring::{Buffer, Chain};
-use vdpa_core::testing::{Pair, TestArea, TestMemory};
+use vdpa_core::ring::driver::{AddError, Driver};
+use vdpa_core::ring::{Buffer, Chain, Ring};
+use vdpa_core::testing::{RingPair, TestArea, TestMemory};
 
 const REQUESTS: u64 = 100_000;
 
@@ -26,7 +25,7 @@ fn wait(event: &Receiver<()>, who: &str) -> Outcome {
         .map_err(|error| format!("{who}: lost wake-up: {error}").into())
 }
 
-fn drive(mut driver: SplitDriver<TestArea>, kick: &SyncSender<()>, call: &Receiver<()>) -> Outcome {
+fn drive(mut driver: Driver<TestArea>, kick: &SyncSender<()>, call: &Receiver<()>) -> Outcome {
     let (mut next, mut done) = (0, 0);
     while done < REQUESTS {
         while next < REQUESTS {
@@ -55,7 +54,7 @@ fn drive(mut driver: SplitDriver<TestArea>, kick: &SyncSender<()>, call: &Receiv
 }
 
 fn serve(
-    mut queue: SplitQueue<TestArea>,
+    mut queue: Ring<TestArea>,
     memory: &TestMemory,
     kick: &Receiver<()>,
     call: &SyncSender<()>,
@@ -81,7 +80,7 @@ fn serve(
 }
 
 fn run(features: Features) -> Outcome {
-    let Pair { memory, driver, queue, .. } = Pair::new(4, features);
+    let RingPair { memory, driver, queue, .. } = RingPair::new(4, features);
     let ((kick, kicked), (call, called)) = (event(), event());
     thread::scope(|scope| {
         let device = scope.spawn(move || serve(queue, &memory, &kicked, &call));
@@ -98,4 +97,14 @@ fn no_wake_up_is_lost_with_flags() -> Outcome {
 #[test]
 fn no_wake_up_is_lost_with_event_indices() -> Outcome {
     run(Features::of(&[Features::RING_EVENT_IDX]))
+}
+
+#[test]
+fn no_wake_up_is_lost_in_a_packed_ring() -> Outcome {
+    run(Features::of(&[Features::RING_PACKED]))
+}
+
+#[test]
+fn no_wake_up_is_lost_in_a_packed_ring_with_event_places() -> Outcome {
+    run(Features::of(&[Features::RING_PACKED, Features::RING_EVENT_IDX]))
 }

@@ -1,10 +1,10 @@
 //! Translation tables as the data path reads them.
 
-use std::sync::atomic::{AtomicUsize, Ordering, fence};
+use std::sync::atomic::{Ordering, fence};
 
-use vdpa_core::iotlb::{Mapping, Table};
+use vdpa_core::iotlb::{Lookup, Mapping, Table};
 use vdpa_core::ring::{Area, Fault, Memory};
-use vdpa_core::types::Perm;
+use vdpa_core::types::{IovaRange, Perm};
 
 use crate::guest::GuestMemory;
 use crate::mmap::MapArea;
@@ -13,17 +13,9 @@ use crate::mmap::MapArea;
 /// that was translated with it.
 #[derive(Debug, Default)]
 pub struct Snapshot {
-    /// First addresses, ascending: what the search touches.
-    first: Vec<u64>,
+    lookup: Lookup,
     entries: Vec<Entry>,
-    /// Entry of the last hit. Only a hint: any value is right.
-    hint: Hint,
 }
-
-/// On a cache line of its own: it is written by every thread that uses the table, the rest by none.
-#[derive(Debug, Default)]
-#[repr(align(64))]
-struct Hint(AtomicUsize);
 
 #[derive(Debug)]
 struct Entry {
@@ -67,8 +59,10 @@ impl Snapshot {
     }
 
     fn from_entries(entries: Vec<Entry>) -> Self {
-        let first = entries.iter().map(|entry| entry.first).collect();
-        Self { first, entries, hint: Hint::default() }
+        let range = |entry: &Entry| IovaRange::new(entry.first, entry.last);
+        // None of them is empty, so each has its place.
+        let lookup = Lookup::new(entries.iter().filter_map(range).collect());
+        Self { lookup, entries }
     }
 
     /// The pieces of `[iova, iova + len)` in address order. Ends after a [`Fault`], which names the address that
@@ -84,15 +78,7 @@ impl Snapshot {
 
     #[inline]
     fn find(&self, iova: u64) -> Option<&Entry> {
-        let hint = self.hint.0.load(Ordering::Relaxed);
-        if let Some(entry) = self.entries.get(hint).filter(|entry| entry.first <= iova && iova <= entry.last)
-        {
-            return Some(entry);
-        }
-        let index = self.first.partition_point(|&first| first <= iova).checked_sub(1)?;
-        let entry = self.entries.get(index).filter(|entry| iova <= entry.last)?;
-        self.hint.0.store(index, Ordering::Relaxed);
-        Some(entry)
+        self.lookup.find(iova).and_then(|index| self.entries.get(index))
     }
 
     #[inline]

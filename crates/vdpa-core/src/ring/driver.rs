@@ -1,10 +1,12 @@
-//! The driver side of a split ring.
+//! The driver side of a ring: split here, packed in a part of its own.
 
 mod adopt;
+mod either;
+mod packed;
 
 pub use adopt::{AdoptError, DriverState, InFlight};
-
-use std::sync::atomic::{Ordering, fence};
+pub use either::Driver;
+pub use packed::{PackedAdoptError, PackedDriver, PackedDriverState, PackedInFlight};
 
 use thiserror::Error;
 
@@ -55,7 +57,7 @@ struct InFlightChain {
 /// A request the device has completed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Completion {
-    /// As given to [`SplitDriver::add`].
+    /// As given to `add`.
     pub token: u64,
     /// Bytes the device says it has written; never more than the writable buffers have.
     pub len: u32,
@@ -143,23 +145,7 @@ impl<A: Area> SplitDriver<A> {
     /// # Errors
     /// [`AddError`]; nothing was added then.
     pub fn add(&mut self, readable: &[Buffer], writable: &[Buffer], token: u64) -> Result<(), AddError> {
-        let needed = readable.len() + writable.len();
-        let Some(descriptors) = u16::try_from(needed).ok().filter(|&needed| needed <= self.size) else {
-            return Err(AddError::TooLong { needed, size: self.size });
-        };
-        if descriptors == 0 {
-            return Err(AddError::Empty);
-        }
-        if descriptors > self.free {
-            return Err(AddError::Full { needed, free: self.free });
-        }
-        let bytes = |list: &[Buffer]| list.iter().map(|buffer| u64::from(buffer.len)).sum::<u64>();
-        let total = bytes(readable) + bytes(writable);
-        if u32::try_from(total).is_err() {
-            return Err(AddError::Length { bytes: total });
-        }
-        let writable_len = u32::try_from(bytes(writable)).unwrap_or(u32::MAX);
-
+        let (descriptors, writable_len) = measure(readable, writable, self.size, self.free)?;
         let head = self.free_head;
         let mut index = head;
         let all =
@@ -197,7 +183,7 @@ impl<A: Area> SplitDriver<A> {
             return Ok(false);
         }
         // Pairs with the device's barrier between asking for a kick and looking at the available index.
-        fence(Ordering::SeqCst);
+        self.avail.barrier();
         let old = self.kicked.take();
         let kick = if self.event_idx {
             let event = self.used.load_u16(layout::avail_event(self.size))?;
@@ -235,7 +221,7 @@ impl<A: Area> SplitDriver<A> {
             self.avail.store_u16(FLAGS, 0)?;
         }
         // Pairs with the device's barrier between its used index and its look at our wish.
-        fence(Ordering::SeqCst);
+        self.avail.barrier();
         let result = self.refresh();
         self.latch(result)
     }
@@ -339,6 +325,26 @@ impl<A: Area> SplitDriver<A> {
         }
         result
     }
+}
+
+/// Checks a request; returns its descriptors and its writable bytes.
+fn measure(readable: &[Buffer], writable: &[Buffer], size: u16, free: u16) -> Result<(u16, u32), AddError> {
+    let needed = readable.len() + writable.len();
+    let Some(descriptors) = u16::try_from(needed).ok().filter(|&needed| needed <= size) else {
+        return Err(AddError::TooLong { needed, size });
+    };
+    if descriptors == 0 {
+        return Err(AddError::Empty);
+    }
+    if descriptors > free {
+        return Err(AddError::Full { needed, free });
+    }
+    let bytes = |list: &[Buffer]| list.iter().map(|buffer| u64::from(buffer.len)).sum::<u64>();
+    let total = bytes(readable) + bytes(writable);
+    if u32::try_from(total).is_err() {
+        return Err(AddError::Length { bytes: total });
+    }
+    Ok((descriptors, u32::try_from(bytes(writable)).unwrap_or(u32::MAX)))
 }
 
 fn zero<A: Area>(area: &A, size: usize) -> Result<(), Fault> {

@@ -24,6 +24,13 @@ pub enum RingError {
         size: u16,
     },
 
+    /// The number of entries is none of a packed ring.
+    #[error("ring of {size} entries: a packed ring has 1 to 32768")]
+    PackedSize {
+        /// Entries asked for.
+        size: u16,
+    },
+
     /// The features ask for another ring.
     #[error("features {features}: {unsupported} is not supported by this side of a split ring")]
     Features {
@@ -36,6 +43,28 @@ pub enum RingError {
     /// The saved position is one of a packed ring.
     #[error("the position given is one of a packed ring, but the ring is split")]
     PackedState,
+
+    /// The features ask for a split ring.
+    #[error("features {features}: a packed ring needs RING_PACKED")]
+    NotPacked {
+        /// Features in force.
+        features: Features,
+    },
+
+    /// The saved position is one of a split ring.
+    #[error("the position given is one of a split ring, but the ring is packed")]
+    SplitState,
+
+    /// The saved position is outside the ring or has more than a lap between its places.
+    #[error("available place {avail} and used place {used} are not both within one lap of a ring of {size}")]
+    Place {
+        /// Next descriptor to read.
+        avail: u16,
+        /// Next descriptor to write as used.
+        used: u16,
+        /// Entries of the ring.
+        size: u16,
+    },
 
     /// An area is too small for the ring.
     #[error("{area} area has {size} bytes, the ring needs {needed}")]
@@ -88,8 +117,24 @@ pub enum RingError {
         entries: u32,
     },
 
-    /// An indirect table is empty or no whole number of descriptors.
-    #[error("indirect table of {len} bytes: a multiple of 16 above 0 is required")]
+    /// A chain of a packed ring runs into descriptors that are not the driver's to make available.
+    #[error("chain from descriptor {head} does not end within the {room} descriptors that are free")]
+    Room {
+        /// First descriptor of the chain.
+        head: u16,
+        /// Descriptors the driver may use.
+        room: u32,
+    },
+
+    /// A request was made available again before it was used, where the order of requests is kept.
+    #[error("descriptor {head} was made available again while in flight")]
+    Again {
+        /// First descriptor of the chain.
+        head: u16,
+    },
+
+    /// An indirect table is empty, no whole number of descriptors, or in a packed ring of more than 65536.
+    #[error("indirect table of {len} bytes: 1 to 65536 descriptors of 16 bytes are required")]
     IndirectSize {
         /// Bytes of the table.
         len: u32,
@@ -132,6 +177,13 @@ pub enum RingError {
     NotInFlight {
         /// First descriptor of the chain.
         head: u16,
+    },
+
+    /// The device used a buffer id of a packed ring that is not in flight.
+    #[error("buffer id {id} was used, but no request of that id is in flight")]
+    BufferId {
+        /// The id.
+        id: u16,
     },
 
     /// The device claims to have written more than it could.

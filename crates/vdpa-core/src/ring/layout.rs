@@ -139,8 +139,14 @@ impl Descriptor {
     /// Whether the buffer passes the last address. An empty buffer never does.
     #[inline]
     pub(super) const fn wraps(&self) -> bool {
-        self.len > 0 && self.addr.checked_add(self.len as u64 - 1).is_none()
+        wraps(self.addr, self.len)
     }
+}
+
+/// Whether `len` bytes from `addr` pass the last address. None at all never do.
+#[inline]
+pub(super) const fn wraps(addr: u64, len: u32) -> bool {
+    len > 0 && addr.checked_add(len as u64 - 1).is_none()
 }
 
 #[cfg(test)]

@@ -2,19 +2,27 @@
 //!
 //! | side | type | the other side is |
 //! |---|---|---|
-//! | device | [`SplitQueue`](split::SplitQueue) | the driver: hostile, concurrent |
-//! | driver | [`SplitDriver`](driver::SplitDriver) | the device: untrusted, concurrent |
+//! | device | [`Ring`]: [`SplitQueue`](split::SplitQueue) or [`PackedQueue`](packed::PackedQueue) | the driver: hostile, concurrent |
+//! | driver | [`SplitDriver`](driver::SplitDriver), [`PackedDriver`](driver::PackedDriver) | the device: untrusted, concurrent |
 //!
 //! All rings are those of virtio 1: little endian, whatever the machine is.
 
 mod chain;
 pub mod driver;
 mod error;
+mod in_order;
+mod indirect;
 mod layout;
+pub mod packed;
+mod queue;
 pub mod split;
 
 pub use chain::{BufferSlice, Chain, Pieces};
 pub use error::RingError;
+pub use layout::AreaSizes;
+pub use queue::{Ring, area_sizes};
+
+use std::sync::atomic::{Ordering, fence};
 
 use thiserror::Error;
 
@@ -83,6 +91,15 @@ pub trait Area {
     /// # Errors
     /// As [`load_u16`](Self::load_u16).
     fn write(&self, offset: usize, data: &[u8]) -> Result<(), Fault>;
+
+    /// Orders every access before it with every access after it, also a store with a later load.
+    ///
+    /// A full barrier of the processor, which is right for memory that is mapped. For memory with rules of its own,
+    /// such as that of a model checker.
+    #[inline]
+    fn barrier(&self) {
+        fence(Ordering::SeqCst);
+    }
 }
 
 /// One buffer of a descriptor chain.

@@ -1,16 +1,13 @@
 //! The device side of a split ring.
 
-use std::sync::atomic::{Ordering, fence};
-
-use super::layout::{self, DESCRIPTOR, Descriptor, FLAGS, INDEX, INDIRECT, NEXT, SUPPRESS};
+use super::in_order::{InOrder, Run};
+use super::indirect::Window;
+use super::layout::{self, Descriptor, FLAGS, INDEX, INDIRECT, NEXT, SUPPRESS};
 use super::{Area, Chain, Memory, RingError};
 use crate::features::Features;
 use crate::vq::QueueState;
 
 pub use super::layout::{AreaSizes, SIZE_MAX, area_sizes};
-
-/// Descriptors read from an indirect table at once.
-const WINDOW: usize = 16;
 
 /// The device side of a split ring (virtio 1.2 section 2.7).
 ///
@@ -22,6 +19,9 @@ const WINDOW: usize = 16;
 ///             pop             push_used              publish
 /// available ------> in flight ---------> unpublished -------> used
 /// ```
+///
+/// With `IN_ORDER` requests may still be completed in any order: they are shown in the order of availability, a run
+/// of them with one used element.
 ///
 /// After a protocol violation every later [`pop`](Self::pop) and [`enable_kick`](Self::enable_kick) returns the
 /// same error; requests in flight can still be completed. A [`Fault`](RingError::Fault) is different: nothing has
@@ -40,6 +40,8 @@ pub struct SplitQueue<A: Area> {
     avail_seen: u16,
     /// Next entry of the used ring.
     next_used: u16,
+    /// Where the used elements written end: `next_used`, except behind requests that wait for an earlier one.
+    written: u16,
     /// The used index the driver sees.
     published: u16,
     /// The used index at which the driver's wish to be notified was last examined; `None` before the first time
@@ -48,6 +50,7 @@ pub struct SplitQueue<A: Area> {
     /// A publication whose notification could not be decided.
     undecided: bool,
     undelivered: u16,
+    order: Option<InOrder>,
     broken: Option<RingError>,
 }
 
@@ -88,10 +91,12 @@ impl<A: Area> SplitQueue<A> {
             next_avail: avail_index,
             avail_seen: avail_index,
             next_used: avail_index,
+            written: avail_index,
             published: avail_index,
             signalled: None,
             undecided: false,
             undelivered,
+            order: features.has(Features::IN_ORDER).then(|| InOrder::new(size)),
             broken: None,
         })
     }
@@ -110,7 +115,12 @@ impl<A: Area> SplitQueue<A> {
     #[must_use]
     pub fn with_in_flight(mut self, count: u16) -> Self {
         self.next_used = self.next_avail.wrapping_sub(count.min(self.size));
-        self.published = self.next_used;
+        (self.written, self.published) = (self.next_used, self.next_used);
+        if let Some(order) = &mut self.order
+            && self.next_used != self.next_avail
+        {
+            order.stall();
+        }
         self
     }
 
@@ -139,6 +149,9 @@ impl<A: Area> SplitQueue<A> {
         if self.in_flight() == 0 {
             return Err(RingError::NotInFlight { head: chain.head });
         }
+        if let Some(order) = &mut self.order {
+            order.remove_last();
+        }
         self.next_avail = self.next_avail.wrapping_sub(1);
         Ok(())
     }
@@ -158,10 +171,14 @@ impl<A: Area> SplitQueue<A> {
         if self.in_flight() == 0 {
             return Err(RingError::NotInFlight { head });
         }
-        let mut element = [0; 8];
-        element[..4].copy_from_slice(&u32::from(head).to_le_bytes());
-        element[4..].copy_from_slice(&len.to_le_bytes());
-        self.used.write(layout::used_entry(self.size, self.next_used), &element)?;
+        if let Some(order) = &mut self.order {
+            if !order.complete(head, len) {
+                return Err(RingError::NotInFlight { head });
+            }
+        } else {
+            self.write_used(self.next_used, head, len)?;
+            self.written = self.next_used.wrapping_add(1);
+        }
         self.next_used = self.next_used.wrapping_add(1);
         Ok(())
     }
@@ -176,9 +193,12 @@ impl<A: Area> SplitQueue<A> {
     /// A fault; the call may then be repeated, and no notification gets lost.
     #[inline]
     pub fn publish(&mut self) -> Result<bool, RingError> {
-        if self.published != self.next_used {
-            self.used.store_u16(INDEX, self.next_used)?;
-            self.published = self.next_used;
+        if self.order.is_some() {
+            self.write_runs()?;
+        }
+        if self.published != self.written {
+            self.used.store_u16(INDEX, self.written)?;
+            self.published = self.written;
             self.undecided = true;
         }
         if !self.undecided {
@@ -186,7 +206,7 @@ impl<A: Area> SplitQueue<A> {
         }
         // Pairs with the driver's barrier between asking for a notification and looking at the used index
         // (virtio 1.2 section 2.7.8.2): one of the two sees the other.
-        fence(Ordering::SeqCst);
+        self.used.barrier();
         let old = self.signalled.take();
         let notify = if self.event_idx {
             let event = self.avail.load_u16(layout::used_event(self.size))?;
@@ -215,7 +235,7 @@ impl<A: Area> SplitQueue<A> {
             self.used.store_u16(FLAGS, 0)?;
         }
         // Pairs with the driver's barrier between its available index and its look at our wish.
-        fence(Ordering::SeqCst);
+        self.used.barrier();
         let result = self.refresh();
         self.latch(result)
     }
@@ -248,7 +268,8 @@ impl<A: Area> SplitQueue<A> {
         self.next_avail.wrapping_sub(self.next_used)
     }
 
-    /// Requests pushed as used that the driver cannot see yet.
+    /// Requests pushed as used that the driver cannot see yet; with `IN_ORDER` also those that wait for an earlier
+    /// one.
     #[must_use]
     #[inline]
     pub const fn unpublished(&self) -> u16 {
@@ -311,8 +332,35 @@ impl<A: Area> SplitQueue<A> {
         let head = self.avail.load_u16(layout::avail_entry(self.size, self.next_avail))?;
         chain.reset(head);
         self.walk(memory, chain)?;
+        if let Some(order) = &mut self.order
+            && !order.add(head, chain.writable().len())
+        {
+            return Err(RingError::Again { head });
+        }
         self.next_avail = self.next_avail.wrapping_add(1);
         Ok(true)
+    }
+
+    /// Writes the used element at `index` (free running).
+    #[inline]
+    fn write_used(&self, index: u16, head: u16, len: u32) -> Result<(), RingError> {
+        let mut element = [0; 8];
+        element[..4].copy_from_slice(&u32::from(head).to_le_bytes());
+        element[4..].copy_from_slice(&len.to_le_bytes());
+        Ok(self.used.write(layout::used_entry(self.size, index), &element)?)
+    }
+
+    /// Writes the requests that are done and have nothing undone before them, with one element per run
+    /// (virtio 1.2 section 2.7.9).
+    fn write_runs(&mut self) -> Result<(), RingError> {
+        while let Some(Run { count, name, written }) = self.order.as_ref().and_then(InOrder::run) {
+            self.write_used(self.written, name, written)?;
+            self.written = self.written.wrapping_add(count);
+            if let Some(order) = &mut self.order {
+                order.drop_first(count);
+            }
+        }
+        Ok(())
     }
 
     #[inline]
@@ -352,10 +400,10 @@ impl<A: Area> SplitQueue<A> {
         if table.flags & NEXT != 0 {
             return Err(RingError::Indirect { head, reason: "an indirect descriptor must end its chain" });
         }
-        let mut window = Window::new(table)?;
+        let mut window = Window::new(table.addr, table.len)?;
         let mut index = 0;
-        for _ in 0..window.entries {
-            let descriptor = window.descriptor(memory, index)?;
+        for _ in 0..window.entries() {
+            let descriptor = Descriptor::parse(window.descriptor(memory, index.into())?);
             if descriptor.flags & INDIRECT != 0 {
                 return Err(RingError::Indirect { head, reason: "an indirect table refers to another one" });
             }
@@ -366,55 +414,12 @@ impl<A: Area> SplitQueue<A> {
             index = descriptor.next;
             window.check(index)?;
         }
-        Err(RingError::Loop { head, entries: window.entries })
+        Err(RingError::Loop { head, entries: window.entries() })
     }
 
     #[cold]
     fn outside(&self, index: u16) -> RingError {
         RingError::DescriptorIndex { index: index.into(), entries: self.size.into() }
-    }
-}
-
-/// An indirect table, read a few descriptors at a time: translating an address costs more than copying 256 bytes.
-struct Window {
-    iova: u64,
-    /// Entries that a 16-bit `next` can reach.
-    entries: u32,
-    first: u32,
-    loaded: u32,
-    raw: [[u8; DESCRIPTOR]; WINDOW],
-}
-
-impl Window {
-    fn new(table: Descriptor) -> Result<Self, RingError> {
-        let Descriptor { addr: iova, len, .. } = table;
-        if len == 0 || !len.is_multiple_of(16) {
-            return Err(RingError::IndirectSize { len });
-        }
-        if table.wraps() {
-            return Err(RingError::Wraps { iova, len });
-        }
-        let entries = (len / 16).min(1 << 16);
-        Ok(Self { iova, entries, first: 0, loaded: 0, raw: [[0; DESCRIPTOR]; WINDOW] })
-    }
-
-    #[inline]
-    fn check(&self, index: u16) -> Result<(), RingError> {
-        let (index, entries) = (u32::from(index), self.entries);
-        if index < entries { Ok(()) } else { Err(RingError::DescriptorIndex { index, entries }) }
-    }
-
-    /// The descriptor at `index`, which was checked.
-    #[inline]
-    fn descriptor<M: Memory>(&mut self, memory: &M, index: u16) -> Result<Descriptor, RingError> {
-        let index = u32::from(index);
-        if index < self.first || index >= self.first + self.loaded {
-            let count = self.entries.saturating_sub(index).min(16);
-            let bytes = &mut self.raw.as_flattened_mut()[..count as usize * DESCRIPTOR];
-            memory.read(self.iova + u64::from(index) * 16, bytes)?;
-            (self.first, self.loaded) = (index, count);
-        }
-        Ok(Descriptor::parse(self.raw[(index - self.first) as usize]))
     }
 }
 

@@ -3,6 +3,7 @@
 //! Knows nothing of how requests arrive; a FUSE file delivers them now.
 
 mod updates;
+mod vring;
 mod wire;
 
 use std::fmt;
@@ -15,7 +16,7 @@ use vdpa_core::device::Device;
 use vdpa_core::faults::{self, Fault};
 use vdpa_core::features::{Features, Status};
 use vdpa_core::parent::{Parent, PrivateMemory};
-use vdpa_core::types::{Asid, GroupIndex, IotlbMsg, IovaRange, QueueIndex, Result, VringAddr, iotlb_type};
+use vdpa_core::types::{Asid, IotlbMsg, IovaRange, QueueIndex, Result, VringAddr, iotlb_type};
 use vdpa_core::{Errno, device::IotlbError};
 use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::guest::LinuxHost;
@@ -334,7 +335,7 @@ impl VhostVdpaFile {
             return self.report(call);
         }
         if call.cmd == uapi::VHOST_SET_MEM_TABLE {
-            return set_mem_table(call, caller.caller);
+            return vring::set_mem_table(call, caller.caller);
         }
         let index = self.vring_index(device, call, &caller)?;
         match call.cmd {
@@ -358,7 +359,7 @@ impl VhostVdpaFile {
                     _ => device.set_vring_err(&caller, index, event),
                 })
             }
-            _ => vring_state(device, call, &caller, index),
+            _ => vring::state(device, call, &caller, index),
         }
     }
 
@@ -384,62 +385,6 @@ impl VhostVdpaFile {
             .map(QueueIndex)
             .ok_or(Errno::NOBUFS)
     }
-}
-
-/// Vring requests whose argument is a `vhost_vring_state`; any other is `ENOTTY`.
-fn vring_state(
-    device: &mut Device<AnyParent>,
-    call: &IoctlCall<'_>,
-    caller: &ProcessCaller<'_>,
-    index: QueueIndex,
-) -> Result<IoctlReply> {
-    let state = || wire::argument::<uapi::VringState>(call.input);
-    let answer = |num| reply(&uapi::VringState { index: u32::from(index.0), num });
-    match call.cmd {
-        uapi::VHOST_SET_VRING_NUM => done(device.set_vring_num(caller, index, state()?.num)),
-        uapi::VHOST_SET_VRING_BASE => done(device.set_vring_base(caller, index, state()?.num)),
-        uapi::VHOST_GET_VRING_BASE => answer(device.vring_base(caller, index)?),
-        uapi::VHOST_VDPA_SET_VRING_ENABLE => done(device.set_vring_enable(caller, index, state()?.num != 0)),
-        uapi::VHOST_SET_VRING_BUSYLOOP_TIMEOUT => {
-            done(device.set_busyloop_timeout(caller, index, state()?.num))
-        }
-        // _IOW: there is no room for an answer, so it is written where the caller wants it.
-        uapi::VHOST_GET_VRING_BUSYLOOP_TIMEOUT => {
-            let num = device.busyloop_timeout(caller, index)?;
-            let state = uapi::VringState { index: u32::from(index.0), num };
-            done(caller.caller.write_mem(call.arg, state.as_bytes()))
-        }
-        uapi::VHOST_VDPA_GET_VRING_GROUP => answer(device.vring_group(caller, index)?.0),
-        uapi::VHOST_VDPA_GET_VRING_DESC_GROUP => answer(device.vring_desc_group(caller, index)?.0),
-        uapi::VHOST_VDPA_GET_VRING_SIZE => answer(device.vring_size(caller, index)?),
-        uapi::VHOST_VDPA_SET_GROUP_ASID => {
-            let state = state()?;
-            done(device.set_group_asid(caller, GroupIndex(state.index), Asid(state.num)))
-        }
-        _ if faults::is(Fault::UnknownRequestErrno) => Err(Errno::INVAL),
-        _ => Err(Errno::NOTTY),
-    }
-}
-
-/// `SET_MEM_TABLE` (uapi-spec 1.6a): checked as the kernel checks it, and without an effect on the device.
-fn set_mem_table(call: &IoctlCall<'_>, caller: &Caller) -> Result<IoctlReply> {
-    /// The module parameter `max_mem_regions` of vhost.
-    const REGIONS_MAX: u32 = 64;
-    let header: uapi::MemoryHeader = wire::argument(call.input)?;
-    if header.padding != 0 {
-        return Err(Errno::OPNOTSUPP);
-    }
-    if header.nregions > REGIONS_MAX {
-        return Err(Errno::TOOBIG);
-    }
-    let mut at = call.arg.checked_add(8).ok_or(Errno::FAULT)?;
-    for _ in 0..header.nregions {
-        let mut region = uapi::MemoryRegion::default();
-        caller.read_mem(at, region.as_mut_bytes())?;
-        IovaRange::from_size(region.guest_phys_addr, region.memory_size).ok_or(Errno::FAULT)?;
-        at = at.checked_add(size_of::<uapi::MemoryRegion>() as u64).ok_or(Errno::FAULT)?;
-    }
-    Ok(IoctlReply::default())
 }
 
 fn reply(value: &(impl IntoBytes + zerocopy::Immutable)) -> Result<IoctlReply> {

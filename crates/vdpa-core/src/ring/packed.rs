@@ -1,0 +1,436 @@
+//! The device side of a packed ring.
+
+pub(super) mod layout;
+mod requests;
+
+use self::layout::{FLAGS, LEN, Place};
+use self::requests::Requests;
+use super::in_order::{InOrder, Run};
+use super::indirect::Window;
+use super::layout::{DESCRIPTOR, Descriptor, INDIRECT, NEXT, WRITE};
+use super::{Area, Chain, Memory, RingError};
+use crate::features::Features;
+use crate::vq::QueueState;
+
+pub use self::layout::area_sizes;
+
+/// The device side of a packed ring (virtio 1.2 section 2.8).
+///
+/// Used like [`SplitQueue`](super::split::SplitQueue), by one thread, without blocking, against a driver that is
+/// hostile and concurrent: each descriptor is read once, checked, and then used. The work of one call is bounded by
+/// the descriptors the driver may use, or by 65536 for an indirect table.
+///
+/// The name of a request, [`Chain::head`], is a number of this side below the ring's size: buffer ids are the
+/// driver's, any 16 bits, and only copied back.
+///
+/// With `IN_ORDER` requests may still be completed in any order: they are shown in the order of availability, a run
+/// of them with one used descriptor.
+#[derive(Debug)]
+pub struct PackedQueue<A: Area> {
+    desc: A,
+    driver: A,
+    device: A,
+    size: u16,
+    event_idx: bool,
+    indirect: bool,
+    /// Next descriptor to look at.
+    next_avail: Place,
+    /// Next descriptor to write as used.
+    next_used: Place,
+    /// What the driver sees as used ends here; the flags of this descriptor are held back, so that a batch
+    /// appears at once.
+    published: Place,
+    /// Those flags, while `published` is not `next_used`.
+    held: u16,
+    /// Where the driver's wish to be notified was last examined; `None` when only a notification is safe.
+    signalled: Option<Place>,
+    /// A publication whose notification could not be decided.
+    undecided: bool,
+    requests: Requests,
+    order: Option<InOrder>,
+    broken: Option<RingError>,
+}
+
+impl<A: Area> PackedQueue<A> {
+    /// Starts a ring at `state`; the driver area is only read, the descriptor and device areas are read and written.
+    ///
+    /// Descriptors between the two places of `state` were taken before the start and are never completed; see
+    /// [`undelivered`](Self::undelivered).
+    ///
+    /// Indirect descriptors are followed whatever was negotiated; see
+    /// [`refuse_unnegotiated_indirect`](Self::refuse_unnegotiated_indirect).
+    ///
+    /// # Errors
+    /// [`RingError::PackedSize`], [`RingError::NotPacked`], [`RingError::SplitState`], [`RingError::AreaSize`];
+    /// [`RingError::Place`] for a state that no ring of this size can have.
+    pub fn new(
+        size: u16,
+        features: Features,
+        desc: A,
+        driver: A,
+        device: A,
+        state: QueueState,
+    ) -> Result<Self, RingError> {
+        layout::check(size, features, &desc, &driver, &device)?;
+        let QueueState::Packed { last_avail_idx, last_avail_wrap, last_used_idx, last_used_wrap } = state
+        else {
+            return Err(RingError::SplitState);
+        };
+        let next_avail = Place { index: last_avail_idx, wrap: last_avail_wrap };
+        let next_used = Place { index: last_used_idx, wrap: last_used_wrap };
+        let possible = next_avail.index < size
+            && next_used.index < size
+            && next_avail.since(next_used, size) <= u32::from(size);
+        if !possible {
+            return Err(RingError::Place { avail: last_avail_idx, used: last_used_idx, size });
+        }
+        let mut order = features.has(Features::IN_ORDER).then(|| InOrder::new(size));
+        if let Some(order) = &mut order
+            && next_avail != next_used
+        {
+            order.stall();
+        }
+        Ok(Self {
+            desc,
+            driver,
+            device,
+            size,
+            event_idx: features.has(Features::RING_EVENT_IDX),
+            indirect: true,
+            next_avail,
+            next_used,
+            published: next_used,
+            held: 0,
+            signalled: None,
+            undecided: false,
+            requests: Requests::new(size),
+            order,
+            broken: None,
+        })
+    }
+
+    /// Treats an indirect descriptor as a violation unless `features` has `RING_INDIRECT_DESC`.
+    #[must_use]
+    pub fn refuse_unnegotiated_indirect(mut self, features: Features) -> Self {
+        self.indirect = features.has(Features::RING_INDIRECT_DESC);
+        self
+    }
+
+    /// Counts `count` requests as [in flight](Self::in_flight) that are never completed: those of
+    /// [`undelivered`](Self::undelivered) descriptors, for a device that goes on with a ring it had left.
+    #[must_use]
+    pub fn with_in_flight(mut self, count: u16) -> Self {
+        self.requests.in_flight = count.min(self.undelivered());
+        self
+    }
+
+    /// Takes the next request into `chain`; `false` when there is none.
+    ///
+    /// When it returns `false` or an error, `chain` is unspecified.
+    ///
+    /// # Errors
+    /// A [`RingError::Fault`] leaves the request in the ring: call again at the next kick. All others are
+    /// violations of the driver and are returned from now on.
+    #[inline]
+    pub fn pop<M: Memory>(&mut self, memory: &M, chain: &mut Chain) -> Result<bool, RingError> {
+        self.check_broken()?;
+        let result = self.take(memory, chain);
+        self.latch(result)
+    }
+
+    /// Puts the last request popped back into the ring, to be popped again.
+    ///
+    /// Only the request popped last can be put back, and only while it has not been pushed as used.
+    ///
+    /// # Errors
+    /// [`RingError::NotInFlight`] when the request is not in flight.
+    pub fn abandon(&mut self, chain: &Chain) -> Result<(), RingError> {
+        let slot = self.requests.get(chain.head)?;
+        self.requests.release(chain.head)?;
+        if let Some(order) = &mut self.order {
+            order.remove_last();
+        }
+        self.next_avail = self.next_avail.back(slot.descriptors, self.size);
+        self.requests.in_flight -= 1;
+        Ok(())
+    }
+
+    /// Writes the used descriptor of a request: `len` bytes were written into its writable buffers.
+    ///
+    /// Requests may complete in any order, each once. The driver sees it after [`publish`](Self::publish).
+    ///
+    /// # Errors
+    /// [`RingError::NotInFlight`] when no such request is in flight, a bug of the device. After a fault the call
+    /// may be repeated.
+    #[inline]
+    pub fn push_used(&mut self, head: u16, len: u32) -> Result<(), RingError> {
+        let slot = self.requests.get(head)?;
+        if let Some(order) = &mut self.order {
+            order.complete(head, len);
+            self.requests.mark_pushed(head);
+        } else {
+            self.write_used(slot.id, len, slot.descriptors)?;
+            self.requests.release(head)?;
+            self.requests.written += 1;
+        }
+        self.requests.in_flight -= 1;
+        self.requests.unpublished += 1;
+        Ok(())
+    }
+
+    /// Shows the driver everything pushed, with one store of the flags of the first used descriptor; returns
+    /// whether it wants to be notified.
+    ///
+    /// The first answer after the start is `true` unless the driver disabled events, because a notification from
+    /// before the start may have been lost.
+    ///
+    /// # Errors
+    /// A fault; the call may then be repeated, and no notification gets lost.
+    #[inline]
+    pub fn publish(&mut self) -> Result<bool, RingError> {
+        if self.order.is_some() {
+            self.write_runs()?;
+        }
+        if self.published != self.next_used {
+            self.desc.store_u16(self.published.offset() + FLAGS, self.held)?;
+            self.published = self.next_used;
+            self.requests.unpublished -= std::mem::take(&mut self.requests.written);
+            self.undecided = true;
+        }
+        if !self.undecided {
+            return Ok(false);
+        }
+        // Pairs with the driver's barrier between asking for a notification and looking at the next descriptor
+        // (virtio 1.2 section 2.8.21.3): one of the two sees the other.
+        self.desc.barrier();
+        let old = self.signalled.take();
+        let notify = layout::wants_event(&self.driver, self.event_idx, self.size, old, self.published)?;
+        self.signalled = Some(self.published);
+        self.undecided = false;
+        Ok(notify)
+    }
+
+    /// Asks the driver to kick when it makes the next request available; returns whether one is there already,
+    /// for which no kick may come.
+    ///
+    /// Call before sleeping, and process further instead when it returns `true`.
+    ///
+    /// # Errors
+    /// A fault, or the violation met before.
+    #[inline]
+    pub fn enable_kick(&mut self) -> Result<bool, RingError> {
+        self.check_broken()?;
+        layout::ask_event(&self.device, self.event_idx, self.next_avail)?;
+        // Pairs with the driver's barrier between its flags and its look at our wish.
+        self.desc.barrier();
+        let result = self.available();
+        Ok(self.latch(result)?.is_some())
+    }
+
+    /// Tells the driver that no kick is needed: advice only, kicks may still come.
+    ///
+    /// # Errors
+    /// A fault.
+    #[inline]
+    pub fn disable_kick(&mut self) -> Result<(), RingError> {
+        layout::refuse_events(&self.device).map_err(RingError::from)
+    }
+
+    /// Where the queue is. When it is drained, with nothing in flight and all published, both places are the same
+    /// unless it began with [`undelivered`](Self::undelivered) descriptors.
+    #[must_use]
+    pub const fn state(&self) -> QueueState {
+        QueueState::Packed {
+            last_avail_idx: self.next_avail.index,
+            last_avail_wrap: self.next_avail.wrap,
+            last_used_idx: self.next_used.index,
+            last_used_wrap: self.next_used.wrap,
+        }
+    }
+
+    /// Requests popped and not pushed as used, 0 to `size`.
+    #[must_use]
+    #[inline]
+    pub const fn in_flight(&self) -> u16 {
+        self.requests.in_flight
+    }
+
+    /// Requests pushed as used that the driver cannot see yet; with `IN_ORDER` also those that wait for an earlier
+    /// one.
+    #[must_use]
+    #[inline]
+    pub const fn unpublished(&self) -> u16 {
+        self.requests.unpublished
+    }
+
+    /// Descriptors taken and not shown as used that belong to no request of this queue: 0 if it was drained when
+    /// its state was taken. They are lost for the driver, which the user of the device should hear.
+    #[must_use]
+    pub fn undelivered(&self) -> u16 {
+        let lost =
+            self.next_avail.since(self.next_used, self.size).saturating_sub(self.requests.descriptors());
+        u16::try_from(lost).unwrap_or(self.size)
+    }
+
+    /// Entries of the ring.
+    #[must_use]
+    pub const fn size(&self) -> u16 {
+        self.size
+    }
+
+    /// The violation that stopped the ring.
+    #[must_use]
+    pub const fn broken(&self) -> Option<RingError> {
+        self.broken
+    }
+
+    #[inline]
+    fn check_broken(&self) -> Result<(), RingError> {
+        self.broken.map_or(Ok(()), Err)
+    }
+
+    #[inline]
+    fn latch<T>(&mut self, result: Result<T, RingError>) -> Result<T, RingError> {
+        if let Err(error) = &result
+            && !error.is_fault()
+        {
+            self.broken = Some(*error);
+        }
+        result
+    }
+
+    /// Looks at the next descriptor; returns its flags if it is available.
+    #[inline]
+    fn available(&self) -> Result<Option<u16>, RingError> {
+        let flags = self.desc.load_u16(self.next_avail.offset() + FLAGS)?;
+        if !self.next_avail.is_available(flags) {
+            return Ok(None);
+        }
+        if self.room() == 0 {
+            return Err(RingError::Room { head: self.next_avail.index, room: 0 });
+        }
+        Ok(Some(flags))
+    }
+
+    /// Descriptors the driver may have made available beyond those taken: it owns what it sees as used.
+    #[inline]
+    const fn room(&self) -> u32 {
+        (self.size as u32).saturating_sub(self.next_avail.since(self.published, self.size))
+    }
+
+    #[inline]
+    fn take<M: Memory>(&mut self, memory: &M, chain: &mut Chain) -> Result<bool, RingError> {
+        let Some(flags) = self.available()? else { return Ok(false) };
+        chain.reset(self.next_avail.index);
+        let (id, descriptors) = self.walk(memory, flags, chain)?;
+        let head = chain.head;
+        // There is a name for each descriptor, so never none here.
+        let name = self.requests.take(id, descriptors).ok_or(RingError::Room { head, room: 0 })?;
+        if let Some(order) = &mut self.order {
+            order.add(name, chain.writable().len());
+        }
+        chain.head = name;
+        self.next_avail = self.next_avail.forward(descriptors, self.size);
+        Ok(true)
+    }
+
+    /// Collects the buffers of the chain at `next_avail`, whose first flags were read; returns its id and its
+    /// number of descriptors.
+    #[inline]
+    fn walk<M: Memory>(&self, memory: &M, flags: u16, chain: &mut Chain) -> Result<(u16, u16), RingError> {
+        let mut at = self.next_avail;
+        let mut first = Some(flags);
+        let room = self.room();
+        for descriptors in 1..=self.size {
+            if u32::from(descriptors) > room {
+                break;
+            }
+            let mut raw = [0; DESCRIPTOR];
+            self.desc.read(at.offset(), &mut raw)?;
+            let mut descriptor = layout::parse(raw);
+            // Those of the first descriptor were checked, and may be others by now.
+            descriptor.flags = first.take().unwrap_or(descriptor.flags);
+            if descriptor.flags & INDIRECT != 0 {
+                self.walk_indirect(memory, descriptor, descriptors, chain)?;
+                return Ok((descriptor.next, descriptors));
+            }
+            chain.push(descriptor)?;
+            if descriptor.flags & NEXT == 0 {
+                return Ok((descriptor.next, descriptors));
+            }
+            at = at.forward(1, self.size);
+        }
+        Err(RingError::Room { head: chain.head, room })
+    }
+
+    /// Collects the buffers of a table, whose descriptors are all used, in order (virtio 1.2 section 2.8.7).
+    fn walk_indirect<M: Memory>(
+        &self,
+        memory: &M,
+        table: Descriptor,
+        descriptors: u16,
+        chain: &mut Chain,
+    ) -> Result<(), RingError> {
+        let head = chain.head;
+        if !self.indirect {
+            return Err(RingError::Indirect { head, reason: "indirect descriptors were not negotiated" });
+        }
+        if descriptors > 1 || table.flags & NEXT != 0 {
+            return Err(RingError::Indirect {
+                head,
+                reason: "an indirect descriptor must be alone in its chain",
+            });
+        }
+        let mut window = Window::new(table.addr, table.len)?;
+        if table.len / 16 > window.entries() {
+            return Err(RingError::IndirectSize { len: table.len });
+        }
+        for index in 0..window.entries() {
+            let descriptor = layout::parse(window.descriptor(memory, index)?);
+            if descriptor.flags & INDIRECT != 0 {
+                return Err(RingError::Indirect { head, reason: "an indirect table refers to another one" });
+            }
+            // All flags but WRITE are reserved there (virtio 1.2 section 2.8.7).
+            chain.push(Descriptor { flags: descriptor.flags & WRITE, ..descriptor })?;
+        }
+        Ok(())
+    }
+
+    /// Writes one used descriptor that stands for `descriptors` of the ring.
+    #[inline]
+    fn write_used(&mut self, id: u16, len: u32, descriptors: u16) -> Result<(), RingError> {
+        let at = self.next_used;
+        let flags = at.used() | if len > 0 { WRITE } else { 0 };
+        let mut raw = [0; DESCRIPTOR - LEN];
+        raw[..4].copy_from_slice(&len.to_le_bytes());
+        raw[4..6].copy_from_slice(&id.to_le_bytes());
+        raw[6..].copy_from_slice(&flags.to_le_bytes());
+        if at == self.published {
+            self.desc.write(at.offset() + LEN, &raw[..FLAGS - LEN])?;
+            self.held = flags;
+        } else {
+            self.desc.write(at.offset() + LEN, &raw)?;
+        }
+        self.next_used = at.forward(descriptors, self.size);
+        Ok(())
+    }
+
+    /// Writes the requests that are done and have nothing undone before them.
+    fn write_runs(&mut self) -> Result<(), RingError> {
+        while let Some(Run { count, name, written }) = self.order.as_ref().and_then(InOrder::run) {
+            let id = self.requests.slot(name).id;
+            let names = self.order.iter().flat_map(|order| order.names(count));
+            let descriptors = names.map(|name| self.requests.slot(name).descriptors).sum();
+            self.write_used(id, written, descriptors)?;
+            if let Some(order) = &mut self.order {
+                order.names(count).try_for_each(|name| self.requests.release(name).map(drop))?;
+                order.drop_first(count);
+            }
+            self.requests.written += count;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,173 @@
+//! The device side of a ring in the format that was negotiated.
+
+use super::layout::AreaSizes;
+use super::packed::PackedQueue;
+use super::split::SplitQueue;
+use super::{Area, Chain, Memory, RingError, packed, split};
+use crate::features::Features;
+use crate::vq::QueueState;
+
+/// Bytes of the descriptor, driver and device areas of a ring of `size` entries under `features`.
+#[must_use]
+pub const fn area_sizes(size: u16, features: Features) -> AreaSizes {
+    if features.has(Features::RING_PACKED) {
+        packed::area_sizes(size)
+    } else {
+        split::area_sizes(size, features.has(Features::RING_EVENT_IDX))
+    }
+}
+
+/// The device side of a ring of either format; see [`SplitQueue`] for what holds for both.
+///
+/// A device that completes what it popped with [`push_used`](Self::push_used) and the [`head`](Chain::head) of the
+/// chain need not know the format.
+#[derive(Debug)]
+pub enum Ring<A: Area> {
+    /// Without `RING_PACKED`.
+    Split(SplitQueue<A>),
+    /// With `RING_PACKED`.
+    Packed(PackedQueue<A>),
+}
+
+macro_rules! either {
+    ($ring:expr, $queue:ident => $result:expr) => {
+        match $ring {
+            Ring::Split($queue) => $result,
+            Ring::Packed($queue) => $result,
+        }
+    };
+}
+
+impl<A: Area> Ring<A> {
+    /// Starts a ring at `state`, in the format that `features` asks for. The areas are the descriptor, driver
+    /// (available ring) and device (used ring) areas, of at least [`area_sizes`].
+    ///
+    /// # Errors
+    /// As [`SplitQueue::new`] and [`PackedQueue::new`].
+    pub fn new(
+        size: u16,
+        features: Features,
+        desc: A,
+        driver: A,
+        device: A,
+        state: QueueState,
+    ) -> Result<Self, RingError> {
+        if features.has(Features::RING_PACKED) {
+            PackedQueue::new(size, features, desc, driver, device, state).map(Self::Packed)
+        } else {
+            SplitQueue::new(size, features, desc, driver, device, state).map(Self::Split)
+        }
+    }
+
+    /// Treats an indirect descriptor as a violation unless `features` has `RING_INDIRECT_DESC`.
+    #[must_use]
+    pub fn refuse_unnegotiated_indirect(self, features: Features) -> Self {
+        match self {
+            Self::Split(queue) => Self::Split(queue.refuse_unnegotiated_indirect(features)),
+            Self::Packed(queue) => Self::Packed(queue.refuse_unnegotiated_indirect(features)),
+        }
+    }
+
+    /// Starts with `count` requests taken already that belong to an earlier run of the ring: see
+    /// [`SplitQueue::with_in_flight`] and [`PackedQueue::with_in_flight`].
+    #[must_use]
+    pub fn with_in_flight(self, count: u16) -> Self {
+        match self {
+            Self::Split(queue) => Self::Split(queue.with_in_flight(count)),
+            Self::Packed(queue) => Self::Packed(queue.with_in_flight(count)),
+        }
+    }
+
+    /// Takes the next request into `chain`; `false` when there is none.
+    ///
+    /// # Errors
+    /// As [`SplitQueue::pop`].
+    #[inline]
+    pub fn pop<M: Memory>(&mut self, memory: &M, chain: &mut Chain) -> Result<bool, RingError> {
+        either!(self, queue => queue.pop(memory, chain))
+    }
+
+    /// Puts the last request popped back into the ring.
+    ///
+    /// # Errors
+    /// As [`SplitQueue::abandon`].
+    pub fn abandon(&mut self, chain: &Chain) -> Result<(), RingError> {
+        either!(self, queue => queue.abandon(chain))
+    }
+
+    /// Completes the request that was popped as `head`, with `len` bytes written; the driver sees it after
+    /// [`publish`](Self::publish).
+    ///
+    /// # Errors
+    /// As [`SplitQueue::push_used`].
+    #[inline]
+    pub fn push_used(&mut self, head: u16, len: u32) -> Result<(), RingError> {
+        either!(self, queue => queue.push_used(head, len))
+    }
+
+    /// Shows the driver everything pushed, with one store; returns whether it wants to be notified.
+    ///
+    /// # Errors
+    /// As [`SplitQueue::publish`].
+    #[inline]
+    pub fn publish(&mut self) -> Result<bool, RingError> {
+        either!(self, queue => queue.publish())
+    }
+
+    /// Asks for a kick at the next request; returns whether one is there already, for which no kick may come.
+    ///
+    /// # Errors
+    /// As [`SplitQueue::enable_kick`].
+    #[inline]
+    pub fn enable_kick(&mut self) -> Result<bool, RingError> {
+        either!(self, queue => queue.enable_kick())
+    }
+
+    /// Tells the driver that no kick is needed: advice only.
+    ///
+    /// # Errors
+    /// As [`SplitQueue::disable_kick`].
+    #[inline]
+    pub fn disable_kick(&mut self) -> Result<(), RingError> {
+        either!(self, queue => queue.disable_kick())
+    }
+
+    /// Where the queue is, to be started again from there once it is drained.
+    #[must_use]
+    pub const fn state(&self) -> QueueState {
+        either!(self, queue => queue.state())
+    }
+
+    /// Requests popped and not pushed as used.
+    #[must_use]
+    #[inline]
+    pub const fn in_flight(&self) -> u16 {
+        either!(self, queue => queue.in_flight())
+    }
+
+    /// Requests pushed as used that the driver cannot see yet.
+    #[must_use]
+    #[inline]
+    pub const fn unpublished(&self) -> u16 {
+        either!(self, queue => queue.unpublished())
+    }
+
+    /// Whatever got lost before the start, 0 for a queue that was drained: see [`SplitQueue::undelivered`] (requests)
+    /// and [`PackedQueue::undelivered`] (descriptors).
+    #[must_use]
+    pub fn undelivered(&self) -> u16 {
+        either!(self, queue => queue.undelivered())
+    }
+
+    /// Entries of the ring.
+    #[must_use]
+    pub const fn size(&self) -> u16 {
+        either!(self, queue => queue.size())
+    }
+
+    /// The violation that stopped the ring.
+    #[must_use]
+    pub const fn broken(&self) -> Option<RingError> {
+        either!(self, queue => queue.broken())
+    }
+}

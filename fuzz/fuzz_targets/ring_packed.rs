@@ -1,0 +1,275 @@
+//! Both sides of a packed ring whose memory changes at any moment, between any two calls.
+#![no_main]
+
+use arbitrary::Arbitrary;
+use libfuzzer_sys::fuzz_target;
+use vdpa_core::features::Features;
+use vdpa_core::ring::driver::Driver;
+use vdpa_core::ring::{Buffer, Chain, Ring, RingError};
+use vdpa_core::testing::{Pair, RingPair, TEST_PAGE};
+use vdpa_core::types::{IovaRange, Perm};
+use vdpa_core::vq::QueueState;
+
+#[derive(Arbitrary, Debug)]
+struct Input {
+    size: u8,
+    event_idx: bool,
+    in_order: bool,
+    refuse_indirect: bool,
+    /// Where the device starts, as `VHOST_SET_VRING_BASE` has it.
+    base: u32,
+    lost: u16,
+    ops: Vec<Op>,
+}
+
+#[derive(Arbitrary, Debug)]
+enum Op {
+    /// Anywhere in the ring or the buffers.
+    Poke {
+        at: u16,
+        bytes: [u8; 4],
+    },
+    /// A descriptor of the ring that is often almost right.
+    Descriptor {
+        index: u8,
+        at: u16,
+        len: u16,
+        id: u8,
+        flags: u8,
+        lap: u8,
+    },
+    /// One of an indirect table in the buffers.
+    Indirect {
+        table: u8,
+        index: u8,
+        at: u16,
+        len: u16,
+        flags: u8,
+    },
+    /// A descriptor with any content.
+    Raw {
+        index: u8,
+        bytes: [u8; 16],
+    },
+    Protect {
+        at: u16,
+        pages: u8,
+        perm: u8,
+    },
+    Fail(u8),
+    Pop,
+    Abandon,
+    Push {
+        which: u8,
+        len: u32,
+    },
+    PushWrong(u16),
+    Publish,
+    EnableKick,
+    DisableKick,
+    Add {
+        readable: u8,
+        writable: u8,
+    },
+    DriverPublish,
+    TakeUsed,
+    EnableInterrupts,
+    DisableInterrupts,
+    RestartDriver,
+}
+
+fn descriptor(addr: u64, len: u32, id: u16, flags: u16) -> [u8; 16] {
+    let mut raw = [0; 16];
+    raw[..8].copy_from_slice(&addr.to_le_bytes());
+    raw[8..12].copy_from_slice(&len.to_le_bytes());
+    raw[12..14].copy_from_slice(&id.to_le_bytes());
+    raw[14..].copy_from_slice(&flags.to_le_bytes());
+    raw
+}
+
+/// What must hold between the calls.
+struct State {
+    pair: RingPair,
+    size: u16,
+    chain: Chain,
+    /// Of the request popped last, while it can be put back.
+    last: Option<u16>,
+    heads: Vec<u16>,
+    /// In flight from before the start, and descriptors of theirs.
+    lost: (u16, u16),
+    /// By token: whether it was completed.
+    tokens: Vec<bool>,
+}
+
+impl State {
+    fn new(input: &Input) -> Option<Self> {
+        let size = 1 + u16::from(input.size % 17);
+        let mut features = Features::of(&[Features::RING_PACKED]);
+        if input.event_idx {
+            features = features.with(Features::RING_EVENT_IDX);
+        }
+        let mut pair = RingPair::new(size, features);
+        if input.in_order {
+            features = features.with(Features::IN_ORDER);
+        }
+        let [desc, driver, device] = pair.areas();
+        let state = QueueState::decode(input.base, features)?;
+        let queue = Ring::new(size, features, desc, driver, device, state).ok()?.with_in_flight(input.lost);
+        assert_eq!(queue.state(), state);
+        let lost = (queue.in_flight(), queue.undelivered());
+        pair.queue = if input.refuse_indirect { queue.refuse_unnegotiated_indirect(features) } else { queue };
+        let (last, heads, tokens) = (None, Vec::new(), Vec::new());
+        Some(Self { pair, size, chain: Chain::new(), last, heads, lost, tokens })
+    }
+
+    fn memory(&mut self, op: &Op) {
+        let (pair, size) = (&self.pair, self.size);
+        let buffers = pair.buffers();
+        let bytes = buffers - Pair::BASE + Pair::BUFFER_BYTES;
+        let slot = |index: u8| pair.ring.desc + u64::from(u16::from(index) % size) * 16;
+        match *op {
+            Op::Poke { at, bytes: raw } => pair.memory.poke(Pair::BASE + u64::from(at) % (bytes - 4), &raw),
+            Op::Descriptor { index, at, len, id, flags, lap } => {
+                let lap = [1 << 7, 1 << 15, 0, 1 << 7 | 1 << 15][usize::from(lap % 4)];
+                let flags = u16::from(flags & 7) | lap;
+                pair.memory
+                    .poke(slot(index), &descriptor(buffers + u64::from(at), len.into(), id.into(), flags));
+            }
+            Op::Indirect { table, index, at, len, flags } => {
+                let raw = descriptor(buffers + u64::from(at), len.into(), 0, flags.into());
+                pair.memory.poke(buffers + u64::from(table) * 64 + u64::from(index) * 16, &raw);
+            }
+            Op::Raw { index, bytes } => pair.memory.poke(slot(index), &bytes),
+            Op::Protect { at, pages, perm } => {
+                let first = Pair::BASE + u64::from(at) % bytes;
+                let range = IovaRange::from_size(first, u64::from(pages).max(1) * TEST_PAGE);
+                pair.memory.protect(range.expect("far from the end"), Perm(perm & 3));
+            }
+            Op::Fail(accesses) => pair.memory.fail_after(accesses.into()),
+            _ => {}
+        }
+    }
+
+    fn device(&mut self, op: &Op) {
+        let (queue, memory) = (&mut self.pair.queue, &self.pair.memory);
+        match *op {
+            Op::Pop => {
+                let before = (queue.in_flight(), queue.state());
+                self.last = None;
+                match queue.pop(memory, &mut self.chain) {
+                    Ok(true) => {
+                        let chain = &self.chain;
+                        assert!(chain.head < self.size && !self.heads.contains(&chain.head));
+                        assert!(chain.readable().len() + chain.writable().len() <= 1 << 32);
+                        self.heads.push(chain.head);
+                        self.last = Some(chain.head);
+                    }
+                    Ok(false) => assert_eq!((queue.in_flight(), queue.state()), before),
+                    Err(error) => {
+                        assert_eq!((queue.in_flight(), queue.state()), before);
+                        if !matches!(error, RingError::Fault(_)) {
+                            assert_eq!(queue.broken(), Some(error));
+                            assert_eq!(queue.pop(memory, &mut self.chain), Err(error));
+                        }
+                    }
+                }
+            }
+            Op::Abandon => {
+                if self.last.take().is_some() {
+                    queue.abandon(&self.chain).expect("it was popped last");
+                    self.heads.pop();
+                }
+            }
+            Op::Push { which, len } => {
+                if self.heads.is_empty() {
+                    assert!(queue.push_used(0, len).is_err());
+                    return;
+                }
+                let which = usize::from(which) % self.heads.len();
+                match queue.push_used(self.heads[which], len) {
+                    Ok(()) => {
+                        self.heads.remove(which);
+                        self.last = None;
+                    }
+                    Err(error) => assert!(matches!(error, RingError::Fault(_)), "{error}"),
+                }
+            }
+            Op::PushWrong(head) => {
+                if !self.heads.contains(&head) {
+                    assert_eq!(queue.push_used(head, 0), Err(RingError::NotInFlight { head }));
+                }
+            }
+            Op::Publish => drop(queue.publish()),
+            Op::EnableKick => drop(queue.enable_kick()),
+            Op::DisableKick => drop(queue.disable_kick()),
+            _ => {}
+        }
+    }
+
+    fn driver(&mut self, op: &Op) {
+        let driver = &mut self.pair.driver;
+        match *op {
+            Op::Add { readable, writable } => {
+                let list = |count: u8| vec![Buffer { iova: 0, len: 10 }; usize::from(count % 8)];
+                let free = driver.free();
+                if driver.add(&list(readable), &list(writable), self.tokens.len() as u64).is_ok() {
+                    self.tokens.push(false);
+                    assert!(driver.free() < free);
+                }
+            }
+            Op::DriverPublish => drop(driver.publish()),
+            Op::TakeUsed => {
+                if let Ok(Some(done)) = driver.pop_used() {
+                    let completed = &mut self.tokens[usize::try_from(done.token).expect("a token of ours")];
+                    assert!(!std::mem::replace(completed, true), "completed twice");
+                    assert!(done.len <= 70);
+                }
+            }
+            Op::EnableInterrupts => drop(driver.enable_interrupts()),
+            Op::DisableInterrupts => drop(driver.disable_interrupts()),
+            Op::RestartDriver => self.adopt(),
+            _ => {}
+        }
+    }
+
+    /// Its own state is refused only if the memory is out of reach or the device changed it.
+    fn adopt(&mut self) {
+        let Driver::Packed(driver) = &self.pair.driver else { return };
+        let state = driver.state();
+        let memory = self.pair.memory.clone();
+        let _ = memory.cancel_failure();
+        memory.protect(IovaRange::ALL, Perm::RW);
+        let [desc, avail, used] = self.pair.areas();
+        if let Ok(driver) = vdpa_core::ring::driver::PackedDriver::adopt(&state, desc, avail, used) {
+            assert_eq!(driver.state(), state);
+            self.pair.driver = Driver::Packed(driver);
+        }
+    }
+
+    fn check(&self, op: &Op) {
+        let (queue, driver) = (&self.pair.queue, &self.pair.driver);
+        assert_eq!(
+            usize::from(queue.in_flight()),
+            self.heads.len() + usize::from(self.lost.0),
+            "after {op:?}"
+        );
+        assert!(
+            self.heads.len() + usize::from(queue.unpublished()) <= usize::from(self.size),
+            "after {op:?}"
+        );
+        assert_eq!(queue.undelivered(), self.lost.1, "after {op:?}");
+        let open = self.tokens.iter().filter(|&&completed| !completed).count();
+        assert_eq!(usize::from(driver.in_flight()), open, "after {op:?}");
+        assert!(driver.free() <= self.size && open <= usize::from(self.size - driver.free()), "after {op:?}");
+    }
+}
+
+fuzz_target!(|input: Input| {
+    let Some(mut state) = State::new(&input) else { return };
+    for op in input.ops.iter().take(400) {
+        state.memory(op);
+        state.device(op);
+        state.driver(op);
+        state.check(op);
+    }
+});
