@@ -1,6 +1,6 @@
 //! Opening a device and negotiating with it.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use vdpa_core::Errno;
@@ -17,7 +17,10 @@ use crate::session::{Session, Setup};
 /// A device that is an open file, so that it can be inherited by another process image.
 ///
 /// Implemented by vhost-vdpa device files, whether the kernel or vdpad serves them.
-pub trait DeviceFile: VdpaOps<Event = EventFd> + AsFd + Sized {
+pub trait DeviceFile: VdpaOps<Event = EventFd> + Sized {
+    /// The open file, to be inherited or passed on.
+    fn fd(&self) -> BorrowedFd<'_>;
+
     /// Opens the device at `path`, close-on-exec. May block until the server of the file answers.
     ///
     /// # Errors
@@ -25,7 +28,10 @@ pub trait DeviceFile: VdpaOps<Event = EventFd> + AsFd + Sized {
     fn open(path: &Path) -> Result<Self, Errno>;
 
     /// Uses a device that is open already. Makes no request.
-    fn from_fd(fd: OwnedFd) -> Self;
+    ///
+    /// # Errors
+    /// `EBADF` for a descriptor that cannot be one; a device file takes any, and its requests fail.
+    fn from_fd(fd: OwnedFd) -> Result<Self, Errno>;
 
     /// Tells the server of the device what an update cost, for its operators. Nothing depends on it.
     ///
@@ -37,6 +43,10 @@ pub trait DeviceFile: VdpaOps<Event = EventFd> + AsFd + Sized {
 }
 
 impl DeviceFile for VhostVdpaFd {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.as_fd()
+    }
+
     fn open(path: &Path) -> Result<Self, Errno> {
         Self::open(path).map_err(|e| match e {
             OpenError::NotFound { .. } => Errno::NOENT,
@@ -46,8 +56,8 @@ impl DeviceFile for VhostVdpaFd {
         })
     }
 
-    fn from_fd(fd: OwnedFd) -> Self {
-        Self::from_fd(fd)
+    fn from_fd(fd: OwnedFd) -> Result<Self, Errno> {
+        Ok(Self::from_fd(fd))
     }
 
     fn report_update(&self, report: &UpdateReport) -> Result<(), Errno> {
@@ -89,9 +99,11 @@ impl<D: DeviceFile> Device<D> {
     /// Uses a device file opened by somebody else (a sandbox, a management daemon).
     ///
     /// Without a path the strategy `reopen` is not possible; add one with [`at`](Self::at).
-    #[must_use]
-    pub fn from_fd(fd: OwnedFd) -> Self {
-        Self { ops: D::from_fd(fd), path: None }
+    ///
+    /// # Errors
+    /// [`Error::Request`] for a descriptor that cannot be a device of this kind.
+    pub fn from_fd(fd: OwnedFd) -> Result<Self, Error> {
+        Ok(Self { ops: D::from_fd(fd).map_err(Error::request("adopting a descriptor"))?, path: None })
     }
 }
 

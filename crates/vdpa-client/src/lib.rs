@@ -11,6 +11,7 @@
 //! | [`memory`], [`dma`] | memory, and the parts of it that a device can reach |
 //! | [`queue`] | a virtqueue that this program drives |
 //! | [`vring`] | a virtqueue that a guest drives |
+//! | [`inprocess`] | devices of this process that can be updated like files: for examples and tests |
 //! | [`update`] | being replaced: ways, strategies, roll-back, timings |
 //! | [`state`] | the format of saved state |
 //!
@@ -37,11 +38,14 @@
 //! let plan = Plan::new().section(Section::new("my-program", 1, b"my own state".to_vec()));
 //! let prepared = plan.prepare(&devices, Via::Exec(Image::new("/usr/bin/my-program")))?;
 //! // Now nobody drives them for the time of an exec.
-//! if let Err(failed) = prepared.switch(devices, Sections::new()) {
-//!     // Only a failure comes back; the devices in it work as before.
-//!     eprintln!("not updated: {}", failed.error);
-//!     devices = failed.devices;
-//! }
+//! devices = match prepared.switch(devices, Sections::new()) {
+//!     // By fork or by hand-over: another process has them. An exec does not come back with success.
+//!     Ok(_) => return Ok(()),
+//!     Err(failed) => {
+//!         eprintln!("not updated: {}", failed.error);
+//!         failed.devices // They work as before.
+//!     }
+//! };
 //! # drop(devices);
 //! # Ok(())
 //! # }
@@ -51,6 +55,7 @@
 pub mod device;
 pub mod dma;
 pub mod error;
+pub mod inprocess;
 pub mod memory;
 pub mod queue;
 pub mod session;

@@ -215,8 +215,13 @@ fn a_successor_that_is_late_is_called_off() {
         let devices = disk.devices();
         thread::scope(|scope| {
             let taken = scope.spawn(|| Incoming::<Notes>::receive(theirs)?.take_over());
-            let plan = Plan::new().strategy(strategy).deadline(Duration::ZERO);
+            let plan = Plan::new().strategy(strategy).deadline(Duration::from_millis(20));
             let prepared = plan.prepare(&devices, Via::HandOver(ours)).unwrap();
+            std::fs::write(disk.path.with_extension("stall"), "new_owner").unwrap();
+            scope.spawn(|| {
+                thread::sleep(Duration::from_millis(100));
+                std::fs::remove_file(disk.path.with_extension("stall")).unwrap();
+            });
             let mut failed = prepared.switch(devices, Sections::new()).unwrap_err();
             assert!(matches!(failed.error.source, Cause::Link(LinkError::TimedOut)), "{:?}", failed.error);
             assert!(failed.lost.is_empty());
@@ -225,7 +230,8 @@ fn a_successor_that_is_late_is_called_off() {
             assert!(matches!(error.source, Cause::Aborted), "{error:?}");
         });
         let notes = disk.notes();
-        assert!(strategy == Strategy::Live || notes.contains("suspend"), "{notes}");
+        // The successor's, and then the predecessor's again.
+        assert_eq!(notes.matches("new_owner").count(), 2, "{notes}");
     }
 }
 

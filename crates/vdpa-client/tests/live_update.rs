@@ -9,6 +9,7 @@ use std::fs::File;
 use std::path::Path;
 use std::process::Command;
 
+use vdpa_client::device::DeviceFile;
 use vdpa_client::dma::{Backing, RegionSpec};
 use vdpa_client::state::{Section, Sections};
 use vdpa_client::update::{self, Cause, Devices, Image, Phase, Plan, Strategy, Via, Way};
@@ -145,7 +146,7 @@ fn fail(strategy: Strategy, bits: &[vdpa_core::features::Bit]) -> String {
 
     complete_first(&session);
     assert_eq!(session.queue_mut(Q0).unwrap().reap().unwrap().unwrap().token, 11);
-    let flags = rustix::io::fcntl_getfd(session.ops()).unwrap();
+    let flags = rustix::io::fcntl_getfd(session.ops().fd()).unwrap();
     assert!(flags.contains(rustix::io::FdFlags::CLOEXEC), "close-on-exec is back");
     assert_eq!(session.status().unwrap(), Status(15));
     update.lines().collect::<Vec<_>>().join(", ")

@@ -130,6 +130,11 @@ impl<P: Parent, C> InProcess<P, C> {
         InProcess { file: Arc::clone(&self.file), caller }
     }
 
+    /// The open file, without keeping it open.
+    pub fn downgrade(&self) -> WeakFile<P> {
+        WeakFile(Arc::downgrade(&self.file))
+    }
+
     /// On whose behalf requests are made.
     pub const fn caller(&self) -> &C {
         &self.caller
@@ -143,6 +148,22 @@ impl<P: Parent, C> InProcess<P, C> {
     /// The device itself, and the caller, for requests that [`VdpaOps`] does not have.
     pub fn with<R>(&self, action: impl FnOnce(&mut Device<P>, &C) -> R) -> R {
         action(&mut lock(&self.file.device), &self.caller)
+    }
+}
+
+/// An open file that this does not keep open: what a table of open files has.
+pub struct WeakFile<P: Parent>(std::sync::Weak<OpenFile<P>>);
+
+impl<P: Parent> WeakFile<P> {
+    /// A handle for `caller`, unless the last one is gone.
+    pub fn upgrade<C>(&self, caller: C) -> Option<InProcess<P, C>> {
+        self.0.upgrade().map(|file| InProcess { file, caller })
+    }
+}
+
+impl<P: Parent> fmt::Debug for WeakFile<P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("WeakFile").finish_non_exhaustive()
     }
 }
 

@@ -44,7 +44,7 @@ impl Leave<'_> {
         let exec = || -> Result<std::convert::Infallible, Cause> {
             let mut open = Open::default();
             for device in resting {
-                device.ops.iter().try_for_each(|ops| open.inherit(ops.as_fd()))?;
+                device.ops.iter().try_for_each(|ops| open.inherit(ops.fd()))?;
                 let regions = device.setup.regions.list().iter().filter_map(|r| r.object());
                 let events = device.setup.vrings().flat_map(|v| [v.kick.as_fd(), v.call.as_fd()]);
                 regions.chain(events).try_for_each(|fd| open.inherit(fd))?;

@@ -127,7 +127,10 @@ impl<D: DeviceFile> Loaded<D> {
             .map_err(|e: super::UnknownStrategy| invalid("strategy", e.to_string()))?;
         let ops = match (strategy, device.fd) {
             (Strategy::Reopen, _) => None,
-            (_, Some(fd)) => Some(D::from_fd(source.take("device", fd)?)),
+            (_, Some(fd)) => {
+                let file = source.take("device", fd)?;
+                Some(D::from_fd(file).map_err(|e| invalid("device", format!("its descriptor: {e}")))?)
+            }
             (_, None) => return Err(invalid("device", "there is no descriptor of it")),
         };
         let mut setup = setup(&device, ops.as_ref())?;

@@ -76,7 +76,7 @@ pub(super) fn prepared<D: DeviceFile>(
     let mut list = Vec::new();
     for (&(name, session), &strategy) in devices.iter().zip(strategies) {
         let (ops, setup) = session.parts();
-        let open = (strategy != Strategy::Reopen).then(|| ops.as_fd());
+        let open = (strategy != Strategy::Reopen).then(|| ops.fd());
         list.push(device(name, strategy, open, setup, &mut table, &mut memories)?);
     }
     let mut descriptors = Vec::new();

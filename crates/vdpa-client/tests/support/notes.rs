@@ -46,6 +46,11 @@ impl Notes {
     }
 
     fn may_fail(&self, request: &str) -> Result<()> {
+        // A test that wants a request to wait writes its name there, and removes it.
+        let stall = self.path().with_extension("stall");
+        while std::fs::read_to_string(&stall).is_ok_and(|name| name == request) {
+            std::thread::yield_now();
+        }
         let order = self.path().with_extension("fail");
         if std::fs::read_to_string(&order).is_ok_and(|name| name == request) {
             std::fs::remove_file(order).unwrap();
@@ -67,13 +72,11 @@ impl Drop for Notes {
     }
 }
 
-impl AsFd for Notes {
-    fn as_fd(&self) -> BorrowedFd<'_> {
+impl DeviceFile for Notes {
+    fn fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
-}
 
-impl DeviceFile for Notes {
     fn open(path: &Path) -> Result<Self> {
         let file = OpenOptions::new().append(true).open(path).map_err(|_| Errno::NOENT)?;
         let device = Self(file);
@@ -81,8 +84,8 @@ impl DeviceFile for Notes {
         Ok(device)
     }
 
-    fn from_fd(fd: OwnedFd) -> Self {
-        Self(File::from(fd))
+    fn from_fd(fd: OwnedFd) -> Result<Self> {
+        Ok(Self(File::from(fd)))
     }
 }
 
