@@ -1,5 +1,7 @@
 //! IOTLB messages: UPDATE, INVALIDATE and batches.
 
+use std::collections::BTreeSet;
+
 use thiserror::Error;
 
 use crate::device::{Device, MemoryOf};
@@ -156,6 +158,8 @@ impl IotlbError {
 pub(super) struct Batch<P: Parent> {
     pub(super) asid: Asid,
     pub(super) remapped: Vec<(RecordId, Vec<Mapping<MemoryOf<P>>>)>,
+    /// The records among them.
+    pub(super) known: BTreeSet<RecordId>,
 }
 
 impl<P: Parent> Device<P> {
@@ -183,7 +187,11 @@ impl<P: Parent> Device<P> {
                 Ok(())
             }
             iotlb_type::BATCH_BEGIN => {
-                self.batch.get_or_insert_with(|| Batch { asid, remapped: Vec::new() });
+                self.batch.get_or_insert_with(|| Batch {
+                    asid,
+                    remapped: Vec::new(),
+                    known: BTreeSet::new(),
+                });
                 Ok(())
             }
             iotlb_type::BATCH_END => self.end_batch(asid),

@@ -102,7 +102,7 @@ impl<P: Parent> Device<P> {
 
 /// Keeps the first state of a record in a batch; later ones of the same batch are not what END goes back to.
 fn remember<P: Parent>(batch: &mut Batch<P>, record: RecordId, before: Vec<Mapping<MemoryOf<P>>>) {
-    if !batch.remapped.iter().any(|(id, _)| *id == record) {
+    if batch.known.insert(record) {
         batch.remapped.push((record, before));
     }
 }
