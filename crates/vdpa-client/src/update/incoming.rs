@@ -4,21 +4,18 @@ use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::time::Instant;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{SealFlags, fcntl_get_seals, fstat};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use vdpa_sys::clock::monotonic_ns;
 use vdpa_sys::{inherit, memfd};
 
-use super::link::{Kind, Link, LinkError, Wait};
+use super::conversation::Conversation;
+use super::link::{Kind, LinkError};
 use super::load::{All, Loaded, Source, load};
 use super::points::{Point, reach};
-use super::successor::Failure;
 use super::{
     Cause, DeviceReport, Devices, PID_VARIABLE, Phase, Report, SOCKET_VARIABLE, STATE_VARIABLE,
-    StateFileError, Strategy, UpdateError, Way, steps,
+    StateFileError, Strategy, UpdateError, Way, keeper, steps,
 };
 use crate::device::DeviceFile;
 use crate::session::Session;
@@ -100,6 +97,7 @@ pub fn incoming<D: DeviceFile>() -> Result<Option<Incoming<D>>, UpdateError> {
         return Ok(None);
     }
     reach(Point::Entered);
+    keeper::adopt();
     let read = || -> Result<Sections, Cause> {
         let number = value
             .to_str()
@@ -290,6 +288,7 @@ impl<D: DeviceFile> Incoming<D> {
                 taking.own(&mut report)?;
                 let devices = taking.run(&mut report)?;
                 report.total = monotonic_ns().saturating_sub(begun_ns);
+                keeper::collect();
                 devices
             }
             Origin::Process(mut conversation) => {
@@ -336,10 +335,8 @@ fn take_from_process<D: DeviceFile>(
     taking.run_all_but_reopened(report)?;
     let payload = serde_json::to_vec(report)
         .map_err(|e| at(Phase::Commit)(LinkError::Protocol { what: e.to_string() }.into()))?;
-    conversation.say(Kind::Taken, &payload).map_err(at(Phase::Commit))?;
     let said = monotonic_ns();
-    reach(Point::TakenSent);
-    conversation.hear_commit().map_err(at(Phase::Commit))?;
+    conversation.agree(&payload).map_err(at(Phase::Commit))?;
     report.commit = monotonic_ns().saturating_sub(said);
     reach(Point::CommitHeard);
     let devices = taking.run(report)?;
@@ -469,82 +466,6 @@ fn run_one<D: DeviceFile>(device: &Loaded<D>, times: &mut DeviceReport) -> Resul
     });
     reach(Point::Running);
     done
-}
-
-/// The successor's end of the socket.
-#[derive(Debug)]
-struct Conversation {
-    link: Link,
-    process: Option<OwnedFd>,
-    over: bool,
-}
-
-impl Conversation {
-    fn new(socket: UnixStream) -> Result<Self, Cause> {
-        let link = Link::new(socket.into())?;
-        let peer = link.peer(None)?;
-        let process = Pid::from_raw(peer.pid).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
-        Ok(Self { link, process, over: false })
-    }
-
-    fn say(&mut self, kind: Kind, payload: &[u8]) -> Result<(), Cause> {
-        Ok(self.link.send(kind, payload, &[], Wait::default())?)
-    }
-
-    /// Waits for one kind of message, as long as it takes: only the predecessor decides.
-    fn hear(&mut self, kind: Kind) -> Result<super::link::Message, Cause> {
-        let message = self.link.receive(Wait::default())?;
-        match message.kind {
-            heard if heard == kind => Ok(message),
-            Kind::Abort => Err(Cause::Aborted),
-            heard => Err(LinkError::Protocol { what: format!("{heard:?} is out of turn") }.into()),
-        }
-    }
-
-    /// Waits for the predecessor's last word. One that has ended cannot say it, and cannot want the devices back: then
-    /// they are this process's.
-    fn hear_commit(&mut self) -> Result<(), Cause> {
-        match self.hear(Kind::Commit) {
-            Err(Cause::Link(LinkError::Gone)) if self.predecessor_has_ended() => {}
-            other => drop(other?),
-        }
-        self.over = true;
-        Ok(())
-    }
-
-    /// Whether the process has ended, waiting for a moment: its socket closes before it is gone.
-    fn predecessor_has_ended(&self) -> bool {
-        let Some(process) = &self.process else { return true };
-        let limit = Timespec { tv_sec: 5, tv_nsec: 0 };
-        let begin = Instant::now();
-        loop {
-            let mut fds = [PollFd::new(process, PollFlags::IN)];
-            match poll(&mut fds, Some(&limit)) {
-                Ok(count) => return count > 0,
-                Err(_) if begin.elapsed().as_secs() < 5 => {}
-                Err(_) => return false,
-            }
-        }
-    }
-
-    /// Says why not. Nobody is there to be told when that fails.
-    fn say_no(&mut self, kind: Kind, error: &UpdateError) {
-        if self.over {
-            return;
-        }
-        self.over = true;
-        let failure =
-            Failure { phase: error.phase, device: error.device.clone(), reason: super::chain(&error.source) };
-        let payload = serde_json::to_vec(&failure).unwrap_or_default();
-        let _ = self.link.send(kind, &payload, &[], Wait::default());
-    }
-}
-
-impl Drop for Conversation {
-    fn drop(&mut self) {
-        let source = Cause::Refused { reason: "the successor has given up".to_owned() };
-        self.say_no(Kind::Refused, &UpdateError { phase: Phase::Load, device: None, source });
-    }
 }
 
 #[cfg(test)]
