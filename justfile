@@ -51,3 +51,11 @@ clients *args:
 # Runs the conformance suite on the kernel's own devices, in an emulated machine (downloads 400 MB the first time).
 conform-kernel *args:
     testbed/conform {{args}}
+
+# A thousand updates in a row for each way, with requests in flight and a look at what everybody holds.
+many-updates count='1000':
+    VDPA_TEST_UPDATES={{count}} cargo nextest run --locked --package vdpad --test many_updates --no-capture
+
+# What an update costs by devices and mappings; medians.
+bench-scale rounds='5':
+    VDPA_TEST_ROUNDS={{rounds}} cargo test --release --locked --package vdpad --test scale -- figures --exact --nocapture

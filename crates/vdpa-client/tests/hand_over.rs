@@ -412,3 +412,71 @@ fn a_rehearsal_asks_the_new_image_before_the_exec() {
     let prepared = Plan::new().prepare(&devices, Via::Exec(Image::new(Path::new("/bin/true")))).unwrap();
     assert_eq!(prepared.strategy("disk0"), Some(Strategy::Live));
 }
+
+/// The two ends of a connection may have been made by a third process, which is none of the two that talk.
+#[test]
+fn the_process_that_answers_is_the_one_that_is_killed() {
+    use std::os::fd::{AsRawFd, OwnedFd};
+    use std::os::unix::process::ExitStatusExt;
+
+    let disk = Disk::new(&ALL);
+    let devices = disk.devices();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let theirs = OwnedFd::from(theirs);
+    let inode = rustix::fs::fstat(&theirs).unwrap().st_ino;
+    let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+    command.args(["child", "--exact", "--nocapture"]).env("PART", "take");
+    command.env(update::SOCKET_VARIABLE, format!("{}:{inode}", theirs.as_raw_fd()));
+    let mut child = vdpa_sys::exec::spawn(&mut command, vec![theirs]).unwrap();
+    drop(command);
+    Notes::at(&disk.path).fail_next("new_owner stops");
+    let plan = Plan::new().deadline(Duration::from_millis(500)).grace(Duration::from_millis(50));
+    let prepared = plan.prepare(&devices, Via::HandOver(ours)).unwrap();
+    assert_eq!(prepared.successor().unsigned_abs(), child.id());
+    let mut failed = prepared.switch(devices, Sections::new()).unwrap_err();
+    assert!(matches!(failed.error.source, Cause::Link(LinkError::TimedOut)), "{:?}", failed.error);
+    assert!(failed.lost.is_empty(), "{:?}", failed.lost);
+    works(&mut failed.devices);
+    assert_eq!(child.wait().unwrap().signal(), Some(9));
+}
+
+/// What an update asks of devices: one request for each mapping, and the same number for each device whatever its size.
+#[test]
+fn requests_are_linear_in_devices_and_mappings() {
+    let remap = [B::NEW_OWNER, B::SUSPEND, B::RESUME, B::IOTLB_REMAP];
+    let asked = |strategy: Strategy, count: usize, mappings: u64| -> u64 {
+        let disks: Vec<Disk> = (0..count).map(|_| Disk::new(&remap)).collect();
+        let size = mappings * 4096;
+        let memory = Memory::map("ram", memfd::create(c"ram", size, None).unwrap(), 0, size, false).unwrap();
+        let device = |(number, disk): (usize, &Disk)| {
+            let mut session = notes::negotiated(&disk.path);
+            for at in 0..mappings {
+                let name = format!("part{at}");
+                session.map_memory(&name, &memory, at * 4096, at * 8192, 4096, Perm::RW).unwrap();
+            }
+            session.start().unwrap();
+            session.ops().note("--- update").unwrap();
+            (format!("disk{number}"), session)
+        };
+        let devices: Devices<Notes> = disks.iter().enumerate().map(device).collect();
+        let plan = Plan::new().strategy(strategy);
+        let (left, taken) = hand_over(devices, plan, Sections::new(), Incoming::take_over);
+        left.unwrap();
+        assert_eq!(taken.unwrap().devices.len(), count);
+        let requests = |disk: &Disk| {
+            let notes = disk.notes();
+            let requests: Vec<_> = notes.split(", ").filter(|line| *line != "close").collect();
+            let per_mapping = if strategy == Strategy::Reopen { "update" } else { "remap" };
+            assert_eq!(requests.iter().filter(|line| **line == per_mapping).count() as u64, mappings);
+            requests.len() as u64
+        };
+        disks.iter().map(requests).sum()
+    };
+    for strategy in [Strategy::Resume, Strategy::Reset, Strategy::Reopen] {
+        let fixed = asked(strategy, 1, 1) - 1;
+        for (count, mappings) in [(1, 16), (1, 1024), (4, 16), (16, 16), (64, 1), (64, 16)] {
+            let wanted = count as u64 * (fixed + mappings);
+            assert_eq!(asked(strategy, count, mappings), wanted, "{strategy}, {count} devices, {mappings}");
+        }
+    }
+}

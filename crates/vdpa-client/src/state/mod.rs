@@ -21,6 +21,8 @@
 pub mod v1;
 pub mod v2;
 
+use std::collections::HashSet;
+
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
@@ -275,8 +277,9 @@ impl Sections {
 /// [`StateError::Name`] for an empty, overlong or repeated name; [`StateError::TooLong`].
 pub fn encode(sections: &Sections) -> Result<Vec<u8>, StateError> {
     let mut payload = Vec::new();
-    for (at, section) in sections.0.iter().enumerate() {
-        if sections.0.iter().take(at).any(|s| s.name == section.name) {
+    let mut names = HashSet::new();
+    for section in &sections.0 {
+        if !names.insert(section.name.as_str()) {
             return Err(StateError::Name { name: section.name.clone(), reason: "it is there twice" });
         }
         put_section(&mut payload, section)?;
@@ -350,10 +353,11 @@ pub fn decode(bytes: &[u8]) -> Result<Sections, StateError> {
 fn read_sections(payload: &[u8]) -> Result<Sections, StateError> {
     let mut reader = Reader { bytes: payload, offset: 0 };
     let mut sections = Sections::default();
+    let mut names = HashSet::new();
     while !reader.bytes.is_empty() {
         let offset = reader.offset;
         let section = reader.section().map_err(|what| StateError::Section { offset, what })?;
-        if sections.0.iter().any(|s| s.name == section.name) {
+        if !names.insert(section.name.clone()) {
             return Err(StateError::Section { offset, what: "a second section of the same name" });
         }
         sections.push(section);

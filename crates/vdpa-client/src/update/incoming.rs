@@ -16,7 +16,7 @@ use super::predecessor::Conversation;
 use super::taking::Taking;
 use super::{
     Cause, Devices, PID_VARIABLE, Phase, Report, SOCKET_VARIABLE, STATE_VARIABLE, StateFileError, Strategy,
-    UpdateError, Way, steps,
+    UpdateError, Way, keeper, steps,
 };
 use crate::device::DeviceFile;
 use crate::session::Session;
@@ -108,6 +108,7 @@ pub fn incoming<D: DeviceFile>() -> Result<Option<Incoming<D>>, UpdateError> {
         return Ok(None);
     }
     reach(Point::Entered);
+    keeper::adopt();
     let read = || -> Result<Sections, Cause> {
         let number = value
             .to_str()
@@ -306,6 +307,7 @@ impl<D: DeviceFile> Incoming<D> {
                 taking.own(&mut report)?;
                 let devices = taking.run(&mut report)?;
                 report.total = monotonic_ns().saturating_sub(begun_ns);
+                keeper::collect();
                 devices
             }
             Origin::Process(mut conversation) => {
@@ -352,10 +354,8 @@ fn take_from_process<D: DeviceFile>(
     taking.run_all_but_reopened(report)?;
     let payload = serde_json::to_vec(report)
         .map_err(|e| at(Phase::Commit)(LinkError::Protocol { what: e.to_string() }.into()))?;
-    conversation.say(Kind::Taken, &payload).map_err(at(Phase::Commit))?;
     let said = monotonic_ns();
-    reach(Point::TakenSent);
-    conversation.hear_commit().map_err(at(Phase::Commit))?;
+    conversation.agree(&payload).map_err(at(Phase::Commit))?;
     report.commit = monotonic_ns().saturating_sub(said);
     reach(Point::CommitHeard);
     let devices = taking.run(report)?;

@@ -1,4 +1,4 @@
-//! The last steps of an image that is replaced by exec.
+//! Replacing the program of this process by the next image.
 
 use std::ffi::CString;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -12,7 +12,7 @@ use vdpa_sys::memfd;
 
 use super::points::{Point, reach};
 use super::rest::AtRest;
-use super::{Cause, Image, PID_VARIABLE, Phase, Plan, STATE_VARIABLE, UpdateError, steps};
+use super::{Cause, Image, PID_VARIABLE, Phase, Plan, STATE_VARIABLE, UpdateError, keeper, steps};
 use crate::device::DeviceFile;
 use crate::state::{self, Sections, v2};
 
@@ -52,13 +52,20 @@ impl Leave<'_> {
             plan.descriptors.iter().try_for_each(|(_, fd)| open.inherit(fd.as_fd()))?;
             open.inherit(file.as_fd())?;
             let (path, args, mut env) = image.strings()?;
-            for (name, number) in [(STATE_VARIABLE, file.as_raw_fd()), (PID_VARIABLE, steps::own_pid())] {
-                let variable = CString::new(format!("{name}={number}"));
-                env.push(variable.map_err(|_| Cause::Nul { what: "environment" })?);
-            }
             // The page tables of this image are taken down after the exec and not in it. Where that is not possible, the
             // update is slower and otherwise the same. Dropped when the exec fails.
-            let _keeper = AddressSpaceKeeper::spawn();
+            let address_space = AddressSpaceKeeper::spawn().ok();
+            let collected = keeper::leave(address_space.as_ref());
+            let numbers: Vec<String> = collected.iter().map(|fd| fd.as_raw_fd().to_string()).collect();
+            let variables = [
+                (STATE_VARIABLE, file.as_raw_fd().to_string()),
+                (PID_VARIABLE, steps::own_pid().to_string()),
+                (keeper::VARIABLE, numbers.join(",")),
+            ];
+            for (name, value) in variables {
+                let variable = CString::new(format!("{name}={value}"));
+                env.push(variable.map_err(|_| Cause::Nul { what: "environment" })?);
+            }
             if until.is_some_and(|until| Instant::now() >= until) {
                 return Err(Cause::Deadline);
             }

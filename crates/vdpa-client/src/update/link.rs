@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::sockopt::{socket_domain, socket_peercred, socket_type};
+use rustix::net::sockopt::{set_socket_passcred, socket_domain, socket_peercred, socket_type};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketType, recvmsg, sendmsg,
@@ -118,10 +118,12 @@ pub(super) enum Kind {
     Abort = 9,
     /// To the predecessor: nothing is held any more.
     Aborted = 10,
+    /// To the predecessor: the commit was heard. From here on the successor drives the devices.
+    Done = 11,
 }
 
 impl Kind {
-    const ALL: [Self; 10] = [
+    const ALL: [Self; 11] = [
         Self::Descriptors,
         Self::Offer,
         Self::Ready,
@@ -132,6 +134,7 @@ impl Kind {
         Self::Commit,
         Self::Abort,
         Self::Aborted,
+        Self::Done,
     ];
 }
 
@@ -141,6 +144,16 @@ pub(super) struct Message {
     pub(super) kind: Kind,
     pub(super) payload: Vec<u8>,
     pub(super) fds: Vec<OwnedFd>,
+    /// The process that sent it, as the kernel says. The one that made the connection, of which [`Link::peer`] knows, may be
+    /// another: a socket can be passed on, and a service manager listens for those that it starts.
+    pub(super) sender: Option<i32>,
+}
+
+/// What comes beside the bytes.
+#[derive(Debug, Default)]
+struct Ancillary {
+    fds: Vec<OwnedFd>,
+    sender: Option<i32>,
 }
 
 /// How long to wait, and what ends it early.
@@ -166,7 +179,12 @@ impl Link {
     pub(super) fn new(socket: OwnedFd) -> Result<Self, LinkError> {
         let unix = socket_domain(&socket).is_ok_and(|family| family == AddressFamily::UNIX);
         let stream = socket_type(&socket).is_ok_and(|kind| kind == SocketType::STREAM);
-        if unix && stream { Ok(Self(socket)) } else { Err(LinkError::NotASocket) }
+        if !unix || !stream {
+            return Err(LinkError::NotASocket);
+        }
+        // The kernel adds the sender to each message as soon as one of the two ends asks for it.
+        set_socket_passcred(&socket, true).map_err(system("ask for the sender of messages"))?;
+        Ok(Self(socket))
     }
 
     /// Who is at the other end, if that one may be: root, this process's user, or `allowed`.
@@ -223,12 +241,12 @@ impl Link {
     }
 
     pub(super) fn receive(&self, wait: Wait<'_>) -> Result<Message, LinkError> {
-        let mut fds = Vec::new();
+        let mut came = Ancillary::default();
         loop {
             let mut bytes = [0; HEADER];
-            self.receive_bytes(&mut bytes, &mut fds, wait)?;
+            self.receive_bytes(&mut bytes, &mut came, wait)?;
             let (kind, len) = parse(&bytes)?;
-            if fds.len() > FDS_MAX {
+            if came.fds.len() > FDS_MAX {
                 return Err(LinkError::Protocol { what: format!("more than {FDS_MAX} descriptors") });
             }
             if kind == Kind::Descriptors {
@@ -241,20 +259,22 @@ impl Link {
                 let start = payload.len();
                 payload.resize(start + rest.min(1 << 20), 0);
                 let piece = payload.get_mut(start..).unwrap_or_default();
-                self.receive_bytes(piece, &mut fds, wait)?;
+                self.receive_bytes(piece, &mut came, wait)?;
             }
-            return Ok(Message { kind, payload, fds });
+            let Ancillary { fds, sender } = came;
+            return Ok(Message { kind, payload, fds, sender });
         }
     }
 
     fn receive_bytes(
         &self,
         mut bytes: &mut [u8],
-        fds: &mut Vec<OwnedFd>,
+        came: &mut Ancillary,
         wait: Wait<'_>,
     ) -> Result<(), LinkError> {
         while !bytes.is_empty() {
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_AT_ONCE))];
+            let mut space =
+                [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_AT_ONCE), ScmCredentials(1))];
             let mut control = RecvAncillaryBuffer::new(&mut space);
             let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
             let received = match recvmsg(&self.0, &mut [IoSliceMut::new(bytes)], &mut control, flags) {
@@ -268,8 +288,12 @@ impl Link {
                 Err(e) => return Err(system("receive from the other side")(e)),
             };
             for message in control.drain() {
-                if let RecvAncillaryMessage::ScmRights(some) = message {
-                    fds.extend(some);
+                match message {
+                    RecvAncillaryMessage::ScmRights(some) => came.fds.extend(some),
+                    RecvAncillaryMessage::ScmCredentials(sender) => {
+                        came.sender = Some(sender.pid.as_raw_nonzero().get());
+                    }
+                    _ => {}
                 }
             }
             if received.flags.contains(ReturnFlags::CTRUNC) {

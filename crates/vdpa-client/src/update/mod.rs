@@ -11,8 +11,10 @@
 //!    device is touched. When anything fails before the new program has the devices, the steps taken are undone and
 //!    [`Prepared::switch`] returns the sessions with the error. When a new image cannot restore after an exec, it gets an
 //!    error that says what is wrong; the devices then still have their mappings, since nothing was unmapped.
-//! 4. **One process has a device.** In a hand-over the predecessor decides, up to its commit; after it, it has nothing
-//!    left by which it could reach a device. One that dies in between has decided by that.
+//! 4. **One process has a device.** In a hand-over the predecessor decides, up to its commit. It lets go when the successor
+//!    has heard that; a successor that has ended without hearing it does not get the devices. When it has let go, it has
+//!    nothing left by which it could reach a device. A predecessor that dies after it has sent the complete state has
+//!    decided by that: the successor takes over.
 //!
 //! # Ways
 //!
@@ -43,6 +45,7 @@
 
 mod devices;
 mod incoming;
+mod keeper;
 mod leave;
 mod link;
 mod load;
@@ -69,7 +72,7 @@ use vdpa_core::features::{BackendFeatures, Features};
 pub use self::devices::{Devices, Iter};
 pub use self::incoming::{Incoming, Restored, incoming, restore};
 pub use self::link::{Cancel, LinkError};
-pub use self::plan::{DEADLINE, Image, Plan, UnknownWay, Via, Way};
+pub use self::plan::{DEADLINE, GRACE, Image, Plan, UnknownWay, Via, Way};
 pub use self::prepared::{Departed, Described, Failed, Prepared};
 pub use self::report::{DeviceReport, Report};
 pub use self::strategy::{Strategy, UnknownStrategy, Unsupported};

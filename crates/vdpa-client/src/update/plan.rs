@@ -1,5 +1,6 @@
 //! What an update is to carry, by what way, and how long it may take.
 
+use std::collections::HashSet;
 use std::ffi::{CString, OsStr, OsString};
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -15,11 +16,14 @@ use serde::{Deserialize, Serialize};
 use vdpa_core::Errno;
 use vdpa_sys::exec::spawn;
 
-use super::{Cancel, Cause, PID_VARIABLE, SOCKET_VARIABLE, STATE_VARIABLE, Strategy, steps};
+use super::{Cancel, Cause, PID_VARIABLE, SOCKET_VARIABLE, STATE_VARIABLE, Strategy, keeper, steps};
 use crate::state::{Section, Sections, v2};
 
 /// How long a switch may take unless the plan says otherwise.
 pub const DEADLINE: Duration = Duration::from_secs(30);
+
+/// How long a successor that failed or is late has to let go of the devices, unless the plan says otherwise.
+pub const GRACE: Duration = Duration::from_secs(2);
 
 /// By what way devices get from one program to the next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -105,7 +109,7 @@ impl Image {
     /// The file `path`, run with the arguments and the environment of this process.
     #[must_use]
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        let own = [STATE_VARIABLE, PID_VARIABLE, SOCKET_VARIABLE];
+        let own = [STATE_VARIABLE, PID_VARIABLE, SOCKET_VARIABLE, keeper::VARIABLE];
         Self {
             path: path.into(),
             args: std::env::args_os().collect(),
@@ -202,6 +206,7 @@ pub struct Plan {
     /// The first descriptor that could not be copied.
     pub(super) broken: Option<(String, Errno)>,
     pub(super) deadline: Option<Duration>,
+    pub(super) grace: Duration,
     pub(super) cancel: Option<Cancel>,
     pub(super) allowed_uid: Option<u32>,
     pub(super) rehearse: bool,
@@ -214,7 +219,7 @@ impl Default for Plan {
 }
 
 impl Plan {
-    /// Nothing but the devices, the best strategy for each, [`DEADLINE`].
+    /// Nothing but the devices, the best strategy for each, [`DEADLINE`] and [`GRACE`].
     #[must_use]
     pub const fn new() -> Self {
         Self {
@@ -225,6 +230,7 @@ impl Plan {
             descriptors: Vec::new(),
             broken: None,
             deadline: Some(DEADLINE),
+            grace: GRACE,
             cancel: None,
             allowed_uid: None,
             rehearse: false,
@@ -286,6 +292,14 @@ impl Plan {
         Self { deadline: None, ..self }
     }
 
+    /// How long a successor that is called off may take to say that it holds nothing any more, before it is killed. Until
+    /// then this process cannot have the devices back, so this is part of how long nobody drives them when a successor
+    /// hangs.
+    #[must_use]
+    pub fn grace(self, grace: Duration) -> Self {
+        Self { grace, ..self }
+    }
+
     /// Lets another thread end the prepare.
     #[must_use]
     pub fn cancel(self, cancel: &Cancel) -> Self {
@@ -306,10 +320,9 @@ impl Plan {
         Self { rehearse: true, ..self }
     }
 
-    /// The strategy for a device.
-    pub(super) fn strategy_for(&self, name: &str) -> Option<Strategy> {
-        let own = self.strategies.iter().rev().find(|(device, _)| device == name);
-        own.map(|(_, strategy)| *strategy).or(self.strategy)
+    /// Devices that have a strategy of their own. The last one given counts.
+    pub(super) fn strategies(&self) -> impl Iterator<Item = (&str, Strategy)> {
+        self.strategies.iter().map(|(device, strategy)| (device.as_str(), *strategy))
     }
 
     /// Checks what does not depend on devices, `names` of which there are.
@@ -317,10 +330,9 @@ impl Plan {
         if let Some((name, source)) = &self.broken {
             return Err(Cause::Descriptor { name: name.clone(), source: *source });
         }
-        if let Some((device, _)) =
-            self.strategies.iter().find(|(device, _)| !names.contains(&device.as_str()))
-        {
-            return Err(Cause::NoDevice { name: device.clone(), present: names.join(", ") });
+        let present: HashSet<&str> = names.iter().copied().collect();
+        if let Some((device, _)) = self.strategies().find(|(device, _)| !present.contains(device)) {
+            return Err(Cause::NoDevice { name: device.to_owned(), present: names.join(", ") });
         }
         names.sort_unstable();
         if let Some(name) = steps::first_twice(&names) {

@@ -1,4 +1,4 @@
-//! The successor's side of the conversation with its predecessor.
+//! The successor's part of the conversation with its predecessor.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -8,6 +8,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::link::{Kind, Link, LinkError, Message, Wait};
+use super::points::{Point, reach};
 use super::successor::Failure;
 use super::{Cause, Phase, UpdateError};
 use crate::error::chain;
@@ -16,6 +17,7 @@ use crate::error::chain;
 #[derive(Debug)]
 pub(super) struct Conversation {
     link: Link,
+    /// The predecessor, once it has said something.
     process: Option<OwnedFd>,
     over: bool,
 }
@@ -23,9 +25,8 @@ pub(super) struct Conversation {
 impl Conversation {
     pub(super) fn new(socket: UnixStream, allowed: Option<u32>) -> Result<Self, Cause> {
         let link = Link::new(socket.into())?;
-        let peer = link.peer(allowed)?;
-        let process = Pid::from_raw(peer.pid).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
-        Ok(Self { link, process, over: false })
+        link.peer(allowed)?;
+        Ok(Self { link, process: None, over: false })
     }
 
     pub(super) fn say(&mut self, kind: Kind, payload: &[u8]) -> Result<(), Cause> {
@@ -35,6 +36,10 @@ impl Conversation {
     /// Waits for one kind of message, as long as it takes: only the predecessor decides.
     pub(super) fn hear(&mut self, kind: Kind) -> Result<Message, Cause> {
         let message = self.link.receive(Wait::default())?;
+        if self.process.is_none() {
+            let pid = message.sender.and_then(Pid::from_raw);
+            self.process = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+        }
         match message.kind {
             heard if heard == kind => Ok(message),
             Kind::Abort => Err(Cause::Aborted),
@@ -42,12 +47,23 @@ impl Conversation {
         }
     }
 
-    /// Waits for the predecessor's last word. One that has ended cannot say it, and cannot want the devices back: then
-    /// they are this process's.
-    pub(super) fn hear_commit(&mut self) -> Result<(), Cause> {
+    /// Says that the devices are taken over, and waits for the predecessor's last word. One that has ended cannot say it,
+    /// and cannot want the devices back: then they are this process's. The predecessor keeps hold of them until it has heard
+    /// that its word has arrived, or that this process has ended before.
+    pub(super) fn agree(&mut self, report: &[u8]) -> Result<(), Cause> {
+        match self.say(Kind::Taken, report) {
+            Ok(()) => reach(Point::TakenSent),
+            // It may have called the update off before it ended: that is still to be read.
+            Err(Cause::Link(LinkError::Gone)) => {}
+            Err(e) => return Err(e),
+        }
         match self.hear(Kind::Commit) {
+            Ok(_) => match self.say(Kind::Done, b"") {
+                Ok(()) | Err(Cause::Link(LinkError::Gone)) => {}
+                Err(e) => return Err(e),
+            },
             Err(Cause::Link(LinkError::Gone)) if self.predecessor_has_ended() => {}
-            other => drop(other?),
+            Err(e) => return Err(e),
         }
         self.over = true;
         Ok(())

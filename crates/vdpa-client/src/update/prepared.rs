@@ -1,6 +1,8 @@
 //! The predecessor's side of an update: prepare, switch, roll back.
 
+use std::collections::{HashMap, HashSet};
 use std::process::Child;
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use vdpa_core::features::BackendFeatures;
@@ -9,9 +11,10 @@ use vdpa_sys::clock::monotonic_ns;
 use super::leave::Leave;
 use super::points::{Point, reach};
 use super::rest::AtRest;
-use super::successor::Successor;
+use super::successor::{CalledOff, Successor};
 use super::{Cause, Devices, Image, Phase, Plan, Report, Strategy, UpdateError, Via, Way, save, steps};
 use crate::device::DeviceFile;
+use crate::memory::Memory;
 use crate::session::{Session, Setup};
 use crate::state::{self, Sections, v2};
 
@@ -106,10 +109,14 @@ impl Plan {
         let begun_unix_ns = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_nanos();
         let begun_unix_ns = u64::try_from(begun_unix_ns).unwrap_or(u64::MAX);
         self.check(devices.iter().map(|(name, _)| *name).collect()).map_err(general)?;
+        let strategies: HashMap<&str, Strategy> = self.strategies().collect();
+        // Each piece of memory is looked at once, however many mappings there are of it.
+        let mut verified = HashSet::new();
         let mut chosen = Vec::with_capacity(devices.len());
         for &(name, session) in &devices {
             let setup = session.parts().1;
-            let strategy = check(setup, self.strategy_for(name)).map_err(|source| of_device(name, source))?;
+            let wanted = strategies.get(name).copied().or(self.strategy);
+            let strategy = check(setup, wanted, &mut verified).map_err(|source| of_device(name, source))?;
             chosen.push(Chosen { name: name.to_owned(), strategy, generation: setup.generation });
         }
         let strategies: Vec<Strategy> = chosen.iter().map(|c| c.strategy).collect();
@@ -159,7 +166,7 @@ impl Described {
             image.check()?;
         }
         reach(Point::Checked);
-        let cancel = self.plan.cancel.as_ref();
+        let (cancel, grace) = (self.plan.cancel.as_ref(), self.plan.grace);
         let fds = self.table.fds();
         let connected = |successor: Result<Successor, Cause>| {
             let mut successor = successor?;
@@ -170,7 +177,7 @@ impl Described {
         match via {
             Via::Exec(image) => {
                 if self.plan.rehearse {
-                    drop(connected(Successor::start(&image))?);
+                    drop(connected(Successor::start(&image, grace))?);
                 }
                 image.prefetch();
                 let mut known = self.known.clone();
@@ -180,9 +187,9 @@ impl Described {
                 known.put(&mut sections)?;
                 Ok((To::Exec(image), sections))
             }
-            Via::Fork(image) => Ok((To::Process(way, connected(Successor::start(&image))?), sections)),
+            Via::Fork(image) => Ok((To::Process(way, connected(Successor::start(&image, grace))?), sections)),
             Via::HandOver(socket) => {
-                let successor = Successor::connect(socket, self.plan.allowed_uid);
+                let successor = Successor::connect(socket, self.plan.allowed_uid, grace);
                 Ok((To::Process(way, connected(successor)?), sections))
             }
         }
@@ -190,12 +197,18 @@ impl Described {
 }
 
 /// Everything about one device that can be known before it is touched.
-fn check(setup: &Setup, strategy: Option<Strategy>) -> Result<Strategy, Cause> {
+fn check(
+    setup: &Setup,
+    strategy: Option<Strategy>,
+    verified: &mut HashSet<*const Memory>,
+) -> Result<Strategy, Cause> {
     let strategy = strategy.unwrap_or_else(|| Strategy::pick(setup.offered));
     strategy.check(setup.offered)?;
     for region in setup.regions.list() {
         let named = |problem| Cause::Memory { name: region.name().to_owned(), problem };
-        region.memory().verify().map_err(named)?;
+        if verified.insert(Arc::as_ptr(region.memory())) {
+            region.memory().verify().map_err(named)?;
+        }
     }
     if strategy == Strategy::Reopen {
         if setup.path.is_none() {
@@ -387,41 +400,45 @@ fn depart<D: DeviceFile>(
     until: Option<Instant>,
     begun: Begun,
 ) -> Result<Departed, Box<Failed<D>>> {
-    let mut talk = || -> Result<Report, Cause> {
+    let mut report = None;
+    let mut talk = || -> Result<(), Cause> {
         switch.put(&mut late)?;
-        let report = successor.switch(&state::encode(&late)?, until)?;
+        // From here on an answer counts that has come, however late it is looked at.
+        if until.is_some_and(|until| Instant::now() >= until) {
+            return Err(Cause::Deadline);
+        }
+        report = Some(successor.switch(&state::encode(&late)?, until)?);
         reach(Point::TakenHeard);
         // Until here this process decides; a successor that has ended meanwhile does not get the devices.
-        successor.commit(until)?;
-        Ok(report)
+        successor.commit(until)
     };
-    match talk() {
-        Ok(mut report) => {
-            // Every descriptor of a device ends here, and with it all that this process could do to it.
-            drop(resting);
-            reach(Point::Departed);
-            report.total = monotonic_ns().saturating_sub(begun.ns);
-            report.begun_unix_ns = begun.unix_ns;
-            report.way = begun.way;
-            Ok(Departed { report, child: successor.into_child() })
-        }
-        Err(source) => {
-            let error = successor_error(source);
-            match successor.call_off() {
-                Ok(()) => Err(back(error, resting, AtRest::take_back, std::iter::empty())),
-                Err(silent) => {
-                    // Two processes must not drive a device: this one lets go.
-                    let lost = |device: &AtRest<D>| UpdateError {
-                        phase: Phase::Commit,
-                        device: Some(device.name.clone()),
-                        source: silent.again(),
-                    };
-                    let lost = resting.iter().map(lost).collect();
-                    Err(Box::new(Failed { error, devices: Devices::new(), lost }))
-                }
-            }
+    if let Err(source) = talk() {
+        let error = successor_error(source);
+        match successor.call_off() {
+            Ok(CalledOff::LetGo) => return Err(back(error, resting, AtRest::take_back, std::iter::empty())),
+            // Its answer had crossed.
+            Ok(CalledOff::Done) => {}
+            Err(silent) => return Err(lost(error, &silent, &resting)),
         }
     }
+    // Every descriptor of a device ends here, and with it all that this process could do to it.
+    drop(resting);
+    reach(Point::Departed);
+    let mut report = report.unwrap_or_else(|| Report::new(begun.way));
+    report.total = monotonic_ns().saturating_sub(begun.ns);
+    report.begun_unix_ns = begun.unix_ns;
+    report.way = begun.way;
+    Ok(Departed { report, child: successor.into_child() })
+}
+
+/// Two processes must not drive a device: this one lets go, since the other can be neither heard nor killed.
+fn lost<D: DeviceFile>(error: UpdateError, silent: &Cause, resting: &[AtRest<D>]) -> Box<Failed<D>> {
+    let lost = |device: &AtRest<D>| UpdateError {
+        phase: Phase::Commit,
+        device: Some(device.name.clone()),
+        source: silent.again(),
+    };
+    Box::new(Failed { error, devices: Devices::new(), lost: resting.iter().map(lost).collect() })
 }
 
 /// The phase in which it failed is the successor's, if it is the one that failed.

@@ -12,21 +12,32 @@ use super::link::{Kind, Link, LinkError, Message, Wait};
 use super::points::{Point, reach};
 use super::{Cancel, Cause, Image, Phase, Report, steps};
 
-/// How long a successor may take to let go of the devices before it is killed. Until it has let go they cannot be taken
-/// back, so this is part of the blackout of an update that fails in this rare way.
-const GRACE: Duration = Duration::from_secs(2);
+/// How long the kernel may take to end a process that was killed: one in the middle of a request ends when that does.
+const KILLED: Duration = Duration::from_secs(2);
 
 /// A process that may take over.
 #[derive(Debug)]
 pub(super) struct Successor {
     link: Link,
+    /// The process that answers; until it has, the one that was started or that the connection was made by.
     pid: i32,
+    /// That process, when it is known that it is the one.
     pidfd: Option<OwnedFd>,
     child: Option<Child>,
+    grace: Duration,
     /// Whether it may act on the devices: from the switch on.
     acting: bool,
     /// Whether the conversation has come to an end that both know of.
     over: bool,
+}
+
+/// Who has the devices when an update was called off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum CalledOff {
+    /// Nobody does anything to them: they can be taken back.
+    LetGo,
+    /// Too late: the successor has heard the commit.
+    Done,
 }
 
 /// Why taking over failed, as the successor tells it.
@@ -39,27 +50,25 @@ pub(super) struct Failure {
 
 impl Successor {
     /// Starts `image` as a child.
-    pub(super) fn start(image: &Image) -> Result<Self, Cause> {
+    pub(super) fn start(image: &Image, grace: Duration) -> Result<Self, Cause> {
         let (ours, theirs) = UnixStream::pair()
             .map_err(|source| Cause::Io { action: "create a socket for the successor", source })?;
         let child = image.start(theirs.into())?;
         let pid = i32::try_from(child.id()).unwrap_or(0);
         let link = Link::new(ours.into())?;
-        Ok(Self { link, pid, pidfd: open_process(pid), child: Some(child), acting: false, over: false })
+        let pidfd = open_process(pid);
+        Ok(Self { link, pid, pidfd, child: Some(child), grace, acting: false, over: false })
     }
 
     /// The process at the other end of `socket`.
-    pub(super) fn connect(socket: UnixStream, allowed_uid: Option<u32>) -> Result<Self, Cause> {
+    pub(super) fn connect(
+        socket: UnixStream,
+        allowed_uid: Option<u32>,
+        grace: Duration,
+    ) -> Result<Self, Cause> {
         let link = Link::new(socket.into())?;
-        let peer = link.peer(allowed_uid)?;
-        Ok(Self {
-            link,
-            pid: peer.pid,
-            pidfd: open_process(peer.pid),
-            child: None,
-            acting: false,
-            over: false,
-        })
+        let pid = link.peer(allowed_uid)?.pid;
+        Ok(Self { link, pid, pidfd: None, child: None, grace, acting: false, over: false })
     }
 
     pub(super) const fn pid(&self) -> i32 {
@@ -81,7 +90,12 @@ impl Successor {
         reach(Point::Offered);
         let answer = self.link.receive(self.wait(None, cancel))?;
         match answer.kind {
-            Kind::Ready => Ok(()),
+            Kind::Ready => {
+                if let Some(pid) = answer.sender.filter(|&pid| pid != self.pid || self.pidfd.is_none()) {
+                    (self.pid, self.pidfd) = (pid, open_process(pid));
+                }
+                Ok(())
+            }
             Kind::Refused => Err(self.refused(&answer)),
             kind => Err(unexpected(kind)),
         }
@@ -102,12 +116,20 @@ impl Successor {
         }
     }
 
-    /// The last word. When it is sent the devices are the successor's, whatever becomes of it.
+    /// The last word, and the answer that it was heard. When that has come the devices are the successor's, whatever
+    /// becomes of it; one that ends before does not get them.
     pub(super) fn commit(&mut self, until: Option<Instant>) -> Result<(), Cause> {
         self.link.send(Kind::Commit, b"", &[], self.wait(until, None))?;
-        self.over = true;
         reach(Point::Committed);
-        Ok(())
+        let answer = self.link.receive(self.wait(until, None))?;
+        match answer.kind {
+            Kind::Done => {
+                self.over = true;
+                Ok(())
+            }
+            Kind::Failed => Err(self.refused(&answer)),
+            kind => Err(unexpected(kind)),
+        }
     }
 
     fn refused(&mut self, answer: &Message) -> Cause {
@@ -120,53 +142,49 @@ impl Successor {
         }
     }
 
-    /// Makes sure that the successor does nothing to any device any more: it says so, or has ended, or is killed.
+    /// Makes sure that the successor does nothing to any device any more: it says so, or has ended, or is killed. Or hears
+    /// that it has them for good.
     ///
     /// # Errors
     /// When it can neither be heard nor killed: it may go on acting on the devices.
-    pub(super) fn call_off(&mut self) -> Result<(), Cause> {
-        let until = Instant::now() + GRACE;
+    pub(super) fn call_off(&mut self) -> Result<CalledOff, Cause> {
+        let until = Instant::now() + self.grace;
         if !self.over {
             let said = self.link.send(Kind::Abort, b"", &[], self.wait(Some(until), None));
             if !self.acting && self.child.is_none() {
                 // It has nothing but copies of descriptors, which it drops when it hears this, or ends.
                 self.over = true;
-                return Ok(());
+                return Ok(CalledOff::LetGo);
             }
-            let heard = said.and_then(|()| self.hear_the_end(until));
-            self.over = match heard {
-                Ok(()) => true,
-                // A closed socket is what an ending process leaves first; its other descriptors follow.
-                Err(LinkError::Gone) => self.has_ended(until),
-                Err(_) => false,
-            };
-        }
-        if !self.over {
-            self.kill()?;
+            let mut heard = said.and_then(|()| self.hear_the_end(until));
+            if !matches!(heard, Ok(_) | Err(LinkError::Gone)) || heard.is_err() && !self.has_ended(until) {
+                self.kill()?;
+                heard = Err(LinkError::Gone);
+            }
             self.over = true;
+            // What it had said before it ended is still there.
+            let last = heard.or_else(|_| self.hear_the_end(Instant::now()));
+            if matches!(last, Ok(CalledOff::Done)) {
+                return Ok(CalledOff::Done);
+            }
         }
         self.reap(until);
-        Ok(())
+        Ok(CalledOff::LetGo)
     }
 
-    fn hear_the_end(&self, until: Instant) -> Result<(), LinkError> {
+    fn hear_the_end(&self, until: Instant) -> Result<CalledOff, LinkError> {
         loop {
             match self.link.receive(self.wait(Some(until), None))?.kind {
-                Kind::Aborted | Kind::Failed | Kind::Refused => return Ok(()),
+                Kind::Aborted | Kind::Failed | Kind::Refused => return Ok(CalledOff::LetGo),
+                Kind::Done => return Ok(CalledOff::Done),
                 // Crossed with the abort.
                 _ => {}
             }
         }
     }
 
-    /// Whether the process has ended, waiting for that. Where the kernel cannot tell, a closed socket has to do.
     fn has_ended(&self, until: Instant) -> bool {
-        let Some(pidfd) = &self.pidfd else { return true };
-        let left = until.saturating_duration_since(Instant::now());
-        let timeout = rustix::event::Timespec::try_from(left).ok();
-        let mut fds = [rustix::event::PollFd::new(pidfd, rustix::event::PollFlags::IN)];
-        let ended = rustix::event::poll(&mut fds, timeout.as_ref());
-        ended.is_ok_and(|count| count > 0)
+        has_ended(self.pidfd.as_ref(), until)
     }
 
     fn kill(&mut self) -> Result<(), Cause> {
@@ -177,20 +195,18 @@ impl Successor {
         if pidfd_send_signal(pidfd, Signal::KILL).is_err() {
             return Err(silent);
         }
-        if self.has_ended(Instant::now() + GRACE) { Ok(()) } else { Err(silent) }
+        if self.has_ended(Instant::now() + KILLED) { Ok(()) } else { Err(silent) }
     }
 
     /// Collects a child that has ended or is about to; one that goes on is killed, since it was started for this.
     fn reap(&mut self, until: Instant) {
-        if self.child.is_none() {
-            return;
+        let Some(mut child) = self.child.take() else { return };
+        // It need not be the process that answered: a script may have started that.
+        let started = i32::try_from(child.id()).ok().and_then(open_process);
+        if !has_ended(started.as_ref(), until) {
+            let _ = child.kill();
         }
-        if !self.has_ended(until) {
-            let _ = self.kill();
-        }
-        if let Some(mut child) = self.child.take() {
-            let _ = child.wait();
-        }
+        let _ = child.wait();
     }
 
     /// The child, when the update is done.
@@ -205,6 +221,20 @@ impl Drop for Successor {
         if !self.over || self.child.is_some() {
             // Nobody is there to be told; what is done is what can be done.
             let _ = self.call_off();
+        }
+    }
+}
+
+/// Whether a process has ended, waiting for that. Where the kernel cannot tell, a closed socket has to do.
+fn has_ended(pidfd: Option<&OwnedFd>, until: Instant) -> bool {
+    let Some(pidfd) = pidfd else { return true };
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        let timeout = rustix::event::Timespec::try_from(left).ok();
+        let mut fds = [rustix::event::PollFd::new(pidfd, rustix::event::PollFlags::IN)];
+        match rustix::event::poll(&mut fds, timeout.as_ref()) {
+            Err(rustix::io::Errno::INTR) => {}
+            ended => return ended.is_ok_and(|count| count > 0),
         }
     }
 }

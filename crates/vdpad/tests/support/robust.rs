@@ -279,7 +279,8 @@ pub(crate) fn eventually<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T
 pub(crate) struct Resources {
     /// Open descriptors by what they are.
     pub(crate) fds: BTreeMap<String, usize>,
-    /// Threads but the kernel's workers for io_uring, which come when needed and go when idle.
+    /// Threads but the kernel's workers for io_uring and vdpad's for control requests, which come when needed and go when
+    /// idle.
     pub(crate) threads: usize,
     /// Lines of `/proc/PID/maps`.
     pub(crate) maps: usize,
@@ -342,7 +343,7 @@ impl Resources {
 
 fn is_lasting(task: &std::io::Result<fs::DirEntry>) -> bool {
     let name = fs::read_to_string(task.as_ref().unwrap().path().join("comm"));
-    name.is_ok_and(|name| !name.starts_with("iou-wrk"))
+    name.is_ok_and(|name| !name.starts_with("iou-wrk") && !name.starts_with("ctl-call"))
 }
 
 /// Bytes of the registered buffers of an io_uring, from its file in `/proc/PID/fdinfo`: a line `UserBufs: N` and
@@ -418,6 +419,13 @@ impl Player {
     pub(crate) fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
+    }
+
+    /// Waits for the end of all programs that write where it wrote: its successors.
+    pub(crate) fn end_of_all(&mut self) {
+        self.lines.read_to_end(&mut Vec::new()).unwrap();
+        // It may be collected already, where this process collects what its children leave.
+        let _ = self.child.wait();
     }
 
     /// Waits for its end.

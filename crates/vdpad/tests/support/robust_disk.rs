@@ -170,6 +170,23 @@ impl Disk {
         self.settle();
     }
 
+    /// What a block holds; nothing else may be in flight.
+    pub(crate) fn read_block(&mut self, block: u64) -> Vec<u8> {
+        self.submit(0, (kind::IN, block, 0));
+        self.flying.clear();
+        self.kick();
+        let done = loop {
+            match self.session.queue_mut(Q0).unwrap().reap().unwrap() {
+                Some(done) => break done,
+                None => self.wait(),
+            }
+        };
+        assert_eq!((done.token, done.len), (0, DATA + 1), "{done:?}");
+        let mut bytes = vec![0; DATA as usize];
+        self.map().read(usize::try_from(DATA_AT).unwrap(), &mut bytes).unwrap();
+        bytes
+    }
+
     /// Writes block 1 and reads it back.
     pub(crate) fn check(&mut self, seed: u64) {
         self.one((kind::OUT, 1, seed));

@@ -1,0 +1,573 @@
+//! Updates in which one of the two programs is killed, or stops, at a named point: for each point, way, strategy and
+//! device, who has the disk afterwards, and that nothing of it is lost.
+//!
+//! Which points an update comes by is asserted as well, so that a point that is not reached is not taken for one that
+//! is survived.
+#![expect(clippy::unwrap_used, reason = "a test fails where it stands")]
+
+#[path = "support/robust.rs"]
+mod robust;
+#[path = "support/updating.rs"]
+mod updating;
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::io::{BufRead, BufReader, PipeReader, PipeWriter, Write as _};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, kill_process_group, waitpgid};
+use vdpa_client::update::points::Point;
+use vdpa_client::update::{Strategy, Way};
+
+use robust::disk::{self, Disk};
+use robust::{Resources, Vdpad, eventually, plays};
+use updating::{Action, Fault, NEW, OLD, OLD_SEED};
+
+/// How long a device may be busy with a client that is dead.
+const BUSY_MAX: Duration = Duration::from_secs(1);
+
+#[test]
+fn program() {
+    if plays("program") {
+        updating::program();
+    }
+}
+
+/// Who has the devices when one of the programs is dead or has stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Outcome {
+    /// Nobody, since nobody lives who wants them.
+    Closed,
+    /// The predecessor.
+    WentOn,
+    /// The successor.
+    TookOver,
+}
+
+/// The points of an update without a fault, in their order.
+fn path_of(way: Way, strategy: Strategy) -> Vec<Point> {
+    use Point as P;
+    let exec = way == Way::Exec;
+    let with = |point, condition: bool| condition.then_some(point);
+    let reopen = strategy == Strategy::Reopen;
+    [
+        Some(P::Checked),
+        with(P::Connected, !exec),
+        with(P::Offered, !exec),
+        Some(P::Ready),
+        Some(P::Switching),
+        with(P::Suspended, strategy != Strategy::Live),
+        Some(P::AtRest),
+        Some(P::Saved),
+        with(P::Leaving, exec),
+        with(P::Sent, !exec),
+        with(P::TakenHeard, !exec),
+        with(P::Committed, !exec),
+        with(P::Departed, !exec),
+        // A program to which a socket is given need not look for one.
+        with(P::Entered, way != Way::HandOver),
+        Some(P::Received),
+        Some(P::Loaded),
+        with(P::ReadySent, !exec),
+        with(P::SwitchHeard, !exec),
+        Some(P::Adopted),
+        Some(P::Owned),
+        with(P::Vrings, strategy == Strategy::Reset),
+        with(P::Remapped, !reopen),
+        // What was closed starts when the predecessor can no longer want it back.
+        with(P::Running, exec || !reopen),
+        with(P::TakenSent, !exec),
+        with(P::CommitHeard, !exec),
+        with(P::Running, !exec && reopen),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+/// Who is to have the devices after a fault at `point`.
+fn expected(way: Way, strategy: Strategy, point: Point, action: Action) -> Outcome {
+    use Point as P;
+    if way == Way::Exec {
+        // There is one process. One that stopped goes on when it is told to.
+        return if action == Action::Kill { Outcome::Closed } else { Outcome::TookOver };
+    }
+    match point {
+        // From the complete state on a successor needs nobody.
+        P::Sent | P::TakenHeard | P::Committed | P::Departed => Outcome::TookOver,
+        point if !point.is_successors() => Outcome::Closed,
+        // The predecessor has heard of the end of the update, and has nothing any more.
+        P::CommitHeard if action == Action::Kill => Outcome::Closed,
+        P::Running if strategy == Strategy::Reopen && action == Action::Kill => Outcome::Closed,
+        P::CommitHeard => Outcome::TookOver,
+        P::Running if strategy == Strategy::Reopen => Outcome::TookOver,
+        _ => Outcome::WentOn,
+    }
+}
+
+/// One update.
+#[derive(Clone, Debug)]
+struct Case {
+    way: Way,
+    /// One for each disk.
+    strategies: Vec<Strategy>,
+    fault: Option<Fault>,
+    outcome: Outcome,
+}
+
+/// Disks for one case at a time: name and path.
+type Disks = Vec<(String, PathBuf)>;
+
+/// What became of it.
+#[derive(Debug)]
+struct Ended {
+    outcome: Outcome,
+    /// Points by process, in the order in which they were reached.
+    reached: Vec<(i32, String)>,
+    predecessor: i32,
+    /// All processes that there were, by their exit.
+    exits: BTreeMap<i32, rustix::process::WaitStatus>,
+    said: Vec<String>,
+}
+
+/// Processes of one case. Dropping it kills those that are left.
+struct Group(Pid);
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        let _ = kill_process_group(self.0, Signal::KILL);
+        while waitpgid(self.0, WaitOptions::empty()).is_ok() {}
+    }
+}
+
+impl Case {
+    fn describe(&self) -> String {
+        format!("{}, {:?}, {:?}", self.way, self.strategies, self.fault)
+    }
+
+    fn command(&self, disks: &Disks, dir: &Path, output: &PipeWriter, input: &PipeReader) -> Command {
+        let disks = disks.iter().zip(&self.strategies);
+        let disks = disks.map(|((name, path), strategy)| format!("{name}={}={strategy}", path.display()));
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command
+            .args(["program", "--exact", "--nocapture"])
+            .env("VDPA_TEST_PART", "program")
+            .env(updating::DISKS, disks.collect::<Vec<_>>().join(","))
+            .env(updating::WAY, self.way.name())
+            .env(updating::FAULT, self.fault.map_or_else(String::new, Fault::text))
+            .env(updating::REACHED, dir.join("reached"))
+            .env(updating::SOCKET, dir.join("socket"))
+            .stdin(Stdio::from(input.try_clone().unwrap()))
+            .stdout(Stdio::from(output.try_clone().unwrap()));
+        command
+    }
+
+    /// Runs the update and looks at the survivor while it has the devices.
+    fn run(&self, disks: &Disks, look: impl FnOnce(i32)) -> Ended {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("reached"), "").unwrap();
+        let (lines, output) = std::io::pipe().unwrap();
+        let (input, mut tell) = std::io::pipe().unwrap();
+        let mut group = None;
+        let mut start = |waits: bool| {
+            let mut command = self.command(disks, dir.path(), &output, &input);
+            if waits {
+                command.env(updating::WAITS, "1");
+            }
+            let leader = *group.get_or_insert(0);
+            let pid = i32::try_from(command.process_group(leader).spawn().unwrap().id()).unwrap();
+            group = group.filter(|&leader| leader != 0).or(Some(pid));
+            pid
+        };
+        let waiting = (self.way == Way::HandOver).then(|| start(true));
+        let predecessor = start(false);
+        let group = Group(Pid::from_raw(group.unwrap()).unwrap());
+        drop((output, input));
+
+        let mut ended = Ended {
+            outcome: Outcome::Closed,
+            reached: Vec::new(),
+            predecessor,
+            exits: BTreeMap::new(),
+            said: Vec::new(),
+        };
+        let mut look = Some(look);
+        if let Some(fault) = self.fault.filter(|_| self.continues()) {
+            let at_point = |(pid, point): (i32, String)| (point == fault.point.name()).then_some(pid);
+            let stopped = eventually("the program stops", || dir.reached().into_iter().find_map(at_point));
+            eventually("the program has stopped", || is_stopped(stopped).then_some(()));
+            go_on(dir.path(), stopped);
+        }
+        for line in BufReader::new(lines).lines() {
+            let Some((_, said)) = line.as_deref().unwrap().split_once('@') else { continue };
+            let words: Vec<&str> = said.split(' ').collect();
+            let outcome = match words[0] {
+                "went-on" => Some(Outcome::WentOn),
+                "took-over" => Some(Outcome::TookOver),
+                _ => None,
+            };
+            if let Some(outcome) = outcome {
+                assert_eq!(ended.outcome, Outcome::Closed, "two survive: {:?}, {said}", ended.said);
+                ended.outcome = outcome;
+                look.take().unwrap()(words[1].parse().unwrap());
+                // One that was not ready when it stopped was never a danger: it lives, and hears that it is not wanted.
+                if let Some(pid) = waiting.filter(|&pid| is_stopped(pid)) {
+                    go_on(dir.path(), pid);
+                }
+                tell.write_all(b"end\n").unwrap();
+            }
+            ended.said.push(said.to_owned());
+        }
+        ended.reached = dir.reached();
+        while let Ok(Some((pid, status))) = waitpgid(group.0, WaitOptions::empty()) {
+            ended.exits.insert(pid.as_raw_nonzero().get(), status);
+        }
+        ended
+    }
+
+    /// Whether this test lets a program that has stopped go on, since nobody else waits for it.
+    fn continues(&self) -> bool {
+        self.fault.is_some_and(|f| f.action == Action::Stop) && self.outcome == Outcome::TookOver
+    }
+}
+
+trait Reached {
+    fn reached(&self) -> Vec<(i32, String)>;
+}
+
+impl Reached for tempfile::TempDir {
+    fn reached(&self) -> Vec<(i32, String)> {
+        let text = std::fs::read_to_string(self.path().join("reached")).unwrap();
+        let line = |line: &str| {
+            let (pid, point) = line.split_once(' ').unwrap();
+            (pid.parse().unwrap(), point.to_owned())
+        };
+        text.lines().map(line).collect()
+    }
+}
+
+/// Lets a process that has stopped go on.
+fn go_on(dir: &Path, pid: i32) {
+    std::fs::write(dir.join(updating::GO_ON), "").unwrap();
+    kill_process(Pid::from_raw(pid).unwrap(), Signal::CONT).unwrap();
+}
+
+fn is_stopped(pid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'))
+}
+
+/// A daemon with devices that take part in updates, and what their blocks hold.
+struct Ground {
+    vdpad: Vdpad,
+    /// What it holds when nobody uses it.
+    idle: Mutex<Option<Resources>>,
+    longest: Mutex<Duration>,
+}
+
+impl Ground {
+    fn new() -> Self {
+        // Programs whose predecessor dies are children of this one, to be collected with their group.
+        rustix::process::set_child_subreaper(Some(rustix::process::getpid())).unwrap();
+        let vdpad = Vdpad::start(Duration::from_secs(110));
+        Self { vdpad, idle: Mutex::default(), longest: Mutex::default() }
+    }
+
+    /// Runs a case and judges what became of it.
+    fn judge(&self, case: &Case, disks: &Disks) -> Ended {
+        let served = || -> Vec<u64> {
+            disks.iter().map(|(name, _)| self.vdpad.info(name).state.queues[0].requests).collect()
+        };
+        let before = served();
+        let ended = case.run(disks, |pid| {
+            // Each request was served once: the old blocks, those in flight, and the survivor's.
+            let each = OLD.end - OLD.start + updating::FLYING + updating::CHECKS;
+            let after: Vec<u64> = before.iter().map(|before| before + each).collect();
+            assert_eq!(served(), after, "{}", case.describe());
+            for (name, _) in disks {
+                let state = self.vdpad.info(name).state;
+                assert_eq!(state.owner.as_ref().unwrap().pid, pid.unsigned_abs(), "{state:?}");
+                assert!(state.open && !state.suspended && state.queues[0].running, "{state:?}");
+                assert_eq!((state.mappings, state.queues[0].errors), (1, 0), "{state:?}");
+            }
+        });
+        self.are_usable(disks, &ended);
+        assert_eq!(ended.outcome, case.outcome, "{}: {ended:?}", case.describe());
+        ended
+    }
+
+    /// The next client opens each device at once and finds what was acknowledged; what was in flight is there or not.
+    fn are_usable(&self, disks: &Disks, ended: &Ended) {
+        // One at a time: what this process may have pinned is limited.
+        let mut longest = self.longest.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        for (name, path) in disks {
+            let (mut disk, busy) = Disk::start_timed(path, disk::MEMORY_MIN);
+            assert!(busy < BUSY_MAX, "{name} is busy for {busy:?}");
+            *longest = busy.max(*longest);
+            for block in OLD {
+                assert!(disk.read_block(block) == disk::pattern(block, OLD_SEED), "{name}, block {block}");
+            }
+            let seed = u64::from(ended.predecessor.unsigned_abs());
+            for block in NEW..NEW + updating::FLYING / 2 {
+                let new = disk.read_block(block) == disk::pattern(block, seed);
+                assert!(new || ended.outcome == Outcome::Closed, "{name}, block {block}, {ended:?}");
+                // The next case must find something else than what it writes.
+                disk.one((vdpa_core::blk::kind::OUT, block, 0));
+            }
+        }
+        for (name, _) in disks {
+            self.vdpad.is_released(name);
+        }
+    }
+
+    /// Asserts that the daemon holds no more than when nobody had used it.
+    fn is_idle(&self) {
+        let mut idle = self.idle.lock().unwrap();
+        // A thread for requests of the control socket ends when it had none for a while.
+        let same = |a: &Resources, b: &Resources| a.fds == b.fds && a.threads <= b.threads;
+        let Some(idle) = &*idle else {
+            // Connections are closed and threads end some time after their clients.
+            let (mut last, mut times) = (self.vdpad.resources(), 0);
+            while times < 10 {
+                std::thread::sleep(Duration::from_millis(20));
+                let now = self.vdpad.resources();
+                times = if same(&now, &last) { times + 1 } else { 0 };
+                last = now;
+            }
+            *idle = Some(last);
+            return;
+        };
+        let deadline = Instant::now() + robust::SOON;
+        let mut now = self.vdpad.resources();
+        while !same(&now, idle) && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+            now = self.vdpad.resources();
+        }
+        // As many arenas of the allocator as threads ever ran at a time; what is mapped of clients is asserted to be none.
+        assert!(now.maps <= idle.maps + 48, "{} mappings, {} before", now.maps, idle.maps);
+        let (threads, maps) = (now.threads.max(idle.threads), now.maps.min(idle.maps));
+        Resources { threads, maps, ..now }.are_back_to(idle);
+    }
+}
+
+/// Asserts that the process in which the fault was ended as it should, and the others by themselves.
+fn check_exits(case: &Case, ended: &Ended, fault: Fault) {
+    let name = fault.point.name();
+    let at: Vec<_> = ended.reached.iter().filter(|(_, point)| *point == name).collect();
+    assert_eq!(at.len(), fault.nth, "{}: {ended:?}", case.describe());
+    let victim = at.last().unwrap().0;
+    let is_predecessor = victim == ended.predecessor;
+    assert_eq!(
+        case.way == Way::Exec || is_predecessor,
+        !fault.point.is_successors() || case.way == Way::Exec
+    );
+    let last = ended.reached.iter().rev().find(|(pid, _)| *pid == victim).unwrap();
+    let acting =
+        ![Point::Entered, Point::Received, Point::Loaded].contains(&fault.point) || case.way == Way::Fork;
+    let killed = fault.action == Action::Kill || ended.outcome == Outcome::WentOn && acting;
+    assert!(!killed || last.1 == name, "{}: {ended:?}", case.describe());
+    for (pid, status) in &ended.exits {
+        let (code, signal) = (status.exit_status(), status.terminating_signal());
+        if *pid == victim && killed {
+            assert_eq!(signal, Some(Signal::KILL.as_raw()), "{}: {ended:?}", case.describe());
+        } else {
+            assert_eq!(code, Some(0), "{}: process {pid}, {ended:?}", case.describe());
+        }
+    }
+}
+
+/// Runs cases, `at_once` at a time; returns the longest time that a device was busy with a client that was gone.
+fn run_all(mgmtdev: &str, cases: &[Case], at_once: usize) -> Duration {
+    let ground = Ground::new();
+    let sets: Vec<Disks> = (0..at_once)
+        .map(|number| {
+            let name = format!("disk{number}");
+            let path = ground.vdpad.add_any(&name, mgmtdev);
+            vec![(name, path)]
+        })
+        .collect();
+    // Each once, for what the daemon makes once and keeps.
+    let plain = Case { fault: None, outcome: Outcome::TookOver, ..cases[0].clone() };
+    sets.iter().for_each(|disks| drop(ground.judge(&plain, disks)));
+    ground.is_idle();
+    run_on(&ground, &sets, cases);
+    ground.longest.into_inner().unwrap()
+}
+
+/// Runs cases, as many at a time as there are sets of disks.
+fn run_on(ground: &Ground, sets: &[Disks], cases: &[Case]) {
+    let next = Mutex::new(cases.iter());
+    std::thread::scope(|scope| {
+        for disks in sets {
+            let next = &next;
+            scope.spawn(move || {
+                loop {
+                    let case = next.lock().unwrap().next();
+                    let Some(case) = case else { break };
+                    let ended = ground.judge(case, disks);
+                    match case.fault {
+                        Some(fault) => check_exits(case, &ended, fault),
+                        None => check_path(case, &ended),
+                    }
+                    if sets.len() == 1 {
+                        ground.is_idle();
+                    }
+                }
+            });
+        }
+    });
+    ground.is_idle();
+}
+
+/// Asserts that each of the two programs has come by its points, and by no others.
+fn check_path(case: &Case, ended: &Ended) {
+    let path = path_of(case.way, case.strategies[0]);
+    let (mut before, mut after) = (Vec::new(), Vec::new());
+    for (pid, point) in &ended.reached {
+        let point = Point::ALL.into_iter().find(|p| p.name() == *point).unwrap();
+        if point.is_successors() {
+            after.push(point)
+        } else {
+            before.push(point)
+        }
+        let is_predecessor = *pid == ended.predecessor;
+        assert!(case.way == Way::Exec || is_predecessor != point.is_successors(), "{ended:?}");
+    }
+    let (wanted_after, wanted_before): (Vec<_>, Vec<_>) = path.into_iter().partition(|p| p.is_successors());
+    assert_eq!((before, after), (wanted_before, wanted_after), "{}", case.describe());
+    assert!(ended.exits.values().all(|status| status.exit_status() == Some(0)), "{ended:?}");
+}
+
+/// All faults of one way on one kind of device.
+fn survived(mgmtdev: &str, strategies: &[Strategy], way: Way) {
+    let case = |strategy, fault: Option<Fault>| Case {
+        way,
+        strategies: vec![strategy],
+        fault,
+        outcome: fault.map_or(Outcome::TookOver, |f| expected(way, strategy, f.point, f.action)),
+    };
+    let faults = |action, of: fn(Point) -> bool| -> Vec<Case> {
+        let points = |&strategy: &Strategy| {
+            let points = path_of(way, strategy).into_iter().filter(move |&p| of(p));
+            points.map(move |point| case(strategy, Some(Fault { point, nth: 1, action })))
+        };
+        strategies.iter().flat_map(points).collect()
+    };
+    let paths: Vec<Case> = strategies.iter().map(|&strategy| case(strategy, None)).collect();
+    let killed = faults(Action::Kill, |_| true);
+    let stopped = faults(Action::Stop, Point::is_successors);
+    let begin = Instant::now();
+    let mut busy = run_all(mgmtdev, &[paths, killed.clone()].concat(), 1);
+    let kills = begin.elapsed();
+    busy = busy.max(run_all(mgmtdev, &stopped, STOPPED_AT_ONCE));
+    print!("{}", table(mgmtdev, way, strategies, &[killed.clone(), stopped.clone()].concat()));
+    println!(
+        "{} killed in {kills:?}, {} stopped in {:?}; busy for {busy:?} at most",
+        killed.len(),
+        stopped.len(),
+        begin.elapsed() - kills,
+    );
+}
+
+/// Programs that stop are waited for until a deadline: many at a time.
+const STOPPED_AT_ONCE: usize = 12;
+
+/// Each point, and who has the device after a fault at it; `-` where the update does not come by.
+fn table(mgmtdev: &str, way: Way, strategies: &[Strategy], cases: &[Case]) -> String {
+    let mut text = format!("{mgmtdev}, {way}\n{:14}", "");
+    let mut counts = BTreeMap::<_, usize>::new();
+    let columns: Vec<_> = [Action::Kill, Action::Stop]
+        .into_iter()
+        .flat_map(|a| strategies.iter().map(move |&s| (a, s)))
+        .collect();
+    for (action, strategy) in &columns {
+        write!(text, "{:13}", format!("{action:?}/{strategy}").to_lowercase()).unwrap();
+    }
+    for point in Point::ALL {
+        write!(text, "\n{:14}", point.name()).unwrap();
+        for &(action, strategy) in &columns {
+            let is_it = |c: &&Case| {
+                c.strategies == [strategy] && c.fault.is_some_and(|f| (f.point, f.action) == (point, action))
+            };
+            let outcome = cases.iter().find(is_it).map(|case| case.outcome);
+            if let Some(outcome) = outcome {
+                *counts.entry((action == Action::Stop, outcome)).or_default() += 1;
+            }
+            let word = outcome.map_or("-".to_owned(), |outcome| format!("{outcome:?}"));
+            write!(text, "{word:13}").unwrap();
+        }
+    }
+    for ((stop, outcome), count) in counts {
+        write!(text, "\n{} and {outcome:?}: {count}", if stop { "stopped" } else { "killed" }).unwrap();
+    }
+    text + "\n"
+}
+
+const WITH_REMAP: [Strategy; 3] = [Strategy::Resume, Strategy::Reset, Strategy::Reopen];
+
+#[test]
+fn blk_by_exec() {
+    survived("blk", &Strategy::ALL, Way::Exec);
+}
+
+#[test]
+fn blk_by_fork() {
+    survived("blk", &Strategy::ALL, Way::Fork);
+}
+
+#[test]
+fn blk_by_hand_over() {
+    survived("blk", &Strategy::ALL, Way::HandOver);
+}
+
+#[test]
+fn sim_blk_by_exec() {
+    survived("sim-blk", &WITH_REMAP, Way::Exec);
+}
+
+#[test]
+fn sim_blk_by_fork() {
+    survived("sim-blk", &WITH_REMAP, Way::Fork);
+}
+
+#[test]
+fn sim_blk_by_hand_over() {
+    survived("sim-blk", &WITH_REMAP, Way::HandOver);
+}
+
+/// Four disks of two kinds, each with another strategy, and a fault between any two steps of theirs.
+#[test]
+fn mixed_devices() {
+    let ground = Ground::new();
+    let strategies = vec![Strategy::Live, Strategy::Resume, Strategy::Reset, Strategy::Reopen];
+    let disks: Disks = ["blk", "sim-blk", "sim-blk", "blk"]
+        .into_iter()
+        .enumerate()
+        .map(|(number, mgmtdev)| {
+            (format!("disk{number}"), ground.vdpad.add_any(&format!("disk{number}"), mgmtdev))
+        })
+        .collect();
+    use Point as P;
+    let mut cases = Vec::new();
+    for way in [Way::Fork, Way::HandOver] {
+        let mut fault = |point, nth, outcome| {
+            let fault = Some(Fault { point, nth, action: Action::Kill });
+            cases.push(Case { way, strategies: strategies.clone(), fault, outcome });
+        };
+        (1..=3).for_each(|nth| fault(P::Suspended, nth, Outcome::Closed));
+        (1..=4).for_each(|nth| fault(P::AtRest, nth, Outcome::Closed));
+        (1..=4).for_each(|nth| fault(P::Owned, nth, Outcome::WentOn));
+        fault(P::Vrings, 1, Outcome::WentOn);
+        (1..=3).for_each(|nth| fault(P::Remapped, nth, Outcome::WentOn));
+        (1..=3).for_each(|nth| fault(P::Running, nth, Outcome::WentOn));
+        fault(P::TakenSent, 1, Outcome::WentOn);
+        fault(P::Sent, 1, Outcome::TookOver);
+        fault(P::CommitHeard, 1, Outcome::Closed);
+        fault(P::Running, 4, Outcome::Closed);
+    }
+    run_on(&ground, &[disks], &cases);
+}
