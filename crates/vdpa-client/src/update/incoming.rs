@@ -222,6 +222,12 @@ impl<D> Incoming<D> {
         self.update.late.iter().map(section).collect()
     }
 
+    /// The caller's descriptors, by name: what is taken here can be made use of before the devices are taken over, and is
+    /// not among [`Restored::descriptors`] then.
+    pub const fn descriptors(&mut self) -> &mut BTreeMap<String, OwnedFd> {
+        &mut self.all.descriptors
+    }
+
     /// Names and strategies of the devices.
     pub fn devices(&self) -> impl Iterator<Item = (&str, Strategy)> {
         self.all.devices.iter().map(|d| (d.name.as_str(), d.strategy))

@@ -1,8 +1,8 @@
 //! Verified block load by a process that keeps replacing itself.
 //!
 //! A *tenant* ([`tenant`]) is a process with guest memory that drives a block device at a given queue depth and
-//! updates itself by exec on command. It speaks JSON lines ([`wire`]): events on standard output, commands on
-//! standard input; both outlive its image. What every block should hold is kept in shared memory ([`ledger`]),
+//! updates itself on command, by exec, by fork or by handing over to a standby. It speaks JSON lines ([`wire`]): events
+//! on standard output, commands on standard input; both outlive image and process. What every block should hold is kept in shared memory ([`ledger`]),
 //! so that an orchestrator can compare it with the backing file, outside the device.
 //!
 //! | module | what it does |
@@ -13,10 +13,12 @@
 //! | [`timeline`] | completions per millisecond |
 //! | [`engine`] | issues and reaps requests |
 //! | [`tenant`] | the process |
+//! | `replace` | how it gives way to its successor |
 //! | [`peer`] | the processes an orchestrator starts |
 //! | [`verify`] | compares the backing file with the ledger |
 //! | [`summary`], [`chart`] | what a demo found out |
 //! | [`stage`] | a private daemon with one disk |
+//! | [`play`] | a tenant on it, updated and verified |
 //! | [`demo`], [`mod@bench`] | `vdpactl demo` and `vdpactl bench io` |
 
 pub mod bench;
@@ -27,6 +29,8 @@ pub mod engine;
 mod layout;
 pub mod ledger;
 pub mod peer;
+pub mod play;
+mod replace;
 pub mod requests;
 pub mod stage;
 pub mod summary;

@@ -103,6 +103,9 @@ enum Object {
     Tenant {
         /// Its configuration, as JSON
         config: String,
+        /// Take over from the tenant behind this socket
+        #[arg(long, value_name = "PATH")]
+        standby: Option<PathBuf>,
     },
     /// The words of every object
     Help,
@@ -142,7 +145,7 @@ fn main() -> ExitCode {
     match &cli.object {
         Some(Object::Demo(options)) => return demo::main(options, cli.options.json),
         Some(Object::Bench { what: Bench::Io(options) }) => return bench::main(options, cli.options.json),
-        Some(Object::Tenant { config }) => return tenant::main(config),
+        Some(Object::Tenant { config, standby }) => return tenant::main(config, standby.as_deref()),
         _ => {}
     }
     match run(cli) {
