@@ -16,6 +16,11 @@ ci:
 demo *args:
     ./demo {{args}}
 
+# How long no driver is there in an update, by memory size, way and strategy. Wants a quiet machine.
+bench-update *args:
+    cargo build --release --locked --package vdpad --bins
+    target/release/vdpactl bench update {{args}}
+
 # Formats the code.
 fmt:
     cargo fmt --all

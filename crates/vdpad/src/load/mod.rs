@@ -19,13 +19,18 @@
 //! | [`summary`], [`chart`] | what a demo found out |
 //! | [`stage`] | a private daemon with one disk |
 //! | [`play`] | a tenant on it, updated and verified |
-//! | [`demo`], [`mod@bench`] | `vdpactl demo` and `vdpactl bench io` |
+//! | [`demo`], [`mod@bench`], [`blackout`] | `vdpactl demo`, `vdpactl bench io` and `vdpactl bench update` |
+//! | [`blackout_result`] | what the last one found out |
+//! | [`hugepages`] | huge pages for it |
 
 pub mod bench;
+pub mod blackout;
+pub mod blackout_result;
 pub mod block;
 pub mod chart;
 pub mod demo;
 pub mod engine;
+pub mod hugepages;
 mod layout;
 pub mod ledger;
 pub mod peer;

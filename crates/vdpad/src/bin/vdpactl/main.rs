@@ -25,7 +25,7 @@ use std::process::ExitCode;
 use clap::{ArgAction, Parser, Subcommand};
 use vdpad::ctl::DEFAULT_SOCKET;
 use vdpad::ctl::client::Client;
-use vdpad::load::{bench, demo, tenant};
+use vdpad::load::{bench, blackout, demo, tenant};
 
 use failure::Failure;
 use output::Format;
@@ -118,6 +118,8 @@ enum Object {
 enum Bench {
     /// Verified random requests: rate and latency
     Io(Box<bench::Options>),
+    /// How long no driver is there in an update, by memory size, way and strategy
+    Update(Box<blackout::Options>),
 }
 
 /// What every command needs.
@@ -145,6 +147,9 @@ fn main() -> ExitCode {
     match &cli.object {
         Some(Object::Demo(options)) => return demo::main(options, cli.options.json),
         Some(Object::Bench { what: Bench::Io(options) }) => return bench::main(options, cli.options.json),
+        Some(Object::Bench { what: Bench::Update(options) }) => {
+            return blackout::main(options, cli.options.json);
+        }
         Some(Object::Tenant { config, standby }) => return tenant::main(config, standby.as_deref()),
         _ => {}
     }
