@@ -41,8 +41,9 @@ struct Job {
 }
 
 impl AddressSpaceKeeper {
-    /// Starts a keeper; takes about 0.2 ms. To be called just before an exec: while it lives, the memory of this process
-    /// cannot be given back by its end alone.
+    /// Starts a keeper; takes about 0.2 ms, with much of the program's memory in no cache more. It may be started long
+    /// before the exec, also on a thread that ends before: it costs a process, and when this process ends without an exec
+    /// the keeper ends with it.
     ///
     /// # Errors
     /// Of pipe2(2) and clone(2), such as `EAGAIN` at a limit on processes or `EPERM` under seccomp; `ENOSYS` before
@@ -120,7 +121,7 @@ extern "C" fn intermediate(job: *mut c_void) -> c_int {
 
 /// The keeper: waits until the other end of the pipe is closed.
 ///
-/// The thread whose thread-local storage this shares runs on meanwhile: only system calls without libc are made here
+/// The thread whose thread-local storage this shares runs on meanwhile, or ends: only system calls without libc are made here
 /// (rustix makes its own), nothing is allocated and nothing can panic.
 extern "C" fn keep(release: *mut c_void) -> c_int {
     let Ok(number) = RawFd::try_from(release.addr()) else { return 1 };

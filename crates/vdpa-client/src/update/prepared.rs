@@ -41,7 +41,9 @@ pub struct Prepared {
 
 #[derive(Debug)]
 enum To {
-    Exec(Image),
+    /// The keeper has the page tables of this image taken down after the exec and not in it. Starting it takes longer than
+    /// the whole rest of a switch, so it is there before. Without one the update is slower and otherwise the same.
+    Exec(Image, Option<AddressSpaceKeeper>),
     Process(Way, Successor),
 }
 
@@ -187,7 +189,7 @@ impl Described {
                 save::by_number(&mut known, &self.table);
                 let mut sections = self.plan.sections.clone();
                 known.put(&mut sections)?;
-                Ok((To::Exec(image), sections))
+                Ok((To::Exec(image, AddressSpaceKeeper::spawn().ok()), sections))
             }
             Via::Fork(image) => Ok((To::Process(way, connected(Successor::start(&image))?), sections)),
             Via::HandOver(socket) => {
@@ -246,7 +248,7 @@ impl Prepared {
     #[must_use]
     pub fn successor(&self) -> i32 {
         match &self.to {
-            To::Exec(_) => steps::own_pid(),
+            To::Exec(..) => steps::own_pid(),
             To::Process(_, successor) => successor.pid(),
         }
     }
@@ -301,7 +303,7 @@ impl Prepared {
         switch.save_ns = switch.saved_ns.saturating_sub(save_begin);
         reach(Point::Saved);
         match to {
-            To::Exec(image) => {
+            To::Exec(image, _keeper) => {
                 let leave = Leave { image: &image, plan: &plan, sections, late, switch, until };
                 let error = leave.go(&resting);
                 Err(back(error, resting, AtRest::undo, std::iter::empty()))
@@ -465,9 +467,6 @@ impl Leave<'_> {
                 let variable = CString::new(format!("{name}={number}"));
                 env.push(variable.map_err(|_| Cause::Nul { what: "environment" })?);
             }
-            // The page tables of this image are taken down after the exec and not in it. Where that is not possible, the
-            // update is slower and otherwise the same. Dropped when the exec fails.
-            let _keeper = AddressSpaceKeeper::spawn();
             if until.is_some_and(|until| Instant::now() >= until) {
                 return Err(Cause::Deadline);
             }

@@ -159,15 +159,15 @@ pub struct TenantProcess {
 }
 
 impl TenantProcess {
-    /// Starts `vdpactl tenant` with descriptors that the configuration names and that are inheritable.
+    /// Starts `vdpa-tenant` with descriptors that the configuration names and that are inheritable.
     ///
     /// # Errors
     /// [`PeerError::Start`].
-    pub fn start(vdpactl: &Path, config: &TenantConfig) -> Result<Self, PeerError> {
+    pub fn start(program: &Path, config: &TenantConfig) -> Result<Self, PeerError> {
         let config = serde_json::to_string(config)
-            .map_err(|e| PeerError::Start { program: vdpactl.into(), source: e.into() })?;
-        let mut program = Program::new(vdpactl);
-        program.arg("tenant").arg(config).stdin(Stdio::piped());
+            .map_err(|e| PeerError::Start { program: program.into(), source: e.into() })?;
+        let mut program = Program::new(program);
+        program.arg(config).stdin(Stdio::piped());
         let mut process = Process::start("tenant", &mut program)?;
         let commands = process.child.stdin.take();
         Ok(Self { process, commands, successor: None })

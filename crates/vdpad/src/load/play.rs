@@ -22,6 +22,9 @@ use super::wire::{Command, Event, Pages, TenantConfig, Totals};
 /// How long an update or a quiesce may take. Reopening 1 TiB takes two minutes.
 const PATIENCE: Duration = Duration::from_secs(300);
 
+/// The tenant's program.
+const TENANT: &str = "vdpa-tenant";
+
 /// What the tenant does.
 #[derive(Clone, Copy, Debug)]
 pub struct Load {
@@ -67,7 +70,8 @@ impl Play {
     /// [`StageError`]; nothing is left behind.
     pub fn set(options: &stage::Options, load: Load) -> Result<Self, StageError> {
         let stage = Stage::set(options)?;
-        let own = std::env::current_exe().map_err(system("find this program"))?;
+        let beside = std::env::current_exe().map_err(system("find this program"))?.with_file_name(TENANT);
+        let tenant = options.tenant.clone().unwrap_or(beside);
         let blocks = stage.disk_bytes / PAGE_SIZE;
         let (ledger, ledger_fd) = Ledger::create(blocks, PAGE_SIZE, load.seed).map_err(LoadError::from)?;
         let (timeline, timeline_fd) =
@@ -86,7 +90,7 @@ impl Play {
             progress_ms: 100,
             directory: stage.directory().to_owned(),
         };
-        let mut tenant = start_tenant(&own, &config, [&ledger_fd, &timeline_fd])?;
+        let mut tenant = start_tenant(&tenant, &config, [&ledger_fd, &timeline_fd])?;
         let offered = match tenant.answer(PATIENCE)? {
             Event::Started { backend_features, .. } => BackendFeatures(backend_features),
             other => return Err(unexpected("started", &other)),
@@ -228,13 +232,13 @@ impl Play {
 
 /// Starts the tenant with two descriptors that it inherits.
 fn start_tenant(
-    own: &Path,
+    program: &Path,
     config: &TenantConfig,
     shared: [&OwnedFd; 2],
 ) -> Result<TenantProcess, StageError> {
     let inherit = |close| shared.iter().try_for_each(|fd| set_close_on_exec(fd, close));
     inherit(false).map_err(errno("pass shared memory to the tenant"))?;
-    let tenant = TenantProcess::start(own, config);
+    let tenant = TenantProcess::start(program, config);
     inherit(true).map_err(errno("keep shared memory to this process"))?;
     Ok(tenant?)
 }

@@ -202,7 +202,7 @@ impl<D: DeviceFile> Tenant<D> {
 fn prepare(described: Described, way: Way, config: &TenantConfig) -> Result<Ready, String> {
     let arguments = || {
         let config = serde_json::to_string(config).map_err(|e| e.to_string())?;
-        Ok::<_, String>(["vdpactl".to_owned(), "tenant".to_owned(), config])
+        Ok::<_, String>(["vdpa-tenant".to_owned(), config])
     };
     let image = || Ok::<_, String>(Image::new(IMAGE).args(arguments()?));
     let (via, standby) = match way {
@@ -228,7 +228,7 @@ impl Standby {
         let failed = |e: std::io::Error| format!("{}: {e}", path.display());
         let listener = UnixListener::bind(&path).map_err(failed)?;
         let mut command = Command::new(IMAGE);
-        command.args(arguments.iter().skip(1)).arg("--standby").arg(&path);
+        command.args(arguments.iter().skip(1)).arg(&path);
         let child = command.spawn().map_err(|e| format!("the standby cannot be started: {e}"))?;
         let mut standby = Self(Some(child));
         let socket = standby.accept(&listener).and_then(|()| Ok(listener.accept().map_err(failed)?.0));

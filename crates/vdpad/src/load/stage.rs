@@ -29,6 +29,9 @@ pub struct Options {
     /// The daemon to start [default: vdpad beside this program]
     #[arg(long, value_name = "PATH")]
     pub vdpad: Option<PathBuf>,
+    /// The program that is updated [default: vdpa-tenant beside this program]
+    #[arg(long, value_name = "PATH")]
+    pub tenant: Option<PathBuf>,
     /// Directory for the disk file and the sockets, removed at the end [default: the system's for temporary files]
     #[arg(long, value_name = "DIR")]
     pub directory: Option<PathBuf>,

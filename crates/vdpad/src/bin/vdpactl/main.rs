@@ -25,7 +25,7 @@ use std::process::ExitCode;
 use clap::{ArgAction, Parser, Subcommand};
 use vdpad::ctl::DEFAULT_SOCKET;
 use vdpad::ctl::client::Client;
-use vdpad::load::{bench, blackout, demo, tenant};
+use vdpad::load::{bench, blackout, demo};
 
 use failure::Failure;
 use output::Format;
@@ -98,15 +98,6 @@ enum Object {
         #[command(subcommand)]
         what: Bench,
     },
-    /// The client that "demo" updates
-    #[command(hide = true)]
-    Tenant {
-        /// Its configuration, as JSON
-        config: String,
-        /// Take over from the tenant behind this socket
-        #[arg(long, value_name = "PATH")]
-        standby: Option<PathBuf>,
-    },
     /// The words of every object
     Help,
     #[command(external_subcommand)]
@@ -139,7 +130,7 @@ fn main() -> ExitCode {
         eprintln!("vdpactl: cannot start a private daemon without root: {error}");
         return ExitCode::from(1);
     }
-    // The demonstration drives a device itself, and so do the images it becomes.
+    // Measuring requests drives a device in this process.
     if let Err(error) = vdpa_sys::uapi::live::configure_from_env() {
         eprintln!("vdpactl: {}: {error}", vdpa_sys::uapi::live::ENV);
         return ExitCode::from(2);
@@ -150,7 +141,6 @@ fn main() -> ExitCode {
         Some(Object::Bench { what: Bench::Update(options) }) => {
             return blackout::main(options, cli.options.json);
         }
-        Some(Object::Tenant { config, standby }) => return tenant::main(config, standby.as_deref()),
         _ => {}
     }
     match run(cli) {
@@ -182,7 +172,7 @@ fn run(Cli { options, object }: Cli) -> Result<(), Failure> {
     match object {
         Some(Object::Mgmtdev { words }) => mgmtdev::run(&session, &words),
         Some(Object::Dev { words, force }) => dev::run(&session, &words, force),
-        None | Some(Object::Help | Object::Demo(_) | Object::Bench { .. } | Object::Tenant { .. }) => {
+        None | Some(Object::Help | Object::Demo(_) | Object::Bench { .. }) => {
             eprint!("{HELP}");
             Ok(())
         }
