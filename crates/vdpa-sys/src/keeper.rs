@@ -11,9 +11,10 @@ use std::ptr;
 use std::sync::atomic::{AtomicI32, Ordering};
 
 use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::Pid;
 use vdpa_core::Errno;
 
-use crate::errno;
+use crate::{errno, priority};
 
 /// Bytes of stack; what runs on it makes a handful of system calls.
 const STACK: usize = 64 << 10;
@@ -116,6 +117,8 @@ extern "C" fn intermediate(job: *mut c_void) -> c_int {
     // keeper is done with it. `keep` gets a number, no pointer, and shares nothing with anybody.
     let keeper = unsafe { libc::clone(keep, job.stack_top, libc::CLONE_VM, release) };
     job.keeper.store(keeper, Ordering::Relaxed);
+    // What it is there for can wait until nobody else wants a CPU: the new image and the servers of its devices do.
+    let _ = priority::run_when_idle(Pid::from_raw(keeper.max(0)));
     if keeper < 0 { errno::last().raw() } else { 0 }
 }
 
@@ -194,6 +197,9 @@ mod tests {
         let at = ptr::from_ref(&*counter).addr() as u64;
         std::os::unix::fs::FileExt::read_exact_at(&mem, &mut bytes, at).unwrap();
         assert_eq!(u64::from_ne_bytes(bytes), *counter);
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+        let policy = stat.rsplit_once(") ").unwrap().1.split(' ').nth(38).unwrap();
+        assert_eq!(policy, libc::SCHED_IDLE.to_string(), "it tears down when nobody else wants the CPU");
         let blocked = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
         let blocked = blocked.lines().find_map(|line| line.strip_prefix("SigBlk:")).unwrap();
         assert_eq!(blocked.trim(), "fffffffe7ffbfeff", "all but KILL, STOP and the two of libc");

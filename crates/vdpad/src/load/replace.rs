@@ -170,13 +170,17 @@ impl<D: DeviceFile> Tenant<D> {
         // What has arrived belongs to the time before.
         self.engine.reap()?;
         let Self { config, engine, shared, mode, stopping, input, .. } = self;
+        // Given back when this process ends, and not in the switch.
+        let ram = engine.ram().clone();
         let (session, engine, ledger, timeline) = engine.into_parts();
         let saved = Saved { engine, mode, stopping, input };
         let section = Section::json(SECTION.0, SECTION.1, &saved)
             .map_err(|e| LoadError::Config { what: e.to_string() })?;
         let late = Sections::from_iter([section]);
         let mut failed = match prepared.switch(Devices::one(DEVICE, session), late) {
-            Ok(_) => {
+            Ok(departed) => {
+                let _ = departed.end_in_idle_time();
+                drop(ram);
                 // The successor is a child of this process, which ends: nobody has to wait for it here.
                 standby.into_iter().for_each(Standby::release);
                 return Ok(None);
