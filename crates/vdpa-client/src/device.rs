@@ -25,6 +25,17 @@ pub trait DeviceFile: VdpaOps<Event = EventFd> + AsFd + Sized {
 
     /// Uses a device that is open already. Makes no request.
     fn from_fd(fd: OwnedFd) -> Self;
+
+    /// Uses an open file on which `features` were acknowledged before. Makes no request unless it has to; this one
+    /// acknowledges them again.
+    ///
+    /// # Errors
+    /// Those of `VHOST_SET_BACKEND_FEATURES`.
+    fn from_acknowledged(fd: OwnedFd, features: BackendFeatures) -> Result<Self, Errno> {
+        let device = Self::from_fd(fd);
+        device.set_backend_features(features)?;
+        Ok(device)
+    }
 }
 
 impl DeviceFile for VhostVdpaFd {
@@ -39,6 +50,12 @@ impl DeviceFile for VhostVdpaFd {
 
     fn from_fd(fd: OwnedFd) -> Self {
         Self::from_fd(fd)
+    }
+
+    fn from_acknowledged(fd: OwnedFd, features: BackendFeatures) -> Result<Self, Errno> {
+        let device = Self::from_fd(fd);
+        device.set_acknowledged(features);
+        Ok(device)
     }
 }
 

@@ -50,6 +50,7 @@ pub mod points;
 mod prepared;
 mod report;
 mod rest;
+mod same;
 mod save;
 mod steps;
 mod strategy;

@@ -18,7 +18,7 @@ use super::rest::AtRest;
 use super::successor::Successor;
 use super::{
     Cause, Devices, Image, PID_VARIABLE, Phase, Plan, Report, STATE_VARIABLE, Strategy, UpdateError, Via,
-    Way, save, steps,
+    Way, same, save, steps,
 };
 use crate::device::DeviceFile;
 use crate::session::{Session, Setup};
@@ -97,6 +97,7 @@ pub struct Described {
     chosen: Vec<Chosen>,
     known: v2::Prepared,
     table: save::Table,
+    files: v2::Files,
     begun_unix_ns: u64,
     took_ns: u64,
 }
@@ -138,8 +139,9 @@ impl Plan {
         }
         let strategies: Vec<Strategy> = chosen.iter().map(|c| c.strategy).collect();
         let (known, table) = save::prepared(&devices, &strategies, &self, begun_unix_ns).map_err(general)?;
+        let files = v2::Files { files: devices.iter().map(|(_, session)| same::describe(session)).collect() };
         let took_ns = monotonic_ns().saturating_sub(begin);
-        Ok(Described { plan: self, chosen, known, table, begun_unix_ns, took_ns })
+        Ok(Described { plan: self, chosen, known, table, files, begun_unix_ns, took_ns })
     }
 }
 
@@ -202,6 +204,7 @@ impl Described {
                 save::by_number(&mut known, &self.table);
                 let mut sections = self.plan.sections.clone();
                 known.put(&mut sections)?;
+                self.files.put(&mut sections)?;
                 Ok((To::Exec(image, AddressSpaceKeeper::spawn().ok()), sections))
             }
             Via::Fork(image) => Ok((To::Process(way, connected(Successor::start(&image))?), sections)),
