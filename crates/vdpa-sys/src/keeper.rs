@@ -12,10 +12,14 @@ use std::sync::atomic::{AtomicI32, Ordering};
 
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::Pid;
+use rustix::time::Timespec;
 use vdpa_core::Errno;
 
 use crate::{errno, priority};
 
+/// How long the keeper waits after the exec before it takes the tables down: longer than a new image takes to have its
+/// devices, for which the teardown would compete for CPUs and for the locks of the same memory objects.
+const GRACE_NS: i64 = 50_000_000;
 /// Bytes of stack; what runs on it makes a handful of system calls.
 const STACK: usize = 64 << 10;
 
@@ -93,7 +97,10 @@ impl AddressSpaceKeeper {
 
 impl Drop for AddressSpaceKeeper {
     fn drop(&mut self) {
-        drop(self.release.take());
+        if let Some(release) = self.release.take() {
+            // A byte says that there was no exec, and nothing to wait for.
+            let _ = rustix::io::write(&release, &[0]);
+        }
         // The kernel closes its end after it has let go of the address space, and the stack with it.
         let mut byte = [0];
         while rustix::io::read(&self.gone, &mut byte) == Err(rustix::io::Errno::INTR) {}
@@ -122,7 +129,7 @@ extern "C" fn intermediate(job: *mut c_void) -> c_int {
     if keeper < 0 { errno::last().raw() } else { 0 }
 }
 
-/// The keeper: waits until the other end of the pipe is closed.
+/// The keeper: waits until the other end of the pipe is closed, by an exec or by the end of the process, or told to end.
 ///
 /// The thread whose thread-local storage this shares runs on meanwhile, or ends: only system calls without libc are made here
 /// (rustix makes its own), nothing is allocated and nothing can panic.
@@ -131,7 +138,16 @@ extern "C" fn keep(release: *mut c_void) -> c_int {
     // SAFETY: open in this process's own table until it ends; nobody else has that table.
     let pipe = unsafe { BorrowedFd::borrow_raw(number) };
     let mut byte = [0];
-    while rustix::io::read(pipe, &mut byte) == Err(rustix::io::Errno::INTR) {}
+    loop {
+        match rustix::io::read(pipe, &mut byte) {
+            Err(rustix::io::Errno::INTR) => {}
+            Ok(0) => break,
+            Ok(_) | Err(_) => return 0,
+        }
+    }
+    let grace = Timespec { tv_sec: 0, tv_nsec: GRACE_NS };
+    // Signals are blocked: it is not interrupted.
+    let _ = rustix::thread::nanosleep(&grace);
     0
 }
 
