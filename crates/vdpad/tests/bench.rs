@@ -1,4 +1,5 @@
 //! `vdpactl bench`: figures that belong together, and the exit status.
+#![expect(clippy::unwrap_used, reason = "a test: every failure is a panic")]
 
 use std::process::Command;
 
