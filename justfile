@@ -16,6 +16,12 @@ ci:
 demo *args:
     ./demo {{args}}
 
+# How long no driver is there in an update, by memory size, way and strategy. Wants a quiet machine.
+bench-update *args:
+    cargo build --release --locked --package vdpad --bins
+    cargo rustc --release --locked --package vdpad --bin vdpa-tenant -- -C relocation-model=static -C target-feature=+crt-static
+    target/release/vdpactl bench update {{args}}
+
 # Formats the code.
 fmt:
     cargo fmt --all

@@ -40,6 +40,17 @@ pub trait DeviceFile: VdpaOps<Event = EventFd> + Sized {
     fn report_update(&self, _report: &UpdateReport) -> Result<(), Errno> {
         Err(Errno::NOTTY)
     }
+
+    /// Uses an open file on which `features` were acknowledged before. Makes no request unless it has to; this one
+    /// acknowledges them again.
+    ///
+    /// # Errors
+    /// Those of [`from_fd`](Self::from_fd) and of `VHOST_SET_BACKEND_FEATURES`.
+    fn from_acknowledged(fd: OwnedFd, features: BackendFeatures) -> Result<Self, Errno> {
+        let device = Self::from_fd(fd)?;
+        device.set_backend_features(features)?;
+        Ok(device)
+    }
 }
 
 impl DeviceFile for VhostVdpaFd {
@@ -62,6 +73,12 @@ impl DeviceFile for VhostVdpaFd {
 
     fn report_update(&self, report: &UpdateReport) -> Result<(), Errno> {
         Self::report_update(self, report)
+    }
+
+    fn from_acknowledged(fd: OwnedFd, features: BackendFeatures) -> Result<Self, Errno> {
+        let device = Self::from_fd(fd);
+        device.set_acknowledged(features);
+        Ok(device)
     }
 }
 

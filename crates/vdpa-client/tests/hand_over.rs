@@ -121,19 +121,21 @@ fn sections_and_descriptors_arrive() {
         .section(Section::new("hint", 9, b"skip me".to_vec()).optional())
         .late_section("cpu", 2, false)
         .late_section("tlb", 1, true)
-        .descriptor("zero", File::open("/dev/zero").unwrap());
+        .descriptor("zero", File::open("/dev/zero").unwrap())
+        .descriptor("null", File::open("/dev/null").unwrap());
     let late = Sections::from_iter([Section::new("cpu", 2, b"late".to_vec())]);
     let (left, taken) = hand_over(disk.devices(), plan, late, |incoming| {
         let mut incoming = incoming.understands(&[("config", 1..=2), ("cpu", 1..=2)])?;
         assert_eq!(incoming.sections().take("config").unwrap().payload, b"early");
         assert_eq!(incoming.late().len(), 2);
+        assert!(incoming.descriptors().remove("null").is_some(), "while the predecessor has the device");
         incoming.take_over()
     });
     left.unwrap();
     let mut restored = taken.unwrap();
     assert_eq!(restored.sections.take("cpu").unwrap().payload, b"late");
     restored.sections.ensure_consumed().unwrap();
-    assert!(restored.descriptors.contains_key("zero"));
+    assert_eq!(restored.descriptors.into_keys().collect::<Vec<_>>(), ["zero"]);
 }
 
 #[test]

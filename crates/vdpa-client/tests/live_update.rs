@@ -86,6 +86,8 @@ fn run(strategy: Strategy, offered: BackendFeatures) -> String {
         .unwrap();
     let notes = std::fs::read_to_string(&path).unwrap();
     assert!(output.status.success(), "{}\n{notes}", String::from_utf8_lossy(&output.stderr));
+    // An open file stays the same one over an exec: the new image does not ask what it is.
+    assert_eq!(std::fs::read_to_string(path.with_extension("asked")).unwrap(), "device_id\n");
     let (_, update) = notes.split_once("--- update\n").unwrap();
     let (update, _) = update.split_once("--- served\n").unwrap();
     update.lines().collect::<Vec<_>>().join(", ")

@@ -21,21 +21,31 @@ fn demo(arguments: &[&str]) -> (Option<i32>, Value, String) {
 }
 
 #[test]
-fn nothing_is_lost_with_any_strategy_and_pins_stay() {
+fn nothing_is_lost_by_any_way_with_any_strategy_and_pins_stay() {
     let directory = tempfile::tempdir().unwrap();
     let chart = directory.path().join("chart.svg");
     // As much as the usual limit on locked memory allows to pin.
-    let (code, json, errors) =
-        demo(&["--memory", "4M", "--updates", "3", "--chart", chart.to_str().unwrap()]);
+    let ways = ["exec", "fork", "hand-over"];
+    let (code, json, errors) = demo(&[
+        "--memory",
+        "4M",
+        "--updates",
+        "2",
+        "--way",
+        &ways.join(","),
+        "--chart",
+        chart.to_str().unwrap(),
+    ]);
     assert_eq!(code, Some(0), "{json:#}\n{errors}");
     assert_eq!(json["ok"], true);
     assert_eq!(json["memory_bytes"], 4 << 20);
     let strategies = json["strategies"].as_array().unwrap();
-    let names: Vec<_> = strategies.iter().map(|s| s["name"].as_str().unwrap()).collect();
-    assert_eq!(names, ["live", "resume", "reset", "reopen"]);
+    let text = |s: &Value, key: &str| s[key].as_str().unwrap().to_owned();
+    let cells: Vec<_> = strategies.iter().map(|s| (text(s, "way"), text(s, "name"))).collect();
+    let all = |way: &str| ["live", "resume", "reset", "reopen"].map(|name| (way.to_owned(), name.to_owned()));
+    assert_eq!(cells, ways.map(all).concat());
     for strategy in strategies {
-        assert_eq!(strategy["updates"], 3, "{strategy}");
-        assert_eq!(strategy["way"], "exec");
+        assert_eq!(strategy["updates"], 2, "{strategy}");
         for count in ["lost", "corrupt", "duplicate"] {
             assert_eq!(strategy[count], 0, "{strategy}");
         }
@@ -48,8 +58,8 @@ fn nothing_is_lost_with_any_strategy_and_pins_stay() {
         let pinned = if errors.contains("pin=off") { 0 } else { 1024 };
         assert_eq!(strategy["pinned_pages_after"], pinned, "{strategy}\n{errors}");
     }
-    // After each of 12 updates and at the end.
-    assert_eq!(json["blocks_verified"], 13 * 2048);
+    // After each of 24 updates and at the end.
+    assert_eq!(json["blocks_verified"], 25 * 2048);
     assert!(std::fs::read_to_string(&chart).unwrap().contains("</svg>"));
 }
 

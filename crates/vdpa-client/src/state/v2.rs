@@ -21,6 +21,57 @@ pub const DESCRIPTORS: &str = "vdpa/descriptors";
 /// Name of the section that holds [`Switch`].
 pub const SWITCH: &str = "vdpa/switch";
 
+/// Name of the optional section that holds [`Files`].
+pub const FILES: &str = "vdpa/files";
+/// Version of that section.
+pub const FILES_VERSION: u32 = 1;
+
+/// What an exec need not ask of devices again, since their open files are the same. Older readers do without.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Files {
+    /// In the order of [`Devices::devices`].
+    pub files: Vec<DeviceFile>,
+}
+
+/// The open file of a device, and what it had answered.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceFile {
+    /// Device number of its file system, as stat(2) packs it.
+    pub dev: u64,
+    /// Its inode there.
+    pub inode: u64,
+    /// Backend features offered.
+    pub backend_features: u64,
+    /// First I/O virtual address it can translate.
+    pub iova_first: u64,
+    /// Last one.
+    pub iova_last: u64,
+}
+
+impl Files {
+    /// Adds its section.
+    ///
+    /// # Errors
+    /// [`StateError::Payload`], which this type does not cause.
+    pub fn put(&self, sections: &mut Sections) -> Result<(), StateError> {
+        sections.push(Section::json(FILES, FILES_VERSION, self)?.optional());
+        Ok(())
+    }
+
+    /// Takes its section out; empty when there is none, or one of another version.
+    ///
+    /// # Errors
+    /// [`StateError::Payload`].
+    pub fn take(sections: &mut Sections) -> Result<Self, StateError> {
+        match sections.take(FILES) {
+            Some(section) if section.version == FILES_VERSION => section.parse(FILES_VERSION),
+            _ => Ok(Self::default()),
+        }
+    }
+}
+
 /// What kind of update this is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -179,7 +179,7 @@ impl<D: DeviceFile> Incoming<D> {
             let known = v2::Prepared::take(&mut sections).map_err(|e| at(Phase::Load)(e.into()))?;
             sections.end_of_own().map_err(|e| at(Phase::Load)(e.into()))?;
             let update = known.update.clone();
-            Ok((update, load(known, Source::Received(fds))?, sections))
+            Ok((update, load(known, Source::Received(fds), &v2::Files::default())?, sections))
         })();
         match loaded {
             Ok((update, all, sections)) => {
@@ -199,10 +199,11 @@ impl<D: DeviceFile> Incoming<D> {
     fn from_image(mut sections: Sections, entered: u64) -> Result<Self, UpdateError> {
         let general = |source: Cause| UpdateError { phase: Phase::Load, device: None, source };
         reach(Point::Received);
+        let files = v2::Files::take(&mut sections).map_err(|e| general(e.into()))?;
         let (known, switch) = v2::take(&mut sections).map_err(|e| general(e.into()))?;
         check_process(&known.update).map_err(general)?;
         let update = known.update.clone();
-        let all = load(known, Source::Inherited)?;
+        let all = load(known, Source::Inherited, &files)?;
         reach(Point::Loaded);
         Ok(Self { update, all, sections, origin: Origin::Image(switch), entered })
     }
@@ -237,6 +238,12 @@ impl<D> Incoming<D> {
             if late.optional { section.optional() } else { section }
         };
         self.update.late.iter().map(section).collect()
+    }
+
+    /// The caller's descriptors, by name: what is taken here can be made use of before the devices are taken over, and is
+    /// not among [`Restored::descriptors`] then.
+    pub const fn descriptors(&mut self) -> &mut BTreeMap<String, OwnedFd> {
+        &mut self.all.descriptors
     }
 
     /// Names and strategies of the devices.

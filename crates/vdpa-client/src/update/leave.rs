@@ -20,6 +20,8 @@ use crate::state::{self, Sections, v2};
 pub(super) struct Leave<'a> {
     pub(super) image: &'a Image,
     pub(super) plan: &'a Plan,
+    /// What takes down the page tables of this image.
+    pub(super) keeper: Option<&'a AddressSpaceKeeper>,
     pub(super) sections: Sections,
     pub(super) late: Sections,
     pub(super) switch: v2::Switch,
@@ -30,7 +32,7 @@ impl Leave<'_> {
     /// Execs. Returns the reason why this image still runs; close-on-exec flags are as before then.
     pub(super) fn go<D: DeviceFile>(self, resting: &[AtRest<D>]) -> UpdateError {
         let at = |phase| move |source| UpdateError { phase, device: None, source };
-        let Self { image, plan, mut sections, late, switch, until } = self;
+        let Self { image, plan, keeper: address_space, mut sections, late, switch, until } = self;
         sections.append(late);
         let mut write = || -> Result<_, Cause> {
             switch.put(&mut sections)?;
@@ -52,10 +54,7 @@ impl Leave<'_> {
             plan.descriptors.iter().try_for_each(|(_, fd)| open.inherit(fd.as_fd()))?;
             open.inherit(file.as_fd())?;
             let (path, args, mut env) = image.strings()?;
-            // The page tables of this image are taken down after the exec and not in it. Where that is not possible, the
-            // update is slower and otherwise the same. Dropped when the exec fails.
-            let address_space = AddressSpaceKeeper::spawn().ok();
-            let collected = keeper::leave(address_space.as_ref());
+            let collected = keeper::leave(address_space);
             let numbers: Vec<String> = collected.iter().map(|fd| fd.as_raw_fd().to_string()).collect();
             let variables = [
                 (STATE_VARIABLE, file.as_raw_fd().to_string()),

@@ -64,8 +64,13 @@ pub(super) struct All<D> {
     pub(super) descriptors: BTreeMap<String, OwnedFd>,
 }
 
-/// Checks everything against itself and against what is there, and maps all memory.
-pub(super) fn load<D: DeviceFile>(state: v2::Prepared, mut source: Source) -> Result<All<D>, UpdateError> {
+/// Checks everything against itself and against what is there, and maps all memory. `files` are those that this process had
+/// open before.
+pub(super) fn load<D: DeviceFile>(
+    state: v2::Prepared,
+    mut source: Source,
+    files: &v2::Files,
+) -> Result<All<D>, UpdateError> {
     let general = |source| UpdateError { phase: Phase::Load, device: None, source };
     check_numbers(&state).map_err(general)?;
     let v2::Prepared { update: _, memory, devices, descriptors } = state;
@@ -73,13 +78,13 @@ pub(super) fn load<D: DeviceFile>(state: v2::Prepared, mut source: Source) -> Re
     let memories = memories.collect::<Result<Vec<_>, _>>().map_err(general)?;
     let mut loaded: Vec<Loaded<D>> = Vec::with_capacity(devices.devices.len());
     let mut names = std::collections::HashSet::new();
-    for device in devices.devices {
+    for (at, device) in devices.devices.into_iter().enumerate() {
         let name = device.name.clone();
         let one = || {
             if !names.insert(device.name.clone()) {
                 return Err(invalid("device", "its name is there twice"));
             }
-            Loaded::new(device, &memories, &mut source)
+            Loaded::new(device, &memories, &mut source, files.files.get(at))
         };
         loaded.push(one().map_err(|source| UpdateError {
             phase: Phase::Load,
@@ -120,20 +125,23 @@ pub(super) fn check_numbers(state: &v2::Prepared) -> Result<(), Cause> {
 }
 
 impl<D: DeviceFile> Loaded<D> {
-    fn new(device: v2::Device, memories: &[Arc<Memory>], source: &mut Source) -> Result<Self, Cause> {
+    fn new(
+        device: v2::Device,
+        memories: &[Arc<Memory>],
+        source: &mut Source,
+        file: Option<&v2::DeviceFile>,
+    ) -> Result<Self, Cause> {
         let strategy: Strategy = device
             .strategy
             .parse()
             .map_err(|e: super::UnknownStrategy| invalid("strategy", e.to_string()))?;
+        let mut setup = setup(&device);
         let ops = match (strategy, device.fd) {
+            (Strategy::Reopen, _) if setup.path.is_none() => return Err(Cause::NoPath),
             (Strategy::Reopen, _) => None,
-            (_, Some(fd)) => {
-                let file = source.take("device", fd)?;
-                Some(D::from_fd(file).map_err(|e| invalid("device", format!("its descriptor: {e}")))?)
-            }
+            (_, Some(fd)) => Some(open(source.take("device", fd)?, &device, &mut setup, file)?),
             (_, None) => return Err(invalid("device", "there is no descriptor of it")),
         };
-        let mut setup = setup(&device, ops.as_ref())?;
         for mapping in device.mappings {
             add_region(&mut setup, mapping, memories)?;
         }
@@ -191,26 +199,42 @@ fn events(source: &mut Source, index: u16, kick: i32, call: i32) -> Result<(Even
     Ok((event("kick", kick)?, event("call", call)?))
 }
 
-/// What was negotiated, if the present device still offers it.
-fn setup<D: DeviceFile>(device: &v2::Device, ops: Option<&D>) -> Result<Setup, Cause> {
-    let saved = Features(device.features);
+/// What was negotiated.
+fn setup(device: &v2::Device) -> Setup {
     let backend = BackendFeatures(device.backend_features);
-    let mut setup = Setup {
+    Setup {
         path: device.path.as_ref().map(PathBuf::from),
         device_id: device.device_id,
         iova_range: IovaRange::ALL,
         offered: backend,
         backend,
-        features: saved,
+        features: Features(device.features),
         regions: Regions::default(),
         queues: Vec::new(),
         guest_queues: Vec::new(),
         running: device.running,
         generation: 0,
-    };
-    let Some(ops) = ops else {
-        return if setup.path.is_some() { Ok(setup) } else { Err(Cause::NoPath) };
-    };
+    }
+}
+
+/// The device behind `fd`, if it still offers what was negotiated. A file that was open in this process before the exec has
+/// answered already: each request to a device file that a process serves takes as long as two switches between processes.
+fn open<D: DeviceFile>(
+    fd: OwnedFd,
+    device: &v2::Device,
+    setup: &mut Setup,
+    file: Option<&v2::DeviceFile>,
+) -> Result<D, Cause> {
+    if let Some((file, range)) = file.filter(|file| file.is(&fd)).and_then(|f| Some((f, f.iova_range()?))) {
+        setup.offered = BackendFeatures(file.backend_features);
+        if !setup.offered.contains(setup.backend) {
+            return Err(Cause::BackendFeatures { saved: setup.backend, present: setup.offered });
+        }
+        setup.iova_range = range;
+        return D::from_acknowledged(fd, setup.backend)
+            .map_err(|e| Error::request("VHOST_SET_BACKEND_FEATURES")(e).into());
+    }
+    let ops = D::from_fd(fd).map_err(|e| invalid("device", format!("its descriptor: {e}")))?;
     let device_id = ops.device_id().map_err(Error::request("VHOST_VDPA_GET_DEVICE_ID"))?;
     if device_id != device.device_id {
         return Err(invalid(
@@ -221,18 +245,18 @@ fn setup<D: DeviceFile>(device: &v2::Device, ops: Option<&D>) -> Result<Setup, C
             ),
         ));
     }
-    let present = ops.features().map_err(Error::request("VHOST_GET_FEATURES"))?;
+    let (saved, present) = (setup.features, ops.features().map_err(Error::request("VHOST_GET_FEATURES"))?);
     if !present.contains(saved) {
         return Err(Cause::Features { saved, present });
     }
     let present = ops.backend_features().map_err(Error::request("VHOST_GET_BACKEND_FEATURES"))?;
-    if !present.contains(backend) {
-        return Err(Cause::BackendFeatures { saved: backend, present });
+    if !present.contains(setup.backend) {
+        return Err(Cause::BackendFeatures { saved: setup.backend, present });
     }
     setup.offered = present;
     setup.iova_range = ops.iova_range().map_err(Error::request("VHOST_VDPA_GET_IOVA_RANGE"))?;
-    set_backend(ops, backend)?;
-    Ok(setup)
+    set_backend(&ops, setup.backend)?;
+    Ok(ops)
 }
 
 fn add_region(setup: &mut Setup, mapping: v2::Mapping, memories: &[Arc<Memory>]) -> Result<(), Cause> {

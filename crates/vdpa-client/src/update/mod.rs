@@ -55,6 +55,7 @@ mod predecessor;
 mod prepared;
 mod report;
 mod rest;
+mod same;
 mod save;
 mod steps;
 mod strategy;

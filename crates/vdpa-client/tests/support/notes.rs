@@ -99,6 +99,9 @@ impl VdpaOps for Notes {
     type Event = EventFd;
 
     fn device_id(&self) -> Result<u32> {
+        let asked = self.path().with_extension("asked");
+        let mut asked = OpenOptions::new().append(true).create(true).open(asked).unwrap();
+        asked.write_all(b"device_id\n").unwrap();
         Ok(2)
     }
     fn status(&self) -> Result<Status> {

@@ -15,7 +15,7 @@ use super::engine::{Engine, LoadError};
 use super::ledger::Ledger;
 use super::stage::{self, Stage, StageError, errno};
 use super::timeline::Timeline;
-use super::wire::{TenantConfig, Totals, chain};
+use super::wire::{Pages, TenantConfig, Totals, chain};
 
 /// Guest memory unless told otherwise: more than a last-level cache has.
 const MEMORY: u64 = 256 << 20;
@@ -104,6 +104,7 @@ fn run(options: &Options) -> Result<Outcome, StageError> {
     let config = TenantConfig {
         device: device.unwrap_or_default(),
         memory,
+        pages: Pages::Small,
         queue_depth: options.queue_depth,
         block_size: 4096,
         read_percent: options.read,
@@ -112,6 +113,7 @@ fn run(options: &Options) -> Result<Outcome, StageError> {
         ledger_fd: -1,
         timeline_fd: -1,
         progress_ms: 100,
+        directory: PathBuf::new(),
     };
     let mut engine = Engine::<VhostVdpaFd>::new(&config, ledger, timeline)?;
     Ok(measure(&mut engine, options)?)

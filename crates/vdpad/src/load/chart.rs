@@ -3,8 +3,9 @@
 use std::path::Path;
 
 use plotters::prelude::*;
-use vdpa_client::update::Strategy;
+use vdpa_client::update::{Strategy, Way};
 
+use super::blackout_result::Cell;
 use super::timeline::BUCKET_NS;
 
 /// Columns of the picture; each shows the mean of the milliseconds it stands for.
@@ -87,6 +88,67 @@ pub fn draw(file: &Path, counts: &[u64], marks: &[Mark]) -> Result<(), String> {
         .draw()
         .map_err(|e| text(&e))?;
     root.present().map_err(|e| text(&e))
+}
+
+/// Draws the median of each cell over the memory size, both logarithmic, a line for each pages, way and strategy.
+///
+/// # Errors
+/// As [`draw`].
+pub fn draw_medians(file: &Path, cells: &[Cell]) -> Result<(), String> {
+    let text = |e: &dyn std::fmt::Display| e.to_string();
+    let gib = |cell: &Cell| float(cell.point.memory_bytes) / f64::from(1 << 30);
+    let ms = |cell: &Cell| float(cell.total_ns.median.max(1)) / 1e6;
+    let ends = |value: &dyn Fn(&Cell) -> f64| {
+        let (least, most) = cells
+            .iter()
+            .map(value)
+            .fold((f64::INFINITY, 0_f64), |(least, most), v| (least.min(v), most.max(v)));
+        if least <= most { least * 0.7..most * 1.4 } else { 0.1..1.0 }
+    };
+    let root = SVGBackend::new(file, (1000, 600)).into_drawing_area();
+    root.fill(&WHITE).map_err(|e| text(&e))?;
+    let mut chart = ChartBuilder::on(&root)
+        .margin(10)
+        .caption("How long no driver is there in an update: medians", ("sans-serif", 18))
+        .x_label_area_size(35)
+        .y_label_area_size(60)
+        .build_cartesian_2d(ends(&gib).log_scale(), ends(&ms).log_scale())
+        .map_err(|e| text(&e))?;
+    chart.configure_mesh().x_desc("GiB of guest memory").y_desc("ms").draw().map_err(|e| text(&e))?;
+    let mut lines: Vec<&Cell> = Vec::new();
+    for cell in cells {
+        if !lines.iter().any(|line| same_line(line, cell)) {
+            lines.push(cell);
+        }
+    }
+    for line in lines {
+        let color = color(line.point.strategy);
+        let points = || cells.iter().filter(|cell| same_line(line, cell)).map(|cell| (gib(cell), ms(cell)));
+        let radius = match line.point.way {
+            Way::Exec => 6,
+            Way::Fork => 4,
+            Way::HandOver => 2,
+        };
+        chart
+            .draw_series(LineSeries::new(points(), color))
+            .map_err(|e| text(&e))?
+            .label(format!("{} {} {}", line.point.strategy, line.point.way, line.point.pages))
+            .legend(move |at| Circle::new(at, radius, color));
+        chart.draw_series(points().map(|at| Circle::new(at, radius, color))).map_err(|e| text(&e))?;
+    }
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::MiddleRight)
+        .background_style(WHITE.mix(0.8))
+        .border_style(BLACK)
+        .draw()
+        .map_err(|e| text(&e))?;
+    root.present().map_err(|e| text(&e))
+}
+
+fn same_line(one: &Cell, other: &Cell) -> bool {
+    let key = |cell: &Cell| (cell.point.pages, cell.point.way, cell.point.strategy);
+    key(one) == key(other)
 }
 
 const fn color(strategy: Strategy) -> RGBColor {

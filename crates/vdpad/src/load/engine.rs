@@ -114,8 +114,8 @@ impl<D: DeviceFile> Engine<D> {
     pub fn new(config: &TenantConfig, ledger: Ledger, timeline: Timeline) -> Result<Self, LoadError> {
         let layout = Layout::new(config)?;
         let system = |action| move |source| LoadError::System { action, source };
-        let ram =
-            memfd::create(c"vdpa-load-ram", config.memory, None).map_err(system("create guest memory"))?;
+        let ram = memfd::create(c"vdpa-load-ram", config.memory, config.pages.huge())
+            .map_err(system("create guest memory"))?;
         let mut session = Device::<D>::open(&config.device)?.negotiate(WANTED)?;
         check_disk(&session.config()?, &ledger, layout.block_size)?;
         session.map(vec![RegionSpec {

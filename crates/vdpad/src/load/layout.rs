@@ -39,11 +39,12 @@ impl Layout {
             (slots + SLOT_BYTES * u64::from(config.queue_depth)).next_multiple_of(block_size.max(4096));
         let buffers = config.memory.saturating_sub(data) / block_size;
         let least = 4 * u64::from(config.queue_depth);
-        if buffers < least || !config.memory.is_multiple_of(4096) {
+        if buffers < least || !config.memory.is_multiple_of(config.pages.bytes()) {
             let least = (data + least * block_size).next_multiple_of(4096);
             return wrong(format!(
-                "{} bytes of memory: a multiple of 4096 from {least} on is required",
-                config.memory
+                "{} bytes of memory: a multiple of {} from {least} on is required",
+                config.memory,
+                config.pages.bytes()
             ));
         }
         let read_percent = u64::from(config.read_percent.min(100));

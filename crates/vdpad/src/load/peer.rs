@@ -1,18 +1,21 @@
 //! The processes an orchestrator starts: a private daemon and a tenant.
 
 use std::io::{self, BufRead as _, BufReader, Write as _};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command as Program, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
 use thiserror::Error;
 
 use super::wire::{Command, Event, TenantConfig};
 
 /// How long a daemon may take to start and to stop.
 const DAEMON_LIMIT: Duration = Duration::from_secs(30);
+/// How long a tenant may take to stop.
+const TENANT_LIMIT: Duration = Duration::from_secs(2);
 
 /// Why a process cannot be used.
 #[derive(Debug, Error)]
@@ -68,6 +71,18 @@ impl Process {
             },
         };
         Err(PeerError::Unusable { who: self.who, problem })
+    }
+
+    /// Waits until nobody is left who could say something; whether that is so within `limit`.
+    fn is_silent_within(&self, limit: Duration) -> bool {
+        let begin = Instant::now();
+        loop {
+            match self.lines.recv_timeout(limit.saturating_sub(begin.elapsed())) {
+                Ok(_) => {}
+                Err(RecvTimeoutError::Disconnected) => return true,
+                Err(RecvTimeoutError::Timeout) => return false,
+            }
+        }
     }
 
     /// Waits for the end, and enforces it after `limit`.
@@ -133,29 +148,29 @@ impl Drop for PrivateDaemon {
     }
 }
 
-/// A tenant. Dropping it ends it.
+/// A tenant, whichever process is it. Dropping it ends it.
 #[derive(Debug)]
 pub struct TenantProcess {
+    /// The first one.
     process: Process,
-    commands: ChildStdin,
+    commands: Option<ChildStdin>,
+    /// The present one, if it is not the first.
+    successor: Option<OwnedFd>,
 }
 
 impl TenantProcess {
-    /// Starts `vdpactl tenant` with descriptors that the configuration names and that are inheritable.
+    /// Starts `vdpa-tenant` with descriptors that the configuration names and that are inheritable.
     ///
     /// # Errors
     /// [`PeerError::Start`].
-    pub fn start(vdpactl: &Path, config: &TenantConfig) -> Result<Self, PeerError> {
+    pub fn start(program: &Path, config: &TenantConfig) -> Result<Self, PeerError> {
         let config = serde_json::to_string(config)
-            .map_err(|e| PeerError::Start { program: vdpactl.into(), source: e.into() })?;
-        let mut program = Program::new(vdpactl);
-        program.arg("tenant").arg(config).stdin(Stdio::piped());
+            .map_err(|e| PeerError::Start { program: program.into(), source: e.into() })?;
+        let mut program = Program::new(program);
+        program.arg(config).stdin(Stdio::piped());
         let mut process = Process::start("tenant", &mut program)?;
-        let commands = process.child.stdin.take().ok_or_else(|| PeerError::Unusable {
-            who: "tenant",
-            problem: "has no standard input".to_owned(),
-        })?;
-        Ok(Self { process, commands })
+        let commands = process.child.stdin.take();
+        Ok(Self { process, commands, successor: None })
     }
 
     /// Says something to it.
@@ -164,7 +179,8 @@ impl TenantProcess {
     /// [`PeerError::Deaf`].
     pub fn tell(&mut self, command: Command) -> Result<(), PeerError> {
         let line = serde_json::to_string(&command).map_err(|e| PeerError::Deaf(e.into()))?;
-        writeln!(self.commands, "{line}").map_err(PeerError::Deaf)
+        let closed = || PeerError::Deaf(io::ErrorKind::BrokenPipe.into());
+        writeln!(self.commands.as_ref().ok_or_else(closed)?, "{line}").map_err(PeerError::Deaf)
     }
 
     /// Its next event.
@@ -173,8 +189,16 @@ impl TenantProcess {
     /// [`PeerError::Unusable`] when there is none within `limit`, or the tenant has ended.
     pub fn event(&mut self, limit: Duration) -> Result<Event, PeerError> {
         let line = self.process.line(limit)?;
-        serde_json::from_str(&line)
-            .map_err(|e| PeerError::Unusable { who: "tenant", problem: format!("says \"{line}\": {e}") })
+        let event = serde_json::from_str(&line)
+            .map_err(|e| PeerError::Unusable { who: "tenant", problem: format!("says \"{line}\": {e}") })?;
+        if let Event::Update { report, .. } = &event
+            && report.successor != report.predecessor
+        {
+            // It listens and cannot have ended. Without a pidfd (ancient kernels) it is only asked to end, later.
+            self.successor =
+                Pid::from_raw(report.successor).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+        }
+        Ok(event)
     }
 
     /// Its next event that is not about progress. `limit` is for each event.
@@ -204,6 +228,13 @@ impl TenantProcess {
 
 impl Drop for TenantProcess {
     fn drop(&mut self) {
-        self.process.end(Duration::from_secs(2));
+        // The end of its input is the sign to stop.
+        drop(self.commands.take());
+        if !self.process.is_silent_within(TENANT_LIMIT)
+            && let Some(successor) = &self.successor
+        {
+            let _ = pidfd_send_signal(successor, Signal::KILL);
+        }
+        self.process.end(TENANT_LIMIT);
     }
 }

@@ -1,7 +1,7 @@
 //! What a load runs on: a private daemon with one disk.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 use vdpa_core::Errno;
@@ -29,13 +29,16 @@ pub struct Options {
     /// The daemon to start [default: vdpad beside this program]
     #[arg(long, value_name = "PATH")]
     pub vdpad: Option<PathBuf>,
+    /// The program that is updated [default: vdpa-tenant beside this program]
+    #[arg(long, value_name = "PATH")]
+    pub tenant: Option<PathBuf>,
     /// Directory for the disk file and the sockets, removed at the end [default: the system's for temporary files]
     #[arg(long, value_name = "DIR")]
     pub directory: Option<PathBuf>,
 }
 
 /// A number of bytes, in whole pages.
-fn size(text: &str) -> Result<u64, String> {
+pub(super) fn size(text: &str) -> Result<u64, String> {
     let (digits, shift) = match text.strip_suffix(['K', 'M', 'G', 'T']) {
         Some(digits) => (digits, 10 * (1 + "KMGT".find(|c| text.ends_with(c)).unwrap_or(0))),
         None => (text, 0),
@@ -99,6 +102,7 @@ pub struct Stage {
     /// Its size.
     pub disk_bytes: u64,
     client: Client,
+    directory: PathBuf,
     // The order of the fields is the order in which things end.
     _daemon: PrivateDaemon,
     _directory: tempfile::TempDir,
@@ -135,9 +139,16 @@ impl Stage {
             disk,
             disk_bytes: options.disk,
             client,
+            directory: directory.path().to_owned(),
             _daemon: daemon,
             _directory: directory,
         })
+    }
+
+    /// A directory for what belongs to this stage.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        &self.directory
     }
 
     /// Pages of 4096 bytes that the device has pinned.
@@ -151,7 +162,7 @@ impl Stage {
 
 /// What to create. Where the client's limit on locked memory cannot be raised, the device sets one; where the daemon
 /// may not pin at all, pages are not pinned.
-fn device(disk: &std::path::Path, memory: u64) -> Result<AddRequest, StageError> {
+fn device(disk: &Path, memory: u64) -> Result<AddRequest, StageError> {
     let mut attrs = Attrs::default();
     let path = disk
         .to_str()
@@ -171,14 +182,24 @@ fn device(disk: &std::path::Path, memory: u64) -> Result<AddRequest, StageError>
 
 /// A quarter of the memory that is free, at most 8 GiB.
 fn default_memory() -> Result<u64, StageError> {
-    let text = std::fs::read_to_string("/proc/meminfo").map_err(system("read /proc/meminfo"))?;
-    Ok(quarter_of_free(&text).unwrap_or(GIB / 2))
+    Ok(free_memory()?.map_or(GIB / 2, quarter))
 }
 
-fn quarter_of_free(meminfo: &str) -> Option<u64> {
+const fn quarter(free: u64) -> u64 {
+    let quarter = if free / 4 < 8 * GIB { free / 4 } else { 8 * GIB };
+    quarter & !(PAGE_SIZE - 1)
+}
+
+/// Bytes that can be allocated without swapping, if the kernel says.
+pub(super) fn free_memory() -> Result<Option<u64>, StageError> {
+    let text = std::fs::read_to_string("/proc/meminfo").map_err(system("read /proc/meminfo"))?;
+    Ok(available(&text))
+}
+
+fn available(meminfo: &str) -> Option<u64> {
     let line = meminfo.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
     let kib: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
-    Some((kib.checked_mul(1024)? / 4).min(8 * GIB) & !(PAGE_SIZE - 1))
+    kib.checked_mul(1024)
 }
 
 #[cfg(test)]
@@ -197,8 +218,8 @@ mod tests {
 
     #[test]
     fn a_quarter_of_what_is_free() {
-        assert_eq!(quarter_of_free("MemTotal: 1 kB\nMemAvailable:    4001 kB\n"), Some(1_024_000));
-        assert_eq!(quarter_of_free("MemAvailable: 999999999999 kB"), Some(8 * GIB));
-        assert_eq!(quarter_of_free("MemFree: 5 kB"), None);
+        assert_eq!(available("MemTotal: 1 kB\nMemAvailable:    4001 kB\n").map(quarter), Some(1_024_000));
+        assert_eq!(available("MemAvailable: 999999999999 kB").map(quarter), Some(8 * GIB));
+        assert_eq!(available("MemFree: 5 kB"), None);
     }
 }

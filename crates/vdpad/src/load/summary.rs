@@ -14,7 +14,7 @@ pub struct Summary {
     pub memory_bytes: u64,
     /// Bytes of its pages.
     pub page_size: u64,
-    /// One entry per strategy, in the order in which they ran.
+    /// One entry per way and strategy, in the order in which they ran.
     pub strategies: Vec<StrategySummary>,
     /// Blocks compared with the backing file, all comparisons together.
     pub blocks_verified: u64,
@@ -30,8 +30,8 @@ pub struct Summary {
 pub struct StrategySummary {
     /// Which.
     pub name: Strategy,
-    /// By what means.
-    pub way: String,
+    /// By what way.
+    pub way: Way,
     /// Updates that happened.
     pub updates: u64,
     /// Last completion before to first one after, in us.
@@ -85,6 +85,8 @@ impl Spread {
 pub struct Notes {
     /// Which.
     pub strategy: Strategy,
+    /// By what way.
+    pub way: Way,
     /// One entry per update: blackout in us, and the phases.
     pub updates: Vec<(u64, Report)>,
     /// Pinned before and after.
@@ -106,7 +108,7 @@ impl From<&Notes> for StrategySummary {
         let grown = |count: fn(&Totals) -> u64| count(after).saturating_sub(count(before));
         Self {
             name: notes.strategy,
-            way: "exec".to_owned(),
+            way: notes.way,
             updates: notes.updates.len() as u64,
             blackout_us: Spread::of(notes.updates.iter().map(|(us, _)| *us)),
             phases_us: phases,
@@ -121,11 +123,11 @@ impl From<&Notes> for StrategySummary {
 }
 
 impl Summary {
-    /// The median blackout of `reopen` divided by that of `live`.
+    /// The median blackout of `reopen` divided by that of `live`, by one way.
     #[must_use]
-    pub fn reopen_per_live(&self) -> Option<f64> {
+    pub fn reopen_per_live(&self, way: Way) -> Option<f64> {
         let median = |name| {
-            let found = self.strategies.iter().find(|s| s.name == name)?;
+            let found = self.strategies.iter().find(|s| s.name == name && s.way == way)?;
             (found.updates > 0).then_some(found.blackout_us.median.max(1))
         };
         let (reopen, live) = (median(Strategy::Reopen)?, median(Strategy::Live)?);
@@ -140,7 +142,8 @@ impl Summary {
         let mut text = String::new();
         let _ = writeln!(
             text,
-            "{:<9}{:>8} | {:>40} | {:>21} | {:>10} {:>5} {:>8} {:>10}",
+            "{:<10}{:<9}{:>8} | {:>40} | {:>21} | {:>10} {:>5} {:>8} {:>10}",
+            "way",
             "strategy",
             "updates",
             "blackout ms: min / median / p99 / max",
@@ -156,18 +159,20 @@ impl Summary {
             let pinned = format!("{} > {}", s.pinned_pages_before, s.pinned_pages_after);
             let _ = writeln!(
                 text,
-                "{:<9}{:>8} | {blackout:>40} | {pinned:>21} | {:>10} {:>5} {:>8} {:>10}",
-                s.name, s.updates, s.requests, s.lost, s.corrupt, s.duplicate
+                "{:<10}{:<9}{:>8} | {blackout:>40} | {pinned:>21} | {:>10} {:>5} {:>8} {:>10}",
+                s.way, s.name, s.updates, s.requests, s.lost, s.corrupt, s.duplicate
             );
         }
         let _ = writeln!(text, "\nmedian of each phase, ms:");
         for s in &self.strategies {
             let phases =
                 s.phases_us.iter().map(|(name, us)| format!("{name} {}", millis(us.as_u64().unwrap_or(0))));
-            let _ = writeln!(text, "{:<9}{}", s.name, phases.collect::<Vec<_>>().join("  "));
+            let _ = writeln!(text, "{:<10}{:<9}{}", s.way, s.name, phases.collect::<Vec<_>>().join("  "));
         }
-        if let Some(ratio) = self.reopen_per_live() {
-            let _ = writeln!(text, "\nreopen / live: {ratio:.1}");
+        for way in Way::ALL {
+            if let Some(ratio) = self.reopen_per_live(way) {
+                let _ = writeln!(text, "\nreopen / live by {way}: {ratio:.1}");
+            }
         }
         let _ = writeln!(text, "{} blocks verified in the backing file", self.blocks_verified);
         for problem in &self.problems {
@@ -200,6 +205,7 @@ mod tests {
         let report = Report { transfer: 5_000_000, ..Report::new(Way::Exec) };
         let notes = Notes {
             strategy: Strategy::Live,
+            way: Way::Fork,
             updates: vec![(1234, report)],
             pinned_pages: (8, 8),
             totals: (before, after),
@@ -216,7 +222,7 @@ mod tests {
             ok: false,
             problems: vec!["x".to_owned()],
         };
-        assert!(all.reopen_per_live().is_none());
+        assert!(all.reopen_per_live(Way::Fork).is_none());
         assert!(all.table().contains("1.23 / 1.23 / 1.23 / 1.23") && all.table().contains("PROBLEM: x"));
     }
 }

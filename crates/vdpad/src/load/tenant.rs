@@ -2,6 +2,7 @@
 
 use std::io::{self, Write as _};
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::process::ExitCode;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -9,24 +10,15 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
 use vdpa_client::device::DeviceFile;
-use vdpa_client::state::Section;
-use vdpa_client::state::Sections;
-use vdpa_client::update::{self, Devices, Image, Plan, Report, Restored, Strategy, Via};
+use vdpa_client::update::{Report, Strategy};
 use vdpa_sys::clock::monotonic_ns;
 use vdpa_sys::vhost_vdpa::VhostVdpaFd;
 use vdpa_sys::{inherit, rlimit};
 
-use super::engine::{Engine, LoadError, SavedEngine};
-use super::ledger::Ledger;
-use super::timeline::Timeline;
+use super::engine::{Engine, LoadError};
+use super::replace::{self, Arrived, Preparing, SECTION, Saved, Shared, Successor};
 use super::wire::{Command, Event, TenantConfig, Totals, chain};
 
-/// Names under which the next image finds things.
-const DEVICE: &str = "disk";
-const LEDGER: &str = "ledger";
-const TIMELINE: &str = "timeline";
-/// Name and version of the tenant's section of saved state.
-const SECTION: (&str, u32) = ("load/tenant", 1);
 /// Longest line accepted as a command.
 const LINE_LIMIT: usize = 4096;
 /// How often commands are looked for while completions keep coming.
@@ -34,30 +26,47 @@ const COMMAND_INTERVAL_NS: u64 = 1_000_000;
 /// How long a wait may last before deadlines and progress are looked at.
 const IDLE: Duration = Duration::from_millis(20);
 
-/// Runs a tenant with a configuration in JSON: the whole of its process. Exit status 0 when every request was
-/// answered once and right.
+/// Runs a tenant with a configuration in JSON: the whole of its process. With `standby` it waits for its predecessor
+/// behind that socket. Exit status 0 when every request was answered once and right, or somebody else goes on.
 #[must_use]
-pub fn main(config: &str) -> ExitCode {
-    match serde_json::from_str(config).map_err(|e| e.to_string()) {
-        Ok(config) => match Tenant::<VhostVdpaFd>::begin(&config).and_then(Tenant::run) {
-            Ok(true) => ExitCode::SUCCESS,
-            Ok(false) => ExitCode::FAILURE,
-            Err(e) => {
-                let _ = tell(&Event::Failed { error: chain(&e), totals: Totals::default() });
-                ExitCode::FAILURE
-            }
-        },
+pub fn main(config: &str, standby: Option<&Path>) -> ExitCode {
+    let config: TenantConfig = match serde_json::from_str(config) {
+        Ok(config) => config,
         Err(e) => {
             let _ = writeln!(io::stderr(), "tenant: its argument is no configuration: {e}");
-            ExitCode::from(2)
+            return ExitCode::from(2);
+        }
+    };
+    let ended = match Tenant::<VhostVdpaFd>::begin(config, standby) {
+        Ok(Some(tenant)) => tenant.run(),
+        Ok(None) => Ok(End::Elsewhere),
+        Err(e) => Err(e),
+    };
+    match ended {
+        Ok(End::Clean | End::Elsewhere) => ExitCode::SUCCESS,
+        Ok(End::Unclean) => ExitCode::FAILURE,
+        Err(e) => {
+            let _ = tell(&Event::Failed { error: chain(&e), totals: Totals::default() });
+            ExitCode::FAILURE
         }
     }
+}
+
+/// How a process of a tenant ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// Every request was answered once and right.
+    Clean,
+    /// Something was lost, damaged, answered twice or failed.
+    Unclean,
+    /// Another process goes on.
+    Elsewhere,
 }
 
 /// What the tenant is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-enum Mode {
+pub(super) enum Mode {
     /// Nothing is issued and nothing in flight.
     Idle,
     /// Requests are issued.
@@ -68,17 +77,6 @@ enum Mode {
     Flushing,
 }
 
-/// The tenant's section of saved state.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Saved {
-    engine: SavedEngine,
-    mode: Mode,
-    stopping: bool,
-    /// Bytes of commands read but not yet obeyed.
-    input: Vec<u8>,
-}
-
 /// An update of which the first completion is still to come.
 #[derive(Debug)]
 struct Arrival {
@@ -87,59 +85,42 @@ struct Arrival {
     in_flight: u64,
 }
 
-struct Tenant<D> {
-    config: TenantConfig,
-    engine: Engine<D>,
+#[derive(Debug)]
+pub(super) struct Tenant<D> {
+    pub(super) config: TenantConfig,
+    pub(super) engine: Engine<D>,
     /// The descriptors of ledger and timeline, for the next image.
-    shared: [OwnedFd; 2],
-    mode: Mode,
-    stopping: bool,
-    input: Vec<u8>,
+    pub(super) shared: [OwnedFd; 2],
+    pub(super) mode: Mode,
+    pub(super) stopping: bool,
+    pub(super) input: Vec<u8>,
     arrival: Option<Arrival>,
     /// Maps all of guest memory again after an update, so that each update finds a process with all of it
     /// mapped, as that of a guest that has run for a while.
     populating: Option<JoinHandle<()>>,
+    /// The update that is being prepared while requests are driven.
+    pub(super) preparing: Option<Preparing>,
     next_command_ns: u64,
     next_progress_ns: u64,
 }
 
 impl<D: DeviceFile> Tenant<D> {
-    /// Starts, or goes on as the next image.
-    fn begin(config: &TenantConfig) -> Result<Self, LoadError> {
-        let restored = update::restore::<D>()
-            .map_err(|e| LoadError::Config { what: format!("cannot take over: {}", chain(&e)) })?;
-        let (restored, shared) = match restored {
-            Some(mut restored) => {
-                let mut take = |name| {
-                    let missing = || LoadError::Config { what: format!("{name} was not handed over") };
-                    restored.descriptors.remove(name).ok_or_else(missing)
-                };
-                let shared = [take(LEDGER)?, take(TIMELINE)?];
-                (Some(restored), shared)
-            }
-            None => {
-                let take = |number| {
-                    inherit::take(number)
-                        .map_err(|source| LoadError::System { action: "adopt shared memory", source })
-                };
-                (None, [take(config.ledger_fd)?, take(config.timeline_fd)?])
-            }
-        };
-        let [ledger, timeline] = &shared;
-        let ledger = Ledger::open(ledger)?;
-        let timeline = Timeline::open(timeline)
-            .map_err(|source| LoadError::System { action: "map the timeline", source })?;
-        match restored {
-            Some(restored) => Self::resume(config.clone(), shared, (ledger, timeline), restored),
-            None => Self::start(config.clone(), shared, (ledger, timeline)),
+    /// Starts, or goes on in place of a predecessor. `None` when that one goes on, and has been told why.
+    fn begin(config: TenantConfig, standby: Option<&Path>) -> Result<Option<Self>, LoadError> {
+        match replace::arrive(&config, standby)? {
+            Arrived::Successor(arrival) => Self::resume(config, *arrival).map(Some),
+            Arrived::Nothing => Self::start(config).map(Some),
+            Arrived::NotNeeded => Ok(None),
         }
     }
 
-    fn start(
-        config: TenantConfig,
-        shared: [OwnedFd; 2],
-        (ledger, timeline): (Ledger, Timeline),
-    ) -> Result<Self, LoadError> {
+    fn start(config: TenantConfig) -> Result<Self, LoadError> {
+        let take = |number| {
+            inherit::take(number)
+                .map_err(|source| LoadError::System { action: "adopt shared memory", source })
+        };
+        let shared = Shared::open([take(config.ledger_fd)?, take(config.timeline_fd)?])?;
+        let Shared { fds: shared, ledger, timeline } = shared;
         // Pinned pages count against this limit. Where it cannot be raised the device may refuse the memory.
         let memlock_raised = rlimit::raise_memlock(None).is_ok();
         let engine = Engine::new(&config, ledger, timeline)?;
@@ -154,7 +135,7 @@ impl<D: DeviceFile> Tenant<D> {
         Ok(Self::new(config, shared, engine))
     }
 
-    fn new(config: TenantConfig, shared: [OwnedFd; 2], engine: Engine<D>) -> Self {
+    pub(super) fn new(config: TenantConfig, shared: [OwnedFd; 2], engine: Engine<D>) -> Self {
         Self {
             config,
             engine,
@@ -164,17 +145,14 @@ impl<D: DeviceFile> Tenant<D> {
             input: Vec::new(),
             arrival: None,
             populating: None,
+            preparing: None,
             next_command_ns: 0,
             next_progress_ns: 0,
         }
     }
 
-    fn resume(
-        config: TenantConfig,
-        shared: [OwnedFd; 2],
-        accounts: (Ledger, Timeline),
-        restored: Restored<D>,
-    ) -> Result<Self, LoadError> {
+    fn resume(config: TenantConfig, successor: Successor<D>) -> Result<Self, LoadError> {
+        let Successor { restored, shared: Shared { fds, ledger, timeline } } = successor;
         let unreadable = |what: String| LoadError::Config { what };
         let (session, mut sections, report) =
             restored.into_one().map_err(|_| unreadable("more than one device was handed over".to_owned()))?;
@@ -183,32 +161,33 @@ impl<D: DeviceFile> Tenant<D> {
             .ok_or_else(|| unreadable("the saved state is not one of a tenant".to_owned()))?;
         let saved: Saved = section.parse(SECTION.1).map_err(|e| unreadable(e.to_string()))?;
         sections.ensure_consumed().map_err(|e| unreadable(e.to_string()))?;
-        let engine = Engine::restore(&config, session, accounts, saved.engine)?;
+        let engine = Engine::restore(&config, session, (ledger, timeline), saved.engine)?;
         let in_flight = engine.in_flight() as u64;
         let arrival = Arrival { report, last_before_ns: engine.last_completion_ns(), in_flight };
-        let mut tenant = Self::new(config, shared, engine);
+        let mut tenant = Self::new(config, fds, engine);
         tenant.mode = saved.mode;
         tenant.stopping = saved.stopping;
         tenant.input = saved.input;
         tenant.arrival = Some(arrival);
+        // Nothing is told before the first completion.
+        tenant.next_progress_ns = monotonic_ns() + tenant.config.progress_ms.max(1) * 1_000_000;
         Ok(tenant)
     }
 
-    /// Returns whether every request was answered once and right.
-    fn run(mut self) -> Result<bool, LoadError> {
+    fn run(mut self) -> Result<End, LoadError> {
         loop {
             let reaped = match self.step() {
                 Ok(reaped) => reaped,
                 Err(e) => {
                     let totals = self.engine.totals().clone();
                     tell(&Event::Failed { error: chain(&e), totals })?;
-                    return Ok(false);
+                    return Ok(End::Unclean);
                 }
             };
             if self.stopping && self.mode == Mode::Idle {
                 let totals = self.engine.totals().clone();
                 tell(&Event::Finished(totals.clone()))?;
-                return Ok(totals.clean());
+                return Ok(if totals.clean() { End::Clean } else { End::Unclean });
             }
             let now = monotonic_ns();
             if now >= self.next_progress_ns {
@@ -223,7 +202,13 @@ impl<D: DeviceFile> Tenant<D> {
                 }
             }
             while let Some(command) = self.next_command()? {
-                self = self.obey(command)?;
+                self.obey(command)?;
+            }
+            if let Some(preparing) = self.preparing.take_if(|preparing| preparing.is_finished()) {
+                match self.switch(preparing)? {
+                    Some(tenant) => self = tenant,
+                    None => return Ok(End::Elsewhere),
+                }
             }
         }
     }
@@ -274,7 +259,7 @@ impl<D: DeviceFile> Tenant<D> {
         }));
         tell(&Event::Update {
             strategy: report.devices.first().map_or(Strategy::Live, |d| d.strategy),
-            way: report.way.name().to_owned(),
+            way: report.way,
             report,
             blackout_us,
             at_ns,
@@ -319,7 +304,11 @@ impl<D: DeviceFile> Tenant<D> {
     fn next_command(&mut self) -> Result<Option<Command>, LoadError> {
         // One command at a time: the next one waits until this one is done.
         let populating = self.populating.as_ref().is_some_and(|thread| !thread.is_finished());
-        if populating || matches!(self.mode, Mode::Draining | Mode::Flushing) || self.arrival.is_some() {
+        if populating
+            || self.preparing.is_some()
+            || matches!(self.mode, Mode::Draining | Mode::Flushing)
+            || self.arrival.is_some()
+        {
             return Ok(None);
         }
         let Some(end) = self.input.iter().position(|&b| b == b'\n') else {
@@ -334,7 +323,7 @@ impl<D: DeviceFile> Tenant<D> {
         })
     }
 
-    fn obey(mut self, command: Command) -> Result<Self, LoadError> {
+    fn obey(&mut self, command: Command) -> Result<(), LoadError> {
         match command {
             Command::Go => self.mode = Mode::Running,
             Command::Quiesce => self.mode = Mode::Draining,
@@ -342,53 +331,13 @@ impl<D: DeviceFile> Tenant<D> {
                 self.stopping = true;
                 self.mode = Mode::Draining;
             }
-            Command::Update { strategy } => return self.update(strategy),
+            Command::Update { strategy, way } => self.begin_update(strategy, way)?,
         }
-        Ok(self)
-    }
-
-    /// Replaces this image; returns only if that failed.
-    fn update(mut self, strategy: Strategy) -> Result<Self, LoadError> {
-        // What has arrived belongs to the time before.
-        self.engine.reap()?;
-        let Self { config, engine, shared, mode, stopping, input, .. } = self;
-        let (session, engine, ledger, timeline) = engine.into_parts();
-        let saved = Saved { engine, mode, stopping, input };
-        let section = Section::json(SECTION.0, SECTION.1, &saved)
-            .map_err(|e| LoadError::Config { what: e.to_string() })?;
-        let devices = Devices::one(DEVICE, session);
-        let [first, second] = &shared;
-        let plan = Plan::new()
-            .strategy(strategy)
-            .no_deadline()
-            .section(section)
-            .descriptor(LEDGER, first)
-            .descriptor(TIMELINE, second);
-        let (error, mut devices, lost) = match plan.prepare(&devices, Via::Exec(Image::new("/proc/self/exe")))
-        {
-            Err(error) => (error, devices, Vec::new()),
-            Ok(prepared) => match prepared.switch(devices, Sections::new()) {
-                Ok(_) => return Err(LoadError::Config { what: "an exec returned".to_owned() }),
-                Err(failed) => (failed.error, failed.devices, failed.lost),
-            },
-        };
-        tell(&Event::UpdateFailed { strategy, error: chain(&error) })?;
-        let session = devices.take(DEVICE).ok_or_else(|| LoadError::Config {
-            what: format!(
-                "the failed update could not be undone: {}",
-                lost.first().map_or_else(String::new, |e| chain(e))
-            ),
-        })?;
-        let engine = Engine::restore(&config, session, (ledger, timeline), saved.engine)?;
-        let mut tenant = Self::new(config, shared, engine);
-        tenant.mode = mode;
-        tenant.stopping = stopping;
-        tenant.input = saved.input;
-        Ok(tenant)
+        Ok(())
     }
 }
 
-fn tell(event: &Event) -> Result<(), LoadError> {
+pub(super) fn tell(event: &Event) -> Result<(), LoadError> {
     let mut line = serde_json::to_vec(event).map_err(|e| LoadError::Config { what: e.to_string() })?;
     line.push(b'\n');
     let mut out = io::stdout().lock();

@@ -1,19 +1,77 @@
 //! What a tenant is told and what it tells: one JSON object per line.
 
+use std::fmt;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 pub use vdpa_client::error::chain;
-use vdpa_client::update::{Report, Strategy};
+use vdpa_client::update::{Report, Strategy, Way};
+use vdpa_sys::memfd::HugePage;
 
-/// How a tenant is set up: the only argument of its command line.
+/// The pages of guest memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Pages {
+    /// Of 4 KiB, of a memfd.
+    #[default]
+    #[serde(rename = "4k")]
+    Small,
+    /// Of 2 MiB, of a hugetlb memfd.
+    #[serde(rename = "2m")]
+    Huge,
+}
+
+impl Pages {
+    /// Bytes of a page.
+    #[must_use]
+    pub const fn bytes(self) -> u64 {
+        match self {
+            Self::Small => 4 << 10,
+            Self::Huge => 2 << 20,
+        }
+    }
+
+    /// What a memfd is made of.
+    #[must_use]
+    pub const fn huge(self) -> Option<HugePage> {
+        match self {
+            Self::Small => None,
+            Self::Huge => Some(HugePage::Mib2),
+        }
+    }
+}
+
+impl fmt::Display for Pages {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Small => "4k",
+            Self::Huge => "2m",
+        })
+    }
+}
+
+impl FromStr for Pages {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name {
+            "4k" => Ok(Self::Small),
+            "2m" => Ok(Self::Huge),
+            _ => Err(format!("\"{name}\": pages are 4k or 2m")),
+        }
+    }
+}
+
+/// How a tenant is set up: the argument of its command line, the same for every image of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TenantConfig {
     /// The device file.
     pub device: PathBuf,
-    /// Guest memory, in bytes; a multiple of 4096.
+    /// Guest memory, in bytes; a multiple of its pages.
     pub memory: u64,
+    /// Its pages.
+    pub pages: Pages,
     /// Requests kept in flight.
     pub queue_depth: u16,
     /// Bytes of a block; a multiple of 512.
@@ -30,6 +88,8 @@ pub struct TenantConfig {
     pub timeline_fd: i32,
     /// How often progress is told, in ms.
     pub progress_ms: u64,
+    /// Where the sockets of hand-overs are made.
+    pub directory: PathBuf,
 }
 
 /// What a tenant is told.
@@ -40,6 +100,8 @@ pub enum Command {
     Update {
         /// How.
         strategy: Strategy,
+        /// By what way.
+        way: Way,
     },
     /// Issue nothing more, wait for what is in flight, flush, and say so.
     Quiesce,
@@ -70,8 +132,8 @@ pub enum Event {
     Update {
         /// How.
         strategy: Strategy,
-        /// By what means: `exec`.
-        way: String,
+        /// By what way.
+        way: Way,
         /// Time of every phase.
         report: Report,
         /// Last completion before to first one after, in us.
@@ -81,10 +143,12 @@ pub enum Event {
         /// Requests in flight while no driver was there.
         in_flight: u64,
     },
-    /// Not replaced; the old image goes on.
+    /// Not replaced; the old program goes on.
     UpdateFailed {
         /// How.
         strategy: Strategy,
+        /// By what way.
+        way: Way,
         /// The error with its causes.
         error: String,
     },
@@ -137,12 +201,22 @@ mod tests {
 
     #[test]
     fn lines_are_as_documented() {
-        let update = Command::Update { strategy: Strategy::Live };
-        assert_eq!(serde_json::to_string(&update).unwrap(), r#"{"command":"update","strategy":"live"}"#);
+        let update = Command::Update { strategy: Strategy::Live, way: Way::HandOver };
+        let line = r#"{"command":"update","strategy":"live","way":"hand-over"}"#;
+        assert_eq!(serde_json::to_string(&update).unwrap(), line);
         assert_eq!(serde_json::from_str::<Command>(r#"{"command":"go"}"#).unwrap(), Command::Go);
         let event = Event::Progress(Totals { requests: 3, ..Totals::default() });
         let line = serde_json::to_string(&event).unwrap();
         assert!(line.starts_with(r#"{"event":"progress","requests":3"#), "{line}");
         assert_eq!(serde_json::from_str::<Event>(&line).unwrap(), event);
+    }
+
+    #[test]
+    fn pages_have_names() {
+        for pages in [Pages::Small, Pages::Huge] {
+            assert_eq!(pages.to_string().parse(), Ok(pages));
+            assert_eq!(serde_json::to_string(&pages).unwrap(), format!("\"{pages}\""));
+        }
+        assert!("1g".parse::<Pages>().unwrap_err().contains("4k or 2m"));
     }
 }

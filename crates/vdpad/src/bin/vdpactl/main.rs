@@ -26,7 +26,7 @@ use std::process::ExitCode;
 use clap::{ArgAction, Parser, Subcommand};
 use vdpad::ctl::DEFAULT_SOCKET;
 use vdpad::ctl::client::Client;
-use vdpad::load::{bench, demo, tenant};
+use vdpad::load::{bench, blackout, demo};
 
 use failure::Failure;
 use output::Format;
@@ -104,12 +104,6 @@ enum Object {
         #[command(subcommand)]
         what: Bench,
     },
-    /// The client that "demo" updates
-    #[command(hide = true)]
-    Tenant {
-        /// Its configuration, as JSON
-        config: String,
-    },
     /// The words of every object
     Help,
     #[command(external_subcommand)]
@@ -121,6 +115,8 @@ enum Object {
 enum Bench {
     /// Verified random requests: rate and latency
     Io(Box<bench::Options>),
+    /// How long no driver is there in an update, by memory size, way and strategy
+    Update(Box<blackout::Options>),
 }
 
 /// What every command needs.
@@ -140,7 +136,7 @@ fn main() -> ExitCode {
         eprintln!("vdpactl: cannot start a private daemon without root: {error}");
         return ExitCode::from(1);
     }
-    // The demonstration drives a device itself, and so do the images it becomes.
+    // Measuring requests drives a device in this process.
     if let Err(error) = vdpa_sys::uapi::live::configure_from_env() {
         eprintln!("vdpactl: {}: {error}", vdpa_sys::uapi::live::ENV);
         return ExitCode::from(2);
@@ -148,7 +144,9 @@ fn main() -> ExitCode {
     match &cli.object {
         Some(Object::Demo(options)) => return demo::main(options, cli.options.json),
         Some(Object::Bench { what: Bench::Io(options) }) => return bench::main(options, cli.options.json),
-        Some(Object::Tenant { config }) => return tenant::main(config),
+        Some(Object::Bench { what: Bench::Update(options) }) => {
+            return blackout::main(options, cli.options.json);
+        }
         _ => {}
     }
     match run(cli) {
@@ -181,7 +179,7 @@ fn run(Cli { options, object }: Cli) -> Result<(), Failure> {
         Some(Object::Mgmtdev { words }) => mgmtdev::run(&session, &words),
         Some(Object::Dev { words, force }) => dev::run(&session, &words, force),
         Some(Object::Update { words }) => update::run(&session, &words),
-        None | Some(Object::Help | Object::Demo(_) | Object::Bench { .. } | Object::Tenant { .. }) => {
+        None | Some(Object::Help | Object::Demo(_) | Object::Bench { .. }) => {
             eprint!("{HELP}");
             Ok(())
         }

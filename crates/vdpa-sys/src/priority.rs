@@ -1,0 +1,47 @@
+//! Work that nobody waits for.
+#![expect(unsafe_code, reason = "sched_setscheduler(2) is not in rustix")]
+
+use rustix::process::Pid;
+use vdpa_core::Errno;
+
+use crate::errno;
+
+/// Has a thread run only when nothing else wants its CPU (`SCHED_IDLE`): for the teardown of large memory, which would
+/// otherwise keep those waiting who have just been woken. `None` is the calling thread. Cannot be taken back without
+/// privileges.
+///
+/// # Errors
+/// `ESRCH`; `EPERM` for a thread of another user.
+pub fn run_when_idle(thread: Option<Pid>) -> Result<(), Errno> {
+    let parameters = libc::sched_param { sched_priority: 0 };
+    let thread = thread.map_or(0, |id| id.as_raw_nonzero().get());
+    // SAFETY: `parameters` is read by the call only. A policy changes when a thread runs, not what it does. The system call
+    // itself, since musl's function always fails.
+    let set = unsafe {
+        libc::syscall(libc::SYS_sched_setscheduler, thread, libc::SCHED_IDLE, &raw const parameters)
+    };
+    if set == 0 { Ok(()) } else { Err(errno::last()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_can_be_made_to_wait() {
+        let policy = || {
+            let thread = rustix::thread::gettid().as_raw_nonzero();
+            let stat = std::fs::read_to_string(format!("/proc/self/task/{thread}/stat")).unwrap();
+            // Field 41, counted behind the name.
+            stat.rsplit_once(") ").unwrap().1.split(' ').nth(38).unwrap().parse::<i32>().unwrap()
+        };
+        std::thread::spawn(move || {
+            assert_eq!(policy(), libc::SCHED_OTHER);
+            run_when_idle(None).unwrap();
+            assert_eq!(policy(), libc::SCHED_IDLE);
+        })
+        .join()
+        .unwrap();
+        assert_eq!(run_when_idle(Pid::from_raw(i32::MAX)), Err(errno::SRCH));
+    }
+}

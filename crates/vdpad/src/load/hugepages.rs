@@ -1,0 +1,97 @@
+//! Huge pages for the time of a measurement.
+
+use std::path::Path;
+
+/// The kernel's pool of pages of 2 MiB.
+const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
+/// Bytes of one.
+const PAGE: u64 = 2 << 20;
+
+/// Pages of 2 MiB that are free in the kernel's pool. Dropping it gives back those that were added.
+///
+/// A process that is killed gives nothing back; `nr_hugepages` in the pool's directory has the number.
+#[derive(Debug)]
+pub struct Reserved {
+    pool: std::path::PathBuf,
+    /// Size of the pool before, if it was changed.
+    before: Option<u64>,
+}
+
+impl Reserved {
+    /// Makes sure that there are so many free bytes. Takes as long as the kernel needs to move memory together: seconds
+    /// for some GiB.
+    ///
+    /// # Errors
+    /// Why there are not, in words; the pool is as before.
+    pub fn new(bytes: u64) -> Result<Self, String> {
+        Self::of(Path::new(POOL), bytes)
+    }
+
+    fn of(pool: &Path, bytes: u64) -> Result<Self, String> {
+        let mut reserved = Self { pool: pool.to_owned(), before: None };
+        let wanted = bytes.div_ceil(PAGE);
+        let free = reserved.read("free_hugepages")?;
+        if free >= wanted {
+            return Ok(reserved);
+        }
+        let before = reserved.read("nr_hugepages")?;
+        reserved.before = Some(before);
+        reserved.write(before + wanted - free)?;
+        let free = reserved.read("free_hugepages")?;
+        if free >= wanted {
+            return Ok(reserved);
+        }
+        Err(format!("of {wanted} pages of 2 MiB the kernel could only find {free}"))
+    }
+
+    fn read(&self, name: &str) -> Result<u64, String> {
+        let path = self.pool.join(name);
+        let text = std::fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+        text.trim().parse().map_err(|_| format!("{} holds no number", path.display()))
+    }
+
+    fn write(&self, pages: u64) -> Result<(), String> {
+        let path = self.pool.join("nr_hugepages");
+        std::fs::write(&path, pages.to_string()).map_err(|e| format!("{}: {e}", path.display()))
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        if let Some(before) = self.before
+            && let Err(e) = self.write(before)
+        {
+            eprintln!("vdpactl: the pool of huge pages stays larger than its {before} pages before: {e}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pool(free: &str, all: &str) -> tempfile::TempDir {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::write(directory.path().join("free_hugepages"), free).unwrap();
+        std::fs::write(directory.path().join("nr_hugepages"), all).unwrap();
+        directory
+    }
+
+    fn size(pool: &tempfile::TempDir) -> String {
+        std::fs::read_to_string(pool.path().join("nr_hugepages")).unwrap()
+    }
+
+    #[test]
+    fn what_is_free_is_enough_and_what_cannot_be_had_is_given_back() {
+        let enough = pool("8\n", "20\n");
+        drop(Reserved::of(enough.path(), 16 << 20).unwrap());
+        assert_eq!(size(&enough), "20\n");
+        // This pool never grows: what was asked for is taken back.
+        let short = pool("2\n", "20\n");
+        let error = Reserved::of(short.path(), 16 << 20).unwrap_err();
+        assert!(error.contains("of 8 pages of 2 MiB the kernel could only find 2"), "{error}");
+        assert_eq!(size(&short), "20");
+        let none = tempfile::tempdir().unwrap();
+        assert!(Reserved::of(none.path(), 1).unwrap_err().contains("free_hugepages"));
+    }
+}
