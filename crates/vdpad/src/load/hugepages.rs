@@ -1,18 +1,22 @@
 //! Huge pages for the time of a measurement.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 /// The kernel's pool of pages of 2 MiB.
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 /// Bytes of one.
 const PAGE: u64 = 2 << 20;
+/// How long to ask for more: memory that was given back just now is not at once in one piece.
+const PATIENCE: Duration = Duration::from_secs(10);
+const PAUSE: Duration = Duration::from_millis(200);
 
 /// Pages of 2 MiB that are free in the kernel's pool. Dropping it gives back those that were added.
 ///
 /// A process that is killed gives nothing back; `nr_hugepages` in the pool's directory has the number.
 #[derive(Debug)]
 pub struct Reserved {
-    pool: std::path::PathBuf,
+    pool: PathBuf,
     /// Size of the pool before, if it was changed.
     before: Option<u64>,
 }
@@ -24,10 +28,10 @@ impl Reserved {
     /// # Errors
     /// Why there are not, in words; the pool is as before.
     pub fn new(bytes: u64) -> Result<Self, String> {
-        Self::of(Path::new(POOL), bytes)
+        Self::of(Path::new(POOL), bytes, PATIENCE)
     }
 
-    fn of(pool: &Path, bytes: u64) -> Result<Self, String> {
+    fn of(pool: &Path, bytes: u64, patience: Duration) -> Result<Self, String> {
         let mut reserved = Self { pool: pool.to_owned(), before: None };
         let wanted = bytes.div_ceil(PAGE);
         let free = reserved.read("free_hugepages")?;
@@ -36,12 +40,18 @@ impl Reserved {
         }
         let before = reserved.read("nr_hugepages")?;
         reserved.before = Some(before);
-        reserved.write(before + wanted - free)?;
-        let free = reserved.read("free_hugepages")?;
-        if free >= wanted {
-            return Ok(reserved);
+        let begin = Instant::now();
+        loop {
+            reserved.write(before + wanted - free)?;
+            let free = reserved.read("free_hugepages")?;
+            if free >= wanted {
+                return Ok(reserved);
+            }
+            if begin.elapsed() >= patience {
+                return Err(format!("of {wanted} pages of 2 MiB the kernel could only find {free}"));
+            }
+            std::thread::sleep(PAUSE);
         }
-        Err(format!("of {wanted} pages of 2 MiB the kernel could only find {free}"))
     }
 
     fn read(&self, name: &str) -> Result<u64, String> {
@@ -84,14 +94,14 @@ mod tests {
     #[test]
     fn what_is_free_is_enough_and_what_cannot_be_had_is_given_back() {
         let enough = pool("8\n", "20\n");
-        drop(Reserved::of(enough.path(), 16 << 20).unwrap());
+        drop(Reserved::of(enough.path(), 16 << 20, Duration::ZERO).unwrap());
         assert_eq!(size(&enough), "20\n");
         // This pool never grows: what was asked for is taken back.
         let short = pool("2\n", "20\n");
-        let error = Reserved::of(short.path(), 16 << 20).unwrap_err();
+        let error = Reserved::of(short.path(), 16 << 20, Duration::ZERO).unwrap_err();
         assert!(error.contains("of 8 pages of 2 MiB the kernel could only find 2"), "{error}");
         assert_eq!(size(&short), "20");
         let none = tempfile::tempdir().unwrap();
-        assert!(Reserved::of(none.path(), 1).unwrap_err().contains("free_hugepages"));
+        assert!(Reserved::of(none.path(), 1, Duration::ZERO).unwrap_err().contains("free_hugepages"));
     }
 }
