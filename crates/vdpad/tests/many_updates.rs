@@ -139,8 +139,10 @@ impl Held {
         assert!(now.threads <= then.threads, "{now:?}, {then:?}");
         assert!(now.maps <= then.maps + 8, "{} mappings, {} before", now.maps, then.maps);
         assert!(now.rss_kib <= then.rss_kib + rss_kib, "{} KiB, {} before", now.rss_kib, then.rss_kib);
-        assert!(self.environment <= before.environment + 8, "{self:?}, {before:?}");
-        assert!(self.children <= before.children.max(2), "{self:?}, {before:?}");
+        // Processes that take down the memory of images before may be left on a busy machine: they are named in the
+        // environment, and children of this program.
+        assert!(self.environment <= before.environment + 64, "{self:?}, {before:?}");
+        assert!(self.children <= 8, "{self:?}, {before:?}");
     }
 
     /// All descriptors but that of the process that takes down the memory of the image before.
