@@ -293,3 +293,70 @@ fn devices_that_are_at_rest_already_go_on_when_the_next_one_fails() {
     let handshake = "status 0, status 1, status 3, features, status 11";
     assert_eq!(tail("first"), format!("suspend, get_base, status 0, {handshake}, base 1, enable, status 15"));
 }
+
+/// A device that stands still and does not say where: one that knows RESUME goes on, another is lost, and that is said.
+#[test]
+fn a_device_that_cannot_be_brought_back_is_not_given_back() {
+    use BackendFeatures as B;
+    for (bits, back) in
+        [(&[B::NEW_OWNER, B::SUSPEND, B::RESUME][..], true), (&[B::NEW_OWNER, B::SUSPEND], false)]
+    {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join(format!("{:x}", offered(bits).0));
+        File::create(&path).unwrap();
+        let devices = Devices::one("disk0", session(&path));
+        devices.get("disk0").unwrap().ops().fail_next("get_base");
+        let plan = Plan::new().strategy(Strategy::Reset);
+        let prepared = plan.prepare(&devices, Via::Exec(Image::new("/bin/true"))).unwrap();
+        let failed = prepared.switch(devices, Sections::new()).unwrap_err();
+        assert_eq!(failed.error.to_string(), "update failed in phase suspend of device disk0");
+        assert_eq!((failed.devices.len(), failed.lost.len()), if back { (1, 0) } else { (0, 1) });
+        if let Some(lost) = failed.lost.first() {
+            assert_eq!(lost.to_string(), "update failed in phase resume of device disk0");
+        }
+        let text = Notes::at(&path).text();
+        let end = if back { "suspend\nget_base fails\nresume\n" } else { "suspend\nget_base fails\nclose\n" };
+        assert!(text.ends_with(end), "{text}");
+    }
+}
+
+/// Both images of a program whose memory object has become too short for what is mapped of it.
+#[test]
+fn image_that_cannot_restore() {
+    let Some(path) = std::env::var_os("SHRINKING_NOTES") else {
+        assert!(update::restore::<Notes>().unwrap().is_none(), "a first start has nothing to restore");
+        return;
+    };
+    if std::env::var_os(update::STATE_VARIABLE).is_none() {
+        let devices = Devices::one("disk0", session(Path::new(&path)));
+        let prepared = Plan::new().prepare(&devices, Via::Exec(Image::new("/proc/self/exe"))).unwrap();
+        let ram = devices.get("disk0").unwrap().region("ram").unwrap().object().unwrap().try_clone_to_owned();
+        rustix::fs::ftruncate(ram.unwrap(), 4096).unwrap();
+        panic!("not replaced: {:?}", prepared.switch(devices, Sections::new()).unwrap_err().error);
+    }
+    let error = update::incoming::<Notes>().unwrap_err();
+    assert_eq!(error.phase, Phase::Load);
+    assert!(
+        error.source.to_string().contains("has 65536 bytes, but its memory object only 4096"),
+        "{error:?}"
+    );
+    let open = std::fs::read_dir("/proc/self/fd")
+        .unwrap()
+        .filter_map(|fd| std::fs::read_link(fd.unwrap().path()).ok());
+    let open: Vec<_> =
+        open.filter(|file| file.as_os_str() == path || file.starts_with("/memfd:ram")).collect();
+    assert!(open.is_empty(), "{open:?}");
+}
+
+#[test]
+fn an_image_that_cannot_restore_leaves_no_device_open() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join(format!("{:x}", offered(&[BackendFeatures::NEW_OWNER]).0));
+    File::create(&path).unwrap();
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["image_that_cannot_restore", "--exact", "--nocapture"])
+        .env("SHRINKING_NOTES", &path)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}

@@ -92,8 +92,8 @@ impl<D> Restored<D> {
 /// descriptors are adopted. After a fork it blocks until the predecessor has offered everything.
 ///
 /// # Errors
-/// [`UpdateError`] with the phase. After an exec the devices still have what was mapped while this process keeps running,
-/// unless the strategy was [`Strategy::Reopen`]; a predecessor of a fork goes on by itself.
+/// [`UpdateError`] with the phase. After an exec the devices are closed then, and the next open finds them as new; a
+/// predecessor of a fork goes on by itself.
 pub fn incoming<D: DeviceFile>() -> Result<Option<Incoming<D>>, UpdateError> {
     let entered = monotonic_ns();
     let at_load = |source| UpdateError { phase: Phase::Load, device: None, source };
@@ -298,7 +298,7 @@ impl<D: DeviceFile> Incoming<D> {
     ///
     /// # Errors
     /// [`UpdateError`]. In a hand-over the predecessor goes on with the devices, and [`Cause::Aborted`] says that it wants
-    /// to. After an exec, what the devices have mapped is still there while this process keeps running.
+    /// to. After an exec the devices are closed.
     pub fn take_over(self) -> Result<Restored<D>, UpdateError> {
         let Self { update, all, mut sections, origin, entered } = self;
         let All { devices, descriptors } = all;

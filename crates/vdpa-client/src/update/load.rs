@@ -65,16 +65,30 @@ pub(super) struct All<D> {
 }
 
 /// Checks everything against itself and against what is there, and maps all memory. `files` are those that this process had
-/// open before.
+/// open before. On failure every descriptor of the state is closed, so that no device stays open that nobody drives.
 pub(super) fn load<D: DeviceFile>(
     state: v2::Prepared,
     mut source: Source,
     files: &v2::Files,
 ) -> Result<All<D>, UpdateError> {
+    let numbers = numbers(&state);
+    let loaded = load_all(state, &mut source, files);
+    if loaded.is_err() {
+        // Those that were taken before are closed already.
+        numbers.into_iter().for_each(|number| drop(source.take("descriptor", number)));
+    }
+    loaded
+}
+
+fn load_all<D: DeviceFile>(
+    state: v2::Prepared,
+    source: &mut Source,
+    files: &v2::Files,
+) -> Result<All<D>, UpdateError> {
     let general = |source| UpdateError { phase: Phase::Load, device: None, source };
     check_numbers(&state).map_err(general)?;
     let v2::Prepared { update: _, memory, devices, descriptors } = state;
-    let memories = memory.memories.into_iter().map(|memory| map(memory, &mut source));
+    let memories = memory.memories.into_iter().map(|memory| map(memory, source));
     let memories = memories.collect::<Result<Vec<_>, _>>().map_err(general)?;
     let mut loaded: Vec<Loaded<D>> = Vec::with_capacity(devices.devices.len());
     let mut names = std::collections::HashSet::new();
@@ -84,7 +98,7 @@ pub(super) fn load<D: DeviceFile>(
             if !names.insert(device.name.clone()) {
                 return Err(invalid("device", "its name is there twice"));
             }
-            Loaded::new(device, &memories, &mut source, files.files.get(at))
+            Loaded::new(device, &memories, source, files.files.get(at))
         };
         loaded.push(one().map_err(|source| UpdateError {
             phase: Phase::Load,
@@ -108,8 +122,8 @@ fn map(memory: v2::Memory, source: &mut Source) -> Result<Arc<Memory>, Cause> {
     Ok(Memory::map(&name, fd, offset, size, false)?)
 }
 
-/// No descriptor may be named twice: each gets one owner.
-pub(super) fn check_numbers(state: &v2::Prepared) -> Result<(), Cause> {
+/// All numbers of descriptors that the state has, ascending.
+fn numbers(state: &v2::Prepared) -> Vec<i32> {
     let devices = &state.devices.devices;
     let events = devices.iter().flat_map(|d| d.queues.iter().flat_map(|q| [q.kick_fd, q.call_fd]));
     let guests = devices.iter().flat_map(|d| d.guest_queues.iter().flat_map(|q| [q.kick_fd, q.call_fd]));
@@ -118,6 +132,12 @@ pub(super) fn check_numbers(state: &v2::Prepared) -> Result<(), Cause> {
     let files = devices.iter().filter_map(|d| d.fd);
     let mut numbers: Vec<i32> = memories.chain(events).chain(guests).chain(own).chain(files).collect();
     numbers.sort_unstable();
+    numbers
+}
+
+/// No descriptor may be named twice: each gets one owner.
+pub(super) fn check_numbers(state: &v2::Prepared) -> Result<(), Cause> {
+    let numbers = numbers(state);
     match steps::first_twice(&numbers) {
         Some(number) => Err(invalid("descriptors", format!("number {number} is there twice"))),
         None => Ok(()),

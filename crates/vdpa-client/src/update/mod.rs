@@ -10,7 +10,7 @@
 //! 3. **A failed update leaves a working program.** Everything that can be checked is checked before a
 //!    device is touched. When anything fails before the new program has the devices, the steps taken are undone and
 //!    [`Prepared::switch`] returns the sessions with the error. When a new image cannot restore after an exec, it gets an
-//!    error that says what is wrong; the devices then still have their mappings, since nothing was unmapped.
+//!    error that says what is wrong, and the devices are closed with it: nobody has half of one.
 //! 4. **One process has a device.** In a hand-over the predecessor decides, up to its commit. It lets go when the successor
 //!    has heard that; a successor that has ended without hearing it does not get the devices. When it has let go, it has
 //!    nothing left by which it could reach a device. A predecessor that dies after it has sent the complete state has

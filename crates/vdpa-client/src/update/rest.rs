@@ -1,5 +1,6 @@
 //! Bringing a device to rest for its strategy, and back.
 
+use vdpa_core::Errno;
 use vdpa_core::features::{BackendFeatures, Status};
 use vdpa_sys::clock::monotonic_ns;
 
@@ -21,6 +22,8 @@ pub(super) struct AtRest<D> {
     /// In the order of [`Setup::vrings`]; empty when nobody needs them.
     bases: Vec<u32>,
     pub(super) suspend_ns: u64,
+    /// Whether SUSPEND was answered.
+    suspended: bool,
 }
 
 /// The device as it was, working; or why it is not.
@@ -34,7 +37,8 @@ impl<D: DeviceFile> AtRest<D> {
         strategy: Strategy,
     ) -> Result<Self, Box<(UpdateError, Undone<D>)>> {
         let (ops, setup) = session.into_parts();
-        let mut device = Self { name, strategy, ops: None, setup, bases: Vec::new(), suspend_ns: 0 };
+        let mut device =
+            Self { name, strategy, ops: None, setup, bases: Vec::new(), suspend_ns: 0, suspended: false };
         let begin = monotonic_ns();
         let stopped = device.stop(&ops);
         if stopped.is_ok() && strategy == Strategy::Reopen {
@@ -63,6 +67,7 @@ impl<D: DeviceFile> AtRest<D> {
         };
         if suspends {
             steps::suspend(ops)?;
+            self.suspended = true;
             reach(Point::Suspended);
         }
         if matches!(self.strategy, Strategy::Reset | Strategy::Reopen) {
@@ -84,6 +89,10 @@ impl<D: DeviceFile> AtRest<D> {
             }
             // RESUME of a device that is not suspended changes nothing.
             Some(ops) if known && self.strategy != Strategy::Live => steps::resume(ops),
+            // It stands still, does not say where, and cannot be told to go on: there is nothing to give back.
+            Some(_) if self.suspended => {
+                Err(Error::Request { request: "VHOST_VDPA_RESUME", source: Errno::OPNOTSUPP })
+            }
             _ => Ok(()),
         };
         steps::kick_all(&self.setup);

@@ -174,6 +174,7 @@ impl VdpaOps for Notes {
         self.note(&format!("base {num}"))
     }
     fn vring_base(&self, _: QueueIndex) -> Result<u32> {
+        self.may_fail("get_base")?;
         self.note("get_base")?;
         Ok(1)
     }
