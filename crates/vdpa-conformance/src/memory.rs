@@ -9,6 +9,7 @@ use vdpa_sys::memfd;
 use vdpa_sys::mmap::{Prot, SharedMap};
 
 use crate::case::{Stop, prepare};
+use crate::device::errno;
 
 /// Bytes of a page on the machines the suite runs on.
 pub(crate) const PAGE: u64 = 4096;
@@ -34,6 +35,21 @@ impl Region {
         let page = rustix::param::page_size();
         prepare("madvise", region.map.leave_out_of_dumps(page, page))?;
         Ok(region)
+    }
+
+    /// Two pages of which only the first is shared. The second was cut off its file, so that a first look at it has put
+    /// a page of this process in its place.
+    pub(crate) fn with_private_page() -> Result<Self, Stop> {
+        let file = prepare("memfd_create", memfd::create(c"vdpa-conform", 2 * PAGE, None))?;
+        let page = rustix::param::page_size();
+        let map = prepare("mmap", SharedMap::map_guest(&file, 0, 2 * page, Prot::RW, false))?;
+        prepare("ftruncate", rustix::fs::ftruncate(&file, PAGE).map_err(errno))?;
+        let shared = map.read(page, &mut [0]).is_ok();
+        if shared {
+            Err(Stop::Failed("set-up: a page beyond the file's end".to_owned()))
+        } else {
+            Ok(Self { file, map })
+        }
     }
 
     /// The memory behind a [`path`](Self::path) of another process, mapped here.

@@ -64,6 +64,7 @@ pub(super) const CASES: &[Case] = &[
     case!("live.fork-stale", "8.5, 9.4 vector L10", [IOTLB_REMAP, NEW_OWNER], [REMAP, BLK, RING], fork_stale),
     case!("live.new-owner-memlock", "8.4, 9.4 vector L4", [NEW_OWNER], [Need::Child], memlock),
     case!("live.remap-fragments", "8.5, 9.4 vector L6", [IOTLB_REMAP], [REMAP], remap_fragments),
+    case!("live.remap-gap", "3.2, 8.5", [IOTLB_REMAP], [REMAP], remap_gap),
     case!("live.remap-pinned", "8.5, 9.4 vector L9", [IOTLB_REMAP], [NO_REMAP, Need::Child], remap_pinned),
     Case {
         id: "live.new-owner-unoffered",
@@ -320,6 +321,19 @@ fn remap_fragments(ctx: &mut Ctx<'_>) -> Outcome {
     check("REMAP of the second", device.message(0, second), MAPPED)?;
     let straddling = IotlbMsg { iova: IOVA, size: PAGE + 1, ..whole };
     check("REMAP of one and a bit", device.message(0, straddling), REFUSED)
+}
+
+/// What another UPDATE has put where the first one has nothing is not a part of the first one.
+fn remap_gap(ctx: &mut Ctx<'_>) -> Outcome {
+    let device = ctx.open_owned()?;
+    let (region, other) = (Region::with_private_page()?, Region::new(1)?);
+    check("UPDATE of a shared and a private page", device.map(IOVA, &region, Perm::RW), MAPPED)?;
+    check("UPDATE in place of the private page", device.map(IOVA + PAGE, &other, Perm::RW), MAPPED)?;
+    let both = remap_message(region.uaddr(), region.size());
+    check("REMAP of the first UPDATE", device.message(0, both), MAPPED)?;
+    let second = IotlbMsg { iova: IOVA + PAGE, ..remap_message(other.uaddr(), PAGE) };
+    check("REMAP of the second", device.message(0, second), MAPPED)?;
+    check("UPDATE again: still mapped", device.map(IOVA, &region, Perm::RW), REFUSED)
 }
 
 fn remap_pinned(ctx: &mut Ctx<'_>) -> Outcome {
