@@ -6,10 +6,9 @@
     reason = "zerocopy's derive makes a nameless public type for each field"
 )]
 
-mod numbers;
-
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
+pub use cuse::{CuseInitIn, CuseInitOut};
 pub use numbers::{cuse_flags, init_flags, ioctl_flags, notify, opcode, open_flags, setattr_valid};
 
 /// `FUSE_KERNEL_VERSION`.
@@ -32,6 +31,9 @@ macro_rules! wire {
         const _: () = assert!(size_of::<$name>() == $size);
     };
 }
+
+mod cuse;
+mod numbers;
 
 wire! {
     /// `struct fuse_in_header`: begins every request.
@@ -115,42 +117,6 @@ wire! {
         request_timeout: u16,
         /// Padding.
         unused: [u16; 11],
-    }
-}
-wire! {
-    /// `struct cuse_init_in`.
-    CuseInitIn[16] {
-        /// Major version.
-        major: u32,
-        /// Minor version.
-        minor: u32,
-        /// Padding.
-        unused: u32,
-        /// See [`cuse_flags`]: what the kernel can.
-        flags: u32,
-    }
-}
-wire! {
-    /// `struct cuse_init_out`; `NAME=VALUE` strings, each with a NUL, follow.
-    CuseInitOut[72] {
-        /// Major version.
-        major: u32,
-        /// Minor version.
-        minor: u32,
-        /// Padding.
-        unused: u32,
-        /// See [`cuse_flags`].
-        flags: u32,
-        /// Bytes of the largest read.
-        max_read: u32,
-        /// Bytes of the largest write.
-        max_write: u32,
-        /// Major number of the character device, 0 for one of the kernel's choice.
-        dev_major: u32,
-        /// Minor number of the character device.
-        dev_minor: u32,
-        /// Padding.
-        spare: [u32; 10],
     }
 }
 wire! {
