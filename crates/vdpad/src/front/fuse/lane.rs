@@ -330,6 +330,12 @@ impl Lane {
         refused.iter().for_each(|job| self.give_up(job));
     }
 
+    /// Whether nobody has the device open and nothing is asked of it.
+    pub(super) fn is_idle(&self) -> bool {
+        let state = self.state.lock();
+        state.opens.is_empty() && state.queue.is_empty() && state.current.is_none()
+    }
+
     /// The mount is gone: drops what nobody waits for and releases what is open.
     pub(super) fn end(self: &Arc<Self>) {
         let mut state = self.state.lock();

@@ -281,7 +281,11 @@ impl VhostVdpaFile {
         let word = || wire::argument::<u64>(call.input);
         Some(match call.cmd {
             uapi::VHOST_GET_FEATURES => reply(&profile.features.0),
-            uapi::VHOST_SET_FEATURES => word().and_then(|word| done(device.set_features(Features(word)))),
+            uapi::VHOST_SET_FEATURES => match word() {
+                // As the kernel, which looks at the state first; over FUSE such a request does not get here.
+                Err(_) if device.status().contains(Status::FEATURES_OK) => Err(Errno::BUSY),
+                word => word.and_then(|word| done(device.set_features(Features(word)))),
+            },
             uapi::VHOST_GET_BACKEND_FEATURES => {
                 reply(&self.numbers.features_to_wire(device.backend_features()))
             }
