@@ -229,6 +229,11 @@ impl Lane {
                         self.answer(job, Ok(&[out.as_bytes()]));
                     }
                 }
+                // A panic has been logged.
+                let _ = self.guarded(&job.work, || {
+                    self.file.answered();
+                    Ok(())
+                });
             }
             Work::Write { tid, data } => {
                 let result = self.guarded(&job.work, || self.file.write(*tid, data));
