@@ -144,7 +144,8 @@ impl Daemon {
             let name = tokio::select! {
                 _ = terminate.recv() => "SIGTERM",
                 _ = interrupt.recv() => "SIGINT",
-                () = self.files_lost() => {
+                // A daemon without device files is of no use, and whoever supervises it can start another one.
+                () = self.files.ended() => {
                     notify::service_manager("STOPPING=1");
                     return Err(RunError::FilesLost { dir: self.files.dir().into() });
                 }
@@ -153,15 +154,6 @@ impl Daemon {
             notify::service_manager("STOPPING=1");
             Ok(())
         })
-    }
-
-    /// Returns when the device files cannot be served any more: a daemon without them is of no use, and whoever
-    /// supervises it can start another one.
-    async fn files_lost(&self) {
-        let mut look = tokio::time::interval(Duration::from_secs(1));
-        while self.files.is_serving() {
-            look.tick().await;
-        }
     }
 
     /// Closes the control socket, then takes the devices from their clients and removes their files.
