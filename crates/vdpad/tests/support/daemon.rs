@@ -82,9 +82,9 @@ impl Daemon {
         self.client().add(&AddRequest { name: name.into(), mgmtdev: mgmtdev.into(), attrs: all })
     }
 
-    /// Adds a `blk` device on `disk`; returns its device file.
+    /// Adds a `blk` device on `disk`, which offers rings of both formats; returns its device file.
     pub(crate) fn add_blk(&self, name: &str, disk: &Disk, attrs: &[(&str, &str)]) -> PathBuf {
-        let mut all = vec![("path", disk.path.to_str().unwrap())];
+        let mut all = vec![("path", disk.path.to_str().unwrap()), ("packed", "on")];
         all.extend_from_slice(attrs);
         self.add(name, "blk", &all)
     }

@@ -44,7 +44,7 @@ impl MgmtDevice for BlkMgmt {
             bus: None,
             supported_classes: vec![ID_BLOCK],
             max_supported_vqs: 64,
-            dev_features: features(true),
+            dev_features: features(true, true),
         }
     }
 
@@ -55,7 +55,9 @@ impl MgmtDevice for BlkMgmt {
     }
 }
 
-fn features(read_only: bool) -> Features {
+/// IN_ORDER is never among them: drivers take it whenever it is offered, and one slow request would then hold back the
+/// answers to all that came after it.
+fn features(read_only: bool, packed: bool) -> Features {
     let offered = Features::of(&[
         Features::BLK_SEG_MAX,
         Features::BLK_BLK_SIZE,
@@ -69,6 +71,7 @@ fn features(read_only: bool) -> Features {
         Features::VERSION_1,
         Features::ACCESS_PLATFORM,
     ]);
+    let offered = if packed { offered.with(Features::RING_PACKED) } else { offered };
     if read_only { offered.with(Features::BLK_RO) } else { offered }
 }
 
@@ -129,7 +132,7 @@ fn profile(options: &Options, backing: &Backing) -> Profile {
     Profile {
         device_id: ID_BLOCK,
         vendor_id: 0,
-        features: features(backing.read_only),
+        features: features(backing.read_only, options.packed),
         backend_features: BackendFeatures::of(&[
             BackendFeatures::ENABLE_AFTER_DRIVER_OK,
             BackendFeatures::NEW_OWNER,

@@ -16,7 +16,7 @@ use crate::parent::options::{
 const QUEUE_SIZE: u16 = 1024;
 
 /// Names of the attributes and what they take, for the error that lists them.
-const KNOWN: [(&str, &str); 11] = [
+const KNOWN: [(&str, &str); 12] = [
     ("path", "FILE"),
     ("readonly", "on|off"),
     ("direct", "on|off"),
@@ -24,6 +24,7 @@ const KNOWN: [(&str, &str); 11] = [
     MEMLOCK_ATTR,
     ("queues", "1-64"),
     QUEUE_SIZE_ATTR,
+    ("packed", "on|off"),
     ("serial", "TEXT of at most 20 bytes"),
     ("compat_reset", "keep|clean"),
     ("reset_owner", "on|off"),
@@ -43,6 +44,9 @@ pub(super) struct Options {
     pub(super) pin_limit: PinLimit,
     pub(super) queues: u16,
     pub(super) queue_size: u16,
+    /// Offer packed rings. Not by default: clients that pass features on to a guest unseen, and set the base of each ring
+    /// to 0 whatever its format, would have a guest that is never served (Cloud Hypervisor).
+    pub(super) packed: bool,
     /// The device id, padded with zeros.
     pub(super) serial: [u8; ID_BYTES],
     /// What a reset without IOTLB_PERSIST does to the translation.
@@ -73,6 +77,7 @@ impl Options {
             pin_limit: pin_limit(attrs)?,
             queues: number("queues", 1, 64, 4)?,
             queue_size: queue_size(attrs, QUEUE_SIZE)?,
+            packed: switch("packed", false)?,
             serial: serial(attrs.get("serial"), name)?,
             compat_reset: compat_reset(attrs, CompatReset::Keep)?,
             reset_owner: switch("reset_owner", false)?,
@@ -110,6 +115,7 @@ mod tests {
     fn defaults_and_every_attribute() {
         let options = Options::parse("disk0", &attrs(&[("path", "/d")])).unwrap();
         assert!(options.pin && !options.direct && !options.read_only && !options.strict_new_owner);
+        assert!(!options.packed);
         assert!(options.compat_reset == CompatReset::Keep && !options.reset_owner);
         assert_eq!((options.queues, options.queue_size), (4, 1024));
         assert_eq!(&options.serial[..6], b"disk0\0");
@@ -121,12 +127,13 @@ mod tests {
             ("memlock", "8192"),
             ("queues", "64"),
             ("queue_size", "1024"),
+            ("packed", "on"),
             ("serial", "12345678901234567890"),
             ("compat_reset", "clean"),
             ("reset_owner", "on"),
         ];
         let options = Options::parse("x", &attrs(&all)).unwrap();
-        assert!(!options.pin && options.direct && options.read_only);
+        assert!(!options.pin && options.direct && options.read_only && options.packed);
         assert_eq!(options.pin_limit, PinLimit::Pages(2));
         assert!(options.compat_reset == CompatReset::Clean && options.reset_owner);
         assert_eq!((options.queues, options.queue_size, options.serial[19]), (64, 1024, b'0'));
