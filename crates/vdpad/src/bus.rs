@@ -24,6 +24,7 @@ use crate::ctl::api::{
 use crate::ctl::config::DevConfig;
 use crate::front::fuse::FuseFs;
 use crate::front::vhost::{AnyParent, SharedDevice, VhostVdpaFile};
+use crate::worker::Pool;
 use crate::parent::{MgmtDevice, NetAttrs, mgmt_devices};
 
 /// How long a management request waits for a device that is busy with a client's.
@@ -37,6 +38,7 @@ const NAME_MAX: usize = 255;
 pub struct Bus {
     mgmt: Vec<Box<dyn MgmtDevice>>,
     files: Arc<FuseFs>,
+    pool: Pool,
     spaces: Spaces,
     devices: Mutex<Vec<Arc<Entry>>>,
 }
@@ -53,10 +55,12 @@ struct Entry {
 }
 
 impl Bus {
-    /// A bus whose device files appear in `files`.
+    /// A bus whose device files appear in `files`. `workers` threads at most serve the devices that ask for no processors of
+    /// their own.
     #[must_use]
-    pub fn new(files: Arc<FuseFs>) -> Self {
-        Self { mgmt: mgmt_devices(), files, spaces: Spaces::new(), devices: Mutex::default() }
+    pub fn new(files: Arc<FuseFs>, workers: usize) -> Self {
+        let pool = Pool::new(workers);
+        Self { mgmt: mgmt_devices(), files, pool, spaces: Spaces::new(), devices: Mutex::default() }
     }
 
     /// Takes every device away from its clients and ends it.
@@ -298,7 +302,7 @@ impl Backend for Bus {
             return Err(CtlError::new(Errno::EXIST, format!("device {} exists already", request.name))
                 .with_hint("Choose another name, or delete it first with \"vdpactl dev del\"."));
         }
-        let parent = mgmt.create(&request.name, &request.attrs)?;
+        let parent = mgmt.create(&request.name, &request.attrs, &self.pool)?;
         let profile = parent.profile().clone();
         let device: SharedDevice = Arc::new(Mutex::new(Device::new(parent)));
         let file =

@@ -28,6 +28,8 @@ pub struct Config {
     pub request_timeout: Duration,
     /// Time without progress after which the watchdog ends the daemon's connection to the kernel.
     pub watchdog_timeout: Duration,
+    /// Threads that serve the rings of devices that ask for no processors of their own, at most.
+    pub workers: usize,
     /// Devices to create at start, in this order.
     pub devices: Vec<AddRequest>,
 }
@@ -110,7 +112,7 @@ impl Daemon {
             ..Options::default()
         };
         let files = FuseFs::mount(&dir, options)?;
-        let bus = Arc::new(Bus::new(Arc::clone(&files)));
+        let bus = Arc::new(Bus::new(Arc::clone(&files), config.workers));
         for device in &config.devices {
             bus.add(device.clone())
                 .map_err(|source| StartError::Device { name: device.name.clone(), source })?;

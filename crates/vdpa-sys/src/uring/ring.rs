@@ -117,13 +117,14 @@ impl Ring {
         Ok(())
     }
 
-    /// Asks for the requests named `token` to be cancelled. Each still completes: with `ECANCELED`, or with its
-    /// result when it was too late. Storage I/O that has reached the device cannot be cancelled.
+    /// Asks for the requests whose names are `wanted` to be cancelled. Each still completes: with `ECANCELED`, or with
+    /// its result when it was too late. Storage I/O that has reached the device cannot be cancelled. Looks at every
+    /// request in flight.
     ///
     /// # Errors
     /// [`SubmitError::Full`].
-    pub fn cancel(&mut self, token: u64) -> Result<(), SubmitError> {
-        for key in self.slab.keys_of(token) {
+    pub fn cancel(&mut self, wanted: impl Fn(u64) -> bool) -> Result<(), SubmitError> {
+        for key in self.slab.keys_of(wanted) {
             let entry = opcode::AsyncCancel::new(key).build().user_data(INTERNAL);
             self.push(&entry).map_err(|errno| SubmitError::Full { errno })?;
         }
@@ -308,10 +309,10 @@ impl Slab {
         Some(slot)
     }
 
-    fn keys_of(&self, token: u64) -> Vec<u64> {
+    fn keys_of(&self, wanted: impl Fn(u64) -> bool) -> Vec<u64> {
         let indexed = (0u64..).zip(&self.slots);
         indexed
-            .filter(|(_, (_, slot))| slot.as_ref().is_some_and(|slot| slot.token == token))
+            .filter(|(_, (_, slot))| slot.as_ref().is_some_and(|slot| wanted(slot.token)))
             .map(|(index, (generation, _))| u64::from(*generation) << 32 | index)
             .collect()
     }

@@ -52,6 +52,11 @@ struct Serve {
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
     watchdog_timeout: Duration,
 
+    /// Threads that serve the rings of all devices without the attribute cpus, at most [default: one for each processor
+    /// that the daemon may use]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    workers: Option<u16>,
+
     /// Other numbers for the live-update requests, which no released kernel has: NAME=NUMBER,... with new_owner, remap,
     /// new_owner_bit and remap_bit
     #[arg(long, value_name = "NUMBERS", env = live::ENV, default_value = "")]
@@ -148,6 +153,7 @@ fn serve(options: Serve) -> ExitCode {
         control,
         request_timeout: options.request_timeout,
         watchdog_timeout: options.watchdog_timeout,
+        workers: options.workers.map_or_else(processors, usize::from),
         devices: options.devices,
     };
     let daemon = match Daemon::start(&config) {
@@ -169,6 +175,11 @@ fn serve(options: Serve) -> ExitCode {
             ExitCode::from(EXIT_RUNTIME)
         }
     }
+}
+
+/// Processors that this process may use.
+fn processors() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 /// Tells scripts that wait for it, by the line `ready`, that devices and control socket can be used.

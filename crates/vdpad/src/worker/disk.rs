@@ -14,6 +14,9 @@ use super::{Logic, View};
 /// Requests taken from one queue before the others have their turn.
 const BUDGET: usize = 64;
 
+/// Bytes of requests after which a turn ends: what is in the page cache, or has to be copied, is moved by this thread.
+const BUDGET_BYTES: u64 = 1 << 20;
+
 /// What a request comes to.
 #[derive(Debug)]
 pub(crate) enum Verdict {
@@ -122,8 +125,10 @@ pub(super) struct Requests<D> {
 }
 
 impl<D: Disk> Logic for Requests<D> {
-    // A request that was put back because its memory was out of reach may be in reach now.
-    const MAP_WAKES: bool = true;
+    fn map_wakes(&self) -> bool {
+        // A request that was put back because its memory was out of reach may be in reach now.
+        true
+    }
 
     fn serve(&mut self, queues: &mut Queues) {
         for index in 0..queues.count() {
@@ -168,11 +173,15 @@ impl<D: Disk> Requests<D> {
     fn serve_queue(&mut self, queues: &mut Queues, index: u16, queue: &mut Queue) -> Result<bool, RingError> {
         let view = queues.view(queue);
         queue.ring(&view)?.disable_kick()?;
+        let mut bytes = 0;
         for _ in 0..BUDGET {
             let mut chain = std::mem::take(&mut self.chain);
             let found = queue.ring(&view)?.pop(view.snapshot(), &mut chain);
             let going = match found {
-                Ok(true) => self.begin(queues, index, queue, &view, &chain),
+                Ok(true) => {
+                    bytes += chain.readable().len() + chain.writable().len();
+                    self.begin(queues, index, queue, &view, &chain)
+                }
                 Ok(false) => {
                     self.chain = chain;
                     queues.publish(queue)?;
@@ -184,6 +193,9 @@ impl<D: Disk> Requests<D> {
             if !going? {
                 queues.publish(queue)?;
                 return Ok(false);
+            }
+            if bytes >= BUDGET_BYTES {
+                break;
             }
         }
         queues.publish(queue)?;

@@ -97,6 +97,17 @@ impl Queue {
         self.ring.as_ref().map_or(self.abandoned, Ring::in_flight)
     }
 
+    /// Shows the driver what was answered and signals it if it wants that.
+    pub(super) fn publish(&mut self) -> Result<(), RingError> {
+        if let Some(ring) = &mut self.ring
+            && ring.publish()?
+            && let Some(call) = &self.setup.call
+        {
+            call.signal();
+        }
+        Ok(())
+    }
+
     /// Whether the driver uses the flush command, so that writes need not be stable at once
     /// (virtio 1.2 section 5.2.6.2).
     pub(super) fn write_back(&self) -> bool {

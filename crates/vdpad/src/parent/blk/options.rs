@@ -7,8 +7,10 @@ use vdpa_core::blk::ID_BYTES;
 use vdpa_core::parent::{CompatReset, PinLimit};
 
 use crate::ctl::api::{Attrs, CtlError};
+use crate::worker::Placement;
 use crate::parent::options::{
-    MEMLOCK_ATTR, QUEUE_SIZE_ATTR, compat_reset, invalid, pin_limit, queue_size, reject_unknown,
+    CPUS_ATTR, MEMLOCK_ATTR, QUEUE_SIZE_ATTR, compat_reset, invalid, pin_limit, placement, queue_size,
+    reject_unknown,
 };
 
 /// Entries of a ring at most. QEMU 10.0.13, and whatever else has its fix, offers guests 1024 in every virtio device and
@@ -16,7 +18,7 @@ use crate::parent::options::{
 const QUEUE_SIZE: u16 = 1024;
 
 /// Names of the attributes and what they take, for the error that lists them.
-const KNOWN: [(&str, &str); 12] = [
+const KNOWN: [(&str, &str); 13] = [
     ("path", "FILE"),
     ("readonly", "on|off"),
     ("direct", "on|off"),
@@ -29,6 +31,7 @@ const KNOWN: [(&str, &str); 12] = [
     ("compat_reset", "keep|clean"),
     ("reset_owner", "on|off"),
     ("strict_new_owner", "on|off"),
+    CPUS_ATTR,
 ];
 
 /// What a block device is made of.
@@ -54,6 +57,8 @@ pub(super) struct Options {
     /// Let RESET_OWNER work.
     pub(super) reset_owner: bool,
     pub(super) strict_new_owner: bool,
+    /// Where the rings are served.
+    pub(super) placement: Placement,
 }
 
 impl Options {
@@ -82,6 +87,7 @@ impl Options {
             compat_reset: compat_reset(attrs, CompatReset::Keep)?,
             reset_owner: switch("reset_owner", false)?,
             strict_new_owner: switch("strict_new_owner", false)?,
+            placement: placement(attrs)?,
         })
     }
 }
