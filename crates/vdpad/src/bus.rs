@@ -24,8 +24,8 @@ use crate::ctl::api::{
 use crate::ctl::config::DevConfig;
 use crate::front::fuse::FuseFs;
 use crate::front::vhost::{AnyParent, SharedDevice, VhostVdpaFile};
-use crate::worker::Pool;
 use crate::parent::{MgmtDevice, NetAttrs, mgmt_devices};
+use crate::worker::Pool;
 
 /// How long a management request waits for a device that is busy with a client's.
 const PATIENCE: Duration = Duration::from_secs(5);

@@ -95,6 +95,16 @@ impl Ring {
         Registrar { ring: Arc::clone(&self.ring) }
     }
 
+    /// Lets the kernel make up to `count` threads for requests of the calling thread that may block on files, from its own
+    /// few (4 for each processor): requests beyond that wait until a thread is free. To be called by the thread that submits.
+    ///
+    /// # Errors
+    /// `EINVAL` on kernels before 5.15.
+    pub fn allow_kernel_threads(&self, count: u32) -> Result<(), Errno> {
+        // 0 leaves the other kind, for files that can be polled, as it is.
+        self.ring.submitter().register_iowq_max_workers(&mut [count, 0]).map_err(|error| errno(&error))
+    }
+
     /// Requests in flight: submitted or queued, completion not seen yet.
     #[must_use]
     pub fn in_flight(&self) -> usize {

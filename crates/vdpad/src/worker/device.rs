@@ -127,7 +127,7 @@ impl Served {
         self.logic.serve(&mut self.queues);
         // Requests that were answered without I/O are no reason to wait.
         self.settle();
-        self.takes_requests() && self.queues.has_work()
+        self.takes_requests() && self.logic.has_room() && self.queues.has_work()
     }
 
     /// Whether it was removed and nothing of it is left.
@@ -173,10 +173,8 @@ impl Served {
         }
         self.failing.drain(..).for_each(|reply| answer(&reply, ()));
         for (asid, reply) in std::mem::take(&mut self.draining) {
-            let concerned = self
-                .queues
-                .iter_mut()
-                .filter(|queue| queue.setup.asid == asid && queue.setup.kick.is_some());
+            let concerned =
+                self.queues.iter_mut().filter(|queue| queue.setup.asid == asid && queue.setup.kick.is_some());
             concerned.for_each(Queue::unresolve);
             self.map_changed(asid);
             answer(&reply, ());

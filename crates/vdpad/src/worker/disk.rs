@@ -17,6 +17,10 @@ const BUDGET: usize = 64;
 /// Bytes of requests after which a turn ends: what is in the page cache, or has to be copied, is moved by this thread.
 const BUDGET_BYTES: u64 = 1 << 20;
 
+/// Operations in flight of one device. The kernel gives an operation that may block a thread, of which a worker's ring has
+/// [`KERNEL_THREADS`](super::KERNEL_THREADS): a disk that hangs must leave some to its neighbours.
+const IN_FLIGHT_MAX: usize = 256;
+
 /// What a request comes to.
 #[derive(Debug)]
 pub(crate) enum Verdict {
@@ -159,6 +163,10 @@ impl<D: Disk> Logic for Requests<D> {
         self.carry_out(queues, None, pending, verdict);
     }
 
+    fn has_room(&self) -> bool {
+        self.pending.len() - self.free.len() < IN_FLIGHT_MAX
+    }
+
     fn fail(&mut self) {
         self.disk = None;
     }
@@ -175,6 +183,9 @@ impl<D: Disk> Requests<D> {
         queue.ring(&view)?.disable_kick()?;
         let mut bytes = 0;
         for _ in 0..BUDGET {
+            if !self.has_room() {
+                break;
+            }
             let mut chain = std::mem::take(&mut self.chain);
             let found = queue.ring(&view)?.pop(view.snapshot(), &mut chain);
             let going = match found {

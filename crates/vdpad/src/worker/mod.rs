@@ -40,6 +40,9 @@ pub(crate) use queue::Queue;
 pub(crate) use queues::Queues;
 pub(crate) use view::{Pin, View};
 
+/// Kernel threads that run operations of one ring that may block, at most; they are made when needed.
+const KERNEL_THREADS: u32 = 2048;
+
 /// How long a device that is removed waits for its requests. What is in flight then stays with the thread.
 const REMOVE_PATIENCE: Duration = Duration::from_secs(30);
 
@@ -60,6 +63,11 @@ pub(crate) trait Logic: Send + 'static {
         _result: Result<u32>,
         _buffer: Option<OwnedBuf>,
     ) {
+    }
+
+    /// Whether it can take more requests before one of those in flight completes.
+    fn has_room(&self) -> bool {
+        true
     }
 
     /// What the device does with its requests cannot be done any more: each is to be answered with an error. Nothing is

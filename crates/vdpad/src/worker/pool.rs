@@ -17,7 +17,7 @@ use vdpa_sys::uring::{Registrar, Ring};
 
 use super::disk::Requests;
 use super::serve::{Message, Newcomer, Server};
-use super::{Buffers, Command, Disk, Logic, Shared, Size, Worker};
+use super::{Buffers, Command, Disk, KERNEL_THREADS, Logic, Shared, Size, Worker};
 
 /// Entries of the submission queue: requests started between two visits to the kernel.
 const RING_ENTRIES: u32 = 512;
@@ -270,11 +270,7 @@ impl Drop for Thread {
 }
 
 /// What the thread itself begins with; `None` when that failed, and whoever started it knows.
-fn set_up(
-    cpus: Option<&CpuList>,
-    wake: OwnedFd,
-    ready: &SyncSender<Result<Registrar>>,
-) -> Option<Server> {
+fn set_up(cpus: Option<&CpuList>, wake: OwnedFd, ready: &SyncSender<Result<Registrar>>) -> Option<Server> {
     let server = || -> Result<(Server, Registrar)> {
         if let Some(cpus) = cpus {
             let mut set = CpuSet::new();
@@ -282,6 +278,9 @@ fn set_up(
             sched_setaffinity(None, &set).map_err(|error| Errno::from_raw(error.raw_os_error()))?;
         }
         let ring = Ring::new(RING_ENTRIES)?;
+        if let Err(error) = ring.allow_kernel_threads(KERNEL_THREADS) {
+            tracing::debug!("disks that hang may delay others: {error}");
+        }
         let registrar = ring.registrar();
         Ok((Server::new(ring, Arc::new(wake))?, registrar))
     };

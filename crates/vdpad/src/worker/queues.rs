@@ -37,7 +37,10 @@ impl Token {
         match self {
             Self::Wake => 0,
             Self::Kick { device, queue, generation } => {
-                1 << 60 | (device as u64) << 44 | (queue as u64) << 28 | (generation & Self::GENERATION) as u64
+                1 << 60
+                    | (device as u64) << 44
+                    | (queue as u64) << 28
+                    | (generation & Self::GENERATION) as u64
             }
             Self::Io { device, slot } => 2 << 60 | (device as u64) << 44 | slot as u64,
         }
@@ -179,10 +182,7 @@ impl Queues {
     /// Watches the kick of a queue.
     pub(super) fn poll(&mut self, fd: Arc<OwnedFd>, queue: u16, generation: u32) -> Result<()> {
         let token = Token::Kick { device: self.device, queue, generation };
-        self.uring
-            .borrow_mut()
-            .submit(Op::PollMultishot { fd }, token.pack())
-            .map_err(|error| error.errno())
+        self.uring.borrow_mut().submit(Op::PollMultishot { fd }, token.pack()).map_err(|error| error.errno())
     }
 
     /// Ends the watch of a queue that is out of its place.
@@ -198,7 +198,8 @@ impl Queues {
 
     /// Asks for the end of all operations in flight.
     pub(super) fn cancel_requests(&mut self) {
-        let own = |token| matches!(Token::unpack(token), Some(Token::Io { device, .. }) if device == self.device);
+        let own =
+            |token| matches!(Token::unpack(token), Some(Token::Io { device, .. }) if device == self.device);
         if let Err(error) = self.uring.borrow_mut().cancel(own) {
             tracing::debug!(device = %self.name, "requests not cancelled: {error}");
         }

@@ -30,6 +30,11 @@ pub(crate) struct Daemon {
 impl Daemon {
     /// Starts one, in a temporary directory, and waits until it serves.
     pub(crate) fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// Starts one with further options.
+    pub(crate) fn start_with(options: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let mut child = Command::new(env!("CARGO_BIN_EXE_vdpad"))
             .env_remove("NOTIFY_SOCKET")
@@ -39,6 +44,7 @@ impl Daemon {
             .arg("--control")
             .arg(dir.path().join("control.sock"))
             .args(["--request-timeout", "8", "--watchdog-timeout", "5", "--log", "debug"])
+            .args(options)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(File::create(dir.path().join("log")).unwrap())

@@ -7,11 +7,11 @@ use vdpa_core::blk::ID_BYTES;
 use vdpa_core::parent::{CompatReset, PinLimit};
 
 use crate::ctl::api::{Attrs, CtlError};
-use crate::worker::Placement;
 use crate::parent::options::{
     CPUS_ATTR, MEMLOCK_ATTR, QUEUE_SIZE_ATTR, compat_reset, invalid, pin_limit, placement, queue_size,
     reject_unknown,
 };
+use crate::worker::Placement;
 
 /// Entries of a ring at most. QEMU 10.0.13, and whatever else has its fix, offers guests 1024 in every virtio device and
 /// fails to start a vhost-vdpa device that takes less.
