@@ -56,10 +56,10 @@ struct Entry {
 
 impl Bus {
     /// A bus whose device files appear in `files`. `workers` threads at most serve the devices that ask for no processors of
-    /// their own.
+    /// their own; each looks at its rings for `poll` before it sleeps, if that pays.
     #[must_use]
-    pub fn new(files: Arc<FuseFs>, workers: usize) -> Self {
-        let pool = Pool::new(workers);
+    pub fn new(files: Arc<FuseFs>, workers: usize, poll: Duration) -> Self {
+        let pool = Pool::new(workers, poll);
         Self { mgmt: mgmt_devices(), files, pool, spaces: Spaces::new(), devices: Mutex::default() }
     }
 

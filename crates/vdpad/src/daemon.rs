@@ -30,6 +30,8 @@ pub struct Config {
     pub watchdog_timeout: Duration,
     /// Threads that serve the rings of devices that ask for no processors of their own, at most.
     pub workers: usize,
+    /// How long such a thread may look at its rings before it sleeps, if that pays; 0 is never.
+    pub poll: Duration,
     /// Devices to create at start, in this order.
     pub devices: Vec<AddRequest>,
 }
@@ -112,7 +114,7 @@ impl Daemon {
             ..Options::default()
         };
         let files = FuseFs::mount(&dir, options)?;
-        let bus = Arc::new(Bus::new(Arc::clone(&files), config.workers));
+        let bus = Arc::new(Bus::new(Arc::clone(&files), config.workers, config.poll));
         for device in &config.devices {
             bus.add(device.clone())
                 .map_err(|source| StartError::Device { name: device.name.clone(), source })?;

@@ -80,7 +80,8 @@ impl Ring {
         let mut builder = IoUring::builder();
         builder.setup_cqsize(entries.saturating_mul(CQ_FACTOR)).setup_clamp().dontfork();
         // Both are later than the oldest kernel served and only save interrupts of the worker.
-        let tuned = builder.clone().setup_submit_all().setup_coop_taskrun().build(entries);
+        let tuned =
+            builder.clone().setup_submit_all().setup_coop_taskrun().setup_taskrun_flag().build(entries);
         let ring = match tuned {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => builder.build(entries),
             other => other,
@@ -141,6 +142,23 @@ impl Ring {
         Ok(())
     }
 
+    /// Whether completions are there, or would be after a visit to the kernel. Costs two loads; for whoever looks again and
+    /// again instead of waiting. Kernels before 5.19 tell of completions that are there only.
+    #[must_use]
+    pub fn has_news(&mut self) -> bool {
+        // SAFETY: `&mut self` makes this the only completion queue: registrars use the submitter only.
+        let arrived = !unsafe { self.ring.completion_shared() }.is_empty();
+        // SAFETY: as above, for the submission queue; its flags are read only.
+        let queue = unsafe { self.ring.submission_shared() };
+        arrived || queue.taskrun() || queue.cq_overflow()
+    }
+
+    /// Whether requests are queued that the kernel has not seen.
+    fn has_queued(&mut self) -> bool {
+        // SAFETY: as in `has_news`.
+        !unsafe { self.ring.submission_shared() }.is_empty()
+    }
+
     /// Starts what is queued and waits until at least `want` completions are there (0 does not wait) or the time is
     /// up. `None` waits without end.
     ///
@@ -148,6 +166,9 @@ impl Ring {
     /// What `io_uring_enter` reports. Running out of time, a signal and a full completion queue are no errors:
     /// look at [`Ring::next_completion`].
     pub fn submit_and_wait(&mut self, want: usize, timeout: Option<Duration>) -> Result<(), Errno> {
+        if want == 0 && !self.has_queued() && !self.has_news() {
+            return Ok(());
+        }
         let submitter = self.ring.submitter();
         let result = match timeout {
             Some(timeout) if want > 0 => {

@@ -19,6 +19,8 @@ pub(super) struct Served {
     logic: Box<dyn Logic>,
     /// It is in the list of those that have a turn.
     pub(super) listed: bool,
+    /// It is in the list of those at whose rings the thread looks.
+    pub(super) watched: bool,
     /// Answers owed when nothing is in flight any more, and the address spaces that have changed.
     draining: Vec<(Asid, Reply<()>)>,
     /// Answers owed when nothing is in flight any more and the logic has been told to fail.
@@ -37,6 +39,7 @@ impl Served {
             queues,
             logic,
             listed: false,
+            watched: false,
             draining: Vec::new(),
             failing: Vec::new(),
             removing: None,
@@ -130,6 +133,16 @@ impl Served {
         self.takes_requests() && self.logic.has_room() && self.queues.has_work()
     }
 
+    /// Whether a queue waits for requests without a kick.
+    pub(super) fn is_polled(&self) -> bool {
+        self.queues.is_polled()
+    }
+
+    /// Looks at the rings that wait without a kick, or asks for kicks again with `end`; whether there is something to do.
+    pub(super) fn look(&mut self, end: bool) -> bool {
+        (end || self.takes_requests() && self.logic.has_room()) && self.queues.look(end)
+    }
+
     /// Whether it was removed and nothing of it is left.
     pub(super) fn is_gone(&self) -> bool {
         self.removing.is_some() && !self.queues.in_flight()
@@ -154,6 +167,10 @@ impl Served {
         for index in 0..self.queues.count() {
             let Some(mut queue) = self.queues.take_stopped(to_u16(index)) else { continue };
             self.queues.cancel_poll(to_u16(index), &queue);
+            // The driver kicks from here on, and whoever serves the ring next looks at it first.
+            if let Err(error) = queue.end_polling() {
+                self.queues.complain(to_u16(index), &error);
+            }
             // Whatever was answered is seen by the driver before STOP returns.
             if let Err(error) = self.queues.publish(&mut queue) {
                 self.queues.complain(to_u16(index), &error);

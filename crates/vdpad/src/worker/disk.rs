@@ -196,7 +196,7 @@ impl<D: Disk> Requests<D> {
                 Ok(false) => {
                     self.chain = chain;
                     queues.publish(queue)?;
-                    return queue.ring(&view)?.enable_kick();
+                    return queues.wait_for_kick(queue, &view);
                 }
                 Err(error) => Err(error),
             };

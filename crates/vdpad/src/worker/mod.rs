@@ -11,6 +11,7 @@
 mod buffers;
 mod device;
 mod disk;
+mod poll;
 mod pool;
 mod queue;
 mod queues;

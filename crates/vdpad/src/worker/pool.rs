@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use rustix::thread::{CpuSet, sched_setaffinity};
@@ -76,6 +77,7 @@ pub(crate) enum Placement {
 pub(crate) struct Pool {
     /// Threads for devices without a place of their own, at most.
     workers: usize,
+    poll: Duration,
     threads: Mutex<Threads>,
 }
 
@@ -89,8 +91,9 @@ struct Threads {
 
 impl Pool {
     /// A pool with at most `workers` threads (at least 1) for devices that ask for no processors; none is started yet.
-    pub(crate) fn new(workers: usize) -> Self {
-        Self { workers: workers.max(1), threads: Mutex::default() }
+    /// `poll` is how long a thread may look at its rings before it sleeps, if that pays; 0 is never.
+    pub(crate) fn new(workers: usize, poll: Duration) -> Self {
+        Self { workers: workers.max(1), poll, threads: Mutex::default() }
     }
 
     /// Puts the block device `name` with `queues` queues on a thread; all of them are stopped.
@@ -147,8 +150,8 @@ impl Pool {
     fn thread(&self, placement: &Placement) -> Result<Arc<Thread>> {
         let mut threads = self.threads.lock();
         let thread = match placement {
-            Placement::Shared => threads.least_loaded(self.workers)?,
-            Placement::Cpus(cpus) => threads.on(cpus)?,
+            Placement::Shared => threads.least_loaded(self.workers, self.poll)?,
+            Placement::Cpus(cpus) => threads.on(cpus, self.poll)?,
         };
         thread.devices.fetch_add(1, Ordering::Relaxed);
         Ok(thread)
@@ -156,27 +159,27 @@ impl Pool {
 }
 
 impl Threads {
-    fn least_loaded(&mut self, workers: usize) -> Result<Arc<Thread>> {
+    fn least_loaded(&mut self, workers: usize, poll: Duration) -> Result<Arc<Thread>> {
         // One that has ended, because its io_uring failed, is replaced.
         self.shared.retain(|thread| !thread.has_ended());
         let least = self.shared.iter().min_by_key(|thread| thread.devices()).cloned();
         match least {
             Some(thread) if self.shared.len() >= workers || thread.devices() == 0 => Ok(thread),
             _ => {
-                let thread = Arc::new(Thread::start(&format!("vq-{}", self.shared.len()), None)?);
+                let thread = Arc::new(Thread::start(&format!("vq-{}", self.shared.len()), None, poll)?);
                 self.shared.push(Arc::clone(&thread));
                 Ok(thread)
             }
         }
     }
 
-    fn on(&mut self, cpus: &CpuList) -> Result<Arc<Thread>> {
+    fn on(&mut self, cpus: &CpuList, poll: Duration) -> Result<Arc<Thread>> {
         self.pinned.retain(|(_, thread)| thread.upgrade().is_some_and(|thread| !thread.has_ended()));
         let known = self.pinned.iter().find(|(known, _)| known == cpus);
         if let Some(thread) = known.and_then(|(_, thread)| thread.upgrade()) {
             return Ok(thread);
         }
-        let thread = Arc::new(Thread::start(&format!("vq-cpu{cpus}"), Some(cpus))?);
+        let thread = Arc::new(Thread::start(&format!("vq-cpu{cpus}"), Some(cpus), poll)?);
         self.pinned.push((cpus.clone(), Arc::downgrade(&thread)));
         Ok(thread)
     }
@@ -200,7 +203,7 @@ impl fmt::Debug for Thread {
 }
 
 impl Thread {
-    fn start(name: &str, cpus: Option<&CpuList>) -> Result<Self> {
+    fn start(name: &str, cpus: Option<&CpuList>, poll: Duration) -> Result<Self> {
         let (messages, receiver) = channel();
         let (ready, started) = sync_channel(1);
         let wake = EventFd::new()?;
@@ -212,7 +215,7 @@ impl Thread {
         let handle = builder
             .stack_size(256 << 10)
             .spawn(move || {
-                if let Some(mut server) = set_up(cpus.as_ref(), watched, &ready) {
+                if let Some(mut server) = set_up(cpus.as_ref(), watched, poll, &ready) {
                     server.run(&receiver);
                 }
             })
@@ -270,7 +273,12 @@ impl Drop for Thread {
 }
 
 /// What the thread itself begins with; `None` when that failed, and whoever started it knows.
-fn set_up(cpus: Option<&CpuList>, wake: OwnedFd, ready: &SyncSender<Result<Registrar>>) -> Option<Server> {
+fn set_up(
+    cpus: Option<&CpuList>,
+    wake: OwnedFd,
+    poll: Duration,
+    ready: &SyncSender<Result<Registrar>>,
+) -> Option<Server> {
     let server = || -> Result<(Server, Registrar)> {
         if let Some(cpus) = cpus {
             let mut set = CpuSet::new();
@@ -282,7 +290,7 @@ fn set_up(cpus: Option<&CpuList>, wake: OwnedFd, ready: &SyncSender<Result<Regis
             tracing::debug!("disks that hang may delay others: {error}");
         }
         let registrar = ring.registrar();
-        Ok((Server::new(ring, Arc::new(wake))?, registrar))
+        Ok((Server::new(ring, Arc::new(wake), poll)?, registrar))
     };
     // Nobody listens only if the starter is gone, which needs no answer.
     match server() {

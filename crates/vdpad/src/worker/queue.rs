@@ -29,6 +29,8 @@ pub(crate) struct Queue {
     pub(super) stopping: Option<Reply<Result<Option<QueueState>>>>,
     /// Requests taken before the present ring was resolved that will never be answered.
     pub(super) abandoned: u16,
+    /// No kick is asked for, as the thread looks at the ring of itself.
+    pub(super) polled: bool,
     /// A violation was reported; the queue rests until it is started anew.
     pub(super) retired: bool,
 }
@@ -50,6 +52,7 @@ impl Queue {
             generation,
             stopping: None,
             abandoned: 0,
+            polled: false,
             retired: false,
         })
     }
@@ -82,6 +85,7 @@ impl Queue {
     /// be in flight.
     pub(super) fn unresolve(&mut self) {
         debug_assert_eq!(self.in_flight, 0);
+        self.polled = false;
         if let Some(ring) = self.ring.take() {
             (self.state, self.abandoned) = (ring.state(), ring.in_flight());
         }
@@ -95,6 +99,22 @@ impl Queue {
     /// Requests taken that will never be answered; meaningful while nothing is in flight.
     pub(super) fn abandoned(&self) -> u16 {
         self.ring.as_ref().map_or(self.abandoned, Ring::in_flight)
+    }
+
+    /// Whether a request has come to a ring that is looked at without a kick.
+    pub(super) fn look(&mut self) -> Result<bool, RingError> {
+        match &mut self.ring {
+            Some(ring) if self.polled && self.stopping.is_none() && !self.retired => ring.has_request(),
+            _ => Ok(false),
+        }
+    }
+
+    /// Asks for kicks again; whether a request has come meanwhile.
+    pub(super) fn end_polling(&mut self) -> Result<bool, RingError> {
+        match &mut self.ring {
+            Some(ring) if std::mem::take(&mut self.polled) && !self.retired => ring.enable_kick(),
+            _ => Ok(false),
+        }
     }
 
     /// Shows the driver what was answered and signals it if it wants that.

@@ -75,6 +75,8 @@ pub(crate) struct Queues {
     nothing: Arc<View>,
     slots: Vec<Option<Queue>>,
     shared: Arc<Shared>,
+    /// The thread looks at rings of itself before it sleeps.
+    polls: Rc<Cell<bool>>,
     complaints: RateLimit,
 }
 
@@ -84,6 +86,7 @@ impl Queues {
         device: u16,
         uring: Rc<RefCell<Ring>>,
         generation: Rc<Cell<u32>>,
+        polls: Rc<Cell<bool>>,
         size: Size,
         shared: Arc<Shared>,
     ) -> Self {
@@ -97,6 +100,7 @@ impl Queues {
             nothing,
             slots: (0..size.queues).map(|_| None).collect(),
             shared,
+            polls,
             complaints: RateLimit::per_second(5),
         }
     }
@@ -203,6 +207,48 @@ impl Queues {
         if let Err(error) = self.uring.borrow_mut().cancel(own) {
             tracing::debug!(device = %self.name, "requests not cancelled: {error}");
         }
+    }
+
+    /// There is no request any more in a ring that was resolved: asks for a kick at the next one, unless the thread looks
+    /// at the ring of itself. Whether one has come meanwhile.
+    pub(crate) fn wait_for_kick(&self, queue: &mut Queue, view: &Arc<View>) -> Result<bool, RingError> {
+        queue.polled = self.polls.get();
+        let polled = queue.polled;
+        let ring = queue.ring(view)?;
+        if polled { ring.has_request() } else { ring.enable_kick() }
+    }
+
+    /// Whether a queue waits for requests without a kick.
+    pub(super) fn is_polled(&self) -> bool {
+        self.slots.iter().flatten().any(|queue| queue.polled)
+    }
+
+    /// Looks at the rings that wait without a kick, or asks for kicks again with `end`; whether there is something to do.
+    pub(super) fn look(&mut self, end: bool) -> bool {
+        let mut found = false;
+        for index in (0..self.slots.len()).map(to_u16) {
+            let Some(queue) = self.slots.get_mut(usize::from(index)).and_then(Option::as_mut) else {
+                continue;
+            };
+            if !queue.polled {
+                continue;
+            }
+            match if end { queue.end_polling() } else { queue.look() } {
+                Ok(false) => {}
+                Ok(true) => {
+                    queue.pending = true;
+                    found = true;
+                }
+                Err(error) => {
+                    queue.polled = false;
+                    if let Some(mut queue) = self.take(index) {
+                        self.rest(index, &mut queue, error);
+                        self.put(index, queue);
+                    }
+                }
+            }
+        }
+        found
     }
 
     /// Counts a request that was answered.

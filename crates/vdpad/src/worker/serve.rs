@@ -6,12 +6,14 @@ use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
+use std::time::{Duration, Instant};
 
 use vdpa_core::Errno;
 use vdpa_core::types::Result;
 use vdpa_sys::uring::{Completion, Op, Ring};
 
 use super::device::Served;
+use super::poll::{Poller, STOLEN};
 use super::queues::{Queues, Token};
 use super::{Command, Logic, Reply, Shared, Size};
 
@@ -39,23 +41,34 @@ pub(super) struct Newcomer {
 pub(super) struct Server {
     uring: Rc<RefCell<Ring>>,
     wake: Arc<OwnedFd>,
+    /// There may be messages.
+    woken: bool,
     /// By number; `None` for numbers that are free.
     devices: Vec<Option<Served>>,
     /// Numbers of the devices that have something to do, in the order in which they have their turn.
     turns: VecDeque<u16>,
     generation: Rc<Cell<u32>>,
+    poller: Poller,
+    /// Queues that have nothing to do need not ask for a kick.
+    polls: Rc<Cell<bool>>,
+    /// Numbers of the devices that have such queues.
+    watched: Vec<u16>,
 }
 
 impl Server {
     /// Watches the event that announces messages.
-    pub(super) fn new(mut uring: Ring, wake: Arc<OwnedFd>) -> Result<Self> {
+    pub(super) fn new(mut uring: Ring, wake: Arc<OwnedFd>, poll: Duration) -> Result<Self> {
         watch(&mut uring, &wake)?;
         Ok(Self {
             uring: Rc::new(RefCell::new(uring)),
             wake,
+            woken: false,
             devices: Vec::new(),
             turns: VecDeque::new(),
             generation: Rc::default(),
+            poller: Poller::new(poll),
+            polls: Rc::default(),
+            watched: Vec::new(),
         })
     }
 
@@ -65,18 +78,108 @@ impl Server {
                 return;
             }
             self.take_turns();
-            let want = usize::from(self.turns.is_empty());
-            if let Err(error) = self.uring.borrow_mut().submit_and_wait(want, None) {
+            if let Err(error) = self.wait() {
                 // Nothing can be served without the ring: stop rather than spin. Clients get EIO from now on.
                 tracing::error!("io_uring failed, the devices of a worker stop: {error}");
                 return;
             }
-            self.reap();
+        }
+    }
+
+    /// Starts what is to be started, and waits until there is something to do.
+    fn wait(&mut self) -> Result<()> {
+        if self.is_idle() && !self.watched.is_empty() {
+            self.enter(false)?;
+            if self.is_idle() {
+                self.poll()?;
+            }
+            if self.is_idle() {
+                self.ask_for_kicks();
+            }
+        }
+        self.polls.set(self.poller.wants());
+        let idle = self.is_idle();
+        let begin = (idle && !self.poller.budget().is_zero()).then(Instant::now);
+        self.enter(idle)?;
+        if let Some(begin) = begin {
+            self.poller.slept(begin.elapsed());
+        }
+        Ok(())
+    }
+
+    /// Whether there is nothing to do, as far as is known.
+    fn is_idle(&self) -> bool {
+        self.turns.is_empty() && !self.woken
+    }
+
+    /// Visits the kernel, and hands out what has completed.
+    fn enter(&mut self, wait: bool) -> Result<()> {
+        self.uring.borrow_mut().submit_and_wait(wait.into(), None)?;
+        self.reap();
+        Ok(())
+    }
+
+    /// Looks for something to do until there is something, or it does not pay any more.
+    fn poll(&mut self) -> Result<()> {
+        /// Looks between two yields.
+        const LOOKS: u32 = 8;
+        let begin = Instant::now();
+        let mut last = begin;
+        loop {
+            for _ in 0..LOOKS {
+                if self.uring.borrow_mut().has_news() {
+                    self.enter(false)?;
+                }
+                if self.look() || !self.is_idle() {
+                    self.poller.hit(begin.elapsed());
+                    return Ok(());
+                }
+                std::hint::spin_loop();
+            }
+            rustix::thread::sched_yield();
+            let now = Instant::now();
+            let stolen = now - last > STOLEN;
+            if stolen && self.look() {
+                // Whoever took the processor was the client.
+                self.poller.hit(now - begin);
+                return Ok(());
+            }
+            if stolen || now - begin >= self.poller.budget() {
+                self.poller.miss();
+                return Ok(());
+            }
+            last = now;
+        }
+    }
+
+    /// Looks at the rings for which no kick is asked; whether one of them has requests.
+    fn look(&mut self) -> bool {
+        let watched = std::mem::take(&mut self.watched);
+        let mut found = false;
+        for &device in &watched {
+            if self.device(device).is_some_and(|served| served.look(false)) {
+                self.list(device);
+                found = true;
+            }
+        }
+        self.watched = watched;
+        found
+    }
+
+    /// Asks for kicks again, on all rings for which none were asked.
+    fn ask_for_kicks(&mut self) {
+        for device in std::mem::take(&mut self.watched) {
+            let Some(served) = self.device(device) else { continue };
+            served.watched = false;
+            if served.look(true) {
+                self.list(device);
+            }
         }
     }
 
     /// Takes the messages that have arrived; `false` when it is time to go.
     fn obey(&mut self, messages: &Receiver<Message>) -> bool {
+        self.woken = false;
         loop {
             match messages.try_recv() {
                 Ok(Message::Add(newcomer)) => self.add(newcomer),
@@ -103,7 +206,15 @@ impl Server {
             self.devices.push(None);
         }
         let uring = Rc::clone(&self.uring);
-        let queues = Queues::new(name, device, uring, Rc::clone(&self.generation), size, shared);
+        let queues = Queues::new(
+            name,
+            device,
+            uring,
+            Rc::clone(&self.generation),
+            Rc::clone(&self.polls),
+            size,
+            shared,
+        );
         // Nobody would ever remove a device of which nobody has heard.
         if reply.send(Ok(device)).is_ok()
             && let Some(place) = self.devices.get_mut(place)
@@ -127,6 +238,8 @@ impl Server {
 
     /// One turn for each device that waits for one. Those that want more have it after what the kernel has to say.
     fn take_turns(&mut self) {
+        // However busy others are.
+        self.look();
         for _ in 0..self.turns.len() {
             let Some(device) = self.turns.pop_front() else { return };
             let Some(served) = self.device(device) else { continue };
@@ -135,7 +248,12 @@ impl Server {
             if served.is_gone() {
                 let gone = self.devices.get_mut(usize::from(device)).and_then(Option::take);
                 gone.into_iter().for_each(Served::leave);
-            } else if more {
+                continue;
+            }
+            if served.is_polled() && !std::mem::replace(&mut served.watched, true) {
+                self.watched.push(device);
+            }
+            if more {
                 self.list(device);
             }
         }
@@ -154,6 +272,7 @@ impl Server {
         let Completion { token, result, more, buffer } = completion;
         let device = match Token::unpack(token) {
             Some(Token::Wake) => {
+                self.woken = true;
                 if !more && let Err(error) = watch(&mut self.uring.borrow_mut(), &self.wake) {
                     tracing::error!("commands are not seen any more: {error}");
                 }
