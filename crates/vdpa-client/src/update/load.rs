@@ -281,6 +281,13 @@ fn open<D: DeviceFile>(
     setup.offered = present;
     setup.iova_range = ops.iova_range().map_err(Error::request("VHOST_VDPA_GET_IOVA_RANGE"))?;
     set_backend(&ops, setup.backend)?;
+    if let Some(index) =
+        device.queues.iter().map(|q| q.index).chain(device.guest_queues.iter().map(|q| q.index)).next()
+    {
+        // Not the owner's, so it is refused. A server of another process has met this one then, and need not look into it
+        // when it becomes the owner in the switch.
+        let _ = ops.vring_base(QueueIndex(index));
+    }
     Ok(ops)
 }
 

@@ -147,6 +147,17 @@ pub fn unmount(dir: &Path) -> Result<(), MountError> {
     )
 }
 
+/// Takes the mount at `path` out of the name space and leaves those who have a file of it open alone: the connection
+/// ends when the last of them, and of its bind mounts, has gone.
+///
+/// # Errors
+/// `EINVAL` when nothing is mounted there.
+pub fn unmount_lazily(path: &Path) -> Result<(), MountError> {
+    rustix::mount::unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW).map_err(|error| {
+        MountError::Unmount { dir: path.into(), errno: Errno::from_raw(error.raw_os_error()) }
+    })
+}
+
 /// What is mounted somewhere.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mounted {

@@ -12,6 +12,7 @@ use super::engine::LoadError;
 use super::peer::{PeerError, PrivateDaemon};
 use crate::ctl::api::{AddRequest, AttrError, Attrs};
 use crate::ctl::client::{Client, ClientError};
+use crate::front::Choice;
 
 const DEVICE: &str = "demo0";
 const GIB: u64 = 1 << 30;
@@ -32,6 +33,9 @@ pub struct Options {
     /// The daemon to start [default: vdpad beside this program]
     #[arg(long, value_name = "PATH")]
     pub vdpad: Option<PathBuf>,
+    /// Front end of the daemon: fuse for a file, cuse for a character device
+    #[arg(long, value_name = "fuse|cuse", default_value = "fuse")]
+    pub front: Choice,
     /// The program that is updated [default: vdpa-tenant beside this program]
     #[arg(long, value_name = "PATH")]
     pub tenant: Option<PathBuf>,
@@ -132,7 +136,7 @@ impl Stage {
 
         let own = std::env::current_exe().map_err(system("find this program"))?;
         let vdpad = options.vdpad.clone().unwrap_or_else(|| own.with_file_name("vdpad"));
-        let daemon = PrivateDaemon::start(&vdpad, directory.path())?;
+        let daemon = PrivateDaemon::start(&vdpad, directory.path(), options.front)?;
         let client = Client::new(daemon.socket()).map_err(system("talk to the daemon"))?;
         client.add(&device(&disk, memory, options.packed)?)?;
         let device = client.device(DEVICE)?.path;

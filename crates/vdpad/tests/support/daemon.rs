@@ -36,11 +36,14 @@ impl Daemon {
     /// Starts one with further options.
     pub(crate) fn start_with(options: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let mut child = Command::new(env!("CARGO_BIN_EXE_vdpad"))
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vdpad"));
+        match std::env::var_os("VDPAD_TEST_FRONT") {
+            Some(front) => command.arg("--front").arg(front),
+            None => command.arg("--dir").arg(dir.path().join("dev")),
+        };
+        let mut child = command
             .env_remove("NOTIFY_SOCKET")
             .env_remove("VDPAD_LOG")
-            .arg("--dir")
-            .arg(dir.path().join("dev"))
             .arg("--control")
             .arg(dir.path().join("control.sock"))
             .args(["--request-timeout", "8", "--watchdog-timeout", "5", "--log", "debug"])

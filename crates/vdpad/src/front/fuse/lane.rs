@@ -229,6 +229,11 @@ impl Lane {
                         self.answer(job, Ok(&[out.as_bytes()]));
                     }
                 }
+                // A panic has been logged.
+                let _ = self.guarded(&job.work, || {
+                    self.file.answered();
+                    Ok(())
+                });
             }
             Work::Write { tid, data } => {
                 let result = self.guarded(&job.work, || self.file.write(*tid, data));
@@ -323,6 +328,12 @@ impl Lane {
         let refused = state.take_unanswered();
         drop(state);
         refused.iter().for_each(|job| self.give_up(job));
+    }
+
+    /// Whether nobody has the device open and nothing is asked of it.
+    pub(super) fn is_idle(&self) -> bool {
+        let state = self.state.lock();
+        state.opens.is_empty() && state.queue.is_empty() && state.current.is_none()
     }
 
     /// The mount is gone: drops what nobody waits for and releases what is open.
