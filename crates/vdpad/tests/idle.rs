@@ -102,8 +102,12 @@ fn a_thousand_idle_devices_cost_no_wake_up_and_little_memory() {
         }
     }
     println!("{} threads; woken in {WATCHED:?}: {woken:?}", after.len());
-    let workers = after.values().filter(|(name, ..)| name.starts_with("vq-")).count();
-    assert!(workers > 0 && workers <= 1024);
-    assert!(woken.iter().all(|line| !line.starts_with("vq-")), "{woken:?}");
+    assert!(after.values().any(|(name, ..)| name.starts_with("vq-")), "nothing serves these rings");
+    let elsewhere = |line: &&String| {
+        // The reader of requests shows the watchdog that it lives. The last thread that the kernel has for requests that
+        // may block, a flush for example, looks every five seconds whether it is still needed.
+        !line.starts_with("fuse-") && !line.starts_with("iou-wrk-")
+    };
+    assert_eq!(woken.iter().filter(elsewhere).collect::<Vec<_>>(), [""; 0]);
     drop(clients);
 }

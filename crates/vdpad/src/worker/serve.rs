@@ -138,14 +138,8 @@ impl Server {
             }
             rustix::thread::sched_yield();
             let now = Instant::now();
-            let stolen = now - last > STOLEN;
-            if stolen && self.look() {
-                // Whoever took the processor was the client.
-                self.poller.hit(now - begin);
-                return Ok(());
-            }
-            if stolen || now - begin >= self.poller.budget() {
-                self.poller.miss();
+            if now - last > STOLEN || now - begin >= self.poller.budget() {
+                self.poller.lose(now - begin);
                 return Ok(());
             }
             last = now;
