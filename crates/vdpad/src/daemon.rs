@@ -33,6 +33,10 @@ pub struct Config {
     pub request_timeout: Duration,
     /// Time without progress after which the watchdog ends the daemon's connection to the kernel.
     pub watchdog_timeout: Duration,
+    /// Threads that serve the rings of devices that ask for no processors of their own, at most.
+    pub workers: usize,
+    /// How long such a thread may look at its rings before it sleeps, if that pays; 0 is never.
+    pub poll: Duration,
     /// Devices to create at start, in this order.
     pub devices: Vec<AddRequest>,
 }
@@ -119,7 +123,7 @@ impl Daemon {
             Place::Dev(dir) => DeviceFiles::cuse(dir, options)?,
             Place::Mount(dir) => DeviceFiles::mount(dir, options)?,
         };
-        let bus = Arc::new(Bus::new(Arc::clone(&files)));
+        let bus = Arc::new(Bus::new(Arc::clone(&files), config.workers, config.poll));
         for device in &config.devices {
             bus.add(device.clone())
                 .map_err(|source| StartError::Device { name: device.name.clone(), source })?;
@@ -144,7 +148,8 @@ impl Daemon {
             let name = tokio::select! {
                 _ = terminate.recv() => "SIGTERM",
                 _ = interrupt.recv() => "SIGINT",
-                () = self.files_lost() => {
+                // A daemon without device files is of no use, and whoever supervises it can start another one.
+                () = self.files.ended() => {
                     notify::service_manager("STOPPING=1");
                     return Err(RunError::FilesLost { dir: self.files.dir().into() });
                 }
@@ -153,15 +158,6 @@ impl Daemon {
             notify::service_manager("STOPPING=1");
             Ok(())
         })
-    }
-
-    /// Returns when the device files cannot be served any more: a daemon without them is of no use, and whoever
-    /// supervises it can start another one.
-    async fn files_lost(&self) {
-        let mut look = tokio::time::interval(Duration::from_secs(1));
-        while self.files.is_serving() {
-            look.tick().await;
-        }
     }
 
     /// Closes the control socket, then takes the devices from their clients and removes their files.
@@ -283,6 +279,8 @@ mod tests {
             control: PathBuf::new(),
             request_timeout: Duration::from_secs(1),
             watchdog_timeout: Duration::from_secs(1),
+            workers: 1,
+            poll: Duration::ZERO,
             devices: Vec::new(),
         };
         let available = || if there { Ok(()) } else { Err(io::Error::from(io::ErrorKind::NotFound)) };

@@ -220,6 +220,14 @@ pub fn abort(name: &str, number: Number) -> io::Result<()> {
     fs::write(sysfs(name).join("abort"), "1")
 }
 
+/// Requests of the device `name`, with the number given, that were made and not answered; `None` when there is no such
+/// device any more.
+#[must_use]
+pub fn waiting(name: &str, number: Number) -> Option<u64> {
+    let count = fs::read_to_string(sysfs(name).join("waiting")).ok()?;
+    count.trim().parse().ok().filter(|_| number_of(name) == Some(number))
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};

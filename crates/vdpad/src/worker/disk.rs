@@ -14,6 +14,13 @@ use super::{Logic, View};
 /// Requests taken from one queue before the others have their turn.
 const BUDGET: usize = 64;
 
+/// Bytes of requests after which a turn ends: what is in the page cache, or has to be copied, is moved by this thread.
+const BUDGET_BYTES: u64 = 1 << 20;
+
+/// Operations in flight of one device. The kernel gives an operation that may block a thread, of which a worker's ring has
+/// [`KERNEL_THREADS`](super::KERNEL_THREADS): a disk that hangs must leave some to its neighbours.
+const IN_FLIGHT_MAX: usize = 256;
+
 /// What a request comes to.
 #[derive(Debug)]
 pub(crate) enum Verdict {
@@ -122,8 +129,10 @@ pub(super) struct Requests<D> {
 }
 
 impl<D: Disk> Logic for Requests<D> {
-    // A request that was put back because its memory was out of reach may be in reach now.
-    const MAP_WAKES: bool = true;
+    fn map_wakes(&self) -> bool {
+        // A request that was put back because its memory was out of reach may be in reach now.
+        true
+    }
 
     fn serve(&mut self, queues: &mut Queues) {
         for index in 0..queues.count() {
@@ -154,6 +163,10 @@ impl<D: Disk> Logic for Requests<D> {
         self.carry_out(queues, None, pending, verdict);
     }
 
+    fn has_room(&self) -> bool {
+        self.pending.len() - self.free.len() < IN_FLIGHT_MAX
+    }
+
     fn fail(&mut self) {
         self.disk = None;
     }
@@ -168,15 +181,22 @@ impl<D: Disk> Requests<D> {
     fn serve_queue(&mut self, queues: &mut Queues, index: u16, queue: &mut Queue) -> Result<bool, RingError> {
         let view = queues.view(queue);
         queue.ring(&view)?.disable_kick()?;
+        let mut bytes = 0;
         for _ in 0..BUDGET {
+            if !self.has_room() {
+                break;
+            }
             let mut chain = std::mem::take(&mut self.chain);
             let found = queue.ring(&view)?.pop(view.snapshot(), &mut chain);
             let going = match found {
-                Ok(true) => self.begin(queues, index, queue, &view, &chain),
+                Ok(true) => {
+                    bytes += chain.readable().len() + chain.writable().len();
+                    self.begin(queues, index, queue, &view, &chain)
+                }
                 Ok(false) => {
                     self.chain = chain;
                     queues.publish(queue)?;
-                    return queue.ring(&view)?.enable_kick();
+                    return queues.wait_for_kick(queue, &view);
                 }
                 Err(error) => Err(error),
             };
@@ -184,6 +204,9 @@ impl<D: Disk> Requests<D> {
             if !going? {
                 queues.publish(queue)?;
                 return Ok(false);
+            }
+            if bytes >= BUDGET_BYTES {
+                break;
             }
         }
         queues.publish(queue)?;

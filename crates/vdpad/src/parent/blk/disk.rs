@@ -47,7 +47,8 @@ impl FileDisk {
     }
 
     fn file(&self) -> File {
-        File::Fd(Arc::clone(&self.file))
+        let file = Arc::clone(&self.file);
+        if self.backing.may_block { File::Blocking(file) } else { File::Fd(file) }
     }
 
     /// Whether sectors `[sector, sector + count)` exist.

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::sync::Arc;
 
-use rustix::fs::{FlockOperation, OFlags, StatxFlags, flock, ioctl_blksszget, statx};
+use rustix::fs::{FlockOperation, OFlags, StatxFlags, flock, fstatfs, ioctl_blksszget, statx};
 use vdpa_core::Errno;
 use vdpa_core::blk::SECTOR;
 
@@ -27,6 +27,8 @@ pub(super) struct Backing {
     pub(super) memory_align: u32,
     pub(super) direct: bool,
     pub(super) read_only: bool,
+    /// Its file system may keep whoever asks it waiting, also one who asks not to: FUSE, and others that are not known.
+    pub(super) may_block: bool,
 }
 
 impl Backing {
@@ -75,6 +77,7 @@ impl Backing {
                 "A disk has one writer, or readers only (readonly on).",
             );
         }
+        let may_block = !is_block && !answers_at_once(&file);
         let (block_size, memory_align) = alignment(&file, is_block, options.direct);
         Ok(Self {
             file: Arc::new(file.into()),
@@ -83,6 +86,7 @@ impl Backing {
             memory_align,
             direct: options.direct,
             read_only: options.read_only,
+            may_block,
         })
     }
 }
@@ -118,6 +122,14 @@ fn alignment(file: &File, is_block: bool, direct: bool) -> (u32, u32) {
         Some(stat) => (stat.stx_dio_offset_align.max(sector), stat.stx_dio_mem_align.max(1)),
         None => (logical.max(DIRECT_ALIGN), DIRECT_ALIGN),
     }
+}
+
+/// Whether the file system is known to answer at once, one way or the other, when it is asked not to wait (`IOCB_NOWAIT`).
+fn answers_at_once(file: &File) -> bool {
+    /// ext2 to ext4, XFS, btrfs, tmpfs, F2FS: `statfs(2)`.
+    const KNOWN: [u32; 5] = [0xef53, 0x5846_5342, 0x9123_683e, 0x0102_1994, 0xf2f5_2010];
+    // The type of the field is another one for each C library.
+    fstatfs(file).is_ok_and(|stat| u32::try_from(stat.f_type).is_ok_and(|kind| KNOWN.contains(&kind)))
 }
 
 fn seek_end(file: &File) -> std::io::Result<u64> {
