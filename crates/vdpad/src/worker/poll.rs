@@ -4,8 +4,9 @@
 //! both have a processor. Looking costs the processor, and everything if the client, or anybody else, waits for that very
 //! processor. What decides is measured on the way and costs no visit to `/proc`:
 //!
-//! * the *gap*: how long it takes until something comes, smoothed, whether it was looked for or slept through. Only gaps
-//!   shorter than the budget are worth looking;
+//! * the *gap*: how long it takes until something comes, smoothed, whether it was looked for or slept through. Where gaps are
+//!   longer than some budgets it is not tried; being woken is a part of a gap that is slept through, so that one of more than
+//!   the budget may be one of less;
 //! * the *balance*: a hit saves a little, a miss costs what was looked for in vain, and every short gap that is slept through
 //!   earns a fiftieth of what a hit saves. Without credit there is no looking, so what is lost stays a small share of the time,
 //!   however wrong the guess is;
@@ -35,13 +36,16 @@ const DEBT_MAX: i64 = 10_000_000;
 #[derive(Debug)]
 pub(super) struct Poller {
     budget: Duration,
-    /// Smoothed, at most four budgets.
+    /// Smoothed, at most twice [`SHORT`](Self::SHORT) budgets.
     gap: Duration,
     /// Saved and earned less lost, in ns.
     balance: i64,
 }
 
 impl Poller {
+    /// Gaps of fewer budgets are short.
+    const SHORT: u32 = 4;
+
     /// Looks for at most `budget` at a time; never if that is 0.
     pub(super) const fn new(budget: Duration) -> Self {
         Self { budget, gap: Duration::ZERO, balance: 0 }
@@ -53,7 +57,7 @@ impl Poller {
 
     /// Whether to look at the rings in the next gap.
     pub(super) fn wants(&self) -> bool {
-        !self.budget.is_zero() && self.balance >= 0 && self.gap < self.budget
+        !self.budget.is_zero() && self.balance >= 0 && self.gap < self.budget * Self::SHORT
     }
 
     /// Something came `after` that much of looking.
@@ -70,7 +74,7 @@ impl Poller {
     /// A gap was slept through, after a loss or without looking.
     pub(super) fn slept(&mut self, gap: Duration) {
         self.smooth(gap);
-        if gap < self.budget {
+        if gap < self.budget * Self::SHORT {
             self.book(EARNED);
         }
     }
@@ -80,7 +84,7 @@ impl Poller {
     }
 
     fn smooth(&mut self, gap: Duration) {
-        self.gap = (self.gap * 3 + gap.min(self.budget * 4)) / 4;
+        self.gap = (self.gap * 3 + gap.min(self.budget * Self::SHORT * 2)) / 4;
     }
 }
 
