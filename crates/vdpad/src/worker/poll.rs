@@ -10,14 +10,17 @@
 //! * the *balance*: a hit saves a little, a miss costs what was looked for in vain, and every short gap that is slept through
 //!   earns a fiftieth of what a hit saves. Without credit there is no looking, so what is lost stays a small share of the time,
 //!   however wrong the guess is;
-//! * *thieves*: the thread yields its processor again and again. If nobody else wants it, that takes a fraction of a
-//!   microsecond; a client on the same processor answers within a few, and looking is handing over to it. If it takes
-//!   longer, somebody else has computed meanwhile, whom a sleeper would have displaced when it was woken: that ends the look,
-//!   and all of that time is a loss.
+//! * *thieves*: where two looks are far apart, somebody else had the processor, who would not have had to wait if this thread
+//!   had slept. That ends the look, and all of its time is a loss.
+//!
+//! A client on the same processor cannot ask while this thread looks, so that every look is a miss: the balance stops that
+//! within one, and costs two per mille from then on to find out when it ends. Yielding the processor between two looks was
+//! tried and given up: it hands over to such a client in a microsecond, but where anybody else computes it hands over to them
+//! as well, for milliseconds.
 
 use std::time::Duration;
 
-/// A yield that takes longer has let somebody else compute.
+/// Looks are a fraction of a microsecond apart. Two that are farther had somebody else between them.
 pub(super) const STOLEN: Duration = Duration::from_micros(20);
 
 /// What a hit saves, in ns: a write to an eventfd, and most of being woken.

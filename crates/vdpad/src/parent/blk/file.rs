@@ -128,7 +128,7 @@ fn alignment(file: &File, is_block: bool, direct: bool) -> (u32, u32) {
 fn answers_at_once(file: &File) -> bool {
     /// ext2 to ext4, XFS, btrfs, tmpfs, F2FS: `statfs(2)`.
     const KNOWN: [i64; 5] = [0xef53, 0x5846_5342, 0x9123_683e, 0x0102_1994, 0xf2f5_2010];
-    fstatfs(file).is_ok_and(|stat| KNOWN.contains(&i64::from(stat.f_type)))
+    fstatfs(file).is_ok_and(|stat| KNOWN.contains(&stat.f_type))
 }
 
 fn seek_end(file: &File) -> std::io::Result<u64> {
