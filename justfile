@@ -57,6 +57,10 @@ clients *args:
 conform-kernel *args:
     testbed/conform {{args}}
 
+# Checks character devices in an emulated machine (downloads 400 MB the first time); parts, or "all".
+cuse *args:
+    testbed/cuse {{args}}
+
 # A thousand updates in a row for each way, with requests in flight and a look at what everybody holds.
 many-updates count='1000':
     VDPA_TEST_UPDATES={{count}} cargo nextest run --locked --package vdpad --test many_updates --no-capture

@@ -141,6 +141,21 @@ fn a_stopped_daemon_does_not_hold_its_clients() {
     assert!(running.child.wait().unwrap().success(), "the daemon notices and ends in order");
 }
 
+/// Without requests there are no heartbeats either, where the kernel tells the watchdog what waits.
+fn nor_does_one_that_is_stopped_while_it_rests() {
+    let running = Running::start();
+    let file = File::open(running.dir.join("vdpa0")).unwrap();
+    thread::sleep(TIMEOUT * 3);
+    assert!(running.is_mounted());
+    ask(&file).expect("a daemon that rests is left alone");
+    thread::sleep(TIMEOUT);
+    running.stop();
+    thread::sleep(TIMEOUT * 2);
+    let begin = Instant::now();
+    assert_eq!(ask(&file), Err(libc::ECONNABORTED));
+    assert!(begin.elapsed() < TIMEOUT * 5, "{:?}", begin.elapsed());
+}
+
 fn a_killed_daemon_leaves_no_mount() {
     let mut running = Running::start();
     running.signal(Signal::KILL);
@@ -174,9 +189,10 @@ fn a_daemon_that_could_not_mount_harms_nobody() {
     ask(&File::open(running.dir.join("vdpa0")).unwrap()).unwrap();
 }
 
-const TESTS: [(&str, fn()); 4] = [
+const TESTS: [(&str, fn()); 5] = [
     ("a_daemon_that_could_not_mount_harms_nobody", a_daemon_that_could_not_mount_harms_nobody),
     ("a_stopped_daemon_does_not_hold_its_clients", a_stopped_daemon_does_not_hold_its_clients),
+    ("nor_does_one_that_is_stopped_while_it_rests", nor_does_one_that_is_stopped_while_it_rests),
     ("a_killed_daemon_leaves_no_mount", a_killed_daemon_leaves_no_mount),
     ("an_orderly_end_takes_the_watchdog_along", an_orderly_end_takes_the_watchdog_along),
 ];

@@ -8,6 +8,7 @@ mod connection;
 pub mod cuse;
 mod mount;
 mod request;
+mod waiting;
 
 pub use connection::{Connection, HandshakeError, Negotiated, Readiness};
 pub(crate) use mount::open_device;
@@ -15,6 +16,7 @@ pub use mount::{
     FS_TYPE, MountError, MountOptions, Mounted, fs_type_at, mount, mounted_at, unmount, unmount_lazily,
 };
 pub use request::{DecodeError, Forgets, Operation, Request};
+pub use waiting::Connections;
 
 /// Bytes of the largest write the kernel is told to send. The messages of the interface have 72 bytes; the
 /// rest is room for what a curious caller writes.

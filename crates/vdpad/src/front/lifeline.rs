@@ -1,7 +1,7 @@
 //! What a daemon tells its [watchdog](super::watchdog) over their pipe: that it lives, and what there is to end when it
 //! does not.
 //!
-//! Words ended by a NUL: `.` for a beat, `q` when all has ended in order, `+` or `-` and a [`Guarded`].
+//! Words ended by a NUL: `.` for a beat, `z` for a rest, `q` when all has ended in order, `+` or `-` and a [`Guarded`].
 
 use std::ffi::OsStr;
 use std::io::PipeWriter;
@@ -10,7 +10,8 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use tracing::{error, warn};
+use tracing::{debug, error, warn};
+use vdpa_sys::fuse::Connections;
 use vdpa_sys::fuse::cuse::Number;
 
 /// Longest word: a longer one would not be written in one piece (`PIPE_BUF`).
@@ -53,6 +54,9 @@ impl Guarded {
 pub(super) enum Word {
     /// The reader makes progress. The first one arms the watchdog.
     Beat,
+    /// Nothing is in progress and no beat will follow before there is: what the kernel says of requests that wait counts
+    /// until then.
+    Rest,
     /// Everything has ended in order: whatever is mounted there from now on is somebody else's.
     Farewell,
     /// There is, or is about to be, this.
@@ -65,6 +69,7 @@ impl Word {
     fn encode(&self) -> Vec<u8> {
         let mut word = match self {
             Self::Beat => b".".to_vec(),
+            Self::Rest => b"z".to_vec(),
             Self::Farewell => b"q".to_vec(),
             Self::Guard(guarded) => [b"+", &*guarded.encode()].concat(),
             Self::Release(guarded) => [b"-", &*guarded.encode()].concat(),
@@ -76,6 +81,7 @@ impl Word {
     fn decode(word: &[u8]) -> Option<Self> {
         match word.split_first()? {
             (b'.', []) => Some(Self::Beat),
+            (b'z', []) => Some(Self::Rest),
             (b'q', []) => Some(Self::Farewell),
             (b'+', rest) => Guarded::decode(rest).map(Self::Guard),
             (b'-', rest) => Guarded::decode(rest).map(Self::Release),
@@ -104,7 +110,17 @@ impl Words {
 pub(super) struct Lifeline {
     pipe: Mutex<Option<PipeWriter>>,
     interval: Duration,
-    last: Mutex<Option<Instant>>,
+    /// Whether the watchdog can see requests that wait, so that beats are needed only while some are in progress.
+    may_rest: bool,
+    last: Mutex<Last>,
+}
+
+/// What was said last, besides changes.
+#[derive(Clone, Copy, Debug)]
+enum Last {
+    Nothing,
+    Beat(Instant),
+    Rest,
 }
 
 impl Lifeline {
@@ -113,10 +129,15 @@ impl Lifeline {
     /// # Errors
     /// Those of making the pipe non-blocking: a watchdog that is stopped must not stop the daemon.
     pub(super) fn new(pipe: Option<PipeWriter>, interval: Duration) -> std::io::Result<Self> {
+        let mut may_rest = true;
         if let Some(pipe) = &pipe {
             rustix::io::ioctl_fionbio(pipe, true)?;
+            // The watchdog has the same rights.
+            may_rest = Connections::open()
+                .inspect_err(|errno| debug!(%errno, "the kernel's list of connections cannot be read; a beat every {interval:?}"))
+                .is_ok();
         }
-        Ok(Self { pipe: Mutex::new(pipe), interval, last: Mutex::default() })
+        Ok(Self { pipe: Mutex::new(pipe), interval, may_rest, last: Mutex::new(Last::Nothing) })
     }
 
     /// How often [`Lifeline::beat`] is to be called at least.
@@ -127,24 +148,40 @@ impl Lifeline {
     /// Says that the reader lives, unless that was said a short time ago.
     pub(super) fn beat(&self) {
         let mut last = self.last.lock();
-        if last.is_none_or(|last| last.elapsed() >= self.interval) {
-            *last = Some(Instant::now());
+        if !matches!(*last, Last::Beat(said) if said.elapsed() < self.interval) {
+            *last = Last::Beat(Instant::now());
             self.say(&Word::Beat);
         }
     }
 
-    /// Does not block.
-    pub(super) fn say(&self, word: &Word) {
+    /// Says that nothing is in progress; `false` when the watchdog needs a beat all the same.
+    pub(super) fn rest(&self) -> bool {
+        let mut last = self.last.lock();
+        if !self.may_rest || matches!(*last, Last::Rest) {
+            return self.may_rest;
+        }
+        // One that does not hear of it waits for the next beat.
+        let heard = self.say(&Word::Rest);
+        if heard {
+            *last = Last::Rest;
+        }
+        heard
+    }
+
+    /// Whether it has reached the watchdog, if there is one. Does not block.
+    pub(super) fn say(&self, word: &Word) -> bool {
         let mut pipe = self.pipe.lock();
-        let Some(open) = &*pipe else { return };
+        let Some(open) = &*pipe else { return true };
         let bytes = word.encode();
         if bytes.len() > WORD_MAX {
-            return warn!(?word, "too long for the watchdog, which will not know of it");
+            warn!(?word, "too long for the watchdog, which will not know of it");
+            return false;
         }
         match rustix::io::write(open, &bytes) {
-            Ok(_) => {}
-            // A full pipe: the watchdog is slow, not we. Another beat follows; the rest does not come again.
-            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) if *word == Word::Beat => {}
+            Ok(_) => return true,
+            // A full pipe: the watchdog is slow, not we. These come again; others do not.
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR)
+                if matches!(word, Word::Beat | Word::Rest) => {}
             Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {
                 warn!(?word, "the watchdog does not listen and will not know of it");
             }
@@ -153,6 +190,7 @@ impl Lifeline {
                 *pipe = None;
             }
         }
+        false
     }
 }
 
@@ -170,6 +208,7 @@ mod tests {
             Word::Guard(device.clone()),
             Word::Release(mount),
             Word::Release(device),
+            Word::Rest,
             Word::Farewell,
         ]
     }
@@ -182,6 +221,22 @@ mod tests {
             let got: Vec<Word> = bytes.chunks(size).flat_map(|chunk| reader.read(chunk)).collect();
             assert_eq!(got, words(), "in pieces of {size}");
         }
+    }
+
+    #[test]
+    fn a_watchdog_that_does_not_listen_gets_beats_and_no_rest() {
+        let (_read, write) = std::io::pipe().unwrap();
+        let lifeline = Lifeline::new(Some(write), Duration::from_secs(1)).unwrap();
+        if !lifeline.may_rest {
+            // Only root sees the kernel's list.
+            assert!(!lifeline.rest());
+            return;
+        }
+        assert!(lifeline.rest() && lifeline.rest());
+        while lifeline.say(&Word::Beat) {}
+        assert!(lifeline.rest(), "that was heard");
+        lifeline.beat();
+        assert!(!lifeline.rest(), "that was not");
     }
 
     #[test]

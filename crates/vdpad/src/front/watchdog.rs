@@ -14,11 +14,11 @@ use std::io::{self, PipeWriter};
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tracing::{error, info, warn};
-use vdpa_sys::fuse::{FS_TYPE, cuse, mounted_at, unmount};
+use vdpa_sys::fuse::{Connections, FS_TYPE, cuse, mounted_at, unmount};
 
 use super::fuse::source_of;
 use super::lifeline::{Guarded, Word, Words};
@@ -95,24 +95,27 @@ pub fn spawn(exe: &Path, timeout: Duration) -> io::Result<Watchdog> {
 /// # Errors
 /// When `stdin` cannot be read or polled. Nothing is ended then.
 pub fn run(stdin: impl AsFd, source: &str, timeout: Duration) -> io::Result<Ended> {
-    let time = Timespec::try_from(timeout).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
     let mut bytes = [0; 4096];
     let mut words = Words::default();
-    let mut guarded: Vec<Guarded> = Vec::new();
-    let mut armed = false;
+    let mut watch = Watch { source, timeout, guarded: Vec::new(), state: State::Unarmed, connections: None };
     loop {
-        let ready = match poll(&mut [PollFd::new(&stdin, PollFlags::IN)], armed.then_some(&time)) {
+        let time = watch.patience().map(Timespec::try_from).transpose();
+        let time = time.map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+        let ready = match poll(&mut [PollFd::new(&stdin, PollFlags::IN)], time.as_ref()) {
             Err(rustix::io::Errno::INTR) => continue,
             other => other?,
         };
         if ready == 0 {
+            if watch.goes_on() {
+                continue;
+            }
             error!(?timeout, "the daemon's reader has stopped: ending its mounts and devices by force");
-            guarded.iter().for_each(|one| end(one, source));
+            watch.end_all();
             return Ok(Ended::Fired);
         }
         let len = match rustix::io::read(&stdin, &mut bytes) {
-            Ok(0) if armed => {
-                guarded.iter().for_each(|one| end(one, source));
+            Ok(0) if !matches!(watch.state, State::Unarmed) => {
+                watch.end_all();
                 return Ok(Ended::DaemonDied);
             }
             Ok(0) => return Ok(Ended::Farewell),
@@ -122,12 +125,72 @@ pub fn run(stdin: impl AsFd, source: &str, timeout: Duration) -> io::Result<Ende
         };
         for word in words.read(bytes.get(..len).unwrap_or_default()) {
             match word {
-                Word::Beat => armed = true,
+                Word::Beat => watch.state = State::Beating,
+                Word::Rest => watch.state = State::Resting { waiting_since: None },
                 Word::Farewell => return Ok(Ended::Farewell),
-                Word::Guard(one) => guarded.push(one),
-                Word::Release(one) => guarded.retain(|other| *other != one),
+                Word::Guard(one) => watch.guarded.push(one),
+                Word::Release(one) => watch.guarded.retain(|other| *other != one),
             }
         }
+    }
+}
+
+/// What the watchdog knows.
+struct Watch<'a> {
+    source: &'a str,
+    timeout: Duration,
+    guarded: Vec<Guarded>,
+    state: State,
+    /// Opened at the first rest.
+    connections: Option<Connections>,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum State {
+    /// No beat has come yet: there is nothing of this daemon.
+    Unarmed,
+    /// Another beat is due.
+    Beating,
+    /// The daemon sleeps until there is a request. Since when one has been seen to wait.
+    Resting { waiting_since: Option<Instant> },
+}
+
+impl Watch<'_> {
+    /// How long to wait for the next word; `None` for ever.
+    fn patience(&self) -> Option<Duration> {
+        match self.state {
+            State::Unarmed => None,
+            State::Beating => Some(self.timeout),
+            State::Resting { .. } => Some(self.timeout / 4),
+        }
+    }
+
+    /// Nothing has come in that time: whether the daemon is still taken to be alive.
+    fn goes_on(&mut self) -> bool {
+        let State::Resting { waiting_since } = self.state else { return false };
+        let waiting_since = self.request_waits().then(|| waiting_since.unwrap_or_else(Instant::now));
+        self.state = State::Resting { waiting_since };
+        waiting_since.is_none_or(|since| since.elapsed() < self.timeout)
+    }
+
+    /// Whether the kernel has a request that was not answered.
+    fn request_waits(&mut self) -> bool {
+        if self.connections.is_none() {
+            self.connections = Connections::open()
+                .inspect_err(
+                    |errno| warn!(%errno, "requests that wait cannot be seen while the daemon sleeps"),
+                )
+                .ok();
+        }
+        let waiting = |one: &Guarded| match one {
+            Guarded::Mount(path) => self.connections.as_ref()?.waiting(path, self.source),
+            Guarded::Device { name, number } => cuse::waiting(name, *number),
+        };
+        self.guarded.iter().filter_map(waiting).any(|count| count > 0)
+    }
+
+    fn end_all(&self) {
+        self.guarded.iter().for_each(|one| end(one, self.source));
     }
 }
 

@@ -16,7 +16,7 @@ use zerocopy::IntoBytes;
 
 use super::super::lifeline::Guarded;
 use super::device::DeviceFile;
-use super::lane::{Lane, Work};
+use super::lane::{InProgress, Lane, Work};
 use super::tree::{AddError, FileAttributes, NAME_MAX, Tree};
 
 /// What a connection is behind.
@@ -56,17 +56,18 @@ pub(super) struct Channel {
     lanes: Mutex<HashMap<u64, Weak<Lane>>>,
     next_handle: AtomicU64,
     retired: AtomicBool,
+    count: InProgress,
 }
 
 impl Channel {
-    fn new(connection: Connection, place: Place, tree: Tree) -> Self {
+    fn new(connection: Connection, place: Place, tree: Tree, count: InProgress) -> Self {
         let (lanes, next_handle, retired) = (Mutex::default(), AtomicU64::new(1), AtomicBool::new(false));
-        Self { connection, place, tree: Mutex::new(tree), lanes, next_handle, retired }
+        Self { connection, place, tree: Mutex::new(tree), lanes, next_handle, retired, count }
     }
 
     /// An empty directory.
     pub(super) fn directory(connection: Connection, dir: PathBuf) -> Arc<Self> {
-        Arc::new(Self::new(connection, Place::Directory(dir), Tree::new()))
+        Arc::new(Self::new(connection, Place::Directory(dir), Tree::new(), InProgress::default()))
     }
 
     /// One device that is the node `id` of its connection.
@@ -77,10 +78,11 @@ impl Channel {
         name: &str,
         file: Arc<dyn DeviceFile>,
     ) -> Arc<Self> {
-        let lane = Lane::new(name, file, connection.clone());
+        let count = InProgress::default();
+        let lane = Lane::new(name, file, connection.clone(), count.clone());
         let weak = Arc::downgrade(&lane);
         let tree = Tree::of_one_file(id, lane, FileAttributes::private());
-        let channel = Self::new(connection, place, tree);
+        let channel = Self::new(connection, place, tree, count);
         channel.lanes.lock().insert(id, weak);
         Arc::new(channel)
     }
@@ -91,7 +93,7 @@ impl Channel {
         file: Arc<dyn DeviceFile>,
         attributes: FileAttributes,
     ) -> Result<(), AddError> {
-        let lane = Lane::new(name, file, self.connection.clone());
+        let lane = Lane::new(name, file, self.connection.clone(), self.count.clone());
         let weak = Arc::downgrade(&lane);
         let id = self.tree.lock().add(lane, attributes)?;
         self.lanes.lock().insert(id, weak);
@@ -120,6 +122,12 @@ impl Channel {
     /// Whether nobody has a file of it open, or is about to.
     pub(super) fn is_idle(&self) -> bool {
         self.live_lanes().iter().all(|lane| lane.is_idle())
+    }
+
+    /// Whether there is a reason to look at it again without a request: one is in progress, or it is to go when nobody has
+    /// it open any more.
+    pub(super) fn wants_watching(&self) -> bool {
+        self.count.any() || self.is_retired()
     }
 
     pub(super) fn live_lanes(&self) -> Vec<Arc<Lane>> {

@@ -1,8 +1,8 @@
 //! Device files: in one flat directory, over single files, or as character devices.
 //!
 //! One thread reads the requests of all connections and answers what concerns names and attributes; it never calls a
-//! device. What concerns an open device goes, in order, to that device's own thread. A third thread answers in place of a
-//! device that does not.
+//! device. What concerns an open device goes, in order, to that device's own thread. While a request is in progress the
+//! reader looks again and again, and answers in place of a device that does not.
 
 mod channel;
 pub mod cuse;
@@ -137,7 +137,7 @@ pub struct DeviceFiles {
     home: Home,
     options: MountOptions,
     server: Arc<Server>,
-    threads: Mutex<Vec<JoinHandle<()>>>,
+    reader: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl DeviceFiles {
@@ -157,11 +157,11 @@ impl DeviceFiles {
         let negotiated = connection.handshake(HANDSHAKE)?;
         let directory = Channel::directory(connection, dir.clone());
         server.attach(Arc::clone(&directory));
-        let threads = start(&server, &dir)?;
+        let reader = start(&server, &dir)?;
         guard.0 = None;
         info!(dir = %dir.display(), flags = format_args!("{:#x}", negotiated.flags), "serving device files");
         let home = Home::Mount { directory, negotiated };
-        Ok(Arc::new(Self { dir, home, options: mount_options, server, threads: Mutex::new(threads) }))
+        Ok(Arc::new(Self { dir, home, options: mount_options, server, reader: Mutex::new(Some(reader)) }))
     }
 
     /// Begins to serve character devices in `dir`, which is `/dev` or a directory below it.
@@ -172,11 +172,11 @@ impl DeviceFiles {
         let prefix = cuse::prefix_of(dir).ok_or_else(|| ServeError::NotDev { dir: dir.into() })?;
         let mount_options = options.mount();
         let server = new_server(dir, options)?;
-        let threads = start(&server, dir)?;
+        let reader = start(&server, dir)?;
         info!(dir = %dir.display(), "serving device files as character devices");
         let home = Home::Dev(cuse::Maker::new(prefix));
         let dir = dir.components().collect();
-        Ok(Arc::new(Self { dir, home, options: mount_options, server, threads: Mutex::new(threads) }))
+        Ok(Arc::new(Self { dir, home, options: mount_options, server, reader: Mutex::new(Some(reader)) }))
     }
 
     /// Adds a device file, mode 0600, owned by the daemon's user; a character device gets what udev's rules say.
@@ -327,10 +327,8 @@ impl DeviceFiles {
     /// Ends all mounts and devices and waits for the threads. Clients get `ECONNABORTED` or `ENOTCONN`; each open device
     /// is released. A device that hangs is waited for no longer than the request time-out. Idempotent.
     pub fn shutdown(&self) {
-        let mut threads = self.threads.lock();
-        if threads.is_empty() {
-            return;
-        }
+        let mut reader = self.reader.lock();
+        let Some(thread) = reader.take() else { return };
         let lost = self.server.has_ended();
         let mut places: Vec<_> = self
             .server
@@ -357,10 +355,8 @@ impl DeviceFiles {
             }
         }
         self.server.end();
-        for thread in threads.drain(..) {
-            if thread.join().is_err() {
-                warn!(dir = %self.dir.display(), "a FUSE thread had panicked");
-            }
+        if thread.join().is_err() {
+            warn!(dir = %self.dir.display(), "the FUSE reader had panicked");
         }
         self.server.close();
         self.server.lifeline.say(&Word::Farewell);
@@ -397,16 +393,11 @@ fn new_server(dir: &Path, options: Options) -> Result<Arc<Server>, ServeError> {
     Ok(Server::new(wake, options.request_timeout, lifeline))
 }
 
-fn start(server: &Arc<Server>, dir: &Path) -> Result<Vec<JoinHandle<()>>, ServeError> {
-    let failed = |source| ServeError::Start { dir: dir.into(), source };
-    let watch = server.spawn_watch().map_err(failed)?;
-    match server.spawn_reader() {
-        Ok(reader) => Ok(vec![watch, reader]),
-        Err(error) => {
-            server.end();
-            Err(failed(error))
-        }
-    }
+fn start(server: &Arc<Server>, dir: &Path) -> Result<JoinHandle<()>, ServeError> {
+    server.spawn_reader().map_err(|source| {
+        server.end();
+        ServeError::Start { dir: dir.into(), source }
+    })
 }
 
 /// Removes a mount that could not be taken into service.

@@ -1,4 +1,4 @@
-//! The reader of all connections and its watch.
+//! The reader of all connections, which also answers in place of devices that hang.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::sync::Notify;
 use tracing::{error, info, warn};
@@ -15,6 +15,7 @@ use vdpa_sys::fuse::{BUFFER_SIZE, Request};
 
 use super::super::lifeline::{Lifeline, Word};
 use super::channel::{Channel, Place};
+use super::is_past;
 use super::lane::Lane;
 
 /// Everything the threads share.
@@ -27,9 +28,7 @@ pub(super) struct Server {
     timeout: Duration,
     wake: OwnedFd,
     ended: AtomicBool,
-    end_lock: Mutex<()>,
-    end_signal: Condvar,
-    /// The same for those who wait for more than that.
+    /// Tells whoever waits for the end.
     end_news: Notify,
 }
 
@@ -42,8 +41,6 @@ impl Server {
             timeout,
             wake,
             ended: AtomicBool::new(false),
-            end_lock: Mutex::new(()),
-            end_signal: Condvar::new(),
             end_news: Notify::new(),
         })
     }
@@ -92,13 +89,9 @@ impl Server {
 
     /// Stops the threads and releases what is open. Idempotent.
     pub(super) fn end(&self) {
-        {
-            let _guard = self.end_lock.lock();
-            if self.ended.swap(true, Ordering::AcqRel) {
-                return;
-            }
+        if self.ended.swap(true, Ordering::AcqRel) {
+            return;
         }
-        self.end_signal.notify_all();
         self.end_news.notify_waiters();
         self.wake();
         for lane in self.live_lanes() {
@@ -119,22 +112,6 @@ impl Server {
 
     fn live_lanes(&self) -> Vec<Arc<Lane>> {
         self.channels().iter().flat_map(|channel| channel.live_lanes()).collect()
-    }
-
-    /// Starts the thread that answers for devices that hang.
-    pub(super) fn spawn_watch(self: &Arc<Self>) -> std::io::Result<JoinHandle<()>> {
-        let server = Arc::clone(self);
-        let pause = (self.timeout / 8).clamp(Duration::from_millis(5), Duration::from_secs(1));
-        thread::Builder::new().name("fuse-watch".into()).spawn(move || {
-            let mut guard = server.end_lock.lock();
-            while !server.has_ended() {
-                server.end_signal.wait_for(&mut guard, pause);
-                for lane in server.live_lanes() {
-                    lane.scan(server.timeout);
-                }
-                server.sweep();
-            }
-        })
     }
 
     /// Lets go of the character devices that were removed while somebody had them open and nobody has now.
@@ -161,14 +138,20 @@ impl Server {
         let mut buffer = vec![0; BUFFER_SIZE];
         let mut channels = Vec::new();
         let mut seen = None;
+        let mut looked = Instant::now();
+        let pause = (self.timeout / 8).clamp(Duration::from_millis(5), Duration::from_secs(1));
         while !self.has_ended() {
-            self.lifeline.beat();
             let changes = self.changes.load(Ordering::Acquire);
             if seen != Some(changes) {
                 channels = self.channels();
                 seen = Some(changes);
             }
-            let ready = match self.wait(&channels) {
+            // With nothing in progress there is nothing to look after, and no reason to wake up before a request comes.
+            let rests = !channels.iter().any(|channel| channel.wants_watching()) && self.lifeline.rest();
+            if !rests {
+                self.lifeline.beat();
+            }
+            let ready = match self.wait(&channels, (!rests).then(|| self.lifeline.interval().min(pause))) {
                 Ok(ready) => ready,
                 Err(errno) => {
                     error!(%errno, "requests cannot be waited for");
@@ -180,18 +163,34 @@ impl Server {
                     self.lost(channel, errno);
                 }
             }
+            if is_past(looked, pause) {
+                looked = Instant::now();
+                self.look();
+            }
         }
     }
 
-    /// Waits until some connections have something to say, or it is time for a beat, or something has changed.
-    fn wait<'a>(&self, channels: &'a [Arc<Channel>]) -> Result<Vec<&'a Arc<Channel>>, Errno> {
-        let time = Timespec::try_from(self.lifeline.interval()).map_err(|_| Errno::INVAL)?;
+    /// Answers for devices that hang and lets go what is to go.
+    fn look(&self) {
+        for lane in self.live_lanes() {
+            lane.scan(self.timeout);
+        }
+        self.sweep();
+    }
+
+    /// Waits until some connections have something to say, or `limit` is over, or something has changed.
+    fn wait<'a>(
+        &self,
+        channels: &'a [Arc<Channel>],
+        limit: Option<Duration>,
+    ) -> Result<Vec<&'a Arc<Channel>>, Errno> {
+        let limit = limit.map(Timespec::try_from).transpose().map_err(|_| Errno::INVAL)?;
         let mut fds: Vec<_> = channels
             .iter()
             .map(|channel| PollFd::from_borrowed_fd(channel.connection.as_fd(), PollFlags::IN))
             .collect();
         fds.push(PollFd::new(&self.wake, PollFlags::IN));
-        match poll(&mut fds, Some(&time)) {
+        match poll(&mut fds, limit.as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(Errno::from_raw(error.raw_os_error())),
         }

@@ -127,8 +127,9 @@ fn alignment(file: &File, is_block: bool, direct: bool) -> (u32, u32) {
 /// Whether the file system is known to answer at once, one way or the other, when it is asked not to wait (`IOCB_NOWAIT`).
 fn answers_at_once(file: &File) -> bool {
     /// ext2 to ext4, XFS, btrfs, tmpfs, F2FS: `statfs(2)`.
-    const KNOWN: [i64; 5] = [0xef53, 0x5846_5342, 0x9123_683e, 0x0102_1994, 0xf2f5_2010];
-    fstatfs(file).is_ok_and(|stat| KNOWN.contains(&stat.f_type))
+    const KNOWN: [u32; 5] = [0xef53, 0x5846_5342, 0x9123_683e, 0x0102_1994, 0xf2f5_2010];
+    // The type of the field is another one for each C library.
+    fstatfs(file).is_ok_and(|stat| u32::try_from(stat.f_type).is_ok_and(|kind| KNOWN.contains(&kind)))
 }
 
 fn seek_end(file: &File) -> std::io::Result<u64> {
