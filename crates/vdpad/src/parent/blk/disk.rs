@@ -222,13 +222,6 @@ impl FileDisk {
             after: After::Success { sync: false },
         }
     }
-
-    fn get_id(&self, request: &BlkRequest<'_>, view: &View) -> Result<Verdict> {
-        let len = request.data_in.len().min(ID_BYTES as u64);
-        let id = &self.serial[..usize::try_from(len).map_err(|_| Errno::INVAL)?];
-        request.data_in.write(view.snapshot(), id).map_err(|_| Errno::FAULT)?;
-        Ok(Verdict::Done { status: Status::Ok, written: u32::try_from(len).unwrap_or(0) })
-    }
 }
 
 impl Disk for FileDisk {
@@ -237,7 +230,7 @@ impl Disk for FileDisk {
             kind::IN => self.read(request, view),
             kind::OUT => self.write(request, view, !write_back),
             kind::FLUSH => Ok(self.stable(true)),
-            kind::GET_ID => self.get_id(request, view),
+            kind::GET_ID => get_id(&self.serial, request, view),
             kind::DISCARD => self.discard(request, view),
             kind::WRITE_ZEROES => self.write_zeroes(request, view, !write_back),
             _ => Ok(UNSUPPORTED),
@@ -247,10 +240,7 @@ impl Disk for FileDisk {
     }
 
     fn misshapen(&mut self, error: &ShapeError) -> Verdict {
-        match error {
-            ShapeError::Fault(_) => Verdict::Unreachable,
-            _ => Verdict::Misshapen { notify: true },
-        }
+        misshapen(error)
     }
 
     fn proceed(
@@ -284,6 +274,22 @@ impl Disk for FileDisk {
             (After::Zero { writing: true, sync, .. }, Ok(_)) => self.stable(sync),
             _ => IO_ERROR,
         }
+    }
+}
+
+/// Answers GET_ID, with as much of the id as the driver has room for.
+pub(super) fn get_id(serial: &[u8; ID_BYTES], request: &BlkRequest<'_>, view: &View) -> Result<Verdict> {
+    let len = request.data_in.len().min(ID_BYTES as u64);
+    let id = serial.get(..usize::try_from(len).map_err(|_| Errno::INVAL)?).ok_or(Errno::INVAL)?;
+    request.data_in.write(view.snapshot(), id).map_err(|_| Errno::FAULT)?;
+    Ok(Verdict::Done { status: Status::Ok, written: u32::try_from(len).unwrap_or(0) })
+}
+
+/// A chain that is no request: one whose header is out of reach may be tried again.
+pub(super) const fn misshapen(error: &ShapeError) -> Verdict {
+    match error {
+        ShapeError::Fault(_) => Verdict::Unreachable,
+        _ => Verdict::Misshapen { notify: true },
     }
 }
 

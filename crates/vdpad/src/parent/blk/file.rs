@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::Path;
 use std::sync::Arc;
 
 use rustix::fs::{FlockOperation, OFlags, StatxFlags, flock, ioctl_blksszget, statx};
@@ -31,8 +32,8 @@ pub(super) struct Backing {
 
 impl Backing {
     /// Opens and locks the file; every refusal names the file and what would be right.
-    pub(super) fn open(options: &Options) -> Result<Self, CtlError> {
-        let path = options.path.display();
+    pub(super) fn open(file: &Path, options: &Options) -> Result<Self, CtlError> {
+        let path = file.display();
         let refuse = |errno, what: String, hint: &str| Err(CtlError::new(errno, what).with_hint(hint));
         let mut open = File::options();
         open.read(true).write(!options.read_only).custom_flags(
@@ -40,9 +41,9 @@ impl Backing {
                 .bits()
                 .cast_signed(),
         );
-        let file = match open.open(&options.path) {
+        let file = match open.open(file) {
             Ok(file) => file,
-            Err(error) => return Err(open_error(options, &error)),
+            Err(error) => return Err(open_error(file, options, &error)),
         };
         let io = |error: std::io::Error| CtlError::new(errno(&error), format!("{path}: {error}"));
         let meta = file.metadata().map_err(io)?;
@@ -87,8 +88,8 @@ impl Backing {
     }
 }
 
-fn open_error(options: &Options, error: &std::io::Error) -> CtlError {
-    let path = options.path.display();
+fn open_error(file: &Path, options: &Options, error: &std::io::Error) -> CtlError {
+    let path = file.display();
     let hint = match error.kind() {
         std::io::ErrorKind::NotFound => "Create it first, for example with \"truncate -s 1G FILE\".",
         std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem => {
@@ -135,11 +136,11 @@ mod tests {
     use super::*;
     use crate::ctl::api::Attrs;
 
-    fn open(path: &std::path::Path, extra: &[(&str, &str)]) -> Result<Backing, CtlError> {
+    fn open(path: &Path, extra: &[(&str, &str)]) -> Result<Backing, CtlError> {
         let mut attrs = Attrs::new();
         attrs.insert("path", path.to_str().unwrap()).unwrap();
         extra.iter().for_each(|(name, value)| attrs.insert(*name, *value).unwrap());
-        Backing::open(&Options::parse("t", &attrs).unwrap())
+        Backing::open(path, &Options::parse("t", &attrs).unwrap())
     }
 
     #[test]

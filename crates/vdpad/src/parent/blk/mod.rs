@@ -2,6 +2,7 @@
 
 mod disk;
 mod file;
+mod null;
 mod options;
 mod pin;
 
@@ -20,12 +21,13 @@ use zerocopy::IntoBytes;
 
 use self::disk::FileDisk;
 use self::file::Backing;
-use self::options::Options;
+use self::null::NullDisk;
+use self::options::{Options, Source};
 use self::pin::Pins;
 use super::MgmtDevice;
 use crate::ctl::api::{Attrs, CtlError, ID_BLOCK, MgmtDev};
 use crate::front::vhost::AnyParent;
-use crate::worker::{View, Worker};
+use crate::worker::{Disk, View, Worker};
 
 /// Segments of data in one request.
 const SEG_MAX: u32 = 126;
@@ -50,8 +52,22 @@ impl MgmtDevice for BlkMgmt {
 
     fn create(&self, name: &str, attrs: &Attrs) -> Result<AnyParent, CtlError> {
         let options = Options::parse(name, attrs)?;
-        let backing = Backing::open(&options)?;
-        Ok(Box::new(Blk::new(name, &options, backing)?))
+        let blk = match &options.source {
+            Source::File(path) => {
+                let backing = Backing::open(path, &options)?;
+                let geometry = Geometry {
+                    sectors: backing.sectors,
+                    block_size: backing.block_size,
+                    read_only: backing.read_only,
+                };
+                Blk::new(name, &options, geometry, FileDisk::new(backing, options.serial))?
+            }
+            Source::Null(sectors) => {
+                let geometry = Geometry { sectors: *sectors, block_size: 512, read_only: options.read_only };
+                Blk::new(name, &options, geometry, NullDisk::new(*sectors, options.serial))?
+            }
+        };
+        Ok(Box::new(blk))
     }
 }
 
@@ -80,6 +96,16 @@ fn place(entry: &Mapping<GuestMemory>) -> Place {
     (range.first(), range.last(), entry.memory.host_addr(0), entry.perm.0, entry.stale)
 }
 
+/// What the driver is told of a disk.
+#[derive(Clone, Copy)]
+struct Geometry {
+    /// Of 512 bytes.
+    sectors: u64,
+    /// Logical, in bytes.
+    block_size: u32,
+    read_only: bool,
+}
+
 #[derive(Debug)]
 struct Blk {
     name: String,
@@ -93,10 +119,9 @@ struct Blk {
 }
 
 impl Blk {
-    fn new(name: &str, options: &Options, backing: Backing) -> Result<Self, CtlError> {
-        let config = config(options, &backing);
-        let profile = profile(options, &backing);
-        let disk = FileDisk::new(backing, options.serial);
+    fn new(name: &str, options: &Options, geometry: Geometry, disk: impl Disk) -> Result<Self, CtlError> {
+        let config = config(options, geometry);
+        let profile = profile(options, geometry);
         let worker = Worker::spawn(name, options.queues, disk).map_err(|errno| {
             CtlError::new(errno, format!("cannot start the worker of {name}: {errno}")).with_hint(
                 "blk needs io_uring: check the sysctl kernel.io_uring_disabled and the seccomp policy of the daemon.",
@@ -107,17 +132,17 @@ impl Blk {
     }
 }
 
-fn config(options: &Options, backing: &Backing) -> BlkConfig {
+fn config(options: &Options, geometry: Geometry) -> BlkConfig {
     BlkConfig {
-        capacity: backing.sectors.into(),
+        capacity: geometry.sectors.into(),
         seg_max: SEG_MAX.into(),
-        blk_size: backing.block_size.into(),
+        blk_size: geometry.block_size.into(),
         min_io_size: 1.into(),
         opt_io_size: 1.into(),
         num_queues: options.queues.into(),
         max_discard_sectors: RANGE_SECTORS_MAX.into(),
         max_discard_seg: 1.into(),
-        discard_sector_alignment: (backing.block_size >> 9).into(),
+        discard_sector_alignment: (geometry.block_size >> 9).into(),
         max_write_zeroes_sectors: RANGE_SECTORS_MAX.into(),
         max_write_zeroes_seg: 1.into(),
         write_zeroes_may_unmap: 1,
@@ -125,11 +150,11 @@ fn config(options: &Options, backing: &Backing) -> BlkConfig {
     }
 }
 
-fn profile(options: &Options, backing: &Backing) -> Profile {
+fn profile(options: &Options, geometry: Geometry) -> Profile {
     Profile {
         device_id: ID_BLOCK,
         vendor_id: 0,
-        features: features(backing.read_only),
+        features: features(geometry.read_only),
         backend_features: BackendFeatures::of(&[
             BackendFeatures::ENABLE_AFTER_DRIVER_OK,
             BackendFeatures::NEW_OWNER,
