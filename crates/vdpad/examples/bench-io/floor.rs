@@ -1,7 +1,7 @@
 //! The floor: the least that serves these requests, to know what the hardware and the kernel allow.
 //!
-//! It trusts its client, which is this very process: no index is checked, addresses are used as they come, three
-//! descriptors make a request, and there is nothing beside reads, writes and one queue. Reads are io_uring with fixed
+//! It trusts its client, which is this very program: no index and no length is checked, three descriptors make a request,
+//! and there is nothing beside reads, writes and one queue. Reads are io_uring with fixed
 //! buffers and a registered file, writes `pwrite` (io_uring hands writes to buffered files to a thread of its own).
 //! Without a file only the ring is worked.
 
@@ -17,6 +17,7 @@ use std::sync::mpsc::sync_channel;
 use io_uring::{IoUring, opcode, types};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use vdpa_sys::mmap::{Prot, SharedMap};
 use virtio_driver::VirtioFeatureFlags;
 
 use crate::client::Result;
@@ -64,7 +65,7 @@ impl Floor {
 /// One client: its vhost-user connection, its memory and its ring.
 struct Session {
     stream: UnixStream,
-    regions: Vec<libc::iovec>,
+    memory: Memory,
     ring: Ring,
     kick: Option<OwnedFd>,
     call: Option<OwnedFd>,
@@ -72,7 +73,7 @@ struct Session {
 
 impl Session {
     fn new(stream: UnixStream) -> Self {
-        Self { stream, regions: Vec::new(), ring: Ring::default(), kick: None, call: None }
+        Self { stream, memory: Memory::default(), ring: Ring::default(), kick: None, call: None }
     }
 
     /// Answers messages until the first kick, and serves from then on.
@@ -125,14 +126,15 @@ impl Session {
             15 => value = Some(1 << 3 | 1 << 9 | 1 << 15),
             36 => value = Some(32),
             8 => self.ring.size = usize::try_from(word(0) >> 32)?,
-            9 => self.ring.place(word(1), word(3), word(2)),
+            9 => self.ring.place([1, 3, 2].map(|at| self.memory.local(word(at)))),
             12 => self.kick = fd,
             13 => self.call = fd,
-            // Padding, address there, size, address here: the same in one process.
-            37 => self.regions.push(libc::iovec {
-                iov_base: std::ptr::with_exposed_provenance_mut(usize::try_from(word(1))?),
-                iov_len: usize::try_from(word(2))?,
-            }),
+            // Padding, address there, size, address in the client, offset.
+            37 => {
+                let fd = fd.ok_or("memory without a descriptor")?;
+                let map = SharedMap::map(&fd, word(4), usize::try_from(word(2))?, Prot::RW, true)?;
+                self.memory.regions.push((word(3), map));
+            }
             _ => {}
         }
         const NEED_REPLY: u32 = 1 << 3;
@@ -149,9 +151,10 @@ impl Session {
         let mut uring = builder.build(ENTRIES)?;
         if let Some(disk) = disk {
             uring.submitter().register_files(&[disk.as_raw_fd()])?;
-            // SAFETY: the regions are memory of the client, which is a thread of this process and keeps them mapped
-            // as long as its connection, and this ring is gone when the connection is.
-            unsafe { uring.submitter().register_buffers(&self.regions) }?;
+            let regions: Vec<_> = self.memory.regions.iter().map(|(_, map)| iovec(map)).collect();
+            // SAFETY: the regions are mappings of this session, which outlive the ring, and no reference to their bytes
+            // is made.
+            unsafe { uring.submitter().register_buffers(&regions) }?;
         }
         let kick = self.kick.take().ok_or("kicked without a kick")?;
         let call = self.call.take().ok_or("no call")?;
@@ -160,10 +163,10 @@ impl Session {
             // SAFETY: a poll uses no memory.
             unsafe { uring.submission().push(&entry) }?;
         }
-        let mut status = vec![0u64; self.ring.size];
+        let mut status = vec![0; self.ring.size];
         let mut in_flight = 0usize;
         loop {
-            while let Some(request) = self.ring.pop() {
+            while let Some(request) = self.ring.pop(&self.memory) {
                 in_flight += usize::from(self.begin(&mut uring, disk, &request, &mut status)?);
             }
             self.ring.publish(&call)?;
@@ -191,7 +194,7 @@ impl Session {
         uring: &mut IoUring,
         disk: Option<&File>,
         request: &Request,
-        status: &mut [u64],
+        status: &mut [usize],
     ) -> Result<bool> {
         let Some(disk) = disk else {
             self.ring.complete(request.head, request.status, false);
@@ -200,24 +203,20 @@ impl Session {
         let offset = request.sector * 512;
         if request.write {
             let data = std::ptr::with_exposed_provenance::<u8>(request.data);
-            // SAFETY: the client's memory, see `serve`; it does not touch the bytes until the request is answered.
+            // SAFETY: in a mapping of this session; the client does not touch the bytes until the request is answered.
             let bytes = unsafe { std::slice::from_raw_parts(data, request.len as usize) };
             let written = rustix::io::pwrite(disk, bytes, offset);
             self.ring.complete(request.head, request.status, written != Ok(bytes.len()));
             return Ok(false);
         }
-        let buffer = self.regions.iter().position(|region| {
-            let base = region.iov_base.addr();
-            (base..base + region.iov_len).contains(&request.data)
-        });
         let to = std::ptr::with_exposed_provenance_mut(request.data);
-        let buffer = u16::try_from(buffer.ok_or("data outside of every region")?)?;
+        let buffer = u16::try_from(request.region)?;
         let entry = opcode::ReadFixed::new(types::Fixed(0), to, request.len, buffer)
             .offset(offset)
             .build()
             .user_data(request.head as u64);
         status[request.head] = request.status;
-        // SAFETY: the bytes are the client's, registered with this ring; see `serve`.
+        // SAFETY: the bytes are in a mapping of this session that is registered with this ring; see `serve`.
         if unsafe { uring.submission().push(&entry) }.is_err() {
             uring.submit()?;
             // SAFETY: as before.
@@ -232,8 +231,38 @@ struct Request {
     sector: u64,
     write: bool,
     data: usize,
+    /// Which region has the data.
+    region: usize,
     len: u32,
-    status: u64,
+    status: usize,
+}
+
+/// The client's memory, mapped here.
+#[derive(Default)]
+struct Memory {
+    /// With the address in the client.
+    regions: Vec<(u64, SharedMap)>,
+}
+
+impl Memory {
+    fn find(&self, addr: u64) -> (usize, usize) {
+        for (index, (theirs, map)) in self.regions.iter().enumerate() {
+            let offset = usize::try_from(addr.wrapping_sub(*theirs)).unwrap_or(usize::MAX);
+            if offset < map.len() {
+                return (index, map.addr() + offset);
+            }
+        }
+        // Nothing is checked here: a wrong client gets what it deserves, which is the end of this program.
+        (0, 0)
+    }
+
+    fn local(&self, addr: u64) -> usize {
+        self.find(addr).1
+    }
+}
+
+fn iovec(map: &SharedMap) -> libc::iovec {
+    libc::iovec { iov_base: std::ptr::with_exposed_provenance_mut(map.addr()), iov_len: map.len() }
 }
 
 /// A split ring by address, without a check of anything.
@@ -249,15 +278,14 @@ struct Ring {
 }
 
 impl Ring {
-    fn place(&mut self, desc: u64, avail: u64, used: u64) {
-        [self.desc, self.avail, self.used] =
-            [desc, avail, used].map(|addr| usize::try_from(addr).unwrap_or(0));
+    fn place(&mut self, areas: [usize; 3]) {
+        [self.desc, self.avail, self.used] = areas;
     }
 
     /// Reads something the client has written.
     fn read<T: Copy>(addr: usize) -> T {
-        // SAFETY: the client, a thread of this process, gave the addresses of its rings and headers, which stay mapped
-        // while it is connected, and wrote these bytes before it published the index that led here.
+        // SAFETY: the client, which is this program, gave the addresses of its rings and headers; they are in mappings
+        // of the session, and it wrote these bytes before it published the index that led here.
         unsafe { std::ptr::with_exposed_provenance::<T>(addr).read_volatile() }
     }
 
@@ -267,11 +295,11 @@ impl Ring {
     }
 
     fn index(addr: usize) -> &'static AtomicU16 {
-        // SAFETY: an aligned index of the client's rings, see `read`; used only while it is connected.
+        // SAFETY: an aligned index of the client's rings, see `read`; not used after the session.
         unsafe { AtomicU16::from_ptr(std::ptr::with_exposed_provenance_mut(addr)) }
     }
 
-    fn pop(&mut self) -> Option<Request> {
+    fn pop(&mut self, memory: &Memory) -> Option<Request> {
         if Self::index(self.avail + 2).load(Ordering::Acquire) == self.last {
             return None;
         }
@@ -285,20 +313,22 @@ impl Ring {
         let (header, _, next) = descriptor(head);
         let (data, len, next) = descriptor(next);
         let (status, ..) = descriptor(next);
-        let header = usize::try_from(header).unwrap_or(0);
+        let header = memory.local(header);
+        let (region, data) = memory.find(data);
         Some(Request {
             head,
             // The header is packed: nothing says that it is aligned.
             sector: u64::from_le_bytes(Self::read(header + 8)),
             write: Self::read::<u8>(header) == 1,
-            data: usize::try_from(data).unwrap_or(0),
+            data,
+            region,
             len,
-            status,
+            status: memory.local(status),
         })
     }
 
-    fn complete(&mut self, head: usize, status: u64, failed: bool) {
-        Self::write(usize::try_from(status).unwrap_or(0), u8::from(failed));
+    fn complete(&mut self, head: usize, status: usize, failed: bool) {
+        Self::write(status, u8::from(failed));
         let at = self.used + 4 + usize::from(self.next) % self.size * 8;
         Self::write(at, u32::try_from(head).unwrap_or(0));
         self.next = self.next.wrapping_add(1);

@@ -18,6 +18,7 @@ mod servers;
 
 use std::fs::{self, File};
 use std::io::{IsTerminal as _, Write as _};
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::mpsc::sync_channel;
@@ -28,7 +29,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use client::{Client, Result, Sample};
 use cpu::Runner;
-use plan::{Backend, WORKLOADS, Who, Workload};
+use plan::{Backend, Kind, WORKLOADS, Who, Workload};
 use report::{Outcome, Row};
 use servers::{All, Floors, Qemu, Vdpad};
 
@@ -234,6 +235,9 @@ impl Run<'_> {
     }
 
     fn fio(&self, workload: &Workload) -> Result<Row> {
+        if workload.kind == Kind::RandomWrite {
+            dirty(self.file)?;
+        }
         cpu::pin(&[self.places.server])?;
         let row = fio::run(&self.options.fio, workload, self.file, self.bytes, self.length());
         cpu::pin(&[self.places.client])?;
@@ -249,6 +253,9 @@ impl Run<'_> {
         let (_, server) = self.servers.iter().find(|(w, _)| *w == who).ok_or("no such server")?;
         let (address, runner) = (server.address(workload.backend), server.runner(workload.backend));
         let length = self.length();
+        if matches!(workload.kind, Kind::RandomWrite | Kind::Mixed) && !self.options.verify {
+            dirty(self.file)?;
+        }
         let verify = self.options.verify && workload.backend == Backend::File;
         // What is checked is also written and read as a whole.
         let bytes = if verify { self.bytes.min(16 << 20) } else { self.bytes };
@@ -300,6 +307,19 @@ fn make(path: &Path, bytes: u64) -> Result<()> {
         file.write_all(&chunk)?;
     }
     Ok(file.sync_all()?)
+}
+
+/// Writes the file anew: the first write to a clean page costs a file system more than all the rest of a request, and how
+/// many pages are clean is a matter of chance.
+fn dirty(path: &Path) -> Result<()> {
+    let file = File::options().read(true).write(true).open(path)?;
+    let mut chunk = vec![0; 1 << 20];
+    let bytes = file.metadata()?.len();
+    for at in (0..bytes).step_by(chunk.len()) {
+        file.read_exact_at(&mut chunk, at)?;
+        file.write_all_at(&chunk, at)?;
+    }
+    Ok(())
 }
 
 fn is_there(program: &Path) -> bool {
