@@ -151,7 +151,7 @@ fn registered_buffers_move_bytes_and_keep_their_bounds() {
     std::thread::spawn(move || from_thread.set_buffer(2, whole, &kept)).join().unwrap().unwrap();
     let fd = temp();
     let op = |slot, addr| {
-        let from = FixedPiece { slot, piece: IoPiece { addr, len: 512 }, memory: set(&memory) };
+        let from = FixedPiece { slot, piece: IoPiece { addr, len: 512 } };
         Op::WriteFixed { file: File::Fd(Arc::clone(&fd)), from, offset: 0 }
     };
     ring.submit(op(2, memory.base + 3584), 1).unwrap();
@@ -161,7 +161,7 @@ fn registered_buffers_move_bytes_and_keep_their_bounds() {
     ring.submit(op(1, memory.base), 3).unwrap();
     assert_eq!(one(&mut ring).result, Err(Errno::FAULT), "an empty slot");
     memory.fill(0);
-    let to = FixedPiece { slot: 2, piece: whole, memory: set(&memory) };
+    let to = FixedPiece { slot: 2, piece: whole };
     ring.submit(Op::ReadFixed { file: File::Fd(Arc::clone(&fd)), to, offset: 0 }, 4).unwrap();
     assert_eq!(one(&mut ring).result, Ok(512));
     assert_eq!((memory.byte(511), memory.byte(512)), (5, 0));

@@ -7,7 +7,9 @@ use vdpa_core::Errno;
 use vdpa_core::blk::{BlkRequest, ID_BYTES, SECTOR, Segment, ShapeError, Status, kind};
 use vdpa_core::ring::BufferSlice;
 use vdpa_core::types::{Perm, Result};
-use vdpa_sys::uring::{AlignedBuf, Buffers, File, GuestPieces, IoPiece, MAX_PIECES, Op, OwnedBuf};
+use vdpa_sys::uring::{
+    AlignedBuf, Buffers, File, FixedPiece, GuestPieces, IoPiece, MAX_PIECES, Op, OwnedBuf,
+};
 
 use super::file::Backing;
 use crate::worker::{After, Disk, Verdict, View};
@@ -32,6 +34,16 @@ pub(super) struct FileDisk {
     backing: Backing,
     file: Arc<OwnedFd>,
     serial: [u8; ID_BYTES],
+}
+
+/// Where the bytes of a transfer are.
+enum Places {
+    /// In one registered buffer.
+    Fixed(FixedPiece),
+    /// In memory of the client that the kernel can use.
+    Guest(Buffers),
+    /// Where they can only be copied.
+    Bounce,
 }
 
 /// A checked transfer.
@@ -69,15 +81,25 @@ impl FileDisk {
         Some(Transfer { offset, len: u32::try_from(len).ok()? })
     }
 
-    /// The client's buffers as the kernel can use them; `None` when a bounce buffer is needed.
-    fn in_place(&self, bytes: BufferSlice<'_>, perm: Perm, view: &View) -> Result<Option<Vec<IoPiece>>> {
-        let places = view.places(bytes, perm).map_err(|_| Errno::FAULT)?;
+    /// The client's buffers as the kernel can use them.
+    fn in_place(&self, bytes: BufferSlice<'_>, perm: Perm, view: &View) -> Result<Places> {
         let align = usize::try_from(self.backing.memory_align).map_err(|_| Errno::INVAL)?;
         let block = usize::try_from(self.backing.block_size).map_err(|_| Errno::INVAL)?;
         let fits = |piece: &IoPiece| {
             !self.backing.direct || piece.addr.is_multiple_of(align) && piece.len.is_multiple_of(block)
         };
-        Ok(places.filter(|places| places.len() <= MAX_PIECES && places.iter().all(fits)))
+        if let Some(place) = view.place(bytes, perm).map_err(|_| Errno::FAULT)? {
+            return Ok(match view.fixed(place) {
+                _ if !fits(&place) => Places::Bounce,
+                Some(piece) => Places::Fixed(piece),
+                None => Places::Guest(guest(vec![place], view)?),
+            });
+        }
+        let places = view.places(bytes, perm).map_err(|_| Errno::FAULT)?;
+        Ok(match places.filter(|places| places.len() <= MAX_PIECES && places.iter().all(fits)) {
+            Some(places) => Places::Guest(guest(places, view)?),
+            None => Places::Bounce,
+        })
     }
 
     fn bounce(&self, len: u32) -> Result<AlignedBuf> {
@@ -96,11 +118,9 @@ impl FileDisk {
         let file = self.file();
         let after = After::Transfer { len, written: len, sync: false };
         let op = match self.in_place(request.data_in, Perm::WO, view)? {
-            Some(places) => match fixed(&places, view) {
-                Some(to) => Op::ReadFixed { file, to, offset },
-                None => Op::Read { file, buffers: guest(places, view)?, offset },
-            },
-            None => {
+            Places::Fixed(to) => Op::ReadFixed { file, to, offset },
+            Places::Guest(buffers) => Op::Read { file, buffers, offset },
+            Places::Bounce => {
                 let buffers = Buffers::Owned(OwnedBuf::Aligned(self.bounce(len)?));
                 let after = After::CopyOut { to: request.data_in.iter().collect(), len };
                 return Ok(Verdict::Io { op: Op::Read { file, buffers, offset }, after });
@@ -122,11 +142,9 @@ impl FileDisk {
         }
         let file = self.file();
         let op = match self.in_place(request.data_out, Perm::RO, view)? {
-            Some(places) => match fixed(&places, view) {
-                Some(from) => Op::WriteFixed { file, from, offset },
-                None => Op::Write { file, buffers: guest(places, view)?, offset },
-            },
-            None => {
+            Places::Fixed(from) => Op::WriteFixed { file, from, offset },
+            Places::Guest(buffers) => Op::Write { file, buffers, offset },
+            Places::Bounce => {
                 let mut buffer = self.bounce(len)?;
                 request.data_out.read(view.snapshot(), &mut buffer).map_err(|_| Errno::FAULT)?;
                 Op::Write { file, buffers: Buffers::Owned(OwnedBuf::Aligned(buffer)), offset }
@@ -290,14 +308,6 @@ pub(super) const fn misshapen(error: &ShapeError) -> Verdict {
     match error {
         ShapeError::Fault(_) => Verdict::Unreachable,
         _ => Verdict::Misshapen { notify: true },
-    }
-}
-
-/// One place inside one registered buffer.
-fn fixed(places: &[IoPiece], view: &View) -> Option<vdpa_sys::uring::FixedPiece> {
-    match places {
-        [place] => view.fixed(*place),
-        _ => None,
     }
 }
 
