@@ -17,5 +17,5 @@ mod tests;
 
 pub use memory::{AlignedBuf, Buffers, GuestPieces, IoPiece, MAX_PIECES, MemorySet, OwnedBuf, StableMemory};
 pub use op::{File, FixedPiece, Op};
-pub use registrar::Registrar;
+pub use registrar::{FileSlot, Registrar};
 pub use ring::{Completion, Ring, SubmitError};

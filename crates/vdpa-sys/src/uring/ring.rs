@@ -5,7 +5,7 @@ use std::fmt;
 use std::io;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use io_uring::squeue::Entry;
@@ -14,6 +14,7 @@ use io_uring::{IoUring, cqueue, opcode};
 use vdpa_core::Errno;
 
 use super::op::Held;
+use super::registrar::Files;
 use super::{Op, OwnedBuf, Registrar};
 
 /// How long a ring that is dropped waits for the kernel. What is in flight then is leaked, not freed.
@@ -26,6 +27,7 @@ const INTERNAL: u64 = u64::MAX;
 pub struct Ring {
     ring: Arc<IoUring>,
     slab: ManuallyDrop<Slab>,
+    files: Arc<Mutex<Files>>,
 }
 
 /// The result of a request.
@@ -86,13 +88,13 @@ impl Ring {
             other => other,
         };
         let ring = Arc::new(ring.map_err(|error| errno(&error))?);
-        Ok(Self { ring, slab: ManuallyDrop::new(Slab::default()) })
+        Ok(Self { ring, slab: ManuallyDrop::new(Slab::default()), files: Arc::default() })
     }
 
     /// The handle that registers buffers and files.
     #[must_use]
     pub fn registrar(&self) -> Registrar {
-        Registrar { ring: Arc::clone(&self.ring) }
+        Registrar { ring: Arc::clone(&self.ring), files: Arc::clone(&self.files) }
     }
 
     /// Requests in flight: submitted or queued, completion not seen yet.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use vdpa_core::blk::{BlkRequest, ShapeError, Status, kind};
 use vdpa_core::ring::{Buffer, Chain, Memory, RingError};
 use vdpa_core::types::Result;
-use vdpa_sys::uring::{Op, OwnedBuf, SubmitError};
+use vdpa_sys::uring::{Op, OwnedBuf, Registrar, SubmitError};
 
 use super::queue::Queue;
 use super::queues::{Queues, to_u16};
@@ -81,6 +81,10 @@ pub(crate) enum After {
 
 /// A disk as the worker uses it. Called from the worker's thread only.
 pub(crate) trait Disk: Send + 'static {
+    /// Before the first request: what is to be registered with the ring of the thread that serves the disk. A disk is
+    /// dropped when none of its operations waits to be submitted.
+    fn register(&mut self, _registrar: &Registrar) {}
+
     /// Looks at a request and starts it. `write_back`: the driver has a flush command and uses it.
     fn begin(&mut self, request: &BlkRequest<'_>, view: &Arc<View>, write_back: bool) -> Verdict;
 
@@ -103,7 +107,6 @@ struct Pending {
     head: u16,
     /// Address of the status byte.
     status: u64,
-    after: After,
     /// Bytes of data that the driver wants written.
     data_out: u64,
     view: Arc<View>,
@@ -116,7 +119,8 @@ const GONE: Verdict = Verdict::Done { status: Status::IoErr, written: 0 };
 pub(super) struct Requests<D> {
     /// `None` once it was taken away.
     disk: Option<D>,
-    pending: Vec<Option<Pending>>,
+    registered: bool,
+    pending: Vec<Option<(Pending, After)>>,
     free: Vec<u32>,
     chain: Chain,
 }
@@ -126,6 +130,11 @@ impl<D: Disk> Logic for Requests<D> {
     const MAP_WAKES: bool = true;
 
     fn serve(&mut self, queues: &mut Queues) {
+        if !std::mem::replace(&mut self.registered, true)
+            && let Some(disk) = &mut self.disk
+        {
+            disk.register(&queues.registrar());
+        }
         for index in 0..queues.count() {
             let index = to_u16(index);
             let Some(mut queue) = queues.take(index) else { continue };
@@ -140,15 +149,15 @@ impl<D: Disk> Logic for Requests<D> {
     }
 
     fn complete(&mut self, queues: &mut Queues, slot: u32, result: Result<u32>, buffer: Option<OwnedBuf>) {
-        let Some(mut pending) = self.pending.get_mut(slot as usize).and_then(Option::take) else { return };
+        let Some((pending, after)) = self.pending.get_mut(slot as usize).and_then(Option::take) else {
+            return;
+        };
         self.free.push(slot);
-        let after = std::mem::replace(&mut pending.after, After::Hint);
         if let Err(error) = result {
             queues.complain(pending.queue, &error);
         }
-        let view = Arc::clone(&pending.view);
         let verdict = match &mut self.disk {
-            Some(disk) => disk.proceed(after, result, buffer, &view),
+            Some(disk) => disk.proceed(after, result, buffer, &pending.view),
             None => GONE,
         };
         self.carry_out(queues, None, pending, verdict);
@@ -161,7 +170,13 @@ impl<D: Disk> Logic for Requests<D> {
 
 impl<D: Disk> Requests<D> {
     pub(super) fn new(disk: D) -> Self {
-        Self { disk: Some(disk), pending: Vec::new(), free: Vec::new(), chain: Chain::new() }
+        Self {
+            disk: Some(disk),
+            registered: false,
+            pending: Vec::new(),
+            free: Vec::new(),
+            chain: Chain::new(),
+        }
     }
 
     /// Takes requests of one queue up to the budget; whether there may be more.
@@ -223,7 +238,6 @@ impl<D: Disk> Requests<D> {
             queue: index,
             head: chain.head,
             status: request.status,
-            after: After::Hint,
             data_out: if request.header.kind == kind::OUT { request.data_out.len() } else { 0 },
             view: Arc::clone(view),
         };
@@ -241,17 +255,14 @@ impl<D: Disk> Requests<D> {
         verdict: Verdict,
     ) {
         let (status, written) = match verdict {
-            Verdict::Io { op, after } => {
-                pending.after = after;
-                match self.submit(queues, op, pending) {
-                    Ok(()) => return,
-                    Err((error, back)) => {
-                        queues.complain(back.queue, &error);
-                        pending = back;
-                        (Status::IoErr, 0)
-                    }
+            Verdict::Io { op, after } => match self.submit(queues, op, pending, after) {
+                Ok(()) => return,
+                Err((error, back)) => {
+                    queues.complain(back.queue, &error);
+                    pending = back;
+                    (Status::IoErr, 0)
                 }
-            }
+            },
             Verdict::Done { status, written } => (status, written),
             Verdict::Unreachable | Verdict::Misshapen { .. } => (Status::IoErr, 0),
         };
@@ -264,6 +275,7 @@ impl<D: Disk> Requests<D> {
         queues: &mut Queues,
         op: Op,
         pending: Pending,
+        after: After,
     ) -> Result<(), (SubmitError, Pending)> {
         let slot = self.free.pop().unwrap_or_else(|| {
             self.pending.push(None);
@@ -274,7 +286,7 @@ impl<D: Disk> Requests<D> {
             return Err((error, pending));
         }
         if let Some(place) = self.pending.get_mut(slot as usize) {
-            *place = Some(pending);
+            *place = Some((pending, after));
         }
         Ok(())
     }

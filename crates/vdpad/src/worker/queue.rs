@@ -66,11 +66,10 @@ impl Queue {
 
     /// The ring, resolved through `view` if it was not yet.
     pub(crate) fn ring(&mut self, view: &Arc<View>) -> Result<&mut SplitQueue<GuestArea>, RingError> {
-        let ring = match self.ring.take() {
-            Some(ring) => ring,
-            None => self.resolve(view)?,
-        };
-        Ok(self.ring.insert(ring))
+        match &mut self.ring {
+            Some(ring) => Ok(ring),
+            none => Ok(none.insert(resolve(&self.setup, self.state, self.abandoned, view)?)),
+        }
     }
 
     /// The ring, if it was resolved.
@@ -102,15 +101,19 @@ impl Queue {
     pub(super) fn write_back(&self) -> bool {
         self.setup.features.has(Features::BLK_FLUSH)
     }
+}
 
-    fn resolve(&self, view: &Arc<View>) -> Result<SplitQueue<GuestArea>, RingError> {
-        let setup = &self.setup;
-        let sizes = area_sizes(setup.size, setup.features.has(Features::RING_EVENT_IDX));
-        let memory = view.snapshot();
-        let desc = memory.area(setup.desc, sizes.desc as u64, Perm::RO)?;
-        let avail = memory.area(setup.avail, sizes.avail as u64, Perm::RO)?;
-        let used = memory.area(setup.used, sizes.used as u64, Perm::RW)?;
-        let ring = SplitQueue::new(setup.size, setup.features, desc, avail, used, self.state)?;
-        Ok(ring.with_in_flight(self.abandoned))
-    }
+fn resolve(
+    setup: &QueueSetup<LinuxHost>,
+    state: QueueState,
+    abandoned: u16,
+    view: &View,
+) -> Result<SplitQueue<GuestArea>, RingError> {
+    let sizes = area_sizes(setup.size, setup.features.has(Features::RING_EVENT_IDX));
+    let memory = view.snapshot();
+    let desc = memory.area(setup.desc, sizes.desc as u64, Perm::RO)?;
+    let avail = memory.area(setup.avail, sizes.avail as u64, Perm::RO)?;
+    let used = memory.area(setup.used, sizes.used as u64, Perm::RW)?;
+    let ring = SplitQueue::new(setup.size, setup.features, desc, avail, used, state)?;
+    Ok(ring.with_in_flight(abandoned))
 }

@@ -8,7 +8,8 @@ use vdpa_core::blk::{BlkRequest, ID_BYTES, SECTOR, Segment, ShapeError, Status, 
 use vdpa_core::ring::BufferSlice;
 use vdpa_core::types::{Perm, Result};
 use vdpa_sys::uring::{
-    AlignedBuf, Buffers, File, FixedPiece, GuestPieces, IoPiece, MAX_PIECES, Op, OwnedBuf,
+    AlignedBuf, Buffers, File, FileSlot, FixedPiece, GuestPieces, IoPiece, MAX_PIECES, Op, OwnedBuf,
+    Registrar,
 };
 
 use super::file::Backing;
@@ -33,6 +34,8 @@ const OK: Verdict = Verdict::Done { status: Status::Ok, written: 0 };
 pub(super) struct FileDisk {
     backing: Backing,
     file: Arc<OwnedFd>,
+    /// The file as registered with the ring, if it could be.
+    slot: Option<FileSlot>,
     serial: [u8; ID_BYTES],
 }
 
@@ -55,11 +58,14 @@ struct Transfer {
 
 impl FileDisk {
     pub(super) fn new(backing: Backing, serial: [u8; ID_BYTES]) -> Self {
-        Self { file: Arc::clone(&backing.file), backing, serial }
+        Self { file: Arc::clone(&backing.file), backing, slot: None, serial }
     }
 
     fn file(&self) -> File {
-        File::Fd(Arc::clone(&self.file))
+        match &self.slot {
+            Some(slot) => slot.file(),
+            None => File::Fd(Arc::clone(&self.file)),
+        }
     }
 
     /// Whether sectors `[sector, sector + count)` exist.
@@ -243,6 +249,14 @@ impl FileDisk {
 }
 
 impl Disk for FileDisk {
+    fn register(&mut self, registrar: &Registrar) {
+        match registrar.add_file(&self.file) {
+            Ok(slot) => self.slot = Some(slot),
+            // Slower, and nothing else.
+            Err(error) => tracing::debug!("a disk's file is not registered: {error}"),
+        }
+    }
+
     fn begin(&mut self, request: &BlkRequest<'_>, view: &Arc<View>, write_back: bool) -> Verdict {
         let verdict = match request.header.kind {
             kind::IN => self.read(request, view),
