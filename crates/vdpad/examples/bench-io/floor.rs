@@ -147,6 +147,7 @@ impl Session {
 
     fn serve(mut self, disk: Option<&File>) -> Result<()> {
         let mut builder = IoUring::builder();
+
         builder.setup_single_issuer().setup_defer_taskrun().setup_coop_taskrun();
         let mut uring = builder.build(ENTRIES)?;
         if let Some(disk) = disk {

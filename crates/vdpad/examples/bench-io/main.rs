@@ -26,6 +26,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
+use vdpa_core::host::PAGE_SIZE;
 
 use client::{Client, Result, Sample};
 use cpu::Runner;
@@ -298,13 +299,14 @@ fn measure(
     Ok((sample, server_ns))
 }
 
-/// The file, written as a whole, so that nothing of it is a hole and all of it is in memory.
+/// The file, written as a whole, so that nothing of it is a hole and all of it is in memory. In pieces of a page: a file
+/// system may keep what is written at once in one large folio, and then a write of 4 KiB costs it ten times as much.
 fn make(path: &Path, bytes: u64) -> Result<()> {
-    let mut file = File::create_new(path)?;
+    let file = File::create_new(path)?;
     let mut chance = vdpad::load::block::Pattern(1);
-    let chunk: Vec<u8> = (0..1 << 17).flat_map(|_| chance.next().to_le_bytes()).collect();
-    for _ in 0..bytes / chunk.len() as u64 {
-        file.write_all(&chunk)?;
+    let page: Vec<u8> = (0..PAGE_SIZE / 8).flat_map(|_| chance.next().to_le_bytes()).collect();
+    for at in (0..bytes).step_by(page.len()) {
+        file.write_all_at(&page, at)?;
     }
     Ok(file.sync_all()?)
 }
@@ -313,11 +315,10 @@ fn make(path: &Path, bytes: u64) -> Result<()> {
 /// many pages are clean is a matter of chance.
 fn dirty(path: &Path) -> Result<()> {
     let file = File::options().read(true).write(true).open(path)?;
-    let mut chunk = vec![0; 1 << 20];
-    let bytes = file.metadata()?.len();
-    for at in (0..bytes).step_by(chunk.len()) {
-        file.read_exact_at(&mut chunk, at)?;
-        file.write_all_at(&chunk, at)?;
+    let mut page = [0; PAGE_SIZE as usize];
+    for at in (0..file.metadata()?.len()).step_by(page.len()) {
+        file.read_exact_at(&mut page, at)?;
+        file.write_all_at(&page, at)?;
     }
     Ok(())
 }
