@@ -101,7 +101,9 @@ pub enum Op {
 /// What a request needs until its completion.
 #[derive(Debug)]
 pub(super) enum Held {
-    /// Memory of others, files, or nothing.
+    /// Nothing: the pages are pinned and the file is registered.
+    Nothing,
+    /// Memory of others or files.
     Other {
         /// Never read again, only dropped.
         _keep: (Option<Buffers>, Option<File>),
@@ -116,11 +118,19 @@ pub(super) enum Held {
 }
 
 impl Held {
+    /// What a request on `file` without memory of its own needs.
+    fn file(file: File) -> Self {
+        match file {
+            File::Registered(_) => Self::Nothing,
+            File::Fd(_) => Self::Other { _keep: (None, Some(file)) },
+        }
+    }
+
     /// The buffer to give back.
     pub(super) fn into_buffer(self) -> Option<OwnedBuf> {
         match self {
             Self::Owned { buffer, .. } => Some(buffer),
-            Self::Other { .. } => None,
+            Self::Nothing | Self::Other { .. } => None,
         }
     }
 }
@@ -157,24 +167,24 @@ impl Op {
                 let entry = with_file!(&file, |fd| opcode::ReadFixed::new(fd, at, len, to.slot)
                     .offset(offset)
                     .build());
-                Ok((entry, Held::Other { _keep: (None, Some(file)) }))
+                Ok((entry, Held::file(file)))
             }
             Self::WriteFixed { file, from, offset } => {
                 let (at, len) = fixed(&from)?;
                 let entry = with_file!(&file, |fd| opcode::WriteFixed::new(fd, at, len, from.slot)
                     .offset(offset)
                     .build());
-                Ok((entry, Held::Other { _keep: (None, Some(file)) }))
+                Ok((entry, Held::file(file)))
             }
             Self::Fsync { file, data_only } => {
                 let flags = if data_only { types::FsyncFlags::DATASYNC } else { types::FsyncFlags::empty() };
                 let entry = with_file!(&file, |fd| opcode::Fsync::new(fd).flags(flags).build());
-                Ok((entry, Held::Other { _keep: (None, Some(file)) }))
+                Ok((entry, Held::file(file)))
             }
             Self::Fallocate { file, mode, offset, len } => {
                 let entry =
                     with_file!(&file, |fd| opcode::Fallocate::new(fd, len).offset(offset).mode(mode).build());
-                Ok((entry, Held::Other { _keep: (None, Some(file)) }))
+                Ok((entry, Held::file(file)))
             }
             Self::PollMultishot { fd } => {
                 const IN: u32 = 1;

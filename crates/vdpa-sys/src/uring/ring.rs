@@ -20,13 +20,18 @@ use super::{Op, OwnedBuf, Registrar};
 /// How long a ring that is dropped waits for the kernel. What is in flight then is leaked, not freed.
 const DROP_PATIENCE: Duration = Duration::from_secs(30);
 
-/// `user_data` of requests that have no entry in the slab.
+/// `user_data` of requests nobody asked for.
 const INTERNAL: u64 = u64::MAX;
+
+/// Set in the `user_data` of requests that hold nothing, and so need no place in the slab: the rest is the token.
+const BARE: u64 = 1 << 63;
 
 /// An io_uring; see the module.
 pub struct Ring {
     ring: Arc<IoUring>,
     slab: ManuallyDrop<Slab>,
+    /// Requests in flight that are not in the slab.
+    bare: usize,
     files: Arc<Mutex<Files>>,
 }
 
@@ -88,7 +93,7 @@ impl Ring {
             other => other,
         };
         let ring = Arc::new(ring.map_err(|error| errno(&error))?);
-        Ok(Self { ring, slab: ManuallyDrop::new(Slab::default()), files: Arc::default() })
+        Ok(Self { ring, slab: ManuallyDrop::new(Slab::default()), bare: 0, files: Arc::default() })
     }
 
     /// The handle that registers buffers and files.
@@ -100,7 +105,7 @@ impl Ring {
     /// Requests in flight: submitted or queued, completion not seen yet.
     #[must_use]
     pub fn in_flight(&self) -> usize {
-        self.slab.used
+        self.slab.used + self.bare
     }
 
     /// Queues a request under the caller's name `token`, which need not be unique. It starts at the next
@@ -110,6 +115,11 @@ impl Ring {
     /// [`SubmitError`].
     pub fn submit(&mut self, op: Op, token: u64) -> Result<(), SubmitError> {
         let (entry, held) = op.prepare().map_err(|errno| SubmitError::Request { errno })?;
+        if matches!(held, Held::Nothing) && token < INTERNAL & !BARE {
+            self.push(&entry.user_data(token | BARE)).map_err(|errno| SubmitError::Full { errno })?;
+            self.bare += 1;
+            return Ok(());
+        }
         let key = self.slab.insert(Slot { token, held });
         let pushed = self.push(&entry.user_data(key));
         if let Err(errno) = pushed {
@@ -119,7 +129,8 @@ impl Ring {
         Ok(())
     }
 
-    /// Asks for the requests named `token` to be cancelled. Each still completes: with `ECANCELED`, or with its
+    /// Asks for the requests named `token` to be cancelled, except transfers between a registered file and a registered
+    /// buffer, of which nothing is kept here. Each still completes: with `ECANCELED`, or with its
     /// result when it was too late. Storage I/O that has reached the device cannot be cancelled.
     ///
     /// # Errors
@@ -180,6 +191,10 @@ impl Ring {
 
     fn complete(&mut self, key: u64, result: i32, flags: u32) -> Option<Completion> {
         let result = u32::try_from(result).map_err(|_| Errno::from_raw(result.saturating_neg()));
+        if key & BARE != 0 && key != INTERNAL {
+            self.bare = self.bare.saturating_sub(1);
+            return Some(Completion { token: key & !BARE, result, more: false, buffer: None });
+        }
         if cqueue::more(flags) {
             let token = self.slab.token(key)?;
             return Some(Completion { token, result, more: true, buffer: None });
@@ -211,7 +226,7 @@ impl Ring {
     /// Cancels everything and waits; whether nothing is in flight afterwards.
     fn drain(&mut self, patience: Duration) -> bool {
         let deadline = Instant::now() + patience;
-        while self.slab.used > 0 {
+        while self.in_flight() > 0 {
             if Instant::now() >= deadline {
                 return false;
             }
@@ -249,7 +264,7 @@ impl fmt::Debug for Ring {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Ring")
             .field("fd", &self.ring.as_raw_fd())
-            .field("in_flight", &self.slab.used)
+            .field("in_flight", &self.in_flight())
             .finish()
     }
 }
@@ -303,8 +318,8 @@ impl Slab {
     fn remove(&mut self, key: u64) -> Option<Slot> {
         let (index, place) = self.at(key)?;
         let slot = place.1.take()?;
-        // INTERNAL has the last generation, which is therefore never used.
-        place.0 = (place.0 + 1) % u32::MAX;
+        // The highest bit belongs to BARE and INTERNAL.
+        place.0 = (place.0 + 1) & (u32::MAX >> 1);
         self.free.push(index);
         self.used -= 1;
         Some(slot)

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use vdpa_core::blk::{BlkRequest, ShapeError, Status, kind};
 use vdpa_core::ring::{Buffer, Chain, Memory, RingError};
 use vdpa_core::types::Result;
-use vdpa_sys::uring::{Op, OwnedBuf, Registrar, SubmitError};
+use vdpa_sys::uring::{Op, OwnedBuf, Registrar};
 
 use super::queue::Queue;
 use super::queues::{Queues, to_u16};
@@ -112,6 +112,13 @@ struct Pending {
     view: Arc<View>,
 }
 
+/// What an operation is for.
+enum InFlight {
+    One(Pending, After),
+    /// A flush, for all of these.
+    Flush(Vec<(Pending, After)>),
+}
+
 /// The answer to a request for a disk that is gone.
 const GONE: Verdict = Verdict::Done { status: Status::IoErr, written: 0 };
 
@@ -120,8 +127,15 @@ pub(super) struct Requests<D> {
     /// `None` once it was taken away.
     disk: Option<D>,
     registered: bool,
-    pending: Vec<Option<(Pending, After)>>,
+    pending: Vec<Option<InFlight>>,
     free: Vec<u32>,
+    /// A flush of the disk is in flight.
+    flushing: bool,
+    /// Requests that wait for the next one: what was written before the present one began is all that it is sure to
+    /// cover.
+    waiting: Vec<(Pending, After)>,
+    /// It.
+    next_flush: Option<Op>,
     chain: Chain,
 }
 
@@ -149,18 +163,21 @@ impl<D: Disk> Logic for Requests<D> {
     }
 
     fn complete(&mut self, queues: &mut Queues, slot: u32, result: Result<u32>, buffer: Option<OwnedBuf>) {
-        let Some((pending, after)) = self.pending.get_mut(slot as usize).and_then(Option::take) else {
-            return;
-        };
+        let Some(ended) = self.pending.get_mut(slot as usize).and_then(Option::take) else { return };
         self.free.push(slot);
-        if let Err(error) = result {
-            queues.complain(pending.queue, &error);
+        match ended {
+            InFlight::One(pending, after) => self.go_on(queues, pending, after, result, buffer),
+            InFlight::Flush(all) => {
+                self.flushing = false;
+                for (pending, after) in all {
+                    self.go_on(queues, pending, after, result, None);
+                }
+                if let Some(op) = self.next_flush.take_if(|_| !self.flushing) {
+                    let all = std::mem::take(&mut self.waiting);
+                    self.flush(queues, None, op, all);
+                }
+            }
         }
-        let verdict = match &mut self.disk {
-            Some(disk) => disk.proceed(after, result, buffer, &pending.view),
-            None => GONE,
-        };
-        self.carry_out(queues, None, pending, verdict);
     }
 
     fn fail(&mut self) {
@@ -175,6 +192,9 @@ impl<D: Disk> Requests<D> {
             registered: false,
             pending: Vec::new(),
             free: Vec::new(),
+            flushing: false,
+            waiting: Vec::new(),
+            next_flush: None,
             chain: Chain::new(),
         }
     }
@@ -251,17 +271,24 @@ impl<D: Disk> Requests<D> {
         &mut self,
         queues: &mut Queues,
         queue: Option<&mut Queue>,
-        mut pending: Pending,
+        pending: Pending,
         verdict: Verdict,
     ) {
         let (status, written) = match verdict {
-            Verdict::Io { op, after } => match self.submit(queues, op, pending, after) {
-                Ok(()) => return,
-                Err((error, back)) => {
-                    queues.complain(back.queue, &error);
-                    pending = back;
-                    (Status::IoErr, 0)
+            Verdict::Io { op: op @ Op::Fsync { .. }, after } => {
+                if self.flushing {
+                    self.waiting.push((pending, after));
+                    self.next_flush = Some(op);
+                } else {
+                    self.flush(queues, queue, op, vec![(pending, after)]);
                 }
+                return;
+            }
+            Verdict::Io { op, after } => match self.submit(queues, op, InFlight::One(pending, after)) {
+                Some(InFlight::One(back, _)) => {
+                    return answer_request(queues, queue, &back, Status::IoErr, 0);
+                }
+                _ => return,
             },
             Verdict::Done { status, written } => (status, written),
             Verdict::Unreachable | Verdict::Misshapen { .. } => (Status::IoErr, 0),
@@ -269,26 +296,61 @@ impl<D: Disk> Requests<D> {
         answer_request(queues, queue, &pending, status, written);
     }
 
-    /// Hands an operation to the ring; gives the request back when it is not taken.
-    fn submit(
+    /// Goes on with a request whose I/O has ended.
+    fn go_on(
         &mut self,
         queues: &mut Queues,
-        op: Op,
         pending: Pending,
         after: After,
-    ) -> Result<(), (SubmitError, Pending)> {
+        result: Result<u32>,
+        buffer: Option<OwnedBuf>,
+    ) {
+        if let Err(error) = result {
+            queues.complain(pending.queue, &error);
+        }
+        let verdict = match &mut self.disk {
+            Some(disk) => disk.proceed(after, result, buffer, &pending.view),
+            None => GONE,
+        };
+        self.carry_out(queues, None, pending, verdict);
+    }
+
+    /// Starts a flush for all of these.
+    fn flush(
+        &mut self,
+        queues: &mut Queues,
+        mut queue: Option<&mut Queue>,
+        op: Op,
+        all: Vec<(Pending, After)>,
+    ) {
+        self.flushing = true;
+        if let Some(InFlight::Flush(all)) = self.submit(queues, op, InFlight::Flush(all)) {
+            self.flushing = false;
+            for (pending, _) in all {
+                answer_request(queues, queue.as_deref_mut(), &pending, Status::IoErr, 0);
+            }
+        }
+    }
+
+    /// Hands an operation to the ring; gives back what it is for when it is not taken.
+    fn submit(&mut self, queues: &mut Queues, op: Op, what: InFlight) -> Option<InFlight> {
         let slot = self.free.pop().unwrap_or_else(|| {
             self.pending.push(None);
             u32::try_from(self.pending.len() - 1).unwrap_or(u32::MAX)
         });
         if let Err(error) = queues.submit(op, slot) {
             self.free.push(slot);
-            return Err((error, pending));
+            let queue = match &what {
+                InFlight::One(pending, _) => pending.queue,
+                InFlight::Flush(all) => all.first().map_or(0, |(pending, _)| pending.queue),
+            };
+            queues.complain(queue, &error);
+            return Some(what);
         }
         if let Some(place) = self.pending.get_mut(slot as usize) {
-            *place = Some((pending, after));
+            *place = Some(what);
         }
-        Ok(())
+        None
     }
 }
 

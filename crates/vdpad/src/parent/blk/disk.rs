@@ -8,11 +8,12 @@ use vdpa_core::blk::{BlkRequest, ID_BYTES, SECTOR, Segment, ShapeError, Status, 
 use vdpa_core::ring::BufferSlice;
 use vdpa_core::types::{Perm, Result};
 use vdpa_sys::uring::{
-    AlignedBuf, Buffers, File, FileSlot, FixedPiece, GuestPieces, IoPiece, MAX_PIECES, Op, OwnedBuf,
-    Registrar,
+    AlignedBuf, Buffers, Direction, File, FileSlot, GuestPieces, IoPiece, MAX_PIECES, Op, OwnedBuf,
+    Registrar, transfer_now,
 };
 
 use super::file::Backing;
+use super::pace::Pace;
 use crate::worker::{After, Disk, Verdict, View};
 
 /// Bytes of the largest transfer. A driver has no reason to ask for more, and a hostile one could make the daemon
@@ -36,15 +37,16 @@ pub(super) struct FileDisk {
     file: Arc<OwnedFd>,
     /// The file as registered with the ring, if it could be.
     slot: Option<FileSlot>,
+    pace: Pace,
     serial: [u8; ID_BYTES],
 }
 
 /// Where the bytes of a transfer are.
 enum Places {
-    /// In one registered buffer.
-    Fixed(FixedPiece),
-    /// In memory of the client that the kernel can use.
-    Guest(Buffers),
+    /// In one piece of memory that the kernel can use.
+    One(IoPiece),
+    /// In several.
+    Many(Vec<IoPiece>),
     /// Where they can only be copied.
     Bounce,
 }
@@ -58,7 +60,7 @@ struct Transfer {
 
 impl FileDisk {
     pub(super) fn new(backing: Backing, serial: [u8; ID_BYTES]) -> Self {
-        Self { file: Arc::clone(&backing.file), backing, slot: None, serial }
+        Self { file: Arc::clone(&backing.file), backing, slot: None, pace: Pace::default(), serial }
     }
 
     fn file(&self) -> File {
@@ -95,17 +97,36 @@ impl FileDisk {
             !self.backing.direct || piece.addr.is_multiple_of(align) && piece.len.is_multiple_of(block)
         };
         if let Some(place) = view.place(bytes, perm).map_err(|_| Errno::FAULT)? {
-            return Ok(match view.fixed(place) {
-                _ if !fits(&place) => Places::Bounce,
-                Some(piece) => Places::Fixed(piece),
-                None => Places::Guest(guest(vec![place], view)?),
-            });
+            return Ok(if fits(&place) { Places::One(place) } else { Places::Bounce });
         }
         let places = view.places(bytes, perm).map_err(|_| Errno::FAULT)?;
-        Ok(match places.filter(|places| places.len() <= MAX_PIECES && places.iter().all(fits)) {
-            Some(places) => Places::Guest(guest(places, view)?),
-            None => Places::Bounce,
-        })
+        let places = places.filter(|places| places.len() <= MAX_PIECES && places.iter().all(fits));
+        Ok(places.map_or(Places::Bounce, Places::Many))
+    }
+
+    /// Does a transfer at once, if that is the best way now.
+    fn now(
+        &mut self,
+        direction: Direction,
+        places: &Places,
+        view: &View,
+        offset: u64,
+    ) -> Option<Result<u32>> {
+        let best = match direction {
+            Direction::Read => self.backing.reads_now,
+            Direction::Write => self.backing.writes_now,
+        };
+        let pieces = match places {
+            Places::One(place) => std::slice::from_ref(place),
+            Places::Many(places) => places,
+            Places::Bounce => return None,
+        };
+        if !best || !self.pace.allows() {
+            return None;
+        }
+        let file = &self.file;
+        let moved = self.pace.time(|| transfer_now(file, direction, pieces, view.memory(), offset));
+        Some(moved.and_then(|moved| u32::try_from(moved).map_err(|_| Errno::INVAL)))
     }
 
     fn bounce(&self, len: u32) -> Result<AlignedBuf> {
@@ -113,7 +134,7 @@ impl FileDisk {
         AlignedBuf::new(usize::try_from(len).map_err(|_| Errno::INVAL)?, align)
     }
 
-    fn read(&self, request: &BlkRequest<'_>, view: &Arc<View>) -> Result<Verdict> {
+    fn read(&mut self, request: &BlkRequest<'_>, view: &Arc<View>) -> Result<Verdict> {
         let Some(transfer) = self.transfer(request.header.sector, request.data_in) else {
             return Ok(IO_ERROR);
         };
@@ -123,9 +144,16 @@ impl FileDisk {
         }
         let file = self.file();
         let after = After::Transfer { len, written: len, sync: false };
-        let op = match self.in_place(request.data_in, Perm::WO, view)? {
-            Places::Fixed(to) => Op::ReadFixed { file, to, offset },
-            Places::Guest(buffers) => Op::Read { file, buffers, offset },
+        let places = self.in_place(request.data_in, Perm::WO, view)?;
+        if let Some(moved) = self.now(Direction::Read, &places, view, offset) {
+            return Ok(self.transferred(moved, len, len, false));
+        }
+        let op = match places {
+            Places::One(place) => match view.fixed(place) {
+                Some(to) => Op::ReadFixed { file, to, offset },
+                None => Op::Read { file, buffers: guest(vec![place], view)?, offset },
+            },
+            Places::Many(places) => Op::Read { file, buffers: guest(places, view)?, offset },
             Places::Bounce => {
                 let buffers = Buffers::Owned(OwnedBuf::Aligned(self.bounce(len)?));
                 let after = After::CopyOut { to: request.data_in.iter().collect(), len };
@@ -135,7 +163,7 @@ impl FileDisk {
         Ok(Verdict::Io { op, after })
     }
 
-    fn write(&self, request: &BlkRequest<'_>, view: &Arc<View>, sync: bool) -> Result<Verdict> {
+    fn write(&mut self, request: &BlkRequest<'_>, view: &Arc<View>, sync: bool) -> Result<Verdict> {
         let Some(transfer) = self.transfer(request.header.sector, request.data_out) else {
             return Ok(IO_ERROR);
         };
@@ -147,9 +175,16 @@ impl FileDisk {
             return Ok(OK);
         }
         let file = self.file();
-        let op = match self.in_place(request.data_out, Perm::RO, view)? {
-            Places::Fixed(from) => Op::WriteFixed { file, from, offset },
-            Places::Guest(buffers) => Op::Write { file, buffers, offset },
+        let places = self.in_place(request.data_out, Perm::RO, view)?;
+        if let Some(moved) = self.now(Direction::Write, &places, view, offset) {
+            return Ok(self.transferred(moved, len, 0, sync));
+        }
+        let op = match places {
+            Places::One(place) => match view.fixed(place) {
+                Some(from) => Op::WriteFixed { file, from, offset },
+                None => Op::Write { file, buffers: guest(vec![place], view)?, offset },
+            },
+            Places::Many(places) => Op::Write { file, buffers: guest(places, view)?, offset },
             Places::Bounce => {
                 let mut buffer = self.bounce(len)?;
                 request.data_out.read(view.snapshot(), &mut buffer).map_err(|_| Errno::FAULT)?;
@@ -236,6 +271,17 @@ impl FileDisk {
         }
     }
 
+    /// Goes on after a read or a write of `len` bytes.
+    fn transferred(&self, result: Result<u32>, len: u32, written: u32, sync: bool) -> Verdict {
+        match result {
+            Ok(moved) if moved == len => match self.stable(sync) {
+                Verdict::Done { status, .. } => Verdict::Done { status, written },
+                sync => sync,
+            },
+            _ => IO_ERROR,
+        }
+    }
+
     /// Ends a request that has changed the disk: at once, or after a flush when the driver relies on it.
     fn stable(&self, sync: bool) -> Verdict {
         if !sync {
@@ -283,10 +329,7 @@ impl Disk for FileDisk {
         view: &Arc<View>,
     ) -> Verdict {
         match (after, result) {
-            (After::Transfer { len, written, sync }, Ok(moved)) if moved == len => match self.stable(sync) {
-                Verdict::Done { status, .. } => Verdict::Done { status, written },
-                sync => sync,
-            },
+            (After::Transfer { len, written, sync }, result) => self.transferred(result, len, written, sync),
             (After::CopyOut { to, len }, Ok(moved)) if moved == len => {
                 let bytes = buffer.as_deref().unwrap_or_default();
                 match BufferSlice::new(&to).write(view.snapshot(), bytes) {

@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
-use rustix::fs::{FlockOperation, OFlags, StatxFlags, flock, ioctl_blksszget, statx};
+use rustix::fs::{FlockOperation, OFlags, StatxFlags, flock, fstatfs, ioctl_blksszget, statx};
 use vdpa_core::Errno;
 use vdpa_core::blk::SECTOR;
 
@@ -28,6 +28,10 @@ pub(super) struct Backing {
     pub(super) memory_align: u32,
     pub(super) direct: bool,
     pub(super) read_only: bool,
+    /// Reads are best done by the thread that serves the disk.
+    pub(super) reads_now: bool,
+    /// So are writes, as long as none takes long.
+    pub(super) writes_now: bool,
 }
 
 impl Backing {
@@ -76,6 +80,8 @@ impl Backing {
                 "A disk has one writer, or readers only (readonly on).",
             );
         }
+        let reads_now = !options.direct && !is_block && in_memory(&file);
+        let writes_now = !options.direct && (is_block || writes_to_memory(&file));
         let (block_size, memory_align) = alignment(&file, is_block, options.direct);
         Ok(Self {
             file: Arc::new(file.into()),
@@ -84,6 +90,8 @@ impl Backing {
             memory_align,
             direct: options.direct,
             read_only: options.read_only,
+            reads_now,
+            writes_now,
         })
     }
 }
@@ -119,6 +127,27 @@ fn alignment(file: &File, is_block: bool, direct: bool) -> (u32, u32) {
         Some(stat) => (stat.stx_dio_offset_align.max(sector), stat.stx_dio_mem_align.max(1)),
         None => (logical.max(DIRECT_ALIGN), DIRECT_ALIGN),
     }
+}
+
+/// tmpfs and ramfs, which have no disk behind them. io_uring does not read them at once, as it does with what other file
+/// systems have in memory, but hands every read to a thread of its own.
+fn in_memory(file: &File) -> bool {
+    const TMPFS: i64 = 0x0102_1994;
+    const RAMFS: i64 = 0x8584_58f6;
+    is_one_of(file, &[TMPFS, RAMFS])
+}
+
+/// File systems on which a write goes to the page cache and is over, nearly always. io_uring never tries that at once but
+/// with XFS: it hands every write to a thread of its own. What is not known here (FUSE, network file systems) may keep
+/// the caller waiting with each write.
+fn writes_to_memory(file: &File) -> bool {
+    /// ext2 to ext4, XFS, btrfs, F2FS: `statfs(2)`.
+    const LOCAL: [i64; 4] = [0xef53, 0x5846_5342, 0x9123_683e, 0xf2f5_2010];
+    in_memory(file) || is_one_of(file, &LOCAL)
+}
+
+fn is_one_of(file: &File, types: &[i64]) -> bool {
+    fstatfs(file).is_ok_and(|stat| types.contains(&stat.f_type))
 }
 
 fn seek_end(file: &File) -> std::io::Result<u64> {

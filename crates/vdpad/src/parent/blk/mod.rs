@@ -4,6 +4,7 @@ mod disk;
 mod file;
 mod null;
 mod options;
+mod pace;
 mod pin;
 
 use std::sync::Arc;
