@@ -74,14 +74,17 @@ struct Options {
     /// Write checksummed blocks, check every block read, and measure nothing of worth
     #[arg(long)]
     verify: bool,
+    /// Use the null device for everything: verification must fail
+    #[arg(long, hide = true)]
+    wrong_device: bool,
     /// Print JSON
     #[arg(short, long)]
     json: bool,
     /// Write JSON here
-    #[arg(long, value_name = "FILE.json")]
+    #[arg(long, value_name = "FILE.json", overrides_with = "output")]
     output: Option<PathBuf>,
     /// Draw IOPS and server CPU per request
-    #[arg(long, value_name = "FILE.svg")]
+    #[arg(long, value_name = "FILE.svg", overrides_with = "chart")]
     chart: Option<PathBuf>,
     /// Exit with 1 when a goal is missed
     #[arg(long)]
@@ -252,7 +255,8 @@ impl Run<'_> {
     /// One server, from a thread of its own, which can be given up.
     fn serve(&self, who: Who, workload: &Workload, verified: &mut u64) -> Result<Row> {
         let (_, server) = self.servers.iter().find(|(w, _)| *w == who).ok_or("no such server")?;
-        let (address, runner) = (server.address(workload.backend), server.runner(workload.backend));
+        let backend = if self.options.wrong_device { Backend::Null } else { workload.backend };
+        let (address, runner) = (server.address(backend), server.runner(backend));
         let length = self.length();
         if matches!(workload.kind, Kind::RandomWrite | Kind::Mixed) && !self.options.verify {
             dirty(self.file)?;
