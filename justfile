@@ -19,8 +19,7 @@ demo *args:
 # How long no driver is there in an update, by memory size, way and strategy. Wants a quiet machine.
 bench-update *args:
     cargo build --release --locked --package vdpad --bins
-    cargo rustc --release --locked --package vdpad --bin vdpa-tenant -- -C relocation-model=static -C target-feature=+crt-static
-    target/release/vdpactl bench update {{args}}
+    target/release/vdpactl bench update --tenant "$(scripts/static-tenant)" {{args}}
 
 # Formats the code.
 fmt:

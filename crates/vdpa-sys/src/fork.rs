@@ -19,6 +19,7 @@ use vdpa_core::Errno;
 
 use crate::errno;
 use crate::fence::Fence;
+use crate::ioctl::request;
 use crate::vhost_vdpa::VhostVdpaFd;
 
 /// Longest argument of a request, in bytes.
@@ -158,11 +159,11 @@ extern "C" fn serve(device: c_int, others: c_int, socket: c_int, fence: &Fence) 
         // in `fence`, of this process alone; `write` reads as many bytes as were copied there.
         let value = unsafe {
             match op {
-                OP_IOCTL => i64::from(libc::ioctl(device, cmd.into(), argument)),
+                OP_IOCTL => i64::from(libc::ioctl(device, request(cmd), argument)),
                 OP_WRITE => {
                     libc::write(device, std::ptr::with_exposed_provenance(argument), bytes.len()) as i64
                 }
-                _ => i64::from(libc::ioctl(device, cmd.into(), 0)),
+                _ => i64::from(libc::ioctl(device, request(cmd), 0)),
             }
         };
         fence.copy_out(bytes);
@@ -222,7 +223,7 @@ extern "C" fn one_ioctl(job: *mut c_void) -> c_int {
     // device accesses memory from its argument upward only, which is in the fence there.
     unsafe {
         let job = &mut *job.cast::<Job>();
-        job.result = libc::ioctl(job.device, job.cmd.into(), job.argument);
+        job.result = libc::ioctl(job.device, request(job.cmd), job.argument);
         job.errno = *libc::__errno_location();
     }
     0

@@ -222,6 +222,18 @@ impl NoArg {
     }
 }
 
+/// A request in the type that the C library has for it: unsigned long in glibc, int in musl. The kernel looks at 32 bits.
+#[cfg(not(target_env = "musl"))]
+pub(crate) fn request(opcode: u32) -> libc::Ioctl {
+    opcode.into()
+}
+
+/// A request in the type that the C library has for it: unsigned long in glibc, int in musl. The kernel looks at 32 bits.
+#[cfg(target_env = "musl")]
+pub(crate) fn request(opcode: u32) -> libc::Ioctl {
+    opcode.cast_signed()
+}
+
 /// `ioctl(fd, opcode, argument)`, repeated on `EINTR`; returns the value of the call.
 ///
 /// # Safety
@@ -230,7 +242,7 @@ impl NoArg {
 pub(crate) unsafe fn call(fd: impl AsFd, opcode: u32, argument: usize) -> Result<c_int, Errno> {
     loop {
         // SAFETY: the descriptor is borrowed for the call; the rest is the contract of this function.
-        let value = unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), opcode.into(), argument) };
+        let value = unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), request(opcode), argument) };
         if value >= 0 {
             return Ok(value);
         }

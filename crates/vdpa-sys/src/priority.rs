@@ -13,12 +13,13 @@ use crate::errno;
 /// # Errors
 /// `ESRCH`; `EPERM` for a thread of another user.
 pub fn run_when_idle(thread: Option<Pid>) -> Result<(), Errno> {
-    let parameters = libc::sched_param { sched_priority: 0 };
+    /// `struct sched_param` of the kernel, which has one field; some C libraries have more.
+    static PARAMETERS: libc::c_int = 0;
     let thread = thread.map_or(0, |id| id.as_raw_nonzero().get());
-    // SAFETY: `parameters` is read by the call only. A policy changes when a thread runs, not what it does. The system call
+    // SAFETY: the parameters are read by the call only. A policy changes when a thread runs, not what it does. The system call
     // itself, since musl's function always fails.
     let set = unsafe {
-        libc::syscall(libc::SYS_sched_setscheduler, thread, libc::SCHED_IDLE, &raw const parameters)
+        libc::syscall(libc::SYS_sched_setscheduler, thread, libc::SCHED_IDLE, &raw const PARAMETERS)
     };
     if set == 0 { Ok(()) } else { Err(errno::last()) }
 }

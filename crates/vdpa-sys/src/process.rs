@@ -30,7 +30,6 @@ pub struct Caller {
     tid: i32,
     pidfd: OnceCell<OwnedFd>,
     tgid: OnceCell<i32>,
-    random_addr: OnceCell<u64>,
 }
 
 /// Where an address space has its 16 random bytes, and what they are.
@@ -49,7 +48,7 @@ impl Caller {
         if tid <= 0 {
             return Err(errno::SRCH);
         }
-        Ok(Self { tid, pidfd: OnceCell::new(), tgid: OnceCell::new(), random_addr: OnceCell::new() })
+        Ok(Self { tid, pidfd: OnceCell::new(), tgid: OnceCell::new() })
     }
 
     /// Its thread id.
@@ -126,8 +125,8 @@ impl Caller {
     /// 1. the held address space still has users (an exec or exit leaves none);
     /// 2. the caller is a thread of the owner, or `kcmp` finds both in one address space (vfork; kcmp alone says
     ///    no once the first thread of the owner has ended);
-    /// 3. the caller's random bytes are at the address, and are the bytes, that the held address space has (an
-    ///    exec whose old address space a `CLONE_VM` child keeps alive passes the other two).
+    /// 3. the caller has, at the address of the random bytes of the held address space, these bytes (an exec whose
+    ///    old address space a `CLONE_VM` child keeps alive passes the other two; its new image has bytes of its own).
     ///
     /// Narrower than the kernel in one corner: a `CLONE_VM` child whose parent, the owner, has ended is no longer
     /// recognised, because kcmp has nothing to compare it with.
@@ -136,7 +135,8 @@ impl Caller {
         let Some(held) = owner.random() else { return false };
         let Ok(pid) = self.pid() else { return false };
         let same_process = pid == owner.pid() || self.shares_memory_with(owner.pid());
-        let same = same_process && self.random().is_ok_and(|own| own == held);
+        let mut here = [0; 16];
+        let same = same_process && self.read_mem(held.addr, &mut here).is_ok() && here == held.bytes;
         if same {
             owner.note_thread(self.tid);
         }
@@ -149,25 +149,9 @@ impl Caller {
         self.proc_text("comm").map_or_else(|_| String::new(), |text| text.trim_end().to_owned())
     }
 
-    /// When it started, in clock ticks since boot: with the id it names a process uniquely.
-    #[must_use]
-    pub fn start_time(&self) -> Option<u64> {
-        // Field 22, counted behind the name, which may contain anything.
-        self.proc_text("stat").ok()?.rsplit_once(')')?.1.split_ascii_whitespace().nth(19)?.parse().ok()
-    }
-
-    /// Its random bytes and their address.
-    pub(crate) fn random(&self) -> Result<Random, Errno> {
-        let addr = match self.random_addr.get() {
-            Some(&addr) => addr,
-            None => {
-                let addr = at_random(&self.proc_bytes("auxv", AUXV_MAX)?).ok_or(Errno::FAULT)?;
-                *self.random_addr.get_or_init(|| addr)
-            }
-        };
-        let mut bytes = [0; 16];
-        self.read_mem(addr, &mut bytes)?;
-        Ok(Random { addr, bytes })
+    /// The address of its random bytes.
+    pub(crate) fn random_addr(&self) -> Result<u64, Errno> {
+        at_random(&self.proc_bytes("auxv", AUXV_MAX)?).ok_or(Errno::FAULT)
     }
 
     /// Opens `/proc/TID/name`.
@@ -278,7 +262,7 @@ mod tests {
         assert_eq!(caller.pid().unwrap(), i32::try_from(std::process::id()).unwrap());
         assert_eq!(caller.tgid_by_status(), caller.pid());
         assert_eq!(caller.tgid_by_pidfd(), caller.pid());
-        assert!(!caller.comm().is_empty() && caller.start_time().unwrap() > 0);
+        assert!(!caller.comm().is_empty());
         assert!(Caller::new(0).is_err() && Caller::new(-1).is_err());
         assert!(Caller::new(i32::MAX).unwrap().pid().is_err());
     }

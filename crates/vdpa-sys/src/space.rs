@@ -35,8 +35,6 @@ struct Space {
 pub struct SpaceRecord {
     /// Id of the process that had it when it was adopted.
     pub pid: i32,
-    /// Start time of that process, see [`Caller::start_time`]; 0 if unknown.
-    pub start_time: u64,
     /// Address of its random bytes.
     pub random_addr: u64,
 }
@@ -62,11 +60,7 @@ impl OwnerSpace {
             mem: caller.open_proc("mem", OFlags::RDWR)?,
             maps: caller.open_proc("maps", OFlags::RDONLY)?,
         };
-        let record = SpaceRecord {
-            pid,
-            start_time: caller.start_time().unwrap_or(0),
-            random_addr: caller.random()?.addr,
-        };
+        let record = SpaceRecord { pid, random_addr: caller.random_addr()? };
         Ok(Self::new(record, fds, caller.tid()))
     }
 

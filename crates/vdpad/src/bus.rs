@@ -1,6 +1,7 @@
 //! [`Bus`]: the devices of this daemon by name.
 
 use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -22,9 +23,10 @@ use crate::ctl::api::{
     QueueVstats, SetAnswer, SetRequest, UpdateInfo, VSTATS_INDEX_MAX,
 };
 use crate::ctl::config::DevConfig;
-use crate::front::fuse::FuseFs;
+use crate::front::fuse::{AddError, DeviceFile, DeviceFiles};
 use crate::front::vhost::{AnyParent, SharedDevice, VhostVdpaFile};
 use crate::parent::{MgmtDevice, NetAttrs, mgmt_devices};
+use crate::worker::Pool;
 
 /// How long a management request waits for a device that is busy with a client's.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -36,7 +38,8 @@ const NAME_MAX: usize = 255;
 #[derive(Debug)]
 pub struct Bus {
     mgmt: Vec<Box<dyn MgmtDevice>>,
-    files: Arc<FuseFs>,
+    files: Arc<DeviceFiles>,
+    pool: Pool,
     spaces: Spaces,
     devices: Mutex<Vec<Arc<Entry>>>,
 }
@@ -50,13 +53,24 @@ struct Entry {
     profile: Profile,
     device: SharedDevice,
     file: Arc<VhostVdpaFile>,
+    /// Where the file is, and what serves it.
+    path: PathBuf,
+    front: &'static str,
 }
 
+/// The attribute of every device that gives its file a path of its own.
+const DEVICE_FILE_ATTR: &str = "device_file";
+
+/// Most names of files that are tried: others than ours may have them.
+const NUMBERS: usize = 4096;
+
 impl Bus {
-    /// A bus whose device files appear in `files`.
+    /// A bus whose device files appear in `files`. `workers` threads at most serve the devices that ask for no processors of
+    /// their own; each looks at its rings for `poll` before it sleeps, if that pays.
     #[must_use]
-    pub fn new(files: Arc<FuseFs>) -> Self {
-        Self { mgmt: mgmt_devices(), files, spaces: Spaces::new(), devices: Mutex::default() }
+    pub fn new(files: Arc<DeviceFiles>, workers: usize, poll: Duration) -> Self {
+        let pool = Pool::new(workers, poll);
+        Self { mgmt: mgmt_devices(), files, pool, spaces: Spaces::new(), devices: Mutex::default() }
     }
 
     /// Takes every device away from its clients and ends it.
@@ -67,6 +81,35 @@ impl Bus {
                 tracing::error!(device = %entry.name, "did not end the request it is busy with");
             }
         }
+    }
+
+    /// Makes the device file, under the first number that is free; `taken` are those of our own devices.
+    fn add_file(
+        &self,
+        taken: &BTreeSet<u32>,
+        path: Option<&Path>,
+        file: &Arc<VhostVdpaFile>,
+    ) -> Result<(u32, PathBuf), CtlError> {
+        for number in (0..).filter(|number| !taken.contains(number)).take(NUMBERS) {
+            let name = file_name(number);
+            let file = Arc::clone(file) as Arc<dyn DeviceFile>;
+            let added = match path {
+                Some(path) => self.files.add_at(path, &name, file),
+                None => self.files.add(&name, file),
+            };
+            match added {
+                Ok(path) => return Ok((number, path)),
+                // The kernel's own, or a device that was deleted and is open still.
+                Err(AddError::Exists { .. }) => {}
+                Err(error) => {
+                    return Err(CtlError::new(
+                        Errno::IO,
+                        format!("cannot make the device file {name}: {error}"),
+                    ));
+                }
+            }
+        }
+        Err(CtlError::new(Errno::NOSPC, format!("no file name from {} on is free", file_name(0))))
     }
 
     fn find(&self, name: &str) -> Result<Arc<Entry>, CtlError> {
@@ -84,7 +127,8 @@ impl Bus {
             max_vqs: profile.queues.into(),
             max_vq_size: profile.queue_size_max,
             min_vq_size: 1,
-            path: self.files.dir().join(entry.file_name()),
+            path: entry.path.clone(),
+            front: entry.front.into(),
             state: state(&*entry.lock()?, entry.file.owned_since()),
         })
     }
@@ -92,7 +136,7 @@ impl Bus {
 
 impl Entry {
     fn file_name(&self) -> String {
-        format!("vhost-vdpa-{}", self.number)
+        file_name(self.number)
     }
 
     fn update(&self) -> Result<UpdateInfo, CtlError> {
@@ -115,6 +159,10 @@ impl Entry {
                 .with_hint("Its disk may hang; the daemon's log tells. Try again later.")
         })
     }
+}
+
+fn file_name(number: u32) -> String {
+    format!("vhost-vdpa-{number}")
 }
 
 fn state(device: &Device<AnyParent>, since: Option<SystemTime>) -> DevState {
@@ -283,8 +331,13 @@ impl Backend for Bus {
         self.find(name)?.update()
     }
 
-    fn add(&self, request: AddRequest) -> Result<(), CtlError> {
+    fn add(&self, mut request: AddRequest) -> Result<(), CtlError> {
         check_name(&request.name)?;
+        let path = request.attrs.take(DEVICE_FILE_ATTR).map(PathBuf::from);
+        if path.as_ref().is_some_and(|path| !path.is_absolute()) {
+            return Err(CtlError::new(Errno::INVAL, format!("{DEVICE_FILE_ATTR} is not an absolute path"))
+                .with_hint("A path such as /dev/vhost-vdpa-0 is right: of a regular file, or of none yet."));
+        }
         let net_attrs = NetAttrs::parse(&request.attrs)?;
         let mgmt = self
             .mgmt
@@ -298,20 +351,17 @@ impl Backend for Bus {
             return Err(CtlError::new(Errno::EXIST, format!("device {} exists already", request.name))
                 .with_hint("Choose another name, or delete it first with \"vdpactl dev del\"."));
         }
-        let parent = mgmt.create(&request.name, &request.attrs)?;
+        let parent = mgmt.create(&request.name, &request.attrs, &self.pool)?;
         let profile = parent.profile().clone();
         let device: SharedDevice = Arc::new(Mutex::new(Device::new(parent)));
         let file =
             Arc::new(VhostVdpaFile::new(request.name.clone(), Arc::clone(&device), self.spaces.clone()));
         let taken: BTreeSet<u32> = devices.iter().map(|entry| entry.number).collect();
-        let number = (0..).find(|number| !taken.contains(number)).unwrap_or(u32::MAX);
-        let entry = Entry { name: request.name, number, mgmtdev: request.mgmtdev, profile, device, file };
-        let name = entry.file_name();
-        self.files.add(&name, Arc::clone(&entry.file) as _).map_err(|error| {
-            CtlError::new(Errno::EXIST, format!("cannot make the device file {name}: {error}"))
-                .with_hint("The mount of the device files may have been ended from outside; restart vdpad.")
-        })?;
-        tracing::info!(device = %entry.name, mgmtdev = %entry.mgmtdev, file = %name, "device added");
+        let front = if path.is_some() { "fuse" } else { self.files.front() };
+        let (number, path) = self.add_file(&taken, path.as_deref(), &file)?;
+        let AddRequest { name, mgmtdev, .. } = request;
+        let entry = Entry { name, number, mgmtdev, profile, device, file, path, front };
+        tracing::info!(device = %entry.name, mgmtdev = %entry.mgmtdev, file = %entry.path.display(), front, "device added");
         devices.push(Arc::new(entry));
         Ok(())
     }

@@ -12,7 +12,8 @@ use vdpa_sys::rlimit;
 use crate::bus::Bus;
 use crate::ctl::api::{AddRequest, AttrError, Attrs, Backend, CtlError};
 use crate::ctl::server::{self, Server};
-use crate::front::fuse::{FuseFs, Options, ServeError, prepare_dir};
+use crate::front::Choice;
+use crate::front::fuse::{DeviceFiles, Options, ServeError, cuse};
 use crate::front::watchdog::{self, Watchdog};
 
 pub mod notify;
@@ -20,14 +21,22 @@ pub mod notify;
 /// What the daemon is to do.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Directory in which the device files appear.
-    pub dir: PathBuf,
+    /// Which kind of device files there are to be.
+    pub front: Choice,
+    /// Directory in which they appear; `None` for `/dev` or `mount_dir`.
+    pub dir: Option<PathBuf>,
+    /// Directory in which they appear when they are files and `dir` is `None`.
+    pub mount_dir: PathBuf,
     /// Path of the control socket.
     pub control: PathBuf,
     /// Time for the device file's requests, after which the client gets an error.
     pub request_timeout: Duration,
     /// Time without progress after which the watchdog ends the daemon's connection to the kernel.
     pub watchdog_timeout: Duration,
+    /// Threads that serve the rings of devices that ask for no processors of their own, at most.
+    pub workers: usize,
+    /// How long such a thread may look at its rings before it sleeps, if that pays; 0 is never.
+    pub poll: Duration,
     /// Devices to create at start, in this order.
     pub devices: Vec<AddRequest>,
 }
@@ -37,7 +46,7 @@ pub struct Config {
 pub struct Daemon {
     control: Server,
     bus: Arc<Bus>,
-    files: Arc<FuseFs>,
+    files: Arc<DeviceFiles>,
     watchdog: Watchdog,
 }
 
@@ -76,41 +85,45 @@ pub enum RunError {
     /// Signals cannot be waited for.
     #[error("cannot wait for signals")]
     Signals(#[source] io::Error),
-    /// The mount of the device files was ended from outside, by umount or by the watchdog.
-    #[error("the mount {} has been ended; the device files are gone", dir.display())]
-    MountLost {
-        /// Where it was.
+    /// The mount of the device files, or a character device, was ended from outside: by umount, through sysfs, or by the
+    /// watchdog.
+    #[error("the device files in {} have been ended from outside", dir.display())]
+    FilesLost {
+        /// Where they were.
         dir: PathBuf,
     },
 }
 
 impl Daemon {
-    /// Mounts the device files, creates the devices of `config` and opens the control socket.
+    /// Takes the device files into service, creates the devices of `config` and opens the control socket.
     ///
     /// When this returns, devices and socket can be used. On an error nothing is left running.
     ///
     /// # Errors
     /// [`StartError`].
     pub fn start(config: &Config) -> Result<Self, StartError> {
-        vdpa_sys::userns::fuse_available()
-            .map_err(|error| StartError::Environment { what: error.to_string() })?;
+        let place = choose(config, cuse::available)?;
+        if let Place::Mount(_) = place {
+            vdpa_sys::userns::fuse_available().map_err(|error| StartError::environment(&error))?;
+        }
         // Pinned guest memory is charged to its owner by us; the daemon's own limit must not come first. Where it
         // cannot be raised, a device that is to pin says so.
         if let Err(error) = rlimit::raise_memlock(None) {
             tracing::debug!("RLIMIT_MEMLOCK stays as it is: {error}");
         }
-        let dir = prepare_dir(&config.dir)?;
         let exe = std::env::current_exe().map_err(StartError::Watchdog)?;
-        let mut watchdog =
-            watchdog::spawn(&exe, &dir, config.watchdog_timeout).map_err(StartError::Watchdog)?;
+        let mut watchdog = watchdog::spawn(&exe, config.watchdog_timeout).map_err(StartError::Watchdog)?;
         let options = Options {
             request_timeout: config.request_timeout,
             heartbeat: watchdog.take_heartbeat(),
             heartbeat_interval: config.watchdog_timeout / 5,
             ..Options::default()
         };
-        let files = FuseFs::mount(&dir, options)?;
-        let bus = Arc::new(Bus::new(Arc::clone(&files)));
+        let files = match &place {
+            Place::Dev(dir) => DeviceFiles::cuse(dir, options)?,
+            Place::Mount(dir) => DeviceFiles::mount(dir, options)?,
+        };
+        let bus = Arc::new(Bus::new(Arc::clone(&files), config.workers, config.poll));
         for device in &config.devices {
             bus.add(device.clone())
                 .map_err(|source| StartError::Device { name: device.name.clone(), source })?;
@@ -119,7 +132,7 @@ impl Daemon {
         Ok(Self { control, bus, files, watchdog })
     }
 
-    /// Blocks until SIGTERM or SIGINT or until the mount is gone, and tells the service manager when it is ready and when it stops.
+    /// Blocks until SIGTERM or SIGINT or until the device files are gone, and tells the service manager when it is ready and when it stops.
     ///
     /// # Errors
     /// [`RunError`].
@@ -135,9 +148,10 @@ impl Daemon {
             let name = tokio::select! {
                 _ = terminate.recv() => "SIGTERM",
                 _ = interrupt.recv() => "SIGINT",
-                () = self.mount_lost() => {
+                // A daemon without device files is of no use, and whoever supervises it can start another one.
+                () = self.files.ended() => {
                     notify::service_manager("STOPPING=1");
-                    return Err(RunError::MountLost { dir: self.files.dir().into() });
+                    return Err(RunError::FilesLost { dir: self.files.dir().into() });
                 }
             };
             tracing::info!(signal = name, "stopping");
@@ -146,16 +160,7 @@ impl Daemon {
         })
     }
 
-    /// Returns when the device files cannot be served any more: a daemon without them is of no use, and whoever
-    /// supervises it can start another one.
-    async fn mount_lost(&self) {
-        let mut look = tokio::time::interval(Duration::from_secs(1));
-        while self.files.is_serving() {
-            look.tick().await;
-        }
-    }
-
-    /// Closes the control socket, then takes the devices from their clients and removes the mount.
+    /// Closes the control socket, then takes the devices from their clients and removes their files.
     pub fn stop(self) {
         self.control.shutdown();
         self.bus.shutdown();
@@ -164,6 +169,52 @@ impl Daemon {
             tracing::warn!("the watchdog's end was not seen: {error}");
         }
     }
+}
+
+impl StartError {
+    fn environment(error: &dyn std::error::Error) -> Self {
+        Self::Environment { what: error.to_string() }
+    }
+}
+
+/// Where the device files are to be, and as what.
+#[derive(Debug, PartialEq, Eq)]
+enum Place {
+    /// Files, in a mount over this directory.
+    Mount(PathBuf),
+    /// Character devices, in this directory.
+    Dev(PathBuf),
+}
+
+/// Chooses between character devices and files, and tells the log why.
+fn choose<E: std::error::Error>(
+    config: &Config,
+    available: impl Fn() -> Result<(), E>,
+) -> Result<Place, StartError> {
+    let dev = || config.dir.clone().unwrap_or_else(|| PathBuf::from("/dev"));
+    let why = match config.front {
+        Choice::Cuse => {
+            return available().map(|()| Place::Dev(dev())).map_err(|error| StartError::environment(&error));
+        }
+        Choice::Fuse => "asked for".into(),
+        Choice::Auto if cuse::prefix_of(&dev()).is_none() => "the directory is not below /dev".into(),
+        Choice::Auto => match available() {
+            Ok(()) => {
+                tracing::info!("front end: cuse, character devices");
+                return Ok(Place::Dev(dev()));
+            }
+            Err(error) => error.to_string(),
+        },
+    };
+    let dir = config.dir.clone().unwrap_or_else(|| config.mount_dir.clone());
+    if cuse::prefix_of(&dir).is_some_and(|prefix| prefix.is_empty()) {
+        // A mount would cover all of it.
+        return Err(StartError::Environment {
+            what: format!("device files directly in /dev take CUSE, and: {why}"),
+        });
+    }
+    tracing::info!(why, "front end: fuse, files");
+    Ok(Place::Mount(dir))
 }
 
 /// A text that does not describe a device.
@@ -219,6 +270,44 @@ pub fn parse_device(text: &str) -> Result<AddRequest, DeviceTextError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn chosen(front: Choice, dir: Option<&str>, there: bool) -> Result<Place, String> {
+        let config = Config {
+            front,
+            dir: dir.map(PathBuf::from),
+            mount_dir: "/run/vdpad/dev".into(),
+            control: PathBuf::new(),
+            request_timeout: Duration::from_secs(1),
+            watchdog_timeout: Duration::from_secs(1),
+            workers: 1,
+            poll: Duration::ZERO,
+            devices: Vec::new(),
+        };
+        let available = || if there { Ok(()) } else { Err(io::Error::from(io::ErrorKind::NotFound)) };
+        choose(&config, available).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn character_devices_are_chosen_where_they_can_be_made() {
+        let dev = |dir: &str| Ok(Place::Dev(dir.into()));
+        let mount = |dir: &str| Ok(Place::Mount(dir.into()));
+        assert_eq!(chosen(Choice::Auto, None, true), dev("/dev"));
+        assert_eq!(chosen(Choice::Auto, None, false), mount("/run/vdpad/dev"));
+        assert_eq!(chosen(Choice::Auto, Some("/dev/vhost-vdpa"), true), dev("/dev/vhost-vdpa"));
+        assert_eq!(chosen(Choice::Auto, Some("/dev/vhost-vdpa"), false), mount("/dev/vhost-vdpa"));
+        assert_eq!(chosen(Choice::Auto, Some("/tmp/x"), true), mount("/tmp/x"));
+        assert_eq!(chosen(Choice::Fuse, None, true), mount("/run/vdpad/dev"));
+        assert_eq!(chosen(Choice::Cuse, None, true), dev("/dev"));
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_and_never_a_mount_over_dev() {
+        assert!(chosen(Choice::Cuse, None, false).unwrap_err().contains("not found"));
+        for front in [Choice::Auto, Choice::Fuse] {
+            assert!(chosen(front, Some("/dev"), false).unwrap_err().contains("CUSE"));
+            assert!(chosen(front, Some("/dev/"), false).unwrap_err().contains("CUSE"));
+        }
+    }
 
     #[test]
     fn devices_are_read_from_words() {

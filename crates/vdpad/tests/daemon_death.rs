@@ -31,8 +31,47 @@ fn open_raw(path: &Path) -> i32 {
     std::fs::File::options().read(true).write(true).open(path).unwrap_err().raw_os_error().unwrap()
 }
 
+/// Times that threads of the process went to sleep, by thread.
+fn sleeps(pid: rustix::process::Pid) -> Vec<(String, u64)> {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", pid.as_raw_nonzero())).unwrap();
+    let mut sleeps: Vec<_> = tasks
+        .map(|task| {
+            let status = std::fs::read_to_string(task.unwrap().path().join("status")).unwrap();
+            let field = |name: &str| {
+                status.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim().to_owned()
+            };
+            let count = field("voluntary_ctxt_switches:").parse().unwrap();
+            (format!("{} {}", field("Pid:"), field("Name:")), count)
+        })
+        .collect();
+    sleeps.sort();
+    sleeps
+}
+
 mod heavy {
     use super::*;
+
+    #[test]
+    fn a_daemon_that_nobody_asks_does_not_wake_up() {
+        let vdpad = Vdpad::start(LIMIT);
+        let device = vdpad.add_any("disk0", "blk");
+        vdpad.add_any("disk1", "sim-blk");
+        let mut disk = Disk::start(&device, disk::MEMORY_MIN);
+        disk.check(8);
+        // It says that it rests when it has looked again.
+        let (mut before, mut rounds) = (sleeps(vdpad.pid()), 0);
+        loop {
+            thread::sleep(Duration::from_secs(3));
+            let now = sleeps(vdpad.pid());
+            if now == before {
+                break;
+            }
+            rounds += 1;
+            assert!(rounds < 5, "it does not come to rest:\n{before:?}\n{now:?}");
+            before = now;
+        }
+        disk.check(8);
+    }
 
     #[test]
     fn a_stopped_daemon_does_not_hold_its_clients() {
@@ -68,7 +107,7 @@ mod heavy {
         // Of no use without its files, it ends, for whoever supervises it to start another one.
         vdpad.signal(Signal::CONT);
         assert_eq!(vdpad.wait().code(), Some(1), "{}", vdpad.log());
-        assert!(vdpad.log().contains("has been ended; the device files are gone"), "{}", vdpad.log());
+        assert!(vdpad.log().contains("have been ended from outside"), "{}", vdpad.log());
     }
 
     #[test]
@@ -121,7 +160,7 @@ mod heavy {
 /// The only child of a process.
 fn child_of(pid: rustix::process::Pid) -> Option<rustix::process::Pid> {
     let pid = pid.as_raw_nonzero();
-    let mut children = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().flat_map(|task| {
+    let mut children = std::fs::read_dir(format!("/proc/{}/task", pid)).unwrap().flat_map(|task| {
         let text = std::fs::read_to_string(task.unwrap().path().join("children")).unwrap_or_default();
         text.split_whitespace().map(|child| child.parse().unwrap()).collect::<Vec<i32>>()
     });

@@ -18,7 +18,7 @@ use parking_lot::{Condvar, Mutex};
 use vdpa_core::Errno;
 use vdpa_sys::fuse::{MountOptions, unmount};
 use vdpad::front::fuse::{
-    AddError, DeviceFile, FileAttributes, FuseFs, IoctlCall, IoctlReply, Options, ServeError,
+    AddError, DeviceFile, DeviceFiles, FileAttributes, IoctlCall, IoctlReply, Options, ServeError,
 };
 
 const LIMIT: Duration = Duration::from_secs(20);
@@ -26,7 +26,7 @@ const NOBODY: u32 = 65534;
 
 /// A mount in a directory of its own that cannot hang a test for longer than [`LIMIT`].
 struct Fixture {
-    fs: Option<Arc<FuseFs>>,
+    fs: Option<Arc<DeviceFiles>>,
     dir: PathBuf,
     _outer: tempfile::TempDir,
     _done: mpsc::Sender<()>,
@@ -47,11 +47,12 @@ impl Fixture {
                 std::process::abort();
             }
         });
-        let fs = FuseFs::mount(&dir, options).expect("these tests need /dev/fuse and the right to mount");
+        let fs =
+            DeviceFiles::mount(&dir, options).expect("these tests need /dev/fuse and the right to mount");
         Self { fs: Some(fs), dir, _outer: outer, _done: done }
     }
 
-    fn fs(&self) -> &FuseFs {
+    fn fs(&self) -> &DeviceFiles {
         self.fs.as_ref().unwrap()
     }
 
@@ -456,13 +457,13 @@ fn a_forced_unmount_from_outside_is_noticed() {
 #[test]
 fn a_live_mount_is_refused_and_a_dead_one_replaced() {
     let mut fixture = Fixture::new(Options::default());
-    let error = FuseFs::mount(&fixture.dir, Options::default()).unwrap_err();
+    let error = DeviceFiles::mount(&fixture.dir, Options::default()).unwrap_err();
     assert!(matches!(error, ServeError::Served { .. }), "{error}");
     fixture.fs.take().unwrap().shutdown();
     // What a daemon leaves that was killed: a mount whose connection nobody holds.
     drop(vdpa_sys::fuse::mount(&fixture.dir, &MountOptions::default()).unwrap());
     assert_eq!(errno(fs::metadata(&fixture.dir)), libc::ENOTCONN);
-    fixture.fs = Some(FuseFs::mount(&fixture.dir, Options::default()).unwrap());
+    fixture.fs = Some(DeviceFiles::mount(&fixture.dir, Options::default()).unwrap());
     fixture.add("vdpa0");
     assert_eq!(names(&fixture.dir), ["vdpa0"]);
 }

@@ -1,6 +1,6 @@
 //! The watchdog process against a daemon that is stopped and one that is killed.
 //!
-//! This program plays all parts: `daemon DIR`, `watchdog --mount DIR --timeout S` (as `vdpad` does), and the tests.
+//! This program plays all parts: `daemon DIR`, `watchdog --source SOURCE --timeout S` (as `vdpad` does), and the tests.
 #![expect(unsafe_code, reason = "the ioctl of a client, as clients make it")]
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use vdpa_core::Errno;
 use vdpa_sys::fuse::{FS_TYPE, fs_type_at, unmount};
-use vdpad::front::fuse::{DeviceFile, FuseFs, IoctlCall, IoctlReply, Options, prepare_dir};
+use vdpad::front::fuse::{DeviceFile, DeviceFiles, IoctlCall, IoctlReply, Options, prepare_dir};
 use vdpad::front::watchdog;
 
 const LIMIT: Duration = Duration::from_secs(20);
@@ -39,10 +39,10 @@ impl DeviceFile for Plain {
 
 fn daemon(dir: &Path) {
     let dir = &prepare_dir(dir).unwrap();
-    let mut guard = watchdog::spawn(&std::env::current_exe().unwrap(), dir, TIMEOUT).unwrap();
+    let mut guard = watchdog::spawn(&std::env::current_exe().unwrap(), TIMEOUT).unwrap();
     let options =
         Options { heartbeat: guard.take_heartbeat(), heartbeat_interval: TIMEOUT / 5, ..Options::default() };
-    let fs = FuseFs::mount(dir, options).unwrap();
+    let fs = DeviceFiles::mount(dir, options).unwrap();
     fs.add("vdpa0", Arc::new(Plain)).unwrap();
     println!("watchdog {}", guard.pid());
     let deadline = Instant::now() + LIMIT;
@@ -141,6 +141,21 @@ fn a_stopped_daemon_does_not_hold_its_clients() {
     assert!(running.child.wait().unwrap().success(), "the daemon notices and ends in order");
 }
 
+/// Without requests there are no heartbeats either, where the kernel tells the watchdog what waits.
+fn nor_does_one_that_is_stopped_while_it_rests() {
+    let running = Running::start();
+    let file = File::open(running.dir.join("vdpa0")).unwrap();
+    thread::sleep(TIMEOUT * 3);
+    assert!(running.is_mounted());
+    ask(&file).expect("a daemon that rests is left alone");
+    thread::sleep(TIMEOUT);
+    running.stop();
+    thread::sleep(TIMEOUT * 2);
+    let begin = Instant::now();
+    assert_eq!(ask(&file), Err(libc::ECONNABORTED));
+    assert!(begin.elapsed() < TIMEOUT * 5, "{:?}", begin.elapsed());
+}
+
 fn a_killed_daemon_leaves_no_mount() {
     let mut running = Running::start();
     running.signal(Signal::KILL);
@@ -167,16 +182,17 @@ fn an_orderly_end_takes_the_watchdog_along() {
 /// A daemon that starts where another serves gives up, and its watchdog must not take the other's mount along.
 fn a_daemon_that_could_not_mount_harms_nobody() {
     let running = Running::start();
-    let mut guard = watchdog::spawn(&std::env::current_exe().unwrap(), &running.dir, TIMEOUT).unwrap();
+    let mut guard = watchdog::spawn(&std::env::current_exe().unwrap(), TIMEOUT).unwrap();
     let heartbeat = guard.take_heartbeat();
-    FuseFs::mount(&running.dir, Options { heartbeat, ..Options::default() }).unwrap_err();
+    DeviceFiles::mount(&running.dir, Options { heartbeat, ..Options::default() }).unwrap_err();
     assert!(guard.wait().unwrap().success());
     ask(&File::open(running.dir.join("vdpa0")).unwrap()).unwrap();
 }
 
-const TESTS: [(&str, fn()); 4] = [
+const TESTS: [(&str, fn()); 5] = [
     ("a_daemon_that_could_not_mount_harms_nobody", a_daemon_that_could_not_mount_harms_nobody),
     ("a_stopped_daemon_does_not_hold_its_clients", a_stopped_daemon_does_not_hold_its_clients),
+    ("nor_does_one_that_is_stopped_while_it_rests", nor_does_one_that_is_stopped_while_it_rests),
     ("a_killed_daemon_leaves_no_mount", a_killed_daemon_leaves_no_mount),
     ("an_orderly_end_takes_the_watchdog_along", an_orderly_end_takes_the_watchdog_along),
 ];
@@ -186,9 +202,9 @@ fn main() {
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     match words[..] {
         ["daemon", dir] => daemon(Path::new(dir)),
-        ["watchdog", "--mount", dir, "--source", source, "--timeout", seconds] => {
+        ["watchdog", "--source", source, "--timeout", seconds] => {
             let timeout = Duration::from_secs_f64(seconds.parse().unwrap());
-            watchdog::run(std::io::stdin(), Path::new(dir), source, timeout).unwrap();
+            watchdog::run(std::io::stdin(), source, timeout).unwrap();
         }
         _ => run_tests(&words),
     }

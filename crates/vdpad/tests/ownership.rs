@@ -49,6 +49,13 @@ fn expect(peer: &mut Peer, prefix: &str, (vring, iotlb): (Result<(), Errno>, Res
     }
 }
 
+/// Address spaces that the daemon holds.
+fn holds(daemon: &Daemon) -> usize {
+    let files = std::fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap();
+    let targets = files.filter_map(|file| std::fs::read_link(file.ok()?.path()).ok());
+    targets.filter(|target| target.starts_with("/proc") && target.ends_with("mem")).count()
+}
+
 #[test]
 fn another_process_with_the_descriptor_has_to_become_the_owner() {
     on_both(|daemon, path| {
@@ -120,6 +127,46 @@ fn an_image_after_exec_is_another_owner() {
         assert_eq!(peer.tell("new_owner"), Ok(()));
         expect(&mut peer, "", (Ok(()), Ok(())));
         assert_eq!(daemon.info("d0").state.owner.unwrap().pid, peer.pid());
+    });
+}
+
+/// The daemon gets to know whom it refuses; it must not take for that one what came after it.
+#[test]
+fn who_was_refused_is_another_after_exec() {
+    on_both(|daemon, path| {
+        let device = open(path);
+        let (mut owner, mut heir) = (Peer::inheriting(&device), Peer::inheriting(&device));
+        assert_eq!(owner.tell("owner"), Ok(()));
+        expect(&mut heir, "", (PERM, FAULT));
+        assert_eq!(heir.tell("exec"), Ok(()));
+        assert_eq!(heir.tell("new_owner"), Ok(()));
+        expect(&mut heir, "", (Ok(()), Ok(())));
+        expect(&mut owner, "", (PERM, FAULT));
+        assert_eq!(daemon.info("d0").state.owner.unwrap().pid, heir.pid());
+    });
+}
+
+/// Of all whom the daemon refused and got to know, it holds the last one only, and nobody once the device is closed.
+#[test]
+fn of_those_it_refused_the_daemon_holds_one_at_most() {
+    on_both(|daemon, path| {
+        let device = open(path);
+        let mut owner = Peer::inheriting(&device);
+        assert_eq!(owner.tell("owner"), Ok(()));
+        let before = holds(daemon);
+        for _ in 0..20 {
+            let mut stranger = Peer::inheriting(&device);
+            expect(&mut stranger, "", (PERM, FAULT));
+            assert!(holds(daemon) <= before + 1);
+            stranger.kill();
+        }
+        assert_eq!(holds(daemon), before + 1, "the last one is known");
+        let mut heir = Peer::inheriting(&device);
+        expect(&mut heir, "", (PERM, FAULT));
+        assert_eq!(heir.tell("new_owner"), Ok(()));
+        // The former owner is let go after the answer, and before the next one.
+        expect(&mut heir, "", (Ok(()), Ok(())));
+        assert_eq!(holds(daemon), before);
     });
 }
 

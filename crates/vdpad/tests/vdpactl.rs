@@ -119,12 +119,14 @@ fn dev_show_statistics() {
         "\
 vdpa0: type network mgmtdev vdpasim_net vendor_id 0 max_vqs 3 max_vq_size 256
   path /run/vdpad/dev/vdpa0
+  front fuse
   min_vq_size 1
   open false suspended false status 0x0
   pinned 0 pages
   mappings 0
 blk0: type block mgmtdev vdpasim_blk vendor_id 0 max_vqs 1 max_vq_size 256
   path /run/vdpad/dev/blk0
+  front fuse
   min_vq_size 1
   open true suspended false status acknowledge|driver|features_ok|driver_ok
   owner pid 4711 comm qemu since 2026-11-21T07:12:49Z
@@ -144,6 +146,7 @@ blk0: type block mgmtdev vdpasim_blk vendor_id 0 max_vqs 1 max_vq_size 256
             "max_vqs": 1,
             "max_vq_size": 256,
             "path": "/run/vdpad/dev/blk0",
+            "front": "fuse",
             "min_vq_size": 1,
             "open": true,
             "suspended": false,

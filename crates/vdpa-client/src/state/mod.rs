@@ -18,11 +18,13 @@
 //! # Ok::<(), vdpa_client::state::StateError>(())
 //! ```
 
+pub mod packed;
 pub mod v1;
 pub mod v2;
 
 use std::collections::HashSet;
 
+use crc::{CRC_32_ISCSI, Crc, Table};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
@@ -365,9 +367,14 @@ fn read_sections(payload: &[u8]) -> Result<Sections, StateError> {
     Ok(sections)
 }
 
+static CRC32C: Crc<u32, Table<16>> = Crc::<u32, Table<16>>::new(&CRC_32_ISCSI);
+
 /// The checksum covers the length too, so that no single field of the header can change unseen.
 fn checksum(len: u64, payload: &[u8]) -> u32 {
-    crc32c::crc32c_append(crc32c::crc32c(&len.to_le_bytes()), payload)
+    let mut digest = CRC32C.digest();
+    digest.update(&len.to_le_bytes());
+    digest.update(payload);
+    digest.finalize()
 }
 
 struct Reader<'a> {

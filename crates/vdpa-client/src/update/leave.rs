@@ -88,7 +88,9 @@ impl<'a> Open<'a> {
         let system = |source| Cause::System { action: "keep a descriptor open over the exec", source };
         let flags = rustix::io::fcntl_getfd(fd).map_err(|e| system(Errno::from_raw(e.raw_os_error())))?;
         if flags.contains(FdFlags::CLOEXEC) {
-            set_close_on_exec(fd, false).map_err(system)?;
+            // Without the look at the flag that comes with `set_close_on_exec`: each call counts here.
+            rustix::io::fcntl_setfd(fd, flags - FdFlags::CLOEXEC)
+                .map_err(|e| system(Errno::from_raw(e.raw_os_error())))?;
             self.0.push(fd);
         }
         Ok(())

@@ -7,7 +7,7 @@ use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::{set_socket_passcred, socket_domain, socket_peercred, socket_type};
@@ -163,7 +163,13 @@ pub(super) struct Wait<'a> {
     pub(super) cancel: Option<&'a Cancel>,
     /// Descriptor of the other process (pidfd): readable when it has ended.
     pub(super) process: Option<BorrowedFd<'a>>,
+    /// Look again and again for a moment before sleeping: the answer is due, devices wait for it, and waking a thread of an
+    /// idle CPU takes longer than the rest of a message. Others that want this CPU get it meanwhile.
+    pub(super) soon: bool,
 }
+
+/// For how long to look again and again, with [`Wait::soon`].
+const SOON: Duration = Duration::from_micros(300);
 
 /// One end of the conversation.
 #[derive(Debug)]
@@ -240,7 +246,17 @@ impl Link {
         Ok(())
     }
 
-    pub(super) fn receive(&self, wait: Wait<'_>) -> Result<Message, LinkError> {
+    /// Says that a message is about to come, to whoever waits for one: it is awake then when that comes. Nothing depends
+    /// on it.
+    pub(super) fn announce(&self) {
+        let _ = self.send_bytes(
+            &header(Kind::Descriptors, 0),
+            &[],
+            Wait { until: Some(Instant::now()), ..Wait::default() },
+        );
+    }
+
+    pub(super) fn receive(&self, mut wait: Wait<'_>) -> Result<Message, LinkError> {
         let mut came = Ancillary::default();
         loop {
             let mut bytes = [0; HEADER];
@@ -250,6 +266,7 @@ impl Link {
                 return Err(LinkError::Protocol { what: format!("more than {FDS_MAX} descriptors") });
             }
             if kind == Kind::Descriptors {
+                wait.soon = true;
                 continue;
             }
             let mut payload = Vec::new();
@@ -272,6 +289,7 @@ impl Link {
         came: &mut Ancillary,
         wait: Wait<'_>,
     ) -> Result<(), LinkError> {
+        let mut awake = wait.soon.then(|| Instant::now() + SOON);
         while !bytes.is_empty() {
             let mut space =
                 [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_AT_ONCE), ScmCredentials(1))];
@@ -279,7 +297,12 @@ impl Link {
             let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
             let received = match recvmsg(&self.0, &mut [IoSliceMut::new(bytes)], &mut control, flags) {
                 Ok(received) => received,
+                Err(rustix::io::Errno::AGAIN) if awake.is_some_and(|until| Instant::now() < until) => {
+                    rustix::thread::sched_yield();
+                    continue;
+                }
                 Err(rustix::io::Errno::AGAIN) => {
+                    awake = None;
                     self.wait(PollFlags::IN, wait)?;
                     continue;
                 }

@@ -35,7 +35,7 @@ impl Conversation {
 
     /// Waits for one kind of message, as long as it takes: only the predecessor decides.
     pub(super) fn hear(&mut self, kind: Kind) -> Result<Message, Cause> {
-        let message = self.link.receive(Wait::default())?;
+        let message = self.link.receive(Wait { soon: kind == Kind::Commit, ..Wait::default() })?;
         if self.process.is_none() {
             let pid = message.sender.and_then(Pid::from_raw);
             self.process = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());

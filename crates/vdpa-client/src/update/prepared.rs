@@ -295,6 +295,9 @@ impl Prepared {
         {
             return Err(Box::new(Failed { error, devices, lost: Vec::new() }));
         }
+        if let To::Process(_, successor) = &self.to {
+            successor.announce();
+        }
         let mut resting: Vec<AtRest<D>> = Vec::with_capacity(devices.len());
         let mut waiting = devices.into_iter().zip(&self.chosen);
         while let Some(((name, session), chosen)) = waiting.next() {

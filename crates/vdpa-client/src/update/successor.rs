@@ -76,7 +76,7 @@ impl Successor {
     }
 
     fn wait<'a>(&'a self, until: Option<Instant>, cancel: Option<&'a Cancel>) -> Wait<'a> {
-        Wait { until, cancel, process: self.pidfd.as_ref().map(AsFd::as_fd) }
+        Wait { until, cancel, process: self.pidfd.as_ref().map(AsFd::as_fd), soon: self.acting }
     }
 
     /// Offers everything that is known and waits until the successor is ready.
@@ -99,6 +99,11 @@ impl Successor {
             Kind::Refused => Err(self.refused(&answer)),
             kind => Err(unexpected(kind)),
         }
+    }
+
+    /// Says that the rest of the state is about to come.
+    pub(super) fn announce(&self) {
+        self.link.announce();
     }
 
     /// Sends the rest of the state and waits until the successor has the devices.

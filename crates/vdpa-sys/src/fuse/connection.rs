@@ -15,7 +15,7 @@ use crate::uapi::fuse::{
 };
 
 /// The oldest protocol served: Linux 5.4.
-const MIN_MINOR: u32 = 31;
+pub(super) const MIN_MINOR: u32 = 31;
 
 /// RELEASE is a background request: were more than this many unanswered, the kernel would hold back further
 /// ones while an OPEN that follows overtakes them, and exclusive open would fail with a false `EBUSY`.
@@ -115,13 +115,7 @@ impl Connection {
     pub fn handshake(&self, timeout: Duration) -> Result<Negotiated, HandshakeError> {
         let io = |errno| HandshakeError::Io { errno };
         let mut buffer = vec![0; BUFFER_SIZE];
-        if self.wait(None, timeout).map_err(io)? == Readiness::TimedOut {
-            return Err(HandshakeError::Silent { waited: timeout });
-        }
-        let len =
-            self.read_request(&mut buffer).map_err(io)?.ok_or(HandshakeError::Silent { waited: timeout })?;
-        let request = Request::decode(buffer.get(..len).unwrap_or_default())
-            .map_err(|error| HandshakeError::NotInit { found: error.to_string() })?;
+        let request = self.first_request(&mut buffer, timeout)?;
         let Operation::Init(init) = request.operation else {
             return Err(HandshakeError::NotInit { found: format!("opcode {}", request.header.opcode) });
         };
@@ -134,6 +128,21 @@ impl Connection {
         let (negotiated, answer) = agree(&init);
         self.reply(request.header.unique, Ok(&[answer.as_bytes()])).map_err(io)?;
         Ok(negotiated)
+    }
+
+    /// Reads what a new connection begins with.
+    pub(super) fn first_request<'a>(
+        &self,
+        buffer: &'a mut [u8],
+        timeout: Duration,
+    ) -> Result<Request<'a>, HandshakeError> {
+        let io = |errno| HandshakeError::Io { errno };
+        if self.wait(None, timeout).map_err(io)? == Readiness::TimedOut {
+            return Err(HandshakeError::Silent { waited: timeout });
+        }
+        let len = self.read_request(buffer).map_err(io)?.ok_or(HandshakeError::Silent { waited: timeout })?;
+        Request::decode(buffer.get(..len).unwrap_or_default())
+            .map_err(|error| HandshakeError::NotInit { found: error.to_string() })
     }
 
     /// Waits until a request is there or `wake` is readable.

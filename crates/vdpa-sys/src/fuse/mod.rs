@@ -5,13 +5,18 @@
 //! nodes; those are the file system's.
 
 mod connection;
+pub mod cuse;
 mod mount;
 mod request;
+mod waiting;
 
 pub use connection::{Connection, HandshakeError, Negotiated, Readiness};
 pub(crate) use mount::open_device;
-pub use mount::{FS_TYPE, MountError, MountOptions, Mounted, fs_type_at, mount, mounted_at, unmount};
+pub use mount::{
+    FS_TYPE, MountError, MountOptions, Mounted, fs_type_at, mount, mounted_at, unmount, unmount_lazily,
+};
 pub use request::{DecodeError, Forgets, Operation, Request};
+pub use waiting::Connections;
 
 /// Bytes of the largest write the kernel is told to send. The messages of the interface have 72 bytes; the
 /// rest is room for what a curious caller writes.

@@ -147,6 +147,17 @@ pub fn unmount(dir: &Path) -> Result<(), MountError> {
     )
 }
 
+/// Takes the mount at `path` out of the name space and leaves those who have a file of it open alone: the connection
+/// ends when the last of them, and of its bind mounts, has gone.
+///
+/// # Errors
+/// `EINVAL` when nothing is mounted there.
+pub fn unmount_lazily(path: &Path) -> Result<(), MountError> {
+    rustix::mount::unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW).map_err(|error| {
+        MountError::Unmount { dir: path.into(), errno: Errno::from_raw(error.raw_os_error()) }
+    })
+}
+
 /// What is mounted somewhere.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mounted {
@@ -154,6 +165,8 @@ pub struct Mounted {
     pub fs_type: String,
     /// Source: [`MountOptions::fsname`] for a mount of ours.
     pub source: String,
+    /// Minor number of its device, which names a FUSE connection; its major number is 0.
+    pub minor: u32,
 }
 
 /// The type of the file system mounted exactly at `dir`, the topmost one; `None` when it is no mount point.
@@ -182,9 +195,10 @@ fn find(table: &str, dir: &str) -> Option<Mounted> {
     table.lines().rev().find_map(|line| {
         let (left, right) = line.split_once(" - ")?;
         let place = left.split(' ').nth(4)?;
+        let minor = left.split(' ').nth(2)?.split_once(':')?.1.parse().ok()?;
         let mut words = right.split(' ');
         let (fs_type, source) = (words.next()?.to_owned(), unescape(words.next()?));
-        (unescape(place) == dir).then_some(Mounted { fs_type, source })
+        (unescape(place) == dir).then_some(Mounted { fs_type, source, minor })
     })
 }
 
@@ -202,10 +216,13 @@ mod tests {
         let table = "1 0 8:1 / / rw - ext4 /dev/sda rw\n\
                      2 1 0:5 / /run/vdpa\\040x rw shared:7 - tmpfs tmpfs rw\n\
                      3 2 0:6 / /run/vdpa\\040x rw - fuse.vdpad vdpad rw,user_id=0\n";
-        let mounted =
-            |fs_type: &str, source: &str| Mounted { fs_type: fs_type.into(), source: source.into() };
-        assert_eq!(find(table, "/run/vdpa x"), Some(mounted("fuse.vdpad", "vdpad")));
-        assert_eq!(find(table, "/"), Some(mounted("ext4", "/dev/sda")));
+        let mounted = |fs_type: &str, source: &str, minor| Mounted {
+            fs_type: fs_type.into(),
+            source: source.into(),
+            minor,
+        };
+        assert_eq!(find(table, "/run/vdpa x"), Some(mounted("fuse.vdpad", "vdpad", 6)));
+        assert_eq!(find(table, "/"), Some(mounted("ext4", "/dev/sda", 1)));
         assert_eq!(find(table, "/run"), None);
     }
 

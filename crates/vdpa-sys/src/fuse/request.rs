@@ -3,8 +3,8 @@
 use zerocopy::FromBytes;
 
 use crate::uapi::fuse::{
-    AccessIn, BatchForgetIn, FlushIn, ForgetIn, ForgetOne, GetattrIn, GetxattrIn, InHeader, InitIn,
-    InterruptIn, IoctlIn, OpenIn, PollIn, ReadIn, ReleaseIn, SetattrIn, WriteIn, init_flags, opcode,
+    AccessIn, BatchForgetIn, CuseInitIn, FlushIn, ForgetIn, ForgetOne, GetattrIn, GetxattrIn, InHeader,
+    InitIn, InterruptIn, IoctlIn, OpenIn, PollIn, ReadIn, ReleaseIn, SetattrIn, WriteIn, init_flags, opcode,
 };
 
 /// One request of the kernel.
@@ -21,6 +21,7 @@ pub struct Request<'a> {
 #[expect(missing_docs, reason = "the variants are the requests of uapi::fuse::opcode, documented there")]
 pub enum Operation<'a> {
     Init(InitIn),
+    CuseInit(CuseInitIn),
     Lookup {
         name: &'a [u8],
     },
@@ -135,6 +136,7 @@ impl<'a> Operation<'a> {
     fn decode(code: u32, body: &'a [u8]) -> Option<Self> {
         Some(match code {
             opcode::INIT => Self::Init(init(body)?),
+            opcode::CUSE_INIT => Self::CuseInit(args(body)?.0),
             opcode::LOOKUP => Self::Lookup { name: name(body)? },
             opcode::FORGET => Self::Forget(args(body)?.0),
             opcode::BATCH_FORGET => Self::BatchForget(forgets(body)?),
@@ -310,6 +312,7 @@ mod tests {
         let getxattr = GetxattrIn::default();
         let messages: Vec<(u32, Vec<&[u8]>)> = vec![
             (opcode::INIT, vec![&[7; 64]]),
+            (opcode::CUSE_INIT, vec![&[7; 16]]),
             (opcode::LOOKUP, vec![b"vhost-vdpa-0\0"]),
             (opcode::BATCH_FORGET, vec![&[1, 0, 0, 0, 0, 0, 0, 0], &[1; 16]]),
             (opcode::IOCTL, vec![ioctl.as_bytes(), &[1; 8]]),

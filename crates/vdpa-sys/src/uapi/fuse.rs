@@ -6,11 +6,10 @@
     reason = "zerocopy's derive makes a nameless public type for each field"
 )]
 
-mod numbers;
-
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-pub use numbers::{init_flags, ioctl_flags, notify, opcode, open_flags, setattr_valid};
+pub use cuse::{CuseInitIn, CuseInitOut};
+pub use numbers::{cuse_flags, init_flags, ioctl_flags, notify, opcode, open_flags, setattr_valid};
 
 /// `FUSE_KERNEL_VERSION`.
 pub const KERNEL_VERSION: u32 = 7;
@@ -32,6 +31,9 @@ macro_rules! wire {
         const _: () = assert!(size_of::<$name>() == $size);
     };
 }
+
+mod cuse;
+mod numbers;
 
 wire! {
     /// `struct fuse_in_header`: begins every request.

@@ -3,7 +3,7 @@
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
-use io_uring::squeue::Entry;
+use io_uring::squeue::{Entry, Flags};
 use io_uring::{opcode, types};
 use vdpa_core::Errno;
 
@@ -14,6 +14,9 @@ use super::{Buffers, IoPiece, OwnedBuf};
 pub enum File {
     /// By descriptor, held until the request completes.
     Fd(Arc<OwnedFd>),
+    /// As [`Fd`](Self::Fd), of a file system that may wait although it is asked not to: every request goes to a kernel
+    /// thread, so that whoever submits does not wait.
+    Blocking(Arc<OwnedFd>),
     /// By slot of the registered files; an empty slot gives `EBADF`.
     Registered(u32),
 }
@@ -122,7 +125,7 @@ impl Held {
     fn file(file: File) -> Self {
         match file {
             File::Registered(_) => Self::Nothing,
-            File::Fd(_) => Self::Other { _keep: (None, Some(file)) },
+            File::Fd(_) | File::Blocking(_) => Self::Other { _keep: (None, Some(file)) },
         }
     }
 
@@ -141,6 +144,10 @@ macro_rules! with_file {
             File::Fd(fd) => {
                 let $fd = types::Fd(fd.as_raw_fd());
                 $entry
+            }
+            File::Blocking(fd) => {
+                let $fd = types::Fd(fd.as_raw_fd());
+                $entry.flags(Flags::ASYNC)
             }
             File::Registered(slot) => {
                 let $fd = types::Fixed(*slot);

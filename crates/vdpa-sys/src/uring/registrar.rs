@@ -39,13 +39,15 @@ impl Files {
     const SLOTS: u32 = 1024;
 }
 
-/// A file registered with a ring; the slot is emptied when it is dropped.
+/// A file registered with a ring; the slot is emptied when it is dropped, and may be another file's from then on.
 ///
-/// To be dropped when no request that names it is waiting to be submitted: such a request would find the slot empty, or
-/// another file in it. Requests that were submitted keep the file.
+/// To be dropped when no request that names it waits to be submitted, and to be [retired](Self::retire) otherwise:
+/// such a request would find another file. Requests that were submitted keep the file.
 pub struct FileSlot {
     registrar: Registrar,
     slot: u32,
+    /// The slot may be given out again.
+    again: bool,
 }
 
 impl FileSlot {
@@ -54,12 +56,17 @@ impl FileSlot {
     pub const fn file(&self) -> File {
         File::Registered(self.slot)
     }
+
+    /// Empties the slot for good: requests that were not submitted find nothing in it, and fail with `EBADF`.
+    pub fn retire(mut self) {
+        self.again = false;
+    }
 }
 
 impl Drop for FileSlot {
     fn drop(&mut self) {
         // A slot that cannot be emptied is not given out again.
-        if self.registrar.set_file(self.slot, None).is_ok() {
+        if self.registrar.set_file(self.slot, None).is_ok() && self.again {
             lock(&self.registrar.files).free.push(self.slot);
         }
     }
@@ -148,7 +155,7 @@ impl Registrar {
             }
         };
         // Dropped again, with an empty slot, if that fails.
-        let slot = FileSlot { registrar: self.clone(), slot };
+        let slot = FileSlot { registrar: self.clone(), slot, again: true };
         self.set_file(slot.slot, Some(file)).map(|()| slot)
     }
 

@@ -87,7 +87,8 @@ impl Ring {
         let mut builder = IoUring::builder();
         builder.setup_cqsize(entries.saturating_mul(CQ_FACTOR)).setup_clamp().dontfork();
         // Both are later than the oldest kernel served and only save interrupts of the worker.
-        let tuned = builder.clone().setup_submit_all().setup_coop_taskrun().build(entries);
+        let tuned =
+            builder.clone().setup_submit_all().setup_coop_taskrun().setup_taskrun_flag().build(entries);
         let ring = match tuned {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => builder.build(entries),
             other => other,
@@ -100,6 +101,16 @@ impl Ring {
     #[must_use]
     pub fn registrar(&self) -> Registrar {
         Registrar { ring: Arc::clone(&self.ring), files: Arc::clone(&self.files) }
+    }
+
+    /// Lets the kernel make up to `count` threads for requests of the calling thread that may block on files, from its own
+    /// few (4 for each processor): requests beyond that wait until a thread is free. To be called by the thread that submits.
+    ///
+    /// # Errors
+    /// `EINVAL` on kernels before 5.15.
+    pub fn allow_kernel_threads(&self, count: u32) -> Result<(), Errno> {
+        // 0 leaves the other kind, for files that can be polled, as it is.
+        self.ring.submitter().register_iowq_max_workers(&mut [count, 0]).map_err(|error| errno(&error))
     }
 
     /// Requests in flight: submitted or queued, completion not seen yet.
@@ -129,18 +140,35 @@ impl Ring {
         Ok(())
     }
 
-    /// Asks for the requests named `token` to be cancelled, except transfers between a registered file and a registered
-    /// buffer, of which nothing is kept here. Each still completes: with `ECANCELED`, or with its
-    /// result when it was too late. Storage I/O that has reached the device cannot be cancelled.
+    /// Asks for the requests whose names are `wanted` to be cancelled, except those between a registered file and a
+    /// registered buffer, of which nothing is kept here. Each still completes: with `ECANCELED`, or with its result when it
+    /// was too late. Storage I/O that has reached the device cannot be cancelled. Looks at every request in flight.
     ///
     /// # Errors
     /// [`SubmitError::Full`].
-    pub fn cancel(&mut self, token: u64) -> Result<(), SubmitError> {
-        for key in self.slab.keys_of(token) {
+    pub fn cancel(&mut self, wanted: impl Fn(u64) -> bool) -> Result<(), SubmitError> {
+        for key in self.slab.keys_of(wanted) {
             let entry = opcode::AsyncCancel::new(key).build().user_data(INTERNAL);
             self.push(&entry).map_err(|errno| SubmitError::Full { errno })?;
         }
         Ok(())
+    }
+
+    /// Whether completions are there, or would be after a visit to the kernel. Costs two loads; for whoever looks again and
+    /// again instead of waiting. Kernels before 5.19 tell of completions that are there only.
+    #[must_use]
+    pub fn has_news(&mut self) -> bool {
+        // SAFETY: `&mut self` makes this the only completion queue: registrars use the submitter only.
+        let arrived = !unsafe { self.ring.completion_shared() }.is_empty();
+        // SAFETY: as above, for the submission queue; its flags are read only.
+        let queue = unsafe { self.ring.submission_shared() };
+        arrived || queue.taskrun() || queue.cq_overflow()
+    }
+
+    /// Whether requests are queued that the kernel has not seen.
+    fn has_queued(&mut self) -> bool {
+        // SAFETY: as in `has_news`.
+        !unsafe { self.ring.submission_shared() }.is_empty()
     }
 
     /// Starts what is queued and waits until at least `want` completions are there (0 does not wait) or the time is
@@ -150,6 +178,9 @@ impl Ring {
     /// What `io_uring_enter` reports. Running out of time, a signal and a full completion queue are no errors:
     /// look at [`Ring::next_completion`].
     pub fn submit_and_wait(&mut self, want: usize, timeout: Option<Duration>) -> Result<(), Errno> {
+        if want == 0 && !self.has_queued() && !self.has_news() {
+            return Ok(());
+        }
         let submitter = self.ring.submitter();
         let result = match timeout {
             Some(timeout) if want > 0 => {
@@ -325,10 +356,10 @@ impl Slab {
         Some(slot)
     }
 
-    fn keys_of(&self, token: u64) -> Vec<u64> {
+    fn keys_of(&self, wanted: impl Fn(u64) -> bool) -> Vec<u64> {
         let indexed = (0u64..).zip(&self.slots);
         indexed
-            .filter(|(_, (_, slot))| slot.as_ref().is_some_and(|slot| slot.token == token))
+            .filter(|(_, (_, slot))| slot.as_ref().is_some_and(|slot| wanted(slot.token)))
             .map(|(index, (generation, _))| u64::from(*generation) << 32 | index)
             .collect()
     }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use vdpad::ctl::api::{AddRequest, Attrs};
 use vdpad::ctl::client::Client;
+use vdpad::front::Choice;
 use vdpad::load::peer::PrivateDaemon;
 
 use crate::client::{Address, Result};
@@ -42,7 +43,7 @@ impl Vdpad {
         file: &Path,
         attrs: &[(String, String)],
     ) -> Result<Self> {
-        let daemon = PrivateDaemon::start(program, directory)?;
+        let daemon = PrivateDaemon::start(program, directory, Choice::Fuse)?;
         let client = Client::new(daemon.socket())?;
         let size = NULL_BYTES.to_string();
         let path = file.to_str().ok_or("a path that is not UTF-8")?;

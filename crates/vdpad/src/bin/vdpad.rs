@@ -3,7 +3,7 @@
 
 use std::error::Error;
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -12,6 +12,7 @@ use tracing_subscriber::EnvFilter;
 use vdpa_sys::uapi::live::{self, Numbers};
 use vdpad::ctl::api::AddRequest;
 use vdpad::daemon::{self, Config, Daemon, StartError};
+use vdpad::front::Choice;
 use vdpad::front::watchdog::{self, Ended};
 
 /// The daemon met an error.
@@ -34,8 +35,13 @@ struct Cli {
 
 #[derive(Debug, clap::Args)]
 struct Serve {
-    /// Directory in which the device files appear [default: /run/vdpad/dev, without root
-    /// $XDG_RUNTIME_DIR/vdpad/dev]
+    /// What clients open: cuse for character devices, fuse for files, auto for what there is (a directory not below
+    /// /dev is for files)
+    #[arg(long, value_name = "auto|cuse|fuse", default_value = "auto")]
+    front: Choice,
+
+    /// Directory in which the device files appear [default: /dev for character devices; for files /run/vdpad/dev, without
+    /// root $XDG_RUNTIME_DIR/vdpad/dev]
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
 
@@ -51,6 +57,15 @@ struct Serve {
     /// Seconds without progress after which the watchdog frees the clients
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
     watchdog_timeout: Duration,
+
+    /// Threads that serve the rings of all devices without the attribute cpus, at most [default: one for each processor
+    /// that the daemon may use]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    workers: Option<u16>,
+
+    /// Microseconds for which such a thread may look at rings before it sleeps, as long as that pays; 0 is never
+    #[arg(long, value_name = "N", env = "VDPAD_POLL_US", default_value = "20", value_parser = clap::value_parser!(u16).range(..=1000))]
+    poll_us: u16,
 
     /// Other numbers for the live-update requests, which no released kernel has: NAME=NUMBER,... with new_owner, remap,
     /// new_owner_bit and remap_bit
@@ -71,10 +86,7 @@ enum Command {
     /// Watches a daemon; started by the daemon itself
     #[command(hide = true)]
     Watchdog {
-        /// Mount to end when the daemon stops answering
-        #[arg(long)]
-        mount: PathBuf,
-        /// Source of that mount
+        /// Source of the mounts that are the daemon's
         #[arg(long)]
         source: String,
         /// Seconds without a sign of life
@@ -111,7 +123,7 @@ fn main() -> ExitCode {
         return ExitCode::from(2);
     }
     match cli.command {
-        Some(Command::Watchdog { mount, source, timeout }) => watch(&mount, &source, timeout),
+        Some(Command::Watchdog { source, timeout }) => watch(&source, timeout),
         None => serve(cli.serve),
     }
 }
@@ -131,8 +143,8 @@ fn serve(options: Serve) -> ExitCode {
         return ExitCode::from(2);
     }
     let root = rustix::process::geteuid().is_root();
-    let (Some(dir), Some(control)) = (
-        options.dir.or_else(|| default_path("dev", root)),
+    let (Some(mount_dir), Some(control)) = (
+        options.dir.clone().or_else(|| default_path("dev", root)),
         options.control.or_else(|| default_path("control.sock", root)),
     ) else {
         eprintln!("vdpad: without root and without XDG_RUNTIME_DIR give --dir and --control");
@@ -144,10 +156,14 @@ fn serve(options: Serve) -> ExitCode {
         return ExitCode::from(EXIT_ENVIRONMENT);
     }
     let config = Config {
-        dir,
+        front: options.front,
+        dir: options.dir,
+        mount_dir,
         control,
         request_timeout: options.request_timeout,
         watchdog_timeout: options.watchdog_timeout,
+        poll: Duration::from_micros(options.poll_us.into()),
+        workers: options.workers.map_or_else(processors, usize::from),
         devices: options.devices,
     };
     let daemon = match Daemon::start(&config) {
@@ -169,6 +185,11 @@ fn serve(options: Serve) -> ExitCode {
             ExitCode::from(EXIT_RUNTIME)
         }
     }
+}
+
+/// Processors that this process may use.
+fn processors() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 /// Tells scripts that wait for it, by the line `ready`, that devices and control socket can be used.
@@ -196,8 +217,8 @@ fn default_path(name: &str, root: bool) -> Option<PathBuf> {
     Some(base.join("vdpad").join(name))
 }
 
-fn watch(mount: &Path, source: &str, timeout: Duration) -> ExitCode {
-    match watchdog::run(io::stdin(), mount, source, timeout) {
+fn watch(source: &str, timeout: Duration) -> ExitCode {
+    match watchdog::run(io::stdin(), source, timeout) {
         Ok(Ended::DaemonDied | Ended::Farewell) => ExitCode::SUCCESS,
         Ok(Ended::Fired) => ExitCode::from(EXIT_RUNTIME),
         Err(error) => {

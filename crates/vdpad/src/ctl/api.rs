@@ -147,6 +147,9 @@ pub struct DevInfo {
     pub min_vq_size: u16,
     /// The device file that clients open.
     pub path: PathBuf,
+    /// Front end that serves it: `fuse` for a file, `cuse` for a character device.
+    #[serde(default)]
+    pub front: String,
     /// What it is doing.
     pub state: DevState,
 }

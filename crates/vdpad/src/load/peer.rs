@@ -11,6 +11,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_s
 use thiserror::Error;
 
 use super::wire::{Command, Event, TenantConfig};
+use crate::front::Choice;
 
 /// How long a daemon may take to start and to stop.
 const DAEMON_LIMIT: Duration = Duration::from_secs(30);
@@ -116,15 +117,19 @@ pub struct PrivateDaemon {
 }
 
 impl PrivateDaemon {
-    /// Starts `vdpad` in `directory` and waits until it serves.
+    /// Starts `vdpad` in `directory` and waits until it serves; its device files are there as well, unless they are
+    /// character devices.
     ///
     /// # Errors
     /// [`PeerError`].
-    pub fn start(vdpad: &Path, directory: &Path) -> Result<Self, PeerError> {
+    pub fn start(vdpad: &Path, directory: &Path, front: Choice) -> Result<Self, PeerError> {
         let socket = directory.join("control.sock");
         let mut program = Program::new(vdpad);
-        program.arg("--dir").arg(directory.join("dev")).arg("--control").arg(&socket);
-        program.args(["--log", "warn"]).stdin(Stdio::null());
+        match front {
+            Choice::Cuse => program.args(["--front", "cuse"]),
+            Choice::Auto | Choice::Fuse => program.arg("--dir").arg(directory.join("dev")),
+        };
+        program.arg("--control").arg(&socket).args(["--log", "warn"]).stdin(Stdio::null());
         let mut process = Process::start("daemon", &mut program)?;
         while process.line(DAEMON_LIMIT)? != "ready" {}
         Ok(Self { process, socket })

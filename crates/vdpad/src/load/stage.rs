@@ -12,6 +12,7 @@ use super::engine::LoadError;
 use super::peer::{PeerError, PrivateDaemon};
 use crate::ctl::api::{AddRequest, AttrError, Attrs};
 use crate::ctl::client::{Client, ClientError};
+use crate::front::Choice;
 
 const DEVICE: &str = "demo0";
 const GIB: u64 = 1 << 30;
@@ -26,9 +27,15 @@ pub struct Options {
     /// Size of the disk
     #[arg(long, value_name = "SIZE", default_value = "128M", value_parser = size)]
     pub disk: u64,
+    /// Use packed rings
+    #[arg(long)]
+    pub packed: bool,
     /// The daemon to start [default: vdpad beside this program]
     #[arg(long, value_name = "PATH")]
     pub vdpad: Option<PathBuf>,
+    /// Front end of the daemon: fuse for a file, cuse for a character device
+    #[arg(long, value_name = "fuse|cuse", default_value = "fuse")]
+    pub front: Choice,
     /// The program that is updated [default: vdpa-tenant beside this program]
     #[arg(long, value_name = "PATH")]
     pub tenant: Option<PathBuf>,
@@ -129,9 +136,9 @@ impl Stage {
 
         let own = std::env::current_exe().map_err(system("find this program"))?;
         let vdpad = options.vdpad.clone().unwrap_or_else(|| own.with_file_name("vdpad"));
-        let daemon = PrivateDaemon::start(&vdpad, directory.path())?;
+        let daemon = PrivateDaemon::start(&vdpad, directory.path(), options.front)?;
         let client = Client::new(daemon.socket()).map_err(system("talk to the daemon"))?;
-        client.add(&device(&disk, memory)?)?;
+        client.add(&device(&disk, memory, options.packed)?)?;
         let device = client.device(DEVICE)?.path;
         Ok(Self {
             memory,
@@ -162,8 +169,10 @@ impl Stage {
 
 /// What to create. Where the client's limit on locked memory cannot be raised, the device sets one; where the daemon
 /// may not pin at all, pages are not pinned.
-fn device(disk: &Path, memory: u64) -> Result<AddRequest, StageError> {
+fn device(disk: &Path, memory: u64, packed: bool) -> Result<AddRequest, StageError> {
     let mut attrs = Attrs::default();
+    // A tenant uses what the device offers.
+    attrs.insert("packed", if packed { "on" } else { "off" })?;
     let path = disk
         .to_str()
         .ok_or_else(|| system("use a directory whose name is not UTF-8")(io::ErrorKind::InvalidInput))?;

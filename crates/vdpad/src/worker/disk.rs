@@ -14,6 +14,13 @@ use super::{Logic, View};
 /// Requests taken from one queue before the others have their turn.
 const BUDGET: usize = 64;
 
+/// Bytes of requests after which a turn ends: what is in the page cache, or has to be copied, is moved by this thread.
+const BUDGET_BYTES: u64 = 1 << 20;
+
+/// Operations in flight of one device. The kernel gives an operation that may block a thread, of which a worker's ring has
+/// [`KERNEL_THREADS`](super::KERNEL_THREADS): a disk that hangs must leave some to its neighbours.
+const IN_FLIGHT_MAX: usize = 256;
+
 /// What a request comes to.
 #[derive(Debug)]
 pub(crate) enum Verdict {
@@ -81,9 +88,11 @@ pub(crate) enum After {
 
 /// A disk as the worker uses it. Called from the worker's thread only.
 pub(crate) trait Disk: Send + 'static {
-    /// Before the first request: what is to be registered with the ring of the thread that serves the disk. A disk is
-    /// dropped when none of its operations waits to be submitted.
+    /// Before the first request: what is to be registered with the ring of the thread that serves the disk.
     fn register(&mut self, _registrar: &Registrar) {}
+
+    /// The disk goes while some of its operations have not ended: nobody else may get what they use by its number.
+    fn abandon(&mut self) {}
 
     /// Looks at a request and starts it. `write_back`: the driver has a flush command and uses it.
     fn begin(&mut self, request: &BlkRequest<'_>, view: &Arc<View>, write_back: bool) -> Verdict;
@@ -123,7 +132,7 @@ enum InFlight {
 const GONE: Verdict = Verdict::Done { status: Status::IoErr, written: 0 };
 
 /// The logic of a block device.
-pub(super) struct Requests<D> {
+pub(super) struct Requests<D: Disk> {
     /// `None` once it was taken away.
     disk: Option<D>,
     registered: bool,
@@ -140,8 +149,10 @@ pub(super) struct Requests<D> {
 }
 
 impl<D: Disk> Logic for Requests<D> {
-    // A request that was put back because its memory was out of reach may be in reach now.
-    const MAP_WAKES: bool = true;
+    fn map_wakes(&self) -> bool {
+        // A request that was put back because its memory was out of reach may be in reach now.
+        true
+    }
 
     fn serve(&mut self, queues: &mut Queues) {
         if !std::mem::replace(&mut self.registered, true)
@@ -180,12 +191,31 @@ impl<D: Disk> Logic for Requests<D> {
         }
     }
 
+    fn has_room(&self) -> bool {
+        self.in_flight() < IN_FLIGHT_MAX
+    }
+
     fn fail(&mut self) {
         self.disk = None;
     }
 }
 
+impl<D: Disk> Drop for Requests<D> {
+    fn drop(&mut self) {
+        if self.in_flight() > 0
+            && let Some(disk) = &mut self.disk
+        {
+            disk.abandon();
+        }
+    }
+}
+
 impl<D: Disk> Requests<D> {
+    /// Operations in flight.
+    fn in_flight(&self) -> usize {
+        self.pending.len() - self.free.len()
+    }
+
     pub(super) fn new(disk: D) -> Self {
         Self {
             disk: Some(disk),
@@ -203,15 +233,22 @@ impl<D: Disk> Requests<D> {
     fn serve_queue(&mut self, queues: &mut Queues, index: u16, queue: &mut Queue) -> Result<bool, RingError> {
         let view = queues.view(queue);
         queue.ring(&view)?.disable_kick()?;
+        let mut bytes = 0;
         for _ in 0..BUDGET {
+            if !self.has_room() {
+                break;
+            }
             let mut chain = std::mem::take(&mut self.chain);
             let found = queue.ring(&view)?.pop(view.snapshot(), &mut chain);
             let going = match found {
-                Ok(true) => self.begin(queues, index, queue, &view, &chain),
+                Ok(true) => {
+                    bytes += chain.readable().len() + chain.writable().len();
+                    self.begin(queues, index, queue, &view, &chain)
+                }
                 Ok(false) => {
                     self.chain = chain;
                     queues.publish(queue)?;
-                    return queue.ring(&view)?.enable_kick();
+                    return queues.wait_for_kick(queue, &view);
                 }
                 Err(error) => Err(error),
             };
@@ -219,6 +256,9 @@ impl<D: Disk> Requests<D> {
             if !going? {
                 queues.publish(queue)?;
                 return Ok(false);
+            }
+            if bytes >= BUDGET_BYTES {
+                break;
             }
         }
         queues.publish(queue)?;

@@ -167,6 +167,7 @@ fn info(name: &str, device_id: u32, mgmtdev: &str, max_vqs: u32) -> DevInfo {
         max_vq_size: 256,
         min_vq_size: 1,
         path: PathBuf::from("/run/vdpad/dev").join(name),
+        front: "fuse".into(),
         state: DevState::default(),
     }
 }

@@ -145,7 +145,7 @@ impl Vdpad {
     #[track_caller]
     pub(crate) fn add_any(&self, name: &str, mgmtdev: &str) -> PathBuf {
         match mgmtdev {
-            "blk" => self.add_blk(name, 64 << 20, ""),
+            "blk" => self.add_blk(name, 64 << 20, "packed on"),
             other => self.add(name, other, ""),
         }
     }
@@ -202,7 +202,11 @@ fn program(built: &str) -> PathBuf {
 pub(crate) fn command_at(dir: &Path) -> Command {
     let mut command = Command::new(program(env!("CARGO_BIN_EXE_vdpad")));
     command.env_remove("NOTIFY_SOCKET").env_remove("VDPAD_LOG");
-    command.arg("--dir").arg(dir.join("dev")).arg("--control").arg(dir.join("control.sock"));
+    match std::env::var_os("VDPAD_TEST_FRONT") {
+        Some(front) => command.arg("--front").arg(front),
+        None => command.arg("--dir").arg(dir.join("dev")),
+    };
+    command.arg("--control").arg(dir.join("control.sock"));
     command
 }
 

@@ -44,6 +44,14 @@ pub mod opcode {
     pub const POLL: u32 = 40;
     /// Drop lookup counts of several nodes; has no answer.
     pub const BATCH_FORGET: u32 = 42;
+    /// First request of a character device.
+    pub const CUSE_INIT: u32 = 4096;
+}
+
+/// Flags of `CUSE_INIT`.
+pub mod cuse_flags {
+    /// `CUSE_UNRESTRICTED_IOCTL`: ioctls come without a copy of their argument, whatever the request number says.
+    pub const UNRESTRICTED_IOCTL: u32 = 1 << 0;
 }
 
 /// `INIT` flags, bits 0..31 in `flags` and 32..63 in `flags2`.

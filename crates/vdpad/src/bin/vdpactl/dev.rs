@@ -20,7 +20,9 @@ Usage: vdpactl dev vstats COMMAND
 where  ATTRIBUTE of network devices := { mac MACADDR | mtu MTU | max_vqp MAX_VQ_PAIRS |
                                          device_features HEX }
        ATTRIBUTE of block devices := { path FILE | readonly [ on | off ] | direct { on | off } |
-                                       pin { on | off } | queues N | queue_size N | serial TEXT }
+                                       pin { on | off } | packed { on | off } | queues N |
+                                       queue_size N | serial TEXT }
+       ATTRIBUTE of all devices := { device_file PATH | cpus LIST }
 ";
 
 /// Runs one command; `force` belongs to `del`.
@@ -87,8 +89,9 @@ fn entry(session: &Session, device: &DevInfo) -> Entry {
             _ => Names::Transport,
         };
         let path = device.path.to_string_lossy();
-        put!(plain, "  path {path}\n  min_vq_size {}\n", device.min_vq_size);
+        put!(plain, "  path {path}\n  front {}\n  min_vq_size {}\n", device.front, device.min_vq_size);
         json.insert("path".into(), path.into());
+        json.insert("front".into(), device.front.as_str().into());
         json.insert("min_vq_size".into(), device.min_vq_size.into());
         plain_state(&mut plain, &device.state, names);
         json_state(&mut json, &device.state, names);

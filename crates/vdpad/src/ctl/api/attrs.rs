@@ -69,6 +69,12 @@ impl Attrs {
         self.0.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
     }
 
+    /// Removes `name` and returns its value.
+    pub fn take(&mut self, name: &str) -> Option<String> {
+        let at = self.0.iter().position(|(known, _)| known == name)?;
+        Some(self.0.remove(at).1)
+    }
+
     /// The value of the switch `name`, `on` or `off`; `None` when it is absent.
     ///
     /// # Errors

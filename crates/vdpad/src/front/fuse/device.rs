@@ -62,6 +62,9 @@ pub trait DeviceFile: Send + Sync {
     /// Passed to the caller as they are, numbers of 512 and above included.
     fn ioctl(&self, call: &IoctlCall<'_>) -> Result<IoctlReply, Errno>;
 
+    /// Does what the answer to the last ioctl need not wait for. Called when it was sent.
+    fn answered(&self) {}
+
     /// Takes one `write` with all its bytes, up to the mount's largest write. `tid` as in [`IoctlCall::tid`].
     ///
     /// The return value is what the caller's `write` returns, except that FUSE cannot report more than was

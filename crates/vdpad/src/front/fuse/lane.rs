@@ -3,7 +3,7 @@
 //! ```text
 //!   reader --push--> queue --> thread --call--> DeviceFile
 //!                      |          |
-//!                 scan (watch) ---+--> EIO in place of a device that takes too long
+//!                 scan (reader) --+--> EIO in place of a device that takes too long
 //! ```
 //! Whoever answers takes the [`Ticket`] first, so each request is answered exactly once.
 
@@ -11,7 +11,7 @@ use std::collections::{HashSet, VecDeque};
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -56,12 +56,34 @@ impl Work {
     }
 }
 
+/// How many requests of a connection are being worked on.
+#[derive(Clone, Debug, Default)]
+pub(super) struct InProgress(Arc<AtomicUsize>);
+
+impl InProgress {
+    pub(super) fn any(&self) -> bool {
+        self.0.load(Ordering::Acquire) > 0
+    }
+
+    fn one_more(&self) -> Self {
+        self.0.fetch_add(1, Ordering::AcqRel);
+        self.clone()
+    }
+}
+
 /// The right to answer one request.
 #[derive(Debug)]
 struct Ticket {
     unique: u64,
     since: Instant,
     taken: AtomicBool,
+    count: InProgress,
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        self.count.0.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 impl Ticket {
@@ -113,15 +135,22 @@ pub(super) struct Lane {
     name: String,
     file: Arc<dyn DeviceFile>,
     connection: Connection,
+    count: InProgress,
     state: Mutex<State>,
     wake: Condvar,
     idle: Condvar,
 }
 
 impl Lane {
-    pub(super) fn new(name: &str, file: Arc<dyn DeviceFile>, connection: Connection) -> Arc<Self> {
+    /// Requests in progress are counted in `count`.
+    pub(super) fn new(
+        name: &str,
+        file: Arc<dyn DeviceFile>,
+        connection: Connection,
+        count: InProgress,
+    ) -> Arc<Self> {
         let (state, wake, idle) = (Mutex::default(), Condvar::new(), Condvar::new());
-        Arc::new(Self { name: name.into(), file, connection, state, wake, idle })
+        Arc::new(Self { name: name.into(), file, connection, count, state, wake, idle })
     }
 
     pub(super) fn name(&self) -> &str {
@@ -130,7 +159,8 @@ impl Lane {
 
     /// Queues a request that has to be answered. Called by the reader; does not block.
     pub(super) fn push(self: &Arc<Self>, unique: u64, work: Work) {
-        let ticket = Ticket { unique, since: Instant::now(), taken: AtomicBool::new(false) };
+        let count = self.count.one_more();
+        let ticket = Ticket { unique, since: Instant::now(), taken: AtomicBool::new(false), count };
         self.queue(Job { ticket: Some(Arc::new(ticket)), work });
     }
 
@@ -229,6 +259,11 @@ impl Lane {
                         self.answer(job, Ok(&[out.as_bytes()]));
                     }
                 }
+                // A panic has been logged.
+                let _ = self.guarded(&job.work, || {
+                    self.file.answered();
+                    Ok(())
+                });
             }
             Work::Write { tid, data } => {
                 let result = self.guarded(&job.work, || self.file.write(*tid, data));
@@ -306,7 +341,7 @@ impl Lane {
     }
 
     /// Answers `EIO` in place of the device when its current call takes longer than `timeout`. Called again and
-    /// again by the watch.
+    /// again by the reader while a request is in progress.
     pub(super) fn scan(&self, timeout: Duration) {
         let mut state = self.state.lock();
         let Some(current) = state.current.as_ref().filter(|current| is_past(current.since, timeout)) else {
@@ -323,6 +358,12 @@ impl Lane {
         let refused = state.take_unanswered();
         drop(state);
         refused.iter().for_each(|job| self.give_up(job));
+    }
+
+    /// Whether nobody has the device open and nothing is asked of it.
+    pub(super) fn is_idle(&self) -> bool {
+        let state = self.state.lock();
+        state.opens.is_empty() && state.queue.is_empty() && state.current.is_none()
     }
 
     /// The mount is gone: drops what nobody waits for and releases what is open.

@@ -1,37 +1,44 @@
-//! Device files in one flat directory, served by FUSE.
+//! Device files: in one flat directory, over single files, or as character devices.
 //!
-//! One thread reads requests and answers what concerns names and attributes; it never calls a device. What
-//! concerns an open device goes, in order, to that device's own thread. A third thread answers in place of a
-//! device that does not.
+//! One thread reads the requests of all connections and answers what concerns names and attributes; it never calls a
+//! device. What concerns an open device goes, in order, to that device's own thread. While a request is in progress the
+//! reader looks again and again, and answers in place of a device that does not.
 
+mod channel;
+pub mod cuse;
 mod device;
 mod lane;
+mod place;
 mod serve;
 mod tree;
 
 use std::fmt;
 use std::fs;
 use std::io::PipeWriter;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::mpsc;
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use rustix::event::{EventfdFlags, eventfd};
-use rustix::io::Errno as OsErrno;
 use tracing::{info, warn};
-use vdpa_sys::fuse::{
-    FS_TYPE, HandshakeError, MountError, MountOptions, Negotiated, fs_type_at, mount, unmount,
-};
+use vdpa_sys::fuse::{HandshakeError, MountError, MountOptions, Negotiated, mount, unmount, unmount_lazily};
+use vdpa_sys::uapi::fuse::ROOT_ID;
 
 pub use device::{DeviceFile, IoctlCall, IoctlReply, POLLIN, POLLOUT};
+pub use place::prepare_dir;
 pub use tree::{AddError, FileAttributes};
 
+use super::lifeline::{Guarded, Lifeline, Word};
+use channel::{Channel, Place};
 use serve::Server;
 
-/// How the mount is made and watched.
+/// Time for the kernel's first request on a new mount.
+const HANDSHAKE: Duration = Duration::from_secs(5);
+
+/// How files are made and watched.
 #[derive(Debug)]
 pub struct Options {
     /// Let all users in; mode and owner of each file decide who may open it, checked by the kernel. Without it only
@@ -60,7 +67,7 @@ impl Default for Options {
     }
 }
 
-/// Why the directory could not be served.
+/// Why the files cannot be served.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
     /// The directory cannot be made or looked at.
@@ -93,6 +100,12 @@ pub enum ServeError {
     /// The kernel and we do not understand each other.
     #[error(transparent)]
     Handshake(#[from] HandshakeError),
+    /// The directory is not one for character devices.
+    #[error("{} is not below /dev, where character devices are; choose such a directory or the front end \"fuse\"", dir.display())]
+    NotDev {
+        /// Which.
+        dir: PathBuf,
+    },
     /// A thread or descriptor is missing.
     #[error("cannot start serving {}", dir.display())]
     Start {
@@ -109,55 +122,78 @@ pub fn source_of(pid: u32) -> String {
     format!("vdpad-{pid}")
 }
 
-/// A mount that serves device files. Dropping it is [`FuseFs::shutdown`].
-pub struct FuseFs {
-    dir: PathBuf,
-    server: Arc<Server>,
-    negotiated: Negotiated,
-    threads: Mutex<Vec<JoinHandle<()>>>,
+/// Where files appear that are given no path of their own.
+#[derive(Debug)]
+enum Home {
+    /// A mount.
+    Mount { directory: Arc<Channel>, negotiated: Negotiated },
+    /// `/dev`, as character devices.
+    Dev(cuse::Maker),
 }
 
-impl FuseFs {
+/// The device files of a daemon. Dropping it is [`DeviceFiles::shutdown`].
+pub struct DeviceFiles {
+    dir: PathBuf,
+    home: Home,
+    options: MountOptions,
+    server: Arc<Server>,
+    reader: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl DeviceFiles {
     /// Mounts at `dir` and begins to serve. Creates `dir` when it is missing and removes what a daemon that died
     /// left mounted there.
     ///
     /// # Errors
     /// [`ServeError`]; nothing is left mounted then.
     pub fn mount(dir: &Path, options: Options) -> Result<Arc<Self>, ServeError> {
-        const HANDSHAKE: Duration = Duration::from_secs(5);
         let dir = prepare_dir(dir)?;
-        let mount_options = MountOptions {
-            allow_other: options.allow_other,
-            fsname: options.fsname.clone(),
-            ..MountOptions::default()
-        };
+        let mount_options = options.mount();
+        let server = new_server(&dir, options)?;
+        let guarded = Guarded::Mount(dir.clone());
+        server.lifeline.say(&Word::Guard(guarded));
         let connection = mount(&dir, &mount_options)?;
         let mut guard = Unmount(Some(dir.clone()));
         let negotiated = connection.handshake(HANDSHAKE)?;
-        let start = |source: std::io::Error| ServeError::Start { dir: dir.clone(), source };
-        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-            .map_err(|error| start(error.into()))?;
-        let server = Server::new(connection, wake, options.request_timeout);
-        let mut threads = Vec::new();
-        threads.push(server.spawn_watch().map_err(start)?);
-        match server.spawn_reader(options.heartbeat, options.heartbeat_interval) {
-            Ok(reader) => threads.push(reader),
-            Err(error) => {
-                server.end();
-                return Err(start(error));
-            }
-        }
+        let directory = Channel::directory(connection, dir.clone());
+        server.attach(Arc::clone(&directory));
+        let reader = start(&server, &dir)?;
         guard.0 = None;
         info!(dir = %dir.display(), flags = format_args!("{:#x}", negotiated.flags), "serving device files");
-        Ok(Arc::new(Self { dir, server, negotiated, threads: Mutex::new(threads) }))
+        let home = Home::Mount { directory, negotiated };
+        Ok(Arc::new(Self { dir, home, options: mount_options, server, reader: Mutex::new(Some(reader)) }))
     }
 
-    /// Adds a device file, mode 0600, owned by the daemon's user.
+    /// Begins to serve character devices in `dir`, which is `/dev` or a directory below it.
+    ///
+    /// # Errors
+    /// [`ServeError`].
+    pub fn cuse(dir: &Path, options: Options) -> Result<Arc<Self>, ServeError> {
+        let prefix = cuse::prefix_of(dir).ok_or_else(|| ServeError::NotDev { dir: dir.into() })?;
+        let mount_options = options.mount();
+        let server = new_server(dir, options)?;
+        let reader = start(&server, dir)?;
+        info!(dir = %dir.display(), "serving device files as character devices");
+        let home = Home::Dev(cuse::Maker::new(prefix));
+        let dir = dir.components().collect();
+        Ok(Arc::new(Self { dir, home, options: mount_options, server, reader: Mutex::new(Some(reader)) }))
+    }
+
+    /// Adds a device file, mode 0600, owned by the daemon's user; a character device gets what udev's rules say.
+    /// Returns where it is.
     ///
     /// # Errors
     /// [`AddError`].
-    pub fn add(&self, name: &str, file: Arc<dyn DeviceFile>) -> Result<(), AddError> {
-        self.add_with(name, file, FileAttributes::private())
+    pub fn add(&self, name: &str, file: Arc<dyn DeviceFile>) -> Result<PathBuf, AddError> {
+        match &self.home {
+            Home::Mount { directory, .. } => directory.add(name, file, FileAttributes::private())?,
+            Home::Dev(maker) => {
+                let channel = maker.make(name, file)?;
+                self.server.lifeline.say(&Word::Guard(channel.place.guarded()));
+                self.server.attach(channel);
+            }
+        }
+        Ok(self.dir.join(name))
     }
 
     /// Adds a device file with attributes of its own, such as those saved before a restart.
@@ -169,80 +205,199 @@ impl FuseFs {
         name: &str,
         file: Arc<dyn DeviceFile>,
         attributes: FileAttributes,
-    ) -> Result<(), AddError> {
-        self.server.add(name, file, attributes)
+    ) -> Result<PathBuf, AddError> {
+        if let Home::Mount { directory, .. } = &self.home {
+            directory.add(name, file, attributes)?;
+            return Ok(self.dir.join(name));
+        }
+        let path = self.add(name, file)?;
+        let set = fs::set_permissions(&path, fs::Permissions::from_mode(attributes.mode))
+            .and_then(|()| std::os::unix::fs::chown(&path, Some(attributes.uid), Some(attributes.gid)));
+        set.map_err(|error| {
+            self.remove(name);
+            AddError::Create { reason: format!("cannot set the attributes of {}: {error}", path.display()) }
+        })?;
+        Ok(path)
     }
 
-    /// Takes a file out of the directory; new opens give `ENOENT` from now on, also when it is open. Those who have
+    /// Adds a device file called `name` that is mounted over the file `path`. Without a file there, an empty one is made,
+    /// and removed in the end.
+    ///
+    /// # Errors
+    /// [`AddError`].
+    pub fn add_at(&self, path: &Path, name: &str, file: Arc<dyn DeviceFile>) -> Result<PathBuf, AddError> {
+        let failed = |reason: String| AddError::Create { reason };
+        let (path, made) = place::prepare_file(path).map_err(failed)?;
+        let place = Place::File { path: path.clone(), made };
+        self.server.lifeline.say(&Word::Guard(place.guarded()));
+        let options = MountOptions { rootmode: place::FILE_MODE, ..self.options.clone() };
+        let mounted = mount(&path, &options).map_err(|error| error.to_string()).and_then(|connection| {
+            let mut guard = Unmount(Some(path.clone()));
+            connection.handshake(HANDSHAKE).map_err(|error| error.to_string())?;
+            guard.0 = None;
+            Ok(connection)
+        });
+        let connection = mounted.map_err(|reason| {
+            self.server.lifeline.say(&Word::Release(place.guarded()));
+            place::tidy(&path, made);
+            failed(reason)
+        })?;
+        self.server.attach(Channel::one_file(connection, place, ROOT_ID, name, file));
+        info!(path = %path.display(), "serving a device file");
+        Ok(path)
+    }
+
+    /// Takes a file away; new opens give `ENOENT` from now on, also when it is open. Those who have
     /// it open keep it until they close it. Whether there was such a file.
     pub fn remove(&self, name: &str) -> bool {
-        self.server.remove(name)
+        if let Home::Mount { directory, .. } = &self.home
+            && directory.remove(name)
+        {
+            return true;
+        }
+        let channel = self.server.channels().into_iter().find(|channel| channel.remove(name));
+        let Some(channel) = channel else { return false };
+        channel.retire();
+        match channel.place.clone() {
+            Place::File { path, made } => {
+                unmount_logged(unmount_lazily(&path));
+                place::tidy(&path, made);
+                self.server.lifeline.say(&Word::Release(Guarded::Mount(path)));
+            }
+            Place::Device(node) if channel.is_idle() => {
+                self.server.detach(&channel);
+                drop(channel);
+                node.wait_gone();
+            }
+            // Its connection is needed until it is closed, and the device lasts as long as that.
+            Place::Device(node) => node.hide(),
+            Place::Directory(_) => {}
+        }
+        true
     }
 
     /// Attributes of a file as `chmod` and `chown` left them.
     #[must_use]
     pub fn attributes(&self, name: &str) -> Option<FileAttributes> {
-        self.server.attributes(name)
+        match &self.home {
+            Home::Mount { directory, .. } => directory.attributes(name),
+            Home::Dev(_) => {
+                let meta = fs::symlink_metadata(self.dir.join(name)).ok()?;
+                Some(FileAttributes { mode: meta.mode() & 0o7777, uid: meta.uid(), gid: meta.gid() })
+            }
+        }
     }
 
-    /// Where the mount is: absolute, without symbolic links.
+    /// Where files appear that are given no path of their own: absolute, without symbolic links.
     #[must_use]
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// What INIT agreed on.
+    /// Name of the front end: `fuse` or `cuse`.
     #[must_use]
-    pub const fn negotiated(&self) -> Negotiated {
-        self.negotiated
+    pub const fn front(&self) -> &'static str {
+        match self.home {
+            Home::Mount { .. } => "fuse",
+            Home::Dev(_) => "cuse",
+        }
     }
 
-    /// Whether requests are served. False after a shutdown and after the mount was ended from outside (`umount`, or
-    /// the watchdog); devices that were open have been released then.
+    /// What INIT of the mount agreed on; `None` for character devices.
+    #[must_use]
+    pub const fn negotiated(&self) -> Option<Negotiated> {
+        match self.home {
+            Home::Mount { negotiated, .. } => Some(negotiated),
+            Home::Dev(_) => None,
+        }
+    }
+
+    /// Whether requests are served. False after a shutdown and after the mount, or a character device, was ended from
+    /// outside (`umount`, or the watchdog); devices that were open have been released then.
     #[must_use]
     pub fn is_serving(&self) -> bool {
         !self.server.has_ended()
     }
 
-    /// Ends the mount and waits for the threads. Clients get `ECONNABORTED` or `ENOTCONN`; each open device is
-    /// released. A device that hangs is waited for no longer than the request time-out. Idempotent.
+    /// Returns when requests are not [served](Self::is_serving) any more. Costs nothing until then.
+    pub async fn ended(&self) {
+        self.server.ended().await;
+    }
+
+    /// Ends all mounts and devices and waits for the threads. Clients get `ECONNABORTED` or `ENOTCONN`; each open device
+    /// is released. A device that hangs is waited for no longer than the request time-out. Idempotent.
     pub fn shutdown(&self) {
-        let mut threads = self.threads.lock();
-        if threads.is_empty() {
-            return;
+        let mut reader = self.reader.lock();
+        let Some(thread) = reader.take() else { return };
+        let lost = self.server.has_ended();
+        let mut places: Vec<_> = self
+            .server
+            .channels()
+            .iter()
+            .map(|channel| {
+                channel.retire();
+                channel.place.clone()
+            })
+            .collect();
+        if lost && let Home::Mount { directory, .. } = &self.home {
+            places.push(directory.place.clone());
         }
-        if self.server.has_ended() {
-            // Ended from outside: the place may belong to somebody else by now, unless it is a dead mount.
-            if is_stale(&self.dir) {
-                unmount_logged(&self.dir);
+        for place in &places {
+            match place {
+                // Ended from outside: the place may belong to somebody else by now, unless it is a dead mount.
+                Place::Directory(path) if lost && !place::is_stale(path) => {}
+                Place::Directory(path) => unmount_logged(unmount(path)),
+                Place::File { path, made } => {
+                    unmount_logged(unmount(path));
+                    place::tidy(path, *made);
+                }
+                Place::Device(_) => {}
             }
-        } else {
-            unmount_logged(&self.dir);
         }
         self.server.end();
-        for thread in threads.drain(..) {
-            if thread.join().is_err() {
-                warn!(dir = %self.dir.display(), "a FUSE thread had panicked");
-            }
+        if thread.join().is_err() {
+            warn!(dir = %self.dir.display(), "the FUSE reader had panicked");
         }
-        self.server.wait_lanes();
+        self.server.close();
+        self.server.lifeline.say(&Word::Farewell);
         info!(dir = %self.dir.display(), "no longer serving device files");
     }
 }
 
-impl Drop for FuseFs {
+impl Drop for DeviceFiles {
     fn drop(&mut self) {
         self.shutdown();
     }
 }
 
-impl fmt::Debug for FuseFs {
+impl fmt::Debug for DeviceFiles {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("FuseFs")
+        f.debug_struct("DeviceFiles")
             .field("dir", &self.dir)
             .field("serving", &self.is_serving())
             .finish_non_exhaustive()
     }
+}
+
+impl Options {
+    fn mount(&self) -> MountOptions {
+        MountOptions { allow_other: self.allow_other, fsname: self.fsname.clone(), ..MountOptions::default() }
+    }
+}
+
+fn new_server(dir: &Path, options: Options) -> Result<Arc<Server>, ServeError> {
+    let failed = |source| ServeError::Start { dir: dir.into(), source };
+    let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+    let wake = wake.map_err(|error| failed(error.into()))?;
+    let lifeline = Lifeline::new(options.heartbeat, options.heartbeat_interval).map_err(failed)?;
+    Ok(Server::new(wake, options.request_timeout, lifeline))
+}
+
+fn start(server: &Arc<Server>, dir: &Path) -> Result<JoinHandle<()>, ServeError> {
+    server.spawn_reader().map_err(|source| {
+        server.end();
+        ServeError::Start { dir: dir.into(), source }
+    })
 }
 
 /// Removes a mount that could not be taken into service.
@@ -251,79 +406,15 @@ struct Unmount(Option<PathBuf>);
 impl Drop for Unmount {
     fn drop(&mut self) {
         if let Some(dir) = &self.0 {
-            unmount_logged(dir);
+            unmount_logged(unmount(dir));
         }
     }
 }
 
-fn unmount_logged(dir: &Path) {
-    if let Err(error) = unmount(dir) {
+fn unmount_logged(outcome: Result<(), MountError>) {
+    if let Err(error) = outcome {
         warn!(%error, "the mount could not be removed");
     }
-}
-
-/// Makes `dir` ready to be mounted on and returns its true path: creates it when it is missing and removes what a
-/// daemon that died left mounted there. [`FuseFs::mount`] does this too; separately it serves those who need the
-/// true path before.
-///
-/// # Errors
-/// [`ServeError::Served`], [`ServeError::Hung`], [`ServeError::Directory`] and [`ServeError::Mount`].
-pub fn prepare_dir(dir: &Path) -> Result<PathBuf, ServeError> {
-    let failed = |source: std::io::Error| {
-        // Of something that is no directory, making it says that it exists.
-        let exists = source.kind() == std::io::ErrorKind::AlreadyExists;
-        let source = if exists { OsErrno::NOTDIR.into() } else { source };
-        ServeError::Directory { dir: dir.into(), source }
-    };
-    let absolute = std::path::absolute(dir).map_err(failed)?;
-    // Only the parent is resolved at first: a dead or hanging mount must not be touched.
-    let target = match (absolute.parent(), absolute.file_name()) {
-        (Some(parent), Some(name)) => {
-            fs::create_dir_all(parent).map_err(failed)?;
-            fs::canonicalize(parent).map_err(failed)?.join(name)
-        }
-        _ => absolute,
-    };
-    if fs_type_at(&target)?.as_deref() == Some(FS_TYPE) {
-        clear(&target)?;
-    }
-    fs::create_dir_all(&target).map_err(failed)?;
-    fs::canonicalize(&target).map_err(failed)
-}
-
-/// Removes a dead mount of ours.
-fn clear(target: &Path) -> Result<(), ServeError> {
-    match ask(target) {
-        Some(Err(OsErrno::NOTCONN | OsErrno::CONNABORTED)) => {
-            info!(dir = %target.display(), "removing the mount of a daemon that is gone");
-            match unmount(target) {
-                // Its watchdog may have been faster.
-                Err(_) if fs_type_at(target)?.as_deref() != Some(FS_TYPE) => Ok(()),
-                other => Ok(other?),
-            }
-        }
-        Some(_) => Err(ServeError::Served { dir: target.into() }),
-        None => Err(ServeError::Hung { dir: target.into() }),
-    }
-}
-
-fn is_stale(dir: &Path) -> bool {
-    fs_type_at(dir).is_ok_and(|kind| kind.as_deref() == Some(FS_TYPE))
-        && matches!(ask(dir), Some(Err(OsErrno::NOTCONN | OsErrno::CONNABORTED)))
-}
-
-/// Asks the server of a mount for a sign of life; `None` when there is no answer. The question may block for ever,
-/// so it is asked by a thread that is left behind then.
-fn ask(dir: &Path) -> Option<Result<(), OsErrno>> {
-    const PATIENCE: Duration = Duration::from_secs(2);
-    let (send, receive) = mpsc::channel();
-    let path = dir.to_path_buf();
-    let asker = thread::Builder::new().name("mount-probe".into()).spawn(move || {
-        // The other side may have stopped waiting.
-        let _ = send.send(rustix::fs::statfs(&path).map(drop));
-    });
-    asker.ok()?;
-    receive.recv_timeout(PATIENCE).ok()
 }
 
 /// Whether a moment lies `span` or more in the past.

@@ -1,332 +1,240 @@
-//! The reader of a mount and its watch.
+//! The reader of all connections, which also answers in place of devices that hang.
 
-use std::collections::HashMap;
-use std::io::PipeWriter;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
-use tracing::{debug, error, info, warn};
+use parking_lot::Mutex;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use tokio::sync::Notify;
+use tracing::{error, info, warn};
 use vdpa_core::Errno;
-use vdpa_sys::fuse::{BUFFER_SIZE, Connection, Operation, Request};
-use vdpa_sys::uapi::fuse::{
-    Attr, AttrOut, EntryOut, InHeader, IoctlIn, Kstatfs, OpenOut, ROOT_ID, ReadIn, ioctl_flags,
-};
-use zerocopy::IntoBytes;
+use vdpa_sys::fuse::{BUFFER_SIZE, Request};
 
-use super::super::watchdog::{BEAT, FAREWELL};
-use super::device::DeviceFile;
+use super::super::lifeline::{Lifeline, Word};
+use super::channel::{Channel, Place};
 use super::is_past;
-use super::lane::{Lane, Work};
-use super::tree::{AddError, FileAttributes, NAME_MAX, Tree};
+use super::lane::Lane;
 
-/// Everything the threads of one mount share.
+/// Everything the threads share.
 #[derive(Debug)]
 pub(super) struct Server {
-    connection: Connection,
-    tree: Mutex<Tree>,
-    next_handle: AtomicU64,
-    /// Every lane there is by node id, also of removed files: while one is open its thread holds it. Apart from
-    /// the tree because a FORGET may overtake a RELEASE (`fuse_dev_do_read()` prefers it).
-    lanes: Mutex<HashMap<u64, Weak<Lane>>>,
+    channels: Mutex<Vec<Arc<Channel>>>,
+    /// Counts the changes of `channels`.
+    changes: AtomicU64,
+    pub(super) lifeline: Lifeline,
     timeout: Duration,
     wake: OwnedFd,
     ended: AtomicBool,
-    end_lock: Mutex<()>,
-    end_signal: Condvar,
+    /// Tells whoever waits for the end.
+    end_news: Notify,
 }
 
 impl Server {
-    pub(super) fn new(connection: Connection, wake: OwnedFd, timeout: Duration) -> Arc<Self> {
+    pub(super) fn new(wake: OwnedFd, timeout: Duration, lifeline: Lifeline) -> Arc<Self> {
         Arc::new(Self {
-            connection,
-            tree: Mutex::new(Tree::new()),
-            next_handle: AtomicU64::new(1),
-            lanes: Mutex::default(),
+            channels: Mutex::default(),
+            changes: AtomicU64::new(0),
+            lifeline,
             timeout,
             wake,
             ended: AtomicBool::new(false),
-            end_lock: Mutex::new(()),
-            end_signal: Condvar::new(),
+            end_news: Notify::new(),
         })
     }
 
-    pub(super) fn add(
-        &self,
-        name: &str,
-        file: Arc<dyn DeviceFile>,
-        attributes: FileAttributes,
-    ) -> Result<(), AddError> {
-        let lane = Lane::new(name, file, self.connection.clone());
-        let weak = Arc::downgrade(&lane);
-        let id = self.tree.lock().add(lane, attributes)?;
-        self.lanes.lock().insert(id, weak);
-        Ok(())
+    /// Serves one more connection.
+    pub(super) fn attach(&self, channel: Arc<Channel>) {
+        self.channels.lock().push(channel);
+        self.changed();
     }
 
-    pub(super) fn remove(&self, name: &str) -> bool {
-        // Names are valid for 0 s, so the kernel asks for it again at the next look-up.
-        self.tree.lock().remove(name)
+    /// Lets a connection go; its devices are released. It closes when the threads have seen that.
+    pub(super) fn detach(&self, channel: &Arc<Channel>) {
+        self.channels.lock().retain(|other| !Arc::ptr_eq(other, channel));
+        self.changed();
+        channel.live_lanes().iter().for_each(Lane::end);
+        self.lifeline.say(&Word::Release(channel.place.guarded()));
     }
 
-    pub(super) fn attributes(&self, name: &str) -> Option<FileAttributes> {
-        self.tree.lock().attributes(name)
+    pub(super) fn channels(&self) -> Vec<Arc<Channel>> {
+        self.channels.lock().clone()
+    }
+
+    fn changed(&self) {
+        self.changes.fetch_add(1, Ordering::Release);
+        self.wake();
+    }
+
+    fn wake(&self) {
+        if let Err(error) = rustix::io::write(&self.wake, &1u64.to_ne_bytes()) {
+            warn!(%error, "cannot wake the FUSE reader");
+        }
     }
 
     pub(super) fn has_ended(&self) -> bool {
         self.ended.load(Ordering::Acquire)
     }
 
+    /// Returns when it [has ended](Self::has_ended). Costs nothing until then.
+    pub(super) async fn ended(&self) {
+        // Before the look: what comes between the two is not missed.
+        let news = self.end_news.notified();
+        if !self.has_ended() {
+            news.await;
+        }
+    }
+
     /// Stops the threads and releases what is open. Idempotent.
     pub(super) fn end(&self) {
-        {
-            let _guard = self.end_lock.lock();
-            if self.ended.swap(true, Ordering::AcqRel) {
-                return;
-            }
+        if self.ended.swap(true, Ordering::AcqRel) {
+            return;
         }
-        self.end_signal.notify_all();
-        if let Err(error) = rustix::io::write(&self.wake, &1u64.to_ne_bytes()) {
-            warn!(%error, "cannot wake the FUSE reader");
-        }
+        self.end_news.notify_waiters();
+        self.wake();
         for lane in self.live_lanes() {
             lane.end();
         }
     }
 
-    /// Waits for the threads of devices, all together no longer than the request time-out.
-    pub(super) fn wait_lanes(&self) {
+    /// Waits for the threads of devices, all together no longer than the request time-out, and closes all connections.
+    pub(super) fn close(&self) {
         let deadline = Instant::now() + self.timeout;
         for lane in self.live_lanes() {
             if !lane.wait_idle(deadline) {
                 error!(device = lane.name(), "the device hangs: its thread is left behind");
             }
         }
+        self.channels.lock().clear();
     }
 
     fn live_lanes(&self) -> Vec<Arc<Lane>> {
-        let mut lanes = self.lanes.lock();
-        lanes.retain(|_, lane| lane.strong_count() > 0);
-        lanes.values().filter_map(Weak::upgrade).collect()
+        self.channels().iter().flat_map(|channel| channel.live_lanes()).collect()
     }
 
-    /// Starts the thread that answers for devices that hang.
-    pub(super) fn spawn_watch(self: &Arc<Self>) -> std::io::Result<JoinHandle<()>> {
-        let server = Arc::clone(self);
-        let pause = (self.timeout / 8).clamp(Duration::from_millis(5), Duration::from_secs(1));
-        thread::Builder::new().name("fuse-watch".into()).spawn(move || {
-            let mut guard = server.end_lock.lock();
-            while !server.has_ended() {
-                server.end_signal.wait_for(&mut guard, pause);
-                for lane in server.live_lanes() {
-                    lane.scan(server.timeout);
-                }
+    /// Lets go of the character devices that were removed while somebody had them open and nobody has now.
+    fn sweep(&self) {
+        for channel in self.channels() {
+            if channel.is_retired() && matches!(channel.place, Place::Device(_)) && channel.is_idle() {
+                self.detach(&channel);
             }
-        })
+        }
     }
 
     /// Starts the reader.
-    pub(super) fn spawn_reader(
-        self: &Arc<Self>,
-        heartbeat: Option<PipeWriter>,
-        interval: Duration,
-    ) -> std::io::Result<JoinHandle<()>> {
-        if let Some(pipe) = &heartbeat {
-            // A watchdog that is stopped must not stop the reader.
-            rustix::io::ioctl_fionbio(pipe, true)?;
-        }
-        let mut heart = Heart { pipe: heartbeat, interval, last: None };
-        // Before anybody is told that the mount is there: a daemon that dies from now on leaves none behind.
-        heart.beat();
+    pub(super) fn spawn_reader(self: &Arc<Self>) -> std::io::Result<JoinHandle<()>> {
+        // Before anybody is told that files are there: a daemon that dies from now on leaves none behind.
+        self.lifeline.beat();
         let server = Arc::clone(self);
         thread::Builder::new().name("fuse-reader".into()).spawn(move || {
-            server.read(&mut heart);
-            heart.say(FAREWELL);
+            server.read();
             server.end();
         })
     }
 
-    fn read(self: &Arc<Self>, heart: &mut Heart) {
+    fn read(&self) {
         let mut buffer = vec![0; BUFFER_SIZE];
+        let mut channels = Vec::new();
+        let mut seen = None;
+        let mut looked = Instant::now();
+        let pause = (self.timeout / 8).clamp(Duration::from_millis(5), Duration::from_secs(1));
         while !self.has_ended() {
-            heart.beat();
-            let waited = self.connection.wait(Some(self.wake.as_fd()), heart.interval);
-            let read = waited.and_then(|_| self.connection.read_request(&mut buffer));
-            match read {
-                Ok(None) => {}
-                Ok(Some(len)) => match Request::decode(buffer.get(..len).unwrap_or_default()) {
-                    Ok(request) => self.serve(&request),
-                    Err(error) => {
-                        error!(%error, "the kernel sent what is no FUSE request");
-                        if let Some(unique) = error.unique() {
-                            self.reply(unique, Err(Errno::IO));
-                        }
-                    }
-                },
-                Err(Errno::NODEV) => {
-                    info!("the mount has ended");
-                    return;
-                }
+            let changes = self.changes.load(Ordering::Acquire);
+            if seen != Some(changes) {
+                channels = self.channels();
+                seen = Some(changes);
+            }
+            // With nothing in progress there is nothing to look after, and no reason to wake up before a request comes.
+            let rests = !channels.iter().any(|channel| channel.wants_watching()) && self.lifeline.rest();
+            if !rests {
+                self.lifeline.beat();
+            }
+            let ready = match self.wait(&channels, (!rests).then(|| self.lifeline.interval().min(pause))) {
+                Ok(ready) => ready,
                 Err(errno) => {
-                    error!(%errno, "the FUSE connection cannot be read");
+                    error!(%errno, "requests cannot be waited for");
                     return;
                 }
+            };
+            for channel in ready {
+                if let Err(errno) = read_one(channel, &mut buffer) {
+                    self.lost(channel, errno);
+                }
+            }
+            if is_past(looked, pause) {
+                looked = Instant::now();
+                self.look();
             }
         }
     }
 
-    /// Handles one request without blocking.
-    fn serve(self: &Arc<Self>, request: &Request<'_>) {
-        let header = &request.header;
-        match &request.operation {
-            Operation::Lookup { name } => self.lookup(header, name),
-            Operation::Forget(forget) => self.tree.lock().forget(header.nodeid, forget.nlookup),
-            Operation::BatchForget(forgets) => {
-                let mut tree = self.tree.lock();
-                forgets.iter().for_each(|one| tree.forget(one.nodeid, one.nlookup));
-            }
-            Operation::Getattr(_) => {
-                let attr = self.tree.lock().attr(header.nodeid);
-                self.reply_attr(header, attr);
-            }
-            Operation::Setattr(change) => {
-                let attr = self.tree.lock().set_attr(header.nodeid, change);
-                self.reply_attr(header, attr);
-            }
-            Operation::Open(open) => self.open(header, open.flags),
-            Operation::Release(release) => self.release(header, release.fh),
-            Operation::Ioctl { args, input } => self.ioctl(header, *args, input),
-            Operation::Write { data, .. } => {
-                self.hand_over(header, Work::Write { tid: header.pid, data: data.to_vec() });
-            }
-            Operation::Poll(_) => self.hand_over(header, Work::Poll),
-            // vhost-vdpa queues nothing for reading (uapi-spec 1.10).
-            Operation::Read(_) => self.reply(header.unique, Err(Errno::INVAL)),
-            Operation::Opendir(_) => self.reply(header.unique, Ok(&[OpenOut::default().as_bytes()])),
-            Operation::Readdir(args) => self.readdir(header, args),
-            Operation::Releasedir(_) | Operation::Destroy => self.reply(header.unique, Ok(&[])),
-            Operation::Statfs => self.statfs(header),
-            // After ENOSYS the kernel sends none of these any more. Signals do not interrupt: as in the kernel's
-            // vhost-vdpa every request ends by itself.
-            Operation::Interrupt(_)
-            | Operation::Flush(_)
-            | Operation::Getxattr { .. }
-            | Operation::Access(_) => {
-                self.reply(header.unique, Err(Errno::NOSYS));
-            }
-            Operation::Init(_) => {
-                warn!("a second INIT on one connection");
-                self.reply(header.unique, Err(Errno::IO));
-            }
-            Operation::Unknown { opcode } => {
-                debug!(opcode, "a request that is not known");
-                self.reply(header.unique, Err(Errno::NOSYS));
-            }
+    /// Answers for devices that hang and lets go what is to go.
+    fn look(&self) {
+        for lane in self.live_lanes() {
+            lane.scan(self.timeout);
         }
+        self.sweep();
     }
 
-    fn lookup(&self, header: &InHeader, name: &[u8]) {
-        let mut tree = self.tree.lock();
-        let found = tree.lookup(name).filter(|_| header.nodeid == ROOT_ID);
-        let Some(attr) = found else { return self.reply(header.unique, Err(Errno::NOENT)) };
-        let entry = EntryOut { nodeid: attr.ino, attr, ..EntryOut::default() };
-        // Counted only when the kernel has it, or the node would never be forgotten.
-        if self.connection.reply(header.unique, Ok(&[entry.as_bytes()])).is_ok() {
-            tree.remember(attr.ino);
+    /// Waits until some connections have something to say, or `limit` is over, or something has changed.
+    fn wait<'a>(
+        &self,
+        channels: &'a [Arc<Channel>],
+        limit: Option<Duration>,
+    ) -> Result<Vec<&'a Arc<Channel>>, Errno> {
+        let limit = limit.map(Timespec::try_from).transpose().map_err(|_| Errno::INVAL)?;
+        let mut fds: Vec<_> = channels
+            .iter()
+            .map(|channel| PollFd::from_borrowed_fd(channel.connection.as_fd(), PollFlags::IN))
+            .collect();
+        fds.push(PollFd::new(&self.wake, PollFlags::IN));
+        match poll(&mut fds, limit.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(Errno::from_raw(error.raw_os_error())),
         }
-    }
-
-    fn reply_attr(&self, header: &InHeader, attr: Option<Attr>) {
-        let out = attr.map(|attr| AttrOut { attr, ..AttrOut::default() });
-        match &out {
-            Some(out) => self.reply(header.unique, Ok(&[out.as_bytes()])),
-            None => self.reply(header.unique, Err(Errno::NOENT)),
+        if fds.pop().is_some_and(|wake| !wake.revents().is_empty()) {
+            // Only to make it quiet; what has changed is looked at next.
+            let _ = rustix::io::read(&self.wake, &mut [0; 8]);
         }
+        let ready = channels.iter().zip(&fds).filter(|(_, fd)| !fd.revents().is_empty());
+        Ok(ready.map(|(channel, _)| channel).collect())
     }
 
-    fn open(&self, header: &InHeader, flags: u32) {
-        let Some(lane) = self.tree.lock().lane(header.nodeid) else {
-            return self.reply(header.unique, Err(Errno::NOENT));
-        };
-        let fh = self.next_handle.fetch_add(1, Ordering::Relaxed);
-        lane.push(header.unique, Work::Open { fh, flags });
-    }
-
-    fn release(&self, header: &InHeader, fh: u64) {
-        self.reply(header.unique, Ok(&[]));
-        if let Some(lane) = self.lane_of(header) {
-            lane.push_release(fh);
+    /// A connection has ended. Without its directory, or a device that the administrator or the watchdog has aborted,
+    /// the daemon is of no use any more and somebody can start another one.
+    fn lost(&self, channel: &Arc<Channel>, errno: Errno) {
+        let wanted = channel.is_retired();
+        if errno == Errno::NODEV {
+            info!(place = ?channel.place, wanted, "a connection to the kernel has ended");
+        } else {
+            error!(place = ?channel.place, %errno, "a connection to the kernel cannot be read");
         }
-    }
-
-    fn lane_of(&self, header: &InHeader) -> Option<Arc<Lane>> {
-        self.lanes.lock().get(&header.nodeid)?.upgrade()
-    }
-
-    fn ioctl(&self, header: &InHeader, args: IoctlIn, input: &[u8]) {
-        if args.flags & ioctl_flags::DIR != 0 {
-            return self.reply(header.unique, Err(Errno::NOTTY));
-        }
-        self.hand_over(header, Work::Ioctl { tid: header.pid, args, input: input.to_vec() });
-    }
-
-    fn hand_over(&self, header: &InHeader, work: Work) {
-        match self.lane_of(header) {
-            Some(lane) => lane.push(header.unique, work),
-            None => self.reply(header.unique, Err(Errno::BADF)),
-        }
-    }
-
-    fn readdir(&self, header: &InHeader, args: &ReadIn) {
-        if header.nodeid != ROOT_ID {
-            return self.reply(header.unique, Err(Errno::from_raw(rustix::io::Errno::NOTDIR.raw_os_error())));
-        }
-        let list = self.tree.lock().list(args.offset, args.size as usize);
-        self.reply(header.unique, Ok(&[&list]));
-    }
-
-    fn statfs(&self, header: &InHeader) {
-        const BLOCK: u32 = 4096;
-        let files = u64::try_from(self.tree.lock().len()).unwrap_or(u64::MAX);
-        let out = Kstatfs { files, bsize: BLOCK, frsize: BLOCK, namelen: NAME_MAX, ..Kstatfs::default() };
-        self.reply(header.unique, Ok(&[out.as_bytes()]));
-    }
-
-    fn reply(&self, unique: u64, answer: Result<&[&[u8]], Errno>) {
-        if let Err(errno) = self.connection.reply(unique, answer) {
-            debug!(unique, %errno, "an answer found nobody waiting");
-        }
-    }
-}
-
-/// Proof of life for the watchdog process.
-struct Heart {
-    pipe: Option<PipeWriter>,
-    interval: Duration,
-    last: Option<Instant>,
-}
-
-impl Heart {
-    fn beat(&mut self) {
-        if self.last.is_some_and(|last| !is_past(last, self.interval)) {
+        self.detach(channel);
+        if wanted {
             return;
         }
-        self.last = Some(Instant::now());
-        self.say(BEAT);
+        match channel.place {
+            Place::File { .. } => {
+                warn!(place = ?channel.place, "the mount was ended from outside; its device has no file now")
+            }
+            Place::Directory(_) | Place::Device(_) => self.end(),
+        }
     }
+}
 
-    fn say(&mut self, word: &[u8]) {
-        let Some(pipe) = &self.pipe else { return };
-        match rustix::io::write(pipe, word) {
-            // A full pipe: the watchdog is slow, not we.
-            Ok(_) | Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {}
-            Err(error) => {
-                error!(%error, "the watchdog is gone: a daemon that stops will hold its clients");
-                self.pipe = None;
+/// Reads and serves one request, if there is one.
+fn read_one(channel: &Channel, buffer: &mut [u8]) -> Result<(), Errno> {
+    let Some(len) = channel.connection.read_request(buffer)? else { return Ok(()) };
+    match Request::decode(buffer.get(..len).unwrap_or_default()) {
+        Ok(request) => channel.serve(&request),
+        Err(error) => {
+            error!(%error, "the kernel sent what is no FUSE request");
+            if let Some(unique) = error.unique() {
+                channel.reply(unique, Err(Errno::IO));
             }
         }
     }
+    Ok(())
 }

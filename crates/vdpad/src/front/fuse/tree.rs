@@ -57,6 +57,12 @@ pub enum AddError {
         /// It.
         name: String,
     },
+    /// The file cannot be made.
+    #[error("{reason}")]
+    Create {
+        /// Why, in whole.
+        reason: String,
+    },
 }
 
 #[derive(Debug)]
@@ -88,6 +94,15 @@ impl Tree {
             names: HashMap::new(),
             next: FIRST_NODE,
         }
+    }
+
+    /// One file with the node id `id` and no directory: a mount over a file ([`ROOT_ID`]), or a character device.
+    pub(super) fn of_one_file(id: u64, lane: Arc<Lane>, attributes: FileAttributes) -> Self {
+        let name = lane.name().to_owned();
+        let attr = attr(id, S_IFREG, 1, attributes);
+        // The kernel never forgets the root of a mount.
+        let node = Node { name: name.clone(), attr, lane, lookups: 1, linked: true };
+        Self { nodes: BTreeMap::from([(id, node)]), names: HashMap::from([(name, id)]), ..Self::new() }
     }
 
     /// Adds a file and returns its node id, which is never used again.
@@ -152,7 +167,8 @@ impl Tree {
     }
 
     pub(super) fn attr(&self, id: u64) -> Option<Attr> {
-        if id == ROOT_ID { Some(self.root) } else { self.nodes.get(&id).map(|node| node.attr) }
+        let node = self.nodes.get(&id).map(|node| node.attr);
+        node.or_else(|| (id == ROOT_ID).then_some(self.root))
     }
 
     /// The device to open; none when its name is gone.
@@ -168,7 +184,11 @@ impl Tree {
     /// Applies a `chmod`, `chown` or `utimes` that the kernel has allowed. A size (from `O_TRUNC` or `truncate`)
     /// is ignored, as a character device does.
     pub(super) fn set_attr(&mut self, id: u64, change: &SetattrIn) -> Option<Attr> {
-        let attr = if id == ROOT_ID { &mut self.root } else { &mut self.nodes.get_mut(&id)?.attr };
+        let attr = match self.nodes.get_mut(&id) {
+            Some(node) => &mut node.attr,
+            None if id == ROOT_ID => &mut self.root,
+            None => return None,
+        };
         let asks = |bit| change.valid & bit != 0;
         let (now, now_ns) = now();
         if asks(setattr_valid::MODE) {

@@ -14,7 +14,8 @@ use std::time::{Duration, SystemTime};
 use parking_lot::Mutex;
 use vdpa_core::device::Device;
 use vdpa_core::faults::{self, Fault};
-use vdpa_core::features::{Features, Status};
+use vdpa_core::features::{BackendFeatures, Features, Status};
+use vdpa_core::host::Caller as _;
 use vdpa_core::parent::{Parent, PrivateMemory};
 use vdpa_core::types::{Asid, IotlbMsg, IovaRange, QueueIndex, Result, VringAddr, iotlb_type};
 use vdpa_core::{Errno, device::IotlbError};
@@ -88,6 +89,11 @@ pub struct VhostVdpaFile {
     deleted: AtomicBool,
     /// The present owner was told that its memory is private.
     told_private: AtomicBool,
+    /// The last process that was refused for not being the owner: a successor that is about to become it is known then
+    /// when it does, which must not take long.
+    stranger: Mutex<Option<OwnerSpace>>,
+    /// Owners that are owners no more, to be let go after the answer that says so.
+    former: Mutex<Option<OwnerSpace>>,
 }
 
 impl fmt::Debug for VhostVdpaFile {
@@ -110,6 +116,8 @@ impl VhostVdpaFile {
             numbers: live::configured(),
             deleted: AtomicBool::new(false),
             told_private: AtomicBool::new(false),
+            stranger: Mutex::default(),
+            former: Mutex::default(),
         }
     }
 
@@ -166,6 +174,7 @@ impl VhostVdpaFile {
         *self.device.lock() = None;
         device.release();
         *self.owned_since.lock() = None;
+        *self.stranger.lock() = None;
         Ok(())
     }
 
@@ -185,6 +194,14 @@ impl VhostVdpaFile {
         self.told_private.store(false, Ordering::Relaxed);
         let pid = space.map(OwnerSpace::pid);
         tracing::info!(device = %self.name, pid, "{how}");
+    }
+
+    /// Gets to know a process that is not the owner.
+    fn meet(&self, device: &Device<AnyParent>, stranger: &ProcessCaller<'_>) {
+        if device.owner().is_some() && device.backend_features().has(BackendFeatures::NEW_OWNER) {
+            // One that cannot be examined will be told when it asks for more.
+            *self.stranger.lock() = stranger.address_space().ok();
+        }
     }
 
     fn log_refusal(&self, tid: u32, asid: Asid, error: &IotlbError) {
@@ -264,7 +281,11 @@ impl VhostVdpaFile {
         let word = || wire::argument::<u64>(call.input);
         Some(match call.cmd {
             uapi::VHOST_GET_FEATURES => reply(&profile.features.0),
-            uapi::VHOST_SET_FEATURES => word().and_then(|word| done(device.set_features(Features(word)))),
+            uapi::VHOST_SET_FEATURES => match word() {
+                // As the kernel, which looks at the state first; over FUSE such a request does not get here.
+                Err(_) if device.status().contains(Status::FEATURES_OK) => Err(Errno::BUSY),
+                word => word.and_then(|word| done(device.set_features(Features(word)))),
+            },
             uapi::VHOST_GET_BACKEND_FEATURES => {
                 reply(&self.numbers.features_to_wire(device.backend_features()))
             }
@@ -316,7 +337,10 @@ impl VhostVdpaFile {
                 return Ok(IoctlReply::default());
             }
             request if request == self.numbers.new_owner => {
+                let before = device.owner().cloned();
                 device.new_owner(&caller)?;
+                *self.former.lock() = before;
+                self.stranger.lock().take();
                 self.log_owner(device.owner(), "owner changed");
                 self.updates.lock().owner_changed();
                 return Ok(IoctlReply::default());
@@ -329,7 +353,7 @@ impl VhostVdpaFile {
                 return Ok(IoctlReply::default());
             }
             _ if faults::is(Fault::IndexBeforeOwner) => drop(self.vring_index(device, call, &caller)?),
-            _ => device.check_owner(&caller)?,
+            _ => device.check_owner(&caller).inspect_err(|_| self.meet(device, &caller))?,
         }
         if call.cmd == self.numbers.report_request() {
             return self.report(call);
@@ -409,6 +433,7 @@ impl DeviceFile for VhostVdpaFile {
         let release = |device: &mut Device<AnyParent>| {
             device.release();
             *self.owned_since.lock() = None;
+            *self.stranger.lock() = None;
             Ok(())
         };
         // A device that was taken away may have been released.
@@ -431,6 +456,10 @@ impl DeviceFile for VhostVdpaFile {
             ?result,
         );
         result
+    }
+
+    fn answered(&self) {
+        drop(self.former.lock().take());
     }
 
     fn write(&self, tid: u32, data: &[u8]) -> Result<u32> {

@@ -66,6 +66,7 @@ impl FileDisk {
     fn file(&self) -> File {
         match &self.slot {
             Some(slot) => slot.file(),
+            None if self.backing.may_block => File::Blocking(Arc::clone(&self.file)),
             None => File::Fd(Arc::clone(&self.file)),
         }
     }
@@ -296,10 +297,19 @@ impl FileDisk {
 
 impl Disk for FileDisk {
     fn register(&mut self, registrar: &Registrar) {
+        if self.backing.may_block {
+            return;
+        }
         match registrar.add_file(&self.file) {
             Ok(slot) => self.slot = Some(slot),
             // Slower, and nothing else.
             Err(error) => tracing::debug!("a disk's file is not registered: {error}"),
+        }
+    }
+
+    fn abandon(&mut self) {
+        if let Some(slot) = self.slot.take() {
+            slot.retire();
         }
     }
 

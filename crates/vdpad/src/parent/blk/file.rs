@@ -28,6 +28,8 @@ pub(super) struct Backing {
     pub(super) memory_align: u32,
     pub(super) direct: bool,
     pub(super) read_only: bool,
+    /// Its file system may keep whoever asks it waiting, also one who asks not to: FUSE, and others that are not known.
+    pub(super) may_block: bool,
     /// Reads are best done by the thread that serves the disk.
     pub(super) reads_now: bool,
     /// So are writes, as long as none takes long.
@@ -80,8 +82,9 @@ impl Backing {
                 "A disk has one writer, or readers only (readonly on).",
             );
         }
+        let may_block = !is_block && !answers_at_once(&file);
         let reads_now = !options.direct && !is_block && in_memory(&file);
-        let writes_now = !options.direct && (is_block || writes_to_memory(&file));
+        let writes_now = !options.direct && !may_block;
         let (block_size, memory_align) = alignment(&file, is_block, options.direct);
         Ok(Self {
             file: Arc::new(file.into()),
@@ -90,6 +93,7 @@ impl Backing {
             memory_align,
             direct: options.direct,
             read_only: options.read_only,
+            may_block,
             reads_now,
             writes_now,
         })
@@ -129,25 +133,25 @@ fn alignment(file: &File, is_block: bool, direct: bool) -> (u32, u32) {
     }
 }
 
-/// tmpfs and ramfs, which have no disk behind them. io_uring does not read them at once, as it does with what other file
-/// systems have in memory, but hands every read to a thread of its own.
+const TMPFS: u32 = 0x0102_1994;
+
+/// Whether the file system is known to answer at once, one way or the other, when it is asked not to wait (`IOCB_NOWAIT`).
+/// A write to one of these goes to the page cache and is over, nearly always.
+fn answers_at_once(file: &File) -> bool {
+    /// ext2 to ext4, XFS, btrfs, tmpfs, F2FS: `statfs(2)`.
+    const KNOWN: [u32; 5] = [0xef53, 0x5846_5342, 0x9123_683e, TMPFS, 0xf2f5_2010];
+    is_one_of(file, &KNOWN)
+}
+
+/// tmpfs, which has no disk behind it. io_uring does not read it at once, as it does with what other file systems have in
+/// memory, but hands every read to a thread of its own.
 fn in_memory(file: &File) -> bool {
-    const TMPFS: i64 = 0x0102_1994;
-    const RAMFS: i64 = 0x8584_58f6;
-    is_one_of(file, &[TMPFS, RAMFS])
+    is_one_of(file, &[TMPFS])
 }
 
-/// File systems on which a write goes to the page cache and is over, nearly always. io_uring never tries that at once but
-/// with XFS: it hands every write to a thread of its own. What is not known here (FUSE, network file systems) may keep
-/// the caller waiting with each write.
-fn writes_to_memory(file: &File) -> bool {
-    /// ext2 to ext4, XFS, btrfs, F2FS: `statfs(2)`.
-    const LOCAL: [i64; 4] = [0xef53, 0x5846_5342, 0x9123_683e, 0xf2f5_2010];
-    in_memory(file) || is_one_of(file, &LOCAL)
-}
-
-fn is_one_of(file: &File, types: &[i64]) -> bool {
-    fstatfs(file).is_ok_and(|stat| types.contains(&stat.f_type))
+fn is_one_of(file: &File, types: &[u32]) -> bool {
+    // The type of the field is another one for each C library.
+    fstatfs(file).is_ok_and(|stat| u32::try_from(stat.f_type).is_ok_and(|kind| types.contains(&kind)))
 }
 
 fn seek_end(file: &File) -> std::io::Result<u64> {

@@ -8,15 +8,17 @@ use vdpa_core::parent::{CompatReset, PinLimit};
 
 use crate::ctl::api::{Attrs, CtlError};
 use crate::parent::options::{
-    MEMLOCK_ATTR, QUEUE_SIZE_ATTR, compat_reset, invalid, pin_limit, queue_size, reject_unknown,
+    CPUS_ATTR, MEMLOCK_ATTR, QUEUE_SIZE_ATTR, compat_reset, invalid, pin_limit, placement, queue_size,
+    reject_unknown,
 };
+use crate::worker::Placement;
 
 /// Entries of a ring at most. QEMU 10.0.13, and whatever else has its fix, offers guests 1024 in every virtio device and
 /// fails to start a vhost-vdpa device that takes less.
 const QUEUE_SIZE: u16 = 1024;
 
 /// Names of the attributes and what they take, for the error that lists them.
-const KNOWN: [(&str, &str); 12] = [
+const KNOWN: [(&str, &str); 14] = [
     ("path", "FILE"),
     ("null", "BYTES"),
     ("readonly", "on|off"),
@@ -25,10 +27,12 @@ const KNOWN: [(&str, &str); 12] = [
     MEMLOCK_ATTR,
     ("queues", "1-64"),
     QUEUE_SIZE_ATTR,
+    ("packed", "on|off"),
     ("serial", "TEXT of at most 20 bytes"),
     ("compat_reset", "keep|clean"),
     ("reset_owner", "on|off"),
     ("strict_new_owner", "on|off"),
+    CPUS_ATTR,
 ];
 
 /// Where the data are.
@@ -53,6 +57,9 @@ pub(super) struct Options {
     pub(super) pin_limit: PinLimit,
     pub(super) queues: u16,
     pub(super) queue_size: u16,
+    /// Offer packed rings. Not by default: clients that pass features on to a guest unseen, and set the base of each ring
+    /// to 0 whatever its format, would have a guest that is never served (Cloud Hypervisor).
+    pub(super) packed: bool,
     /// The device id, padded with zeros.
     pub(super) serial: [u8; ID_BYTES],
     /// What a reset without IOTLB_PERSIST does to the translation.
@@ -60,6 +67,8 @@ pub(super) struct Options {
     /// Let RESET_OWNER work.
     pub(super) reset_owner: bool,
     pub(super) strict_new_owner: bool,
+    /// Where the rings are served.
+    pub(super) placement: Placement,
 }
 
 impl Options {
@@ -79,10 +88,12 @@ impl Options {
             pin_limit: pin_limit(attrs)?,
             queues: number("queues", 1, 64, 4)?,
             queue_size: queue_size(attrs, QUEUE_SIZE)?,
+            packed: switch("packed", false)?,
             serial: serial(attrs.get("serial"), name)?,
             compat_reset: compat_reset(attrs, CompatReset::Keep)?,
             reset_owner: switch("reset_owner", false)?,
             strict_new_owner: switch("strict_new_owner", false)?,
+            placement: placement(attrs)?,
         })
     }
 }
@@ -129,6 +140,7 @@ mod tests {
     fn defaults_and_every_attribute() {
         let options = Options::parse("disk0", &attrs(&[("path", "/d")])).unwrap();
         assert!(options.pin && !options.direct && !options.read_only && !options.strict_new_owner);
+        assert!(!options.packed);
         assert!(options.compat_reset == CompatReset::Keep && !options.reset_owner);
         assert_eq!((options.queues, options.queue_size), (4, 1024));
         assert_eq!(&options.serial[..6], b"disk0\0");
@@ -140,12 +152,13 @@ mod tests {
             ("memlock", "8192"),
             ("queues", "64"),
             ("queue_size", "1024"),
+            ("packed", "on"),
             ("serial", "12345678901234567890"),
             ("compat_reset", "clean"),
             ("reset_owner", "on"),
         ];
         let options = Options::parse("x", &attrs(&all)).unwrap();
-        assert!(!options.pin && options.direct && options.read_only);
+        assert!(!options.pin && options.direct && options.read_only && options.packed);
         assert_eq!(options.pin_limit, PinLimit::Pages(2));
         assert!(options.compat_reset == CompatReset::Clean && options.reset_owner);
         assert_eq!((options.queues, options.queue_size, options.serial[19]), (64, 1024, b'0'));

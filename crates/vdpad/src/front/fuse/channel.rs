@@ -1,0 +1,261 @@
+//! One connection to the kernel: the directory of device files, a mount over a single file, or a character device.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+
+use parking_lot::Mutex;
+use tracing::{debug, warn};
+use vdpa_core::Errno;
+use vdpa_sys::fuse::{Connection, Operation, Request};
+use vdpa_sys::uapi::fuse::{
+    Attr, AttrOut, EntryOut, InHeader, IoctlIn, Kstatfs, OpenOut, ROOT_ID, ReadIn, ioctl_flags,
+};
+use zerocopy::IntoBytes;
+
+use super::super::lifeline::Guarded;
+use super::device::DeviceFile;
+use super::lane::{InProgress, Lane, Work};
+use super::tree::{AddError, FileAttributes, NAME_MAX, Tree};
+
+/// What a connection is behind.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    /// The mount over the directory of device files.
+    Directory(PathBuf),
+    /// A mount over one file, which was made for it or was there.
+    File {
+        /// Where.
+        path: PathBuf,
+        /// Whether the file below was made for it.
+        made: bool,
+    },
+    /// A character device.
+    Device(super::cuse::Node),
+}
+
+impl Place {
+    /// What a watchdog has to end.
+    pub(super) fn guarded(&self) -> Guarded {
+        match self {
+            Self::Directory(path) | Self::File { path, .. } => Guarded::Mount(path.clone()),
+            Self::Device(node) => node.guarded(),
+        }
+    }
+}
+
+/// A connection and the names, nodes and devices behind it.
+#[derive(Debug)]
+pub(super) struct Channel {
+    pub(super) connection: Connection,
+    pub(super) place: Place,
+    tree: Mutex<Tree>,
+    /// Every lane there is by node id, also of removed files: while one is open its thread holds it. Apart from
+    /// the tree because a FORGET may overtake a RELEASE (`fuse_dev_do_read()` prefers it).
+    lanes: Mutex<HashMap<u64, Weak<Lane>>>,
+    next_handle: AtomicU64,
+    retired: AtomicBool,
+    count: InProgress,
+}
+
+impl Channel {
+    fn new(connection: Connection, place: Place, tree: Tree, count: InProgress) -> Self {
+        let (lanes, next_handle, retired) = (Mutex::default(), AtomicU64::new(1), AtomicBool::new(false));
+        Self { connection, place, tree: Mutex::new(tree), lanes, next_handle, retired, count }
+    }
+
+    /// An empty directory.
+    pub(super) fn directory(connection: Connection, dir: PathBuf) -> Arc<Self> {
+        Arc::new(Self::new(connection, Place::Directory(dir), Tree::new(), InProgress::default()))
+    }
+
+    /// One device that is the node `id` of its connection.
+    pub(super) fn one_file(
+        connection: Connection,
+        place: Place,
+        id: u64,
+        name: &str,
+        file: Arc<dyn DeviceFile>,
+    ) -> Arc<Self> {
+        let count = InProgress::default();
+        let lane = Lane::new(name, file, connection.clone(), count.clone());
+        let weak = Arc::downgrade(&lane);
+        let tree = Tree::of_one_file(id, lane, FileAttributes::private());
+        let channel = Self::new(connection, place, tree, count);
+        channel.lanes.lock().insert(id, weak);
+        Arc::new(channel)
+    }
+
+    pub(super) fn add(
+        &self,
+        name: &str,
+        file: Arc<dyn DeviceFile>,
+        attributes: FileAttributes,
+    ) -> Result<(), AddError> {
+        let lane = Lane::new(name, file, self.connection.clone(), self.count.clone());
+        let weak = Arc::downgrade(&lane);
+        let id = self.tree.lock().add(lane, attributes)?;
+        self.lanes.lock().insert(id, weak);
+        Ok(())
+    }
+
+    /// Takes the name away: no more opens. Whether it was there.
+    pub(super) fn remove(&self, name: &str) -> bool {
+        // Names are valid for 0 s, so the kernel asks for it again at the next look-up.
+        self.tree.lock().remove(name)
+    }
+
+    pub(super) fn attributes(&self, name: &str) -> Option<FileAttributes> {
+        self.tree.lock().attributes(name)
+    }
+
+    /// Whether its end is wanted: it is no loss then.
+    pub(super) fn is_retired(&self) -> bool {
+        self.retired.load(Ordering::Acquire)
+    }
+
+    pub(super) fn retire(&self) {
+        self.retired.store(true, Ordering::Release);
+    }
+
+    /// Whether nobody has a file of it open, or is about to.
+    pub(super) fn is_idle(&self) -> bool {
+        self.live_lanes().iter().all(|lane| lane.is_idle())
+    }
+
+    /// Whether there is a reason to look at it again without a request: one is in progress, or it is to go when nobody has
+    /// it open any more.
+    pub(super) fn wants_watching(&self) -> bool {
+        self.count.any() || self.is_retired()
+    }
+
+    pub(super) fn live_lanes(&self) -> Vec<Arc<Lane>> {
+        let mut lanes = self.lanes.lock();
+        lanes.retain(|_, lane| lane.strong_count() > 0);
+        lanes.values().filter_map(Weak::upgrade).collect()
+    }
+
+    /// Handles one request without blocking.
+    pub(super) fn serve(&self, request: &Request<'_>) {
+        let header = &request.header;
+        match &request.operation {
+            Operation::Lookup { name } => self.lookup(header, name),
+            Operation::Forget(forget) => self.tree.lock().forget(header.nodeid, forget.nlookup),
+            Operation::BatchForget(forgets) => {
+                let mut tree = self.tree.lock();
+                forgets.iter().for_each(|one| tree.forget(one.nodeid, one.nlookup));
+            }
+            Operation::Getattr(_) => {
+                let attr = self.tree.lock().attr(header.nodeid);
+                self.reply_attr(header, attr);
+            }
+            Operation::Setattr(change) => {
+                let attr = self.tree.lock().set_attr(header.nodeid, change);
+                self.reply_attr(header, attr);
+            }
+            Operation::Open(open) => self.open(header, open.flags),
+            Operation::Release(release) => self.release(header, release.fh),
+            Operation::Ioctl { args, input } => self.ioctl(header, *args, input),
+            Operation::Write { data, .. } => {
+                self.hand_over(header, Work::Write { tid: header.pid, data: data.to_vec() });
+            }
+            Operation::Poll(_) => self.hand_over(header, Work::Poll),
+            // vhost-vdpa queues nothing for reading (uapi-spec 1.10).
+            Operation::Read(_) => self.reply(header.unique, Err(Errno::INVAL)),
+            Operation::Opendir(_) => self.reply(header.unique, Ok(&[OpenOut::default().as_bytes()])),
+            Operation::Readdir(args) => self.readdir(header, args),
+            Operation::Releasedir(_) | Operation::Destroy => self.reply(header.unique, Ok(&[])),
+            Operation::Statfs => self.statfs(header),
+            // After ENOSYS the kernel sends none of these any more. Signals do not interrupt: as in the kernel's
+            // vhost-vdpa every request ends by itself.
+            Operation::Interrupt(_)
+            | Operation::Flush(_)
+            | Operation::Getxattr { .. }
+            | Operation::Access(_) => {
+                self.reply(header.unique, Err(Errno::NOSYS));
+            }
+            Operation::Init(_) | Operation::CuseInit(_) => {
+                warn!("a second INIT on one connection");
+                self.reply(header.unique, Err(Errno::IO));
+            }
+            Operation::Unknown { opcode } => {
+                debug!(opcode, "a request that is not known");
+                self.reply(header.unique, Err(Errno::NOSYS));
+            }
+        }
+    }
+
+    fn lookup(&self, header: &InHeader, name: &[u8]) {
+        let mut tree = self.tree.lock();
+        let found = tree.lookup(name).filter(|_| header.nodeid == ROOT_ID);
+        let Some(attr) = found else { return self.reply(header.unique, Err(Errno::NOENT)) };
+        let entry = EntryOut { nodeid: attr.ino, attr, ..EntryOut::default() };
+        // Counted only when the kernel has it, or the node would never be forgotten.
+        if self.connection.reply(header.unique, Ok(&[entry.as_bytes()])).is_ok() {
+            tree.remember(attr.ino);
+        }
+    }
+
+    fn reply_attr(&self, header: &InHeader, attr: Option<Attr>) {
+        let out = attr.map(|attr| AttrOut { attr, ..AttrOut::default() });
+        match &out {
+            Some(out) => self.reply(header.unique, Ok(&[out.as_bytes()])),
+            None => self.reply(header.unique, Err(Errno::NOENT)),
+        }
+    }
+
+    fn open(&self, header: &InHeader, flags: u32) {
+        let Some(lane) = self.tree.lock().lane(header.nodeid) else {
+            return self.reply(header.unique, Err(Errno::NOENT));
+        };
+        let fh = self.next_handle.fetch_add(1, Ordering::Relaxed);
+        lane.push(header.unique, Work::Open { fh, flags });
+    }
+
+    fn release(&self, header: &InHeader, fh: u64) {
+        self.reply(header.unique, Ok(&[]));
+        if let Some(lane) = self.lane_of(header) {
+            lane.push_release(fh);
+        }
+    }
+
+    fn lane_of(&self, header: &InHeader) -> Option<Arc<Lane>> {
+        self.lanes.lock().get(&header.nodeid)?.upgrade()
+    }
+
+    fn ioctl(&self, header: &InHeader, args: IoctlIn, input: &[u8]) {
+        if args.flags & ioctl_flags::DIR != 0 {
+            return self.reply(header.unique, Err(Errno::NOTTY));
+        }
+        self.hand_over(header, Work::Ioctl { tid: header.pid, args, input: input.to_vec() });
+    }
+
+    fn hand_over(&self, header: &InHeader, work: Work) {
+        match self.lane_of(header) {
+            Some(lane) => lane.push(header.unique, work),
+            None => self.reply(header.unique, Err(Errno::BADF)),
+        }
+    }
+
+    fn readdir(&self, header: &InHeader, args: &ReadIn) {
+        if header.nodeid != ROOT_ID {
+            return self.reply(header.unique, Err(Errno::from_raw(rustix::io::Errno::NOTDIR.raw_os_error())));
+        }
+        let list = self.tree.lock().list(args.offset, args.size as usize);
+        self.reply(header.unique, Ok(&[&list]));
+    }
+
+    fn statfs(&self, header: &InHeader) {
+        const BLOCK: u32 = 4096;
+        let files = u64::try_from(self.tree.lock().len()).unwrap_or(u64::MAX);
+        let out = Kstatfs { files, bsize: BLOCK, frsize: BLOCK, namelen: NAME_MAX, ..Kstatfs::default() };
+        self.reply(header.unique, Ok(&[out.as_bytes()]));
+    }
+
+    pub(super) fn reply(&self, unique: u64, answer: Result<&[&[u8]], Errno>) {
+        if let Err(errno) = self.connection.reply(unique, answer) {
+            debug!(unique, %errno, "an answer found nobody waiting");
+        }
+    }
+}

@@ -1,0 +1,254 @@
+//! Character devices: everything in which CUSE differs from FUSE.
+//!
+//! Each device is a connection of its own, there is no directory to serve, and an ioctl comes without its argument: it is
+//! read and written in the caller's memory, at the moment at which the kernel's vhost-vdpa would.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use tracing::{debug, warn};
+use vdpa_core::Errno;
+use vdpa_sys::fuse::cuse::{self, CuseError, Number};
+use vdpa_sys::process::Caller;
+
+use super::super::lifeline::Guarded;
+use super::channel::{Channel, Place};
+use super::device::{DeviceFile, IoctlCall, IoctlReply};
+use super::tree::AddError;
+
+/// The node id in requests about a character device.
+const NODE: u64 = 0;
+const HANDSHAKE: Duration = Duration::from_secs(5);
+/// A device that was given up goes within this time, unless its thread hangs.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Whether character devices can be made; tries to load the module once.
+///
+/// # Errors
+/// [`CuseError::Control`], with what would make it possible.
+pub fn available() -> Result<(), CuseError> {
+    let Err(error) = cuse::available() else { return Ok(()) };
+    if !error.lacks_module() {
+        return Err(error);
+    }
+    let modprobe =
+        Command::new("modprobe").args(["-q", "cuse"]).stdin(Stdio::null()).stderr(Stdio::null()).status();
+    debug!(?modprobe, "tried to load the module cuse");
+    cuse::available()
+}
+
+/// The part of a device name before the file name, for files in `dir`: "" for `/dev`, `a/` for `/dev/a`; `None` for a
+/// directory elsewhere, where there can be no character device of ours.
+#[must_use]
+pub fn prefix_of(dir: &Path) -> Option<String> {
+    let inside = dir.strip_prefix("/dev").ok()?.to_str()?;
+    let plain = inside.split('/').all(|part| part != "..");
+    plain.then(|| if inside.is_empty() { String::new() } else { format!("{inside}/") })
+}
+
+/// A character device of ours.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Node {
+    name: String,
+    number: Number,
+}
+
+impl Node {
+    pub(super) fn guarded(&self) -> Guarded {
+        Guarded::Device { name: self.name.clone(), number: self.number }
+    }
+
+    /// Where it is.
+    pub(super) fn path(&self) -> PathBuf {
+        cuse::node(&self.name)
+    }
+
+    /// Takes the node out of `/dev`, for a device that somebody has open still. The kernel does not miss it.
+    pub(super) fn hide(&self) {
+        if cuse::number_of(&self.name) != Some(self.number) {
+            return;
+        }
+        if let Err(error) = fs::remove_file(self.path()) {
+            warn!(node = %self.path().display(), %error, "the node of a removed device stays until it is closed");
+        }
+    }
+
+    /// Waits until the kernel has taken the device away.
+    pub(super) fn wait_gone(&self) {
+        let deadline = Instant::now() + PATIENCE;
+        while cuse::number_of(&self.name) == Some(self.number) {
+            if Instant::now() > deadline {
+                return warn!(node = %self.path().display(), "the device is not gone yet");
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+/// Makes the devices of one daemon.
+#[derive(Debug)]
+pub(super) struct Maker {
+    prefix: String,
+    /// The major number that all share, once the kernel has chosen it: DPDK takes the first line of `/proc/devices` that
+    /// begins with "vhost-vdpa" for that of every vhost-vdpa device.
+    major: Mutex<Option<u32>>,
+}
+
+impl Maker {
+    pub(super) fn new(prefix: String) -> Self {
+        Self { prefix, major: Mutex::default() }
+    }
+
+    /// Makes the device `name` below the directory; its minor number is the one its name ends in.
+    pub(super) fn make(&self, name: &str, file: Arc<dyn DeviceFile>) -> Result<Arc<Channel>, AddError> {
+        let minor = minor_of(name);
+        let full = format!("{}{name}", self.prefix);
+        let mut major = self.major.lock();
+        let number = |major: Option<u32>| Number { major: major.unwrap_or(0), minor };
+        let mut made = cuse::create(&full, number(*major), HANDSHAKE);
+        if major.is_some() && matches!(made, Err(CuseError::Refused { .. })) {
+            // With the last device the number may have gone to somebody else.
+            warn!(device = full, major = *major, "the major number is taken: asking for another one");
+            made = cuse::create(&full, number(None), HANDSHAKE);
+        }
+        let (connection, number) = made.map_err(|error| match error {
+            CuseError::Name { name } => AddError::Name { name },
+            CuseError::Exists { .. } => AddError::Exists { name: name.into() },
+            other => AddError::Create { reason: other.to_string() },
+        })?;
+        *major = Some(number.major);
+        let place = Place::Device(Node { name: full, number });
+        Ok(Channel::one_file(connection, place, NODE, name, Arc::new(Unrestricted(file))))
+    }
+}
+
+fn minor_of(name: &str) -> u32 {
+    let digits = name.len() - name.trim_end_matches(|c: char| c.is_ascii_digit()).len();
+    name.get(name.len() - digits..).and_then(|digits| digits.parse().ok()).unwrap_or(0)
+}
+
+/// A device whose ioctls come without their argument.
+struct Unrestricted(Arc<dyn DeviceFile>);
+
+impl DeviceFile for Unrestricted {
+    fn open(&self, flags: u32) -> Result<(), Errno> {
+        self.0.open(flags)
+    }
+
+    fn release(&self) {
+        self.0.release();
+    }
+
+    fn ioctl(&self, call: &IoctlCall<'_>) -> Result<IoctlReply, Errno> {
+        let (input_size, out_size) = sizes(call.cmd);
+        let caller = Caller::new(i32::try_from(call.tid).unwrap_or(0));
+        let mut input = vec![0; input_size];
+        // An argument that cannot be read is no error before the device asks for it.
+        if input_size > 0
+            && caller
+                .as_ref()
+                .map_or(Err(Errno::FAULT), |caller| caller.read_mem(call.arg, &mut input))
+                .is_err()
+        {
+            input.clear();
+        }
+        let reply = self.0.ioctl(&IoctlCall { input: &input, out_size, ..*call })?;
+        if !reply.out.is_empty() {
+            caller?.write_mem(call.arg, &reply.out)?;
+        }
+        Ok(IoctlReply { out: Vec::new(), ..reply })
+    }
+
+    fn write(&self, tid: u32, data: &[u8]) -> Result<u32, Errno> {
+        self.0.write(tid, data)
+    }
+
+    fn poll(&self) -> u32 {
+        self.0.poll()
+    }
+}
+
+/// Bytes that FUSE would copy in and out for a request number: `_IOC_SIZE`, as its direction says.
+fn sizes(cmd: u32) -> (usize, u32) {
+    const WRITE: u32 = 1 << 30;
+    const READ: u32 = 1 << 31;
+    let size = cmd >> 16 & 0x3FFF;
+    let input = if cmd & WRITE != 0 { size as usize } else { 0 };
+    (input, if cmd & READ != 0 { size } else { 0 })
+}
+
+#[cfg(test)]
+mod tests {
+    use vdpa_sys::uapi::vhost as uapi;
+
+    use super::*;
+
+    #[test]
+    fn names_follow_the_directory() {
+        let prefix = |dir: &str| prefix_of(Path::new(dir));
+        assert_eq!(prefix("/dev").as_deref(), Some(""));
+        assert_eq!(prefix("/dev/").as_deref(), Some(""));
+        assert_eq!(prefix("/dev/vhost-vdpa/a").as_deref(), Some("vhost-vdpa/a/"));
+        for elsewhere in ["/run/vdpad/dev", "dev", "/device", "/", "/dev/../run"] {
+            assert_eq!(prefix(elsewhere), None, "{elsewhere}");
+        }
+    }
+
+    #[test]
+    fn the_minor_number_is_that_of_the_name() {
+        for (name, minor) in [("vhost-vdpa-0", 0), ("vhost-vdpa-12", 12), ("a1b", 0), ("7", 7), ("", 0)] {
+            assert_eq!(minor_of(name), minor, "{name}");
+        }
+    }
+
+    #[test]
+    fn arguments_have_the_size_and_direction_of_their_request() {
+        assert_eq!(sizes(uapi::VHOST_SET_OWNER), (0, 0));
+        assert_eq!(sizes(uapi::VHOST_SET_VRING_ADDR), (40, 0));
+        assert_eq!(sizes(uapi::VHOST_GET_VRING_BASE), (8, 8));
+        assert_eq!(sizes(uapi::VHOST_VDPA_GET_VRING_NUM), (0, 2));
+        assert_eq!(sizes(0x5401), (0, 0));
+    }
+
+    /// A device that returns its input twice, or says how much it got.
+    struct Echo;
+
+    impl DeviceFile for Echo {
+        fn open(&self, _flags: u32) -> Result<(), Errno> {
+            Ok(())
+        }
+        fn release(&self) {}
+        fn ioctl(&self, call: &IoctlCall<'_>) -> Result<IoctlReply, Errno> {
+            let out: Vec<u8> = call.input.iter().rev().copied().collect();
+            Ok(IoctlReply { result: i32::try_from(call.input.len()).unwrap(), out })
+        }
+        fn write(&self, _tid: u32, _data: &[u8]) -> Result<u32, Errno> {
+            Err(Errno::INVAL)
+        }
+    }
+
+    /// The calling thread of these calls is this one.
+    fn call(cmd: u32, arg: u64) -> Result<IoctlReply, Errno> {
+        let tid = rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs();
+        Unrestricted(Arc::new(Echo)).ioctl(&IoctlCall { tid, cmd, arg, input: &[], out_size: 0 })
+    }
+
+    #[test]
+    fn arguments_are_read_and_written_where_the_caller_has_them() {
+        let mut buffer: [u8; 9] = [1, 2, 3, 4, 5, 6, 7, 8, 9];
+        let arg = std::hint::black_box(&mut buffer).as_mut_ptr().expose_provenance() as u64;
+        let reply = call(uapi::VHOST_GET_VRING_BASE, arg).unwrap();
+        assert_eq!(reply, IoctlReply { result: 8, out: Vec::new() });
+        // Written by the kernel, behind the compiler's back.
+        assert_eq!(std::hint::black_box(&buffer), &[8, 7, 6, 5, 4, 3, 2, 1, 9]);
+    }
+
+    #[test]
+    fn an_argument_that_cannot_be_read_is_the_device_s_to_refuse() {
+        assert_eq!(call(uapi::VHOST_SET_VRING_ADDR, 8), Ok(IoctlReply::default()));
+    }
+}
