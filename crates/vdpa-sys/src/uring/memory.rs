@@ -163,11 +163,13 @@ pub fn transfer_now(
     let at = i64::try_from(offset).map_err(|_| Errno::INVAL)?;
     loop {
         // SAFETY: `pieces` is laid out as an array of `count` iovecs, and each lies inside a `StableMemory`, which allows
-        // the kernel to access it at any time and which exists during this call.
+        // the kernel to access it at any time and which exists during this call. One piece needs no list.
         let moved = unsafe {
-            match direction {
-                Direction::Read => libc::preadv(fd, iov, count, at),
-                Direction::Write => libc::pwritev(fd, iov, count, at),
+            match (direction, pieces) {
+                (Direction::Read, [one]) => libc::pread(fd, pointer(one), one.len, at),
+                (Direction::Write, [one]) => libc::pwrite(fd, pointer(one), one.len, at),
+                (Direction::Read, _) => libc::preadv(fd, iov, count, at),
+                (Direction::Write, _) => libc::pwritev(fd, iov, count, at),
             }
         };
         match usize::try_from(moved) {
@@ -178,6 +180,10 @@ pub fn transfer_now(
             },
         }
     }
+}
+
+fn pointer(piece: &IoPiece) -> *mut libc::c_void {
+    std::ptr::with_exposed_provenance_mut(piece.addr)
 }
 
 /// A zeroed buffer at an address that `O_DIRECT` accepts.
