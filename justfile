@@ -45,6 +45,10 @@ conform device *args:
 bench-core *args:
     cargo bench --locked --package vdpa-core --bench core -- {{args}}
 
+# Our block device beside QEMU's and the floors, in turn: IOPS, latency, CPU per request. Wants a quiet machine.
+bench-io *args:
+    scripts/bench-io {{args}}
+
 # Writes docs/uapi.md anew from the suite.
 matrix:
     cargo run --locked --package vdpa-conformance --bin vdpa-conform -- --matrix > docs/uapi.md
