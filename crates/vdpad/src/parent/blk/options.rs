@@ -18,7 +18,7 @@ use crate::worker::Placement;
 const QUEUE_SIZE: u16 = 1024;
 
 /// Names of the attributes and what they take, for the error that lists them.
-const KNOWN: [(&str, &str); 14] = [
+const KNOWN: [(&str, &str); 15] = [
     ("path", "FILE"),
     ("null", "BYTES"),
     ("readonly", "on|off"),
