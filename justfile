@@ -45,6 +45,11 @@ conform device *args:
 bench-core *args:
     cargo bench --locked --package vdpa-core --bench core -- {{args}}
 
+# What looking at rings before sleeping gives or costs: "just bench-poll ROUNDS MICROSECONDS...".
+bench-poll *args:
+    cargo build --release --locked --package vdpad --bins
+    scripts/bench-poll {{args}}
+
 # Writes docs/uapi.md anew from the suite.
 matrix:
     cargo run --locked --package vdpa-conformance --bin vdpa-conform -- --matrix > docs/uapi.md
