@@ -50,6 +50,10 @@ bench-poll *args:
     cargo build --release --locked --package vdpad --bins
     scripts/bench-poll {{args}}
 
+# Our block device beside QEMU's and the floors, in turn: IOPS, latency, CPU per request. Wants a quiet machine.
+bench-io *args:
+    scripts/bench-io {{args}}
+
 # Writes docs/uapi.md anew from the suite.
 matrix:
     cargo run --locked --package vdpa-conformance --bin vdpa-conform -- --matrix > docs/uapi.md

@@ -154,6 +154,57 @@ fn the_configuration_describes_the_disk() {
     assert_eq!((ops.vring_num(), ops.vqs_count()), (Ok(128), Ok(3)));
 }
 
+#[test]
+fn a_null_device_answers_and_touches_nothing() {
+    let daemon = Daemon::start();
+    let path = daemon.add("n0", "blk", &[("null", "1048576")]);
+    let mut blk = Blk::start(&path);
+    let config = BlkConfig::read_from_bytes(&blk.session.config().unwrap()).unwrap();
+    assert_eq!((config.capacity.get(), config.blk_size.get()), (2048, 512));
+    assert_eq!(blk.write(0, 0, &[1; 4096]), OK);
+    blk.put(DATA, &[0xee; 4096]);
+    let done = blk.io(0, kind::IN, 0, &[], &[data(0, 4096)]);
+    assert_eq!((done.status, done.len), (OK, 4097));
+    assert_eq!(blk.get(DATA, 4096), [0xee; 4096], "the driver's memory is as it was");
+    assert_eq!(blk.io(0, kind::FLUSH, 0, &[], &[]).status, OK);
+    assert_eq!(blk.range(kind::WRITE_ZEROES, 0, 8, 0), OK);
+    assert_eq!(blk.io(0, kind::GET_ID, 0, &[], &[data(0, 20)]).len, 21);
+    assert_eq!(blk.io(0, 3, 0, &[], &[data(0, 512)]).status, UNSUPP);
+    for (sector, len) in [(2048, 512), (2047, 1024), (u64::MAX, 512), (0, 100)] {
+        assert_eq!(blk.write(0, sector, &vec![1; len]), IOERR, "{len} bytes at {sector}");
+        assert_eq!(blk.read(0, sector, len), Err(IOERR), "{len} bytes at {sector}");
+    }
+}
+
+#[test]
+fn a_file_in_memory_or_on_a_disk_with_and_without_pins() {
+    let daemon = Daemon::start();
+    let (memory, other) = (tempfile::tempdir_in("/dev/shm").unwrap(), direct_dir());
+    assert_eq!(statfs(memory.path()).unwrap().f_type, 0x0102_1994, "a tmpfs");
+    for (index, (dir, pin)) in
+        [(&memory, "on"), (&memory, "off"), (&other, "on"), (&other, "off")].into_iter().enumerate()
+    {
+        let disk = Disk::new(dir.path().join(format!("disk{index}")), DISK);
+        let path = daemon.add_blk(&format!("d{index}"), &disk, &[("pin", pin)]);
+        let mut blk = Blk::start(&path);
+        assert_eq!(blk.read(0, 8, 65536), Ok(pattern(4096, 65536)));
+        let bytes = pattern(1 << 40, 12288);
+        assert_eq!(blk.write(0, 3, &bytes), OK);
+        assert_eq!(disk.read(1536, 12288), bytes);
+        // In pieces that do not adjoin, the last one of a sector of which the first byte is elsewhere.
+        blk.put(DATA, &[0xee; 4096]);
+        let pieces = [data(0, 512), data(1024, 100), data(2048, 412)];
+        assert_eq!(blk.io(0, kind::IN, 3, &[], &pieces).len, 1025);
+        let found = [blk.get(DATA, 512), blk.get(DATA + 1024, 100), blk.get(DATA + 2048, 412)].concat();
+        assert_eq!(found, bytes[..1024]);
+        assert_eq!(blk.get(DATA + 512, 512), [0xee; 512]);
+        let done = blk.io(0, kind::OUT, SECTORS - 2, &pieces, &[]);
+        assert_eq!((done.status, done.len), (OK, 1));
+        assert_eq!(disk.read(DISK as u64 - 1024, 1024), bytes[..1024]);
+        assert_eq!(disk.all().len(), DISK);
+    }
+}
+
 /// A directory whose file system can bypass the page cache.
 fn direct_dir() -> tempfile::TempDir {
     let candidates = [Path::new(env!("CARGO_TARGET_TMPDIR")), Path::new("/var/tmp")];

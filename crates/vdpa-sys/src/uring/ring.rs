@@ -5,7 +5,7 @@ use std::fmt;
 use std::io;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use io_uring::squeue::Entry;
@@ -14,18 +14,25 @@ use io_uring::{IoUring, cqueue, opcode};
 use vdpa_core::Errno;
 
 use super::op::Held;
+use super::registrar::Files;
 use super::{Op, OwnedBuf, Registrar};
 
 /// How long a ring that is dropped waits for the kernel. What is in flight then is leaked, not freed.
 const DROP_PATIENCE: Duration = Duration::from_secs(30);
 
-/// `user_data` of requests that have no entry in the slab.
+/// `user_data` of requests nobody asked for.
 const INTERNAL: u64 = u64::MAX;
+
+/// Set in the `user_data` of requests that hold nothing, and so need no place in the slab: the rest is the token.
+const BARE: u64 = 1 << 63;
 
 /// An io_uring; see the module.
 pub struct Ring {
     ring: Arc<IoUring>,
     slab: ManuallyDrop<Slab>,
+    /// Requests in flight that are not in the slab.
+    bare: usize,
+    files: Arc<Mutex<Files>>,
 }
 
 /// The result of a request.
@@ -87,13 +94,13 @@ impl Ring {
             other => other,
         };
         let ring = Arc::new(ring.map_err(|error| errno(&error))?);
-        Ok(Self { ring, slab: ManuallyDrop::new(Slab::default()) })
+        Ok(Self { ring, slab: ManuallyDrop::new(Slab::default()), bare: 0, files: Arc::default() })
     }
 
     /// The handle that registers buffers and files.
     #[must_use]
     pub fn registrar(&self) -> Registrar {
-        Registrar { ring: Arc::clone(&self.ring) }
+        Registrar { ring: Arc::clone(&self.ring), files: Arc::clone(&self.files) }
     }
 
     /// Lets the kernel make up to `count` threads for requests of the calling thread that may block on files, from its own
@@ -109,7 +116,7 @@ impl Ring {
     /// Requests in flight: submitted or queued, completion not seen yet.
     #[must_use]
     pub fn in_flight(&self) -> usize {
-        self.slab.used
+        self.slab.used + self.bare
     }
 
     /// Queues a request under the caller's name `token`, which need not be unique. It starts at the next
@@ -119,6 +126,11 @@ impl Ring {
     /// [`SubmitError`].
     pub fn submit(&mut self, op: Op, token: u64) -> Result<(), SubmitError> {
         let (entry, held) = op.prepare().map_err(|errno| SubmitError::Request { errno })?;
+        if matches!(held, Held::Nothing) && token < INTERNAL & !BARE {
+            self.push(&entry.user_data(token | BARE)).map_err(|errno| SubmitError::Full { errno })?;
+            self.bare += 1;
+            return Ok(());
+        }
         let key = self.slab.insert(Slot { token, held });
         let pushed = self.push(&entry.user_data(key));
         if let Err(errno) = pushed {
@@ -128,9 +140,9 @@ impl Ring {
         Ok(())
     }
 
-    /// Asks for the requests whose names are `wanted` to be cancelled. Each still completes: with `ECANCELED`, or with
-    /// its result when it was too late. Storage I/O that has reached the device cannot be cancelled. Looks at every
-    /// request in flight.
+    /// Asks for the requests whose names are `wanted` to be cancelled, except those between a registered file and a
+    /// registered buffer, of which nothing is kept here. Each still completes: with `ECANCELED`, or with its result when it
+    /// was too late. Storage I/O that has reached the device cannot be cancelled. Looks at every request in flight.
     ///
     /// # Errors
     /// [`SubmitError::Full`].
@@ -210,6 +222,10 @@ impl Ring {
 
     fn complete(&mut self, key: u64, result: i32, flags: u32) -> Option<Completion> {
         let result = u32::try_from(result).map_err(|_| Errno::from_raw(result.saturating_neg()));
+        if key & BARE != 0 && key != INTERNAL {
+            self.bare = self.bare.saturating_sub(1);
+            return Some(Completion { token: key & !BARE, result, more: false, buffer: None });
+        }
         if cqueue::more(flags) {
             let token = self.slab.token(key)?;
             return Some(Completion { token, result, more: true, buffer: None });
@@ -241,7 +257,7 @@ impl Ring {
     /// Cancels everything and waits; whether nothing is in flight afterwards.
     fn drain(&mut self, patience: Duration) -> bool {
         let deadline = Instant::now() + patience;
-        while self.slab.used > 0 {
+        while self.in_flight() > 0 {
             if Instant::now() >= deadline {
                 return false;
             }
@@ -279,7 +295,7 @@ impl fmt::Debug for Ring {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Ring")
             .field("fd", &self.ring.as_raw_fd())
-            .field("in_flight", &self.slab.used)
+            .field("in_flight", &self.in_flight())
             .finish()
     }
 }
@@ -333,8 +349,8 @@ impl Slab {
     fn remove(&mut self, key: u64) -> Option<Slot> {
         let (index, place) = self.at(key)?;
         let slot = place.1.take()?;
-        // INTERNAL has the last generation, which is therefore never used.
-        place.0 = (place.0 + 1) % u32::MAX;
+        // The highest bit belongs to BARE and INTERNAL.
+        place.0 = (place.0 + 1) & (u32::MAX >> 1);
         self.free.push(index);
         self.used -= 1;
         Some(slot)

@@ -69,11 +69,10 @@ impl Queue {
 
     /// The ring, resolved through `view` if it was not yet.
     pub(crate) fn ring(&mut self, view: &Arc<View>) -> Result<&mut Ring<GuestArea>, RingError> {
-        let ring = match self.ring.take() {
-            Some(ring) => ring,
-            None => self.resolve(view)?,
-        };
-        Ok(self.ring.insert(ring))
+        match &mut self.ring {
+            Some(ring) => Ok(ring),
+            none => Ok(none.insert(resolve(&self.setup, self.state, self.abandoned, view)?)),
+        }
     }
 
     /// The ring, if it was resolved.
@@ -133,21 +132,25 @@ impl Queue {
     pub(super) fn write_back(&self) -> bool {
         self.setup.features.has(Features::BLK_FLUSH)
     }
+}
 
-    fn resolve(&self, view: &Arc<View>) -> Result<Ring<GuestArea>, RingError> {
-        let setup = &self.setup;
-        let packed = setup.features.has(Features::RING_PACKED);
-        let sizes = area_sizes(setup.size, setup.features);
-        let memory = view.snapshot();
-        // In a packed ring the descriptors are written as used.
-        let perm = if packed { Perm::RW } else { Perm::RO };
-        let desc = memory.area(setup.desc, sizes.desc as u64, perm)?;
-        let avail = memory.area(setup.avail, sizes.avail as u64, Perm::RO)?;
-        let used = memory.area(setup.used, sizes.used as u64, Perm::RW)?;
-        let state = if self.abandoned == 0 { drained(self.state, setup.size) } else { self.state };
-        let ring = Ring::new(setup.size, setup.features, desc, avail, used, state)?;
-        Ok(ring.with_in_flight(self.abandoned))
-    }
+fn resolve(
+    setup: &QueueSetup<LinuxHost>,
+    state: QueueState,
+    abandoned: u16,
+    view: &View,
+) -> Result<Ring<GuestArea>, RingError> {
+    let packed = setup.features.has(Features::RING_PACKED);
+    let sizes = area_sizes(setup.size, setup.features);
+    let memory = view.snapshot();
+    // In a packed ring the descriptors are written as used.
+    let perm = if packed { Perm::RW } else { Perm::RO };
+    let desc = memory.area(setup.desc, sizes.desc as u64, perm)?;
+    let avail = memory.area(setup.avail, sizes.avail as u64, Perm::RO)?;
+    let used = memory.area(setup.used, sizes.used as u64, Perm::RW)?;
+    let state = if abandoned == 0 { drained(state, setup.size) } else { state };
+    let ring = Ring::new(setup.size, setup.features, desc, avail, used, state)?;
+    Ok(ring.with_in_flight(abandoned))
 }
 
 /// A base that says that a whole lap of a packed ring is in flight is one of which only the available half was set, as

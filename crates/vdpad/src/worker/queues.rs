@@ -8,7 +8,7 @@ use std::sync::Arc;
 use vdpa_core::iotlb::Table;
 use vdpa_core::ring::RingError;
 use vdpa_core::types::{Asid, Result};
-use vdpa_sys::uring::{Op, Ring, SubmitError};
+use vdpa_sys::uring::{Op, Registrar, Ring, SubmitError};
 
 use super::queue::Queue;
 use super::{Shared, Size, View};
@@ -169,6 +169,11 @@ impl Queues {
         if let Some(place) = self.views.get_mut(asid.0 as usize) {
             *place = view;
         }
+    }
+
+    /// Registers files and buffers with the ring that carries the operations.
+    pub(crate) fn registrar(&self) -> Registrar {
+        self.uring.borrow().registrar()
     }
 
     /// Hands an operation to the kernel; [`Logic::complete`](super::Logic::complete) is called with `slot`.

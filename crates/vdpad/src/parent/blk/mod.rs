@@ -2,7 +2,9 @@
 
 mod disk;
 mod file;
+mod null;
 mod options;
+mod pace;
 mod pin;
 
 use std::sync::Arc;
@@ -21,13 +23,14 @@ use zerocopy::IntoBytes;
 
 use self::disk::FileDisk;
 use self::file::Backing;
-use self::options::Options;
+use self::null::NullDisk;
+use self::options::{Options, Source};
 use self::pin::Pins;
 use super::MgmtDevice;
 use super::options::no_worker;
 use crate::ctl::api::{Attrs, CtlError, ID_BLOCK, MgmtDev};
 use crate::front::vhost::AnyParent;
-use crate::worker::{Pool, View, Worker};
+use crate::worker::{Disk, Pool, View, Worker};
 
 /// Segments of data in one request.
 const SEG_MAX: u32 = 126;
@@ -52,8 +55,22 @@ impl MgmtDevice for BlkMgmt {
 
     fn create(&self, name: &str, attrs: &Attrs, pool: &Pool) -> Result<AnyParent, CtlError> {
         let options = Options::parse(name, attrs)?;
-        let backing = Backing::open(&options)?;
-        Ok(Box::new(Blk::new(name, &options, backing, pool)?))
+        let blk = match &options.source {
+            Source::File(path) => {
+                let backing = Backing::open(path, &options)?;
+                let geometry = Geometry {
+                    sectors: backing.sectors,
+                    block_size: backing.block_size,
+                    read_only: backing.read_only,
+                };
+                Blk::new(name, &options, geometry, FileDisk::new(backing, options.serial), pool)?
+            }
+            Source::Null(sectors) => {
+                let geometry = Geometry { sectors: *sectors, block_size: 512, read_only: options.read_only };
+                Blk::new(name, &options, geometry, NullDisk::new(*sectors, options.serial), pool)?
+            }
+        };
+        Ok(Box::new(blk))
     }
 }
 
@@ -85,6 +102,16 @@ fn place(entry: &Mapping<GuestMemory>) -> Place {
     (range.first(), range.last(), entry.memory.host_addr(0), entry.perm.0, entry.stale)
 }
 
+/// What the driver is told of a disk.
+#[derive(Clone, Copy)]
+struct Geometry {
+    /// Of 512 bytes.
+    sectors: u64,
+    /// Logical, in bytes.
+    block_size: u32,
+    read_only: bool,
+}
+
 #[derive(Debug)]
 struct Blk {
     name: String,
@@ -98,10 +125,15 @@ struct Blk {
 }
 
 impl Blk {
-    fn new(name: &str, options: &Options, backing: Backing, pool: &Pool) -> Result<Self, CtlError> {
-        let config = config(options, &backing);
-        let profile = profile(options, &backing);
-        let disk = FileDisk::new(backing, options.serial);
+    fn new(
+        name: &str,
+        options: &Options,
+        geometry: Geometry,
+        disk: impl Disk,
+        pool: &Pool,
+    ) -> Result<Self, CtlError> {
+        let config = config(options, geometry);
+        let profile = profile(options, geometry);
         let place = &options.placement;
         let worker = pool.add_disk(name, options.queues, place, disk);
         let worker = worker.map_err(|errno| no_worker(name, place, errno))?;
@@ -110,17 +142,17 @@ impl Blk {
     }
 }
 
-fn config(options: &Options, backing: &Backing) -> BlkConfig {
+fn config(options: &Options, geometry: Geometry) -> BlkConfig {
     BlkConfig {
-        capacity: backing.sectors.into(),
+        capacity: geometry.sectors.into(),
         seg_max: SEG_MAX.into(),
-        blk_size: backing.block_size.into(),
+        blk_size: geometry.block_size.into(),
         min_io_size: 1.into(),
         opt_io_size: 1.into(),
         num_queues: options.queues.into(),
         max_discard_sectors: RANGE_SECTORS_MAX.into(),
         max_discard_seg: 1.into(),
-        discard_sector_alignment: (backing.block_size >> 9).into(),
+        discard_sector_alignment: (geometry.block_size >> 9).into(),
         max_write_zeroes_sectors: RANGE_SECTORS_MAX.into(),
         max_write_zeroes_seg: 1.into(),
         write_zeroes_may_unmap: 1,
@@ -128,11 +160,11 @@ fn config(options: &Options, backing: &Backing) -> BlkConfig {
     }
 }
 
-fn profile(options: &Options, backing: &Backing) -> Profile {
+fn profile(options: &Options, geometry: Geometry) -> Profile {
     Profile {
         device_id: ID_BLOCK,
         vendor_id: 0,
-        features: features(backing.read_only, options.packed),
+        features: features(geometry.read_only, options.packed),
         backend_features: BackendFeatures::of(&[
             BackendFeatures::ENABLE_AFTER_DRIVER_OK,
             BackendFeatures::NEW_OWNER,

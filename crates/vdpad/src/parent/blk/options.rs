@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use vdpa_core::Errno;
-use vdpa_core::blk::ID_BYTES;
+use vdpa_core::blk::{ID_BYTES, SECTOR};
 use vdpa_core::parent::{CompatReset, PinLimit};
 
 use crate::ctl::api::{Attrs, CtlError};
@@ -18,8 +18,9 @@ use crate::worker::Placement;
 const QUEUE_SIZE: u16 = 1024;
 
 /// Names of the attributes and what they take, for the error that lists them.
-const KNOWN: [(&str, &str); 14] = [
+const KNOWN: [(&str, &str); 15] = [
     ("path", "FILE"),
+    ("null", "BYTES"),
     ("readonly", "on|off"),
     ("direct", "on|off"),
     ("pin", "on|off"),
@@ -35,10 +36,19 @@ const KNOWN: [(&str, &str); 14] = [
     WORKER_ATTR,
 ];
 
+/// Where the data are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Source {
+    /// In this file or block device.
+    File(PathBuf),
+    /// Nowhere: so many sectors of 512 bytes that hold nothing, for measuring.
+    Null(u64),
+}
+
 /// What a block device is made of.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Options {
-    pub(super) path: PathBuf,
+    pub(super) source: Source,
     pub(super) read_only: bool,
     /// Bypass the page cache.
     pub(super) direct: bool,
@@ -66,17 +76,13 @@ impl Options {
     /// Reads the attributes; `name` is the default serial.
     pub(super) fn parse(name: &str, attrs: &Attrs) -> Result<Self, CtlError> {
         reject_unknown("blk", attrs, &KNOWN)?;
-        let path = attrs.get("path").filter(|path| !path.is_empty()).ok_or_else(|| {
-            CtlError::new(Errno::INVAL, "blk needs the attribute path")
-                .with_hint("Give the file or block device that holds the data: path /srv/disk.img")
-        })?;
         let number = |key, min, max, default: u16| -> Result<u16, CtlError> {
             let value = attrs.number(key, min, max).map_err(invalid)?;
             Ok(value.map_or(default, |value| u16::try_from(value).unwrap_or(default)))
         };
         let switch = |key, default| attrs.switch(key).map_err(invalid).map(|on| on.unwrap_or(default));
         Ok(Self {
-            path: path.into(),
+            source: source(attrs)?,
             read_only: switch("readonly", false)?,
             direct: switch("direct", false)?,
             pin: switch("pin", true)?,
@@ -90,6 +96,19 @@ impl Options {
             strict_new_owner: switch("strict_new_owner", false)?,
             placement: placement(attrs)?,
         })
+    }
+}
+
+/// A path, or the size of a disk that is none.
+fn source(attrs: &Attrs) -> Result<Source, CtlError> {
+    let path = attrs.get("path").filter(|path| !path.is_empty());
+    match (path, attrs.number("null", SECTOR, 1 << 60).map_err(invalid)?) {
+        (Some(path), None) => Ok(Source::File(path.into())),
+        (None, Some(bytes)) => Ok(Source::Null(bytes / SECTOR)),
+        (Some(_), Some(_)) => Err(CtlError::new(Errno::INVAL, "blk takes one of path and null")
+            .with_hint("null is a disk without data, for measuring: leave it out.")),
+        (None, None) => Err(CtlError::new(Errno::INVAL, "blk needs the attribute path")
+            .with_hint("Give the file or block device that holds the data: path /srv/disk.img")),
     }
 }
 
@@ -156,6 +175,8 @@ mod tests {
             (&[("path", "/d"), ("memlock", "lots")], Errno::INVAL, "memlock"),
             (&[("path", "/d"), ("serial", "123456789012345678901")], Errno::INVAL, "serial"),
             (&[("path", "/d"), ("mac", "0")], Errno::OPNOTSUPP, "mac"),
+            (&[("path", "/d"), ("null", "512")], Errno::INVAL, "one of path and null"),
+            (&[("null", "511")], Errno::INVAL, "null"),
         ] {
             let error = Options::parse("x", &attrs(pairs)).unwrap_err();
             assert_eq!(error.errno, errno);
