@@ -45,6 +45,11 @@ conform device *args:
 bench-core *args:
     cargo bench --locked --package vdpa-core --bench core -- {{args}}
 
+# What looking at rings before sleeping gives or costs: "just bench-poll ROUNDS MICROSECONDS...".
+bench-poll *args:
+    cargo build --release --locked --package vdpad --bins
+    scripts/bench-poll {{args}}
+
 # Our block device beside QEMU's and the floors, in turn: IOPS, latency, CPU per request. Wants a quiet machine.
 bench-io *args:
     scripts/bench-io {{args}}
@@ -60,6 +65,10 @@ clients *args:
 # Runs the conformance suite on the kernel's own devices, in an emulated machine (downloads 400 MB the first time).
 conform-kernel *args:
     testbed/conform {{args}}
+
+# Checks character devices in an emulated machine (downloads 400 MB the first time); parts, or "all".
+cuse *args:
+    testbed/cuse {{args}}
 
 # A thousand updates in a row for each way, with requests in flight and a look at what everybody holds.
 many-updates count='1000':

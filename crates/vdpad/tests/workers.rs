@@ -109,6 +109,11 @@ fn devices_go_where_there_are_fewest_and_to_the_processors_they_ask_for() {
         daemon.delete(device).unwrap();
     }
     assert_eq!(workers(&daemon).len(), 2, "nobody needs it any more");
+    let own = add(&daemon, 20, &[("worker", "own"), ("cpus", cpu)]);
+    assert_eq!(workers(&daemon)[2..], [("vq-d20".into(), cpu.to_owned())]);
+    assert_eq!(Blk::start(&own.1).read(0, 8, 512), Ok(pattern(4096, 512)));
+    let error = daemon.try_add("bad", "sim-blk", &[("worker", "mine")]).unwrap_err().to_string();
+    assert!(error.contains("worker is \"mine\""), "{error}");
     for (cpus, words) in [("x", "cpus is \"x\""), ("1023", "cannot start the worker"), ("3-1", "cpus is")] {
         let error = daemon.try_add("bad", "sim-blk", &[("cpus", cpus)]).unwrap_err().to_string();
         assert!(error.contains(words), "{error}");

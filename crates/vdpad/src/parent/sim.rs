@@ -25,8 +25,8 @@ use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::guest::{GuestMemory, LinuxHost};
 
 use super::options::{
-    CPUS_ATTR, MEMLOCK_ATTR, QUEUE_SIZE_ATTR, compat_reset, invalid, pin_limit, placement, queue_size,
-    reject_unknown,
+    CPUS_ATTR, MEMLOCK_ATTR, QUEUE_SIZE_ATTR, WORKER_ATTR, compat_reset, invalid, pin_limit, placement,
+    queue_size, reject_unknown,
 };
 use crate::ctl::api::{Attrs, CtlError};
 use crate::worker::{Placement, View, Worker};
@@ -35,7 +35,7 @@ use crate::worker::{Placement, View, Worker};
 pub(super) const QUEUE_SIZE: u16 = 256;
 
 /// Names of the attributes every simulator has, and what they take.
-pub(super) const KNOWN: [(&str, &str); 9] = [
+pub(super) const KNOWN: [(&str, &str); 10] = [
     ("use_va", "on|off"),
     ("batch_mapping", "on|off"),
     ("max_iotlb_entries", "2-1048576"),
@@ -45,6 +45,7 @@ pub(super) const KNOWN: [(&str, &str); 9] = [
     QUEUE_SIZE_ATTR,
     MEMLOCK_ATTR,
     CPUS_ATTR,
+    WORKER_ATTR,
 ];
 
 /// How a simulator treats mappings and owners.
@@ -82,7 +83,7 @@ impl Default for Options {
             reset_owner: false,
             queue_size: QUEUE_SIZE,
             pin_limit: PinLimit::Rlimit,
-            placement: Placement::Shared,
+            placement: Placement::default(),
         }
     }
 }

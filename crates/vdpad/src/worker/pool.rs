@@ -62,14 +62,13 @@ impl fmt::Display for CpuList {
     }
 }
 
-/// Where a device is to be served.
+/// Where a device is to be served: by default with others, on the thread that has the fewest.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) enum Placement {
-    /// With others, on the thread that has the fewest.
-    #[default]
-    Shared,
-    /// On the thread that runs on these processors only.
-    Cpus(CpuList),
+pub(crate) struct Placement {
+    /// On a thread that runs on these processors only.
+    pub(crate) cpus: Option<CpuList>,
+    /// On a thread that has no other device.
+    pub(crate) own: bool,
 }
 
 /// The threads of a daemon.
@@ -123,7 +122,7 @@ impl Pool {
         placement: &Placement,
         logic: impl Logic,
     ) -> Result<Worker> {
-        let thread = self.thread(placement)?;
+        let thread = self.thread(name, placement)?;
         let shared = Arc::new(Shared::new(size.queues));
         let (reply, answer) = sync_channel(1);
         let newcomer = Newcomer {
@@ -147,11 +146,14 @@ impl Pool {
     }
 
     /// A thread for one more device, which is counted.
-    fn thread(&self, placement: &Placement) -> Result<Arc<Thread>> {
+    fn thread(&self, device: &str, placement: &Placement) -> Result<Arc<Thread>> {
         let mut threads = self.threads.lock();
         let thread = match placement {
-            Placement::Shared => threads.least_loaded(self.workers, self.poll)?,
-            Placement::Cpus(cpus) => threads.on(cpus, self.poll)?,
+            Placement { cpus, own: true } => {
+                Arc::new(Thread::start(&format!("vq-{device}"), cpus.as_ref(), self.poll)?)
+            }
+            Placement { cpus: Some(cpus), .. } => threads.on(cpus, self.poll)?,
+            Placement { cpus: None, .. } => threads.least_loaded(self.workers, self.poll)?,
         };
         thread.devices.fetch_add(1, Ordering::Relaxed);
         Ok(thread)

@@ -121,28 +121,25 @@ impl Server {
 
     /// Looks for something to do until there is something, or it does not pay any more.
     fn poll(&mut self) -> Result<()> {
-        /// Looks between two yields.
-        const LOOKS: u32 = 8;
         let begin = Instant::now();
         let mut last = begin;
         loop {
-            for _ in 0..LOOKS {
-                if self.uring.borrow_mut().has_news() {
-                    self.enter(false)?;
-                }
-                if self.look() || !self.is_idle() {
-                    self.poller.hit(begin.elapsed());
-                    return Ok(());
-                }
-                std::hint::spin_loop();
+            if self.uring.borrow_mut().has_news() {
+                self.enter(false)?;
             }
-            rustix::thread::sched_yield();
+            let found = self.look() || !self.is_idle();
             let now = Instant::now();
-            if now - last > STOLEN || now - begin >= self.poller.budget() {
+            let stolen = now - last > STOLEN;
+            if found && !stolen {
+                self.poller.hit(now - begin);
+                return Ok(());
+            }
+            if found || stolen || now - begin >= self.poller.budget() {
                 self.poller.lose(now - begin);
                 return Ok(());
             }
             last = now;
+            std::hint::spin_loop();
         }
     }
 

@@ -8,8 +8,8 @@ use vdpa_core::parent::{CompatReset, PinLimit};
 
 use crate::ctl::api::{Attrs, CtlError};
 use crate::parent::options::{
-    CPUS_ATTR, MEMLOCK_ATTR, QUEUE_SIZE_ATTR, compat_reset, invalid, pin_limit, placement, queue_size,
-    reject_unknown,
+    CPUS_ATTR, MEMLOCK_ATTR, QUEUE_SIZE_ATTR, WORKER_ATTR, compat_reset, invalid, pin_limit, placement,
+    queue_size, reject_unknown,
 };
 use crate::worker::Placement;
 
@@ -18,7 +18,7 @@ use crate::worker::Placement;
 const QUEUE_SIZE: u16 = 1024;
 
 /// Names of the attributes and what they take, for the error that lists them.
-const KNOWN: [(&str, &str); 14] = [
+const KNOWN: [(&str, &str); 15] = [
     ("path", "FILE"),
     ("null", "BYTES"),
     ("readonly", "on|off"),
@@ -33,6 +33,7 @@ const KNOWN: [(&str, &str); 14] = [
     ("reset_owner", "on|off"),
     ("strict_new_owner", "on|off"),
     CPUS_ATTR,
+    WORKER_ATTR,
 ];
 
 /// Where the data are.
