@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, OFlags, StatxFlags, flock, fstatfs, ioctl_blksszget, statx};
 use vdpa_core::Errno;
@@ -75,7 +76,7 @@ impl Backing {
         } else {
             FlockOperation::NonBlockingLockExclusive
         };
-        if flock(&file, operation).is_err() {
+        if !locks_soon(&file, operation) {
             return refuse(
                 Errno::BUSY,
                 format!("{path} is locked by another program or device"),
@@ -134,6 +135,21 @@ fn alignment(file: &File, is_block: bool, direct: bool) -> (u32, u32) {
 }
 
 const TMPFS: u32 = 0x0102_1994;
+
+/// Locks the file. Waits for a moment: a daemon that was killed holds its disks until the kernel has taken its io_uring apart,
+/// which it does later, and rightly so, since operations may be in flight until then.
+fn locks_soon(file: &File, operation: FlockOperation) -> bool {
+    const PATIENCE: Duration = Duration::from_secs(1);
+    const PAUSE: Duration = Duration::from_millis(5);
+    let deadline = Instant::now() + PATIENCE;
+    while flock(file, operation).is_err() {
+        if Instant::now() >= deadline {
+            return false;
+        }
+        std::thread::sleep(PAUSE);
+    }
+    true
+}
 
 /// Whether the file system is known to answer at once, one way or the other, when it is asked not to wait (`IOCB_NOWAIT`).
 /// A write to one of these goes to the page cache and is over, nearly always.
