@@ -45,6 +45,10 @@ conform device *args:
 bench-core *args:
     cargo bench --locked --package vdpa-core --bench core -- {{args}}
 
+# Our block device beside QEMU's and the floors, in turn: IOPS, latency, CPU per request. Wants a quiet machine.
+bench-io *args:
+    scripts/bench-io {{args}}
+
 # Writes docs/uapi.md anew from the suite.
 matrix:
     cargo run --locked --package vdpa-conformance --bin vdpa-conform -- --matrix > docs/uapi.md
@@ -56,6 +60,10 @@ clients *args:
 # Runs the conformance suite on the kernel's own devices, in an emulated machine (downloads 400 MB the first time).
 conform-kernel *args:
     testbed/conform {{args}}
+
+# Checks character devices in an emulated machine (downloads 400 MB the first time); parts, or "all".
+cuse *args:
+    testbed/cuse {{args}}
 
 # A thousand updates in a row for each way, with requests in flight and a look at what everybody holds.
 many-updates count='1000':

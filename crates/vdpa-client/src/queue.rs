@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use vdpa_core::features::Features;
-use vdpa_core::ring::driver::{AddError, Completion, SplitDriver};
+use vdpa_core::ring::driver::{AddError, Completion, Driver, PackedDriver, SplitDriver};
 use vdpa_core::ring::{Buffer, RingError};
 use vdpa_core::types::{Perm, QueueIndex, VringAddr};
 use vdpa_sys::eventfd::EventFd;
@@ -11,10 +11,13 @@ use vdpa_sys::mmap::MapArea;
 
 use crate::dma::Region;
 use crate::error::{Error, QueueProblem};
-use crate::state::v1;
+use crate::state::{packed, v1};
 use crate::vring::Vring;
 
-/// Where the three areas of a split ring lie in a region, in bytes from its start (virtio 1.2 section 2.7).
+/// Where the three areas of a ring lie in a region, in bytes from its start (virtio 1.2 section 2.7).
+///
+/// There is room for either format: a packed ring has its two structures of 4 bytes at the beginning of the driver and
+/// of the device area (virtio 1.2 section 2.8).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingLayout {
     /// Entries; a power of two.
@@ -71,7 +74,7 @@ pub struct Queue {
     pub(crate) vring: Vring,
     region: String,
     layout: RingLayout,
-    ring: SplitDriver<MapArea>,
+    ring: Driver<MapArea>,
 }
 
 impl Queue {
@@ -83,7 +86,7 @@ impl Queue {
         features: Features,
     ) -> Result<Self, Error> {
         let [desc, avail, used] = areas(index, region, layout)?;
-        let ring = SplitDriver::new(layout.size, features, desc, avail, used).map_err(driver(index))?;
+        let ring = Driver::new(layout.size, features, desc, avail, used).map_err(driver(index))?;
         let event = || EventFd::new().map_err(Error::request("eventfd"));
         let events = (event()?, event()?);
         Ok(Self {
@@ -101,11 +104,19 @@ impl Queue {
         layout: RingLayout,
         features: Features,
         events: (EventFd, EventFd),
-        state: v1::Driver,
+        state: SavedDriver,
     ) -> Result<Self, Error> {
         let [desc, avail, used] = areas(index, region, layout)?;
-        let state = state.restore(layout.size, features);
-        let ring = SplitDriver::adopt(state, desc, avail, used).map_err(driver(index))?;
+        let ring = match state {
+            SavedDriver::Split(state) => {
+                let state = state.restore(layout.size, features);
+                Driver::Split(SplitDriver::adopt(state, desc, avail, used).map_err(driver(index))?)
+            }
+            SavedDriver::Packed(state) => {
+                let state = state.restore(layout.size, features);
+                Driver::Packed(PackedDriver::adopt(&state, desc, avail, used).map_err(driver(index))?)
+            }
+        };
         Ok(Self {
             vring: vring(index, region, layout, events),
             region: region.name().to_owned(),
@@ -198,9 +209,19 @@ impl Queue {
     }
 
     /// The driver side as it is now.
-    pub(crate) fn saved(&self) -> v1::Driver {
-        v1::Driver::save(self.ring.state())
+    pub(crate) fn saved(&self) -> SavedDriver {
+        match &self.ring {
+            Driver::Split(ring) => SavedDriver::Split(v1::Driver::save(ring.state())),
+            Driver::Packed(ring) => SavedDriver::Packed(packed::Driver::save(ring.state())),
+        }
     }
+}
+
+/// The driver side of a ring, as it is saved.
+#[derive(Debug)]
+pub(crate) enum SavedDriver {
+    Split(v1::Driver),
+    Packed(packed::Driver),
 }
 
 fn areas(index: QueueIndex, region: &Region, layout: RingLayout) -> Result<[MapArea; 3], Error> {

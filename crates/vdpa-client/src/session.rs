@@ -228,7 +228,7 @@ impl<D: VdpaOps<Event = EventFd>> Session<D> {
         self.setup.regions.list()
     }
 
-    /// Sets up a split ring of `size` entries in a region, from byte `offset` on.
+    /// Sets up a ring of `size` entries, split or packed as negotiated, in a region, from byte `offset` on.
     ///
     /// # Errors
     /// [`Error::Queue`], [`Error::Region`], [`Error::Request`].

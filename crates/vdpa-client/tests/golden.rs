@@ -3,10 +3,12 @@
 #![expect(clippy::unwrap_used, reason = "a test: every failure is a panic")]
 
 use vdpa_client::state::v1::{Driver, InFlight, State};
-use vdpa_client::state::{Section, Sections, StateError, decode, encode, v2};
+use vdpa_client::state::{Section, Sections, StateError, decode, encode, packed, v2};
 
 const V1: &[u8] = include_bytes!("golden/v1.state");
 const V2: &[u8] = include_bytes!("golden/v2.state");
+/// Version 2 with the sections about packed rings.
+const PACKED: &[u8] = include_bytes!("golden/v2-packed.state");
 
 #[test]
 fn version_1() {
@@ -103,13 +105,17 @@ fn current() -> (v2::Prepared, v2::Switch) {
         saved_ns: 5_000,
         prepare_ns: 123_456,
         save_ns: 1_000,
-        devices: vec![v2::AtRest { suspend_ns: 3_000, bases: vec![65535, 17], drivers: vec![driver] }],
+        devices: vec![v2::AtRest {
+            suspend_ns: 3_000,
+            bases: vec![65535, 17],
+            drivers: vec![driver],
+            ..v2::AtRest::default()
+        }],
     };
     (prepared, switch)
 }
 
-fn written() -> Vec<u8> {
-    let (prepared, switch) = current();
+fn written((prepared, switch): (v2::Prepared, v2::Switch)) -> Vec<u8> {
     let mut sections =
         Sections::from_iter([Section::new("vmm/hint", 1, b"may be skipped".to_vec()).optional()]);
     prepared.put(&mut sections).unwrap();
@@ -122,13 +128,55 @@ fn written() -> Vec<u8> {
 #[test]
 fn version_2() {
     if let Some(path) = std::env::var_os("VDPA_WRITE_GOLDEN") {
-        std::fs::write(path, written()).unwrap();
+        std::fs::write(path, written(current())).unwrap();
     }
-    assert_eq!(written(), V2);
+    assert_eq!(written(current()), V2);
     let mut sections = decode(V2).unwrap();
     assert_eq!(v2::take(&mut sections).unwrap(), current());
     assert_eq!(sections.take("vmm/cpu").unwrap().payload, b"opaque");
     sections.ensure_consumed().unwrap();
+}
+
+/// The same device with RING_PACKED.
+fn current_packed() -> (v2::Prepared, v2::Switch) {
+    let (mut prepared, mut switch) = current();
+    prepared.devices.devices[0].features |= 1 << 34;
+    let rest = &mut switch.devices[0];
+    rest.bases = vec![0x8011_0011, 0x8000_8000];
+    rest.drivers.clear();
+    rest.packed_drivers = vec![packed::Driver {
+        next_avail: 0x0016,
+        published: 0x0015,
+        last_used: 0x8011,
+        in_flight: vec![
+            packed::InFlight { token: 77, id: 255, descriptors: 4, writable: 513 },
+            packed::InFlight { token: u64::MAX, id: 0, descriptors: 1, writable: 0 },
+        ],
+    }];
+    (prepared, switch)
+}
+
+#[test]
+fn version_2_with_packed_rings() {
+    if let Some(path) = std::env::var_os("VDPA_WRITE_GOLDEN_PACKED") {
+        std::fs::write(path, written(current_packed())).unwrap();
+    }
+    assert_eq!(written(current_packed()), PACKED);
+    let mut sections = decode(PACKED).unwrap();
+    assert_eq!(v2::take(&mut sections).unwrap(), current_packed());
+    assert!(sections.iter().all(|section| section.name.starts_with("vmm/")));
+    // Whoever does not know of packed rings must not go on without: neither when it is offered, nor when it is switched.
+    let sections = decode(PACKED).unwrap();
+    for name in [packed::ANNOUNCEMENT, packed::DRIVERS] {
+        assert!(!sections.get(name).unwrap().optional, "{name}");
+        let mut newer = sections.clone();
+        let mut section = newer.take(name).unwrap();
+        section.version = 2;
+        newer.push(section);
+        let refused = v2::take(&mut newer).unwrap_err().to_string();
+        assert!(refused.contains(&format!("section \"{name}\" has version 2")), "{refused}");
+    }
+    assert!(decode(V2).unwrap().get(packed::ANNOUNCEMENT).is_none(), "split rings are no news");
 }
 
 /// A state of a later version of this library, which says more in sections of its own. Those it marks optional do not keep
@@ -171,7 +219,8 @@ fn what_a_newer_library_adds_is_skipped_if_it_is_optional() {
 #[test]
 fn parts_of_a_state_are_whole_states() {
     let mut seeds = vec![("v1".to_owned(), V1.to_vec()), ("v2".to_owned(), V2.to_vec())];
-    for (version, bytes) in [("v1", V1), ("v2", V2)] {
+    seeds.push(("v2-packed".to_owned(), PACKED.to_vec()));
+    for (version, bytes) in [("v1", V1), ("v2", V2), ("v2-packed", PACKED)] {
         for section in decode(bytes).unwrap().iter() {
             let mut one = Sections::default();
             one.push(section.clone());

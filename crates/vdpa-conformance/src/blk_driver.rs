@@ -8,7 +8,7 @@ use vdpa_core::types::{IotlbMsg, Perm, iotlb_type};
 use crate::case::{Ctx, Stop, check, prepare};
 use crate::device::{Device, WRITTEN};
 use crate::memory::Region;
-use crate::ring::{IOVA, PATIENCE, Part, RING_PAGES, Ring, SILENCE};
+use crate::ring::{Format, IOVA, PATIENCE, Part, RING_PAGES, Ring, SILENCE};
 
 /// Entries of the ring.
 const SIZE: u16 = 8;
@@ -34,11 +34,17 @@ pub(crate) struct BlkDriver {
 impl BlkDriver {
     /// Opens the device, becomes its owner, acknowledges `backend`, maps memory and starts queue 0.
     pub(crate) fn start(ctx: &Ctx<'_>, backend: BackendFeatures) -> Result<Self, Stop> {
+        Self::start_over(ctx, Format::Split, backend)
+    }
+
+    /// As [`start`](Self::start), with a ring of this format.
+    pub(crate) fn start_over(ctx: &Ctx<'_>, format: Format, backend: BackendFeatures) -> Result<Self, Stop> {
         let device = ctx.open_owned()?;
         prepare("VHOST_SET_BACKEND_FEATURES", device.set_backend(backend))?;
         let region = Self::memory()?;
         check("UPDATE of the ring's memory", device.map(IOVA, &region, Perm::RW), Ok(WRITTEN))?;
-        let mut driver = Self::over(device, region)?;
+        let Self { device, region, ring } = Self::over(device, region)?;
+        let mut driver = Self { device, region, ring: ring.in_format(format) };
         driver.set_up(ctx)?;
         driver.go()?;
         Ok(driver)
@@ -54,12 +60,12 @@ impl BlkDriver {
         Region::new(PAGES)
     }
 
-    /// Features and queue 0, up to just before DRIVER_OK, as after a reset: with an empty ring from index 0.
+    /// Features and queue 0, up to just before DRIVER_OK, as after a reset: with an empty ring from its beginning.
     ///
     /// Vring requests are made by this process, which must be the owner.
     pub(crate) fn set_up(&mut self, ctx: &Ctx<'_>) -> Result<(), Stop> {
         self.ring.clear(&self.region)?;
-        self.set_up_at(ctx, 0)
+        self.set_up_at(ctx, self.base())
     }
 
     /// As [`set_up`](Self::set_up), with the ring as it is, from index `base`.
@@ -70,7 +76,11 @@ impl BlkDriver {
 
     /// Status and features, up to FEATURES_OK.
     pub(crate) fn negotiate(&self, ctx: &Ctx<'_>) -> Result<(), Stop> {
-        negotiate(&self.device, ctx.plain_features())
+        let features = match self.ring.format() {
+            Format::Split => ctx.plain_features(),
+            Format::Packed => ctx.plain_features().with(Features::RING_PACKED),
+        };
+        negotiate(&self.device, features)
     }
 
     /// DRIVER_OK.
@@ -128,9 +138,9 @@ impl BlkDriver {
         self.ring.kick_count()
     }
 
-    /// Requests made available so far.
-    pub(crate) fn submitted(&self) -> u16 {
-        self.ring.submitted()
+    /// Where a device is that has completed everything, as GET_VRING_BASE tells it.
+    pub(crate) fn base(&self) -> u32 {
+        self.ring.base()
     }
 
     fn status_byte(&self) -> Result<u8, Stop> {

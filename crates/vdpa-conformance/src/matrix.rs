@@ -27,10 +27,19 @@ macro_rules! file {
 const FUSE: &str = file!("fuse");
 const BLK: &str = file!("fuse-blk");
 
-const COLUMNS: [Column; 5] = [
+const CUSE: &str = file!("cuse");
+const COLUMNS: [Column; 6] = [
     Column { title: "sim-net", devices: &[&[FUSE, file!("fuse-sim-net")]] },
     Column { title: "sim-blk", devices: &[&[FUSE, file!("fuse-sim-blk")]] },
     Column { title: "blk", devices: &[&[FUSE, BLK], &[FUSE, BLK, file!("fuse-blk-unlimited")]] },
+    Column {
+        title: "these by CUSE",
+        devices: &[
+            &[CUSE, file!("fuse-sim-net")],
+            &[CUSE, file!("fuse-sim-blk")],
+            &[CUSE, BLK, file!("fuse-blk-unlimited")],
+        ],
+    },
     Column {
         title: "vdpasim, Linux 6.12",
         devices: &[

@@ -1,6 +1,8 @@
-//! [`Ring`]: the driver side of a split ring, for the drivers of the suite.
+//! [`Ring`]: the driver side of a ring, for the drivers of the suite.
 //!
 //! Written out here and not taken from the library of rings, which is among the things checked.
+
+mod packed;
 
 use std::os::fd::AsFd;
 use std::sync::atomic::{Ordering, fence};
@@ -35,6 +37,13 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 pub(crate) const SILENCE: Duration = Duration::from_millis(300);
 /// How long to wait for a call before looking again: there may be none.
 const TICK: Duration = Duration::from_millis(20);
+
+/// What a ring looks like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Format {
+    Split,
+    Packed,
+}
 
 /// A part of a request: bytes of the region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,12 +80,29 @@ pub(crate) struct Ring {
     submitted: u16,
     /// Completions seen so far.
     seen: u16,
+    /// Where it goes on, if it is packed.
+    packed: Option<packed::Place>,
 }
 
 impl Ring {
     pub(crate) fn new(queue: u32, size: u16, at: usize) -> Result<Self, Stop> {
         let (kick, call) = (prepare("eventfd", EventFd::new())?, prepare("eventfd", EventFd::new())?);
-        Ok(Self { queue, size, at, kick, call, submitted: 0, seen: 0 })
+        Ok(Self { queue, size, at, kick, call, submitted: 0, seen: 0, packed: None })
+    }
+
+    /// The same ring in the format given; nothing has been submitted.
+    pub(crate) fn in_format(self, format: Format) -> Self {
+        Self { packed: (format == Format::Packed).then(packed::Place::start), ..self }
+    }
+
+    /// Which format it has.
+    pub(crate) fn format(&self) -> Format {
+        if self.packed.is_some() { Format::Packed } else { Format::Split }
+    }
+
+    /// Where a device is that has completed everything, as GET_VRING_BASE tells it.
+    pub(crate) fn base(&self) -> u32 {
+        self.packed.as_ref().map_or_else(|| self.submitted.into(), packed::Place::base)
     }
 
     /// Where its areas are for the device.
@@ -107,6 +133,7 @@ impl Ring {
     /// As at its start; what was submitted is forgotten.
     pub(crate) fn clear(&mut self, region: &Region) -> Result<(), Stop> {
         (self.submitted, self.seen) = (0, 0);
+        self.packed = self.packed.take().map(|_| packed::Place::start());
         let _ = self.call.drain();
         for area in [DESC, AVAIL, USED] {
             region.write(self.at + area, &[0; AVAIL - DESC])?;
@@ -116,6 +143,10 @@ impl Ring {
 
     /// Writes a request into the descriptors from `head` on, and makes it available. No kick.
     pub(crate) fn submit(&mut self, region: &Region, head: u16, parts: &[Part]) -> Result<(), Stop> {
+        if let Some(place) = &mut self.packed {
+            self.submitted = self.submitted.wrapping_add(1);
+            return place.submit(region, self.at + DESC, self.size, parts);
+        }
         let last = parts.len().saturating_sub(1);
         for ((index, slot), part) in (0..).zip(head..).zip(parts) {
             let (slot, next) = (slot % self.size, (slot + 1) % self.size);
@@ -164,11 +195,6 @@ impl Ring {
         region.write(self.at + AVAIL, &flags.to_le_bytes())
     }
 
-    /// Requests made available so far.
-    pub(crate) fn submitted(&self) -> u16 {
-        self.submitted
-    }
-
     /// The next completion, head and length, if it comes in time. Leaves the call eventfd alone unless it has to wait.
     pub(crate) fn completion(
         &mut self,
@@ -187,14 +213,26 @@ impl Ring {
 
     /// Waits until everything submitted was used; whether it was.
     pub(crate) fn wait_all(&self, region: &Region, patience: Duration) -> Result<bool, Stop> {
-        self.wait(region, patience, |used| used == self.submitted)
+        match &self.packed {
+            None => self.wait(region, patience, |used| used == self.submitted),
+            Some(place) => self.wait_until(patience, || place.all_used(region, self.at + DESC)),
+        }
     }
 
     /// Waits until the used index is what is waited for; whether it is.
     fn wait(&self, region: &Region, patience: Duration, done: impl Fn(u16) -> bool) -> Result<bool, Stop> {
+        self.wait_until(patience, || Ok(done(u16::from_le_bytes(region.read(self.at + USED + 2)?))))
+    }
+
+    /// Waits until something is so; whether it is.
+    fn wait_until(
+        &self,
+        patience: Duration,
+        mut done: impl FnMut() -> Result<bool, Stop>,
+    ) -> Result<bool, Stop> {
         let deadline = Instant::now() + patience;
         loop {
-            if done(u16::from_le_bytes(region.read(self.at + USED + 2)?)) {
+            if done()? {
                 fence(Ordering::SeqCst);
                 return Ok(true);
             }

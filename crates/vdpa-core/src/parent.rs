@@ -91,6 +91,16 @@ pub trait Parent: Debug + Send {
         Err(Errno::OPNOTSUPP)
     }
 
+    /// Whether the device met something, a broken ring for example, after which it cannot go on without a reset
+    /// (virtio 1.2 section 2.1.2). False again after [`reset`](Self::reset). Does not block.
+    fn needs_reset(&self) -> bool {
+        false
+    }
+
+    /// What to signal when [`needs_reset`](Self::needs_reset) becomes true, or the configuration changes by itself
+    /// (`set_config_cb`); `None` for nothing. Does not block.
+    fn set_config_call(&mut self, _event: Option<&<Self::Host as Host>::Event>) {}
+
     /// What a queue has done since the device was made. Does not block.
     fn queue_stats(&self, _index: QueueIndex) -> QueueStats {
         QueueStats::default()
@@ -385,6 +395,14 @@ impl<P: Parent + ?Sized> Parent for Box<P> {
 
     fn fail(&mut self) -> Result<()> {
         (**self).fail()
+    }
+
+    fn needs_reset(&self) -> bool {
+        (**self).needs_reset()
+    }
+
+    fn set_config_call(&mut self, event: Option<&<Self::Host as Host>::Event>) {
+        (**self).set_config_call(event);
     }
 
     fn queue_stats(&self, index: QueueIndex) -> QueueStats {

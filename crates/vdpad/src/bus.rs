@@ -27,6 +27,7 @@ use crate::ctl::config::DevConfig;
 use crate::front::fuse::{AddError, DeviceFile, DeviceFiles};
 use crate::front::vhost::{AnyParent, SharedDevice, VhostVdpaFile};
 use crate::parent::{MgmtDevice, NetAttrs, mgmt_devices};
+use crate::worker::Pool;
 
 /// How long a management request waits for a device that is busy with a client's.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -39,6 +40,7 @@ const NAME_MAX: usize = 255;
 pub struct Bus {
     mgmt: Vec<Box<dyn MgmtDevice>>,
     files: Arc<DeviceFiles>,
+    pool: Pool,
     spaces: Spaces,
     devices: Mutex<Vec<Arc<Entry>>>,
 }
@@ -67,10 +69,12 @@ const HANDOVER_ATTR: &str = "handover";
 const NUMBERS: usize = 4096;
 
 impl Bus {
-    /// A bus whose device files appear in `files`.
+    /// A bus whose device files appear in `files`. `workers` threads at most serve the devices that ask for no processors of
+    /// their own; each looks at its rings for `poll` before it sleeps, if that pays.
     #[must_use]
-    pub fn new(files: Arc<DeviceFiles>) -> Self {
-        Self { mgmt: mgmt_devices(), files, spaces: Spaces::new(), devices: Mutex::default() }
+    pub fn new(files: Arc<DeviceFiles>, workers: usize, poll: Duration) -> Self {
+        let pool = Pool::new(workers, poll);
+        Self { mgmt: mgmt_devices(), files, pool, spaces: Spaces::new(), devices: Mutex::default() }
     }
 
     /// Takes every device away from its clients and ends it.
@@ -372,7 +376,7 @@ impl Backend for Bus {
             return Err(CtlError::new(Errno::EXIST, format!("device {} exists already", request.name))
                 .with_hint("Choose another name, or delete it first with \"vdpactl dev del\"."));
         }
-        let parent = mgmt.create(&request.name, &request.attrs)?;
+        let parent = mgmt.create(&request.name, &request.attrs, &self.pool)?;
         let profile = parent.profile().clone();
         let (parent, handover) = if handover { shared(parent)? } else { (parent, None) };
         let device: SharedDevice = Arc::new(Mutex::new(Device::new(parent)));

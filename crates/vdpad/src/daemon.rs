@@ -33,6 +33,10 @@ pub struct Config {
     pub request_timeout: Duration,
     /// Time without progress after which the watchdog ends the daemon's connection to the kernel.
     pub watchdog_timeout: Duration,
+    /// Threads that serve the rings of devices that ask for no processors of their own, at most.
+    pub workers: usize,
+    /// How long such a thread may look at its rings before it sleeps, if that pays; 0 is never.
+    pub poll: Duration,
     /// Devices to create at start, in this order.
     pub devices: Vec<AddRequest>,
 }
@@ -119,7 +123,7 @@ impl Daemon {
             Place::Dev(dir) => DeviceFiles::cuse(dir, options)?,
             Place::Mount(dir) => DeviceFiles::mount(dir, options)?,
         };
-        let bus = Arc::new(Bus::new(Arc::clone(&files)));
+        let bus = Arc::new(Bus::new(Arc::clone(&files), config.workers, config.poll));
         for device in &config.devices {
             bus.add(device.clone())
                 .map_err(|source| StartError::Device { name: device.name.clone(), source })?;
@@ -275,6 +279,8 @@ mod tests {
             control: PathBuf::new(),
             request_timeout: Duration::from_secs(1),
             watchdog_timeout: Duration::from_secs(1),
+            workers: 1,
+            poll: Duration::ZERO,
             devices: Vec::new(),
         };
         let available = || if there { Ok(()) } else { Err(io::Error::from(io::ErrorKind::NotFound)) };

@@ -338,6 +338,42 @@ fn four_queues_in_two_threads() {
 }
 
 #[test]
+fn every_one_of_many_flushes_is_answered() {
+    const BURST: u64 = 64;
+    let (daemon, disk, path) = blk(&[("queues", "2")]);
+    let mut driver = Driver::connect(&path, 2);
+    let bytes = pattern(1 << 40, 4096);
+    for round in 0..20 {
+        for queue in &mut driver.queues {
+            queue.memory.put(0, &bytes);
+            for token in 0..BURST {
+                // A write among the flushes, so that there is something to do.
+                if token % 16 == 0 {
+                    queue.queue_write(4096 * (round * BURST + token), 0, bytes.len(), token);
+                } else {
+                    queue.ring.flush(token).unwrap();
+                }
+            }
+            queue.notify();
+        }
+        for queue in &mut driver.queues {
+            let mut tokens = Vec::new();
+            while tokens.len() < usize::try_from(BURST).unwrap() {
+                for (token, result) in queue.wait() {
+                    assert_eq!(result, 0);
+                    tokens.push(token);
+                }
+            }
+            tokens.sort_unstable();
+            assert!(tokens.into_iter().eq(0..BURST), "each once");
+        }
+    }
+    assert_eq!(disk.read(4096 * 16, 4096), bytes);
+    let queues = &daemon.info("d0").state.queues;
+    assert_eq!([queues[0].requests, queues[1].requests], [20 * BURST; 2]);
+}
+
+#[test]
 fn memory_can_be_taken_back_while_the_device_runs() {
     let (daemon, _disk, path) = blk(&[]);
     let mut driver = Driver::connect(&path, 1);

@@ -64,6 +64,29 @@ fn nothing_is_lost_by_any_way_with_any_strategy_and_pins_stay() {
 }
 
 #[test]
+fn nothing_is_lost_with_packed_rings() {
+    let ways = "exec,fork,hand-over";
+    let (code, json, errors) = demo(&[
+        "--memory",
+        "4M",
+        "--updates",
+        "1",
+        "--way",
+        ways,
+        "--packed",
+        "--strategy",
+        "live,resume,reset",
+    ]);
+    assert_eq!((code, &json["ok"]), (Some(0), &Value::Bool(true)), "{json:#}\n{errors}");
+    for strategy in json["strategies"].as_array().unwrap() {
+        for count in ["lost", "corrupt", "duplicate"] {
+            assert_eq!(strategy[count], 0, "{strategy}");
+        }
+        assert!(strategy["requests"].as_u64().unwrap() > 100, "{strategy}");
+    }
+}
+
+#[test]
 fn a_demo_that_cannot_be_given_fails() {
     let (code, json, errors) = demo(&["--memory", "4M", "--vdpad", "/bin/false"]);
     assert_eq!((code, json), (Some(1), Value::Null), "{errors}");

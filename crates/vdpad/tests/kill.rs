@@ -54,8 +54,13 @@ fn load() {
     }
 }
 
-fn start_load(device: &Path, seed: u64) -> Player {
-    Player::start("load", &[("DEVICE", device.to_str().unwrap()), ("SEED", &seed.to_string())])
+fn start_load(device: &Path, seed: u64, packed: bool) -> Player {
+    let seed = seed.to_string();
+    let mut variables = vec![("DEVICE", device.to_str().unwrap()), ("SEED", &seed)];
+    if packed {
+        variables.push((disk::PACKED, "1"));
+    }
+    Player::start("load", &variables)
 }
 
 /// Numbers that are spread and the same each time.
@@ -65,11 +70,11 @@ fn random(state: &mut u64, below: u64) -> u64 {
 }
 
 /// Kills `rounds` clients: every other one at any moment since its start, the rest while they do I/O. Returns the
-/// longest time that a client found the device busy.
-fn kill_clients(device: &Path, rounds: u64, chance: &mut u64) -> Duration {
+/// longest time that a client found the device busy. With `both`, two of four clients have packed rings.
+fn kill_clients(device: &Path, rounds: u64, chance: &mut u64, both: bool) -> Duration {
     let mut longest = Duration::ZERO;
     for round in 0..rounds {
-        let mut client = start_load(device, round << 32);
+        let mut client = start_load(device, round << 32, both && round & 2 != 0);
         if round.is_multiple_of(2) {
             thread::sleep(Duration::from_micros(random(chance, 25_000)));
         } else {
@@ -107,18 +112,18 @@ fn at_rest(vdpad: &Vdpad, device: &str, before: Option<&Resources>) -> Resources
 fn killed_at_any_moment(mgmtdev: &str, rounds: u64) {
     let vdpad = Vdpad::start(Duration::from_secs(240));
     let device = vdpad.add_any("disk0", mgmtdev);
-    let mut chance = 42;
+    let (mut chance, both) = (42, mgmtdev == "blk");
     // What is set up once and kept: thread stacks, arenas, the table of registered buffers.
-    kill_clients(&device, 20, &mut chance);
+    kill_clients(&device, 20, &mut chance, both);
     let before = at_rest(&vdpad, "disk0", None);
 
-    let longest = kill_clients(&device, rounds, &mut chance);
+    let longest = kill_clients(&device, rounds, &mut chance, both);
     println!("{rounds} clients of {mgmtdev} killed; busy for {longest:?} at most");
     assert!(longest < BUSY_MAX, "{longest:?}");
     at_rest(&vdpad, "disk0", Some(&before)).are_back_to(&before);
 
     // The check above can fail: a living client is seen by it.
-    let mut client = start_load(&device, 1);
+    let mut client = start_load(&device, 1, both);
     client.hear("ready");
     let during = vdpad.resources();
     if mgmtdev == "blk" {

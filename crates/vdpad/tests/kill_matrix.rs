@@ -117,6 +117,8 @@ struct Case {
     strategies: Vec<Strategy>,
     fault: Option<Fault>,
     outcome: Outcome,
+    /// With packed rings; not on a simulator, which has none.
+    packed: bool,
 }
 
 /// Disks for one case at a time: name and path.
@@ -146,7 +148,8 @@ impl Drop for Group {
 
 impl Case {
     fn describe(&self) -> String {
-        format!("{}, {:?}, {:?}", self.way, self.strategies, self.fault)
+        let rings = if self.packed { "packed" } else { "split" };
+        format!("{}, {:?}, {:?}, {rings} rings", self.way, self.strategies, self.fault)
     }
 
     fn command(&self, disks: &Disks, dir: &Path, output: &PipeWriter, input: &PipeReader) -> Command {
@@ -163,6 +166,9 @@ impl Case {
             .env(updating::SOCKET, dir.join("socket"))
             .stdin(Stdio::from(input.try_clone().unwrap()))
             .stdout(Stdio::from(output.try_clone().unwrap()));
+        if self.packed {
+            command.env(disk::PACKED, "1");
+        }
         command
     }
 
@@ -448,6 +454,8 @@ fn survived(mgmtdev: &str, strategies: &[Strategy], way: Way) {
         strategies: vec![strategy],
         fault,
         outcome: fault.map_or(Outcome::TookOver, |f| expected(way, strategy, f.point, f.action)),
+        // Either format at each point, and with each strategy.
+        packed: mgmtdev == "blk" && fault.map_or(0, |f| place(f.point)) % 2 == place_of(strategy) % 2,
     };
     let faults = |action, of: fn(Point) -> bool| -> Vec<Case> {
         let points = |&strategy: &Strategy| {
@@ -470,6 +478,14 @@ fn survived(mgmtdev: &str, strategies: &[Strategy], way: Way) {
         stopped.len(),
         begin.elapsed() - kills,
     );
+}
+
+fn place(point: Point) -> usize {
+    Point::ALL.iter().position(|&p| p == point).unwrap()
+}
+
+fn place_of(strategy: Strategy) -> usize {
+    Strategy::ALL.iter().position(|&s| s == strategy).unwrap()
 }
 
 /// Programs that stop are waited for until a deadline: many at a time.
@@ -555,7 +571,7 @@ fn mixed_devices() {
     for way in [Way::Fork, Way::HandOver] {
         let mut fault = |point, nth, outcome| {
             let fault = Some(Fault { point, nth, action: Action::Kill });
-            cases.push(Case { way, strategies: strategies.clone(), fault, outcome });
+            cases.push(Case { way, strategies: strategies.clone(), fault, outcome, packed: false });
         };
         (1..=3).for_each(|nth| fault(P::Suspended, nth, Outcome::Closed));
         (1..=4).for_each(|nth| fault(P::AtRest, nth, Outcome::Closed));

@@ -171,16 +171,18 @@ fn holds_no_more(mgmtdev: &str, way: Way, strategies: &str) {
     let device = vdpad.add_any("disk0", mgmtdev);
     let (first, last) = (updates.div_ceil(10), updates);
     let socket = vdpad.dir().join("next");
-    let mut client = Player::start(
-        "chain",
-        &[
-            (DEVICE, device.to_str().unwrap()),
-            (WAY, way.name()),
-            (STRATEGIES, strategies),
-            (LOOKS, &format!("{first} {last}")),
-            (SOCKET, socket.to_str().unwrap()),
-        ],
-    );
+    let looks = format!("{first} {last}");
+    let mut variables = vec![
+        (DEVICE, device.to_str().unwrap()),
+        (WAY, way.name()),
+        (STRATEGIES, strategies),
+        (LOOKS, looks.as_str()),
+        (SOCKET, socket.to_str().unwrap()),
+    ];
+    if mgmtdev == "blk" && way == Way::Fork {
+        variables.push((robust::disk::PACKED, "1"));
+    }
+    let mut client = Player::start("chain", &variables);
     let begin = Instant::now();
     let started = client.pid();
     let mut look = || {

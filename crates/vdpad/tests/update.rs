@@ -127,8 +127,12 @@ fn again(mut disk: Disk, made: u64) -> Disk {
     disk
 }
 
-fn start(part: &str, device: &Path, strategy: Strategy) -> Player {
-    Player::start(part, &[("DEVICE", device.to_str().unwrap()), ("STRATEGY", strategy.name())])
+fn start(part: &str, device: &Path, strategy: Strategy, packed: bool) -> Player {
+    let mut variables = vec![("DEVICE", device.to_str().unwrap()), ("STRATEGY", strategy.name())];
+    if packed {
+        variables.push((disk::PACKED, "1"));
+    }
+    Player::start(part, &variables)
 }
 
 /// Lines of the log that tell who became the owner.
@@ -138,9 +142,13 @@ fn owners(vdpad: &Vdpad, what: &str) -> usize {
 
 /// Updates a client twice and compares what the device has of it before and after.
 fn updated(mgmtdev: &str, strategy: Strategy) {
+    updated_over(mgmtdev, strategy, false);
+}
+
+fn updated_over(mgmtdev: &str, strategy: Strategy, packed: bool) {
     let vdpad = Vdpad::start(Duration::from_secs(60));
     let device = vdpad.add_any("disk0", mgmtdev);
-    let mut client = start("tenant", &device, strategy);
+    let mut client = start("tenant", &device, strategy, packed);
     client.hear("ready");
     let before = vdpad.info("disk0").state;
     let held = vdpad.resources();
@@ -436,7 +444,7 @@ fn private_memory_is_refused_by_its_name() {
     let vdpad = Vdpad::start(Duration::from_secs(60));
     let device = vdpad.add_any("disk0", "blk");
     for strategy in [Strategy::Live, Strategy::Resume, Strategy::Reset, Strategy::Reopen] {
-        let mut client = start("private", &device, strategy);
+        let mut client = start("private", &device, strategy, false);
         assert_eq!(
             client.hear("refused"),
             "update failed in phase prepare of device disk0: region \"heap\" is private memory, which ends with this \
@@ -481,6 +489,26 @@ mod heavy {
     #[test]
     fn blk_is_updated_by_reopen() {
         updated("blk", Strategy::Reopen);
+    }
+
+    #[test]
+    fn blk_with_packed_rings_is_updated_live() {
+        updated_over("blk", Strategy::Live, true);
+    }
+
+    #[test]
+    fn blk_with_packed_rings_is_updated_by_resume() {
+        updated_over("blk", Strategy::Resume, true);
+    }
+
+    #[test]
+    fn blk_with_packed_rings_is_updated_by_reset() {
+        updated_over("blk", Strategy::Reset, true);
+    }
+
+    #[test]
+    fn blk_with_packed_rings_is_updated_by_reopen() {
+        updated_over("blk", Strategy::Reopen, true);
     }
 
     #[test]

@@ -6,7 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Section, Sections, StateError, v1};
+use super::{Section, Sections, StateError, packed, v1};
 
 /// Version of each section below.
 pub const VERSION: u32 = 2;
@@ -261,8 +261,11 @@ pub struct AtRest {
     /// Where it goes on in each ring (`VHOST_GET_VRING_BASE`), first the queues, then those of a guest; empty if it was
     /// not stopped.
     pub bases: Vec<u32>,
-    /// The driver side of each ring that the program drives.
+    /// The driver side of each split ring that the program drives.
     pub drivers: Vec<v1::Driver>,
+    /// That of each packed ring, from the section [`packed::DRIVERS`].
+    #[serde(skip)]
+    pub packed_drivers: Vec<packed::Driver>,
 }
 
 /// What is known before any device is touched.
@@ -289,7 +292,7 @@ impl Prepared {
         sections.push(Section::json(MEMORY, VERSION, &self.memory)?);
         sections.push(Section::json(DEVICES, VERSION, &self.devices)?);
         sections.push(Section::json(DESCRIPTORS, VERSION, &self.descriptors)?);
-        Ok(())
+        packed::announce(&self.devices, sections)
     }
 
     /// Takes its sections out.
@@ -297,6 +300,7 @@ impl Prepared {
     /// # Errors
     /// [`StateError`]: missing, of another version, unreadable.
     pub fn take(sections: &mut Sections) -> Result<Self, StateError> {
+        packed::take_announcement(sections)?;
         Ok(Self {
             update: sections.require(UPDATE)?.parse(VERSION)?,
             memory: sections.require(MEMORY)?.parse(VERSION)?,
@@ -313,7 +317,7 @@ impl Switch {
     /// [`StateError::Payload`], which this type does not cause.
     pub fn put(&self, sections: &mut Sections) -> Result<(), StateError> {
         sections.push(Section::json(SWITCH, VERSION, self)?);
-        Ok(())
+        packed::put(&self.devices, sections)
     }
 
     /// Takes its section out.
@@ -321,7 +325,9 @@ impl Switch {
     /// # Errors
     /// [`StateError`]: missing, of another version, unreadable.
     pub fn take(sections: &mut Sections) -> Result<Self, StateError> {
-        sections.require(SWITCH)?.parse(VERSION)
+        let mut switch: Self = sections.require(SWITCH)?.parse(VERSION)?;
+        packed::take(&mut switch.devices, sections)?;
+        Ok(switch)
     }
 }
 

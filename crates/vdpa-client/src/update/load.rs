@@ -15,9 +15,9 @@ use crate::device::{DeviceFile, set_backend};
 use crate::dma::{Backing, RegionSpec, Regions};
 use crate::error::Error;
 use crate::memory::Memory;
-use crate::queue::{Queue, RingLayout};
+use crate::queue::{Queue, RingLayout, SavedDriver};
 use crate::session::Setup;
-use crate::state::{v1, v2};
+use crate::state::v2;
 use crate::vring::{GuestQueue, GuestRing, Vring, check_guest_ring};
 
 /// Where the descriptors are that the state speaks of.
@@ -187,7 +187,12 @@ impl<D: DeviceFile> Loaded<D> {
     /// Adopts the driver side of the rings where the predecessor left it; returns where the device goes on, for a device
     /// that has to be told.
     pub(super) fn adopt(&mut self, rest: v2::AtRest) -> Result<Vec<u32>, Cause> {
-        let v2::AtRest { suspend_ns: _, bases, drivers } = rest;
+        let v2::AtRest { suspend_ns: _, bases, drivers, packed_drivers } = rest;
+        let drivers: Vec<_> = drivers
+            .into_iter()
+            .map(SavedDriver::Split)
+            .chain(packed_drivers.into_iter().map(SavedDriver::Packed))
+            .collect();
         if drivers.len() != self.rings.len() {
             return Err(invalid(
                 "queues",
@@ -303,7 +308,7 @@ fn adopt_queue(
     setup: &Setup,
     queue: v2::Queue,
     events: (EventFd, EventFd),
-    driver: v1::Driver,
+    driver: SavedDriver,
 ) -> Result<Queue, Cause> {
     let v2::Queue { index, size, desc, avail, used, region, .. } = queue;
     let layout = RingLayout { size, desc, avail, used };

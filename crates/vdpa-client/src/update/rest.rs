@@ -8,6 +8,7 @@ use super::points::{Point, reach};
 use super::{Cause, DeviceReport, Phase, Strategy, UpdateError, steps};
 use crate::device::DeviceFile;
 use crate::error::Error;
+use crate::queue::SavedDriver;
 use crate::session::{Session, Setup};
 use crate::state::v2;
 
@@ -173,10 +174,14 @@ impl<D: DeviceFile> AtRest<D> {
 
     /// What the successor is told of it.
     pub(super) fn saved(&self) -> v2::AtRest {
-        v2::AtRest {
-            suspend_ns: self.suspend_ns,
-            bases: self.bases.clone(),
-            drivers: self.setup.queues.iter().map(crate::queue::Queue::saved).collect(),
+        let mut rest =
+            v2::AtRest { suspend_ns: self.suspend_ns, bases: self.bases.clone(), ..v2::AtRest::default() };
+        for queue in &self.setup.queues {
+            match queue.saved() {
+                SavedDriver::Split(driver) => rest.drivers.push(driver),
+                SavedDriver::Packed(driver) => rest.packed_drivers.push(driver),
+            }
         }
+        rest
     }
 }

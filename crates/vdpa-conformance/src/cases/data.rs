@@ -1,14 +1,14 @@
 //! What the device does with its memory: shown with reads of a block device.
 
 use vdpa_core::Errno;
-use vdpa_core::features::{BackendFeatures, Status};
+use vdpa_core::features::{BackendFeatures, Features, Status};
 use vdpa_core::types::{Perm, iotlb_type};
 
 use crate::blk_driver::BlkDriver;
 use crate::case::{Case, Ctx, Need, Outcome, check, prepare};
 use crate::device::WRITTEN;
 use crate::request::Request;
-use crate::ring::{IOVA, SILENCE};
+use crate::ring::{Format, IOVA, SILENCE};
 
 /// A block device with a ring large enough for the driver.
 const BLK: [Need; 2] = [Need::DeviceId(2), Need::RingSize(8)];
@@ -16,50 +16,53 @@ const SUSPEND: Need = Need::Backend(BackendFeatures::SUSPEND);
 const RESUME: Need = Need::Backend(BackendFeatures::RESUME);
 const PERSIST: Need = Need::Backend(BackendFeatures::IOTLB_PERSIST);
 
-macro_rules! case {
-    ($id:literal, $spec:literal, [$($request:ident),+], [$($need:expr),*], $run:ident) => {
-        Case {
-            id: $id,
+/// The cases, in a constant for each format of rings: name, section, requests, further needs, check.
+macro_rules! cases {
+    ($($name:literal, $spec:literal, [$($request:ident),+], [$($need:expr),*], $run:ident;)+) => {
+        pub(super) const CASES: &[Case] = &[$(Case {
+            id: concat!("data.", $name),
             spec: $spec,
             covers: &[$(Request::$request),+],
             needs: &[BLK[0], BLK[1], $($need),*],
-            run: $run,
-        }
+            run: |ctx| $run(ctx, Format::Split),
+        }),+];
+
+        pub(super) const PACKED_CASES: &[Case] = &[$(Case {
+            id: concat!("packed.", $name),
+            spec: $spec,
+            covers: &[$(Request::$request),+],
+            needs: &[BLK[0], BLK[1], Need::Feature(Features::RING_PACKED), $($need),*],
+            run: |ctx| $run(ctx, Format::Packed),
+        }),+];
     };
 }
 
-pub(super) const CASES: &[Case] = &[
-    case!("data.read", "6.3", [SET_VRING_KICK, SET_VRING_CALL, SET_VRING_ADDR], [], read),
-    case!("data.kick-counter-stays", "1.6", [SET_VRING_KICK], [], kick_counter),
-    case!("data.kick-before-install", "1.6", [SET_VRING_KICK], [Need::DeviceFile], kick_before_install),
-    case!("data.disabled-queue", "1.6", [SET_VRING_KICK, SET_VRING_ENABLE], [], disabled_queue),
-    case!("data.invalidate-stops-access", "2.5", [IOTLB_INVALIDATE], [], invalidate),
-    case!("data.read-only-memory", "6.1", [IOTLB_UPDATE], [], read_only),
-    case!("data.suspend", "1.8, 8.7", [SUSPEND, RESUME, GET_VRING_BASE], [SUSPEND, RESUME], suspend),
-    case!("data.suspend-enable", "1.8, 8.7", [SUSPEND, SET_VRING_ENABLE], [SUSPEND], suspend_enable),
-    case!("data.base-continues", "1.6", [GET_VRING_BASE, SET_VRING_BASE], [SUSPEND, PERSIST], base_continues),
-    case!("data.reset-stops", "8.7", [SET_STATUS], [], reset_stops),
-    case!("data.reset-persist", "4.5, 9.4 vector 45", [SET_STATUS], [PERSIST], reset_persist),
-    case!(
-        "data.reset-clean-map",
-        "4.5, 9.4 vector 46",
-        [SET_STATUS, IOTLB_BATCH_END],
-        [PERSIST],
-        reset_clean_map
-    ),
-];
+cases! {
+    "read", "6.3", [SET_VRING_KICK, SET_VRING_CALL, SET_VRING_ADDR], [], read;
+    "kick-counter-stays", "1.6", [SET_VRING_KICK], [], kick_counter;
+    "kick-before-install", "1.6", [SET_VRING_KICK], [Need::DeviceFile], kick_before_install;
+    "disabled-queue", "1.6", [SET_VRING_KICK, SET_VRING_ENABLE], [], disabled_queue;
+    "invalidate-stops-access", "2.5", [IOTLB_INVALIDATE], [], invalidate;
+    "read-only-memory", "6.1", [IOTLB_UPDATE], [], read_only;
+    "suspend", "1.8, 8.7", [SUSPEND, RESUME, GET_VRING_BASE], [SUSPEND, RESUME], suspend;
+    "suspend-enable", "1.8, 8.7", [SUSPEND, SET_VRING_ENABLE], [SUSPEND], suspend_enable;
+    "base-continues", "1.6", [GET_VRING_BASE, SET_VRING_BASE], [SUSPEND, PERSIST], base_continues;
+    "reset-stops", "8.7", [SET_STATUS], [], reset_stops;
+    "reset-persist", "4.5, 9.4 vector 45", [SET_STATUS], [PERSIST], reset_persist;
+    "reset-clean-map", "4.5, 9.4 vector 46", [SET_STATUS, IOTLB_BATCH_END], [PERSIST], reset_clean_map;
+}
 
-fn read(ctx: &mut Ctx<'_>) -> Outcome {
-    let mut driver = BlkDriver::start(ctx, BackendFeatures::NONE)?;
+fn read(ctx: &mut Ctx<'_>, format: Format) -> Outcome {
+    let mut driver = BlkDriver::start_over(ctx, format, BackendFeatures::NONE)?;
     for round in 0..20 {
         driver.works(&format!("read number {round}"))?;
     }
-    let base = u32::from(driver.submitted());
+    let base = driver.base();
     check("GET_VRING_BASE when idle", driver.device.vring(Request::GET_VRING_BASE, 0, 0), Ok(base))
 }
 
-fn kick_counter(ctx: &mut Ctx<'_>) -> Outcome {
-    let mut driver = BlkDriver::start(ctx, BackendFeatures::NONE)?;
+fn kick_counter(ctx: &mut Ctx<'_>, format: Format) -> Outcome {
+    let mut driver = BlkDriver::start_over(ctx, format, BackendFeatures::NONE)?;
     let _ = driver.kick_count();
     for round in 1..=3 {
         driver.works(&format!("read number {round}"))?;
@@ -67,8 +70,8 @@ fn kick_counter(ctx: &mut Ctx<'_>) -> Outcome {
     check("counter of the kick eventfd after three kicks", driver.kick_count(), 3)
 }
 
-fn kick_before_install(ctx: &mut Ctx<'_>) -> Outcome {
-    let mut driver = BlkDriver::start(ctx, BackendFeatures::NONE)?;
+fn kick_before_install(ctx: &mut Ctx<'_>, format: Format) -> Outcome {
+    let mut driver = BlkDriver::start_over(ctx, format, BackendFeatures::NONE)?;
     driver.works("before")?;
     let remove = driver.device.set_fd(Request::SET_VRING_KICK, 0, None);
     prepare("VHOST_SET_VRING_KICK", remove)?;
@@ -78,8 +81,8 @@ fn kick_before_install(ctx: &mut Ctx<'_>) -> Outcome {
     driver.completes("an eventfd installed that had been written")
 }
 
-fn disabled_queue(ctx: &mut Ctx<'_>) -> Outcome {
-    let mut driver = BlkDriver::start(ctx, BackendFeatures::NONE)?;
+fn disabled_queue(ctx: &mut Ctx<'_>, format: Format) -> Outcome {
+    let mut driver = BlkDriver::start_over(ctx, format, BackendFeatures::NONE)?;
     driver.works("before")?;
     let enable = |num| driver.device.set_vring(Request::SET_VRING_ENABLE, 0, num);
     prepare("VHOST_VDPA_SET_VRING_ENABLE", enable(0))?;
@@ -90,8 +93,8 @@ fn disabled_queue(ctx: &mut Ctx<'_>) -> Outcome {
     driver.stays_silent("queue disabled")
 }
 
-fn invalidate(ctx: &mut Ctx<'_>) -> Outcome {
-    let mut driver = BlkDriver::start(ctx, BackendFeatures::NONE)?;
+fn invalidate(ctx: &mut Ctx<'_>, format: Format) -> Outcome {
+    let mut driver = BlkDriver::start_over(ctx, format, BackendFeatures::NONE)?;
     driver.works("mapped")?;
     check("INVALIDATE", driver.device.unmap(IOVA, driver.region.size()), Ok(WRITTEN))?;
     driver.submit()?;
@@ -102,19 +105,19 @@ fn invalidate(ctx: &mut Ctx<'_>) -> Outcome {
     driver.completes("mapped again and kicked")
 }
 
-fn read_only(ctx: &mut Ctx<'_>) -> Outcome {
-    let mut driver = BlkDriver::start(ctx, BackendFeatures::NONE)?;
+fn read_only(ctx: &mut Ctx<'_>, format: Format) -> Outcome {
+    let mut driver = BlkDriver::start_over(ctx, format, BackendFeatures::NONE)?;
     check("INVALIDATE", driver.device.unmap(IOVA, driver.region.size()), Ok(WRITTEN))?;
     check("UPDATE, device may only read", driver.device.map(IOVA, &driver.region, Perm::RO), Ok(WRITTEN))?;
     driver.submit()?;
     driver.stays_silent("memory the device may not write")
 }
 
-fn suspend(ctx: &mut Ctx<'_>) -> Outcome {
-    let mut driver = BlkDriver::start(ctx, BackendFeatures::NONE)?;
+fn suspend(ctx: &mut Ctx<'_>, format: Format) -> Outcome {
+    let mut driver = BlkDriver::start_over(ctx, format, BackendFeatures::NONE)?;
     driver.works("before SUSPEND")?;
     check("SUSPEND", driver.device.call(Request::SUSPEND), Ok(()))?;
-    let base = u32::from(driver.submitted());
+    let base = driver.base();
     driver.submit()?;
     driver.stays_silent("suspended, kicked")?;
     check("GET_VRING_BASE, suspended", driver.device.vring(Request::GET_VRING_BASE, 0, 0), Ok(base))?;
@@ -123,8 +126,8 @@ fn suspend(ctx: &mut Ctx<'_>) -> Outcome {
     driver.works("after RESUME")
 }
 
-fn suspend_enable(ctx: &mut Ctx<'_>) -> Outcome {
-    let mut driver = BlkDriver::start(ctx, BackendFeatures::NONE)?;
+fn suspend_enable(ctx: &mut Ctx<'_>, format: Format) -> Outcome {
+    let mut driver = BlkDriver::start_over(ctx, format, BackendFeatures::NONE)?;
     check("SUSPEND", driver.device.call(Request::SUSPEND), Ok(()))?;
     driver.submit()?;
     let enable = driver.device.set_vring(Request::SET_VRING_ENABLE, 0, 1);
@@ -133,23 +136,23 @@ fn suspend_enable(ctx: &mut Ctx<'_>) -> Outcome {
     driver.stays_silent("suspended, enabled, kicked")
 }
 
-fn base_continues(ctx: &mut Ctx<'_>) -> Outcome {
-    let mut driver = BlkDriver::start(ctx, ctx.probe().backend)?;
+fn base_continues(ctx: &mut Ctx<'_>, format: Format) -> Outcome {
+    let mut driver = BlkDriver::start_over(ctx, format, ctx.probe().backend)?;
     for round in 0..3 {
         driver.works(&format!("read number {round}"))?;
     }
     check("SUSPEND", driver.device.call(Request::SUSPEND), Ok(()))?;
     let base = prepare("VHOST_GET_VRING_BASE", driver.device.vring(Request::GET_VRING_BASE, 0, 0))?;
-    check("GET_VRING_BASE", base, 3)?;
+    check("GET_VRING_BASE", base, driver.base())?;
     prepare("SET_STATUS 0", driver.device.set_status(Status::RESET))?;
     driver.set_up_at(ctx, base)?;
     driver.go()?;
     driver.works("continued at its base")?;
-    check("GET_VRING_BASE", driver.device.vring(Request::GET_VRING_BASE, 0, 0), Ok(base + 1))
+    check("GET_VRING_BASE", driver.device.vring(Request::GET_VRING_BASE, 0, 0), Ok(driver.base()))
 }
 
-fn reset_stops(ctx: &mut Ctx<'_>) -> Outcome {
-    let mut driver = BlkDriver::start(ctx, ctx.probe().backend)?;
+fn reset_stops(ctx: &mut Ctx<'_>, format: Format) -> Outcome {
+    let mut driver = BlkDriver::start_over(ctx, format, ctx.probe().backend)?;
     driver.works("before the reset")?;
     check("SET_STATUS 0", driver.device.set_status(Status::RESET), Ok(()))?;
     driver.set_up(ctx)?;
@@ -160,9 +163,9 @@ fn reset_stops(ctx: &mut Ctx<'_>) -> Outcome {
     driver.completes("DRIVER_OK and a kick")
 }
 
-fn reset_persist(ctx: &mut Ctx<'_>) -> Outcome {
+fn reset_persist(ctx: &mut Ctx<'_>, format: Format) -> Outcome {
     let persist = BackendFeatures::of(&[BackendFeatures::IOTLB_PERSIST]);
-    let mut driver = BlkDriver::start(ctx, persist)?;
+    let mut driver = BlkDriver::start_over(ctx, format, persist)?;
     driver.works("before the reset")?;
     check("SET_STATUS 0", driver.device.set_status(Status::RESET), Ok(()))?;
     driver.set_up(ctx)?;
@@ -170,8 +173,8 @@ fn reset_persist(ctx: &mut Ctx<'_>) -> Outcome {
     driver.works("after a reset with PERSIST, nothing mapped again")
 }
 
-fn reset_clean_map(ctx: &mut Ctx<'_>) -> Outcome {
-    let mut driver = BlkDriver::start(ctx, BackendFeatures::NONE)?;
+fn reset_clean_map(ctx: &mut Ctx<'_>, format: Format) -> Outcome {
+    let mut driver = BlkDriver::start_over(ctx, format, BackendFeatures::NONE)?;
     driver.works("before the reset")?;
     check("SET_STATUS 0", driver.device.set_status(Status::RESET), Ok(()))?;
     let again = driver.device.map(IOVA, &driver.region, Perm::RW);

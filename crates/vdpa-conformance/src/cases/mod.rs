@@ -31,6 +31,7 @@ pub fn all() -> Vec<Case> {
         state::CASES,
         order::CASES,
         data::CASES,
+        data::PACKED_CASES,
         live::CASES,
         net::CASES,
         net_data::CASES,

@@ -54,6 +54,7 @@ impl<P: Parent> Device<P> {
 
     /// `VHOST_VDPA_SET_CONFIG_CALL`.
     pub fn set_config_call(&mut self, event: Option<EventOf<P>>) {
+        self.parent.set_config_call(event.as_ref());
         self.config_call = event;
     }
 

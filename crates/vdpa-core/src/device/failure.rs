@@ -29,9 +29,10 @@ impl<P: Parent> Device<P> {
         self.failed
     }
 
-    /// `VHOST_VDPA_GET_STATUS`.
-    pub const fn status(&self) -> Status {
-        if self.failed && self.status.contains(Status::DRIVER_OK) {
+    /// `VHOST_VDPA_GET_STATUS`. `DEVICE_NEEDS_RESET` is in it while a device runs that has failed, or a ring of which is
+    /// broken.
+    pub fn status(&self) -> Status {
+        if self.status.contains(Status::DRIVER_OK) && (self.failed || self.parent.needs_reset()) {
             Status(self.status.0 | Status::NEEDS_RESET.0)
         } else {
             self.status

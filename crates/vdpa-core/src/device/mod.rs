@@ -136,7 +136,7 @@ impl<P: Parent> Device<P> {
         }
         let _ = self.reset_device(self.cleans_map());
         self.forget_owner();
-        self.config_call = None;
+        self.set_config_call(None);
         self.opened = false;
     }
 

@@ -227,6 +227,17 @@ impl<A: Area> PackedQueue<A> {
         Ok(self.latch(result)?.is_some())
     }
 
+    /// Whether there is a request. For a device that looks of itself, while no kick is asked for.
+    ///
+    /// # Errors
+    /// A fault, or the violation met before.
+    #[inline]
+    pub fn has_request(&mut self) -> Result<bool, RingError> {
+        self.check_broken()?;
+        let result = self.available();
+        Ok(self.latch(result)?.is_some())
+    }
+
     /// Tells the driver that no kick is needed: advice only, kicks may still come.
     ///
     /// # Errors

@@ -123,6 +123,15 @@ impl<A: Area> Ring<A> {
         either!(self, queue => queue.enable_kick())
     }
 
+    /// Whether there is a request. For a device that looks of itself, while no kick is asked for.
+    ///
+    /// # Errors
+    /// As [`SplitQueue::has_request`].
+    #[inline]
+    pub fn has_request(&mut self) -> Result<bool, RingError> {
+        either!(self, queue => queue.has_request())
+    }
+
     /// Tells the driver that no kick is needed: advice only.
     ///
     /// # Errors

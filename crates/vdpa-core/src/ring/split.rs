@@ -240,6 +240,20 @@ impl<A: Area> SplitQueue<A> {
         self.latch(result)
     }
 
+    /// Whether there is a request. For a device that looks of itself, while no kick is asked for.
+    ///
+    /// # Errors
+    /// A fault, or the violation met before.
+    #[inline]
+    pub fn has_request(&mut self) -> Result<bool, RingError> {
+        self.check_broken()?;
+        if self.avail_seen != self.next_avail {
+            return Ok(true);
+        }
+        let result = self.refresh();
+        self.latch(result)
+    }
+
     /// Tells the driver that no kick is needed: advice only, kicks may still come.
     ///
     /// With event indices there is nothing to store: the event asked for last stays behind, and the driver does

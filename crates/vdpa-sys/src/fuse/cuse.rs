@@ -15,7 +15,7 @@ use vdpa_core::Errno;
 use zerocopy::IntoBytes;
 
 use super::connection::MIN_MINOR;
-use super::{BUFFER_SIZE, Connection, HandshakeError, MAX_WRITE, Operation};
+use super::{BUFFER_SIZE, Connection, HandshakeError, MAX_WRITE, Operation, fs_type_at};
 use crate::uapi::fuse::{CuseInitOut, KERNEL_MINOR_VERSION, KERNEL_VERSION, cuse_flags};
 
 /// The node that makes devices.
@@ -45,6 +45,11 @@ pub enum CuseError {
         /// The reason.
         errno: Errno,
     },
+    /// The kernel would not make nodes where they are looked for.
+    #[error(
+        "/dev is no devtmpfs here, so no character devices appear in it (a container, or PrivateDevices= of systemd)"
+    )]
+    NoDevtmpfs,
     /// The name cannot be one of a device.
     #[error(
         "{name:?} is no name of a character device: it must have 1 to {NAME_MAX} letters, digits, and any of \"-._/\""
@@ -96,12 +101,17 @@ const fn hint(errno: Errno) -> &'static str {
     }
 }
 
-/// Whether `/dev/cuse` can be opened by this process. Makes no device.
+/// Whether `/dev/cuse` can be opened by this process, and devices appear in `/dev`. Makes no device.
 ///
 /// # Errors
-/// [`CuseError::Control`], with what would make it possible.
+/// [`CuseError::Control`], with what would make it possible; [`CuseError::NoDevtmpfs`].
 pub fn available() -> Result<(), CuseError> {
-    open_control().map(drop)
+    open_control().map(drop)?;
+    // Where the table of mounts cannot be read, making a device will tell.
+    match fs_type_at(Path::new("/dev")) {
+        Ok(kind) if kind.as_deref() != Some("devtmpfs") => Err(CuseError::NoDevtmpfs),
+        _ => Ok(()),
+    }
 }
 
 fn open_control() -> Result<Connection, CuseError> {

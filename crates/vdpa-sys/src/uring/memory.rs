@@ -3,6 +3,8 @@
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::fmt;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -127,6 +129,61 @@ impl GuestPieces {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
+}
+
+/// Which way bytes go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// Out of the file.
+    Read,
+    /// Into the file.
+    Write,
+}
+
+/// Moves bytes between byte `offset` of a file and `pieces` of mappings, by the caller's own thread: it waits as long as
+/// the file system makes it wait. The result is the number of bytes.
+///
+/// # Errors
+/// As [`GuestPieces::new`]; those of `preadv(2)` and `pwritev(2)`.
+pub fn transfer_now(
+    file: impl AsFd,
+    direction: Direction,
+    pieces: &[IoPiece],
+    memory: &MemorySet,
+    offset: u64,
+) -> Result<usize, Errno> {
+    if pieces.len() > MAX_PIECES {
+        return Err(Errno::INVAL);
+    }
+    if !pieces.iter().all(|&piece| memory.covers(piece)) {
+        return Err(Errno::FAULT);
+    }
+    let (fd, iov) = (file.as_fd().as_raw_fd(), pieces.as_ptr().cast::<libc::iovec>());
+    let count = libc::c_int::try_from(pieces.len()).map_err(|_| Errno::INVAL)?;
+    let at = i64::try_from(offset).map_err(|_| Errno::INVAL)?;
+    loop {
+        // SAFETY: `pieces` is laid out as an array of `count` iovecs, and each lies inside a `StableMemory`, which allows
+        // the kernel to access it at any time and which exists during this call. One piece needs no list.
+        let moved = unsafe {
+            match (direction, pieces) {
+                (Direction::Read, [one]) => libc::pread(fd, pointer(one), one.len, at),
+                (Direction::Write, [one]) => libc::pwrite(fd, pointer(one), one.len, at),
+                (Direction::Read, _) => libc::preadv(fd, iov, count, at),
+                (Direction::Write, _) => libc::pwritev(fd, iov, count, at),
+            }
+        };
+        match usize::try_from(moved) {
+            Ok(moved) => return Ok(moved),
+            Err(_) => match io::Error::last_os_error().raw_os_error() {
+                Some(libc::EINTR) => {}
+                error => return Err(Errno::from_raw(error.unwrap_or(libc::EIO))),
+            },
+        }
+    }
+}
+
+fn pointer(piece: &IoPiece) -> *mut libc::c_void {
+    std::ptr::with_exposed_provenance_mut(piece.addr)
 }
 
 /// A zeroed buffer at an address that `O_DIRECT` accepts.

@@ -15,7 +15,10 @@ mod ring;
 #[cfg(test)]
 mod tests;
 
-pub use memory::{AlignedBuf, Buffers, GuestPieces, IoPiece, MAX_PIECES, MemorySet, OwnedBuf, StableMemory};
+pub use memory::{
+    AlignedBuf, Buffers, Direction, GuestPieces, IoPiece, MAX_PIECES, MemorySet, OwnedBuf, StableMemory,
+    transfer_now,
+};
 pub use op::{File, FixedPiece, Op};
-pub use registrar::Registrar;
+pub use registrar::{FileSlot, Registrar};
 pub use ring::{Completion, Ring, SubmitError};

@@ -3,31 +3,33 @@
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
-use io_uring::squeue::Entry;
+use io_uring::squeue::{Entry, Flags};
 use io_uring::{opcode, types};
 use vdpa_core::Errno;
 
-use super::{Buffers, IoPiece, MemorySet, OwnedBuf};
+use super::{Buffers, IoPiece, OwnedBuf};
 
 /// A file of a request.
 #[derive(Clone, Debug)]
 pub enum File {
     /// By descriptor, held until the request completes.
     Fd(Arc<OwnedFd>),
+    /// As [`Fd`](Self::Fd), of a file system that may wait although it is asked not to: every request goes to a kernel
+    /// thread, so that whoever submits does not wait.
+    Blocking(Arc<OwnedFd>),
     /// By slot of the registered files; an empty slot gives `EBADF`.
     Registered(u32),
 }
 
-/// A piece of a registered buffer.
-#[derive(Clone, Debug)]
+/// A piece of a registered buffer. Nothing is held for it: the pages are pinned, and the kernel keeps a registered buffer
+/// for the requests that use it, whatever becomes of its slot or of the mapping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FixedPiece {
     /// Slot of the registered buffer.
     pub slot: u16,
     /// The bytes, by the address the buffer was registered with. The kernel reports `EFAULT` for bytes outside
     /// of the buffer, and never looks at the address space: the pages are pinned.
     pub piece: IoPiece,
-    /// Kept until completion, so that "nobody uses this mapping" can be told by its reference count.
-    pub memory: Arc<MemorySet>,
 }
 
 /// One request.
@@ -102,10 +104,12 @@ pub enum Op {
 /// What a request needs until its completion.
 #[derive(Debug)]
 pub(super) enum Held {
-    /// Memory of others, files, or nothing.
+    /// Nothing: the pages are pinned and the file is registered.
+    Nothing,
+    /// Memory of others or files.
     Other {
         /// Never read again, only dropped.
-        _keep: (Option<Buffers>, Option<Arc<MemorySet>>, Option<File>),
+        _keep: (Option<Buffers>, Option<File>),
     },
     /// A buffer that goes back to the caller.
     Owned {
@@ -117,11 +121,19 @@ pub(super) enum Held {
 }
 
 impl Held {
+    /// What a request on `file` without memory of its own needs.
+    fn file(file: File) -> Self {
+        match file {
+            File::Registered(_) => Self::Nothing,
+            File::Fd(_) | File::Blocking(_) => Self::Other { _keep: (None, Some(file)) },
+        }
+    }
+
     /// The buffer to give back.
     pub(super) fn into_buffer(self) -> Option<OwnedBuf> {
         match self {
             Self::Owned { buffer, .. } => Some(buffer),
-            Self::Other { .. } => None,
+            Self::Nothing | Self::Other { .. } => None,
         }
     }
 }
@@ -132,6 +144,10 @@ macro_rules! with_file {
             File::Fd(fd) => {
                 let $fd = types::Fd(fd.as_raw_fd());
                 $entry
+            }
+            File::Blocking(fd) => {
+                let $fd = types::Fd(fd.as_raw_fd());
+                $entry.flags(Flags::ASYNC)
             }
             File::Registered(slot) => {
                 let $fd = types::Fixed(*slot);
@@ -158,30 +174,30 @@ impl Op {
                 let entry = with_file!(&file, |fd| opcode::ReadFixed::new(fd, at, len, to.slot)
                     .offset(offset)
                     .build());
-                Ok((entry, Held::Other { _keep: (None, Some(to.memory), Some(file)) }))
+                Ok((entry, Held::file(file)))
             }
             Self::WriteFixed { file, from, offset } => {
                 let (at, len) = fixed(&from)?;
                 let entry = with_file!(&file, |fd| opcode::WriteFixed::new(fd, at, len, from.slot)
                     .offset(offset)
                     .build());
-                Ok((entry, Held::Other { _keep: (None, Some(from.memory), Some(file)) }))
+                Ok((entry, Held::file(file)))
             }
             Self::Fsync { file, data_only } => {
                 let flags = if data_only { types::FsyncFlags::DATASYNC } else { types::FsyncFlags::empty() };
                 let entry = with_file!(&file, |fd| opcode::Fsync::new(fd).flags(flags).build());
-                Ok((entry, Held::Other { _keep: (None, None, Some(file)) }))
+                Ok((entry, Held::file(file)))
             }
             Self::Fallocate { file, mode, offset, len } => {
                 let entry =
                     with_file!(&file, |fd| opcode::Fallocate::new(fd, len).offset(offset).mode(mode).build());
-                Ok((entry, Held::Other { _keep: (None, None, Some(file)) }))
+                Ok((entry, Held::file(file)))
             }
             Self::PollMultishot { fd } => {
                 const IN: u32 = 1;
                 const _: () = assert!(libc::POLLIN == 1);
                 let entry = opcode::PollAdd::new(types::Fd(fd.as_raw_fd()), IN).multi(true).build();
-                Ok((entry, Held::Other { _keep: (None, None, Some(File::Fd(fd))) }))
+                Ok((entry, Held::Other { _keep: (None, Some(File::Fd(fd))) }))
             }
         }
     }
@@ -190,6 +206,11 @@ impl Op {
 fn transfer(file: File, buffers: Buffers, offset: u64, write: bool) -> Result<(Entry, Held), Errno> {
     match buffers {
         Buffers::Guest(guest) => {
+            if let [piece] = *guest.pieces {
+                // A list of one costs the kernel a copy more than the piece itself.
+                let entry = plain(&file, piece, offset, write)?;
+                return Ok((entry, Held::Other { _keep: (Some(Buffers::Guest(guest)), Some(file)) }));
+            }
             let count = u32::try_from(guest.pieces.len()).map_err(|_| Errno::INVAL)?;
             let iov = guest.pieces.as_ptr().cast::<libc::iovec>();
             let entry = with_file!(&file, |fd| if write {
@@ -197,20 +218,24 @@ fn transfer(file: File, buffers: Buffers, offset: u64, write: bool) -> Result<(E
             } else {
                 opcode::Readv::new(fd, iov, count).offset(offset).build()
             });
-            Ok((entry, Held::Other { _keep: (Some(Buffers::Guest(guest)), None, Some(file)) }))
+            Ok((entry, Held::Other { _keep: (Some(Buffers::Guest(guest)), Some(file)) }))
         }
         Buffers::Owned(mut buffer) => {
-            let piece = buffer.piece();
-            let len = u32::try_from(piece.len).map_err(|_| Errno::INVAL)?;
-            let at = std::ptr::with_exposed_provenance_mut(piece.addr);
-            let entry = with_file!(&file, |fd| if write {
-                opcode::Write::new(fd, at, len).offset(offset).build()
-            } else {
-                opcode::Read::new(fd, at, len).offset(offset).build()
-            });
+            let entry = plain(&file, buffer.piece(), offset, write)?;
             Ok((entry, Held::Owned { buffer, _file: file }))
         }
     }
+}
+
+/// A transfer of one piece that is not registered.
+fn plain(file: &File, piece: IoPiece, offset: u64, write: bool) -> Result<Entry, Errno> {
+    let len = u32::try_from(piece.len).map_err(|_| Errno::INVAL)?;
+    let at = std::ptr::with_exposed_provenance_mut(piece.addr);
+    Ok(with_file!(file, |fd| if write {
+        opcode::Write::new(fd, at, len).offset(offset).build()
+    } else {
+        opcode::Read::new(fd, at, len).offset(offset).build()
+    }))
 }
 
 fn fixed(fixed: &FixedPiece) -> Result<(*mut u8, u32), Errno> {

@@ -3,13 +3,13 @@
 
 use std::fmt;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use io_uring::IoUring;
 use vdpa_core::Errno;
 
 use super::ring::errno;
-use super::{IoPiece, MemorySet};
+use super::{File, IoPiece, MemorySet};
 
 /// Changes the registered buffers and files of a ring, from any thread, also while its worker waits.
 ///
@@ -20,6 +20,66 @@ use super::{IoPiece, MemorySet};
 #[derive(Clone)]
 pub struct Registrar {
     pub(super) ring: Arc<IoUring>,
+    pub(super) files: Arc<Mutex<Files>>,
+}
+
+/// Slots of the registered files that nobody has.
+#[derive(Debug, Default)]
+pub(super) struct Files {
+    /// Given back.
+    free: Vec<u32>,
+    /// Never given out, from here on.
+    fresh: u32,
+    /// Slots reserved with the ring: none until the first file.
+    reserved: u32,
+}
+
+impl Files {
+    /// Slots of a ring whose files are registered by [`Registrar::add_file`].
+    const SLOTS: u32 = 1024;
+}
+
+/// A file registered with a ring; the slot is emptied when it is dropped, and may be another file's from then on.
+///
+/// To be dropped when no request that names it waits to be submitted, and to be [retired](Self::retire) otherwise:
+/// such a request would find another file. Requests that were submitted keep the file.
+pub struct FileSlot {
+    registrar: Registrar,
+    slot: u32,
+    /// The slot may be given out again.
+    again: bool,
+}
+
+impl FileSlot {
+    /// The file for a request.
+    #[must_use]
+    pub const fn file(&self) -> File {
+        File::Registered(self.slot)
+    }
+
+    /// Empties the slot for good: requests that were not submitted find nothing in it, and fail with `EBADF`.
+    pub fn retire(mut self) {
+        self.again = false;
+    }
+}
+
+impl Drop for FileSlot {
+    fn drop(&mut self) {
+        // A slot that cannot be emptied is not given out again.
+        if self.registrar.set_file(self.slot, None).is_ok() && self.again {
+            lock(&self.registrar.files).free.push(self.slot);
+        }
+    }
+}
+
+impl fmt::Debug for FileSlot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("FileSlot").field(&self.slot).finish()
+    }
+}
+
+fn lock(files: &Mutex<Files>) -> MutexGuard<'_, Files> {
+    files.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Registrar {
@@ -71,6 +131,32 @@ impl Registrar {
     /// As for [`Registrar::reserve_buffers`].
     pub fn reserve_files(&self, slots: u32) -> Result<(), Errno> {
         self.ring.submitter().register_files_sparse(slots).map_err(|error| errno(&error))
+    }
+
+    /// Registers a file in a slot of its own: the kernel then looks nothing up and counts nothing per request. Not to
+    /// be mixed with [`Registrar::reserve_files`].
+    ///
+    /// # Errors
+    /// `ENFILE` when all slots are taken; as for [`Registrar::reserve_buffers`].
+    pub fn add_file(&self, file: &OwnedFd) -> Result<FileSlot, Errno> {
+        let slot = {
+            let mut files = lock(&self.files);
+            if files.reserved == 0 {
+                self.reserve_files(Files::SLOTS)?;
+                files.reserved = Files::SLOTS;
+            }
+            match files.free.pop() {
+                Some(slot) => slot,
+                None if files.fresh < files.reserved => {
+                    files.fresh += 1;
+                    files.fresh - 1
+                }
+                None => return Err(Errno::from_raw(libc::ENFILE)),
+            }
+        };
+        // Dropped again, with an empty slot, if that fails.
+        let slot = FileSlot { registrar: self.clone(), slot, again: true };
+        self.set_file(slot.slot, Some(file)).map(|()| slot)
     }
 
     /// Puts a file into a slot, or empties it. The kernel holds the open file, so the descriptor may be closed.

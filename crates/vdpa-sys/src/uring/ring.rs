@@ -5,7 +5,7 @@ use std::fmt;
 use std::io;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use io_uring::squeue::Entry;
@@ -14,18 +14,25 @@ use io_uring::{IoUring, cqueue, opcode};
 use vdpa_core::Errno;
 
 use super::op::Held;
+use super::registrar::Files;
 use super::{Op, OwnedBuf, Registrar};
 
 /// How long a ring that is dropped waits for the kernel. What is in flight then is leaked, not freed.
 const DROP_PATIENCE: Duration = Duration::from_secs(30);
 
-/// `user_data` of requests that have no entry in the slab.
+/// `user_data` of requests nobody asked for.
 const INTERNAL: u64 = u64::MAX;
+
+/// Set in the `user_data` of requests that hold nothing, and so need no place in the slab: the rest is the token.
+const BARE: u64 = 1 << 63;
 
 /// An io_uring; see the module.
 pub struct Ring {
     ring: Arc<IoUring>,
     slab: ManuallyDrop<Slab>,
+    /// Requests in flight that are not in the slab.
+    bare: usize,
+    files: Arc<Mutex<Files>>,
 }
 
 /// The result of a request.
@@ -80,25 +87,36 @@ impl Ring {
         let mut builder = IoUring::builder();
         builder.setup_cqsize(entries.saturating_mul(CQ_FACTOR)).setup_clamp().dontfork();
         // Both are later than the oldest kernel served and only save interrupts of the worker.
-        let tuned = builder.clone().setup_submit_all().setup_coop_taskrun().build(entries);
+        let tuned =
+            builder.clone().setup_submit_all().setup_coop_taskrun().setup_taskrun_flag().build(entries);
         let ring = match tuned {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => builder.build(entries),
             other => other,
         };
         let ring = Arc::new(ring.map_err(|error| errno(&error))?);
-        Ok(Self { ring, slab: ManuallyDrop::new(Slab::default()) })
+        Ok(Self { ring, slab: ManuallyDrop::new(Slab::default()), bare: 0, files: Arc::default() })
     }
 
     /// The handle that registers buffers and files.
     #[must_use]
     pub fn registrar(&self) -> Registrar {
-        Registrar { ring: Arc::clone(&self.ring) }
+        Registrar { ring: Arc::clone(&self.ring), files: Arc::clone(&self.files) }
+    }
+
+    /// Lets the kernel make up to `count` threads for requests of the calling thread that may block on files, from its own
+    /// few (4 for each processor): requests beyond that wait until a thread is free. To be called by the thread that submits.
+    ///
+    /// # Errors
+    /// `EINVAL` on kernels before 5.15.
+    pub fn allow_kernel_threads(&self, count: u32) -> Result<(), Errno> {
+        // 0 leaves the other kind, for files that can be polled, as it is.
+        self.ring.submitter().register_iowq_max_workers(&mut [count, 0]).map_err(|error| errno(&error))
     }
 
     /// Requests in flight: submitted or queued, completion not seen yet.
     #[must_use]
     pub fn in_flight(&self) -> usize {
-        self.slab.used
+        self.slab.used + self.bare
     }
 
     /// Queues a request under the caller's name `token`, which need not be unique. It starts at the next
@@ -108,6 +126,11 @@ impl Ring {
     /// [`SubmitError`].
     pub fn submit(&mut self, op: Op, token: u64) -> Result<(), SubmitError> {
         let (entry, held) = op.prepare().map_err(|errno| SubmitError::Request { errno })?;
+        if matches!(held, Held::Nothing) && token < INTERNAL & !BARE {
+            self.push(&entry.user_data(token | BARE)).map_err(|errno| SubmitError::Full { errno })?;
+            self.bare += 1;
+            return Ok(());
+        }
         let key = self.slab.insert(Slot { token, held });
         let pushed = self.push(&entry.user_data(key));
         if let Err(errno) = pushed {
@@ -117,17 +140,35 @@ impl Ring {
         Ok(())
     }
 
-    /// Asks for the requests named `token` to be cancelled. Each still completes: with `ECANCELED`, or with its
-    /// result when it was too late. Storage I/O that has reached the device cannot be cancelled.
+    /// Asks for the requests whose names are `wanted` to be cancelled, except those between a registered file and a
+    /// registered buffer, of which nothing is kept here. Each still completes: with `ECANCELED`, or with its result when it
+    /// was too late. Storage I/O that has reached the device cannot be cancelled. Looks at every request in flight.
     ///
     /// # Errors
     /// [`SubmitError::Full`].
-    pub fn cancel(&mut self, token: u64) -> Result<(), SubmitError> {
-        for key in self.slab.keys_of(token) {
+    pub fn cancel(&mut self, wanted: impl Fn(u64) -> bool) -> Result<(), SubmitError> {
+        for key in self.slab.keys_of(wanted) {
             let entry = opcode::AsyncCancel::new(key).build().user_data(INTERNAL);
             self.push(&entry).map_err(|errno| SubmitError::Full { errno })?;
         }
         Ok(())
+    }
+
+    /// Whether completions are there, or would be after a visit to the kernel. Costs two loads; for whoever looks again and
+    /// again instead of waiting. Kernels before 5.19 tell of completions that are there only.
+    #[must_use]
+    pub fn has_news(&mut self) -> bool {
+        // SAFETY: `&mut self` makes this the only completion queue: registrars use the submitter only.
+        let arrived = !unsafe { self.ring.completion_shared() }.is_empty();
+        // SAFETY: as above, for the submission queue; its flags are read only.
+        let queue = unsafe { self.ring.submission_shared() };
+        arrived || queue.taskrun() || queue.cq_overflow()
+    }
+
+    /// Whether requests are queued that the kernel has not seen.
+    fn has_queued(&mut self) -> bool {
+        // SAFETY: as in `has_news`.
+        !unsafe { self.ring.submission_shared() }.is_empty()
     }
 
     /// Starts what is queued and waits until at least `want` completions are there (0 does not wait) or the time is
@@ -137,6 +178,9 @@ impl Ring {
     /// What `io_uring_enter` reports. Running out of time, a signal and a full completion queue are no errors:
     /// look at [`Ring::next_completion`].
     pub fn submit_and_wait(&mut self, want: usize, timeout: Option<Duration>) -> Result<(), Errno> {
+        if want == 0 && !self.has_queued() && !self.has_news() {
+            return Ok(());
+        }
         let submitter = self.ring.submitter();
         let result = match timeout {
             Some(timeout) if want > 0 => {
@@ -178,6 +222,10 @@ impl Ring {
 
     fn complete(&mut self, key: u64, result: i32, flags: u32) -> Option<Completion> {
         let result = u32::try_from(result).map_err(|_| Errno::from_raw(result.saturating_neg()));
+        if key & BARE != 0 && key != INTERNAL {
+            self.bare = self.bare.saturating_sub(1);
+            return Some(Completion { token: key & !BARE, result, more: false, buffer: None });
+        }
         if cqueue::more(flags) {
             let token = self.slab.token(key)?;
             return Some(Completion { token, result, more: true, buffer: None });
@@ -209,7 +257,7 @@ impl Ring {
     /// Cancels everything and waits; whether nothing is in flight afterwards.
     fn drain(&mut self, patience: Duration) -> bool {
         let deadline = Instant::now() + patience;
-        while self.slab.used > 0 {
+        while self.in_flight() > 0 {
             if Instant::now() >= deadline {
                 return false;
             }
@@ -247,7 +295,7 @@ impl fmt::Debug for Ring {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Ring")
             .field("fd", &self.ring.as_raw_fd())
-            .field("in_flight", &self.slab.used)
+            .field("in_flight", &self.in_flight())
             .finish()
     }
 }
@@ -301,17 +349,17 @@ impl Slab {
     fn remove(&mut self, key: u64) -> Option<Slot> {
         let (index, place) = self.at(key)?;
         let slot = place.1.take()?;
-        // INTERNAL has the last generation, which is therefore never used.
-        place.0 = (place.0 + 1) % u32::MAX;
+        // The highest bit belongs to BARE and INTERNAL.
+        place.0 = (place.0 + 1) & (u32::MAX >> 1);
         self.free.push(index);
         self.used -= 1;
         Some(slot)
     }
 
-    fn keys_of(&self, token: u64) -> Vec<u64> {
+    fn keys_of(&self, wanted: impl Fn(u64) -> bool) -> Vec<u64> {
         let indexed = (0u64..).zip(&self.slots);
         indexed
-            .filter(|(_, (_, slot))| slot.as_ref().is_some_and(|slot| slot.token == token))
+            .filter(|(_, (_, slot))| slot.as_ref().is_some_and(|slot| wanted(slot.token)))
             .map(|(index, (generation, _))| u64::from(*generation) << 32 | index)
             .collect()
     }

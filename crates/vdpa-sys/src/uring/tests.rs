@@ -151,7 +151,7 @@ fn registered_buffers_move_bytes_and_keep_their_bounds() {
     std::thread::spawn(move || from_thread.set_buffer(2, whole, &kept)).join().unwrap().unwrap();
     let fd = temp();
     let op = |slot, addr| {
-        let from = FixedPiece { slot, piece: IoPiece { addr, len: 512 }, memory: set(&memory) };
+        let from = FixedPiece { slot, piece: IoPiece { addr, len: 512 } };
         Op::WriteFixed { file: File::Fd(Arc::clone(&fd)), from, offset: 0 }
     };
     ring.submit(op(2, memory.base + 3584), 1).unwrap();
@@ -161,7 +161,7 @@ fn registered_buffers_move_bytes_and_keep_their_bounds() {
     ring.submit(op(1, memory.base), 3).unwrap();
     assert_eq!(one(&mut ring).result, Err(Errno::FAULT), "an empty slot");
     memory.fill(0);
-    let to = FixedPiece { slot: 2, piece: whole, memory: set(&memory) };
+    let to = FixedPiece { slot: 2, piece: whole };
     ring.submit(Op::ReadFixed { file: File::Fd(Arc::clone(&fd)), to, offset: 0 }, 4).unwrap();
     assert_eq!(one(&mut ring).result, Ok(512));
     assert_eq!((memory.byte(511), memory.byte(512)), (5, 0));
@@ -220,7 +220,7 @@ fn an_eventfd_that_is_never_read_gives_one_completion_per_signal() {
         assert!(ring.next_completion().is_none());
     }
     none(&mut ring);
-    ring.cancel(7).unwrap();
+    ring.cancel(|token| token == 7).unwrap();
     let done = one(&mut ring);
     assert_eq!((done.token, done.result, done.more), (7, Err(Errno::from_raw(libc::ECANCELED)), false));
     assert_eq!(ring.in_flight(), 0);
@@ -288,4 +288,60 @@ fn dropping_a_ring_waits_for_what_is_in_flight() {
     let mut rest = [0; 11];
     std::io::Read::read_exact(&mut StdFile::from(Arc::into_inner(fd).unwrap()), &mut rest).unwrap();
     assert_eq!(&rest, b"still there", "no cancelled read took it");
+}
+
+#[test]
+fn a_request_that_holds_nothing_counts_and_comes_back_by_its_name() {
+    let mut ring = Ring::new(8).unwrap();
+    let registrar = ring.registrar();
+    registrar.reserve_buffers(1).unwrap();
+    let (memory, _) = Anon::new(4096);
+    memory.fill(9);
+    let whole = IoPiece { addr: memory.base, len: 4096 };
+    registrar.set_buffer(0, whole, &set(&memory)).unwrap();
+    let (fd, other) = (temp(), temp());
+    let slot = registrar.add_file(&fd).unwrap();
+    let op = |file| Op::WriteFixed { file, from: FixedPiece { slot: 0, piece: whole }, offset: 0 };
+    // Names of all kinds, those that collide with the marks of the ring too.
+    for token in [0, 7, 1 << 62, (1 << 63) - 2, (1 << 63) - 1, 1 << 63, u64::MAX] {
+        ring.submit(op(slot.file()), token).unwrap();
+        assert_eq!(ring.in_flight(), 1);
+        let done = one(&mut ring);
+        assert_eq!((done.token, done.result, done.more), (token, Ok(4096), false));
+        assert_eq!(ring.in_flight(), 0);
+    }
+    let mut found = [0; 4];
+    rustix::io::pread(&fd, &mut found, 4092).unwrap();
+    assert_eq!(found, [9; 4]);
+    // A slot that was dropped serves another file; one that was retired nobody.
+    let File::Registered(number) = slot.file() else { panic!("{slot:?}") };
+    drop(slot);
+    ring.submit(op(File::Registered(number)), 1).unwrap();
+    assert_eq!(one(&mut ring).result, Err(Errno::BADF));
+    let again = registrar.add_file(&other).unwrap();
+    assert!(matches!(again.file(), File::Registered(same) if same == number), "{again:?}");
+    again.retire();
+    ring.submit(op(File::Registered(number)), 2).unwrap();
+    assert_eq!(one(&mut ring).result, Err(Errno::BADF));
+    let next = registrar.add_file(&other).unwrap();
+    assert!(!matches!(next.file(), File::Registered(same) if same == number), "{next:?}");
+}
+
+#[test]
+fn a_transfer_by_the_caller_moves_bytes_inside_of_its_memory_only() {
+    let (memory, _) = Anon::new(8192);
+    memory.fill(5);
+    let (fd, kept) = (temp(), set(&memory));
+    let piece = |offset: usize, len| IoPiece { addr: memory.base + offset, len };
+    let now = |direction, pieces: &[IoPiece], offset| transfer_now(&fd, direction, pieces, &kept, offset);
+    assert_eq!(now(Direction::Write, &[piece(0, 512)], 0), Ok(512));
+    assert_eq!(now(Direction::Write, &[piece(100, 100), piece(300, 300)], 512), Ok(400));
+    memory.fill(0);
+    assert_eq!(now(Direction::Read, &[piece(0, 4096)], 0), Ok(912), "no more is there");
+    assert_eq!((memory.byte(911), memory.byte(912)), (5, 0));
+    assert_eq!(now(Direction::Read, &[piece(4096, 4), piece(8000, 4)], 0), Ok(8));
+    assert_eq!((memory.byte(8003), memory.byte(8004)), (5, 0));
+    assert_eq!(now(Direction::Read, &[piece(8000, 4096)], 0), Err(Errno::FAULT), "outside");
+    assert_eq!(now(Direction::Read, &vec![piece(0, 1); MAX_PIECES + 1], 0), Err(Errno::INVAL));
+    assert_eq!(now(Direction::Write, &[piece(0, 1)], u64::MAX), Err(Errno::INVAL));
 }

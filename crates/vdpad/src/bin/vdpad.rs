@@ -58,6 +58,15 @@ struct Serve {
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
     watchdog_timeout: Duration,
 
+    /// Threads that serve the rings of all devices without the attribute cpus, at most [default: one for each processor
+    /// that the daemon may use]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    workers: Option<u16>,
+
+    /// Microseconds for which such a thread may look at rings before it sleeps, as long as that pays; 0 is never
+    #[arg(long, value_name = "N", env = "VDPAD_POLL_US", default_value = "20", value_parser = clap::value_parser!(u16).range(..=1000))]
+    poll_us: u16,
+
     /// Other numbers for the live-update requests, which no released kernel has: NAME=NUMBER,... with new_owner, remap,
     /// new_owner_bit and remap_bit
     #[arg(long, value_name = "NUMBERS", env = live::ENV, default_value = "")]
@@ -153,6 +162,8 @@ fn serve(options: Serve) -> ExitCode {
         control,
         request_timeout: options.request_timeout,
         watchdog_timeout: options.watchdog_timeout,
+        poll: Duration::from_micros(options.poll_us.into()),
+        workers: options.workers.map_or_else(processors, usize::from),
         devices: options.devices,
     };
     let daemon = match Daemon::start(&config) {
@@ -174,6 +185,11 @@ fn serve(options: Serve) -> ExitCode {
             ExitCode::from(EXIT_RUNTIME)
         }
     }
+}
+
+/// Processors that this process may use.
+fn processors() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 /// Tells scripts that wait for it, by the line `ready`, that devices and control socket can be used.

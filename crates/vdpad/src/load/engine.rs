@@ -102,8 +102,12 @@ pub struct Engine<D> {
 }
 
 /// Features the load asks for.
-pub const WANTED: Features =
-    Features::of(&[Features::BLK_FLUSH, Features::BLK_BLK_SIZE, Features::RING_EVENT_IDX]);
+pub const WANTED: Features = Features::of(&[
+    Features::BLK_FLUSH,
+    Features::BLK_BLK_SIZE,
+    Features::RING_EVENT_IDX,
+    Features::RING_PACKED,
+]);
 
 impl<D: DeviceFile> Engine<D> {
     /// Opens the device and sets everything up; nothing is issued yet. Populates all memory, which takes

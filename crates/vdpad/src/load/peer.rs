@@ -140,6 +140,12 @@ impl PrivateDaemon {
     pub fn socket(&self) -> &Path {
         &self.socket
     }
+
+    /// Its process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.process.child.id()
+    }
 }
 
 impl Drop for PrivateDaemon {

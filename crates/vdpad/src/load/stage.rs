@@ -27,6 +27,9 @@ pub struct Options {
     /// Size of the disk
     #[arg(long, value_name = "SIZE", default_value = "128M", value_parser = size)]
     pub disk: u64,
+    /// Use packed rings
+    #[arg(long)]
+    pub packed: bool,
     /// The daemon to start [default: vdpad beside this program]
     #[arg(long, value_name = "PATH")]
     pub vdpad: Option<PathBuf>,
@@ -135,7 +138,7 @@ impl Stage {
         let vdpad = options.vdpad.clone().unwrap_or_else(|| own.with_file_name("vdpad"));
         let daemon = PrivateDaemon::start(&vdpad, directory.path(), options.front)?;
         let client = Client::new(daemon.socket()).map_err(system("talk to the daemon"))?;
-        client.add(&device(&disk, memory)?)?;
+        client.add(&device(&disk, memory, options.packed)?)?;
         let device = client.device(DEVICE)?.path;
         Ok(Self {
             memory,
@@ -166,8 +169,10 @@ impl Stage {
 
 /// What to create. Where the client's limit on locked memory cannot be raised, the device sets one; where the daemon
 /// may not pin at all, pages are not pinned.
-fn device(disk: &Path, memory: u64) -> Result<AddRequest, StageError> {
+fn device(disk: &Path, memory: u64, packed: bool) -> Result<AddRequest, StageError> {
     let mut attrs = Attrs::default();
+    // A tenant uses what the device offers.
+    attrs.insert("packed", if packed { "on" } else { "off" })?;
     let path = disk
         .to_str()
         .ok_or_else(|| system("use a directory whose name is not UTF-8")(io::ErrorKind::InvalidInput))?;

@@ -11,12 +11,13 @@ use std::fmt::Debug;
 
 use crate::ctl::api::{Attrs, CtlError, MgmtDev};
 use crate::front::vhost::AnyParent;
+use crate::worker::Pool;
 
 pub use net_attrs::NetAttr;
 pub(crate) use net_attrs::NetAttrs;
 
 /// Makes devices of one kind: the place of the kernel's `vdpa_mgmt_dev`.
-pub trait MgmtDevice: Debug + Send + Sync {
+pub(crate) trait MgmtDevice: Debug + Send + Sync {
     /// What `mgmtdev show` tells.
     fn describe(&self) -> MgmtDev;
 
@@ -25,16 +26,16 @@ pub trait MgmtDevice: Debug + Send + Sync {
         &[]
     }
 
-    /// Makes a device called `name`. May block on files and threads; nothing is left behind on an error.
+    /// Makes a device called `name`, whose rings are served by a thread of `pool`. May block on files and threads; nothing is left behind on an error.
     ///
     /// # Errors
     /// `EOPNOTSUPP` for an unknown attribute, `EINVAL` for a bad value, else what the device needs and could not
     /// get.
-    fn create(&self, name: &str, attrs: &Attrs) -> Result<AnyParent, CtlError>;
+    fn create(&self, name: &str, attrs: &Attrs, pool: &Pool) -> Result<AnyParent, CtlError>;
 }
 
 /// All management devices, in the order in which they are shown.
 #[must_use]
-pub fn mgmt_devices() -> Vec<Box<dyn MgmtDevice>> {
+pub(crate) fn mgmt_devices() -> Vec<Box<dyn MgmtDevice>> {
     vec![Box::new(blk::BlkMgmt), Box::new(sim_blk::SimBlkMgmt), Box::new(sim_net::SimNetMgmt)]
 }

@@ -199,7 +199,7 @@ mod tests {
             self.1
         }
 
-        fn create(&self, _: &str, _: &Attrs) -> Result<AnyParent, CtlError> {
+        fn create(&self, _: &str, _: &Attrs, _: &crate::worker::Pool) -> Result<AnyParent, CtlError> {
             Err(CtlError::new(Errno::IO, "nothing is made here"))
         }
     }

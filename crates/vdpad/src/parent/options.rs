@@ -5,6 +5,7 @@ use vdpa_core::host::PAGE_SIZE;
 use vdpa_core::parent::{CompatReset, PinLimit};
 
 use crate::ctl::api::{Attrs, CtlError};
+use crate::worker::{NoCpuList, Placement};
 
 /// Refuses attributes that are not among `known`, which has their names and what they take.
 pub(super) fn reject_unknown(kind: &str, attrs: &Attrs, known: &[(&str, &str)]) -> Result<(), CtlError> {
@@ -55,6 +56,44 @@ pub(super) fn pin_limit(attrs: &Attrs) -> Result<PinLimit, CtlError> {
             CtlError::new(Errno::INVAL, format!("memlock is \"{text}\""))
                 .with_hint("\"rlimit\", \"unlimited\" or a number of bytes is right.")
         }),
+    }
+}
+
+/// Name of the attribute [`placement`] and what it takes.
+pub(super) const CPUS_ATTR: (&str, &str) = ("cpus", "LIST of processors, for example 2,4-7");
+
+/// The other attribute that [`placement`] reads, and what it takes.
+pub(super) const WORKER_ATTR: (&str, &str) = ("worker", "shared|own");
+
+/// Where the rings of the device are served.
+pub(super) fn placement(attrs: &Attrs) -> Result<Placement, CtlError> {
+    let refuse = |name, text: &str, hint: String| {
+        Err(CtlError::new(Errno::INVAL, format!("{name} is \"{text}\"")).with_hint(hint))
+    };
+    let own = match attrs.get("worker") {
+        None | Some("shared") => false,
+        Some("own") => true,
+        Some(text) => return refuse("worker", text, "\"shared\" or \"own\" is right.".into()),
+    };
+    match attrs.get("cpus").map(|text| (text, text.parse())) {
+        None => Ok(Placement { cpus: None, own }),
+        Some((_, Ok(cpus))) => Ok(Placement { cpus: Some(cpus), own }),
+        Some((text, Err(error))) => {
+            let error: NoCpuList = error;
+            refuse("cpus", text, format!("{error}."))
+        }
+    }
+}
+
+/// Why a device has no thread that serves it.
+pub(super) fn no_worker(name: &str, placement: &Placement, errno: Errno) -> CtlError {
+    let error = CtlError::new(errno, format!("cannot start the worker of {name}: {errno}"));
+    match &placement.cpus {
+        Some(cpus) if errno == Errno::INVAL => error
+            .with_hint(format!("None of the processors {cpus} is there and may be used by the daemon.")),
+        _ => error.with_hint(
+            "Devices need io_uring: check the sysctl kernel.io_uring_disabled and the seccomp policy of the daemon.",
+        ),
     }
 }
 

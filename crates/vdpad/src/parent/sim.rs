@@ -21,19 +21,21 @@ use vdpa_core::parent::{
 };
 use vdpa_core::types::{Asid, IovaRange, QueueIndex, Result};
 use vdpa_core::vq::{QueueSetup, QueueState};
+use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::guest::{GuestMemory, LinuxHost};
 
 use super::options::{
-    MEMLOCK_ATTR, QUEUE_SIZE_ATTR, compat_reset, invalid, pin_limit, queue_size, reject_unknown,
+    CPUS_ATTR, MEMLOCK_ATTR, QUEUE_SIZE_ATTR, WORKER_ATTR, compat_reset, invalid, pin_limit, placement,
+    queue_size, reject_unknown,
 };
 use crate::ctl::api::{Attrs, CtlError};
-use crate::worker::{View, Worker};
+use crate::worker::{Placement, View, Worker};
 
 /// Entries of the largest ring, as in the kernel's simulators (`VDPASIM_QUEUE_MAX`).
 pub(super) const QUEUE_SIZE: u16 = 256;
 
 /// Names of the attributes every simulator has, and what they take.
-pub(super) const KNOWN: [(&str, &str); 8] = [
+pub(super) const KNOWN: [(&str, &str); 10] = [
     ("use_va", "on|off"),
     ("batch_mapping", "on|off"),
     ("max_iotlb_entries", "2-1048576"),
@@ -42,10 +44,12 @@ pub(super) const KNOWN: [(&str, &str); 8] = [
     ("reset_owner", "on|off"),
     QUEUE_SIZE_ATTR,
     MEMLOCK_ATTR,
+    CPUS_ATTR,
+    WORKER_ATTR,
 ];
 
 /// How a simulator treats mappings and owners.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Options {
     /// Reach client memory by the owner's addresses, else by pinned pages.
     pub(super) use_va: bool,
@@ -63,6 +67,8 @@ pub(super) struct Options {
     pub(super) queue_size: u16,
     /// How much may be pinned for one owner.
     pub(super) pin_limit: PinLimit,
+    /// Where the rings are served.
+    pub(super) placement: Placement,
 }
 
 impl Default for Options {
@@ -77,6 +83,7 @@ impl Default for Options {
             reset_owner: false,
             queue_size: QUEUE_SIZE,
             pin_limit: PinLimit::Rlimit,
+            placement: Placement::default(),
         }
     }
 }
@@ -99,6 +106,7 @@ impl Options {
             reset_owner: switch("reset_owner", default.reset_owner)?,
             queue_size: queue_size(attrs, default.queue_size)?,
             pin_limit: pin_limit(attrs)?,
+            placement: placement(attrs)?,
         })
     }
 
@@ -254,6 +262,14 @@ impl<M: Model> Parent for Simulator<M> {
         self.model.fail(&self.mappings.worker)
     }
 
+    fn needs_reset(&self) -> bool {
+        self.mappings.worker.needs_reset()
+    }
+
+    fn set_config_call(&mut self, event: Option<&EventFd>) {
+        self.mappings.worker.set_config_call(event);
+    }
+
     fn queue_stats(&self, index: QueueIndex) -> QueueStats {
         self.model.queue_stats(&self.mappings.worker, index)
     }
@@ -311,12 +327,6 @@ impl DmaMap<LinuxHost> for Mappings {
             tracing::error!("the worker is gone, nothing uses its mappings any more: {errno}");
         }
     }
-}
-
-/// Why a simulator's worker did not start.
-pub(super) fn no_worker(name: &str, errno: Errno) -> CtlError {
-    CtlError::new(errno, format!("cannot start the worker of {name}: {errno}"))
-        .with_hint("Check the sysctl kernel.io_uring_disabled and the seccomp policy of the daemon.")
 }
 
 #[cfg(test)]

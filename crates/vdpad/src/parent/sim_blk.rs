@@ -10,10 +10,11 @@ use vdpa_sys::uring::OwnedBuf;
 
 use super::MgmtDevice;
 use super::blk::copy_config;
-use super::sim::{Model, Options, Simulator, no_worker};
+use super::options::no_worker;
+use super::sim::{Model, Options, Simulator};
 use crate::ctl::api::{Attrs, CtlError, ID_BLOCK, MgmtDev};
 use crate::front::vhost::AnyParent;
-use crate::worker::{After, Disk, Verdict, View, Worker};
+use crate::worker::{After, Disk, Pool, Verdict, View, Worker};
 
 /// SIZE_MAX, SEG_MAX, BLK_SIZE, FLUSH, TOPOLOGY, MQ, DISCARD, WRITE_ZEROES and those all simulators have.
 const FEATURES: Features = Features(0x3_0800_7646);
@@ -41,9 +42,11 @@ impl MgmtDevice for SimBlkMgmt {
         }
     }
 
-    fn create(&self, name: &str, attrs: &Attrs) -> Result<AnyParent, CtlError> {
+    fn create(&self, name: &str, attrs: &Attrs, pool: &Pool) -> Result<AnyParent, CtlError> {
         let options = Options::parse("sim-blk", attrs, &[])?;
-        let worker = Worker::spawn(name, 1, RamDisk::new()).map_err(|errno| no_worker(name, errno))?;
+        let place = &options.placement;
+        let worker = pool.add_disk(name, 1, place, RamDisk::new());
+        let worker = worker.map_err(|errno| no_worker(name, place, errno))?;
         let config_size = u32::try_from(size_of::<BlkConfig>()).unwrap_or(0);
         let profile = Profile::simulator(ID_BLOCK, FEATURES, 1, config_size);
         Ok(Box::new(Simulator::new(profile, options, Blk, worker)))

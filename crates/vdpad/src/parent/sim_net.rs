@@ -14,10 +14,11 @@ use vdpa_sys::snapshot::Snapshot;
 
 use super::MgmtDevice;
 use super::net_attrs::{NetAttr, NetAttrs};
-use super::sim::{Model, Options, Simulator, no_worker};
+use super::options::no_worker;
+use super::sim::{Model, Options, Simulator};
 use crate::ctl::api::{Attrs, CtlError, ID_NET, MgmtDev};
 use crate::front::vhost::AnyParent;
-use crate::worker::{Logic, Queue, Queues, Size, View, Worker};
+use crate::worker::{Logic, Pool, Queue, Queues, Size, View, Worker};
 
 const ADDRESS_SPACES: u32 = 2;
 
@@ -46,7 +47,7 @@ impl MgmtDevice for SimNetMgmt {
         &[NetAttr::Mac, NetAttr::Mtu, NetAttr::Features]
     }
 
-    fn create(&self, name: &str, attrs: &Attrs) -> Result<AnyParent, CtlError> {
+    fn create(&self, name: &str, attrs: &Attrs, pool: &Pool) -> Result<AnyParent, CtlError> {
         let options = Options::parse("sim-net", attrs, &KNOWN)?;
         let attrs = NetAttrs::parse(attrs)?;
         let features = attrs.features.unwrap_or(FEATURES);
@@ -63,8 +64,9 @@ impl MgmtDevice for SimNetMgmt {
             ..NetConfig::default()
         }));
         let size = Size { queues: QUEUES, address_spaces: ADDRESS_SPACES as usize };
-        let worker = Worker::spawn_logic(name, size, Loopback::new(Arc::clone(&shared)))
-            .map_err(|errno| no_worker(name, errno))?;
+        let place = &options.placement;
+        let worker = pool.add(name, size, place, Loopback::new(Arc::clone(&shared)));
+        let worker = worker.map_err(|errno| no_worker(name, place, errno))?;
         Ok(Box::new(Simulator::new(profile(features), options, Net(shared), worker)))
     }
 }
@@ -107,8 +109,10 @@ impl Model for Net {
 }
 
 impl Logic for Loopback {
-    // The kernel's simulator looks at its rings when it is kicked.
-    const MAP_WAKES: bool = false;
+    fn map_wakes(&self) -> bool {
+        // The kernel's simulator looks at its rings when it is kicked.
+        false
+    }
 
     /// One pass over all queues, whichever was kicked: the kernel's device has one work item.
     fn serve(&mut self, queues: &mut Queues) {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use vdpa_core::blk::{BlkRequest, ShapeError, Status, kind};
 use vdpa_core::ring::{Buffer, Chain, Memory, RingError};
 use vdpa_core::types::Result;
-use vdpa_sys::uring::{Op, OwnedBuf, SubmitError};
+use vdpa_sys::uring::{Op, OwnedBuf, Registrar};
 
 use super::queue::Queue;
 use super::queues::{Queues, to_u16};
@@ -13,6 +13,13 @@ use super::{Logic, View};
 
 /// Requests taken from one queue before the others have their turn.
 const BUDGET: usize = 64;
+
+/// Bytes of requests after which a turn ends: what is in the page cache, or has to be copied, is moved by this thread.
+const BUDGET_BYTES: u64 = 1 << 20;
+
+/// Operations in flight of one device. The kernel gives an operation that may block a thread, of which a worker's ring has
+/// [`KERNEL_THREADS`](super::KERNEL_THREADS): a disk that hangs must leave some to its neighbours.
+const IN_FLIGHT_MAX: usize = 256;
 
 /// What a request comes to.
 #[derive(Debug)]
@@ -81,6 +88,12 @@ pub(crate) enum After {
 
 /// A disk as the worker uses it. Called from the worker's thread only.
 pub(crate) trait Disk: Send + 'static {
+    /// Before the first request: what is to be registered with the ring of the thread that serves the disk.
+    fn register(&mut self, _registrar: &Registrar) {}
+
+    /// The disk goes while some of its operations have not ended: nobody else may get what they use by its number.
+    fn abandon(&mut self) {}
+
     /// Looks at a request and starts it. `write_back`: the driver has a flush command and uses it.
     fn begin(&mut self, request: &BlkRequest<'_>, view: &Arc<View>, write_back: bool) -> Verdict;
 
@@ -103,29 +116,50 @@ struct Pending {
     head: u16,
     /// Address of the status byte.
     status: u64,
-    after: After,
     /// Bytes of data that the driver wants written.
     data_out: u64,
     view: Arc<View>,
+}
+
+/// What an operation is for.
+enum InFlight {
+    One(Pending, After),
+    /// A flush, for all of these.
+    Flush(Vec<(Pending, After)>),
 }
 
 /// The answer to a request for a disk that is gone.
 const GONE: Verdict = Verdict::Done { status: Status::IoErr, written: 0 };
 
 /// The logic of a block device.
-pub(super) struct Requests<D> {
+pub(super) struct Requests<D: Disk> {
     /// `None` once it was taken away.
     disk: Option<D>,
-    pending: Vec<Option<Pending>>,
+    registered: bool,
+    pending: Vec<Option<InFlight>>,
     free: Vec<u32>,
+    /// A flush of the disk is in flight.
+    flushing: bool,
+    /// Requests that wait for the next one: what was written before the present one began is all that it is sure to
+    /// cover.
+    waiting: Vec<(Pending, After)>,
+    /// It.
+    next_flush: Option<Op>,
     chain: Chain,
 }
 
 impl<D: Disk> Logic for Requests<D> {
-    // A request that was put back because its memory was out of reach may be in reach now.
-    const MAP_WAKES: bool = true;
+    fn map_wakes(&self) -> bool {
+        // A request that was put back because its memory was out of reach may be in reach now.
+        true
+    }
 
     fn serve(&mut self, queues: &mut Queues) {
+        if !std::mem::replace(&mut self.registered, true)
+            && let Some(disk) = &mut self.disk
+        {
+            disk.register(&queues.registrar());
+        }
         for index in 0..queues.count() {
             let index = to_u16(index);
             let Some(mut queue) = queues.take(index) else { continue };
@@ -140,18 +174,25 @@ impl<D: Disk> Logic for Requests<D> {
     }
 
     fn complete(&mut self, queues: &mut Queues, slot: u32, result: Result<u32>, buffer: Option<OwnedBuf>) {
-        let Some(mut pending) = self.pending.get_mut(slot as usize).and_then(Option::take) else { return };
+        let Some(ended) = self.pending.get_mut(slot as usize).and_then(Option::take) else { return };
         self.free.push(slot);
-        let after = std::mem::replace(&mut pending.after, After::Hint);
-        if let Err(error) = result {
-            queues.complain(pending.queue, &error);
+        match ended {
+            InFlight::One(pending, after) => self.go_on(queues, pending, after, result, buffer),
+            InFlight::Flush(all) => {
+                self.flushing = false;
+                for (pending, after) in all {
+                    self.go_on(queues, pending, after, result, None);
+                }
+                if let Some(op) = self.next_flush.take_if(|_| !self.flushing) {
+                    let all = std::mem::take(&mut self.waiting);
+                    self.flush(queues, None, op, all);
+                }
+            }
         }
-        let view = Arc::clone(&pending.view);
-        let verdict = match &mut self.disk {
-            Some(disk) => disk.proceed(after, result, buffer, &view),
-            None => GONE,
-        };
-        self.carry_out(queues, None, pending, verdict);
+    }
+
+    fn has_room(&self) -> bool {
+        self.in_flight() < IN_FLIGHT_MAX
     }
 
     fn fail(&mut self) {
@@ -159,24 +200,55 @@ impl<D: Disk> Logic for Requests<D> {
     }
 }
 
+impl<D: Disk> Drop for Requests<D> {
+    fn drop(&mut self) {
+        if self.in_flight() > 0
+            && let Some(disk) = &mut self.disk
+        {
+            disk.abandon();
+        }
+    }
+}
+
 impl<D: Disk> Requests<D> {
+    /// Operations in flight.
+    fn in_flight(&self) -> usize {
+        self.pending.len() - self.free.len()
+    }
+
     pub(super) fn new(disk: D) -> Self {
-        Self { disk: Some(disk), pending: Vec::new(), free: Vec::new(), chain: Chain::new() }
+        Self {
+            disk: Some(disk),
+            registered: false,
+            pending: Vec::new(),
+            free: Vec::new(),
+            flushing: false,
+            waiting: Vec::new(),
+            next_flush: None,
+            chain: Chain::new(),
+        }
     }
 
     /// Takes requests of one queue up to the budget; whether there may be more.
     fn serve_queue(&mut self, queues: &mut Queues, index: u16, queue: &mut Queue) -> Result<bool, RingError> {
         let view = queues.view(queue);
         queue.ring(&view)?.disable_kick()?;
+        let mut bytes = 0;
         for _ in 0..BUDGET {
+            if !self.has_room() {
+                break;
+            }
             let mut chain = std::mem::take(&mut self.chain);
             let found = queue.ring(&view)?.pop(view.snapshot(), &mut chain);
             let going = match found {
-                Ok(true) => self.begin(queues, index, queue, &view, &chain),
+                Ok(true) => {
+                    bytes += chain.readable().len() + chain.writable().len();
+                    self.begin(queues, index, queue, &view, &chain)
+                }
                 Ok(false) => {
                     self.chain = chain;
                     queues.publish(queue)?;
-                    return queue.ring(&view)?.enable_kick();
+                    return queues.wait_for_kick(queue, &view);
                 }
                 Err(error) => Err(error),
             };
@@ -184,6 +256,9 @@ impl<D: Disk> Requests<D> {
             if !going? {
                 queues.publish(queue)?;
                 return Ok(false);
+            }
+            if bytes >= BUDGET_BYTES {
+                break;
             }
         }
         queues.publish(queue)?;
@@ -223,7 +298,6 @@ impl<D: Disk> Requests<D> {
             queue: index,
             head: chain.head,
             status: request.status,
-            after: After::Hint,
             data_out: if request.header.kind == kind::OUT { request.data_out.len() } else { 0 },
             view: Arc::clone(view),
         };
@@ -237,46 +311,86 @@ impl<D: Disk> Requests<D> {
         &mut self,
         queues: &mut Queues,
         queue: Option<&mut Queue>,
-        mut pending: Pending,
+        pending: Pending,
         verdict: Verdict,
     ) {
         let (status, written) = match verdict {
-            Verdict::Io { op, after } => {
-                pending.after = after;
-                match self.submit(queues, op, pending) {
-                    Ok(()) => return,
-                    Err((error, back)) => {
-                        queues.complain(back.queue, &error);
-                        pending = back;
-                        (Status::IoErr, 0)
-                    }
+            Verdict::Io { op: op @ Op::Fsync { .. }, after } => {
+                if self.flushing {
+                    self.waiting.push((pending, after));
+                    self.next_flush = Some(op);
+                } else {
+                    self.flush(queues, queue, op, vec![(pending, after)]);
                 }
+                return;
             }
+            Verdict::Io { op, after } => match self.submit(queues, op, InFlight::One(pending, after)) {
+                Some(InFlight::One(back, _)) => {
+                    return answer_request(queues, queue, &back, Status::IoErr, 0);
+                }
+                _ => return,
+            },
             Verdict::Done { status, written } => (status, written),
             Verdict::Unreachable | Verdict::Misshapen { .. } => (Status::IoErr, 0),
         };
         answer_request(queues, queue, &pending, status, written);
     }
 
-    /// Hands an operation to the ring; gives the request back when it is not taken.
-    fn submit(
+    /// Goes on with a request whose I/O has ended.
+    fn go_on(
         &mut self,
         queues: &mut Queues,
-        op: Op,
         pending: Pending,
-    ) -> Result<(), (SubmitError, Pending)> {
+        after: After,
+        result: Result<u32>,
+        buffer: Option<OwnedBuf>,
+    ) {
+        if let Err(error) = result {
+            queues.complain(pending.queue, &error);
+        }
+        let verdict = match &mut self.disk {
+            Some(disk) => disk.proceed(after, result, buffer, &pending.view),
+            None => GONE,
+        };
+        self.carry_out(queues, None, pending, verdict);
+    }
+
+    /// Starts a flush for all of these.
+    fn flush(
+        &mut self,
+        queues: &mut Queues,
+        mut queue: Option<&mut Queue>,
+        op: Op,
+        all: Vec<(Pending, After)>,
+    ) {
+        self.flushing = true;
+        if let Some(InFlight::Flush(all)) = self.submit(queues, op, InFlight::Flush(all)) {
+            self.flushing = false;
+            for (pending, _) in all {
+                answer_request(queues, queue.as_deref_mut(), &pending, Status::IoErr, 0);
+            }
+        }
+    }
+
+    /// Hands an operation to the ring; gives back what it is for when it is not taken.
+    fn submit(&mut self, queues: &mut Queues, op: Op, what: InFlight) -> Option<InFlight> {
         let slot = self.free.pop().unwrap_or_else(|| {
             self.pending.push(None);
             u32::try_from(self.pending.len() - 1).unwrap_or(u32::MAX)
         });
         if let Err(error) = queues.submit(op, slot) {
             self.free.push(slot);
-            return Err((error, pending));
+            let queue = match &what {
+                InFlight::One(pending, _) => pending.queue,
+                InFlight::Flush(all) => all.first().map_or(0, |(pending, _)| pending.queue),
+            };
+            queues.complain(queue, &error);
+            return Some(what);
         }
         if let Some(place) = self.pending.get_mut(slot as usize) {
-            *place = Some(pending);
+            *place = Some(what);
         }
-        Ok(())
+        None
     }
 }
 

@@ -1,13 +1,18 @@
-//! The thread that serves the rings of a device.
+//! The threads that serve the rings of devices.
 //!
-//! [`serve`] runs it, whatever the device is; a [`Logic`] does what the device does with its [`Queues`]. [`disk`] is
-//! the logic of block devices, which asks a [`Disk`] about each request.
+//! A [`Pool`] has the threads; each hosts many devices on one io_uring, which carries everything it waits for: kicks,
+//! commands of the control side and disk I/O of all of them. A [`Logic`] does what a device does with its [`Queues`];
+//! [`disk`] is the logic of block devices, which asks a [`Disk`] about each request.
 //!
-//! One io_uring carries everything the thread waits for: kicks, commands of the control side and disk I/O. The
-//! control side ([`Worker`]) talks to it by commands and waits for the answer, so that a queue that was stopped is
-//! at rest and a mapping that was removed is unused when the call returns.
+//! The control side of a device ([`Worker`]) talks to its thread by commands and waits for the answer, so that a queue
+//! that was stopped is at rest and a mapping that was removed is unused when the call returns. A command waits for
+//! requests of its own device only, and a device gets a bounded turn before the next one has its own.
 
+mod buffers;
+mod device;
 mod disk;
+mod poll;
+mod pool;
 mod queue;
 mod queues;
 mod serve;
@@ -15,34 +20,40 @@ mod view;
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
-use std::thread::JoinHandle;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::time::Duration;
 
+use parking_lot::Mutex;
 use vdpa_core::Errno;
 use vdpa_core::parent::QueueStats;
 use vdpa_core::types::{Asid, QueueIndex, Result};
 use vdpa_core::vq::{QueueSetup, QueueState};
 use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::guest::LinuxHost;
-use vdpa_sys::uring::{OwnedBuf, Registrar, Ring};
+use vdpa_sys::uring::OwnedBuf;
 
-use disk::Requests;
+pub(crate) use buffers::Buffers;
 pub(crate) use disk::{After, Disk, Verdict};
+use pool::Thread;
+pub(crate) use pool::{NoCpuList, Placement, Pool};
 pub(crate) use queue::Queue;
 pub(crate) use queues::Queues;
 pub(crate) use view::{Pin, View};
 
-/// Entries of the submission queue: requests started between two visits to the kernel.
-const RING_ENTRIES: u32 = 256;
+/// Kernel threads that run operations of one ring that may block, at most; they are made when needed.
+const KERNEL_THREADS: u32 = 2048;
 
-/// What a device does with its queues. Called from the worker's thread only.
+/// How long a device that is removed waits for its requests. What is in flight then stays with the thread.
+const REMOVE_PATIENCE: Duration = Duration::from_secs(30);
+
+/// What a device does with its queues. Called from its thread only.
 pub(crate) trait Logic: Send + 'static {
     /// Whether a changed translation is a reason to look at the rings again, without a kick.
-    const MAP_WAKES: bool;
+    fn map_wakes(&self) -> bool;
 
     /// Serves the queues that have something to do, each for a bounded time, and leaves `pending` set on those that
-    /// want another turn before anything else happens. Must not block.
+    /// want another turn. Must not block: the other devices of the thread wait.
     fn serve(&mut self, queues: &mut Queues);
 
     /// An operation submitted as `slot` has completed. A logic that submits none is never called.
@@ -53,6 +64,11 @@ pub(crate) trait Logic: Send + 'static {
         _result: Result<u32>,
         _buffer: Option<OwnedBuf>,
     ) {
+    }
+
+    /// Whether it can take more requests before one of those in flight completes.
+    fn has_room(&self) -> bool {
+        true
     }
 
     /// What the device does with its requests cannot be done any more: each is to be answered with an error. Nothing is
@@ -79,10 +95,14 @@ struct Counters {
 
 impl Counters {
     fn count(&self, bytes: u64, failed: bool) {
-        self.requests.fetch_add(1, Ordering::Relaxed);
-        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        // The queue's thread alone writes them: a load and a store do, where an addition would lock the bus.
+        let add = |counter: &AtomicU64, more: u64| {
+            counter.store(counter.load(Ordering::Relaxed).wrapping_add(more), Ordering::Relaxed);
+        };
+        add(&self.requests, 1);
+        add(&self.bytes, bytes);
         if failed {
-            self.errors.fetch_add(1, Ordering::Relaxed);
+            add(&self.errors, 1);
         }
     }
 
@@ -95,75 +115,73 @@ impl Counters {
     }
 }
 
+/// What the two sides of a device share.
+#[derive(Debug)]
+struct Shared {
+    counters: Vec<Counters>,
+    /// A ring is broken, until the next reset.
+    needs_reset: AtomicBool,
+    /// Signalled when that becomes so.
+    config_call: Mutex<Option<EventFd>>,
+}
+
+impl Shared {
+    fn new(queues: u16) -> Self {
+        Self {
+            counters: (0..queues).map(|_| Counters::default()).collect(),
+            needs_reset: AtomicBool::new(false),
+            config_call: Mutex::new(None),
+        }
+    }
+
+    /// The driver has to reset the device, and is told so (virtio 1.2 section 2.1.2).
+    fn break_down(&self) {
+        self.needs_reset.store(true, Ordering::Release);
+        if let Some(event) = &*self.config_call.lock() {
+            event.signal();
+        }
+    }
+}
+
 type Reply<T> = SyncSender<T>;
 
-/// What the control side asks of the thread.
+/// What the control side asks of a device's thread.
 enum Command {
     Start { index: QueueIndex, setup: QueueSetup<LinuxHost>, state: QueueState, reply: Reply<Result<()>> },
     Stop { index: QueueIndex, reply: Reply<Result<Option<QueueState>>> },
     SetView { asid: Asid, view: Arc<View>, drain: bool, reply: Reply<()> },
     Forget,
     Fail { reply: Reply<()> },
-    Exit,
+    Remove { reply: Reply<()> },
 }
 
-/// The control side of a worker. Dropping it ends the thread, after what is in flight.
+/// The control side of a device on a thread of the pool. Dropping it removes the device, after what is in flight.
 pub(crate) struct Worker {
-    commands: Sender<Command>,
-    wake: EventFd,
-    registrar: Registrar,
-    thread: Option<JoinHandle<()>>,
-    counters: Arc<[Counters]>,
+    thread: Arc<Thread>,
+    /// Which of the thread's devices.
+    device: u16,
+    shared: Arc<Shared>,
 }
 
 impl fmt::Debug for Worker {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Worker").field("queues", &self.counters.len()).finish_non_exhaustive()
+        f.debug_struct("Worker")
+            .field("queues", &self.shared.counters.len())
+            .field("thread", &self.thread)
+            .finish_non_exhaustive()
     }
 }
 
 impl Worker {
-    /// Starts the thread of the block device `name` with `queues` queues, all stopped.
-    ///
-    /// # Errors
-    /// Those of io_uring, of eventfd and of thread creation.
-    pub(crate) fn spawn(name: &str, queues: u16, disk: impl Disk) -> Result<Self> {
-        Self::spawn_logic(name, Size { queues, address_spaces: 1 }, Requests::new(disk))
-    }
-
-    /// Starts the thread of the device `name` with all queues stopped and nothing mapped.
-    ///
-    /// # Errors
-    /// As [`spawn`](Self::spawn).
-    pub(crate) fn spawn_logic(name: &str, size: Size, logic: impl Logic) -> Result<Self> {
-        let (commands, receiver) = channel();
-        let (ready, started) = sync_channel(1);
-        let wake = EventFd::new()?;
-        let counters: Arc<[Counters]> = (0..size.queues).map(|_| Counters::default()).collect();
-        let label = name.to_owned();
-        let (thread_wake, thread_counters) = (wake.clone(), Arc::clone(&counters));
-        let run = move || {
-            let queues = move |uring| Queues::new(label, uring, size, thread_counters);
-            run(&receiver, &thread_wake, queues, logic, &ready);
-        };
-        // The kernel cuts thread names at 15 bytes.
-        let builder = std::thread::Builder::new().name(format!("vq-{name}").chars().take(15).collect());
-        let thread = builder
-            .stack_size(256 << 10)
-            .spawn(run)
-            .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(0)))?;
-        let registrar = started.recv().map_err(|_| Errno::IO)??;
-        Ok(Self { commands, wake, registrar, thread: Some(thread), counters })
-    }
-
-    /// Registers buffers with the ring that carries the disk I/O.
-    pub(crate) const fn registrar(&self) -> &Registrar {
-        &self.registrar
+    /// The registered buffers of the ring that carries the disk I/O.
+    pub(crate) fn buffers(&self) -> &Buffers {
+        self.thread.buffers()
     }
 
     /// What one queue has done.
     pub(crate) fn stats(&self, index: QueueIndex) -> QueueStats {
-        self.counters.get(usize::from(index.0)).map_or_else(QueueStats::default, Counters::read)
+        let counters = self.shared.counters.get(usize::from(index.0));
+        counters.map_or_else(QueueStats::default, Counters::read)
     }
 
     /// See [`Parent::start_queue`](vdpa_core::parent::Parent::start_queue).
@@ -181,16 +199,17 @@ impl Worker {
         self.ask(|reply| Command::Stop { index, reply })?
     }
 
-    /// Replaces the translation of one address space. With `drain`, returns when no request uses the previous one
-    /// any more, and every ring in it is looked up again.
+    /// Replaces the translation of one address space. With `drain`, returns when no request of this device uses the
+    /// previous one any more, and every ring in it is looked up again.
     pub(crate) fn set_view(&self, asid: Asid, view: Arc<View>, drain: bool) -> Result<()> {
         self.ask(|reply| Command::SetView { asid, view, drain, reply })
     }
 
     /// The device is reset: a queue that is started again owes nothing for requests it took before.
     pub(crate) fn reset(&self) {
+        self.shared.needs_reset.store(false, Ordering::Release);
         // A thread that is gone has forgotten everything.
-        let _ = self.commands.send(Command::Forget);
+        let _ = self.thread.send(self.device, Command::Forget);
     }
 
     /// See [`Parent::fail`](vdpa_core::parent::Parent::fail).
@@ -198,45 +217,38 @@ impl Worker {
         self.ask(|reply| Command::Fail { reply })
     }
 
+    /// See [`Parent::needs_reset`](vdpa_core::parent::Parent::needs_reset).
+    pub(crate) fn needs_reset(&self) -> bool {
+        self.shared.needs_reset.load(Ordering::Acquire)
+    }
+
+    /// See [`Parent::set_config_call`](vdpa_core::parent::Parent::set_config_call).
+    pub(crate) fn set_config_call(&self, event: Option<&EventFd>) {
+        *self.shared.config_call.lock() = event.cloned();
+    }
+
+    /// Takes the device from its thread; its rings are not looked at any more when this returns. Waits for its requests
+    /// in flight; whether they came to an end.
+    pub(crate) fn remove(&self) -> bool {
+        let (reply, answer) = sync_channel(1);
+        // A device that is gone already, or whose thread is, has nothing in flight.
+        self.thread.tell(self.device, Command::Remove { reply }).is_err()
+            || answer.recv_timeout(REMOVE_PATIENCE) != Err(std::sync::mpsc::RecvTimeoutError::Timeout)
+    }
+
     /// Sends a command and waits for its answer; `EIO` when the thread is gone.
     fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T> {
         let (reply, answer) = sync_channel(1);
-        self.commands.send(command(reply)).map_err(|_| Errno::IO)?;
-        self.wake.signal();
+        self.thread.tell(self.device, command(reply))?;
         answer.recv().map_err(|_| Errno::IO)
     }
 }
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        if self.commands.send(Command::Exit).is_ok() {
-            self.wake.signal();
+        if !self.remove() {
+            tracing::error!(thread = ?self.thread, "requests of a removed device are still in flight");
         }
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            tracing::error!("a worker thread had panicked");
-        }
+        self.thread.leave();
     }
-}
-
-fn run(
-    commands: &Receiver<Command>,
-    wake: &EventFd,
-    queues: impl FnOnce(Ring) -> Queues,
-    logic: impl Logic,
-    ready: &SyncSender<Result<Registrar>>,
-) {
-    let ring = match Ring::new(RING_ENTRIES) {
-        Ok(ring) => ring,
-        Err(error) => {
-            // Nobody listens only if the spawner is gone, which needs no answer.
-            let _ = ready.send(Err(error));
-            return;
-        }
-    };
-    let registrar = ring.registrar();
-    let mut server = serve::Server::new(queues(ring), logic);
-    let _ = ready.send(server.watch(wake).map(|()| registrar));
-    server.run(commands);
 }

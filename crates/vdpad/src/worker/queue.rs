@@ -4,8 +4,7 @@ use std::sync::Arc;
 
 use vdpa_core::Errno;
 use vdpa_core::features::Features;
-use vdpa_core::ring::split::{SplitQueue, area_sizes};
-use vdpa_core::ring::{Memory, RingError};
+use vdpa_core::ring::{Memory, Ring, RingError, area_sizes};
 use vdpa_core::types::{Perm, Result};
 use vdpa_core::vq::{QueueSetup, QueueState};
 use vdpa_sys::guest::LinuxHost;
@@ -17,7 +16,7 @@ use super::{Reply, View};
 pub(crate) struct Queue {
     pub(crate) setup: QueueSetup<LinuxHost>,
     /// The ring, once its memory could be reached: a client may map it later than it starts the queue.
-    ring: Option<SplitQueue<GuestArea>>,
+    ring: Option<Ring<GuestArea>>,
     /// Where the ring is to begin, while there is none.
     state: QueueState,
     /// There may be something to do.
@@ -30,14 +29,17 @@ pub(crate) struct Queue {
     pub(super) stopping: Option<Reply<Result<Option<QueueState>>>>,
     /// Requests taken before the present ring was resolved that will never be answered.
     pub(super) abandoned: u16,
+    /// No kick is asked for, as the thread looks at the ring of itself.
+    pub(super) polled: bool,
     /// A violation was reported; the queue rests until it is started anew.
     pub(super) retired: bool,
 }
 
 impl Queue {
     pub(super) fn new(setup: QueueSetup<LinuxHost>, state: QueueState, generation: u32) -> Result<Self> {
-        if !matches!(state, QueueState::Split { .. }) || setup.features.has(Features::RING_PACKED) {
-            return Err(Errno::OPNOTSUPP);
+        let packed = setup.features.has(Features::RING_PACKED);
+        if matches!(state, QueueState::Packed { .. }) != packed {
+            return Err(Errno::INVAL);
         }
         let pending = setup.kick.is_some();
         Ok(Self {
@@ -50,6 +52,7 @@ impl Queue {
             generation,
             stopping: None,
             abandoned: 0,
+            polled: false,
             retired: false,
         })
     }
@@ -65,16 +68,15 @@ impl Queue {
     }
 
     /// The ring, resolved through `view` if it was not yet.
-    pub(crate) fn ring(&mut self, view: &Arc<View>) -> Result<&mut SplitQueue<GuestArea>, RingError> {
-        let ring = match self.ring.take() {
-            Some(ring) => ring,
-            None => self.resolve(view)?,
-        };
-        Ok(self.ring.insert(ring))
+    pub(crate) fn ring(&mut self, view: &Arc<View>) -> Result<&mut Ring<GuestArea>, RingError> {
+        match &mut self.ring {
+            Some(ring) => Ok(ring),
+            none => Ok(none.insert(resolve(&self.setup, self.state, self.abandoned, view)?)),
+        }
     }
 
     /// The ring, if it was resolved.
-    pub(super) fn resolved(&mut self) -> Option<&mut SplitQueue<GuestArea>> {
+    pub(super) fn resolved(&mut self) -> Option<&mut Ring<GuestArea>> {
         self.ring.as_mut()
     }
 
@@ -82,6 +84,7 @@ impl Queue {
     /// be in flight.
     pub(super) fn unresolve(&mut self) {
         debug_assert_eq!(self.in_flight, 0);
+        self.polled = false;
         if let Some(ring) = self.ring.take() {
             (self.state, self.abandoned) = (ring.state(), ring.in_flight());
         }
@@ -89,12 +92,39 @@ impl Queue {
 
     /// Where the queue is.
     pub(super) fn state(&self) -> QueueState {
-        self.ring.as_ref().map_or(self.state, SplitQueue::state)
+        self.ring.as_ref().map_or(self.state, Ring::state)
     }
 
     /// Requests taken that will never be answered; meaningful while nothing is in flight.
     pub(super) fn abandoned(&self) -> u16 {
-        self.ring.as_ref().map_or(self.abandoned, SplitQueue::in_flight)
+        self.ring.as_ref().map_or(self.abandoned, Ring::in_flight)
+    }
+
+    /// Whether a request has come to a ring that is looked at without a kick.
+    pub(super) fn look(&mut self) -> Result<bool, RingError> {
+        match &mut self.ring {
+            Some(ring) if self.polled && self.stopping.is_none() && !self.retired => ring.has_request(),
+            _ => Ok(false),
+        }
+    }
+
+    /// Asks for kicks again; whether a request has come meanwhile.
+    pub(super) fn end_polling(&mut self) -> Result<bool, RingError> {
+        match &mut self.ring {
+            Some(ring) if std::mem::take(&mut self.polled) && !self.retired => ring.enable_kick(),
+            _ => Ok(false),
+        }
+    }
+
+    /// Shows the driver what was answered and signals it if it wants that.
+    pub(super) fn publish(&mut self) -> Result<(), RingError> {
+        if let Some(ring) = &mut self.ring
+            && ring.publish()?
+            && let Some(call) = &self.setup.call
+        {
+            call.signal();
+        }
+        Ok(())
     }
 
     /// Whether the driver uses the flush command, so that writes need not be stable at once
@@ -102,15 +132,43 @@ impl Queue {
     pub(super) fn write_back(&self) -> bool {
         self.setup.features.has(Features::BLK_FLUSH)
     }
+}
 
-    fn resolve(&self, view: &Arc<View>) -> Result<SplitQueue<GuestArea>, RingError> {
-        let setup = &self.setup;
-        let sizes = area_sizes(setup.size, setup.features.has(Features::RING_EVENT_IDX));
-        let memory = view.snapshot();
-        let desc = memory.area(setup.desc, sizes.desc as u64, Perm::RO)?;
-        let avail = memory.area(setup.avail, sizes.avail as u64, Perm::RO)?;
-        let used = memory.area(setup.used, sizes.used as u64, Perm::RW)?;
-        let ring = SplitQueue::new(setup.size, setup.features, desc, avail, used, self.state)?;
-        Ok(ring.with_in_flight(self.abandoned))
+fn resolve(
+    setup: &QueueSetup<LinuxHost>,
+    state: QueueState,
+    abandoned: u16,
+    view: &View,
+) -> Result<Ring<GuestArea>, RingError> {
+    let packed = setup.features.has(Features::RING_PACKED);
+    let sizes = area_sizes(setup.size, setup.features);
+    let memory = view.snapshot();
+    // In a packed ring the descriptors are written as used.
+    let perm = if packed { Perm::RW } else { Perm::RO };
+    let desc = memory.area(setup.desc, sizes.desc as u64, perm)?;
+    let avail = memory.area(setup.avail, sizes.avail as u64, Perm::RO)?;
+    let used = memory.area(setup.used, sizes.used as u64, Perm::RW)?;
+    let state = if abandoned == 0 { drained(state, setup.size) } else { state };
+    let ring = Ring::new(setup.size, setup.features, desc, avail, used, state)?;
+    Ok(ring.with_in_flight(abandoned))
+}
+
+/// A base that says that a whole lap of a packed ring is in flight is one of which only the available half was set, as
+/// DPDK sets it at the start (1 << 15): this side knows of nothing in flight.
+fn drained(state: QueueState, size: u16) -> QueueState {
+    match state {
+        QueueState::Packed { last_avail_idx, last_avail_wrap, last_used_idx, last_used_wrap }
+            if last_avail_idx == last_used_idx
+                && last_avail_wrap != last_used_wrap
+                && last_avail_idx < size =>
+        {
+            QueueState::Packed {
+                last_avail_idx,
+                last_avail_wrap,
+                last_used_idx: last_avail_idx,
+                last_used_wrap: last_avail_wrap,
+            }
+        }
+        state => state,
     }
 }

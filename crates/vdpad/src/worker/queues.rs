@@ -1,41 +1,58 @@
-//! The running queues of a worker, and what serving them needs.
+//! The running queues of a device, and what serving them needs.
 
+use std::cell::{Cell, RefCell};
 use std::os::fd::OwnedFd;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use vdpa_core::iotlb::Table;
 use vdpa_core::ring::RingError;
 use vdpa_core::types::{Asid, Result};
-use vdpa_sys::uring::{Op, Ring, SubmitError};
+use vdpa_sys::uring::{Op, Registrar, Ring, SubmitError};
 
 use super::queue::Queue;
-use super::{Counters, Size, View};
+use super::{Shared, Size, View};
 use crate::rate::RateLimit;
 
 /// What a completion belongs to, packed into the ring's token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Token {
     Wake,
-    Kick { queue: u16, generation: u32 },
-    Io { slot: u32 },
+    Kick {
+        device: u16,
+        queue: u16,
+        /// Below 2^28.
+        generation: u32,
+    },
+    Io {
+        device: u16,
+        slot: u32,
+    },
 }
 
 impl Token {
+    const GENERATION: u32 = (1 << 28) - 1;
+
     pub(super) const fn pack(self) -> u64 {
         match self {
             Self::Wake => 0,
-            Self::Kick { queue, generation } => 1 << 60 | (queue as u64) << 32 | generation as u64,
-            Self::Io { slot } => 2 << 60 | slot as u64,
+            Self::Kick { device, queue, generation } => {
+                1 << 60
+                    | (device as u64) << 44
+                    | (queue as u64) << 28
+                    | (generation & Self::GENERATION) as u64
+            }
+            Self::Io { device, slot } => 2 << 60 | (device as u64) << 44 | slot as u64,
         }
     }
 
     pub(super) const fn unpack(token: u64) -> Option<Self> {
         #[expect(clippy::cast_possible_truncation, reason = "the fields of a packed token")]
-        let (low, middle) = (token as u32, (token >> 32) as u16);
+        let (low, queue, device) = (token as u32, (token >> 28) as u16, (token >> 44) as u16);
         match token >> 60 {
             0 => Some(Self::Wake),
-            1 => Some(Self::Kick { queue: middle, generation: low }),
-            2 => Some(Self::Io { slot: low }),
+            1 => Some(Self::Kick { device, queue, generation: low & Self::GENERATION }),
+            2 => Some(Self::Io { device, slot: low }),
             _ => None,
         }
     }
@@ -47,26 +64,43 @@ impl Token {
 /// once and use everything else meanwhile, and puts it back before it returns.
 pub(crate) struct Queues {
     name: String,
-    pub(super) uring: Ring,
+    /// Which of the thread's devices this is.
+    device: u16,
+    uring: Rc<RefCell<Ring>>,
+    /// Of all devices of the thread, so that a late completion is never taken for one of another device.
+    generation: Rc<Cell<u32>>,
     /// By address space.
     views: Vec<Arc<View>>,
     /// The translation of an address space in which nothing is mapped.
     nothing: Arc<View>,
     slots: Vec<Option<Queue>>,
-    counters: Arc<[Counters]>,
+    shared: Arc<Shared>,
+    /// The thread looks at rings of itself before it sleeps.
+    polls: Rc<Cell<bool>>,
     complaints: RateLimit,
 }
 
 impl Queues {
-    pub(super) fn new(name: String, uring: Ring, size: Size, counters: Arc<[Counters]>) -> Self {
+    pub(super) fn new(
+        name: String,
+        device: u16,
+        uring: Rc<RefCell<Ring>>,
+        generation: Rc<Cell<u32>>,
+        polls: Rc<Cell<bool>>,
+        size: Size,
+        shared: Arc<Shared>,
+    ) -> Self {
         let nothing = Arc::new(View::new(&Table::default(), Vec::new()));
         Self {
             name,
+            device,
             uring,
+            generation,
             views: vec![Arc::clone(&nothing); size.address_spaces],
             nothing,
             slots: (0..size.queues).map(|_| None).collect(),
-            counters,
+            shared,
+            polls,
             complaints: RateLimit::per_second(5),
         }
     }
@@ -137,18 +171,94 @@ impl Queues {
         }
     }
 
-    /// Hands an operation to the kernel; [`Logic::complete`](super::Logic::complete) is called with `slot`.
-    pub(crate) fn submit(&mut self, op: Op, slot: u32) -> Result<(), SubmitError> {
-        self.uring.submit(op, Token::Io { slot }.pack())
+    /// Registers files and buffers with the ring that carries the operations.
+    pub(crate) fn registrar(&self) -> Registrar {
+        self.uring.borrow().registrar()
     }
 
-    pub(super) fn poll(&mut self, fd: Arc<OwnedFd>, token: Token) -> Result<()> {
-        self.uring.submit(Op::PollMultishot { fd }, token.pack()).map_err(|error| error.errno())
+    /// Hands an operation to the kernel; [`Logic::complete`](super::Logic::complete) is called with `slot`.
+    pub(crate) fn submit(&mut self, op: Op, slot: u32) -> Result<(), SubmitError> {
+        self.uring.borrow_mut().submit(op, Token::Io { device: self.device, slot }.pack())
+    }
+
+    /// A name for a run of a queue.
+    pub(super) fn next_generation(&self) -> u32 {
+        let next = self.generation.get().wrapping_add(1) & Token::GENERATION;
+        self.generation.set(next);
+        next
+    }
+
+    /// Watches the kick of a queue.
+    pub(super) fn poll(&mut self, fd: Arc<OwnedFd>, queue: u16, generation: u32) -> Result<()> {
+        let token = Token::Kick { device: self.device, queue, generation };
+        self.uring.borrow_mut().submit(Op::PollMultishot { fd }, token.pack()).map_err(|error| error.errno())
+    }
+
+    /// Ends the watch of a queue that is out of its place.
+    pub(super) fn cancel_poll(&mut self, index: u16, queue: &Queue) {
+        let token = Token::Kick { device: self.device, queue: index, generation: queue.generation };
+        if queue.setup.kick.is_some()
+            && let Err(error) = self.uring.borrow_mut().cancel(|found| found == token.pack())
+        {
+            // The poll stays behind; its generation tells its completions apart.
+            tracing::debug!(device = %self.name, "kick poll not cancelled: {error}");
+        }
+    }
+
+    /// Asks for the end of all operations in flight.
+    pub(super) fn cancel_requests(&mut self) {
+        let own =
+            |token| matches!(Token::unpack(token), Some(Token::Io { device, .. }) if device == self.device);
+        if let Err(error) = self.uring.borrow_mut().cancel(own) {
+            tracing::debug!(device = %self.name, "requests not cancelled: {error}");
+        }
+    }
+
+    /// There is no request any more in a ring that was resolved: asks for a kick at the next one, unless the thread looks
+    /// at the ring of itself. Whether one has come meanwhile.
+    pub(crate) fn wait_for_kick(&self, queue: &mut Queue, view: &Arc<View>) -> Result<bool, RingError> {
+        queue.polled = self.polls.get();
+        let polled = queue.polled;
+        let ring = queue.ring(view)?;
+        if polled { ring.has_request() } else { ring.enable_kick() }
+    }
+
+    /// Whether a queue waits for requests without a kick.
+    pub(super) fn is_polled(&self) -> bool {
+        self.slots.iter().flatten().any(|queue| queue.polled)
+    }
+
+    /// Looks at the rings that wait without a kick, or asks for kicks again with `end`; whether there is something to do.
+    pub(super) fn look(&mut self, end: bool) -> bool {
+        let mut found = false;
+        for index in (0..self.slots.len()).map(to_u16) {
+            let Some(queue) = self.slots.get_mut(usize::from(index)).and_then(Option::as_mut) else {
+                continue;
+            };
+            if !queue.polled {
+                continue;
+            }
+            match if end { queue.end_polling() } else { queue.look() } {
+                Ok(false) => {}
+                Ok(true) => {
+                    queue.pending = true;
+                    found = true;
+                }
+                Err(error) => {
+                    queue.polled = false;
+                    if let Some(mut queue) = self.take(index) {
+                        self.rest(index, &mut queue, error);
+                        self.put(index, queue);
+                    }
+                }
+            }
+        }
+        found
     }
 
     /// Counts a request that was answered.
     pub(crate) fn count_request(&self, index: u16, bytes: u64, failed: bool) {
-        if let Some(counters) = self.counters.get(usize::from(index)) {
+        if let Some(counters) = self.shared.counters.get(usize::from(index)) {
             counters.count(bytes, failed);
         }
     }
@@ -156,29 +266,26 @@ impl Queues {
     /// [Publishes](Self::publish) what is left, on every queue.
     pub(super) fn publish_all(&mut self) {
         for index in (0..self.slots.len()).map(to_u16) {
-            let Some(mut queue) = self.take(index) else { continue };
-            if let Err(error) = self.publish(&mut queue) {
+            let slot = self.slots.get_mut(usize::from(index)).and_then(Option::as_mut);
+            let Some(Err(error)) = slot.map(Queue::publish) else { continue };
+            if let Some(mut queue) = self.take(index) {
                 self.rest(index, &mut queue, error);
+                self.put(index, queue);
             }
-            self.put(index, queue);
         }
     }
 
     /// Shows the driver what was answered and signals it if it wants that.
+    #[expect(clippy::unused_self, reason = "beside `rest`, which goes with it")]
     pub(crate) fn publish(&self, queue: &mut Queue) -> Result<(), RingError> {
-        let Some(ring) = queue.resolved() else { return Ok(()) };
-        if ring.publish()?
-            && let Some(call) = &queue.setup.call
-        {
-            call.signal();
-        }
-        Ok(())
+        queue.publish()
     }
 
-    /// A queue that cannot go on rests until the next kick; one whose driver broke the protocol is retired.
+    /// A queue that cannot go on rests until the next kick; one whose driver broke the protocol is retired, and the
+    /// driver told to reset the device.
     pub(crate) fn rest(&self, index: u16, queue: &mut Queue, error: RingError) -> bool {
-        if !error.is_fault() {
-            queue.retired = true;
+        if !error.is_fault() && !std::mem::replace(&mut queue.retired, true) {
+            self.shared.break_down();
         }
         self.complain(index, &error);
         false
@@ -205,9 +312,11 @@ mod tests {
     fn tokens_survive_packing() {
         for token in [
             Token::Wake,
-            Token::Kick { queue: u16::MAX, generation: u32::MAX },
-            Token::Kick { queue: 0, generation: 1 },
-            Token::Io { slot: u32::MAX },
+            Token::Kick { device: u16::MAX, queue: u16::MAX, generation: Token::GENERATION },
+            Token::Kick { device: 1, queue: 0, generation: 1 },
+            Token::Kick { device: 0, queue: 1, generation: 0 },
+            Token::Io { device: u16::MAX, slot: u32::MAX },
+            Token::Io { device: 1, slot: 0 },
         ] {
             assert_eq!(Token::unpack(token.pack()), Some(token));
         }

@@ -1,233 +1,297 @@
-//! The worker's loop: commands, kicks and completions.
+//! The loop of a thread: messages, completions, and a turn for each device that has something to do.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
+use std::time::{Duration, Instant};
 
 use vdpa_core::Errno;
-use vdpa_core::types::{Asid, QueueIndex, Result};
-use vdpa_core::vq::{QueueSetup, QueueState};
-use vdpa_sys::eventfd::EventFd;
-use vdpa_sys::guest::LinuxHost;
-use vdpa_sys::uring::Completion;
+use vdpa_core::types::Result;
+use vdpa_sys::uring::{Completion, Op, Ring};
 
-use super::queue::Queue;
-use super::queues::{Queues, Token, to_u16};
-use super::{Command, Logic, Reply};
+use super::device::Served;
+use super::poll::{Poller, STOLEN};
+use super::queues::{Queues, Token};
+use super::{Command, Logic, Reply, Shared, Size};
 
-pub(super) struct Server<L> {
-    queues: Queues,
-    logic: L,
-    wake: Option<Arc<OwnedFd>>,
-    generation: u32,
-    /// Answers owed when nothing is in flight any more, and the address spaces that have changed.
-    draining: Vec<(Asid, Reply<()>)>,
-    /// Answers owed when nothing is in flight any more and the logic has been told to fail.
-    failing: Vec<Reply<()>>,
-    /// Where stopped queues were, and how many requests each had taken and will never answer. As long as the device
-    /// is not reset, a queue that goes on at the same place goes on without them.
-    abandoned: Vec<Option<(QueueState, u16)>>,
+/// What a thread is told.
+pub(super) enum Message {
+    /// A device comes.
+    Add(Newcomer),
+    /// A command for a device. One for a device that is gone is dropped, and with it the way to answer it.
+    Command(u16, Command),
+    /// The thread is to end.
+    Exit,
 }
 
-impl<L: Logic> Server<L> {
-    pub(super) fn new(queues: Queues, logic: L) -> Self {
-        let abandoned = vec![None; queues.count()];
-        Self {
-            queues,
-            logic,
-            wake: None,
-            generation: 0,
-            draining: Vec::new(),
-            failing: Vec::new(),
-            abandoned,
-        }
+/// A device that comes to a thread, with all queues stopped.
+pub(super) struct Newcomer {
+    pub(super) name: String,
+    pub(super) size: Size,
+    pub(super) logic: Box<dyn Logic>,
+    pub(super) shared: Arc<Shared>,
+    /// Hears which of the thread's devices it is.
+    pub(super) reply: Reply<Result<u16>>,
+}
+
+/// What a thread has.
+pub(super) struct Server {
+    uring: Rc<RefCell<Ring>>,
+    wake: Arc<OwnedFd>,
+    /// There may be messages.
+    woken: bool,
+    /// By number; `None` for numbers that are free.
+    devices: Vec<Option<Served>>,
+    /// Numbers of the devices that have something to do, in the order in which they have their turn.
+    turns: VecDeque<u16>,
+    generation: Rc<Cell<u32>>,
+    poller: Poller,
+    /// Queues that have nothing to do need not ask for a kick.
+    polls: Rc<Cell<bool>>,
+    /// Numbers of the devices that have such queues.
+    watched: Vec<u16>,
+}
+
+impl Server {
+    /// Watches the event that announces messages.
+    pub(super) fn new(mut uring: Ring, wake: Arc<OwnedFd>, poll: Duration) -> Result<Self> {
+        watch(&mut uring, &wake)?;
+        Ok(Self {
+            uring: Rc::new(RefCell::new(uring)),
+            wake,
+            woken: false,
+            devices: Vec::new(),
+            turns: VecDeque::new(),
+            generation: Rc::default(),
+            poller: Poller::new(poll),
+            polls: Rc::default(),
+            watched: Vec::new(),
+        })
     }
 
-    /// Watches the event that announces commands.
-    pub(super) fn watch(&mut self, wake: &EventFd) -> Result<()> {
-        let fd = duplicate(wake)?;
-        self.wake = Some(Arc::clone(&fd));
-        self.queues.poll(fd, Token::Wake)
-    }
-
-    pub(super) fn run(&mut self, commands: &Receiver<Command>) {
+    pub(super) fn run(&mut self, messages: &Receiver<Message>) {
         loop {
-            match self.obey(commands) {
-                Ok(true) => {}
-                Ok(false) => return,
-                Err(error) => tracing::error!(device = %self.queues.name(), "worker: {error}"),
-            }
-            if self.takes_requests() {
-                self.logic.serve(&mut self.queues);
-            }
-            self.settle();
-            let want = usize::from(!self.has_work());
-            if let Err(error) = self.queues.uring.submit_and_wait(want, None) {
-                // Nothing can be served without the ring: stop rather than spin. Clients get EIO from now on.
-                tracing::error!(device = %self.queues.name(), "io_uring failed, the device stops: {error}");
+            if !self.obey(messages) {
                 return;
             }
-            while let Some(completion) = self.queues.uring.next_completion() {
-                self.complete(completion);
-            }
-            self.queues.publish_all();
-            self.settle();
-        }
-    }
-
-    /// Takes the commands that have arrived; `false` when it is time to go.
-    fn obey(&mut self, commands: &Receiver<Command>) -> Result<bool> {
-        loop {
-            match commands.try_recv() {
-                Ok(Command::Start { index, setup, state, reply }) => {
-                    let result = self.start(index, setup, state);
-                    answer(&reply, result);
-                }
-                Ok(Command::Stop { index, reply }) => self.stop(index, reply),
-                Ok(Command::SetView { asid, view, drain, reply }) => {
-                    self.queues.set_view(asid, view);
-                    if drain {
-                        self.draining.push((asid, reply));
-                    } else {
-                        self.map_changed(asid);
-                        answer(&reply, ());
-                    }
-                }
-                Ok(Command::Fail { reply }) => self.failing.push(reply),
-                Ok(Command::Forget) => self.abandoned.fill(None),
-                Ok(Command::Exit) | Err(TryRecvError::Disconnected) => return Ok(false),
-                Err(TryRecvError::Empty) => return Ok(true),
+            self.take_turns();
+            if let Err(error) = self.wait() {
+                // Nothing can be served without the ring: stop rather than spin. Clients get EIO from now on.
+                tracing::error!("io_uring failed, the devices of a worker stop: {error}");
+                return;
             }
         }
     }
 
-    fn start(&mut self, index: QueueIndex, setup: QueueSetup<LinuxHost>, state: QueueState) -> Result<()> {
-        let place = self.abandoned.get(usize::from(index.0)).ok_or(Errno::INVAL)?;
-        if self.queues.get_mut(index.0).is_some() {
-            return Ok(());
+    /// Starts what is to be started, and waits until there is something to do.
+    fn wait(&mut self) -> Result<()> {
+        if self.is_idle() && !self.watched.is_empty() {
+            self.enter(false)?;
+            if self.is_idle() {
+                self.poll()?;
+            }
+            if self.is_idle() {
+                self.ask_for_kicks();
+            }
         }
-        if !self.queues.has_view(setup.asid) {
-            return Err(Errno::INVAL);
+        self.polls.set(self.poller.wants());
+        let idle = self.is_idle();
+        let begin = (idle && !self.poller.budget().is_zero()).then(Instant::now);
+        self.enter(idle)?;
+        if let Some(begin) = begin {
+            self.poller.slept(begin.elapsed());
         }
-        self.generation = self.generation.wrapping_add(1);
-        let mut queue = Queue::new(setup, state, self.generation)?;
-        queue.abandoned = place.filter(|(before, _)| *before == state).map_or(0, |(_, count)| count);
-        if let Some(kick) = &queue.setup.kick {
-            let fd = duplicate(kick)?;
-            self.queues.poll(fd, Token::Kick { queue: index.0, generation: self.generation })?;
-        }
-        self.queues.put(index.0, queue);
         Ok(())
     }
 
-    fn stop(&mut self, index: QueueIndex, reply: Reply<Result<Option<QueueState>>>) {
-        match self.queues.get_mut(index.0) {
-            Some(queue) if queue.stopping.is_none() => queue.stopping = Some(reply),
-            Some(_) => answer(&reply, Err(Errno::BUSY)),
-            None => answer(&reply, Ok(None)),
+    /// Whether there is nothing to do, as far as is known.
+    fn is_idle(&self) -> bool {
+        self.turns.is_empty() && !self.woken
+    }
+
+    /// Visits the kernel, and hands out what has completed.
+    fn enter(&mut self, wait: bool) -> Result<()> {
+        self.uring.borrow_mut().submit_and_wait(wait.into(), None)?;
+        self.reap();
+        Ok(())
+    }
+
+    /// Looks for something to do until there is something, or it does not pay any more.
+    fn poll(&mut self) -> Result<()> {
+        let begin = Instant::now();
+        let mut last = begin;
+        loop {
+            if self.uring.borrow_mut().has_news() {
+                self.enter(false)?;
+            }
+            let found = self.look() || !self.is_idle();
+            let now = Instant::now();
+            let stolen = now - last > STOLEN;
+            if found && !stolen {
+                self.poller.hit(now - begin);
+                return Ok(());
+            }
+            if found || stolen || now - begin >= self.poller.budget() {
+                self.poller.lose(now - begin);
+                return Ok(());
+            }
+            last = now;
+            std::hint::spin_loop();
         }
     }
 
-    /// Answers STOP and SET_VIEW once what they wait for is done.
-    fn settle(&mut self) {
-        for index in 0..self.queues.count() {
-            let Some(mut queue) = self.queues.take_stopped(to_u16(index)) else { continue };
-            let token = Token::Kick { queue: to_u16(index), generation: queue.generation };
-            if queue.setup.kick.is_some()
-                && let Err(error) = self.queues.uring.cancel(token.pack())
-            {
-                // The poll stays behind; its generation tells its completions apart.
-                tracing::debug!(device = %self.queues.name(), "kick poll not cancelled: {error}");
-            }
-            // Whatever was answered is seen by the driver before STOP returns.
-            if let Err(error) = self.queues.publish(&mut queue) {
-                self.queues.complain(to_u16(index), &error);
-            }
-            if let Some(place) = self.abandoned.get_mut(index) {
-                *place = Some((queue.state(), queue.abandoned()));
-            }
-            if let Some(reply) = queue.stopping.take() {
-                answer(&reply, Ok(Some(queue.state())));
+    /// Looks at the rings for which no kick is asked; whether one of them has requests.
+    fn look(&mut self) -> bool {
+        let watched = std::mem::take(&mut self.watched);
+        let mut found = false;
+        for &device in &watched {
+            if self.device(device).is_some_and(|served| served.look(false)) {
+                self.list(device);
+                found = true;
             }
         }
-        if !self.queues.in_flight() {
-            if !self.failing.is_empty() {
-                self.logic.fail();
-            }
-            self.failing.drain(..).for_each(|reply| answer(&reply, ()));
-            for (asid, reply) in std::mem::take(&mut self.draining) {
-                let concerned = self
-                    .queues
-                    .iter_mut()
-                    .filter(|queue| queue.setup.asid == asid && queue.setup.kick.is_some());
-                concerned.for_each(Queue::unresolve);
-                self.map_changed(asid);
-                answer(&reply, ());
+        self.watched = watched;
+        found
+    }
+
+    /// Asks for kicks again, on all rings for which none were asked.
+    fn ask_for_kicks(&mut self) {
+        for device in std::mem::take(&mut self.watched) {
+            let Some(served) = self.device(device) else { continue };
+            served.watched = false;
+            if served.look(true) {
+                self.list(device);
             }
         }
     }
 
-    /// What could not be reached before may be reachable now.
-    fn map_changed(&mut self, asid: Asid) {
-        if L::MAP_WAKES {
-            let concerned =
-                self.queues.iter_mut().filter(|queue| queue.setup.asid == asid && queue.setup.kick.is_some());
-            concerned.for_each(|queue| queue.pending = true);
+    /// Takes the messages that have arrived; `false` when it is time to go.
+    fn obey(&mut self, messages: &Receiver<Message>) -> bool {
+        self.woken = false;
+        loop {
+            match messages.try_recv() {
+                Ok(Message::Add(newcomer)) => self.add(newcomer),
+                Ok(Message::Command(device, command)) => {
+                    if let Some(served) = self.device(device) {
+                        served.obey(command);
+                        self.list(device);
+                    }
+                }
+                Ok(Message::Exit) | Err(TryRecvError::Disconnected) => return false,
+                Err(TryRecvError::Empty) => return true,
+            }
         }
     }
 
-    /// Whether requests are taken from the rings, rather than waited for until none is in flight.
-    fn takes_requests(&self) -> bool {
-        self.draining.is_empty() && self.failing.is_empty()
+    fn add(&mut self, newcomer: Newcomer) {
+        let Newcomer { name, size, logic, shared, reply } = newcomer;
+        let place = self.devices.iter().position(Option::is_none).unwrap_or(self.devices.len());
+        let Ok(device) = u16::try_from(place) else {
+            let _ = reply.send(Err(Errno::NOSPC));
+            return;
+        };
+        if place == self.devices.len() {
+            self.devices.push(None);
+        }
+        let uring = Rc::clone(&self.uring);
+        let queues = Queues::new(
+            name,
+            device,
+            uring,
+            Rc::clone(&self.generation),
+            Rc::clone(&self.polls),
+            size,
+            shared,
+        );
+        // Nobody would ever remove a device of which nobody has heard.
+        if reply.send(Ok(device)).is_ok()
+            && let Some(place) = self.devices.get_mut(place)
+        {
+            *place = Some(Served::new(queues, logic));
+        }
     }
 
-    fn has_work(&self) -> bool {
-        self.takes_requests() && self.queues.has_work()
+    fn device(&mut self, device: u16) -> Option<&mut Served> {
+        self.devices.get_mut(usize::from(device)).and_then(Option::as_mut)
+    }
+
+    /// Gives a device a turn, once.
+    fn list(&mut self, device: u16) {
+        if let Some(served) = self.device(device)
+            && !std::mem::replace(&mut served.listed, true)
+        {
+            self.turns.push_back(device);
+        }
+    }
+
+    /// One turn for each device that waits for one. Those that want more have it after what the kernel has to say.
+    fn take_turns(&mut self) {
+        // However busy others are.
+        self.look();
+        for _ in 0..self.turns.len() {
+            let Some(device) = self.turns.pop_front() else { return };
+            let Some(served) = self.device(device) else { continue };
+            served.listed = false;
+            let more = served.turn();
+            if served.is_gone() {
+                let gone = self.devices.get_mut(usize::from(device)).and_then(Option::take);
+                gone.into_iter().for_each(Served::leave);
+                continue;
+            }
+            if served.is_polled() && !std::mem::replace(&mut served.watched, true) {
+                self.watched.push(device);
+            }
+            if more {
+                self.list(device);
+            }
+        }
+    }
+
+    /// Hands out the completions that have arrived.
+    fn reap(&mut self) {
+        loop {
+            let completion = self.uring.borrow_mut().next_completion();
+            let Some(completion) = completion else { return };
+            self.complete(completion);
+        }
     }
 
     fn complete(&mut self, completion: Completion) {
-        match Token::unpack(completion.token) {
-            Some(Token::Wake) => self.rearm(&completion, self.wake.clone(), Token::Wake),
-            Some(token @ Token::Kick { queue, generation }) => {
-                let running = self.queues.get_mut(queue);
-                let Some(running) = running.filter(|running| running.generation == generation) else {
-                    return;
-                };
-                running.pending = true;
-                let kick = running.setup.kick.clone();
-                if !completion.more {
-                    let fd = kick.and_then(|kick| duplicate(&kick).ok());
-                    self.rearm(&completion, fd, token);
+        let Completion { token, result, more, buffer } = completion;
+        let device = match Token::unpack(token) {
+            Some(Token::Wake) => {
+                self.woken = true;
+                if !more && let Err(error) = watch(&mut self.uring.borrow_mut(), &self.wake) {
+                    tracing::error!("commands are not seen any more: {error}");
                 }
+                return;
             }
-            Some(Token::Io { slot }) => {
-                self.logic.complete(&mut self.queues, slot, completion.result, completion.buffer);
+            Some(Token::Kick { device, queue, generation }) => {
+                if let Some(served) = self.device(device) {
+                    served.kicked(queue, generation, more);
+                }
+                device
+            }
+            Some(Token::Io { device, slot }) => {
+                if let Some(served) = self.device(device) {
+                    served.complete(slot, result, buffer);
+                }
+                device
             }
             None => {
-                tracing::error!(device = %self.queues.name(), token = completion.token, "unknown completion")
+                tracing::error!(token, "unknown completion");
+                return;
             }
-        }
-    }
-
-    /// Asks again for a poll the kernel has ended, as it may when completions overflow.
-    fn rearm(&mut self, completion: &Completion, fd: Option<Arc<OwnedFd>>, token: Token) {
-        if completion.more {
-            return;
-        }
-        let armed = fd.ok_or(Errno::BADF).and_then(|fd| self.queues.poll(fd, token));
-        if let Err(error) = armed {
-            tracing::error!(device = %self.queues.name(), ?token, "kicks are not seen any more: {error}");
-        }
+        };
+        self.list(device);
     }
 }
 
-/// A descriptor of its own for a poll, so that the event may go while the poll is being cancelled.
-fn duplicate(event: &EventFd) -> Result<Arc<OwnedFd>> {
-    let fd = event.as_fd().try_clone_to_owned();
-    fd.map(Arc::new).map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(0)))
-}
-
-/// Answers a command; whoever asked may have gone, which changes nothing here.
-fn answer<T>(reply: &Reply<T>, value: T) {
-    let _ = reply.send(value);
+/// Watches the event that announces messages.
+fn watch(uring: &mut Ring, wake: &Arc<OwnedFd>) -> Result<()> {
+    let poll = Op::PollMultishot { fd: Arc::clone(wake) };
+    uring.submit(poll, Token::Wake.pack()).map_err(|error| error.errno())
 }

@@ -1,5 +1,6 @@
 //! [`Blk`]: a block driver for tests, which makes right requests and wrong ones.
 
+use std::cell::Cell;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::Duration;
@@ -47,6 +48,17 @@ const HEADER: u64 = 64;
 pub(crate) const DATA: u64 = 1 << 20;
 const STATUS: u64 = 48;
 
+thread_local! {
+    static PACKED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs a test whose drivers take packed rings.
+pub(crate) fn over_packed_rings(test: impl FnOnce()) {
+    PACKED.set(true);
+    test();
+    PACKED.set(false);
+}
+
 /// How a request ended: status byte, and the length in its used element.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Done {
@@ -78,7 +90,10 @@ impl Blk {
     /// No memory and no queues yet.
     pub(crate) fn negotiated(path: &Path, features: Features) -> Self {
         let device = Device::<VhostVdpaFd>::open(path).unwrap();
-        Self { session: device.negotiate(features).unwrap(), next: 0 }
+        let features = if PACKED.get() { features.with(Features::RING_PACKED) } else { features };
+        let session = device.negotiate(features).unwrap();
+        assert_eq!(session.features().has(Features::RING_PACKED), PACKED.get());
+        Self { session, next: 0 }
     }
 
     pub(crate) fn map(&mut self, memory: OwnedFd) {

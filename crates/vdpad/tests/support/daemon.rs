@@ -30,6 +30,11 @@ pub(crate) struct Daemon {
 impl Daemon {
     /// Starts one, in a temporary directory, and waits until it serves.
     pub(crate) fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// Starts one with further options.
+    pub(crate) fn start_with(options: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_vdpad"));
         match std::env::var_os("VDPAD_TEST_FRONT") {
@@ -42,6 +47,7 @@ impl Daemon {
             .arg("--control")
             .arg(dir.path().join("control.sock"))
             .args(["--request-timeout", "8", "--watchdog-timeout", "5", "--log", "debug"])
+            .args(options)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(File::create(dir.path().join("log")).unwrap())
@@ -85,9 +91,9 @@ impl Daemon {
         self.client().add(&AddRequest { name: name.into(), mgmtdev: mgmtdev.into(), attrs: all })
     }
 
-    /// Adds a `blk` device on `disk`; returns its device file.
+    /// Adds a `blk` device on `disk`, which offers rings of both formats; returns its device file.
     pub(crate) fn add_blk(&self, name: &str, disk: &Disk, attrs: &[(&str, &str)]) -> PathBuf {
-        let mut all = vec![("path", disk.path.to_str().unwrap())];
+        let mut all = vec![("path", disk.path.to_str().unwrap()), ("packed", "on")];
         all.extend_from_slice(attrs);
         self.add(name, "blk", &all)
     }

@@ -145,7 +145,7 @@ impl Vdpad {
     #[track_caller]
     pub(crate) fn add_any(&self, name: &str, mgmtdev: &str) -> PathBuf {
         match mgmtdev {
-            "blk" => self.add_blk(name, 64 << 20, ""),
+            "blk" => self.add_blk(name, 64 << 20, "packed on"),
             other => self.add(name, other, ""),
         }
     }

@@ -55,8 +55,15 @@ pub(crate) fn open(path: &Path) -> (Session<VhostVdpaFd>, Duration) {
         }
     };
     let waited = begin.elapsed();
-    (device.negotiate(Features::NONE).unwrap(), waited)
+    let packed = std::env::var_os(PACKED).is_some();
+    let wanted = if packed { Features::of(&[Features::RING_PACKED]) } else { Features::NONE };
+    let session = device.negotiate(wanted).unwrap();
+    assert_eq!(session.features().has(Features::RING_PACKED), packed);
+    (session, waited)
 }
+
+/// Set for programs that are to use packed rings.
+pub(crate) const PACKED: &str = "TEST_PACKED";
 
 /// As much of `wanted` bytes as this process can have pinned: raises its limit on locked memory where that is
 /// allowed (`CAP_SYS_RESOURCE`), and says so where it is not.

@@ -29,7 +29,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// Whether character devices can be made; tries to load the module once.
 ///
 /// # Errors
-/// [`CuseError::Control`], with what would make it possible.
+/// [`CuseError::Control`], with what would make it possible; [`CuseError::NoDevtmpfs`].
 pub fn available() -> Result<(), CuseError> {
     let Err(error) = cuse::available() else { return Ok(()) };
     if !error.lacks_module() {

@@ -319,11 +319,9 @@ impl DeviceFiles {
         !self.server.has_ended()
     }
 
-    /// Waits until nothing is [served](Self::is_serving) any more. For one caller at a time.
+    /// Returns when requests are not [served](Self::is_serving) any more. Costs nothing until then.
     pub async fn ended(&self) {
-        while self.is_serving() {
-            self.server.end_seen.notified().await;
-        }
+        self.server.ended().await;
     }
 
     /// Ends all mounts and devices and waits for the threads. Clients get `ECONNABORTED` or `ENOTCONN`; each open device

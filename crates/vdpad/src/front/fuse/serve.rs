@@ -29,7 +29,7 @@ pub(super) struct Server {
     wake: OwnedFd,
     ended: AtomicBool,
     /// Tells whoever waits for the end.
-    pub(super) end_seen: Notify,
+    end_news: Notify,
 }
 
 impl Server {
@@ -41,7 +41,7 @@ impl Server {
             timeout,
             wake,
             ended: AtomicBool::new(false),
-            end_seen: Notify::new(),
+            end_news: Notify::new(),
         })
     }
 
@@ -78,12 +78,21 @@ impl Server {
         self.ended.load(Ordering::Acquire)
     }
 
+    /// Returns when it [has ended](Self::has_ended). Costs nothing until then.
+    pub(super) async fn ended(&self) {
+        // Before the look: what comes between the two is not missed.
+        let news = self.end_news.notified();
+        if !self.has_ended() {
+            news.await;
+        }
+    }
+
     /// Stops the threads and releases what is open. Idempotent.
     pub(super) fn end(&self) {
         if self.ended.swap(true, Ordering::AcqRel) {
             return;
         }
-        self.end_seen.notify_one();
+        self.end_news.notify_waiters();
         self.wake();
         for lane in self.live_lanes() {
             lane.end();

@@ -7,9 +7,13 @@ use vdpa_core::Errno;
 use vdpa_core::blk::{BlkRequest, ID_BYTES, SECTOR, Segment, ShapeError, Status, kind};
 use vdpa_core::ring::BufferSlice;
 use vdpa_core::types::{Perm, Result};
-use vdpa_sys::uring::{AlignedBuf, Buffers, File, GuestPieces, IoPiece, MAX_PIECES, Op, OwnedBuf};
+use vdpa_sys::uring::{
+    AlignedBuf, Buffers, Direction, File, FileSlot, GuestPieces, IoPiece, MAX_PIECES, Op, OwnedBuf,
+    Registrar, transfer_now,
+};
 
 use super::file::Backing;
+use super::pace::Pace;
 use crate::worker::{After, Disk, Verdict, View};
 
 /// Bytes of the largest transfer. A driver has no reason to ask for more, and a hostile one could make the daemon
@@ -31,7 +35,20 @@ const OK: Verdict = Verdict::Done { status: Status::Ok, written: 0 };
 pub(super) struct FileDisk {
     backing: Backing,
     file: Arc<OwnedFd>,
+    /// The file as registered with the ring, if it could be.
+    slot: Option<FileSlot>,
+    pace: Pace,
     serial: [u8; ID_BYTES],
+}
+
+/// Where the bytes of a transfer are.
+enum Places {
+    /// In one piece of memory that the kernel can use.
+    One(IoPiece),
+    /// In several.
+    Many(Vec<IoPiece>),
+    /// Where they can only be copied.
+    Bounce,
 }
 
 /// A checked transfer.
@@ -43,11 +60,15 @@ struct Transfer {
 
 impl FileDisk {
     pub(super) fn new(backing: Backing, serial: [u8; ID_BYTES]) -> Self {
-        Self { file: Arc::clone(&backing.file), backing, serial }
+        Self { file: Arc::clone(&backing.file), backing, slot: None, pace: Pace::default(), serial }
     }
 
     fn file(&self) -> File {
-        File::Fd(Arc::clone(&self.file))
+        match &self.slot {
+            Some(slot) => slot.file(),
+            None if self.backing.may_block => File::Blocking(Arc::clone(&self.file)),
+            None => File::Fd(Arc::clone(&self.file)),
+        }
     }
 
     /// Whether sectors `[sector, sector + count)` exist.
@@ -69,15 +90,44 @@ impl FileDisk {
         Some(Transfer { offset, len: u32::try_from(len).ok()? })
     }
 
-    /// The client's buffers as the kernel can use them; `None` when a bounce buffer is needed.
-    fn in_place(&self, bytes: BufferSlice<'_>, perm: Perm, view: &View) -> Result<Option<Vec<IoPiece>>> {
-        let places = view.places(bytes, perm).map_err(|_| Errno::FAULT)?;
+    /// The client's buffers as the kernel can use them.
+    fn in_place(&self, bytes: BufferSlice<'_>, perm: Perm, view: &View) -> Result<Places> {
         let align = usize::try_from(self.backing.memory_align).map_err(|_| Errno::INVAL)?;
         let block = usize::try_from(self.backing.block_size).map_err(|_| Errno::INVAL)?;
         let fits = |piece: &IoPiece| {
             !self.backing.direct || piece.addr.is_multiple_of(align) && piece.len.is_multiple_of(block)
         };
-        Ok(places.filter(|places| places.len() <= MAX_PIECES && places.iter().all(fits)))
+        if let Some(place) = view.place(bytes, perm).map_err(|_| Errno::FAULT)? {
+            return Ok(if fits(&place) { Places::One(place) } else { Places::Bounce });
+        }
+        let places = view.places(bytes, perm).map_err(|_| Errno::FAULT)?;
+        let places = places.filter(|places| places.len() <= MAX_PIECES && places.iter().all(fits));
+        Ok(places.map_or(Places::Bounce, Places::Many))
+    }
+
+    /// Does a transfer at once, if that is the best way now.
+    fn now(
+        &mut self,
+        direction: Direction,
+        places: &Places,
+        view: &View,
+        offset: u64,
+    ) -> Option<Result<u32>> {
+        let best = match direction {
+            Direction::Read => self.backing.reads_now,
+            Direction::Write => self.backing.writes_now,
+        };
+        let pieces = match places {
+            Places::One(place) => std::slice::from_ref(place),
+            Places::Many(places) => places,
+            Places::Bounce => return None,
+        };
+        if !best || !self.pace.allows() {
+            return None;
+        }
+        let file = &self.file;
+        let moved = self.pace.time(|| transfer_now(file, direction, pieces, view.memory(), offset));
+        Some(moved.and_then(|moved| u32::try_from(moved).map_err(|_| Errno::INVAL)))
     }
 
     fn bounce(&self, len: u32) -> Result<AlignedBuf> {
@@ -85,7 +135,7 @@ impl FileDisk {
         AlignedBuf::new(usize::try_from(len).map_err(|_| Errno::INVAL)?, align)
     }
 
-    fn read(&self, request: &BlkRequest<'_>, view: &Arc<View>) -> Result<Verdict> {
+    fn read(&mut self, request: &BlkRequest<'_>, view: &Arc<View>) -> Result<Verdict> {
         let Some(transfer) = self.transfer(request.header.sector, request.data_in) else {
             return Ok(IO_ERROR);
         };
@@ -95,12 +145,17 @@ impl FileDisk {
         }
         let file = self.file();
         let after = After::Transfer { len, written: len, sync: false };
-        let op = match self.in_place(request.data_in, Perm::WO, view)? {
-            Some(places) => match fixed(&places, view) {
+        let places = self.in_place(request.data_in, Perm::WO, view)?;
+        if let Some(moved) = self.now(Direction::Read, &places, view, offset) {
+            return Ok(self.transferred(moved, len, len, false));
+        }
+        let op = match places {
+            Places::One(place) => match view.fixed(place) {
                 Some(to) => Op::ReadFixed { file, to, offset },
-                None => Op::Read { file, buffers: guest(places, view)?, offset },
+                None => Op::Read { file, buffers: guest(vec![place], view)?, offset },
             },
-            None => {
+            Places::Many(places) => Op::Read { file, buffers: guest(places, view)?, offset },
+            Places::Bounce => {
                 let buffers = Buffers::Owned(OwnedBuf::Aligned(self.bounce(len)?));
                 let after = After::CopyOut { to: request.data_in.iter().collect(), len };
                 return Ok(Verdict::Io { op: Op::Read { file, buffers, offset }, after });
@@ -109,7 +164,7 @@ impl FileDisk {
         Ok(Verdict::Io { op, after })
     }
 
-    fn write(&self, request: &BlkRequest<'_>, view: &Arc<View>, sync: bool) -> Result<Verdict> {
+    fn write(&mut self, request: &BlkRequest<'_>, view: &Arc<View>, sync: bool) -> Result<Verdict> {
         let Some(transfer) = self.transfer(request.header.sector, request.data_out) else {
             return Ok(IO_ERROR);
         };
@@ -121,12 +176,17 @@ impl FileDisk {
             return Ok(OK);
         }
         let file = self.file();
-        let op = match self.in_place(request.data_out, Perm::RO, view)? {
-            Some(places) => match fixed(&places, view) {
+        let places = self.in_place(request.data_out, Perm::RO, view)?;
+        if let Some(moved) = self.now(Direction::Write, &places, view, offset) {
+            return Ok(self.transferred(moved, len, 0, sync));
+        }
+        let op = match places {
+            Places::One(place) => match view.fixed(place) {
                 Some(from) => Op::WriteFixed { file, from, offset },
-                None => Op::Write { file, buffers: guest(places, view)?, offset },
+                None => Op::Write { file, buffers: guest(vec![place], view)?, offset },
             },
-            None => {
+            Places::Many(places) => Op::Write { file, buffers: guest(places, view)?, offset },
+            Places::Bounce => {
                 let mut buffer = self.bounce(len)?;
                 request.data_out.read(view.snapshot(), &mut buffer).map_err(|_| Errno::FAULT)?;
                 Op::Write { file, buffers: Buffers::Owned(OwnedBuf::Aligned(buffer)), offset }
@@ -212,6 +272,17 @@ impl FileDisk {
         }
     }
 
+    /// Goes on after a read or a write of `len` bytes.
+    fn transferred(&self, result: Result<u32>, len: u32, written: u32, sync: bool) -> Verdict {
+        match result {
+            Ok(moved) if moved == len => match self.stable(sync) {
+                Verdict::Done { status, .. } => Verdict::Done { status, written },
+                sync => sync,
+            },
+            _ => IO_ERROR,
+        }
+    }
+
     /// Ends a request that has changed the disk: at once, or after a flush when the driver relies on it.
     fn stable(&self, sync: bool) -> Verdict {
         if !sync {
@@ -222,22 +293,32 @@ impl FileDisk {
             after: After::Success { sync: false },
         }
     }
-
-    fn get_id(&self, request: &BlkRequest<'_>, view: &View) -> Result<Verdict> {
-        let len = request.data_in.len().min(ID_BYTES as u64);
-        let id = &self.serial[..usize::try_from(len).map_err(|_| Errno::INVAL)?];
-        request.data_in.write(view.snapshot(), id).map_err(|_| Errno::FAULT)?;
-        Ok(Verdict::Done { status: Status::Ok, written: u32::try_from(len).unwrap_or(0) })
-    }
 }
 
 impl Disk for FileDisk {
+    fn register(&mut self, registrar: &Registrar) {
+        if self.backing.may_block {
+            return;
+        }
+        match registrar.add_file(&self.file) {
+            Ok(slot) => self.slot = Some(slot),
+            // Slower, and nothing else.
+            Err(error) => tracing::debug!("a disk's file is not registered: {error}"),
+        }
+    }
+
+    fn abandon(&mut self) {
+        if let Some(slot) = self.slot.take() {
+            slot.retire();
+        }
+    }
+
     fn begin(&mut self, request: &BlkRequest<'_>, view: &Arc<View>, write_back: bool) -> Verdict {
         let verdict = match request.header.kind {
             kind::IN => self.read(request, view),
             kind::OUT => self.write(request, view, !write_back),
             kind::FLUSH => Ok(self.stable(true)),
-            kind::GET_ID => self.get_id(request, view),
+            kind::GET_ID => get_id(&self.serial, request, view),
             kind::DISCARD => self.discard(request, view),
             kind::WRITE_ZEROES => self.write_zeroes(request, view, !write_back),
             _ => Ok(UNSUPPORTED),
@@ -247,10 +328,7 @@ impl Disk for FileDisk {
     }
 
     fn misshapen(&mut self, error: &ShapeError) -> Verdict {
-        match error {
-            ShapeError::Fault(_) => Verdict::Unreachable,
-            _ => Verdict::Misshapen { notify: true },
-        }
+        misshapen(error)
     }
 
     fn proceed(
@@ -261,10 +339,7 @@ impl Disk for FileDisk {
         view: &Arc<View>,
     ) -> Verdict {
         match (after, result) {
-            (After::Transfer { len, written, sync }, Ok(moved)) if moved == len => match self.stable(sync) {
-                Verdict::Done { status, .. } => Verdict::Done { status, written },
-                sync => sync,
-            },
+            (After::Transfer { len, written, sync }, result) => self.transferred(result, len, written, sync),
             (After::CopyOut { to, len }, Ok(moved)) if moved == len => {
                 let bytes = buffer.as_deref().unwrap_or_default();
                 match BufferSlice::new(&to).write(view.snapshot(), bytes) {
@@ -287,11 +362,19 @@ impl Disk for FileDisk {
     }
 }
 
-/// One place inside one registered buffer.
-fn fixed(places: &[IoPiece], view: &View) -> Option<vdpa_sys::uring::FixedPiece> {
-    match places {
-        [place] => view.fixed(*place),
-        _ => None,
+/// Answers GET_ID, with as much of the id as the driver has room for.
+pub(super) fn get_id(serial: &[u8; ID_BYTES], request: &BlkRequest<'_>, view: &View) -> Result<Verdict> {
+    let len = request.data_in.len().min(ID_BYTES as u64);
+    let id = serial.get(..usize::try_from(len).map_err(|_| Errno::INVAL)?).ok_or(Errno::INVAL)?;
+    request.data_in.write(view.snapshot(), id).map_err(|_| Errno::FAULT)?;
+    Ok(Verdict::Done { status: Status::Ok, written: u32::try_from(len).unwrap_or(0) })
+}
+
+/// A chain that is no request: one whose header is out of reach may be tried again.
+pub(super) const fn misshapen(error: &ShapeError) -> Verdict {
+    match error {
+        ShapeError::Fault(_) => Verdict::Unreachable,
+        _ => Verdict::Misshapen { notify: true },
     }
 }
 

@@ -3,9 +3,10 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::Path;
 use std::sync::Arc;
 
-use rustix::fs::{FlockOperation, OFlags, StatxFlags, flock, ioctl_blksszget, statx};
+use rustix::fs::{FlockOperation, OFlags, StatxFlags, flock, fstatfs, ioctl_blksszget, statx};
 use vdpa_core::Errno;
 use vdpa_core::blk::SECTOR;
 
@@ -27,12 +28,18 @@ pub(super) struct Backing {
     pub(super) memory_align: u32,
     pub(super) direct: bool,
     pub(super) read_only: bool,
+    /// Its file system may keep whoever asks it waiting, also one who asks not to: FUSE, and others that are not known.
+    pub(super) may_block: bool,
+    /// Reads are best done by the thread that serves the disk.
+    pub(super) reads_now: bool,
+    /// So are writes, as long as none takes long.
+    pub(super) writes_now: bool,
 }
 
 impl Backing {
     /// Opens and locks the file; every refusal names the file and what would be right.
-    pub(super) fn open(options: &Options) -> Result<Self, CtlError> {
-        let path = options.path.display();
+    pub(super) fn open(file: &Path, options: &Options) -> Result<Self, CtlError> {
+        let path = file.display();
         let refuse = |errno, what: String, hint: &str| Err(CtlError::new(errno, what).with_hint(hint));
         let mut open = File::options();
         open.read(true).write(!options.read_only).custom_flags(
@@ -40,9 +47,9 @@ impl Backing {
                 .bits()
                 .cast_signed(),
         );
-        let file = match open.open(&options.path) {
+        let file = match open.open(file) {
             Ok(file) => file,
-            Err(error) => return Err(open_error(options, &error)),
+            Err(error) => return Err(open_error(file, options, &error)),
         };
         let io = |error: std::io::Error| CtlError::new(errno(&error), format!("{path}: {error}"));
         let meta = file.metadata().map_err(io)?;
@@ -75,6 +82,9 @@ impl Backing {
                 "A disk has one writer, or readers only (readonly on).",
             );
         }
+        let may_block = !is_block && !answers_at_once(&file);
+        let reads_now = !options.direct && !is_block && in_memory(&file);
+        let writes_now = !options.direct && !may_block;
         let (block_size, memory_align) = alignment(&file, is_block, options.direct);
         Ok(Self {
             file: Arc::new(file.into()),
@@ -83,12 +93,15 @@ impl Backing {
             memory_align,
             direct: options.direct,
             read_only: options.read_only,
+            may_block,
+            reads_now,
+            writes_now,
         })
     }
 }
 
-fn open_error(options: &Options, error: &std::io::Error) -> CtlError {
-    let path = options.path.display();
+fn open_error(file: &Path, options: &Options, error: &std::io::Error) -> CtlError {
+    let path = file.display();
     let hint = match error.kind() {
         std::io::ErrorKind::NotFound => "Create it first, for example with \"truncate -s 1G FILE\".",
         std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem => {
@@ -120,6 +133,27 @@ fn alignment(file: &File, is_block: bool, direct: bool) -> (u32, u32) {
     }
 }
 
+const TMPFS: u32 = 0x0102_1994;
+
+/// Whether the file system is known to answer at once, one way or the other, when it is asked not to wait (`IOCB_NOWAIT`).
+/// A write to one of these goes to the page cache and is over, nearly always.
+fn answers_at_once(file: &File) -> bool {
+    /// ext2 to ext4, XFS, btrfs, tmpfs, F2FS: `statfs(2)`.
+    const KNOWN: [u32; 5] = [0xef53, 0x5846_5342, 0x9123_683e, TMPFS, 0xf2f5_2010];
+    is_one_of(file, &KNOWN)
+}
+
+/// tmpfs, which has no disk behind it. io_uring does not read it at once, as it does with what other file systems have in
+/// memory, but hands every read to a thread of its own.
+fn in_memory(file: &File) -> bool {
+    is_one_of(file, &[TMPFS])
+}
+
+fn is_one_of(file: &File, types: &[u32]) -> bool {
+    // The type of the field is another one for each C library.
+    fstatfs(file).is_ok_and(|stat| u32::try_from(stat.f_type).is_ok_and(|kind| types.contains(&kind)))
+}
+
 fn seek_end(file: &File) -> std::io::Result<u64> {
     use std::io::{Seek, SeekFrom};
     let mut file = file;
@@ -135,11 +169,11 @@ mod tests {
     use super::*;
     use crate::ctl::api::Attrs;
 
-    fn open(path: &std::path::Path, extra: &[(&str, &str)]) -> Result<Backing, CtlError> {
+    fn open(path: &Path, extra: &[(&str, &str)]) -> Result<Backing, CtlError> {
         let mut attrs = Attrs::new();
         attrs.insert("path", path.to_str().unwrap()).unwrap();
         extra.iter().for_each(|(name, value)| attrs.insert(*name, *value).unwrap());
-        Backing::open(&Options::parse("t", &attrs).unwrap())
+        Backing::open(path, &Options::parse("t", &attrs).unwrap())
     }
 
     #[test]

@@ -2,7 +2,9 @@
 
 mod disk;
 mod file;
+mod null;
 mod options;
+mod pace;
 mod pin;
 
 use std::sync::Arc;
@@ -14,18 +16,21 @@ use vdpa_core::iotlb::{Mapping, Table};
 use vdpa_core::parent::{AddressMode, Dma, Parent, PrivateMemory, Profile, QueueStats, SetMap};
 use vdpa_core::types::{Asid, IovaRange, QueueIndex, Result};
 use vdpa_core::vq::{QueueSetup, QueueState};
+use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::guest::{GuestMemory, LinuxHost};
 use vdpa_sys::rlimit;
 use zerocopy::IntoBytes;
 
 use self::disk::FileDisk;
 use self::file::Backing;
-use self::options::Options;
+use self::null::NullDisk;
+use self::options::{Options, Source};
 use self::pin::Pins;
 use super::MgmtDevice;
+use super::options::no_worker;
 use crate::ctl::api::{Attrs, CtlError, ID_BLOCK, MgmtDev};
 use crate::front::vhost::AnyParent;
-use crate::worker::{View, Worker};
+use crate::worker::{Disk, Pool, View, Worker};
 
 /// Segments of data in one request.
 const SEG_MAX: u32 = 126;
@@ -44,18 +49,34 @@ impl MgmtDevice for BlkMgmt {
             bus: None,
             supported_classes: vec![ID_BLOCK],
             max_supported_vqs: 64,
-            dev_features: features(true),
+            dev_features: features(true, true),
         }
     }
 
-    fn create(&self, name: &str, attrs: &Attrs) -> Result<AnyParent, CtlError> {
+    fn create(&self, name: &str, attrs: &Attrs, pool: &Pool) -> Result<AnyParent, CtlError> {
         let options = Options::parse(name, attrs)?;
-        let backing = Backing::open(&options)?;
-        Ok(Box::new(Blk::new(name, &options, backing)?))
+        let blk = match &options.source {
+            Source::File(path) => {
+                let backing = Backing::open(path, &options)?;
+                let geometry = Geometry {
+                    sectors: backing.sectors,
+                    block_size: backing.block_size,
+                    read_only: backing.read_only,
+                };
+                Blk::new(name, &options, geometry, FileDisk::new(backing, options.serial), pool)?
+            }
+            Source::Null(sectors) => {
+                let geometry = Geometry { sectors: *sectors, block_size: 512, read_only: options.read_only };
+                Blk::new(name, &options, geometry, NullDisk::new(*sectors, options.serial), pool)?
+            }
+        };
+        Ok(Box::new(blk))
     }
 }
 
-fn features(read_only: bool) -> Features {
+/// IN_ORDER is never among them: drivers take it whenever it is offered, and one slow request would then hold back the
+/// answers to all that came after it.
+fn features(read_only: bool, packed: bool) -> Features {
     let offered = Features::of(&[
         Features::BLK_SEG_MAX,
         Features::BLK_BLK_SIZE,
@@ -69,6 +90,7 @@ fn features(read_only: bool) -> Features {
         Features::VERSION_1,
         Features::ACCESS_PLATFORM,
     ]);
+    let offered = if packed { offered.with(Features::RING_PACKED) } else { offered };
     if read_only { offered.with(Features::BLK_RO) } else { offered }
 }
 
@@ -78,6 +100,16 @@ type Place = (u64, u64, Option<usize>, u8, bool);
 fn place(entry: &Mapping<GuestMemory>) -> Place {
     let range = entry.range;
     (range.first(), range.last(), entry.memory.host_addr(0), entry.perm.0, entry.stale)
+}
+
+/// What the driver is told of a disk.
+#[derive(Clone, Copy)]
+struct Geometry {
+    /// Of 512 bytes.
+    sectors: u64,
+    /// Logical, in bytes.
+    block_size: u32,
+    read_only: bool,
 }
 
 #[derive(Debug)]
@@ -93,31 +125,34 @@ struct Blk {
 }
 
 impl Blk {
-    fn new(name: &str, options: &Options, backing: Backing) -> Result<Self, CtlError> {
-        let config = config(options, &backing);
-        let profile = profile(options, &backing);
-        let disk = FileDisk::new(backing, options.serial);
-        let worker = Worker::spawn(name, options.queues, disk).map_err(|errno| {
-            CtlError::new(errno, format!("cannot start the worker of {name}: {errno}")).with_hint(
-                "blk needs io_uring: check the sysctl kernel.io_uring_disabled and the seccomp policy of the daemon.",
-            )
-        })?;
+    fn new(
+        name: &str,
+        options: &Options,
+        geometry: Geometry,
+        disk: impl Disk,
+        pool: &Pool,
+    ) -> Result<Self, CtlError> {
+        let config = config(options, geometry);
+        let profile = profile(options, geometry);
+        let place = &options.placement;
+        let worker = pool.add_disk(name, options.queues, place, disk);
+        let worker = worker.map_err(|errno| no_worker(name, place, errno))?;
         let pins = options.pin.then(Pins::default);
         Ok(Self { name: name.into(), profile, config, worker, pins, mapped: Vec::new() })
     }
 }
 
-fn config(options: &Options, backing: &Backing) -> BlkConfig {
+fn config(options: &Options, geometry: Geometry) -> BlkConfig {
     BlkConfig {
-        capacity: backing.sectors.into(),
+        capacity: geometry.sectors.into(),
         seg_max: SEG_MAX.into(),
-        blk_size: backing.block_size.into(),
+        blk_size: geometry.block_size.into(),
         min_io_size: 1.into(),
         opt_io_size: 1.into(),
         num_queues: options.queues.into(),
         max_discard_sectors: RANGE_SECTORS_MAX.into(),
         max_discard_seg: 1.into(),
-        discard_sector_alignment: (backing.block_size >> 9).into(),
+        discard_sector_alignment: (geometry.block_size >> 9).into(),
         max_write_zeroes_sectors: RANGE_SECTORS_MAX.into(),
         max_write_zeroes_seg: 1.into(),
         write_zeroes_may_unmap: 1,
@@ -125,11 +160,11 @@ fn config(options: &Options, backing: &Backing) -> BlkConfig {
     }
 }
 
-fn profile(options: &Options, backing: &Backing) -> Profile {
+fn profile(options: &Options, geometry: Geometry) -> Profile {
     Profile {
         device_id: ID_BLOCK,
         vendor_id: 0,
-        features: features(backing.read_only),
+        features: features(geometry.read_only, options.packed),
         backend_features: BackendFeatures::of(&[
             BackendFeatures::ENABLE_AFTER_DRIVER_OK,
             BackendFeatures::NEW_OWNER,
@@ -206,6 +241,14 @@ impl Parent for Blk {
         self.worker.fail()
     }
 
+    fn needs_reset(&self) -> bool {
+        self.worker.needs_reset()
+    }
+
+    fn set_config_call(&mut self, event: Option<&EventFd>) {
+        self.worker.set_config_call(event);
+    }
+
     fn queue_stats(&self, index: QueueIndex) -> QueueStats {
         self.worker.stats(index)
     }
@@ -213,8 +256,8 @@ impl Parent for Blk {
 
 impl SetMap<LinuxHost> for Blk {
     fn set_map(&mut self, asid: Asid, table: &Table<GuestMemory>) -> Result<()> {
-        let registrar = self.worker.registrar();
-        let pinned = self.pins.as_mut().map_or(Ok(()), |pins| pins.pin_new(table, registrar));
+        let buffers = self.worker.buffers();
+        let pinned = self.pins.as_mut().map_or(Ok(()), |pins| pins.pin_new(table, buffers));
         // Also when something cannot be pinned: that is not served then, and what the table has no more must be out
         // of reach whatever happens.
         let serves = |entry: &&Mapping<_>| self.pins.as_ref().is_none_or(|pins| pins.serves(entry));
@@ -225,11 +268,22 @@ impl SetMap<LinuxHost> for Blk {
         self.worker.set_view(asid, Arc::new(View::of(&entries, pins)), gone)?;
         self.mapped = now;
         if let Some(pins) = &mut self.pins {
-            pins.unpin_gone(table, self.worker.registrar());
+            pins.unpin_gone(table, self.worker.buffers());
         }
         pinned.inspect_err(|errno| {
             tracing::warn!(device = %self.name, "guest memory cannot be pinned: {errno}{}", remedy(*errno));
         })
+    }
+}
+
+impl Drop for Blk {
+    fn drop(&mut self) {
+        // A slot that a request may yet use is not given to another device: it is lost, with what it pins.
+        if self.worker.remove()
+            && let Some(pins) = &mut self.pins
+        {
+            pins.unpin_all(self.worker.buffers());
+        }
     }
 }
 

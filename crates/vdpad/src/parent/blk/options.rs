@@ -3,37 +3,52 @@
 use std::path::PathBuf;
 
 use vdpa_core::Errno;
-use vdpa_core::blk::ID_BYTES;
+use vdpa_core::blk::{ID_BYTES, SECTOR};
 use vdpa_core::parent::{CompatReset, PinLimit};
 
 use crate::ctl::api::{Attrs, CtlError};
 use crate::parent::options::{
-    MEMLOCK_ATTR, QUEUE_SIZE_ATTR, compat_reset, invalid, pin_limit, queue_size, reject_unknown,
+    CPUS_ATTR, MEMLOCK_ATTR, QUEUE_SIZE_ATTR, WORKER_ATTR, compat_reset, invalid, pin_limit, placement,
+    queue_size, reject_unknown,
 };
+use crate::worker::Placement;
 
 /// Entries of a ring at most. QEMU 10.0.13, and whatever else has its fix, offers guests 1024 in every virtio device and
 /// fails to start a vhost-vdpa device that takes less.
 const QUEUE_SIZE: u16 = 1024;
 
 /// Names of the attributes and what they take, for the error that lists them.
-const KNOWN: [(&str, &str); 11] = [
+const KNOWN: [(&str, &str); 15] = [
     ("path", "FILE"),
+    ("null", "BYTES"),
     ("readonly", "on|off"),
     ("direct", "on|off"),
     ("pin", "on|off"),
     MEMLOCK_ATTR,
     ("queues", "1-64"),
     QUEUE_SIZE_ATTR,
+    ("packed", "on|off"),
     ("serial", "TEXT of at most 20 bytes"),
     ("compat_reset", "keep|clean"),
     ("reset_owner", "on|off"),
     ("strict_new_owner", "on|off"),
+    CPUS_ATTR,
+    WORKER_ATTR,
 ];
+
+/// Where the data are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Source {
+    /// In this file or block device.
+    File(PathBuf),
+    /// Nowhere: so many sectors of 512 bytes that hold nothing, for measuring.
+    Null(u64),
+}
 
 /// What a block device is made of.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Options {
-    pub(super) path: PathBuf,
+    pub(super) source: Source,
     pub(super) read_only: bool,
     /// Bypass the page cache.
     pub(super) direct: bool,
@@ -43,6 +58,9 @@ pub(super) struct Options {
     pub(super) pin_limit: PinLimit,
     pub(super) queues: u16,
     pub(super) queue_size: u16,
+    /// Offer packed rings. Not by default: clients that pass features on to a guest unseen, and set the base of each ring
+    /// to 0 whatever its format, would have a guest that is never served (Cloud Hypervisor).
+    pub(super) packed: bool,
     /// The device id, padded with zeros.
     pub(super) serial: [u8; ID_BYTES],
     /// What a reset without IOTLB_PERSIST does to the translation.
@@ -50,34 +68,47 @@ pub(super) struct Options {
     /// Let RESET_OWNER work.
     pub(super) reset_owner: bool,
     pub(super) strict_new_owner: bool,
+    /// Where the rings are served.
+    pub(super) placement: Placement,
 }
 
 impl Options {
     /// Reads the attributes; `name` is the default serial.
     pub(super) fn parse(name: &str, attrs: &Attrs) -> Result<Self, CtlError> {
         reject_unknown("blk", attrs, &KNOWN)?;
-        let path = attrs.get("path").filter(|path| !path.is_empty()).ok_or_else(|| {
-            CtlError::new(Errno::INVAL, "blk needs the attribute path")
-                .with_hint("Give the file or block device that holds the data: path /srv/disk.img")
-        })?;
         let number = |key, min, max, default: u16| -> Result<u16, CtlError> {
             let value = attrs.number(key, min, max).map_err(invalid)?;
             Ok(value.map_or(default, |value| u16::try_from(value).unwrap_or(default)))
         };
         let switch = |key, default| attrs.switch(key).map_err(invalid).map(|on| on.unwrap_or(default));
         Ok(Self {
-            path: path.into(),
+            source: source(attrs)?,
             read_only: switch("readonly", false)?,
             direct: switch("direct", false)?,
             pin: switch("pin", true)?,
             pin_limit: pin_limit(attrs)?,
             queues: number("queues", 1, 64, 4)?,
             queue_size: queue_size(attrs, QUEUE_SIZE)?,
+            packed: switch("packed", false)?,
             serial: serial(attrs.get("serial"), name)?,
             compat_reset: compat_reset(attrs, CompatReset::Keep)?,
             reset_owner: switch("reset_owner", false)?,
             strict_new_owner: switch("strict_new_owner", false)?,
+            placement: placement(attrs)?,
         })
+    }
+}
+
+/// A path, or the size of a disk that is none.
+fn source(attrs: &Attrs) -> Result<Source, CtlError> {
+    let path = attrs.get("path").filter(|path| !path.is_empty());
+    match (path, attrs.number("null", SECTOR, 1 << 60).map_err(invalid)?) {
+        (Some(path), None) => Ok(Source::File(path.into())),
+        (None, Some(bytes)) => Ok(Source::Null(bytes / SECTOR)),
+        (Some(_), Some(_)) => Err(CtlError::new(Errno::INVAL, "blk takes one of path and null")
+            .with_hint("null is a disk without data, for measuring: leave it out.")),
+        (None, None) => Err(CtlError::new(Errno::INVAL, "blk needs the attribute path")
+            .with_hint("Give the file or block device that holds the data: path /srv/disk.img")),
     }
 }
 
@@ -110,6 +141,7 @@ mod tests {
     fn defaults_and_every_attribute() {
         let options = Options::parse("disk0", &attrs(&[("path", "/d")])).unwrap();
         assert!(options.pin && !options.direct && !options.read_only && !options.strict_new_owner);
+        assert!(!options.packed);
         assert!(options.compat_reset == CompatReset::Keep && !options.reset_owner);
         assert_eq!((options.queues, options.queue_size), (4, 1024));
         assert_eq!(&options.serial[..6], b"disk0\0");
@@ -121,12 +153,13 @@ mod tests {
             ("memlock", "8192"),
             ("queues", "64"),
             ("queue_size", "1024"),
+            ("packed", "on"),
             ("serial", "12345678901234567890"),
             ("compat_reset", "clean"),
             ("reset_owner", "on"),
         ];
         let options = Options::parse("x", &attrs(&all)).unwrap();
-        assert!(!options.pin && options.direct && options.read_only);
+        assert!(!options.pin && options.direct && options.read_only && options.packed);
         assert_eq!(options.pin_limit, PinLimit::Pages(2));
         assert!(options.compat_reset == CompatReset::Clean && options.reset_owner);
         assert_eq!((options.queues, options.queue_size, options.serial[19]), (64, 1024, b'0'));
@@ -142,6 +175,8 @@ mod tests {
             (&[("path", "/d"), ("memlock", "lots")], Errno::INVAL, "memlock"),
             (&[("path", "/d"), ("serial", "123456789012345678901")], Errno::INVAL, "serial"),
             (&[("path", "/d"), ("mac", "0")], Errno::OPNOTSUPP, "mac"),
+            (&[("path", "/d"), ("null", "512")], Errno::INVAL, "one of path and null"),
+            (&[("null", "511")], Errno::INVAL, "null"),
         ] {
             let error = Options::parse("x", &attrs(pairs)).unwrap_err();
             assert_eq!(error.errno, errno);

@@ -7,25 +7,20 @@ use vdpa_core::host::MemoryObject;
 use vdpa_core::iotlb::{Mapping, Table};
 use vdpa_core::types::Result;
 use vdpa_sys::guest::GuestMemory;
-use vdpa_sys::uring::{IoPiece, MemorySet, Registrar};
+use vdpa_sys::uring::{IoPiece, MemorySet};
 
-use crate::worker::Pin;
+use crate::worker::{Buffers, Pin};
 
 /// Bytes of one registered buffer. Registering holds the ring's lock while pages are pinned, about 20 ms for
-/// each GiB of 4 KiB pages, and I/O waits meanwhile: small pieces bound that to a few milliseconds.
-const PIECE: usize = 256 << 20;
-
-/// Registered buffers of one device: 1 TiB in pieces of full size.
-const SLOTS: u16 = 4096;
+/// each GiB of 4 KiB pages, and the I/O of all devices of the thread waits meanwhile: small pieces bound that to about a
+/// millisecond. The slots of a ring suffice for 1 TiB in pieces of this size.
+const PIECE: usize = 64 << 20;
 
 /// What is pinned for one device.
 #[derive(Debug, Default)]
 pub(super) struct Pins {
     /// By address in the daemon.
     regions: BTreeMap<usize, Region>,
-    free: Vec<u16>,
-    /// Slots reserved with the ring: nothing is until the first pin, so that idle devices cost nothing.
-    reserved: bool,
 }
 
 /// A pinned mapping.
@@ -46,17 +41,17 @@ impl Pins {
     /// # Errors
     /// `ENOMEM` when the daemon's own RLIMIT_MEMLOCK or the slots do not suffice, `EFAULT`, `EOPNOTSUPP` for file
     /// systems whose pages cannot be pinned; what was pinned by this call is unpinned again.
-    pub(super) fn pin_new(&mut self, table: &Table<GuestMemory>, registrar: &Registrar) -> Result<()> {
+    pub(super) fn pin_new(&mut self, table: &Table<GuestMemory>, buffers: &Buffers) -> Result<()> {
         let mut added = Vec::new();
         for entry in table.iter() {
             let Some((addr, len)) = pinnable(entry) else { continue };
             if self.regions.contains_key(&addr) {
                 continue;
             }
-            match self.pin(entry, addr, len, registrar) {
+            match self.pin(entry, addr, len, buffers) {
                 Ok(()) => added.push(addr),
                 Err(error) => {
-                    added.iter().for_each(|addr| self.unpin(*addr, registrar));
+                    added.iter().for_each(|addr| self.unpin(*addr, buffers));
                     return Err(error);
                 }
             }
@@ -85,11 +80,18 @@ impl Pins {
     }
 
     /// Unpins what `table` has no more. Nothing may use it.
-    pub(super) fn unpin_gone(&mut self, table: &Table<GuestMemory>, registrar: &Registrar) {
+    pub(super) fn unpin_gone(&mut self, table: &Table<GuestMemory>, buffers: &Buffers) {
         let wanted: std::collections::BTreeSet<usize> =
             table.iter().filter_map(pinnable).map(|(addr, _)| addr).collect();
         let gone: Vec<usize> = self.regions.keys().copied().filter(|addr| !wanted.contains(addr)).collect();
-        gone.iter().for_each(|addr| self.unpin(*addr, registrar));
+        gone.iter().for_each(|addr| self.unpin(*addr, buffers));
+    }
+
+    /// Unpins everything. Nothing may use it.
+    pub(super) fn unpin_all(&mut self, buffers: &Buffers) {
+        let regions = std::mem::take(&mut self.regions);
+        let slots = regions.into_values().flat_map(|region| region.slots);
+        slots.for_each(|slot| buffers.release(slot));
     }
 
     fn pin(
@@ -97,45 +99,28 @@ impl Pins {
         entry: &Mapping<GuestMemory>,
         addr: usize,
         len: usize,
-        registrar: &Registrar,
+        buffers: &Buffers,
     ) -> Result<()> {
-        if !self.reserved {
-            registrar.reserve_buffers(SLOTS.into())?;
-            self.free = (0..SLOTS).rev().collect();
-            self.reserved = true;
-        }
         let memory = MemorySet::new(entry.memory.stable());
         // Pinning pages that are there is five times as fast as pinning page by page.
         entry.memory.populate()?;
         let mut slots = Vec::new();
         for piece in pieces(addr, len) {
-            let Some(slot) = self.free.pop() else {
-                self.release(slots, registrar);
-                return Err(Errno::NOMEM);
-            };
-            slots.push(slot);
-            if let Err(error) = registrar.set_buffer(slot, piece, &memory) {
-                self.release(slots, registrar);
-                return Err(error);
+            match buffers.pin(piece, &memory).and_then(|slot| slot.ok_or(Errno::NOMEM)) {
+                Ok(slot) => slots.push(slot),
+                Err(error) => {
+                    slots.into_iter().for_each(|slot| buffers.release(slot));
+                    return Err(error);
+                }
             }
         }
         self.regions.insert(addr, Region { len, slots, _memory: memory });
         Ok(())
     }
 
-    fn unpin(&mut self, addr: usize, registrar: &Registrar) {
+    fn unpin(&mut self, addr: usize, buffers: &Buffers) {
         if let Some(region) = self.regions.remove(&addr) {
-            self.release(region.slots, registrar);
-        }
-    }
-
-    fn release(&mut self, slots: Vec<u16>, registrar: &Registrar) {
-        for slot in slots {
-            match registrar.clear_buffer(slot) {
-                Ok(()) => self.free.push(slot),
-                // The slot is not used again: its pages stay pinned, which the log must tell.
-                Err(error) => tracing::error!(slot, "a pinned buffer cannot be released: {error}"),
-            }
+            region.slots.into_iter().for_each(|slot| buffers.release(slot));
         }
     }
 }

@@ -1,0 +1,123 @@
+//! Sections about packed rings, beside those of version 2: states without packed rings do not have them.
+//!
+//! Neither is optional. A program that does not know them refuses the update, of a fork or hand-over before anything
+//! stops, because [`ANNOUNCEMENT`] comes with what is known before.
+
+use serde::{Deserialize, Serialize};
+use vdpa_core::features::Features;
+use vdpa_core::ring::driver;
+
+use super::{Section, Sections, StateError, v2};
+
+/// Version of each section below.
+pub const VERSION: u32 = 1;
+/// Name of the section that holds an [`Announcement`].
+pub const ANNOUNCEMENT: &str = "vdpa/packed";
+/// Name of the section that holds [`Drivers`].
+pub const DRIVERS: &str = "vdpa/packed-drivers";
+
+/// Which devices have packed rings that the program drives.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Announcement {
+    /// Their names, for people: the features of a device decide.
+    pub devices: Vec<String>,
+}
+
+/// The driver side of every packed ring.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Drivers {
+    /// In the order of [`v2::Devices::devices`]; those of a device in the order of its queues.
+    pub devices: Vec<Vec<Driver>>,
+}
+
+/// The driver side of a packed ring; its size and features are those of the queue and the device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Driver {
+    /// Next descriptor to fill, with its wrap counter in bit 15.
+    pub next_avail: u16,
+    /// First descriptor that the device was not shown, with its wrap counter in bit 15.
+    pub published: u16,
+    /// Next descriptor to take as used, with its wrap counter in bit 15.
+    pub last_used: u16,
+    /// Requests in flight, in any order.
+    pub in_flight: Vec<InFlight>,
+}
+
+/// One request in flight.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InFlight {
+    /// The submitter's token.
+    pub token: u64,
+    /// Buffer id.
+    pub id: u16,
+    /// Descriptors of the ring.
+    pub descriptors: u16,
+    /// Bytes the device may write.
+    pub writable: u32,
+}
+
+impl Driver {
+    pub(crate) fn save(state: driver::PackedDriverState) -> Self {
+        let driver::PackedDriverState { size: _, features: _, next_avail, published, last_used, in_flight } =
+            state;
+        let one = |request| {
+            let driver::PackedInFlight { token, id, descriptors, writable } = request;
+            InFlight { token, id, descriptors, writable }
+        };
+        Self { next_avail, published, last_used, in_flight: in_flight.into_iter().map(one).collect() }
+    }
+
+    /// Unchecked; adopting it checks.
+    pub(crate) fn restore(self, size: u16, features: Features) -> driver::PackedDriverState {
+        let Self { next_avail, published, last_used, in_flight } = self;
+        let one = |request| {
+            let InFlight { token, id, descriptors, writable } = request;
+            driver::PackedInFlight { token, id, descriptors, writable }
+        };
+        let in_flight = in_flight.into_iter().map(one).collect();
+        driver::PackedDriverState { size, features, next_avail, published, last_used, in_flight }
+    }
+}
+
+/// Announces the packed rings of `devices`, if there are any.
+pub(super) fn announce(devices: &v2::Devices, sections: &mut Sections) -> Result<(), StateError> {
+    let packed = |device: &&v2::Device| {
+        Features(device.features).has(Features::RING_PACKED) && !device.queues.is_empty()
+    };
+    let devices: Vec<String> =
+        devices.devices.iter().filter(packed).map(|device| device.name.clone()).collect();
+    if !devices.is_empty() {
+        sections.push(Section::json(ANNOUNCEMENT, VERSION, &Announcement { devices })?);
+    }
+    Ok(())
+}
+
+/// Takes the announcement, which says no more than that this program has to know of packed rings.
+pub(super) fn take_announcement(sections: &mut Sections) -> Result<(), StateError> {
+    sections.take(ANNOUNCEMENT).map_or(Ok(()), |section| section.parse::<Announcement>(VERSION).map(drop))
+}
+
+/// Adds the driver sides of packed rings, if there are any.
+pub(super) fn put(rest: &[v2::AtRest], sections: &mut Sections) -> Result<(), StateError> {
+    if rest.iter().any(|device| !device.packed_drivers.is_empty()) {
+        let devices = rest.iter().map(|device| device.packed_drivers.clone()).collect();
+        sections.push(Section::json(DRIVERS, VERSION, &Drivers { devices })?);
+    }
+    Ok(())
+}
+
+/// Takes the driver sides of packed rings out, into the devices they belong to. Those of devices that do not exist are
+/// dropped.
+pub(super) fn take(rest: &mut [v2::AtRest], sections: &mut Sections) -> Result<(), StateError> {
+    if let Some(section) = sections.take(DRIVERS) {
+        let drivers: Drivers = section.parse(VERSION)?;
+        for (device, drivers) in rest.iter_mut().zip(drivers.devices) {
+            device.packed_drivers = drivers;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,81 @@
+//! The medians as a picture: IOPS above, CPU time of the server per request below.
+
+use std::path::Path;
+
+use plotters::coord::Shift;
+use plotters::prelude::*;
+
+use crate::client::Result;
+use crate::plan::Who;
+use crate::report::Row;
+
+pub(crate) fn draw(file: &Path, medians: &[Row]) -> Result<()> {
+    let root = SVGBackend::new(file, (1400, 900)).into_drawing_area();
+    root.fill(&WHITE).map_err(text)?;
+    let (above, below) = root.split_vertically(450);
+    bars(&above, "requests per second, thousands", medians, |row| row.iops / 1e3)?;
+    bars(&below, "CPU time of the server per request, us", medians, |row| row.server_ns / 1e3)?;
+    root.present().map_err(text)
+}
+
+fn text(error: impl std::fmt::Display) -> Box<dyn std::error::Error + Send + Sync> {
+    error.to_string().into()
+}
+
+fn bars(
+    area: &DrawingArea<SVGBackend<'_>, Shift>,
+    caption: &str,
+    medians: &[Row],
+    value: impl Fn(&Row) -> f64,
+) -> Result<()> {
+    let mut workloads: Vec<&str> = medians.iter().map(|row| row.workload).collect();
+    workloads.dedup();
+    let count = f64::from(u32::try_from(workloads.len())?.max(1));
+    let top = medians.iter().map(&value).fold(0.1, f64::max) * 1.1;
+    let mut chart = ChartBuilder::on(area)
+        .margin(10)
+        .caption(caption, ("sans-serif", 18))
+        .x_label_area_size(30)
+        .y_label_area_size(60)
+        .build_cartesian_2d(0.0..count, 0.0..top)
+        .map_err(text)?;
+    let name = |at: &f64| workloads.iter().zip(0u32..).find(|(_, i)| (f64::from(*i) + 0.5 - at).abs() < 0.01);
+    chart
+        .configure_mesh()
+        .disable_x_mesh()
+        .x_labels(workloads.len() * 2 + 1)
+        .x_label_formatter(&|at| name(at).map_or_else(String::new, |(name, _)| (*name).to_owned()))
+        .x_label_style(("sans-serif", 9))
+        .draw()
+        .map_err(text)?;
+    for (who, at) in Who::ALL.into_iter().zip(0u32..) {
+        let color = color(who);
+        let left = 0.1 + 0.2 * f64::from(at);
+        let bar = |row: &Row| {
+            let place = workloads.iter().position(|name| *name == row.workload)?;
+            let x = f64::from(u32::try_from(place).ok()?) + left;
+            Some(Rectangle::new([(x, 0.0), (x + 0.18, value(row))], color.filled()))
+        };
+        chart
+            .draw_series(medians.iter().filter(|row| row.server == who.name()).filter_map(bar))
+            .map_err(text)?
+            .label(who.name())
+            .legend(move |(x, y)| Rectangle::new([(x, y - 5), (x + 15, y + 5)], color.filled()));
+    }
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::UpperRight)
+        .background_style(WHITE.mix(0.8))
+        .border_style(BLACK)
+        .draw()
+        .map_err(text)
+}
+
+const fn color(who: Who) -> RGBColor {
+    match who {
+        Who::Vdpad => RGBColor(0, 150, 60),
+        Who::Qemu => RGBColor(210, 0, 30),
+        Who::Floor => RGBColor(90, 90, 90),
+        Who::Fio => RGBColor(0, 90, 200),
+    }
+}

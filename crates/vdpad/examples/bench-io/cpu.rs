@@ -1,0 +1,53 @@
+//! CPUs: where threads run, and how long they have run.
+
+use std::fs;
+
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+use rustix::time::{ClockId, clock_gettime};
+
+use crate::client::Result;
+
+/// Whose time counts.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Runner {
+    /// All threads of a process, those of the kernel's io_uring workers too.
+    Process(u32),
+    /// One thread of this process.
+    Thread(u32),
+}
+
+impl Runner {
+    /// Time on a CPU so far, in ns. A thread that has ended counts no more.
+    pub(crate) fn ns(self) -> Result<u64> {
+        let read = |path: &str| -> u64 {
+            let text = fs::read_to_string(path).unwrap_or_default();
+            text.split(' ').next().and_then(|field| field.parse().ok()).unwrap_or(0)
+        };
+        Ok(match self {
+            Self::Process(pid) => fs::read_dir(format!("/proc/{pid}/task"))?
+                .flatten()
+                .map(|entry| read(&entry.path().join("schedstat").to_string_lossy()))
+                .sum(),
+            Self::Thread(tid) => read(&format!("/proc/self/task/{tid}/schedstat")),
+        })
+    }
+}
+
+/// CPU time of this thread in ns.
+pub(crate) fn this_thread_ns() -> u64 {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    u64::try_from(time.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(time.tv_nsec).unwrap_or(0)
+}
+
+/// The CPUs this process may use.
+pub(crate) fn allowed() -> Result<Vec<usize>> {
+    let set = sched_getaffinity(None)?;
+    Ok((0..CpuSet::MAX_CPU).filter(|&cpu| set.is_set(cpu)).collect())
+}
+
+/// Keeps this thread, and what it starts from now on, on these CPUs.
+pub(crate) fn pin(cpus: &[usize]) -> Result<()> {
+    let mut set = CpuSet::new();
+    cpus.iter().for_each(|&cpu| set.set(cpu));
+    Ok(sched_setaffinity(None, &set)?)
+}

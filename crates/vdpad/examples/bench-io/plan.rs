@@ -1,0 +1,165 @@
+//! What is measured: the workloads, and the goals for them.
+
+/// What the requests of a workload do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    RandomRead,
+    RandomWrite,
+    SequentialRead,
+    /// Half reads, half writes, at random, with a flush after each 32 writes.
+    Mixed,
+}
+
+/// What the requests go to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Backend {
+    /// A file whose pages are in memory.
+    File,
+    /// Nothing: requests are answered without being carried out.
+    Null,
+}
+
+/// Who serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Who {
+    Vdpad,
+    Qemu,
+    /// The least loop that does the work, in this program; see `floor`.
+    Floor,
+    /// The file without any device.
+    Fio,
+}
+
+impl Who {
+    pub(crate) const ALL: [Self; 4] = [Self::Vdpad, Self::Qemu, Self::Floor, Self::Fio];
+
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Vdpad => "vdpad",
+            Self::Qemu => "qemu",
+            Self::Floor => "floor",
+            Self::Fio => "fio",
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Workload {
+    pub(crate) name: &'static str,
+    pub(crate) kind: Kind,
+    pub(crate) backend: Backend,
+    /// Bytes of a request.
+    pub(crate) block: usize,
+    /// Requests in flight in each queue.
+    pub(crate) depth: usize,
+    pub(crate) queues: usize,
+    /// Server and client share a CPU.
+    pub(crate) same_cpu: bool,
+}
+
+impl Workload {
+    const fn new(name: &'static str, kind: Kind, block: usize, depth: usize) -> Self {
+        Self { name, kind, backend: Backend::File, block, depth, queues: 1, same_cpu: false }
+    }
+
+    const fn same(self) -> Self {
+        Self { same_cpu: true, ..self }
+    }
+
+    const fn null(self) -> Self {
+        Self { backend: Backend::Null, ..self }
+    }
+
+    const fn two_queues(self) -> Self {
+        Self { queues: 2, ..self }
+    }
+
+    /// Whether this one can do it.
+    pub(crate) fn suits(&self, who: Who) -> bool {
+        match who {
+            Who::Vdpad | Who::Qemu => true,
+            // It knows reads, writes and one queue.
+            Who::Floor => self.queues == 1 && self.kind != Kind::Mixed,
+            // One job on one CPU: what has no client has no second CPU either.
+            Who::Fio => self.backend == Backend::File && self.queues == 1 && self.kind != Kind::Mixed,
+        }
+    }
+}
+
+const KIB4: usize = 4 << 10;
+
+pub(crate) const WORKLOADS: [Workload; 15] = [
+    Workload::new("randread-4k-qd1-same", Kind::RandomRead, KIB4, 1).same(),
+    Workload::new("randread-4k-qd1-split", Kind::RandomRead, KIB4, 1),
+    Workload::new("randread-4k-qd32", Kind::RandomRead, KIB4, 32),
+    Workload::new("randread-4k-qd128", Kind::RandomRead, KIB4, 128),
+    Workload::new("randread-4k-qd32-2q", Kind::RandomRead, KIB4, 32).two_queues(),
+    Workload::new("randwrite-4k-qd1-same", Kind::RandomWrite, KIB4, 1).same(),
+    Workload::new("randwrite-4k-qd1-split", Kind::RandomWrite, KIB4, 1),
+    Workload::new("randwrite-4k-qd32", Kind::RandomWrite, KIB4, 32),
+    Workload::new("randwrite-4k-qd128", Kind::RandomWrite, KIB4, 128),
+    Workload::new("randwrite-4k-qd32-2q", Kind::RandomWrite, KIB4, 32).two_queues(),
+    Workload::new("mixed-4k-qd32-flush", Kind::Mixed, KIB4, 32),
+    Workload::new("seqread-64k-qd16", Kind::SequentialRead, 64 << 10, 16),
+    Workload::new("seqread-1m-qd4", Kind::SequentialRead, 1 << 20, 4),
+    Workload::new("null-4k-qd32", Kind::RandomRead, KIB4, 32).null(),
+    Workload::new("null-4k-qd128", Kind::RandomRead, KIB4, 128).null(),
+];
+
+/// What of a measurement a goal is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Figure {
+    /// Requests per second.
+    Iops,
+    /// CPU time of the server per request, in ns.
+    ServerCpu,
+    /// Median latency, in us.
+    P50,
+}
+
+impl Figure {
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Iops => "IOPS",
+            Self::ServerCpu => "server CPU per request",
+            Self::P50 => "p50",
+        }
+    }
+}
+
+/// Our figure over another's.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Goal {
+    pub(crate) workload: &'static str,
+    pub(crate) figure: Figure,
+    pub(crate) against: Who,
+    pub(crate) limit: f64,
+}
+
+impl Goal {
+    /// Whether a ratio meets it.
+    pub(crate) fn met(&self, ratio: f64) -> bool {
+        if self.figure == Figure::Iops { ratio >= self.limit } else { ratio <= self.limit }
+    }
+
+    pub(crate) fn relation(&self) -> &'static str {
+        if self.figure == Figure::Iops { ">=" } else { "<=" }
+    }
+}
+
+const fn goal(workload: &'static str, figure: Figure, against: Who, limit: f64) -> Goal {
+    Goal { workload, figure, against, limit }
+}
+
+pub(crate) const GOALS: [Goal; 10] = [
+    goal("randread-4k-qd32", Figure::Iops, Who::Qemu, 2.2),
+    goal("randread-4k-qd128", Figure::Iops, Who::Qemu, 2.2),
+    goal("randread-4k-qd32", Figure::ServerCpu, Who::Floor, 1.15),
+    goal("randread-4k-qd128", Figure::ServerCpu, Who::Floor, 1.15),
+    goal("randread-4k-qd1-same", Figure::P50, Who::Qemu, 0.75),
+    goal("randread-4k-qd1-split", Figure::P50, Who::Qemu, 0.65),
+    goal("null-4k-qd32", Figure::ServerCpu, Who::Floor, 1.3),
+    goal("randwrite-4k-qd32", Figure::Iops, Who::Qemu, 1.5),
+    goal("seqread-64k-qd16", Figure::Iops, Who::Fio, 0.95),
+    goal("seqread-1m-qd4", Figure::Iops, Who::Fio, 0.95),
+];

@@ -1,0 +1,179 @@
+//! Those that are compared, each started once and pinned to the servers' CPU.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use vdpad::ctl::api::{AddRequest, Attrs};
+use vdpad::ctl::client::Client;
+use vdpad::front::Choice;
+use vdpad::load::peer::PrivateDaemon;
+
+use crate::client::{Address, Result};
+use crate::cpu::Runner;
+use crate::floor::Floor;
+use crate::plan::{Backend, Who};
+
+/// Bytes of the disk that is none.
+const NULL_BYTES: u64 = 1 << 30;
+/// How long a server may take to begin.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Something that serves the file and nothing.
+pub(crate) trait Server {
+    /// Where to connect for this backend.
+    fn address(&self, backend: Backend) -> Address;
+    /// Whose CPU time counts; asked while connected.
+    fn runner(&self, backend: Backend) -> Runner;
+}
+
+/// Our daemon.
+pub(crate) struct Vdpad {
+    daemon: PrivateDaemon,
+    client: Client,
+}
+
+impl Vdpad {
+    /// Starts it beside `directory`'s other contents. `attrs` are added to both devices.
+    pub(crate) fn start(
+        program: &Path,
+        directory: &Path,
+        file: &Path,
+        attrs: &[(String, String)],
+    ) -> Result<Self> {
+        let daemon = PrivateDaemon::start(program, directory, Choice::Fuse)?;
+        let client = Client::new(daemon.socket())?;
+        let size = NULL_BYTES.to_string();
+        let path = file.to_str().ok_or("a path that is not UTF-8")?;
+        for (name, key, value) in [("file", "path", path), ("null", "null", &size)] {
+            let mut all = Attrs::new();
+            all.insert(key, value)?;
+            // The client is this program, whose own limit is no part of what is compared.
+            all.insert("memlock", "unlimited")?;
+            for (key, value) in attrs {
+                all.insert(key.clone(), value.clone())?;
+            }
+            client.add(&AddRequest { name: name.into(), mgmtdev: "blk".into(), attrs: all })?;
+        }
+        Ok(Self { daemon, client })
+    }
+}
+
+impl Server for Vdpad {
+    fn address(&self, backend: Backend) -> Address {
+        let name = match backend {
+            Backend::File => "file",
+            Backend::Null => "null",
+        };
+        let path = self.client.device(name).map(|info| info.path);
+        Address::Vdpa(path.unwrap_or_default())
+    }
+
+    fn runner(&self, _backend: Backend) -> Runner {
+        Runner::Process(self.daemon.pid())
+    }
+}
+
+/// qemu-storage-daemon, which serves vhost-user.
+pub(crate) struct Qemu {
+    child: Child,
+    directory: PathBuf,
+}
+
+impl Qemu {
+    pub(crate) fn start(program: &Path, directory: &Path, file: &Path) -> Result<Self> {
+        let export = |node: &str| {
+            let socket = directory.join(format!("qemu-{node}.sock"));
+            format!(
+                "type=vhost-user-blk,id=e-{node},node-name={node},addr.type=unix,addr.path={},writable=on,num-queues=2",
+                socket.display()
+            )
+        };
+        let child = Command::new(program)
+            .arg("--blockdev")
+            .arg(format!("driver=file,node-name=disk,filename={},aio=io_uring,locking=off", file.display()))
+            .args(["--export", &export("disk")])
+            .arg("--blockdev")
+            .arg(format!("driver=null-co,node-name=null,size={NULL_BYTES}"))
+            .args(["--export", &export("null")])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()?;
+        let qemu = Self { child, directory: directory.into() };
+        let begin = Instant::now();
+        // The exports are made in order.
+        while !directory.join("qemu-null.sock").exists() {
+            if begin.elapsed() > PATIENCE {
+                return Err("qemu-storage-daemon makes no socket".into());
+            }
+            sleep(Duration::from_millis(10));
+        }
+        Ok(qemu)
+    }
+
+    /// What it calls itself.
+    pub(crate) fn version(program: &Path) -> Result<String> {
+        let output = Command::new(program).arg("--version").output()?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        Ok(text.lines().next().unwrap_or("unknown").to_owned())
+    }
+}
+
+impl Server for Qemu {
+    fn address(&self, backend: Backend) -> Address {
+        let node = match backend {
+            Backend::File => "disk",
+            Backend::Null => "null",
+        };
+        Address::User(self.directory.join(format!("qemu-{node}.sock")))
+    }
+
+    fn runner(&self, _backend: Backend) -> Runner {
+        Runner::Process(self.child.id())
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// One thread of this program for each backend.
+pub(crate) struct Floors {
+    file: Floor,
+    null: Floor,
+}
+
+impl Floors {
+    pub(crate) fn start(directory: &Path, file: &Path) -> Result<Self> {
+        let disk = fs::File::options().read(true).write(true).open(file)?;
+        Ok(Self {
+            file: Floor::start(&directory.join("floor-file.sock"), Some(disk))?,
+            null: Floor::start(&directory.join("floor-null.sock"), None)?,
+        })
+    }
+
+    fn of(&self, backend: Backend) -> &Floor {
+        match backend {
+            Backend::File => &self.file,
+            Backend::Null => &self.null,
+        }
+    }
+}
+
+impl Server for Floors {
+    fn address(&self, backend: Backend) -> Address {
+        Address::User(self.of(backend).socket().to_owned())
+    }
+
+    fn runner(&self, backend: Backend) -> Runner {
+        Runner::Thread(self.of(backend).thread())
+    }
+}
+
+/// Those that could be started.
+pub(crate) type All = Vec<(Who, Box<dyn Server>)>;

@@ -1,0 +1,116 @@
+//! What devices cost that have nothing to do: no wake-up of any thread of the daemon, and little memory.
+#![expect(clippy::unwrap_used, reason = "a failure is a panic here, also outside of test functions")]
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::time::Duration;
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+use support::blk::{Blk, FEATURES, OK};
+use support::daemon::Daemon;
+
+/// Devices.
+const DEVICES: usize = 1000;
+/// How long they are watched.
+const WATCHED: Duration = Duration::from_secs(5);
+/// Resident memory for each device, in KiB.
+const RESIDENT_KIB: u64 = 200;
+
+/// By thread: its name, how often it has let go of its processor, and for how long it has run, in ns.
+fn threads(pid: u32) -> BTreeMap<u32, (String, u64, u64)> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let read = |task: &std::path::Path, file: &str| fs::read_to_string(task.join(file)).unwrap_or_default();
+    tasks
+        .map(|task| {
+            let task = task.unwrap();
+            let id = task.file_name().to_str().unwrap().parse().unwrap();
+            let task = task.path();
+            let switches: u64 = read(&task, "status")
+                .lines()
+                .filter_map(|line| line.split_once("_ctxt_switches:"))
+                .map(|(_, count)| count.trim().parse::<u64>().unwrap())
+                .sum();
+            let ran = read(&task, "schedstat").split(' ').next().and_then(|ns| ns.parse().ok()).unwrap_or(0);
+            (id, (read(&task, "comm").trim().to_owned(), switches, ran))
+        })
+        .collect()
+}
+
+/// `VmRSS`, in KiB.
+fn resident(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+/// Lets this process, and the daemon it starts, have as many descriptors as the system allows; how many devices clients can
+/// have open with that, each with a ring that runs.
+fn running() -> usize {
+    /// Descriptors of this process and of the daemon for each.
+    const EACH: u64 = 12;
+    let limit = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }).unwrap();
+    let devices = limit.maximum.map_or(DEVICES, |limit| usize::try_from(limit / EACH).unwrap());
+    devices.min(DEVICES)
+}
+
+#[test]
+fn a_thousand_idle_devices_cost_no_wake_up_and_little_memory() {
+    let count = running();
+    let daemon = Daemon::start();
+    let disk = |number: usize| daemon.dir().join(format!("disk{number}"));
+    // What the first ones need is there for all: threads of the pool and of the control socket.
+    let add = |number: usize| {
+        fs::File::create(disk(number)).unwrap().set_len(1 << 20).unwrap();
+        let path = disk(number);
+        daemon.add(&format!("d{number}"), "blk", &[("path", path.to_str().unwrap()), ("pin", "off")])
+    };
+    let first = (0..8).map(add).collect::<Vec<_>>();
+    let before = resident(daemon.pid());
+    let rest = (8..DEVICES).map(add).collect::<Vec<_>>();
+    let made = resident(daemon.pid());
+    let mut clients: Vec<Blk> =
+        first.iter().chain(&rest).take(count).map(|path| Blk::with(path, FEATURES, 1)).collect();
+    // Each has worked.
+    for client in &mut clients {
+        assert_eq!(client.io(0, vdpa_core::blk::kind::FLUSH, 0, &[], &[]).status, OK);
+    }
+    let running = resident(daemon.pid());
+    let each = |from: u64, to: u64, count: usize| to.saturating_sub(from) / count as u64;
+    println!(
+        "{before} KiB with 8 devices; {} KiB for each more, {} KiB for each of {count} that run besides",
+        each(before, made, DEVICES - 8),
+        each(made, running, count)
+    );
+    assert!(each(before, made, DEVICES - 8) < RESIDENT_KIB, "{before} KiB, then {made} KiB");
+    assert!(each(made, running, count) < RESIDENT_KIB, "{made} KiB, then {running} KiB");
+
+    // Threads of the control socket go when they have had nothing to do for a while, and those of the kernel too.
+    std::thread::sleep(Duration::from_secs(12));
+    let before = threads(daemon.pid());
+    std::thread::sleep(WATCHED);
+    let after = threads(daemon.pid());
+    let mut woken = Vec::new();
+    for (id, (name, switches, ran)) in &after {
+        let (_, before_switches, before_ran) = before.get(id).cloned().unwrap_or_default();
+        if *switches != before_switches || *ran != before_ran {
+            woken.push(format!(
+                "{name} {id}: {} times, {} us",
+                switches - before_switches,
+                (ran - before_ran) / 1000
+            ));
+        }
+    }
+    println!("{} threads; woken in {WATCHED:?}: {woken:?}", after.len());
+    assert!(after.values().any(|(name, ..)| name.starts_with("vq-")), "nothing serves these rings");
+    let elsewhere = |line: &&String| {
+        // The reader of requests shows the watchdog that it lives. The last thread that the kernel has for requests that
+        // may block, a flush for example, looks every five seconds whether it is still needed.
+        !line.starts_with("fuse-") && !line.starts_with("iou-wrk-")
+    };
+    assert_eq!(woken.iter().filter(elsewhere).collect::<Vec<_>>(), [""; 0]);
+    drop(clients);
+}

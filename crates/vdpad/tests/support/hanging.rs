@@ -1,0 +1,113 @@
+//! [`HangingFile`]: a file whose reads and writes wait until they are allowed, as those of a disk that has gone away.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use vdpa_core::Errno;
+use vdpa_sys::fuse::{BUFFER_SIZE, Connection, MountOptions, Operation, Readiness, Request, mount, unmount};
+use vdpa_sys::uapi::fuse::{Attr, AttrOut, OpenOut, ROOT_ID, WriteOut, open_flags};
+use zerocopy::IntoBytes;
+
+const S_IFREG: u32 = 0o100_000;
+
+/// A file of zeros, served by a thread of this process, mounted over a file.
+pub(crate) struct HangingFile {
+    pub(crate) path: PathBuf,
+    state: Arc<State>,
+    server: Option<JoinHandle<()>>,
+}
+
+struct State {
+    hangs: AtomicBool,
+    waiting: AtomicUsize,
+    ends: AtomicBool,
+}
+
+impl HangingFile {
+    /// Makes the file `path` of `size` bytes. It hangs from the beginning.
+    pub(crate) fn new(path: &Path, size: u64) -> Self {
+        File::create(path).unwrap();
+        let options =
+            MountOptions { fsname: "hanging".into(), rootmode: S_IFREG | 0o666, ..MountOptions::default() };
+        let connection = mount(path, &options).unwrap();
+        let state = Arc::new(State {
+            hangs: AtomicBool::new(true),
+            waiting: AtomicUsize::new(0),
+            ends: AtomicBool::new(false),
+        });
+        let own = Arc::clone(&state);
+        let server = std::thread::spawn(move || serve(&connection, &own, size));
+        Self { path: path.into(), state, server: Some(server) }
+    }
+
+    /// Requests that wait.
+    pub(crate) fn waiting(&self) -> usize {
+        self.state.waiting.load(Ordering::SeqCst)
+    }
+
+    /// Answers all requests, from now on too.
+    pub(crate) fn recover(&self) {
+        self.state.hangs.store(false, Ordering::SeqCst);
+    }
+}
+
+impl Drop for HangingFile {
+    fn drop(&mut self) {
+        self.state.ends.store(true, Ordering::SeqCst);
+        let _ = unmount(&self.path);
+        let _ = self.server.take().unwrap().join();
+    }
+}
+
+fn serve(connection: &Connection, state: &State, size: u64) {
+    connection.handshake(Duration::from_secs(10)).unwrap();
+    let attr = Attr { ino: ROOT_ID, size, mode: S_IFREG | 0o666, nlink: 1, blksize: 4096, ..Attr::default() };
+    // Each read is a request of its own.
+    let open = OpenOut { open_flags: open_flags::DIRECT_IO, ..OpenOut::default() };
+    let mut buffer = vec![0; BUFFER_SIZE];
+    // Number of the request and what to answer: bytes read, or a count of bytes written.
+    let mut held: Vec<(u64, Result<usize, u32>)> = Vec::new();
+    while !state.ends.load(Ordering::SeqCst) {
+        if !state.hangs.load(Ordering::SeqCst) {
+            for (unique, answer) in held.drain(..) {
+                let _ = match answer {
+                    Ok(len) => connection.reply(unique, Ok(&[&vec![0; len]])),
+                    Err(count) => connection
+                        .reply(unique, Ok(&[WriteOut { size: count, ..WriteOut::default() }.as_bytes()])),
+                };
+            }
+        }
+        state.waiting.store(held.len(), Ordering::SeqCst);
+        match connection.wait(None, Duration::from_millis(2)) {
+            Ok(Readiness::Request) => {}
+            Ok(_) => continue,
+            Err(_) => return,
+        }
+        let Ok(read) = connection.read_request(&mut buffer) else { return };
+        let Some(len) = read else { continue };
+        let request = Request::decode(&buffer[..len]).unwrap();
+        let unique = request.header.unique;
+        let out = AttrOut { attr, ..AttrOut::default() };
+        let _ = match request.operation {
+            Operation::Getattr(_) | Operation::Setattr(_) => connection.reply(unique, Ok(&[out.as_bytes()])),
+            Operation::Open(_) => connection.reply(unique, Ok(&[open.as_bytes()])),
+            Operation::Release(_) | Operation::Flush(_) | Operation::Access(_) => {
+                connection.reply(unique, Ok(&[]))
+            }
+            Operation::Read(args) => {
+                held.push((unique, Ok(args.size as usize)));
+                Ok(())
+            }
+            Operation::Write { args, .. } => {
+                held.push((unique, Err(args.size)));
+                Ok(())
+            }
+            Operation::Forget(_) | Operation::BatchForget(_) | Operation::Interrupt(_) => Ok(()),
+            _ => connection.reply(unique, Err(Errno::NOSYS)),
+        };
+    }
+}

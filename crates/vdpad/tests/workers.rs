@@ -1,0 +1,279 @@
+//! Many devices on one thread: what one of them does, or suffers, is of no concern to the others.
+#![expect(clippy::unwrap_used, reason = "a failure is a panic here, also outside of test functions")]
+
+#[path = "support/hanging.rs"]
+mod hanging;
+mod support;
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vdpa_core::Errno;
+use vdpa_core::blk::kind;
+use vdpa_core::features::{Features, Status};
+use vdpa_core::ops::VdpaOps;
+use vdpa_core::ring::Buffer;
+use vdpa_core::types::{Asid, QueueIndex};
+use vdpa_sys::eventfd::EventFd;
+
+use hanging::HangingFile;
+use support::blk::{Blk, DATA, FEATURES, IOERR, NEXT, OK, PATIENCE, data, over_packed_rings};
+use support::daemon::{Daemon, Disk, pattern};
+
+const DISK: usize = 1 << 20;
+
+/// A daemon with one thread for all devices.
+fn one_worker() -> Daemon {
+    Daemon::start_with(&["--workers", "1"])
+}
+
+/// Names and processors of the threads that serve rings, one line each.
+fn workers(daemon: &Daemon) -> Vec<(String, String)> {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", daemon.pid())).unwrap();
+    let mut workers: Vec<_> = tasks
+        .map(|task| {
+            let task = task.unwrap().path();
+            let name = std::fs::read_to_string(task.join("comm")).unwrap().trim().to_owned();
+            let status = std::fs::read_to_string(task.join("status")).unwrap();
+            let cpus = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap();
+            (name, cpus.trim().to_owned())
+        })
+        .filter(|(name, _)| name.starts_with("vq-"))
+        .collect();
+    workers.sort();
+    workers
+}
+
+fn add(daemon: &Daemon, number: usize, attrs: &[(&str, &str)]) -> (Disk, PathBuf) {
+    let disk = daemon.disk(&format!("disk{number}"), DISK);
+    let attrs = [attrs, &[("memlock", "unlimited")]].concat();
+    let path = daemon.add_blk(&format!("d{number}"), &disk, &attrs);
+    (disk, path)
+}
+
+#[test]
+fn one_thread_serves_many_devices_and_keeps_them_apart() {
+    let daemon = one_worker();
+    let devices: Vec<_> = (0..8).map(|number| add(&daemon, number, &[])).collect();
+    daemon.add("net", "sim-net", &[]);
+    let mut clients: Vec<Blk> = devices.iter().map(|(_, path)| Blk::start(path)).collect();
+    assert_eq!(workers(&daemon).len(), 1, "{:?}", workers(&daemon));
+    for round in 0..20_u64 {
+        for (number, client) in (0..).zip(&mut clients) {
+            client.put(DATA, &pattern((number << 40) + (round << 32), 4096));
+            for _ in 0..4 {
+                client.submit(0, kind::OUT, 8 * round, &[data(0, 4096)], &[]);
+            }
+            client.notify(0);
+        }
+        for client in &mut clients {
+            for _ in 0..4 {
+                assert_eq!(client.finish(0, PATIENCE).map(|done| done.status), Some(OK));
+            }
+        }
+    }
+    for (number, (disk, _)) in (0..).zip(&devices) {
+        for round in 0..20_u64 {
+            assert_eq!(disk.read(4096 * round, 4096), pattern((number << 40) + (round << 32), 4096));
+        }
+        assert_eq!(daemon.info(&format!("d{number}")).state.queues[0].requests, 80);
+    }
+    // Numbers are given again, and a client of a device that was there before is nobody.
+    drop(clients.remove(3));
+    daemon.wait_for("d3", "the close", |info| !info.state.open);
+    daemon.delete("d3").unwrap();
+    let mut again = Blk::start(&add(&daemon, 9, &[]).1);
+    assert_eq!(again.read(0, 8, 512), Ok(pattern(4096, 512)));
+    assert_eq!(clients[0].read(0, 1000, 512), Ok(pattern(512_000, 512)));
+}
+
+#[test]
+fn devices_go_where_there_are_fewest_and_to_the_processors_they_ask_for() {
+    let daemon = Daemon::start_with(&["--workers", "2"]);
+    assert!(workers(&daemon).is_empty(), "none is needed");
+    let _all: Vec<_> = (0..4).map(|number| add(&daemon, number, &[])).collect();
+    assert_eq!(workers(&daemon).iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["vq-0", "vq-1"]);
+    let first = &std::fs::read_to_string("/proc/self/status").unwrap();
+    let allowed = first.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap().trim();
+    let cpu = allowed.split([',', '-']).next().unwrap();
+    let pinned: Vec<_> = (10..12).map(|number| add(&daemon, number, &[("cpus", cpu)])).collect();
+    let name = format!("vq-cpu{cpu}");
+    assert_eq!(workers(&daemon)[2..], [(name.clone(), cpu.to_owned())], "one for both");
+    let mut client = Blk::start(&pinned[1].1);
+    assert_eq!(client.read(0, 8, 512), Ok(pattern(4096, 512)));
+    drop(client);
+    for device in ["d10", "d11"] {
+        daemon.wait_for(device, "the close", |info| !info.state.open);
+        assert!(workers(&daemon).iter().any(|(found, _)| *found == name));
+        daemon.delete(device).unwrap();
+    }
+    assert_eq!(workers(&daemon).len(), 2, "nobody needs it any more");
+    let own = add(&daemon, 20, &[("worker", "own"), ("cpus", cpu)]);
+    assert_eq!(workers(&daemon)[2..], [("vq-d20".into(), cpu.to_owned())]);
+    assert_eq!(Blk::start(&own.1).read(0, 8, 512), Ok(pattern(4096, 512)));
+    let error = daemon.try_add("bad", "sim-blk", &[("worker", "mine")]).unwrap_err().to_string();
+    assert!(error.contains("worker is \"mine\""), "{error}");
+    for (cpus, words) in [("x", "cpus is \"x\""), ("1023", "cannot start the worker"), ("3-1", "cpus is")] {
+        let error = daemon.try_add("bad", "sim-blk", &[("cpus", cpus)]).unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+    }
+}
+
+/// Requests to a disk that hangs, more than the kernel has threads for of itself.
+const STUCK: u64 = 80;
+
+#[test]
+fn a_disk_that_hangs_is_no_concern_of_its_neighbours() {
+    let daemon = one_worker();
+    let file = HangingFile::new(&daemon.dir().join("hanging"), DISK as u64);
+    let hanging = daemon.add("hanging", "blk", &[("path", file.path.to_str().unwrap())]);
+    let mut stuck = Blk::with(&hanging, FEATURES, 4);
+    let submit = |stuck: &mut Blk, i| {
+        let queue = u16::try_from(i % 4).unwrap();
+        stuck.submit(queue, kind::IN, 8 * i, &[], &[data(4096 * i, 4096)])
+    };
+    let tokens: Vec<u64> = (0..STUCK).map(|i| submit(&mut stuck, i)).collect();
+    (0..4).for_each(|queue| stuck.notify(queue));
+    let deadline = Instant::now() + PATIENCE;
+    while file.waiting() < tokens.len() {
+        assert!(Instant::now() < deadline, "only {} requests have reached the disk", file.waiting());
+        std::thread::sleep(Duration::from_millis(2));
+    }
+
+    let (disk, path) = add(&daemon, 1, &[]);
+    assert_eq!(workers(&daemon).len(), 1);
+    let begin = Instant::now();
+    // Every kind of request and of command, also those that wait for requests.
+    let mut neighbour = Blk::start(&path);
+    for round in 0..50 {
+        assert_eq!(neighbour.write(0, 8 * round, &pattern(1 << 40, 4096)), OK);
+        assert_eq!(neighbour.io(0, kind::FLUSH, 0, &[], &[]).status, OK, "a flush takes a kernel thread");
+        assert_eq!(neighbour.read(0, 8 * round, 4096), Ok(pattern(1 << 40, 4096)));
+    }
+    assert_eq!(disk.read(0, 4096), pattern(1 << 40, 4096));
+    let ops = neighbour.session.ops();
+    let memory = support::blk::MEMORY;
+    let uaddr = neighbour.memory().addr() as u64;
+    ops.dma_map(Asid(0), 0x2_0000_0000, memory, uaddr, vdpa_core::types::Perm::RW).unwrap();
+    ops.dma_unmap(Asid(0), 0x2_0000_0000, memory).unwrap();
+    ops.suspend().unwrap();
+    ops.vring_base(QueueIndex(0)).unwrap();
+    ops.resume().unwrap();
+    ops.set_status(Status::RESET).unwrap();
+    drop(neighbour);
+    daemon.wait_for("d1", "the close", |info| !info.state.open);
+    daemon.delete("d1").unwrap();
+    assert!(begin.elapsed() < PATIENCE, "{:?}", begin.elapsed());
+    assert_eq!(file.waiting(), tokens.len(), "nothing of this has waited for the disk that hangs");
+
+    file.recover();
+    let mut done: Vec<u64> =
+        (0..STUCK).map(|i| stuck.finish((i % 4) as u16, PATIENCE).unwrap().token).collect();
+    done.sort_unstable();
+    assert_eq!(done, tokens);
+}
+
+fn is_set(event: &EventFd) -> bool {
+    let time = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut [PollFd::new(event, PollFlags::IN)], Some(&time)).unwrap() == 1
+}
+
+/// The driver is told that it has to reset the device, and then it can go on.
+fn a_broken_ring_needs_a_reset() {
+    let daemon = one_worker();
+    let (_disk, path) = add(&daemon, 0, &[("queues", "2")]);
+    let mut neighbour = Blk::start(&add(&daemon, 1, &[]).1);
+    let mut blk = Blk::with(&path, FEATURES, 2);
+    let config = EventFd::new().unwrap();
+    blk.session.ops().set_config_call(Some(&config)).unwrap();
+    assert_eq!(blk.read(0, 8, 512), Ok(pattern(4096, 512)));
+    let status = |blk: &Blk| blk.session.ops().status().unwrap();
+    assert!(!status(&blk).contains(Status::NEEDS_RESET) && !is_set(&config));
+    // A chain that has no end, whatever the format.
+    let packed = blk.session.features().has(Features::RING_PACKED);
+    let ring = blk.by_hand(0);
+    for index in 0..64_u16 {
+        let (flags, next) = if packed { (0, NEXT | 1 << 7) } else { (NEXT, (index + 1) % 64) };
+        // What is available next comes last; the ring is three descriptors into its first lap.
+        let index = (66 - index) % 64;
+        let next = if packed { next } else { (index + 1) % 64 };
+        ring.descriptor(index, data(0, 16), flags, next);
+    }
+    if packed {
+        blk.session.queue(QueueIndex(0)).unwrap().kick().signal();
+    } else {
+        ring.entry(1, 0);
+        ring.available(2);
+    }
+    assert!(config.wait(Some(PATIENCE)), "no config interrupt");
+    assert!(status(&blk).contains(Status::NEEDS_RESET));
+    assert_eq!(blk.read(1, 8, 512), Ok(pattern(4096, 512)), "its other queue is sound");
+    assert_eq!(neighbour.read(0, 8, 512), Ok(pattern(4096, 512)));
+    assert!(!neighbour.session.ops().status().unwrap().contains(Status::NEEDS_RESET));
+
+    let _ = config.drain();
+    let features = blk.session.features();
+    blk.session.reset().unwrap();
+    assert_eq!(status(&blk), Status::RESET);
+    blk.session.renegotiate(features).unwrap();
+    blk.run(2);
+    assert_eq!(blk.read(0, 8, 512), Ok(pattern(4096, 512)), "as new");
+    assert!(!status(&blk).contains(Status::NEEDS_RESET) && !is_set(&config));
+    drop(blk);
+    daemon.assert_alive();
+}
+
+#[test]
+fn a_broken_split_ring_needs_a_reset() {
+    a_broken_ring_needs_a_reset();
+}
+
+#[test]
+fn a_broken_packed_ring_needs_a_reset() {
+    over_packed_rings(a_broken_ring_needs_a_reset);
+}
+
+/// A device that is given more than it can do takes its turns, and so do the others.
+#[test]
+fn a_busy_device_leaves_turns_to_its_neighbours() {
+    let daemon = one_worker();
+    daemon.add("busy", "sim-blk", &[]);
+    let mut busy = Blk::start(&daemon.info("busy").path);
+    let (_disk, path) = add(&daemon, 0, &[]);
+    let mut neighbour = Blk::start(&path);
+    // Requests of 2 MiB that the thread copies itself; 16 at a time.
+    let large = Buffer { iova: data(0, 0).iova, len: 2 << 20 };
+    let (mut longest, mut answered) = (Duration::ZERO, 0);
+    for _ in 0..16 {
+        busy.submit(0, kind::IN, 0, &[], &[large]);
+    }
+    busy.notify(0);
+    for _ in 0..100 {
+        while let Some(done) = busy.finish(0, Duration::ZERO) {
+            assert_eq!(done.status, OK);
+            answered += 1;
+            busy.submit(0, kind::IN, 0, &[], &[large]);
+            busy.notify(0);
+        }
+        let begin = Instant::now();
+        assert_eq!(neighbour.read(0, 8, 512), Ok(pattern(4096, 512)));
+        longest = longest.max(begin.elapsed());
+    }
+    println!("{answered} large requests beside; the longest small one took {longest:?}");
+    assert!(answered > 0, "the neighbour was not busy");
+}
+
+#[test]
+fn what_is_taken_away_is_that_device_alone() {
+    let daemon = one_worker();
+    let (_first, path) = add(&daemon, 0, &[]);
+    let (_second, other) = add(&daemon, 1, &[]);
+    let (mut blk, mut neighbour) = (Blk::start(&path), Blk::start(&other));
+    daemon.delete("d0").unwrap();
+    assert_eq!(blk.read(0, 8, 512), Err(IOERR));
+    assert_eq!(neighbour.read(0, 8, 512), Ok(pattern(4096, 512)));
+    let ops = blk.session.ops();
+    assert_eq!(ops.vring_base(QueueIndex(0)), Ok(1));
+    assert_eq!(ops.set_vring_base(QueueIndex(0), 0), Err(Errno::INVAL), "it runs");
+}
