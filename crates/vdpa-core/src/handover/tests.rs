@@ -265,16 +265,19 @@ fn the_successor_waits_for_the_rest_of_the_predecessor() {
 fn the_same_bytes_at_the_same_address_are_not_pinned_again() {
     let rig = Rig::new();
     let mut old = rig.open();
-    (old.map(0, 1).unwrap(), old.map(PAGE, 2).unwrap());
+    old.map(0, 1).unwrap();
+    old.map(PAGE, 2).unwrap();
     old.start(0).unwrap();
     let before = rig.seen().table.clone();
     let mut new = rig.open();
     // As QEMU does it: the predecessor takes everything back before the successor maps anything.
     old.device.set_status(Status(0)).unwrap();
-    (old.unmap(0), old.unmap(PAGE));
+    old.unmap(0);
+    old.unmap(PAGE);
     assert_eq!(old.space.0.pages(), 0, "its account is not charged any more");
     assert_eq!(rig.seen().table, before, "the parent keeps what it had for the successor");
-    (new.map(0, 1).unwrap(), new.map(PAGE, 3).unwrap());
+    new.map(0, 1).unwrap();
+    new.map(PAGE, 3).unwrap();
     new.start(10).unwrap();
     let after = rig.seen().table.clone();
     assert_eq!(after.first(), before.first(), "the same memory is the parent's old one");
@@ -320,7 +323,8 @@ fn a_predecessor_is_one_for_ever_and_its_end_touches_nothing() {
 fn a_successor_that_goes_without_having_driven_leaves_everything_as_it_was() {
     let rig = Rig::new();
     let mut old = rig.open();
-    (old.map(0, 1).unwrap(), old.map(PAGE, 1).unwrap());
+    old.map(0, 1).unwrap();
+    old.map(PAGE, 1).unwrap();
     old.start(0).unwrap();
     let mut new = rig.open();
     new.map(0, 2).unwrap();
