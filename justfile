@@ -45,6 +45,11 @@ conform device *args:
 bench-core *args:
     cargo bench --locked --package vdpa-core --bench core -- {{args}}
 
+# What looking at rings before sleeping gives or costs: "just bench-poll ROUNDS MICROSECONDS...".
+bench-poll *args:
+    cargo build --release --locked --package vdpad --bins
+    scripts/bench-poll {{args}}
+
 # Our block device beside QEMU's and the floors, in turn: IOPS, latency, CPU per request. Wants a quiet machine.
 bench-io *args:
     scripts/bench-io {{args}}

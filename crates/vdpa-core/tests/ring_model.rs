@@ -21,6 +21,7 @@ enum Op {
     DeviceComplete { position: prop::sample::Index },
     DevicePublish,
     TakeUsed,
+    Look,
     EnableKick,
     DisableKick,
     EnableInterrupts,
@@ -37,6 +38,7 @@ fn op() -> impl Strategy<Value = Op> {
         3 => any::<prop::sample::Index>().prop_map(|position| Op::DeviceComplete { position }),
         2 => Just(Op::DevicePublish),
         4 => Just(Op::TakeUsed),
+        1 => Just(Op::Look),
         1 => Just(Op::EnableKick),
         1 => Just(Op::DisableKick),
         1 => Just(Op::EnableInterrupts),
@@ -128,6 +130,11 @@ impl Model {
             Op::DeviceComplete { position } => self.device_complete(position),
             Op::DevicePublish => self.device_publish(),
             Op::TakeUsed => self.take_used(),
+            Op::Look => {
+                let more = self.pair.queue.has_request().map_err(failed)?;
+                prop_assert_eq!(more, !self.available.is_empty());
+                Ok(())
+            }
             Op::EnableKick => {
                 let more = self.pair.queue.enable_kick().map_err(failed)?;
                 prop_assert_eq!(more, !self.available.is_empty());

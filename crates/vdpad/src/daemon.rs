@@ -193,6 +193,9 @@ fn choose<E: std::error::Error>(
 ) -> Result<Place, StartError> {
     let dev = || config.dir.clone().unwrap_or_else(|| PathBuf::from("/dev"));
     let why = match config.front {
+        Choice::Cuse if cuse::prefix_of(&dev()).is_none() => {
+            return Err(ServeError::NotDev { dir: dev() }.into());
+        }
         Choice::Cuse => {
             return available().map(|()| Place::Dev(dev())).map_err(|error| StartError::environment(&error));
         }
@@ -303,6 +306,9 @@ mod tests {
     #[test]
     fn what_cannot_be_is_refused_and_never_a_mount_over_dev() {
         assert!(chosen(Choice::Cuse, None, false).unwrap_err().contains("not found"));
+        for there in [false, true] {
+            assert!(chosen(Choice::Cuse, Some("/tmp/x"), there).is_err());
+        }
         for front in [Choice::Auto, Choice::Fuse] {
             assert!(chosen(front, Some("/dev"), false).unwrap_err().contains("CUSE"));
             assert!(chosen(front, Some("/dev/"), false).unwrap_err().contains("CUSE"));

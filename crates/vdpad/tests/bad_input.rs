@@ -126,7 +126,7 @@ fn bad_attributes(dir: &str) -> Vec<Case> {
             "Operation not supported",
             "It has: path FILE, readonly on|off, direct on|off, pin on|off, memlock rlimit|unlimited|BYTES, queues 1-64, queue_size 2-32768, a power \
              of two, packed on|off, serial TEXT of at most 20 bytes, compat_reset keep|clean, reset_owner on|off, strict_new_owner on|off, cpus LIST of \
-             processors, for example 2,4-7.",
+             processors, for example 2,4-7, worker shared|own.",
         ),
         ("queues 65", "attribute \"queues\" is \"65\"; a number from 1 to 64 is right", invalid, ""),
         ("queue_size 100", "queue_size is 100", invalid, "A power of two from 2 to 32768 is right."),
@@ -151,7 +151,7 @@ fn bad_attributes(dir: &str) -> Vec<Case> {
         "sim-blk has no attribute \"path\"",
         "Operation not supported",
         "It has: use_va on|off, batch_mapping on|off, max_iotlb_entries 2-1048576, compat_reset keep|clean, \
-         verify_remap on|off, reset_owner on|off, queue_size 2-32768, a power of two, memlock rlimit|unlimited|BYTES, cpus LIST of processors, for example 2,4-7.",
+         verify_remap on|off, reset_owner on|off, queue_size 2-32768, a power of two, memlock rlimit|unlimited|BYTES, cpus LIST of processors, for example 2,4-7, worker shared|own.",
     );
     table
         .into_iter()

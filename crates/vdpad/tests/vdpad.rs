@@ -115,6 +115,19 @@ fn exit_status_tells_usage_from_failure() {
 }
 
 /// Requests end by the daemon's time-out at the latest, so that no client hangs.
+/// Character devices are in `/dev` or nowhere, whether this machine can make any or not.
+#[test]
+fn character_devices_elsewhere_than_in_dev_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let outcome = support::run(vdpad(dir.path()).args(["--front", "cuse"]));
+    assert_eq!(outcome.code, Some(1), "{outcome:?}");
+    assert!(outcome.stderr.contains("is not below /dev"), "{outcome:?}");
+    assert!(!dir.path().join("dev").exists());
+    let outcome = support::run(vdpad(dir.path()).args(["--front", "vduse"]));
+    assert_eq!(outcome.code, Some(2), "{outcome:?}");
+    assert!(outcome.stderr.contains("\"auto\", \"fuse\" or \"cuse\" is right"), "{outcome:?}");
+}
+
 fn serve_sim(dir: &Path, more: &[&str]) -> (Child, VhostVdpaFd) {
     let mut command = vdpad(dir);
     let child = start(command.args(["--request-timeout", "10"]).args(more));

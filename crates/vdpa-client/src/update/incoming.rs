@@ -346,6 +346,10 @@ fn take_from_process<D: DeviceFile>(
     report: &mut Report,
 ) -> Result<Devices<D>, UpdateError> {
     let at = |phase| move |source| UpdateError { phase, device: None, source };
+    // A rehearsal takes nothing over.
+    if report.way != Way::Exec {
+        devices.iter().for_each(Loaded::introduce);
+    }
     conversation.say(Kind::Ready, b"").map_err(at(Phase::Prepare))?;
     reach(Point::ReadySent);
     let message = conversation.hear(Kind::Switch).map_err(at(Phase::Prepare))?;

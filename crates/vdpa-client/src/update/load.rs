@@ -184,6 +184,16 @@ impl<D: DeviceFile> Loaded<D> {
         Ok(Self { name: device.name, strategy, ops, setup, rings })
     }
 
+    /// Makes this process known to the server of a device that it is about to own, which need not look into it in the switch
+    /// then: it asks for what only the owner is told, and is refused. A server that does not care refuses too.
+    pub(super) fn introduce(&self) {
+        let queues = self.rings.iter().map(|(queue, ..)| QueueIndex(queue.index));
+        let index = queues.chain(self.setup.vrings().map(|vring| vring.index)).next();
+        if let (Some(ops), Some(index)) = (&self.ops, index) {
+            let _ = ops.vring_base(index);
+        }
+    }
+
     /// Adopts the driver side of the rings where the predecessor left it; returns where the device goes on, for a device
     /// that has to be told.
     pub(super) fn adopt(&mut self, rest: v2::AtRest) -> Result<Vec<u32>, Cause> {
@@ -281,13 +291,6 @@ fn open<D: DeviceFile>(
     setup.offered = present;
     setup.iova_range = ops.iova_range().map_err(Error::request("VHOST_VDPA_GET_IOVA_RANGE"))?;
     set_backend(&ops, setup.backend)?;
-    if let Some(index) =
-        device.queues.iter().map(|q| q.index).chain(device.guest_queues.iter().map(|q| q.index)).next()
-    {
-        // Not the owner's, so it is refused. A server of another process has met this one then, and need not look into it
-        // when it becomes the owner in the switch.
-        let _ = ops.vring_base(QueueIndex(index));
-    }
     Ok(ops)
 }
 

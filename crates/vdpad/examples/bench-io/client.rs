@@ -178,7 +178,8 @@ impl Client {
             now = monotonic_ns();
             if seconds.is_none() {
                 requests += done;
-                if now >= end {
+                // A rate needs one at least.
+                if now >= end && requests > 0 {
                     seconds = Some(secs(now - begin));
                 }
             } else if self.is_idle() {
@@ -263,11 +264,10 @@ impl Client {
             return Ok(());
         }
         let now = monotonic_ns();
-        loop {
+        // Not before there is a slot for it: when all blocks are busy there is nothing to choose.
+        while self.queues.get(index).is_some_and(|queue| !queue.free.is_empty()) {
             let request = self.choose();
-            if !self.start(index, request, now)? {
-                break;
-            }
+            self.start(index, request, now)?;
         }
         self.notify(index)
     }

@@ -4,8 +4,6 @@
 //! whatever else the machine does meets all of them. Servers are pinned to one CPU, the client to another one, or both
 //! to one where the workload's name says "same". A connection is made anew for each turn.
 #![expect(unsafe_code, reason = "virtio-driver takes pointers; the floor is a loop without any safety")]
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program for a terminal")]
-#![expect(clippy::indexing_slicing, reason = "a benchmark may stop where it stands")]
 
 mod chart;
 mod client;
@@ -319,7 +317,7 @@ fn make(path: &Path, bytes: u64) -> Result<()> {
 /// many pages are clean is a matter of chance.
 fn dirty(path: &Path) -> Result<()> {
     let file = File::options().read(true).write(true).open(path)?;
-    let mut page = [0; PAGE_SIZE as usize];
+    let mut page = vec![0; usize::try_from(PAGE_SIZE)?];
     for at in (0..file.metadata()?.len()).step_by(page.len()) {
         file.read_exact_at(&mut page, at)?;
         file.write_all_at(&page, at)?;

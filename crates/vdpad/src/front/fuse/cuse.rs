@@ -163,6 +163,10 @@ impl DeviceFile for Unrestricted {
         Ok(IoctlReply { out: Vec::new(), ..reply })
     }
 
+    fn answered(&self) {
+        self.0.answered();
+    }
+
     fn write(&self, handle: u64, tid: u32, data: &[u8]) -> Result<u32, Errno> {
         self.0.write(handle, tid, data)
     }
@@ -235,6 +239,49 @@ mod tests {
     fn call(cmd: u32, arg: u64) -> Result<IoctlReply, Errno> {
         let tid = rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs();
         Unrestricted(Arc::new(Echo)).ioctl(&IoctlCall { handle: 0, tid, cmd, arg, input: &[], out_size: 0 })
+    }
+
+    /// A device that notes what it is asked.
+    #[derive(Default)]
+    struct Notes(Mutex<Vec<&'static str>>);
+
+    impl DeviceFile for Notes {
+        fn open(&self, _: &Opener) -> Result<(), Errno> {
+            self.0.lock().push("open");
+            Ok(())
+        }
+        fn release(&self, _: u64) {
+            self.0.lock().push("release");
+        }
+        fn ioctl(&self, _call: &IoctlCall<'_>) -> Result<IoctlReply, Errno> {
+            self.0.lock().push("ioctl");
+            Ok(IoctlReply::default())
+        }
+        fn answered(&self) {
+            self.0.lock().push("answered");
+        }
+        fn write(&self, _: u64, _: u32, _: &[u8]) -> Result<u32, Errno> {
+            self.0.lock().push("write");
+            Ok(0)
+        }
+        fn poll(&self) -> u32 {
+            self.0.lock().push("poll");
+            0
+        }
+    }
+
+    /// Methods with a default too, which a wrapper forgets without a word of the compiler.
+    #[test]
+    fn every_call_reaches_the_device() {
+        let notes = Arc::new(Notes::default());
+        let file = Unrestricted(Arc::clone(&notes) as _);
+        file.open(&Opener { handle: 1, uid: 0, flags: 0 }).unwrap();
+        file.ioctl(&IoctlCall { handle: 1, tid: 0, cmd: 0xAF01, arg: 0, input: &[], out_size: 0 }).unwrap();
+        file.answered();
+        file.write(1, 0, &[]).unwrap();
+        assert_eq!(file.poll(), 0);
+        file.release(1);
+        assert_eq!(*notes.0.lock(), ["open", "ioctl", "answered", "write", "poll", "release"]);
     }
 
     #[test]
