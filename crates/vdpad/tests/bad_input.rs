@@ -124,7 +124,7 @@ fn bad_attributes(dir: &str) -> Vec<Case> {
             "colour blue",
             "blk has no attribute \"colour\"",
             "Operation not supported",
-            "It has: path FILE, readonly on|off, direct on|off, pin on|off, memlock rlimit|unlimited|BYTES, queues 1-64, queue_size 2-32768, a power \
+            "It has: path FILE, null BYTES, readonly on|off, direct on|off, pin on|off, memlock rlimit|unlimited|BYTES, queues 1-64, queue_size 2-32768, a power \
              of two, packed on|off, serial TEXT of at most 20 bytes, compat_reset keep|clean, reset_owner on|off, strict_new_owner on|off, cpus LIST of \
              processors, for example 2,4-7, worker shared|own.",
         ),
