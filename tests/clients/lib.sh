@@ -16,7 +16,9 @@ finish() {
     local group
     for group in $(jobs -pr); do
         [ "$group" != "$daemon" ] || continue
-        kill -- "-$group" 2>/dev/null && sleep 0.2
+        kill -- "-$group" 2>/dev/null || continue
+        local left=30
+        while [ $((left -= 1)) -gt 0 ] && kill -0 "$group" 2>/dev/null; do sleep 0.1; done
         # A program that waits for its disk does not end otherwise.
         kill -KILL -- "-$group" 2>/dev/null || true
     done
