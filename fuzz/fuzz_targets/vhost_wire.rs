@@ -16,7 +16,7 @@ use vdpa_core::vq::{QueueSetup, QueueState};
 use vdpa_sys::guest::{GuestMemory, LinuxHost};
 use vdpa_sys::process::Spaces;
 use vdpa_sys::uapi::vhost as uapi;
-use vdpad::front::fuse::{DeviceFile, IoctlCall};
+use vdpad::front::fuse::{DeviceFile, IoctlCall, Opener};
 use vdpad::front::vhost::{VhostVdpaFile, fuzzing};
 
 #[derive(Arbitrary, Debug)]
@@ -44,7 +44,8 @@ fuzz_target!(|ops: Vec<Op>| {
     let device: Box<dyn Parent<Host = LinuxHost>> = Box::new(Idle::new());
     let device = Arc::new(Mutex::new(Device::new(device)));
     let file = VhostVdpaFile::new("fuzz".into(), Arc::clone(&device), Spaces::new());
-    file.open(0).expect("nobody has it open");
+    let opener = Opener { handle: 1, uid: 0, flags: 0 };
+    file.open(&opener).expect("nobody has it open");
     let mut scratch = vec![0_u64; 1024];
     let tid = std::process::id();
     for op in ops.iter().take(40) {
@@ -67,14 +68,14 @@ fuzz_target!(|ops: Vec<Op>| {
                 write(&file, tid, &bytes);
             }
             Op::Reopen => {
-                file.release();
-                file.open(0).expect("it was just closed");
+                file.release(1);
+                file.open(&opener).expect("it was just closed");
             }
         }
         let result = device.lock().check_invariants();
         assert_eq!(result, Ok(()), "after {op:?}");
     }
-    file.release();
+    file.release(1);
     assert_eq!(device.lock().mapped().entries, 0);
 });
 
@@ -104,7 +105,7 @@ fn ioctl(file: &VhostVdpaFile, tid: u32, cmd: u32, argument: &[u8], place: Place
     }
     let out_size = if cmd >> 31 != 0 { size } else { 0 };
     let out_size = u32::try_from(out_size).expect("14 bits");
-    let call = IoctlCall { tid, cmd, arg: place.address(scratch), input: &input, out_size };
+    let call = IoctlCall { handle: 1, tid, cmd, arg: place.address(scratch), input: &input, out_size };
     if let Ok(reply) = file.ioctl(&call) {
         assert!(reply.result >= 0);
         assert!(reply.out.len() <= out_size as usize, "{cmd:#x} answers {} bytes", reply.out.len());
@@ -118,7 +119,7 @@ fn write(file: &VhostVdpaFile, tid: u32, data: &[u8]) {
             Err(error) => assert_eq!(error, Errno::INVAL),
         }
     }
-    if let Ok(written) = file.write(tid, data) {
+    if let Ok(written) = file.write(1, tid, data) {
         assert_eq!(written, 72);
     }
 }

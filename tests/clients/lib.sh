@@ -13,7 +13,15 @@ client=
 finish() {
     local code=$?
     trap - EXIT
-    [ -z "$client" ] || { kill -- "-$client" 2>/dev/null && wait "$client"; } || true
+    local group
+    for group in $(jobs -pr); do
+        [ "$group" != "$daemon" ] || continue
+        kill -- "-$group" 2>/dev/null || continue
+        local left=30
+        while [ $((left -= 1)) -gt 0 ] && kill -0 "$group" 2>/dev/null; do sleep 0.1; done
+        # A program that waits for its disk does not end otherwise.
+        kill -KILL -- "-$group" 2>/dev/null || true
+    done
     [ -z "$daemon" ] || { kill "$daemon" 2>/dev/null && wait "$daemon"; } || true
     [ "$code" = 0 ] || [ ! -s "$work/vdpad.log" ] || { printf -- '---- log of vdpad\n' && tail -n 40 "$work/vdpad.log"; } >&2
     rm -rf "$work"

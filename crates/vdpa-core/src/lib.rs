@@ -21,6 +21,7 @@ pub mod faults;
 pub mod features;
 #[cfg(fuzzing)]
 pub mod fuzzing;
+pub mod handover;
 pub mod host;
 pub mod inprocess;
 pub mod iotlb;

@@ -73,6 +73,15 @@ pub trait Parent: Debug + Send {
     /// The device is reset (status 0, open or close); all queues are stopped already.
     fn reset(&mut self) {}
 
+    /// The device is about to run: the driver sets DRIVER_OK, or resumes. Queues start after it. For parents that are
+    /// [shared](crate::handover).
+    ///
+    /// # Errors
+    /// Any error is the client's, and the device does not run.
+    fn claim(&mut self) -> Result<()> {
+        Ok(())
+    }
+
     /// What is behind the device is taken away, for ever: every request from now on is answered with an error.
     /// Blocks until requests in flight are done.
     ///
@@ -378,6 +387,10 @@ impl<P: Parent + ?Sized> Parent for Box<P> {
 
     fn reset(&mut self) {
         (**self).reset();
+    }
+
+    fn claim(&mut self) -> Result<()> {
+        (**self).claim()
     }
 
     fn fail(&mut self) -> Result<()> {

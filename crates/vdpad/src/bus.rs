@@ -9,6 +9,7 @@ use parking_lot::{Mutex, MutexGuard};
 use vdpa_core::Errno;
 use vdpa_core::device::Device;
 use vdpa_core::features::{Features, Status};
+use vdpa_core::handover::Handover;
 use vdpa_core::host::PAGE_SIZE;
 use vdpa_core::net::{NetConfig, is_valid_address};
 use vdpa_core::parent::{Parent, PinLimit, Profile};
@@ -19,7 +20,7 @@ use vdpa_sys::uapi::report::UpdateReport;
 use zerocopy::IntoBytes;
 
 use crate::ctl::api::{
-    AddRequest, Backend, CtlError, DevInfo, DevState, ID_NET, LastUpdate, MgmtDev, Owner, QueueInfo,
+    AddRequest, Attrs, Backend, CtlError, DevInfo, DevState, ID_NET, LastUpdate, MgmtDev, Owner, QueueInfo,
     QueueVstats, SetAnswer, SetRequest, UpdateInfo, VSTATS_INDEX_MAX,
 };
 use crate::ctl::config::DevConfig;
@@ -60,6 +61,9 @@ struct Entry {
 
 /// The attribute of every device that gives its file a path of its own.
 const DEVICE_FILE_ATTR: &str = "device_file";
+
+/// The attribute of every device that says who may open it.
+const HANDOVER_ATTR: &str = "handover";
 
 /// Most names of files that are tried: others than ours may have them.
 const NUMBERS: usize = 4096;
@@ -159,6 +163,26 @@ impl Entry {
                 .with_hint("Its disk may hang; the daemon's log tells. Try again later.")
         })
     }
+}
+
+/// Whether a successor may open the device while somebody has it.
+fn handover(attrs: &mut Attrs) -> Result<bool, CtlError> {
+    match attrs.take(HANDOVER_ATTR).as_deref() {
+        None | Some("off") => Ok(false),
+        Some("open") => Ok(true),
+        Some(text) => Err(CtlError::new(Errno::INVAL, format!("{HANDOVER_ATTR} is \"{text}\""))
+            .with_hint("\"off\" or \"open\" is right.")),
+    }
+}
+
+/// Puts a parent behind handles: the first of them, and what makes more.
+fn shared(parent: AnyParent) -> Result<(AnyParent, Option<Handover<AnyParent>>), CtlError> {
+    let handover = Handover::new(parent).map_err(|errno| {
+        CtlError::new(errno, "this device cannot be opened by a successor")
+            .with_hint("It uses addresses of its owner. Leave handover out; blk takes it.")
+    })?;
+    let first: AnyParent = Box::new(handover.handle());
+    Ok((first, Some(handover)))
 }
 
 fn file_name(number: u32) -> String {
@@ -338,6 +362,7 @@ impl Backend for Bus {
             return Err(CtlError::new(Errno::INVAL, format!("{DEVICE_FILE_ATTR} is not an absolute path"))
                 .with_hint("A path such as /dev/vhost-vdpa-0 is right: of a regular file, or of none yet."));
         }
+        let handover = handover(&mut request.attrs)?;
         let net_attrs = NetAttrs::parse(&request.attrs)?;
         let mgmt = self
             .mgmt
@@ -353,9 +378,11 @@ impl Backend for Bus {
         }
         let parent = mgmt.create(&request.name, &request.attrs, &self.pool)?;
         let profile = parent.profile().clone();
+        let (parent, handover) = if handover { shared(parent)? } else { (parent, None) };
         let device: SharedDevice = Arc::new(Mutex::new(Device::new(parent)));
-        let file =
-            Arc::new(VhostVdpaFile::new(request.name.clone(), Arc::clone(&device), self.spaces.clone()));
+        let file = VhostVdpaFile::new(request.name.clone(), Arc::clone(&device), self.spaces.clone())
+            .with_handover(handover);
+        let file = Arc::new(file);
         let taken: BTreeSet<u32> = devices.iter().map(|entry| entry.number).collect();
         let front = if path.is_some() { "fuse" } else { self.files.front() };
         let (number, path) = self.add_file(&taken, path.as_deref(), &file)?;

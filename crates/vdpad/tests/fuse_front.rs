@@ -18,7 +18,7 @@ use parking_lot::{Condvar, Mutex};
 use vdpa_core::Errno;
 use vdpa_sys::fuse::{MountOptions, unmount};
 use vdpad::front::fuse::{
-    AddError, DeviceFile, DeviceFiles, FileAttributes, IoctlCall, IoctlReply, Options, ServeError,
+    AddError, DeviceFile, DeviceFiles, FileAttributes, IoctlCall, IoctlReply, Opener, Options, ServeError,
 };
 
 const LIMIT: Duration = Duration::from_secs(20);
@@ -127,18 +127,18 @@ impl Device {
 const FAIL: u32 = 0xF0;
 
 impl DeviceFile for Device {
-    fn open(&self, flags: u32) -> Result<(), Errno> {
+    fn open(&self, opener: &Opener) -> Result<(), Errno> {
         if self.block_open.load(Ordering::SeqCst) {
             self.wait_while_blocked();
         }
         if self.open.swap(true, Ordering::SeqCst) {
             return Err(Errno::BUSY);
         }
-        self.seen.lock().push(Seen::Open(flags));
+        self.seen.lock().push(Seen::Open(opener.flags));
         Ok(())
     }
 
-    fn release(&self) {
+    fn release(&self, _: u64) {
         self.seen.lock().push(Seen::Release);
         assert!(self.open.swap(false, Ordering::SeqCst), "released without being open");
     }
@@ -161,7 +161,7 @@ impl DeviceFile for Device {
         }
     }
 
-    fn write(&self, tid: u32, data: &[u8]) -> Result<u32, Errno> {
+    fn write(&self, _: u64, tid: u32, data: &[u8]) -> Result<u32, Errno> {
         self.tid.store(tid, Ordering::SeqCst);
         self.seen.lock().push(Seen::Write(data.to_vec()));
         match data.first() {

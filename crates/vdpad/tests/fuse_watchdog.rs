@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use vdpa_core::Errno;
 use vdpa_sys::fuse::{FS_TYPE, fs_type_at, unmount};
-use vdpad::front::fuse::{DeviceFile, DeviceFiles, IoctlCall, IoctlReply, Options, prepare_dir};
+use vdpad::front::fuse::{DeviceFile, DeviceFiles, IoctlCall, IoctlReply, Opener, Options, prepare_dir};
 use vdpad::front::watchdog;
 
 const LIMIT: Duration = Duration::from_secs(20);
@@ -25,14 +25,14 @@ const TIMEOUT: Duration = Duration::from_secs(1);
 struct Plain;
 
 impl DeviceFile for Plain {
-    fn open(&self, _: u32) -> Result<(), Errno> {
+    fn open(&self, _: &Opener) -> Result<(), Errno> {
         Ok(())
     }
-    fn release(&self) {}
+    fn release(&self, _: u64) {}
     fn ioctl(&self, _: &IoctlCall<'_>) -> Result<IoctlReply, Errno> {
         Ok(IoctlReply::default())
     }
-    fn write(&self, _: u32, _: &[u8]) -> Result<u32, Errno> {
+    fn write(&self, _: u64, _: u32, _: &[u8]) -> Result<u32, Errno> {
         Ok(0)
     }
 }

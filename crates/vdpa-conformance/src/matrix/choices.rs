@@ -111,6 +111,13 @@ const CHOICES: &[Choice] = &[
         "blk: `memlock`",
     ),
     choice(
+        "4.2",
+        "an open while it is open",
+        "EBUSY",
+        "EBUSY; open: a device of its own, which takes over with DRIVER_OK",
+        "blk: `handover off\\|open`",
+    ),
+    choice(
         "4.5",
         "a reset without IOTLB_PERSIST acknowledged",
         "simulators drop their table",

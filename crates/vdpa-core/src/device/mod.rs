@@ -233,13 +233,17 @@ impl<P: Parent> Device<P> {
     /// `VHOST_VDPA_SET_STATUS` (uapi-spec 1.5, 4.4, 4.5). Writing 0 blocks until requests in flight are done.
     ///
     /// # Errors
-    /// `EINVAL` when a bit set now is missing in a value other than 0; what the reset reports.
+    /// `EINVAL` when a bit set now is missing in a value other than 0; what the reset reports, and for DRIVER_OK what the
+    /// parent's [`claim`](Parent::claim) does.
     pub fn set_status(&mut self, new: Status) -> Result<()> {
         if new == Status::RESET {
             return self.reset_device(self.cleans_map());
         }
         if !new.contains(self.status) && !faults::is(Fault::StatusClears) {
             return Err(Errno::INVAL);
+        }
+        if new.contains(Status::DRIVER_OK) {
+            self.parent.claim()?;
         }
         self.status = new;
         if new.contains(Status::DRIVER_OK) && self.parent.profile().status_unsuspends {
@@ -279,7 +283,7 @@ impl<P: Parent> Device<P> {
     /// `VHOST_VDPA_RESUME` (uapi-spec 1.8). Kicks that came while suspended are served.
     ///
     /// # Errors
-    /// `EOPNOTSUPP`.
+    /// `EOPNOTSUPP`; what the parent's [`claim`](Parent::claim) reports.
     pub fn resume(&mut self) -> Result<()> {
         if !self.status.contains(Status::DRIVER_OK) {
             return Ok(());
@@ -287,6 +291,7 @@ impl<P: Parent> Device<P> {
         if !self.parent.profile().resume {
             return Err(Errno::OPNOTSUPP);
         }
+        self.parent.claim()?;
         self.suspended = false;
         if faults::is(Fault::ResumeStaysStopped) {
             return Ok(());

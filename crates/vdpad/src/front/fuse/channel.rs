@@ -15,7 +15,7 @@ use vdpa_sys::uapi::fuse::{
 use zerocopy::IntoBytes;
 
 use super::super::lifeline::Guarded;
-use super::device::DeviceFile;
+use super::device::{DeviceFile, Opener};
 use super::lane::{InProgress, Lane, Work};
 use super::tree::{AddError, FileAttributes, NAME_MAX, Tree};
 
@@ -157,8 +157,9 @@ impl Channel {
             Operation::Open(open) => self.open(header, open.flags),
             Operation::Release(release) => self.release(header, release.fh),
             Operation::Ioctl { args, input } => self.ioctl(header, *args, input),
-            Operation::Write { data, .. } => {
-                self.hand_over(header, Work::Write { tid: header.pid, data: data.to_vec() });
+            Operation::Write { args, data } => {
+                let work = Work::Write { fh: args.fh, tid: header.pid, data: data.to_vec() };
+                self.hand_over(header, work);
             }
             Operation::Poll(_) => self.hand_over(header, Work::Poll),
             // vhost-vdpa queues nothing for reading (uapi-spec 1.10).
@@ -209,8 +210,8 @@ impl Channel {
         let Some(lane) = self.tree.lock().lane(header.nodeid) else {
             return self.reply(header.unique, Err(Errno::NOENT));
         };
-        let fh = self.next_handle.fetch_add(1, Ordering::Relaxed);
-        lane.push(header.unique, Work::Open { fh, flags });
+        let handle = self.next_handle.fetch_add(1, Ordering::Relaxed);
+        lane.push(header.unique, Work::Open(Opener { handle, uid: header.uid, flags }));
     }
 
     fn release(&self, header: &InHeader, fh: u64) {

@@ -17,7 +17,7 @@ use vdpa_sys::process::Caller;
 
 use super::super::lifeline::Guarded;
 use super::channel::{Channel, Place};
-use super::device::{DeviceFile, IoctlCall, IoctlReply};
+use super::device::{DeviceFile, IoctlCall, IoctlReply, Opener};
 use super::tree::AddError;
 
 /// The node id in requests about a character device.
@@ -135,12 +135,12 @@ fn minor_of(name: &str) -> u32 {
 struct Unrestricted(Arc<dyn DeviceFile>);
 
 impl DeviceFile for Unrestricted {
-    fn open(&self, flags: u32) -> Result<(), Errno> {
-        self.0.open(flags)
+    fn open(&self, opener: &Opener) -> Result<(), Errno> {
+        self.0.open(opener)
     }
 
-    fn release(&self) {
-        self.0.release();
+    fn release(&self, handle: u64) {
+        self.0.release(handle);
     }
 
     fn ioctl(&self, call: &IoctlCall<'_>) -> Result<IoctlReply, Errno> {
@@ -167,8 +167,8 @@ impl DeviceFile for Unrestricted {
         self.0.answered();
     }
 
-    fn write(&self, tid: u32, data: &[u8]) -> Result<u32, Errno> {
-        self.0.write(tid, data)
+    fn write(&self, handle: u64, tid: u32, data: &[u8]) -> Result<u32, Errno> {
+        self.0.write(handle, tid, data)
     }
 
     fn poll(&self) -> u32 {
@@ -222,15 +222,15 @@ mod tests {
     struct Echo;
 
     impl DeviceFile for Echo {
-        fn open(&self, _flags: u32) -> Result<(), Errno> {
+        fn open(&self, _: &Opener) -> Result<(), Errno> {
             Ok(())
         }
-        fn release(&self) {}
+        fn release(&self, _: u64) {}
         fn ioctl(&self, call: &IoctlCall<'_>) -> Result<IoctlReply, Errno> {
             let out: Vec<u8> = call.input.iter().rev().copied().collect();
             Ok(IoctlReply { result: i32::try_from(call.input.len()).unwrap(), out })
         }
-        fn write(&self, _tid: u32, _data: &[u8]) -> Result<u32, Errno> {
+        fn write(&self, _: u64, _: u32, _: &[u8]) -> Result<u32, Errno> {
             Err(Errno::INVAL)
         }
     }
@@ -238,7 +238,7 @@ mod tests {
     /// The calling thread of these calls is this one.
     fn call(cmd: u32, arg: u64) -> Result<IoctlReply, Errno> {
         let tid = rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs();
-        Unrestricted(Arc::new(Echo)).ioctl(&IoctlCall { tid, cmd, arg, input: &[], out_size: 0 })
+        Unrestricted(Arc::new(Echo)).ioctl(&IoctlCall { handle: 0, tid, cmd, arg, input: &[], out_size: 0 })
     }
 
     /// A device that notes what it is asked.
@@ -246,11 +246,11 @@ mod tests {
     struct Notes(Mutex<Vec<&'static str>>);
 
     impl DeviceFile for Notes {
-        fn open(&self, _flags: u32) -> Result<(), Errno> {
+        fn open(&self, _: &Opener) -> Result<(), Errno> {
             self.0.lock().push("open");
             Ok(())
         }
-        fn release(&self) {
+        fn release(&self, _: u64) {
             self.0.lock().push("release");
         }
         fn ioctl(&self, _call: &IoctlCall<'_>) -> Result<IoctlReply, Errno> {
@@ -260,7 +260,7 @@ mod tests {
         fn answered(&self) {
             self.0.lock().push("answered");
         }
-        fn write(&self, _tid: u32, _data: &[u8]) -> Result<u32, Errno> {
+        fn write(&self, _: u64, _: u32, _: &[u8]) -> Result<u32, Errno> {
             self.0.lock().push("write");
             Ok(0)
         }
@@ -275,12 +275,12 @@ mod tests {
     fn every_call_reaches_the_device() {
         let notes = Arc::new(Notes::default());
         let file = Unrestricted(Arc::clone(&notes) as _);
-        file.open(0).unwrap();
-        file.ioctl(&IoctlCall { tid: 0, cmd: 0xAF01, arg: 0, input: &[], out_size: 0 }).unwrap();
+        file.open(&Opener { handle: 1, uid: 0, flags: 0 }).unwrap();
+        file.ioctl(&IoctlCall { handle: 1, tid: 0, cmd: 0xAF01, arg: 0, input: &[], out_size: 0 }).unwrap();
         file.answered();
-        file.write(0, &[]).unwrap();
+        file.write(1, 0, &[]).unwrap();
         assert_eq!(file.poll(), 0);
-        file.release();
+        file.release(1);
         assert_eq!(*notes.0.lock(), ["open", "ioctl", "answered", "write", "poll", "release"]);
     }
 

@@ -8,6 +8,8 @@ use vdpa_core::Errno;
 /// else has to be read from and written to the caller's memory at `arg`.
 #[derive(Clone, Copy, Debug)]
 pub struct IoctlCall<'a> {
+    /// The open it came by: see [`Opener::handle`].
+    pub handle: u64,
     /// The caller's *thread* id as the mount sees it; 0 when it is not visible. The caller cannot exit or exec
     /// before it has its answer, so `/proc/TID` look-ups are free of races until then.
     pub tid: u32,
@@ -39,6 +41,17 @@ impl IoctlReply {
     }
 }
 
+/// Who opens a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Opener {
+    /// Names the open in all later calls; not used twice.
+    pub handle: u64,
+    /// The user, as the mount sees it.
+    pub uid: u32,
+    /// `O_*`; any access mode is to be accepted.
+    pub flags: u32,
+}
+
 /// A device behind a file. All calls for one device come from one thread, in the order the kernel sent them, so
 /// that the RELEASE of one open precedes the next OPEN; they may block without disturbing other devices.
 ///
@@ -46,15 +59,15 @@ impl IoctlReply {
 /// `EIO` in its place; its own result is dropped then, and an `open` that succeeds too late is followed by
 /// `release`.
 pub trait DeviceFile: Send + Sync {
-    /// Opens with `O_*` flags; any access mode is to be accepted.
+    /// Opens.
     ///
     /// # Errors
     /// `EBUSY` when the device is open already; exclusiveness is the device's business.
-    fn open(&self, flags: u32) -> Result<(), Errno>;
+    fn open(&self, opener: &Opener) -> Result<(), Errno>;
 
     /// Closes: the last descriptor of one successful open is gone. Exactly one call for each, also when the
     /// mount is aborted or the file was removed.
-    fn release(&self);
+    fn release(&self, handle: u64);
 
     /// Answers an ioctl.
     ///
@@ -65,14 +78,14 @@ pub trait DeviceFile: Send + Sync {
     /// Does what the answer to the last ioctl need not wait for. Called when it was sent.
     fn answered(&self) {}
 
-    /// Takes one `write` with all its bytes, up to the mount's largest write. `tid` as in [`IoctlCall::tid`].
+    /// Takes one `write` with all its bytes, up to the mount's largest write. `handle` and `tid` as in [`IoctlCall`].
     ///
     /// The return value is what the caller's `write` returns, except that FUSE cannot report more than was
     /// offered: a larger number is cut to `data.len()`.
     ///
     /// # Errors
     /// Passed to the caller as they are; numbers of 512 and above become `EIO`.
-    fn write(&self, tid: u32, data: &[u8]) -> Result<u32, Errno>;
+    fn write(&self, handle: u64, tid: u32, data: &[u8]) -> Result<u32, Errno>;
 
     /// The `POLL*` events that hold now; vhost-vdpa is always ready. Must not block.
     fn poll(&self) -> u32 {

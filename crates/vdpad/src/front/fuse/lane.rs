@@ -22,7 +22,7 @@ use vdpa_sys::fuse::Connection;
 use vdpa_sys::uapi::fuse::{IoctlIn, IoctlOut, OpenOut, PollOut, WriteOut, open_flags};
 use zerocopy::IntoBytes;
 
-use super::device::{DeviceFile, IoctlCall};
+use super::device::{DeviceFile, IoctlCall, Opener};
 use super::is_past;
 
 /// A device that nobody has open keeps its thread this long, so that a close and open in a row do not start one
@@ -37,17 +37,17 @@ const OPEN_FLAGS: u32 =
 /// What a device is asked.
 #[derive(Debug)]
 pub(super) enum Work {
-    Open { fh: u64, flags: u32 },
+    Open(Opener),
     Release { fh: u64 },
     Ioctl { tid: u32, args: IoctlIn, input: Vec<u8> },
-    Write { tid: u32, data: Vec<u8> },
+    Write { fh: u64, tid: u32, data: Vec<u8> },
     Poll,
 }
 
 impl Work {
     fn describe(&self) -> String {
         match self {
-            Self::Open { .. } => "open".into(),
+            Self::Open(_) => "open".into(),
             Self::Release { .. } => "release".into(),
             Self::Ioctl { args, .. } => format!("ioctl {:#010x}", args.cmd),
             Self::Write { data, .. } => format!("write of {} bytes", data.len()),
@@ -233,15 +233,15 @@ impl Lane {
 
     fn perform(&self, job: &Job) {
         match &job.work {
-            Work::Open { fh, flags } => self.open(job, *fh, *flags),
+            Work::Open(opener) => self.open(job, opener),
             Work::Release { fh } => {
                 if self.state.lock().opens.remove(fh) {
-                    self.release();
+                    self.release(*fh);
                 }
             }
             Work::Ioctl { tid, args, input } => {
-                let call =
-                    IoctlCall { tid: *tid, cmd: args.cmd, arg: args.arg, input, out_size: args.out_size };
+                let (handle, tid, cmd, out_size) = (args.fh, *tid, args.cmd, args.out_size);
+                let call = IoctlCall { handle, tid, cmd, arg: args.arg, input, out_size };
                 let result = self.guarded(&job.work, || self.file.ioctl(&call));
                 match result {
                     Ok(reply) if reply.out.len() > args.out_size as usize => {
@@ -265,8 +265,8 @@ impl Lane {
                     Ok(())
                 });
             }
-            Work::Write { tid, data } => {
-                let result = self.guarded(&job.work, || self.file.write(*tid, data));
+            Work::Write { fh, tid, data } => {
+                let result = self.guarded(&job.work, || self.file.write(*fh, *tid, data));
                 // vhost returns 72 for an IOTLB message of 40 bytes. FUSE cannot: fuse_send_write() makes the
                 // caller's write fail with EIO when the answer exceeds what was written (tried on Linux 6.18).
                 // Such a caller sees its own length instead; clients write 72 bytes.
@@ -286,8 +286,9 @@ impl Lane {
         }
     }
 
-    fn open(&self, job: &Job, fh: u64, flags: u32) {
-        match self.guarded(&job.work, || self.file.open(flags)) {
+    fn open(&self, job: &Job, opener: &Opener) {
+        let fh = opener.handle;
+        match self.guarded(&job.work, || self.file.open(opener)) {
             Ok(()) => {
                 let out = OpenOut { fh, open_flags: OPEN_FLAGS, backing_id: 0 };
                 // Before the answer: its RELEASE may come at once, and is only seen after this call anyway.
@@ -296,7 +297,7 @@ impl Lane {
                 // RELEASE will come either.
                 let ended = !self.answer(job, Ok(&[out.as_bytes()])) || self.state.lock().ended;
                 if ended && self.state.lock().opens.remove(&fh) {
-                    self.release();
+                    self.release(fh);
                 }
             }
             Err(errno) => {
@@ -305,13 +306,13 @@ impl Lane {
         }
     }
 
-    fn release(&self) {
+    fn release(&self, fh: u64) {
         let release = || {
-            self.file.release();
+            self.file.release(fh);
             Ok(())
         };
         // A panic has been logged and there is nobody to tell.
-        let _ = self.guarded(&Work::Release { fh: 0 }, release);
+        let _ = self.guarded(&Work::Release { fh }, release);
     }
 
     /// Calls the device; a panic in it is its own failure and nobody else's.

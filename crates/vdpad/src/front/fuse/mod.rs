@@ -27,7 +27,7 @@ use tracing::{info, warn};
 use vdpa_sys::fuse::{HandshakeError, MountError, MountOptions, Negotiated, mount, unmount, unmount_lazily};
 use vdpa_sys::uapi::fuse::ROOT_ID;
 
-pub use device::{DeviceFile, IoctlCall, IoctlReply, POLLIN, POLLOUT};
+pub use device::{DeviceFile, IoctlCall, IoctlReply, Opener, POLLIN, POLLOUT};
 pub use place::prepare_dir;
 pub use tree::{AddError, FileAttributes};
 

@@ -2,6 +2,7 @@
 //!
 //! Knows nothing of how requests arrive; a FUSE file delivers them now.
 
+mod opens;
 mod updates;
 mod vring;
 mod wire;
@@ -9,12 +10,13 @@ mod wire;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use parking_lot::Mutex;
 use vdpa_core::device::Device;
 use vdpa_core::faults::{self, Fault};
 use vdpa_core::features::{BackendFeatures, Features, Status};
+use vdpa_core::handover::Handover;
 use vdpa_core::host::Caller as _;
 use vdpa_core::parent::{Parent, PrivateMemory};
 use vdpa_core::types::{Asid, IotlbMsg, IovaRange, QueueIndex, Result, VringAddr, iotlb_type};
@@ -27,9 +29,10 @@ use vdpa_sys::uapi::report::UpdateReport;
 use vdpa_sys::uapi::vhost as uapi;
 use zerocopy::IntoBytes;
 
-use crate::front::fuse::{DeviceFile, IoctlCall, IoctlReply};
+use crate::front::fuse::{DeviceFile, IoctlCall, IoctlReply, Opener};
 use crate::rate::RateLimit;
 
+use self::opens::Opens;
 pub use self::updates::Updates;
 
 /// The decoders, for fuzz targets.
@@ -79,6 +82,7 @@ pub struct VhostVdpaFile {
     /// `None` when the device was taken away: nothing reaches it any more, and what it holds is free although a
     /// client may keep the file open.
     device: Mutex<Option<SharedDevice>>,
+    opens: Mutex<Opens>,
     spaces: Spaces,
     refusals: RateLimit,
     /// When the present owner became it.
@@ -109,6 +113,7 @@ impl VhostVdpaFile {
         Self {
             name,
             device: Mutex::new(Some(device)),
+            opens: Mutex::default(),
             spaces,
             refusals: RateLimit::per_second(5),
             owned_since: Mutex::new(None),
@@ -119,6 +124,13 @@ impl VhostVdpaFile {
             stranger: Mutex::default(),
             former: Mutex::default(),
         }
+    }
+
+    /// Lets a successor open the device while its predecessor has it open: the parent of the device is a handle of
+    /// `handover`.
+    #[must_use]
+    pub fn with_handover(self, handover: Option<Handover<AnyParent>>) -> Self {
+        Self { opens: Mutex::new(Opens::new(handover)), ..self }
     }
 
     /// When the present owner became it.
@@ -144,49 +156,6 @@ impl VhostVdpaFile {
         );
         self.updates.lock().reported(report);
         Ok(IoctlReply::default())
-    }
-
-    /// Takes what is behind the device away from whoever has it open, whose requests fail from now on; the device goes
-    /// when the file is closed. Where requests cannot fail, the device is [released](Self::release_now) at once. Waits
-    /// for a request in progress, at most `patience`.
-    ///
-    /// # Errors
-    /// `EBUSY` when a request did not end in time; nothing has changed then.
-    pub fn take_away(&self, patience: Duration) -> Result<()> {
-        let Some(device) = self.device.lock().clone() else { return Ok(()) };
-        let mut device = device.try_lock_for(patience).ok_or(Errno::BUSY)?;
-        if device.is_open() && device.fail().is_ok() {
-            self.deleted.store(true, Ordering::Release);
-            return Ok(());
-        }
-        drop(device);
-        self.release_now(patience)
-    }
-
-    /// Releases the device, open or not; every further request is `ENODEV`. Waits for a request in progress, at most
-    /// `patience`.
-    ///
-    /// # Errors
-    /// `EBUSY` when a request did not end in time; nothing has changed then.
-    pub fn release_now(&self, patience: Duration) -> Result<()> {
-        let Some(device) = self.device.lock().clone() else { return Ok(()) };
-        let mut device = device.try_lock_for(patience).ok_or(Errno::BUSY)?;
-        *self.device.lock() = None;
-        device.release();
-        *self.owned_since.lock() = None;
-        *self.stranger.lock() = None;
-        Ok(())
-    }
-
-    /// Calls the device, unless it was taken away.
-    fn with<T>(&self, call: impl FnOnce(&mut Device<AnyParent>) -> Result<T>) -> Result<T> {
-        let device = self.device.lock().clone().ok_or(Errno::NODEV)?;
-        let mut device = device.lock();
-        // It may have been taken away while this waited for it.
-        if self.device.lock().is_none() {
-            return Err(Errno::NODEV);
-        }
-        call(&mut device)
     }
 
     fn log_owner(&self, space: Option<&OwnerSpace>, how: &str) {
@@ -425,26 +394,16 @@ fn process(tid: u32) -> Result<Caller> {
 }
 
 impl DeviceFile for VhostVdpaFile {
-    fn open(&self, _flags: u32) -> Result<()> {
-        self.with(Device::open)
+    fn open(&self, opener: &Opener) -> Result<()> {
+        self.open_as(opener)
     }
 
-    fn release(&self) {
-        let release = |device: &mut Device<AnyParent>| {
-            device.release();
-            *self.owned_since.lock() = None;
-            *self.stranger.lock() = None;
-            Ok(())
-        };
-        // A device that was taken away may have been released.
-        let _ = self.with(release);
-        if self.deleted.load(Ordering::Acquire) {
-            *self.device.lock() = None;
-        }
+    fn release(&self, handle: u64) {
+        self.close(handle);
     }
 
     fn ioctl(&self, call: &IoctlCall<'_>) -> Result<IoctlReply> {
-        let result = self.with(|device| match self.direct(device, call) {
+        let result = self.with(call.handle, |device| match self.direct(device, call) {
             Some(result) => result,
             None => self.owned(device, call),
         });
@@ -462,8 +421,8 @@ impl DeviceFile for VhostVdpaFile {
         drop(self.former.lock().take());
     }
 
-    fn write(&self, tid: u32, data: &[u8]) -> Result<u32> {
-        self.with(|device| {
+    fn write(&self, handle: u64, tid: u32, data: &[u8]) -> Result<u32> {
+        self.with(handle, |device| {
             let (asid, mut msg) = wire::iotlb_message(data, device.acked_backend_features())?;
             msg.kind = self.numbers.message_from_wire(msg.kind);
             let process = process(tid)?;
