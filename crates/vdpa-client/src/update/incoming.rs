@@ -9,7 +9,7 @@ use rustix::fs::{SealFlags, fcntl_get_seals, fstat};
 use vdpa_sys::clock::monotonic_ns;
 use vdpa_sys::{inherit, memfd};
 
-use super::link::{Kind, LinkError};
+use super::link::Kind;
 use super::load::{All, Loaded, Source, load};
 use super::points::{Point, reach};
 use super::predecessor::Conversation;
@@ -166,7 +166,7 @@ impl<D: DeviceFile> Incoming<D> {
     /// [`receive`](Self::receive), also from a process of the user `allowed`, besides root and the user of this process.
     ///
     /// # Errors
-    /// As [`receive`](Self::receive); [`LinkError::Stranger`].
+    /// As [`receive`](Self::receive); [`LinkError::Stranger`](super::LinkError::Stranger).
     pub fn receive_from(socket: UnixStream, allowed: Option<u32>) -> Result<Self, UpdateError> {
         let at = |phase| move |source| UpdateError { phase, device: None, source };
         let mut conversation = Conversation::new(socket, allowed).map_err(at(Phase::Prepare))?;
@@ -363,10 +363,10 @@ fn take_from_process<D: DeviceFile>(
     let mut taking = Taking::adopt(devices, switch, heard, report)?;
     taking.own(report)?;
     taking.run_all_but_reopened(report)?;
-    let payload = serde_json::to_vec(report)
-        .map_err(|e| at(Phase::Commit)(LinkError::Protocol { what: e.to_string() }.into()))?;
     let said = monotonic_ns();
-    conversation.agree(&payload).map_err(at(Phase::Commit))?;
+    // The predecessor can do without it.
+    let told = || serde_json::to_vec(report).unwrap_or_default();
+    conversation.agree(told).map_err(at(Phase::Commit))?;
     report.commit = monotonic_ns().saturating_sub(said);
     reach(Point::CommitHeard);
     let devices = taking.run(report)?;

@@ -118,7 +118,7 @@ pub(super) enum Kind {
     Abort = 9,
     /// To the predecessor: nothing is held any more.
     Aborted = 10,
-    /// To the predecessor: the commit was heard. From here on the successor drives the devices.
+    /// To the predecessor: the commit was heard, and what the update cost. From here on the successor drives the devices.
     Done = 11,
 }
 

@@ -49,16 +49,17 @@ impl Conversation {
 
     /// Says that the devices are taken over, and waits for the predecessor's last word. One that has ended cannot say it,
     /// and cannot want the devices back: then they are this process's. The predecessor keeps hold of them until it has heard
-    /// that its word has arrived, or that this process has ended before.
-    pub(super) fn agree(&mut self, report: &[u8]) -> Result<(), Cause> {
-        match self.say(Kind::Taken, report) {
+    /// that its word has arrived, or that this process has ended before. The `report` for it is made while the word is under way.
+    pub(super) fn agree(&mut self, report: impl FnOnce() -> Vec<u8>) -> Result<(), Cause> {
+        match self.say(Kind::Taken, b"") {
             Ok(()) => reach(Point::TakenSent),
             // It may have called the update off before it ended: that is still to be read.
             Err(Cause::Link(LinkError::Gone)) => {}
             Err(e) => return Err(e),
         }
+        let report = report();
         match self.hear(Kind::Commit) {
-            Ok(_) => match self.say(Kind::Done, b"") {
+            Ok(_) => match self.say(Kind::Done, &report) {
                 Ok(()) | Err(Cause::Link(LinkError::Gone)) => {}
                 Err(e) => return Err(e),
             },

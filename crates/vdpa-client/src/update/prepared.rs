@@ -424,14 +424,15 @@ fn depart<D: DeviceFile>(
     until: Option<Instant>,
     begun: Begun,
 ) -> Result<Departed, Box<Failed<D>>> {
-    let mut report = None;
+    let mut taken = None;
     let mut talk = || -> Result<(), Cause> {
         switch.put(&mut late)?;
         // From here on an answer counts that has come, however late it is looked at.
         if until.is_some_and(|until| Instant::now() >= until) {
             return Err(Cause::Deadline);
         }
-        report = Some(successor.switch(&state::encode(&late)?, until)?);
+        successor.switch(&state::encode(&late)?, until)?;
+        taken = Some(monotonic_ns());
         reach(Point::TakenHeard);
         // Until here this process decides; a successor that has ended meanwhile does not get the devices.
         successor.commit(until)
@@ -448,8 +449,10 @@ fn depart<D: DeviceFile>(
     // Every descriptor of a device ends here, and with it all that this process could do to it.
     drop(resting);
     reach(Point::Departed);
-    let mut report = report.unwrap_or_else(|| Report::new(begun.way));
-    report.total = monotonic_ns().saturating_sub(begun.ns);
+    let mut report = successor.take_report().unwrap_or_else(|| Report::new(begun.way));
+    let now = monotonic_ns();
+    report.commit = taken.map_or(0, |taken| now.saturating_sub(taken));
+    report.total = now.saturating_sub(begun.ns);
     report.begun_unix_ns = begun.unix_ns;
     report.way = begun.way;
     Ok(Departed { report, child: successor.into_child() })

@@ -29,6 +29,8 @@ pub(super) struct Successor {
     acting: bool,
     /// Whether the conversation has come to an end that both know of.
     over: bool,
+    /// What it says the update cost, when it has taken over.
+    report: Option<Report>,
 }
 
 /// Who has the devices when an update was called off.
@@ -57,7 +59,7 @@ impl Successor {
         let pid = i32::try_from(child.id()).unwrap_or(0);
         let link = Link::new(ours.into())?;
         let pidfd = open_process(pid);
-        Ok(Self { link, pid, pidfd, child: Some(child), grace, acting: false, over: false })
+        Ok(Self { link, pid, pidfd, child: Some(child), grace, acting: false, over: false, report: None })
     }
 
     /// The process at the other end of `socket`.
@@ -68,7 +70,7 @@ impl Successor {
     ) -> Result<Self, Cause> {
         let link = Link::new(socket.into())?;
         let pid = link.peer(allowed_uid)?.pid;
-        Ok(Self { link, pid, pidfd: None, child: None, grace, acting: false, over: false })
+        Ok(Self { link, pid, pidfd: None, child: None, grace, acting: false, over: false, report: None })
     }
 
     pub(super) const fn pid(&self) -> i32 {
@@ -107,15 +109,13 @@ impl Successor {
     }
 
     /// Sends the rest of the state and waits until the successor has the devices.
-    pub(super) fn switch(&mut self, state: &[u8], until: Option<Instant>) -> Result<Report, Cause> {
+    pub(super) fn switch(&mut self, state: &[u8], until: Option<Instant>) -> Result<(), Cause> {
         self.acting = true;
         self.link.send(Kind::Switch, state, &[], self.wait(until, None))?;
         reach(Point::Sent);
         let answer = self.link.receive(self.wait(until, None))?;
         match answer.kind {
-            Kind::Taken => serde_json::from_slice(&answer.payload).map_err(|e| {
-                Cause::Link(LinkError::Protocol { what: format!("its report cannot be read: {e}") })
-            }),
+            Kind::Taken => Ok(()),
             Kind::Failed => Err(self.refused(&answer)),
             kind => Err(unexpected(kind)),
         }
@@ -129,12 +129,23 @@ impl Successor {
         let answer = self.link.receive(self.wait(until, None))?;
         match answer.kind {
             Kind::Done => {
-                self.over = true;
+                self.is_done(&answer);
                 Ok(())
             }
             Kind::Failed => Err(self.refused(&answer)),
             kind => Err(unexpected(kind)),
         }
+    }
+
+    fn is_done(&mut self, answer: &Message) {
+        self.over = true;
+        // It has the devices, whatever it says of it.
+        self.report = serde_json::from_slice(&answer.payload).ok();
+    }
+
+    /// What the successor says that the update cost, once it has the devices; from one that could say no more there is none.
+    pub(super) const fn take_report(&mut self) -> Option<Report> {
+        self.report.take()
     }
 
     fn refused(&mut self, answer: &Message) -> Cause {
@@ -177,11 +188,15 @@ impl Successor {
         Ok(CalledOff::LetGo)
     }
 
-    fn hear_the_end(&self, until: Instant) -> Result<CalledOff, LinkError> {
+    fn hear_the_end(&mut self, until: Instant) -> Result<CalledOff, LinkError> {
         loop {
-            match self.link.receive(self.wait(Some(until), None))?.kind {
+            let message = self.link.receive(self.wait(Some(until), None))?;
+            match message.kind {
                 Kind::Aborted | Kind::Failed | Kind::Refused => return Ok(CalledOff::LetGo),
-                Kind::Done => return Ok(CalledOff::Done),
+                Kind::Done => {
+                    self.is_done(&message);
+                    return Ok(CalledOff::Done);
+                }
                 // Crossed with the abort.
                 _ => {}
             }
