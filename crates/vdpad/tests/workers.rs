@@ -179,6 +179,22 @@ fn is_set(event: &EventFd) -> bool {
     poll(&mut [PollFd::new(event, PollFlags::IN)], Some(&time)).unwrap() == 1
 }
 
+/// What was answered before the ring broke is seen, also in the same turn.
+#[test]
+fn answers_before_a_broken_request_are_not_lost() {
+    let daemon = one_worker();
+    let (_disk, path) = add(&daemon, 0, &[]);
+    let mut blk = Blk::start(&path);
+    assert_eq!(blk.read(0, 8, 512), Ok(pattern(4096, 512)));
+    // Without a kick: both requests come in one turn, and the first, of no data, is answered in it.
+    blk.submit(0, kind::IN, 8, &[], &[]);
+    let ring = blk.by_hand(0);
+    ring.entry(2, 200);
+    ring.available(3);
+    assert!(ring.wait_used(2), "the used index is {}", ring.used());
+    assert!(blk.session.ops().status().unwrap().contains(Status::NEEDS_RESET));
+}
+
 /// The driver is told that it has to reset the device, and then it can go on.
 fn a_broken_ring_needs_a_reset() {
     let daemon = one_worker();

@@ -166,7 +166,11 @@ impl<D: Disk> Logic for Requests<D> {
             if queue.has_work() {
                 queue.pending = match self.serve_queue(queues, index, &mut queue) {
                     Ok(more) => more,
-                    Err(error) => queues.rest(index, &mut queue, error),
+                    Err(error) => {
+                        // What was answered before is to be seen; a ring that is not to be had any more has nothing.
+                        let _ = queues.publish(&mut queue);
+                        queues.rest(index, &mut queue, error)
+                    }
                 };
             }
             queues.put(index, queue);
