@@ -186,13 +186,16 @@ fn answers_before_a_broken_request_are_not_lost() {
     let (_disk, path) = add(&daemon, 0, &[]);
     let mut blk = Blk::start(&path);
     assert_eq!(blk.read(0, 8, 512), Ok(pattern(4096, 512)));
+    let config = EventFd::new().unwrap();
+    blk.session.ops().set_config_call(Some(&config)).unwrap();
     // Without a kick: both requests come in one turn, and the first, of no data, is answered in it.
     blk.submit(0, kind::IN, 8, &[], &[]);
     let ring = blk.by_hand(0);
     ring.entry(2, 200);
     ring.available(3);
-    assert!(ring.wait_used(2), "the used index is {}", ring.used());
+    assert!(config.wait(Some(PATIENCE)), "no config interrupt");
     assert!(blk.session.ops().status().unwrap().contains(Status::NEEDS_RESET));
+    assert_eq!(ring.used(), 2);
 }
 
 /// The driver is told that it has to reset the device, and then it can go on.
