@@ -1,8 +1,8 @@
 //! The reader of all connections, which also answers in place of devices that hang.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -22,6 +22,8 @@ use super::lane::Lane;
 #[derive(Debug)]
 pub(super) struct Server {
     channels: Mutex<Vec<Arc<Channel>>>,
+    /// Devices of connections that were let go, as long as their threads run.
+    leaving: Mutex<Vec<Weak<Lane>>>,
     /// Counts the changes of `channels`.
     changes: AtomicU64,
     pub(super) lifeline: Lifeline,
@@ -36,6 +38,7 @@ impl Server {
     pub(super) fn new(wake: OwnedFd, timeout: Duration, lifeline: Lifeline) -> Arc<Self> {
         Arc::new(Self {
             channels: Mutex::default(),
+            leaving: Mutex::default(),
             changes: AtomicU64::new(0),
             lifeline,
             timeout,
@@ -53,9 +56,15 @@ impl Server {
 
     /// Lets a connection go; its devices are released. It closes when the threads have seen that.
     pub(super) fn detach(&self, channel: &Arc<Channel>) {
+        let lanes = channel.live_lanes();
+        {
+            let mut leaving = self.leaving.lock();
+            leaving.retain(|lane| lane.strong_count() > 0);
+            leaving.extend(lanes.iter().map(Arc::downgrade));
+        }
         self.channels.lock().retain(|other| !Arc::ptr_eq(other, channel));
         self.changed();
-        channel.live_lanes().iter().for_each(Lane::end);
+        lanes.iter().for_each(Lane::end);
         self.lifeline.say(&Word::Release(channel.place.guarded()));
     }
 
@@ -102,7 +111,8 @@ impl Server {
     /// Waits for the threads of devices, all together no longer than the request time-out, and closes all connections.
     pub(super) fn close(&self) {
         let deadline = Instant::now() + self.timeout;
-        for lane in self.live_lanes() {
+        let leaving: Vec<_> = self.leaving.lock().iter().filter_map(Weak::upgrade).collect();
+        for lane in self.live_lanes().into_iter().chain(leaving) {
             if !lane.wait_idle(deadline) {
                 error!(device = lane.name(), "the device hangs: its thread is left behind");
             }
