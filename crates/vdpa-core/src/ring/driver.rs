@@ -10,6 +10,7 @@ pub use packed::{PackedAdoptError, PackedDriver, PackedDriverState, PackedInFlig
 
 use thiserror::Error;
 
+use super::error::Latch;
 use super::layout::{self, DESCRIPTOR, Descriptor, FLAGS, INDEX, NEXT, SUPPRESS, WRITE};
 use super::{Area, Buffer, Fault, RingError};
 use crate::features::Features;
@@ -44,7 +45,7 @@ pub struct SplitDriver<A: Area> {
     /// Next entry of the used ring to take.
     last_used: u16,
     used_seen: u16,
-    broken: Option<RingError>,
+    broken: Latch,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -135,7 +136,7 @@ impl<A: Area> SplitDriver<A> {
             undecided: false,
             last_used: 0,
             used_seen: 0,
-            broken: None,
+            broken: Latch::default(),
         })
     }
 
@@ -203,9 +204,9 @@ impl<A: Area> SplitDriver<A> {
     /// ([`RingError::UsedIndex`], [`RingError::DescriptorIndex`], [`RingError::NotInFlight`],
     /// [`RingError::UsedLength`]) and are returned from now on.
     pub fn pop_used(&mut self) -> Result<Option<Completion>, RingError> {
-        self.check_broken()?;
+        self.broken.check()?;
         let result = self.take();
-        self.latch(result)
+        self.broken.keep(result)
     }
 
     /// Asks the device to notify at the next completion; returns whether one is there already, for which no
@@ -214,7 +215,7 @@ impl<A: Area> SplitDriver<A> {
     /// # Errors
     /// A fault, or the violation met before.
     pub fn enable_interrupts(&mut self) -> Result<bool, RingError> {
-        self.check_broken()?;
+        self.broken.check()?;
         if self.event_idx {
             self.avail.store_u16(layout::used_event(self.size), self.last_used)?;
         } else {
@@ -223,7 +224,7 @@ impl<A: Area> SplitDriver<A> {
         // Pairs with the device's barrier between its used index and its look at our wish.
         self.avail.barrier();
         let result = self.refresh();
-        self.latch(result)
+        self.broken.keep(result)
     }
 
     /// Tells the device that no notification is needed: advice only, notifications may still come.
@@ -311,19 +312,6 @@ impl<A: Area> SplitDriver<A> {
         if let Some(slot) = self.next.get_mut(usize::from(index)) {
             *slot = next;
         }
-    }
-
-    fn check_broken(&self) -> Result<(), RingError> {
-        self.broken.map_or(Ok(()), Err)
-    }
-
-    fn latch<T>(&mut self, result: Result<T, RingError>) -> Result<T, RingError> {
-        if let Err(error) = &result
-            && !error.is_fault()
-        {
-            self.broken = Some(*error);
-        }
-        result
     }
 }
 

@@ -5,6 +5,34 @@ use thiserror::Error;
 use super::Fault;
 use crate::features::Features;
 
+/// The violation that has stopped one side of a ring, if one has.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Latch(Option<RingError>);
+
+impl Latch {
+    /// It.
+    pub(super) const fn violation(self) -> Option<RingError> {
+        self.0
+    }
+
+    /// Fails from the first violation on.
+    #[inline]
+    pub(super) fn check(self) -> Result<(), RingError> {
+        self.0.map_or(Ok(()), Err)
+    }
+
+    /// Remembers a violation; faults pass.
+    #[inline]
+    pub(super) fn keep<T>(&mut self, result: Result<T, RingError>) -> Result<T, RingError> {
+        if let Err(error) = &result
+            && !error.is_fault()
+        {
+            self.0 = Some(*error);
+        }
+        result
+    }
+}
+
 /// Why a ring cannot be set up or used.
 ///
 /// [`Fault`](Self::Fault) passes: the memory may be mapped again, and the call may be repeated. Everything else that

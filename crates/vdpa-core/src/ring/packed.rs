@@ -5,6 +5,7 @@ mod requests;
 
 use self::layout::{FLAGS, LEN, Place};
 use self::requests::Requests;
+use super::error::Latch;
 use super::in_order::{InOrder, Run};
 use super::indirect::Window;
 use super::layout::{DESCRIPTOR, Descriptor, INDIRECT, NEXT, WRITE};
@@ -48,7 +49,7 @@ pub struct PackedQueue<A: Area> {
     undecided: bool,
     requests: Requests,
     order: Option<InOrder>,
-    broken: Option<RingError>,
+    broken: Latch,
 }
 
 impl<A: Area> PackedQueue<A> {
@@ -105,7 +106,7 @@ impl<A: Area> PackedQueue<A> {
             undecided: false,
             requests: Requests::new(size),
             order,
-            broken: None,
+            broken: Latch::default(),
         })
     }
 
@@ -133,9 +134,9 @@ impl<A: Area> PackedQueue<A> {
     /// violations of the driver and are returned from now on.
     #[inline]
     pub fn pop<M: Memory>(&mut self, memory: &M, chain: &mut Chain) -> Result<bool, RingError> {
-        self.check_broken()?;
+        self.broken.check()?;
         let result = self.take(memory, chain);
-        self.latch(result)
+        self.broken.keep(result)
     }
 
     /// Puts the last request popped back into the ring, to be popped again.
@@ -219,12 +220,12 @@ impl<A: Area> PackedQueue<A> {
     /// A fault, or the violation met before.
     #[inline]
     pub fn enable_kick(&mut self) -> Result<bool, RingError> {
-        self.check_broken()?;
+        self.broken.check()?;
         layout::ask_event(&self.device, self.event_idx, self.next_avail)?;
         // Pairs with the driver's barrier between its flags and its look at our wish.
         self.desc.barrier();
         let result = self.available();
-        Ok(self.latch(result)?.is_some())
+        Ok(self.broken.keep(result)?.is_some())
     }
 
     /// Whether there is a request. For a device that looks of itself, while no kick is asked for.
@@ -233,9 +234,9 @@ impl<A: Area> PackedQueue<A> {
     /// A fault, or the violation met before.
     #[inline]
     pub fn has_request(&mut self) -> Result<bool, RingError> {
-        self.check_broken()?;
+        self.broken.check()?;
         let result = self.available();
-        Ok(self.latch(result)?.is_some())
+        Ok(self.broken.keep(result)?.is_some())
     }
 
     /// Tells the driver that no kick is needed: advice only, kicks may still come.
@@ -292,22 +293,7 @@ impl<A: Area> PackedQueue<A> {
     /// The violation that stopped the ring.
     #[must_use]
     pub const fn broken(&self) -> Option<RingError> {
-        self.broken
-    }
-
-    #[inline]
-    fn check_broken(&self) -> Result<(), RingError> {
-        self.broken.map_or(Ok(()), Err)
-    }
-
-    #[inline]
-    fn latch<T>(&mut self, result: Result<T, RingError>) -> Result<T, RingError> {
-        if let Err(error) = &result
-            && !error.is_fault()
-        {
-            self.broken = Some(*error);
-        }
-        result
+        self.broken.violation()
     }
 
     /// Looks at the next descriptor; returns its flags if it is available.

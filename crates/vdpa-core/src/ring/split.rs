@@ -1,5 +1,6 @@
 //! The device side of a split ring.
 
+use super::error::Latch;
 use super::in_order::{InOrder, Run};
 use super::indirect::Window;
 use super::layout::{self, Descriptor, FLAGS, INDEX, INDIRECT, NEXT, SUPPRESS};
@@ -51,7 +52,7 @@ pub struct SplitQueue<A: Area> {
     undecided: bool,
     undelivered: u16,
     order: Option<InOrder>,
-    broken: Option<RingError>,
+    broken: Latch,
 }
 
 impl<A: Area> SplitQueue<A> {
@@ -97,7 +98,7 @@ impl<A: Area> SplitQueue<A> {
             undecided: false,
             undelivered,
             order: features.has(Features::IN_ORDER).then(|| InOrder::new(size)),
-            broken: None,
+            broken: Latch::default(),
         })
     }
 
@@ -133,9 +134,9 @@ impl<A: Area> SplitQueue<A> {
     /// violations of the driver and are returned from now on.
     #[inline]
     pub fn pop<M: Memory>(&mut self, memory: &M, chain: &mut Chain) -> Result<bool, RingError> {
-        self.check_broken()?;
+        self.broken.check()?;
         let result = self.take(memory, chain);
-        self.latch(result)
+        self.broken.keep(result)
     }
 
     /// Puts the last request popped back into the ring, to be popped again: the kernel's `vringh_abandon`.
@@ -228,7 +229,7 @@ impl<A: Area> SplitQueue<A> {
     /// A fault, or the violation met before.
     #[inline]
     pub fn enable_kick(&mut self) -> Result<bool, RingError> {
-        self.check_broken()?;
+        self.broken.check()?;
         if self.event_idx {
             self.used.store_u16(layout::avail_event(self.size), self.next_avail)?;
         } else {
@@ -237,7 +238,7 @@ impl<A: Area> SplitQueue<A> {
         // Pairs with the driver's barrier between its available index and its look at our wish.
         self.used.barrier();
         let result = self.refresh();
-        self.latch(result)
+        self.broken.keep(result)
     }
 
     /// Whether there is a request. For a device that looks of itself, while no kick is asked for.
@@ -246,12 +247,12 @@ impl<A: Area> SplitQueue<A> {
     /// A fault, or the violation met before.
     #[inline]
     pub fn has_request(&mut self) -> Result<bool, RingError> {
-        self.check_broken()?;
+        self.broken.check()?;
         if self.avail_seen != self.next_avail {
             return Ok(true);
         }
         let result = self.refresh();
-        self.latch(result)
+        self.broken.keep(result)
     }
 
     /// Tells the driver that no kick is needed: advice only, kicks may still come.
@@ -306,22 +307,7 @@ impl<A: Area> SplitQueue<A> {
     /// The violation that stopped the ring.
     #[must_use]
     pub const fn broken(&self) -> Option<RingError> {
-        self.broken
-    }
-
-    #[inline]
-    fn check_broken(&self) -> Result<(), RingError> {
-        self.broken.map_or(Ok(()), Err)
-    }
-
-    #[inline]
-    fn latch<T>(&mut self, result: Result<T, RingError>) -> Result<T, RingError> {
-        if let Err(error) = &result
-            && !error.is_fault()
-        {
-            self.broken = Some(*error);
-        }
-        result
+        self.broken.violation()
     }
 
     /// Reads the driver's index; returns whether there are requests.

@@ -6,6 +6,7 @@ pub use adopt::{PackedAdoptError, PackedDriverState, PackedInFlight};
 
 use super::{AddError, Completion, zero};
 use crate::features::Features;
+use crate::ring::error::Latch;
 use crate::ring::layout::{DESCRIPTOR, Descriptor, NEXT, WRITE};
 use crate::ring::packed::layout::{self, FLAGS, LEN, Place};
 use crate::ring::{Area, Buffer, RingError};
@@ -40,7 +41,7 @@ pub struct PackedDriver<A: Area> {
     /// Next descriptor to take as used.
     last_used: Place,
     in_flight: u16,
-    broken: Option<RingError>,
+    broken: Latch,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -86,7 +87,7 @@ impl<A: Area> PackedDriver<A> {
             undecided: false,
             last_used: Place::START,
             in_flight: 0,
-            broken: None,
+            broken: Latch::default(),
         })
     }
 
@@ -156,14 +157,9 @@ impl<A: Area> PackedDriver<A> {
     /// After a fault the call may be repeated. All others are violations of the device
     /// ([`RingError::BufferId`], [`RingError::UsedLength`]) and are returned from now on.
     pub fn pop_used(&mut self) -> Result<Option<Completion>, RingError> {
-        self.check_broken()?;
+        self.broken.check()?;
         let result = self.take();
-        if let Err(error) = &result
-            && !error.is_fault()
-        {
-            self.broken = Some(*error);
-        }
-        result
+        self.broken.keep(result)
     }
 
     /// Asks the device to notify at the next completion; returns whether one is there already, for which no
@@ -172,7 +168,7 @@ impl<A: Area> PackedDriver<A> {
     /// # Errors
     /// A fault, or the violation met before.
     pub fn enable_interrupts(&mut self) -> Result<bool, RingError> {
-        self.check_broken()?;
+        self.broken.check()?;
         layout::ask_event(&self.driver, self.event_idx, self.last_used)?;
         // Pairs with the device's barrier between its used flags and its look at our wish.
         self.desc.barrier();
@@ -204,10 +200,6 @@ impl<A: Area> PackedDriver<A> {
     #[must_use]
     pub const fn size(&self) -> u16 {
         self.size
-    }
-
-    fn check_broken(&self) -> Result<(), RingError> {
-        self.broken.map_or(Ok(()), Err)
     }
 
     /// Looks at the next used descriptor; returns its flags if there is one.
