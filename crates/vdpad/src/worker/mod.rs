@@ -2,7 +2,7 @@
 //!
 //! A [`Pool`] has the threads; each hosts many devices on one io_uring, which carries everything it waits for: kicks,
 //! commands of the control side and disk I/O of all of them. A [`Logic`] does what a device does with its [`Queues`];
-//! [`disk`] is the logic of block devices, which asks a [`Disk`] about each request.
+//! [`requests`] is the logic of block devices, which asks a [`Disk`] about each request.
 //!
 //! The control side of a device ([`Worker`]) talks to its thread by commands and waits for the answer, so that a queue
 //! that was stopped is at rest and a mapping that was removed is unused when the call returns. A command waits for
@@ -11,10 +11,12 @@
 mod buffers;
 mod device;
 mod disk;
+mod pending;
 mod poll;
 mod pool;
 mod queue;
 mod queues;
+mod requests;
 mod serve;
 mod view;
 
@@ -26,6 +28,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use vdpa_core::Errno;
+use vdpa_core::iotlb::Removed;
 use vdpa_core::parent::QueueStats;
 use vdpa_core::types::{Asid, QueueIndex, Result};
 use vdpa_core::vq::{QueueSetup, QueueState};
@@ -71,9 +74,27 @@ pub(crate) trait Logic: Send + 'static {
         true
     }
 
+    /// Whether a request in flight in that address space uses memory that was removed. One that began with the new
+    /// translation does not, whatever its addresses.
+    fn uses(&self, _queues: &Queues, _removal: &Removal) -> bool {
+        false
+    }
+
+    /// Requests in flight in that address space are to keep nothing of older translations than the one that is given:
+    /// it has everything they use.
+    fn renew(&mut self, _queues: &Queues, _asid: Asid, _view: &Arc<View>) {}
+
     /// What the device does with its requests cannot be done any more: each is to be answered with an error. Nothing is
     /// in flight.
     fn fail(&mut self) {}
+}
+
+/// A translation that has taken the place of another one, and what it does not have any more.
+#[derive(Debug)]
+pub(crate) struct Removal {
+    asid: Asid,
+    view: Arc<View>,
+    removed: Removed,
 }
 
 /// How much of everything a device has.
@@ -149,7 +170,7 @@ type Reply<T> = SyncSender<T>;
 enum Command {
     Start { index: QueueIndex, setup: QueueSetup<LinuxHost>, state: QueueState, reply: Reply<Result<()>> },
     Stop { index: QueueIndex, reply: Reply<Result<Option<QueueState>>> },
-    SetView { asid: Asid, view: Arc<View>, drain: bool, reply: Reply<()> },
+    SetView { removal: Removal, reply: Reply<()> },
     Forget,
     Fail { reply: Reply<()> },
     Remove { reply: Reply<()> },
@@ -199,10 +220,11 @@ impl Worker {
         self.ask(|reply| Command::Stop { index, reply })?
     }
 
-    /// Replaces the translation of one address space. With `drain`, returns when no request of this device uses the
-    /// previous one any more, and every ring in it is looked up again.
-    pub(crate) fn set_view(&self, asid: Asid, view: Arc<View>, drain: bool) -> Result<()> {
-        self.ask(|reply| Command::SetView { asid, view, drain, reply })
+    /// Replaces the translation of one address space by `view`, which does not have `removed` any more. Returns when no
+    /// request of this device uses what was removed; rings that are there are looked up again. Requests that use other
+    /// memory go on meanwhile.
+    pub(crate) fn set_view(&self, asid: Asid, view: Arc<View>, removed: Removed) -> Result<()> {
+        self.ask(|reply| Command::SetView { removal: Removal { asid, view, removed }, reply })
     }
 
     /// The device is reset: a queue that is started again owes nothing for requests it took before.

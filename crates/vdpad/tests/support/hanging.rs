@@ -2,8 +2,8 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -24,7 +24,27 @@ pub(crate) struct HangingFile {
 struct State {
     hangs: AtomicBool,
     waiting: AtomicUsize,
+    /// Requests at these offsets are answered although others hang.
+    released: Mutex<Vec<u64>>,
     ends: AtomicBool,
+}
+
+/// A request that waits.
+struct Held {
+    unique: u64,
+    offset: u64,
+    /// What to answer: bytes read, or a count of bytes written.
+    answer: Result<usize, u32>,
+}
+
+impl Held {
+    fn answer(&self, connection: &Connection) {
+        let _ = match self.answer {
+            Ok(len) => connection.reply(self.unique, Ok(&[&vec![0; len]])),
+            Err(count) => connection
+                .reply(self.unique, Ok(&[WriteOut { size: count, ..WriteOut::default() }.as_bytes()])),
+        };
+    }
 }
 
 impl HangingFile {
@@ -37,6 +57,7 @@ impl HangingFile {
         let state = Arc::new(State {
             hangs: AtomicBool::new(true),
             waiting: AtomicUsize::new(0),
+            released: Mutex::default(),
             ends: AtomicBool::new(false),
         });
         let own = Arc::clone(&state);
@@ -47,6 +68,11 @@ impl HangingFile {
     /// Requests that wait.
     pub(crate) fn waiting(&self) -> usize {
         self.state.waiting.load(Ordering::SeqCst)
+    }
+
+    /// Answers what waits at byte `offset` of the file, from now on too.
+    pub(crate) fn release(&self, offset: u64) {
+        self.state.released.lock().unwrap().push(offset);
     }
 
     /// Answers all requests, from now on too.
@@ -69,18 +95,11 @@ fn serve(connection: &Connection, state: &State, size: u64) {
     // Each read is a request of its own.
     let open = OpenOut { open_flags: open_flags::DIRECT_IO, ..OpenOut::default() };
     let mut buffer = vec![0; BUFFER_SIZE];
-    // Number of the request and what to answer: bytes read, or a count of bytes written.
-    let mut held: Vec<(u64, Result<usize, u32>)> = Vec::new();
+    let mut held: Vec<Held> = Vec::new();
     while !state.ends.load(Ordering::SeqCst) {
-        if !state.hangs.load(Ordering::SeqCst) {
-            for (unique, answer) in held.drain(..) {
-                let _ = match answer {
-                    Ok(len) => connection.reply(unique, Ok(&[&vec![0; len]])),
-                    Err(count) => connection
-                        .reply(unique, Ok(&[WriteOut { size: count, ..WriteOut::default() }.as_bytes()])),
-                };
-            }
-        }
+        let released = state.released.lock().unwrap().clone();
+        let goes = |held: &Held| !state.hangs.load(Ordering::SeqCst) || released.contains(&held.offset);
+        held.extract_if(.., |held| goes(held)).for_each(|held| held.answer(connection));
         state.waiting.store(held.len(), Ordering::SeqCst);
         match connection.wait(None, Duration::from_millis(2)) {
             Ok(Readiness::Request) => {}
@@ -99,11 +118,11 @@ fn serve(connection: &Connection, state: &State, size: u64) {
                 connection.reply(unique, Ok(&[]))
             }
             Operation::Read(args) => {
-                held.push((unique, Ok(args.size as usize)));
+                held.push(Held { unique, offset: args.offset, answer: Ok(args.size as usize) });
                 Ok(())
             }
             Operation::Write { args, .. } => {
-                held.push((unique, Err(args.size)));
+                held.push(Held { unique, offset: args.offset, answer: Err(args.size) });
                 Ok(())
             }
             Operation::Forget(_) | Operation::BatchForget(_) | Operation::Interrupt(_) => Ok(()),

@@ -180,6 +180,7 @@ impl FileDisk {
         if let Some(moved) = self.now(Direction::Write, &places, view, offset) {
             return Ok(self.transferred(moved, len, 0, sync));
         }
+        let after = After::Transfer { len, written: 0, sync };
         let op = match places {
             Places::One(place) => match view.fixed(place) {
                 Some(from) => Op::WriteFixed { file, from, offset },
@@ -189,10 +190,12 @@ impl FileDisk {
             Places::Bounce => {
                 let mut buffer = self.bounce(len)?;
                 request.data_out.read(view.snapshot(), &mut buffer).map_err(|_| Errno::FAULT)?;
-                Op::Write { file, buffers: Buffers::Owned(OwnedBuf::Aligned(buffer)), offset }
+                let buffers = Buffers::Owned(OwnedBuf::Aligned(buffer));
+                let after = After::CopiedIn { len, sync };
+                return Ok(Verdict::Io { op: Op::Write { file, buffers, offset }, after });
             }
         };
-        Ok(Verdict::Io { op, after: After::Transfer { len, written: 0, sync } })
+        Ok(Verdict::Io { op, after })
     }
 
     /// The one segment of a discard or write-zeroes request; the verdict when there is none that can be carried
@@ -340,6 +343,7 @@ impl Disk for FileDisk {
     ) -> Verdict {
         match (after, result) {
             (After::Transfer { len, written, sync }, result) => self.transferred(result, len, written, sync),
+            (After::CopiedIn { len, sync }, result) => self.transferred(result, len, 0, sync),
             (After::CopyOut { to, len }, Ok(moved)) if moved == len => {
                 let bytes = buffer.as_deref().unwrap_or_default();
                 match BufferSlice::new(&to).write(view.snapshot(), bytes) {

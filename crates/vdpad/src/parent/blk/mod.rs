@@ -12,9 +12,10 @@ use std::sync::Arc;
 use vdpa_core::Errno;
 use vdpa_core::blk::BlkConfig;
 use vdpa_core::features::{BackendFeatures, Features};
-use vdpa_core::iotlb::{Mapping, Table};
+use vdpa_core::host::MemoryObject;
+use vdpa_core::iotlb::{Mapping, Removed, Table};
 use vdpa_core::parent::{AddressMode, Dma, Parent, PrivateMemory, Profile, QueueStats, SetMap};
-use vdpa_core::types::{Asid, IovaRange, QueueIndex, Result};
+use vdpa_core::types::{Asid, IovaRange, Perm, QueueIndex, Result};
 use vdpa_core::vq::{QueueSetup, QueueState};
 use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::guest::{GuestMemory, LinuxHost};
@@ -94,12 +95,38 @@ fn features(read_only: bool, packed: bool) -> Features {
     if read_only { offered.with(Features::BLK_RO) } else { offered }
 }
 
-/// An entry as the data path sees it: first and last address, where it is in the daemon, and its rights.
-type Place = (u64, u64, Option<usize>, u8, bool);
+/// An entry as the data path sees it, without its range: where it is, and its rights.
+#[derive(Debug)]
+struct Place {
+    memory: Location,
+    perm: Perm,
+    stale: bool,
+}
 
-fn place(entry: &Mapping<GuestMemory>) -> Place {
-    let range = entry.range;
-    (range.first(), range.last(), entry.memory.host_addr(0), entry.perm.0, entry.stale)
+/// Where the bytes of an entry are.
+#[derive(Debug)]
+enum Location {
+    /// In the daemon, at this address.
+    Mapped(usize),
+    /// In an address space from which they are copied.
+    Copied(GuestMemory),
+}
+
+impl PartialEq for Place {
+    fn eq(&self, other: &Self) -> bool {
+        let same = match (&self.memory, &other.memory) {
+            (Location::Mapped(here), Location::Mapped(there)) => here == there,
+            (Location::Copied(here), Location::Copied(there)) => here.same_object(0, there, 0),
+            _ => false,
+        };
+        same && (self.perm, self.stale) == (other.perm, other.stale)
+    }
+}
+
+fn place(entry: &Mapping<GuestMemory>) -> (IovaRange, Place) {
+    let addr = entry.memory.host_addr(0);
+    let memory = addr.map_or_else(|| Location::Copied(entry.memory.clone()), Location::Mapped);
+    (entry.range, Place { memory, perm: entry.perm, stale: entry.stale })
 }
 
 /// What the driver is told of a disk.
@@ -120,8 +147,8 @@ struct Blk {
     worker: Worker,
     /// `None` with `pin off`.
     pins: Option<Pins>,
-    /// Entries of the table the worker has, to see whether one has gone.
-    mapped: Vec<Place>,
+    /// Entries of the table the worker has, to see which have gone.
+    mapped: Vec<(IovaRange, Place)>,
 }
 
 impl Blk {
@@ -264,8 +291,8 @@ impl SetMap<LinuxHost> for Blk {
         let entries: Vec<_> = table.iter().filter(serves).collect();
         let pins = self.pins.as_ref().map(|pins| pins.of(&entries)).unwrap_or_default();
         let now: Vec<_> = entries.iter().map(|entry| place(entry)).collect();
-        let gone = self.mapped.iter().any(|before| now.binary_search(before).is_err());
-        self.worker.set_view(asid, Arc::new(View::of(&entries, pins)), gone)?;
+        let removed = Removed::between(&self.mapped, &now);
+        self.worker.set_view(asid, Arc::new(View::of(&entries, pins)), removed)?;
         self.mapped = now;
         if let Some(pins) = &mut self.pins {
             pins.unpin_gone(table, self.worker.buffers());
