@@ -5,9 +5,10 @@ use std::sync::Arc;
 use vdpa_core::blk::{BlkRequest, ShapeError, Status};
 use vdpa_core::ring::Buffer;
 use vdpa_core::types::Result;
-use vdpa_sys::uring::{Op, OwnedBuf, Registrar};
+use vdpa_sys::uring::{AlignedBuf, Op, OwnedBuf, Registrar};
 
 use super::View;
+use super::claims::Claim;
 
 /// What a request comes to.
 #[derive(Debug)]
@@ -21,6 +22,16 @@ pub(crate) enum Verdict {
     },
     /// The kernel is to do this first.
     Io {
+        /// What.
+        op: Op,
+        /// What then.
+        after: After,
+    },
+    /// As [`Io`](Self::Io), once no other request changes these bytes of the disk. The request has them to itself, as far
+    /// as it needs that, until it is answered or only waits for a flush.
+    Claimed {
+        /// Which bytes.
+        claim: Claim,
         /// What.
         op: Op,
         /// What then.
@@ -54,13 +65,17 @@ pub(crate) enum After {
         /// Make them stable before answering (write-through).
         sync: bool,
     },
-    /// The bytes go from a bounce buffer to the client.
+    /// The bytes from `skip` on go from a bounce buffer, which must have been filled, to the client.
     CopyOut {
         /// Destination.
         to: Vec<Buffer>,
+        /// Bytes before those that were asked for.
+        skip: u32,
         /// Bytes.
         len: u32,
     },
+    /// A block of the disk is completed: what was read is written back with changes.
+    Patch(Box<Patch>),
     /// Nothing more than success counts.
     Success {
         /// Make it stable before answering.
@@ -68,17 +83,40 @@ pub(crate) enum After {
     },
     /// A discard is a hint: a file system that cannot do it is no error.
     Hint,
-    /// Zero a range; where the file system cannot, by writing zeros from `at` to `end`.
-    Zero {
-        /// First byte not yet zero.
-        at: u64,
-        /// End, in bytes.
-        end: u64,
-        /// Whether zeros are being written already.
-        writing: bool,
-        /// Make it stable before answering.
-        sync: bool,
-    },
+    /// A part of a range is zero.
+    Zero(Zero),
+}
+
+/// Bytes that are to be written in whole blocks of the disk, of which the first and the last are not known as a whole.
+#[derive(Debug)]
+pub(crate) struct Patch {
+    /// The blocks, with what is to be written in its place.
+    pub(crate) blocks: AlignedBuf,
+    /// Where they are on the disk, in bytes.
+    pub(crate) offset: u64,
+    /// What of them is known: bytes from here on ...
+    pub(crate) first: usize,
+    /// ... up to here.
+    pub(crate) end: usize,
+    /// What follows when they are written.
+    pub(crate) then: After,
+}
+
+/// How far a range has been zeroed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Zero {
+    /// First byte that the operation in flight zeroes.
+    pub(crate) at: u64,
+    /// First byte behind those.
+    pub(crate) next: u64,
+    /// What the operation is to report.
+    pub(crate) expected: u32,
+    /// First byte behind the range.
+    pub(crate) end: u64,
+    /// How the file system does it (`FALLOC_FL_*`); `None` where it cannot, and zeros are written.
+    pub(crate) mode: Option<i32>,
+    /// Make it stable before answering.
+    pub(crate) sync: bool,
 }
 
 impl After {

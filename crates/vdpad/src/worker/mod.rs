@@ -9,6 +9,7 @@
 //! requests of its own device only, and a device gets a bounded turn before the next one has its own.
 
 mod buffers;
+mod claims;
 mod device;
 mod disk;
 mod pending;
@@ -37,7 +38,8 @@ use vdpa_sys::guest::LinuxHost;
 use vdpa_sys::uring::OwnedBuf;
 
 pub(crate) use buffers::Buffers;
-pub(crate) use disk::{After, Disk, Verdict};
+pub(crate) use claims::Claim;
+pub(crate) use disk::{After, Disk, Patch, Verdict, Zero};
 use pool::Thread;
 pub(crate) use pool::{NoCpuList, Placement, Pool};
 pub(crate) use queue::Queue;

@@ -7,6 +7,7 @@ use vdpa_core::iotlb::Removed;
 use vdpa_core::ring::Buffer;
 
 use super::View;
+use super::claims::ClaimId;
 use super::disk::After;
 
 /// A request whose I/O is in flight.
@@ -20,6 +21,8 @@ pub(super) struct Pending {
     /// The client's buffers.
     pub(super) data: Data,
     pub(super) view: Arc<View>,
+    /// The bytes of the disk that it changes now, on disks where that is of interest.
+    pub(super) claim: Option<ClaimId>,
 }
 
 /// The buffers that a request of a driver has for its data.

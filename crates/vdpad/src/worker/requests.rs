@@ -7,6 +7,7 @@ use vdpa_core::ring::{Chain, Memory, RingError};
 use vdpa_core::types::{Asid, Result};
 use vdpa_sys::uring::{Op, OwnedBuf};
 
+use super::claims::{Claim, Claims};
 use super::disk::{After, Disk, Verdict};
 use super::pending::{Data, Pending};
 use super::queue::Queue;
@@ -30,6 +31,13 @@ enum InFlight {
     Flush(Vec<(Pending, After)>),
 }
 
+/// A request whose next operation is known, and is not to be started yet.
+struct Ready {
+    pending: Pending,
+    op: Op,
+    after: After,
+}
+
 /// The answer to a request for a disk that is gone.
 const GONE: Verdict = Verdict::Done { status: Status::IoErr, written: 0 };
 
@@ -47,6 +55,10 @@ pub(super) struct Requests<D: Disk> {
     waiting: Vec<(Pending, After)>,
     /// It.
     next_flush: Option<Op>,
+    /// Bytes of the disk that are being changed, and requests that wait for some.
+    claims: Claims<Ready>,
+    /// Requests that have waited for bytes of the disk and can go on.
+    ready: Vec<Ready>,
     chain: Chain,
 }
 
@@ -62,6 +74,7 @@ impl<D: Disk> Logic for Requests<D> {
         {
             disk.register(&queues.registrar());
         }
+        self.start_ready(queues);
         for index in 0..queues.count() {
             let index = to_u16(index);
             let Some(mut queue) = queues.take(index) else { continue };
@@ -95,10 +108,11 @@ impl<D: Disk> Logic for Requests<D> {
                 }
             }
         }
+        self.start_ready(queues);
     }
 
     fn has_room(&self) -> bool {
-        self.in_flight() < IN_FLIGHT_MAX
+        self.in_flight() + self.claims.waiting_len() + self.ready.len() < IN_FLIGHT_MAX
     }
 
     fn uses(&self, queues: &Queues, removal: &Removal) -> bool {
@@ -106,7 +120,10 @@ impl<D: Disk> Logic for Requests<D> {
             InFlight::One(one) => std::slice::from_ref(one),
             InFlight::Flush(all) => all,
         });
-        in_flight.chain(&self.waiting).any(|(pending, after)| {
+        let not_started =
+            self.claims.waiting().chain(&self.ready).map(|ready| (&ready.pending, &ready.after));
+        let started = in_flight.chain(&self.waiting).map(|(pending, after)| (pending, after));
+        started.chain(not_started).any(|(pending, after)| {
             queues.asid(pending.queue) == Some(removal.asid)
                 && !Arc::ptr_eq(&pending.view, &removal.view)
                 && pending.uses(after, &removal.removed)
@@ -118,10 +135,13 @@ impl<D: Disk> Logic for Requests<D> {
             InFlight::One(one) => std::slice::from_mut(one),
             InFlight::Flush(all) => all,
         });
+        let not_started = self.claims.waiting_mut().chain(&mut self.ready).map(|ready| &mut ready.pending);
         in_flight
             .chain(&mut self.waiting)
-            .filter(|(pending, _)| queues.asid(pending.queue) == Some(asid))
-            .for_each(|(pending, _)| pending.view = Arc::clone(view));
+            .map(|(pending, _)| pending)
+            .chain(not_started)
+            .filter(|pending| queues.asid(pending.queue) == Some(asid))
+            .for_each(|pending| pending.view = Arc::clone(view));
     }
 
     fn fail(&mut self) {
@@ -154,6 +174,8 @@ impl<D: Disk> Requests<D> {
             flushing: false,
             waiting: Vec::new(),
             next_flush: None,
+            claims: Claims::default(),
+            ready: Vec::new(),
             chain: Chain::new(),
         }
     }
@@ -228,8 +250,13 @@ impl<D: Disk> Requests<D> {
             head: chain.head,
             status: request.status,
             data_out: if request.header.kind == kind::OUT { request.data_out.len() } else { 0 },
-            data: if matches!(verdict, Verdict::Io { .. }) { Data::of(&request) } else { Data::default() },
+            data: if matches!(verdict, Verdict::Io { .. } | Verdict::Claimed { .. }) {
+                Data::of(&request)
+            } else {
+                Data::default()
+            },
             view: Arc::clone(view),
+            claim: None,
         };
         self.carry_out(queues, Some(queue), pending, verdict);
         Ok(true)
@@ -241,11 +268,13 @@ impl<D: Disk> Requests<D> {
         &mut self,
         queues: &mut Queues,
         queue: Option<&mut Queue>,
-        pending: Pending,
+        mut pending: Pending,
         verdict: Verdict,
     ) {
         let (status, written) = match verdict {
             Verdict::Io { op: op @ Op::Fsync { .. }, after } => {
+                // The bytes are changed; they only have to become stable.
+                self.release(&mut pending);
                 if self.flushing {
                     self.waiting.push((pending, after));
                     self.next_flush = Some(op);
@@ -254,16 +283,51 @@ impl<D: Disk> Requests<D> {
                 }
                 return;
             }
-            Verdict::Io { op, after } => match self.submit(queues, op, InFlight::One((pending, after))) {
-                Some(InFlight::One((back, _))) => {
-                    return answer_request(queues, queue, &back, Status::IoErr, 0);
+            Verdict::Io { op, after } => return self.start(queues, queue, Ready { pending, op, after }),
+            Verdict::Claimed { claim, op, after } => {
+                if let Some(ready) = self.claim(claim, Ready { pending, op, after }) {
+                    self.start(queues, queue, ready);
                 }
-                _ => return,
-            },
+                return;
+            }
             Verdict::Done { status, written } => (status, written),
             Verdict::Unreachable | Verdict::Misshapen { .. } => (Status::IoErr, 0),
         };
+        self.release(&mut pending);
         answer_request(queues, queue, &pending, status, written);
+    }
+
+    /// Starts the next operation of a request.
+    fn start(&mut self, queues: &mut Queues, queue: Option<&mut Queue>, ready: Ready) {
+        let Ready { pending, op, after } = ready;
+        if let Some(InFlight::One((mut back, _))) = self.submit(queues, op, InFlight::One((pending, after))) {
+            self.release(&mut back);
+            answer_request(queues, queue, &back, Status::IoErr, 0);
+        }
+    }
+
+    /// Starts what has waited for bytes of the disk and can go on. All queues are in their places.
+    fn start_ready(&mut self, queues: &mut Queues) {
+        while let Some(ready) = self.ready.pop() {
+            self.start(queues, None, ready);
+        }
+    }
+
+    /// Gives a request the bytes of the disk that it is going to change; `None` if it has to wait for them.
+    fn claim(&mut self, claim: Claim, ready: Ready) -> Option<Ready> {
+        let (id, mut ready) = self.claims.ask(claim, ready)?;
+        ready.pending.claim = Some(id);
+        Some(ready)
+    }
+
+    /// A request changes no bytes of the disk any more. What has waited for them is started later, not from here: that
+    /// may go on in the same way for ever.
+    fn release(&mut self, pending: &mut Pending) {
+        let Some(id) = pending.claim.take() else { return };
+        for (id, mut ready) in self.claims.release(id) {
+            ready.pending.claim = Some(id);
+            self.ready.push(ready);
+        }
     }
 
     /// Goes on with a request whose I/O has ended.

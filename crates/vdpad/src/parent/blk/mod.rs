@@ -1,11 +1,13 @@
 //! `blk`: a virtio block device on a file or block device.
 
 mod disk;
+mod edges;
 mod file;
 mod null;
 mod options;
 mod pace;
 mod pin;
+mod range;
 
 use std::sync::Arc;
 
