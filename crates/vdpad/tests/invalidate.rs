@@ -1,6 +1,7 @@
 //! INVALIDATE waits for the requests that use what it removes, and for no others.
 #![expect(clippy::unwrap_used, reason = "a failure is a panic here, also outside of test functions")]
 
+#[expect(dead_code, reason = "every test binary uses its own part")]
 #[path = "support/hanging.rs"]
 mod hanging;
 mod support;

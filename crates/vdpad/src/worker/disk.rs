@@ -134,7 +134,8 @@ pub(crate) trait Disk: Send + 'static {
     /// The disk goes while some of its operations have not ended: nobody else may get what they use by its number.
     fn abandon(&mut self) {}
 
-    /// Looks at a request and starts it. `write_back`: the driver has a flush command and uses it.
+    /// Looks at a request and starts it. `write_back`: the driver asks for a flush where it
+    /// needs one.
     fn begin(&mut self, request: &BlkRequest<'_>, view: &Arc<View>, write_back: bool) -> Verdict;
 
     /// A chain that is no request.

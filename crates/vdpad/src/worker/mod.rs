@@ -23,12 +23,13 @@ mod view;
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::Duration;
 
 use parking_lot::Mutex;
 use vdpa_core::Errno;
+use vdpa_core::features::Features;
 use vdpa_core::iotlb::Removed;
 use vdpa_core::parent::QueueStats;
 use vdpa_core::types::{Asid, QueueIndex, Result};
@@ -138,6 +139,42 @@ impl Counters {
     }
 }
 
+/// Whether writes of a block device have to be stable when they are answered (virtio 1.2 section 5.2.5.2).
+#[derive(Debug, Default)]
+pub(crate) struct Cache(AtomicU8);
+
+impl Cache {
+    const AS_NEGOTIATED: u8 = 0;
+    const WRITE_THROUGH: u8 = 1;
+    const WRITE_BACK: u8 = 2;
+
+    /// What the driver has written into the field `writeback`: for every request that it makes from now on.
+    fn set(&self, write_back: bool) {
+        let mode = if write_back { Self::WRITE_BACK } else { Self::WRITE_THROUGH };
+        self.0.store(mode, Ordering::Release);
+    }
+
+    /// The driver has written nothing.
+    fn reset(&self) {
+        self.0.store(Self::AS_NEGOTIATED, Ordering::Release);
+    }
+
+    /// Whether a write may be answered before it is stable, by a driver that has accepted `features`. One that has a flush
+    /// command is taken to use it until it says otherwise.
+    fn is_write_back(&self, features: Features) -> bool {
+        let mode = if features.has(Features::BLK_CONFIG_WCE) {
+            self.0.load(Ordering::Acquire)
+        } else {
+            Self::AS_NEGOTIATED
+        };
+        match mode {
+            Self::WRITE_THROUGH => false,
+            Self::WRITE_BACK => true,
+            _ => features.has(Features::BLK_FLUSH),
+        }
+    }
+}
+
 /// What the two sides of a device share.
 #[derive(Debug)]
 struct Shared {
@@ -146,6 +183,7 @@ struct Shared {
     needs_reset: AtomicBool,
     /// Signalled when that becomes so.
     config_call: Mutex<Option<EventFd>>,
+    cache: Cache,
 }
 
 impl Shared {
@@ -154,6 +192,7 @@ impl Shared {
             counters: (0..queues).map(|_| Counters::default()).collect(),
             needs_reset: AtomicBool::new(false),
             config_call: Mutex::new(None),
+            cache: Cache::default(),
         }
     }
 
@@ -232,8 +271,19 @@ impl Worker {
     /// The device is reset: a queue that is started again owes nothing for requests it took before.
     pub(crate) fn reset(&self) {
         self.shared.needs_reset.store(false, Ordering::Release);
+        self.shared.cache.reset();
         // A thread that is gone has forgotten everything.
         let _ = self.thread.send(self.device, Command::Forget);
+    }
+
+    /// The driver decides whether writes are to be stable when they are answered. Those that it makes from now on are.
+    pub(crate) fn set_write_back(&self, write_back: bool) {
+        self.shared.cache.set(write_back);
+    }
+
+    /// Whether they may be answered before, for a driver that has accepted `features`.
+    pub(crate) fn is_write_back(&self, features: Features) -> bool {
+        self.shared.cache.is_write_back(features)
     }
 
     /// See [`Parent::fail`](vdpa_core::parent::Parent::fail).

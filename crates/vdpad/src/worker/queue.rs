@@ -140,12 +140,6 @@ impl Queue {
         }
         Ok(())
     }
-
-    /// Whether the driver uses the flush command, so that writes need not be stable at once
-    /// (virtio 1.2 section 5.2.6.2).
-    pub(super) fn write_back(&self) -> bool {
-        self.setup.features.has(Features::BLK_FLUSH)
-    }
 }
 
 fn resolve(

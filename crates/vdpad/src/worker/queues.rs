@@ -278,6 +278,11 @@ impl Queues {
         found
     }
 
+    /// Whether a write of this queue may be answered before it is stable.
+    pub(super) fn write_back(&self, queue: &Queue) -> bool {
+        self.shared.cache.is_write_back(queue.setup.features)
+    }
+
     /// Counts a request that was answered.
     pub(crate) fn count_request(&self, index: u16, bytes: u64, failed: bool) {
         if let Some(counters) = self.shared.counters.get(usize::from(index)) {

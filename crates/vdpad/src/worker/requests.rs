@@ -238,7 +238,7 @@ impl<D: Disk> Requests<D> {
             }
         };
         let verdict = match &mut self.disk {
-            Some(disk) => disk.begin(&request, view, queue.write_back()),
+            Some(disk) => disk.begin(&request, view, queues.write_back(queue)),
             None => GONE,
         };
         if matches!(verdict, Verdict::Unreachable | Verdict::Misshapen { .. }) {

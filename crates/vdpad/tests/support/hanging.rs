@@ -1,4 +1,5 @@
-//! [`HangingFile`]: a file whose reads and writes wait until they are allowed, as those of a disk that has gone away.
+//! [`HangingFile`]: a file whose reads and writes wait until they are allowed, as those of a disk that has gone away, and
+//! which counts how often it is made stable.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -13,6 +14,8 @@ use vdpa_sys::uapi::fuse::{Attr, AttrOut, OpenOut, ROOT_ID, WriteOut, open_flags
 use zerocopy::IntoBytes;
 
 const S_IFREG: u32 = 0o100_000;
+/// `FUSE_FSYNC`, which the daemon has no use for.
+const FSYNC: u32 = 20;
 
 /// A file of zeros, served by a thread of this process, mounted over a file.
 pub(crate) struct HangingFile {
@@ -26,6 +29,8 @@ struct State {
     waiting: AtomicUsize,
     /// Requests at these offsets are answered although others hang.
     released: Mutex<Vec<u64>>,
+    /// How often it has been made stable.
+    syncs: AtomicUsize,
     ends: AtomicBool,
 }
 
@@ -58,6 +63,7 @@ impl HangingFile {
             hangs: AtomicBool::new(true),
             waiting: AtomicUsize::new(0),
             released: Mutex::default(),
+            syncs: AtomicUsize::new(0),
             ends: AtomicBool::new(false),
         });
         let own = Arc::clone(&state);
@@ -68,6 +74,11 @@ impl HangingFile {
     /// Requests that wait.
     pub(crate) fn waiting(&self) -> usize {
         self.state.waiting.load(Ordering::SeqCst)
+    }
+
+    /// How often it has been made stable (fsync, fdatasync).
+    pub(crate) fn syncs(&self) -> usize {
+        self.state.syncs.load(Ordering::SeqCst)
     }
 
     /// Answers what waits at byte `offset` of the file, from now on too.
@@ -124,6 +135,10 @@ fn serve(connection: &Connection, state: &State, size: u64) {
             Operation::Write { args, .. } => {
                 held.push(Held { unique, offset: args.offset, answer: Err(args.size) });
                 Ok(())
+            }
+            Operation::Unknown { opcode: FSYNC } => {
+                state.syncs.fetch_add(1, Ordering::SeqCst);
+                connection.reply(unique, Ok(&[]))
             }
             Operation::Forget(_) | Operation::BatchForget(_) | Operation::Interrupt(_) => Ok(()),
             _ => connection.reply(unique, Err(Errno::NOSYS)),

@@ -9,6 +9,7 @@ mod pace;
 mod pin;
 mod range;
 
+use std::mem::offset_of;
 use std::sync::Arc;
 
 use vdpa_core::Errno;
@@ -85,6 +86,7 @@ fn features(read_only: bool, packed: bool) -> Features {
         Features::BLK_BLK_SIZE,
         Features::BLK_FLUSH,
         Features::BLK_TOPOLOGY,
+        Features::BLK_CONFIG_WCE,
         Features::BLK_MQ,
         Features::BLK_DISCARD,
         Features::BLK_WRITE_ZEROES,
@@ -146,6 +148,8 @@ struct Blk {
     name: String,
     profile: Profile,
     config: BlkConfig,
+    /// What the driver has accepted.
+    accepted: Features,
     worker: Worker,
     /// `None` with `pin off`.
     pins: Option<Pins>,
@@ -167,7 +171,8 @@ impl Blk {
         let worker = pool.add_disk(name, options.queues, place, disk);
         let worker = worker.map_err(|errno| no_worker(name, place, errno))?;
         let pins = options.pin.then(Pins::default);
-        Ok(Self { name: name.into(), profile, config, worker, pins, mapped: Vec::new() })
+        let accepted = Features::NONE;
+        Ok(Self { name: name.into(), profile, config, accepted, worker, pins, mapped: Vec::new() })
     }
 }
 
@@ -231,18 +236,28 @@ impl Parent for Blk {
     }
 
     fn read_config(&self, offset: u32, out: &mut [u8]) {
-        copy_config(&self.config, offset, out);
+        // Before the features are agreed on, what a driver with a flush command will find.
+        let features = if self.accepted == Features::NONE { self.profile.features } else { self.accepted };
+        let wce = self.worker.is_write_back(features).into();
+        copy_config(&BlkConfig { wce, ..self.config }, offset, out);
     }
 
-    fn write_config(&mut self, _offset: u32, _data: &[u8]) {
-        // Without CONFIG_WCE nothing in it is the driver's to write.
+    fn write_config(&mut self, offset: u32, data: &[u8]) {
+        // The field `writeback` is all that is the driver's to write (virtio 1.2 section 5.2.5), if it has accepted that.
+        let at = u32::try_from(offset_of!(BlkConfig, wce)).ok().and_then(|wce| wce.checked_sub(offset));
+        if self.accepted.has(Features::BLK_CONFIG_WCE)
+            && let Some(wce) = at.and_then(|at| data.get(usize::try_from(at).ok()?))
+        {
+            self.worker.set_write_back(*wce != 0);
+        }
     }
 
     fn negotiate(&mut self, features: Features) -> Result<Features> {
         if !features.has(Features::ACCESS_PLATFORM) || !features.has(Features::VERSION_1) {
             return Err(Errno::INVAL);
         }
-        Ok(features & self.profile.features)
+        self.accepted = features & self.profile.features;
+        Ok(self.accepted)
     }
 
     fn start_queue(
@@ -263,6 +278,7 @@ impl Parent for Blk {
     }
 
     fn reset(&mut self) {
+        self.accepted = Features::NONE;
         self.worker.reset();
     }
 
