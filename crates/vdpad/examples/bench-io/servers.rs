@@ -6,6 +6,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use vdpa_sys::exec::end_with_starter;
 use vdpad::ctl::api::{AddRequest, Attrs};
 use vdpad::ctl::client::Client;
 use vdpad::front::Choice;
@@ -91,7 +92,7 @@ impl Qemu {
                 socket.display()
             )
         };
-        let child = Command::new(program)
+        let child = end_with_starter(&mut Command::new(program))
             .arg("--blockdev")
             .arg(format!("driver=file,node-name=disk,filename={},aio=io_uring,locking=off", file.display()))
             .args(["--export", &export("disk")])
