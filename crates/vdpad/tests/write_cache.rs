@@ -33,10 +33,10 @@ fn setup(attrs: &[(&str, &str)]) -> (Daemon, HangingFile, PathBuf) {
 /// How often the disk is made stable by one write, by one write-zeroes, and by one flush.
 #[track_caller]
 fn syncs(blk: &mut Blk, file: &HangingFile) -> [usize; 3] {
-    let mut before = file.syncs();
+    let mut before = file.flushes();
     let mut count = |file: &HangingFile| {
-        let more = file.syncs() - before;
-        before = file.syncs();
+        let more = file.flushes() - before;
+        before = file.flushes();
         more
     };
     assert_eq!(blk.write(0, 8, &[1; 4096]), OK);

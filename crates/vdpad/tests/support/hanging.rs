@@ -1,5 +1,5 @@
-//! [`HangingFile`]: a file whose reads and writes wait until they are allowed, as those of a disk that has gone away, and
-//! which counts how often it is made stable.
+//! [`HangingFile`]: a file whose reads, writes and flushes wait until they are allowed, as those of a disk that has gone
+//! away.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use vdpa_sys::uapi::fuse::{Attr, AttrOut, OpenOut, ROOT_ID, WriteOut, open_flags
 use zerocopy::IntoBytes;
 
 const S_IFREG: u32 = 0o100_000;
-/// `FUSE_FSYNC`, which the daemon has no use for.
+/// `FUSE_FSYNC`, which the daemon's own files have no use for.
 const FSYNC: u32 = 20;
 
 /// A file of zeros, served by a thread of this process, mounted over a file.
@@ -27,29 +27,17 @@ pub(crate) struct HangingFile {
 struct State {
     hangs: AtomicBool,
     waiting: AtomicUsize,
-    /// Requests at these offsets are answered although others hang.
+    flushes: AtomicUsize,
+    /// Reads and writes at these offsets are answered although others hang.
     released: Mutex<Vec<u64>>,
-    /// How often it has been made stable.
-    syncs: AtomicUsize,
     ends: AtomicBool,
 }
 
-/// A request that waits.
-struct Held {
-    unique: u64,
-    offset: u64,
-    /// What to answer: bytes read, or a count of bytes written.
-    answer: Result<usize, u32>,
-}
-
-impl Held {
-    fn answer(&self, connection: &Connection) {
-        let _ = match self.answer {
-            Ok(len) => connection.reply(self.unique, Ok(&[&vec![0; len]])),
-            Err(count) => connection
-                .reply(self.unique, Ok(&[WriteOut { size: count, ..WriteOut::default() }.as_bytes()])),
-        };
-    }
+/// A request that waits, with what its answer says.
+enum Held {
+    Read { offset: u64, len: usize },
+    Write { offset: u64, size: u32 },
+    Flush,
 }
 
 impl HangingFile {
@@ -62,8 +50,8 @@ impl HangingFile {
         let state = Arc::new(State {
             hangs: AtomicBool::new(true),
             waiting: AtomicUsize::new(0),
+            flushes: AtomicUsize::new(0),
             released: Mutex::default(),
-            syncs: AtomicUsize::new(0),
             ends: AtomicBool::new(false),
         });
         let own = Arc::clone(&state);
@@ -76,12 +64,12 @@ impl HangingFile {
         self.state.waiting.load(Ordering::SeqCst)
     }
 
-    /// How often it has been made stable (fsync, fdatasync).
-    pub(crate) fn syncs(&self) -> usize {
-        self.state.syncs.load(Ordering::SeqCst)
+    /// Flushes that have arrived, those that wait among them.
+    pub(crate) fn flushes(&self) -> usize {
+        self.state.flushes.load(Ordering::SeqCst)
     }
 
-    /// Answers what waits at byte `offset` of the file, from now on too.
+    /// Answers reads and writes at byte `offset` of the file, from now on too.
     pub(crate) fn release(&self, offset: u64) {
         self.state.released.lock().unwrap().push(offset);
     }
@@ -106,11 +94,23 @@ fn serve(connection: &Connection, state: &State, size: u64) {
     // Each read is a request of its own.
     let open = OpenOut { open_flags: open_flags::DIRECT_IO, ..OpenOut::default() };
     let mut buffer = vec![0; BUFFER_SIZE];
-    let mut held: Vec<Held> = Vec::new();
+    let mut held: Vec<(u64, Held)> = Vec::new();
     while !state.ends.load(Ordering::SeqCst) {
         let released = state.released.lock().unwrap().clone();
-        let goes = |held: &Held| !state.hangs.load(Ordering::SeqCst) || released.contains(&held.offset);
-        held.extract_if(.., |held| goes(held)).for_each(|held| held.answer(connection));
+        let goes = |request: &Held| match request {
+            _ if !state.hangs.load(Ordering::SeqCst) => true,
+            Held::Read { offset, .. } | Held::Write { offset, .. } => released.contains(offset),
+            Held::Flush => false,
+        };
+        for (unique, request) in held.extract_if(.., |(_, request)| goes(request)) {
+            let _ = match request {
+                Held::Read { len, .. } => connection.reply(unique, Ok(&[&vec![0; len]])),
+                Held::Write { size, .. } => {
+                    connection.reply(unique, Ok(&[WriteOut { size, ..WriteOut::default() }.as_bytes()]))
+                }
+                Held::Flush => connection.reply(unique, Ok(&[])),
+            };
+        }
         state.waiting.store(held.len(), Ordering::SeqCst);
         match connection.wait(None, Duration::from_millis(2)) {
             Ok(Readiness::Request) => {}
@@ -129,16 +129,17 @@ fn serve(connection: &Connection, state: &State, size: u64) {
                 connection.reply(unique, Ok(&[]))
             }
             Operation::Read(args) => {
-                held.push(Held { unique, offset: args.offset, answer: Ok(args.size as usize) });
+                held.push((unique, Held::Read { offset: args.offset, len: args.size as usize }));
                 Ok(())
             }
             Operation::Write { args, .. } => {
-                held.push(Held { unique, offset: args.offset, answer: Err(args.size) });
+                held.push((unique, Held::Write { offset: args.offset, size: args.size }));
                 Ok(())
             }
             Operation::Unknown { opcode: FSYNC } => {
-                state.syncs.fetch_add(1, Ordering::SeqCst);
-                connection.reply(unique, Ok(&[]))
+                state.flushes.fetch_add(1, Ordering::SeqCst);
+                held.push((unique, Held::Flush));
+                Ok(())
             }
             Operation::Forget(_) | Operation::BatchForget(_) | Operation::Interrupt(_) => Ok(()),
             _ => connection.reply(unique, Err(Errno::NOSYS)),

@@ -33,6 +33,7 @@ use crate::front::fuse::{DeviceFile, IoctlCall, IoctlReply, Opener};
 use crate::rate::RateLimit;
 
 use self::opens::Opens;
+pub use self::opens::Waiting;
 pub use self::updates::Updates;
 
 /// The decoders, for fuzz targets.
@@ -213,7 +214,7 @@ impl VhostVdpaFile {
         if fd < 0 {
             return Err(Errno::BADF);
         }
-        EventFd::from_fd(caller.get_fd(fd)?).map(Some).map_err(|_| Errno::INVAL)
+        EventFd::from_peer(caller.get_fd(fd)?).map(Some).map_err(|_| Errno::INVAL)
     }
 
     fn get_config(&self, device: &mut Device<AnyParent>, call: &IoctlCall<'_>) -> Result<IoctlReply> {
