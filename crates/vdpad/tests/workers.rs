@@ -17,9 +17,10 @@ use vdpa_core::ops::VdpaOps;
 use vdpa_core::ring::Buffer;
 use vdpa_core::types::{Asid, QueueIndex};
 use vdpa_sys::eventfd::EventFd;
+use vdpa_sys::memfd;
 
 use hanging::HangingFile;
-use support::blk::{Blk, DATA, FEATURES, IOERR, NEXT, OK, PATIENCE, data, over_packed_rings};
+use support::blk::{Blk, DATA, FEATURES, IOERR, MEMORY, NEXT, OK, PATIENCE, WRITE, data, over_packed_rings};
 use support::daemon::{Daemon, Disk, pattern};
 
 const DISK: usize = 1 << 20;
@@ -159,7 +160,7 @@ fn a_disk_that_hangs_is_no_concern_of_its_neighbours() {
     }
     assert_eq!(disk.read(0, 4096), pattern(1 << 40, 4096));
     let ops = neighbour.session.ops();
-    let memory = support::blk::MEMORY;
+    let memory = MEMORY;
     let uaddr = neighbour.memory().addr() as u64;
     ops.dma_map(Asid(0), 0x2_0000_0000, memory, uaddr, vdpa_core::types::Perm::RW).unwrap();
     ops.dma_unmap(Asid(0), 0x2_0000_0000, memory).unwrap();
@@ -252,6 +253,51 @@ fn a_driver_that_fills_the_counter_of_its_call_is_no_concern_of_its_neighbours()
         assert_eq!(neighbour.read(0, 8, 512), Ok(pattern(4096, 512)));
     }
     assert_eq!(ring.call.drain(), full);
+}
+
+/// Where the driver has asked for order, and nowhere else: a slow request holds the answers behind it, and one used
+/// element stands for all of them.
+#[test]
+fn answers_come_in_order_where_the_driver_has_accepted_that() {
+    let daemon = one_worker();
+    for in_order in [false, true] {
+        let file = HangingFile::new(&daemon.dir().join(format!("order-{in_order}")), DISK as u64);
+        let attrs =
+            [("path", file.path.to_str().unwrap()), ("in_order", if in_order { "on" } else { "off" })];
+        let path = daemon.add(&format!("order-{in_order}"), "blk", &attrs);
+        let mut blk = Blk::negotiated(&path, FEATURES.with(Features::IN_ORDER));
+        assert_eq!(blk.session.features().has(Features::IN_ORDER), in_order);
+        blk.map(memfd::create(c"blk", MEMORY, None).unwrap());
+        let ring = blk.run_by_hand();
+        // A read that hangs, and then the id of the disk, which takes no time. Descriptors in order, too.
+        for (position, kind, len) in [(0, kind::IN, 4096), (1, kind::GET_ID, 20), (2, kind::GET_ID, 20)] {
+            let head = 3 * position;
+            let (header, status) = blk.frame(position.into(), kind, 0);
+            ring.descriptor(head, header, NEXT, head + 1);
+            ring.descriptor(head + 1, data(8192 * u64::from(position), len), NEXT | WRITE, head + 2);
+            ring.descriptor(head + 2, status, WRITE, 0);
+            ring.entry(position, head);
+        }
+        ring.available(3);
+        let deadline = Instant::now() + PATIENCE;
+        while file.waiting() == 0 || blk.status(2) != OK {
+            assert!(Instant::now() < deadline, "the requests have not begun");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        if in_order {
+            std::thread::sleep(Duration::from_millis(50));
+            assert_eq!(ring.used(), 0, "the first is not answered");
+            file.recover();
+            assert!(ring.wait_used(3), "not answered");
+            assert_eq!(ring.used_element(0), (6, 21), "one for three");
+        } else {
+            assert!(ring.wait_used(2), "what is answered waits for nobody");
+            assert_eq!([ring.used_element(0), ring.used_element(1)], [(3, 21), (6, 21)]);
+            file.recover();
+            assert!(ring.wait_used(3), "not answered");
+            assert_eq!(ring.used_element(2), (0, 4097));
+        }
+    }
 }
 
 /// What was answered before the ring broke is seen, also in the same turn.

@@ -8,6 +8,7 @@ use std::time::Duration;
 use vdpa_client::Session;
 use vdpa_client::device::Device;
 use vdpa_client::queue::RingLayout;
+use vdpa_client::vring::GuestRing;
 use vdpa_core::blk::{RequestHeader, Segment, kind};
 use vdpa_core::features::Features;
 use vdpa_core::ring::Buffer;
@@ -220,6 +221,22 @@ impl Blk {
         self.io(0, kind, 0, &[data(0, Segment::BYTES)], &[]).status
     }
 
+    /// Adds queue 0 with a ring that nothing but the test knows, for features that the library's driver has not, and lets
+    /// the device run.
+    pub(crate) fn run_by_hand(&mut self) -> HandRing {
+        let layout = RingLayout::at(0, SIZE);
+        let [kick, call] = [EventFd::new().unwrap(), EventFd::new().unwrap()];
+        let ring = GuestRing {
+            size: SIZE,
+            desc: IOVA + layout.desc,
+            driver: IOVA + layout.avail,
+            device: IOVA + layout.used,
+        };
+        self.session.add_guest_queue(QueueIndex(0), ring, kick.clone(), call.clone()).unwrap();
+        self.session.start().unwrap();
+        HandRing { map: self.memory().clone(), layout, kick, call }
+    }
+
     /// Takes the ring of `queue` into one's own hands: nothing else may use it from now on.
     pub(crate) fn by_hand(&self, queue: u16) -> HandRing {
         let queue = self.session.queue(QueueIndex(queue)).unwrap();
@@ -272,6 +289,14 @@ impl HandRing {
     /// The device's used index.
     pub(crate) fn used(&self) -> u16 {
         self.map.load_u16(to_usize(self.layout.used + 2)).unwrap()
+    }
+
+    /// The used element at `position`: head of the chain, and bytes written.
+    pub(crate) fn used_element(&self, position: u16) -> (u32, u32) {
+        let at = self.layout.used + 4 + u64::from(position % self.layout.size) * 8;
+        let mut raw = [[0; 4]; 2];
+        self.map.read(to_usize(at), raw.as_flattened_mut()).unwrap();
+        (u32::from_le_bytes(raw[0]), u32::from_le_bytes(raw[1]))
     }
 
     /// Waits until the used index is `index`; whether that came.
