@@ -1,6 +1,7 @@
 //! Many devices on one thread: what one of them does, or suffers, is of no concern to the others.
 #![expect(clippy::unwrap_used, reason = "a failure is a panic here, also outside of test functions")]
 
+#[expect(dead_code, reason = "every test binary uses its own part")]
 #[path = "support/hanging.rs"]
 mod hanging;
 mod support;
