@@ -168,7 +168,8 @@ fn checked_len(name: &str, fd: BorrowedFd<'_>, offset: u64, size: u64) -> Result
         })?
         .st_size;
     let object = u64::try_from(object).unwrap_or(0);
-    let short = || Error::Region { name: name.to_owned(), problem: RegionProblem::Short { size, object } };
+    let short =
+        || Error::Region { name: name.to_owned(), problem: RegionProblem::Short { offset, size, object } };
     match offset.checked_add(size) {
         Some(end) if end <= object => usize::try_from(size).map_err(|_| short()),
         _ => Err(short()),
@@ -192,7 +193,10 @@ mod tests {
         memory.verify().unwrap();
         let fd = memfd::create(c"short", 0x2000, None).unwrap();
         let error = Memory::map("short", fd, 0x1000, 0x2000, false).unwrap_err().to_string();
-        assert!(error.contains("has 8192 bytes, but its memory object only 8192"), "{error}");
+        assert!(
+            error.contains("has 8192 bytes from byte 4096 of its memory object on, which has only 8192"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -295,6 +295,8 @@ fn a_guests_rings_and_shared_memory_are_carried_over() {
         let (kick, call) = (copy(&events[0]), copy(&events[1]));
         session.add_guest_queue(Q0, ring, kick, call).unwrap();
         session.add_queue(QueueIndex(1), 8, "high", 0x1000).unwrap();
+        let error = session.queue_mut(Q0).unwrap_err().to_string();
+        assert_eq!(error, "queue 0 is a ring of a guest, not of this program");
         session.start().unwrap();
         session.ops().note("--- update").unwrap();
         devices.push(name, session);
@@ -312,6 +314,10 @@ fn a_guests_rings_and_shared_memory_are_carried_over() {
         assert_eq!(session.queue(QueueIndex(1)).unwrap().region(), "high");
         let error = session.queue(Q0).unwrap_err().to_string();
         assert_eq!(error, "queue 0 is a ring of a guest, not of this program");
+        let error = session.guest_queue(QueueIndex(1)).unwrap_err().to_string();
+        assert_eq!(error, "queue 1 is a ring of this program, not of a guest");
+        let error = session.queue(QueueIndex(2)).unwrap_err().to_string();
+        assert_eq!(error, "queue 2 is not set up");
         let regions: Vec<_> = session.regions().iter().map(|r| (r.name(), r.offset())).collect();
         assert_eq!(regions, [("low", 0), ("high", 0x8_0000)]);
     }
