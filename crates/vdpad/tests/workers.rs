@@ -248,6 +248,32 @@ fn answers_before_a_broken_request_are_not_lost() {
     assert_eq!(ring.used(), 2);
 }
 
+/// The driver has something to do while the second half is done.
+#[test]
+fn half_of_many_requests_is_shown_before_the_other_half_is_done() {
+    let daemon = Daemon::start_with(&["--workers", "1", "--poll-us", "0"]);
+    let (_disk, path) = add(&daemon, 0, &[]);
+    let mut blk = Blk::start(&path);
+    for (requests, publications, total) in [(32, 2, 32), (16, 1, 48)] {
+        // Of no data, so that each is done as soon as it is seen.
+        (0..requests).for_each(|_| _ = blk.submit(0, kind::IN, 8, &[], &[]));
+        blk.notify(0);
+        let ring = blk.by_hand(0);
+        let deadline = Instant::now() + PATIENCE;
+        while ring.used() != total {
+            assert!(Instant::now() < deadline, "{} requests are done", ring.used());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        // Without event indices each publication is a signal; all have been given when the queue has stopped.
+        blk.session.ops().suspend().unwrap();
+        assert_eq!(ring.call.drain(), publications, "{requests} requests");
+        for _ in 0..requests {
+            assert_eq!(blk.finish(0, PATIENCE).map(|done| done.status), Some(OK));
+        }
+        blk.session.ops().resume().unwrap();
+    }
+}
+
 /// The driver is told that it has to reset the device, and then it can go on.
 fn a_broken_ring_needs_a_reset() {
     let daemon = one_worker();
