@@ -27,17 +27,38 @@ pub(crate) struct HangingFile {
 struct State {
     hangs: AtomicBool,
     waiting: AtomicUsize,
-    flushes: AtomicUsize,
-    /// Reads and writes at these offsets are answered although others hang.
+    /// Requests at these offsets are answered although others hang.
     released: Mutex<Vec<u64>>,
+    flushes: AtomicUsize,
     ends: AtomicBool,
 }
 
-/// A request that waits, with what its answer says.
-enum Held {
-    Read { offset: u64, len: usize },
-    Write { offset: u64, size: u32 },
-    Flush,
+/// A request that waits.
+struct Held {
+    unique: u64,
+    offset: u64,
+    answer: Answer,
+}
+
+/// What to answer.
+enum Answer {
+    /// So many bytes.
+    Read(usize),
+    /// A count of bytes.
+    Written(u32),
+    Flushed,
+}
+
+impl Held {
+    fn answer(&self, connection: &Connection) {
+        let _ = match self.answer {
+            Answer::Read(len) => connection.reply(self.unique, Ok(&[&vec![0; len]])),
+            Answer::Written(size) => {
+                connection.reply(self.unique, Ok(&[WriteOut { size, ..WriteOut::default() }.as_bytes()]))
+            }
+            Answer::Flushed => connection.reply(self.unique, Ok(&[])),
+        };
+    }
 }
 
 impl HangingFile {
@@ -50,8 +71,8 @@ impl HangingFile {
         let state = Arc::new(State {
             hangs: AtomicBool::new(true),
             waiting: AtomicUsize::new(0),
-            flushes: AtomicUsize::new(0),
             released: Mutex::default(),
+            flushes: AtomicUsize::new(0),
             ends: AtomicBool::new(false),
         });
         let own = Arc::clone(&state);
@@ -64,12 +85,12 @@ impl HangingFile {
         self.state.waiting.load(Ordering::SeqCst)
     }
 
-    /// Flushes that have arrived, those that wait among them.
+    /// Flushes (fsync, fdatasync) that have arrived, those that wait among them.
     pub(crate) fn flushes(&self) -> usize {
         self.state.flushes.load(Ordering::SeqCst)
     }
 
-    /// Answers reads and writes at byte `offset` of the file, from now on too.
+    /// Answers what waits at byte `offset` of the file, from now on too.
     pub(crate) fn release(&self, offset: u64) {
         self.state.released.lock().unwrap().push(offset);
     }
@@ -94,23 +115,11 @@ fn serve(connection: &Connection, state: &State, size: u64) {
     // Each read is a request of its own.
     let open = OpenOut { open_flags: open_flags::DIRECT_IO, ..OpenOut::default() };
     let mut buffer = vec![0; BUFFER_SIZE];
-    let mut held: Vec<(u64, Held)> = Vec::new();
+    let mut held: Vec<Held> = Vec::new();
     while !state.ends.load(Ordering::SeqCst) {
         let released = state.released.lock().unwrap().clone();
-        let goes = |request: &Held| match request {
-            _ if !state.hangs.load(Ordering::SeqCst) => true,
-            Held::Read { offset, .. } | Held::Write { offset, .. } => released.contains(offset),
-            Held::Flush => false,
-        };
-        for (unique, request) in held.extract_if(.., |(_, request)| goes(request)) {
-            let _ = match request {
-                Held::Read { len, .. } => connection.reply(unique, Ok(&[&vec![0; len]])),
-                Held::Write { size, .. } => {
-                    connection.reply(unique, Ok(&[WriteOut { size, ..WriteOut::default() }.as_bytes()]))
-                }
-                Held::Flush => connection.reply(unique, Ok(&[])),
-            };
-        }
+        let goes = |held: &Held| !state.hangs.load(Ordering::SeqCst) || released.contains(&held.offset);
+        held.extract_if(.., |held| goes(held)).for_each(|held| held.answer(connection));
         state.waiting.store(held.len(), Ordering::SeqCst);
         match connection.wait(None, Duration::from_millis(2)) {
             Ok(Readiness::Request) => {}
@@ -129,16 +138,16 @@ fn serve(connection: &Connection, state: &State, size: u64) {
                 connection.reply(unique, Ok(&[]))
             }
             Operation::Read(args) => {
-                held.push((unique, Held::Read { offset: args.offset, len: args.size as usize }));
+                held.push(Held { unique, offset: args.offset, answer: Answer::Read(args.size as usize) });
                 Ok(())
             }
             Operation::Write { args, .. } => {
-                held.push((unique, Held::Write { offset: args.offset, size: args.size }));
+                held.push(Held { unique, offset: args.offset, answer: Answer::Written(args.size) });
                 Ok(())
             }
             Operation::Unknown { opcode: FSYNC } => {
                 state.flushes.fetch_add(1, Ordering::SeqCst);
-                held.push((unique, Held::Flush));
+                held.push(Held { unique, offset: 0, answer: Answer::Flushed });
                 Ok(())
             }
             Operation::Forget(_) | Operation::BatchForget(_) | Operation::Interrupt(_) => Ok(()),
