@@ -15,12 +15,14 @@ use vdpa_core::blk::kind;
 use vdpa_core::features::{Features, Status};
 use vdpa_core::ops::VdpaOps;
 use vdpa_core::ring::Buffer;
-use vdpa_core::types::{Asid, QueueIndex};
+use vdpa_core::types::{Asid, Perm, QueueIndex};
 use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::memfd;
 
 use hanging::HangingFile;
-use support::blk::{Blk, DATA, FEATURES, IOERR, MEMORY, NEXT, OK, PATIENCE, WRITE, data, over_packed_rings};
+use support::blk::{
+    Blk, DATA, FEATURES, IOERR, MEMORY, NEXT, OK, PATIENCE, Private, WRITE, data, over_packed_rings,
+};
 use support::daemon::{Daemon, Disk, pattern};
 
 const DISK: usize = 1 << 20;
@@ -162,7 +164,7 @@ fn a_disk_that_hangs_is_no_concern_of_its_neighbours() {
     let ops = neighbour.session.ops();
     let memory = MEMORY;
     let uaddr = neighbour.memory().addr() as u64;
-    ops.dma_map(Asid(0), 0x2_0000_0000, memory, uaddr, vdpa_core::types::Perm::RW).unwrap();
+    ops.dma_map(Asid(0), 0x2_0000_0000, memory, uaddr, Perm::RW).unwrap();
     ops.dma_unmap(Asid(0), 0x2_0000_0000, memory).unwrap();
     ops.suspend().unwrap();
     ops.vring_base(QueueIndex(0)).unwrap();
@@ -253,6 +255,49 @@ fn a_driver_that_fills_the_counter_of_its_call_is_no_concern_of_its_neighbours()
         assert_eq!(neighbour.read(0, 8, 512), Ok(pattern(4096, 512)));
     }
     assert_eq!(ring.call.drain(), full);
+}
+
+/// Requests whose data have to be copied need memory of the daemon while they wait for the disk.
+#[test]
+fn requests_that_need_copies_take_a_bounded_amount_of_memory() {
+    const LARGE: usize = 32 << 20;
+    const COUNT: usize = 12;
+    let daemon = one_worker();
+    let file = HangingFile::new(&daemon.dir().join("hanging"), LARGE as u64);
+    let path = daemon.add("d0", "blk", &[("path", file.path.to_str().unwrap())]);
+    let mut blk = Blk::start(&path);
+    let private = Private::new(LARGE);
+    let ops = blk.session.ops();
+    ops.dma_map(Asid(0), 0x2_0000_0000, LARGE as u64, private.addr(), Perm::RW).unwrap();
+    let size = || {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.pid())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmSize:")).unwrap();
+        line.trim().strip_suffix(" kB").unwrap().parse::<usize>().unwrap() << 10
+    };
+    let before = size();
+    let into = Buffer { iova: 0x2_0000_0000, len: u32::try_from(LARGE).unwrap() };
+    for _ in 0..COUNT {
+        blk.submit(0, kind::IN, 0, &[], &[into]);
+    }
+    blk.notify(0);
+    // Until nothing has been added for a while.
+    let (mut most, mut since) = (before, Instant::now());
+    while most == before || since.elapsed() < Duration::from_millis(500) {
+        let now = size();
+        if now > most {
+            (most, since) = (now, Instant::now());
+        }
+        assert!(since.elapsed() < PATIENCE, "the requests have not begun");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    // Three, and what the allocator has of its own.
+    assert!(most - before < COUNT / 2 * LARGE, "{} bytes for requests that wait", most - before);
+    file.recover();
+    for _ in 0..COUNT {
+        let done = blk.finish(0, PATIENCE).unwrap();
+        assert_eq!((done.status, done.len as usize), (OK, LARGE + 1));
+    }
+    assert!(private.get(0, LARGE).iter().all(|byte| *byte == 0));
 }
 
 /// Where the driver has asked for order, and nowhere else: a slow request holds the answers behind it, and one used

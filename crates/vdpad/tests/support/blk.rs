@@ -3,6 +3,7 @@
 use std::cell::Cell;
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use vdpa_client::Session;
@@ -323,4 +324,31 @@ pub(crate) fn descriptor(buffer: Buffer, flags: u16, next: u16) -> [u8; 16] {
 
 fn to_usize(offset: u64) -> usize {
     usize::try_from(offset).unwrap()
+}
+
+/// Private memory, of which the compiler knows that others change it.
+pub(crate) struct Private(Vec<AtomicU8>);
+
+impl Private {
+    pub(crate) fn new(len: usize) -> Self {
+        Self((0..len + 4096).map(|_| AtomicU8::new(0)).collect())
+    }
+
+    fn skip(&self) -> usize {
+        self.0.as_ptr().align_offset(4096)
+    }
+
+    pub(crate) fn addr(&self) -> u64 {
+        self.0[self.skip()..].as_ptr().expose_provenance() as u64
+    }
+
+    pub(crate) fn put(&self, offset: usize, bytes: &[u8]) {
+        let to = &self.0[self.skip() + offset..];
+        to.iter().zip(bytes).for_each(|(to, byte)| to.store(*byte, Ordering::Relaxed));
+    }
+
+    pub(crate) fn get(&self, offset: usize, len: usize) -> Vec<u8> {
+        let from = &self.0[self.skip() + offset..][..len];
+        from.iter().map(|byte| byte.load(Ordering::Relaxed)).collect()
+    }
 }
