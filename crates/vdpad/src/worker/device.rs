@@ -178,7 +178,9 @@ impl Served {
                 answer(&reply, Ok(Some(queue.state())));
             }
         }
-        self.settle_removals();
+        if !self.draining.is_empty() {
+            self.settle_removals();
+        }
         if !self.failing.is_empty() && !self.queues.in_flight() {
             self.logic.fail();
             self.failing.drain(..).for_each(|reply| answer(&reply, ()));

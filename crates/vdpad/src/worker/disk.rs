@@ -29,14 +29,7 @@ pub(crate) enum Verdict {
     },
     /// As [`Io`](Self::Io), once no other request changes these bytes of the disk. The request has them to itself, as far
     /// as it needs that, until it is answered or only waits for a flush.
-    Claimed {
-        /// Which bytes.
-        claim: Claim,
-        /// What.
-        op: Op,
-        /// What then.
-        after: After,
-    },
+    Claimed(Box<Claimed>),
     /// Client memory is out of reach: the request goes back, and the queue rests until the next kick.
     Unreachable,
     /// No request at all: completed with length 0 and no status.
@@ -46,17 +39,32 @@ pub(crate) enum Verdict {
     },
 }
 
+/// See [`Verdict::Claimed`].
+#[derive(Debug)]
+pub(crate) struct Claimed {
+    /// Which bytes.
+    pub(crate) claim: Claim,
+    /// What.
+    pub(crate) op: Op,
+    /// What then.
+    pub(crate) after: After,
+}
+
 impl Verdict {
     /// Bytes of the buffers that come with it.
-    pub(super) fn bounced(&self) -> usize {
-        let (Self::Io { op, after } | Self::Claimed { op, after, .. }) = self else { return 0 };
+    pub(super) fn bounced(&self) -> u32 {
+        let (op, after) = match self {
+            Self::Io { op, after } => (op, after),
+            Self::Claimed(claimed) => (&claimed.op, &claimed.after),
+            _ => return 0,
+        };
         let moved = match op {
             Op::Read { buffers: Buffers::Owned(buffer), .. }
             | Op::Write { buffers: Buffers::Owned(buffer), .. } => buffer.len(),
             _ => 0,
         };
         let patched = if let After::Patch(patch) = after { patch.blocks.len() } else { 0 };
-        moved + patched
+        u32::try_from(moved + patched).unwrap_or(u32::MAX)
     }
 }
 
@@ -98,7 +106,7 @@ pub(crate) enum After {
     /// A discard is a hint: a file system that cannot do it is no error.
     Hint,
     /// A part of a range is zero.
-    Zero(Zero),
+    Zero(Box<Zero>),
 }
 
 /// Bytes that are to be written in whole blocks of the disk, of which the first and the last are not known as a whole.

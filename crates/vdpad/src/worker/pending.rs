@@ -10,39 +10,39 @@ use super::View;
 use super::claims::ClaimId;
 use super::disk::After;
 
-/// A request whose I/O is in flight.
+/// A request whose I/O is in flight. Small, since it is moved several times for each request.
 pub(super) struct Pending {
     pub(super) queue: u16,
     pub(super) head: u16,
+    /// The bytes of the disk that it changes now, on disks where that is of interest.
+    pub(super) claim: Option<ClaimId>,
     /// Address of the status byte.
     pub(super) status: u64,
     /// Bytes of data that the driver wants written.
-    pub(super) data_out: u64,
+    pub(super) data_out: u32,
+    /// Bytes of the bounce buffers that it has.
+    pub(super) bounced: u32,
     /// The client's buffers.
     pub(super) data: Data,
     pub(super) view: Arc<View>,
-    /// The bytes of the disk that it changes now, on disks where that is of interest.
-    pub(super) claim: Option<ClaimId>,
-    /// Bytes of the bounce buffers that it has.
-    pub(super) bounced: usize,
 }
 
-/// The buffers that a request of a driver has for its data.
-pub(super) enum Data {
-    One(Buffer),
-    Other(Box<[Buffer]>),
+/// The buffers that a request of a driver has for its data: nearly always one.
+#[derive(Default)]
+pub(super) struct Data {
+    iova: u64,
+    /// Bytes; 0 for none.
+    len: u64,
+    /// If there are several.
+    all: Option<Box<Several>>,
 }
 
-impl Default for Data {
-    /// None; allocates nothing.
-    fn default() -> Self {
-        Self::Other(Box::default())
-    }
-}
+struct Several(Vec<Buffer>);
 
 impl Data {
     /// Those a read or a write moves bytes from or to later. What else a request has in its buffers is read, or answered,
     /// when it begins.
+    #[inline]
     pub(super) fn of(request: &BlkRequest<'_>) -> Self {
         let buffers = match request.header.kind {
             kind::IN => request.data_in,
@@ -50,23 +50,24 @@ impl Data {
             _ => return Self::default(),
         };
         match buffers.iter().next() {
-            Some(first) if u64::from(first.len) == buffers.len() => Self::One(first),
-            _ => Self::Other(buffers.iter().collect()),
+            Some(Buffer { iova, len }) if u64::from(len) == buffers.len() => {
+                Self { iova, len: len.into(), all: None }
+            }
+            _ => Self { all: Some(Box::new(Several(buffers.iter().collect()))), ..Self::default() },
         }
     }
 
-    fn buffers(&self) -> &[Buffer] {
-        match self {
-            Self::One(buffer) => std::slice::from_ref(buffer),
-            Self::Other(buffers) => buffers,
-        }
+    /// Whether one of them is in removed memory.
+    fn uses(&self, removed: &Removed) -> bool {
+        let several = self.all.iter().flat_map(|several| &several.0);
+        removed.touches(self.iova, self.len)
+            || several.into_iter().any(|buffer| removed.touches(buffer.iova, buffer.len.into()))
     }
 }
 
 impl Pending {
     /// Whether what follows needs memory that was removed.
     pub(super) fn uses(&self, after: &After, removed: &Removed) -> bool {
-        let gone = |buffer: &Buffer| removed.touches(buffer.iova, buffer.len.into());
-        removed.touches(self.status, 1) || after.moves_data() && self.data.buffers().iter().any(gone)
+        removed.touches(self.status, 1) || after.moves_data() && self.data.uses(removed)
     }
 }

@@ -8,7 +8,7 @@ use vdpa_core::types::{Asid, Result};
 use vdpa_sys::uring::{Op, OwnedBuf};
 
 use super::claims::{Claim, Claims};
-use super::disk::{After, Disk, Verdict};
+use super::disk::{After, Claimed, Disk, Verdict};
 use super::pending::{Data, Pending};
 use super::queue::Queue;
 use super::queues::{Queues, to_u16};
@@ -261,8 +261,12 @@ impl<D: Disk> Requests<D> {
             queue: index,
             head: chain.head,
             status: request.status,
-            data_out: if request.header.kind == kind::OUT { request.data_out.len() } else { 0 },
-            data: if matches!(verdict, Verdict::Io { .. } | Verdict::Claimed { .. }) {
+            data_out: if request.header.kind == kind::OUT {
+                u32::try_from(request.data_out.len()).unwrap_or(u32::MAX)
+            } else {
+                0
+            },
+            data: if matches!(verdict, Verdict::Io { .. } | Verdict::Claimed(_)) {
                 Data::of(&request)
             } else {
                 Data::default()
@@ -271,7 +275,7 @@ impl<D: Disk> Requests<D> {
             claim: None,
             bounced: verdict.bounced(),
         };
-        self.bounced += pending.bounced;
+        self.bounced += pending.bounced as usize;
         self.carry_out(queues, Some(queue), pending, verdict);
         Ok(true)
     }
@@ -298,7 +302,8 @@ impl<D: Disk> Requests<D> {
                 return;
             }
             Verdict::Io { op, after } => return self.start(queues, queue, Ready { pending, op, after }),
-            Verdict::Claimed { claim, op, after } => {
+            Verdict::Claimed(claimed) => {
+                let Claimed { claim, op, after } = *claimed;
                 if let Some(ready) = self.claim(claim, Ready { pending, op, after }) {
                     self.start(queues, queue, ready);
                 }
@@ -312,6 +317,7 @@ impl<D: Disk> Requests<D> {
     }
 
     /// Starts the next operation of a request.
+    #[inline]
     fn start(&mut self, queues: &mut Queues, queue: Option<&mut Queue>, ready: Ready) {
         let Ready { pending, op, after } = ready;
         if let Some(InFlight::One((mut back, _))) = self.submit(queues, op, InFlight::One((pending, after))) {
@@ -337,7 +343,7 @@ impl<D: Disk> Requests<D> {
     /// A request needs no bounce buffers and changes no bytes of the disk any more. What has waited for those is started
     /// later, not from here: that may go on in the same way for ever.
     fn release(&mut self, pending: &mut Pending) {
-        self.bounced -= std::mem::take(&mut pending.bounced);
+        self.bounced -= std::mem::take(&mut pending.bounced) as usize;
         let Some(id) = pending.claim.take() else { return };
         for (id, mut ready) in self.claims.release(id) {
             ready.pending.claim = Some(id);
@@ -439,7 +445,7 @@ fn answer_request(
     written: u32,
 ) {
     let data_out = if status == Status::Ok { pending.data_out } else { 0 };
-    queues.count_request(pending.queue, data_out + u64::from(written), status != Status::Ok);
+    queues.count_request(pending.queue, u64::from(data_out) + u64::from(written), status != Status::Ok);
     let told = pending.view.snapshot().write(pending.status, &[status.byte()]);
     let queue = match queue {
         Some(queue) => Some(queue),

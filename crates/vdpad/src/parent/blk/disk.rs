@@ -278,7 +278,7 @@ impl Disk for FileDisk {
             }
             (After::Success { sync }, Ok(_)) => self.stable(sync),
             (After::Hint, Ok(_) | Err(Errno::OPNOTSUPP)) => OK,
-            (After::Zero(zero), result) => self.zeroed(zero, result),
+            (After::Zero(zero), result) => self.zeroed(*zero, result),
             _ => IO_ERROR,
         }
     }

@@ -7,7 +7,7 @@ use vdpa_core::types::Result;
 use vdpa_sys::uring::{Buffers, Op, OwnedBuf};
 
 use super::disk::{FileDisk, Transfer};
-use crate::worker::{After, Claim, Patch, Verdict, View};
+use crate::worker::{After, Claim, Claimed, Patch, Verdict, View};
 
 impl FileDisk {
     /// Whether the kernel can do a transfer as it is: in whole blocks, where it insists on them.
@@ -31,7 +31,8 @@ impl FileDisk {
             return Verdict::Io { op, after };
         }
         let (first, end) = self.blocks(range);
-        Verdict::Claimed { claim: Claim { first, end, alone: !self.is_whole(range) }, op, after }
+        let claim = Claim { first, end, alone: !self.is_whole(range) };
+        Verdict::Claimed(Box::new(Claimed { claim, op, after }))
     }
 
     /// Reads whole blocks, of which the client gets a part.

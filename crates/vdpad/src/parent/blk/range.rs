@@ -89,7 +89,7 @@ impl FileDisk {
         }
         let block = u64::from(self.backing.block_size);
         let whole_end = end - end % block;
-        let zero = |next, expected| Zero { at, next, expected, end, mode, sync };
+        let zero = |next, expected| Box::new(Zero { at, next, expected, end, mode, sync });
         let whole = at.is_multiple_of(block) && at < whole_end;
         if let (true, Some(mode)) = (whole, mode) {
             let op = self.fallocate(at, whole_end, mode);
