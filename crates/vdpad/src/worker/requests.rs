@@ -8,7 +8,7 @@ use vdpa_core::types::{Asid, Result};
 use vdpa_sys::uring::{Op, OwnedBuf};
 
 use super::claims::{Claim, Claims};
-use super::disk::{After, Disk, Verdict};
+use super::disk::{After, Disk, Moment, Verdict};
 use super::pending::{Data, Pending};
 use super::queue::Queue;
 use super::queues::{Queues, to_u16};
@@ -189,7 +189,7 @@ impl<D: Disk> Requests<D> {
         queue.ring(&view)?.disable_kick()?;
         let waiting = queue.ring(&view)?.waiting()?;
         let mut bytes = 0;
-        for _ in 0..share(waiting) {
+        for number in 0..share(waiting) {
             if !self.has_room() {
                 break;
             }
@@ -198,7 +198,8 @@ impl<D: Disk> Requests<D> {
             let going = match found {
                 Ok(true) => {
                     bytes += chain.readable().len() + chain.writable().len();
-                    self.begin(queues, index, queue, &view, &chain)
+                    let alone = number == 0 && !queue.ring(&view)?.has_request()?;
+                    self.begin(queues, index, queue, &view, &chain, alone)
                 }
                 Ok(false) => {
                     self.chain = chain;
@@ -220,7 +221,7 @@ impl<D: Disk> Requests<D> {
         Ok(true)
     }
 
-    /// Starts one request; `false` when the queue is to rest until the next kick.
+    /// Starts one request, `alone` if no other one waits; `false` when the queue is to rest until the next kick.
     fn begin(
         &mut self,
         queues: &mut Queues,
@@ -228,6 +229,7 @@ impl<D: Disk> Requests<D> {
         queue: &mut Queue,
         view: &Arc<View>,
         chain: &Chain,
+        alone: bool,
     ) -> Result<bool, RingError> {
         let request = match BlkRequest::parse(view.snapshot(), chain) {
             Ok(request) => request,
@@ -241,8 +243,9 @@ impl<D: Disk> Requests<D> {
                 return unusual(queue, view, chain, &verdict);
             }
         };
+        let moment = Moment { write_back: queues.write_back(queue), alone };
         let verdict = match &mut self.disk {
-            Some(disk) => disk.begin(&request, view, queues.write_back(queue)),
+            Some(disk) => disk.begin(&request, view, moment),
             None => GONE,
         };
         if matches!(verdict, Verdict::Unreachable | Verdict::Misshapen { .. }) {
