@@ -189,7 +189,7 @@ impl<D: Disk> Requests<D> {
         queue.ring(&view)?.disable_kick()?;
         let waiting = queue.ring(&view)?.waiting()?;
         let mut bytes = 0;
-        for number in 0..share(waiting) {
+        for number in 0..waiting.map_or(BUDGET, |waiting| share(queue.depth(waiting))) {
             if !self.has_room() {
                 break;
             }
@@ -395,10 +395,10 @@ impl<D: Disk> Requests<D> {
     }
 }
 
-/// How many of the requests that wait are done in a turn: half of them, so that the driver sees answers, and makes new
-/// requests of them, while the other half is done. All at once, driver and device would wait for each other in turn.
-fn share(waiting: Option<u16>) -> usize {
-    waiting.map_or(BUDGET, |waiting| usize::from(waiting).div_ceil(2).clamp(UNDIVIDED, BUDGET))
+/// How many requests are done in a turn, of a driver that has `depth` of them: half of them, so that it sees answers, and
+/// makes new requests of them, while the other half is done. All at once, driver and device would wait for each other.
+fn share(depth: u16) -> usize {
+    usize::from(depth).div_ceil(2).clamp(UNDIVIDED, BUDGET)
 }
 
 /// A chain that is not served as a request.
