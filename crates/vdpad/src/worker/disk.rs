@@ -5,7 +5,7 @@ use std::sync::Arc;
 use vdpa_core::blk::{BlkRequest, ShapeError, Status};
 use vdpa_core::ring::Buffer;
 use vdpa_core::types::Result;
-use vdpa_sys::uring::{AlignedBuf, Op, OwnedBuf, Registrar};
+use vdpa_sys::uring::{AlignedBuf, Buffers, Op, OwnedBuf, Registrar};
 
 use super::View;
 use super::claims::Claim;
@@ -44,6 +44,20 @@ pub(crate) enum Verdict {
         /// Whether the client is told.
         notify: bool,
     },
+}
+
+impl Verdict {
+    /// Bytes of the buffers that come with it.
+    pub(super) fn bounced(&self) -> usize {
+        let (Self::Io { op, after } | Self::Claimed { op, after, .. }) = self else { return 0 };
+        let moved = match op {
+            Op::Read { buffers: Buffers::Owned(buffer), .. }
+            | Op::Write { buffers: Buffers::Owned(buffer), .. } => buffer.len(),
+            _ => 0,
+        };
+        let patched = if let After::Patch(patch) = after { patch.blocks.len() } else { 0 };
+        moved + patched
+    }
 }
 
 /// What follows a completed I/O.

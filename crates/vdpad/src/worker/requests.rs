@@ -27,6 +27,10 @@ const BUDGET_BYTES: u64 = 1 << 20;
 /// [`KERNEL_THREADS`](super::KERNEL_THREADS): a disk that hangs must leave some to its neighbours.
 const IN_FLIGHT_MAX: usize = 256;
 
+/// Bytes of bounce buffers of one device beyond which it takes no further requests. Each may need as many as a transfer has
+/// at most, and a client may make all of its requests need them.
+const BOUNCED_MAX: usize = 64 << 20;
+
 /// What an operation is for.
 enum InFlight {
     One((Pending, After)),
@@ -62,6 +66,8 @@ pub(super) struct Requests<D: Disk> {
     claims: Claims<Ready>,
     /// Requests that have waited for bytes of the disk and can go on.
     ready: Vec<Ready>,
+    /// Bytes of the bounce buffers of all of these.
+    bounced: usize,
     chain: Chain,
 }
 
@@ -115,7 +121,8 @@ impl<D: Disk> Logic for Requests<D> {
     }
 
     fn has_room(&self) -> bool {
-        self.in_flight() + self.claims.waiting_len() + self.ready.len() < IN_FLIGHT_MAX
+        self.bounced < BOUNCED_MAX
+            && self.in_flight() + self.claims.waiting_len() + self.ready.len() < IN_FLIGHT_MAX
     }
 
     fn uses(&self, queues: &Queues, removal: &Removal) -> bool {
@@ -179,6 +186,7 @@ impl<D: Disk> Requests<D> {
             next_flush: None,
             claims: Claims::default(),
             ready: Vec::new(),
+            bounced: 0,
             chain: Chain::new(),
         }
     }
@@ -264,7 +272,9 @@ impl<D: Disk> Requests<D> {
             },
             view: Arc::clone(view),
             claim: None,
+            bounced: verdict.bounced(),
         };
+        self.bounced += pending.bounced;
         self.carry_out(queues, Some(queue), pending, verdict);
         Ok(true)
     }
@@ -327,9 +337,10 @@ impl<D: Disk> Requests<D> {
         Some(ready)
     }
 
-    /// A request changes no bytes of the disk any more. What has waited for them is started later, not from here: that
-    /// may go on in the same way for ever.
+    /// A request needs no bounce buffers and changes no bytes of the disk any more. What has waited for those is started
+    /// later, not from here: that may go on in the same way for ever.
     fn release(&mut self, pending: &mut Pending) {
+        self.bounced -= std::mem::take(&mut pending.bounced);
         let Some(id) = pending.claim.take() else { return };
         for (id, mut ready) in self.claims.release(id) {
             ready.pending.claim = Some(id);
