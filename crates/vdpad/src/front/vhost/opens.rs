@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use vdpa_core::Errno;
 use vdpa_core::device::Device;
+use vdpa_core::faults::{self, Fault};
 use vdpa_core::features::Status;
 use vdpa_core::handover::Handover;
 use vdpa_core::types::Result;
@@ -142,7 +143,8 @@ impl VhostVdpaFile {
             Ok(())
         })?;
         successor.device.release();
-        let before = opens.present.replace(successor.opener);
+        let before =
+            opens.present.replace(successor.opener).filter(|_| !faults::is(Fault::PredecessorGoesOn));
         opens.superseded.extend(before.map(|opener| opener.handle));
         Ok(())
     }
@@ -182,6 +184,9 @@ impl VhostVdpaFile {
             return;
         }
         opens.present = None;
+        if faults::is(Fault::CloseEndsBoth) {
+            opens.turn_away();
+        }
         // A device that was taken away may have been released.
         let released = self.present(|device| {
             device.release();
