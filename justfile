@@ -45,6 +45,10 @@ conform device *args:
 bench-core *args:
     cargo bench --locked --package vdpa-core --bench core -- {{args}}
 
+# How long an empty program takes from its start to main, linked in four ways: "just bench-start ROUNDS".
+bench-start *args:
+    scripts/bench-start {{args}}
+
 # What looking at rings before sleeping gives or costs: "just bench-poll ROUNDS MICROSECONDS...".
 bench-poll *args:
     cargo build --release --locked --package vdpad --bins

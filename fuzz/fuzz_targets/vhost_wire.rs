@@ -44,7 +44,7 @@ fuzz_target!(|ops: Vec<Op>| {
     let device: Box<dyn Parent<Host = LinuxHost>> = Box::new(Idle::new());
     let device = Arc::new(Mutex::new(Device::new(device)));
     let file = VhostVdpaFile::new("fuzz".into(), Arc::clone(&device), Spaces::new());
-    let opener = Opener { handle: 1, uid: 0, flags: 0 };
+    let opener = Opener { handle: 1, uid: 0, tid: 0, flags: 0 };
     file.open(&opener).expect("nobody has it open");
     let mut scratch = vec![0_u64; 1024];
     let tid = std::process::id();

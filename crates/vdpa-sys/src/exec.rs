@@ -10,7 +10,7 @@ use std::process::{Child, Command};
 use std::ptr;
 
 use rustix::io::{FdFlags, fcntl_getfd, fcntl_setfd};
-use rustix::process::{Signal, set_parent_process_death_signal};
+use rustix::process::{Signal, getppid, set_parent_process_death_signal};
 use vdpa_core::Errno;
 
 use crate::errno;
@@ -104,6 +104,21 @@ pub fn set_parent_death_signal(signal: i32) -> Result<(), Errno> {
         number => Some(Signal::from_named_raw(number).ok_or(Errno::INVAL)?),
     };
     set_parent_process_death_signal(signal).map_err(errno::from_rustix)
+}
+
+/// Has the child of `command` asked to end (`SIGTERM`) when the thread that starts it ends, also by a signal that nobody can
+/// handle. To be started by a thread that lives as long as the child is needed.
+pub fn end_with_starter(command: &mut Command) -> &mut Command {
+    let starter = std::process::id();
+    let bind = move || {
+        set_parent_process_death_signal(Some(Signal::TERM))?;
+        // It may have ended before the request.
+        let parent = getppid().map_or(0, |pid| pid.as_raw_nonzero().get().unsigned_abs());
+        if parent == starter { Ok(()) } else { Err(rustix::io::Errno::SRCH.into()) }
+    };
+    // SAFETY: between fork and exec the closure makes two system calls, prctl and getppid; it neither allocates nor takes a
+    // lock, and its error is made of a number.
+    unsafe { command.pre_exec(bind) }
 }
 
 fn pointers(strings: &[CString]) -> Vec<*const c_char> {

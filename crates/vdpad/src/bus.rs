@@ -21,11 +21,11 @@ use zerocopy::IntoBytes;
 
 use crate::ctl::api::{
     AddRequest, Attrs, Backend, CtlError, DevInfo, DevState, ID_NET, LastUpdate, MgmtDev, Owner, QueueInfo,
-    QueueVstats, SetAnswer, SetRequest, UpdateInfo, VSTATS_INDEX_MAX,
+    QueueVstats, SetAnswer, SetRequest, Successor, UpdateInfo, VSTATS_INDEX_MAX,
 };
 use crate::ctl::config::DevConfig;
 use crate::front::fuse::{AddError, DeviceFile, DeviceFiles};
-use crate::front::vhost::{AnyParent, SharedDevice, VhostVdpaFile};
+use crate::front::vhost::{AnyParent, SharedDevice, VhostVdpaFile, Waiting};
 use crate::parent::{MgmtDevice, NetAttrs, mgmt_devices};
 use crate::worker::Pool;
 
@@ -133,7 +133,7 @@ impl Bus {
             min_vq_size: 1,
             path: entry.path.clone(),
             front: entry.front.into(),
-            state: state(&*entry.lock()?, entry.file.owned_since()),
+            state: entry.state()?,
         })
     }
 }
@@ -158,10 +158,18 @@ impl Entry {
     }
 
     fn lock(&self) -> Result<MutexGuard<'_, Device<AnyParent>>, CtlError> {
-        self.device.try_lock_for(PATIENCE).ok_or_else(|| {
-            CtlError::new(Errno::BUSY, format!("device {} is busy with a request of its client", self.name))
-                .with_hint("Its disk may hang; the daemon's log tells. Try again later.")
-        })
+        self.device.try_lock_for(PATIENCE).ok_or_else(|| self.busy("its client"))
+    }
+
+    fn state(&self) -> Result<DevState, CtlError> {
+        // First: a request of the successor holds the opens, and then the device.
+        let successor = self.file.successor(PATIENCE).map_err(|_| self.busy("its client's successor"))?;
+        Ok(state(&*self.lock()?, self.file.owned_since(), successor))
+    }
+
+    fn busy(&self, client: &str) -> CtlError {
+        CtlError::new(Errno::BUSY, format!("device {} is busy with a request of {client}", self.name))
+            .with_hint("Its disk may hang; the daemon's log tells. Try again later.")
     }
 }
 
@@ -189,7 +197,7 @@ fn file_name(number: u32) -> String {
     format!("vhost-vdpa-{number}")
 }
 
-fn state(device: &Device<AnyParent>, since: Option<SystemTime>) -> DevState {
+fn state(device: &Device<AnyParent>, since: Option<SystemTime>, successor: Option<Waiting>) -> DevState {
     let owner = device.owner();
     let queues = device.vring_infos().zip(0..).map(|(info, index)| {
         let stats = device.parent().queue_stats(QueueIndex(index));
@@ -208,6 +216,7 @@ fn state(device: &Device<AnyParent>, since: Option<SystemTime>) -> DevState {
         status: device.status(),
         suspended: device.suspended(),
         owner: owner.map(|space| describe_owner(space, since)),
+        successor: successor.map(describe_successor),
         negotiated_features: device
             .negotiated_features()
             .filter(|_| device.status().contains(Status::FEATURES_OK)),
@@ -264,6 +273,17 @@ fn last_update(report: &UpdateReport, at: SystemTime) -> LastUpdate {
 fn describe_owner(space: &OwnerSpace, since: Option<SystemTime>) -> Owner {
     let comm = Caller::new(space.pid()).map(|caller| caller.comm()).unwrap_or_default();
     Owner { pid: space.pid().unsigned_abs(), comm, since: since.map_or(0, unix) }
+}
+
+fn describe_successor(Waiting { process, since, status, mappings }: Waiting) -> Successor {
+    let (pid, comm) = process.unzip();
+    Successor {
+        pid: pid.map(i32::unsigned_abs),
+        comm: comm.unwrap_or_default(),
+        since: unix(since),
+        status,
+        mappings: mappings as u64,
+    }
 }
 
 fn check_name(name: &str) -> Result<(), CtlError> {

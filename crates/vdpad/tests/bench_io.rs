@@ -1,11 +1,13 @@
 //! The program of `just bench-io` in its shortest form: every workload runs, verified, on every server that is here.
 #![expect(clippy::unwrap_used, reason = "a test: every failure is a panic")]
 
-use std::path::PathBuf;
-use std::process::{Command, Output};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 /// The examples are built with the tests; the daemon beside them is the one under test.
-fn bench_io(args: &[&str]) -> Output {
+fn program() -> PathBuf {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let built = Command::new(cargo)
         .args(["build", "--quiet", "--locked", "--package", "vdpad", "--example", "bench-io"])
@@ -14,10 +16,59 @@ fn bench_io(args: &[&str]) -> Output {
         .unwrap();
     assert!(built.success());
     let target = std::env::current_exe().unwrap();
-    let program: PathBuf = target.ancestors().nth(3).unwrap().join("debug/examples/bench-io");
+    target.ancestors().nth(3).unwrap().join("debug/examples/bench-io")
+}
+
+fn bench_io(args: &[&str]) -> Output {
     let mut bench = Command::new("timeout");
-    bench.args(["--kill-after=5", "100"]).arg(program).args(["--vdpad", env!("CARGO_BIN_EXE_vdpad")]);
+    bench.args(["--kill-after=5", "100"]).arg(program()).args(["--vdpad", env!("CARGO_BIN_EXE_vdpad")]);
     bench.args(["--size", "4", "--seconds", "0.02", "--rounds", "1"]).args(args).output().unwrap()
+}
+
+/// Command lines of the processes that were told of `directory`.
+fn told_of(directory: &Path) -> Vec<String> {
+    let processes = std::fs::read_dir("/proc").unwrap().filter_map(Result::ok);
+    let lines = processes.filter_map(|process| std::fs::read(process.path().join("cmdline")).ok());
+    let lines = lines.map(|line| String::from_utf8_lossy(&line).replace('\0', " "));
+    lines.filter(|line| line.contains(directory.to_str().unwrap())).collect()
+}
+
+/// Whether `reached` comes to be within some seconds.
+fn comes(reached: impl Fn() -> bool) -> bool {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !reached() {
+        if Instant::now() > deadline {
+            return false;
+        }
+        sleep(Duration::from_millis(10));
+    }
+    true
+}
+
+#[test]
+fn a_run_that_is_killed_leaves_no_server() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut bench = Command::new(program())
+        .args(["--vdpad", env!("CARGO_BIN_EXE_vdpad"), "--size", "4", "--rounds", "1000", "--directory"])
+        .arg(directory.path())
+        .args(["--servers=vdpad,qemu", "--filter=null-4k-qd32"])
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mounts = || std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let directory = directory.path();
+    // The daemon, and QEMU's where it is installed.
+    let qemu = Command::new("qemu-storage-daemon").arg("--version").stdout(Stdio::null()).status().is_ok();
+    let serves = |name: &str| told_of(directory).iter().any(|line| line.contains(name));
+    let serve = comes(|| {
+        mounts().contains(directory.to_str().unwrap()) && (!qemu || serves("qemu-storage-daemon --blockdev"))
+    });
+    let before = told_of(directory);
+    bench.kill().unwrap();
+    bench.wait().unwrap();
+    assert!(serve && before.iter().any(|line| line.contains("--control")), "{before:?}");
+    assert!(comes(|| told_of(directory).is_empty()), "left: {:?}", told_of(directory));
+    assert!(comes(|| !mounts().contains(directory.to_str().unwrap())), "a mount is left");
 }
 
 #[test]

@@ -9,6 +9,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use vdpa_client::Error;
 use vdpa_client::device::Device;
@@ -18,7 +19,7 @@ use vdpa_core::ops::VdpaOps as _;
 use vdpa_core::types::{Asid, QueueIndex};
 use vdpa_sys::memfd;
 use vdpa_sys::vhost_vdpa::VhostVdpaFd;
-use vdpad::ctl::api::DevInfo;
+use vdpad::ctl::api::{DevInfo, Successor};
 
 use support::blk::{Blk, FEATURES, IOERR, IOVA, MEMORY, OK};
 use support::daemon::Daemon;
@@ -101,6 +102,41 @@ fn the_second_open_takes_over_what_is_pinned_once_the_first_rests() {
     daemon.wait_for("d0", "the last close", |info: &DevInfo| !info.state.open);
     assert_eq!(registered(&daemon), Vec::<String>::new());
     daemon.assert_alive();
+}
+
+/// Operators see who waits, and how far it has come.
+#[test]
+fn a_successor_is_shown_until_it_drives() {
+    let (daemon, path) = setup();
+    let (old, memory) = at_work(&path);
+    let shown = || daemon.info("d0").state.successor;
+    assert_eq!(shown(), None);
+    let before = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    let opened = open(&path).unwrap();
+    let waits = shown().unwrap();
+    assert_eq!((waits.pid, waits.status, waits.mappings), (Some(std::process::id()), Status(0), 0));
+    assert!(waits.since >= before && !waits.comm.is_empty(), "{waits:?}");
+
+    let mut new = Blk::over(opened, FEATURES);
+    new.map(memory);
+    let state = daemon.info("d0").state;
+    let own = state.owner.unwrap();
+    let expected =
+        Successor { pid: Some(own.pid), comm: own.comm, status: Status(0xb), mappings: 1, ..waits };
+    assert_eq!(state.successor, Some(expected));
+    assert_eq!(state.status, Status(0xf), "all else is the predecessor's");
+    old.session.ops().suspend().unwrap();
+    new.run(1);
+    assert_eq!(shown(), None);
+
+    drop(old);
+    let next = open(&path).unwrap();
+    assert_eq!(shown().map(|waits| waits.status), Some(Status(0)));
+    drop(next);
+    daemon.wait_for("d0", "the end of the successor", |info| info.state.successor.is_none());
+    let _next = open(&path).unwrap();
+    drop(new);
+    daemon.wait_for("d0", "its own device", |info| info.state.open && info.state.successor.is_none());
 }
 
 #[test]

@@ -3,6 +3,9 @@
 
 mod support;
 
+use vdpa_core::features::Status;
+use vdpad::ctl::api::Successor;
+
 use support::{Fixture, SIM_NET, Setup};
 
 const NO_DEVICE: &str = "\
@@ -174,6 +177,36 @@ blk0: type block mgmtdev vdpasim_blk vendor_id 0 max_vqs 1 max_vq_size 256
 }
 "#,
     );
+}
+
+/// What dev show says of the client that waits to take blk0 over: text, JSON.
+fn successor_shown(successor: &Successor) -> (String, String) {
+    let setup = Setup::new(Fixture::simulators().with_blk().with_successor(successor.clone()));
+    let plain = setup.vdpactl("-s dev show blk0").stdout;
+    let line = plain.lines().find(|line| line.starts_with("  successor")).unwrap().to_owned();
+    let json = setup.vdpactl("-s -j dev show blk0").stdout;
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    (line, json["dev"]["blk0"]["successor"].to_string())
+}
+
+#[test]
+fn dev_show_a_successor_that_waits() {
+    let (pid, comm) = (Some(4712), "new\tqemu".into());
+    let waits = Successor { pid, comm, since: 1_795_245_170, status: Status(0xb), mappings: 3 };
+    let (text, json) = successor_shown(&waits);
+    assert_eq!(
+        text,
+        "  successor pid 4712 comm new\\tqemu since 2026-11-21T07:12:50Z status acknowledge|driver|features_ok \
+         mappings 3"
+    );
+    assert_eq!(
+        json,
+        r#"{"pid":4712,"comm":"new\tqemu","since":"2026-11-21T07:12:50Z","status":"acknowledge|driver|features_ok","mappings":3}"#
+    );
+    // In another process-id namespace, and come no further than the open.
+    let (text, json) = successor_shown(&Successor { since: 1_795_245_170, ..Successor::default() });
+    assert_eq!(text, "  successor since 2026-11-21T07:12:50Z status 0x0 mappings 0");
+    assert_eq!(json, r#"{"since":"2026-11-21T07:12:50Z","status":"0x0","mappings":0}"#);
 }
 
 #[test]

@@ -120,7 +120,16 @@ fn devices_go_where_there_are_fewest_and_to_the_processors_they_ask_for() {
     }
 }
 
-/// Requests to a disk that hangs, more than the kernel has threads for of itself.
+/// Waits until so many requests wait at the disk.
+fn wait_for(file: &HangingFile, requests: usize) {
+    let deadline = Instant::now() + PATIENCE;
+    while file.waiting() < requests {
+        assert!(Instant::now() < deadline, "only {} requests have reached the disk", file.waiting());
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Requests to a disk that hangs, each in a kernel thread of its own.
 const STUCK: u64 = 80;
 
 #[test]
@@ -135,11 +144,7 @@ fn a_disk_that_hangs_is_no_concern_of_its_neighbours() {
     };
     let tokens: Vec<u64> = (0..STUCK).map(|i| submit(&mut stuck, i)).collect();
     (0..4).for_each(|queue| stuck.notify(queue));
-    let deadline = Instant::now() + PATIENCE;
-    while file.waiting() < tokens.len() {
-        assert!(Instant::now() < deadline, "only {} requests have reached the disk", file.waiting());
-        std::thread::sleep(Duration::from_millis(2));
-    }
+    wait_for(&file, tokens.len());
 
     let (disk, path) = add(&daemon, 1, &[]);
     assert_eq!(workers(&daemon).len(), 1);
@@ -174,6 +179,51 @@ fn a_disk_that_hangs_is_no_concern_of_its_neighbours() {
     assert_eq!(done, tokens);
 }
 
+/// The kernel has four threads for each processor for what may block on a file, unless it is told to make more.
+#[test]
+fn flushes_of_disks_that_hang_leave_a_thread_to_their_neighbour() {
+    let processors = std::fs::read_to_string("/proc/cpuinfo").unwrap().matches("processor\t:").count();
+    let daemon = one_worker();
+    let mut stuck: Vec<(HangingFile, Blk)> = (0..4 * processors.max(1))
+        .map(|number| {
+            let file = HangingFile::new(&daemon.dir().join(format!("hanging{number}")), DISK as u64);
+            let attrs = [("path", file.path.to_str().unwrap()), ("memlock", "unlimited")];
+            let mut blk = Blk::start(&daemon.add(&format!("hanging{number}"), "blk", &attrs));
+            blk.submit(0, kind::FLUSH, 0, &[], &[]);
+            blk.notify(0);
+            (file, blk)
+        })
+        .collect();
+    stuck.iter().for_each(|(file, _)| wait_for(file, 1));
+
+    let (_disk, path) = add(&daemon, 1, &[]);
+    assert_eq!(workers(&daemon).len(), 1);
+    assert_eq!(Blk::start(&path).io(0, kind::FLUSH, 0, &[], &[]).status, OK);
+    for (file, blk) in &mut stuck {
+        assert_eq!(file.waiting(), 1);
+        file.recover();
+        assert_eq!(blk.finish(0, PATIENCE).map(|done| done.status), Some(OK));
+    }
+}
+
+/// What was answered after a flush of the disk began is not sure to be covered by it: it takes one more, and one is enough
+/// for all.
+#[test]
+fn flushes_that_arrive_during_a_flush_share_the_next_one() {
+    let daemon = one_worker();
+    let file = HangingFile::new(&daemon.dir().join("hanging"), DISK as u64);
+    let mut blk = Blk::start(&daemon.add("hanging", "blk", &[("path", file.path.to_str().unwrap())]));
+    let tokens: Vec<u64> = (0..9).map(|_| blk.submit(0, kind::FLUSH, 0, &[], &[])).collect();
+    blk.notify(0);
+    wait_for(&file, 1);
+    assert_eq!(blk.finish(0, Duration::ZERO), None, "nothing is stable yet");
+    file.recover();
+    let done: Vec<_> = tokens.iter().map(|_| blk.finish(0, PATIENCE).unwrap()).collect();
+    assert!(done.iter().all(|done| done.status == OK), "{done:?}");
+    assert_eq!(done.iter().map(|done| done.token).collect::<Vec<_>>(), tokens);
+    assert_eq!(file.flushes(), 2);
+}
+
 fn is_set(event: &EventFd) -> bool {
     let time = Timespec { tv_sec: 0, tv_nsec: 0 };
     poll(&mut [PollFd::new(event, PollFlags::IN)], Some(&time)).unwrap() == 1
@@ -196,6 +246,32 @@ fn answers_before_a_broken_request_are_not_lost() {
     assert!(config.wait(Some(PATIENCE)), "no config interrupt");
     assert!(blk.session.ops().status().unwrap().contains(Status::NEEDS_RESET));
     assert_eq!(ring.used(), 2);
+}
+
+/// The driver has something to do while the second half is done.
+#[test]
+fn half_of_many_requests_is_shown_before_the_other_half_is_done() {
+    let daemon = Daemon::start_with(&["--workers", "1", "--poll-us", "0"]);
+    let (_disk, path) = add(&daemon, 0, &[]);
+    let mut blk = Blk::start(&path);
+    for (requests, publications, total) in [(32, 2, 32), (16, 1, 48)] {
+        // Of no data, so that each is done as soon as it is seen.
+        (0..requests).for_each(|_| _ = blk.submit(0, kind::IN, 8, &[], &[]));
+        blk.notify(0);
+        let ring = blk.by_hand(0);
+        let deadline = Instant::now() + PATIENCE;
+        while ring.used() != total {
+            assert!(Instant::now() < deadline, "{} requests are done", ring.used());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        // Without event indices each publication is a signal; all have been given when the queue has stopped.
+        blk.session.ops().suspend().unwrap();
+        assert_eq!(ring.call.drain(), publications, "{requests} requests");
+        for _ in 0..requests {
+            assert_eq!(blk.finish(0, PATIENCE).map(|done| done.status), Some(OK));
+        }
+        blk.session.ops().resume().unwrap();
+    }
 }
 
 /// The driver is told that it has to reset the device, and then it can go on.

@@ -182,6 +182,18 @@ impl Rig {
         Client { device, space }
     }
 
+    /// One client at work since position 0, with these objects page after page, and another one that has the device open.
+    fn with_successor(objects: &[u64]) -> (Self, Client, Client) {
+        let rig = Self::new();
+        let mut old = rig.open();
+        for (page, object) in (0..).zip(objects) {
+            old.map(page * PAGE, *object).unwrap();
+        }
+        old.start(0).unwrap();
+        let new = rig.open();
+        (rig, old, new)
+    }
+
     fn seen(&self) -> MutexGuard<'_, Seen> {
         self.seen.lock().unwrap()
     }
@@ -243,33 +255,24 @@ fn alone_a_handle_is_the_parent() {
 
 #[test]
 fn the_successor_waits_for_the_rest_of_the_predecessor() {
-    let rig = Rig::new();
-    let mut old = rig.open();
-    old.map(0, 1).unwrap();
-    old.start(5).unwrap();
-    let mut new = rig.open();
+    let (rig, mut old, mut new) = Rig::with_successor(&[1]);
     new.map(0, 1).unwrap();
     let told = rig.seen().told;
     assert_eq!(new.start(15), Err(Errno::BUSY));
     assert_eq!(new.device.status(), Status(11), "a refused status is not set");
-    assert_eq!((rig.running(), rig.seen().told), (Some(5), told), "the predecessor has noticed nothing");
+    assert_eq!((rig.running(), rig.seen().told), (Some(0), told), "the predecessor has noticed nothing");
     old.device.suspend().unwrap();
     let base = old.base();
     new.device.set_vring_base(&new.space, Q0, base).unwrap();
     new.device.set_status(Status(15)).unwrap();
-    assert_eq!(rig.running(), Some(15));
+    assert_eq!(rig.running(), Some(10), "where the predecessor has stopped, not where it was");
     assert!(new.space.is(rig.seen().owner.as_ref().unwrap()));
 }
 
 #[test]
 fn the_same_bytes_at_the_same_address_are_not_pinned_again() {
-    let rig = Rig::new();
-    let mut old = rig.open();
-    old.map(0, 1).unwrap();
-    old.map(PAGE, 2).unwrap();
-    old.start(0).unwrap();
+    let (rig, mut old, mut new) = Rig::with_successor(&[1, 2]);
     let before = rig.seen().table.clone();
-    let mut new = rig.open();
     // As QEMU does it: the predecessor takes everything back before the successor maps anything.
     old.device.set_status(Status(0)).unwrap();
     old.unmap(0);
@@ -288,11 +291,7 @@ fn the_same_bytes_at_the_same_address_are_not_pinned_again() {
 
 #[test]
 fn a_predecessor_is_one_for_ever_and_its_end_touches_nothing() {
-    let rig = Rig::new();
-    let mut old = rig.open();
-    old.map(0, 1).unwrap();
-    old.start(0).unwrap();
-    let mut new = rig.open();
+    let (rig, mut old, mut new) = Rig::with_successor(&[1]);
     new.map(0, 1).unwrap();
     old.device.suspend().unwrap();
     new.start(10).unwrap();
@@ -321,12 +320,7 @@ fn a_predecessor_is_one_for_ever_and_its_end_touches_nothing() {
 
 #[test]
 fn a_successor_that_goes_without_having_driven_leaves_everything_as_it_was() {
-    let rig = Rig::new();
-    let mut old = rig.open();
-    old.map(0, 1).unwrap();
-    old.map(PAGE, 1).unwrap();
-    old.start(0).unwrap();
-    let mut new = rig.open();
+    let (rig, mut old, mut new) = Rig::with_successor(&[1, 1]);
     new.map(0, 2).unwrap();
     old.device.suspend().unwrap();
     old.unmap(PAGE);
@@ -340,11 +334,7 @@ fn a_successor_that_goes_without_having_driven_leaves_everything_as_it_was() {
 
 #[test]
 fn the_predecessor_may_go_on_until_the_successor_drives() {
-    let rig = Rig::new();
-    let mut old = rig.open();
-    old.map(0, 1).unwrap();
-    old.start(0).unwrap();
-    let mut new = rig.open();
+    let (rig, mut old, mut new) = Rig::with_successor(&[1]);
     new.map(0, 2).unwrap();
     new.device.set_features(Features::of(&[Features::ACCESS_PLATFORM])).unwrap();
     assert!(rig.seen().negotiated.has(Features::VERSION_1), "the running device keeps what it negotiated");
@@ -358,11 +348,7 @@ fn the_predecessor_may_go_on_until_the_successor_drives() {
 
 #[test]
 fn a_take_over_that_the_parent_refuses_gives_the_predecessor_everything_back() {
-    let rig = Rig::new();
-    let mut old = rig.open();
-    old.map(0, 1).unwrap();
-    old.start(0).unwrap();
-    let mut new = rig.open();
+    let (rig, mut old, mut new) = Rig::with_successor(&[1]);
     new.map(0, 2).unwrap();
     old.device.suspend().unwrap();
     let before = rig.seen().table.clone();
@@ -380,11 +366,7 @@ fn a_take_over_that_the_parent_refuses_gives_the_predecessor_everything_back() {
 
 #[test]
 fn what_nobody_took_over_is_unpinned_when_the_last_one_closes() {
-    let rig = Rig::new();
-    let mut old = rig.open();
-    old.map(0, 1).unwrap();
-    old.start(0).unwrap();
-    let mut new = rig.open();
+    let (rig, mut old, mut new) = Rig::with_successor(&[1]);
     old.device.release();
     drop(old);
     assert_eq!((rig.running(), rig.seen().table.len()), (None, 1));

@@ -132,6 +132,18 @@ impl<A: Area> Ring<A> {
         either!(self, queue => queue.has_request())
     }
 
+    /// Requests that could be popped now; `None` where the format does not tell, which is the packed one.
+    ///
+    /// # Errors
+    /// As [`SplitQueue::waiting`].
+    #[inline]
+    pub fn waiting(&mut self) -> Result<Option<u16>, RingError> {
+        match self {
+            Self::Split(queue) => queue.waiting().map(Some),
+            Self::Packed(_) => Ok(None),
+        }
+    }
+
     /// Tells the driver that no kick is needed: advice only.
     ///
     /// # Errors

@@ -255,6 +255,18 @@ impl<A: Area> SplitQueue<A> {
         self.broken.keep(result)
     }
 
+    /// Requests that could be popped now, 0 to `size`.
+    ///
+    /// # Errors
+    /// A fault, or the violation met before.
+    #[inline]
+    pub fn waiting(&mut self) -> Result<u16, RingError> {
+        self.broken.check()?;
+        let result = self.refresh();
+        self.broken.keep(result)?;
+        Ok(self.avail_seen.wrapping_sub(self.next_avail))
+    }
+
     /// Tells the driver that no kick is needed: advice only, kicks may still come.
     ///
     /// With event indices there is nothing to store: the event asked for last stays behind, and the driver does

@@ -7,29 +7,19 @@ use rustix::time::{ClockId, clock_gettime};
 
 use crate::client::Result;
 
-/// Whose time counts.
+/// The process whose time counts: all of its threads, those of the kernel's io_uring workers too.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Runner {
-    /// All threads of a process, those of the kernel's io_uring workers too.
-    Process(u32),
-    /// One thread of this process.
-    Thread(u32),
-}
+pub(crate) struct Runner(pub(crate) u32);
 
 impl Runner {
     /// Time on a CPU so far, in ns. A thread that has ended counts no more.
     pub(crate) fn ns(self) -> Result<u64> {
-        let read = |path: &str| -> u64 {
-            let text = fs::read_to_string(path).unwrap_or_default();
-            text.split(' ').next().and_then(|field| field.parse().ok()).unwrap_or(0)
-        };
-        Ok(match self {
-            Self::Process(pid) => fs::read_dir(format!("/proc/{pid}/task"))?
-                .flatten()
-                .map(|entry| read(&entry.path().join("schedstat").to_string_lossy()))
-                .sum(),
-            Self::Thread(tid) => read(&format!("/proc/self/task/{tid}/schedstat")),
-        })
+        let threads = fs::read_dir(format!("/proc/{}/task", self.0))?.flatten();
+        let times = threads.map(|thread| {
+            let text = fs::read_to_string(thread.path().join("schedstat")).unwrap_or_default();
+            text.split(' ').next().and_then(|field| field.parse().ok()).unwrap_or(0_u64)
+        });
+        Ok(times.sum())
     }
 }
 

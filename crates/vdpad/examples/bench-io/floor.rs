@@ -1,6 +1,6 @@
 //! The floor: the least that serves these requests, to know what the hardware and the kernel allow.
 //!
-//! It trusts its client, which is this very program: no index and no length is checked, three descriptors make a request,
+//! It trusts its client, which is the same program in a process of its own, as the other servers have one: no index and no length is checked, three descriptors make a request,
 //! and there is nothing beside reads, writes and one queue. Reads are io_uring with fixed
 //! buffers and a registered file, writes `pwrite` (io_uring hands writes to buffered files to a thread of its own).
 //! Without a file only the ring is worked.
@@ -10,9 +10,8 @@ use std::io::{IoSliceMut, Write as _};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
-use std::sync::mpsc::sync_channel;
 
 use io_uring::{IoUring, opcode, types};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -29,37 +28,15 @@ const ENTRIES: u32 = 256;
 const KICK: u64 = u64::MAX;
 const GONE: u64 = u64::MAX - 1;
 
-/// A thread that serves one client after the other.
-pub(crate) struct Floor {
-    socket: PathBuf,
-    thread: u32,
-}
-
-impl Floor {
-    /// Starts it, on the CPUs of the caller. It ends with the program.
-    pub(crate) fn start(socket: &Path, disk: Option<File>) -> Result<Self> {
-        let listener = UnixListener::bind(socket)?;
-        let (send, tid) = sync_channel(1);
-        std::thread::Builder::new().name("floor".into()).spawn(move || {
-            let _ = send.send(rustix::thread::gettid().as_raw_nonzero().get());
-            for stream in listener.incoming() {
-                let served =
-                    stream.map_err(Into::into).and_then(|stream| Session::new(stream).run(disk.as_ref()));
-                if let Err(error) = served {
-                    eprintln!("bench-io: floor: {error}");
-                }
-            }
-        })?;
-        Ok(Self { socket: socket.into(), thread: tid.recv()?.cast_unsigned() })
+/// Serves one client after the other, without end.
+pub(crate) fn serve(socket: &Path, disk: Option<&File>) -> Result<()> {
+    for stream in UnixListener::bind(socket)?.incoming() {
+        let served = stream.map_err(Into::into).and_then(|stream| Session::new(stream).run(disk));
+        if let Err(error) = served {
+            eprintln!("bench-io: floor: {error}");
+        }
     }
-
-    pub(crate) fn socket(&self) -> &Path {
-        &self.socket
-    }
-
-    pub(crate) fn thread(&self) -> u32 {
-        self.thread
-    }
+    Ok(())
 }
 
 /// One client: its vhost-user connection, its memory and its ring.

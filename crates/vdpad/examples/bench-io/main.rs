@@ -75,6 +75,12 @@ struct Options {
     /// Use the null device for everything: verification must fail
     #[arg(long, hide = true)]
     wrong_device: bool,
+    /// Be the floor, on this socket
+    #[arg(long, hide = true)]
+    serve_floor: Option<PathBuf>,
+    /// The file of the floor; without one it reads and writes nothing
+    #[arg(long, hide = true, requires = "serve_floor")]
+    file: Option<PathBuf>,
     /// Print JSON
     #[arg(short, long)]
     json: bool,
@@ -91,6 +97,9 @@ struct Options {
 
 fn main() -> ExitCode {
     let options = Options::parse();
+    if let Some(socket) = &options.serve_floor {
+        return serve_floor(socket, options.file.as_deref());
+    }
     let outcome = match run(&options) {
         Ok(outcome) => outcome,
         Err(error) => {
@@ -177,6 +186,17 @@ fn run(options: &Options) -> Result<Outcome> {
     bar.finish_and_clear();
     outcome.summarise();
     Ok(outcome)
+}
+
+fn serve_floor(socket: &Path, file: Option<&Path>) -> ExitCode {
+    let disk = file.map(|file| File::options().read(true).write(true).open(file)).transpose();
+    match disk.map_err(Into::into).and_then(|disk| floor::serve(socket, disk.as_ref())) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench-io: floor: {error}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 /// Starts the servers that are here and asked for.

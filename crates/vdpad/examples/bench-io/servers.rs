@@ -1,11 +1,11 @@
 //! Those that are compared, each started once and pinned to the servers' CPU.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use vdpa_sys::exec::end_with_starter;
 use vdpad::ctl::api::{AddRequest, Attrs};
 use vdpad::ctl::client::Client;
 use vdpad::front::Choice;
@@ -13,7 +13,6 @@ use vdpad::load::peer::PrivateDaemon;
 
 use crate::client::{Address, Result};
 use crate::cpu::Runner;
-use crate::floor::Floor;
 use crate::plan::{Backend, Who};
 
 /// Bytes of the disk that is none.
@@ -72,7 +71,7 @@ impl Server for Vdpad {
     }
 
     fn runner(&self, _backend: Backend) -> Runner {
-        Runner::Process(self.daemon.pid())
+        Runner(self.daemon.pid())
     }
 }
 
@@ -91,7 +90,7 @@ impl Qemu {
                 socket.display()
             )
         };
-        let child = Command::new(program)
+        let child = end_with_starter(&mut Command::new(program))
             .arg("--blockdev")
             .arg(format!("driver=file,node-name=disk,filename={},aio=io_uring,locking=off", file.display()))
             .args(["--export", &export("disk")])
@@ -102,14 +101,8 @@ impl Qemu {
             .stdout(Stdio::null())
             .spawn()?;
         let qemu = Self { child, directory: directory.into() };
-        let begin = Instant::now();
         // The exports are made in order.
-        while !directory.join("qemu-null.sock").exists() {
-            if begin.elapsed() > PATIENCE {
-                return Err("qemu-storage-daemon makes no socket".into());
-            }
-            sleep(Duration::from_millis(10));
-        }
+        wait_for(&directory.join("qemu-null.sock"), "qemu-storage-daemon")?;
         Ok(qemu)
     }
 
@@ -131,7 +124,7 @@ impl Server for Qemu {
     }
 
     fn runner(&self, _backend: Backend) -> Runner {
-        Runner::Process(self.child.id())
+        Runner(self.child.id())
     }
 }
 
@@ -142,7 +135,7 @@ impl Drop for Qemu {
     }
 }
 
-/// One thread of this program for each backend.
+/// A process of this program for each backend.
 pub(crate) struct Floors {
     file: Floor,
     null: Floor,
@@ -150,14 +143,13 @@ pub(crate) struct Floors {
 
 impl Floors {
     pub(crate) fn start(directory: &Path, file: &Path) -> Result<Self> {
-        let disk = fs::File::options().read(true).write(true).open(file)?;
         Ok(Self {
-            file: Floor::start(&directory.join("floor-file.sock"), Some(disk))?,
-            null: Floor::start(&directory.join("floor-null.sock"), None)?,
+            file: Floor::start(directory.join("floor-file.sock"), Some(file))?,
+            null: Floor::start(directory.join("floor-null.sock"), None)?,
         })
     }
 
-    fn of(&self, backend: Backend) -> &Floor {
+    const fn of(&self, backend: Backend) -> &Floor {
         match backend {
             Backend::File => &self.file,
             Backend::Null => &self.null,
@@ -167,12 +159,49 @@ impl Floors {
 
 impl Server for Floors {
     fn address(&self, backend: Backend) -> Address {
-        Address::User(self.of(backend).socket().to_owned())
+        Address::User(self.of(backend).socket.clone())
     }
 
     fn runner(&self, backend: Backend) -> Runner {
-        Runner::Thread(self.of(backend).thread())
+        Runner(self.of(backend).child.id())
     }
+}
+
+struct Floor {
+    child: Child,
+    socket: PathBuf,
+}
+
+impl Floor {
+    fn start(socket: PathBuf, file: Option<&Path>) -> Result<Self> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.arg("--serve-floor").arg(&socket);
+        if let Some(file) = file {
+            command.arg("--file").arg(file);
+        }
+        let child = end_with_starter(&mut command).spawn()?;
+        wait_for(&socket, "the floor")?;
+        Ok(Self { child, socket })
+    }
+}
+
+impl Drop for Floor {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Waits until a server listens.
+fn wait_for(socket: &Path, who: &str) -> Result<()> {
+    let begin = Instant::now();
+    while !socket.exists() {
+        if begin.elapsed() > PATIENCE {
+            return Err(format!("{who} makes no socket").into());
+        }
+        sleep(Duration::from_millis(10));
+    }
+    Ok(())
 }
 
 /// Those that could be started.

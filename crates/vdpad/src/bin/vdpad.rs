@@ -202,13 +202,7 @@ fn announce() {
 
 /// One line with the whole chain of causes.
 fn report(error: &dyn Error) {
-    let mut line = format!("vdpad: {error}");
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        line.push_str(&format!(": {error}"));
-        cause = error.source();
-    }
-    eprintln!("{line}");
+    eprintln!("vdpad: {}", vdpa_client::error::chain(error));
 }
 
 /// Where things are unless told otherwise.

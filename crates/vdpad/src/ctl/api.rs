@@ -166,6 +166,9 @@ pub struct DevState {
     /// The address space that owns it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub owner: Option<Owner>,
+    /// The client that waits to take it over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub successor: Option<Successor>,
     /// Features in force, from FEATURES_OK on.
     #[serde(default, with = "hex::option", skip_serializing_if = "Option::is_none")]
     pub negotiated_features: Option<Features>,
@@ -190,6 +193,24 @@ pub struct Owner {
     pub comm: String,
     /// When it became the owner, in seconds since 1970-01-01 UTC.
     pub since: u64,
+}
+
+/// A client that has opened a device to take it over, with the device attribute `handover open`, and does not drive it
+/// yet. All else in [`DevState`] is about the client that does.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Successor {
+    /// Process id, in the daemon's pid namespace: the owner's, and before there is one that of the process that opened the
+    /// device. `None` when it is not visible there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pid: Option<u32>,
+    /// Name of its main thread, and before there is an owner of the thread that opened the device; empty when not known.
+    pub comm: String,
+    /// When it opened the device, in seconds since 1970-01-01 UTC.
+    pub since: u64,
+    /// How far it has come: its own status register, without DRIVER_OK until the take-over.
+    pub status: Status,
+    /// Entries in its own IOTLB tables.
+    pub mappings: u64,
 }
 
 /// One virtqueue.

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
 use thiserror::Error;
+use vdpa_sys::exec::end_with_starter;
 
 use super::wire::{Command, Event, TenantConfig};
 use crate::front::Choice;
@@ -109,7 +110,8 @@ fn forward(stdout: ChildStdout, lines: &mpsc::Sender<String>) {
     }
 }
 
-/// A daemon with a socket and a directory of its own. Dropping it ends it.
+/// A daemon with a socket and a directory of its own. Dropping it ends it, and so does the end of the thread that has
+/// started it.
 #[derive(Debug)]
 pub struct PrivateDaemon {
     process: Process,
@@ -130,7 +132,7 @@ impl PrivateDaemon {
             Choice::Auto | Choice::Fuse => program.arg("--dir").arg(directory.join("dev")),
         };
         program.arg("--control").arg(&socket).args(["--log", "warn"]).stdin(Stdio::null());
-        let mut process = Process::start("daemon", &mut program)?;
+        let mut process = Process::start("daemon", end_with_starter(&mut program))?;
         while process.line(DAEMON_LIMIT)? != "ready" {}
         Ok(Self { process, socket })
     }

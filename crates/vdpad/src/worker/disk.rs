@@ -14,6 +14,9 @@ use super::{Logic, View};
 /// Requests taken from one queue before the others have their turn.
 const BUDGET: usize = 64;
 
+/// Requests for which a turn is not divided: a signal costs as much as one or two of them.
+const UNDIVIDED: usize = 16;
+
 /// Bytes of requests after which a turn ends: what is in the page cache, or has to be copied, is moved by this thread.
 const BUDGET_BYTES: u64 = 1 << 20;
 
@@ -237,8 +240,9 @@ impl<D: Disk> Requests<D> {
     fn serve_queue(&mut self, queues: &mut Queues, index: u16, queue: &mut Queue) -> Result<bool, RingError> {
         let view = queues.view(queue);
         queue.ring(&view)?.disable_kick()?;
+        let waiting = queue.ring(&view)?.waiting()?;
         let mut bytes = 0;
-        for _ in 0..BUDGET {
+        for _ in 0..share(waiting) {
             if !self.has_room() {
                 break;
             }
@@ -396,6 +400,12 @@ impl<D: Disk> Requests<D> {
         }
         None
     }
+}
+
+/// How many of the requests that wait are done in a turn: half of them, so that the driver sees answers, and makes new
+/// requests of them, while the other half is done. All at once, driver and device would wait for each other in turn.
+fn share(waiting: Option<u16>) -> usize {
+    waiting.map_or(BUDGET, |waiting| usize::from(waiting).div_ceil(2).clamp(UNDIVIDED, BUDGET))
 }
 
 /// A chain that is not served as a request.

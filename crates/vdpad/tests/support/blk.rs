@@ -89,7 +89,11 @@ impl Blk {
 
     /// No memory and no queues yet.
     pub(crate) fn negotiated(path: &Path, features: Features) -> Self {
-        let device = Device::<VhostVdpaFd>::open(path).unwrap();
+        Self::over(Device::open(path).unwrap(), features)
+    }
+
+    /// The same for a device that is open.
+    pub(crate) fn over(device: Device<VhostVdpaFd>, features: Features) -> Self {
         let features = if PACKED.get() { features.with(Features::RING_PACKED) } else { features };
         let session = device.negotiate(features).unwrap();
         assert_eq!(session.features().has(Features::RING_PACKED), PACKED.get());

@@ -1,4 +1,5 @@
-//! [`HangingFile`]: a file whose reads and writes wait until they are allowed, as those of a disk that has gone away.
+//! [`HangingFile`]: a file whose reads, writes and flushes wait until they are allowed, as those of a disk that has gone
+//! away.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -13,6 +14,8 @@ use vdpa_sys::uapi::fuse::{Attr, AttrOut, OpenOut, ROOT_ID, WriteOut, open_flags
 use zerocopy::IntoBytes;
 
 const S_IFREG: u32 = 0o100_000;
+/// `FUSE_FSYNC`, which the daemon's own files have no use for.
+const FSYNC: u32 = 20;
 
 /// A file of zeros, served by a thread of this process, mounted over a file.
 pub(crate) struct HangingFile {
@@ -24,7 +27,15 @@ pub(crate) struct HangingFile {
 struct State {
     hangs: AtomicBool,
     waiting: AtomicUsize,
+    flushes: AtomicUsize,
     ends: AtomicBool,
+}
+
+/// A request that waits, with what its answer says.
+enum Held {
+    Read { len: usize },
+    Write { size: u32 },
+    Flush,
 }
 
 impl HangingFile {
@@ -37,6 +48,7 @@ impl HangingFile {
         let state = Arc::new(State {
             hangs: AtomicBool::new(true),
             waiting: AtomicUsize::new(0),
+            flushes: AtomicUsize::new(0),
             ends: AtomicBool::new(false),
         });
         let own = Arc::clone(&state);
@@ -47,6 +59,11 @@ impl HangingFile {
     /// Requests that wait.
     pub(crate) fn waiting(&self) -> usize {
         self.state.waiting.load(Ordering::SeqCst)
+    }
+
+    /// Flushes that have arrived, those that wait among them.
+    pub(crate) fn flushes(&self) -> usize {
+        self.state.flushes.load(Ordering::SeqCst)
     }
 
     /// Answers all requests, from now on too.
@@ -69,15 +86,16 @@ fn serve(connection: &Connection, state: &State, size: u64) {
     // Each read is a request of its own.
     let open = OpenOut { open_flags: open_flags::DIRECT_IO, ..OpenOut::default() };
     let mut buffer = vec![0; BUFFER_SIZE];
-    // Number of the request and what to answer: bytes read, or a count of bytes written.
-    let mut held: Vec<(u64, Result<usize, u32>)> = Vec::new();
+    let mut held: Vec<(u64, Held)> = Vec::new();
     while !state.ends.load(Ordering::SeqCst) {
         if !state.hangs.load(Ordering::SeqCst) {
-            for (unique, answer) in held.drain(..) {
-                let _ = match answer {
-                    Ok(len) => connection.reply(unique, Ok(&[&vec![0; len]])),
-                    Err(count) => connection
-                        .reply(unique, Ok(&[WriteOut { size: count, ..WriteOut::default() }.as_bytes()])),
+            for (unique, request) in held.drain(..) {
+                let _ = match request {
+                    Held::Read { len } => connection.reply(unique, Ok(&[&vec![0; len]])),
+                    Held::Write { size } => {
+                        connection.reply(unique, Ok(&[WriteOut { size, ..WriteOut::default() }.as_bytes()]))
+                    }
+                    Held::Flush => connection.reply(unique, Ok(&[])),
                 };
             }
         }
@@ -99,11 +117,16 @@ fn serve(connection: &Connection, state: &State, size: u64) {
                 connection.reply(unique, Ok(&[]))
             }
             Operation::Read(args) => {
-                held.push((unique, Ok(args.size as usize)));
+                held.push((unique, Held::Read { len: args.size as usize }));
                 Ok(())
             }
             Operation::Write { args, .. } => {
-                held.push((unique, Err(args.size)));
+                held.push((unique, Held::Write { size: args.size }));
+                Ok(())
+            }
+            Operation::Unknown { opcode: FSYNC } => {
+                state.flushes.fetch_add(1, Ordering::SeqCst);
+                held.push((unique, Held::Flush));
                 Ok(())
             }
             Operation::Forget(_) | Operation::BatchForget(_) | Operation::Interrupt(_) => Ok(()),

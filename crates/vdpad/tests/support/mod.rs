@@ -17,7 +17,7 @@ use vdpa_core::features::{Bit, Features, Status};
 use vdpad::ctl::api::UpdateInfo;
 use vdpad::ctl::api::{
     AddRequest, Backend, CtlError, DevInfo, DevState, MgmtDev, Owner, QueueInfo, QueueVstats, SetAnswer,
-    SetRequest, VSTATS_INDEX_MAX,
+    SetRequest, Successor, VSTATS_INDEX_MAX,
 };
 use vdpad::ctl::config::{
     BlockConfig, BlockTopology, ClassConfig, DevConfig, DiscardLimits, MacAddr, NetConfig,
@@ -105,6 +105,7 @@ impl Fixture {
             status: Status(0xf),
             suspended: false,
             owner: Some(Owner { pid: 4711, comm: "qemu".into(), since: 1_795_245_169 }),
+            successor: None,
             negotiated_features: Some(features),
             pinned_pages: 1_048_576,
             memlock_limit_pages: Some(2_097_152),
@@ -120,6 +121,13 @@ impl Fixture {
             }],
         };
         self.devices.push((blk, Ok(config)));
+        self
+    }
+
+    /// A client that waits to take the block device over.
+    pub(crate) fn with_successor(mut self, successor: Successor) -> Self {
+        let (blk, _) = self.devices.iter_mut().find(|(info, _)| info.name == "blk0").unwrap();
+        blk.state.successor = Some(successor);
         self
     }
 

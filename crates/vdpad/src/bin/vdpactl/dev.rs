@@ -1,7 +1,7 @@
 //! `vdpactl dev`: devices.
 
 use serde_json::{Map, Value, json};
-use vdpad::ctl::api::{DevInfo, DevState, ID_BLOCK, ID_NET, QueueInfo};
+use vdpad::ctl::api::{DevInfo, DevState, ID_BLOCK, ID_NET, QueueInfo, Successor};
 
 use crate::Session;
 use crate::failure::Failure;
@@ -110,6 +110,13 @@ fn plain_state(text: &mut String, state: &DevState, names: Names) {
             rfc3339(owner.since)
         );
     }
+    if let Some(Successor { pid, comm, since, status, mappings }) = &state.successor {
+        text.push_str("  successor");
+        if let Some(pid) = pid {
+            put!(text, " pid {pid} comm {}", comm.escape_default());
+        }
+        put!(text, " since {} status {status} mappings {mappings}\n", rfc3339(*since));
+    }
     if let Some(features) = state.negotiated_features {
         put!(text, "  negotiated_features{}\n", names.plain(features));
     }
@@ -137,6 +144,17 @@ fn json_state(json: &mut Map<String, Value>, state: &DevState, names: Names) {
             "owner".into(),
             json!({"pid": owner.pid, "comm": owner.comm, "since": rfc3339(owner.since)}),
         );
+    }
+    if let Some(Successor { pid, comm, since, status, mappings }) = &state.successor {
+        let mut object = Map::new();
+        if let Some(pid) = pid {
+            object.insert("pid".into(), (*pid).into());
+            object.insert("comm".into(), comm.as_str().into());
+        }
+        object.insert("since".into(), rfc3339(*since).into());
+        object.insert("status".into(), status.to_string().into());
+        object.insert("mappings".into(), (*mappings).into());
+        json.insert("successor".into(), object.into());
     }
     if let Some(features) = state.negotiated_features {
         json.insert("negotiated_features".into(), names.json(features));

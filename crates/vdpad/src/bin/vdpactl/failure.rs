@@ -1,8 +1,8 @@
 //! [`Failure`]: why a command did not succeed, as iproute2 words it.
 
-use std::error::Error;
 use std::io;
 
+use vdpa_client::error::chain;
 use vdpa_core::Errno;
 use vdpad::ctl::api::CtlError;
 use vdpad::ctl::client::ClientError;
@@ -59,16 +59,4 @@ fn strerror(errno: Errno) -> String {
         Some(_) => errno.text().into(),
         None => format!("Unknown error {}", errno.raw()),
     }
-}
-
-/// The error with all its causes.
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }

@@ -13,15 +13,12 @@ use crate::words;
 const HELP: &str = "Usage: vdpactl mgmtdev show [ DEV ]\n";
 
 pub(crate) fn run(session: &Session, words: &[String]) -> Result<(), Failure> {
-    match words {
-        [] => eprint!("{HELP}"),
-        [word, ..] if words::matches(word, "help") => eprint!("{HELP}"),
-        [word, rest @ ..] if words::matches(word, "show") || words::matches(word, "list") => {
-            return show(session, rest);
-        }
-        [word, ..] => return Err(words::no_command(word)),
+    if words.is_empty() {
+        // Unlike the other objects, which are shown: iproute2's way.
+        eprint!("{HELP}");
+        return Ok(());
     }
-    Ok(())
+    words::show_only(HELP, words, |words| show(session, words))
 }
 
 fn show(session: &Session, words: &[String]) -> Result<(), Failure> {

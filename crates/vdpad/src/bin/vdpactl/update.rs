@@ -13,17 +13,7 @@ const HELP: &str = "Usage: vdpactl update show [ DEV ]\n";
 
 /// Runs one command.
 pub(crate) fn run(session: &Session, words: &[String]) -> Result<(), Failure> {
-    match words {
-        [] => show(session, &[]),
-        [word, ..] if words::matches(word, "help") => {
-            eprint!("{HELP}");
-            Ok(())
-        }
-        [word, rest @ ..] if words::matches(word, "show") || words::matches(word, "list") => {
-            show(session, rest)
-        }
-        [word, ..] => Err(words::no_command(word)),
-    }
+    words::show_only(HELP, words, |words| show(session, words))
 }
 
 fn show(session: &Session, words: &[String]) -> Result<(), Failure> {

@@ -15,6 +15,24 @@ pub(crate) fn no_command(word: &str) -> Failure {
     Failure::Words(format!("Command \"{word}\" not found"))
 }
 
+/// Runs a command of an object that can be shown and nothing else: `show`, which is meant without words too, `list`, or
+/// `help`. `show` gets the words that follow.
+pub(crate) fn show_only(
+    help: &str,
+    words: &[String],
+    show: impl FnOnce(&[String]) -> Result<(), Failure>,
+) -> Result<(), Failure> {
+    match words {
+        [] => show(&[]),
+        [word, ..] if matches(word, "help") => {
+            eprint!("{help}");
+            Ok(())
+        }
+        [word, rest @ ..] if matches(word, "show") || matches(word, "list") => show(rest),
+        [word, ..] => Err(no_command(word)),
+    }
+}
+
 /// The only word, for commands that take one: `DEV`, `NAME`.
 pub(crate) fn only(words: &[String]) -> Result<&str, Failure> {
     match words {

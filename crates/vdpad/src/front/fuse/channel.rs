@@ -211,7 +211,7 @@ impl Channel {
             return self.reply(header.unique, Err(Errno::NOENT));
         };
         let handle = self.next_handle.fetch_add(1, Ordering::Relaxed);
-        lane.push(header.unique, Work::Open(Opener { handle, uid: header.uid, flags }));
+        lane.push(header.unique, Work::Open(Opener { handle, uid: header.uid, tid: header.pid, flags }));
     }
 
     fn release(&self, header: &InHeader, fh: u64) {

@@ -275,7 +275,7 @@ mod tests {
     fn every_call_reaches_the_device() {
         let notes = Arc::new(Notes::default());
         let file = Unrestricted(Arc::clone(&notes) as _);
-        file.open(&Opener { handle: 1, uid: 0, flags: 0 }).unwrap();
+        file.open(&Opener { handle: 1, uid: 0, tid: 0, flags: 0 }).unwrap();
         file.ioctl(&IoctlCall { handle: 1, tid: 0, cmd: 0xAF01, arg: 0, input: &[], out_size: 0 }).unwrap();
         file.answered();
         file.write(1, 0, &[]).unwrap();

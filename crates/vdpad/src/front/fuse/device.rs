@@ -48,6 +48,9 @@ pub struct Opener {
     pub handle: u64,
     /// The user, as the mount sees it.
     pub uid: u32,
+    /// The thread, in the process-id namespace of the daemon; 0 when it is not visible there. It waits while
+    /// [`DeviceFile::open`] runs, and may be gone afterwards.
+    pub tid: u32,
     /// `O_*`; any access mode is to be accepted.
     pub flags: u32,
 }

@@ -33,6 +33,7 @@ use crate::front::fuse::{DeviceFile, IoctlCall, IoctlReply, Opener};
 use crate::rate::RateLimit;
 
 use self::opens::Opens;
+pub use self::opens::Waiting;
 pub use self::updates::Updates;
 
 /// The decoders, for fuzz targets.

@@ -10,9 +10,9 @@ use vdpa_core::faults::{self, Fault};
 use vdpa_core::features::Status;
 use vdpa_core::handover::Handover;
 use vdpa_core::types::Result;
-use vdpa_sys::process::OwnerSpace;
+use vdpa_sys::process::{Caller, OwnerSpace};
 
-use super::{AnyParent, VhostVdpaFile};
+use super::{AnyParent, VhostVdpaFile, process};
 use crate::front::fuse::Opener;
 
 /// The opens of one file.
@@ -31,6 +31,23 @@ pub(super) struct Opens {
 struct Successor {
     opener: Opener,
     device: Device<AnyParent>,
+    since: SystemTime,
+    /// The process that has opened it and its name, where it is visible.
+    process: Option<(i32, String)>,
+}
+
+/// What is to be seen of a client that has opened the device to take it over.
+#[derive(Clone, Debug)]
+pub struct Waiting {
+    /// Process id and name: the owner's, and before there is one that of the process that opened the device. `None` for a
+    /// process outside of the daemon's process-id namespace.
+    pub process: Option<(i32, String)>,
+    /// When it opened the device.
+    pub since: SystemTime,
+    /// How far it has come: its own status register.
+    pub status: Status,
+    /// Entries in its own IOTLB tables.
+    pub mappings: usize,
 }
 
 impl Opens {
@@ -86,6 +103,26 @@ impl VhostVdpaFile {
         device.release();
         self.forget_owner();
         Ok(())
+    }
+
+    /// The client that waits to take the device over, if there is one. Waits for a request of it in progress, at most
+    /// `patience`.
+    ///
+    /// # Errors
+    /// `EBUSY` when that request did not end in time.
+    pub fn successor(&self, patience: Duration) -> Result<Option<Waiting>> {
+        let opens = self.opens.try_lock_for(patience).ok_or(Errno::BUSY)?;
+        Ok(opens.successor.as_ref().map(|Successor { device, since, process, .. }| {
+            let owner = device.owner().map(OwnerSpace::pid);
+            let owner =
+                owner.map(|pid| (pid, Caller::new(pid).map(|caller| caller.comm()).unwrap_or_default()));
+            Waiting {
+                process: owner.or_else(|| process.clone()),
+                since: *since,
+                status: device.status(),
+                mappings: device.mapped().entries,
+            }
+        }))
     }
 
     fn forget_owner(&self) {
@@ -163,8 +200,11 @@ impl VhostVdpaFile {
                 let parent: AnyParent = Box::new(handover.handle());
                 let mut device = Device::new(parent);
                 device.open()?;
-                opens.successor = Some(Successor { opener: *opener, device });
-                tracing::info!(device = %self.name, "opened a second time, by a successor");
+                let process = process(opener.tid).and_then(|caller| Ok((caller.pid()?, caller.comm()))).ok();
+                let pid = process.as_ref().map(|(pid, _)| *pid);
+                tracing::info!(device = %self.name, pid, "opened a second time, by a successor");
+                let since = SystemTime::now();
+                opens.successor = Some(Successor { opener: *opener, device, since, process });
             }
             (Err(error), ..) => return Err(error),
         }
