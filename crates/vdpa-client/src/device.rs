@@ -142,8 +142,7 @@ impl<D: VdpaOps<Event = EventFd>> Device<D> {
     ///
     /// The device is reset. Of `wanted` those features are taken that the device offers, and always VERSION_1
     /// and, where offered, ACCESS_PLATFORM; see [`Session::features`] for the outcome. Event indices and
-    /// packed rings are not asked for unless `wanted` has them; packed rings are refused by
-    /// [`Session::add_queue`]. Blocks while the device resets.
+    /// packed rings are not asked for unless `wanted` has them. Blocks while the device resets.
     ///
     /// # Errors
     /// [`Error::Request`] with `EBUSY` from `VHOST_SET_OWNER` when the device has an owner;

@@ -40,7 +40,7 @@ pub enum Backing {
     /// Memory that the caller has mapped itself and keeps mapped at this address while the session lives.
     ///
     /// It ends with the program, so a session that has such a region cannot be updated. Memory of an object that the
-    /// caller has mapped himself is [`Memory::placed`].
+    /// caller has mapped itself is [`Memory::placed`].
     Caller(u64),
 }
 

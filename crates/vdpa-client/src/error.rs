@@ -136,8 +136,10 @@ pub enum RegionProblem {
         memory: u64,
     },
     /// The memory object is shorter than the region.
-    #[error("has {size} bytes, but its memory object only {object}")]
+    #[error("has {size} bytes from byte {offset} of its memory object on, which has only {object}")]
     Short {
+        /// Where it begins in the object.
+        offset: u64,
         /// Bytes of the region.
         size: u64,
         /// Bytes of the object.
@@ -186,11 +188,16 @@ pub enum QueueProblem {
     /// The device is running.
     #[error("cannot be set up: the device runs already")]
     Running,
-    /// Not a power of two, or larger than the device can do.
-    #[error("cannot have {size} entries; a power of two from 2 to {max} is possible")]
+    /// Larger than the device can do, or not a size that such a ring can have.
+    #[error(
+        "cannot have {size} entries; a {} to {max} is possible",
+        if *.power_of_two { "power of two from 2" } else { "number from 1" }
+    )]
     Size {
         /// What was asked for.
         size: u16,
+        /// Whether it has to be a power of two: not for the packed ring of a guest.
+        power_of_two: bool,
         /// The device's limit.
         max: u16,
     },
@@ -232,4 +239,16 @@ pub enum QueueProblem {
         /// What the ring said.
         reason: String,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_sizes_that_are_possible_depend_on_the_ring() {
+        let text = |power_of_two| QueueProblem::Size { size: 0, power_of_two, max: 256 }.to_string();
+        assert_eq!(text(true), "cannot have 0 entries; a power of two from 2 to 256 is possible");
+        assert_eq!(text(false), "cannot have 0 entries; a number from 1 to 256 is possible");
+    }
 }

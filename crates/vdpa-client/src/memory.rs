@@ -125,20 +125,26 @@ impl Memory {
     }
 
     /// Checks that what the caller has mapped is this object, shared, at this offset: with anything else the next image
-    /// would see other bytes than the device. Costs one look-up for each mapping (VMA) of the range.
+    /// would see other bytes than the device. Costs a mapping of the object, which touches no page of it, and one look-up for
+    /// each mapping (VMA) of the range.
     pub(crate) fn verify(&self) -> Result<(), MemoryProblem> {
         let Backed::Placed { fd, offset, uaddr } = &self.backing else {
             return if self.survives() { Ok(()) } else { Err(MemoryProblem::Private) };
         };
         let unreadable = |source| MemoryProblem::Unreadable { source };
-        let stat = rustix::fs::fstat(fd).map_err(|e| unreadable(Errno::from_raw(e.raw_os_error())))?;
         let maps = maps::own().map_err(unreadable)?;
+        // What the object is called in the same table: stat(2) shows another device number on some file systems, and two
+        // files with the same inode number may be on two.
+        let len = usize::try_from(self.size).map_err(|_| unreadable(Errno::INVAL))?;
+        let probe = SharedMap::map(fd, *offset, len, Prot::RO, false).map_err(unreadable)?;
+        let object = maps::vma_at(&maps, probe.addr() as u64).map_err(unreadable)?;
+        let object = object.map(|vma| (vma.dev, vma.inode)).ok_or(unreadable(Errno::IO))?;
         let end = uaddr.saturating_add(self.size);
         let mut at = *uaddr;
         while at < end {
             let vma =
                 maps::vma_at(&maps, at).map_err(unreadable)?.ok_or(MemoryProblem::Hole { uaddr: at })?;
-            if !vma.shared || vma.inode != stat.st_ino {
+            if !vma.shared || (vma.dev, vma.inode) != object {
                 return Err(if vma.shared {
                     MemoryProblem::Other { uaddr: at }
                 } else {
@@ -162,7 +168,8 @@ fn checked_len(name: &str, fd: BorrowedFd<'_>, offset: u64, size: u64) -> Result
         })?
         .st_size;
     let object = u64::try_from(object).unwrap_or(0);
-    let short = || Error::Region { name: name.to_owned(), problem: RegionProblem::Short { size, object } };
+    let short =
+        || Error::Region { name: name.to_owned(), problem: RegionProblem::Short { offset, size, object } };
     match offset.checked_add(size) {
         Some(end) if end <= object => usize::try_from(size).map_err(|_| short()),
         _ => Err(short()),
@@ -186,7 +193,10 @@ mod tests {
         memory.verify().unwrap();
         let fd = memfd::create(c"short", 0x2000, None).unwrap();
         let error = Memory::map("short", fd, 0x1000, 0x2000, false).unwrap_err().to_string();
-        assert!(error.contains("has 8192 bytes, but its memory object only 8192"), "{error}");
+        assert!(
+            error.contains("has 8192 bytes from byte 4096 of its memory object on, which has only 8192"),
+            "{error}"
+        );
     }
 
     #[test]
@@ -204,5 +214,31 @@ mod tests {
         assert_eq!(private, Err(MemoryProblem::Private));
         assert_eq!(placed(0, 0x1000), Err(MemoryProblem::Hole { uaddr: 0x1000 }));
         assert_eq!(Memory::private("heap", uaddr, 0x1000).verify(), Err(MemoryProblem::Private));
+    }
+
+    /// The first file of a tmpfs of its own, which nobody else sees. Needs root.
+    fn first_file() -> OwnedFd {
+        use rustix::fs::{Mode, OFlags, ftruncate, openat};
+        use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen};
+        let tmpfs = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).unwrap();
+        fsconfig_create(&tmpfs).unwrap();
+        let root = fsmount(&tmpfs, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty()).unwrap();
+        let file = openat(root, "ram", OFlags::CREATE | OFlags::RDWR, Mode::RUSR | Mode::WUSR).unwrap();
+        ftruncate(&file, 0x2000).unwrap();
+        file
+    }
+
+    #[test]
+    fn a_file_of_another_file_system_is_another_object() {
+        let (mapped, other) = (first_file(), first_file());
+        let inode = |file: &OwnedFd| rustix::fs::fstat(file).unwrap().st_ino;
+        assert_eq!(inode(&mapped), inode(&other), "by its number it is the same one");
+        let map = SharedMap::map(&mapped, 0, 0x2000, Prot::RW, false).unwrap();
+        let uaddr = map.addr() as u64;
+        let placed = |file: &OwnedFd| {
+            Memory::placed("placed", file.try_clone().unwrap(), 0, 0x2000, uaddr).unwrap().verify()
+        };
+        assert_eq!(placed(&mapped), Ok(()));
+        assert_eq!(placed(&other), Err(MemoryProblem::Other { uaddr }));
     }
 }

@@ -63,6 +63,10 @@ use crate::memory::Memory;
 use crate::queue::{Queue, RingLayout, queue};
 use crate::vring::{GuestQueue, GuestRing, Vring, check_guest_ring};
 
+/// A queue is asked for to be driven, and is a guest's, or the other way round.
+const A_GUESTS: QueueProblem = QueueProblem::Kind { owner: "a guest", asked: "this program" };
+const OURS: QueueProblem = QueueProblem::Kind { owner: "this program", asked: "a guest" };
+
 /// A device that this process owns, with everything that was set up on it.
 ///
 /// Dropping it closes the device, which resets it and unmaps everything.
@@ -280,7 +284,8 @@ impl<D: VdpaOps<Event = EventFd>> Session<D> {
         }
         let max = self.ops.vring_num().map_err(Error::request("VHOST_VDPA_GET_VRING_NUM"))?;
         let shape = if power_of_two { size >= 2 && size.is_power_of_two() } else { size >= 1 };
-        if shape && size <= max { Ok(()) } else { Err(queue(index, QueueProblem::Size { size, max })) }
+        let problem = QueueProblem::Size { size, power_of_two, max };
+        if shape && size <= max { Ok(()) } else { Err(queue(index, problem)) }
     }
 
     /// Resets the device, as a guest does: the queues are gone, the memory stays mapped, and
@@ -328,13 +333,9 @@ impl<D: VdpaOps<Event = EventFd>> Session<D> {
     /// A queue.
     ///
     /// # Errors
-    /// [`Error::Queue`] when it is not set up.
+    /// [`Error::Queue`] when it is not set up, or a guest's.
     pub fn queue(&self, index: QueueIndex) -> Result<&Queue, Error> {
-        self.setup
-            .queues
-            .iter()
-            .find(|q| q.index() == index)
-            .ok_or_else(|| self.no_queue(index, "this program"))
+        self.setup.queues.iter().find(|q| q.index() == index).ok_or_else(|| self.no_queue(index, A_GUESTS))
     }
 
     /// A queue of a guest.
@@ -342,29 +343,24 @@ impl<D: VdpaOps<Event = EventFd>> Session<D> {
     /// # Errors
     /// [`Error::Queue`] when it is not set up, or driven by this program.
     pub fn guest_queue(&self, index: QueueIndex) -> Result<&GuestQueue, Error> {
-        self.setup
-            .guest_queues
-            .iter()
-            .find(|q| q.index() == index)
-            .ok_or_else(|| self.no_queue(index, "a guest"))
+        self.setup.guest_queues.iter().find(|q| q.index() == index).ok_or_else(|| self.no_queue(index, OURS))
     }
 
-    fn no_queue(&self, index: QueueIndex, asked: &'static str) -> Error {
-        let owner = if asked == "a guest" { "this program" } else { "a guest" };
+    /// Why there is no queue of the kind asked for: `other`, when there is one of the other kind.
+    fn no_queue(&self, index: QueueIndex, other: QueueProblem) -> Error {
         let there = self.setup.vrings().any(|vring| vring.index == index);
-        queue(index, if there { QueueProblem::Kind { owner, asked } } else { QueueProblem::Unknown })
+        queue(index, if there { other } else { QueueProblem::Unknown })
     }
 
     /// A queue, to drive it.
     ///
     /// # Errors
-    /// [`Error::Queue`] when it is not set up.
+    /// [`Error::Queue`] when it is not set up, or a guest's.
     pub fn queue_mut(&mut self, index: QueueIndex) -> Result<&mut Queue, Error> {
-        self.setup
-            .queues
-            .iter_mut()
-            .find(|q| q.index() == index)
-            .ok_or_else(|| queue(index, QueueProblem::Unknown))
+        let at = self.setup.queues.iter().position(|q| q.index() == index);
+        // The error is made only where it is needed: a driver comes here for each request.
+        let Some(at) = at else { return Err(self.no_queue(index, A_GUESTS)) };
+        self.setup.queues.get_mut(at).ok_or_else(|| queue(index, QueueProblem::Unknown))
     }
 
     /// The whole configuration space.

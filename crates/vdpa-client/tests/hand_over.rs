@@ -218,6 +218,33 @@ fn what_fails_in_the_successor_is_rolled_back() {
     }
 }
 
+/// The device that does not come to rest and the one that has are told that their update was rolled back, and why.
+#[test]
+fn what_fails_before_the_successor_is_asked_is_reported_too() {
+    let disks = [Disk::new(&ALL), Disk::new(&ALL)];
+    let mut devices = Devices::new();
+    for (name, disk) in ["disk0", "disk1"].into_iter().zip(&disks) {
+        let mut session = notes::negotiated(&disk.path);
+        session.start().unwrap();
+        session.ops().note("--- update").unwrap();
+        devices.push(name, session);
+    }
+    Notes::at(&disks[1].path).fail_next("suspend");
+    let plan = Plan::new().strategy(Strategy::Resume);
+    let (left, taken) = hand_over(devices, plan, Sections::new(), Incoming::take_over);
+    let failed = left.unwrap_err();
+    assert_eq!((failed.error.phase, failed.error.device.as_deref()), (Phase::Suspend, Some("disk1")));
+    assert_eq!(failed.devices.len(), 2);
+    assert!(taken.is_err());
+    let why = "1 update failed in phase suspend of device disk1: VHOST_VDPA_SUSPEND failed: ";
+    for disk in &disks {
+        let reports = std::fs::read_to_string(disk.path.with_extension("reports")).unwrap();
+        assert!(reports.starts_with(why) && reports.lines().count() == 1, "{reports:?}");
+    }
+    // The successor's copy is closed besides.
+    assert_eq!(disks[0].notes().replace(", close", ""), "suspend, resume");
+}
+
 /// A successor that does not answer in time is called off, lets go, and hears why.
 #[test]
 fn a_successor_that_is_late_is_called_off() {
@@ -295,6 +322,8 @@ fn a_guests_rings_and_shared_memory_are_carried_over() {
         let (kick, call) = (copy(&events[0]), copy(&events[1]));
         session.add_guest_queue(Q0, ring, kick, call).unwrap();
         session.add_queue(QueueIndex(1), 8, "high", 0x1000).unwrap();
+        let error = session.queue_mut(Q0).unwrap_err().to_string();
+        assert_eq!(error, "queue 0 is a ring of a guest, not of this program");
         session.start().unwrap();
         session.ops().note("--- update").unwrap();
         devices.push(name, session);
@@ -312,6 +341,10 @@ fn a_guests_rings_and_shared_memory_are_carried_over() {
         assert_eq!(session.queue(QueueIndex(1)).unwrap().region(), "high");
         let error = session.queue(Q0).unwrap_err().to_string();
         assert_eq!(error, "queue 0 is a ring of a guest, not of this program");
+        let error = session.guest_queue(QueueIndex(1)).unwrap_err().to_string();
+        assert_eq!(error, "queue 1 is a ring of this program, not of a guest");
+        let error = session.queue(QueueIndex(2)).unwrap_err().to_string();
+        assert_eq!(error, "queue 2 is not set up");
         let regions: Vec<_> = session.regions().iter().map(|r| (r.name(), r.offset())).collect();
         assert_eq!(regions, [("low", 0), ("high", 0x8_0000)]);
     }

@@ -337,7 +337,10 @@ fn image_that_cannot_restore() {
     let error = update::incoming::<Notes>().unwrap_err();
     assert_eq!(error.phase, Phase::Load);
     assert!(
-        error.source.to_string().contains("has 65536 bytes, but its memory object only 4096"),
+        error
+            .source
+            .to_string()
+            .contains("has 65536 bytes from byte 0 of its memory object on, which has only 4096"),
         "{error:?}"
     );
     let open = std::fs::read_dir("/proc/self/fd")

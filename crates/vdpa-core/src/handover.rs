@@ -61,6 +61,11 @@ struct Shared<P: Parent> {
     installed: Tables<P>,
     /// Somebody's mappings are not with the parent yet.
     deferred: bool,
+    /// What the driver has written into configuration space since the device was reset.
+    written: Written,
+    /// What it had written before a reset by the program that is replaced. The driver stays, and takes it for granted,
+    /// unless the same program lets it run again.
+    left: Written,
     next: u64,
 }
 
@@ -70,7 +75,17 @@ struct Wish<P: Parent> {
     features: Option<Features>,
     tables: Tables<P>,
     owner: Option<SpaceOf<P>>,
+    /// Bytes of configuration space that it has written and the parent has not seen.
+    written: Written,
     superseded: bool,
+}
+
+/// Bytes of configuration space by place: as many as it has at most.
+type Written = BTreeMap<u32, u8>;
+
+/// The bytes of a write to configuration space, each with its place.
+fn each_byte(offset: u32, data: &[u8]) -> impl Iterator<Item = (u32, u8)> {
+    (offset..).zip(data.iter().copied())
 }
 
 impl<P: Parent> Handover<P> {
@@ -90,6 +105,8 @@ impl<P: Parent> Handover<P> {
             running: BTreeSet::new(),
             installed: BTreeMap::new(),
             deferred: false,
+            written: Written::new(),
+            left: Written::new(),
             next: 0,
         };
         Ok(Self { shared: Arc::new(Mutex::new(shared)) })
@@ -101,7 +118,13 @@ impl<P: Parent> Handover<P> {
         let mut shared = lock(&self.shared);
         let id = shared.next;
         shared.next = id.wrapping_add(1);
-        let wish = Wish { features: None, tables: BTreeMap::new(), owner: None, superseded: false };
+        let wish = Wish {
+            features: None,
+            tables: BTreeMap::new(),
+            owner: None,
+            written: Written::new(),
+            superseded: false,
+        };
         shared.wishes.insert(id, wish);
         Handle { id, profile: shared.parent.profile().clone(), shared: Arc::clone(&self.shared) }
     }
@@ -158,8 +181,9 @@ impl<P: Parent> Shared<P> {
 
     /// Puts what `id` has asked for in the place of whatever is there. On an error the parent has what it had.
     fn take_over(&mut self, id: u64) -> Result<()> {
-        let Some(wish) = self.wishes.get(&id) else { return Err(Errno::IO) };
+        let Some(wish) = self.wishes.get_mut(&id) else { return Err(Errno::IO) };
         let (features, owner) = (wish.features, wish.owner.clone());
+        let own = wish.written.clone();
         self.parent.reset();
         let before = self.installed.clone();
         let taken = self
@@ -167,10 +191,28 @@ impl<P: Parent> Shared<P> {
             .bind_owner(owner.as_ref())
             .and_then(|()| features.map_or(Ok(()), |word| self.parent.negotiate(word).map(drop)))
             .and_then(|()| self.install_all(id));
-        if taken.is_err() {
-            self.put_back(before);
+        match taken {
+            Ok(()) => {
+                let before = std::mem::take(&mut self.written);
+                self.written = std::mem::take(&mut self.left).into_iter().chain(before).chain(own).collect();
+            }
+            Err(_) => self.put_back(before),
+        }
+        for (&offset, &byte) in &self.written {
+            self.parent.write_config(offset, &[byte]);
         }
         taken
+    }
+
+    /// The program in charge has reset the device, for its driver or because it is being replaced.
+    fn reset(&mut self) {
+        self.parent.reset();
+        let written = std::mem::take(&mut self.written);
+        if self.is_alone() {
+            self.left.clear();
+        } else if !written.is_empty() {
+            self.left = written;
+        }
     }
 
     fn put_back(&mut self, tables: Tables<P>) {
@@ -191,6 +233,7 @@ impl<P: Parent> Shared<P> {
             return Err(Errno::IO);
         }
         if self.in_charge == Some(id) {
+            self.left.clear();
             return if self.deferred { self.install_all(id) } else { Ok(()) };
         }
         if !self.running.is_empty() && !faults::is(Fault::ClaimAnyTime) {
@@ -266,6 +309,9 @@ impl<P: Parent> Parent for Handle<P> {
         let mut shared = self.shared();
         if shared.in_charge.is_none_or(|id| id == self.id) {
             shared.parent.write_config(offset, data);
+            shared.written.extend(each_byte(offset, data));
+        } else if let Some(wish) = shared.wishes.get_mut(&self.id) {
+            wish.written.extend(each_byte(offset, data));
         }
     }
 
@@ -318,7 +364,9 @@ impl<P: Parent> Parent for Handle<P> {
     fn reset(&mut self) {
         let mut shared = self.shared();
         if shared.in_charge.is_none_or(|id| id == self.id) {
-            shared.parent.reset();
+            shared.reset();
+        } else if let Some(wish) = shared.wishes.get_mut(&self.id) {
+            wish.written.clear();
         }
     }
 

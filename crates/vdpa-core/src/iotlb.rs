@@ -1,8 +1,10 @@
 //! Translation tables: what is mapped where, and by which request.
 
 mod lookup;
+mod removed;
 
 pub use lookup::Lookup;
+pub use removed::Removed;
 
 use std::collections::BTreeMap;
 

@@ -130,7 +130,9 @@ fn changing() {
     assert_eq!((status, body.as_str()), (200, r#"{"warning":"blk0 device not supported"}"#));
     assert_eq!(error(&patch("nosuch", "{}")), refused(404, "ENODEV", 19));
     for body in ["", "null", r#"{"mac":"zz"}"#, r#"{"mac":1}"#, r#"{"mtu":1400}"#] {
-        assert_eq!(error(&patch("vdpa0", body)), refused(400, "EINVAL", 22), "{body}");
+        let answer = patch("vdpa0", body);
+        assert_eq!(error(&answer), refused(400, "EINVAL", 22), "{body}");
+        assert!(answer.1.contains(r#"{\"mac\":\"52:54:00:12:34:56\"} would be one."#), "{answer:?}");
     }
     assert_eq!(
         setup.log(),

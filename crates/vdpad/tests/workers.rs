@@ -1,6 +1,7 @@
 //! Many devices on one thread: what one of them does, or suffers, is of no concern to the others.
 #![expect(clippy::unwrap_used, reason = "a failure is a panic here, also outside of test functions")]
 
+#[expect(dead_code, reason = "every test binary uses its own part")]
 #[path = "support/hanging.rs"]
 mod hanging;
 mod support;
@@ -251,6 +252,30 @@ fn a_device_whose_disk_hangs_is_deleted_by_force() {
 fn is_set(event: &EventFd) -> bool {
     let time = Timespec { tv_sec: 0, tv_nsec: 0 };
     poll(&mut [PollFd::new(event, PollFlags::IN)], Some(&time)).unwrap() == 1
+}
+
+/// Whether a write to it waits is for its owner to say, at any time.
+#[test]
+fn a_driver_that_fills_the_counter_of_its_call_is_no_concern_of_its_neighbours() {
+    let daemon = one_worker();
+    let (_disk, path) = add(&daemon, 0, &[]);
+    let (_other, neighbour) = add(&daemon, 1, &[]);
+    let (mut hostile, mut neighbour) = (Blk::start(&path), Blk::start(&neighbour));
+    let ring = hostile.by_hand(0);
+    rustix::fs::fcntl_setfl(&ring.call, rustix::fs::OFlags::empty()).unwrap();
+    let full = u64::MAX - 1;
+    rustix::io::write(&ring.call, &full.to_ne_bytes()).unwrap();
+    for done in 1..4 {
+        hostile.submit(0, kind::IN, 8, &[], &[data(0, 512)]);
+        hostile.notify(0);
+        let deadline = Instant::now() + PATIENCE;
+        while ring.used() != done {
+            assert!(Instant::now() < deadline, "{} requests are done", ring.used());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert_eq!(neighbour.read(0, 8, 512), Ok(pattern(4096, 512)));
+    }
+    assert_eq!(ring.call.drain(), full);
 }
 
 /// What was answered before the ring broke is seen, also in the same turn.

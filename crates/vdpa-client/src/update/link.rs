@@ -56,12 +56,14 @@ pub enum LinkError {
     #[error("the descriptor is not a Unix stream socket")]
     NotASocket,
     /// Its other end belongs to somebody who may not have the devices.
-    #[error("the other side runs as user {uid}; user {own} and root may take part")]
+    #[error("the other side runs as user {uid}; only root{} may take part", users(*.own, *.allowed))]
     Stranger {
         /// User of the other side.
         uid: u32,
-        /// Who would be allowed.
+        /// The user of this process, who would be allowed.
         own: u32,
+        /// Who would be allowed besides: [`Plan::allow_uid`](super::Plan::allow_uid) or its like of the successor.
+        allowed: Option<u32>,
     },
     /// The other side ended, or closed the connection.
     #[error("the other side is gone")]
@@ -89,6 +91,10 @@ pub enum LinkError {
         /// The error.
         source: Errno,
     },
+}
+
+fn users(own: u32, allowed: Option<u32>) -> String {
+    allowed.map_or_else(|| format!(" and user {own}"), |uid| format!(", user {own} and user {uid}"))
 }
 
 fn system(action: &'static str) -> impl Fn(rustix::io::Errno) -> LinkError {
@@ -199,7 +205,7 @@ impl Link {
         let uid = credentials.uid.as_raw();
         let own = rustix::process::geteuid().as_raw();
         if !may_take_part(uid, own, allowed) {
-            return Err(LinkError::Stranger { uid, own });
+            return Err(LinkError::Stranger { uid, own, allowed });
         }
         Ok(Peer { pid: credentials.pid.as_raw_nonzero().get() })
     }
@@ -462,6 +468,12 @@ mod tests {
         assert!(may_take_part(1001, 1000, Some(1001)));
         assert!(!may_take_part(1001, 1000, None) && !may_take_part(1000, 0, None));
         assert!(!may_take_part(1002, 1000, Some(1001)));
+        let text = |allowed| LinkError::Stranger { uid: 1002, own: 1000, allowed }.to_string();
+        assert_eq!(text(None), "the other side runs as user 1002; only root and user 1000 may take part");
+        assert_eq!(
+            text(Some(1001)),
+            "the other side runs as user 1002; only root, user 1000 and user 1001 may take part"
+        );
     }
 
     #[test]

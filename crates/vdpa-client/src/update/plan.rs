@@ -265,7 +265,7 @@ impl Plan {
         self
     }
 
-    /// An open file for the successor, under a name. It is copied (`dup`): what the caller does with his own does not
+    /// An open file for the successor, under a name. It is copied (`dup`): what the caller does with its own does not
     /// matter afterwards.
     #[must_use]
     pub fn descriptor(mut self, name: &str, fd: impl AsFd) -> Self {

@@ -43,6 +43,15 @@ enum To {
     Process(Way, Successor),
 }
 
+impl To {
+    const fn way(&self) -> Way {
+        match self {
+            Self::Exec(..) => Way::Exec,
+            Self::Process(way, _) => *way,
+        }
+    }
+}
+
 /// One device of a prepared update.
 #[derive(Debug)]
 struct Chosen {
@@ -306,12 +315,9 @@ impl Prepared {
                 Err(failed) => {
                     let (error, undone) = *failed;
                     let rest = waiting.map(|((name, session), _)| (name, Ok(session)));
-                    return Err(back(
-                        error,
-                        resting,
-                        AtRest::undo,
-                        std::iter::once((name, undone)).chain(rest),
-                    ));
+                    let others = std::iter::once((name, undone)).chain(rest);
+                    let failed = back(error, resting, AtRest::undo, others);
+                    return Err(announced(self.to.way(), self.begun_unix_ns, failed, &self.chosen));
                 }
             }
         }

@@ -18,6 +18,7 @@ use vdpa_core::types::{
 };
 use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::memfd;
+use vdpa_sys::uapi::report::UpdateReport;
 
 pub const Q0: QueueIndex = QueueIndex(0);
 
@@ -92,6 +93,14 @@ impl DeviceFile for Notes {
 
     fn from_fd(fd: OwnedFd) -> Result<Self> {
         Ok(Self(File::from(fd)))
+    }
+
+    /// Beside the requests, outcome and reason in a line: a device file of the kernel knows no such request.
+    fn report_update(&self, report: &UpdateReport) -> Result<()> {
+        let reports = self.path().with_extension("reports");
+        let mut reports = OpenOptions::new().append(true).create(true).open(reports).unwrap();
+        writeln!(reports, "{} {}", report.outcome, report.reason()).unwrap();
+        Ok(())
     }
 }
 

@@ -1,5 +1,6 @@
 //! Two devices on one parent, on a platform whose memory knows how often it was looked up.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::*;
@@ -88,6 +89,8 @@ struct Seen {
     refuse: usize,
     running: Option<u16>,
     negotiated: Features,
+    /// Bytes of configuration space, until a reset.
+    written: BTreeMap<u32, u8>,
     owner: Option<Space>,
 }
 
@@ -109,7 +112,12 @@ impl Parent for Below {
     fn read_config(&self, _offset: u32, out: &mut [u8]) {
         out.fill(7);
     }
-    fn write_config(&mut self, _offset: u32, _data: &[u8]) {}
+    fn write_config(&mut self, offset: u32, data: &[u8]) {
+        self.seen().written.extend((offset..).zip(data.iter().copied()));
+    }
+    fn reset(&mut self) {
+        self.seen().written.clear();
+    }
     fn negotiate(&mut self, features: Features) -> Result<Features> {
         self.seen().negotiated = features;
         Ok(features)
@@ -267,6 +275,39 @@ fn the_successor_waits_for_the_rest_of_the_predecessor() {
     new.device.set_status(Status(15)).unwrap();
     assert_eq!(rig.running(), Some(10), "where the predecessor has stopped, not where it was");
     assert!(new.space.is(rig.seen().owner.as_ref().unwrap()));
+}
+
+/// A guest has written configuration space, and does not hear of the change.
+#[test]
+fn the_successor_has_the_configuration_that_the_driver_has_written() {
+    let rig = Rig::new();
+    let written = || rig.seen().written.clone().into_iter().collect::<Vec<_>>();
+    let mut old = rig.open();
+    old.start(0).unwrap();
+    old.device.set_config(3, &[1, 2]).unwrap();
+    let mut new = rig.open();
+    new.device.set_config(4, &[9]).unwrap();
+    assert_eq!(written(), [(3, 1), (4, 2)], "what a successor writes before its time waits");
+    // As QEMU does it: a reset at the end, and another one with the close.
+    old.device.suspend().unwrap();
+    old.device.set_status(Status(0)).unwrap();
+    old.device.release();
+    assert_eq!(written(), []);
+    new.start(10).unwrap();
+    assert_eq!(written(), [(3, 1), (4, 9)]);
+    drop(old);
+    new.device.set_status(Status(0)).unwrap();
+    assert_eq!(written(), []);
+
+    // A reset by the driver itself, while somebody waits: it is to start again with nothing.
+    new.start(0).unwrap();
+    new.device.set_config(5, &[5]).unwrap();
+    let mut next = rig.open();
+    new.device.set_status(Status(0)).unwrap();
+    new.start(0).unwrap();
+    new.device.suspend().unwrap();
+    next.start(20).unwrap();
+    assert_eq!(written(), []);
 }
 
 #[test]

@@ -175,7 +175,8 @@ pub struct DevState {
     pub negotiated_features: Option<Features>,
     /// Pages of 4096 bytes charged to the owner.
     pub pinned_pages: u64,
-    /// The owner's RLIMIT_MEMLOCK, in pages of 4096 bytes; `None` when unlimited or without an owner.
+    /// Pages of 4096 bytes that may be charged to the owner: the device attribute `memlock`, or else the owner's
+    /// RLIMIT_MEMLOCK; `None` when unlimited or without an owner.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memlock_limit_pages: Option<u64>,
     /// Entries in all IOTLB tables.

@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use vdpa_core::Errno;
 use vdpa_core::features::{BackendFeatures, Features};
-use vdpa_core::iotlb::{Mapping, Table};
+use vdpa_core::iotlb::{Mapping, Removed, Table};
 use vdpa_core::net::MAC_BYTES;
 use vdpa_core::parent::{
     AddressMode, CompatReset, Dma, DmaMap, Parent, PinLimit, PrivateMemory, Profile, QueueStats, SetMap,
@@ -294,9 +294,9 @@ struct Mappings {
 
 impl Mappings {
     /// Gives the worker a table. Requests are answered before the next command is looked at, so there is never one
-    /// in flight, and draining only makes the queues look their rings up again.
+    /// in flight, and a removal only makes the queues look their rings up again.
     fn show(&self, asid: Asid, table: &Table<GuestMemory>) -> Result<()> {
-        self.worker.set_view(asid, Arc::new(View::new(table, Vec::new())), true)
+        self.worker.set_view(asid, Arc::new(View::new(table, Vec::new())), Removed::everything())
     }
 
     fn show_single(&self, asid: Asid) -> Result<()> {

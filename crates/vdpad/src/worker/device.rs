@@ -12,7 +12,7 @@ use vdpa_sys::uring::OwnedBuf;
 
 use super::queue::Queue;
 use super::queues::{Queues, to_u16};
-use super::{Command, Logic, Reply};
+use super::{Command, Logic, Removal, Reply};
 
 pub(super) struct Served {
     queues: Queues,
@@ -21,8 +21,8 @@ pub(super) struct Served {
     pub(super) listed: bool,
     /// It is in the list of those at whose rings the thread looks.
     pub(super) watched: bool,
-    /// Answers owed when nothing is in flight any more, and the address spaces that have changed.
-    draining: Vec<(Asid, Reply<()>)>,
+    /// Answers owed when nothing uses what was removed any more.
+    draining: Vec<(Removal, Reply<()>)>,
     /// Answers owed when nothing is in flight any more and the logic has been told to fail.
     failing: Vec<Reply<()>>,
     /// Answer owed when nothing is in flight any more and the device is gone.
@@ -54,14 +54,10 @@ impl Served {
                 answer(&reply, result);
             }
             Command::Stop { index, reply } => self.stop(index, reply),
-            Command::SetView { asid, view, drain, reply } => {
-                self.queues.set_view(asid, view);
-                if drain {
-                    self.draining.push((asid, reply));
-                } else {
-                    self.map_changed(asid);
-                    answer(&reply, ());
-                }
+            Command::SetView { removal, reply } => {
+                self.queues.set_view(&removal);
+                // Answered in the next turn at the latest, if nothing uses what was removed.
+                self.draining.push((removal, reply));
             }
             Command::Fail { reply } => self.failing.push(reply),
             Command::Forget => self.abandoned.fill(None),
@@ -162,7 +158,7 @@ impl Served {
         }
     }
 
-    /// Answers STOP, SET_VIEW and FAIL once what they wait for is done.
+    /// Answers STOP, SET_VIEW and FAIL once what they wait for is done. What was answered has been shown.
     fn settle(&mut self) {
         for index in 0..self.queues.count() {
             let Some(mut queue) = self.queues.take_stopped(to_u16(index)) else { continue };
@@ -182,18 +178,27 @@ impl Served {
                 answer(&reply, Ok(Some(queue.state())));
             }
         }
-        if self.queues.in_flight() {
-            return;
-        }
-        if !self.failing.is_empty() {
+        self.settle_removals();
+        if !self.failing.is_empty() && !self.queues.in_flight() {
             self.logic.fail();
+            self.failing.drain(..).for_each(|reply| answer(&reply, ()));
         }
-        self.failing.drain(..).for_each(|reply| answer(&reply, ()));
-        for (asid, reply) in std::mem::take(&mut self.draining) {
-            let concerned =
-                self.queues.iter_mut().filter(|queue| queue.setup.asid == asid && queue.setup.kick.is_some());
-            concerned.for_each(Queue::unresolve);
-            self.map_changed(asid);
+    }
+
+    /// Answers SET_VIEW where nothing uses what was removed any more.
+    fn settle_removals(&mut self) {
+        let (waiting, done): (Vec<_>, _) =
+            std::mem::take(&mut self.draining).into_iter().partition(|(removal, _)| {
+                let rings_left = self.queues.leave_rings(removal.asid);
+                !rings_left || self.logic.uses(&self.queues, removal)
+            });
+        self.draining = waiting;
+        for (removal, reply) in done {
+            if self.draining.is_empty() {
+                // Nothing that is in flight needs older translations, which keep mapped what was removed.
+                self.logic.renew(&self.queues, removal.asid, &removal.view);
+            }
+            self.map_changed(removal.asid);
             answer(&reply, ());
         }
     }
@@ -209,7 +214,7 @@ impl Served {
 
     /// Whether requests are taken from the rings, rather than waited for until none is in flight.
     fn takes_requests(&self) -> bool {
-        self.draining.is_empty() && self.failing.is_empty() && self.removing.is_none()
+        self.failing.is_empty() && self.removing.is_none()
     }
 }
 

@@ -2,30 +2,35 @@
 //!
 //! A [`Pool`] has the threads; each hosts many devices on one io_uring, which carries everything it waits for: kicks,
 //! commands of the control side and disk I/O of all of them. A [`Logic`] does what a device does with its [`Queues`];
-//! [`disk`] is the logic of block devices, which asks a [`Disk`] about each request.
+//! [`requests`] is the logic of block devices, which asks a [`Disk`] about each request.
 //!
 //! The control side of a device ([`Worker`]) talks to its thread by commands and waits for the answer, so that a queue
 //! that was stopped is at rest and a mapping that was removed is unused when the call returns. A command waits for
 //! requests of its own device only, and a device gets a bounded turn before the next one has its own.
 
 mod buffers;
+mod claims;
 mod device;
 mod disk;
+mod pending;
 mod poll;
 mod pool;
 mod queue;
 mod queues;
+mod requests;
 mod serve;
 mod view;
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::time::Duration;
 
 use parking_lot::Mutex;
 use vdpa_core::Errno;
+use vdpa_core::features::Features;
+use vdpa_core::iotlb::Removed;
 use vdpa_core::parent::QueueStats;
 use vdpa_core::types::{Asid, QueueIndex, Result};
 use vdpa_core::vq::{QueueSetup, QueueState};
@@ -34,7 +39,8 @@ use vdpa_sys::guest::LinuxHost;
 use vdpa_sys::uring::OwnedBuf;
 
 pub(crate) use buffers::Buffers;
-pub(crate) use disk::{After, Disk, Verdict};
+pub(crate) use claims::Claim;
+pub(crate) use disk::{After, Disk, Patch, Verdict, Zero};
 use pool::Thread;
 pub(crate) use pool::{NoCpuList, Placement, Pool};
 pub(crate) use queue::Queue;
@@ -74,9 +80,27 @@ pub(crate) trait Logic: Send + 'static {
         true
     }
 
+    /// Whether a request in flight in that address space uses memory that was removed. One that began with the new
+    /// translation does not, whatever its addresses.
+    fn uses(&self, _queues: &Queues, _removal: &Removal) -> bool {
+        false
+    }
+
+    /// Requests in flight in that address space are to keep nothing of older translations than the one that is given:
+    /// it has everything they use.
+    fn renew(&mut self, _queues: &Queues, _asid: Asid, _view: &Arc<View>) {}
+
     /// What the device does with its requests cannot be done any more: each is to be answered with an error. Nothing is
     /// in flight.
     fn fail(&mut self) {}
+}
+
+/// A translation that has taken the place of another one, and what it does not have any more.
+#[derive(Debug)]
+pub(crate) struct Removal {
+    asid: Asid,
+    view: Arc<View>,
+    removed: Removed,
 }
 
 /// How much of everything a device has.
@@ -118,6 +142,42 @@ impl Counters {
     }
 }
 
+/// Whether writes of a block device have to be stable when they are answered (virtio 1.2 section 5.2.5.2).
+#[derive(Debug, Default)]
+pub(crate) struct Cache(AtomicU8);
+
+impl Cache {
+    const AS_NEGOTIATED: u8 = 0;
+    const WRITE_THROUGH: u8 = 1;
+    const WRITE_BACK: u8 = 2;
+
+    /// What the driver has written into the field `writeback`: for every request that it makes from now on.
+    fn set(&self, write_back: bool) {
+        let mode = if write_back { Self::WRITE_BACK } else { Self::WRITE_THROUGH };
+        self.0.store(mode, Ordering::Release);
+    }
+
+    /// The driver has written nothing.
+    fn reset(&self) {
+        self.0.store(Self::AS_NEGOTIATED, Ordering::Release);
+    }
+
+    /// Whether a write may be answered before it is stable, by a driver that has accepted `features`. One that has a flush
+    /// command is taken to use it until it says otherwise.
+    fn is_write_back(&self, features: Features) -> bool {
+        let mode = if features.has(Features::BLK_CONFIG_WCE) {
+            self.0.load(Ordering::Acquire)
+        } else {
+            Self::AS_NEGOTIATED
+        };
+        match mode {
+            Self::WRITE_THROUGH => false,
+            Self::WRITE_BACK => true,
+            _ => features.has(Features::BLK_FLUSH),
+        }
+    }
+}
+
 /// What the two sides of a device share.
 #[derive(Debug)]
 struct Shared {
@@ -126,6 +186,7 @@ struct Shared {
     needs_reset: AtomicBool,
     /// Signalled when that becomes so.
     config_call: Mutex<Option<EventFd>>,
+    cache: Cache,
 }
 
 impl Shared {
@@ -134,6 +195,7 @@ impl Shared {
             counters: (0..queues).map(|_| Counters::default()).collect(),
             needs_reset: AtomicBool::new(false),
             config_call: Mutex::new(None),
+            cache: Cache::default(),
         }
     }
 
@@ -152,7 +214,7 @@ type Reply<T> = SyncSender<T>;
 enum Command {
     Start { index: QueueIndex, setup: QueueSetup<LinuxHost>, state: QueueState, reply: Reply<Result<()>> },
     Stop { index: QueueIndex, reply: Reply<Result<Option<QueueState>>> },
-    SetView { asid: Asid, view: Arc<View>, drain: bool, reply: Reply<()> },
+    SetView { removal: Removal, reply: Reply<()> },
     Forget,
     Fail { reply: Reply<()> },
     Remove { reply: Reply<()> },
@@ -202,17 +264,29 @@ impl Worker {
         self.ask(|reply| Command::Stop { index, reply })?
     }
 
-    /// Replaces the translation of one address space. With `drain`, returns when no request of this device uses the
-    /// previous one any more, and every ring in it is looked up again.
-    pub(crate) fn set_view(&self, asid: Asid, view: Arc<View>, drain: bool) -> Result<()> {
-        self.ask(|reply| Command::SetView { asid, view, drain, reply })
+    /// Replaces the translation of one address space by `view`, which does not have `removed` any more. Returns when no
+    /// request of this device uses what was removed; rings that are there are looked up again. Requests that use other
+    /// memory go on meanwhile.
+    pub(crate) fn set_view(&self, asid: Asid, view: Arc<View>, removed: Removed) -> Result<()> {
+        self.ask(|reply| Command::SetView { removal: Removal { asid, view, removed }, reply })
     }
 
     /// The device is reset: a queue that is started again owes nothing for requests it took before.
     pub(crate) fn reset(&self) {
         self.shared.needs_reset.store(false, Ordering::Release);
+        self.shared.cache.reset();
         // A thread that is gone has forgotten everything.
         let _ = self.thread.send(self.device, Command::Forget);
+    }
+
+    /// The driver decides whether writes are to be stable when they are answered. Those that it makes from now on are.
+    pub(crate) fn set_write_back(&self, write_back: bool) {
+        self.shared.cache.set(write_back);
+    }
+
+    /// Whether they may be answered before, for a driver that has accepted `features`.
+    pub(crate) fn is_write_back(&self, features: Features) -> bool {
+        self.shared.cache.is_write_back(features)
     }
 
     /// See [`Parent::fail`](vdpa_core::parent::Parent::fail).

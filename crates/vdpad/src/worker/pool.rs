@@ -16,7 +16,7 @@ use vdpa_core::types::Result;
 use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::uring::{Registrar, Ring};
 
-use super::disk::Requests;
+use super::requests::Requests;
 use super::serve::{Message, Newcomer, Server};
 use super::{Buffers, Command, Disk, KERNEL_THREADS, Logic, Shared, Size, Worker};
 

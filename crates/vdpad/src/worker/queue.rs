@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use vdpa_core::Errno;
 use vdpa_core::features::Features;
+use vdpa_core::iotlb::Removed;
 use vdpa_core::ring::{Memory, Ring, RingError, area_sizes};
 use vdpa_core::types::{Perm, Result};
 use vdpa_core::vq::{QueueSetup, QueueState};
@@ -31,6 +32,8 @@ pub(crate) struct Queue {
     pub(super) abandoned: u16,
     /// No kick is asked for, as the thread looks at the ring of itself.
     pub(super) polled: bool,
+    /// The memory of its ring is being removed: nothing is taken from it, until it is found again.
+    pub(super) leaving: bool,
     /// A violation was reported; the queue rests until it is started anew.
     pub(super) retired: bool,
 }
@@ -53,6 +56,7 @@ impl Queue {
             stopping: None,
             abandoned: 0,
             polled: false,
+            leaving: false,
             retired: false,
         })
     }
@@ -62,9 +66,17 @@ impl Queue {
         self.pending && self.is_running()
     }
 
-    /// Whether it is neither retired nor about to stop.
+    /// Whether it is neither retired, nor about to stop or to leave its ring.
     pub(crate) const fn is_running(&self) -> bool {
-        !self.retired && self.stopping.is_none()
+        !self.retired && !self.leaving && self.stopping.is_none()
+    }
+
+    /// Whether its ring was found, and is in removed memory.
+    pub(super) fn uses(&self, removed: &Removed) -> bool {
+        let sizes = area_sizes(self.setup.size, self.setup.features);
+        let areas =
+            [(self.setup.desc, sizes.desc), (self.setup.avail, sizes.avail), (self.setup.used, sizes.used)];
+        self.ring.is_some() && areas.iter().any(|&(iova, size)| removed.touches(iova, size as u64))
     }
 
     /// The ring, resolved through `view` if it was not yet.
@@ -84,7 +96,7 @@ impl Queue {
     /// be in flight.
     pub(super) fn unresolve(&mut self) {
         debug_assert_eq!(self.in_flight, 0);
-        self.polled = false;
+        (self.polled, self.leaving) = (false, false);
         if let Some(ring) = self.ring.take() {
             (self.state, self.abandoned) = (ring.state(), ring.in_flight());
         }
@@ -103,7 +115,9 @@ impl Queue {
     /// Whether a request has come to a ring that is looked at without a kick.
     pub(super) fn look(&mut self) -> Result<bool, RingError> {
         match &mut self.ring {
-            Some(ring) if self.polled && self.stopping.is_none() && !self.retired => ring.has_request(),
+            Some(ring) if self.polled && !self.retired && !self.leaving && self.stopping.is_none() => {
+                ring.has_request()
+            }
             _ => Ok(false),
         }
     }
@@ -125,12 +139,6 @@ impl Queue {
             call.signal();
         }
         Ok(())
-    }
-
-    /// Whether the driver uses the flush command, so that writes need not be stable at once
-    /// (virtio 1.2 section 5.2.6.2).
-    pub(super) fn write_back(&self) -> bool {
-        self.setup.features.has(Features::BLK_FLUSH)
     }
 }
 

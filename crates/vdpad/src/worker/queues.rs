@@ -11,7 +11,7 @@ use vdpa_core::types::{Asid, Result};
 use vdpa_sys::uring::{Op, Registrar, Ring, SubmitError};
 
 use super::queue::Queue;
-use super::{Shared, Size, View};
+use super::{Removal, Shared, Size, View};
 use crate::rate::RateLimit;
 
 /// What a completion belongs to, packed into the ring's token.
@@ -164,11 +164,33 @@ impl Queues {
         (asid.0 as usize) < self.views.len()
     }
 
-    /// Replaces the translation of one address space; one the device does not have is ignored.
-    pub(super) fn set_view(&mut self, asid: Asid, view: Arc<View>) {
-        if let Some(place) = self.views.get_mut(asid.0 as usize) {
-            *place = view;
+    /// Replaces the translation of one address space; one the device does not have is ignored. Queues whose rings are in
+    /// removed memory take no requests from now on, until they have [left](Self::leave_rings) it.
+    pub(super) fn set_view(&mut self, removal: &Removal) {
+        if let Some(place) = self.views.get_mut(removal.asid.0 as usize) {
+            *place = Arc::clone(&removal.view);
         }
+        let concerned = self.iter_mut().filter(|queue| queue.setup.asid == removal.asid);
+        concerned.for_each(|queue| queue.leaving |= queue.uses(&removal.removed));
+    }
+
+    /// Queues that are to leave their rings, and have nothing in flight any more, do so; whether all have.
+    pub(super) fn leave_rings(&mut self, asid: Asid) -> bool {
+        let leaving = self.iter_mut().filter(|queue| queue.setup.asid == asid && queue.leaving);
+        let mut left = true;
+        for queue in leaving {
+            if queue.in_flight == 0 {
+                queue.unresolve();
+            } else {
+                left = false;
+            }
+        }
+        left
+    }
+
+    /// The address space of a running queue.
+    pub(super) fn asid(&self, index: u16) -> Option<Asid> {
+        self.slots.get(usize::from(index)).and_then(Option::as_ref).map(|queue| queue.setup.asid)
     }
 
     /// Registers files and buffers with the ring that carries the operations.
@@ -254,6 +276,11 @@ impl Queues {
             }
         }
         found
+    }
+
+    /// Whether a write of this queue may be answered before it is stable.
+    pub(super) fn write_back(&self, queue: &Queue) -> bool {
+        self.shared.cache.is_write_back(queue.setup.features)
     }
 
     /// Counts a request that was answered.

@@ -3,8 +3,8 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -27,15 +27,38 @@ pub(crate) struct HangingFile {
 struct State {
     hangs: AtomicBool,
     waiting: AtomicUsize,
+    /// Requests at these offsets are answered although others hang.
+    released: Mutex<Vec<u64>>,
     flushes: AtomicUsize,
     ends: AtomicBool,
 }
 
-/// A request that waits, with what its answer says.
-enum Held {
-    Read { len: usize },
-    Write { size: u32 },
-    Flush,
+/// A request that waits.
+struct Held {
+    unique: u64,
+    offset: u64,
+    answer: Answer,
+}
+
+/// What to answer.
+enum Answer {
+    /// So many bytes.
+    Read(usize),
+    /// A count of bytes.
+    Written(u32),
+    Flushed,
+}
+
+impl Held {
+    fn answer(&self, connection: &Connection) {
+        let _ = match self.answer {
+            Answer::Read(len) => connection.reply(self.unique, Ok(&[&vec![0; len]])),
+            Answer::Written(size) => {
+                connection.reply(self.unique, Ok(&[WriteOut { size, ..WriteOut::default() }.as_bytes()]))
+            }
+            Answer::Flushed => connection.reply(self.unique, Ok(&[])),
+        };
+    }
 }
 
 impl HangingFile {
@@ -48,6 +71,7 @@ impl HangingFile {
         let state = Arc::new(State {
             hangs: AtomicBool::new(true),
             waiting: AtomicUsize::new(0),
+            released: Mutex::default(),
             flushes: AtomicUsize::new(0),
             ends: AtomicBool::new(false),
         });
@@ -61,9 +85,14 @@ impl HangingFile {
         self.state.waiting.load(Ordering::SeqCst)
     }
 
-    /// Flushes that have arrived, those that wait among them.
+    /// Flushes (fsync, fdatasync) that have arrived, those that wait among them.
     pub(crate) fn flushes(&self) -> usize {
         self.state.flushes.load(Ordering::SeqCst)
+    }
+
+    /// Answers what waits at byte `offset` of the file, from now on too.
+    pub(crate) fn release(&self, offset: u64) {
+        self.state.released.lock().unwrap().push(offset);
     }
 
     /// Answers all requests, from now on too.
@@ -86,19 +115,11 @@ fn serve(connection: &Connection, state: &State, size: u64) {
     // Each read is a request of its own.
     let open = OpenOut { open_flags: open_flags::DIRECT_IO, ..OpenOut::default() };
     let mut buffer = vec![0; BUFFER_SIZE];
-    let mut held: Vec<(u64, Held)> = Vec::new();
+    let mut held: Vec<Held> = Vec::new();
     while !state.ends.load(Ordering::SeqCst) {
-        if !state.hangs.load(Ordering::SeqCst) {
-            for (unique, request) in held.drain(..) {
-                let _ = match request {
-                    Held::Read { len } => connection.reply(unique, Ok(&[&vec![0; len]])),
-                    Held::Write { size } => {
-                        connection.reply(unique, Ok(&[WriteOut { size, ..WriteOut::default() }.as_bytes()]))
-                    }
-                    Held::Flush => connection.reply(unique, Ok(&[])),
-                };
-            }
-        }
+        let released = state.released.lock().unwrap().clone();
+        let goes = |held: &Held| !state.hangs.load(Ordering::SeqCst) || released.contains(&held.offset);
+        held.extract_if(.., |held| goes(held)).for_each(|held| held.answer(connection));
         state.waiting.store(held.len(), Ordering::SeqCst);
         match connection.wait(None, Duration::from_millis(2)) {
             Ok(Readiness::Request) => {}
@@ -117,16 +138,16 @@ fn serve(connection: &Connection, state: &State, size: u64) {
                 connection.reply(unique, Ok(&[]))
             }
             Operation::Read(args) => {
-                held.push((unique, Held::Read { len: args.size as usize }));
+                held.push(Held { unique, offset: args.offset, answer: Answer::Read(args.size as usize) });
                 Ok(())
             }
             Operation::Write { args, .. } => {
-                held.push((unique, Held::Write { size: args.size }));
+                held.push(Held { unique, offset: args.offset, answer: Answer::Written(args.size) });
                 Ok(())
             }
             Operation::Unknown { opcode: FSYNC } => {
                 state.flushes.fetch_add(1, Ordering::SeqCst);
-                held.push((unique, Held::Flush));
+                held.push(Held { unique, offset: 0, answer: Answer::Flushed });
                 Ok(())
             }
             Operation::Forget(_) | Operation::BatchForget(_) | Operation::Interrupt(_) => Ok(()),

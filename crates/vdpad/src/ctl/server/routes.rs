@@ -94,7 +94,8 @@ async fn update(State(app): State<App>, Path(name): Path<String>) -> Result<Resp
 }
 
 async fn add(State(app): State<App>, request: Request) -> Result<Response, Failure> {
-    let request: AddRequest = read_json(request.into_body(), &app.limits).await?;
+    const EXAMPLE: &str = r#"{"name":"vdpa0","mgmtdev":"blk","attrs":{"path":"/images/a"}}"#;
+    let request: AddRequest = read_json(request.into_body(), &app.limits, EXAMPLE).await?;
     if request.name.is_empty() {
         return Err(CtlError::new(Errno::INVAL, "device name is not set")
             .with_hint("Give \"name\" as a non-empty string.")
@@ -115,7 +116,8 @@ async fn set(
     Path(name): Path<String>,
     request: Request,
 ) -> Result<Response, Failure> {
-    let request: SetRequest = read_json(request.into_body(), &app.limits).await?;
+    const EXAMPLE: &str = r#"{"mac":"52:54:00:12:34:56"}"#;
+    let request: SetRequest = read_json(request.into_body(), &app.limits, EXAMPLE).await?;
     app.call(move |backend| backend.set(&name, request)).await.map(ok)
 }
 
@@ -198,7 +200,12 @@ fn ok<T: Serialize>(value: T) -> Response {
     Json(value).into_response()
 }
 
-async fn read_json<T: for<'de> Deserialize<'de>>(body: Body, limits: &Limits) -> Result<T, Failure> {
+/// Reads a body; `example` is one that would be right.
+async fn read_json<T: for<'de> Deserialize<'de>>(
+    body: Body,
+    limits: &Limits,
+    example: &str,
+) -> Result<T, Failure> {
     let bytes = match tokio::time::timeout(limits.body, body::to_bytes(body, limits.body_bytes)).await {
         Ok(Ok(bytes)) => bytes,
         Ok(Err(error))
@@ -221,7 +228,7 @@ async fn read_json<T: for<'de> Deserialize<'de>>(body: Body, limits: &Limits) ->
     };
     serde_json::from_slice(&bytes).map_err(|error| {
         CtlError::new(Errno::INVAL, format!("the request is not understood: {error}"))
-            .with_hint(r#"{"name":"vdpa0","mgmtdev":"blk","attrs":{"path":"/images/a"}} would be one."#)
+            .with_hint(format!("{example} would be one."))
             .into()
     })
 }

@@ -214,7 +214,7 @@ impl VhostVdpaFile {
         if fd < 0 {
             return Err(Errno::BADF);
         }
-        EventFd::from_fd(caller.get_fd(fd)?).map(Some).map_err(|_| Errno::INVAL)
+        EventFd::from_peer(caller.get_fd(fd)?).map(Some).map_err(|_| Errno::INVAL)
     }
 
     fn get_config(&self, device: &mut Device<AnyParent>, call: &IoctlCall<'_>) -> Result<IoctlReply> {

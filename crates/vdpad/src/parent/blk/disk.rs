@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use vdpa_core::Errno;
-use vdpa_core::blk::{BlkRequest, ID_BYTES, SECTOR, Segment, ShapeError, Status, kind};
+use vdpa_core::blk::{BlkRequest, ID_BYTES, SECTOR, ShapeError, Status, kind};
 use vdpa_core::ring::BufferSlice;
 use vdpa_core::types::{Perm, Result};
 use vdpa_sys::uring::{
@@ -20,20 +20,13 @@ use crate::worker::{After, Disk, Verdict, View};
 /// allocate bounce buffers of any size.
 const TRANSFER_MAX: u64 = 64 << 20;
 
-/// Bytes of zeros written at a time where a file system cannot zero ranges itself.
-const ZEROS: u64 = 1 << 20;
-
-const FALLOC_KEEP_SIZE: i32 = 0x1;
-const FALLOC_PUNCH_HOLE: i32 = 0x2;
-const FALLOC_ZERO_RANGE: i32 = 0x10;
-
-const IO_ERROR: Verdict = Verdict::Done { status: Status::IoErr, written: 0 };
-const UNSUPPORTED: Verdict = Verdict::Done { status: Status::Unsupp, written: 0 };
-const OK: Verdict = Verdict::Done { status: Status::Ok, written: 0 };
+pub(super) const IO_ERROR: Verdict = Verdict::Done { status: Status::IoErr, written: 0 };
+pub(super) const UNSUPPORTED: Verdict = Verdict::Done { status: Status::Unsupp, written: 0 };
+pub(super) const OK: Verdict = Verdict::Done { status: Status::Ok, written: 0 };
 
 /// A disk on a file.
 pub(super) struct FileDisk {
-    backing: Backing,
+    pub(super) backing: Backing,
     file: Arc<OwnedFd>,
     /// The file as registered with the ring, if it could be.
     slot: Option<FileSlot>,
@@ -53,9 +46,11 @@ enum Places {
 
 /// A checked transfer.
 #[derive(Clone, Copy)]
-struct Transfer {
-    offset: u64,
-    len: u32,
+pub(super) struct Transfer {
+    /// First byte on the disk.
+    pub(super) offset: u64,
+    /// Bytes.
+    pub(super) len: u32,
 }
 
 impl FileDisk {
@@ -63,7 +58,7 @@ impl FileDisk {
         Self { file: Arc::clone(&backing.file), backing, slot: None, pace: Pace::default(), serial }
     }
 
-    fn file(&self) -> File {
+    pub(super) fn file(&self) -> File {
         match &self.slot {
             Some(slot) => slot.file(),
             None if self.backing.may_block => File::Blocking(Arc::clone(&self.file)),
@@ -72,22 +67,17 @@ impl FileDisk {
     }
 
     /// Whether sectors `[sector, sector + count)` exist.
-    fn contains(&self, sector: u64, count: u64) -> bool {
+    pub(super) fn contains(&self, sector: u64, count: u64) -> bool {
         sector.checked_add(count).is_some_and(|end| end <= self.backing.sectors)
     }
 
-    /// Bounds and alignment of a read or write; `None` for one that must fail.
+    /// Bounds of a read or write; `None` for one that must fail.
     fn transfer(&self, sector: u64, bytes: BufferSlice<'_>) -> Option<Transfer> {
         let len = bytes.len();
         if !len.is_multiple_of(SECTOR) || len > TRANSFER_MAX || !self.contains(sector, len / SECTOR) {
             return None;
         }
-        let offset = sector * SECTOR;
-        let block = u64::from(self.backing.block_size);
-        if self.backing.direct && !(offset.is_multiple_of(block) && len.is_multiple_of(block)) {
-            return None;
-        }
-        Some(Transfer { offset, len: u32::try_from(len).ok()? })
+        Some(Transfer { offset: sector * SECTOR, len: u32::try_from(len).ok()? })
     }
 
     /// The client's buffers as the kernel can use them.
@@ -130,7 +120,7 @@ impl FileDisk {
         Some(moved.and_then(|moved| u32::try_from(moved).map_err(|_| Errno::INVAL)))
     }
 
-    fn bounce(&self, len: u32) -> Result<AlignedBuf> {
+    pub(super) fn bounce(&self, len: u32) -> Result<AlignedBuf> {
         let align = usize::try_from(self.backing.memory_align.max(64)).map_err(|_| Errno::INVAL)?;
         AlignedBuf::new(usize::try_from(len).map_err(|_| Errno::INVAL)?, align)
     }
@@ -142,6 +132,9 @@ impl FileDisk {
         let Transfer { offset, len } = transfer;
         if len == 0 {
             return Ok(OK);
+        }
+        if !self.is_whole(transfer) {
+            return self.read_around(request, transfer);
         }
         let file = self.file();
         let after = After::Transfer { len, written: len, sync: false };
@@ -157,7 +150,7 @@ impl FileDisk {
             Places::Many(places) => Op::Read { file, buffers: guest(places, view)?, offset },
             Places::Bounce => {
                 let buffers = Buffers::Owned(OwnedBuf::Aligned(self.bounce(len)?));
-                let after = After::CopyOut { to: request.data_in.iter().collect(), len };
+                let after = After::CopyOut { to: request.data_in.iter().collect(), skip: 0, len };
                 return Ok(Verdict::Io { op: Op::Read { file, buffers, offset }, after });
             }
         };
@@ -175,11 +168,15 @@ impl FileDisk {
         if len == 0 {
             return Ok(OK);
         }
+        if !self.is_whole(transfer) {
+            return self.write_around(request, transfer, view, sync);
+        }
         let file = self.file();
         let places = self.in_place(request.data_out, Perm::RO, view)?;
         if let Some(moved) = self.now(Direction::Write, &places, view, offset) {
             return Ok(self.transferred(moved, len, 0, sync));
         }
+        let after = After::Transfer { len, written: 0, sync };
         let op = match places {
             Places::One(place) => match view.fixed(place) {
                 Some(from) => Op::WriteFixed { file, from, offset },
@@ -189,87 +186,12 @@ impl FileDisk {
             Places::Bounce => {
                 let mut buffer = self.bounce(len)?;
                 request.data_out.read(view.snapshot(), &mut buffer).map_err(|_| Errno::FAULT)?;
-                Op::Write { file, buffers: Buffers::Owned(OwnedBuf::Aligned(buffer)), offset }
+                let buffers = Buffers::Owned(OwnedBuf::Aligned(buffer));
+                let after = After::CopiedIn { len, sync };
+                return Ok(self.changes(transfer, Op::Write { file, buffers, offset }, after));
             }
         };
-        Ok(Verdict::Io { op, after: After::Transfer { len, written: 0, sync } })
-    }
-
-    /// The one segment of a discard or write-zeroes request; the verdict when there is none that can be carried
-    /// out.
-    fn segment(
-        &self,
-        request: &BlkRequest<'_>,
-        flags: u32,
-        view: &View,
-    ) -> Result<std::result::Result<Segment, Verdict>> {
-        let mut raw = [0; Segment::BYTES];
-        if request.data_out.len() != raw.len() as u64 {
-            return Ok(Err(IO_ERROR));
-        }
-        request.data_out.read(view.snapshot(), &mut raw).map_err(|_| Errno::FAULT)?;
-        let segment = Segment::parse(&raw);
-        if segment.flags & !flags != 0 {
-            return Ok(Err(UNSUPPORTED));
-        }
-        let sectors = segment.num_sectors;
-        let block = u64::from(self.backing.block_size) / SECTOR;
-        let aligned = segment.sector.is_multiple_of(block) && u64::from(sectors).is_multiple_of(block);
-        if self.backing.read_only
-            || sectors > super::RANGE_SECTORS_MAX
-            || !aligned
-            || !self.contains(segment.sector, sectors.into())
-        {
-            return Ok(Err(IO_ERROR));
-        }
-        if sectors == 0 { Ok(Err(OK)) } else { Ok(Ok(segment)) }
-    }
-
-    fn discard(&self, request: &BlkRequest<'_>, view: &View) -> Result<Verdict> {
-        Ok(match self.segment(request, 0, view)? {
-            Err(verdict) => verdict,
-            Ok(segment) => Verdict::Io {
-                op: self.fallocate(segment, FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE),
-                after: After::Hint,
-            },
-        })
-    }
-
-    fn write_zeroes(&self, request: &BlkRequest<'_>, view: &View, sync: bool) -> Result<Verdict> {
-        Ok(match self.segment(request, Segment::UNMAP, view)? {
-            Err(verdict) => verdict,
-            Ok(segment) => {
-                let unmap = segment.flags & Segment::UNMAP != 0;
-                let mode = if unmap { FALLOC_PUNCH_HOLE } else { FALLOC_ZERO_RANGE };
-                let at = segment.sector * SECTOR;
-                let end = at + u64::from(segment.num_sectors) * SECTOR;
-                Verdict::Io {
-                    op: self.fallocate(segment, mode | FALLOC_KEEP_SIZE),
-                    after: After::Zero { at, end, writing: false, sync },
-                }
-            }
-        })
-    }
-
-    fn fallocate(&self, segment: Segment, mode: i32) -> Op {
-        let (offset, len) = (segment.sector * SECTOR, u64::from(segment.num_sectors) * SECTOR);
-        Op::Fallocate { file: self.file(), mode, offset, len }
-    }
-
-    /// Writes the next stretch of zeros.
-    fn zero_next(&self, at: u64, end: u64, sync: bool) -> Verdict {
-        let len = u32::try_from((end - at).min(ZEROS)).unwrap_or(0);
-        match self.bounce(len) {
-            Ok(zeros) => Verdict::Io {
-                op: Op::Write {
-                    file: self.file(),
-                    buffers: Buffers::Owned(OwnedBuf::Aligned(zeros)),
-                    offset: at,
-                },
-                after: After::Zero { at: at + u64::from(len), end, writing: true, sync },
-            },
-            Err(_) => IO_ERROR,
-        }
+        Ok(self.changes(transfer, op, after))
     }
 
     /// Goes on after a read or a write of `len` bytes.
@@ -284,7 +206,7 @@ impl FileDisk {
     }
 
     /// Ends a request that has changed the disk: at once, or after a flush when the driver relies on it.
-    fn stable(&self, sync: bool) -> Verdict {
+    pub(super) fn stable(&self, sync: bool) -> Verdict {
         if !sync {
             return OK;
         }
@@ -340,23 +262,23 @@ impl Disk for FileDisk {
     ) -> Verdict {
         match (after, result) {
             (After::Transfer { len, written, sync }, result) => self.transferred(result, len, written, sync),
-            (After::CopyOut { to, len }, Ok(moved)) if moved == len => {
-                let bytes = buffer.as_deref().unwrap_or_default();
-                match BufferSlice::new(&to).write(view.snapshot(), bytes) {
-                    Ok(true) => Verdict::Done { status: Status::Ok, written: len },
+            (After::CopiedIn { len, sync }, result) => self.transferred(result, len, 0, sync),
+            (After::CopyOut { to, skip, len }, Ok(moved)) => {
+                let bytes = buffer.as_deref().filter(|bytes| bytes.len() == moved as usize);
+                let skip = skip as usize;
+                let asked = bytes.and_then(|bytes| bytes.get(skip..skip + len as usize));
+                match asked.map(|bytes| BufferSlice::new(&to).write(view.snapshot(), bytes)) {
+                    Some(Ok(true)) => Verdict::Done { status: Status::Ok, written: len },
                     _ => IO_ERROR,
                 }
             }
+            (After::Patch(patch), Ok(moved)) => {
+                let block = buffer.as_deref().filter(|block| block.len() == moved as usize);
+                block.and_then(|block| self.complete(*patch, block)).unwrap_or(IO_ERROR)
+            }
             (After::Success { sync }, Ok(_)) => self.stable(sync),
             (After::Hint, Ok(_) | Err(Errno::OPNOTSUPP)) => OK,
-            (After::Zero { writing: false, sync, .. }, Ok(_)) => self.stable(sync),
-            (After::Zero { at, end, writing: false, sync }, Err(Errno::OPNOTSUPP)) => {
-                self.zero_next(at, end, sync)
-            }
-            (After::Zero { at, end, writing: true, sync }, Ok(_)) if at < end => {
-                self.zero_next(at, end, sync)
-            }
-            (After::Zero { writing: true, sync, .. }, Ok(_)) => self.stable(sync),
+            (After::Zero(zero), result) => self.zeroed(zero, result),
             _ => IO_ERROR,
         }
     }

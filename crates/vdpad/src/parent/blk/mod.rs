@@ -1,20 +1,24 @@
 //! `blk`: a virtio block device on a file or block device.
 
 mod disk;
+mod edges;
 mod file;
 mod null;
 mod options;
 mod pace;
 mod pin;
+mod range;
 
+use std::mem::offset_of;
 use std::sync::Arc;
 
 use vdpa_core::Errno;
 use vdpa_core::blk::BlkConfig;
 use vdpa_core::features::{BackendFeatures, Features};
-use vdpa_core::iotlb::{Mapping, Table};
+use vdpa_core::host::MemoryObject;
+use vdpa_core::iotlb::{Mapping, Removed, Table};
 use vdpa_core::parent::{AddressMode, Dma, Parent, PrivateMemory, Profile, QueueStats, SetMap};
-use vdpa_core::types::{Asid, IovaRange, QueueIndex, Result};
+use vdpa_core::types::{Asid, IovaRange, Perm, QueueIndex, Result};
 use vdpa_core::vq::{QueueSetup, QueueState};
 use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::guest::{GuestMemory, LinuxHost};
@@ -82,6 +86,7 @@ fn features(read_only: bool, packed: bool) -> Features {
         Features::BLK_BLK_SIZE,
         Features::BLK_FLUSH,
         Features::BLK_TOPOLOGY,
+        Features::BLK_CONFIG_WCE,
         Features::BLK_MQ,
         Features::BLK_DISCARD,
         Features::BLK_WRITE_ZEROES,
@@ -94,12 +99,38 @@ fn features(read_only: bool, packed: bool) -> Features {
     if read_only { offered.with(Features::BLK_RO) } else { offered }
 }
 
-/// An entry as the data path sees it: first and last address, where it is in the daemon, and its rights.
-type Place = (u64, u64, Option<usize>, u8, bool);
+/// An entry as the data path sees it, without its range: where it is, and its rights.
+#[derive(Debug)]
+struct Place {
+    memory: Location,
+    perm: Perm,
+    stale: bool,
+}
 
-fn place(entry: &Mapping<GuestMemory>) -> Place {
-    let range = entry.range;
-    (range.first(), range.last(), entry.memory.host_addr(0), entry.perm.0, entry.stale)
+/// Where the bytes of an entry are.
+#[derive(Debug)]
+enum Location {
+    /// In the daemon, at this address.
+    Mapped(usize),
+    /// In an address space from which they are copied.
+    Copied(GuestMemory),
+}
+
+impl PartialEq for Place {
+    fn eq(&self, other: &Self) -> bool {
+        let same = match (&self.memory, &other.memory) {
+            (Location::Mapped(here), Location::Mapped(there)) => here == there,
+            (Location::Copied(here), Location::Copied(there)) => here.same_object(0, there, 0),
+            _ => false,
+        };
+        same && (self.perm, self.stale) == (other.perm, other.stale)
+    }
+}
+
+fn place(entry: &Mapping<GuestMemory>) -> (IovaRange, Place) {
+    let addr = entry.memory.host_addr(0);
+    let memory = addr.map_or_else(|| Location::Copied(entry.memory.clone()), Location::Mapped);
+    (entry.range, Place { memory, perm: entry.perm, stale: entry.stale })
 }
 
 /// What the driver is told of a disk.
@@ -117,11 +148,13 @@ struct Blk {
     name: String,
     profile: Profile,
     config: BlkConfig,
+    /// What the driver has accepted.
+    accepted: Features,
     worker: Worker,
     /// `None` with `pin off`.
     pins: Option<Pins>,
-    /// Entries of the table the worker has, to see whether one has gone.
-    mapped: Vec<Place>,
+    /// Entries of the table the worker has, to see which have gone.
+    mapped: Vec<(IovaRange, Place)>,
 }
 
 impl Blk {
@@ -138,7 +171,8 @@ impl Blk {
         let worker = pool.add_disk(name, options.queues, place, disk);
         let worker = worker.map_err(|errno| no_worker(name, place, errno))?;
         let pins = options.pin.then(Pins::default);
-        Ok(Self { name: name.into(), profile, config, worker, pins, mapped: Vec::new() })
+        let accepted = Features::NONE;
+        Ok(Self { name: name.into(), profile, config, accepted, worker, pins, mapped: Vec::new() })
     }
 }
 
@@ -202,18 +236,28 @@ impl Parent for Blk {
     }
 
     fn read_config(&self, offset: u32, out: &mut [u8]) {
-        copy_config(&self.config, offset, out);
+        // Before the features are agreed on, what a driver with a flush command will find.
+        let features = if self.accepted == Features::NONE { self.profile.features } else { self.accepted };
+        let wce = self.worker.is_write_back(features).into();
+        copy_config(&BlkConfig { wce, ..self.config }, offset, out);
     }
 
-    fn write_config(&mut self, _offset: u32, _data: &[u8]) {
-        // Without CONFIG_WCE nothing in it is the driver's to write.
+    fn write_config(&mut self, offset: u32, data: &[u8]) {
+        // The field `writeback` is all that is the driver's to write (virtio 1.2 section 5.2.5), if it has accepted that.
+        let at = u32::try_from(offset_of!(BlkConfig, wce)).ok().and_then(|wce| wce.checked_sub(offset));
+        if self.accepted.has(Features::BLK_CONFIG_WCE)
+            && let Some(wce) = at.and_then(|at| data.get(usize::try_from(at).ok()?))
+        {
+            self.worker.set_write_back(*wce != 0);
+        }
     }
 
     fn negotiate(&mut self, features: Features) -> Result<Features> {
         if !features.has(Features::ACCESS_PLATFORM) || !features.has(Features::VERSION_1) {
             return Err(Errno::INVAL);
         }
-        Ok(features & self.profile.features)
+        self.accepted = features & self.profile.features;
+        Ok(self.accepted)
     }
 
     fn start_queue(
@@ -234,6 +278,7 @@ impl Parent for Blk {
     }
 
     fn reset(&mut self) {
+        self.accepted = Features::NONE;
         self.worker.reset();
     }
 
@@ -264,8 +309,8 @@ impl SetMap<LinuxHost> for Blk {
         let entries: Vec<_> = table.iter().filter(serves).collect();
         let pins = self.pins.as_ref().map(|pins| pins.of(&entries)).unwrap_or_default();
         let now: Vec<_> = entries.iter().map(|entry| place(entry)).collect();
-        let gone = self.mapped.iter().any(|before| now.binary_search(before).is_err());
-        self.worker.set_view(asid, Arc::new(View::of(&entries, pins)), gone)?;
+        let removed = Removed::between(&self.mapped, &now);
+        self.worker.set_view(asid, Arc::new(View::of(&entries, pins)), removed)?;
         self.mapped = now;
         if let Some(pins) = &mut self.pins {
             pins.unpin_gone(table, self.worker.buffers());

@@ -1,0 +1,447 @@
+//! Serving a block device: every queue for itself, each request through a [`Disk`].
+
+use std::sync::Arc;
+
+use vdpa_core::blk::{BlkRequest, ShapeError, Status, kind};
+use vdpa_core::ring::{Chain, Memory, RingError};
+use vdpa_core::types::{Asid, Result};
+use vdpa_sys::uring::{Op, OwnedBuf};
+
+use super::claims::{Claim, Claims};
+use super::disk::{After, Disk, Verdict};
+use super::pending::{Data, Pending};
+use super::queue::Queue;
+use super::queues::{Queues, to_u16};
+use super::{Logic, Removal, View};
+
+/// Requests taken from one queue before the others have their turn.
+const BUDGET: usize = 64;
+
+/// Requests for which a turn is not divided: a signal costs as much as one or two of them.
+const UNDIVIDED: usize = 16;
+
+/// Bytes of requests after which a turn ends: what is in the page cache, or has to be copied, is moved by this thread.
+const BUDGET_BYTES: u64 = 1 << 20;
+
+/// Operations in flight of one device. The kernel gives an operation that may block a thread, of which a worker's ring has
+/// [`KERNEL_THREADS`](super::KERNEL_THREADS): a disk that hangs must leave some to its neighbours.
+const IN_FLIGHT_MAX: usize = 256;
+
+/// What an operation is for.
+enum InFlight {
+    One((Pending, After)),
+    /// A flush, for all of these.
+    Flush(Vec<(Pending, After)>),
+}
+
+/// A request whose next operation is known, and is not to be started yet.
+struct Ready {
+    pending: Pending,
+    op: Op,
+    after: After,
+}
+
+/// The answer to a request for a disk that is gone.
+const GONE: Verdict = Verdict::Done { status: Status::IoErr, written: 0 };
+
+/// The logic of a block device.
+pub(super) struct Requests<D: Disk> {
+    /// `None` once it was taken away.
+    disk: Option<D>,
+    registered: bool,
+    pending: Vec<Option<InFlight>>,
+    free: Vec<u32>,
+    /// A flush of the disk is in flight.
+    flushing: bool,
+    /// Requests that wait for the next one: what was written before the present one began is all that it is sure to
+    /// cover.
+    waiting: Vec<(Pending, After)>,
+    /// It.
+    next_flush: Option<Op>,
+    /// Bytes of the disk that are being changed, and requests that wait for some.
+    claims: Claims<Ready>,
+    /// Requests that have waited for bytes of the disk and can go on.
+    ready: Vec<Ready>,
+    chain: Chain,
+}
+
+impl<D: Disk> Logic for Requests<D> {
+    fn map_wakes(&self) -> bool {
+        // A request that was put back because its memory was out of reach may be in reach now.
+        true
+    }
+
+    fn serve(&mut self, queues: &mut Queues) {
+        if !std::mem::replace(&mut self.registered, true)
+            && let Some(disk) = &mut self.disk
+        {
+            disk.register(&queues.registrar());
+        }
+        self.start_ready(queues);
+        for index in 0..queues.count() {
+            let index = to_u16(index);
+            let Some(mut queue) = queues.take(index) else { continue };
+            if queue.has_work() {
+                queue.pending = match self.serve_queue(queues, index, &mut queue) {
+                    Ok(more) => more,
+                    Err(error) => {
+                        // What was answered before is to be seen; a ring that is not to be had any more has nothing.
+                        let _ = queues.publish(&mut queue);
+                        queues.rest(index, &mut queue, error)
+                    }
+                };
+            }
+            queues.put(index, queue);
+        }
+    }
+
+    fn complete(&mut self, queues: &mut Queues, slot: u32, result: Result<u32>, buffer: Option<OwnedBuf>) {
+        let Some(ended) = self.pending.get_mut(slot as usize).and_then(Option::take) else { return };
+        self.free.push(slot);
+        match ended {
+            InFlight::One((pending, after)) => self.go_on(queues, pending, after, result, buffer),
+            InFlight::Flush(all) => {
+                self.flushing = false;
+                for (pending, after) in all {
+                    self.go_on(queues, pending, after, result, None);
+                }
+                if let Some(op) = self.next_flush.take_if(|_| !self.flushing) {
+                    let all = std::mem::take(&mut self.waiting);
+                    self.flush(queues, None, op, all);
+                }
+            }
+        }
+        self.start_ready(queues);
+    }
+
+    fn has_room(&self) -> bool {
+        self.in_flight() + self.claims.waiting_len() + self.ready.len() < IN_FLIGHT_MAX
+    }
+
+    fn uses(&self, queues: &Queues, removal: &Removal) -> bool {
+        let in_flight = self.pending.iter().flatten().flat_map(|in_flight| match in_flight {
+            InFlight::One(one) => std::slice::from_ref(one),
+            InFlight::Flush(all) => all,
+        });
+        let not_started =
+            self.claims.waiting().chain(&self.ready).map(|ready| (&ready.pending, &ready.after));
+        let started = in_flight.chain(&self.waiting).map(|(pending, after)| (pending, after));
+        started.chain(not_started).any(|(pending, after)| {
+            queues.asid(pending.queue) == Some(removal.asid)
+                && !Arc::ptr_eq(&pending.view, &removal.view)
+                && pending.uses(after, &removal.removed)
+        })
+    }
+
+    fn renew(&mut self, queues: &Queues, asid: Asid, view: &Arc<View>) {
+        let in_flight = self.pending.iter_mut().flatten().flat_map(|in_flight| match in_flight {
+            InFlight::One(one) => std::slice::from_mut(one),
+            InFlight::Flush(all) => all,
+        });
+        let not_started = self.claims.waiting_mut().chain(&mut self.ready).map(|ready| &mut ready.pending);
+        in_flight
+            .chain(&mut self.waiting)
+            .map(|(pending, _)| pending)
+            .chain(not_started)
+            .filter(|pending| queues.asid(pending.queue) == Some(asid))
+            .for_each(|pending| pending.view = Arc::clone(view));
+    }
+
+    fn fail(&mut self) {
+        self.disk = None;
+    }
+}
+
+impl<D: Disk> Drop for Requests<D> {
+    fn drop(&mut self) {
+        if self.in_flight() > 0
+            && let Some(disk) = &mut self.disk
+        {
+            disk.abandon();
+        }
+    }
+}
+
+impl<D: Disk> Requests<D> {
+    /// Operations in flight.
+    fn in_flight(&self) -> usize {
+        self.pending.len() - self.free.len()
+    }
+
+    pub(super) fn new(disk: D) -> Self {
+        Self {
+            disk: Some(disk),
+            registered: false,
+            pending: Vec::new(),
+            free: Vec::new(),
+            flushing: false,
+            waiting: Vec::new(),
+            next_flush: None,
+            claims: Claims::default(),
+            ready: Vec::new(),
+            chain: Chain::new(),
+        }
+    }
+
+    /// Takes requests of one queue up to the budget; whether there may be more.
+    fn serve_queue(&mut self, queues: &mut Queues, index: u16, queue: &mut Queue) -> Result<bool, RingError> {
+        let view = queues.view(queue);
+        queue.ring(&view)?.disable_kick()?;
+        let waiting = queue.ring(&view)?.waiting()?;
+        let mut bytes = 0;
+        for _ in 0..share(waiting) {
+            if !self.has_room() {
+                break;
+            }
+            let mut chain = std::mem::take(&mut self.chain);
+            let found = queue.ring(&view)?.pop(view.snapshot(), &mut chain);
+            let going = match found {
+                Ok(true) => {
+                    bytes += chain.readable().len() + chain.writable().len();
+                    self.begin(queues, index, queue, &view, &chain)
+                }
+                Ok(false) => {
+                    self.chain = chain;
+                    queues.publish(queue)?;
+                    return queues.wait_for_kick(queue, &view);
+                }
+                Err(error) => Err(error),
+            };
+            self.chain = chain;
+            if !going? {
+                queues.publish(queue)?;
+                return Ok(false);
+            }
+            if bytes >= BUDGET_BYTES {
+                break;
+            }
+        }
+        queues.publish(queue)?;
+        Ok(true)
+    }
+
+    /// Starts one request; `false` when the queue is to rest until the next kick.
+    fn begin(
+        &mut self,
+        queues: &mut Queues,
+        index: u16,
+        queue: &mut Queue,
+        view: &Arc<View>,
+        chain: &Chain,
+    ) -> Result<bool, RingError> {
+        let request = match BlkRequest::parse(view.snapshot(), chain) {
+            Ok(request) => request,
+            Err(error) => {
+                let verdict = match (&mut self.disk, &error) {
+                    (Some(disk), _) => disk.misshapen(&error),
+                    (None, ShapeError::Fault(_)) => Verdict::Unreachable,
+                    (None, _) => Verdict::Misshapen { notify: true },
+                };
+                queues.complain(index, &error);
+                return unusual(queue, view, chain, &verdict);
+            }
+        };
+        let verdict = match &mut self.disk {
+            Some(disk) => disk.begin(&request, view, queues.write_back(queue)),
+            None => GONE,
+        };
+        if matches!(verdict, Verdict::Unreachable | Verdict::Misshapen { .. }) {
+            return unusual(queue, view, chain, &verdict);
+        }
+        queue.in_flight += 1;
+        let pending = Pending {
+            queue: index,
+            head: chain.head,
+            status: request.status,
+            data_out: if request.header.kind == kind::OUT { request.data_out.len() } else { 0 },
+            data: if matches!(verdict, Verdict::Io { .. } | Verdict::Claimed { .. }) {
+                Data::of(&request)
+            } else {
+                Data::default()
+            },
+            view: Arc::clone(view),
+            claim: None,
+        };
+        self.carry_out(queues, Some(queue), pending, verdict);
+        Ok(true)
+    }
+
+    /// Follows a verdict: answers the request or starts its next I/O. `queue` is given while it is out of its
+    /// place.
+    fn carry_out(
+        &mut self,
+        queues: &mut Queues,
+        queue: Option<&mut Queue>,
+        mut pending: Pending,
+        verdict: Verdict,
+    ) {
+        let (status, written) = match verdict {
+            Verdict::Io { op: op @ Op::Fsync { .. }, after } => {
+                // The bytes are changed; they only have to become stable.
+                self.release(&mut pending);
+                if self.flushing {
+                    self.waiting.push((pending, after));
+                    self.next_flush = Some(op);
+                } else {
+                    self.flush(queues, queue, op, vec![(pending, after)]);
+                }
+                return;
+            }
+            Verdict::Io { op, after } => return self.start(queues, queue, Ready { pending, op, after }),
+            Verdict::Claimed { claim, op, after } => {
+                if let Some(ready) = self.claim(claim, Ready { pending, op, after }) {
+                    self.start(queues, queue, ready);
+                }
+                return;
+            }
+            Verdict::Done { status, written } => (status, written),
+            Verdict::Unreachable | Verdict::Misshapen { .. } => (Status::IoErr, 0),
+        };
+        self.release(&mut pending);
+        answer_request(queues, queue, &pending, status, written);
+    }
+
+    /// Starts the next operation of a request.
+    fn start(&mut self, queues: &mut Queues, queue: Option<&mut Queue>, ready: Ready) {
+        let Ready { pending, op, after } = ready;
+        if let Some(InFlight::One((mut back, _))) = self.submit(queues, op, InFlight::One((pending, after))) {
+            self.release(&mut back);
+            answer_request(queues, queue, &back, Status::IoErr, 0);
+        }
+    }
+
+    /// Starts what has waited for bytes of the disk and can go on. All queues are in their places.
+    fn start_ready(&mut self, queues: &mut Queues) {
+        while let Some(ready) = self.ready.pop() {
+            self.start(queues, None, ready);
+        }
+    }
+
+    /// Gives a request the bytes of the disk that it is going to change; `None` if it has to wait for them.
+    fn claim(&mut self, claim: Claim, ready: Ready) -> Option<Ready> {
+        let (id, mut ready) = self.claims.ask(claim, ready)?;
+        ready.pending.claim = Some(id);
+        Some(ready)
+    }
+
+    /// A request changes no bytes of the disk any more. What has waited for them is started later, not from here: that
+    /// may go on in the same way for ever.
+    fn release(&mut self, pending: &mut Pending) {
+        let Some(id) = pending.claim.take() else { return };
+        for (id, mut ready) in self.claims.release(id) {
+            ready.pending.claim = Some(id);
+            self.ready.push(ready);
+        }
+    }
+
+    /// Goes on with a request whose I/O has ended.
+    fn go_on(
+        &mut self,
+        queues: &mut Queues,
+        pending: Pending,
+        after: After,
+        result: Result<u32>,
+        buffer: Option<OwnedBuf>,
+    ) {
+        if let Err(error) = result {
+            queues.complain(pending.queue, &error);
+        }
+        let verdict = match &mut self.disk {
+            Some(disk) => disk.proceed(after, result, buffer, &pending.view),
+            None => GONE,
+        };
+        self.carry_out(queues, None, pending, verdict);
+    }
+
+    /// Starts a flush for all of these.
+    fn flush(
+        &mut self,
+        queues: &mut Queues,
+        mut queue: Option<&mut Queue>,
+        op: Op,
+        all: Vec<(Pending, After)>,
+    ) {
+        self.flushing = true;
+        if let Some(InFlight::Flush(all)) = self.submit(queues, op, InFlight::Flush(all)) {
+            self.flushing = false;
+            for (pending, _) in all {
+                answer_request(queues, queue.as_deref_mut(), &pending, Status::IoErr, 0);
+            }
+        }
+    }
+
+    /// Hands an operation to the ring; gives back what it is for when it is not taken.
+    fn submit(&mut self, queues: &mut Queues, op: Op, what: InFlight) -> Option<InFlight> {
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.pending.push(None);
+            u32::try_from(self.pending.len() - 1).unwrap_or(u32::MAX)
+        });
+        if let Err(error) = queues.submit(op, slot) {
+            self.free.push(slot);
+            let queue = match &what {
+                InFlight::One((pending, _)) => pending.queue,
+                InFlight::Flush(all) => all.first().map_or(0, |(pending, _)| pending.queue),
+            };
+            queues.complain(queue, &error);
+            return Some(what);
+        }
+        if let Some(place) = self.pending.get_mut(slot as usize) {
+            *place = Some(what);
+        }
+        None
+    }
+}
+
+/// How many of the requests that wait are done in a turn: half of them, so that the driver sees answers, and makes new
+/// requests of them, while the other half is done. All at once, driver and device would wait for each other in turn.
+fn share(waiting: Option<u16>) -> usize {
+    waiting.map_or(BUDGET, |waiting| usize::from(waiting).div_ceil(2).clamp(UNDIVIDED, BUDGET))
+}
+
+/// A chain that is not served as a request.
+fn unusual(queue: &mut Queue, view: &Arc<View>, chain: &Chain, verdict: &Verdict) -> Result<bool, RingError> {
+    let call = queue.setup.call.clone();
+    let ring = queue.ring(view)?;
+    let Verdict::Misshapen { notify } = verdict else {
+        ring.abandon(chain)?;
+        // The driver must kick again once its memory is back.
+        ring.enable_kick()?;
+        return Ok(false);
+    };
+    ring.push_used(chain.head, 0)?;
+    let wanted = ring.publish()?;
+    if *notify
+        && wanted
+        && let Some(call) = call
+    {
+        call.signal();
+    }
+    Ok(*notify)
+}
+
+/// Writes the status and the used element of a request. The driver sees them with the next publication.
+fn answer_request(
+    queues: &mut Queues,
+    queue: Option<&mut Queue>,
+    pending: &Pending,
+    status: Status,
+    written: u32,
+) {
+    let data_out = if status == Status::Ok { pending.data_out } else { 0 };
+    queues.count_request(pending.queue, data_out + u64::from(written), status != Status::Ok);
+    let told = pending.view.snapshot().write(pending.status, &[status.byte()]);
+    let queue = match queue {
+        Some(queue) => Some(queue),
+        None => queues.get_mut(pending.queue),
+    };
+    let Some(queue) = queue else { return };
+    queue.in_flight -= 1;
+    let len = if told.is_ok() { written.saturating_add(1) } else { 0 };
+    let pushed = match queue.resolved() {
+        Some(ring) => ring.push_used(pending.head, len),
+        None => Ok(()),
+    };
+    if let Err(error) = pushed {
+        queues.complain(pending.queue, &error);
+    }
+}
