@@ -7,17 +7,18 @@
 cache=${VDPA_TESTBED_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/vdpa-live-testbed}
 
 # apt_conf SUITE: prints the path of a private apt configuration: own sources, lists and an empty package database,
-# so that every dependency of a package is fetched.
+# so that every dependency of a package is fetched. Backports come before the release that they are for.
 apt_conf() {
-    local dir=$cache/apt/$1 base
-    if [ -z "$(find "$dir/ok" -mmin -1440 2>/dev/null)" ]; then
+    local dir=$cache/apt/$1 base suites=("${1%-backports}")
+    [ "${suites[0]}" = "$1" ] || suites+=("$1")
+    if [ -z "$(find "$dir/ok" -mmin -1440 2>/dev/null)" ] || [ "$(wc -l <"$dir/sources.list")" != ${#suites[@]} ]; then
         base=${VDPA_TESTBED_MIRROR:-$( (cat /etc/apt/sources.list.d/*.sources /etc/apt/sources.list \
             /etc/apt/sources.list.d/*.list 2>/dev/null || true) |
             sed -nE 's#^(URIs: *|deb (\[[^]]*\] )?)([^ ]*/debian)/?( .*)?$#\3#p' | sed -n 1p)}
         [ -n "$base" ] || die 'no Debian archive in the sources of apt: set VDPA_TESTBED_MIRROR'
         mkdir -p "$dir"/{lists,cache/archives}/partial "$dir/none"
         : >"$dir/status"
-        printf 'deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] %s %s main\n' "$base" "$1" \
+        printf 'deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] %s main\n' "${suites[@]/#/$base }" \
             >"$dir/sources.list"
         cat >"$dir/apt.conf" <<E
 Dir::Etc::sourcelist "$dir/sources.list";
@@ -31,6 +32,7 @@ Dir::Cache "$dir/cache";
 APT::Architecture "amd64";
 APT::Architectures "amd64";
 APT::Install-Recommends "false";
+APT::Default-Release "$1";
 APT::Sandbox::User "";
 Acquire::Languages "none";
 Acquire::GzipIndexes "true";

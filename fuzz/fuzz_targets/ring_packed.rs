@@ -5,10 +5,11 @@ use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
 use vdpa_core::features::Features;
 use vdpa_core::ring::driver::Driver;
-use vdpa_core::ring::{Buffer, Chain, Ring, RingError};
-use vdpa_core::testing::{Pair, RingPair, TEST_PAGE};
+use vdpa_core::ring::{Buffer, Ring, RingError};
+use vdpa_core::testing::{Pair, RingPair};
 use vdpa_core::types::{IovaRange, Perm};
 use vdpa_core::vq::QueueState;
+use vdpa_fuzz::ring::{Taken, descriptor, poke, protect};
 
 #[derive(Arbitrary, Debug)]
 struct Input {
@@ -78,23 +79,11 @@ enum Op {
     RestartDriver,
 }
 
-fn descriptor(addr: u64, len: u32, id: u16, flags: u16) -> [u8; 16] {
-    let mut raw = [0; 16];
-    raw[..8].copy_from_slice(&addr.to_le_bytes());
-    raw[8..12].copy_from_slice(&len.to_le_bytes());
-    raw[12..14].copy_from_slice(&id.to_le_bytes());
-    raw[14..].copy_from_slice(&flags.to_le_bytes());
-    raw
-}
-
 /// What must hold between the calls.
 struct State {
     pair: RingPair,
     size: u16,
-    chain: Chain,
-    /// Of the request popped last, while it can be put back.
-    last: Option<u16>,
-    heads: Vec<u16>,
+    taken: Taken,
     /// In flight from before the start, and descriptors of theirs.
     lost: (u16, u16),
     /// By token: whether it was completed.
@@ -118,8 +107,7 @@ impl State {
         assert_eq!(queue.state(), state);
         let lost = (queue.in_flight(), queue.undelivered());
         pair.queue = if input.refuse_indirect { queue.refuse_unnegotiated_indirect(features) } else { queue };
-        let (last, heads, tokens) = (None, Vec::new(), Vec::new());
-        Some(Self { pair, size, chain: Chain::new(), last, heads, lost, tokens })
+        Some(Self { pair, size, taken: Taken::default(), lost, tokens: Vec::new() })
     }
 
     fn memory(&mut self, op: &Op) {
@@ -128,7 +116,7 @@ impl State {
         let bytes = buffers - Pair::BASE + Pair::BUFFER_BYTES;
         let slot = |index: u8| pair.ring.desc + u64::from(u16::from(index) % size) * 16;
         match *op {
-            Op::Poke { at, bytes: raw } => pair.memory.poke(Pair::BASE + u64::from(at) % (bytes - 4), &raw),
+            Op::Poke { at, bytes: raw } => poke(&pair.memory, bytes, at, raw),
             Op::Descriptor { index, at, len, id, flags, lap } => {
                 let lap = [1 << 7, 1 << 15, 0, 1 << 7 | 1 << 15][usize::from(lap % 4)];
                 let flags = u16::from(flags & 7) | lap;
@@ -140,11 +128,7 @@ impl State {
                 pair.memory.poke(buffers + u64::from(table) * 64 + u64::from(index) * 16, &raw);
             }
             Op::Raw { index, bytes } => pair.memory.poke(slot(index), &bytes),
-            Op::Protect { at, pages, perm } => {
-                let first = Pair::BASE + u64::from(at) % bytes;
-                let range = IovaRange::from_size(first, u64::from(pages).max(1) * TEST_PAGE);
-                pair.memory.protect(range.expect("far from the end"), Perm(perm & 3));
-            }
+            Op::Protect { at, pages, perm } => protect(&pair.memory, bytes, at, pages, perm),
             Op::Fail(accesses) => pair.memory.fail_after(accesses.into()),
             _ => {}
         }
@@ -154,48 +138,15 @@ impl State {
         let (queue, memory) = (&mut self.pair.queue, &self.pair.memory);
         match *op {
             Op::Pop => {
-                let before = (queue.in_flight(), queue.state());
-                self.last = None;
-                match queue.pop(memory, &mut self.chain) {
-                    Ok(true) => {
-                        let chain = &self.chain;
-                        assert!(chain.head < self.size && !self.heads.contains(&chain.head));
-                        assert!(chain.readable().len() + chain.writable().len() <= 1 << 32);
-                        self.heads.push(chain.head);
-                        self.last = Some(chain.head);
-                    }
-                    Ok(false) => assert_eq!((queue.in_flight(), queue.state()), before),
-                    Err(error) => {
-                        assert_eq!((queue.in_flight(), queue.state()), before);
-                        if !matches!(error, RingError::Fault(_)) {
-                            assert_eq!(queue.broken(), Some(error));
-                            assert_eq!(queue.pop(memory, &mut self.chain), Err(error));
-                        }
-                    }
+                let before = self.taken.heads.len();
+                if let Some(head) = self.taken.pop(queue, memory) {
+                    assert!(head < self.size && !self.taken.heads[..before].contains(&head));
                 }
             }
-            Op::Abandon => {
-                if self.last.take().is_some() {
-                    queue.abandon(&self.chain).expect("it was popped last");
-                    self.heads.pop();
-                }
-            }
-            Op::Push { which, len } => {
-                if self.heads.is_empty() {
-                    assert!(queue.push_used(0, len).is_err());
-                    return;
-                }
-                let which = usize::from(which) % self.heads.len();
-                match queue.push_used(self.heads[which], len) {
-                    Ok(()) => {
-                        self.heads.remove(which);
-                        self.last = None;
-                    }
-                    Err(error) => assert!(matches!(error, RingError::Fault(_)), "{error}"),
-                }
-            }
+            Op::Abandon => self.taken.abandon(queue),
+            Op::Push { which, len } => self.taken.push(queue, which, len),
             Op::PushWrong(head) => {
-                if !self.heads.contains(&head) {
+                if !self.taken.heads.contains(&head) {
                     assert_eq!(queue.push_used(head, 0), Err(RingError::NotInFlight { head }));
                 }
             }
@@ -250,11 +201,11 @@ impl State {
         let (queue, driver) = (&self.pair.queue, &self.pair.driver);
         assert_eq!(
             usize::from(queue.in_flight()),
-            self.heads.len() + usize::from(self.lost.0),
+            self.taken.heads.len() + usize::from(self.lost.0),
             "after {op:?}"
         );
         assert!(
-            self.heads.len() + usize::from(queue.unpublished()) <= usize::from(self.size),
+            self.taken.heads.len() + usize::from(queue.unpublished()) <= usize::from(self.size),
             "after {op:?}"
         );
         assert_eq!(queue.undelivered(), self.lost.1, "after {op:?}");

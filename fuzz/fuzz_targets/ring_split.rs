@@ -4,11 +4,10 @@
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
 use vdpa_core::features::Features;
-use vdpa_core::ring::split::SplitQueue;
-use vdpa_core::ring::{Chain, RingError};
-use vdpa_core::testing::{Pair, TEST_PAGE};
-use vdpa_core::types::{IovaRange, Perm};
+use vdpa_core::ring::Ring;
+use vdpa_core::testing::{Pair, RingPair};
 use vdpa_core::vq::QueueState;
+use vdpa_fuzz::ring::{Taken, descriptor, poke, protect};
 
 #[derive(Arbitrary, Debug)]
 struct Input {
@@ -74,33 +73,22 @@ fn features(event_idx: bool) -> Features {
     if event_idx { Features::of(&[Features::RING_EVENT_IDX]) } else { Features::NONE }
 }
 
-fn descriptor(addr: u64, len: u32, flags: u16, next: u16) -> [u8; 16] {
-    let mut raw = [0; 16];
-    raw[..8].copy_from_slice(&addr.to_le_bytes());
-    raw[8..12].copy_from_slice(&len.to_le_bytes());
-    raw[12..14].copy_from_slice(&flags.to_le_bytes());
-    raw[14..].copy_from_slice(&next.to_le_bytes());
-    raw
-}
-
 fuzz_target!(|input: Input| {
     let size = 1u16 << (input.size % 5);
     let features = features(input.event_idx);
-    let mut pair = Pair::new(size, features);
-    let buffers = pair.allocate(0).iova;
+    let mut pair = RingPair::new(size, features);
+    let buffers = pair.buffers();
     let bytes = buffers - Pair::BASE + Pair::BUFFER_BYTES;
     let [desc, avail, used] = pair.areas();
     let state = QueueState::Split { avail_index: input.start };
-    let queue = SplitQueue::new(size, features, desc, avail, used, state).expect("a ring in place");
+    let queue = Ring::new(size, features, desc, avail, used, state).expect("a ring in place");
     pair.queue = if input.refuse_indirect { queue.refuse_unnegotiated_indirect(features) } else { queue };
 
-    let mut chain = Chain::new();
-    let mut last: Option<u16> = None;
-    let mut heads: Vec<u16> = Vec::new();
+    let mut taken = Taken::default();
     let mut offered = input.start;
     for op in input.ops.iter().take(400) {
         match *op {
-            Op::Poke { at, bytes: raw } => pair.memory.poke(Pair::BASE + u64::from(at) % (bytes - 4), &raw),
+            Op::Poke { at, bytes: raw } => poke(&pair.memory, bytes, at, raw),
             Op::Descriptor { index, at, len, flags, next } => {
                 let raw = descriptor(buffers + u64::from(at), len.into(), flags.into(), next.into());
                 pair.memory.poke(pair.ring.desc + u64::from(u16::from(index) % size) * 16, &raw);
@@ -122,55 +110,14 @@ fuzz_target!(|input: Input| {
                 offered = index;
                 pair.memory.poke(pair.ring.avail + 2, &index.to_le_bytes());
             }
-            Op::Protect { at, pages, perm } => {
-                let first = Pair::BASE + u64::from(at) % bytes;
-                let range = IovaRange::from_size(first, u64::from(pages).max(1) * TEST_PAGE);
-                pair.memory.protect(range.expect("far from the end"), Perm(perm & 3));
-            }
+            Op::Protect { at, pages, perm } => protect(&pair.memory, bytes, at, pages, perm),
             Op::Fail(accesses) => pair.memory.fail_after(accesses.into()),
             Op::Pop => {
-                let before = pair.queue.in_flight();
-                last = None;
-                match pair.queue.pop(&pair.memory, &mut chain) {
-                    Ok(true) => {
-                        assert!(chain.head < size);
-                        let total = chain.readable().len() + chain.writable().len();
-                        assert!(total <= 1 << 32);
-                        heads.push(chain.head);
-                        last = Some(chain.head);
-                    }
-                    Ok(false) => assert_eq!(pair.queue.in_flight(), before),
-                    Err(error) => {
-                        assert_eq!(pair.queue.in_flight(), before);
-                        if !matches!(error, RingError::Fault(_)) {
-                            assert_eq!(pair.queue.broken(), Some(error));
-                            assert_eq!(pair.queue.pop(&pair.memory, &mut chain), Err(error));
-                        }
-                    }
-                }
+                let head = taken.pop(&mut pair.queue, &pair.memory);
+                assert!(head.is_none_or(|head| head < size));
             }
-            Op::Abandon => {
-                if last.take().is_some() {
-                    pair.queue.abandon(&chain).expect("it was popped last");
-                    heads.pop();
-                } else if heads.is_empty() {
-                    assert!(pair.queue.abandon(&chain).is_err());
-                }
-            }
-            Op::Push { which, len } => {
-                if heads.is_empty() {
-                    assert!(pair.queue.push_used(0, len).is_err());
-                    continue;
-                }
-                let which = usize::from(which) % heads.len();
-                match pair.queue.push_used(heads[which], len) {
-                    Ok(()) => {
-                        heads.remove(which);
-                        last = None;
-                    }
-                    Err(error) => assert!(matches!(error, RingError::Fault(_)), "{error}"),
-                }
-            }
+            Op::Abandon => taken.abandon(&mut pair.queue),
+            Op::Push { which, len } => taken.push(&mut pair.queue, which, len),
             Op::PushWrong(head) => {
                 if head >= size {
                     assert!(pair.queue.push_used(head, 0).is_err());
@@ -184,7 +131,7 @@ fuzz_target!(|input: Input| {
             Op::EnableKick => drop(pair.queue.enable_kick()),
             Op::DisableKick => drop(pair.queue.disable_kick()),
         }
-        assert_eq!(usize::from(pair.queue.in_flight()), heads.len(), "after {op:?}");
+        assert_eq!(usize::from(pair.queue.in_flight()), taken.heads.len(), "after {op:?}");
         assert!(pair.queue.in_flight() + pair.queue.unpublished() <= size, "after {op:?}");
     }
 });

@@ -80,6 +80,8 @@ expect() {
     if "$@"; then printf 'ok    %s\n' "$text"; else die "FAILED $text: $*"; fi
 }
 
+not() { ! "$@" >/dev/null; }
+
 # shared_root SUITE PACKAGE...: prints the directory in which the packages are unpacked.
 shared_root() {
     local root
@@ -88,7 +90,7 @@ shared_root() {
 }
 
 # What the scripts fetch, besides the machine's tools.
-blkio_root() { shared_root trixie qemu-utils qemu-block-extra libblkio-dev; }
+blkio_root() { shared_root "${1:-trixie}" qemu-utils qemu-block-extra libblkio-dev; }
 
 # guest_memory shared|private MIB: arguments of QEMU for memory that others can map, or none for its own default.
 guest_memory() {
@@ -98,3 +100,63 @@ guest_memory() {
         *) die "no memory $1" ;;
     esac
 }
+
+# follow: has the daemon write down every request. Before start_daemon.
+follow() { VDPAD_TEST_LOG=${VDPAD_TEST_LOG:-info,vdpad::front::vhost=trace}; }
+
+# requests: what was asked of the devices, in order: an ioctl by its name, with what it gave back in bytes, or UPDATE,
+# INVALIDATE, BATCH_BEGIN and BATCH_END with address space, address and size.
+requests() {
+    sed -nE 's/\x1b\[[0-9;]*m//g
+        s/.* request="([A-Z_]+)".* result=Ok\(IoctlReply \{ result: 0, out: \[([0-9, ]*)\].*/\1 \2/p
+        s/.* IOTLB .* asid=([0-9]+) .*iova: ([0-9]+), size: ([0-9]+),.* kind: ([0-9]) \} result=Ok.*/\4 \1 \2 \3/p' "$work/vdpad.log" |
+        sed -E 's/^VHOST_(VDPA_)?//; s/^2 /UPDATE /; s/^3 /INVALIDATE /; s/^5 /BATCH_BEGIN /; s/^6 /BATCH_END /; s/ *$//'
+}
+
+# asked PATTERN...: whether there are requests like these, one after the other, with any others in between.
+asked() {
+    requests | awk 'BEGIN { for (i = 1; i < ARGC; i++) want[i] = ARGV[i]; count = ARGC - 1; ARGC = 1; at = 1 }
+        at <= count && $0 ~ want[at] { at++ }
+        END { if (at <= count) { print "not asked: " want[at]; exit 1 } }' "$@"
+}
+
+# at_once PATTERN: whether requests with these names come one right after the other, but for those of rings and of batches.
+at_once() {
+    requests | awk '!/^([GS]ET_VRING|BATCH)/ { printf "%s ", $1 }' >"$work/names"
+    grep -qE "$1 " "$work/names"
+}
+
+# status_at PATTERN: the status that the client has last read when it makes the first such request.
+status_at() { requests | awk -v want="$1" '/^GET_STATUS/ { status = $2 } at == "" && $0 ~ want { at = status } END { print at }'; }
+
+# machine N ARG...: starts QEMU number N by "command", as testbed/vm -n has left it. It is told what to do through a pair of
+# pipes and has its console in a file.
+machine() {
+    local number=$1
+    shift
+    mkfifo "$work/qmp$number.in" "$work/qmp$number.out"
+    begin "${command[@]}" -qmp "pipe:$work/qmp$number" "$@" </dev/null \
+        >"$work/console$number" 2>"$work/qemu$number.log"
+    exec {to}<>"$work/qmp$number.in" {from}<>"$work/qmp$number.out"
+    eval "to$number=$to from$number=$from"
+}
+
+# qmp N COMMAND [ARGUMENTS]: prints the answer of QEMU number N.
+qmp() {
+    local to=to$1 from=from$1 line=
+    printf '{"execute": "%s"%s}\n' "$2" "${3:+, \"arguments\": $3}" >&"${!to}"
+    while read -r -t 60 -u "${!from}" line; do
+        case $line in '{"return"'* | '{"error"'*) printf '%s\n' "$line" && return ;; esac
+    done
+    die "QEMU $1 does not answer to $2: $(cat "$work/qemu$1.log")"
+}
+
+# Waits until the console of machine N has a line, at most SECONDS.
+wait_for() {
+    local deadline=$((SECONDS + $3))
+    until grep -q "$2" "$work/console$1"; do
+        [ $SECONDS -lt $deadline ] || die "machine $1 has not come to: $2. $(tail -n 5 "$work/console$1" "$work/qemu$1.log")"
+        sleep 0.02
+    done
+}
+good() { [[ $1 == '{"return"'* ]] || die "QEMU says: $1"; }

@@ -59,6 +59,8 @@ pub enum Need {
     Child,
     /// There is a way to learn what the device counts; see [`Vstats`].
     Vstats,
+    /// It can be opened a second time while somebody has it open.
+    SecondOpen,
     /// The device is a file: the case is about its system calls, or about arguments as they lie in memory.
     DeviceFile,
 }
@@ -88,6 +90,7 @@ impl Need {
                 (probe.ring_size >= size, format!("rings of at most {}, {size} are needed", probe.ring_size))
             }
             Self::DeviceFile => (probe.is_file, "there is no device file".to_owned()),
+            Self::SecondOpen => (probe.second_open, "a second open is refused".to_owned()),
             Self::Vstats => (!probe.is_file || means.vstats.is_some(), vstats::MISSING.to_owned()),
             Self::Child => (means.child.is_some(), "the program vdpa-conform was not found".to_owned()),
         };
@@ -223,6 +226,7 @@ mod tests {
         assert_eq!(need.missing(&probe, none).unwrap(), "backend feature NEW_OWNER is not offered");
         assert!(Need::NoBackend(BackendFeatures::NEW_OWNER).missing(&probe, none).is_none());
         assert!(Need::Child.missing(&probe, none).is_some());
+        assert_eq!(Need::SecondOpen.missing(&probe, none).unwrap(), "a second open is refused");
         let child = Means { child: Some(Path::new("/bin/true")), ..none };
         assert!(Need::Child.missing(&probe, child).is_none());
         let file = Probe { is_file: true, ..probe };

@@ -31,13 +31,21 @@ const CUSE: &str = file!("cuse");
 const COLUMNS: [Column; 6] = [
     Column { title: "sim-net", devices: &[&[FUSE, file!("fuse-sim-net")]] },
     Column { title: "sim-blk", devices: &[&[FUSE, file!("fuse-sim-blk")]] },
-    Column { title: "blk", devices: &[&[FUSE, BLK], &[FUSE, BLK, file!("fuse-blk-unlimited")]] },
+    Column {
+        title: "blk",
+        devices: &[
+            &[FUSE, BLK],
+            &[FUSE, BLK, file!("fuse-blk-unlimited")],
+            &[FUSE, BLK, file!("fuse-blk-unlimited"), file!("fuse-blk-handover")],
+        ],
+    },
     Column {
         title: "these by CUSE",
         devices: &[
             &[CUSE, file!("fuse-sim-net")],
             &[CUSE, file!("fuse-sim-blk")],
             &[CUSE, BLK, file!("fuse-blk-unlimited")],
+            &[CUSE, BLK, file!("fuse-blk-unlimited"), file!("fuse-blk-handover")],
         ],
     },
     Column {

@@ -12,6 +12,8 @@ use crate::request::Request;
 pub struct Probe {
     /// It is a file.
     pub is_file: bool,
+    /// It can be opened a second time while somebody has it open.
+    pub second_open: bool,
     /// Virtio device id.
     pub device_id: u32,
     /// Device features offered.
@@ -56,6 +58,7 @@ impl Probe {
         let device = Device::open(target).map_err(ProbeError::Open)?;
         Ok(Self {
             is_file: matches!(target, Target::File(_)),
+            second_open: Device::open(target).is_ok(),
             device_id: u32::from_ne_bytes(ask(&device, Request::GET_DEVICE_ID)?),
             features: Features(u64::from_ne_bytes(ask(&device, Request::GET_FEATURES)?)),
             backend: BackendFeatures(u64::from_ne_bytes(ask(&device, Request::GET_BACKEND_FEATURES)?)),

@@ -117,6 +117,14 @@ faults! {
     UnbindRefused = "unbind-refused";
     /// GET_CONFIG beyond the end gives what there is.
     ConfigBeyondEnd = "config-beyond-end";
+    /// A successor takes over while a queue of its predecessor runs.
+    ClaimAnyTime = "claim-any-time";
+    /// Who was taken over from reaches the device as before.
+    PredecessorGoesOn = "predecessor-goes-on";
+    /// A successor that gives up counts as having taken over.
+    GivingUpCounts = "giving-up-counts";
+    /// The close of the predecessor ends its successor too.
+    CloseEndsBoth = "close-ends-both";
 }
 
 /// Whether the device is to be wrong in this way.

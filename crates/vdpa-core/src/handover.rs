@@ -23,6 +23,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::errno::Errno;
+use crate::faults::{self, Fault};
 use crate::features::Features;
 use crate::host::{Host, MemoryObject};
 use crate::iotlb::{Mapping, Table};
@@ -235,7 +236,7 @@ impl<P: Parent> Shared<P> {
             self.left.clear();
             return if self.deferred { self.install_all(id) } else { Ok(()) };
         }
-        if !self.running.is_empty() {
+        if !self.running.is_empty() && !faults::is(Fault::ClaimAnyTime) {
             return Err(Errno::BUSY);
         }
         if self.deferred || !self.is_alone() {
@@ -252,6 +253,9 @@ impl<P: Parent> Shared<P> {
     /// A handle has gone.
     fn forget(&mut self, id: u64) {
         self.wishes.remove(&id);
+        if faults::is(Fault::GivingUpCounts) {
+            self.wishes.values_mut().for_each(|wish| wish.superseded = true);
+        }
         if self.in_charge == Some(id) {
             // What it had mapped is kept for the other one, which may want the same.
             self.in_charge = None;

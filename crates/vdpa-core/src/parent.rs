@@ -86,7 +86,8 @@ pub trait Parent: Debug + Send {
     /// Blocks until requests in flight are done.
     ///
     /// # Errors
-    /// `EOPNOTSUPP` for devices that cannot; their client loses the device file.
+    /// `EOPNOTSUPP` for devices that cannot; their client loses the device file. `ETIMEDOUT` when requests in flight take
+    /// too long, to a disk that hangs for example: it will be so once they are done.
     fn fail(&mut self) -> Result<()> {
         Err(Errno::OPNOTSUPP)
     }

@@ -442,11 +442,17 @@ impl Backend for Bus {
                 .with_hint("Close its client first, or take it away with \"vdpactl dev del DEV --force\"."));
         }
         self.files.remove(&entry.file_name());
-        entry.file.take_away(PATIENCE).map_err(|errno| {
-            CtlError::new(errno, format!("device {name} is busy with a request of its client"))
-        })?;
+        let taken = entry.file.take_away(PATIENCE);
+        if let Err(errno) = taken
+            && errno != Errno::TIMEDOUT
+        {
+            return Err(CtlError::new(errno, format!("device {name} is busy with a request of its client")));
+        }
         self.devices.lock().retain(|other| !Arc::ptr_eq(other, &entry));
-        tracing::info!(device = %name, force, "device deleted");
-        Ok(())
+        tracing::info!(device = %name, force, waits = taken.is_err(), "device deleted");
+        taken.map_err(|errno| {
+            CtlError::new(errno, format!("device {name} is deleted, but its disk has not answered yet"))
+                .with_hint("Its file is free, and its client gets errors, when the disk has answered.")
+        })
     }
 }

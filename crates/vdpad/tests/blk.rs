@@ -201,6 +201,14 @@ fn a_file_in_memory_or_on_a_disk_with_and_without_pins() {
         assert_eq!((done.status, done.len), (OK, 1));
         assert_eq!(disk.read(DISK as u64 - 1024, 1024), bytes[..1024]);
         assert_eq!(disk.all().len(), DISK);
+        // In part not in memory any more, where that is not all there is of the file.
+        let expected = disk.read(0, 65536);
+        let file = std::fs::File::open(dir.path().join(format!("disk{index}"))).unwrap();
+        file.sync_all().unwrap();
+        for from in [32768, 0] {
+            rustix::fs::fadvise(&file, from, None, rustix::fs::Advice::DontNeed).unwrap();
+            assert_eq!(blk.read(0, 0, 65536).as_ref(), Ok(&expected));
+        }
     }
 }
 

@@ -90,8 +90,10 @@ impl Guest {
         } else {
             driver.add(&[header], &[data, status], 7).unwrap();
         }
-        assert!(driver.publish().unwrap());
-        self.kicks[queue].write(1).unwrap();
+        // A device that looks at its ring of itself wants no kick.
+        if driver.publish().unwrap() {
+            self.kicks[queue].write(1).unwrap();
+        }
         let deadline = Instant::now() + PATIENCE;
         while self.calls[queue].read().is_err() {
             assert!(Instant::now() < deadline, "no interrupt");

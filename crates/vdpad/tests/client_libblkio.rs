@@ -146,6 +146,24 @@ fn driver_name_states_and_properties() {
     assert_eq!(blkio.add_queue(false).err().unwrap().errno(), Errno::NOTSUP);
 }
 
+#[test]
+fn one_open_at_a_time() {
+    let (daemon, _disk, path) = device(&[]);
+    let mut client = Client::start(&path);
+    let mut other = Blkio::new(DRIVER).unwrap();
+    other.set_str("path", path.to_str().unwrap()).unwrap();
+    let open = File::options().write(true).open(&path).unwrap_err();
+    assert_eq!(open.raw_os_error(), Some(libc::EBUSY));
+    assert_eq!(other.connect().err().unwrap().errno(), Errno::IO, "its word for any failure to open");
+    assert_eq!(client.read(0, 512), pattern(0, 512));
+    // It goes by its close only: no reset, nothing is taken back.
+    drop(client);
+    other.connect().unwrap();
+    let info = daemon.info("d0").state;
+    assert_eq!((info.status.0, info.mappings, info.pinned_pages), (3 | 8, 0, 0));
+    assert_eq!(Client::start_with(other, 1, 0).read(512, 512), pattern(512, 512));
+}
+
 /// `fd`: a descriptor in place of a path, as QEMU uses libblkio.
 #[test]
 fn a_descriptor_in_place_of_a_path() {

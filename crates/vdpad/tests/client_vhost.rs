@@ -236,8 +236,10 @@ fn requests_on_a_ring_built_by_hand() {
             if suspended {
                 vdpa.suspend().unwrap();
             }
-            assert!(driver.publish().unwrap() || suspended);
-            kick.write(1).unwrap();
+            // A device that looks at its ring of itself wants no kick.
+            if driver.publish().unwrap() {
+                kick.write(1).unwrap();
+            }
             if suspended {
                 let base = vdpa.get_vring_base(0).unwrap();
                 assert_eq!(base, 1, "one request was served before SUSPEND");

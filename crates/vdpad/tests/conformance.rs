@@ -34,7 +34,7 @@ const MOVED_SUBJECT: &str = "sim_blk_moved_numbers";
 /// Other numbers for the live-update series than were posted.
 const MOVED: &str = "new_owner=0xaf2f,remap=9,new_owner_bit=20,remap_bit=21";
 
-const SUBJECTS: [Subject; 9] = [
+const SUBJECTS: [Subject; 10] = [
     Subject { name: MOVED_SUBJECT, mgmtdev: "sim-blk", attrs: &[], expect: &["fuse", "fuse-sim-blk"] },
     Subject { name: "sim_net", mgmtdev: "sim-net", attrs: &[], expect: &["fuse", "fuse-sim-net"] },
     Subject { name: "sim_blk", mgmtdev: "sim-blk", attrs: &[], expect: &["fuse", "fuse-sim-blk"] },
@@ -67,6 +67,12 @@ const SUBJECTS: [Subject; 9] = [
         mgmtdev: "blk",
         attrs: &[("pin", "on"), ("memlock", "unlimited")],
         expect: &["fuse", "fuse-blk", "fuse-blk-unlimited"],
+    },
+    Subject {
+        name: "blk_handover",
+        mgmtdev: "blk",
+        attrs: &[("pin", "on"), ("memlock", "unlimited"), ("handover", "open")],
+        expect: &["fuse", "fuse-blk", "fuse-blk-unlimited", "fuse-blk-handover"],
     },
     Subject {
         name: "blk_read_only",

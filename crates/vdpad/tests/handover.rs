@@ -47,7 +47,9 @@ fn registered(daemon: &Daemon) -> Vec<String> {
         let Ok(text) = fs::read_to_string(entry.unwrap().path()) else { continue };
         let lines = text.lines().skip_while(|line| !line.starts_with("UserBufs:")).skip(1);
         let lines = lines.take_while(|line| line.starts_with(char::is_whitespace));
-        buffers.extend(lines.filter(|line| line.contains('/')).map(|line| line.trim().to_owned()));
+        // What is not in use is left out by newer kernels only; Linux 6.12 shows it at the end of all addresses.
+        let used = lines.filter(|line| line.contains('/') && !line.contains("0xffffffffffffffff/"));
+        buffers.extend(used.map(|line| line.trim().to_owned()));
     }
     buffers
 }

@@ -22,9 +22,11 @@ enum On {
     Sim,
     /// `blk`: memory objects, pinned pages.
     Blk,
+    /// `blk` with `handover open`.
+    Two,
 }
 
-use On::{Blk, Sim};
+use On::{Blk, Sim, Two};
 
 /// Each fault, the device that shows it, and a case that fails for it.
 const TABLE: &[(Fault, On, &str)] = &[
@@ -73,6 +75,10 @@ const TABLE: &[(Fault, On, &str)] = &[
     (Fault::UnknownRequestErrno, Blk, "order.unknown"),
     (Fault::UnbindRefused, Blk, "vring.fds"),
     (Fault::ConfigBeyondEnd, Blk, "config.range"),
+    (Fault::ClaimAnyTime, Two, "handover.takes-over"),
+    (Fault::PredecessorGoesOn, Two, "handover.takes-over"),
+    (Fault::GivingUpCounts, Two, "handover.gives-up"),
+    (Fault::CloseEndsBoth, Two, "handover.first-closes"),
 ];
 
 /// A daemon with one device of each kind.
@@ -84,8 +90,10 @@ struct Daemon {
 impl Daemon {
     fn start(fault: Option<Fault>) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let disk = dir.path().join("disk");
-        std::fs::File::create(&disk).unwrap().set_len(8 << 20).unwrap();
+        let [disk, other] = ["disk", "other"].map(|name| dir.path().join(name));
+        for path in [&disk, &other] {
+            std::fs::File::create(path).unwrap().set_len(8 << 20).unwrap();
+        }
         let mut command = Command::new(env!("CARGO_BIN_EXE_vdpad"));
         command.env_remove("NOTIFY_SOCKET").env_remove("VDPA_PLANTED_FAULT");
         if let Some(fault) = fault {
@@ -98,6 +106,8 @@ impl Daemon {
             .arg(dir.path().join("dev"))
             .args(["--log", "off", "--request-timeout", "10", "--dev", "name=sim mgmtdev=sim-blk", "--dev"])
             .arg(format!("name=blk mgmtdev=blk path={}", disk.display()))
+            .arg("--dev")
+            .arg(format!("name=two mgmtdev=blk handover=open path={}", other.display()))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
@@ -112,6 +122,7 @@ impl Daemon {
         self.dir.path().join("dev").join(match on {
             Sim => "vhost-vdpa-0",
             Blk => "vhost-vdpa-1",
+            Two => "vhost-vdpa-2",
         })
     }
 
@@ -154,7 +165,7 @@ fn every_fault_is_in_the_table_once() {
 
 fn every_fault_fails_a_case_that_passes_without_it() {
     let sound = Daemon::start(None);
-    for on in [Sim, Blk] {
+    for on in [Sim, Blk, Two] {
         let mut ids: Vec<_> = TABLE.iter().filter(|row| row.1 == on).map(|row| row.2).collect();
         ids.sort_unstable();
         ids.dedup();

@@ -228,6 +228,30 @@ fn flushes_that_arrive_during_a_flush_share_the_next_one() {
     assert_eq!(file.flushes(), 2);
 }
 
+/// Its name is free at once; its file, and the rest of its requests, when the disk has answered.
+#[test]
+fn a_device_whose_disk_hangs_is_deleted_by_force() {
+    let daemon = one_worker();
+    let file = HangingFile::new(&daemon.dir().join("hanging"), DISK as u64);
+    let attrs = [("path", file.path.to_str().unwrap())];
+    let mut stuck = Blk::start(&daemon.add("d0", "blk", &attrs));
+    stuck.submit(0, kind::IN, 0, &[], &[data(0, 4096)]);
+    stuck.notify(0);
+    wait_for(&file, 1);
+    let said = daemon.delete("d0").unwrap_err().to_string();
+    assert!(said.contains("device d0 is deleted, but its disk has not answered yet"), "{said}");
+    assert!(stuck.session.ops().status().unwrap().contains(Status::NEEDS_RESET));
+    let (_disk, path) = add(&daemon, 0, &[]);
+    assert_eq!(Blk::start(&path).read(0, 8, 512), Ok(pattern(4096, 512)), "another device of that name");
+    let locked = daemon.try_add("d1", "blk", &attrs).unwrap_err().to_string();
+    assert!(locked.contains("is locked by another program or device"), "{locked}");
+
+    file.recover();
+    assert_eq!(stuck.finish(0, PATIENCE).map(|done| done.status), Some(OK));
+    assert_eq!(stuck.write(0, 0, &[1; 512]), IOERR);
+    daemon.try_add("d1", "blk", &attrs).unwrap();
+}
+
 fn is_set(event: &EventFd) -> bool {
     let time = Timespec { tv_sec: 0, tv_nsec: 0 };
     poll(&mut [PollFd::new(event, PollFlags::IN)], Some(&time)).unwrap() == 1

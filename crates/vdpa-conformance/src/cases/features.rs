@@ -1,7 +1,8 @@
 //! Device features, backend features and what the device says about itself.
 
 use vdpa_core::Errno;
-use vdpa_core::features::{BackendFeatures, Features, Status};
+use vdpa_core::features::{BackendFeatures, Bit, Features, Status};
+use vdpa_sys::mmap::{Prot, SharedMap};
 use vdpa_sys::uapi::live;
 use vdpa_sys::vhost_vdpa::RawArg;
 
@@ -12,7 +13,7 @@ use crate::request::Request;
 pub(super) const CASES: &[Case] = &[
     Case {
         id: "features.offered",
-        spec: "1.4, 9.4 vector 11",
+        spec: "1.4, 1.9, 9.4 vector 11",
         covers: &[Request::GET_FEATURES],
         needs: &[],
         run: offered,
@@ -95,11 +96,19 @@ pub(super) const CASES: &[Case] = &[
     },
 ];
 
+/// A kick carries data.
+const NOTIFICATION_DATA: Bit = Bit(38);
+
 fn offered(ctx: &mut Ctx<'_>) -> Outcome {
     let needed = Features::of(&[Features::VERSION_1, Features::ACCESS_PLATFORM]);
-    let offered =
-        Features(u64::from_ne_bytes(prepare("GET_FEATURES", ctx.open()?.get(Request::GET_FEATURES))?));
-    check("VERSION_1 and ACCESS_PLATFORM offered", offered & needed, needed)
+    let device = ctx.open()?;
+    let offered = Features(u64::from_ne_bytes(prepare("GET_FEATURES", device.get(Request::GET_FEATURES))?));
+    check("VERSION_1 and ACCESS_PLATFORM offered", offered & needed, needed)?;
+    // An eventfd cannot carry it, and DPDK ends when there is no page to write it to.
+    let write = Prot { read: false, write: true };
+    let doorbell = device.file().is_ok_and(|file| SharedMap::map(file, 0, 4096, write, false).is_ok());
+    let data = offered.has(NOTIFICATION_DATA);
+    check("NOTIFICATION_DATA offered without doorbells", data && !doorbell, false)
 }
 
 fn access_platform(ctx: &mut Ctx<'_>) -> Outcome {

@@ -4,6 +4,7 @@ mod config;
 mod data;
 mod features;
 mod file;
+mod handover;
 mod iotlb;
 mod live;
 mod net;
@@ -32,6 +33,7 @@ pub fn all() -> Vec<Case> {
         order::CASES,
         data::CASES,
         data::PACKED_CASES,
+        handover::CASES,
         live::CASES,
         net::CASES,
         net_data::CASES,

@@ -1,6 +1,7 @@
 //! A device whose back end is taken away while a client has it.
 
 use crate::device::Device;
+use crate::errno::Errno;
 use crate::features::Status;
 use crate::host::Event as _;
 use crate::parent::Parent;
@@ -16,12 +17,15 @@ impl<P: Parent> Device<P> {
     /// not in use any more when it returns.
     ///
     /// # Errors
-    /// What the parent reports, `EOPNOTSUPP` if it cannot fail requests; nothing has changed then.
+    /// `ETIMEDOUT` when the parent does not wait for requests in flight any longer: all of this holds once they are done.
+    /// Otherwise what the parent reports, `EOPNOTSUPP` if it cannot fail requests; nothing has changed then.
     pub fn fail(&mut self) -> Result<()> {
-        self.parent.fail()?;
-        self.failed = true;
-        self.tell_failure();
-        Ok(())
+        let outcome = self.parent.fail();
+        if matches!(outcome, Ok(()) | Err(Errno::TIMEDOUT)) {
+            self.failed = true;
+            self.tell_failure();
+        }
+        outcome
     }
 
     /// Whether [`fail`](Self::fail) was called.

@@ -93,7 +93,8 @@ pub trait Backend: Debug + Send + Sync + 'static {
     /// can have, and for a device that cannot change its own.
     fn set(&self, name: &str, request: SetRequest) -> Result<SetAnswer, CtlError>;
 
-    /// Removes a device. A device that a client holds open is `EBUSY` unless `force`, which takes it away.
+    /// Removes a device. A device that a client holds open is `EBUSY` unless `force`, which takes it away. When its disk does not
+    /// answer within 5 s that is `ETIMEDOUT`: the device is gone, and what is behind it is free when the disk has answered.
     ///
     /// # Errors
     /// `ENODEV`, `EBUSY`.

@@ -148,6 +148,15 @@ impl After {
     }
 }
 
+/// What else there is to know when a request begins.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Moment {
+    /// The driver asks for a flush where it needs one.
+    pub(crate) write_back: bool,
+    /// No other request waits in its queue.
+    pub(crate) alone: bool,
+}
+
 /// A disk as the worker uses it. Called from the worker's thread only.
 pub(crate) trait Disk: Send + 'static {
     /// Before the first request: what is to be registered with the ring of the thread that serves the disk.
@@ -156,9 +165,8 @@ pub(crate) trait Disk: Send + 'static {
     /// The disk goes while some of its operations have not ended: nobody else may get what they use by its number.
     fn abandon(&mut self) {}
 
-    /// Looks at a request and starts it. `write_back`: the driver asks for a flush where it
-    /// needs one.
-    fn begin(&mut self, request: &BlkRequest<'_>, view: &Arc<View>, write_back: bool) -> Verdict;
+    /// Looks at a request and starts it.
+    fn begin(&mut self, request: &BlkRequest<'_>, view: &Arc<View>, moment: Moment) -> Verdict;
 
     /// A chain that is no request.
     fn misshapen(&mut self, error: &ShapeError) -> Verdict;

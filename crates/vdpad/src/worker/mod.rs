@@ -24,7 +24,7 @@ mod view;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -40,7 +40,7 @@ use vdpa_sys::uring::OwnedBuf;
 
 pub(crate) use buffers::Buffers;
 pub(crate) use claims::Claim;
-pub(crate) use disk::{After, Claimed, Disk, Patch, Verdict, Zero};
+pub(crate) use disk::{After, Claimed, Disk, Moment, Patch, Verdict, Zero};
 use pool::Thread;
 pub(crate) use pool::{NoCpuList, Placement, Pool};
 pub(crate) use queue::Queue;
@@ -49,6 +49,9 @@ pub(crate) use view::{Pin, View};
 
 /// Kernel threads that run operations of one ring that may block, at most; they are made when needed.
 const KERNEL_THREADS: u32 = 2048;
+
+/// How long a device that is taken away waits for its requests. It is taken away once they are done.
+const FAIL_PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long a device that is removed waits for its requests. What is in flight then stays with the thread.
 const REMOVE_PATIENCE: Duration = Duration::from_secs(30);
@@ -288,7 +291,12 @@ impl Worker {
 
     /// See [`Parent::fail`](vdpa_core::parent::Parent::fail).
     pub(crate) fn fail(&self) -> Result<()> {
-        self.ask(|reply| Command::Fail { reply })
+        let (reply, answer) = sync_channel(1);
+        self.thread.tell(self.device, Command::Fail { reply })?;
+        answer.recv_timeout(FAIL_PATIENCE).map_err(|error| match error {
+            RecvTimeoutError::Timeout => Errno::TIMEDOUT,
+            RecvTimeoutError::Disconnected => Errno::IO,
+        })
     }
 
     /// See [`Parent::needs_reset`](vdpa_core::parent::Parent::needs_reset).
@@ -307,7 +315,7 @@ impl Worker {
         let (reply, answer) = sync_channel(1);
         // A device that is gone already, or whose thread is, has nothing in flight.
         self.thread.tell(self.device, Command::Remove { reply }).is_err()
-            || answer.recv_timeout(REMOVE_PATIENCE) != Err(std::sync::mpsc::RecvTimeoutError::Timeout)
+            || answer.recv_timeout(REMOVE_PATIENCE) != Err(RecvTimeoutError::Timeout)
     }
 
     /// Sends a command and waits for its answer; `EIO` when the thread is gone.

@@ -8,7 +8,7 @@ use vdpa_core::types::{Asid, Result};
 use vdpa_sys::uring::{Op, OwnedBuf};
 
 use super::claims::{Claim, Claims};
-use super::disk::{After, Claimed, Disk, Verdict};
+use super::disk::{After, Claimed, Disk, Moment, Verdict};
 use super::pending::{Data, Pending};
 use super::queue::Queue;
 use super::queues::{Queues, to_u16};
@@ -197,7 +197,7 @@ impl<D: Disk> Requests<D> {
         queue.ring(&view)?.disable_kick()?;
         let waiting = queue.ring(&view)?.waiting()?;
         let mut bytes = 0;
-        for _ in 0..share(waiting) {
+        for number in 0..waiting.map_or(BUDGET, |waiting| share(queue.depth(waiting))) {
             if !self.has_room() {
                 break;
             }
@@ -206,7 +206,8 @@ impl<D: Disk> Requests<D> {
             let going = match found {
                 Ok(true) => {
                     bytes += chain.readable().len() + chain.writable().len();
-                    self.begin(queues, index, queue, &view, &chain)
+                    let alone = number == 0 && !queue.ring(&view)?.has_request()?;
+                    self.begin(queues, index, queue, &view, &chain, alone)
                 }
                 Ok(false) => {
                     self.chain = chain;
@@ -228,7 +229,7 @@ impl<D: Disk> Requests<D> {
         Ok(true)
     }
 
-    /// Starts one request; `false` when the queue is to rest until the next kick.
+    /// Starts one request, `alone` if no other one waits; `false` when the queue is to rest until the next kick.
     fn begin(
         &mut self,
         queues: &mut Queues,
@@ -236,6 +237,7 @@ impl<D: Disk> Requests<D> {
         queue: &mut Queue,
         view: &Arc<View>,
         chain: &Chain,
+        alone: bool,
     ) -> Result<bool, RingError> {
         let request = match BlkRequest::parse(view.snapshot(), chain) {
             Ok(request) => request,
@@ -249,8 +251,9 @@ impl<D: Disk> Requests<D> {
                 return unusual(queue, view, chain, &verdict);
             }
         };
+        let moment = Moment { write_back: queues.write_back(queue), alone };
         let verdict = match &mut self.disk {
-            Some(disk) => disk.begin(&request, view, queues.write_back(queue)),
+            Some(disk) => disk.begin(&request, view, moment),
             None => GONE,
         };
         if matches!(verdict, Verdict::Unreachable | Verdict::Misshapen { .. }) {
@@ -409,10 +412,10 @@ impl<D: Disk> Requests<D> {
     }
 }
 
-/// How many of the requests that wait are done in a turn: half of them, so that the driver sees answers, and makes new
-/// requests of them, while the other half is done. All at once, driver and device would wait for each other in turn.
-fn share(waiting: Option<u16>) -> usize {
-    waiting.map_or(BUDGET, |waiting| usize::from(waiting).div_ceil(2).clamp(UNDIVIDED, BUDGET))
+/// How many requests are done in a turn, of a driver that has `depth` of them: half of them, so that it sees answers, and
+/// makes new requests of them, while the other half is done. All at once, driver and device would wait for each other.
+fn share(depth: u16) -> usize {
+    usize::from(depth).div_ceil(2).clamp(UNDIVIDED, BUDGET)
 }
 
 /// A chain that is not served as a request.

@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use vdpa_core::Errno;
 use vdpa_core::device::Device;
+use vdpa_core::faults::{self, Fault};
 use vdpa_core::features::Status;
 use vdpa_core::handover::Handover;
 use vdpa_core::types::Result;
@@ -73,16 +74,20 @@ impl VhostVdpaFile {
     /// for a request in progress, at most `patience`.
     ///
     /// # Errors
-    /// `EBUSY` when a request did not end in time; nothing has changed then.
+    /// `EBUSY` when a request did not end in time; nothing has changed then. `ETIMEDOUT` when the device was taken away
+    /// and requests in its rings wait for what is behind it: it lets go of that when they are done.
     pub fn take_away(&self, patience: Duration) -> Result<()> {
         let mut opens = self.opens.try_lock_for(patience).ok_or(Errno::BUSY)?;
         let Some(device) = self.device.lock().clone() else { return Ok(()) };
         let mut device = device.try_lock_for(patience).ok_or(Errno::BUSY)?;
         opens.turn_away();
         drop(opens);
-        if device.is_open() && device.fail().is_ok() {
-            self.deleted.store(true, Ordering::Release);
-            return Ok(());
+        if device.is_open() {
+            let failed = device.fail();
+            if matches!(failed, Ok(()) | Err(Errno::TIMEDOUT)) {
+                self.deleted.store(true, Ordering::Release);
+                return failed;
+            }
         }
         drop(device);
         self.release_now(patience)
@@ -179,7 +184,8 @@ impl VhostVdpaFile {
             Ok(())
         })?;
         successor.device.release();
-        let before = opens.present.replace(successor.opener);
+        let before =
+            opens.present.replace(successor.opener).filter(|_| !faults::is(Fault::PredecessorGoesOn));
         opens.superseded.extend(before.map(|opener| opener.handle));
         Ok(())
     }
@@ -222,6 +228,9 @@ impl VhostVdpaFile {
             return;
         }
         opens.present = None;
+        if faults::is(Fault::CloseEndsBoth) {
+            opens.turn_away();
+        }
         // A device that was taken away may have been released.
         let released = self.present(|device| {
             device.release();
