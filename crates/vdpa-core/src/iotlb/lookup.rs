@@ -4,11 +4,13 @@ use crate::types::IovaRange;
 
 /// Most ranges that begin in one slot and have no directory of their own; always as many are compared with, because a
 /// branch on their number would be guessed wrong too often.
-const SCAN: usize = 4;
+const SCAN: usize = 2;
 /// Directories below each other. Addresses crowded beyond that are found by binary search.
 const DEPTH: u32 = 6;
 /// Marks a slot that names a directory.
 const DIRECTORY: u32 = 1 << 31;
+/// The name of none: of a slot with too many ranges that are crowded beyond all directories.
+const NONE: u32 = DIRECTORY - 1;
 
 /// An index over disjoint ranges that never changes: the translation table of one moment.
 ///
@@ -29,8 +31,6 @@ const DIRECTORY: u32 = 1 << 31;
 #[derive(Clone, Debug, Default)]
 pub struct Lookup {
     ranges: Vec<IovaRange>,
-    /// First addresses, and [`SCAN`] more that are not below any.
-    firsts: Vec<u64>,
     /// The directory of all ranges.
     root: Directory,
     /// Those below it.
@@ -57,8 +57,11 @@ struct Directory {
 struct Slot {
     /// The first range that begins in it or behind it.
     start: u32,
-    /// Ranges that begin in it, or the directory that has them.
-    content: u32,
+    /// 0, or the directory of the ranges that begin in it.
+    directory: u32,
+    /// Addresses at which ranges from `start` on begin: at least all that begin in it, if there is no directory. The
+    /// highest address stands for those that do not exist.
+    firsts: [u64; SCAN],
 }
 
 impl Lookup {
@@ -66,12 +69,10 @@ impl Lookup {
     /// Takes time and memory in proportion to their number.
     #[must_use]
     pub fn new(ranges: Vec<IovaRange>) -> Self {
-        let firsts = ranges.iter().map(|range| range.first()).chain([u64::MAX; SCAN]).collect();
-        let mut lookup = Self { ranges, firsts, ..Self::default() };
+        let mut lookup = Self { ranges, ..Self::default() };
         // Far more than anybody maps, and little enough that every number below fits.
         if (1..1 << 26).contains(&lookup.ranges.len()) {
-            lookup.root = lookup.directory(0, lookup.ranges.len());
-            lookup.divide_slots(lookup.root, DEPTH - 1);
+            lookup.root = lookup.directory(0, lookup.ranges.len(), DEPTH);
         }
         lookup
     }
@@ -81,7 +82,16 @@ impl Lookup {
     #[inline]
     pub fn find(&self, iova: u64) -> Option<usize> {
         let index = self.count_up_to(iova).checked_sub(1)?;
-        self.ranges.get(index).filter(|range| iova <= range.last()).map(|_| index)
+        match self.ranges.get(index) {
+            Some(range) => (iova <= range.last()).then_some(index),
+            // Those that do not exist begin at the highest address, too.
+            None => self.ranges.len().checked_sub(1).filter(|&last| self.contains(last, iova)),
+        }
+    }
+
+    #[cold]
+    fn contains(&self, index: usize, iova: u64) -> bool {
+        self.ranges.get(index).is_some_and(|range| (range.first()..=range.last()).contains(&iova))
     }
 
     /// The range at a position.
@@ -103,73 +113,71 @@ impl Lookup {
         self.ranges.is_empty()
     }
 
-    /// Number of ranges that begin at `iova` or before it.
+    /// Number of ranges that begin at `iova` or before it; for the highest address it may be more.
     #[inline]
     fn count_up_to(&self, iova: u64) -> usize {
         let mut directory = &self.root;
-        // Each directory names only later ones, so this ends.
+        // Each directory is named by one above it only, so this ends.
         loop {
             let Some(offset) = iova.checked_sub(directory.base) else { return directory.start as usize };
             let position = (offset >> directory.shift).min(directory.last_slot.into());
             let Ok(position) = usize::try_from(position) else { break };
             let Some(slot) = self.slots.get(directory.first_slot as usize + position) else { break };
-            if slot.content & DIRECTORY != 0 {
-                let Some(below) = self.directories.get((slot.content & !DIRECTORY) as usize) else { break };
+            if slot.directory != 0 {
+                let Some(below) = self.directories.get((slot.directory & !DIRECTORY) as usize) else { break };
                 directory = below;
                 continue;
             }
-            let start = slot.start as usize;
-            let Some(firsts) = self.firsts.get(start..).and_then(<[u64]>::first_chunk::<SCAN>) else { break };
-            if slot.content as usize > SCAN {
-                break;
-            }
-            // What begins in a later slot is beyond `iova` anyway; only what is behind the last range may not be.
-            let count: usize = firsts.iter().map(|&first| usize::from(first <= iova)).sum();
-            return (start + count).min(self.ranges.len());
+            // What begins in a later slot is beyond `iova` anyway.
+            let count: usize = slot.firsts.iter().map(|&first| usize::from(first <= iova)).sum();
+            return slot.start as usize + count;
         }
         self.ranges.partition_point(|range| range.first() <= iova)
     }
 
-    /// The directory of the ranges from `start` to before `end`, at least one; adds its slots.
+    /// The directory of the ranges from `start` to before `end`, at least one; adds its slots, and at most `depth` - 1
+    /// directories below each other.
     #[expect(clippy::cast_possible_truncation, reason = "`new` lets no numbers come here that do not fit")]
-    fn directory(&mut self, start: usize, end: usize) -> Directory {
-        let Some(firsts @ ([first, .., last] | [first @ last])) = self.firsts.get(start..end) else {
-            return Directory::default();
-        };
-        let (base, span) = (*first, last.wrapping_sub(*first));
+    fn directory(&mut self, start: usize, end: usize, depth: u32) -> Directory {
+        let firsts: Vec<u64> =
+            self.ranges.get(start..end).unwrap_or_default().iter().map(|range| range.first()).collect();
+        let (Some(&base), Some(&last)) = (firsts.first(), firsts.last()) else { return Directory::default() };
+        let span = last.wrapping_sub(base);
         let most = 2 * firsts.len() as u64;
         let mut shift = 0;
         while span >> shift >= most {
             shift += 1;
         }
-        let (first_slot, last_slot) = (self.slots.len() as u32, (span >> shift) as u32);
-        let mut rest = firsts;
-        for position in 0..=u64::from(last_slot) {
+        let (first_slot, last_slot) = (self.slots.len(), span >> shift);
+        let (mut rest, mut crowded) = (&*firsts, Vec::new());
+        for position in 0..=last_slot {
             let inside = |first: &&u64| first.wrapping_sub(base) >> shift <= position;
             let count = rest.iter().take_while(inside).count();
-            self.slots.push(Slot { start: (end - rest.len()) as u32, content: count as u32 });
+            let from = end - rest.len();
+            if count > SCAN {
+                crowded.push((self.slots.len(), from, from + count));
+            }
+            let first = |at: usize| self.ranges.get(from + at).map_or(u64::MAX, |range| range.first());
+            self.slots.push(Slot { start: from as u32, directory: 0, firsts: std::array::from_fn(first) });
             rest = rest.get(count..).unwrap_or_default();
         }
-        Directory { base, shift, start: start as u32, first_slot, last_slot }
-    }
-
-    /// Gives those slots of a directory that have many ranges directories of their own.
-    #[expect(clippy::cast_possible_truncation, reason = "at most one directory per five ranges and level")]
-    fn divide_slots(&mut self, above: Directory, depth: u32) {
-        if depth == 0 {
-            return;
+        for (slot, start, end) in crowded {
+            let mut name = NONE;
+            if depth > 1 {
+                let below = self.directory(start, end, depth - 1);
+                name = self.directories.len() as u32;
+                self.directories.push(below);
+            }
+            if let Some(slot) = self.slots.get_mut(slot) {
+                slot.directory = DIRECTORY | name;
+            }
         }
-        for at in above.first_slot..=above.first_slot + above.last_slot {
-            let Some(&Slot { start, content }) = self.slots.get(at as usize) else { return };
-            if content as usize <= SCAN {
-                continue;
-            }
-            let below = self.directory(start as usize, start as usize + content as usize);
-            if let Some(slot) = self.slots.get_mut(at as usize) {
-                slot.content = DIRECTORY | self.directories.len() as u32;
-            }
-            self.directories.push(below);
-            self.divide_slots(below, depth - 1);
+        Directory {
+            base,
+            shift,
+            start: start as u32,
+            first_slot: first_slot as u32,
+            last_slot: last_slot as u32,
         }
     }
 }
