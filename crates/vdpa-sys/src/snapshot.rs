@@ -4,7 +4,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use vdpa_core::iotlb::{Lookup, Mapping, Table};
 use vdpa_core::ring::{Area, Fault, Memory};
-use vdpa_core::types::{IovaRange, Perm};
+use vdpa_core::types::Perm;
 
 use crate::guest::GuestMemory;
 use crate::mmap::MapArea;
@@ -13,14 +13,12 @@ use crate::mmap::MapArea;
 /// that was translated with it.
 #[derive(Debug, Default)]
 pub struct Snapshot {
-    lookup: Lookup,
-    entries: Vec<Entry>,
+    lookup: Lookup<Place>,
 }
 
+/// What is behind a range of addresses.
 #[derive(Debug)]
-struct Entry {
-    first: u64,
-    last: u64,
+struct Place {
     perm: Perm,
     memory: GuestMemory,
 }
@@ -46,23 +44,10 @@ impl Snapshot {
     /// As [`new`](Self::new), of some entries of a table, in address order.
     #[must_use]
     pub fn of<'a>(mappings: impl Iterator<Item = &'a Mapping<GuestMemory>>) -> Self {
-        let entries: Vec<Entry> = mappings
+        let places = mappings
             .filter(|mapping| !mapping.stale)
-            .map(|mapping| Entry {
-                first: mapping.range.first(),
-                last: mapping.range.last(),
-                perm: mapping.perm,
-                memory: mapping.memory.clone(),
-            })
-            .collect();
-        Self::from_entries(entries)
-    }
-
-    fn from_entries(entries: Vec<Entry>) -> Self {
-        let range = |entry: &Entry| IovaRange::new(entry.first, entry.last);
-        // None of them is empty, so each has its place.
-        let lookup = Lookup::new(entries.iter().filter_map(range).collect());
-        Self { lookup, entries }
+            .map(|mapping| (mapping.range, Place { perm: mapping.perm, memory: mapping.memory.clone() }));
+        Self { lookup: Lookup::new(places.collect()) }
     }
 
     /// The pieces of `[iova, iova + len)` in address order. Ends after a [`Fault`], which names the address that
@@ -73,19 +58,15 @@ impl Snapshot {
 
     /// Memory pieces in address order, for registration and accounting.
     pub fn memories(&self) -> impl Iterator<Item = &GuestMemory> {
-        self.entries.iter().map(|entry| &entry.memory)
-    }
-
-    #[inline]
-    fn find(&self, iova: u64) -> Option<&Entry> {
-        self.lookup.find(iova).and_then(|index| self.entries.get(index))
+        self.lookup.ranges().iter().map(|(_, place)| &place.memory)
     }
 
     #[inline]
     fn piece(&self, iova: u64, len: u64, perm: Perm) -> Result<Piece<'_>, Fault> {
-        let entry = self.find(iova).filter(|entry| entry.perm.allows(perm)).ok_or(Fault { addr: iova })?;
-        let room = (entry.last - iova).saturating_add(1);
-        Ok(Piece { memory: &entry.memory, offset: iova - entry.first, len: len.min(room) })
+        let found = self.lookup.find(iova).filter(|(_, place)| place.perm.allows(perm));
+        let (range, place) = found.ok_or(Fault { addr: iova })?;
+        let room = (range.last() - iova).saturating_add(1);
+        Ok(Piece { memory: &place.memory, offset: iova - range.first(), len: len.min(room) })
     }
 }
 
@@ -316,6 +297,8 @@ impl Area for GuestArea {
 mod tests {
     use std::sync::Arc;
 
+    use vdpa_core::types::IovaRange;
+
     use super::*;
     use crate::guest::ObjectId;
 
@@ -325,18 +308,20 @@ mod tests {
         GuestMemory::from_object(file, id, pages * 4096, true).unwrap()
     }
 
-    fn entry(first: u64, size: u64, perm: Perm) -> Entry {
-        Entry { first, last: first + (size - 1), perm, memory: object(size.div_ceil(4096)) }
+    fn entry(first: u64, size: u64, perm: Perm) -> (IovaRange, Place) {
+        let range = IovaRange::from_size(first, size).unwrap();
+        (range, Place { perm, memory: object(size.div_ceil(4096)) })
     }
 
     /// Two neighbours, a gap, a read-only entry, and one at the end of the address space.
     fn table() -> Snapshot {
-        Snapshot::from_entries(vec![
+        let lookup = Lookup::new(vec![
             entry(0x1000, 0x1001, Perm::RW),
             entry(0x2001, 0xfff, Perm::RW),
             entry(0x8000, 0x1000, Perm::RO),
             entry(u64::MAX - 0xfff, 0x1000, Perm::RW),
-        ])
+        ]);
+        Snapshot { lookup }
     }
 
     fn pieces(table: &Snapshot, iova: u64, len: u64, perm: Perm) -> Vec<Result<(u64, u64), u64>> {

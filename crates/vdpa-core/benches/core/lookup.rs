@@ -90,20 +90,25 @@ fn contender(
     })
 }
 
+#[inline]
+fn found(lookup: &Lookup<usize>, iova: u64) -> Option<usize> {
+    lookup.find(iova).map(|&(_, index)| index)
+}
+
 fn contenders(count: u64, layout: Layout, order: Order) -> Vec<Contender> {
     let ranges = ranges(count, layout);
     let addresses = addresses(&ranges, order);
-    let lookup = Lookup::new(ranges.clone());
+    let lookup = Lookup::new(ranges.iter().copied().zip(0..).collect());
     let tree: BTreeMap<u64, (u64, usize)> =
         ranges.iter().zip(0..).map(|(range, index)| (range.first(), (range.last(), index))).collect();
     let map: RangeInclusiveMap<u64, usize> =
         ranges.iter().zip(0..).map(|(range, index)| (range.first()..=range.last(), index)).collect();
     let firsts: Vec<u64> = ranges.iter().map(|range| range.first()).collect();
     for &iova in &addresses {
-        assert_eq!(lookup.find(iova), map.get(&iova).copied());
+        assert_eq!(found(&lookup, iova), map.get(&iova).copied());
     }
     vec![
-        contender("vdpa-core Lookup", addresses.clone(), move |iova| lookup.find(iova)),
+        contender("vdpa-core Lookup", addresses.clone(), move |iova| found(&lookup, iova)),
         contender("sorted array, binary search", addresses.clone(), move |iova| {
             let index = firsts.partition_point(|&first| first <= iova).checked_sub(1)?;
             ranges.get(index).filter(|range| iova <= range.last()).map(|_| index)

@@ -77,22 +77,20 @@ impl Area for PlainArea {
 
 /// Regions by address, and where each would be in this process.
 pub(crate) struct PlainTable {
-    lookup: Lookup,
-    places: Vec<(u64, u64, Perm)>,
+    lookup: Lookup<Perm>,
 }
 
 impl PlainTable {
     pub(crate) fn new(ranges: Vec<IovaRange>) -> Self {
-        let places = ranges.iter().map(|range| (range.first(), range.last(), Perm::RW)).collect();
-        Self { lookup: Lookup::new(ranges), places }
+        Self { lookup: Lookup::new(ranges.into_iter().map(|range| (range, Perm::RW)).collect()) }
     }
 
     /// Where a buffer is and how much of it is there in one piece.
     #[inline]
     pub(crate) fn translate(&self, buffer: Buffer, perm: Perm) -> Option<(u64, u64)> {
-        let &(first, last, allowed) = self.places.get(self.lookup.find(buffer.iova)?)?;
-        let room = (last - buffer.iova).saturating_add(1);
-        allowed.allows(perm).then(|| (0x7f00_0000_0000 + (buffer.iova - first), room.min(buffer.len.into())))
+        let &(range, allowed) = self.lookup.find(buffer.iova)?;
+        let (offset, room) = (buffer.iova - range.first(), (range.last() - buffer.iova).saturating_add(1));
+        allowed.allows(perm).then(|| (0x7f00_0000_0000 + offset, room.min(buffer.len.into())))
     }
 }
 

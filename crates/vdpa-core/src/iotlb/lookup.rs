@@ -12,7 +12,7 @@ const DIRECTORY: u32 = 1 << 31;
 /// The name of none: of a slot with too many ranges that are crowded beyond all directories.
 const NONE: u32 = DIRECTORY - 1;
 
-/// An index over disjoint ranges that never changes: the translation table of one moment.
+/// Disjoint ranges with something for each, and an index over them that never changes: the translation table of one moment.
 ///
 /// The ranges lie in one array in address order, and a directory divides the addresses they begin at into slots of
 /// equal width, at least one and at most two per range. A slot says how many ranges begin before it and in it, which
@@ -24,13 +24,14 @@ const NONE: u32 = DIRECTORY - 1;
 /// use vdpa_core::types::IovaRange;
 ///
 /// let range = |first, last| IovaRange::new(first, last).ok_or("a range");
-/// let lookup = Lookup::new(vec![range(0x1000, 0x1fff)?, range(0x8000, 0xffff)?]);
-/// assert_eq!((lookup.find(0x1fff), lookup.find(0x2000), lookup.find(0x8000)), (Some(0), None, Some(1)));
+/// let lookup = Lookup::new(vec![(range(0x1000, 0x1fff)?, 'a'), (range(0x8000, 0xffff)?, 'b')]);
+/// let found = |iova| lookup.find(iova).map(|&(_, name)| name);
+/// assert_eq!((found(0x1fff), found(0x2000), found(0x8000)), (Some('a'), None, Some('b')));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
-#[derive(Clone, Debug, Default)]
-pub struct Lookup {
-    ranges: Vec<IovaRange>,
+#[derive(Clone, Debug)]
+pub struct Lookup<T> {
+    ranges: Vec<(IovaRange, T)>,
     /// The directory of all ranges.
     root: Directory,
     /// Those below it.
@@ -64,11 +65,17 @@ struct Slot {
     firsts: [u64; SCAN],
 }
 
-impl Lookup {
+impl<T> Default for Lookup<T> {
+    fn default() -> Self {
+        Self { ranges: Vec::new(), root: Directory::default(), directories: Vec::new(), slots: Vec::new() }
+    }
+}
+
+impl<T> Lookup<T> {
     /// An index over `ranges`, which are in address order and do not overlap; else what is found is unspecified.
     /// Takes time and memory in proportion to their number.
     #[must_use]
-    pub fn new(ranges: Vec<IovaRange>) -> Self {
+    pub fn new(ranges: Vec<(IovaRange, T)>) -> Self {
         let mut lookup = Self { ranges, ..Self::default() };
         // Far more than anybody maps, and little enough that every number below fits.
         if (1..1 << 26).contains(&lookup.ranges.len()) {
@@ -77,40 +84,27 @@ impl Lookup {
         lookup
     }
 
-    /// The range that contains `iova`, by its position.
+    /// The range that contains `iova`, and what belongs to it.
     #[must_use]
     #[inline]
-    pub fn find(&self, iova: u64) -> Option<usize> {
+    pub fn find(&self, iova: u64) -> Option<&(IovaRange, T)> {
         let index = self.count_up_to(iova).checked_sub(1)?;
         match self.ranges.get(index) {
-            Some(range) => (iova <= range.last()).then_some(index),
+            Some(found) => (iova <= found.0.last()).then_some(found),
             // Those that do not exist begin at the highest address, too.
-            None => self.ranges.len().checked_sub(1).filter(|&last| self.contains(last, iova)),
+            None => self.last_with(iova),
         }
     }
 
     #[cold]
-    fn contains(&self, index: usize, iova: u64) -> bool {
-        self.ranges.get(index).is_some_and(|range| (range.first()..=range.last()).contains(&iova))
+    fn last_with(&self, iova: u64) -> Option<&(IovaRange, T)> {
+        self.ranges.last().filter(|(range, _)| (range.first()..=range.last()).contains(&iova))
     }
 
-    /// The range at a position.
+    /// All ranges, in address order.
     #[must_use]
-    #[inline]
-    pub fn range(&self, index: usize) -> Option<IovaRange> {
-        self.ranges.get(index).copied()
-    }
-
-    /// Number of ranges.
-    #[must_use]
-    pub const fn len(&self) -> usize {
-        self.ranges.len()
-    }
-
-    /// Whether there are none.
-    #[must_use]
-    pub const fn is_empty(&self) -> bool {
-        self.ranges.is_empty()
+    pub fn ranges(&self) -> &[(IovaRange, T)] {
+        &self.ranges
     }
 
     /// Number of ranges that begin at `iova` or before it; for the highest address it may be more.
@@ -132,7 +126,7 @@ impl Lookup {
             let count: usize = slot.firsts.iter().map(|&first| usize::from(first <= iova)).sum();
             return slot.start as usize + count;
         }
-        self.ranges.partition_point(|range| range.first() <= iova)
+        self.ranges.partition_point(|(range, _)| range.first() <= iova)
     }
 
     /// The directory of the ranges from `start` to before `end`, at least one; adds its slots, and at most `depth` - 1
@@ -140,7 +134,7 @@ impl Lookup {
     #[expect(clippy::cast_possible_truncation, reason = "`new` lets no numbers come here that do not fit")]
     fn directory(&mut self, start: usize, end: usize, depth: u32) -> Directory {
         let firsts: Vec<u64> =
-            self.ranges.get(start..end).unwrap_or_default().iter().map(|range| range.first()).collect();
+            self.ranges.get(start..end).unwrap_or_default().iter().map(|(range, _)| range.first()).collect();
         let (Some(&base), Some(&last)) = (firsts.first(), firsts.last()) else { return Directory::default() };
         let span = last.wrapping_sub(base);
         let most = 2 * firsts.len() as u64;
@@ -157,7 +151,7 @@ impl Lookup {
             if count > SCAN {
                 crowded.push((self.slots.len(), from, from + count));
             }
-            let first = |at: usize| self.ranges.get(from + at).map_or(u64::MAX, |range| range.first());
+            let first = |at: usize| self.ranges.get(from + at).map_or(u64::MAX, |(range, _)| range.first());
             self.slots.push(Slot { start: from as u32, directory: 0, firsts: std::array::from_fn(first) });
             rest = rest.get(count..).unwrap_or_default();
         }
@@ -192,19 +186,28 @@ mod tests {
         ranges.iter().position(|range| range.first() <= iova && iova <= range.last())
     }
 
+    /// Each range with its position.
+    fn numbered(ranges: &[IovaRange]) -> Lookup<usize> {
+        Lookup::new(ranges.iter().copied().zip(0..).collect())
+    }
+
+    fn found(lookup: &Lookup<usize>, iova: u64) -> Option<usize> {
+        lookup.find(iova).map(|&(_, index)| index)
+    }
+
     fn check(ranges: &[IovaRange]) {
-        let lookup = Lookup::new(ranges.to_vec());
+        let lookup = numbered(ranges);
+        assert!(lookup.ranges().iter().map(|(range, _)| range).eq(ranges));
         assert!(lookup.slots.len() <= 2 * ranges.len() * DEPTH as usize, "{} slots", lookup.slots.len());
-        for (index, range) in ranges.iter().enumerate() {
-            assert_eq!(lookup.range(index), Some(*range));
+        for range in ranges {
             for edge in [range.first(), range.last()] {
                 for iova in [edge.saturating_sub(1), edge, edge.saturating_add(1)] {
-                    assert_eq!(lookup.find(iova), naive(ranges, iova), "{iova:#x}");
+                    assert_eq!(found(&lookup, iova), naive(ranges, iova), "{iova:#x}");
                 }
             }
         }
         for iova in [0, 1, u64::MAX / 2, u64::MAX] {
-            assert_eq!(lookup.find(iova), naive(ranges, iova), "{iova:#x}");
+            assert_eq!(found(&lookup, iova), naive(ranges, iova), "{iova:#x}");
         }
     }
 
@@ -251,9 +254,9 @@ mod tests {
             let edges: Vec<u64> = edges.into_iter().collect();
             let ranges: Vec<_> = edges.chunks(2).map(|pair| IovaRange::new(pair[0], pair[1]).unwrap()).collect();
             check(&ranges);
-            let lookup = Lookup::new(ranges.clone());
+            let lookup = numbered(&ranges);
             for iova in iovas {
-                prop_assert_eq!(lookup.find(iova), naive(&ranges, iova));
+                prop_assert_eq!(found(&lookup, iova), naive(&ranges, iova));
             }
         }
     }
