@@ -166,6 +166,7 @@ impl<D: VdpaOps<Event = EventFd>> Device<D> {
             regions: Regions::default(),
             queues: Vec::new(),
             guest_queues: Vec::new(),
+            writeback: None,
             running: false,
             generation: 0,
         };

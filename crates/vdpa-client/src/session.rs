@@ -89,6 +89,8 @@ pub(crate) struct Setup {
     pub(crate) queues: Vec<Queue>,
     pub(crate) guest_queues: Vec<GuestQueue>,
     pub(crate) running: bool,
+    /// What the driver has written into the field `writeback` of a block device that was stopped and forgets it.
+    pub(crate) writeback: Option<u8>,
     /// Counts changes of what is above, so that a prepared update notices them.
     pub(crate) generation: u64,
 }

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use vdpa_client::device::Device;
 use vdpa_client::memory::Memory;
 use vdpa_client::state::{Section, Sections};
 use vdpa_client::update::{
@@ -19,12 +20,13 @@ use vdpa_client::update::{
     Strategy, UpdateError, Via, Way,
 };
 use vdpa_client::vring::GuestRing;
-use vdpa_core::features::{BackendFeatures as B, Bit};
+use vdpa_core::features::{BackendFeatures as B, Bit, Features};
+use vdpa_core::ops::VdpaOps;
 use vdpa_core::types::{Perm, QueueIndex};
 use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::memfd;
 
-use notes::{Notes, Q0, complete_first, offered, session};
+use notes::{Notes, Q0, complete_first, offered, session, started};
 
 const ALL: [Bit; 3] = [B::NEW_OWNER, B::SUSPEND, B::RESUME];
 
@@ -120,6 +122,42 @@ fn every_strategy_and_its_requests() {
         assert_eq!((report.way, restored.report.way), (Way::HandOver, Way::HandOver));
         assert!(report.total > 0 && restored.report.total > 0, "{report:?}");
         assert_eq!(report.device("disk0").unwrap().new_owner, device.new_owner);
+    }
+}
+
+/// A guest that has switched its disk to write-through does not hear that the device was reset.
+#[test]
+fn the_write_cache_is_as_the_driver_has_set_it() {
+    const WRITEBACK: u32 = 32;
+    let features = Features::of(&[Features::BLK_FLUSH, Features::BLK_CONFIG_WCE]);
+    let cases = [
+        (Strategy::Live, false, None),
+        (Strategy::Resume, false, None),
+        (Strategy::Reset, false, Some("status 11, config 32: 0, base 1, enable, status 15")),
+        (Strategy::Reopen, false, Some("end, config 32: 0, base 1, enable, status 15")),
+        (Strategy::Reset, true, Some("status 11, config 32: 0, base 1, enable, status 15")),
+    ];
+    for (strategy, fails, requests) in cases {
+        let disk = Disk::new(&ALL);
+        let session = started(Device::<Notes>::open(&disk.path).unwrap().negotiate(features).unwrap());
+        session.ops().set_config(WRITEBACK, &[0]).unwrap();
+        let devices = Devices::one("disk0", session);
+        let (left, taken) = hand_over(devices, Plan::new().strategy(strategy), Sections::new(), |incoming| {
+            if fails {
+                Notes::at(&disk.path).fail_next("new_owner");
+            }
+            incoming.take_over()
+        });
+        let devices = if fails { left.unwrap_err().devices } else { taken.unwrap().devices };
+        let mut byte = [7];
+        devices.get("disk0").unwrap().ops().config(WRITEBACK, &mut byte).unwrap();
+        assert_eq!(byte, [0], "{strategy:?}");
+        let notes = disk.notes().replace(", close", "");
+        let again = notes.split_once("config 32: 0, ").unwrap().1;
+        match requests {
+            Some(requests) => assert!(again.ends_with(requests), "{strategy:?}: {again}"),
+            None => assert!(!again.contains("config"), "{strategy:?}: {again}"),
+        }
     }
 }
 

@@ -5,7 +5,6 @@ mod support;
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -23,8 +22,8 @@ use vdpa_sys::mmap::{Prot, SharedMap};
 use zerocopy::FromBytes;
 
 use support::blk::{
-    Blk, DATA, FEATURES, INDIRECT, IOERR, IOVA, MEMORY, NEXT, OK, PATIENCE, UNSUPP, UNWRITTEN, WRITE, data,
-    descriptor, over_packed_rings,
+    Blk, DATA, FEATURES, INDIRECT, IOERR, IOVA, MEMORY, NEXT, OK, PATIENCE, Private, UNSUPP, UNWRITTEN,
+    WRITE, data, descriptor, over_packed_rings,
 };
 use support::daemon::{Daemon, Disk, pattern};
 
@@ -202,6 +201,14 @@ fn a_file_in_memory_or_on_a_disk_with_and_without_pins() {
         assert_eq!((done.status, done.len), (OK, 1));
         assert_eq!(disk.read(DISK as u64 - 1024, 1024), bytes[..1024]);
         assert_eq!(disk.all().len(), DISK);
+        // In part not in memory any more, where that is not all there is of the file.
+        let expected = disk.read(0, 65536);
+        let file = std::fs::File::open(dir.path().join(format!("disk{index}"))).unwrap();
+        file.sync_all().unwrap();
+        for from in [32768, 0] {
+            rustix::fs::fadvise(&file, from, None, rustix::fs::Advice::DontNeed).unwrap();
+            assert_eq!(blk.read(0, 0, 65536).as_ref(), Ok(&expected));
+        }
     }
 }
 
@@ -250,33 +257,6 @@ fn direct_io_takes_any_memory() {
         assert_eq!(blk.range(kind::WRITE_ZEROES, 1024, 64, 0), OK);
         model[512 * 1024..][..512 * 64].fill(0);
         assert!(disk.all() == model, "pin {pin}: the file differs");
-    }
-}
-
-/// Private memory, of which the compiler knows that others change it.
-struct Private(Vec<AtomicU8>);
-
-impl Private {
-    fn new(len: usize) -> Self {
-        Self((0..len + 4096).map(|_| AtomicU8::new(0)).collect())
-    }
-
-    fn skip(&self) -> usize {
-        self.0.as_ptr().align_offset(4096)
-    }
-
-    fn addr(&self) -> u64 {
-        self.0[self.skip()..].as_ptr().expose_provenance() as u64
-    }
-
-    fn put(&self, offset: usize, bytes: &[u8]) {
-        let to = &self.0[self.skip() + offset..];
-        to.iter().zip(bytes).for_each(|(to, byte)| to.store(*byte, Ordering::Relaxed));
-    }
-
-    fn get(&self, offset: usize, len: usize) -> Vec<u8> {
-        let from = &self.0[self.skip() + offset..][..len];
-        from.iter().map(|byte| byte.load(Ordering::Relaxed)).collect()
     }
 }
 

@@ -15,11 +15,14 @@ use vdpa_core::blk::kind;
 use vdpa_core::features::{Features, Status};
 use vdpa_core::ops::VdpaOps;
 use vdpa_core::ring::Buffer;
-use vdpa_core::types::{Asid, QueueIndex};
+use vdpa_core::types::{Asid, Perm, QueueIndex};
 use vdpa_sys::eventfd::EventFd;
+use vdpa_sys::memfd;
 
 use hanging::HangingFile;
-use support::blk::{Blk, DATA, FEATURES, IOERR, NEXT, OK, PATIENCE, data, over_packed_rings};
+use support::blk::{
+    Blk, DATA, FEATURES, IOERR, MEMORY, NEXT, OK, PATIENCE, Private, WRITE, data, over_packed_rings,
+};
 use support::daemon::{Daemon, Disk, pattern};
 
 const DISK: usize = 1 << 20;
@@ -159,9 +162,9 @@ fn a_disk_that_hangs_is_no_concern_of_its_neighbours() {
     }
     assert_eq!(disk.read(0, 4096), pattern(1 << 40, 4096));
     let ops = neighbour.session.ops();
-    let memory = support::blk::MEMORY;
+    let memory = MEMORY;
     let uaddr = neighbour.memory().addr() as u64;
-    ops.dma_map(Asid(0), 0x2_0000_0000, memory, uaddr, vdpa_core::types::Perm::RW).unwrap();
+    ops.dma_map(Asid(0), 0x2_0000_0000, memory, uaddr, Perm::RW).unwrap();
     ops.dma_unmap(Asid(0), 0x2_0000_0000, memory).unwrap();
     ops.suspend().unwrap();
     ops.vring_base(QueueIndex(0)).unwrap();
@@ -276,6 +279,94 @@ fn a_driver_that_fills_the_counter_of_its_call_is_no_concern_of_its_neighbours()
         assert_eq!(neighbour.read(0, 8, 512), Ok(pattern(4096, 512)));
     }
     assert_eq!(ring.call.drain(), full);
+}
+
+/// Requests whose data have to be copied need memory of the daemon while they wait for the disk.
+#[test]
+fn requests_that_need_copies_take_a_bounded_amount_of_memory() {
+    const LARGE: usize = 32 << 20;
+    const COUNT: usize = 12;
+    let daemon = one_worker();
+    let file = HangingFile::new(&daemon.dir().join("hanging"), LARGE as u64);
+    let path = daemon.add("d0", "blk", &[("path", file.path.to_str().unwrap())]);
+    let mut blk = Blk::start(&path);
+    let private = Private::new(LARGE);
+    let ops = blk.session.ops();
+    ops.dma_map(Asid(0), 0x2_0000_0000, LARGE as u64, private.addr(), Perm::RW).unwrap();
+    let size = || {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.pid())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmSize:")).unwrap();
+        line.trim().strip_suffix(" kB").unwrap().parse::<usize>().unwrap() << 10
+    };
+    let before = size();
+    let into = Buffer { iova: 0x2_0000_0000, len: u32::try_from(LARGE).unwrap() };
+    for _ in 0..COUNT {
+        blk.submit(0, kind::IN, 0, &[], &[into]);
+    }
+    blk.notify(0);
+    // Until nothing has been added for a while.
+    let (mut most, mut since) = (before, Instant::now());
+    while most == before || since.elapsed() < Duration::from_millis(500) {
+        let now = size();
+        if now > most {
+            (most, since) = (now, Instant::now());
+        }
+        assert!(since.elapsed() < PATIENCE, "the requests have not begun");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    // Three, and what the allocator has of its own.
+    assert!(most - before < COUNT / 2 * LARGE, "{} bytes for requests that wait", most - before);
+    file.recover();
+    for _ in 0..COUNT {
+        let done = blk.finish(0, PATIENCE).unwrap();
+        assert_eq!((done.status, done.len as usize), (OK, LARGE + 1));
+    }
+    assert!(private.get(0, LARGE).iter().all(|byte| *byte == 0));
+}
+
+/// Where the driver has asked for order, and nowhere else: a slow request holds the answers behind it, and one used
+/// element stands for all of them.
+#[test]
+fn answers_come_in_order_where_the_driver_has_accepted_that() {
+    let daemon = one_worker();
+    for in_order in [false, true] {
+        let file = HangingFile::new(&daemon.dir().join(format!("order-{in_order}")), DISK as u64);
+        let attrs =
+            [("path", file.path.to_str().unwrap()), ("in_order", if in_order { "on" } else { "off" })];
+        let path = daemon.add(&format!("order-{in_order}"), "blk", &attrs);
+        let mut blk = Blk::negotiated(&path, FEATURES.with(Features::IN_ORDER));
+        assert_eq!(blk.session.features().has(Features::IN_ORDER), in_order);
+        blk.map(memfd::create(c"blk", MEMORY, None).unwrap());
+        let ring = blk.run_by_hand();
+        // A read that hangs, and then the id of the disk, which takes no time. Descriptors in order, too.
+        for (position, kind, len) in [(0, kind::IN, 4096), (1, kind::GET_ID, 20), (2, kind::GET_ID, 20)] {
+            let head = 3 * position;
+            let (header, status) = blk.frame(position.into(), kind, 0);
+            ring.descriptor(head, header, NEXT, head + 1);
+            ring.descriptor(head + 1, data(8192 * u64::from(position), len), NEXT | WRITE, head + 2);
+            ring.descriptor(head + 2, status, WRITE, 0);
+            ring.entry(position, head);
+        }
+        ring.available(3);
+        let deadline = Instant::now() + PATIENCE;
+        while file.waiting() == 0 || blk.status(2) != OK {
+            assert!(Instant::now() < deadline, "the requests have not begun");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        if in_order {
+            std::thread::sleep(Duration::from_millis(50));
+            assert_eq!(ring.used(), 0, "the first is not answered");
+            file.recover();
+            assert!(ring.wait_used(3), "not answered");
+            assert_eq!(ring.used_element(0), (6, 21), "one for three");
+        } else {
+            assert!(ring.wait_used(2), "what is answered waits for nobody");
+            assert_eq!([ring.used_element(0), ring.used_element(1)], [(3, 21), (6, 21)]);
+            file.recover();
+            assert!(ring.wait_used(3), "not answered");
+            assert_eq!(ring.used_element(2), (0, 4097));
+        }
+    }
 }
 
 /// What was answered before the ring broke is seen, also in the same turn.

@@ -18,6 +18,7 @@
 //! # Ok::<(), vdpa_client::state::StateError>(())
 //! ```
 
+pub mod config;
 pub mod packed;
 pub mod v1;
 pub mod v2;

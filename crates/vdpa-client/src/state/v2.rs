@@ -6,7 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Section, Sections, StateError, packed, v1};
+use super::{Section, Sections, StateError, config, packed, v1};
 
 /// Version of each section below.
 pub const VERSION: u32 = 2;
@@ -266,6 +266,9 @@ pub struct AtRest {
     /// That of each packed ring, from the section [`packed::DRIVERS`].
     #[serde(skip)]
     pub packed_drivers: Vec<packed::Driver>,
+    /// What the driver has written into the field `writeback`, from the section [`config::WRITTEN`].
+    #[serde(skip)]
+    pub writeback: Option<u8>,
 }
 
 /// What is known before any device is touched.
@@ -317,7 +320,8 @@ impl Switch {
     /// [`StateError::Payload`], which this type does not cause.
     pub fn put(&self, sections: &mut Sections) -> Result<(), StateError> {
         sections.push(Section::json(SWITCH, VERSION, self)?);
-        packed::put(&self.devices, sections)
+        packed::put(&self.devices, sections)?;
+        config::put(&self.devices, sections)
     }
 
     /// Takes its section out.
@@ -327,6 +331,7 @@ impl Switch {
     pub fn take(sections: &mut Sections) -> Result<Self, StateError> {
         let mut switch: Self = sections.require(SWITCH)?.parse(VERSION)?;
         packed::take(&mut switch.devices, sections)?;
+        config::take(&mut switch.devices, sections)?;
         Ok(switch)
     }
 }

@@ -197,7 +197,8 @@ impl<D: DeviceFile> Loaded<D> {
     /// Adopts the driver side of the rings where the predecessor left it; returns where the device goes on, for a device
     /// that has to be told.
     pub(super) fn adopt(&mut self, rest: v2::AtRest) -> Result<Vec<u32>, Cause> {
-        let v2::AtRest { suspend_ns: _, bases, drivers, packed_drivers } = rest;
+        let v2::AtRest { suspend_ns: _, bases, drivers, packed_drivers, writeback } = rest;
+        self.setup.writeback = writeback;
         let drivers: Vec<_> = drivers
             .into_iter()
             .map(SavedDriver::Split)
@@ -247,6 +248,7 @@ fn setup(device: &v2::Device) -> Setup {
         regions: Regions::default(),
         queues: Vec::new(),
         guest_queues: Vec::new(),
+        writeback: None,
         running: device.running,
         generation: 0,
     }

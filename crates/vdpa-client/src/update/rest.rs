@@ -73,6 +73,7 @@ impl<D: DeviceFile> AtRest<D> {
         }
         if matches!(self.strategy, Strategy::Reset | Strategy::Reopen) {
             self.bases = steps::bases(ops, &self.setup)?;
+            self.setup.writeback = steps::writeback(ops, &self.setup)?;
         }
         if self.strategy == Strategy::Reset {
             steps::reset(ops)?;
@@ -174,8 +175,12 @@ impl<D: DeviceFile> AtRest<D> {
 
     /// What the successor is told of it.
     pub(super) fn saved(&self) -> v2::AtRest {
-        let mut rest =
-            v2::AtRest { suspend_ns: self.suspend_ns, bases: self.bases.clone(), ..v2::AtRest::default() };
+        let mut rest = v2::AtRest {
+            suspend_ns: self.suspend_ns,
+            bases: self.bases.clone(),
+            writeback: self.setup.writeback,
+            ..v2::AtRest::default()
+        };
         for queue in &self.setup.queues {
             match queue.saved() {
                 SavedDriver::Split(driver) => rest.drivers.push(driver),

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use vdpa_core::Errno;
+use vdpa_core::blk::BlkConfig;
 use vdpa_core::features::{BackendFeatures, Features, Status};
 use vdpa_core::ops::VdpaOps;
 use vdpa_core::vq::QueueState;
@@ -61,6 +62,28 @@ pub(super) fn bases<D: VdpaOps>(ops: &D, setup: &Setup) -> Result<Vec<u32>, Erro
         .collect()
 }
 
+/// Whether the driver of a block device decides when its writes have to be stable.
+fn has_writeback(setup: &Setup) -> bool {
+    const BLOCK: u32 = 2;
+    setup.device_id == BLOCK && setup.features.has(Features::BLK_CONFIG_WCE)
+}
+
+/// Where the field `writeback` of a block device is.
+const WRITEBACK: u32 = 32;
+const _: () = assert!(std::mem::offset_of!(BlkConfig, wce) == WRITEBACK as usize);
+
+/// What the driver has decided, which a device forgets when it is reset or closed: a guest does not hear of that, and its
+/// data would be lost with the power.
+pub(super) fn writeback<D: VdpaOps>(ops: &D, setup: &Setup) -> Result<Option<u8>, Error> {
+    if !has_writeback(setup) {
+        return Ok(None);
+    }
+    let mut byte = [0];
+    ops.config(WRITEBACK, &mut byte).map_err(Error::request("VHOST_VDPA_GET_CONFIG"))?;
+    let [byte] = byte;
+    Ok(Some(byte))
+}
+
 pub(super) fn reset<D: VdpaOps>(ops: &D) -> Result<(), Error> {
     set_status(ops, Status::RESET)
 }
@@ -75,11 +98,15 @@ pub(super) fn set_up_again<D: VdpaOps<Event = EventFd>>(
     set_up_vrings(ops, setup, bases)
 }
 
+/// Everything between FEATURES_OK and DRIVER_OK.
 pub(super) fn set_up_vrings<D: VdpaOps<Event = EventFd>>(
     ops: &D,
     setup: &Setup,
     bases: &[u32],
 ) -> Result<(), Error> {
+    if let Some(byte) = setup.writeback.filter(|_| has_writeback(setup)) {
+        ops.set_config(WRITEBACK, &[byte]).map_err(Error::request("VHOST_VDPA_SET_CONFIG"))?;
+    }
     setup.vrings().zip(bases).try_for_each(|(vring, &base)| vring.set_up(ops, base_of(base, setup.features)))
 }
 

@@ -123,7 +123,12 @@ impl VdpaOps for Notes {
         self.note(&format!("status {}", status.0))
     }
     fn features(&self) -> Result<Features> {
-        Ok(Features::of(&[Features::VERSION_1, Features::ACCESS_PLATFORM, Features::BLK_FLUSH]))
+        Ok(Features::of(&[
+            Features::VERSION_1,
+            Features::ACCESS_PLATFORM,
+            Features::BLK_FLUSH,
+            Features::BLK_CONFIG_WCE,
+        ]))
     }
     fn set_features(&self, _: Features) -> Result<()> {
         self.note("features")
@@ -151,11 +156,16 @@ impl VdpaOps for Notes {
     fn config_size(&self) -> Result<u32> {
         Ok(0)
     }
-    fn config(&self, _: u32, _: &mut [u8]) -> Result<()> {
+    /// The byte that was written to the same place since the last reset, or 1.
+    fn config(&self, offset: u32, out: &mut [u8]) -> Result<()> {
+        let text = self.text();
+        let written = text.lines().rev().take_while(|line| *line != "status 0");
+        let mut values = written.filter_map(|line| line.strip_prefix(&format!("config {offset}: ")));
+        out.fill(values.next().map_or(1, |value| value.parse().unwrap()));
         Ok(())
     }
-    fn set_config(&self, _: u32, _: &[u8]) -> Result<()> {
-        Ok(())
+    fn set_config(&self, offset: u32, data: &[u8]) -> Result<()> {
+        data.iter().try_for_each(|byte| self.note(&format!("config {offset}: {byte}")))
     }
     fn set_config_call(&self, _: Option<&EventFd>) -> Result<()> {
         Ok(())
@@ -238,7 +248,11 @@ pub fn negotiated(path: &Path) -> vdpa_client::Session<Notes> {
 }
 
 pub fn session(path: &Path) -> vdpa_client::Session<Notes> {
-    let mut session = negotiated(path);
+    started(negotiated(path))
+}
+
+/// A device that was negotiated, with two requests in flight.
+pub fn started(mut session: vdpa_client::Session<Notes>) -> vdpa_client::Session<Notes> {
     let ram = memfd::create(c"ram", 1 << 16, None).unwrap();
     session.map_memfd("ram", ram, 0x10_0000, 1 << 16, Perm::RW).unwrap();
     session.add_queue(Q0, 8, "ram", 0).unwrap();

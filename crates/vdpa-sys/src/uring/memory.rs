@@ -140,14 +140,25 @@ pub enum Direction {
     Write,
 }
 
-/// Moves bytes between byte `offset` of a file and `pieces` of mappings, by the caller's own thread: it waits as long as
-/// the file system makes it wait. The result is the number of bytes.
+/// Whether the caller may be kept waiting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// As long as the file system makes it wait.
+    Allowed,
+    /// Not for a disk nor for a lock (`RWF_NOWAIT`).
+    Refused,
+}
+
+/// Moves bytes between byte `offset` of a file and `pieces` of mappings, by the caller's own thread. The result
+/// is the number of bytes; without waiting it may be less than asked for.
 ///
 /// # Errors
-/// As [`GuestPieces::new`]; those of `preadv(2)` and `pwritev(2)`.
+/// As [`GuestPieces::new`]; those of `preadv2(2)` and `pwritev2(2)`: `EAGAIN` where it would have to wait and may not,
+/// `EOPNOTSUPP` for files that always wait.
 pub fn transfer_now(
     file: impl AsFd,
     direction: Direction,
+    wait: Wait,
     pieces: &[IoPiece],
     memory: &MemorySet,
     offset: u64,
@@ -165,11 +176,13 @@ pub fn transfer_now(
         // SAFETY: `pieces` is laid out as an array of `count` iovecs, and each lies inside a `StableMemory`, which allows
         // the kernel to access it at any time and which exists during this call. One piece needs no list.
         let moved = unsafe {
-            match (direction, pieces) {
-                (Direction::Read, [one]) => libc::pread(fd, pointer(one), one.len, at),
-                (Direction::Write, [one]) => libc::pwrite(fd, pointer(one), one.len, at),
-                (Direction::Read, _) => libc::preadv(fd, iov, count, at),
-                (Direction::Write, _) => libc::pwritev(fd, iov, count, at),
+            match (direction, wait, pieces) {
+                (Direction::Read, Wait::Allowed, [one]) => libc::pread(fd, pointer(one), one.len, at),
+                (Direction::Write, Wait::Allowed, [one]) => libc::pwrite(fd, pointer(one), one.len, at),
+                (Direction::Read, Wait::Allowed, _) => libc::preadv(fd, iov, count, at),
+                (Direction::Write, Wait::Allowed, _) => libc::pwritev(fd, iov, count, at),
+                (Direction::Read, Wait::Refused, _) => libc::preadv2(fd, iov, count, at, libc::RWF_NOWAIT),
+                (Direction::Write, Wait::Refused, _) => libc::pwritev2(fd, iov, count, at, libc::RWF_NOWAIT),
             }
         };
         match usize::try_from(moved) {

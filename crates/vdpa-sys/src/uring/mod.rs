@@ -17,7 +17,7 @@ mod tests;
 
 pub use memory::{
     AlignedBuf, Buffers, Direction, GuestPieces, IoPiece, MAX_PIECES, MemorySet, OwnedBuf, StableMemory,
-    transfer_now,
+    Wait, transfer_now,
 };
 pub use op::{File, FixedPiece, Op};
 pub use registrar::{FileSlot, Registrar};

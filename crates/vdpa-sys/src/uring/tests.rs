@@ -333,7 +333,9 @@ fn a_transfer_by_the_caller_moves_bytes_inside_of_its_memory_only() {
     memory.fill(5);
     let (fd, kept) = (temp(), set(&memory));
     let piece = |offset: usize, len| IoPiece { addr: memory.base + offset, len };
-    let now = |direction, pieces: &[IoPiece], offset| transfer_now(&fd, direction, pieces, &kept, offset);
+    let now = |direction, pieces: &[IoPiece], offset| {
+        transfer_now(&fd, direction, Wait::Allowed, pieces, &kept, offset)
+    };
     assert_eq!(now(Direction::Write, &[piece(0, 512)], 0), Ok(512));
     assert_eq!(now(Direction::Write, &[piece(100, 100), piece(300, 300)], 512), Ok(400));
     memory.fill(0);
@@ -344,4 +346,30 @@ fn a_transfer_by_the_caller_moves_bytes_inside_of_its_memory_only() {
     assert_eq!(now(Direction::Read, &[piece(8000, 4096)], 0), Err(Errno::FAULT), "outside");
     assert_eq!(now(Direction::Read, &vec![piece(0, 1); MAX_PIECES + 1], 0), Err(Errno::INVAL));
     assert_eq!(now(Direction::Write, &[piece(0, 1)], u64::MAX), Err(Errno::INVAL));
+}
+
+/// What is read without waiting is right, or it is not read: not in memory, or of a file that cannot do that.
+#[test]
+fn a_transfer_that_may_not_wait_says_so() {
+    let (memory, _) = Anon::new(8192);
+    let kept = set(&memory);
+    let piece = IoPiece { addr: memory.base, len: 4096 };
+    let mut file = tempfile::tempfile().unwrap();
+    std::io::Write::write_all(&mut file, &[7; 4096]).unwrap();
+    file.sync_all().unwrap();
+    for there in [true, false] {
+        if !there {
+            rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+        }
+        memory.fill(0);
+        match transfer_now(&file, Direction::Read, Wait::Refused, &[piece], &kept, 0) {
+            Ok(moved) => assert_eq!((moved, memory.byte(4095)), (4096, 7)),
+            Err(error) => assert!([Errno::AGAIN, Errno::OPNOTSUPP].contains(&error), "{error}"),
+        }
+        assert_eq!(transfer_now(&file, Direction::Read, Wait::Allowed, &[piece], &kept, 0), Ok(4096));
+        assert_eq!((memory.byte(0), memory.byte(4095)), (7, 7));
+    }
+    let (pipe, _other) = rustix::pipe::pipe().unwrap();
+    let refused = transfer_now(&pipe, Direction::Read, Wait::Refused, &[piece], &kept, 0);
+    assert_eq!(refused, Err(Errno::from_raw(libc::ESPIPE)));
 }

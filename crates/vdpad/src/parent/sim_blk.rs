@@ -14,7 +14,7 @@ use super::options::no_worker;
 use super::sim::{Model, Options, Simulator};
 use crate::ctl::api::{Attrs, CtlError, ID_BLOCK, MgmtDev};
 use crate::front::vhost::AnyParent;
-use crate::worker::{After, Disk, Pool, Verdict, View, Worker};
+use crate::worker::{After, Disk, Moment, Pool, Verdict, View, Worker};
 
 /// SIZE_MAX, SEG_MAX, BLK_SIZE, FLUSH, TOPOLOGY, MQ, DISCARD, WRITE_ZEROES and those all simulators have.
 const FEATURES: Features = Features(0x3_0800_7646);
@@ -179,7 +179,7 @@ const fn done(status: Status) -> Verdict {
 }
 
 impl Disk for RamDisk {
-    fn begin(&mut self, request: &BlkRequest<'_>, view: &Arc<View>, _write_back: bool) -> Verdict {
+    fn begin(&mut self, request: &BlkRequest<'_>, view: &Arc<View>, _moment: Moment) -> Verdict {
         self.serve(request, view).unwrap_or(Verdict::Unreachable)
     }
 

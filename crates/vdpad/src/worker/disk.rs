@@ -5,7 +5,7 @@ use std::sync::Arc;
 use vdpa_core::blk::{BlkRequest, ShapeError, Status};
 use vdpa_core::ring::Buffer;
 use vdpa_core::types::Result;
-use vdpa_sys::uring::{AlignedBuf, Op, OwnedBuf, Registrar};
+use vdpa_sys::uring::{AlignedBuf, Buffers, Op, OwnedBuf, Registrar};
 
 use super::View;
 use super::claims::Claim;
@@ -44,6 +44,20 @@ pub(crate) enum Verdict {
         /// Whether the client is told.
         notify: bool,
     },
+}
+
+impl Verdict {
+    /// Bytes of the buffers that come with it.
+    pub(super) fn bounced(&self) -> usize {
+        let (Self::Io { op, after } | Self::Claimed { op, after, .. }) = self else { return 0 };
+        let moved = match op {
+            Op::Read { buffers: Buffers::Owned(buffer), .. }
+            | Op::Write { buffers: Buffers::Owned(buffer), .. } => buffer.len(),
+            _ => 0,
+        };
+        let patched = if let After::Patch(patch) = after { patch.blocks.len() } else { 0 };
+        moved + patched
+    }
 }
 
 /// What follows a completed I/O.
@@ -126,6 +140,15 @@ impl After {
     }
 }
 
+/// What else there is to know when a request begins.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Moment {
+    /// The driver asks for a flush where it needs one.
+    pub(crate) write_back: bool,
+    /// No other request waits in its queue.
+    pub(crate) alone: bool,
+}
+
 /// A disk as the worker uses it. Called from the worker's thread only.
 pub(crate) trait Disk: Send + 'static {
     /// Before the first request: what is to be registered with the ring of the thread that serves the disk.
@@ -134,9 +157,8 @@ pub(crate) trait Disk: Send + 'static {
     /// The disk goes while some of its operations have not ended: nobody else may get what they use by its number.
     fn abandon(&mut self) {}
 
-    /// Looks at a request and starts it. `write_back`: the driver asks for a flush where it
-    /// needs one.
-    fn begin(&mut self, request: &BlkRequest<'_>, view: &Arc<View>, write_back: bool) -> Verdict;
+    /// Looks at a request and starts it.
+    fn begin(&mut self, request: &BlkRequest<'_>, view: &Arc<View>, moment: Moment) -> Verdict;
 
     /// A chain that is no request.
     fn misshapen(&mut self, error: &ShapeError) -> Verdict;

@@ -23,6 +23,8 @@ pub(super) struct Pending {
     pub(super) view: Arc<View>,
     /// The bytes of the disk that it changes now, on disks where that is of interest.
     pub(super) claim: Option<ClaimId>,
+    /// Bytes of the bounce buffers that it has.
+    pub(super) bounced: usize,
 }
 
 /// The buffers that a request of a driver has for its data.

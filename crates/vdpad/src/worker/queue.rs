@@ -34,6 +34,8 @@ pub(crate) struct Queue {
     pub(super) polled: bool,
     /// The memory of its ring is being removed: nothing is taken from it, until it is found again.
     pub(super) leaving: bool,
+    /// See [`depth`](Self::depth).
+    depth: u16,
     /// A violation was reported; the queue rests until it is started anew.
     pub(super) retired: bool,
 }
@@ -57,6 +59,7 @@ impl Queue {
             abandoned: 0,
             polled: false,
             leaving: false,
+            depth: 0,
             retired: false,
         })
     }
@@ -64,6 +67,14 @@ impl Queue {
     /// Whether there may be requests that could be taken now.
     pub(super) const fn has_work(&self) -> bool {
         self.pending && self.is_running()
+    }
+
+    /// How many requests its driver keeps in the ring, about: `waiting` are there now, when it may not have made new ones
+    /// of those that were answered last.
+    pub(super) const fn depth(&mut self, waiting: u16) -> u16 {
+        let before = self.depth - self.depth / 8;
+        self.depth = if waiting > before { waiting } else { before };
+        self.depth
     }
 
     /// Whether it is neither retired, nor about to stop or to leave its ring.

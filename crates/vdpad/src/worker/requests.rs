@@ -8,7 +8,7 @@ use vdpa_core::types::{Asid, Result};
 use vdpa_sys::uring::{Op, OwnedBuf};
 
 use super::claims::{Claim, Claims};
-use super::disk::{After, Disk, Verdict};
+use super::disk::{After, Disk, Moment, Verdict};
 use super::pending::{Data, Pending};
 use super::queue::Queue;
 use super::queues::{Queues, to_u16};
@@ -26,6 +26,10 @@ const BUDGET_BYTES: u64 = 1 << 20;
 /// Operations in flight of one device. The kernel gives an operation that may block a thread, of which a worker's ring has
 /// [`KERNEL_THREADS`](super::KERNEL_THREADS): a disk that hangs must leave some to its neighbours.
 const IN_FLIGHT_MAX: usize = 256;
+
+/// Bytes of bounce buffers of one device beyond which it takes no further requests. Each may need as many as a transfer has
+/// at most, and a client may make all of its requests need them.
+const BOUNCED_MAX: usize = 64 << 20;
 
 /// What an operation is for.
 enum InFlight {
@@ -62,6 +66,8 @@ pub(super) struct Requests<D: Disk> {
     claims: Claims<Ready>,
     /// Requests that have waited for bytes of the disk and can go on.
     ready: Vec<Ready>,
+    /// Bytes of the bounce buffers of all of these.
+    bounced: usize,
     chain: Chain,
 }
 
@@ -115,7 +121,8 @@ impl<D: Disk> Logic for Requests<D> {
     }
 
     fn has_room(&self) -> bool {
-        self.in_flight() + self.claims.waiting_len() + self.ready.len() < IN_FLIGHT_MAX
+        self.bounced < BOUNCED_MAX
+            && self.in_flight() + self.claims.waiting_len() + self.ready.len() < IN_FLIGHT_MAX
     }
 
     fn uses(&self, queues: &Queues, removal: &Removal) -> bool {
@@ -179,6 +186,7 @@ impl<D: Disk> Requests<D> {
             next_flush: None,
             claims: Claims::default(),
             ready: Vec::new(),
+            bounced: 0,
             chain: Chain::new(),
         }
     }
@@ -189,7 +197,7 @@ impl<D: Disk> Requests<D> {
         queue.ring(&view)?.disable_kick()?;
         let waiting = queue.ring(&view)?.waiting()?;
         let mut bytes = 0;
-        for _ in 0..share(waiting) {
+        for number in 0..waiting.map_or(BUDGET, |waiting| share(queue.depth(waiting))) {
             if !self.has_room() {
                 break;
             }
@@ -198,7 +206,8 @@ impl<D: Disk> Requests<D> {
             let going = match found {
                 Ok(true) => {
                     bytes += chain.readable().len() + chain.writable().len();
-                    self.begin(queues, index, queue, &view, &chain)
+                    let alone = number == 0 && !queue.ring(&view)?.has_request()?;
+                    self.begin(queues, index, queue, &view, &chain, alone)
                 }
                 Ok(false) => {
                     self.chain = chain;
@@ -220,7 +229,7 @@ impl<D: Disk> Requests<D> {
         Ok(true)
     }
 
-    /// Starts one request; `false` when the queue is to rest until the next kick.
+    /// Starts one request, `alone` if no other one waits; `false` when the queue is to rest until the next kick.
     fn begin(
         &mut self,
         queues: &mut Queues,
@@ -228,6 +237,7 @@ impl<D: Disk> Requests<D> {
         queue: &mut Queue,
         view: &Arc<View>,
         chain: &Chain,
+        alone: bool,
     ) -> Result<bool, RingError> {
         let request = match BlkRequest::parse(view.snapshot(), chain) {
             Ok(request) => request,
@@ -241,8 +251,9 @@ impl<D: Disk> Requests<D> {
                 return unusual(queue, view, chain, &verdict);
             }
         };
+        let moment = Moment { write_back: queues.write_back(queue), alone };
         let verdict = match &mut self.disk {
-            Some(disk) => disk.begin(&request, view, queues.write_back(queue)),
+            Some(disk) => disk.begin(&request, view, moment),
             None => GONE,
         };
         if matches!(verdict, Verdict::Unreachable | Verdict::Misshapen { .. }) {
@@ -261,7 +272,9 @@ impl<D: Disk> Requests<D> {
             },
             view: Arc::clone(view),
             claim: None,
+            bounced: verdict.bounced(),
         };
+        self.bounced += pending.bounced;
         self.carry_out(queues, Some(queue), pending, verdict);
         Ok(true)
     }
@@ -324,9 +337,10 @@ impl<D: Disk> Requests<D> {
         Some(ready)
     }
 
-    /// A request changes no bytes of the disk any more. What has waited for them is started later, not from here: that
-    /// may go on in the same way for ever.
+    /// A request needs no bounce buffers and changes no bytes of the disk any more. What has waited for those is started
+    /// later, not from here: that may go on in the same way for ever.
     fn release(&mut self, pending: &mut Pending) {
+        self.bounced -= std::mem::take(&mut pending.bounced);
         let Some(id) = pending.claim.take() else { return };
         for (id, mut ready) in self.claims.release(id) {
             ready.pending.claim = Some(id);
@@ -392,10 +406,10 @@ impl<D: Disk> Requests<D> {
     }
 }
 
-/// How many of the requests that wait are done in a turn: half of them, so that the driver sees answers, and makes new
-/// requests of them, while the other half is done. All at once, driver and device would wait for each other in turn.
-fn share(waiting: Option<u16>) -> usize {
-    waiting.map_or(BUDGET, |waiting| usize::from(waiting).div_ceil(2).clamp(UNDIVIDED, BUDGET))
+/// How many requests are done in a turn, of a driver that has `depth` of them: half of them, so that it sees answers, and
+/// makes new requests of them, while the other half is done. All at once, driver and device would wait for each other.
+fn share(depth: u16) -> usize {
+    usize::from(depth).div_ceil(2).clamp(UNDIVIDED, BUDGET)
 }
 
 /// A chain that is not served as a request.

@@ -3,11 +3,13 @@
 use std::cell::Cell;
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use vdpa_client::Session;
 use vdpa_client::device::Device;
 use vdpa_client::queue::RingLayout;
+use vdpa_client::vring::GuestRing;
 use vdpa_core::blk::{RequestHeader, Segment, kind};
 use vdpa_core::features::Features;
 use vdpa_core::ring::Buffer;
@@ -220,6 +222,22 @@ impl Blk {
         self.io(0, kind, 0, &[data(0, Segment::BYTES)], &[]).status
     }
 
+    /// Adds queue 0 with a ring that nothing but the test knows, for features that the library's driver has not, and lets
+    /// the device run.
+    pub(crate) fn run_by_hand(&mut self) -> HandRing {
+        let layout = RingLayout::at(0, SIZE);
+        let [kick, call] = [EventFd::new().unwrap(), EventFd::new().unwrap()];
+        let ring = GuestRing {
+            size: SIZE,
+            desc: IOVA + layout.desc,
+            driver: IOVA + layout.avail,
+            device: IOVA + layout.used,
+        };
+        self.session.add_guest_queue(QueueIndex(0), ring, kick.clone(), call.clone()).unwrap();
+        self.session.start().unwrap();
+        HandRing { map: self.memory().clone(), layout, kick, call }
+    }
+
     /// Takes the ring of `queue` into one's own hands: nothing else may use it from now on.
     pub(crate) fn by_hand(&self, queue: u16) -> HandRing {
         let queue = self.session.queue(QueueIndex(queue)).unwrap();
@@ -274,6 +292,14 @@ impl HandRing {
         self.map.load_u16(to_usize(self.layout.used + 2)).unwrap()
     }
 
+    /// The used element at `position`: head of the chain, and bytes written.
+    pub(crate) fn used_element(&self, position: u16) -> (u32, u32) {
+        let at = self.layout.used + 4 + u64::from(position % self.layout.size) * 8;
+        let mut raw = [[0; 4]; 2];
+        self.map.read(to_usize(at), raw.as_flattened_mut()).unwrap();
+        (u32::from_le_bytes(raw[0]), u32::from_le_bytes(raw[1]))
+    }
+
     /// Waits until the used index is `index`; whether that came.
     pub(crate) fn wait_used(&self, index: u16) -> bool {
         while self.used() != index {
@@ -298,4 +324,31 @@ pub(crate) fn descriptor(buffer: Buffer, flags: u16, next: u16) -> [u8; 16] {
 
 fn to_usize(offset: u64) -> usize {
     usize::try_from(offset).unwrap()
+}
+
+/// Private memory, of which the compiler knows that others change it.
+pub(crate) struct Private(Vec<AtomicU8>);
+
+impl Private {
+    pub(crate) fn new(len: usize) -> Self {
+        Self((0..len + 4096).map(|_| AtomicU8::new(0)).collect())
+    }
+
+    fn skip(&self) -> usize {
+        self.0.as_ptr().align_offset(4096)
+    }
+
+    pub(crate) fn addr(&self) -> u64 {
+        self.0[self.skip()..].as_ptr().expose_provenance() as u64
+    }
+
+    pub(crate) fn put(&self, offset: usize, bytes: &[u8]) {
+        let to = &self.0[self.skip() + offset..];
+        to.iter().zip(bytes).for_each(|(to, byte)| to.store(*byte, Ordering::Relaxed));
+    }
+
+    pub(crate) fn get(&self, offset: usize, len: usize) -> Vec<u8> {
+        let from = &self.0[self.skip() + offset..][..len];
+        from.iter().map(|byte| byte.load(Ordering::Relaxed)).collect()
+    }
 }

@@ -20,8 +20,8 @@ Usage: vdpactl dev vstats COMMAND
 where  ATTRIBUTE of network devices := { mac MACADDR | mtu MTU | max_vqp MAX_VQ_PAIRS |
                                          device_features HEX }
        ATTRIBUTE of block devices := { path FILE | readonly [ on | off ] | direct { on | off } |
-                                       pin { on | off } | packed { on | off } | queues N |
-                                       queue_size N | serial TEXT }
+                                       pin { on | off } | packed { on | off } | in_order { on | off } |
+                                       queues N | queue_size N | serial TEXT }
        ATTRIBUTE of all devices := { device_file PATH | cpus LIST | worker { shared | own } }
 ";
 

@@ -9,12 +9,12 @@ use vdpa_core::ring::BufferSlice;
 use vdpa_core::types::{Perm, Result};
 use vdpa_sys::uring::{
     AlignedBuf, Buffers, Direction, File, FileSlot, GuestPieces, IoPiece, MAX_PIECES, Op, OwnedBuf,
-    Registrar, transfer_now,
+    Registrar, Wait, transfer_now,
 };
 
-use super::file::Backing;
+use super::file::{Backing, Reads};
 use super::pace::Pace;
-use crate::worker::{After, Disk, Verdict, View};
+use crate::worker::{After, Disk, Moment, Verdict, View};
 
 /// Bytes of the largest transfer. A driver has no reason to ask for more, and a hostile one could make the daemon
 /// allocate bounce buffers of any size.
@@ -95,28 +95,34 @@ impl FileDisk {
         Ok(places.map_or(Places::Bounce, Places::Many))
     }
 
-    /// Does a transfer at once, if that is the best way now.
+    /// Does a transfer at once, if that is the best way now. `alone`: no other request waits.
     fn now(
         &mut self,
         direction: Direction,
+        alone: bool,
         places: &Places,
         view: &View,
-        offset: u64,
+        Transfer { offset, len }: Transfer,
     ) -> Option<Result<u32>> {
-        let best = match direction {
-            Direction::Read => self.backing.reads_now,
-            Direction::Write => self.backing.writes_now,
+        let wait = match (direction, self.backing.reads) {
+            (Direction::Read, Reads::Now) => Wait::Allowed,
+            (Direction::Read, Reads::AloneNow) if alone => Wait::Refused,
+            (Direction::Write, _) if self.backing.writes_now => Wait::Allowed,
+            _ => return None,
         };
         let pieces = match places {
             Places::One(place) => std::slice::from_ref(place),
             Places::Many(places) => places,
             Places::Bounce => return None,
         };
-        if !best || !self.pace.allows() {
-            return None;
-        }
         let file = &self.file;
-        let moved = self.pace.time(|| transfer_now(file, direction, pieces, view.memory(), offset));
+        let transfer = || transfer_now(file, direction, wait, pieces, view.memory(), offset);
+        let moved = match wait {
+            // What is not there, or only in part, is a matter for the kernel's own ways.
+            Wait::Refused => transfer().ok().filter(|moved| *moved == len as usize).map(Ok)?,
+            Wait::Allowed if self.pace.allows() => self.pace.time(transfer),
+            Wait::Allowed => return None,
+        };
         Some(moved.and_then(|moved| u32::try_from(moved).map_err(|_| Errno::INVAL)))
     }
 
@@ -125,7 +131,7 @@ impl FileDisk {
         AlignedBuf::new(usize::try_from(len).map_err(|_| Errno::INVAL)?, align)
     }
 
-    fn read(&mut self, request: &BlkRequest<'_>, view: &Arc<View>) -> Result<Verdict> {
+    fn read(&mut self, request: &BlkRequest<'_>, view: &Arc<View>, alone: bool) -> Result<Verdict> {
         let Some(transfer) = self.transfer(request.header.sector, request.data_in) else {
             return Ok(IO_ERROR);
         };
@@ -139,7 +145,7 @@ impl FileDisk {
         let file = self.file();
         let after = After::Transfer { len, written: len, sync: false };
         let places = self.in_place(request.data_in, Perm::WO, view)?;
-        if let Some(moved) = self.now(Direction::Read, &places, view, offset) {
+        if let Some(moved) = self.now(Direction::Read, alone, &places, view, transfer) {
             return Ok(self.transferred(moved, len, len, false));
         }
         let op = match places {
@@ -173,7 +179,7 @@ impl FileDisk {
         }
         let file = self.file();
         let places = self.in_place(request.data_out, Perm::RO, view)?;
-        if let Some(moved) = self.now(Direction::Write, &places, view, offset) {
+        if let Some(moved) = self.now(Direction::Write, false, &places, view, transfer) {
             return Ok(self.transferred(moved, len, 0, sync));
         }
         let after = After::Transfer { len, written: 0, sync };
@@ -235,9 +241,10 @@ impl Disk for FileDisk {
         }
     }
 
-    fn begin(&mut self, request: &BlkRequest<'_>, view: &Arc<View>, write_back: bool) -> Verdict {
+    fn begin(&mut self, request: &BlkRequest<'_>, view: &Arc<View>, moment: Moment) -> Verdict {
+        let Moment { write_back, alone } = moment;
         let verdict = match request.header.kind {
-            kind::IN => self.read(request, view),
+            kind::IN => self.read(request, view, alone),
             kind::OUT => self.write(request, view, !write_back),
             kind::FLUSH => Ok(self.stable(true)),
             kind::GET_ID => get_id(&self.serial, request, view),

@@ -17,6 +17,18 @@ use crate::ctl::api::CtlError;
 /// Alignment of O_DIRECT transfers that any file system accepts, where the kernel does not tell.
 const DIRECT_ALIGN: u32 = 4096;
 
+/// How the thread that serves a disk reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reads {
+    /// By io_uring.
+    Queued,
+    /// By io_uring, which takes what is in the page cache without waiting. But one read that comes alone costs more to
+    /// queue than to do, if it is there.
+    AloneNow,
+    /// Itself: the kernel would need another thread.
+    Now,
+}
+
 /// An opened backing file and what its owner must know of it.
 #[derive(Clone, Debug)]
 pub(super) struct Backing {
@@ -31,9 +43,9 @@ pub(super) struct Backing {
     pub(super) read_only: bool,
     /// Its file system may keep whoever asks it waiting, also one who asks not to: FUSE, and others that are not known.
     pub(super) may_block: bool,
-    /// Reads are best done by the thread that serves the disk.
-    pub(super) reads_now: bool,
-    /// So are writes, as long as none takes long.
+    /// How reads are best done.
+    pub(super) reads: Reads,
+    /// Writes are best done by the thread that serves the disk, as long as none takes long.
     pub(super) writes_now: bool,
 }
 
@@ -84,7 +96,11 @@ impl Backing {
             );
         }
         let may_block = !is_block && !answers_at_once(&file);
-        let reads_now = !options.direct && !is_block && in_memory(&file);
+        let reads = match (options.direct || may_block, !is_block && in_memory(&file)) {
+            (true, _) => Reads::Queued,
+            (false, true) => Reads::Now,
+            (false, false) => Reads::AloneNow,
+        };
         let writes_now = !options.direct && !may_block;
         let (block_size, memory_align) = alignment(&file, is_block, options.direct);
         Ok(Self {
@@ -95,7 +111,7 @@ impl Backing {
             direct: options.direct,
             read_only: options.read_only,
             may_block,
-            reads_now,
+            reads,
             writes_now,
         })
     }

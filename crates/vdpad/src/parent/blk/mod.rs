@@ -53,7 +53,7 @@ impl MgmtDevice for BlkMgmt {
             bus: None,
             supported_classes: vec![ID_BLOCK],
             max_supported_vqs: 64,
-            dev_features: features(true, true),
+            dev_features: features(true, true, true),
         }
     }
 
@@ -78,9 +78,7 @@ impl MgmtDevice for BlkMgmt {
     }
 }
 
-/// IN_ORDER is never among them: drivers take it whenever it is offered, and one slow request would then hold back the
-/// answers to all that came after it.
-fn features(read_only: bool, packed: bool) -> Features {
+fn features(read_only: bool, packed: bool, in_order: bool) -> Features {
     let offered = Features::of(&[
         Features::BLK_SEG_MAX,
         Features::BLK_BLK_SIZE,
@@ -96,6 +94,7 @@ fn features(read_only: bool, packed: bool) -> Features {
         Features::ACCESS_PLATFORM,
     ]);
     let offered = if packed { offered.with(Features::RING_PACKED) } else { offered };
+    let offered = if in_order { offered.with(Features::IN_ORDER) } else { offered };
     if read_only { offered.with(Features::BLK_RO) } else { offered }
 }
 
@@ -198,7 +197,7 @@ fn profile(options: &Options, geometry: Geometry) -> Profile {
     Profile {
         device_id: ID_BLOCK,
         vendor_id: 0,
-        features: features(geometry.read_only, options.packed),
+        features: features(geometry.read_only, options.packed, options.in_order),
         backend_features: BackendFeatures::of(&[
             BackendFeatures::ENABLE_AFTER_DRIVER_OK,
             BackendFeatures::NEW_OWNER,

@@ -8,7 +8,7 @@ use vdpa_core::types::Result;
 use vdpa_sys::uring::OwnedBuf;
 
 use super::disk::{get_id, misshapen};
-use crate::worker::{After, Disk, Verdict, View};
+use crate::worker::{After, Disk, Moment, Verdict, View};
 
 /// Answers every request that a disk of this size could carry out, and carries out none: reads leave the driver's
 /// buffers as they are, writes are forgotten.
@@ -34,7 +34,7 @@ impl NullDisk {
 }
 
 impl Disk for NullDisk {
-    fn begin(&mut self, request: &BlkRequest<'_>, view: &Arc<View>, _write_back: bool) -> Verdict {
+    fn begin(&mut self, request: &BlkRequest<'_>, view: &Arc<View>, _moment: Moment) -> Verdict {
         let done = |status| Verdict::Done { status, written: 0 };
         match request.header.kind {
             kind::IN => self.transfer(request.header.sector, request.data_in.len(), true),

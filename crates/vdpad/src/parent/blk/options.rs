@@ -18,7 +18,7 @@ use crate::worker::Placement;
 const QUEUE_SIZE: u16 = 1024;
 
 /// Names of the attributes and what they take, for the error that lists them.
-const KNOWN: [(&str, &str); 15] = [
+const KNOWN: [(&str, &str); 16] = [
     ("path", "FILE"),
     ("null", "BYTES"),
     ("readonly", "on|off"),
@@ -28,6 +28,7 @@ const KNOWN: [(&str, &str); 15] = [
     ("queues", "1-64"),
     QUEUE_SIZE_ATTR,
     ("packed", "on|off"),
+    ("in_order", "on|off"),
     ("serial", "TEXT of at most 20 bytes"),
     ("compat_reset", "keep|clean"),
     ("reset_owner", "on|off"),
@@ -61,6 +62,9 @@ pub(super) struct Options {
     /// Offer packed rings. Not by default: clients that pass features on to a guest unseen, and set the base of each ring
     /// to 0 whatever its format, would have a guest that is never served (Cloud Hypervisor).
     pub(super) packed: bool,
+    /// Offer to answer requests in order. Not by default: drivers take it whenever it is offered, and one slow request would
+    /// then hold back the answers to all that came after it.
+    pub(super) in_order: bool,
     /// The device id, padded with zeros.
     pub(super) serial: [u8; ID_BYTES],
     /// What a reset without IOTLB_PERSIST does to the translation.
@@ -90,6 +94,7 @@ impl Options {
             queues: number("queues", 1, 64, 4)?,
             queue_size: queue_size(attrs, QUEUE_SIZE)?,
             packed: switch("packed", false)?,
+            in_order: switch("in_order", false)?,
             serial: serial(attrs.get("serial"), name)?,
             compat_reset: compat_reset(attrs, CompatReset::Keep)?,
             reset_owner: switch("reset_owner", false)?,
@@ -141,7 +146,7 @@ mod tests {
     fn defaults_and_every_attribute() {
         let options = Options::parse("disk0", &attrs(&[("path", "/d")])).unwrap();
         assert!(options.pin && !options.direct && !options.read_only && !options.strict_new_owner);
-        assert!(!options.packed);
+        assert!(!options.packed && !options.in_order);
         assert!(options.compat_reset == CompatReset::Keep && !options.reset_owner);
         assert_eq!((options.queues, options.queue_size), (4, 1024));
         assert_eq!(&options.serial[..6], b"disk0\0");
@@ -154,12 +159,14 @@ mod tests {
             ("queues", "64"),
             ("queue_size", "1024"),
             ("packed", "on"),
+            ("in_order", "on"),
             ("serial", "12345678901234567890"),
             ("compat_reset", "clean"),
             ("reset_owner", "on"),
         ];
         let options = Options::parse("x", &attrs(&all)).unwrap();
-        assert!(!options.pin && options.direct && options.read_only && options.packed);
+        assert!(!options.pin && options.direct && options.read_only);
+        assert!(options.packed && options.in_order);
         assert_eq!(options.pin_limit, PinLimit::Pages(2));
         assert!(options.compat_reset == CompatReset::Clean && options.reset_owner);
         assert_eq!((options.queues, options.queue_size, options.serial[19]), (64, 1024, b'0'));

@@ -1,0 +1,41 @@
+//! The section about configuration space, beside those of version 2: states in which no driver has a say in it do not have
+//! it.
+//!
+//! It is optional. A program that does not know it leaves a device that was reset with what follows from its features.
+
+use serde::{Deserialize, Serialize};
+
+use super::{Section, Sections, StateError, v2};
+
+/// Version of the section below.
+pub const VERSION: u32 = 1;
+/// Name of the section that holds [`Written`].
+pub const WRITTEN: &str = "vdpa/config";
+
+/// What drivers have written into configuration space, of devices that forget it in the update.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Written {
+    /// In the order of [`v2::Devices::devices`]: the field `writeback` of a block device (virtio 1.2 section 5.2.4).
+    pub writeback: Vec<Option<u8>>,
+}
+
+/// Adds the section, if a device needs it.
+pub(super) fn put(rest: &[v2::AtRest], sections: &mut Sections) -> Result<(), StateError> {
+    if rest.iter().any(|device| device.writeback.is_some()) {
+        let writeback = rest.iter().map(|device| device.writeback).collect();
+        sections.push(Section::json(WRITTEN, VERSION, &Written { writeback })?.optional());
+    }
+    Ok(())
+}
+
+/// Takes the section out, into the devices it is about. What is about devices that do not exist is dropped.
+pub(super) fn take(rest: &mut [v2::AtRest], sections: &mut Sections) -> Result<(), StateError> {
+    if let Some(section) = sections.take(WRITTEN) {
+        let written: Written = section.parse(VERSION)?;
+        for (device, writeback) in rest.iter_mut().zip(written.writeback) {
+            device.writeback = writeback;
+        }
+    }
+    Ok(())
+}
