@@ -179,6 +179,15 @@ fn its_own_test_of_mapping() {
     });
 }
 
+/// Waits for a notification. The crate's events cannot be polled without their numbers.
+fn wait(call: &EventFd) {
+    let deadline = Instant::now() + PATIENCE;
+    while call.read().is_err() {
+        assert!(Instant::now() < deadline, "no notification");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
 /// A read and a write on a ring built by hand, with SUSPEND and RESUME in between.
 #[test]
 fn requests_on_a_ring_built_by_hand() {
@@ -246,12 +255,7 @@ fn requests_on_a_ring_built_by_hand() {
                 assert_eq!(driver.pop_used().unwrap(), None);
                 other.resume().unwrap();
             }
-            let deadline = Instant::now() + PATIENCE;
-            // The crate's events cannot be polled without their numbers.
-            while call.read().is_err() {
-                assert!(Instant::now() < deadline, "no notification");
-                thread::sleep(Duration::from_millis(1));
-            }
+            wait(&call);
             assert_eq!(driver.pop_used().unwrap().map(|completion| completion.token), Some(1));
             let mut status = [0];
             map.read(0x4020, &mut status).unwrap();
