@@ -72,7 +72,7 @@ impl Queue {
     /// How many requests its driver keeps in the ring, about: `waiting` are there now, when it may not have made new ones
     /// of those that were answered last.
     pub(super) const fn depth(&mut self, waiting: u16) -> u16 {
-        let before = self.depth - self.depth / 8;
+        let before = self.depth - self.depth.div_ceil(64);
         self.depth = if waiting > before { waiting } else { before };
         self.depth
     }
