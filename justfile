@@ -54,6 +54,10 @@ bench-poll *args:
     cargo build --release --locked --package vdpad --bins
     scripts/bench-poll {{args}}
 
+# A flame graph of the thread that serves a ring: "just flame WORKLOAD FILE.svg".
+flame *args:
+    scripts/flame {{args}}
+
 # Our block device beside QEMU's and the floors, in turn: IOPS, latency, CPU per request. Wants a quiet machine.
 bench-io *args:
     scripts/bench-io {{args}}

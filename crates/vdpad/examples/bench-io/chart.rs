@@ -1,4 +1,5 @@
-//! The medians as a picture: IOPS above, CPU time of the server per request below.
+//! The medians as a picture: IOPS above, CPU time of the server per request below, both on logarithmic scales, since
+//! workloads differ by factors of a thousand.
 
 use std::path::Path;
 
@@ -13,8 +14,8 @@ pub(crate) fn draw(file: &Path, medians: &[Row]) -> Result<()> {
     let root = SVGBackend::new(file, (1400, 900)).into_drawing_area();
     root.fill(&WHITE).map_err(text)?;
     let (above, below) = root.split_vertically(450);
-    bars(&above, "requests per second, thousands", medians, |row| row.iops / 1e3)?;
-    bars(&below, "CPU time of the server per request, us", medians, |row| row.server_ns / 1e3)?;
+    bars(&above, "requests per second, thousands (logarithmic)", medians, |row| row.iops / 1e3)?;
+    bars(&below, "CPU time of the server per request, us (logarithmic)", medians, |row| row.server_ns / 1e3)?;
     root.present().map_err(text)
 }
 
@@ -31,13 +32,15 @@ fn bars(
     let mut workloads: Vec<&str> = medians.iter().map(|row| row.workload).collect();
     workloads.dedup();
     let count = f64::from(u32::try_from(workloads.len())?.max(1));
-    let top = medians.iter().map(&value).fold(0.1, f64::max) * 1.1;
+    let measured = || medians.iter().map(&value).filter(|value| *value > 0.0);
+    // Room for the legend above, and for the smallest bar to be seen.
+    let (bottom, top) = (measured().fold(1.0, f64::min) / 2.0, measured().fold(1.0, f64::max) * 4.0);
     let mut chart = ChartBuilder::on(area)
         .margin(10)
         .caption(caption, ("sans-serif", 18))
         .x_label_area_size(30)
         .y_label_area_size(60)
-        .build_cartesian_2d(0.0..count, 0.0..top)
+        .build_cartesian_2d(0.0..count, (bottom..top).log_scale())
         .map_err(text)?;
     let name = |at: &f64| workloads.iter().zip(0u32..).find(|(_, i)| (f64::from(*i) + 0.5 - at).abs() < 0.01);
     chart
@@ -54,7 +57,8 @@ fn bars(
         let bar = |row: &Row| {
             let place = workloads.iter().position(|name| *name == row.workload)?;
             let x = f64::from(u32::try_from(place).ok()?) + left;
-            Some(Rectangle::new([(x, 0.0), (x + 0.18, value(row))], color.filled()))
+            let value = Some(value(row)).filter(|value| *value > 0.0)?;
+            Some(Rectangle::new([(x, bottom), (x + 0.18, value)], color.filled()))
         };
         chart
             .draw_series(medians.iter().filter(|row| row.server == who.name()).filter_map(bar))
