@@ -125,7 +125,7 @@ fn bad_attributes(dir: &str) -> Vec<Case> {
             "blk has no attribute \"colour\"",
             "Operation not supported",
             "It has: path FILE, null BYTES, readonly on|off, direct on|off, pin on|off, memlock rlimit|unlimited|BYTES, queues 1-64, queue_size 2-32768, a power \
-             of two, packed on|off, serial TEXT of at most 20 bytes, compat_reset keep|clean, reset_owner on|off, strict_new_owner on|off, cpus LIST of \
+             of two, packed on|off, in_order on|off, serial TEXT of at most 20 bytes, compat_reset keep|clean, reset_owner on|off, strict_new_owner on|off, cpus LIST of \
              processors, for example 2,4-7, worker shared|own.",
         ),
         ("queues 65", "attribute \"queues\" is \"65\"; a number from 1 to 64 is right", invalid, ""),

@@ -2,6 +2,9 @@
 #![expect(clippy::unwrap_used, reason = "a failure is a panic here, also outside of test functions")]
 
 mod support;
+#[macro_use]
+#[path = "support/both_rings.rs"]
+mod both_rings;
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -31,18 +34,6 @@ const DISK: usize = 8 << 20;
 const SECTORS: u64 = DISK as u64 / 512;
 /// Where tests map memory besides that of the driver.
 const ELSEWHERE: u64 = 0x2_0000_0000;
-
-/// Tests that are run over a split ring and over a packed one.
-macro_rules! over_both_rings {
-    ($($test:ident),+ $(,)?) => {
-        mod split {
-            $(#[test] fn $test() { super::$test(); })+
-        }
-        mod packed {
-            $(#[test] fn $test() { super::over_packed_rings(super::$test); })+
-        }
-    };
-}
 
 over_both_rings!(
     a_read_only_device_changes_nothing,

@@ -5,6 +5,9 @@
 #[path = "support/hanging.rs"]
 mod hanging;
 mod support;
+#[macro_use]
+#[path = "support/both_rings.rs"]
+mod both_rings;
 
 use std::os::fd::AsFd;
 use std::path::PathBuf;
@@ -20,7 +23,7 @@ use vdpa_sys::mmap::SharedMap;
 use vdpa_sys::vhost_vdpa::VhostVdpaFd;
 
 use hanging::HangingFile;
-use support::blk::{Blk, FEATURES, IOERR, MEMORY, OK, PATIENCE, SIZE, over_packed_rings};
+use support::blk::{Blk, FEATURES, IOERR, MEMORY, OK, PATIENCE, SIZE};
 use support::daemon::Daemon;
 
 const DISK: u64 = 1 << 20;
@@ -265,17 +268,6 @@ fn a_replaced_mapping_is_removed() {
         byte[0]
     };
     assert_eq!((first("a"), first("b")), (0xa5, 0));
-}
-
-macro_rules! over_both_rings {
-    ($($test:ident),+ $(,)?) => {
-        mod split {
-            $(#[test] fn $test() { super::$test(); })+
-        }
-        mod packed {
-            $(#[test] fn $test() { super::over_packed_rings(super::$test); })+
-        }
-    };
 }
 
 over_both_rings!(

@@ -1,0 +1,13 @@
+//! [`over_both_rings`].
+
+/// Tests that are run over a split ring and over a packed one.
+macro_rules! over_both_rings {
+    ($($test:ident),+ $(,)?) => {
+        mod split {
+            $(#[test] fn $test() { super::$test(); })+
+        }
+        mod packed {
+            $(#[test] fn $test() { $crate::support::blk::over_packed_rings(super::$test); })+
+        }
+    };
+}
