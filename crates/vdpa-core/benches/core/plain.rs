@@ -7,69 +7,88 @@ use vdpa_core::iotlb::Lookup;
 use vdpa_core::ring::{Area, Buffer, Fault, Memory};
 use vdpa_core::types::{IovaRange, Perm};
 
-/// An area of a split ring. Words and what is read in one piece are kept apart, since safe code cannot have both in one
+/// An area of a split ring. Words, descriptors and used elements are kept apart, since safe code cannot have them in one
 /// place; which of them an access means follows from its length.
 #[derive(Clone)]
-pub(crate) struct PlainArea(Arc<Words>);
-
-struct Words {
+pub(crate) struct PlainArea {
     size: usize,
-    narrow: Box<[AtomicU16]>,
-    wide: Box<[AtomicU64]>,
+    words: Arc<[AtomicU16]>,
+    descriptors: Arc<[[AtomicU64; 2]]>,
+    elements: Arc<[AtomicU64]>,
 }
 
 impl PlainArea {
     pub(crate) fn new(size: usize) -> Self {
-        let narrow = (0..size.div_ceil(2)).map(|_| AtomicU16::new(0)).collect();
-        let wide = (0..=size.div_ceil(8)).map(|_| AtomicU64::new(0)).collect();
-        Self(Arc::new(Words { size, narrow, wide }))
+        Self {
+            size,
+            words: (0..size.div_ceil(2)).map(|_| AtomicU16::new(0)).collect(),
+            descriptors: (0..size.div_ceil(16)).map(|_| [0, 0].map(AtomicU64::new)).collect(),
+            elements: (0..size.div_ceil(8)).map(|_| AtomicU64::new(0)).collect(),
+        }
     }
 
     #[inline]
-    fn narrow(&self, offset: usize) -> Result<&AtomicU16, Fault> {
-        self.0.narrow.get(offset / 2).ok_or(Fault { addr: offset as u64 })
+    fn word(&self, offset: usize) -> Result<&AtomicU16, Fault> {
+        self.words.get(offset / 2).ok_or(Fault { addr: offset as u64 })
     }
 
-    /// Descriptors begin at multiples of 16, used elements 4 bytes behind a multiple of 8.
     #[inline]
-    fn wide(&self, offset: usize, len: usize) -> Result<&[AtomicU64], Fault> {
-        let at = (offset + 4) / 8;
-        self.0.wide.get(at..at + len / 8).ok_or(Fault { addr: offset as u64 })
+    fn descriptor(&self, offset: usize) -> Result<&[AtomicU64; 2], Fault> {
+        self.descriptors.get(offset / 16).ok_or(Fault { addr: offset as u64 })
+    }
+
+    #[inline]
+    fn element(&self, offset: usize) -> Result<&AtomicU64, Fault> {
+        self.elements.get(offset / 8).ok_or(Fault { addr: offset as u64 })
     }
 }
 
 impl Area for PlainArea {
     fn size(&self) -> usize {
-        self.0.size
+        self.size
     }
 
     #[inline]
     fn load_u16(&self, offset: usize) -> Result<u16, Fault> {
-        Ok(self.narrow(offset)?.load(Ordering::Acquire))
+        Ok(self.word(offset)?.load(Ordering::Acquire))
     }
 
     #[inline]
     fn store_u16(&self, offset: usize, value: u16) -> Result<(), Fault> {
-        self.narrow(offset)?.store(value, Ordering::Release);
+        self.word(offset)?.store(value, Ordering::Release);
         Ok(())
     }
 
     #[inline]
     fn read(&self, offset: usize, buf: &mut [u8]) -> Result<(), Fault> {
-        for (word, bytes) in self.wide(offset, buf.len())?.iter().zip(buf.as_chunks_mut().0) {
-            *bytes = word.load(Ordering::Relaxed).to_le_bytes();
+        match buf.as_chunks_mut() {
+            ([low, high], []) => {
+                let [first, second] = self.descriptor(offset)?;
+                *low = first.load(Ordering::Relaxed).to_le_bytes();
+                *high = second.load(Ordering::Relaxed).to_le_bytes();
+            }
+            ([element], []) => *element = self.element(offset)?.load(Ordering::Relaxed).to_le_bytes(),
+            _ => return Err(Fault { addr: offset as u64 }),
         }
         Ok(())
     }
 
     #[inline]
     fn write(&self, offset: usize, data: &[u8]) -> Result<(), Fault> {
-        if let [low, high] = *data {
-            self.narrow(offset)?.store(u16::from_le_bytes([low, high]), Ordering::Relaxed);
-            return Ok(());
-        }
-        for (word, &bytes) in self.wide(offset, data.len())?.iter().zip(data.as_chunks().0) {
-            word.store(u64::from_le_bytes(bytes), Ordering::Relaxed);
+        match data.as_chunks() {
+            (&[low, high], []) => {
+                let [first, second] = self.descriptor(offset)?;
+                first.store(u64::from_le_bytes(low), Ordering::Relaxed);
+                second.store(u64::from_le_bytes(high), Ordering::Relaxed);
+            }
+            (&[element], []) => {
+                self.element(offset)?.store(u64::from_le_bytes(element), Ordering::Relaxed);
+            }
+            _ => {
+                for (at, &bytes) in (offset..).step_by(2).zip(data.as_chunks().0) {
+                    self.store_u16(at, u16::from_le_bytes(bytes))?;
+                }
+            }
         }
         Ok(())
     }
