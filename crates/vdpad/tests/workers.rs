@@ -414,6 +414,38 @@ fn half_of_many_requests_is_shown_before_the_other_half_is_done() {
     }
 }
 
+/// A ring that breaks while a request is being taken from it: what was taken is answered.
+#[test]
+fn what_was_taken_is_answered_whenever_the_ring_breaks() {
+    let daemon = one_worker();
+    let (_disk, path) = add(&daemon, 0, &[]);
+    let mut blk = Blk::start(&path);
+    let (config, features) = (EventFd::new().unwrap(), blk.session.features());
+    blk.session.ops().set_config_call(Some(&config)).unwrap();
+    let mut taken = 0;
+    for round in 0..400_u32 {
+        let ring = blk.by_hand(0);
+        let (header, status) = blk.frame(u64::from(round), kind::IN, 8);
+        ring.descriptor(0, header, NEXT, 1);
+        ring.descriptor(1, status, WRITE, 0);
+        ring.entry(0, 0);
+        ring.available(1);
+        (0..round * 7 % 6000).for_each(|_| std::hint::spin_loop());
+        ring.available(1000);
+        assert!(config.wait(Some(PATIENCE)), "no config interrupt");
+        let _ = config.drain();
+        blk.session.ops().suspend().unwrap();
+        let base = blk.session.ops().vring_base(QueueIndex(0)).unwrap();
+        assert_eq!(u32::from(ring.used()), base, "round {round}");
+        taken += base;
+        blk.session.reset().unwrap();
+        blk.session.renegotiate(features).unwrap();
+        blk.run(1);
+        blk.session.ops().set_config_call(Some(&config)).unwrap();
+    }
+    println!("{taken} requests were taken");
+}
+
 /// The driver is told that it has to reset the device, and then it can go on.
 fn a_broken_ring_needs_a_reset() {
     let daemon = one_worker();

@@ -83,7 +83,6 @@ impl<D: Disk> Logic for Requests<D> {
         {
             disk.register(&queues.registrar());
         }
-        self.start_ready(queues);
         for index in 0..queues.count() {
             let index = to_u16(index);
             let Some(mut queue) = queues.take(index) else { continue };
@@ -99,6 +98,7 @@ impl<D: Disk> Logic for Requests<D> {
             }
             queues.put(index, queue);
         }
+        self.start_ready(queues);
     }
 
     fn complete(&mut self, queues: &mut Queues, slot: u32, result: Result<u32>, buffer: Option<OwnedBuf>) {
@@ -206,7 +206,8 @@ impl<D: Disk> Requests<D> {
             let going = match found {
                 Ok(true) => {
                     bytes += chain.readable().len() + chain.writable().len();
-                    let alone = number == 0 && !queue.ring(&view)?.has_request()?;
+                    // This one has been taken, whatever is wrong with what follows: the next look tells that.
+                    let alone = number == 0 && queue.ring(&view)?.has_request() == Ok(false);
                     self.begin(queues, index, queue, &view, &chain, alone)
                 }
                 Ok(false) => {
