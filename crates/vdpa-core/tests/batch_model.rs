@@ -210,14 +210,19 @@ impl Model {
     fn remap(&mut self, slot: u64, part: Part, at: usize) -> Result<(), Errno> {
         let (first, count) = part.pages();
         let wanted: Vec<_> = (first..first + count).collect();
-        let hit = in_slot(&self.records, slot).into_iter().find(|fragment| overlaps(&[*fragment], &wanted));
-        let hit = hit.filter(|hit| (hit.0, hit.1) == part.pages());
-        let is_whole = |record: &Record| record.pages == part.pages() && !record.broken;
-        let names = |record: &Record| {
-            record.slot == slot
-                && (is_whole(record) || hit.is_some_and(|hit| record.fragments.contains(&hit)))
+        let hits =
+            in_slot(&self.records, slot).into_iter().filter(|fragment| overlaps(&[*fragment], &wanted));
+        let hits: Vec<_> = hits.collect();
+        let of = |hit: Fragment| {
+            self.records
+                .iter()
+                .find(move |(_, record)| record.slot == slot && record.fragments.contains(&hit))
         };
-        let found = self.records.iter().find(|(_, record)| names(record));
+        let is_whole = |record: &Record| record.pages == part.pages() && !record.broken;
+        // Two records may have the same range, each in the gaps of the other: that of the lower entry is meant.
+        let by_range = hits.iter().copied().filter_map(of).find(|(_, record)| is_whole(record));
+        let hit = hits.first().copied().filter(|hit| (hit.0, hit.1) == part.pages());
+        let found = by_range.or_else(|| of(hit?));
         let (id, mut record) = found.map(|(id, record)| (*id, record.clone())).ok_or(Errno::FAULT)?;
         let whole = is_whole(&record);
         record.fragments.retain(|fragment| !whole && hit != Some(*fragment));
