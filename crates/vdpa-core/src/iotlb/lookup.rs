@@ -88,10 +88,9 @@ impl<T> Lookup<T> {
     #[must_use]
     #[inline]
     pub fn find(&self, iova: u64) -> Option<&(IovaRange, T)> {
-        let index = self.count_up_to(iova).checked_sub(1)?;
-        match self.ranges.get(index) {
+        match self.ranges.get(self.count_up_to(iova).wrapping_sub(1)) {
             Some(found) => (iova <= found.0.last()).then_some(found),
-            // Those that do not exist begin at the highest address, too.
+            // No range begins up to `iova`. Or it is the highest address, where those that do not exist begin, too.
             None => self.last_with(iova),
         }
     }

@@ -17,8 +17,11 @@ impl Latch {
 
     /// Fails from the first violation on.
     #[inline]
-    pub(super) fn check(self) -> Result<(), RingError> {
-        self.0.map_or(Ok(()), Err)
+    pub(super) const fn check(&self) -> Result<(), RingError> {
+        match self.0 {
+            None => Ok(()),
+            Some(violation) => Err(violation),
+        }
     }
 
     /// Remembers a violation; faults pass.

@@ -338,6 +338,7 @@ impl<A: Area> PackedQueue<A> {
         let mut at = self.next_avail;
         let mut first = Some(flags);
         let room = self.room();
+        let mut bytes = 0;
         for descriptors in 1..=self.size {
             if u32::from(descriptors) > room {
                 break;
@@ -352,7 +353,9 @@ impl<A: Area> PackedQueue<A> {
                 return Ok((descriptor.next, descriptors));
             }
             chain.push(descriptor)?;
+            bytes += u64::from(descriptor.len);
             if descriptor.flags & NEXT == 0 {
+                chain.check(bytes)?;
                 return Ok((descriptor.next, descriptors));
             }
             at = at.forward(1, self.size);
@@ -382,6 +385,7 @@ impl<A: Area> PackedQueue<A> {
         if table.len / 16 > window.entries() {
             return Err(RingError::IndirectSize { len: table.len });
         }
+        let mut bytes = 0;
         for index in 0..window.entries() {
             let descriptor = layout::parse(window.descriptor(memory, index)?);
             if descriptor.flags & INDIRECT != 0 {
@@ -389,8 +393,9 @@ impl<A: Area> PackedQueue<A> {
             }
             // All flags but WRITE are reserved there (virtio 1.2 section 2.8.7).
             chain.push(Descriptor { flags: descriptor.flags & WRITE, ..descriptor })?;
+            bytes += u64::from(descriptor.len);
         }
-        Ok(())
+        chain.check(bytes)
     }
 
     /// Writes one used descriptor that stands for `descriptors` of the ring.

@@ -37,11 +37,12 @@ pub struct SplitQueue<A: Area> {
     indirect: bool,
     /// Next entry of the available ring.
     next_avail: u16,
-    /// The driver's index when it was last read, so that a batch costs one read.
+    /// The driver's index when it was last read, so that a batch costs one read. `next_avail` once the ring is broken, so that
+    /// whoever knows of a request need not ask whether it is.
     avail_seen: u16,
     /// Next entry of the used ring.
     next_used: u16,
-    /// Where the used elements written end: `next_used`, except behind requests that wait for an earlier one.
+    /// With `IN_ORDER`, where the used elements written end: `next_used`, except behind requests that wait for an earlier one.
     written: u16,
     /// The used index the driver sees.
     published: u16,
@@ -134,9 +135,11 @@ impl<A: Area> SplitQueue<A> {
     /// violations of the driver and are returned from now on.
     #[inline]
     pub fn pop<M: Memory>(&mut self, memory: &M, chain: &mut Chain) -> Result<bool, RingError> {
-        self.broken.check()?;
+        if !self.has_request()? {
+            return Ok(false);
+        }
         let result = self.take(memory, chain);
-        self.broken.keep(result)
+        self.keep(result).map(|()| true)
     }
 
     /// Puts the last request popped back into the ring, to be popped again: the kernel's `vringh_abandon`.
@@ -154,6 +157,9 @@ impl<A: Area> SplitQueue<A> {
             order.remove_last();
         }
         self.next_avail = self.next_avail.wrapping_sub(1);
+        if self.broken.violation().is_some() {
+            self.avail_seen = self.next_avail;
+        }
         Ok(())
     }
 
@@ -178,7 +184,6 @@ impl<A: Area> SplitQueue<A> {
             }
         } else {
             self.write_used(self.next_used, head, len)?;
-            self.written = self.next_used.wrapping_add(1);
         }
         self.next_used = self.next_used.wrapping_add(1);
         Ok(())
@@ -197,9 +202,10 @@ impl<A: Area> SplitQueue<A> {
         if self.order.is_some() {
             self.write_runs()?;
         }
-        if self.published != self.written {
-            self.used.store_u16(INDEX, self.written)?;
-            self.published = self.written;
+        let written = if self.order.is_some() { self.written } else { self.next_used };
+        if self.published != written {
+            self.used.store_u16(INDEX, written)?;
+            self.published = written;
             self.undecided = true;
         }
         if !self.undecided {
@@ -238,7 +244,7 @@ impl<A: Area> SplitQueue<A> {
         // Pairs with the driver's barrier between its available index and its look at our wish.
         self.used.barrier();
         let result = self.refresh();
-        self.broken.keep(result)
+        self.keep(result)
     }
 
     /// Whether there is a request. For a device that looks of itself, while no kick is asked for.
@@ -247,12 +253,10 @@ impl<A: Area> SplitQueue<A> {
     /// A fault, or the violation met before.
     #[inline]
     pub fn has_request(&mut self) -> Result<bool, RingError> {
-        self.broken.check()?;
         if self.avail_seen != self.next_avail {
             return Ok(true);
         }
-        let result = self.refresh();
-        self.broken.keep(result)
+        self.look_again()
     }
 
     /// Requests that could be popped now, 0 to `size`.
@@ -263,7 +267,7 @@ impl<A: Area> SplitQueue<A> {
     pub fn waiting(&mut self) -> Result<u16, RingError> {
         self.broken.check()?;
         let result = self.refresh();
-        self.broken.keep(result)?;
+        self.keep(result)?;
         Ok(self.avail_seen.wrapping_sub(self.next_avail))
     }
 
@@ -322,6 +326,24 @@ impl<A: Area> SplitQueue<A> {
         self.broken.violation()
     }
 
+    /// [`has_request`](Self::has_request) where none is known of. Not inlined: what is asked for every request is little.
+    #[inline(never)]
+    fn look_again(&mut self) -> Result<bool, RingError> {
+        self.broken.check()?;
+        let result = self.refresh();
+        self.keep(result)
+    }
+
+    /// Remembers a violation.
+    #[inline]
+    fn keep<T>(&mut self, result: Result<T, RingError>) -> Result<T, RingError> {
+        let result = self.broken.keep(result);
+        if result.is_err() && self.broken.violation().is_some() {
+            self.avail_seen = self.next_avail;
+        }
+        result
+    }
+
     /// Reads the driver's index; returns whether there are requests.
     #[inline]
     fn refresh(&mut self) -> Result<bool, RingError> {
@@ -337,10 +359,7 @@ impl<A: Area> SplitQueue<A> {
     }
 
     #[inline]
-    fn take<M: Memory>(&mut self, memory: &M, chain: &mut Chain) -> Result<bool, RingError> {
-        if self.avail_seen == self.next_avail && !self.refresh()? {
-            return Ok(false);
-        }
+    fn take<M: Memory>(&mut self, memory: &M, chain: &mut Chain) -> Result<(), RingError> {
         let head = self.avail.load_u16(layout::avail_entry(self.size, self.next_avail))?;
         chain.reset(head);
         self.walk(memory, chain)?;
@@ -350,7 +369,7 @@ impl<A: Area> SplitQueue<A> {
             return Err(RingError::Again { head });
         }
         self.next_avail = self.next_avail.wrapping_add(1);
-        Ok(true)
+        Ok(())
     }
 
     /// Writes the used element at `index` (free running).
@@ -381,14 +400,16 @@ impl<A: Area> SplitQueue<A> {
         if index >= self.size {
             return Err(self.outside(index));
         }
+        let mut bytes = 0;
         for _ in 0..self.size {
             let descriptor = Descriptor::read(&self.desc, index)?;
             if descriptor.flags & INDIRECT != 0 {
-                return self.walk_indirect(memory, descriptor, chain);
+                return self.walk_indirect(memory, descriptor, bytes, chain);
             }
             chain.push(descriptor)?;
+            bytes += u64::from(descriptor.len);
             if descriptor.flags & NEXT == 0 {
-                return Ok(());
+                return chain.check(bytes);
             }
             index = descriptor.next;
             if index >= self.size {
@@ -398,11 +419,12 @@ impl<A: Area> SplitQueue<A> {
         Err(RingError::Loop { head: chain.head, entries: self.size.into() })
     }
 
-    /// Follows the table that ends a chain (virtio 1.2 section 2.7.5.3).
+    /// Follows the table that ends a chain (virtio 1.2 section 2.7.5.3), of which so many bytes were found before.
     fn walk_indirect<M: Memory>(
         &self,
         memory: &M,
         table: Descriptor,
+        mut bytes: u64,
         chain: &mut Chain,
     ) -> Result<(), RingError> {
         let head = chain.head;
@@ -420,8 +442,9 @@ impl<A: Area> SplitQueue<A> {
                 return Err(RingError::Indirect { head, reason: "an indirect table refers to another one" });
             }
             chain.push(descriptor)?;
+            bytes += u64::from(descriptor.len);
             if descriptor.flags & NEXT == 0 {
-                return Ok(());
+                return chain.check(bytes);
             }
             index = descriptor.next;
             window.check(index)?;

@@ -182,6 +182,11 @@ fn each_violation_has_its_error_and_stays() {
     raw.desc(0, (table, 16, 0, AVAIL_1 | INDIRECT));
     raw.expect_broken(RingError::Indirect { head: 0, reason: "an indirect table refers to another one" });
 
+    let raw = Raw::new();
+    let table = raw.table(&[(0, u32::MAX, 0), (0, 2, 0)]);
+    raw.desc(0, (table, 32, 0, AVAIL_1 | INDIRECT));
+    raw.expect_broken(RingError::Length { head: 0 });
+
     let mut raw = Raw::new();
     let [desc, driver, device] = raw.pair.areas();
     let state = QueueState::initial(PACKED);

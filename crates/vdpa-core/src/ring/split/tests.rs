@@ -151,6 +151,41 @@ fn each_violation_in_an_indirect_table_has_its_error_and_stays() {
     broken(&[(0, 1, 3, 1), (0, 1, 0, 0)], RingError::Order { head: 0 });
     let reason = "an indirect table refers to another one";
     broken(&[(0, 16, INDIRECT, 0)], RingError::Indirect { head: 0, reason });
+    broken(&[(0, u32::MAX, NEXT, 1), (0, 2, 0, 0)], RingError::Length { head: 0 });
+
+    // What comes before the table counts as well.
+    let mut raw = Raw::new();
+    let table = raw.table(&[(0, 2, 0, 0)]);
+    raw.desc(0, (0, u32::MAX, NEXT, 1));
+    raw.desc(1, (table, 16, INDIRECT, 0));
+    raw.expect_broken(RingError::Length { head: 0 });
+}
+
+/// A ring that is found to be broken by a look at the index has requests left that were seen before.
+#[test]
+fn nothing_is_taken_from_a_broken_ring_whatever_was_seen_before() {
+    let seen = || {
+        let mut raw = Raw::new();
+        (0..SIZE).for_each(|index| raw.desc(index, (0, 1, 0, 0)));
+        raw.avail_index(3);
+        assert_eq!(raw.pop(), Ok(true));
+        raw.avail_index(100);
+        raw
+    };
+    let error = RingError::AvailIndex { index: 100, first: 1, room: SIZE - 1 };
+    for kick in [false, true] {
+        let mut raw = seen();
+        let queue = &mut raw.pair.queue;
+        let look = if kick { queue.enable_kick().map(drop) } else { queue.waiting().map(drop) };
+        assert_eq!(look, Err(error));
+        raw.avail_index(3);
+        assert_eq!(raw.pop(), Err(error));
+        assert_eq!(raw.pair.queue.has_request(), Err(error));
+        // Nor what is put back into it.
+        raw.pair.queue.abandon(&raw.chain).unwrap();
+        assert_eq!(raw.pop(), Err(error));
+        assert_eq!(raw.pair.queue.has_request(), Err(error));
+    }
 }
 
 #[test]
