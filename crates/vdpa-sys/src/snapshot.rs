@@ -61,6 +61,50 @@ impl Snapshot {
         self.lookup.ranges().iter().map(|(_, place)| &place.memory)
     }
 
+    /// The piece that has all of `[iova, iova + len)`, if there is one that allows `perm`: nearly always, as regions are
+    /// large and buffers small.
+    #[must_use]
+    #[inline]
+    pub fn whole(&self, iova: u64, len: u64, perm: Perm) -> Option<Piece<'_>> {
+        self.piece(iova, len, perm).ok().filter(|piece| piece.len == len)
+    }
+
+    /// [`Memory::read`] of what is not in one piece, or not to be had.
+    #[cold]
+    fn read_in_pieces(&self, iova: u64, buf: &mut [u8]) -> Result<(), Fault> {
+        let mut rest = buf;
+        let mut at = iova;
+        for piece in self.translate(iova, rest.len() as u64, Perm::RO) {
+            let piece = piece?;
+            let (now, later) = usize::try_from(piece.len)
+                .ok()
+                .and_then(|len| std::mem::take(&mut rest).split_at_mut_checked(len))
+                .ok_or(Fault { addr: at })?;
+            piece.memory.read(piece.offset, now).map_err(|_| Fault { addr: at })?;
+            rest = later;
+            at = at.wrapping_add(piece.len);
+        }
+        Ok(())
+    }
+
+    /// [`Memory::write`] of what is not in one piece, or not to be had.
+    #[cold]
+    fn write_in_pieces(&self, iova: u64, data: &[u8]) -> Result<(), Fault> {
+        let mut rest = data;
+        let mut at = iova;
+        for piece in self.translate(iova, rest.len() as u64, Perm::WO) {
+            let piece = piece?;
+            let (now, later) = usize::try_from(piece.len)
+                .ok()
+                .and_then(|len| rest.split_at_checked(len))
+                .ok_or(Fault { addr: at })?;
+            piece.memory.write(piece.offset, now).map_err(|_| Fault { addr: at })?;
+            rest = later;
+            at = at.wrapping_add(piece.len);
+        }
+        Ok(())
+    }
+
     #[inline]
     fn piece(&self, iova: u64, len: u64, perm: Perm) -> Result<Piece<'_>, Fault> {
         let found = self.lookup.find(iova).filter(|(_, place)| place.perm.allows(perm));
@@ -112,36 +156,18 @@ impl Memory for Snapshot {
 
     #[inline]
     fn read(&self, iova: u64, buf: &mut [u8]) -> Result<(), Fault> {
-        let mut rest = buf;
-        let mut at = iova;
-        for piece in self.translate(iova, rest.len() as u64, Perm::RO) {
-            let piece = piece?;
-            let (now, later) = usize::try_from(piece.len)
-                .ok()
-                .and_then(|len| std::mem::take(&mut rest).split_at_mut_checked(len))
-                .ok_or(Fault { addr: at })?;
-            piece.memory.read(piece.offset, now).map_err(|_| Fault { addr: at })?;
-            rest = later;
-            at = at.wrapping_add(piece.len);
+        match self.whole(iova, buf.len() as u64, Perm::RO) {
+            Some(piece) => piece.memory.read(piece.offset, buf).map_err(|_| Fault { addr: iova }),
+            None => self.read_in_pieces(iova, buf),
         }
-        Ok(())
     }
 
     #[inline]
     fn write(&self, iova: u64, data: &[u8]) -> Result<(), Fault> {
-        let mut rest = data;
-        let mut at = iova;
-        for piece in self.translate(iova, rest.len() as u64, Perm::WO) {
-            let piece = piece?;
-            let (now, later) = usize::try_from(piece.len)
-                .ok()
-                .and_then(|len| rest.split_at_checked(len))
-                .ok_or(Fault { addr: at })?;
-            piece.memory.write(piece.offset, now).map_err(|_| Fault { addr: at })?;
-            rest = later;
-            at = at.wrapping_add(piece.len);
+        match self.whole(iova, data.len() as u64, Perm::WO) {
+            Some(piece) => piece.memory.write(piece.offset, data).map_err(|_| Fault { addr: iova }),
+            None => self.write_in_pieces(iova, data),
         }
-        Ok(())
     }
 
     fn area(&self, iova: u64, size: u64, perm: Perm) -> Result<GuestArea, Fault> {

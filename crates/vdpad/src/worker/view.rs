@@ -80,23 +80,16 @@ impl View {
 
     /// As [`places`](Self::places), for what nearly every request has: one buffer in one piece of memory; `None` for
     /// anything else. Allocates nothing.
-    ///
-    /// # Errors
-    /// [`Fault`] when a byte is unmapped or forbidden.
     #[inline]
-    pub(crate) fn place(&self, bytes: BufferSlice<'_>, perm: Perm) -> Result<Option<IoPiece>, Fault> {
-        let Some(buffer) = bytes.iter().next() else { return Ok(None) };
-        let whole = u64::from(buffer.len);
-        let Some(piece) = self.snapshot.translate(buffer.iova, whole, perm).next() else { return Ok(None) };
-        let piece = piece?;
-        if whole != bytes.len() || piece.len != whole {
-            return Ok(None);
-        }
-        let addr = piece.memory.host_addr(piece.offset);
-        Ok(addr.map(|addr| IoPiece { addr, len: buffer.len as usize }))
+    pub(crate) fn place(&self, bytes: BufferSlice<'_>, perm: Perm) -> Option<IoPiece> {
+        let buffer = bytes.iter().next().filter(|buffer| u64::from(buffer.len) == bytes.len())?;
+        let piece = self.snapshot.whole(buffer.iova, buffer.len.into(), perm)?;
+        let addr = piece.memory.host_addr(piece.offset)?;
+        Some(IoPiece { addr, len: buffer.len as usize })
     }
 
     /// The registered buffer that holds all of `piece`.
+    #[inline]
     pub(crate) fn fixed(&self, piece: IoPiece) -> Option<FixedPiece> {
         let after = self.pins.partition_point(|pin| pin.addr <= piece.addr);
         let pin = self.pins.get(after.checked_sub(1)?)?;

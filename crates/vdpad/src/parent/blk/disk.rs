@@ -87,7 +87,7 @@ impl FileDisk {
         let fits = |piece: &IoPiece| {
             !self.backing.direct || piece.addr.is_multiple_of(align) && piece.len.is_multiple_of(block)
         };
-        if let Some(place) = view.place(bytes, perm).map_err(|_| Errno::FAULT)? {
+        if let Some(place) = view.place(bytes, perm) {
             return Ok(if fits(&place) { Places::One(place) } else { Places::Bounce });
         }
         let places = view.places(bytes, perm).map_err(|_| Errno::FAULT)?;
