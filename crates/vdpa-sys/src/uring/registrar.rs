@@ -57,6 +57,12 @@ impl FileSlot {
         File::Registered(self.slot)
     }
 
+    /// Its number.
+    #[must_use]
+    pub const fn number(&self) -> u32 {
+        self.slot
+    }
+
     /// Empties the slot for good: requests that were not submitted find nothing in it, and fail with `EBADF`.
     pub fn retire(mut self) {
         self.again = false;

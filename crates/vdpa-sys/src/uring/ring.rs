@@ -10,12 +10,12 @@ use std::time::{Duration, Instant};
 
 use io_uring::squeue::Entry;
 use io_uring::types::{CancelBuilder, SubmitArgs, Timespec};
-use io_uring::{IoUring, cqueue, opcode};
+use io_uring::{IoUring, cqueue, opcode, types};
 use vdpa_core::Errno;
 
 use super::op::Held;
 use super::registrar::Files;
-use super::{Op, OwnedBuf, Registrar};
+use super::{File, FixedPiece, IoPiece, Op, OwnedBuf, Registrar};
 
 /// How long a ring that is dropped waits for the kernel. What is in flight then is leaked, not freed.
 const DROP_PATIENCE: Duration = Duration::from_secs(30);
@@ -125,18 +125,50 @@ impl Ring {
     /// # Errors
     /// [`SubmitError`].
     pub fn submit(&mut self, op: Op, token: u64) -> Result<(), SubmitError> {
+        if let Op::ReadFixed { file: File::Registered(file), to, offset } = op {
+            return self.read_fixed(file, to, offset, token);
+        }
         let (entry, held) = op.prepare().map_err(|errno| SubmitError::Request { errno })?;
         if matches!(held, Held::Nothing) && token < INTERNAL & !BARE {
             self.push(&entry.user_data(token | BARE)).map_err(|errno| SubmitError::Full { errno })?;
             self.bare += 1;
             return Ok(());
         }
+        self.push_held(entry, token, held)
+    }
+
+    /// Queues an entry with what it needs until its completion.
+    fn push_held(&mut self, entry: Entry, token: u64, held: Held) -> Result<(), SubmitError> {
         let key = self.slab.insert(Slot { token, held });
-        let pushed = self.push(&entry.user_data(key));
-        if let Err(errno) = pushed {
+        if let Err(errno) = self.push(&entry.user_data(key)) {
             self.slab.remove(key);
             return Err(SubmitError::Full { errno });
         }
+        Ok(())
+    }
+
+    /// [`submit`](Self::submit) of an [`Op::ReadFixed`] of a registered file, by its slot: for what is read so often that
+    /// it matters how often its parts are copied on the way.
+    ///
+    /// # Errors
+    /// As `submit`.
+    #[inline]
+    pub fn read_fixed(
+        &mut self,
+        file: u32,
+        to: FixedPiece,
+        offset: u64,
+        token: u64,
+    ) -> Result<(), SubmitError> {
+        let FixedPiece { slot, piece: IoPiece { addr, len } } = to;
+        let len = u32::try_from(len).map_err(|_| SubmitError::Request { errno: Errno::INVAL })?;
+        let at = std::ptr::with_exposed_provenance_mut(addr);
+        let entry = opcode::ReadFixed::new(types::Fixed(file), at, len, slot).offset(offset).build();
+        if token >= INTERNAL & !BARE {
+            return self.push_held(entry, token, Held::Nothing);
+        }
+        self.push(&entry.user_data(token | BARE)).map_err(|errno| SubmitError::Full { errno })?;
+        self.bare += 1;
         Ok(())
     }
 
@@ -235,10 +267,16 @@ impl Ring {
     }
 
     /// Queues an entry whose memory the slab holds (or that has none).
+    #[inline]
     fn push(&mut self, entry: &Entry) -> Result<(), Errno> {
         if self.try_push(entry) {
             return Ok(());
         }
+        self.push_to_full(entry)
+    }
+
+    #[cold]
+    fn push_to_full(&mut self, entry: &Entry) -> Result<(), Errno> {
         let submitted = self.ring.submit();
         if self.try_push(entry) {
             return Ok(());
@@ -246,6 +284,7 @@ impl Ring {
         Err(submitted.err().map_or(Errno::BUSY, |error| errno(&error)))
     }
 
+    #[inline]
     fn try_push(&mut self, entry: &Entry) -> bool {
         // SAFETY: `&mut self` makes this the only submission queue (registrars use the submitter only).
         let mut queue = unsafe { self.ring.submission_shared() };

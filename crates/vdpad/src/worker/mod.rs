@@ -40,7 +40,7 @@ use vdpa_sys::uring::OwnedBuf;
 
 pub(crate) use buffers::Buffers;
 pub(crate) use claims::Claim;
-pub(crate) use disk::{After, Claimed, Disk, Moment, Patch, Verdict, Zero};
+pub(crate) use disk::{After, Claimed, Direct, Disk, Moment, Patch, Verdict, Zero};
 use pool::Thread;
 pub(crate) use pool::{NoCpuList, Placement, Pool};
 pub(crate) use queue::Queue;

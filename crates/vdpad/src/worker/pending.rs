@@ -66,6 +66,27 @@ impl Data {
 }
 
 impl Pending {
+    /// A request of a queue, and the buffers that it needs later.
+    #[inline]
+    pub(super) fn new(queue: u16, head: u16, request: &BlkRequest<'_>, data: Data, view: &Arc<View>) -> Self {
+        let data_out = if request.header.kind == kind::OUT { request.data_out.len() } else { 0 };
+        Self {
+            queue,
+            head,
+            claim: None,
+            status: request.status,
+            data_out: u32::try_from(data_out).unwrap_or(u32::MAX),
+            bounced: 0,
+            data,
+            view: Arc::clone(view),
+        }
+    }
+
+    /// Whether there is nothing to be released when it ends.
+    pub(super) const fn has_nothing(&self) -> bool {
+        self.claim.is_none() && self.bounced == 0
+    }
+
     /// Whether what follows needs memory that was removed.
     pub(super) fn uses(&self, after: &After, removed: &Removed) -> bool {
         removed.touches(self.status, 1) || after.moves_data() && self.data.uses(removed)

@@ -10,6 +10,7 @@ use vdpa_core::ring::RingError;
 use vdpa_core::types::{Asid, Result};
 use vdpa_sys::uring::{Op, Registrar, Ring, SubmitError};
 
+use super::disk::Direct;
 use super::queue::Queue;
 use super::{Removal, Shared, Size, View};
 use crate::rate::RateLimit;
@@ -201,6 +202,13 @@ impl Queues {
     /// Hands an operation to the kernel; [`Logic::complete`](super::Logic::complete) is called with `slot`.
     pub(crate) fn submit(&mut self, op: Op, slot: u32) -> Result<(), SubmitError> {
         self.uring.borrow_mut().submit(op, Token::Io { device: self.device, slot }.pack())
+    }
+
+    /// As [`submit`](Self::submit), for a [`Direct`] read.
+    #[inline]
+    pub(super) fn read(&mut self, Direct { file, to, offset }: Direct, slot: u32) -> Result<(), SubmitError> {
+        let token = Token::Io { device: self.device, slot }.pack();
+        self.uring.borrow_mut().read_fixed(file, to, offset, token)
     }
 
     /// A name for a run of a queue.

@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use vdpa_core::blk::{BlkRequest, ShapeError, Status, kind};
+use vdpa_core::blk::{BlkRequest, ShapeError, Status};
 use vdpa_core::ring::{Chain, Memory, RingError};
 use vdpa_core::types::{Asid, Result};
 use vdpa_sys::uring::{Op, OwnedBuf};
 
 use super::claims::{Claim, Claims};
-use super::disk::{After, Claimed, Disk, Moment, Verdict};
+use super::disk::{After, Claimed, Direct, Disk, Moment, Verdict};
 use super::pending::{Data, Pending};
 use super::queue::Queue;
 use super::queues::{Queues, to_u16};
@@ -102,7 +102,19 @@ impl<D: Disk> Logic for Requests<D> {
     }
 
     fn complete(&mut self, queues: &mut Queues, slot: u32, result: Result<u32>, buffer: Option<OwnedBuf>) {
-        let Some(ended) = self.pending.get_mut(slot as usize).and_then(Option::take) else { return };
+        let Some(place) = self.pending.get_mut(slot as usize) else { return };
+        if let Some(InFlight::One((pending, after))) = place
+            && let Some(written) = after.ends(result)
+            && pending.has_nothing()
+            && self.disk.is_some()
+        {
+            // Where it lies: moving it costs as much as the rest.
+            answer_request(queues, None, pending, Status::Ok, written);
+            *place = None;
+            self.free.push(slot);
+            return;
+        }
+        let Some(ended) = place.take() else { return };
         self.free.push(slot);
         match ended {
             InFlight::One((pending, after)) => self.go_on(queues, pending, after, result, buffer),
@@ -253,6 +265,11 @@ impl<D: Disk> Requests<D> {
             }
         };
         let moment = Moment { write_back: queues.write_back(queue), alone };
+        if let Some(direct) = self.disk.as_ref().and_then(|disk| disk.direct(&request, view, moment)) {
+            let pending = Pending::new(index, chain.head, &request, Data::of(&request), view);
+            self.read(queues, queue, pending, direct);
+            return Ok(true);
+        }
         let verdict = match &mut self.disk {
             Some(disk) => disk.begin(&request, view, moment),
             None => GONE,
@@ -261,24 +278,12 @@ impl<D: Disk> Requests<D> {
             return unusual(queue, view, chain, &verdict);
         }
         queue.in_flight += 1;
-        let pending = Pending {
-            queue: index,
-            head: chain.head,
-            status: request.status,
-            data_out: if request.header.kind == kind::OUT {
-                u32::try_from(request.data_out.len()).unwrap_or(u32::MAX)
-            } else {
-                0
-            },
-            data: if matches!(verdict, Verdict::Io { .. } | Verdict::Claimed(_)) {
-                Data::of(&request)
-            } else {
-                Data::default()
-            },
-            view: Arc::clone(view),
-            claim: None,
-            bounced: verdict.bounced(),
+        let data = match verdict {
+            Verdict::Io { .. } | Verdict::Claimed(_) => Data::of(&request),
+            _ => Data::default(),
         };
+        let mut pending = Pending::new(index, chain.head, &request, data, view);
+        pending.bounced = verdict.bounced();
         self.bounced += pending.bounced as usize;
         self.carry_out(queues, Some(queue), pending, verdict);
         Ok(true)
@@ -391,12 +396,33 @@ impl<D: Disk> Requests<D> {
         }
     }
 
-    /// Hands an operation to the ring; gives back what it is for when it is not taken.
-    fn submit(&mut self, queues: &mut Queues, op: Op, what: InFlight) -> Option<InFlight> {
-        let slot = self.free.pop().unwrap_or_else(|| {
+    /// A slot for an operation.
+    fn slot(&mut self) -> u32 {
+        self.free.pop().unwrap_or_else(|| {
             self.pending.push(None);
             u32::try_from(self.pending.len() - 1).unwrap_or(u32::MAX)
-        });
+        })
+    }
+
+    /// Starts a read of which nothing else is to be kept.
+    #[inline]
+    fn read(&mut self, queues: &mut Queues, queue: &mut Queue, pending: Pending, direct: Direct) {
+        queue.in_flight += 1;
+        let slot = self.slot();
+        if let Err(error) = queues.read(direct, slot) {
+            self.free.push(slot);
+            queues.complain(pending.queue, &error);
+            return answer_request(queues, Some(queue), &pending, Status::IoErr, 0);
+        }
+        let len = u32::try_from(direct.to.piece.len).unwrap_or(u32::MAX);
+        if let Some(place) = self.pending.get_mut(slot as usize) {
+            *place = Some(InFlight::One((pending, After::Transfer { len, written: len, sync: false })));
+        }
+    }
+
+    /// Hands an operation to the ring; gives back what it is for when it is not taken.
+    fn submit(&mut self, queues: &mut Queues, op: Op, what: InFlight) -> Option<InFlight> {
+        let slot = self.slot();
         if let Err(error) = queues.submit(op, slot) {
             self.free.push(slot);
             let queue = match &what {

@@ -14,7 +14,7 @@ use vdpa_sys::uring::{
 
 use super::file::{Backing, Reads};
 use super::pace::Pace;
-use crate::worker::{After, Disk, Moment, Verdict, View};
+use crate::worker::{After, Direct, Disk, Moment, Verdict, View};
 
 /// Bytes of the largest transfer. A driver has no reason to ask for more, and a hostile one could make the daemon
 /// allocate bounce buffers of any size.
@@ -80,18 +80,21 @@ impl FileDisk {
         Some(Transfer { offset: sector * SECTOR, len: u32::try_from(len).ok()? })
     }
 
+    /// Whether the kernel can use a piece of memory as it is.
+    fn fits(&self, piece: &IoPiece) -> bool {
+        let aligned = |value: usize, to: u32| (value as u64).is_multiple_of(to.into());
+        !self.backing.direct
+            || aligned(piece.addr, self.backing.memory_align) && aligned(piece.len, self.backing.block_size)
+    }
+
     /// The client's buffers as the kernel can use them.
     fn in_place(&self, bytes: BufferSlice<'_>, perm: Perm, view: &View) -> Result<Places> {
-        let align = usize::try_from(self.backing.memory_align).map_err(|_| Errno::INVAL)?;
-        let block = usize::try_from(self.backing.block_size).map_err(|_| Errno::INVAL)?;
-        let fits = |piece: &IoPiece| {
-            !self.backing.direct || piece.addr.is_multiple_of(align) && piece.len.is_multiple_of(block)
-        };
         if let Some(place) = view.place(bytes, perm) {
-            return Ok(if fits(&place) { Places::One(place) } else { Places::Bounce });
+            return Ok(if self.fits(&place) { Places::One(place) } else { Places::Bounce });
         }
         let places = view.places(bytes, perm).map_err(|_| Errno::FAULT)?;
-        let places = places.filter(|places| places.len() <= MAX_PIECES && places.iter().all(fits));
+        let places =
+            places.filter(|places| places.len() <= MAX_PIECES && places.iter().all(|place| self.fits(place)));
         Ok(places.map_or(Places::Bounce, Places::Many))
     }
 
@@ -239,6 +242,25 @@ impl Disk for FileDisk {
         if let Some(slot) = self.slot.take() {
             slot.retire();
         }
+    }
+
+    #[inline]
+    fn direct(&self, request: &BlkRequest<'_>, view: &View, moment: Moment) -> Option<Direct> {
+        let now = match self.backing.reads {
+            Reads::Queued => false,
+            Reads::AloneNow => moment.alone,
+            Reads::Now => true,
+        };
+        if now || request.header.kind != kind::IN {
+            return None;
+        }
+        let file = self.slot.as_ref()?.number();
+        let transfer = self.transfer(request.header.sector, request.data_in)?;
+        if !self.is_whole(transfer) {
+            return None;
+        }
+        let place = view.place(request.data_in, Perm::WO).filter(|place| self.fits(place))?;
+        Some(Direct { file, to: view.fixed(place)?, offset: transfer.offset })
     }
 
     fn begin(&mut self, request: &BlkRequest<'_>, view: &Arc<View>, moment: Moment) -> Verdict {
