@@ -18,6 +18,7 @@ pub mod maps;
 pub mod memfd;
 pub mod mmap;
 mod object;
+mod prefetch;
 pub mod priority;
 pub mod process;
 pub mod rlimit;

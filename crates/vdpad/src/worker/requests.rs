@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use vdpa_core::blk::{BlkRequest, ShapeError, Status};
-use vdpa_core::ring::{Chain, Memory, RingError};
+use vdpa_core::ring::{Chain, Memory, Ring, RingError};
 use vdpa_core::types::{Asid, Result};
+use vdpa_sys::snapshot::GuestArea;
 use vdpa_sys::uring::{Op, OwnedBuf};
 
 use super::claims::{Claim, Claims};
@@ -68,7 +69,8 @@ pub(super) struct Requests<D: Disk> {
     ready: Vec<Ready>,
     /// Bytes of the bounce buffers of all of these.
     bounced: usize,
-    chain: Chain,
+    /// Where requests are taken to.
+    chains: [Chain; 2],
 }
 
 impl<D: Disk> Logic for Requests<D> {
@@ -199,40 +201,62 @@ impl<D: Disk> Requests<D> {
             claims: Claims::default(),
             ready: Vec::new(),
             bounced: 0,
-            chain: Chain::new(),
+            chains: Default::default(),
         }
     }
 
     /// Takes requests of one queue up to the budget; whether there may be more.
     fn serve_queue(&mut self, queues: &mut Queues, index: u16, queue: &mut Queue) -> Result<bool, RingError> {
+        let mut chains = std::mem::take(&mut self.chains);
+        let more = self.serve_requests(queues, index, queue, &mut chains);
+        self.chains = chains;
+        more
+    }
+
+    /// As [`serve_queue`](Self::serve_queue). Each request is taken before the one in front of it is begun: what the driver has
+    /// written is in its processor's cache, and comes while the other one is worked on.
+    fn serve_requests(
+        &mut self,
+        queues: &mut Queues,
+        index: u16,
+        queue: &mut Queue,
+        [chain, next]: &mut [Chain; 2],
+    ) -> Result<bool, RingError> {
         let view = queues.view(queue);
         queue.ring(&view)?.disable_kick()?;
         let waiting = queue.ring(&view)?.waiting()?;
+        let most = waiting.map_or(BUDGET, |waiting| share(queue.depth(waiting)));
         let mut bytes = 0;
-        for number in 0..waiting.map_or(BUDGET, |waiting| share(queue.depth(waiting))) {
+        let mut following = None;
+        for number in 1..=most {
+            let found = match following.take() {
+                Some(found) => {
+                    std::mem::swap(chain, next);
+                    found
+                }
+                None => take(queue.ring(&view)?, &view, chain),
+            };
+            if !found? {
+                queues.publish(queue)?;
+                return queues.wait_for_kick(queue, &view);
+            }
             if !self.has_room() {
+                queue.ring(&view)?.abandon(chain)?;
                 break;
             }
-            let mut chain = std::mem::take(&mut self.chain);
-            let found = queue.ring(&view)?.pop(view.snapshot(), &mut chain);
-            let going = match found {
-                Ok(true) => {
-                    bytes += chain.readable().len() + chain.writable().len();
-                    // This one has been taken, whatever is wrong with what follows: the next look tells that.
-                    let alone = number == 0 && queue.ring(&view)?.has_request() == Ok(false);
-                    self.begin(queues, index, queue, &view, &chain, alone)
+            bytes += chain.readable().len() + chain.writable().len();
+            if number < most && bytes < BUDGET_BYTES {
+                following = Some(take(queue.ring(&view)?, &view, next));
+            }
+            let alone = number == 1 && following == Some(Ok(false));
+            if let Some(verdict) = self.begin(queues, index, queue, &view, chain, alone) {
+                if following.take() == Some(Ok(true)) {
+                    queue.ring(&view)?.abandon(next)?;
                 }
-                Ok(false) => {
-                    self.chain = chain;
+                if !unusual(queue, &view, chain, &verdict)? {
                     queues.publish(queue)?;
-                    return queues.wait_for_kick(queue, &view);
+                    return Ok(false);
                 }
-                Err(error) => Err(error),
-            };
-            self.chain = chain;
-            if !going? {
-                queues.publish(queue)?;
-                return Ok(false);
             }
             if bytes >= BUDGET_BYTES {
                 break;
@@ -242,7 +266,8 @@ impl<D: Disk> Requests<D> {
         Ok(true)
     }
 
-    /// Starts one request, `alone` if no other one waits; `false` when the queue is to rest until the next kick.
+    /// Starts one request, `alone` if no other one waits. One that cannot be served as a request is left to the caller, with
+    /// what is wrong with it.
     fn begin(
         &mut self,
         queues: &mut Queues,
@@ -251,7 +276,7 @@ impl<D: Disk> Requests<D> {
         view: &Arc<View>,
         chain: &Chain,
         alone: bool,
-    ) -> Result<bool, RingError> {
+    ) -> Option<Verdict> {
         let request = match BlkRequest::parse(view.snapshot(), chain) {
             Ok(request) => request,
             Err(error) => {
@@ -261,21 +286,21 @@ impl<D: Disk> Requests<D> {
                     (None, _) => Verdict::Misshapen { notify: true },
                 };
                 queues.complain(index, &error);
-                return unusual(queue, view, chain, &verdict);
+                return Some(verdict);
             }
         };
         let moment = Moment { write_back: queues.write_back(queue), alone };
         if let Some(direct) = self.disk.as_ref().and_then(|disk| disk.direct(&request, view, moment)) {
             let pending = Pending::new(index, chain.head, &request, Data::of(&request), view);
             self.read(queues, queue, pending, direct);
-            return Ok(true);
+            return None;
         }
         let verdict = match &mut self.disk {
             Some(disk) => disk.begin(&request, view, moment),
             None => GONE,
         };
         if matches!(verdict, Verdict::Unreachable | Verdict::Misshapen { .. }) {
-            return unusual(queue, view, chain, &verdict);
+            return Some(verdict);
         }
         queue.in_flight += 1;
         let data = match verdict {
@@ -286,7 +311,7 @@ impl<D: Disk> Requests<D> {
         pending.bounced = verdict.bounced();
         self.bounced += pending.bounced as usize;
         self.carry_out(queues, Some(queue), pending, verdict);
-        Ok(true)
+        None
     }
 
     /// Follows a verdict: answers the request or starts its next I/O. `queue` is given while it is out of its
@@ -445,7 +470,17 @@ fn share(depth: u16) -> usize {
     usize::from(depth).div_ceil(2).clamp(UNDIVIDED, BUDGET)
 }
 
-/// A chain that is not served as a request.
+/// Takes the next request of a ring, and has its header fetched.
+#[inline]
+fn take(ring: &mut Ring<GuestArea>, view: &View, chain: &mut Chain) -> Result<bool, RingError> {
+    let found = ring.pop(view.snapshot(), chain)?;
+    if found && let Some(header) = chain.readable.first() {
+        view.snapshot().prefetch(header.iova);
+    }
+    Ok(found)
+}
+
+/// A chain that is not served as a request; whether the queue goes on, and does not rest until the next kick.
 fn unusual(queue: &mut Queue, view: &Arc<View>, chain: &Chain, verdict: &Verdict) -> Result<bool, RingError> {
     let call = queue.setup.call.clone();
     let ring = queue.ring(view)?;
