@@ -5,6 +5,9 @@
 
 mod support;
 
+#[path = "support/standstill.rs"]
+mod standstill;
+
 use std::fs::File;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd};
@@ -365,14 +368,6 @@ fn more_requests_than_the_queue_holds() {
     }
 }
 
-/// Whether each thread of a process is stopped: the signal stops them one after the other.
-fn stands_still(pid: u32) -> bool {
-    std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().all(|task| {
-        let status = std::fs::read_to_string(task.unwrap().path().join("status")).unwrap();
-        status.lines().any(|line| line.starts_with("State:\tT"))
-    })
-}
-
 /// `timeout` and what may be waited for.
 #[test]
 fn waiting_has_an_end() {
@@ -382,10 +377,7 @@ fn waiting_has_an_end() {
     assert_eq!(error.errno(), Errno::INVAL, "nothing is in flight");
     // Nothing is answered while the daemon stands still, well below the time-out of its watchdog.
     let pid = Pid::from_raw(i32::try_from(daemon.pid()).unwrap()).unwrap();
-    kill_process(pid, Signal::STOP).unwrap();
-    while !stands_still(daemon.pid()) {
-        std::thread::yield_now();
-    }
+    standstill::stop(pid);
     client.queue.read(0, client.at(0), 512, 9, NO_FLAGS);
     let mut time = Duration::from_millis(100);
     let error = wait_for(&mut client.queue, 1, 1, &mut time).err();

@@ -87,7 +87,7 @@ mod heavy {
             thread::sleep(TIMEOUT / 4);
         }
         let begin = Instant::now();
-        vdpad.signal(Signal::STOP);
+        vdpad.stop();
         thread::scope(|scope| {
             // One waits in an ioctl, one in a write, one in an open.
             let waiting = scope.spawn(|| disk.session.ops().suspend());

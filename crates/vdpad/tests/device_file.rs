@@ -155,7 +155,7 @@ mod heavy {
         vdpad.add("blk0", "sim-blk", &format!("device_file {}", file.display()));
         let device = VhostVdpaFd::open(&file).unwrap();
         device.status().unwrap();
-        vdpad.signal(Signal::STOP);
+        vdpad.stop();
         let begin = Instant::now();
         let error = device.status().unwrap_err();
         assert!([libc::ECONNABORTED, libc::ENOTCONN].contains(&error.raw()), "{error}");

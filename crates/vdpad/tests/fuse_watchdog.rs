@@ -4,6 +4,9 @@
 #![expect(unsafe_code, reason = "the ioctl of a client, as clients make it")]
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
+#[path = "support/standstill.rs"]
+mod standstill;
+
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::os::fd::AsRawFd;
@@ -97,22 +100,6 @@ impl Running {
     fn signal(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
-
-    /// Stops it and waits until each of its threads has stopped: until then one may answer.
-    fn stop(&self) {
-        self.signal(Signal::STOP);
-        let stopped = |stat: &str| stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" T"));
-        let task = format!("/proc/{}/task", self.child.id());
-        let deadline = Instant::now() + Duration::from_secs(5);
-        loop {
-            let threads = std::fs::read_dir(&task).unwrap().map(|entry| entry.unwrap().path().join("stat"));
-            if threads.map(|stat| std::fs::read_to_string(stat).unwrap()).all(|stat| stopped(&stat)) {
-                return;
-            }
-            assert!(Instant::now() < deadline, "it does not stop");
-            thread::sleep(Duration::from_millis(1));
-        }
-    }
 }
 
 impl Drop for Running {
@@ -132,7 +119,7 @@ fn a_stopped_daemon_does_not_hold_its_clients() {
         ask(&file).unwrap();
         thread::sleep(TIMEOUT / 4);
     }
-    running.stop();
+    standstill::stop(Pid::from_child(&running.child));
     let begin = Instant::now();
     assert_eq!(ask(&file), Err(libc::ECONNABORTED));
     assert!(begin.elapsed() < TIMEOUT * 5, "{:?}", begin.elapsed());
@@ -149,7 +136,7 @@ fn nor_does_one_that_is_stopped_while_it_rests() {
     assert!(running.is_mounted());
     ask(&file).expect("a daemon that rests is left alone");
     thread::sleep(TIMEOUT);
-    running.stop();
+    standstill::stop(Pid::from_child(&running.child));
     thread::sleep(TIMEOUT * 2);
     let begin = Instant::now();
     assert_eq!(ask(&file), Err(libc::ECONNABORTED));

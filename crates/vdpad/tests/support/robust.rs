@@ -3,6 +3,8 @@
 
 #[path = "robust_disk.rs"]
 pub(crate) mod disk;
+#[path = "standstill.rs"]
+mod standstill;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -104,6 +106,11 @@ impl Vdpad {
 
     pub(crate) fn log(&self) -> String {
         fs::read_to_string(self.dir.join("log")).unwrap()
+    }
+
+    /// Stops it, with all of its threads.
+    pub(crate) fn stop(&self) {
+        standstill::stop(self.pid());
     }
 
     pub(crate) fn signal(&self, signal: Signal) {
