@@ -14,7 +14,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{ftruncate, statfs};
 use vdpa_client::dma::{Backing, RegionSpec};
 use vdpa_core::Errno;
-use vdpa_core::blk::{BlkConfig, Segment, kind};
+use vdpa_core::blk::{BlkConfig, RequestHeader, Segment, kind};
 use vdpa_core::features::{Features, Status};
 use vdpa_core::ops::VdpaOps;
 use vdpa_core::ring::Buffer;
@@ -32,6 +32,8 @@ use support::daemon::{Daemon, Disk, pattern};
 
 const DISK: usize = 8 << 20;
 const SECTORS: u64 = DISK as u64 / 512;
+/// How long something is waited for that must not come.
+const WHILE: Duration = Duration::from_millis(200);
 /// Where tests map memory besides that of the driver.
 const ELSEWHERE: u64 = 0x2_0000_0000;
 
@@ -43,6 +45,7 @@ over_both_rings!(
     direct_io_takes_any_memory,
     private_memory_is_served_by_copying,
     buffers_that_are_not_mapped_fail_their_request_only,
+    a_header_out_of_reach_keeps_its_request_and_those_behind_it_in_the_ring,
     truncated_data_memory_fails_requests_and_nothing_else,
     truncated_ring_memory_harms_its_own_device_only,
     without_flush_every_change_is_on_the_disk_when_it_is_answered,
@@ -357,6 +360,32 @@ fn buffers_that_are_not_mapped_fail_their_request_only() {
     assert!(disk.all() == pattern(0, DISK), "the file was changed");
     assert_eq!(blk.io(0, kind::OUT, 0, &[forbidden], &[]).status, OK, "reading it is allowed");
     assert_eq!(disk.read(0, 512), [0; 512]);
+}
+
+fn a_header_out_of_reach_keeps_its_request_and_those_behind_it_in_the_ring() {
+    let (_daemon, _disk, path) = setup(&[]);
+    let mut blk = Blk::start(&path);
+    let header = memfd::create(c"header", 4096, None).unwrap();
+    let bytes = RequestHeader { kind: kind::IN, ioprio: 0, sector: 2 }.encode();
+    SharedMap::map(&header, 0, 4096, Prot::RW, true).unwrap().write(0, &bytes).unwrap();
+    let first = blk.submit(0, kind::IN, 1, &[], &[data(0, 512)]);
+    let (_, status) = blk.frame(900, kind::IN, 0);
+    let queue = blk.session.queue_mut(QueueIndex(0)).unwrap();
+    queue.submit(&[Buffer { iova: ELSEWHERE, len: 16 }], &[data(512, 512), status], 900).unwrap();
+    let behind = [3, 4].map(|sector| blk.submit(0, kind::IN, sector, &[], &[data(sector * 512, 512)]));
+    let finish = |blk: &mut Blk| blk.finish(0, WHILE).map(|done| (done.token, done.status));
+    // The kicks that follow change nothing: it is looked at again, and stays.
+    for expected in [Some((first, OK)), None, None] {
+        blk.notify(0);
+        assert_eq!(finish(&mut blk), expected);
+    }
+    blk.session.map_memfd("header", header, ELSEWHERE, 4096, Perm::RO).unwrap();
+    let mut answers: Vec<_> = (0..3).map(|_| finish(&mut blk)).collect();
+    // Whatever the disk does first.
+    answers.sort_unstable();
+    assert_eq!(answers, [behind[0], behind[1], 900].map(|token| Some((token, OK))));
+    let read = [0, 512, 3 * 512, 4 * 512].map(|at| blk.get(DATA + at, 512));
+    assert_eq!(read, [1, 2, 3, 4].map(|sector| pattern(sector * 512, 512)));
 }
 
 /// Memory of which the client keeps the file.
