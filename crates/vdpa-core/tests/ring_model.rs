@@ -133,6 +133,10 @@ impl Model {
             Op::Look => {
                 let more = self.pair.queue.has_request().map_err(failed)?;
                 prop_assert_eq!(more, !self.available.is_empty());
+                for most in [0, 2, u16::MAX] {
+                    let waiting = self.pair.queue.waiting(most).map_err(failed)?;
+                    prop_assert_eq!(usize::from(waiting), self.available.len().min(most.into()));
+                }
                 Ok(())
             }
             Op::EnableKick => {

@@ -239,6 +239,29 @@ impl<A: Area> PackedQueue<A> {
         Ok(self.broken.keep(result)?.is_some())
     }
 
+    /// Requests that could be popped now, counted up to `most`: looks at each of their descriptors. A driver that changes them
+    /// afterwards makes the number wrong, and nothing else.
+    ///
+    /// # Errors
+    /// A fault, or the violation met before.
+    pub fn waiting(&self, most: u16) -> Result<u16, RingError> {
+        self.broken.check()?;
+        let mut at = self.next_avail;
+        let mut count = 0;
+        for _ in 0..self.room() {
+            if count == most {
+                break;
+            }
+            let flags = self.desc.load_u16(at.offset() + FLAGS)?;
+            if !at.is_available(flags) {
+                break;
+            }
+            count += u16::from(flags & NEXT == 0);
+            at = at.forward(1, self.size);
+        }
+        Ok(count)
+    }
+
     /// Tells the driver that no kick is needed: advice only, kicks may still come.
     ///
     /// # Errors

@@ -132,15 +132,15 @@ impl<A: Area> Ring<A> {
         either!(self, queue => queue.has_request())
     }
 
-    /// Requests that could be popped now; `None` where the format does not tell, which is the packed one.
+    /// Requests that could be popped now, counted up to `most`.
     ///
     /// # Errors
     /// As [`SplitQueue::waiting`].
     #[inline]
-    pub fn waiting(&mut self) -> Result<Option<u16>, RingError> {
+    pub fn waiting(&mut self, most: u16) -> Result<u16, RingError> {
         match self {
-            Self::Split(queue) => queue.waiting().map(Some),
-            Self::Packed(_) => Ok(None),
+            Self::Split(queue) => queue.waiting().map(|waiting| waiting.min(most)),
+            Self::Packed(queue) => queue.waiting(most),
         }
     }
 

@@ -1,11 +1,12 @@
 //! Serving a block device: every queue for itself, each request through a [`Disk`].
 
+mod turn;
+
 use std::sync::Arc;
 
 use vdpa_core::blk::{BlkRequest, ShapeError, Status};
-use vdpa_core::ring::{Chain, Memory, Ring, RingError};
+use vdpa_core::ring::{Chain, Memory};
 use vdpa_core::types::{Asid, Result};
-use vdpa_sys::snapshot::GuestArea;
 use vdpa_sys::uring::{Op, OwnedBuf};
 
 use super::claims::{Claim, Claims};
@@ -14,15 +15,6 @@ use super::pending::{Data, Pending};
 use super::queue::Queue;
 use super::queues::{Queues, to_u16};
 use super::{Logic, Removal, View};
-
-/// Requests taken from one queue before the others have their turn.
-const BUDGET: usize = 64;
-
-/// Requests for which a turn is not divided: a signal costs as much as one or two of them.
-const UNDIVIDED: usize = 16;
-
-/// Bytes of requests after which a turn ends: what is in the page cache, or has to be copied, is moved by this thread.
-const BUDGET_BYTES: u64 = 1 << 20;
 
 /// Operations in flight of one device. The kernel gives an operation that may block a thread, of which a worker's ring has
 /// [`KERNEL_THREADS`](super::KERNEL_THREADS): a disk that hangs must leave some to its neighbours.
@@ -203,67 +195,6 @@ impl<D: Disk> Requests<D> {
             bounced: 0,
             chains: Default::default(),
         }
-    }
-
-    /// Takes requests of one queue up to the budget; whether there may be more.
-    fn serve_queue(&mut self, queues: &mut Queues, index: u16, queue: &mut Queue) -> Result<bool, RingError> {
-        let mut chains = std::mem::take(&mut self.chains);
-        let more = self.serve_requests(queues, index, queue, &mut chains);
-        self.chains = chains;
-        more
-    }
-
-    /// As [`serve_queue`](Self::serve_queue). Each request is taken before the one in front of it is begun: what the driver has
-    /// written is in its processor's cache, and comes while the other one is worked on.
-    fn serve_requests(
-        &mut self,
-        queues: &mut Queues,
-        index: u16,
-        queue: &mut Queue,
-        [chain, next]: &mut [Chain; 2],
-    ) -> Result<bool, RingError> {
-        let view = queues.view(queue);
-        queue.ring(&view)?.disable_kick()?;
-        let waiting = queue.ring(&view)?.waiting()?;
-        let most = waiting.map_or(BUDGET, |waiting| share(queue.depth(waiting)));
-        let mut bytes = 0;
-        let mut following = None;
-        for number in 1..=most {
-            let found = match following.take() {
-                Some(found) => {
-                    std::mem::swap(chain, next);
-                    found
-                }
-                None => take(queue.ring(&view)?, &view, chain),
-            };
-            if !found? {
-                queues.publish(queue)?;
-                return queues.wait_for_kick(queue, &view);
-            }
-            if !self.has_room() {
-                queue.ring(&view)?.abandon(chain)?;
-                break;
-            }
-            bytes += chain.readable().len() + chain.writable().len();
-            if number < most && bytes < BUDGET_BYTES {
-                following = Some(take(queue.ring(&view)?, &view, next));
-            }
-            let alone = number == 1 && following == Some(Ok(false));
-            if let Some(verdict) = self.begin(queues, index, queue, &view, chain, alone) {
-                if following.take() == Some(Ok(true)) {
-                    queue.ring(&view)?.abandon(next)?;
-                }
-                if !unusual(queue, &view, chain, &verdict)? {
-                    queues.publish(queue)?;
-                    return Ok(false);
-                }
-            }
-            if bytes >= BUDGET_BYTES {
-                break;
-            }
-        }
-        queues.publish(queue)?;
-        Ok(true)
     }
 
     /// Starts one request, `alone` if no other one waits. One that cannot be served as a request is left to the caller, with
@@ -462,43 +393,6 @@ impl<D: Disk> Requests<D> {
         }
         None
     }
-}
-
-/// How many requests are done in a turn, of a driver that has `depth` of them: half of them, so that it sees answers, and
-/// makes new requests of them, while the other half is done. All at once, driver and device would wait for each other.
-fn share(depth: u16) -> usize {
-    usize::from(depth).div_ceil(2).clamp(UNDIVIDED, BUDGET)
-}
-
-/// Takes the next request of a ring, and has its header fetched.
-#[inline]
-fn take(ring: &mut Ring<GuestArea>, view: &View, chain: &mut Chain) -> Result<bool, RingError> {
-    let found = ring.pop(view.snapshot(), chain)?;
-    if found && let Some(header) = chain.readable.first() {
-        view.snapshot().prefetch(header.iova);
-    }
-    Ok(found)
-}
-
-/// A chain that is not served as a request; whether the queue goes on, and does not rest until the next kick.
-fn unusual(queue: &mut Queue, view: &Arc<View>, chain: &Chain, verdict: &Verdict) -> Result<bool, RingError> {
-    let call = queue.setup.call.clone();
-    let ring = queue.ring(view)?;
-    let Verdict::Misshapen { notify } = verdict else {
-        ring.abandon(chain)?;
-        // The driver must kick again once its memory is back.
-        ring.enable_kick()?;
-        return Ok(false);
-    };
-    ring.push_used(chain.head, 0)?;
-    let wanted = ring.publish()?;
-    if *notify
-        && wanted
-        && let Some(call) = call
-    {
-        call.signal();
-    }
-    Ok(*notify)
 }
 
 /// Writes the status and the used element of a request. The driver sees them with the next publication.

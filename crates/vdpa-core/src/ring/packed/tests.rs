@@ -82,6 +82,29 @@ fn place(avail: (u16, bool), used: (u16, bool)) -> QueueState {
     }
 }
 
+/// Whatever the driver says is available, no more is counted than it may have made available.
+#[test]
+fn requests_that_wait_are_counted_once_around_at_most() {
+    let mut raw = Raw::new();
+    (0..SIZE).for_each(|index| raw.desc(index, (0, 1, index, AVAIL_1)));
+    assert_eq!(raw.queue().waiting(u16::MAX), Ok(SIZE));
+    assert_eq!(raw.pop(), Ok(true));
+    raw.desc(0, (0, 1, 0, AVAIL_0));
+    assert_eq!(
+        raw.queue().waiting(u16::MAX),
+        Ok(SIZE - 1),
+        "what is in flight is not the driver's to make available"
+    );
+    raw.desc(2, (0, 1, 0, AVAIL_1 | NEXT));
+    assert_eq!(raw.queue().waiting(u16::MAX), Ok(SIZE - 2), "a request of two descriptors is one");
+    // A chain that has no end here.
+    raw.desc(3, (0, 1, 0, AVAIL_1 | NEXT));
+    assert_eq!(raw.queue().waiting(u16::MAX), Ok(1));
+    let error = RingError::Room { head: 2, room: 2 };
+    assert_eq!((raw.pop(), raw.pop()), (Ok(true), Err(error)));
+    assert_eq!(raw.queue().waiting(u16::MAX), Err(error));
+}
+
 #[test]
 fn a_chain_goes_on_in_ring_order_and_its_last_descriptor_has_the_id() {
     let mut raw = Raw::new();
