@@ -68,6 +68,7 @@ enum Op {
     Publish,
     EnableKick,
     DisableKick,
+    Waiting { most: u8 },
     Add {
         readable: u8,
         writable: u8,
@@ -138,9 +139,10 @@ impl State {
         let (queue, memory) = (&mut self.pair.queue, &self.pair.memory);
         match *op {
             Op::Pop => {
-                let before = self.taken.heads.len();
+                let (before, broken) = (self.taken.heads.len(), queue.broken());
                 if let Some(head) = self.taken.pop(queue, memory) {
                     assert!(head < self.size && !self.taken.heads[..before].contains(&head));
+                    assert_eq!(broken, None);
                 }
             }
             Op::Abandon => self.taken.abandon(queue),
@@ -153,6 +155,9 @@ impl State {
             Op::Publish => drop(queue.publish()),
             Op::EnableKick => drop(queue.enable_kick()),
             Op::DisableKick => drop(queue.disable_kick()),
+            Op::Waiting { most } => {
+                assert!(queue.waiting(most.into()).unwrap_or(0) <= self.size.min(most.into()));
+            }
             _ => {}
         }
     }

@@ -67,6 +67,7 @@ enum Op {
     Publish,
     EnableKick,
     DisableKick,
+    Waiting,
 }
 
 fn features(event_idx: bool) -> Features {
@@ -113,8 +114,9 @@ fuzz_target!(|input: Input| {
             Op::Protect { at, pages, perm } => protect(&pair.memory, bytes, at, pages, perm),
             Op::Fail(accesses) => pair.memory.fail_after(accesses.into()),
             Op::Pop => {
+                let broken = pair.queue.broken();
                 let head = taken.pop(&mut pair.queue, &pair.memory);
-                assert!(head.is_none_or(|head| head < size));
+                assert!(head.is_none_or(|head| head < size && broken.is_none()));
             }
             Op::Abandon => taken.abandon(&mut pair.queue),
             Op::Push { which, len } => taken.push(&mut pair.queue, which, len),
@@ -130,6 +132,7 @@ fuzz_target!(|input: Input| {
             }
             Op::EnableKick => drop(pair.queue.enable_kick()),
             Op::DisableKick => drop(pair.queue.disable_kick()),
+            Op::Waiting => assert!(pair.queue.waiting(u16::MAX).unwrap_or(0) <= size),
         }
         assert_eq!(usize::from(pair.queue.in_flight()), taken.heads.len(), "after {op:?}");
         assert!(pair.queue.in_flight() + pair.queue.unpublished() <= size, "after {op:?}");
