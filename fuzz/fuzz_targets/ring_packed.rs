@@ -68,7 +68,9 @@ enum Op {
     Publish,
     EnableKick,
     DisableKick,
-    Waiting { most: u8 },
+    Waiting {
+        most: u8,
+    },
     Add {
         readable: u8,
         writable: u8,
