@@ -39,7 +39,9 @@ const WHILE: Duration = Duration::from_millis(200);
 struct Setup {
     blk: Blk,
     file: HangingFile,
-    _daemon: Daemon,
+    /// The device file.
+    path: PathBuf,
+    daemon: Daemon,
 }
 
 fn device(attrs: &[(&str, &str)]) -> (Daemon, HangingFile, PathBuf) {
@@ -59,7 +61,7 @@ impl Setup {
             let memory = memfd::create(c"region", REGION, None).unwrap();
             blk.session.map_memfd(name, memory, iova, REGION, Perm::RW).unwrap();
         }
-        Self { blk, file, _daemon: daemon }
+        Self { blk, file, path, daemon }
     }
 
     /// With one queue, its ring in none of the regions.
@@ -275,3 +277,23 @@ over_both_rings!(
     a_ring_or_a_status_in_the_range_is_a_use,
     a_replaced_mapping_is_removed,
 );
+
+/// A device cannot be taken away from a client in the middle of a request to it.
+#[test]
+fn a_device_that_is_busy_with_a_request_is_not_deleted_and_keeps_its_file() {
+    let mut setup = Setup::running(&[]);
+    let token = setup.hang(0, 0, &[page(A)]);
+    setup.hanging(1);
+    let invalidate = setup.invalidate(A);
+    waits(&invalidate);
+    let said = setup.daemon.delete("d0").unwrap_err().to_string();
+    assert!(said.contains("device d0 is busy with a request of its client"), "{said}");
+    // By a list: the kernel goes on to know the name of a file that is open.
+    let files = || std::fs::read_dir(setup.path.parent().unwrap()).unwrap().count();
+    assert_eq!(files(), 1, "the device is there, and its file is not");
+    setup.file.recover();
+    ends(invalidate);
+    assert_eq!(setup.blk.finish(0, PATIENCE).map(|done| (done.token, done.status)), Some((token, OK)));
+    setup.daemon.delete("d0").unwrap();
+    assert_eq!(files(), 0);
+}
