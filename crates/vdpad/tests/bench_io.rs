@@ -124,3 +124,12 @@ fn wrong_data_is_an_error() {
     assert_eq!(output.status.code(), Some(1), "{text}");
     assert!(text.contains("holds no stamp"), "{text}");
 }
+
+#[test]
+fn a_run_with_verification_tells_what_was_verified_in_place_of_goals() {
+    let output = bench_io(&["--verify", "--servers=vdpad", "--filter=randread-4k-qd32-2q"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    let count = text.lines().find_map(|line| line.strip_suffix(" blocks read, all as they were written"));
+    assert!(count.is_some_and(|count| count.parse::<u64>().unwrap() >= 1024), "{text}");
+    assert!(!text.contains("goals"), "{text}");
+}

@@ -181,9 +181,13 @@ impl Outcome {
                 ratio
             );
         }
-        text.push_str("\ngoals: vdpad over the other, median of the rounds [least to most]\n");
-        for goal in &GOALS {
-            let _ = writeln!(text, "{}", self.goal_line(goal));
+        if self.verified > 0 {
+            let _ = writeln!(text, "\n{} blocks read, all as they were written", self.verified);
+        } else {
+            text.push_str("\ngoals: vdpad over the other, median of the rounds [least to most]\n");
+            for goal in &GOALS {
+                let _ = writeln!(text, "{}", self.goal_line(goal));
+            }
         }
         for line in &self.left_out {
             let _ = writeln!(text, "NOT MEASURED: {line}");
