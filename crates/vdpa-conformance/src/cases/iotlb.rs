@@ -155,12 +155,17 @@ fn permissions(ctx: &mut Ctx<'_>) -> Outcome {
 }
 
 fn fragments(ctx: &mut Ctx<'_>) -> Outcome {
+    // Where memory is pinned an entry is a run of adjacent pages, and those of both mappings may happen to be adjacent.
+    let apart = !counts_pins(ctx)?;
     let device = ctx.open_owned()?;
     let region = Region::in_two_mappings()?;
     check("UPDATE of two mappings", device.map(0x10_000, &region, Perm::RW), MAPPED)?;
     check("INVALIDATE of a byte of the first", device.unmap(0x10_000, 1), MAPPED)?;
     check("the first is mapped", is_mapped(&device, 0x10_000), Ok(false))?;
-    check("the second is mapped", is_mapped(&device, 0x11_000), Ok(true))
+    if apart {
+        check("the second is mapped", is_mapped(&device, 0x11_000), Ok(true))?;
+    }
+    Ok(())
 }
 
 fn pin_limit(ctx: &mut Ctx<'_>) -> Outcome {
