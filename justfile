@@ -18,7 +18,7 @@ demo *args:
 
 # How long no driver is there in an update, by memory size, way and strategy. Wants a quiet machine.
 bench-update *args:
-    cargo build --release --locked --package vdpad --bins
+    cargo build --release --locked --workspace --bins
     target/release/vdpactl bench update --tenant "$(scripts/static-tenant)" {{args}}
 
 # Formats the code.
@@ -51,7 +51,7 @@ bench-start *args:
 
 # What looking at rings before sleeping gives or costs: "just bench-poll ROUNDS MICROSECONDS...".
 bench-poll *args:
-    cargo build --release --locked --package vdpad --bins
+    cargo build --release --locked --workspace --bins
     scripts/bench-poll {{args}}
 
 # A flame graph of the thread that serves a ring: "just flame WORKLOAD FILE.svg".

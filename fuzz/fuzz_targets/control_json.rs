@@ -4,8 +4,8 @@
 use libfuzzer_sys::fuzz_target;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use vdpad::ctl::api::{AddRequest, DevInfo, ErrorBody, MgmtDev, QueueVstats, SetAnswer, SetRequest, Version};
-use vdpad::ctl::config::DevConfig;
+use vdpa_control::api::{AddRequest, DevInfo, ErrorBody, MgmtDev, QueueVstats, SetAnswer, SetRequest, Version};
+use vdpa_control::config::DevConfig;
 
 fuzz_target!(|data: &[u8]| {
     round_trip::<AddRequest>(data);

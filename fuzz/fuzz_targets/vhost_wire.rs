@@ -16,8 +16,8 @@ use vdpa_core::vq::{QueueSetup, QueueState};
 use vdpa_sys::guest::{GuestMemory, LinuxHost};
 use vdpa_sys::process::Spaces;
 use vdpa_sys::uapi::vhost as uapi;
-use vdpad::front::fuse::{DeviceFile, IoctlCall, Opener};
-use vdpad::front::vhost::{VhostVdpaFile, fuzzing};
+use vdpa_backend::front::fuse::{DeviceFile, IoctlCall, Opener};
+use vdpa_backend::front::vhost::{VhostVdpaFile, fuzzing};
 
 #[derive(Arbitrary, Debug)]
 enum Op {

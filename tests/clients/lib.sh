@@ -33,7 +33,7 @@ trap 'exit 130' INT TERM
 # build: the programs under test, once for all scripts of a run.
 build() {
     need_rust
-    [ -n "${VDPA_BUILT:-}" ] || cargo build --release --locked --package vdpad
+    [ -n "${VDPA_BUILT:-}" ] || cargo build --release --locked --bins --package vdpad --package vdpactl --package vdpa-bench
     bin=${CARGO_TARGET_DIR:-target}/release
     export VDPA_BUILT=1
 }
@@ -102,7 +102,7 @@ guest_memory() {
 }
 
 # follow: has the daemon write down every request. Before start_daemon.
-follow() { VDPAD_TEST_LOG=${VDPAD_TEST_LOG:-info,vdpad::front::vhost=trace}; }
+follow() { VDPAD_TEST_LOG=${VDPAD_TEST_LOG:-info,vdpa_backend::front::vhost=trace}; }
 
 # requests: what was asked of the devices, in order: an ioctl by its name, with what it gave back in bytes, or UPDATE,
 # INVALIDATE, BATCH_BEGIN and BATCH_END with address space, address and size.

@@ -7,18 +7,7 @@ use vdpa_core::Errno;
 use vdpa_core::features::{Features, Status};
 use vdpa_core::types::{IovaRange, QueueIndex};
 
-/// The error and its causes on one line.
-#[must_use]
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
-}
+pub use vdpa_core::error::chain;
 
 /// What went wrong while a session was set up or used.
 #[derive(Debug, Error)]

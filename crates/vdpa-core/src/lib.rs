@@ -16,6 +16,7 @@
 pub mod blk;
 pub mod device;
 pub mod errno;
+pub mod error;
 #[doc(hidden)]
 pub mod faults;
 pub mod features;

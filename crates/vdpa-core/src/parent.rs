@@ -334,6 +334,33 @@ impl Profile {
         }
     }
 
+    /// A device that reaches client memory by its objects (memfd, tmpfs, hugetlb, file) and runs queues by itself. It can
+    /// suspend and resume, and a change of owner touches nothing (`NEW_OWNER`). `features` are those of the device type;
+    /// what every such device offers is added: `VERSION_1`, `ACCESS_PLATFORM`, `INDIRECT_DESC` and `EVENT_IDX`.
+    #[must_use]
+    pub fn on_objects(device_id: u32, features: Features, queues: u16) -> Self {
+        let transport = Features::of(&[
+            Features::VERSION_1,
+            Features::ACCESS_PLATFORM,
+            Features::RING_INDIRECT_DESC,
+            Features::RING_EVENT_IDX,
+        ]);
+        Self {
+            backend_features: BackendFeatures::of(&[
+                BackendFeatures::ENABLE_AFTER_DRIVER_OK,
+                BackendFeatures::NEW_OWNER,
+            ]),
+            vring_size: true,
+            compat_reset: CompatReset::Keep,
+            address_mode: AddressMode::Objects,
+            private_memory: PrivateMemory::Copy,
+            identity_map: false,
+            status_unsuspends: false,
+            report_batch_errors: true,
+            ..Self::simulator(device_id, features | transport, queues, 0)
+        }
+    }
+
     /// What a simulator answers to features: those it offers, provided that ACCESS_PLATFORM is among them
     /// (uapi-spec 6.1). For [`Parent::negotiate`].
     ///

@@ -19,15 +19,16 @@ use vdpa_sys::rlimit;
 use vdpa_sys::uapi::report::UpdateReport;
 use zerocopy::IntoBytes;
 
-use crate::ctl::api::{
-    AddRequest, Attrs, Backend, CtlError, DevInfo, DevState, ID_NET, LastUpdate, MgmtDev, Owner, QueueInfo,
+use crate::control::Backend;
+use crate::devices::{MgmtDevice, NetAttrs, mgmt_devices};
+use vdpa_backend::front::fuse::{AddError, DeviceFile, DeviceFiles};
+use vdpa_backend::front::vhost::{AnyParent, SharedDevice, VhostVdpaFile, Waiting};
+use vdpa_backend::worker::WorkerPool;
+use vdpa_control::api::{
+    AddRequest, Attrs, CtlError, DevInfo, DevState, ID_NET, LastUpdate, MgmtDev, Owner, QueueInfo,
     QueueVstats, SetAnswer, SetRequest, Successor, UpdateInfo, VSTATS_INDEX_MAX,
 };
-use crate::ctl::config::DevConfig;
-use crate::front::fuse::{AddError, DeviceFile, DeviceFiles};
-use crate::front::vhost::{AnyParent, SharedDevice, VhostVdpaFile, Waiting};
-use crate::parent::{MgmtDevice, NetAttrs, mgmt_devices};
-use crate::worker::Pool;
+use vdpa_control::config::DevConfig;
 
 /// How long a management request waits for a device that is busy with a client's.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -40,7 +41,7 @@ const NAME_MAX: usize = 255;
 pub struct Bus {
     mgmt: Vec<Box<dyn MgmtDevice>>,
     files: Arc<DeviceFiles>,
-    pool: Pool,
+    pool: WorkerPool,
     spaces: Spaces,
     devices: Mutex<Vec<Arc<Entry>>>,
 }
@@ -73,7 +74,7 @@ impl Bus {
     /// their own; each looks at its rings for `poll` before it sleeps, if that pays.
     #[must_use]
     pub fn new(files: Arc<DeviceFiles>, workers: usize, poll: Duration) -> Self {
-        let pool = Pool::new(workers, poll);
+        let pool = WorkerPool::new(workers, poll);
         Self { mgmt: mgmt_devices(), files, pool, spaces: Spaces::new(), devices: Mutex::default() }
     }
 

@@ -10,11 +10,11 @@ use tokio::signal::unix::{SignalKind, signal};
 use vdpa_sys::rlimit;
 
 use crate::bus::Bus;
-use crate::ctl::api::{AddRequest, AttrError, Attrs, Backend, CtlError};
-use crate::ctl::server::{self, Server};
-use crate::front::Choice;
-use crate::front::fuse::{DeviceFiles, Options, ServeError, cuse};
-use crate::front::watchdog::{self, Watchdog};
+use crate::control::{self, Backend as _, Server};
+use vdpa_backend::front::fuse::{DeviceFiles, Options, ServeError, cuse};
+use vdpa_backend::front::watchdog::{self, Watchdog};
+use vdpa_control::Front;
+use vdpa_control::api::{AddRequest, AttrError, Attrs, CtlError};
 
 pub mod notify;
 
@@ -22,7 +22,7 @@ pub mod notify;
 #[derive(Clone, Debug)]
 pub struct Config {
     /// Which kind of device files there are to be.
-    pub front: Choice,
+    pub front: Front,
     /// Directory in which they appear; `None` for `/dev` or `mount_dir`.
     pub dir: Option<PathBuf>,
     /// Directory in which they appear when they are files and `dir` is `None`.
@@ -76,7 +76,7 @@ pub enum StartError {
     },
     /// The control interface did not start.
     #[error(transparent)]
-    Control(#[from] server::StartError),
+    Control(#[from] control::StartError),
 }
 
 /// Why the daemon ended other than by a signal.
@@ -193,15 +193,15 @@ fn choose<E: std::error::Error>(
 ) -> Result<Place, StartError> {
     let dev = || config.dir.clone().unwrap_or_else(|| PathBuf::from("/dev"));
     let why = match config.front {
-        Choice::Cuse if cuse::prefix_of(&dev()).is_none() => {
+        Front::Cuse if cuse::prefix_of(&dev()).is_none() => {
             return Err(ServeError::NotDev { dir: dev() }.into());
         }
-        Choice::Cuse => {
+        Front::Cuse => {
             return available().map(|()| Place::Dev(dev())).map_err(|error| StartError::environment(&error));
         }
-        Choice::Fuse => "asked for".into(),
-        Choice::Auto if cuse::prefix_of(&dev()).is_none() => "the directory is not below /dev".into(),
-        Choice::Auto => match available() {
+        Front::Fuse => "asked for".into(),
+        Front::Auto if cuse::prefix_of(&dev()).is_none() => "the directory is not below /dev".into(),
+        Front::Auto => match available() {
             Ok(()) => {
                 tracing::info!("front end: cuse, character devices");
                 return Ok(Place::Dev(dev()));
@@ -274,7 +274,7 @@ pub fn parse_device(text: &str) -> Result<AddRequest, DeviceTextError> {
 mod tests {
     use super::*;
 
-    fn chosen(front: Choice, dir: Option<&str>, there: bool) -> Result<Place, String> {
+    fn chosen(front: Front, dir: Option<&str>, there: bool) -> Result<Place, String> {
         let config = Config {
             front,
             dir: dir.map(PathBuf::from),
@@ -294,22 +294,22 @@ mod tests {
     fn character_devices_are_chosen_where_they_can_be_made() {
         let dev = |dir: &str| Ok(Place::Dev(dir.into()));
         let mount = |dir: &str| Ok(Place::Mount(dir.into()));
-        assert_eq!(chosen(Choice::Auto, None, true), dev("/dev"));
-        assert_eq!(chosen(Choice::Auto, None, false), mount("/run/vdpad/dev"));
-        assert_eq!(chosen(Choice::Auto, Some("/dev/vhost-vdpa"), true), dev("/dev/vhost-vdpa"));
-        assert_eq!(chosen(Choice::Auto, Some("/dev/vhost-vdpa"), false), mount("/dev/vhost-vdpa"));
-        assert_eq!(chosen(Choice::Auto, Some("/tmp/x"), true), mount("/tmp/x"));
-        assert_eq!(chosen(Choice::Fuse, None, true), mount("/run/vdpad/dev"));
-        assert_eq!(chosen(Choice::Cuse, None, true), dev("/dev"));
+        assert_eq!(chosen(Front::Auto, None, true), dev("/dev"));
+        assert_eq!(chosen(Front::Auto, None, false), mount("/run/vdpad/dev"));
+        assert_eq!(chosen(Front::Auto, Some("/dev/vhost-vdpa"), true), dev("/dev/vhost-vdpa"));
+        assert_eq!(chosen(Front::Auto, Some("/dev/vhost-vdpa"), false), mount("/dev/vhost-vdpa"));
+        assert_eq!(chosen(Front::Auto, Some("/tmp/x"), true), mount("/tmp/x"));
+        assert_eq!(chosen(Front::Fuse, None, true), mount("/run/vdpad/dev"));
+        assert_eq!(chosen(Front::Cuse, None, true), dev("/dev"));
     }
 
     #[test]
     fn what_cannot_be_is_refused_and_never_a_mount_over_dev() {
-        assert!(chosen(Choice::Cuse, None, false).unwrap_err().contains("not found"));
+        assert!(chosen(Front::Cuse, None, false).unwrap_err().contains("not found"));
         for there in [false, true] {
-            assert!(chosen(Choice::Cuse, Some("/tmp/x"), there).is_err());
+            assert!(chosen(Front::Cuse, Some("/tmp/x"), there).is_err());
         }
-        for front in [Choice::Auto, Choice::Fuse] {
+        for front in [Front::Auto, Front::Fuse] {
             assert!(chosen(front, Some("/dev"), false).unwrap_err().contains("CUSE"));
             assert!(chosen(front, Some("/dev/"), false).unwrap_err().contains("CUSE"));
         }

@@ -1,18 +1,16 @@
-//! The daemon vdpad and its tool vdpactl.
+//! The daemon vdpad: its devices, the bus that names them, and its control interface.
 //!
-//! * [`bus`]: the devices by name, and what makes them.
-//! * [`front`]: how requests of clients arrive.
-//! * [`parent`]: the kinds of devices; `worker` serves their rings.
-//! * [`ctl`]: the control interface, HTTP and JSON on a Unix socket, and its client.
-//! * [`daemon`]: start, run and stop of the whole daemon.
-//! * [`load`]: verified block load by a tenant that replaces itself, for `vdpactl demo`.
+//! | module | what it does |
+//! |---|---|
+//! | [`daemon`] | start, run and stop of the whole daemon |
+//! | [`bus`] | the devices by name, and what makes them |
+//! | `devices` | the kinds of devices, on `vdpa-backend` |
+//! | `block` | what the block devices share: requests, their operations, and the bytes of the disk they claim |
+//! | [`control`] | the control interface, HTTP and JSON on a Unix socket |
 #![forbid(unsafe_code)]
 
+mod block;
 pub mod bus;
-pub mod ctl;
+pub mod control;
 pub mod daemon;
-pub mod front;
-pub mod load;
-pub mod parent;
-mod rate;
-mod worker;
+mod devices;

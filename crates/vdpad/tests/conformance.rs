@@ -107,8 +107,9 @@ fn conforms(subject: &Subject) {
     assert!(probe.backend.has(BackendFeatures::NEW_OWNER) || subject.name == "sim_blk_dma_map");
     let program = std::env::current_exe().unwrap();
     let socket = daemon.dir().join("control.sock");
+    let vdpactl = support::programs::program("vdpactl");
     let words =
-        [env!("CARGO_BIN_EXE_vdpactl"), "--socket", socket.to_str().unwrap(), "-j", "dev", "vstats", "show"];
+        [vdpactl.to_str().unwrap(), "--socket", socket.to_str().unwrap(), "-j", "dev", "vstats", "show"];
     let vstats = Vstats::new(words.into_iter().chain([subject.name]).map(str::to_owned));
     let config = Config {
         device: Target::File(&device),

@@ -9,12 +9,13 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use support::{Fixture, SIM_NET, Setup};
-use vdpad::ctl::api::{
-    AddRequest, Attrs, Backend, DevInfo, ErrorBody, MgmtDev, QueueVstats, SetAnswer, SetRequest, Version,
+use vdpa_control::api::{
+    AddRequest, Attrs, DevInfo, ErrorBody, MgmtDev, QueueVstats, SetAnswer, SetRequest, Version,
 };
-use vdpad::ctl::client::{Client, ClientError};
-use vdpad::ctl::config::DevConfig;
-use vdpad::ctl::server::{BindError, Limits, Server, StartError};
+use vdpa_control::client::{Client, ClientError};
+use vdpa_control::config::DevConfig;
+use vdpad::control::Backend;
+use vdpad::control::{BindError, Limits, Server, StartError};
 
 fn error(answer: &(u16, String)) -> (u16, String, i64) {
     let body: Value = serde_json::from_str(&answer.1).unwrap_or_else(|_| panic!("not JSON: {answer:?}"));

@@ -13,13 +13,13 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use vdpa_client::Error;
 use vdpa_client::device::Device;
+use vdpa_control::api::{DevInfo, Successor};
 use vdpa_core::Errno;
 use vdpa_core::features::Status;
 use vdpa_core::ops::VdpaOps as _;
 use vdpa_core::types::{Asid, QueueIndex};
 use vdpa_sys::memfd;
 use vdpa_sys::vhost_vdpa::VhostVdpaFd;
-use vdpad::ctl::api::{DevInfo, Successor};
 
 use support::blk::{Blk, FEATURES, IOERR, IOVA, MEMORY, OK};
 use support::daemon::Daemon;

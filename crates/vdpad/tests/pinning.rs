@@ -12,6 +12,7 @@ use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
+use vdpa_control::api::DevInfo;
 use vdpa_core::Errno;
 use vdpa_core::blk::kind;
 use vdpa_core::ops::VdpaOps as _;
@@ -19,7 +20,6 @@ use vdpa_core::ring::Buffer;
 use vdpa_core::types::{Asid, Perm};
 use vdpa_sys::memfd;
 use vdpa_sys::mmap::{Prot, SharedMap};
-use vdpad::ctl::api::DevInfo;
 
 use peer::Peer;
 use support::blk::{Blk, IOERR, OK};

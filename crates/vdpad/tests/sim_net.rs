@@ -11,6 +11,7 @@ mod support;
 
 use std::path::PathBuf;
 
+use vdpa_control::client::Client;
 use vdpa_core::Errno;
 use vdpa_core::features::{BackendFeatures, Features, Status};
 use vdpa_core::net::Ack;
@@ -18,7 +19,6 @@ use vdpa_core::ops::{VdpaOps as _, read_all_config};
 use vdpa_core::ring::Buffer;
 use vdpa_core::types::{Asid, Perm, QueueIndex};
 use vdpa_sys::vhost_vdpa::VhostVdpaFd;
-use vdpad::ctl::client::Client;
 
 use net::{CONTROL, FEATURES, HEADER, IOVA, Net, RX, TX, all_backend_features, packet};
 use peer::Peer;

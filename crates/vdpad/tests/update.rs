@@ -15,6 +15,7 @@ use vdpa_client::Session;
 use vdpa_client::dma::{Backing, RegionSpec};
 use vdpa_client::state::{self, Section, Sections};
 use vdpa_client::update::{self, Devices, Failed, Image, Phase, Plan, Strategy, UpdateError, Via};
+use vdpa_control::api::DevState;
 use vdpa_core::Errno;
 use vdpa_core::blk::kind;
 use vdpa_core::features::Status;
@@ -24,7 +25,6 @@ use vdpa_sys::exec::set_close_on_exec;
 use vdpa_sys::memfd;
 use vdpa_sys::uapi::report::UpdateReport;
 use vdpa_sys::vhost_vdpa::VhostVdpaFd;
-use vdpad::ctl::api::DevState;
 
 use robust::disk::{self, Disk, Flight, Q0, SLOTS};
 use robust::{Player, Vdpad, listen, plays, say, variable};
@@ -43,7 +43,7 @@ const SECTION: (&str, u32) = ("test/disk", 1);
 type Saved = (u64, Vec<(u64, Flight)>);
 
 fn text(error: &dyn std::error::Error) -> String {
-    vdpad::load::wire::chain(error)
+    vdpa_core::error::chain(error)
 }
 
 /// A client that updates itself with requests in flight, and checks that each is answered once and right.

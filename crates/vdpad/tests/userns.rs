@@ -26,7 +26,7 @@ use vdpa_sys::fuse::unmount;
 use vdpa_sys::memfd;
 
 use robust::disk::{self, Disk};
-use robust::{Player, Vdpad, listen, open_to_all, run, say};
+use robust::{Player, Vdpad, listen, open_to_all, programs, run, say};
 
 const NOBODY: u32 = 65534;
 const LIMIT: Duration = Duration::from_secs(60);
@@ -43,13 +43,13 @@ fn play(part: &str, uid: u32) {
     let dir = tempfile::tempdir().unwrap();
     open_to_all(dir.path());
     let this = std::env::current_exe().unwrap();
-    for program in [&this, Path::new(env!("CARGO_BIN_EXE_vdpad")), Path::new(env!("CARGO_BIN_EXE_vdpactl"))] {
+    for program in [this.clone(), programs::program("vdpad"), programs::program("vdpactl")] {
         let copy = dir.path().join(program.file_name().unwrap());
-        fs::copy(program, &copy).unwrap();
+        fs::copy(&program, &copy).unwrap();
         open_to_all(&copy);
     }
     let mut command = Command::new(dir.path().join(this.file_name().unwrap()));
-    command.arg(part).current_dir("/").uid(uid).gid(uid).env(robust::PROGRAMS, dir.path());
+    command.arg(part).current_dir("/").uid(uid).gid(uid).env(programs::PROGRAMS, dir.path());
     let output = run(&mut command);
     assert!(output.code == Some(0) && output.stdout.contains("PLAYED"), "{part}: {output:#?}");
 }

@@ -3,8 +3,8 @@
 
 mod support;
 
+use vdpa_control::api::Successor;
 use vdpa_core::features::Status;
-use vdpad::ctl::api::Successor;
 
 use support::{Fixture, SIM_NET, Setup};
 
@@ -252,7 +252,7 @@ fn block_attributes_are_shown_on_demand() {
 fn several_pairs_stand_between_link_and_mtu() {
     let mut fixture = Fixture::simulators().with_net(None);
     if let Ok(config) = &mut fixture.devices[0].1
-        && let vdpad::ctl::config::ClassConfig::Net(net) = &mut config.class
+        && let vdpa_control::config::ClassConfig::Net(net) = &mut config.class
     {
         net.max_vq_pairs = Some(4);
         net.status = Some(2);

@@ -10,12 +10,12 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
+use vdpa_control::client::Client;
 use vdpa_core::Errno;
 use vdpa_core::features::BackendFeatures;
 use vdpa_core::ops::VdpaOps;
 use vdpa_core::types::QueueIndex;
 use vdpa_sys::vhost_vdpa::VhostVdpaFd;
-use vdpad::ctl::client::Client;
 
 fn vdpad(dir: &Path) -> Command {
     vdpad_at(dir, "dev")

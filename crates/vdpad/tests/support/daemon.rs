@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
-use vdpad::ctl::api::{AddRequest, Attrs, DevInfo};
-use vdpad::ctl::client::{Client, ClientError};
+use vdpa_control::api::{AddRequest, Attrs, DevInfo};
+use vdpa_control::client::{Client, ClientError};
 
 /// Longest life of a daemon; then it is killed, which frees every client that waits for it in the kernel.
 const LIFE: Duration = Duration::from_secs(60);
@@ -36,7 +36,7 @@ impl Daemon {
     /// Starts one with further options.
     pub(crate) fn start_with(options: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_vdpad"));
+        let mut command = Command::new(super::programs::program("vdpad"));
         match std::env::var_os("VDPAD_TEST_FRONT") {
             Some(front) => command.arg("--front").arg(front),
             None => command.arg("--dir").arg(dir.path().join("dev")),

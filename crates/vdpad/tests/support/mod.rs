@@ -4,6 +4,7 @@
 
 pub(crate) mod blk;
 pub(crate) mod daemon;
+pub(crate) mod programs;
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -12,17 +13,18 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use vdpa_core::Errno;
-use vdpa_core::features::{Bit, Features, Status};
-use vdpad::ctl::api::UpdateInfo;
-use vdpad::ctl::api::{
-    AddRequest, Backend, CtlError, DevInfo, DevState, MgmtDev, Owner, QueueInfo, QueueVstats, SetAnswer,
-    SetRequest, Successor, VSTATS_INDEX_MAX,
+use vdpa_control::api::UpdateInfo;
+use vdpa_control::api::{
+    AddRequest, CtlError, DevInfo, DevState, MgmtDev, Owner, QueueInfo, QueueVstats, SetAnswer, SetRequest,
+    Successor, VSTATS_INDEX_MAX,
 };
-use vdpad::ctl::config::{
+use vdpa_control::config::{
     BlockConfig, BlockTopology, ClassConfig, DevConfig, DiscardLimits, MacAddr, NetConfig,
 };
-use vdpad::ctl::server::{Limits, Server};
+use vdpa_core::Errno;
+use vdpa_core::features::{Bit, Features, Status};
+use vdpad::control::Backend;
+use vdpad::control::{Limits, Server};
 
 /// Longest a process may take; nothing here should come near.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -361,7 +363,7 @@ fn lines(text: &str) -> Vec<&str> {
 }
 
 pub(crate) fn vdpactl(socket: &Path, line: &str) -> Outcome {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_vdpactl"));
+    let mut command = Command::new(programs::program("vdpactl"));
     command.env("VDPAD_SOCKET", socket).args(line.split_whitespace());
     run(&mut command)
 }

@@ -3,6 +3,8 @@
 
 #[path = "robust_disk.rs"]
 pub(crate) mod disk;
+#[path = "programs.rs"]
+pub(crate) mod programs;
 #[path = "standstill.rs"]
 mod standstill;
 
@@ -18,10 +20,10 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use vdpa_client::update;
+use vdpa_control::api::DevInfo;
+use vdpa_control::client::Client;
 use vdpa_sys::fuse::{FS_TYPE, fs_type_at, unmount};
 use vdpa_sys::vhost_vdpa::VhostVdpaFd;
-use vdpad::ctl::api::DevInfo;
-use vdpad::ctl::client::Client;
 
 /// For everything that happens soon or never.
 pub(crate) const SOON: Duration = Duration::from_secs(10);
@@ -194,20 +196,9 @@ impl Drop for Vdpad {
     }
 }
 
-/// A directory with copies of the programs, for users to whom the build directory is closed.
-pub(crate) const PROGRAMS: &str = "VDPA_TEST_PROGRAMS";
-
-fn program(built: &str) -> PathBuf {
-    let built = PathBuf::from(built);
-    match std::env::var_os(PROGRAMS) {
-        Some(dir) => Path::new(&dir).join(built.file_name().unwrap()),
-        None => built,
-    }
-}
-
 /// vdpad with its directory and its socket in `dir`.
 pub(crate) fn command_at(dir: &Path) -> Command {
-    let mut command = Command::new(program(env!("CARGO_BIN_EXE_vdpad")));
+    let mut command = Command::new(programs::program("vdpad"));
     command.env_remove("NOTIFY_SOCKET").env_remove("VDPAD_LOG");
     match std::env::var_os("VDPAD_TEST_FRONT") {
         Some(front) => command.arg("--front").arg(front),
@@ -219,7 +210,7 @@ pub(crate) fn command_at(dir: &Path) -> Command {
 
 /// vdpactl for a daemon in `dir`.
 pub(crate) fn vdpactl(dir: &Path) -> Command {
-    let mut command = Command::new(program(env!("CARGO_BIN_EXE_vdpactl")));
+    let mut command = Command::new(programs::program("vdpactl"));
     command.env("VDPAD_SOCKET", dir.join("control.sock"));
     command
 }

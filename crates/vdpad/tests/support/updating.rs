@@ -76,7 +76,7 @@ pub(crate) const SOCKET: &str = "TEST_SOCKET";
 pub(crate) const WAITS: &str = "TEST_WAITS";
 
 fn text(error: &dyn std::error::Error) -> String {
-    vdpad::load::wire::chain(error)
+    vdpa_core::error::chain(error)
 }
 
 fn pid() -> i32 {

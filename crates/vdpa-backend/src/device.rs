@@ -1,0 +1,236 @@
+//! [`RequestHandler`] and [`SimpleDevice`]: a virtio device that answers each request at once.
+
+use std::fmt;
+
+use vdpa_core::Errno;
+use vdpa_core::features::Features;
+use vdpa_core::parent::{Dma, Parent, Profile, QueueStats};
+use vdpa_core::ring::{BufferSlice, Chain, Fault, RingError};
+use vdpa_core::types::{QueueIndex, Result};
+use vdpa_core::vq::{QueueSetup, QueueState};
+use vdpa_sys::eventfd::EventFd;
+use vdpa_sys::guest::LinuxHost;
+use vdpa_sys::snapshot::Snapshot;
+
+use crate::worker::{ClientMemory, Placement, Queue, QueueHandler, Queues, Size, WorkerPool};
+
+/// Requests taken from one queue before the next queue, and the next device of the thread, is served.
+const BUDGET: usize = 64;
+
+/// What a device does with one request.
+///
+/// All calls come from the worker thread that serves the device, one at a time, so that the device's data needs no lock.
+/// No method may block or compute for long: other devices share the thread. A device that has to wait for something
+/// implements [`QueueHandler`] instead, which submits operations to the thread's io_uring.
+pub trait RequestHandler: Send + 'static {
+    /// Answers a request of queue `queue`.
+    ///
+    /// # Errors
+    /// [`Fault`] when client memory that the request names is not mapped, as [`Request`]'s methods return it. The request
+    /// stays in the ring, and is handled again after the next kick or change of the mappings.
+    fn handle(&mut self, queue: u16, request: &Request<'_>) -> Result<Outcome, Fault>;
+
+    /// The driver has reset the device: what was kept of earlier requests is to be forgotten.
+    fn reset(&mut self) {}
+}
+
+/// How a request was answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It is complete. So many bytes of its writable buffers, from their start on, were written (the used length of virtio
+    /// 1.2 section 2.7.8).
+    Done(u32),
+    /// It stays in the ring, and is handled again after the next kick: a receive queue for which there is no data.
+    Later,
+}
+
+/// A request as the driver made it available: a descriptor chain, and the client memory that its buffers are in.
+#[derive(Clone, Copy, Debug)]
+pub struct Request<'a> {
+    chain: &'a Chain,
+    memory: &'a Snapshot,
+}
+
+impl<'a> Request<'a> {
+    /// The descriptor chain.
+    #[must_use]
+    pub const fn chain(&self) -> &'a Chain {
+        self.chain
+    }
+
+    /// The client memory, by I/O virtual address. Both sides can change its bytes at any time: what decides something is
+    /// to be read once.
+    #[must_use]
+    pub const fn memory(&self) -> &'a Snapshot {
+        self.memory
+    }
+
+    /// The buffers that the device reads, as one run of bytes.
+    #[must_use]
+    pub fn readable(&self) -> BufferSlice<'a> {
+        self.chain.readable()
+    }
+
+    /// The buffers that the device writes, as one run of bytes.
+    #[must_use]
+    pub fn writable(&self) -> BufferSlice<'a> {
+        self.chain.writable()
+    }
+}
+
+/// The device of a [`RequestHandler`], as the control side drives it: a [`Parent`] with constant configuration space.
+///
+/// It takes client memory as objects, so that a change of owner touches no mapping.
+pub struct SimpleDevice {
+    profile: Profile,
+    config: Vec<u8>,
+    memory: ClientMemory,
+}
+
+impl SimpleDevice {
+    /// Makes the device `name` and has `handler` called on a thread of `pool`. `config` is the configuration space, of
+    /// which [`Profile::config_size`] becomes the size.
+    ///
+    /// # Errors
+    /// As [`WorkerPool::add`].
+    pub fn new(
+        name: &str,
+        profile: Profile,
+        config: &[u8],
+        handler: impl RequestHandler,
+        pool: &WorkerPool,
+        placement: &Placement,
+    ) -> Result<Self> {
+        let config_size = u32::try_from(config.len()).map_err(|_| Errno::INVAL)?;
+        let profile = Profile { config_size, ..profile };
+        let address_spaces = usize::try_from(profile.address_spaces).map_err(|_| Errno::INVAL)?;
+        let size = Size { queues: profile.queues, address_spaces };
+        let queues = pool.add(name, size, placement, Adapter { handler, chain: Chain::new() })?;
+        Ok(Self { profile, config: config.to_vec(), memory: ClientMemory::new(name, queues, false) })
+    }
+}
+
+impl fmt::Debug for SimpleDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SimpleDevice").field("device_id", &self.profile.device_id).finish_non_exhaustive()
+    }
+}
+
+impl Parent for SimpleDevice {
+    type Host = LinuxHost;
+
+    fn profile(&self) -> &Profile {
+        &self.profile
+    }
+
+    fn read_config(&self, offset: u32, out: &mut [u8]) {
+        let from = usize::try_from(offset).unwrap_or(usize::MAX);
+        if let Some(part) = self.config.get(from..).and_then(|rest| rest.get(..out.len())) {
+            out.copy_from_slice(part);
+        }
+    }
+
+    fn write_config(&mut self, _offset: u32, _data: &[u8]) {}
+
+    fn negotiate(&mut self, features: Features) -> Result<Features> {
+        if !features.has(Features::ACCESS_PLATFORM) || !features.has(Features::VERSION_1) {
+            return Err(Errno::INVAL);
+        }
+        Ok(features & self.profile.features)
+    }
+
+    fn start_queue(
+        &mut self,
+        index: QueueIndex,
+        setup: &QueueSetup<LinuxHost>,
+        state: QueueState,
+    ) -> Result<()> {
+        self.memory.queues().start(index, setup, state)
+    }
+
+    fn stop_queue(&mut self, index: QueueIndex) -> Result<Option<QueueState>> {
+        self.memory.queues().stop(index)
+    }
+
+    fn dma(&mut self) -> Dma<'_, LinuxHost> {
+        Dma::SetMap(&mut self.memory)
+    }
+
+    fn reset(&mut self) {
+        self.memory.queues().reset();
+    }
+
+    fn needs_reset(&self) -> bool {
+        self.memory.queues().needs_reset()
+    }
+
+    fn set_config_call(&mut self, event: Option<&EventFd>) {
+        self.memory.queues().set_config_call(event);
+    }
+
+    fn queue_stats(&self, index: QueueIndex) -> QueueStats {
+        self.memory.queues().stats(index)
+    }
+}
+
+/// The queues of a [`RequestHandler`].
+struct Adapter<H> {
+    handler: H,
+    /// Kept for its memory.
+    chain: Chain,
+}
+
+impl<H: RequestHandler> QueueHandler for Adapter<H> {
+    fn map_wakes(&self) -> bool {
+        true
+    }
+
+    fn serve(&mut self, queues: &mut Queues) {
+        for index in 0..queues.count() {
+            let Some(mut queue) = queues.take(index) else { continue };
+            if queue.has_work() {
+                let more = self.serve_queue(queues, index, &mut queue).unwrap_or_else(|error| {
+                    // The driver must see what was answered before. A ring that cannot be reached has nothing to show.
+                    let _ = queues.publish(&mut queue);
+                    queues.ring_failed(index, &mut queue, error)
+                });
+                queue.set_pending(more);
+            }
+            queues.put(index, queue);
+        }
+    }
+
+    fn reset(&mut self) {
+        self.handler.reset();
+    }
+}
+
+impl<H: RequestHandler> Adapter<H> {
+    /// Handles the requests of one queue up to the budget; whether there may be more.
+    fn serve_queue(&mut self, queues: &Queues, index: u16, queue: &mut Queue) -> Result<bool, RingError> {
+        let view = queues.view(queue);
+        queue.ring(&view)?.disable_kick()?;
+        for _ in 0..BUDGET {
+            if !queue.ring(&view)?.pop(view.snapshot(), &mut self.chain)? {
+                queues.publish(queue)?;
+                return queues.wait_for_kick(queue, &view);
+            }
+            let request = Request { chain: &self.chain, memory: view.snapshot() };
+            let outcome = self.handler.handle(index, &request);
+            let ring = queue.ring(&view)?;
+            let Ok(Outcome::Done(written)) = outcome else {
+                ring.abandon(&self.chain)?;
+                ring.enable_kick()?;
+                queues.publish(queue)?;
+                if let Err(fault) = outcome {
+                    queues.log_error(index, &fault);
+                }
+                return Ok(false);
+            };
+            ring.push_used(self.chain.head, written)?;
+            queues.count_request(index, u64::from(written), false);
+        }
+        queues.publish(queue)?;
+        Ok(true)
+    }
+}

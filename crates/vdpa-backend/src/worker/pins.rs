@@ -1,0 +1,138 @@
+//! Pinning: guest memory as registered buffers of the worker's ring.
+
+use std::collections::BTreeMap;
+
+use vdpa_core::Errno;
+use vdpa_core::host::MemoryObject;
+use vdpa_core::iotlb::{Mapping, Table};
+use vdpa_core::types::Result;
+use vdpa_sys::guest::GuestMemory;
+use vdpa_sys::uring::{IoPiece, MemorySet};
+
+use super::{Buffers, Pin};
+
+/// Bytes of one registered buffer. Registering holds the ring's lock while pages are pinned, about 20 ms for
+/// each GiB of 4 KiB pages, and the I/O of all devices of the thread waits meanwhile: small pieces bound that to about a
+/// millisecond. The slots of a ring suffice for 1 TiB in pieces of this size.
+const PIECE: usize = 64 << 20;
+
+/// What is pinned for one device.
+#[derive(Debug, Default)]
+pub(super) struct Pins {
+    /// By address in the daemon.
+    regions: BTreeMap<usize, Region>,
+}
+
+/// A pinned mapping.
+#[derive(Debug)]
+struct Region {
+    /// Bytes.
+    len: usize,
+    /// One per [`PIECE`].
+    slots: Vec<u16>,
+    /// As long as it is here no other mapping can get its address, which is how a region is recognised.
+    _memory: MemorySet,
+}
+
+impl Pins {
+    /// Pins what `table` has and was not pinned yet. Blocks while pages are brought in and pinned, about half a
+    /// second for each fresh 4 GiB of 4 KiB pages.
+    ///
+    /// # Errors
+    /// `ENOMEM` when the daemon's own RLIMIT_MEMLOCK or the slots do not suffice, `EFAULT`, `EOPNOTSUPP` for file
+    /// systems whose pages cannot be pinned; what was pinned by this call is unpinned again.
+    pub(super) fn pin_new(&mut self, table: &Table<GuestMemory>, buffers: &Buffers) -> Result<()> {
+        let mut added = Vec::new();
+        for entry in table.iter() {
+            let Some((addr, len)) = pinnable(entry) else { continue };
+            if self.regions.contains_key(&addr) {
+                continue;
+            }
+            match self.pin(entry, addr, len, buffers) {
+                Ok(()) => added.push(addr),
+                Err(error) => {
+                    added.iter().for_each(|addr| self.unpin(*addr, buffers));
+                    return Err(error);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether an entry may be used: it is pinned, or is not of the kind that is.
+    pub(super) fn serves(&self, entry: &Mapping<GuestMemory>) -> bool {
+        pinnable(entry).is_none_or(|(addr, _)| self.regions.contains_key(&addr))
+    }
+
+    /// The pins of these entries, by address.
+    pub(super) fn of(&self, entries: &[&Mapping<GuestMemory>]) -> Vec<Pin> {
+        let mut pins: Vec<Pin> = entries
+            .iter()
+            .filter_map(|entry| pinnable(entry))
+            .filter_map(|(addr, _)| self.regions.get_key_value(&addr))
+            .flat_map(|(&addr, region)| {
+                let place = |(piece, &slot): (IoPiece, &u16)| Pin { addr: piece.addr, len: piece.len, slot };
+                pieces(addr, region.len).zip(&region.slots).map(place)
+            })
+            .collect();
+        pins.sort_unstable_by_key(|pin| pin.addr);
+        pins
+    }
+
+    /// Unpins what `table` has no more. Nothing may use it.
+    pub(super) fn unpin_gone(&mut self, table: &Table<GuestMemory>, buffers: &Buffers) {
+        let wanted: std::collections::BTreeSet<usize> =
+            table.iter().filter_map(pinnable).map(|(addr, _)| addr).collect();
+        let gone: Vec<usize> = self.regions.keys().copied().filter(|addr| !wanted.contains(addr)).collect();
+        gone.iter().for_each(|addr| self.unpin(*addr, buffers));
+    }
+
+    /// Unpins everything. Nothing may use it.
+    pub(super) fn unpin_all(&mut self, buffers: &Buffers) {
+        let regions = std::mem::take(&mut self.regions);
+        let slots = regions.into_values().flat_map(|region| region.slots);
+        slots.for_each(|slot| buffers.release(slot));
+    }
+
+    fn pin(
+        &mut self,
+        entry: &Mapping<GuestMemory>,
+        addr: usize,
+        len: usize,
+        buffers: &Buffers,
+    ) -> Result<()> {
+        let memory = MemorySet::new(entry.memory.stable());
+        // Pinning pages that are there is five times as fast as pinning page by page.
+        entry.memory.populate()?;
+        let mut slots = Vec::new();
+        for piece in pieces(addr, len) {
+            match buffers.pin(piece, &memory).and_then(|slot| slot.ok_or(Errno::NOMEM)) {
+                Ok(slot) => slots.push(slot),
+                Err(error) => {
+                    slots.into_iter().for_each(|slot| buffers.release(slot));
+                    return Err(error);
+                }
+            }
+        }
+        self.regions.insert(addr, Region { len, slots, _memory: memory });
+        Ok(())
+    }
+
+    fn unpin(&mut self, addr: usize, buffers: &Buffers) {
+        if let Some(region) = self.regions.remove(&addr) {
+            region.slots.into_iter().for_each(|slot| buffers.release(slot));
+        }
+    }
+}
+
+/// Where an entry is in the daemon, if its pages can be pinned.
+fn pinnable(entry: &Mapping<GuestMemory>) -> Option<(usize, usize)> {
+    if entry.stale || entry.memory.pin_pages() == 0 {
+        return None;
+    }
+    Some((entry.memory.host_addr(0)?, usize::try_from(entry.range.size()).ok()?))
+}
+
+fn pieces(addr: usize, len: usize) -> impl Iterator<Item = IoPiece> {
+    (0..len).step_by(PIECE).map(move |offset| IoPiece { addr: addr + offset, len: PIECE.min(len - offset) })
+}

@@ -1,0 +1,337 @@
+//! What travels over the control socket.
+//!
+//! The types carry what the kernel's netlink family `vdpa` carries (uapi-spec 7.2, 7.3), under the names of
+//! iproute2's JSON where it has one. Feature words travel as hexadecimal strings, because a JSON number loses
+//! bits above 2^53 in many readers.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use vdpa_core::Errno;
+use vdpa_core::features::{Features, Status};
+
+use super::config::MacAddr;
+
+mod attrs;
+pub(crate) mod hex;
+mod updates;
+
+pub use attrs::{AttrError, Attrs};
+pub use updates::{LastUpdate, UpdateInfo};
+
+/// The virtio device id of network devices (virtio 1.2 section 5).
+pub const ID_NET: u32 = 1;
+/// The virtio device id of block devices (virtio 1.2 section 5).
+pub const ID_BLOCK: u32 = 2;
+
+/// Largest queue index a request for vendor statistics may name (uapi-spec 7.3).
+pub const VSTATS_INDEX_MAX: u32 = 0x8000;
+
+/// A management device: something that devices can be created on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MgmtDev {
+    /// Name, unique together with the bus.
+    pub name: String,
+    /// Bus it is on, if any: `auxiliary`, `pci`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bus: Option<String>,
+    /// Virtio device ids it can create, ascending.
+    pub supported_classes: Vec<u32>,
+    /// Most virtqueues of a device on it; 0 when it does not say.
+    pub max_supported_vqs: u32,
+    /// Features its devices can offer; 0 when it does not say.
+    #[serde(with = "hex")]
+    pub dev_features: Features,
+}
+
+impl MgmtDev {
+    /// The name by which requests address it: `NAME` or `BUS/NAME`.
+    #[must_use]
+    pub fn handle(&self) -> String {
+        match &self.bus {
+            Some(bus) => format!("{bus}/{}", self.name),
+            None => self.name.clone(),
+        }
+    }
+}
+
+/// A device: its constants and what it is doing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DevInfo {
+    /// Name, unique.
+    pub name: String,
+    /// Virtio device id ([`ID_NET`], [`ID_BLOCK`]).
+    pub device_id: u32,
+    /// Handle of the management device it was created on.
+    pub mgmtdev: String,
+    /// Vendor id.
+    pub vendor_id: u32,
+    /// Number of virtqueues.
+    pub max_vqs: u32,
+    /// Largest ring, in entries.
+    pub max_vq_size: u16,
+    /// Smallest ring, in entries.
+    pub min_vq_size: u16,
+    /// The device file that clients open.
+    pub path: PathBuf,
+    /// Front end that serves it: `fuse` for a file, `cuse` for a character device.
+    #[serde(default)]
+    pub front: String,
+    /// What it is doing.
+    pub state: DevState,
+}
+
+/// What a device is doing: a snapshot, each field true at some moment during the request.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DevState {
+    /// Whether a client holds the device file open.
+    pub open: bool,
+    /// Status register.
+    pub status: Status,
+    /// Whether the device is suspended.
+    pub suspended: bool,
+    /// The address space that owns it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner: Option<Owner>,
+    /// The client that waits to take it over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub successor: Option<Successor>,
+    /// Features in force, from FEATURES_OK on.
+    #[serde(default, with = "hex::option", skip_serializing_if = "Option::is_none")]
+    pub negotiated_features: Option<Features>,
+    /// Pages of 4096 bytes charged to the owner.
+    pub pinned_pages: u64,
+    /// Pages of 4096 bytes that may be charged to the owner: the device attribute `memlock`, or else the owner's
+    /// RLIMIT_MEMLOCK; `None` when unlimited or without an owner.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memlock_limit_pages: Option<u64>,
+    /// Entries in all IOTLB tables.
+    pub mappings: u64,
+    /// One entry per virtqueue, in order of index.
+    #[serde(default)]
+    pub queues: Vec<QueueInfo>,
+}
+
+/// The process whose address space owns a device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Owner {
+    /// Process id, in the daemon's pid namespace.
+    pub pid: u32,
+    /// Name of its main thread (`/proc/PID/comm`).
+    pub comm: String,
+    /// When it became the owner, in seconds since 1970-01-01 UTC.
+    pub since: u64,
+}
+
+/// A client that has opened a device to take it over, with the device attribute `handover open`, and does not drive it
+/// yet. All else in [`DevState`] is about the client that does.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Successor {
+    /// Process id, in the daemon's pid namespace: the owner's, and before there is one that of the process that opened the
+    /// device. `None` when it is not visible there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pid: Option<u32>,
+    /// Name of its main thread, and before there is an owner of the thread that opened the device; empty when not known.
+    pub comm: String,
+    /// When it opened the device, in seconds since 1970-01-01 UTC.
+    pub since: u64,
+    /// How far it has come: its own status register, without DRIVER_OK until the take-over.
+    pub status: Status,
+    /// Entries in its own IOTLB tables.
+    pub mappings: u64,
+}
+
+/// One virtqueue.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueueInfo {
+    /// Index, from 0.
+    pub index: u16,
+    /// Ring size in entries; 0 before the driver has set it.
+    pub size: u16,
+    /// Whether the driver has enabled it.
+    pub enabled: bool,
+    /// Whether the device is processing it.
+    pub running: bool,
+    /// Requests answered since the device was created; survives resets and live updates.
+    pub requests: u64,
+    /// Bytes of data moved by these requests.
+    pub bytes: u64,
+    /// Requests answered with an error.
+    pub errors: u64,
+}
+
+/// Vendor statistics of one queue (uapi-spec 7.3, DEV_VSTATS_GET).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueueVstats {
+    /// Device name.
+    pub name: String,
+    /// Virtio device id.
+    pub device_id: u32,
+    /// Features in force.
+    #[serde(with = "hex")]
+    pub negotiated_features: Features,
+    /// Pairs of data queues, when MQ or RSS is in force.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_vq_pairs: Option<u16>,
+    /// Queue the counters are of.
+    pub queue_index: u16,
+    /// Names and values, in the parent's order.
+    pub counters: Vec<(String, u64)>,
+}
+
+/// A request for a new device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AddRequest {
+    /// Name of the new device.
+    pub name: String,
+    /// Handle of the management device: `NAME` or `BUS/NAME`.
+    pub mgmtdev: String,
+    /// Attributes; which ones exist is the management device's affair.
+    #[serde(default, skip_serializing_if = "Attrs::is_empty")]
+    pub attrs: Attrs,
+}
+
+/// A request to change attributes of a device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SetRequest {
+    /// Another Ethernet address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<MacAddr>,
+}
+
+/// The answer to a [`SetRequest`] that was not refused.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SetAnswer {
+    /// Why nothing has changed: in the kernel's words, no full stop.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub warning: Option<String>,
+}
+
+/// The answer to `GET /v1/version`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Version {
+    /// Always `vdpad`.
+    pub daemon: String,
+    /// Its version.
+    pub version: String,
+    /// Its process id.
+    pub pid: u32,
+}
+
+/// Why a request was refused.
+///
+/// Displayed as the message alone; the errno and the hint go to their own lines or fields.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct CtlError {
+    /// What the kernel would answer.
+    pub errno: Errno,
+    /// What was wrong, in the kernel's words where it has any: lower case or not as the kernel, no full stop.
+    pub message: String,
+    /// What would be right: a sentence.
+    pub hint: Option<String>,
+}
+
+impl CtlError {
+    /// An error without a hint.
+    pub fn new(errno: Errno, message: impl Into<String>) -> Self {
+        Self { errno, message: message.into(), hint: None }
+    }
+
+    /// The same error, with the sentence that says what would be right.
+    #[must_use]
+    pub fn with_hint(self, hint: impl Into<String>) -> Self {
+        Self { hint: Some(hint.into()), ..self }
+    }
+
+    /// No device has the name asked for (uapi-spec 7.3).
+    #[must_use]
+    pub fn no_device() -> Self {
+        Self::new(Errno::NODEV, "device not found")
+            .with_hint("\"vdpactl dev show\" lists the devices that exist.")
+    }
+
+    /// No management device has the handle asked for by a new device (uapi-spec 7.3, DEV_NEW).
+    #[must_use]
+    pub fn no_mgmtdev() -> Self {
+        Self::new(Errno::NODEV, "Fail to find the specified management device")
+            .with_hint("\"vdpactl mgmtdev show\" lists the management devices that exist.")
+    }
+}
+
+/// The body of every answer that is not a success: [`CtlError`] as JSON.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ErrorBody {
+    /// [`CtlError::message`].
+    pub error: String,
+    /// Symbolic name, `ENODEV`; `E?` for a number without one here.
+    pub errno: String,
+    /// The number.
+    pub code: i32,
+    /// [`CtlError::hint`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
+}
+
+impl From<CtlError> for ErrorBody {
+    fn from(error: CtlError) -> Self {
+        Self {
+            errno: format!("E{}", error.errno.name().unwrap_or("?")),
+            code: error.errno.raw(),
+            error: error.message,
+            hint: error.hint,
+        }
+    }
+}
+
+impl From<ErrorBody> for CtlError {
+    fn from(body: ErrorBody) -> Self {
+        Self { errno: Errno::from_raw(body.code), message: body.error, hint: body.hint }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_survive_the_trip() {
+        let error = CtlError::no_device();
+        let text = serde_json::to_string(&ErrorBody::from(error.clone())).unwrap();
+        assert!(
+            text.starts_with(r#"{"error":"device not found","errno":"ENODEV","code":19,"hint":"#),
+            "{text}"
+        );
+        let back: ErrorBody = serde_json::from_str(&text).unwrap();
+        assert_eq!(CtlError::from(back), error);
+    }
+
+    #[test]
+    fn feature_words_keep_all_bits() {
+        let mgmtdev = MgmtDev {
+            name: "sf.4".into(),
+            bus: Some("auxiliary".into()),
+            supported_classes: vec![ID_NET],
+            max_supported_vqs: 65,
+            dev_features: Features(u64::MAX),
+        };
+        let text = serde_json::to_string(&mgmtdev).unwrap();
+        assert!(text.contains(r#""dev_features":"0xffffffffffffffff""#), "{text}");
+        assert_eq!(serde_json::from_str::<MgmtDev>(&text).unwrap(), mgmtdev);
+        assert_eq!(mgmtdev.handle(), "auxiliary/sf.4");
+        assert!(serde_json::from_str::<MgmtDev>(&text.replace("0xf", "f")).is_err());
+    }
+
+    #[test]
+    fn absent_features_differ_from_no_features() {
+        let mut state = DevState::default();
+        let text = serde_json::to_string(&state).unwrap();
+        assert!(!text.contains("negotiated_features"), "{text}");
+        assert_eq!(serde_json::from_str::<DevState>(&text).unwrap(), state);
+        state.negotiated_features = Some(Features::NONE);
+        let text = serde_json::to_string(&state).unwrap();
+        assert_eq!(serde_json::from_str::<DevState>(&text).unwrap(), state);
+    }
+}

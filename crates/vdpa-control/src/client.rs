@@ -1,0 +1,310 @@
+//! [`Client`]: the control interface as blocking calls.
+
+use std::fmt::Write as _;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Bytes;
+use hyper::{Method, Request, StatusCode, header};
+use hyper_util::rt::TokioIo;
+use serde::de::DeserializeOwned;
+use tokio::net::UnixStream;
+use tokio::runtime::Runtime;
+
+use super::api::{
+    AddRequest, CtlError, DevInfo, ErrorBody, MgmtDev, QueueVstats, SetAnswer, SetRequest, UpdateInfo,
+    Version,
+};
+use super::config::DevConfig;
+
+/// Longer than the daemon's own limit (60 s), so that the daemon
+/// is the one to say that it is late.
+const TIMEOUT: Duration = Duration::from_secs(65);
+
+/// Bytes of an answer; far more than a daemon with thousands of devices sends.
+const ANSWER_BYTES: usize = 64 << 20;
+
+/// A client of the control socket. Every call connects anew and blocks.
+#[derive(Debug)]
+pub struct Client {
+    path: PathBuf,
+    timeout: Duration,
+    runtime: Runtime,
+}
+
+/// Why a call failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nobody listens.
+    #[error(
+        "vdpad is not running: nobody listens on {}; start it with \"systemctl start vdpad\" or \"vdpad\", or name \
+         its socket with --socket",
+        path.display()
+    )]
+    NotRunning {
+        /// The socket tried.
+        path: PathBuf,
+    },
+    /// The socket is not for this user.
+    #[error("no permission to use {}; run as root or as the user of vdpad", path.display())]
+    Permission {
+        /// The socket tried.
+        path: PathBuf,
+    },
+    /// No answer in time.
+    #[error("vdpad has not answered on {} within {} s", path.display(), after.as_secs_f32())]
+    TimedOut {
+        /// The socket tried.
+        path: PathBuf,
+        /// Time waited.
+        after: Duration,
+    },
+    /// The daemon refused the request.
+    #[error(transparent)]
+    Refused(#[from] CtlError),
+    /// The connection could not be had or broke.
+    #[error("cannot talk to vdpad on {}", path.display())]
+    Connection {
+        /// The socket tried.
+        path: PathBuf,
+        /// What happened.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// Whoever answers does not speak this protocol.
+    #[error("the answer of {} is not one of vdpad ({status}): {reason}", path.display())]
+    Protocol {
+        /// The socket tried.
+        path: PathBuf,
+        /// HTTP status of the answer.
+        status: StatusCode,
+        /// What is wrong with it.
+        reason: String,
+    },
+}
+
+impl Client {
+    /// A client of the daemon at `path`. Does not connect yet.
+    ///
+    /// # Errors
+    /// When the system refuses an epoll instance.
+    pub fn new(path: impl Into<PathBuf>) -> io::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        Ok(Self { path: path.into(), timeout: TIMEOUT, runtime })
+    }
+
+    /// The same client, waiting at most `timeout` for each call.
+    #[must_use]
+    pub fn with_timeout(self, timeout: Duration) -> Self {
+        Self { timeout, ..self }
+    }
+
+    /// The socket's path.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What answers at the other end.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn version(&self) -> Result<Version, ClientError> {
+        self.get("/v1/version")
+    }
+
+    /// Every management device.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn mgmtdevs(&self) -> Result<Vec<MgmtDev>, ClientError> {
+        self.get("/v1/mgmtdevs")
+    }
+
+    /// Every device.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn devices(&self) -> Result<Vec<DevInfo>, ClientError> {
+        self.get("/v1/devs")
+    }
+
+    /// One device.
+    ///
+    /// # Errors
+    /// [`ClientError`]; `ENODEV` for an unknown name.
+    pub fn device(&self, name: &str) -> Result<DevInfo, ClientError> {
+        self.get(&device_path(name))
+    }
+
+    /// The configuration of one device.
+    ///
+    /// # Errors
+    /// [`ClientError`]; `ENODEV`, `EOPNOTSUPP`.
+    pub fn config(&self, name: &str) -> Result<DevConfig, ClientError> {
+        self.get(&format!("{}/config", device_path(name)))
+    }
+
+    /// Vendor statistics of one queue; `None` sends no index, which the daemon refuses as the kernel does.
+    ///
+    /// # Errors
+    /// [`ClientError`]; the errno is that of the daemon (docs/control-api.md).
+    pub fn vstats(&self, name: &str, queue_index: Option<u32>) -> Result<QueueVstats, ClientError> {
+        let query = queue_index.map(|index| format!("?qidx={index}")).unwrap_or_default();
+        self.get(&format!("{}/vstats{query}", device_path(name)))
+    }
+
+    /// Who owns each device, and what is known of its updates.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn updates(&self) -> Result<Vec<UpdateInfo>, ClientError> {
+        self.get("/v1/updates")
+    }
+
+    /// The same of one device.
+    ///
+    /// # Errors
+    /// [`ClientError`]; `ENODEV` for an unknown name.
+    pub fn update(&self, name: &str) -> Result<UpdateInfo, ClientError> {
+        self.get(&format!("{}/update", device_path(name)))
+    }
+
+    /// Creates a device.
+    ///
+    /// # Errors
+    /// [`ClientError`]; the errno is that of the daemon (docs/control-api.md).
+    pub fn add(&self, request: &AddRequest) -> Result<(), ClientError> {
+        // Strings and maps of strings cannot fail to become JSON; should they, the daemon names the empty body.
+        let body = serde_json::to_vec(request).unwrap_or_default();
+        self.call(Method::POST, "/v1/devs", body).map(drop)
+    }
+
+    /// Changes attributes of a device.
+    ///
+    /// # Errors
+    /// [`ClientError`]; the errno is that of the daemon (docs/control-api.md).
+    pub fn set(&self, name: &str, request: &SetRequest) -> Result<SetAnswer, ClientError> {
+        let body = serde_json::to_vec(request).unwrap_or_default();
+        let (status, body) = self.call(Method::PATCH, &device_path(name), body)?;
+        serde_json::from_slice(&body).map_err(|error| self.protocol(status, &error))
+    }
+
+    /// Removes a device, even one in use if `force`.
+    ///
+    /// # Errors
+    /// [`ClientError`]; the errno is that of the daemon (docs/control-api.md).
+    pub fn delete(&self, name: &str, force: bool) -> Result<(), ClientError> {
+        let query = if force { "?force=1" } else { "" };
+        self.call(Method::DELETE, &format!("{}{query}", device_path(name)), Vec::new()).map(drop)
+    }
+
+    fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
+        let (status, body) = self.call(Method::GET, path, Vec::new())?;
+        serde_json::from_slice(&body).map_err(|error| self.protocol(status, &error))
+    }
+
+    /// Sends one request; returns a successful answer.
+    fn call(&self, method: Method, path: &str, body: Vec<u8>) -> Result<(StatusCode, Bytes), ClientError> {
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header(header::HOST, "vdpad")
+            .header(header::CONTENT_TYPE, "application/json")
+            .body(Full::new(Bytes::from(body)))
+            .map_err(|error| self.broken(error))?;
+        let exchange = async { tokio::time::timeout(self.timeout, self.exchange(request)).await };
+        let (status, body) = self
+            .runtime
+            .block_on(exchange)
+            .map_err(|_| ClientError::TimedOut { path: self.path.clone(), after: self.timeout })??;
+        if status.is_success() {
+            return Ok((status, body));
+        }
+        match serde_json::from_slice::<ErrorBody>(&body) {
+            Ok(error) => Err(ClientError::Refused(error.into())),
+            Err(error) => Err(self.protocol(status, &error)),
+        }
+    }
+
+    async fn exchange(&self, request: Request<Full<Bytes>>) -> Result<(StatusCode, Bytes), ClientError> {
+        let stream = UnixStream::connect(&self.path).await.map_err(|error| self.unconnected(error))?;
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(|error| self.broken(error))?;
+        // Owns the sender: its end is what tells the connection to end.
+        let talk = async move {
+            let answer = sender.send_request(request).await.map_err(|error| self.broken(error))?;
+            let status = answer.status();
+            let body = Limited::new(answer.into_body(), ANSWER_BYTES)
+                .collect()
+                .await
+                .map_err(|source| ClientError::Connection { path: self.path.clone(), source })?;
+            Ok((status, body.to_bytes()))
+        };
+        // The connection is what moves the bytes; when it ends first, `talk` ends too, with the reason.
+        let (answer, _) = tokio::join!(talk, connection);
+        answer
+    }
+
+    fn unconnected(&self, error: io::Error) -> ClientError {
+        let path = self.path.clone();
+        match error.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => ClientError::NotRunning { path },
+            io::ErrorKind::PermissionDenied => ClientError::Permission { path },
+            _ => ClientError::Connection { path, source: error.into() },
+        }
+    }
+
+    fn broken(&self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> ClientError {
+        ClientError::Connection { path: self.path.clone(), source: source.into() }
+    }
+
+    fn protocol(&self, status: StatusCode, error: &serde_json::Error) -> ClientError {
+        ClientError::Protocol { path: self.path.clone(), status, reason: error.to_string() }
+    }
+}
+
+/// The path of a device, with everything escaped that could end or extend it.
+fn device_path(name: &str) -> String {
+    let mut path = String::from("/v1/devs/");
+    for byte in name.bytes() {
+        if byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_' | b'~') {
+            path.push(char::from(byte));
+        } else {
+            // Writing to a string does not fail.
+            let _ = write!(path, "%{byte:02X}");
+        }
+    }
+    path
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_cannot_leave_its_place_in_the_path() {
+        assert_eq!(device_path("vdpa0"), "/v1/devs/vdpa0");
+        assert_eq!(device_path("a/b?c%d"), "/v1/devs/a%2Fb%3Fc%25d");
+    }
+
+    #[test]
+    fn nobody_listening_names_the_socket() {
+        let client = Client::new("/nonexistent/control.sock").unwrap();
+        let error = client.version().unwrap_err();
+        assert!(matches!(error, ClientError::NotRunning { .. }), "{error:?}");
+        assert!(error.to_string().contains("/nonexistent/control.sock"), "{error}");
+    }
+
+    #[test]
+    fn a_silent_daemon_times_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let client = Client::new(&path).unwrap().with_timeout(Duration::from_millis(50));
+        assert!(matches!(client.version(), Err(ClientError::TimedOut { .. })));
+    }
+}

@@ -1,0 +1,28 @@
+//! [`Front`]: the choice between kinds of device files.
+
+use std::str::FromStr;
+
+/// Which kind of device files the daemon serves (`vdpad --front`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Front {
+    /// Character devices where they can be made, else files.
+    #[default]
+    Auto,
+    /// Files of a FUSE mount.
+    Fuse,
+    /// Character devices, by CUSE.
+    Cuse,
+}
+
+impl FromStr for Front {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "fuse" => Ok(Self::Fuse),
+            "cuse" => Ok(Self::Cuse),
+            _ => Err("\"auto\", \"fuse\" or \"cuse\" is right"),
+        }
+    }
+}

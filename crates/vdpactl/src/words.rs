@@ -1,0 +1,221 @@
+//! The grammar of iproute2: abbreviated words, and `name value` pairs.
+
+use vdpa_control::api::{AddRequest, Attrs, SetRequest};
+use vdpa_control::config::MacAddr;
+
+use crate::failure::Failure;
+
+/// Whether `word` is `full` or an abbreviation of it.
+pub(crate) fn matches(word: &str, full: &str) -> bool {
+    !word.is_empty() && full.starts_with(word)
+}
+
+/// The failure for a command that does not exist.
+pub(crate) fn no_command(word: &str) -> Failure {
+    Failure::Words(format!("Command \"{word}\" not found"))
+}
+
+/// Runs a command of an object that can be shown and nothing else: `show`, which is meant without words too, `list`, or
+/// `help`. `show` gets the words that follow.
+pub(crate) fn show_only(
+    help: &str,
+    words: &[String],
+    show: impl FnOnce(&[String]) -> Result<(), Failure>,
+) -> Result<(), Failure> {
+    match words {
+        [] => show(&[]),
+        [word, ..] if matches(word, "help") => {
+            eprint!("{help}");
+            Ok(())
+        }
+        [word, rest @ ..] if matches(word, "show") || matches(word, "list") => show(rest),
+        [word, ..] => Err(no_command(word)),
+    }
+}
+
+/// The only word, for commands that take one: `DEV`, `NAME`.
+pub(crate) fn only(words: &[String]) -> Result<&str, Failure> {
+    match words {
+        [] => Err(Failure::Words("String parameter expected".into())),
+        [word] => Ok(word),
+        [_, extra, ..] => Err(unknown_option(extra)),
+    }
+}
+
+/// The failure for a word with which no pair begins.
+pub(crate) fn unknown_option(word: &str) -> Failure {
+    Failure::Words(format!("Unknown option \"{word}\""))
+}
+
+/// Checks the handle of a management device: `NAME` or `BUS/NAME`.
+pub(crate) fn handle(words: &[String]) -> Result<&str, Failure> {
+    let Some(word) = words.first() else {
+        return Err(Failure::Words(
+            "vdpa identification (\"mgmtdev_bus_name/mgmtdev_name\") expected".into(),
+        ));
+    };
+    if word.matches('/').count() > 1 {
+        return Err(Failure::Words(
+            "Wrong vdpa mgmtdev identification string format\n\
+             Expected \"mgmtdev_bus_name/mgmtdev_name\"\n\
+             Expected \"mgmtdev_name\""
+                .into(),
+        ));
+    }
+    Ok(word)
+}
+
+/// Reads the pairs of `dev add`.
+///
+/// The attributes that iproute2 knows are checked as it does; any other pair is passed on, for the daemon's
+/// management devices have attributes of their own.
+pub(crate) fn add_request(mut words: &[String]) -> Result<AddRequest, Failure> {
+    let (mut name, mut mgmtdev, mut attrs) = (None, None, Attrs::new());
+    while let [word, rest @ ..] = words {
+        words = rest.get(1..).unwrap_or_default();
+        // iproute2's order, which decides what an ambiguous abbreviation means.
+        let (attr, value) = match word.as_str() {
+            word if matches(word, "name") => {
+                name = Some(value(rest)?.to_owned());
+                continue;
+            }
+            word if matches(word, "mgmtdev") => {
+                mgmtdev = Some(handle(rest)?.to_owned());
+                continue;
+            }
+            "mac" => ("mac", mac_addr(value(rest)?)?.to_string()),
+            "mtu" => ("mtu", u16_text(rest)?),
+            word if matches(word, "max_vqp") => ("max_vqp", u16_text(rest)?),
+            word if matches(word, "device_features") => ("device_features", hexadecimal(value(rest)?)?),
+            "readonly" => {
+                let switch = rest.first().filter(|value| matches!(value.as_str(), "on" | "off"));
+                if switch.is_none() {
+                    words = rest;
+                }
+                ("readonly", switch.cloned().unwrap_or_else(|| "on".into()))
+            }
+            word => {
+                let value = rest.first().ok_or_else(|| unknown_option(word))?;
+                (word, value.clone())
+            }
+        };
+        attrs.insert(attr, value).map_err(|error| Failure::Words(error.to_string()))?;
+    }
+    let mgmtdev = mgmtdev.ok_or_else(|| Failure::Words("management device handle not set.".into()))?;
+    let name = name.ok_or_else(|| Failure::Words("device name is not set.".into()))?;
+    Ok(AddRequest { name, mgmtdev, attrs })
+}
+
+/// Reads the pairs of `dev set`: the name of a device, and what to change.
+pub(crate) fn set_request(mut words: &[String]) -> Result<(String, SetRequest), Failure> {
+    let (mut name, mut request) = (None, SetRequest::default());
+    while let [word, rest @ ..] = words {
+        words = rest.get(1..).unwrap_or_default();
+        match word.as_str() {
+            word if matches(word, "name") => name = Some(value(rest)?.to_owned()),
+            "mac" => request.mac = Some(mac_addr(value(rest)?)?),
+            word => return Err(unknown_option(word)),
+        }
+    }
+    let name = name.ok_or_else(|| Failure::Words("device name is not set.".into()))?;
+    Ok((name, request))
+}
+
+fn value(rest: &[String]) -> Result<&str, Failure> {
+    rest.first().map(String::as_str).ok_or_else(|| Failure::Words("String parameter expected".into()))
+}
+
+fn mac_addr(text: &str) -> Result<MacAddr, Failure> {
+    text.parse::<MacAddr>().map_err(|error| Failure::Words(error.to_string()))
+}
+
+fn u16_text(rest: &[String]) -> Result<String, Failure> {
+    let text = rest.first().ok_or_else(|| Failure::Words("number expected".into()))?;
+    text.parse::<u16>()
+        .map(|number| number.to_string())
+        .map_err(|_| Failure::Words(format!("\"{text}\" is not a number from 0 to 65535")))
+}
+
+/// Features are hexadecimal with or without `0x`, as in iproute2.
+fn hexadecimal(text: &str) -> Result<String, Failure> {
+    let digits = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")).unwrap_or(text);
+    u64::from_str_radix(digits, 16)
+        .ok()
+        .filter(|_| !digits.starts_with('+'))
+        .map(|features| format!("{features:#x}"))
+        .ok_or_else(|| Failure::Words(format!("\"{text}\" is not a feature word; 0x300000000 would be one")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(text: &str) -> Result<AddRequest, String> {
+        let words: Vec<_> = text.split(' ').map(str::to_owned).collect();
+        add_request(&words).map_err(|failure| match failure {
+            Failure::Words(text) => text,
+            other => format!("{other:?}"),
+        })
+    }
+
+    #[test]
+    fn pairs_in_any_order_and_abbreviated() {
+        let added =
+            request("mg auxiliary/sf.4 mtu 9000 n v0 max 2 mac 0:1:2:3:4:ff device 300000000").unwrap();
+        assert_eq!((added.name.as_str(), added.mgmtdev.as_str()), ("v0", "auxiliary/sf.4"));
+        assert_eq!(
+            added.attrs.iter().collect::<Vec<_>>(),
+            [
+                ("mtu", "9000"),
+                ("max_vqp", "2"),
+                ("mac", "00:01:02:03:04:ff"),
+                ("device_features", "0x300000000")
+            ]
+        );
+    }
+
+    #[test]
+    fn a_lone_readonly_is_on() {
+        let attrs = |text| {
+            let request = request(text).unwrap();
+            request.attrs.iter().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>()
+        };
+        assert_eq!(attrs("name b mgmtdev blk readonly path /x"), ["readonly=on", "path=/x"]);
+        assert_eq!(attrs("name b mgmtdev blk path /x readonly"), ["path=/x", "readonly=on"]);
+        assert_eq!(attrs("name b mgmtdev blk readonly off path /x"), ["readonly=off", "path=/x"]);
+    }
+
+    #[test]
+    fn a_device_is_named_and_its_new_address() {
+        let set = |text: &str| {
+            let words: Vec<_> = text.split(' ').map(str::to_owned).collect();
+            set_request(&words).map_err(|failure| match failure {
+                Failure::Words(text) => text,
+                other => format!("{other:?}"),
+            })
+        };
+        let mac = Some(MacAddr([0x52, 0x54, 0, 0x12, 0x34, 0x56]));
+        assert_eq!(set("mac 52:54:0:12:34:56 n v0"), Ok(("v0".into(), SetRequest { mac })));
+        assert_eq!(set("name v0"), Ok(("v0".into(), SetRequest { mac: None })));
+        assert_eq!(set("mac 52:54:0:12:34:56").unwrap_err(), "device name is not set.");
+        assert_eq!(set("name v0 mtu 1400").unwrap_err(), "Unknown option \"mtu\"");
+        assert_eq!(set("v0 mac 52:54:0:12:34:56").unwrap_err(), "Unknown option \"v0\"");
+        assert_eq!(set("name v0 ma 52:54:0:12:34:56").unwrap_err(), "Unknown option \"ma\"");
+        assert!(set("name v0 mac zz").unwrap_err().contains("not an Ethernet address"));
+    }
+
+    #[test]
+    fn wrong_words_are_named() {
+        let error = |text| request(text).unwrap_err();
+        assert_eq!(error("name v0"), "management device handle not set.");
+        assert_eq!(error("mgmtdev m"), "device name is not set.");
+        assert_eq!(error("mgmtdev m name"), "String parameter expected");
+        assert_eq!(error("name v0 mgmtdev m path"), "Unknown option \"path\"");
+        assert_eq!(error("name v0 mgmtdev m mtu"), "number expected");
+        assert_eq!(error("name v0 mgmtdev m mtu 65536"), "\"65536\" is not a number from 0 to 65535");
+        assert!(error("name v0 mgmtdev a/b/c").starts_with("Wrong vdpa mgmtdev identification"));
+        assert!(error("name v0 mgmtdev m mac 1:2:3").contains("not an Ethernet address"));
+        assert!(error("name v0 mgmtdev m device_features 0xg").contains("not a feature word"));
+        assert!(error("name v0 mgmtdev m path /a path /b").contains("given twice"));
+    }
+}

@@ -1,0 +1,11 @@
+//! The control interface: HTTP and JSON on a Unix socket (docs/control-api.md). Its types are in [`vdpa_control`].
+//!
+//! ```text
+//!  control.sock --> Server --> dyn Backend (the bus)
+//! ```
+
+mod backend;
+mod server;
+
+pub use backend::Backend;
+pub use server::{BindError, Limits, Server, StartError};

@@ -1,0 +1,241 @@
+//! The file or block device behind a block device.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::fs::{FlockOperation, OFlags, StatxFlags, flock, fstatfs, ioctl_blksszget, statx};
+use vdpa_core::Errno;
+use vdpa_core::blk::SECTOR;
+
+use super::options::Options;
+use vdpa_control::api::CtlError;
+
+/// Alignment of O_DIRECT transfers that any file system accepts, where the kernel does not tell.
+const DIRECT_ALIGN: u32 = 4096;
+
+/// How the thread that serves a disk reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reads {
+    /// By io_uring.
+    Queued,
+    /// By io_uring, which takes what is in the page cache without waiting. But one read that comes alone costs more to
+    /// queue than to do, if it is there.
+    AloneNow,
+    /// Itself: the kernel would need another thread.
+    Now,
+}
+
+/// An opened backing file and what its owner must know of it.
+#[derive(Clone, Debug)]
+pub(super) struct Backing {
+    pub(super) file: Arc<OwnedFd>,
+    /// Whole sectors of 512 bytes.
+    pub(super) sectors: u64,
+    /// Logical block size in bytes: transfers smaller than this are not possible with O_DIRECT.
+    pub(super) block_size: u32,
+    /// O_DIRECT: the alignment of memory, in bytes.
+    pub(super) memory_align: u32,
+    pub(super) direct: bool,
+    pub(super) read_only: bool,
+    /// Its file system may keep whoever asks it waiting, also one who asks not to: FUSE, and others that are not known.
+    pub(super) may_block: bool,
+    /// How reads are best done.
+    pub(super) reads: Reads,
+    /// Writes are best done by the thread that serves the disk, as long as none takes long.
+    pub(super) writes_now: bool,
+}
+
+impl Backing {
+    /// Opens and locks the file; every refusal names the file and what would be right.
+    pub(super) fn open(file: &Path, options: &Options) -> Result<Self, CtlError> {
+        let path = file.display();
+        let refuse = |errno, what: String, hint: &str| Err(CtlError::new(errno, what).with_hint(hint));
+        let mut open = File::options();
+        open.read(true).write(!options.read_only).custom_flags(
+            (if options.direct { OFlags::DIRECT } else { OFlags::empty() } | OFlags::CLOEXEC)
+                .bits()
+                .cast_signed(),
+        );
+        let file = match open.open(file) {
+            Ok(file) => file,
+            Err(error) => return Err(open_error(file, options, &error)),
+        };
+        let io = |error: std::io::Error| CtlError::new(errno(&error), format!("{path}: {error}"));
+        let meta = file.metadata().map_err(io)?;
+        let is_block = meta.file_type().is_block_device();
+        if !is_block && !meta.file_type().is_file() {
+            return refuse(
+                Errno::INVAL,
+                format!("{path} is neither a file nor a block device"),
+                "Give a regular file or a block device.",
+            );
+        }
+        let bytes = if is_block { seek_end(&file).map_err(io)? } else { meta.len() };
+        let sectors = bytes / SECTOR;
+        if sectors == 0 {
+            return refuse(
+                Errno::INVAL,
+                format!("{path} has {bytes} bytes, a disk needs at least {SECTOR}"),
+                "Make it larger, for example with \"truncate -s 1G FILE\".",
+            );
+        }
+        let operation = if options.read_only {
+            FlockOperation::NonBlockingLockShared
+        } else {
+            FlockOperation::NonBlockingLockExclusive
+        };
+        if !locks_soon(&file, operation) {
+            return refuse(
+                Errno::BUSY,
+                format!("{path} is locked by another program or device"),
+                "A disk has one writer, or readers only (readonly on).",
+            );
+        }
+        let may_block = !is_block && !answers_at_once(&file);
+        let reads = match (options.direct || may_block, !is_block && in_memory(&file)) {
+            (true, _) => Reads::Queued,
+            (false, true) => Reads::Now,
+            (false, false) => Reads::AloneNow,
+        };
+        let writes_now = !options.direct && !may_block;
+        let (block_size, memory_align) = alignment(&file, is_block, options.direct);
+        Ok(Self {
+            file: Arc::new(file.into()),
+            sectors: sectors / (u64::from(block_size) / SECTOR) * (u64::from(block_size) / SECTOR),
+            block_size,
+            memory_align,
+            direct: options.direct,
+            read_only: options.read_only,
+            may_block,
+            reads,
+            writes_now,
+        })
+    }
+}
+
+fn open_error(file: &Path, options: &Options, error: &std::io::Error) -> CtlError {
+    let path = file.display();
+    let hint = match error.kind() {
+        std::io::ErrorKind::NotFound => "Create it first, for example with \"truncate -s 1G FILE\".",
+        std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem => {
+            "Let the daemon's user open it, or use readonly on."
+        }
+        std::io::ErrorKind::InvalidInput if options.direct => {
+            "Its file system has no O_DIRECT; use direct off."
+        }
+        std::io::ErrorKind::IsADirectory => "Give a regular file or a block device.",
+        _ => "The daemon must be able to open it.",
+    };
+    CtlError::new(errno(error), format!("cannot open {path}: {error}")).with_hint(hint)
+}
+
+/// Logical block size and memory alignment for transfers.
+fn alignment(file: &File, is_block: bool, direct: bool) -> (u32, u32) {
+    let sector = 512;
+    let logical = if is_block { ioctl_blksszget(file).unwrap_or(sector).max(sector) } else { sector };
+    if !direct {
+        return (logical, 1);
+    }
+    // STATX_DIOALIGN, Linux 6.1.
+    let told = statx(file, "", rustix::fs::AtFlags::EMPTY_PATH, StatxFlags::from_bits_retain(0x2000))
+        .ok()
+        .filter(|stat| stat.stx_mask & 0x2000 != 0 && stat.stx_dio_offset_align > 0);
+    match told {
+        Some(stat) => (stat.stx_dio_offset_align.max(sector), stat.stx_dio_mem_align.max(1)),
+        None => (logical.max(DIRECT_ALIGN), DIRECT_ALIGN),
+    }
+}
+
+const TMPFS: u32 = 0x0102_1994;
+
+/// Locks the file. Waits for a moment: a daemon that was killed holds its disks until the kernel has taken its io_uring apart,
+/// which it does later, and rightly so, since operations may be in flight until then.
+fn locks_soon(file: &File, operation: FlockOperation) -> bool {
+    const PATIENCE: Duration = Duration::from_secs(1);
+    const PAUSE: Duration = Duration::from_millis(5);
+    let deadline = Instant::now() + PATIENCE;
+    while flock(file, operation).is_err() {
+        if Instant::now() >= deadline {
+            return false;
+        }
+        std::thread::sleep(PAUSE);
+    }
+    true
+}
+
+/// Whether the file system is known to answer at once, one way or the other, when it is asked not to wait (`IOCB_NOWAIT`).
+/// A write to one of these goes to the page cache and is over, nearly always.
+fn answers_at_once(file: &File) -> bool {
+    /// ext2 to ext4, XFS, btrfs, tmpfs, F2FS: `statfs(2)`.
+    const KNOWN: [u32; 5] = [0xef53, 0x5846_5342, 0x9123_683e, TMPFS, 0xf2f5_2010];
+    is_one_of(file, &KNOWN)
+}
+
+/// tmpfs, which has no disk behind it. io_uring does not read it at once, as it does with what other file systems have in
+/// memory, but hands every read to a thread of its own.
+fn in_memory(file: &File) -> bool {
+    is_one_of(file, &[TMPFS])
+}
+
+fn is_one_of(file: &File, types: &[u32]) -> bool {
+    // The type of the field is another one for each C library.
+    fstatfs(file).is_ok_and(|stat| u32::try_from(stat.f_type).is_ok_and(|kind| types.contains(&kind)))
+}
+
+fn seek_end(file: &File) -> std::io::Result<u64> {
+    use std::io::{Seek, SeekFrom};
+    let mut file = file;
+    file.seek(SeekFrom::End(0))
+}
+
+fn errno(error: &std::io::Error) -> Errno {
+    Errno::from_raw(error.raw_os_error().unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vdpa_control::api::Attrs;
+
+    fn open(path: &Path, extra: &[(&str, &str)]) -> Result<Backing, CtlError> {
+        let mut attrs = Attrs::new();
+        attrs.insert("path", path.to_str().unwrap()).unwrap();
+        extra.iter().for_each(|(name, value)| attrs.insert(*name, *value).unwrap());
+        Backing::open(path, &Options::parse("t", &attrs).unwrap())
+    }
+
+    #[test]
+    fn refusals_name_the_file_and_the_remedy() {
+        let dir = tempfile::tempdir().unwrap();
+        let small = dir.path().join("small");
+        std::fs::write(&small, [0; 511]).unwrap();
+        for (path, errno, words) in [
+            (dir.path().join("absent"), Errno::NOENT, "absent"),
+            (small.clone(), Errno::INVAL, "511 bytes"),
+            (dir.path().to_owned(), Errno::from_raw(21), "cannot open"),
+            ("/dev/null".into(), Errno::INVAL, "neither a file nor a block device"),
+        ] {
+            let error = open(&path, &[]).unwrap_err();
+            assert_eq!(error.errno, errno, "{error}");
+            assert!(error.message.contains(words) && error.hint.is_some(), "{error:?}");
+        }
+    }
+
+    #[test]
+    fn a_disk_has_one_writer_or_many_readers() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        std::fs::write(&path, vec![0; 4096 + 100]).unwrap();
+        let writer = open(&path, &[]).unwrap();
+        assert_eq!((writer.sectors, writer.block_size), (8, 512));
+        assert_eq!(open(&path, &[("readonly", "on")]).unwrap_err().errno, Errno::BUSY);
+        drop(writer);
+        let reader = open(&path, &[("readonly", "on")]).unwrap();
+        assert!(reader.read_only && open(&path, &[("readonly", "on")]).is_ok());
+        assert_eq!(open(&path, &[]).unwrap_err().errno, Errno::BUSY);
+    }
+}

@@ -1,0 +1,273 @@
+//! `blk`: a virtio block device on a file or block device.
+
+mod disk;
+mod edges;
+mod file;
+mod null;
+mod options;
+mod pace;
+mod range;
+
+use std::mem::offset_of;
+use std::sync::Arc;
+
+use vdpa_core::Errno;
+use vdpa_core::blk::BlkConfig;
+use vdpa_core::features::{BackendFeatures, Features};
+use vdpa_core::parent::{AddressMode, Dma, Parent, PrivateMemory, Profile, QueueStats};
+use vdpa_core::types::{IovaRange, QueueIndex, Result};
+use vdpa_core::vq::{QueueSetup, QueueState};
+use vdpa_sys::eventfd::EventFd;
+use vdpa_sys::guest::LinuxHost;
+use zerocopy::IntoBytes;
+
+use self::disk::FileDisk;
+use self::file::Backing;
+use self::null::NullDisk;
+use self::options::{Options, Source};
+use super::MgmtDevice;
+use super::options::no_worker;
+use vdpa_backend::front::vhost::AnyParent;
+use vdpa_backend::worker::{ClientMemory, QueueControl, Size, WorkerPool};
+use vdpa_control::api::{Attrs, CtlError, ID_BLOCK, MgmtDev};
+
+use crate::block::{Disk, Requests, WriteCache};
+
+/// Segments of data in one request.
+const SEG_MAX: u32 = 126;
+
+/// Sectors of the largest discard: 1 GiB, so that one request does not occupy the disk for long.
+const RANGE_SECTORS_MAX: u32 = 1 << 21;
+
+/// The management device `blk`.
+#[derive(Debug)]
+pub(crate) struct BlkMgmt;
+
+impl MgmtDevice for BlkMgmt {
+    fn describe(&self) -> MgmtDev {
+        MgmtDev {
+            name: "blk".into(),
+            bus: None,
+            supported_classes: vec![ID_BLOCK],
+            max_supported_vqs: 64,
+            dev_features: features(true, true, true),
+        }
+    }
+
+    fn create(&self, name: &str, attrs: &Attrs, pool: &WorkerPool) -> Result<AnyParent, CtlError> {
+        let options = Options::parse(name, attrs)?;
+        let blk = match &options.source {
+            Source::File(path) => {
+                let backing = Backing::open(path, &options)?;
+                let geometry = Geometry {
+                    sectors: backing.sectors,
+                    block_size: backing.block_size,
+                    read_only: backing.read_only,
+                };
+                Blk::new(name, &options, geometry, FileDisk::new(backing, options.serial), pool)?
+            }
+            Source::Null(sectors) => {
+                let geometry = Geometry { sectors: *sectors, block_size: 512, read_only: options.read_only };
+                Blk::new(name, &options, geometry, NullDisk::new(*sectors, options.serial), pool)?
+            }
+        };
+        Ok(Box::new(blk))
+    }
+}
+
+fn features(read_only: bool, packed: bool, in_order: bool) -> Features {
+    let offered = Features::of(&[
+        Features::BLK_SEG_MAX,
+        Features::BLK_BLK_SIZE,
+        Features::BLK_FLUSH,
+        Features::BLK_TOPOLOGY,
+        Features::BLK_CONFIG_WCE,
+        Features::BLK_MQ,
+        Features::BLK_DISCARD,
+        Features::BLK_WRITE_ZEROES,
+        Features::RING_INDIRECT_DESC,
+        Features::RING_EVENT_IDX,
+        Features::VERSION_1,
+        Features::ACCESS_PLATFORM,
+    ]);
+    let offered = if packed { offered.with(Features::RING_PACKED) } else { offered };
+    let offered = if in_order { offered.with(Features::IN_ORDER) } else { offered };
+    if read_only { offered.with(Features::BLK_RO) } else { offered }
+}
+
+/// What the driver is told of a disk.
+#[derive(Clone, Copy)]
+struct Geometry {
+    /// Of 512 bytes.
+    sectors: u64,
+    /// Logical, in bytes.
+    block_size: u32,
+    read_only: bool,
+}
+
+#[derive(Debug)]
+struct Blk {
+    profile: Profile,
+    config: BlkConfig,
+    /// What the driver has accepted.
+    accepted: Features,
+    cache: Arc<WriteCache>,
+    memory: ClientMemory,
+}
+
+impl Blk {
+    fn new(
+        name: &str,
+        options: &Options,
+        geometry: Geometry,
+        disk: impl Disk,
+        pool: &WorkerPool,
+    ) -> Result<Self, CtlError> {
+        let config = config(options, geometry);
+        let profile = profile(options, geometry);
+        let place = &options.placement;
+        let cache = Arc::<WriteCache>::default();
+        let size = Size { queues: options.queues, address_spaces: 1 };
+        let queues = pool.add(name, size, place, Requests::new(disk, Arc::clone(&cache)));
+        let queues = queues.map_err(|errno| no_worker(name, place, errno))?;
+        let memory = ClientMemory::new(name, queues, options.pin);
+        Ok(Self { profile, config, accepted: Features::NONE, cache, memory })
+    }
+
+    const fn queues(&self) -> &QueueControl {
+        self.memory.queues()
+    }
+}
+
+fn config(options: &Options, geometry: Geometry) -> BlkConfig {
+    BlkConfig {
+        capacity: geometry.sectors.into(),
+        seg_max: SEG_MAX.into(),
+        blk_size: geometry.block_size.into(),
+        min_io_size: 1.into(),
+        opt_io_size: 1.into(),
+        num_queues: options.queues.into(),
+        max_discard_sectors: RANGE_SECTORS_MAX.into(),
+        max_discard_seg: 1.into(),
+        discard_sector_alignment: (geometry.block_size >> 9).into(),
+        max_write_zeroes_sectors: RANGE_SECTORS_MAX.into(),
+        max_write_zeroes_seg: 1.into(),
+        write_zeroes_may_unmap: 1,
+        ..BlkConfig::default()
+    }
+}
+
+fn profile(options: &Options, geometry: Geometry) -> Profile {
+    Profile {
+        device_id: ID_BLOCK,
+        vendor_id: 0,
+        features: features(geometry.read_only, options.packed, options.in_order),
+        backend_features: BackendFeatures::of(&[
+            BackendFeatures::ENABLE_AFTER_DRIVER_OK,
+            BackendFeatures::NEW_OWNER,
+        ]),
+        queues: options.queues,
+        queue_size_max: options.queue_size,
+        queue_groups: Vec::new(),
+        groups: 1,
+        address_spaces: 1,
+        iova_range: IovaRange::ALL,
+        config_size: u32::try_from(size_of::<BlkConfig>()).unwrap_or(0),
+        suspend: true,
+        resume: true,
+        vring_size: true,
+        reset_map: true,
+        compat_reset: options.compat_reset,
+        address_mode: if options.pin { AddressMode::Pinned } else { AddressMode::Objects },
+        pin_limit: options.pin_limit,
+        private_memory: PrivateMemory::Copy,
+        max_iotlb_entries: 2048,
+        verify_remap: true,
+        identity_map: false,
+        reset_owner: options.reset_owner,
+        strict_new_owner: options.strict_new_owner,
+        status_unsuspends: false,
+        report_batch_errors: true,
+    }
+}
+
+impl Parent for Blk {
+    type Host = LinuxHost;
+
+    fn profile(&self) -> &Profile {
+        &self.profile
+    }
+
+    fn read_config(&self, offset: u32, out: &mut [u8]) {
+        // Before the features are agreed on, what a driver with a flush command will find.
+        let features = if self.accepted == Features::NONE { self.profile.features } else { self.accepted };
+        let wce = self.cache.is_write_back(features).into();
+        copy_config(&BlkConfig { wce, ..self.config }, offset, out);
+    }
+
+    fn write_config(&mut self, offset: u32, data: &[u8]) {
+        // The field `writeback` is all that is the driver's to write (virtio 1.2 section 5.2.5), if it has accepted that.
+        let at = u32::try_from(offset_of!(BlkConfig, wce)).ok().and_then(|wce| wce.checked_sub(offset));
+        if self.accepted.has(Features::BLK_CONFIG_WCE)
+            && let Some(wce) = at.and_then(|at| data.get(usize::try_from(at).ok()?))
+        {
+            self.cache.set(*wce != 0);
+        }
+    }
+
+    fn negotiate(&mut self, features: Features) -> Result<Features> {
+        if !features.has(Features::ACCESS_PLATFORM) || !features.has(Features::VERSION_1) {
+            return Err(Errno::INVAL);
+        }
+        self.accepted = features & self.profile.features;
+        Ok(self.accepted)
+    }
+
+    fn start_queue(
+        &mut self,
+        index: QueueIndex,
+        setup: &QueueSetup<LinuxHost>,
+        state: QueueState,
+    ) -> Result<()> {
+        self.queues().start(index, setup, state)
+    }
+
+    fn stop_queue(&mut self, index: QueueIndex) -> Result<Option<QueueState>> {
+        self.queues().stop(index)
+    }
+
+    fn dma(&mut self) -> Dma<'_, LinuxHost> {
+        Dma::SetMap(&mut self.memory)
+    }
+
+    fn reset(&mut self) {
+        self.accepted = Features::NONE;
+        self.cache.reset();
+        self.queues().reset();
+    }
+
+    fn fail(&mut self) -> Result<()> {
+        self.queues().fail()
+    }
+
+    fn needs_reset(&self) -> bool {
+        self.queues().needs_reset()
+    }
+
+    fn set_config_call(&mut self, event: Option<&EventFd>) {
+        self.queues().set_config_call(event);
+    }
+
+    fn queue_stats(&self, index: QueueIndex) -> QueueStats {
+        self.queues().stats(index)
+    }
+}
+
+/// Copies a part of configuration space; the range was checked.
+pub(super) fn copy_config(config: &BlkConfig, offset: u32, out: &mut [u8]) {
+    let bytes = config.as_bytes();
+    let from = usize::try_from(offset).unwrap_or(usize::MAX);
+    if let Some(part) = bytes.get(from..).and_then(|rest| rest.get(..out.len())) {
+        out.copy_from_slice(part);
+    }
+}

@@ -1,0 +1,193 @@
+//! Attributes of `vdpactl dev add ... mgmtdev blk`.
+
+use std::path::PathBuf;
+
+use vdpa_core::Errno;
+use vdpa_core::blk::{ID_BYTES, SECTOR};
+use vdpa_core::parent::{CompatReset, PinLimit};
+
+use crate::devices::options::{
+    CPUS_ATTR, MEMLOCK_ATTR, QUEUE_SIZE_ATTR, WORKER_ATTR, compat_reset, invalid, pin_limit, placement,
+    queue_size, reject_unknown,
+};
+use vdpa_backend::worker::Placement;
+use vdpa_control::api::{Attrs, CtlError};
+
+/// Entries of a ring at most. QEMU 10.0.13, and whatever else has its fix, offers guests 1024 in every virtio device and
+/// fails to start a vhost-vdpa device that takes less.
+const QUEUE_SIZE: u16 = 1024;
+
+/// Names of the attributes and what they take, for the error that lists them.
+const KNOWN: [(&str, &str); 16] = [
+    ("path", "FILE"),
+    ("null", "BYTES"),
+    ("readonly", "on|off"),
+    ("direct", "on|off"),
+    ("pin", "on|off"),
+    MEMLOCK_ATTR,
+    ("queues", "1-64"),
+    QUEUE_SIZE_ATTR,
+    ("packed", "on|off"),
+    ("in_order", "on|off"),
+    ("serial", "TEXT of at most 20 bytes"),
+    ("compat_reset", "keep|clean"),
+    ("reset_owner", "on|off"),
+    ("strict_new_owner", "on|off"),
+    CPUS_ATTR,
+    WORKER_ATTR,
+];
+
+/// Where the data are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Source {
+    /// In this file or block device.
+    File(PathBuf),
+    /// Nowhere: so many sectors of 512 bytes that hold nothing, for measuring.
+    Null(u64),
+}
+
+/// What a block device is made of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Options {
+    pub(super) source: Source,
+    pub(super) read_only: bool,
+    /// Bypass the page cache.
+    pub(super) direct: bool,
+    /// Pin guest memory by registering it with io_uring.
+    pub(super) pin: bool,
+    /// How much may be pinned for one owner.
+    pub(super) pin_limit: PinLimit,
+    pub(super) queues: u16,
+    pub(super) queue_size: u16,
+    /// Offer packed rings. Not by default: clients that pass features on to a guest unseen, and set the base of each ring
+    /// to 0 whatever its format, would have a guest that is never served (Cloud Hypervisor).
+    pub(super) packed: bool,
+    /// Offer to answer requests in order. Not by default: drivers take it whenever it is offered, and one slow request would
+    /// then hold back the answers to all that came after it.
+    pub(super) in_order: bool,
+    /// The device id, padded with zeros.
+    pub(super) serial: [u8; ID_BYTES],
+    /// What a reset without IOTLB_PERSIST does to the translation.
+    pub(super) compat_reset: CompatReset,
+    /// Let RESET_OWNER work.
+    pub(super) reset_owner: bool,
+    pub(super) strict_new_owner: bool,
+    /// Where the rings are served.
+    pub(super) placement: Placement,
+}
+
+impl Options {
+    /// Reads the attributes; `name` is the default serial.
+    pub(super) fn parse(name: &str, attrs: &Attrs) -> Result<Self, CtlError> {
+        reject_unknown("blk", attrs, &KNOWN)?;
+        let number = |key, min, max, default: u16| -> Result<u16, CtlError> {
+            let value = attrs.number(key, min, max).map_err(invalid)?;
+            Ok(value.map_or(default, |value| u16::try_from(value).unwrap_or(default)))
+        };
+        let switch = |key, default| attrs.switch(key).map_err(invalid).map(|on| on.unwrap_or(default));
+        Ok(Self {
+            source: source(attrs)?,
+            read_only: switch("readonly", false)?,
+            direct: switch("direct", false)?,
+            pin: switch("pin", true)?,
+            pin_limit: pin_limit(attrs)?,
+            queues: number("queues", 1, 64, 4)?,
+            queue_size: queue_size(attrs, QUEUE_SIZE)?,
+            packed: switch("packed", false)?,
+            in_order: switch("in_order", false)?,
+            serial: serial(attrs.get("serial"), name)?,
+            compat_reset: compat_reset(attrs, CompatReset::Keep)?,
+            reset_owner: switch("reset_owner", false)?,
+            strict_new_owner: switch("strict_new_owner", false)?,
+            placement: placement(attrs)?,
+        })
+    }
+}
+
+/// A path, or the size of a disk that is none.
+fn source(attrs: &Attrs) -> Result<Source, CtlError> {
+    let path = attrs.get("path").filter(|path| !path.is_empty());
+    match (path, attrs.number("null", SECTOR, 1 << 60).map_err(invalid)?) {
+        (Some(path), None) => Ok(Source::File(path.into())),
+        (None, Some(bytes)) => Ok(Source::Null(bytes / SECTOR)),
+        (Some(_), Some(_)) => Err(CtlError::new(Errno::INVAL, "blk takes one of path and null")
+            .with_hint("null is a disk without data, for measuring: leave it out.")),
+        (None, None) => Err(CtlError::new(Errno::INVAL, "blk needs the attribute path")
+            .with_hint("Give the file or block device that holds the data: path /srv/disk.img")),
+    }
+}
+
+/// The id: as given, or the device's name cut to fit.
+fn serial(given: Option<&str>, name: &str) -> Result<[u8; ID_BYTES], CtlError> {
+    let text = match given {
+        Some(text) if text.len() > ID_BYTES => {
+            return Err(CtlError::new(Errno::INVAL, format!("serial \"{text}\" has {} bytes", text.len()))
+                .with_hint("At most 20 bytes are right."));
+        }
+        Some(text) => text,
+        None => name,
+    };
+    let mut serial = [0; ID_BYTES];
+    serial.iter_mut().zip(text.bytes()).for_each(|(to, from)| *to = from);
+    Ok(serial)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn attrs(pairs: &[(&str, &str)]) -> Attrs {
+        let mut attrs = Attrs::new();
+        pairs.iter().for_each(|(name, value)| attrs.insert(*name, *value).unwrap());
+        attrs
+    }
+
+    #[test]
+    fn defaults_and_every_attribute() {
+        let options = Options::parse("disk0", &attrs(&[("path", "/d")])).unwrap();
+        assert!(options.pin && !options.direct && !options.read_only && !options.strict_new_owner);
+        assert!(!options.packed && !options.in_order);
+        assert!(options.compat_reset == CompatReset::Keep && !options.reset_owner);
+        assert_eq!((options.queues, options.queue_size), (4, 1024));
+        assert_eq!(&options.serial[..6], b"disk0\0");
+        let all = [
+            ("path", "/d"),
+            ("readonly", "on"),
+            ("direct", "on"),
+            ("pin", "off"),
+            ("memlock", "8192"),
+            ("queues", "64"),
+            ("queue_size", "1024"),
+            ("packed", "on"),
+            ("in_order", "on"),
+            ("serial", "12345678901234567890"),
+            ("compat_reset", "clean"),
+            ("reset_owner", "on"),
+        ];
+        let options = Options::parse("x", &attrs(&all)).unwrap();
+        assert!(!options.pin && options.direct && options.read_only);
+        assert!(options.packed && options.in_order);
+        assert_eq!(options.pin_limit, PinLimit::Pages(2));
+        assert!(options.compat_reset == CompatReset::Clean && options.reset_owner);
+        assert_eq!((options.queues, options.queue_size, options.serial[19]), (64, 1024, b'0'));
+    }
+
+    #[test]
+    fn what_is_wrong_is_named_with_what_would_be_right() {
+        for (pairs, errno, word) in [
+            (&[][..], Errno::INVAL, "path"),
+            (&[("path", "/d"), ("queues", "0")], Errno::INVAL, "queues"),
+            (&[("path", "/d"), ("queue_size", "100")], Errno::INVAL, "queue_size"),
+            (&[("path", "/d"), ("pin", "yes")], Errno::INVAL, "pin"),
+            (&[("path", "/d"), ("memlock", "lots")], Errno::INVAL, "memlock"),
+            (&[("path", "/d"), ("serial", "123456789012345678901")], Errno::INVAL, "serial"),
+            (&[("path", "/d"), ("mac", "0")], Errno::OPNOTSUPP, "mac"),
+            (&[("path", "/d"), ("null", "512")], Errno::INVAL, "one of path and null"),
+            (&[("null", "511")], Errno::INVAL, "null"),
+        ] {
+            let error = Options::parse("x", &attrs(pairs)).unwrap_err();
+            assert_eq!(error.errno, errno);
+            assert!(error.message.contains(word), "{error}");
+        }
+    }
+}

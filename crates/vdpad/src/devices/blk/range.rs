@@ -1,0 +1,129 @@
+//! Requests about ranges of the disk that carry no data: discard and write-zeroes.
+
+use vdpa_core::Errno;
+use vdpa_core::blk::{BlkRequest, SECTOR, Segment};
+use vdpa_core::types::Result;
+use vdpa_sys::uring::{Buffers, Op, OwnedBuf};
+
+use super::disk::{FileDisk, IO_ERROR, OK, Transfer, UNSUPPORTED};
+use vdpa_backend::worker::MemoryView;
+
+use crate::block::{After, Verdict, Zero};
+
+/// Bytes of zeros written at a time where a file system cannot zero ranges itself.
+const ZEROS: u64 = 1 << 20;
+
+const FALLOC_KEEP_SIZE: i32 = 0x1;
+const FALLOC_PUNCH_HOLE: i32 = 0x2;
+const FALLOC_ZERO_RANGE: i32 = 0x10;
+
+impl FileDisk {
+    /// The one segment of a discard or write-zeroes request, in bytes; the verdict when there is none that can be carried
+    /// out.
+    fn segment(
+        &self,
+        request: &BlkRequest<'_>,
+        flags: u32,
+        view: &MemoryView,
+    ) -> Result<std::result::Result<(Transfer, Segment), Verdict>> {
+        let mut raw = [0; Segment::BYTES];
+        if request.data_out.len() != raw.len() as u64 {
+            return Ok(Err(IO_ERROR));
+        }
+        request.data_out.read(view.snapshot(), &mut raw).map_err(|_| Errno::FAULT)?;
+        let segment = Segment::parse(&raw);
+        if segment.flags & !flags != 0 {
+            return Ok(Err(UNSUPPORTED));
+        }
+        let sectors = segment.num_sectors;
+        if self.backing.read_only
+            || sectors > super::RANGE_SECTORS_MAX
+            || !self.contains(segment.sector, sectors.into())
+        {
+            return Ok(Err(IO_ERROR));
+        }
+        let Ok(len) = u32::try_from(u64::from(sectors) * SECTOR) else { return Ok(Err(IO_ERROR)) };
+        if len == 0 {
+            Ok(Err(OK))
+        } else {
+            Ok(Ok((Transfer { offset: segment.sector * SECTOR, len }, segment)))
+        }
+    }
+
+    pub(super) fn discard(&self, request: &BlkRequest<'_>, view: &MemoryView) -> Result<Verdict> {
+        let (range, _) = match self.segment(request, 0, view)? {
+            Ok(found) => found,
+            Err(verdict) => return Ok(verdict),
+        };
+        // A hint: of blocks that are meant in part nothing can be discarded.
+        let block = u64::from(self.backing.block_size);
+        let end = range.offset + u64::from(range.len);
+        let (offset, end) = (range.offset.next_multiple_of(block), end - end % block);
+        if offset >= end {
+            return Ok(OK);
+        }
+        let op = self.fallocate(offset, end, FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE);
+        Ok(self.changes(range, op, After::Hint))
+    }
+
+    pub(super) fn write_zeroes(
+        &self,
+        request: &BlkRequest<'_>,
+        view: &MemoryView,
+        sync: bool,
+    ) -> Result<Verdict> {
+        let (range, segment) = match self.segment(request, Segment::UNMAP, view)? {
+            Ok(found) => found,
+            Err(verdict) => return Ok(verdict),
+        };
+        let unmap = segment.flags & Segment::UNMAP != 0;
+        let mode = if unmap { FALLOC_PUNCH_HOLE } else { FALLOC_ZERO_RANGE } | FALLOC_KEEP_SIZE;
+        let end = range.offset + u64::from(range.len);
+        Ok(match self.zero(range.offset, end, Some(mode), sync) {
+            Verdict::Io { op, after } => self.changes(range, op, after),
+            verdict => verdict,
+        })
+    }
+
+    fn fallocate(&self, offset: u64, end: u64, mode: i32) -> Op {
+        Op::Fallocate { file: self.file(), mode, offset, len: end - offset }
+    }
+
+    /// Zeroes the next part of `[at, end)`: what is left of a block, or whole blocks.
+    fn zero(&self, at: u64, end: u64, mode: Option<i32>, sync: bool) -> Verdict {
+        if at >= end {
+            return self.stable(sync);
+        }
+        let block = u64::from(self.backing.block_size);
+        let whole_end = end - end % block;
+        let zero = |next, expected| Box::new(Zero { at, next, expected, end, mode, sync });
+        let whole = at.is_multiple_of(block) && at < whole_end;
+        if let (true, Some(mode)) = (whole, mode) {
+            let op = self.fallocate(at, whole_end, mode);
+            return Verdict::Io { op, after: After::Zero(zero(whole_end, 0)) };
+        }
+        let next = if whole { whole_end.min(at + ZEROS) } else { end.min(at - at % block + block) };
+        let Ok(len) = u32::try_from(next - at) else { return IO_ERROR };
+        let range = Transfer { offset: at, len };
+        let verdict = if self.is_whole(range) {
+            self.bounce(len).map(|zeros| {
+                let buffers = Buffers::Owned(OwnedBuf::Aligned(zeros));
+                let op = Op::Write { file: self.file(), buffers, offset: at };
+                Verdict::Io { op, after: After::Zero(zero(next, len)) }
+            })
+        } else {
+            self.patch(range, |_| Ok(()), |written| After::Zero(zero(next, written)))
+        };
+        verdict.unwrap_or(IO_ERROR)
+    }
+
+    /// Goes on after a part of a range has been zeroed, or not.
+    pub(super) fn zeroed(&self, zero: Zero, result: Result<u32>) -> Verdict {
+        let Zero { at, next, expected, end, mode, sync } = zero;
+        match result {
+            Ok(moved) if moved == expected => self.zero(next, end, mode, sync),
+            Err(Errno::OPNOTSUPP) if mode.is_some() => self.zero(at, end, None, sync),
+            _ => IO_ERROR,
+        }
+    }
+}

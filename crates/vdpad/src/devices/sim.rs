@@ -1,0 +1,388 @@
+//! What the simulators have in common: the module parameters of the kernel's `vdpa_sim`, as attributes of a device.
+//!
+//! | `use_va` | `batch_mapping` | reaches client memory by | backend features of the live-update series |
+//! |---|---|---|---|
+//! | on | on | owner addresses, whole tables | NEW_OWNER, IOTLB_REMAP |
+//! | on | off | owner addresses, single mappings | none: REMAP would be required and cannot be had |
+//! | off | either | pinned pages | NEW_OWNER |
+//!
+//! Source: uapi-spec 6.1, 8.6.
+
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use vdpa_core::Errno;
+use vdpa_core::features::{BackendFeatures, Features};
+use vdpa_core::iotlb::{Mapping, Removed, Table};
+use vdpa_core::net::MAC_BYTES;
+use vdpa_core::parent::{
+    AddressMode, CompatReset, Dma, DmaMap, Parent, PinLimit, PrivateMemory, Profile, QueueStats, SetMap,
+};
+use vdpa_core::types::{Asid, IovaRange, QueueIndex, Result};
+use vdpa_core::vq::{QueueSetup, QueueState};
+use vdpa_sys::eventfd::EventFd;
+use vdpa_sys::guest::{GuestMemory, LinuxHost};
+
+use super::options::{
+    CPUS_ATTR, MEMLOCK_ATTR, QUEUE_SIZE_ATTR, WORKER_ATTR, compat_reset, invalid, pin_limit, placement,
+    queue_size, reject_unknown,
+};
+use vdpa_backend::worker::{MemoryView, Placement, QueueControl};
+use vdpa_control::api::{Attrs, CtlError};
+
+/// Entries of the largest ring, as in the kernel's simulators (`VDPASIM_QUEUE_MAX`).
+pub(super) const QUEUE_SIZE: u16 = 256;
+
+/// Names of the attributes every simulator has, and what they take.
+pub(super) const KNOWN: [(&str, &str); 10] = [
+    ("use_va", "on|off"),
+    ("batch_mapping", "on|off"),
+    ("max_iotlb_entries", "2-1048576"),
+    ("compat_reset", "keep|clean"),
+    ("verify_remap", "on|off"),
+    ("reset_owner", "on|off"),
+    QUEUE_SIZE_ATTR,
+    MEMLOCK_ATTR,
+    CPUS_ATTR,
+    WORKER_ATTR,
+];
+
+/// How a simulator treats mappings and owners.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Options {
+    /// Reach client memory by the owner's addresses, else by pinned pages.
+    pub(super) use_va: bool,
+    /// Take whole tables, else single mappings.
+    pub(super) batch_mapping: bool,
+    /// Entries of the simulator's own table, per address space. That of the interface has its own limit.
+    pub(super) max_iotlb_entries: usize,
+    /// What a reset without IOTLB_PERSIST does to the simulator's table.
+    pub(super) compat_reset: CompatReset,
+    /// Refuse REMAP to other memory.
+    pub(super) verify_remap: bool,
+    /// Let RESET_OWNER work.
+    pub(super) reset_owner: bool,
+    /// Entries of the largest ring. The kernel's simulators have no such parameter.
+    pub(super) queue_size: u16,
+    /// How much may be pinned for one owner.
+    pub(super) pin_limit: PinLimit,
+    /// Where the rings are served.
+    pub(super) placement: Placement,
+}
+
+impl Default for Options {
+    /// The kernel's defaults, and a REMAP that is checked: the contract demands the same memory.
+    fn default() -> Self {
+        Self {
+            use_va: true,
+            batch_mapping: true,
+            max_iotlb_entries: 2048,
+            compat_reset: CompatReset::Clean,
+            verify_remap: true,
+            reset_owner: false,
+            queue_size: QUEUE_SIZE,
+            pin_limit: PinLimit::Rlimit,
+            placement: Placement::default(),
+        }
+    }
+}
+
+impl Options {
+    /// Reads the attributes of a device of `kind`, which has those in `own` besides.
+    pub(super) fn parse(kind: &str, attrs: &Attrs, own: &[(&str, &str)]) -> Result<Self, CtlError> {
+        reject_unknown(kind, attrs, &[own, &KNOWN].concat())?;
+        let default = Self::default();
+        let switch = |key, default| attrs.switch(key).map_err(invalid).map(|on| on.unwrap_or(default));
+        let entries = attrs.number("max_iotlb_entries", 2, 1 << 20).map_err(invalid)?;
+        Ok(Self {
+            use_va: switch("use_va", default.use_va)?,
+            batch_mapping: switch("batch_mapping", default.batch_mapping)?,
+            max_iotlb_entries: entries
+                .and_then(|entries| usize::try_from(entries).ok())
+                .unwrap_or(default.max_iotlb_entries),
+            compat_reset: compat_reset(attrs, default.compat_reset)?,
+            verify_remap: switch("verify_remap", default.verify_remap)?,
+            reset_owner: switch("reset_owner", default.reset_owner)?,
+            queue_size: queue_size(attrs, default.queue_size)?,
+            pin_limit: pin_limit(attrs)?,
+            placement: placement(attrs)?,
+        })
+    }
+
+    /// `base`, a [`Profile::simulator`], with everything that depends on the options.
+    fn apply(&self, base: Profile) -> Profile {
+        let live: &[_] = match (self.use_va, self.batch_mapping) {
+            (true, true) => &[BackendFeatures::NEW_OWNER, BackendFeatures::IOTLB_REMAP],
+            (true, false) => &[],
+            (false, _) => &[BackendFeatures::NEW_OWNER],
+        };
+        let (address_mode, private_memory) = if self.use_va {
+            (AddressMode::OwnerAddresses, PrivateMemory::Skip)
+        } else {
+            (AddressMode::PinnedPages, PrivateMemory::Copy)
+        };
+        Profile {
+            backend_features: base.backend_features | BackendFeatures::of(live),
+            queue_size_max: self.queue_size,
+            pin_limit: self.pin_limit,
+            vring_size: !self.batch_mapping,
+            compat_reset: self.compat_reset,
+            address_mode,
+            private_memory,
+            verify_remap: self.verify_remap,
+            reset_owner: self.reset_owner,
+            ..base
+        }
+    }
+
+    /// Whether a table of that many entries fits.
+    ///
+    /// # Errors
+    /// `ENOSPC`.
+    pub(super) fn check_room(&self, entries: usize) -> Result<()> {
+        if entries <= self.max_iotlb_entries { Ok(()) } else { Err(Errno::NOSPC) }
+    }
+}
+
+/// The table of one address space of a simulator that takes single mappings.
+#[derive(Debug, Default)]
+struct SingleMappings(BTreeMap<u64, Mapping<GuestMemory>>);
+
+impl SingleMappings {
+    /// Adds a mapping.
+    ///
+    /// # Errors
+    /// `ENOSPC` when the table is full.
+    fn insert(&mut self, mapping: &Mapping<GuestMemory>, options: &Options) -> Result<()> {
+        options.check_room(self.0.len() + 1)?;
+        self.0.insert(mapping.range.first(), mapping.clone());
+        Ok(())
+    }
+
+    /// Removes every mapping that lies in `range`.
+    fn remove(&mut self, range: IovaRange) {
+        self.0.retain(|_, mapping| !range.contains(mapping.range));
+    }
+
+    /// All of them.
+    fn table(&self) -> Table<GuestMemory> {
+        self.0.values().cloned().collect()
+    }
+}
+
+/// What one simulator has that others have not.
+pub(super) trait Model: Debug + Send {
+    /// See [`Parent::read_config`].
+    fn read_config(&self, offset: u32, out: &mut [u8]);
+
+    /// See [`Parent::write_config`].
+    fn write_config(&self, offset: u32, data: &[u8]);
+
+    /// See [`Parent::queue_stats`].
+    fn queue_stats(&self, worker: &QueueControl, index: QueueIndex) -> QueueStats;
+
+    /// See [`Parent::fail`].
+    fn fail(&self, _worker: &QueueControl) -> Result<()> {
+        Err(Errno::OPNOTSUPP)
+    }
+
+    /// See [`Parent::vendor_stats`].
+    fn vendor_stats(&self, _index: QueueIndex) -> Result<Vec<(&'static str, u64)>> {
+        Err(Errno::OPNOTSUPP)
+    }
+
+    /// See [`Parent::set_mac`].
+    fn set_mac(&self, _mac: [u8; MAC_BYTES]) -> Result<()> {
+        Err(Errno::OPNOTSUPP)
+    }
+}
+
+/// A simulator: what it is, its model, and the worker that serves its queues.
+#[derive(Debug)]
+pub(super) struct Simulator<M> {
+    profile: Profile,
+    model: M,
+    mappings: Mappings,
+}
+
+impl<M: Model> Simulator<M> {
+    /// `base` is a [`Profile::simulator`].
+    pub(super) fn new(base: Profile, options: Options, model: M, worker: QueueControl) -> Self {
+        let profile = options.apply(base);
+        Self { profile, model, mappings: Mappings { worker, options, single: BTreeMap::new() } }
+    }
+}
+
+impl<M: Model> Parent for Simulator<M> {
+    type Host = LinuxHost;
+
+    fn profile(&self) -> &Profile {
+        &self.profile
+    }
+
+    fn read_config(&self, offset: u32, out: &mut [u8]) {
+        self.model.read_config(offset, out);
+    }
+
+    fn write_config(&mut self, offset: u32, data: &[u8]) {
+        self.model.write_config(offset, data);
+    }
+
+    fn negotiate(&mut self, features: Features) -> Result<Features> {
+        self.profile.mask_features(features)
+    }
+
+    fn start_queue(
+        &mut self,
+        index: QueueIndex,
+        setup: &QueueSetup<LinuxHost>,
+        state: QueueState,
+    ) -> Result<()> {
+        self.mappings.worker.start(index, setup, state)
+    }
+
+    fn stop_queue(&mut self, index: QueueIndex) -> Result<Option<QueueState>> {
+        self.mappings.worker.stop(index)
+    }
+
+    fn dma(&mut self) -> Dma<'_, LinuxHost> {
+        if self.mappings.options.batch_mapping {
+            Dma::SetMap(&mut self.mappings)
+        } else {
+            Dma::DmaMap(&mut self.mappings)
+        }
+    }
+
+    fn reset(&mut self) {
+        self.mappings.worker.reset();
+    }
+
+    fn fail(&mut self) -> Result<()> {
+        self.model.fail(&self.mappings.worker)
+    }
+
+    fn needs_reset(&self) -> bool {
+        self.mappings.worker.needs_reset()
+    }
+
+    fn set_config_call(&mut self, event: Option<&EventFd>) {
+        self.mappings.worker.set_config_call(event);
+    }
+
+    fn queue_stats(&self, index: QueueIndex) -> QueueStats {
+        self.model.queue_stats(&self.mappings.worker, index)
+    }
+
+    fn vendor_stats(&self, index: QueueIndex) -> Result<Vec<(&'static str, u64)>> {
+        self.model.vendor_stats(index)
+    }
+
+    fn set_mac(&mut self, mac: [u8; MAC_BYTES]) -> Result<()> {
+        self.model.set_mac(mac)
+    }
+}
+
+/// The part of a simulator that reaches client memory: its worker, and what the worker is shown of each address space.
+#[derive(Debug)]
+struct Mappings {
+    worker: QueueControl,
+    options: Options,
+    /// With `batch_mapping off`.
+    single: BTreeMap<Asid, SingleMappings>,
+}
+
+impl Mappings {
+    /// Gives the worker a table. Requests are answered before the next command is looked at, so there is never one
+    /// in flight, and a invalidation only makes the queues look their rings up again.
+    fn show(&self, asid: Asid, table: &Table<GuestMemory>) -> Result<()> {
+        self.worker.set_view(asid, Arc::new(MemoryView::new(table, Vec::new())), Removed::everything())
+    }
+
+    fn show_single(&self, asid: Asid) -> Result<()> {
+        self.show(asid, &self.single.get(&asid).map(SingleMappings::table).unwrap_or_default())
+    }
+}
+
+impl SetMap<LinuxHost> for Mappings {
+    fn set_map(&mut self, asid: Asid, table: &Table<GuestMemory>) -> Result<()> {
+        if let Err(full) = self.options.check_room(table.len()) {
+            // As in the kernel, where filling the table has begun by emptying it.
+            self.show(asid, &Table::default())?;
+            return Err(full);
+        }
+        self.show(asid, table)
+    }
+}
+
+impl DmaMap<LinuxHost> for Mappings {
+    fn dma_map(&mut self, asid: Asid, mapping: &Mapping<GuestMemory>) -> Result<()> {
+        self.single.entry(asid).or_default().insert(mapping, &self.options)?;
+        self.show_single(asid)
+    }
+
+    fn dma_unmap(&mut self, asid: Asid, range: IovaRange) {
+        self.single.entry(asid).or_default().remove(range);
+        if let Err(errno) = self.show_single(asid) {
+            tracing::error!("the worker is gone, nothing uses its mappings any more: {errno}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(pairs: &[(&str, &str)]) -> Result<Options, CtlError> {
+        let mut attrs = Attrs::new();
+        pairs.iter().for_each(|(name, value)| attrs.insert(*name, *value).unwrap());
+        Options::parse("sim", &attrs, &[("mac", "MAC")])
+    }
+
+    fn profile(pairs: &[(&str, &str)]) -> Profile {
+        options(pairs).unwrap().apply(Profile::simulator(2, Features::NONE, 1, 0))
+    }
+
+    #[test]
+    fn the_backend_bits_follow_the_translation() {
+        for (pairs, own, size) in [
+            (&[][..], 0x640, false),
+            (&[("batch_mapping", "off")], 0x040, true),
+            (&[("use_va", "off")], 0x240, false),
+            (&[("use_va", "off"), ("batch_mapping", "off")], 0x240, true),
+        ] {
+            let profile = profile(pairs);
+            assert_eq!((profile.backend_features.0, profile.vring_size), (own, size), "{pairs:?}");
+        }
+        assert_eq!(profile(&[("use_va", "off")]).private_memory, PrivateMemory::Copy);
+        assert_eq!(profile(&[("compat_reset", "keep")]).compat_reset, CompatReset::Keep);
+        assert!(profile(&[("reset_owner", "on")]).reset_owner && !profile(&[]).reset_owner);
+        assert!(!profile(&[("verify_remap", "off")]).verify_remap);
+        assert_eq!(profile(&[]).queue_size_max, 256);
+        assert_eq!(profile(&[("queue_size", "1024")]).queue_size_max, 1024);
+        assert_eq!(profile(&[("memlock", "8192")]).pin_limit, PinLimit::Pages(2));
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        for (name, value, errno) in [
+            ("use_va", "yes", Errno::INVAL),
+            ("max_iotlb_entries", "1", Errno::INVAL),
+            ("compat_reset", "on", Errno::INVAL),
+            ("queue_size", "1000", Errno::INVAL),
+            ("path", "/d", Errno::OPNOTSUPP),
+        ] {
+            let error = options(&[(name, value)]).unwrap_err();
+            assert_eq!(error.errno, errno, "{name}");
+            assert!(error.message.contains(name), "{error}");
+        }
+        assert_eq!(options(&[("mac", "00:11:22:33:44:55")]).unwrap(), Options::default());
+    }
+
+    #[test]
+    fn the_table_has_a_limit() {
+        let options = options(&[("max_iotlb_entries", "2")]).unwrap();
+        assert_eq!(options.check_room(2), Ok(()));
+        assert_eq!(options.check_room(3), Err(Errno::NOSPC));
+    }
+}

@@ -1,0 +1,199 @@
+//! `sim-blk`: the kernel's block simulator (`vdpa_sim_blk`) with its constants and its quirks, in RAM.
+
+use std::sync::Arc;
+
+use vdpa_core::blk::{BlkConfig, BlkRequest, SECTOR, Segment, ShapeError, Status, kind};
+use vdpa_core::features::Features;
+use vdpa_core::parent::{Profile, QueueStats};
+use vdpa_core::types::{QueueIndex, Result};
+use vdpa_sys::uring::OwnedBuf;
+
+use super::MgmtDevice;
+use super::blk::copy_config;
+use super::options::no_worker;
+use super::sim::{Model, Options, Simulator};
+use vdpa_backend::front::vhost::AnyParent;
+use vdpa_backend::worker::{MemoryView, QueueControl, Size, WorkerPool};
+use vdpa_control::api::{Attrs, CtlError, ID_BLOCK, MgmtDev};
+
+use crate::block::{After, Disk, Moment, Requests, Verdict};
+
+/// SIZE_MAX, SEG_MAX, BLK_SIZE, FLUSH, TOPOLOGY, MQ, DISCARD, WRITE_ZEROES and those all simulators have.
+const FEATURES: Features = Features(0x3_0800_7646);
+
+/// Sectors of the disk: 128 MiB.
+const CAPACITY: u64 = 0x4_0000;
+
+/// Sectors of the largest transfer.
+const SECTORS_MAX: u64 = 131_072;
+
+const ID: &[u8; 20] = b"vdpa_blk_sim\0\0\0\0\0\0\0\0";
+
+/// The management device `sim-blk`.
+#[derive(Debug)]
+pub(crate) struct SimBlkMgmt;
+
+impl MgmtDevice for SimBlkMgmt {
+    fn describe(&self) -> MgmtDev {
+        MgmtDev {
+            name: "sim-blk".into(),
+            bus: None,
+            supported_classes: vec![ID_BLOCK],
+            max_supported_vqs: 0,
+            dev_features: Features::NONE,
+        }
+    }
+
+    fn create(&self, name: &str, attrs: &Attrs, pool: &WorkerPool) -> Result<AnyParent, CtlError> {
+        let options = Options::parse("sim-blk", attrs, &[])?;
+        let place = &options.placement;
+        let size = Size { queues: 1, address_spaces: 1 };
+        let worker = pool.add(name, size, place, Requests::new(RamDisk::new(), Arc::default()));
+        let worker = worker.map_err(|errno| no_worker(name, place, errno))?;
+        let config_size = u32::try_from(size_of::<BlkConfig>()).unwrap_or(0);
+        let profile = Profile::simulator(ID_BLOCK, FEATURES, 1, config_size);
+        Ok(Box::new(Simulator::new(profile, options, Blk, worker)))
+    }
+}
+
+fn config() -> BlkConfig {
+    BlkConfig {
+        capacity: CAPACITY.into(),
+        size_max: 4096.into(),
+        seg_max: 32.into(),
+        blk_size: 512.into(),
+        min_io_size: 1.into(),
+        opt_io_size: 1.into(),
+        num_queues: 1.into(),
+        max_discard_sectors: u32::MAX.into(),
+        max_discard_seg: 1.into(),
+        discard_sector_alignment: 512.into(),
+        max_write_zeroes_sectors: u32::MAX.into(),
+        max_write_zeroes_seg: 1.into(),
+        ..BlkConfig::default()
+    }
+}
+
+#[derive(Debug)]
+struct Blk;
+
+impl Model for Blk {
+    fn read_config(&self, offset: u32, out: &mut [u8]) {
+        copy_config(&config(), offset, out);
+    }
+
+    fn write_config(&self, _offset: u32, _data: &[u8]) {
+        // The block is rebuilt on every read.
+    }
+
+    fn fail(&self, worker: &QueueControl) -> Result<()> {
+        worker.fail()
+    }
+
+    fn queue_stats(&self, worker: &QueueControl, index: QueueIndex) -> QueueStats {
+        worker.stats(index)
+    }
+}
+
+struct RamDisk {
+    bytes: Vec<u8>,
+}
+
+impl RamDisk {
+    fn new() -> Self {
+        // Zeroed by the kernel page by page, as it is touched.
+        Self { bytes: vec![0; usize::try_from(CAPACITY * SECTOR).unwrap_or(0)] }
+    }
+
+    /// The bytes of a transfer. The kernel checks whole sectors only and lets a length that is no multiple of 512
+    /// reach past the check; here the bytes count.
+    fn range(&mut self, sector: u64, len: u64) -> Option<&mut [u8]> {
+        if sector >= CAPACITY || len.div_ceil(SECTOR) > SECTORS_MAX.min(CAPACITY - sector) {
+            return None;
+        }
+        let from = usize::try_from(sector * SECTOR).ok()?;
+        let len = usize::try_from(len).ok()?;
+        self.bytes.get_mut(from..)?.get_mut(..len)
+    }
+
+    fn discard_or_zero(&mut self, request: &BlkRequest<'_>, view: &MemoryView) -> Option<Verdict> {
+        let mut raw = [0; Segment::BYTES];
+        if request.data_out.len() != raw.len() as u64 {
+            return Some(done(Status::IoErr));
+        }
+        request.data_out.read(view.snapshot(), &mut raw).ok()?;
+        let segment = Segment::parse(&raw);
+        let zero = request.header.kind == kind::WRITE_ZEROES;
+        let allowed = if zero { Segment::UNMAP } else { 0 };
+        if segment.flags & !allowed != 0 {
+            return Some(done(Status::Unsupp));
+        }
+        let sectors = u64::from(segment.num_sectors);
+        if segment.sector >= CAPACITY || sectors > CAPACITY - segment.sector {
+            return Some(done(Status::IoErr));
+        }
+        if zero {
+            let from = usize::try_from(segment.sector * SECTOR).ok()?;
+            let len = usize::try_from(sectors * SECTOR).ok()?;
+            self.bytes.get_mut(from..)?.get_mut(..len)?.fill(0);
+        }
+        Some(done(Status::Ok))
+    }
+
+    /// `None` when client memory is out of reach.
+    fn serve(&mut self, request: &BlkRequest<'_>, view: &MemoryView) -> Option<Verdict> {
+        let header = request.header;
+        if header.sector != 0 && !matches!(header.kind, kind::IN | kind::OUT) {
+            return Some(done(Status::IoErr));
+        }
+        match header.kind {
+            kind::IN => {
+                let Some(bytes) = self.range(header.sector, request.data_in.len()) else {
+                    return Some(done(Status::IoErr));
+                };
+                request.data_in.write(view.snapshot(), bytes).ok()?;
+                let written = u32::try_from(bytes.len()).ok()?;
+                Some(Verdict::Done { status: Status::Ok, written })
+            }
+            kind::OUT => {
+                let Some(bytes) = self.range(header.sector, request.data_out.len()) else {
+                    return Some(done(Status::IoErr));
+                };
+                request.data_out.read(view.snapshot(), bytes).ok()?;
+                Some(done(Status::Ok))
+            }
+            kind::FLUSH => Some(done(Status::Ok)),
+            // With less room the kernel's id overruns the status byte: completed without one and in silence.
+            kind::GET_ID if request.data_in.len() < ID.len() as u64 => {
+                Some(Verdict::Misshapen { notify: false })
+            }
+            kind::GET_ID => {
+                request.data_in.write(view.snapshot(), ID).ok()?;
+                Some(Verdict::Done { status: Status::Ok, written: 20 })
+            }
+            kind::DISCARD | kind::WRITE_ZEROES => self.discard_or_zero(request, view),
+            _ => Some(done(Status::IoErr)),
+        }
+    }
+}
+
+const fn done(status: Status) -> Verdict {
+    Verdict::Done { status, written: 0 }
+}
+
+impl Disk for RamDisk {
+    fn begin(&mut self, request: &BlkRequest<'_>, view: &Arc<MemoryView>, _moment: Moment) -> Verdict {
+        self.serve(request, view).unwrap_or(Verdict::Unreachable)
+    }
+
+    fn misshapen(&mut self, error: &ShapeError) -> Verdict {
+        match error {
+            ShapeError::Fault(_) => Verdict::Unreachable,
+            _ => Verdict::Misshapen { notify: false },
+        }
+    }
+
+    fn proceed(&mut self, _: After, _: Result<u32>, _: Option<OwnedBuf>, _: &Arc<MemoryView>) -> Verdict {
+        done(Status::IoErr)
+    }
+}
