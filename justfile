@@ -62,6 +62,10 @@ flame *args:
 bench-io *args:
     scripts/bench-io {{args}}
 
+# Two builds in turn: whether the programs became slower: "just bench-compare BEFORE AFTER".
+bench-compare *args:
+    scripts/bench-compare {{args}}
+
 # Writes docs/uapi.md anew from the suite.
 matrix:
     cargo run --locked --package vdpa-conformance --bin vdpa-conform -- --matrix > docs/uapi.md
