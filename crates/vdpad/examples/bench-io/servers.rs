@@ -5,7 +5,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use vdpa_sys::exec::end_with_starter;
+use vdpa_sys::exec::terminate_with_parent;
 use vdpad::ctl::api::{AddRequest, Attrs};
 use vdpad::ctl::client::Client;
 use vdpad::front::Choice;
@@ -90,7 +90,7 @@ impl Qemu {
                 socket.display()
             )
         };
-        let child = end_with_starter(&mut Command::new(program))
+        let child = terminate_with_parent(&mut Command::new(program))
             .arg("--blockdev")
             .arg(format!("driver=file,node-name=disk,filename={},aio=io_uring,locking=off", file.display()))
             .args(["--export", &export("disk")])
@@ -179,7 +179,7 @@ impl Floor {
         if let Some(file) = file {
             command.arg("--file").arg(file);
         }
-        let child = end_with_starter(&mut command).spawn()?;
+        let child = terminate_with_parent(&mut command).spawn()?;
         wait_for(&socket, "the floor")?;
         Ok(Self { child, socket })
     }
