@@ -8,7 +8,7 @@ use crate::errno::Errno;
 use crate::features::{BackendFeatures, Features};
 use crate::host::{Bytes, Event, Host};
 use crate::net::NetConfig;
-use crate::net::loopback::{CONTROL, End, FEATURES, Loopback, QUEUES, RX, Shared, TX, Tell};
+use crate::net::loopback::{CONTROL, FEATURES, Loopback, LoopbackQueue, Notify, QUEUES, RX, Shared, TX};
 use crate::parent::{Dma, Parent, Profile, QueueStats};
 use crate::ring::split::SplitQueue;
 use crate::ring::{Chain, RingError};
@@ -108,7 +108,7 @@ struct Side<H: Host<Memory: Bytes>> {
     ring: SplitQueue<TableArea<H::Memory>>,
 }
 
-impl<H: Host<Memory: Bytes>> End for Side<H> {
+impl<H: Host<Memory: Bytes>> LoopbackQueue for Side<H> {
     type Memory = View<H>;
 
     fn memory(&self) -> &View<H> {
@@ -123,11 +123,11 @@ impl<H: Host<Memory: Bytes>> End for Side<H> {
         self.ring.pop(&self.memory, chain)
     }
 
-    fn complete(&mut self, head: u16, len: usize, tell: Tell) {
+    fn complete(&mut self, head: u16, len: usize, notify: Notify) {
         let len = u32::try_from(len).unwrap_or(u32::MAX);
-        // A ring that has gone is one nobody looks at.
-        let wanted = self.ring.push_used(head, len).and_then(|()| self.ring.publish()).unwrap_or(false);
-        if let Some(call) = self.setup.call.as_ref().filter(|_| wanted || tell == Tell::Always) {
+        // After an error of the ring nothing was published, so there is nothing to notify about.
+        let enabled = self.ring.push_used(head, len).and_then(|()| self.ring.publish()).unwrap_or(false);
+        if let Some(call) = self.setup.call.as_ref().filter(|_| enabled || notify == Notify::Always) {
             call.signal();
         }
     }
