@@ -219,10 +219,10 @@ impl Segment {
     }
 }
 
-/// Why a chain is no block request.
+/// Why a chain does not have the framing of a block request (virtio 1.2 section 2.7.4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]
-pub enum ShapeError {
+pub enum FramingError {
     /// The header cannot be reached; the request may be tried again.
     #[error(transparent)]
     Fault(#[from] Fault),
@@ -255,16 +255,16 @@ impl<'a> BlkRequest<'a> {
     /// no data.
     ///
     /// # Errors
-    /// [`ShapeError`]; the rules are those of uapi-spec 6.3.
-    pub fn parse<M: Memory>(memory: &M, chain: &'a Chain) -> Result<Self, ShapeError> {
+    /// [`FramingError`]; the rules are those of uapi-spec 6.3.
+    pub fn parse<M: Memory>(memory: &M, chain: &'a Chain) -> Result<Self, FramingError> {
         let readable = chain.readable();
-        let short = ShapeError::Header { readable: readable.len() };
+        let short = FramingError::Header { readable: readable.len() };
         let Some(&Buffer { iova, len: last @ 1.. }) = chain.writable.last() else {
-            return Err(ShapeError::Status);
+            return Err(FramingError::Status);
         };
         let (header, data_out) = readable.split_at(HEADER_BYTES).ok_or(short)?;
         let writable = chain.writable();
-        let (data_in, _) = writable.split_at(writable.len().saturating_sub(1)).ok_or(ShapeError::Status)?;
+        let (data_in, _) = writable.split_at(writable.len().saturating_sub(1)).ok_or(FramingError::Status)?;
         let mut raw = [0; 16];
         header.read(memory, &mut raw)?;
         Ok(Self {
@@ -370,11 +370,11 @@ mod tests {
         let good = || vec![Buffer { iova: 0x1000, len: 16 }];
         let buffer = |iova, len| vec![Buffer { iova, len }];
         assert_eq!(parse(good(), good()), Ok(()));
-        assert_eq!(parse(vec![], good()), Err(ShapeError::Header { readable: 0 }));
-        assert_eq!(parse(buffer(0x1000, 15), good()), Err(ShapeError::Header { readable: 15 }));
-        assert_eq!(parse(good(), vec![]), Err(ShapeError::Status));
-        assert_eq!(parse(good(), [good(), buffer(0x1100, 0)].concat()), Err(ShapeError::Status));
+        assert_eq!(parse(vec![], good()), Err(FramingError::Header { readable: 0 }));
+        assert_eq!(parse(buffer(0x1000, 15), good()), Err(FramingError::Header { readable: 15 }));
+        assert_eq!(parse(good(), vec![]), Err(FramingError::Status));
+        assert_eq!(parse(good(), [good(), buffer(0x1100, 0)].concat()), Err(FramingError::Status));
         memory.protect(IovaRange::new(0x1000, 0x1000).unwrap(), Perm::NONE);
-        assert_eq!(parse(good(), good()), Err(ShapeError::Fault(Fault { addr: 0x1000 })));
+        assert_eq!(parse(good(), good()), Err(FramingError::Fault(Fault { addr: 0x1000 })));
     }
 }

@@ -164,7 +164,7 @@ impl<H: Host<Memory: Bytes>> RamBlk<H> {
     fn answer(&mut self, chain: &Chain, view: &View<H>) -> Option<u32> {
         let request = match BlkRequest::parse(view, chain) {
             Ok(request) => request,
-            Err(crate::blk::ShapeError::Fault(_)) => return None,
+            Err(crate::blk::FramingError::Fault(_)) => return None,
             Err(_) => return Some(0),
         };
         let sector = request.header.sector;
