@@ -27,7 +27,7 @@
 //! device.dma_map(Asid(0), 0x10_0000, 2 * 4096, uaddr, Perm::RW)?;
 //!
 //! // A forked child holds the same open file and is not the owner.
-//! let child = device.by(process.fork());
+//! let child = device.for_caller(process.fork());
 //! assert_eq!(child.dma_unmap(Asid(0), 0, 0), Err(Errno::FAULT));
 //!
 //! // An exec makes the process another one, which takes the device over.
@@ -120,13 +120,13 @@ impl<P: Parent, C> fmt::Debug for InProcess<P, C> {
 impl<P: Parent, C: Clone> Clone for InProcess<P, C> {
     /// A duplicate of the descriptor.
     fn clone(&self) -> Self {
-        self.by(self.caller.clone())
+        self.for_caller(self.caller.clone())
     }
 }
 
 impl<P: Parent, C> InProcess<P, C> {
-    /// The same open file in the hands of another process: a descriptor inherited or passed on.
-    pub fn by<D>(&self, caller: D) -> InProcess<P, D> {
+    /// The same open file used by another process, as through an inherited or passed descriptor.
+    pub fn for_caller<D>(&self, caller: D) -> InProcess<P, D> {
         InProcess { file: Arc::clone(&self.file), caller }
     }
 
@@ -319,7 +319,7 @@ mod tests {
     fn the_last_handle_closes_the_device() {
         let node = Node::new(RamBlk::new(1));
         let device = node.open(TestProcess::new()).unwrap();
-        let inherited = device.by(TestProcess::new());
+        let inherited = device.for_caller(TestProcess::new());
         device.set_owner().unwrap();
         drop(device);
         assert_eq!(inherited.set_owner(), Err(Errno::BUSY), "the owner is recorded while the file is open");

@@ -65,7 +65,7 @@ fn heir(bench: &Bench) -> (InProcess<RamBlk, TestProcess>, u64) {
     let process = TestProcess::new();
     let _ = process.map_new(64 * PAGE);
     let uaddr = process.map(&bench.object);
-    (bench.device.by(process), uaddr)
+    (bench.device.for_caller(process), uaddr)
 }
 
 impl Bench {
@@ -318,7 +318,7 @@ fn r7_o8_after_new_owner_a_mapping_is_as_unmapped_until_it_is_remapped() {
     let mut driver = drive(&bench);
     assert!(driver.read(&bench));
     // A forked child has the old address mapped too, and it counts for nothing.
-    let child = bench.device.by(bench.owner.fork());
+    let child = bench.device.for_caller(bench.owner.fork());
     child.new_owner().unwrap();
     assert!(bench.mappings().is_empty() && !driver.read(&bench));
     assert_eq!(child.dma_map(A0, IOVA, PAGE, bench.uaddr, Perm::RW), Err(Errno::FAULT), "the range is taken");
@@ -468,7 +468,7 @@ fn o18_fork_from_owner_has_no_part_in_it() {
     let device = node.open(TestProcess::new()).unwrap();
     device.with(|device, _| device.set_fork_from_owner(0)).unwrap();
     device.set_owner().unwrap();
-    device.by(TestProcess::new()).new_owner().unwrap();
+    device.for_caller(TestProcess::new()).new_owner().unwrap();
     assert_eq!(node.with(|device| device.fork_from_owner()), 0);
 }
 
