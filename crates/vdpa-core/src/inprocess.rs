@@ -3,7 +3,7 @@
 //! | vhost-vdpa | here |
 //! |---|---|
 //! | a device file, `/dev/vhost-vdpa-N` | [`Node`] |
-//! | an open file | [`InProcess`] and its [handles for others](InProcess::by); the last one closes it |
+//! | an open file | [`InProcess`] and its [handles for others](InProcess::for_caller); the last one closes it |
 //! | the process that makes a request | the [`Caller`] of the handle |
 //!
 //! Errors are those of the file. A test acts as two processes with two callers, and as an exec with a caller whose

@@ -258,7 +258,7 @@ impl<P: Parent> Device<P> {
     /// client memory is not touched any more and bases are stable.
     ///
     /// # Errors
-    /// `EOPNOTSUPP`; `EIO` when a queue does not come to rest, and the device runs on then.
+    /// `EOPNOTSUPP`; `EIO` when a queue cannot be stopped, and the device runs on then.
     pub fn suspend(&mut self) -> Result<()> {
         if !self.status.contains(Status::DRIVER_OK) {
             return Ok(());

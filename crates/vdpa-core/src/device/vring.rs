@@ -160,7 +160,7 @@ impl<P: Parent> Device<P> {
     /// exact and not merely recent.
     ///
     /// # Errors
-    /// `EPERM`; `ENOBUFS`; `EIO` when the queue does not come to rest.
+    /// `EPERM`; `ENOBUFS`; `EIO` when the queue cannot be stopped.
     pub fn vring_base(&mut self, caller: &dyn Caller<P::Host>, index: QueueIndex) -> Result<u32> {
         let features = self.base_features;
         let running = self.vring(caller, index)?.running;
@@ -178,7 +178,7 @@ impl<P: Parent> Device<P> {
     /// does not start a suspended device.
     ///
     /// # Errors
-    /// `EPERM`; `ENOBUFS`; `EIO` when the queue does not come to rest, and then it is still enabled.
+    /// `EPERM`; `ENOBUFS`; `EIO` when the queue cannot be stopped, and then it is still enabled.
     pub fn set_vring_enable(
         &mut self,
         caller: &dyn Caller<P::Host>,
@@ -200,7 +200,7 @@ impl<P: Parent> Device<P> {
     /// `VHOST_SET_VRING_KICK`; `None` unbinds.
     ///
     /// # Errors
-    /// `EPERM`; `ENOBUFS`; `EIO` when a running queue does not come to rest.
+    /// `EPERM`; `ENOBUFS`; `EIO` when a running queue cannot be stopped.
     pub fn set_vring_kick(
         &mut self,
         caller: &dyn Caller<P::Host>,
