@@ -22,7 +22,7 @@ impl<P: Parent> Device<P> {
         let space = caller.address_space()?;
         self.parent.bind_owner(Some(&space)).inspect_err(|_| self.forget_negotiation())?;
         self.ownership.set(space);
-        self.follow_owner();
+        self.update_identity_maps();
         Ok(())
     }
 
@@ -83,7 +83,7 @@ impl<P: Parent> Device<P> {
         if self.own_features.has(BackendFeatures::IOTLB_REMAP) && !faults::is(Fault::StaleReadable) {
             self.mark_stale();
         }
-        self.follow_owner();
+        self.update_identity_maps();
         if faults::is(Fault::NewOwnerUnmaps) {
             self.unmap_everything();
         }

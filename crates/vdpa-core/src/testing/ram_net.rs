@@ -69,7 +69,7 @@ fn profile() -> Profile {
 }
 
 impl<H: Host<Memory: Bytes>> RamNet<H> {
-    /// Serves what is available on the queues that run. To be called after a kick of any of them.
+    /// Processes the available requests of all running queues. Call it after a kick of any of them.
     pub fn serve(&mut self) {
         let mut control = self.side(CONTROL);
         if let Some(control) = control.as_mut().filter(|side| side.features().has(Features::NET_CTRL_VQ)) {
@@ -81,12 +81,12 @@ impl<H: Host<Memory: Bytes>> RamNet<H> {
         }
         for (index, side) in [(CONTROL, control), (TX, tx), (RX, rx)] {
             if let (Some(queue), Some(side)) = (self.queue(index), side) {
-                queue.leave(&side.ring);
+                queue.save(&side.ring);
             }
         }
     }
 
-    /// A running queue whose ring can be reached; one that cannot waits for a mapping and the next call.
+    /// The queue, if it is running and its ring can be accessed. Otherwise it waits for a mapping and the next call.
     fn side(&self, index: u16) -> Option<Side<H>> {
         let queue = self.queues.get(usize::from(index))?.as_ref()?;
         let memory = self.maps.view(queue.setup.asid);
@@ -101,7 +101,7 @@ impl<H: Host> RamNet<H> {
     }
 }
 
-/// A queue while it is served.
+/// A queue while it is processed.
 struct Side<H: Host<Memory: Bytes>> {
     setup: QueueSetup<H>,
     memory: View<H>,
