@@ -1,4 +1,4 @@
-//! Both sides of a packed ring whose memory changes at any moment, between any two calls.
+//! Both sides of a packed ring whose memory changes between any two calls.
 #![no_main]
 
 use arbitrary::Arbitrary;
@@ -6,10 +6,10 @@ use libfuzzer_sys::fuzz_target;
 use vdpa_core::features::Features;
 use vdpa_core::ring::driver::Driver;
 use vdpa_core::ring::{Buffer, Ring, RingError};
-use vdpa_core::testing::{Pair, RingPair};
+use vdpa_core::testing::RingPair;
 use vdpa_core::types::{IovaRange, Perm};
 use vdpa_core::vq::QueueState;
-use vdpa_fuzz::ring::{Taken, descriptor, poke, protect};
+use vdpa_fuzz::ring::{Taken, descriptor, memory_bytes, poke, protect, write_descriptor, write_indirect};
 
 #[derive(Arbitrary, Debug)]
 struct Input {
@@ -17,7 +17,7 @@ struct Input {
     event_idx: bool,
     in_order: bool,
     refuse_indirect: bool,
-    /// Where the device starts, as `VHOST_SET_VRING_BASE` has it.
+    /// Position at which the device starts, in the encoding of `VHOST_SET_VRING_BASE`.
     base: u32,
     lost: u16,
     ops: Vec<Op>,
@@ -25,12 +25,12 @@ struct Input {
 
 #[derive(Arbitrary, Debug)]
 enum Op {
-    /// Anywhere in the ring or the buffers.
+    /// Writes anywhere in the ring or the buffers.
     Poke {
         at: u16,
         bytes: [u8; 4],
     },
-    /// A descriptor of the ring that is often almost right.
+    /// Writes a descriptor of the ring that is often nearly valid.
     Descriptor {
         index: u8,
         at: u16,
@@ -39,7 +39,7 @@ enum Op {
         flags: u8,
         lap: u8,
     },
-    /// One of an indirect table in the buffers.
+    /// Writes a descriptor of an indirect table in the buffers.
     Indirect {
         table: u8,
         index: u8,
@@ -47,7 +47,7 @@ enum Op {
         len: u16,
         flags: u8,
     },
-    /// A descriptor with any content.
+    /// Writes a descriptor with any content.
     Raw {
         index: u8,
         bytes: [u8; 16],
@@ -82,12 +82,12 @@ enum Op {
     RestartDriver,
 }
 
-/// What must hold between the calls.
+/// The ring and the model that [`State::check`] compares it with after each operation.
 struct State {
     pair: RingPair,
     size: u16,
     taken: Taken,
-    /// In flight from before the start, and descriptors of theirs.
+    /// Requests in flight from before the start, and the number of their descriptors.
     lost: (u16, u16),
     /// By token: whether it was completed.
     tokens: Vec<bool>,
@@ -115,22 +115,20 @@ impl State {
 
     fn memory(&mut self, op: &Op) {
         let (pair, size) = (&self.pair, self.size);
-        let buffers = pair.buffers();
-        let bytes = buffers - Pair::BASE + Pair::BUFFER_BYTES;
-        let slot = |index: u8| pair.ring.desc + u64::from(u16::from(index) % size) * 16;
+        let (buffers, bytes) = (pair.buffers(), memory_bytes(pair));
         match *op {
             Op::Poke { at, bytes: raw } => poke(&pair.memory, bytes, at, raw),
             Op::Descriptor { index, at, len, id, flags, lap } => {
                 let lap = [1 << 7, 1 << 15, 0, 1 << 7 | 1 << 15][usize::from(lap % 4)];
                 let flags = u16::from(flags & 7) | lap;
-                pair.memory
-                    .poke(slot(index), &descriptor(buffers + u64::from(at), len.into(), id.into(), flags));
+                let raw = descriptor(buffers + u64::from(at), len.into(), id.into(), flags);
+                write_descriptor(pair, size, index, &raw);
             }
             Op::Indirect { table, index, at, len, flags } => {
                 let raw = descriptor(buffers + u64::from(at), len.into(), 0, flags.into());
-                pair.memory.poke(buffers + u64::from(table) * 64 + u64::from(index) * 16, &raw);
+                write_indirect(pair, table, index, &raw);
             }
-            Op::Raw { index, bytes } => pair.memory.poke(slot(index), &bytes),
+            Op::Raw { index, bytes } => write_descriptor(pair, size, index, &bytes),
             Op::Protect { at, pages, perm } => protect(&pair.memory, bytes, at, pages, perm),
             Op::Fail(accesses) => pair.memory.fail_after(accesses.into()),
             _ => {}
@@ -190,7 +188,7 @@ impl State {
         }
     }
 
-    /// Its own state is refused only if the memory is out of reach or the device changed it.
+    /// Adopts the driver's own state. That fails only if the memory cannot be accessed or the device changed it.
     fn adopt(&mut self) {
         let Driver::Packed(driver) = &self.pair.driver else { return };
         let state = driver.state();

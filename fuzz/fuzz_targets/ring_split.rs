@@ -1,13 +1,15 @@
-//! The device side of a ring that its driver changes at any moment, between any two calls.
+//! The device side of a split ring whose memory the driver changes between any two calls.
+//!
+//! The layout of `Op` is the format of the seeds, so the targets of the two ring formats share no operations.
 #![no_main]
 
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
 use vdpa_core::features::Features;
 use vdpa_core::ring::Ring;
-use vdpa_core::testing::{Pair, RingPair};
+use vdpa_core::testing::RingPair;
 use vdpa_core::vq::QueueState;
-use vdpa_fuzz::ring::{Taken, descriptor, poke, protect};
+use vdpa_fuzz::ring::{Taken, descriptor, memory_bytes, poke, protect, write_descriptor, write_indirect};
 
 #[derive(Arbitrary, Debug)]
 struct Input {
@@ -20,12 +22,12 @@ struct Input {
 
 #[derive(Arbitrary, Debug)]
 enum Op {
-    /// The driver writes anywhere in its memory.
+    /// The driver writes anywhere in the ring or the buffers.
     Poke {
         at: u16,
         bytes: [u8; 4],
     },
-    /// A descriptor of the ring that is often almost right.
+    /// Writes a descriptor of the ring that is often nearly valid.
     Descriptor {
         index: u8,
         at: u16,
@@ -33,7 +35,7 @@ enum Op {
         flags: u8,
         next: u8,
     },
-    /// One of an indirect table in the buffers.
+    /// Writes a descriptor of an indirect table in the buffers.
     Indirect {
         table: u8,
         index: u8,
@@ -42,14 +44,16 @@ enum Op {
         flags: u8,
         next: u8,
     },
-    /// A descriptor with any content.
+    /// Writes a descriptor with any content.
     Raw {
         index: u8,
         bytes: [u8; 16],
     },
+    /// Makes the chain that starts at `head` available.
     Offer {
         head: u16,
     },
+    /// Stores any available index.
     Index(u16),
     Protect {
         at: u16,
@@ -79,7 +83,7 @@ fuzz_target!(|input: Input| {
     let features = features(input.event_idx);
     let mut pair = RingPair::new(size, features);
     let buffers = pair.buffers();
-    let bytes = buffers - Pair::BASE + Pair::BUFFER_BYTES;
+    let bytes = memory_bytes(&pair);
     let [desc, avail, used] = pair.areas();
     let state = QueueState::Split { avail_index: input.start };
     let queue = Ring::new(size, features, desc, avail, used, state).expect("a ring in place");
@@ -92,15 +96,13 @@ fuzz_target!(|input: Input| {
             Op::Poke { at, bytes: raw } => poke(&pair.memory, bytes, at, raw),
             Op::Descriptor { index, at, len, flags, next } => {
                 let raw = descriptor(buffers + u64::from(at), len.into(), flags.into(), next.into());
-                pair.memory.poke(pair.ring.desc + u64::from(u16::from(index) % size) * 16, &raw);
+                write_descriptor(&pair, size, index, &raw);
             }
             Op::Indirect { table, index, at, len, flags, next } => {
                 let raw = descriptor(buffers + u64::from(at), len.into(), flags.into(), next.into());
-                pair.memory.poke(buffers + u64::from(table) * 64 + u64::from(index) * 16, &raw);
+                write_indirect(&pair, table, index, &raw);
             }
-            Op::Raw { index, bytes } => {
-                pair.memory.poke(pair.ring.desc + u64::from(u16::from(index) % size) * 16, &bytes);
-            }
+            Op::Raw { index, bytes } => write_descriptor(&pair, size, index, &bytes),
             Op::Offer { head } => {
                 let at = pair.ring.avail + 4 + u64::from(offered % size) * 2;
                 pair.memory.poke(at, &head.to_le_bytes());

@@ -1,8 +1,8 @@
-//! What the targets of both ring formats have in common: a driver that writes where it likes, and a device that keeps book of
-//! the requests it has.
+//! The parts that the targets of both ring formats share: a driver that writes anywhere in its memory, and a device that
+//! records the requests in flight.
 
 use vdpa_core::ring::{Chain, Ring, RingError};
-use vdpa_core::testing::{Pair, TEST_PAGE, TestArea, TestMemory};
+use vdpa_core::testing::{Pair, RingPair, TEST_PAGE, TestArea, TestMemory};
 use vdpa_core::types::{IovaRange, Perm};
 
 /// A descriptor of either format: the last two fields are flags and next in a split ring, id and flags in a packed one.
@@ -16,30 +16,46 @@ pub fn descriptor(addr: u64, len: u32, third: u16, fourth: u16) -> [u8; 16] {
     raw
 }
 
+/// Bytes of the memory of a pair: its ring areas and its buffers.
+#[must_use]
+pub fn memory_bytes(pair: &RingPair) -> u64 {
+    pair.buffers() - Pair::BASE + Pair::BUFFER_BYTES
+}
+
+/// Writes descriptor `index` (modulo `size`) of the ring.
+pub fn write_descriptor(pair: &RingPair, size: u16, index: u8, raw: &[u8; 16]) {
+    pair.memory.poke(pair.ring.desc + u64::from(u16::from(index) % size) * 16, raw);
+}
+
+/// Writes descriptor `index` of an indirect table; table `n` begins `n * 64` bytes into the buffers.
+pub fn write_indirect(pair: &RingPair, table: u8, index: u8, raw: &[u8; 16]) {
+    pair.memory.poke(pair.buffers() + u64::from(table) * 64 + u64::from(index) * 16, raw);
+}
+
 /// Writes anywhere in the first `bytes` bytes of the memory of a pair.
 pub fn poke(memory: &TestMemory, bytes: u64, at: u16, raw: [u8; 4]) {
     memory.poke(Pair::BASE + u64::from(at) % (bytes - 4), &raw);
 }
 
-/// Gives some pages of them another permission.
+/// Changes the permission of some pages in the first `bytes` bytes of the memory of a pair.
 pub fn protect(memory: &TestMemory, bytes: u64, at: u16, pages: u8, perm: u8) {
     let first = Pair::BASE + u64::from(at) % bytes;
     let range = IovaRange::from_size(first, u64::from(pages).max(1) * TEST_PAGE);
     memory.protect(range.expect("far from the end"), Perm(perm & 3));
 }
 
-/// The requests that the device has taken.
+/// The requests in flight on the device side.
 #[derive(Default)]
 pub struct Taken {
     chain: Chain,
-    /// Of the request popped last, while it can be put back.
+    /// Head of the request popped last, while it can be abandoned.
     last: Option<u16>,
-    /// In the order in which they were popped.
+    /// Heads of the requests in flight, in the order in which they were popped.
     pub heads: Vec<u16>,
 }
 
 impl Taken {
-    /// Pops a request; its head. What fails changes nothing, and what breaks the ring breaks it for good.
+    /// Pops a request and returns its head. Checks that a failure changes nothing, and that a violation stops the ring for good.
     pub fn pop(&mut self, queue: &mut Ring<TestArea>, memory: &TestMemory) -> Option<u16> {
         let before = (queue.in_flight(), queue.state());
         self.last = None;
@@ -61,7 +77,7 @@ impl Taken {
         self.last
     }
 
-    /// Puts the request popped last back, where that is possible.
+    /// Abandons the request popped last, if that is possible.
     pub fn abandon(&mut self, queue: &mut Ring<TestArea>) {
         if self.last.take().is_some() {
             queue.abandon(&self.chain).expect("it was popped last");
@@ -71,7 +87,7 @@ impl Taken {
         }
     }
 
-    /// Completes one of the requests; without any, nothing can be completed.
+    /// Completes one of the requests in flight. Without any, checks that nothing can be completed.
     pub fn push(&mut self, queue: &mut Ring<TestArea>, which: u8, len: u32) {
         if self.heads.is_empty() {
             assert!(queue.push_used(0, len).is_err());

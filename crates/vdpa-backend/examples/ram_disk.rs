@@ -7,7 +7,7 @@ use std::error::Error;
 use std::path::Path;
 
 use vdpa_backend::{Outcome, Request, RequestHandler, Service};
-use vdpa_core::blk::{BlkConfig, BlkRequest, ID_BYTES, SECTOR, ShapeError, Status, kind};
+use vdpa_core::blk::{BlkConfig, BlkRequest, FramingError, ID_BYTES, SECTOR, Status, kind};
 use vdpa_core::features::Features;
 use vdpa_core::parent::Profile;
 use vdpa_core::ring::{Fault, Memory};
@@ -58,7 +58,7 @@ impl RequestHandler for RamDisk {
     fn handle(&mut self, _queue: u16, request: &Request<'_>) -> Result<Outcome, Fault> {
         let blk = match BlkRequest::parse(request.memory(), request.chain()) {
             Ok(blk) => blk,
-            Err(ShapeError::Fault(fault)) => return Err(fault),
+            Err(FramingError::Fault(fault)) => return Err(fault),
             // It has no header, or no room for a status: nothing can be told to its driver.
             Err(_) => return Ok(Outcome::Done(0)),
         };

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
 use thiserror::Error;
-use vdpa_sys::exec::end_with_starter;
+use vdpa_sys::exec::terminate_with_parent;
 
 use super::wire::{Command, Event, TenantConfig};
 use vdpa_control::Front;
@@ -132,7 +132,7 @@ impl PrivateDaemon {
             Front::Auto | Front::Fuse => program.arg("--dir").arg(directory.join("dev")),
         };
         program.arg("--control").arg(&socket).args(["--log", "warn"]).stdin(Stdio::null());
-        let mut process = Process::start("daemon", end_with_starter(&mut program))?;
+        let mut process = Process::start("daemon", terminate_with_parent(&mut program))?;
         while process.line(DAEMON_LIMIT)? != "ready" {}
         Ok(Self { process, socket })
     }

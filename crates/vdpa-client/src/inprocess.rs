@@ -175,6 +175,6 @@ where
             Some((open.file.upgrade(())?, Arc::clone(&open.owner)))
         });
         let (device, owner) = known.ok_or(Errno::BADF)?;
-        Ok(device.by(Side::new(owner, fd)))
+        Ok(device.for_caller(Side::new(owner, fd)))
     }
 }

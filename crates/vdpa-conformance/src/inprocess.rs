@@ -133,7 +133,7 @@ impl Local {
     /// The same open device in the hands of the process `pid`.
     pub(crate) fn by(&self, pid: u32) -> Self {
         let spaces = self.0.caller().spaces.clone();
-        Self(self.0.by(Process { pid: i32::try_from(pid).ok(), spaces }))
+        Self(self.0.for_caller(Process { pid: i32::try_from(pid).ok(), spaces }))
     }
 
     /// The queue was kicked.

@@ -1,4 +1,4 @@
-//! Virtio block requests and configuration (virtio 1.2 section 5.2): their bytes and their shape, no storage.
+//! The layout of virtio block requests and of their configuration space (virtio 1.2 section 5.2).
 
 use thiserror::Error;
 use zerocopy::little_endian::{U16, U32, U64};
@@ -21,7 +21,7 @@ pub mod kind {
     pub const IN: u32 = 0;
     /// Write.
     pub const OUT: u32 = 1;
-    /// Make completed writes stable.
+    /// Write completed writes to stable storage.
     pub const FLUSH: u32 = 4;
     /// Read the device's name.
     pub const GET_ID: u32 = 8;
@@ -37,16 +37,16 @@ pub mod kind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Status {
-    /// Done.
+    /// The request succeeded.
     Ok = 0,
     /// The device or the request failed.
     IoErr = 1,
-    /// The device does not know the request or one of its flags.
+    /// The device does not support the request or one of its flags.
     Unsupp = 2,
 }
 
 impl Status {
-    /// What a driver finds in its status byte; `None` for a value that is none of the three.
+    /// Decodes a status byte; `None` for any other value.
     #[must_use]
     pub const fn from_byte(byte: u8) -> Option<Self> {
         match byte {
@@ -66,7 +66,7 @@ impl Status {
 
 /// Configuration space: `struct virtio_blk_config`, 96 bytes.
 ///
-/// A field has a meaning when the feature named is offered; the others are 0.
+/// A field is valid if the device offers the feature in parentheses, and 0 otherwise.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
 )]
@@ -149,7 +149,7 @@ pub struct BlkZoned {
 /// The first 16 bytes of a request: `struct virtio_blk_outhdr`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RequestHeader {
-    /// One of [`kind`], or something unknown.
+    /// One of [`kind`], or an unknown value.
     pub kind: u32,
     /// Priority; not used.
     pub ioprio: u32,
@@ -158,7 +158,7 @@ pub struct RequestHeader {
 }
 
 impl RequestHeader {
-    /// Reads a header; every value is one.
+    /// Decodes a header. All values are valid.
     #[must_use]
     pub fn parse(raw: &[u8; 16]) -> Self {
         let [k0, k1, k2, k3, p0, p1, p2, p3, sector @ ..] = *raw;
@@ -197,7 +197,7 @@ impl Segment {
     /// The device may unmap the range (`VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP`).
     pub const UNMAP: u32 = 1;
 
-    /// Reads a segment; every value is one.
+    /// Decodes a segment. All values are valid.
     #[must_use]
     pub fn parse(raw: &[u8; 16]) -> Self {
         let [s0, s1, s2, s3, s4, s5, s6, s7, n0, n1, n2, n3, flags @ ..] = *raw;
@@ -219,11 +219,11 @@ impl Segment {
     }
 }
 
-/// Why a chain is no block request.
+/// Why a chain does not have the framing of a block request (virtio 1.2 section 2.7.4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]
-pub enum ShapeError {
-    /// The header cannot be reached; the request may be tried again.
+pub enum FramingError {
+    /// The header cannot be accessed; the request may be parsed again later.
     #[error(transparent)]
     Fault(#[from] Fault),
     /// Too few readable bytes.
@@ -232,39 +232,38 @@ pub enum ShapeError {
         /// Readable bytes.
         readable: u64,
     },
-    /// No writable buffer, or an empty one in the last place.
+    /// There is no writable buffer, or the last one is empty.
     #[error("request has no room for its status: the last writable buffer must have a byte")]
     Status,
 }
 
-/// A block request: its header, and where its data and its status are.
+/// A block request: its header, and the addresses of its data and status.
 #[derive(Clone, Copy, Debug)]
 pub struct BlkRequest<'a> {
     /// The header.
     pub header: RequestHeader,
-    /// Readable bytes after the header: what a write writes, or the segments of a discard.
+    /// Readable bytes after the header: the data of a write, or the segments of a discard.
     pub data_out: BufferSlice<'a>,
-    /// Writable bytes before the status: where a read goes.
+    /// Writable bytes before the status: the destination of a read.
     pub data_in: BufferSlice<'a>,
     /// Address of the status byte.
     pub status: u64,
 }
 
 impl<'a> BlkRequest<'a> {
-    /// Finds the parts of a request, however the driver has cut it into buffers. Reads the header from memory, and
-    /// no data.
+    /// Finds the parts of a request, for any division into buffers. Reads the header from client memory, but no data.
     ///
     /// # Errors
-    /// [`ShapeError`]; the rules are those of uapi-spec 6.3.
-    pub fn parse<M: Memory>(memory: &M, chain: &'a Chain) -> Result<Self, ShapeError> {
+    /// [`FramingError`]; the rules are those of uapi-spec 6.3.
+    pub fn parse<M: Memory>(memory: &M, chain: &'a Chain) -> Result<Self, FramingError> {
         let readable = chain.readable();
-        let short = ShapeError::Header { readable: readable.len() };
+        let short = FramingError::Header { readable: readable.len() };
         let Some(&Buffer { iova, len: last @ 1.. }) = chain.writable.last() else {
-            return Err(ShapeError::Status);
+            return Err(FramingError::Status);
         };
         let (header, data_out) = readable.split_at(HEADER_BYTES).ok_or(short)?;
         let writable = chain.writable();
-        let (data_in, _) = writable.split_at(writable.len().saturating_sub(1)).ok_or(ShapeError::Status)?;
+        let (data_in, _) = writable.split_at(writable.len().saturating_sub(1)).ok_or(FramingError::Status)?;
         let mut raw = [0; 16];
         header.read(memory, &mut raw)?;
         Ok(Self {
@@ -370,11 +369,11 @@ mod tests {
         let good = || vec![Buffer { iova: 0x1000, len: 16 }];
         let buffer = |iova, len| vec![Buffer { iova, len }];
         assert_eq!(parse(good(), good()), Ok(()));
-        assert_eq!(parse(vec![], good()), Err(ShapeError::Header { readable: 0 }));
-        assert_eq!(parse(buffer(0x1000, 15), good()), Err(ShapeError::Header { readable: 15 }));
-        assert_eq!(parse(good(), vec![]), Err(ShapeError::Status));
-        assert_eq!(parse(good(), [good(), buffer(0x1100, 0)].concat()), Err(ShapeError::Status));
+        assert_eq!(parse(vec![], good()), Err(FramingError::Header { readable: 0 }));
+        assert_eq!(parse(buffer(0x1000, 15), good()), Err(FramingError::Header { readable: 15 }));
+        assert_eq!(parse(good(), vec![]), Err(FramingError::Status));
+        assert_eq!(parse(good(), [good(), buffer(0x1100, 0)].concat()), Err(FramingError::Status));
         memory.protect(IovaRange::new(0x1000, 0x1000).unwrap(), Perm::NONE);
-        assert_eq!(parse(good(), good()), Err(ShapeError::Fault(Fault { addr: 0x1000 })));
+        assert_eq!(parse(good(), good()), Err(FramingError::Fault(Fault { addr: 0x1000 })));
     }
 }

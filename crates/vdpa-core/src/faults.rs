@@ -1,11 +1,11 @@
-//! Planted faults: a device that is wrong on purpose, to prove that the conformance suite notices.
+//! Planted faults: deliberate errors of a device, by which tests prove that the conformance suite detects them.
 //!
-//! Only with feature `planted-faults`, and then only the one fault named to [`plant`], can [`is`] be true.
-//! Without the feature `is` is the constant `false`, and nothing of a fault is compiled.
+//! With the feature `planted-faults`, [`is`] is true for the one fault selected by [`plant`]. Without the feature `is` is the
+//! constant `false`, and the compiler removes the code of all faults.
 
 macro_rules! faults {
     ($($(#[$doc:meta])* $fault:ident = $name:literal;)*) => {
-        /// A way to be wrong.
+        /// A deliberate error.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         #[repr(u8)]
         pub enum Fault {
@@ -29,7 +29,7 @@ macro_rules! faults {
 faults! {
     /// A second SET_OWNER succeeds.
     SetOwnerTwice = "set-owner-twice";
-    /// Requests for the owner are taken from anybody.
+    /// Requests reserved to the owner succeed for every caller.
     OwnerUnchecked = "owner-unchecked";
     /// The owner survives the close.
     OwnerSurvivesClose = "owner-survives-close";
@@ -47,27 +47,27 @@ faults! {
     ChargeNotMoved = "charge-not-moved";
     /// NEW_OWNER is not refused over the new owner's limit.
     ChargeUnlimited = "charge-unlimited";
-    /// INVALIDATE does not give the charge back.
+    /// INVALIDATE does not uncharge the pages.
     ChargeKept = "charge-kept";
     /// Entries with the old owner's addresses stay readable.
     StaleReadable = "stale-readable";
     /// An entry stays stale after its REMAP.
     RemapStaysStale = "remap-stays-stale";
-    /// REMAP is taken with a permission.
+    /// REMAP succeeds with a permission.
     RemapWithPermission = "remap-with-permission";
-    /// REMAP removes the mapping before it looks at the new memory.
+    /// REMAP removes the mapping before it checks the new memory.
     RemapNoRollback = "remap-no-rollback";
-    /// REMAP is answered as done by a device that does not offer it.
+    /// REMAP succeeds on a device that does not offer it.
     RemapUnsupported = "remap-unsupported";
     /// UPDATE over an existing mapping replaces it.
     UpdateReplaces = "update-replaces";
-    /// UPDATE of size 0 is EFAULT.
+    /// UPDATE of size 0 fails with EFAULT.
     UpdateEmptyErrno = "update-empty-errno";
     /// UPDATE gives the device every permission.
     UpdateIgnoresPermission = "update-ignores-permission";
     /// The table takes one entry fewer than its limit.
     TableLimit = "table-limit";
-    /// INVALIDATE takes only entries that lie within its range.
+    /// INVALIDATE removes only entries that lie within its range.
     InvalidateWithin = "invalidate-within";
     /// INVALIDATE does not reach the data path.
     InvalidateUnheard = "invalidate-unheard";
@@ -77,7 +77,7 @@ faults! {
     ResetUnmaps = "reset-unmaps";
     /// A reset without PERSIST keeps the translation of a device that drops it.
     ResetKeepsTranslation = "reset-keeps-translation";
-    /// A reset forgets the owner.
+    /// A reset removes the owner.
     ResetDisowns = "reset-disowns";
     /// A reset leaves the device suspended.
     ResetKeepsSuspended = "reset-keeps-suspended";
@@ -85,7 +85,7 @@ faults! {
     StatusClears = "status-clears";
     /// Features can be set after FEATURES_OK.
     FeaturesAnyTime = "features-any-time";
-    /// Backend features are acknowledged whatever they are.
+    /// Backend features can be acknowledged even if they are not offered.
     BackendAnyBit = "backend-any-bit";
     /// SUSPEND leaves the queues running.
     SuspendRunsOn = "suspend-runs-on";
@@ -95,9 +95,9 @@ faults! {
     StartEarly = "start-early";
     /// Enabling a queue starts it although the device is suspended.
     EnableWhileSuspended = "enable-while-suspended";
-    /// A disabled queue runs on.
+    /// A disabled queue keeps running.
     DisableRunsOn = "disable-runs-on";
-    /// Any ring size up to the maximum is taken.
+    /// Any ring size up to the maximum is accepted.
     VringNumAny = "vring-num-any";
     /// Ring addresses can be changed while the device runs.
     VringAddrAnyTime = "vring-addr-any-time";
@@ -105,7 +105,7 @@ faults! {
     BaseBehind = "base-behind";
     /// A group can change its address space after DRIVER_OK.
     GroupAsidAnyTime = "group-asid-any-time";
-    /// The asid of a message counts although IOTLB_ASID was not acknowledged.
+    /// The asid of a message is used although IOTLB_ASID was not acknowledged.
     AsidUnasked = "asid-unasked";
     /// IOTLB messages of unknown versions are taken as version 2.
     VersionUnchecked = "version-unchecked";
@@ -115,19 +115,19 @@ faults! {
     UnknownRequestErrno = "unknown-request-errno";
     /// Descriptor -1 is refused.
     UnbindRefused = "unbind-refused";
-    /// GET_CONFIG beyond the end gives what there is.
+    /// GET_CONFIG beyond the end returns the bytes before the end.
     ConfigBeyondEnd = "config-beyond-end";
     /// A successor takes over while a queue of its predecessor runs.
     ClaimAnyTime = "claim-any-time";
-    /// Who was taken over from reaches the device as before.
+    /// The predecessor can use the device after the successor has taken it over.
     PredecessorGoesOn = "predecessor-goes-on";
-    /// A successor that gives up counts as having taken over.
+    /// A successor that closes the device without driving it counts as having taken over.
     GivingUpCounts = "giving-up-counts";
     /// The close of the predecessor ends its successor too.
     CloseEndsBoth = "close-ends-both";
 }
 
-/// Whether the device is to be wrong in this way.
+/// Whether this fault is planted.
 #[cfg(not(feature = "planted-faults"))]
 #[must_use]
 #[inline]
@@ -150,13 +150,13 @@ mod planted {
     const NONE: u8 = u8::MAX;
     static PLANTED: AtomicU8 = AtomicU8::new(NONE);
 
-    /// Whether the device is to be wrong in this way.
+    /// Whether this fault is planted.
     #[must_use]
     pub fn is(fault: Fault) -> bool {
         PLANTED.load(Ordering::Relaxed) == fault as u8
     }
 
-    /// Makes every device of this process wrong in the way called `name`; `None` when there is no such fault.
+    /// Plants the fault `name` in every device of this process; `None` when there is no such fault.
     #[must_use]
     pub fn plant(name: &str) -> Option<Fault> {
         let fault = Fault::ALL.iter().copied().find(|fault| fault.name() == name)?;

@@ -1,7 +1,7 @@
 //! Feature words: device features, backend features and the device status.
 //!
-//! A bit *number* and a *mask* are different types here, because clients in the field mix them up (one
-//! acknowledges `features & 1` where bit 1 was meant).
+//! A bit *number* and a *mask* are different types here, because some clients confuse them: one acknowledges
+//! `features & 1` instead of bit 1.
 
 use std::fmt;
 use std::ops::{BitAnd, BitOr};

@@ -1,9 +1,9 @@
-//! What fuzz targets reach beyond the public interface. Compiled with `cfg(fuzzing)` only.
+//! Access of fuzz targets to internals. Compiled with `cfg(fuzzing)` only.
 
 use crate::iotlb::{Mapping, RecordId, Table};
 use crate::types::{IovaRange, Perm};
 
-/// A translation table and the operations that requests make of it.
+/// A translation table with the operations of requests on it.
 #[derive(Debug, Default)]
 pub struct RecordTable {
     /// The table.
@@ -18,13 +18,13 @@ impl RecordTable {
         self.table.close_record(record);
     }
 
-    /// Removes what a possibly inverted interval touches; returns the number of entries.
+    /// Removes the entries that a possibly inverted interval touches; returns their number.
     pub fn remove(&mut self, first: u64, last: u64) -> usize {
         self.table.remove_touching(first, last).len()
     }
 
-    /// Takes the entry at `iova`, or all of its record, and puts the same ranges back, each cut in two at `cut`
-    /// bytes from its start where that is inside. Returns the ranges taken and put.
+    /// Removes the entry at `iova`, or all entries of its record, and inserts the same ranges again, each split `cut` bytes
+    /// from its start if that is inside. Returns the ranges removed and inserted.
     pub fn refill(&mut self, iova: u64, whole: bool, cut: u64) -> Option<(Vec<IovaRange>, Vec<IovaRange>)> {
         let entry = self.table.get(iova)?;
         let (record, first) = (entry.record, entry.range.first());

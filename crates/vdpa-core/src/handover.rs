@@ -1,23 +1,23 @@
-//! One parent behind two opens, of which one is in charge: the device attribute `handover open`.
+//! Two opens of one parent, of which one is active: the device attribute `handover open`.
 //!
-//! A client that opens a device a second time, to be the successor of the one that has it, gets a device of its own: status,
-//! negotiation, owner, mappings and rings are its own, from the beginning. What both share is the [`Parent`] below, and
-//! [`Handle`] is a parent that decides who reaches it:
+//! A successor opens a device that another client still has open. It gets a [`Device`](crate::device::Device) of its own, in
+//! the state after an open: status, negotiation, owner, mappings and rings are separate. Both devices share one [`Parent`].
+//! Each of them uses it through a [`Handle`], which is a parent itself and passes calls on only from the active side:
 //!
 //! ```text
 //!    Device (predecessor)   Device (successor)      each with everything the interface remembers
 //!           |                      |
-//!        Handle                 Handle              what each has asked for: features, mappings, owner
-//!           '------- Parent -------'                serves the one in charge
+//!        Handle                 Handle              what each has requested: features, mappings, owner
+//!           '------- Parent -------'                serves the active handle
 //! ```
 //!
-//! - In charge is who has [claimed](Parent::claim) last, by DRIVER_OK or RESUME. Nobody else's queue runs.
-//! - A claim is refused with `EBUSY` while a queue of the other runs: the predecessor has to stop first, by SUSPEND, a reset
-//!   or a close. Until the successor's claim the predecessor can go on as if nothing had been.
-//! - After the successor's claim the predecessor's claims fail with `EIO`, for ever: its rings are served by somebody else.
-//! - While there are two, mappings that the one at rest removes stay with the parent (pinned) until somebody claims or a
-//!   handle goes, unreachable, as nothing runs. A mapping that the successor has made of the same bytes at the same I/O
-//!   virtual address takes the place of the predecessor's as the parent knows it already: nothing is pinned again.
+//! - The active handle is the one that [claimed](Parent::claim) the parent last, by DRIVER_OK or RESUME. Only its queues run.
+//! - A claim fails with `EBUSY` while a queue of the other handle runs: the predecessor has to stop its queues first, by
+//!   SUSPEND, a reset or a close. Until the successor claims, the predecessor may continue.
+//! - After the successor's claim every claim of the predecessor fails with `EIO`, because the successor's rings are served.
+//! - While there are two handles, the parent keeps (pinned) the mappings that a handle removes while no queue runs, until
+//!   the next claim or until a handle is dropped. They are unreachable, since no queue runs. Where the successor maps the
+//!   same bytes at the same I/O virtual address, the parent keeps the memory it has: nothing is pinned twice.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -36,13 +36,13 @@ type MemoryOf<P> = <<P as Parent>::Host as Host>::Memory;
 type SpaceOf<P> = <<P as Parent>::Host as Host>::AddressSpace;
 type Tables<P> = BTreeMap<Asid, Table<MemoryOf<P>>>;
 
-/// Gives out [`Handle`]s of one parent.
+/// Creates the [`Handle`]s of one parent.
 #[derive(Debug)]
 pub struct Handover<P: Parent> {
     shared: Arc<Mutex<Shared<P>>>,
 }
 
-/// A parent for one of two opens: see the [module](self).
+/// The parent of one open device file, in front of the shared parent: see the [module](self). Dropped with its device.
 #[derive(Debug)]
 pub struct Handle<P: Parent> {
     id: u64,
@@ -53,46 +53,48 @@ pub struct Handle<P: Parent> {
 #[derive(Debug)]
 struct Shared<P: Parent> {
     parent: P,
-    wishes: BTreeMap<u64, Wish<P>>,
-    in_charge: Option<u64>,
-    /// Queues that run, of the handle in charge.
+    pending: BTreeMap<u64, Pending<P>>,
+    active: Option<u64>,
+    /// Running queues, all of the active handle.
     running: BTreeSet<QueueIndex>,
-    /// What the parent translates with.
+    /// The tables that the parent has.
     installed: Tables<P>,
-    /// Somebody's mappings are not with the parent yet.
+    /// A handle has changed mappings that the parent does not have yet.
     deferred: bool,
-    /// What the driver has written into configuration space since the device was reset.
-    written: Written,
-    /// What it had written before a reset by the program that is replaced. The driver stays, and takes it for granted,
-    /// unless the same program lets it run again.
-    left: Written,
-    next: u64,
+    /// Bytes that the driver has written to configuration space since the last reset.
+    config: ConfigWrites,
+    /// Bytes that the driver had written before the predecessor reset the device. The successor continues the same driver,
+    /// which relies on them. Cleared when the predecessor itself starts the device again.
+    previous_config: ConfigWrites,
+    next_id: u64,
 }
 
-/// What one handle has asked for.
+/// What one handle has requested; the parent gets it when the handle becomes active.
 #[derive(Debug)]
-struct Wish<P: Parent> {
+struct Pending<P: Parent> {
     features: Option<Features>,
     tables: Tables<P>,
     owner: Option<SpaceOf<P>>,
-    /// Bytes of configuration space that it has written and the parent has not seen.
-    written: Written,
+    /// Bytes written to configuration space that the parent has not received.
+    config: ConfigWrites,
+    /// The other handle has claimed the parent since.
     superseded: bool,
 }
 
-/// Bytes of configuration space by place: as many as it has at most.
-type Written = BTreeMap<u32, u8>;
+/// Written bytes of configuration space by offset; at most as many as the space has.
+type ConfigWrites = BTreeMap<u32, u8>;
 
-/// The bytes of a write to configuration space, each with its place.
+/// The bytes of a write to configuration space, each with its offset.
 fn each_byte(offset: u32, data: &[u8]) -> impl Iterator<Item = (u32, u8)> {
     (offset..).zip(data.iter().copied())
 }
 
 impl<P: Parent> Handover<P> {
-    /// Puts handles in front of `parent`.
+    /// Takes `parent`, which is then reached through handles only.
     ///
     /// # Errors
-    /// `EOPNOTSUPP` for a parent that does not take whole tables or uses addresses of its owner.
+    /// `EOPNOTSUPP` for a parent that does not take whole tables ([`Dma::SetMap`]) or that uses its owner's addresses
+    /// ([`AddressMode::OwnerAddresses`]).
     pub fn new(mut parent: P) -> Result<Self> {
         let whole_tables = matches!(parent.dma(), Dma::SetMap(_));
         if !whole_tables || parent.profile().address_mode == AddressMode::OwnerAddresses {
@@ -100,56 +102,56 @@ impl<P: Parent> Handover<P> {
         }
         let shared = Shared {
             parent,
-            wishes: BTreeMap::new(),
-            in_charge: None,
+            pending: BTreeMap::new(),
+            active: None,
             running: BTreeSet::new(),
             installed: BTreeMap::new(),
             deferred: false,
-            written: Written::new(),
-            left: Written::new(),
-            next: 0,
+            config: ConfigWrites::new(),
+            previous_config: ConfigWrites::new(),
+            next_id: 0,
         };
         Ok(Self { shared: Arc::new(Mutex::new(shared)) })
     }
 
-    /// One more handle. As long as it is the only one it does what the parent does.
+    /// Creates a handle. While it is the only one, it behaves like the parent. May block on a call of another handle.
     #[must_use]
     pub fn handle(&self) -> Handle<P> {
         let mut shared = lock(&self.shared);
-        let id = shared.next;
-        shared.next = id.wrapping_add(1);
-        let wish = Wish {
+        let id = shared.next_id;
+        shared.next_id = id.wrapping_add(1);
+        let pending = Pending {
             features: None,
             tables: BTreeMap::new(),
             owner: None,
-            written: Written::new(),
+            config: ConfigWrites::new(),
             superseded: false,
         };
-        shared.wishes.insert(id, wish);
+        shared.pending.insert(id, pending);
         Handle { id, profile: shared.parent.profile().clone(), shared: Arc::clone(&self.shared) }
     }
 }
 
-/// A panic in a parent is the device's failure, and no reason for the next one.
+/// Locks the shared state. A panic in the parent fails its device only, so a poisoned lock is used as it is.
 fn lock<P: Parent>(shared: &Mutex<Shared<P>>) -> MutexGuard<'_, Shared<P>> {
     shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl<P: Parent> Shared<P> {
-    fn is_alone(&self) -> bool {
-        self.wishes.len() < 2
+    fn has_one_handle(&self) -> bool {
+        self.pending.len() < 2
     }
 
-    /// Whether what `id` asks for goes to the parent at once.
-    fn passes(&self, id: u64) -> bool {
-        match self.in_charge {
-            None => self.is_alone() && !self.deferred,
+    /// Whether a new table of `id` is installed in the parent at once.
+    fn installs_at_once(&self, id: u64) -> bool {
+        match self.active {
+            None => self.has_one_handle() && !self.deferred,
             Some(other) if other != id => false,
-            Some(_) => self.is_alone() && !self.deferred || !self.running.is_empty(),
+            Some(_) => self.has_one_handle() && !self.deferred || !self.running.is_empty(),
         }
     }
 
-    /// Gives the parent a table, with the memory that it has already where that is the same.
+    /// Installs a table in the parent. Entries that the parent has already keep their memory, so that it is not pinned again.
     fn install(&mut self, asid: Asid, table: &Table<MemoryOf<P>>) -> Result<()> {
         let Dma::SetMap(map) = self.parent.dma() else { return Err(Errno::OPNOTSUPP) };
         let before = self.installed.get(&asid);
@@ -168,9 +170,9 @@ impl<P: Parent> Shared<P> {
         Ok(())
     }
 
-    /// Gives the parent all tables of `id`, and nothing else.
+    /// Makes the tables of `id` the only ones of the parent.
     fn install_all(&mut self, id: u64) -> Result<()> {
-        let tables = self.wishes.get(&id).map(|wish| wish.tables.clone()).unwrap_or_default();
+        let tables = self.pending.get(&id).map(|pending| pending.tables.clone()).unwrap_or_default();
         let asids: BTreeSet<Asid> = self.installed.keys().chain(tables.keys()).copied().collect();
         for asid in asids {
             self.install(asid, tables.get(&asid).unwrap_or(&Table::default()))?;
@@ -179,11 +181,11 @@ impl<P: Parent> Shared<P> {
         Ok(())
     }
 
-    /// Puts what `id` has asked for in the place of whatever is there. On an error the parent has what it had.
+    /// Resets the parent and applies the requested state of `id`. On an error the previous state is restored.
     fn take_over(&mut self, id: u64) -> Result<()> {
-        let Some(wish) = self.wishes.get_mut(&id) else { return Err(Errno::IO) };
-        let (features, owner) = (wish.features, wish.owner.clone());
-        let own = wish.written.clone();
+        let Some(pending) = self.pending.get_mut(&id) else { return Err(Errno::IO) };
+        let (features, owner) = (pending.features, pending.owner.clone());
+        let own = pending.config.clone();
         self.parent.reset();
         let before = self.installed.clone();
         let taken = self
@@ -193,78 +195,81 @@ impl<P: Parent> Shared<P> {
             .and_then(|()| self.install_all(id));
         match taken {
             Ok(()) => {
-                let before = std::mem::take(&mut self.written);
-                self.written = std::mem::take(&mut self.left).into_iter().chain(before).chain(own).collect();
+                let before = std::mem::take(&mut self.config);
+                self.config =
+                    std::mem::take(&mut self.previous_config).into_iter().chain(before).chain(own).collect();
             }
-            Err(_) => self.put_back(before),
+            Err(_) => self.restore(before),
         }
-        for (&offset, &byte) in &self.written {
+        for (&offset, &byte) in &self.config {
             self.parent.write_config(offset, &[byte]);
         }
         taken
     }
 
-    /// The program in charge has reset the device, for its driver or because it is being replaced.
+    /// Handles a reset by the active handle: of its driver, or because its process is being replaced.
     fn reset(&mut self) {
         self.parent.reset();
-        let written = std::mem::take(&mut self.written);
-        if self.is_alone() {
-            self.left.clear();
+        let written = std::mem::take(&mut self.config);
+        if self.has_one_handle() {
+            self.previous_config.clear();
         } else if !written.is_empty() {
-            self.left = written;
+            self.previous_config = written;
         }
     }
 
-    fn put_back(&mut self, tables: Tables<P>) {
+    fn restore(&mut self, tables: Tables<P>) {
         let asids: BTreeSet<Asid> = self.installed.keys().chain(tables.keys()).copied().collect();
         for asid in asids {
-            // The parent refused another table: with this one it has nothing to lose.
+            // The parent had this table before. If it refuses it now, no further fallback exists.
             let _ = self.install(asid, tables.get(&asid).unwrap_or(&Table::default()));
         }
         self.deferred = true;
-        if let Some(wish) = self.in_charge.and_then(|id| self.wishes.get(&id)) {
-            let _ = self.parent.bind_owner(wish.owner.as_ref());
-            let _ = wish.features.map(|word| self.parent.negotiate(word));
+        if let Some(pending) = self.active.and_then(|id| self.pending.get(&id)) {
+            let _ = self.parent.bind_owner(pending.owner.as_ref());
+            let _ = pending.features.map(|word| self.parent.negotiate(word));
         }
     }
 
     fn claim(&mut self, id: u64) -> Result<()> {
-        if self.wishes.get(&id).is_none_or(|wish| wish.superseded) {
+        if self.pending.get(&id).is_none_or(|pending| pending.superseded) {
             return Err(Errno::IO);
         }
-        if self.in_charge == Some(id) {
-            self.left.clear();
+        if self.active == Some(id) {
+            self.previous_config.clear();
             return if self.deferred { self.install_all(id) } else { Ok(()) };
         }
         if !self.running.is_empty() && !faults::is(Fault::ClaimAnyTime) {
             return Err(Errno::BUSY);
         }
-        if self.deferred || !self.is_alone() {
+        if self.deferred || !self.has_one_handle() {
             self.take_over(id)?;
         }
-        self.in_charge = Some(id);
-        self.wishes
+        self.active = Some(id);
+        self.pending
             .iter_mut()
             .filter(|(other, _)| **other != id)
-            .for_each(|(_, wish)| wish.superseded = true);
+            .for_each(|(_, pending)| pending.superseded = true);
         Ok(())
     }
 
-    /// A handle has gone.
-    fn forget(&mut self, id: u64) {
-        self.wishes.remove(&id);
+    /// Removes a handle that was dropped.
+    fn remove(&mut self, id: u64) {
+        self.pending.remove(&id);
         if faults::is(Fault::GivingUpCounts) {
-            self.wishes.values_mut().for_each(|wish| wish.superseded = true);
+            self.pending.values_mut().for_each(|pending| pending.superseded = true);
         }
-        if self.in_charge == Some(id) {
-            // What it had mapped is kept for the other one, which may want the same.
-            self.in_charge = None;
+        if self.active == Some(id) {
+            // Its mappings are kept, because the other handle may have mapped the same memory.
+            self.active = None;
             self.running.clear();
             self.deferred = true;
             return;
         }
-        if let (true, Some(last)) = (self.is_alone() && self.deferred, self.wishes.keys().next().copied()) {
-            // On an error the next claim tries again, and reports it.
+        if let (true, Some(last)) =
+            (self.has_one_handle() && self.deferred, self.pending.keys().next().copied())
+        {
+            // After an error the next claim tries again and reports it.
             let _ = self.install_all(last);
         }
     }
@@ -290,7 +295,7 @@ impl<P: Parent> Handle<P> {
 
 impl<P: Parent> Drop for Handle<P> {
     fn drop(&mut self) {
-        self.shared().forget(self.id);
+        self.shared().remove(self.id);
     }
 }
 
@@ -307,24 +312,24 @@ impl<P: Parent> Parent for Handle<P> {
 
     fn write_config(&mut self, offset: u32, data: &[u8]) {
         let mut shared = self.shared();
-        if shared.in_charge.is_none_or(|id| id == self.id) {
+        if shared.active.is_none_or(|id| id == self.id) {
             shared.parent.write_config(offset, data);
-            shared.written.extend(each_byte(offset, data));
-        } else if let Some(wish) = shared.wishes.get_mut(&self.id) {
-            wish.written.extend(each_byte(offset, data));
+            shared.config.extend(each_byte(offset, data));
+        } else if let Some(pending) = shared.pending.get_mut(&self.id) {
+            pending.config.extend(each_byte(offset, data));
         }
     }
 
     fn negotiate(&mut self, features: Features) -> Result<Features> {
         let mut shared = self.shared();
         let answer = shared.parent.negotiate(features)?;
-        let other = shared.in_charge.filter(|id| *id != self.id);
-        if let Some(word) = other.and_then(|id| shared.wishes.get(&id)?.features) {
-            // It was a question only.
+        let other = shared.active.filter(|id| *id != self.id);
+        if let Some(word) = other.and_then(|id| shared.pending.get(&id)?.features) {
+            // Only the answer was needed: the parent keeps the features of the active handle.
             let _ = shared.parent.negotiate(word);
         }
-        if let Some(wish) = shared.wishes.get_mut(&self.id) {
-            wish.features = Some(features);
+        if let Some(pending) = shared.pending.get_mut(&self.id) {
+            pending.features = Some(features);
         }
         Ok(answer)
     }
@@ -336,7 +341,7 @@ impl<P: Parent> Parent for Handle<P> {
         state: QueueState,
     ) -> Result<()> {
         let mut shared = self.shared();
-        if shared.in_charge != Some(self.id) {
+        if shared.active != Some(self.id) {
             return Err(Errno::IO);
         }
         if shared.deferred && shared.running.is_empty() {
@@ -349,7 +354,7 @@ impl<P: Parent> Parent for Handle<P> {
 
     fn stop_queue(&mut self, index: QueueIndex) -> Result<Option<QueueState>> {
         let mut shared = self.shared();
-        if shared.in_charge != Some(self.id) {
+        if shared.active != Some(self.id) {
             return Ok(None);
         }
         let state = shared.parent.stop_queue(index)?;
@@ -363,10 +368,10 @@ impl<P: Parent> Parent for Handle<P> {
 
     fn reset(&mut self) {
         let mut shared = self.shared();
-        if shared.in_charge.is_none_or(|id| id == self.id) {
+        if shared.active.is_none_or(|id| id == self.id) {
             shared.reset();
-        } else if let Some(wish) = shared.wishes.get_mut(&self.id) {
-            wish.written.clear();
+        } else if let Some(pending) = shared.pending.get_mut(&self.id) {
+            pending.config.clear();
         }
     }
 
@@ -392,14 +397,14 @@ impl<P: Parent> Parent for Handle<P> {
 
     fn bind_owner(&mut self, owner: Option<&SpaceOf<P>>) -> Result<()> {
         let mut shared = self.shared();
-        if shared.is_alone() || shared.in_charge == Some(self.id) {
+        if shared.has_one_handle() || shared.active == Some(self.id) {
             shared.parent.bind_owner(owner)?;
         }
-        if let Some(wish) = shared.wishes.get_mut(&self.id) {
-            wish.owner = owner.cloned();
+        if let Some(pending) = shared.pending.get_mut(&self.id) {
+            pending.owner = owner.cloned();
         }
-        if owner.is_none() && shared.is_alone() && shared.deferred {
-            // Closed without having run: nothing is kept for anybody.
+        if owner.is_none() && shared.has_one_handle() && shared.deferred {
+            // The last open was closed without a claim: the tables that were kept for it are removed.
             let _ = shared.install_all(self.id);
         }
         Ok(())
@@ -409,14 +414,14 @@ impl<P: Parent> Parent for Handle<P> {
 impl<P: Parent> SetMap<P::Host> for Handle<P> {
     fn set_map(&mut self, asid: Asid, table: &Table<MemoryOf<P>>) -> Result<()> {
         let mut shared = self.shared();
-        let passes = shared.passes(self.id);
-        if passes {
+        let at_once = shared.installs_at_once(self.id);
+        if at_once {
             shared.install(asid, table)?;
         }
         let shared = &mut *shared;
-        if let Some(wish) = shared.wishes.get_mut(&self.id) {
-            shared.deferred |= !passes && !wish.superseded;
-            wish.tables.insert(asid, table.clone());
+        if let Some(pending) = shared.pending.get_mut(&self.id) {
+            shared.deferred |= !at_once && !pending.superseded;
+            pending.tables.insert(asid, table.clone());
         }
         Ok(())
     }

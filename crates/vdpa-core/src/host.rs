@@ -1,7 +1,6 @@
-//! What the shell plugs into the core: address spaces, memory objects and events.
+//! The platform interface of the core: address spaces, memory objects and events.
 //!
-//! The core never asks an operating system for anything; it asks these traits. On Linux they are implemented
-//! by `vdpad` on top of `vdpa-sys`; in tests by `testing`.
+//! The core makes no system calls; it calls these traits. On Linux `vdpa-sys` implements them; in tests `testing` does.
 
 use std::fmt::Debug;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,30 +9,30 @@ use crate::errno::Errno;
 use crate::ring::Fault;
 use crate::types::{Perm, Result};
 
-/// Bytes of a page: the unit of pinning and of its limit.
+/// Size of a page in bytes: the unit of pinned memory and of its limit.
 pub const PAGE_SIZE: u64 = 4096;
 
-/// The family of types one platform brings along.
+/// The types of one platform.
 pub trait Host: Clone + Debug + 'static {
     /// An address space that can own a device.
     type AddressSpace: AddressSpace<Memory = Self::Memory>;
-    /// A piece of client memory the device can reach.
+    /// A piece of client memory that the device can access.
     type Memory: MemoryObject;
     /// An event: kick, call or config interrupt (an eventfd on Linux).
     type Event: Event;
 }
 
-/// An address space, held so that it can be recognised later and its memory be found.
+/// A reference to an address space, by which a caller can be compared with the owner and the owner's memory can be found.
 ///
-/// Identity is the address space and not the process: the threads of one process are one, a forked child and
-/// the image after an exec are others (uapi-spec 0.1).
+/// An owner is an address space and not a process: all threads of a process have the same one, while a forked child and the
+/// image after an exec have others (uapi-spec 0.1).
 pub trait AddressSpace: Clone + Debug + Send + Sync + 'static {
     /// See [`Host::Memory`].
     type Memory: MemoryObject;
 
     /// Finds the memory behind `[uaddr, uaddr + size)`, in address order and without gaps.
     ///
-    /// Called by `UPDATE` and `REMAP` with `size > 0`; may block on system calls but not on the device.
+    /// Called for `UPDATE` and `REMAP` with `size > 0`. May block in system calls, but never waits for the device.
     ///
     /// # Errors
     /// `EFAULT` for a hole, for memory whose protection forbids what `perm` asks for, and when the address
@@ -43,53 +42,51 @@ pub trait AddressSpace: Clone + Debug + Send + Sync + 'static {
     /// The account that pinned pages of this address space are charged to, shared by all its devices.
     fn account(&self) -> &PinAccount;
 
-    /// The whole address space as one piece of memory whose offsets are its addresses, for devices that pass
-    /// addresses through before anything is mapped (uapi-spec 6.1). `None` where the platform has no such thing:
-    /// nothing is mapped then.
+    /// The whole address space as one piece of memory whose offsets are its addresses. For devices with an identity map
+    /// before the first mapping (uapi-spec 6.1). `None` if the platform does not support it: nothing is mapped then.
     fn whole(&self) -> Option<Self::Memory> {
         None
     }
 }
 
-/// One run of a resolved range: what the kernel would see as one VMA.
+/// A contiguous part of a resolved range, which the kernel has as one VMA.
 #[derive(Clone, Debug)]
 pub struct Fragment<M> {
-    /// Bytes.
+    /// Size in bytes.
     pub size: u64,
     /// The memory; its first byte is the first byte of the fragment.
     pub memory: M,
 }
 
-/// A piece of client memory, at least as long as the fragment it came with.
+/// A piece of client memory, at least as long as its fragment.
 pub trait MemoryObject: Clone + Debug + Send + Sync + 'static {
-    /// Whether other processes see the same bytes (a shared mapping of a memory object), so that it survives
-    /// the exec of its owner. Private memory is reached by copying and dies with the address space.
+    /// Whether it is a shared mapping of a memory object, which survives an exec of its owner. Private memory is accessed by
+    /// copying and ends with the address space.
     fn is_shared(&self) -> bool;
 
-    /// Pages that a pinning device pins for this piece, 0 for what cannot be pinned.
+    /// Number of pages that a pinning device pins for this piece; 0 for memory that cannot be pinned.
     fn pin_pages(&self) -> u64;
 
-    /// Whether the byte at `offset` here and the one at `other_offset` in `other` are the same byte: the same
-    /// object at the same place. False for private memory unless it is the same address space and address.
+    /// Whether the byte at `offset` and the byte at `other_offset` of `other` are the same: same object, same offset in it. False for private memory unless it is the same address space and address.
     fn same_object(&self, offset: u64, other: &Self, other_offset: u64) -> bool;
 }
 
-/// Memory that can be reached by copying. Separate from [`MemoryObject`], since the device itself never looks inside.
+/// Memory that can be accessed by copying. Separate from [`MemoryObject`], since the core itself never reads client data.
 pub trait Bytes: MemoryObject {
-    /// Copies out from `offset`.
+    /// Copies `buf.len()` bytes from `offset` into `buf`.
     ///
     /// # Errors
-    /// [`Fault`] with an offset, beyond the end or when the memory is gone; `buf` may have been changed in part.
+    /// [`Fault`] with an offset, beyond the end or when the memory no longer exists; `buf` may be partly overwritten.
     fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), Fault>;
 
-    /// Copies in at `offset`.
+    /// Copies `data` to `offset`.
     ///
     /// # Errors
-    /// As [`read`](Self::read), and where the memory may not be written.
+    /// As [`read`](Self::read), and [`Fault`] for memory that is not writable.
     fn write(&self, offset: u64, data: &[u8]) -> Result<(), Fault>;
 }
 
-/// An event another party waits for.
+/// An event that the driver waits for.
 pub trait Event: Clone + Debug + Send + Sync + 'static {
     /// Signals it. Never blocks.
     fn signal(&self);
@@ -97,10 +94,10 @@ pub trait Event: Clone + Debug + Send + Sync + 'static {
 
 /// The process on whose behalf an operation runs.
 pub trait Caller<H: Host> {
-    /// Whether the caller lives in `owner`. False once that address space has been replaced by an exec.
+    /// Whether the caller runs in the address space `owner`. False after the caller has replaced it by an exec.
     fn is(&self, owner: &H::AddressSpace) -> bool;
 
-    /// A lasting handle on the caller's address space, for the process that becomes the owner.
+    /// A reference to the caller's address space that outlasts the call, for a caller that becomes the owner.
     ///
     /// # Errors
     /// What the platform reports when the caller cannot be examined (`EPERM`, `ENOMEM`).
@@ -110,12 +107,12 @@ pub trait Caller<H: Host> {
     fn memlock_pages(&self) -> u64;
 }
 
-/// Pages pinned on behalf of one address space, over all its devices: the place of the kernel's `pinned_vm`.
+/// Number of pages pinned for one address space by all its devices, as the kernel's `mm->pinned_vm` counts them.
 #[derive(Debug, Default)]
 pub struct PinAccount(AtomicU64);
 
 impl PinAccount {
-    /// Pages charged now.
+    /// Number of pages charged now.
     #[must_use]
     pub fn pages(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
@@ -124,7 +121,7 @@ impl PinAccount {
     /// Charges `pages` if the total stays within `limit`.
     ///
     /// # Errors
-    /// `ENOMEM` when it would not; nothing is charged then.
+    /// `ENOMEM` when the total would exceed `limit`; nothing is charged then.
     pub fn charge(&self, pages: u64, limit: u64) -> Result<()> {
         self.0
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |now| {
@@ -134,7 +131,7 @@ impl PinAccount {
             .map_err(|_| Errno::NOMEM)
     }
 
-    /// Takes back a charge of `pages`.
+    /// Reverts a charge of `pages`.
     pub fn uncharge(&self, pages: u64) {
         let before = self.0.fetch_sub(pages, Ordering::Relaxed);
         debug_assert!(before >= pages, "uncharged {pages} of {before} pages");

@@ -1,13 +1,13 @@
-//! A device driven in its own process, without a file: the interface of vhost-vdpa as plain calls.
+//! A device used in its own process without a file: the vhost-vdpa interface as function calls.
 //!
 //! | vhost-vdpa | here |
 //! |---|---|
 //! | a device file, `/dev/vhost-vdpa-N` | [`Node`] |
-//! | an open file | [`InProcess`] and its [handles for others](InProcess::by); the last one closes it |
+//! | an open file | [`InProcess`] and its [handles for others](InProcess::for_caller); the last one closes it |
 //! | the process that makes a request | the [`Caller`] of the handle |
 //!
-//! Errors are those of the file. A test acts as two processes with two callers, and as an exec with a caller whose
-//! identity changes:
+//! Errors are those of a device file. In a test, two callers stand for two processes, and a caller whose address space
+//! changes stands for an exec:
 //!
 //! ```
 //! use vdpa_core::Errno;
@@ -27,7 +27,7 @@
 //! device.dma_map(Asid(0), 0x10_0000, 2 * 4096, uaddr, Perm::RW)?;
 //!
 //! // A forked child holds the same open file and is not the owner.
-//! let child = device.by(process.fork());
+//! let child = device.for_caller(process.fork());
 //! assert_eq!(child.dma_unmap(Asid(0), 0, 0), Err(Errno::FAULT));
 //!
 //! // An exec makes the process another one, which takes the device over.
@@ -50,13 +50,13 @@ use crate::ops::VdpaOps;
 use crate::parent::Parent;
 use crate::types::{Asid, GroupIndex, IotlbMsg, IovaRange, QueueIndex, Result, VringAddr};
 
-/// A device that can be opened: the place of a device file. Clones are the same device.
+/// A device that can be opened, in place of a device file. Clones refer to the same device.
 pub struct Node<P: Parent> {
     device: Arc<Mutex<Device<P>>>,
 }
 
 impl<P: Parent> Node<P> {
-    /// A device nobody has opened.
+    /// A device that is not open.
     pub fn new(parent: P) -> Self {
         Self { device: Arc::new(Mutex::new(Device::new(parent))) }
     }
@@ -64,13 +64,14 @@ impl<P: Parent> Node<P> {
     /// Opens it on behalf of `caller`.
     ///
     /// # Errors
-    /// `EBUSY` while it is open; what the reset reports.
+    /// `EBUSY` while it is open; an error of the reset.
     pub fn open<C: Caller<P::Host>>(&self, caller: C) -> Result<InProcess<P, C>> {
         lock(&self.device).open()?;
         Ok(InProcess { file: Arc::new(OpenFile { device: Arc::clone(&self.device) }), caller })
     }
 
-    /// The device itself, for its management side and for what has no request. Other requests wait.
+    /// Calls `action` with the device itself, for the management side and for operations without a request. Blocks until
+    /// other requests have ended, and blocks them meanwhile.
     pub fn with<R>(&self, action: impl FnOnce(&mut Device<P>) -> R) -> R {
         action(&mut lock(&self.device))
     }
@@ -88,8 +89,8 @@ impl<P: Parent> fmt::Debug for Node<P> {
     }
 }
 
-/// Requests of one device never run in parallel. A panic in one of them leaves the device to the others, as the
-/// end of a process would.
+/// Locks the device, since its requests never run in parallel. After a panic in a request others can use the device, as
+/// after the end of a process.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -105,7 +106,7 @@ impl<P: Parent> Drop for OpenFile<P> {
     }
 }
 
-/// An open device in the hands of one caller.
+/// An open device as one caller uses it.
 pub struct InProcess<P: Parent, C> {
     file: Arc<OpenFile<P>>,
     caller: C,
@@ -118,44 +119,44 @@ impl<P: Parent, C> fmt::Debug for InProcess<P, C> {
 }
 
 impl<P: Parent, C: Clone> Clone for InProcess<P, C> {
-    /// A duplicate of the descriptor.
+    /// A duplicate, as by `dup(2)`.
     fn clone(&self) -> Self {
-        self.by(self.caller.clone())
+        self.for_caller(self.caller.clone())
     }
 }
 
 impl<P: Parent, C> InProcess<P, C> {
-    /// The same open file in the hands of another process: a descriptor inherited or passed on.
-    pub fn by<D>(&self, caller: D) -> InProcess<P, D> {
+    /// The same open file used by another process, as through an inherited or passed descriptor.
+    pub fn for_caller<D>(&self, caller: D) -> InProcess<P, D> {
         InProcess { file: Arc::clone(&self.file), caller }
     }
 
-    /// The open file, without keeping it open.
+    /// A weak reference, which does not keep the file open.
     pub fn downgrade(&self) -> WeakFile<P> {
         WeakFile(Arc::downgrade(&self.file))
     }
 
-    /// On whose behalf requests are made.
+    /// The caller on whose behalf requests are made.
     pub const fn caller(&self) -> &C {
         &self.caller
     }
 
-    /// Makes all further requests of this handle on behalf of `caller`, as when its process has become another one.
+    /// Makes all further requests of this handle on behalf of `caller`, as after an exec of its process.
     pub fn set_caller(&mut self, caller: C) {
         self.caller = caller;
     }
 
-    /// The device itself, and the caller, for requests that [`VdpaOps`] does not have.
+    /// Access to the device itself and the caller, for requests that [`VdpaOps`] does not have.
     pub fn with<R>(&self, action: impl FnOnce(&mut Device<P>, &C) -> R) -> R {
         action(&mut lock(&self.file.device), &self.caller)
     }
 }
 
-/// An open file that this does not keep open: what a table of open files has.
+/// A weak reference to an open file, for tables of open files.
 pub struct WeakFile<P: Parent>(std::sync::Weak<OpenFile<P>>);
 
 impl<P: Parent> WeakFile<P> {
-    /// A handle for `caller`, unless the last one is gone.
+    /// A handle for `caller`; `None` once the file is closed.
     pub fn upgrade<C>(&self, caller: C) -> Option<InProcess<P, C>> {
         self.0.upgrade().map(|file| InProcess { file, caller })
     }
@@ -319,7 +320,7 @@ mod tests {
     fn the_last_handle_closes_the_device() {
         let node = Node::new(RamBlk::new(1));
         let device = node.open(TestProcess::new()).unwrap();
-        let inherited = device.by(TestProcess::new());
+        let inherited = device.for_caller(TestProcess::new());
         device.set_owner().unwrap();
         drop(device);
         assert_eq!(inherited.set_owner(), Err(Errno::BUSY), "the owner is recorded while the file is open");

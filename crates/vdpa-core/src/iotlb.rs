@@ -1,4 +1,4 @@
-//! Translation tables: what is mapped where, and by which request.
+//! Translation tables: the mappings of an address space, and the request that created each.
 
 mod lookup;
 mod removed;
@@ -15,37 +15,37 @@ use crate::types::{IovaRange, Perm};
 pub struct Mapping<M> {
     /// I/O virtual addresses.
     pub range: IovaRange,
-    /// Where it was in the owner's address space when it was mapped or last remapped.
+    /// Its address in the owner's address space when it was mapped or last remapped.
     pub uaddr: u64,
-    /// What the device may do.
+    /// Access that the device has.
     pub perm: Perm,
     /// The memory; its first byte is at `range.first()`.
     pub memory: M,
-    /// The owner changed and has not remapped it: the data path treats it as unmapped (uapi-spec 8.5, R7).
+    /// The owner has changed and not remapped it, so the data path treats it as unmapped (uapi-spec 8.5, R7).
     pub stale: bool,
-    /// The UPDATE that made it.
+    /// The UPDATE that created it.
     pub record: RecordId,
 }
 
-/// Names the UPDATE a mapping came from, within one table.
+/// Identifies the UPDATE that created a mapping, within one table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub struct RecordId(u64);
 
-/// What a client asked for with one UPDATE; its fragments are the table's entries.
+/// One UPDATE of a client. Its fragments are entries of the table.
 ///
 /// The unit of REMAP (uapi-spec 8.5, R2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Record {
     /// The range of the request.
     pub range: IovaRange,
-    /// An INVALIDATE has removed a part: only single fragments can be remapped now.
+    /// An INVALIDATE has removed a part, so only single fragments can be remapped.
     pub broken: bool,
     fragments: usize,
 }
 
 /// One address space's translation, ordered by address. Entries never overlap.
 ///
-/// The authority for what is mapped; a data path reads a snapshot made from it.
+/// It defines what is mapped; the data path reads a snapshot made from it.
 #[derive(Clone, Debug)]
 pub struct Table<M> {
     entries: BTreeMap<u64, Mapping<M>>,
@@ -59,8 +59,8 @@ impl<M> Default for Table<M> {
     }
 }
 
-/// A table of mappings that belong to no UPDATE, for parents that keep one themselves. Of mappings that begin at the
-/// same address the last one counts; otherwise they must not overlap.
+/// Collects mappings that belong to no UPDATE, for parents that keep a table themselves. Of several mappings that begin at
+/// one address the last one is kept; apart from that mappings must not overlap.
 impl<M> FromIterator<Mapping<M>> for Table<M> {
     fn from_iter<I: IntoIterator<Item = Mapping<M>>>(mappings: I) -> Self {
         let entries = mappings.into_iter().map(|mapping| (mapping.range.first(), mapping)).collect();
@@ -100,7 +100,7 @@ impl<M> Table<M> {
         found
     }
 
-    /// The record of an UPDATE; `None` once all its fragments are gone.
+    /// The record of an UPDATE; `None` once all its fragments are removed.
     #[must_use]
     pub fn record(&self, id: RecordId) -> Option<&Record> {
         self.records.get(&id)
@@ -124,7 +124,7 @@ impl<M> Table<M> {
         id
     }
 
-    /// Forgets a record that got no entries.
+    /// Removes a record without entries.
     pub(crate) fn close_record(&mut self, id: RecordId) {
         if self.records.get(&id).is_some_and(|record| record.fragments == 0) {
             self.records.remove(&id);
@@ -147,7 +147,7 @@ impl<M> Table<M> {
         self.insert(mapping);
     }
 
-    /// Removes every entry that the interval `[first, last]` touches, whole, and returns them in address order.
+    /// Removes every entry that the interval `[first, last]` touches, also its parts outside, and returns them in address order.
     ///
     /// The interval may be inverted, as the kernel's interval tree allows it to be: then only an entry that
     /// reaches from `last` or below to `first` or above is touched (uapi-spec 2.5).
@@ -160,7 +160,7 @@ impl<M> Table<M> {
         removed
     }
 
-    /// Removes all entries of a record and returns them; the record stays, to be filled anew.
+    /// Removes all entries of a record and returns them. The record stays, for new entries.
     pub(crate) fn take_fragments(&mut self, id: RecordId) -> Vec<Mapping<M>> {
         let keys: Vec<u64> = self.fragments(id).map(|entry| entry.range.first()).collect();
         if let Some(record) = self.records.get_mut(&id) {
@@ -194,7 +194,7 @@ impl<M> Table<M> {
             .take_while(move |entry| entry.range.last() >= first)
     }
 
-    /// Checks order, overlap and the records' counts.
+    /// Checks order, overlap and the entry counts of the records.
     #[cfg(any(test, fuzzing))]
     pub fn check(&self) -> Result<(), String> {
         let mut end = None;
@@ -277,7 +277,7 @@ mod tests {
     }
 
     proptest! {
-        /// Against a plain list of ranges, over a small space so that edges meet.
+        /// Compares with a plain list of ranges, over a small space so that edges meet.
         #[test]
         fn agrees_with_a_naive_model(ops in prop::collection::vec((any::<bool>(), 0u64..64, 0u64..64), 0..60)) {
             let mut t = Table::default();

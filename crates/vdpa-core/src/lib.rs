@@ -1,16 +1,16 @@
 //! vhost-vdpa devices without I/O.
 //!
-//! The crate holds what a vhost-vdpa device *is*: its status machine, negotiation, ownership, translation tables
-//! and rings. It opens no file, starts no thread and reads no clock, so that every transition can be tested
-//! anywhere; what it needs from an operating system it asks of the traits in [`host`].
+//! The crate implements the state of a vhost-vdpa device: its status machine, negotiation, ownership, translation tables
+//! and rings. It opens no file, starts no thread and reads no clock, so that every transition can be tested on any machine.
+//! What it needs from an operating system is behind the traits in [`host`].
 //!
-//! | who | trait or type |
+//! | role | trait or type |
 //! |---|---|
-//! | calls a device | [`ops::VdpaOps`] |
-//! | implements a device | [`parent::Parent`] |
-//! | brings address spaces, memory and events | [`host::Host`] |
-//! | joins the three | [`device::Device`] |
-//! | opens a device without a file | [`inprocess::Node`] |
+//! | the requests of a client | [`ops::VdpaOps`] |
+//! | a device implementation | [`parent::Parent`] |
+//! | the platform: address spaces, memory, events | [`host::Host`] |
+//! | the state machine that connects the three | [`device::Device`] |
+//! | opening a device without a file | [`inprocess::Node`] |
 #![forbid(unsafe_code)]
 
 pub mod blk;

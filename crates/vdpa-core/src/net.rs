@@ -1,5 +1,5 @@
-//! Virtio network configuration, packet header and control commands (virtio 1.2 section 5.1), and
-//! the [`loopback`] that the kernel's simulator makes of them.
+//! Virtio network configuration, packet header and control commands (virtio 1.2 section 5.1), and the [`loopback`] device of
+//! the kernel's simulator.
 
 pub mod loopback;
 
@@ -19,7 +19,7 @@ pub const ANNOUNCE: u16 = 2;
 
 /// Configuration space: `struct virtio_net_config`, 24 bytes.
 ///
-/// A field has a meaning when the feature named is offered; the others are 0.
+/// A field is valid if the device offers the feature in parentheses, and 0 otherwise.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
 )]
@@ -45,7 +45,7 @@ pub struct NetConfig {
     pub supported_hash_types: U32,
 }
 
-/// What comes before each packet in a buffer of a data queue: `struct virtio_net_hdr_v1`, 12 bytes.
+/// The header before each packet in a data queue: `struct virtio_net_hdr_v1`, 12 bytes.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
 )]
@@ -59,11 +59,11 @@ pub struct NetHeader {
     pub hdr_len: U16,
     /// Bytes of payload in a segment.
     pub gso_size: U16,
-    /// Where the checksum begins.
+    /// Offset at which the checksummed bytes begin.
     pub csum_start: U16,
-    /// Where it is stored, from there.
+    /// Offset of the checksum itself, from there.
     pub csum_offset: U16,
-    /// Receive buffers the packet is spread over; not there without `VERSION_1` (and `MRG_RXBUF`).
+    /// Number of receive buffers of the packet; absent without `VERSION_1` (and `MRG_RXBUF`).
     pub num_buffers: U16,
 }
 
@@ -73,7 +73,7 @@ pub const fn header_len(features: Features) -> usize {
     if features.has(Features::VERSION_1) { size_of::<NetHeader>() } else { size_of::<NetHeader>() - 2 }
 }
 
-/// How a command of the control queue begins (virtio 1.2 section 5.1.6.5): `struct virtio_net_ctrl_hdr`.
+/// The header of a command of the control queue (virtio 1.2 section 5.1.6.5): `struct virtio_net_ctrl_hdr`.
 ///
 /// ```
 /// use vdpa_core::net::{ControlHeader, class, mac};
@@ -96,7 +96,7 @@ pub struct ControlHeader {
 
 /// [`ControlHeader::class`]: `VIRTIO_NET_CTRL_*`.
 pub mod class {
-    /// What is received.
+    /// Receive filter modes.
     pub const RX: u8 = 0;
     /// MAC addresses: see [`mac`](super::mac).
     pub const MAC: u8 = 1;
@@ -104,19 +104,19 @@ pub mod class {
 
 /// [`ControlHeader::command`] in [`class::MAC`]: `VIRTIO_NET_CTRL_MAC_*`.
 pub mod mac {
-    /// Two lists of addresses to be received.
+    /// Sets the two lists of addresses to receive.
     pub const TABLE_SET: u8 = 0;
-    /// The device's address, [`MAC_BYTES`](super::MAC_BYTES) long.
+    /// Sets the address of the device, of [`MAC_BYTES`](super::MAC_BYTES) bytes.
     pub const ADDR_SET: u8 = 1;
 }
 
-/// The byte that answers a command: `VIRTIO_NET_OK`, `VIRTIO_NET_ERR`.
+/// The status byte of a command: `VIRTIO_NET_OK`, `VIRTIO_NET_ERR`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Ack {
-    /// Done.
+    /// The command succeeded.
     Ok = 0,
-    /// Not done.
+    /// The command failed.
     Err = 1,
 }
 
@@ -127,7 +127,7 @@ impl Ack {
         self as u8
     }
 
-    /// What a driver finds; `None` for a value that is neither.
+    /// Decodes a status byte; `None` for any other value.
     #[must_use]
     pub const fn from_byte(byte: u8) -> Option<Self> {
         match byte {
@@ -138,13 +138,13 @@ impl Ack {
     }
 }
 
-/// Whether an Ethernet address is of a group: multicast, or the broadcast address.
+/// Whether an Ethernet address is a group address: multicast or broadcast.
 #[must_use]
 pub const fn is_multicast(address: [u8; MAC_BYTES]) -> bool {
     address[0] & 1 != 0
 }
 
-/// Whether a device can have this Ethernet address: neither zero nor that of a group (the kernel's
+/// Whether a device can have this Ethernet address: neither zero nor a group address (the kernel's
 /// `is_valid_ether_addr`).
 #[must_use]
 pub fn is_valid_address(address: [u8; MAC_BYTES]) -> bool {

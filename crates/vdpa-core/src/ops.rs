@@ -1,4 +1,4 @@
-//! [`VdpaOps`]: what a user of a device calls.
+//! [`VdpaOps`]: the requests that a client makes of a device.
 
 use crate::errno::Errno;
 use crate::features::{BackendFeatures, Features, Status};
@@ -6,12 +6,12 @@ use crate::types::{Asid, GroupIndex, IotlbMsg, IovaRange, Perm, QueueIndex, Resu
 
 /// The vhost-vdpa interface, one method per request.
 ///
-/// Implemented by a device file (ours or the kernel's) and by a device in the same process. Each error is the
-/// errno the kernel's vhost-vdpa gives; sections refer to the interface specification in `docs/uapi.md`.
-/// "owner" marks requests that only the owner may make (`EPERM` otherwise); all others work for whoever holds
-/// the device. Requests of one device never run in parallel; any of them may block behind another.
+/// Implemented by a device file (of this project or of the kernel) and by a device in the same process. Each error is the
+/// errno of the kernel's vhost-vdpa; `docs/uapi.md` lists the requests. "owner" marks requests that only the owner may make
+/// (`EPERM` otherwise); any process with the device open may make all others. Requests of one device never run in parallel,
+/// so each of them may block until another one ends.
 pub trait VdpaOps {
-    /// What kicks, calls and config interrupts are given as (an eventfd for a device file).
+    /// The type of kick, call and config events (an eventfd for a device file).
     type Event;
 
     /// `VHOST_VDPA_GET_DEVICE_ID`: the virtio device id.
@@ -26,13 +26,13 @@ pub trait VdpaOps {
     /// Only those of the transport.
     fn status(&self) -> Result<Status>;
 
-    /// `VHOST_VDPA_SET_STATUS`; 0 resets. A device may keep a bit clear: read it back.
+    /// `VHOST_VDPA_SET_STATUS`; 0 resets. A device may refuse a bit by leaving it clear, so read the status back.
     ///
     /// # Errors
-    /// `EINVAL` when a bit set now is missing in a value other than 0; for 0 what the reset reports.
+    /// `EINVAL` when a value other than 0 clears a bit; for 0 an error of the reset.
     fn set_status(&self, status: Status) -> Result<()>;
 
-    /// `VHOST_GET_FEATURES`: what the device offers.
+    /// `VHOST_GET_FEATURES`: the features that the device offers.
     ///
     /// # Errors
     /// Only those of the transport.
@@ -113,7 +113,7 @@ pub trait VdpaOps {
     /// `VHOST_SET_OWNER`: the caller becomes the owner.
     ///
     /// # Errors
-    /// `EBUSY` when there is an owner, also when it is the caller.
+    /// `EBUSY` when there is an owner, even if it is the caller.
     fn set_owner(&self) -> Result<()>;
 
     /// `VHOST_NEW_OWNER`: the caller takes over from the present owner; mappings and pins stay.
@@ -123,11 +123,10 @@ pub trait VdpaOps {
     /// owner (or, in strict mode, while the device runs); `ENOMEM` over the caller's `RLIMIT_MEMLOCK`.
     fn new_owner(&self) -> Result<()>;
 
-    /// `VHOST_RESET_OWNER` (owner), without an argument: gives the device up, with everything mapped, and keeps it
-    /// open.
+    /// `VHOST_RESET_OWNER` (owner), without an argument: removes the owner and all mappings; the device stays open.
     ///
     /// # Errors
-    /// `EPERM`; `EFAULT` where it is not supported, as by every kernel's vhost-vdpa.
+    /// `EPERM`; `EFAULT` where it is not supported; no kernel's vhost-vdpa supports it.
     fn reset_owner(&self) -> Result<()>;
 
     /// `VHOST_SET_VRING_NUM` (owner): entries of the ring.
@@ -148,7 +147,7 @@ pub trait VdpaOps {
     /// `EPERM`; `ENOBUFS`; `EINVAL` for an index over 16 bits, or while running.
     fn set_vring_base(&self, index: QueueIndex, num: u32) -> Result<()>;
 
-    /// `VHOST_GET_VRING_BASE` (owner). Accurate when the queue is stopped or the device suspended.
+    /// `VHOST_GET_VRING_BASE` (owner). Accurate while the queue is stopped or the device is suspended.
     ///
     /// # Errors
     /// `EPERM`; `ENOBUFS`.
@@ -197,25 +196,25 @@ pub trait VdpaOps {
     /// `EPERM`; `ENOBUFS`; `EOPNOTSUPP`.
     fn vring_size(&self, index: QueueIndex) -> Result<u32>;
 
-    /// `VHOST_VDPA_SUSPEND`. When it returns nothing is in flight and bases are stable. No-op before DRIVER_OK.
+    /// `VHOST_VDPA_SUSPEND`. When it returns, no request is in flight and vring bases are stable. No effect before DRIVER_OK.
     ///
     /// # Errors
-    /// `EOPNOTSUPP`; `EIO` when the device does not come to rest.
+    /// `EOPNOTSUPP`; `EIO` when a queue cannot be stopped.
     fn suspend(&self) -> Result<()>;
 
-    /// `VHOST_VDPA_RESUME`: continues where SUSPEND stopped, kicks that came meanwhile included.
+    /// `VHOST_VDPA_RESUME`: continues where SUSPEND stopped. Kicks that came meanwhile are served.
     ///
     /// # Errors
     /// `EOPNOTSUPP`.
     fn resume(&self) -> Result<()>;
 
-    /// Writes one IOTLB message (owner), in the version the acknowledged backend features call for.
+    /// Writes one IOTLB message (owner), in the message version that the acknowledged backend features select.
     ///
     /// # Errors
     /// `EINVAL` for an UPDATE of size 0; `EFAULT` for every other refusal.
     fn iotlb(&self, asid: Asid, msg: &IotlbMsg) -> Result<()>;
 
-    /// `UPDATE`: maps `range` to the caller's memory at `uaddr`.
+    /// `UPDATE`: maps `size` bytes from `iova` to the caller's memory at `uaddr`.
     ///
     /// # Errors
     /// As [`iotlb`](Self::iotlb).
@@ -223,7 +222,7 @@ pub trait VdpaOps {
         self.iotlb(asid, &IotlbMsg { iova, size, uaddr, perm, kind: iotlb_type::UPDATE })
     }
 
-    /// `INVALIDATE`: removes every entry that overlaps `size` bytes from `iova`, whole.
+    /// `INVALIDATE`: removes every entry that overlaps `size` bytes from `iova`, also its parts outside.
     ///
     /// # Errors
     /// As [`iotlb`](Self::iotlb).
@@ -231,7 +230,7 @@ pub trait VdpaOps {
         self.iotlb(asid, &IotlbMsg { iova, size, kind: iotlb_type::INVALIDATE, ..IotlbMsg::default() })
     }
 
-    /// `REMAP`: the mapping of exactly this range has `uaddr` in the new owner.
+    /// `REMAP`: sets the address that the mapping of exactly this range has in the new owner.
     ///
     /// # Errors
     /// As [`iotlb`](Self::iotlb).

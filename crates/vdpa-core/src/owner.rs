@@ -1,4 +1,4 @@
-//! Who owns a device, and what is pinned on the owner's account.
+//! The owner of a device, and the pinned pages that are charged to it.
 
 use crate::errno::Errno;
 use crate::faults::{self, Fault};
@@ -7,8 +7,8 @@ use crate::types::Result;
 
 /// The owner of one device and the pages charged to it for this device.
 ///
-/// The charge always sits on the account of the present owner: it moves with ownership, as a total and without
-/// walking the tables (uapi-spec 8.4).
+/// The account of the present owner always carries the charge. A change of owner moves the total and does not walk the
+/// tables (uapi-spec 8.4).
 #[derive(Debug)]
 pub(crate) struct Ownership<H: Host> {
     owner: Option<H::AddressSpace>,
@@ -28,7 +28,7 @@ impl<H: Host> Ownership<H> {
         self.pinned
     }
 
-    /// The owner, if `caller` is it; `EPERM` otherwise. A device without an owner has none to be.
+    /// Returns the owner if `caller` lives in its address space; `EPERM` otherwise, also while there is no owner.
     pub(crate) fn check(&self, caller: &dyn Caller<H>) -> Result<&H::AddressSpace> {
         let is_owner = |owner: &&H::AddressSpace| caller.is(owner) || faults::is(Fault::OwnerUnchecked);
         self.owner.as_ref().filter(is_owner).ok_or(Errno::PERM)
@@ -40,24 +40,25 @@ impl<H: Host> Ownership<H> {
         self.owner = Some(space);
     }
 
-    /// Charges what is pinned to the heir as well, so that the transfer itself cannot fail any more; `ENOMEM`
-    /// over `limit`, and nothing has changed then.
-    pub(crate) fn charge_heir(&self, heir: &H::AddressSpace, limit: u64) -> Result<()> {
+    /// Charges the pinned pages to the new owner too, so that [`transfer`](Self::transfer) cannot fail. `ENOMEM` when that
+    /// would exceed `limit` pages; nothing has changed then.
+    pub(crate) fn charge_new_owner(&self, new_owner: &H::AddressSpace, limit: u64) -> Result<()> {
         if faults::is(Fault::ChargeNotMoved) {
             return Ok(());
         }
         let limit = if faults::is(Fault::ChargeUnlimited) { u64::MAX } else { limit };
-        heir.account().charge(self.pinned, limit)
+        new_owner.account().charge(self.pinned, limit)
     }
 
-    /// Takes back [`charge_heir`](Self::charge_heir).
-    pub(crate) fn uncharge_heir(&self, heir: &H::AddressSpace) {
-        heir.account().uncharge(self.pinned);
+    /// Reverts [`charge_new_owner`](Self::charge_new_owner).
+    pub(crate) fn uncharge_new_owner(&self, new_owner: &H::AddressSpace) {
+        new_owner.account().uncharge(self.pinned);
     }
 
-    /// Makes an heir that was charged the owner. The old account is uncharged whether or not its process lives.
-    pub(crate) fn transfer(&mut self, heir: H::AddressSpace) {
-        if let Some(old) = self.owner.replace(heir) {
+    /// Makes `new_owner`, which [`charge_new_owner`](Self::charge_new_owner) has charged, the owner. The account of the old
+    /// owner is uncharged whether or not its process still exists.
+    pub(crate) fn transfer(&mut self, new_owner: H::AddressSpace) {
+        if let Some(old) = self.owner.replace(new_owner) {
             if faults::is(Fault::ChargeNotMoved) {
                 self.pinned = 0;
             }
@@ -80,7 +81,7 @@ impl<H: Host> Ownership<H> {
         }
     }
 
-    /// Forgets the owner and takes back whatever was charged.
+    /// Removes the owner and uncharges its account.
     pub(crate) fn clear(&mut self) {
         self.uncharge(self.pinned);
         self.owner = None;

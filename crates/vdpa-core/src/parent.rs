@@ -1,4 +1,4 @@
-//! [`Parent`]: what a device implements.
+//! [`Parent`]: the interface that a device implements.
 
 use std::fmt::Debug;
 
@@ -10,11 +10,11 @@ use crate::net::MAC_BYTES;
 use crate::types::{Asid, GroupIndex, IovaRange, QueueIndex, Result};
 use crate::vq::{QueueSetup, QueueState};
 
-/// A vDPA device as its implementer sees it.
+/// A vDPA device implementation (the kernel calls it a vDPA parent).
 ///
-/// [`Device`](crate::device::Device) owns everything the interface remembers (status, negotiation, vring setup,
-/// IOTLB, ownership, suspend) and calls a parent only for what differs between devices. All calls come from one
-/// thread at a time, under the device's lock.
+/// [`Device`](crate::device::Device) has the state of the vhost-vdpa interface (status, negotiation, vring setup, IOTLB,
+/// ownership, suspend) and calls a parent only for what differs between devices. It makes one call at a time, under the
+/// device's lock. A method may block only where its description says so.
 ///
 /// ```text
 ///            start_queue(i)                 DRIVER_OK, queue enabled and set up, not suspended
@@ -23,34 +23,33 @@ use crate::vq::{QueueSetup, QueueState};
 ///            stop_queue(i)                  SUSPEND, reset, ENABLE 0, or a change of the queue's setup
 /// ```
 ///
-/// `start_queue` and `stop_queue` are the one mechanism behind suspend, reset, `GET`/`SET_VRING_BASE` and live
-/// update; both are idempotent.
+/// Suspend, reset, `GET`/`SET_VRING_BASE` and live update all use `start_queue` and `stop_queue`. Both are idempotent.
 pub trait Parent: Debug + Send {
     /// The platform it runs on.
     type Host: Host;
 
-    /// What the device is. Constant while the device exists.
+    /// The constants of the device. They must not change while the device exists.
     fn profile(&self) -> &Profile;
 
     /// Copies configuration space from `offset` into `out`. The range is within [`Profile::config_size`].
     fn read_config(&self, offset: u32, out: &mut [u8]);
 
-    /// The driver writes configuration space. The range is within [`Profile::config_size`]; a device may
+    /// Handles a write of the driver to configuration space. The range is within [`Profile::config_size`]; a device may
     /// ignore it.
     fn write_config(&mut self, offset: u32, data: &[u8]);
 
-    /// The driver chose these features; returns those in force.
+    /// Handles the driver's choice of features; returns the features in force.
     ///
     /// # Errors
     /// Any error becomes `EINVAL` for the client.
     fn negotiate(&mut self, features: Features) -> Result<Features>;
 
-    /// Starts processing a queue, from `state` or from where it stopped. Running already: no effect.
+    /// Starts processing a queue at `state`. No effect while it runs.
     ///
-    /// The ring must be looked at once after the start even without a kick: kicks may have come before.
+    /// The parent must check the ring once after the start even without a kick, since the driver may have kicked before.
     ///
     /// # Errors
-    /// When the ring cannot be reached or its geometry is impossible; the queue stays stopped.
+    /// Any error, when ring memory cannot be accessed or the setup of the ring is invalid; the queue stays stopped.
     fn start_queue(
         &mut self,
         index: QueueIndex,
@@ -58,66 +57,64 @@ pub trait Parent: Debug + Send {
         state: QueueState,
     ) -> Result<()>;
 
-    /// Stops processing a queue and returns where it is; `None` if it was not running.
+    /// Stops processing a queue and returns its position; `None` if it was not running.
     ///
     /// May block until requests in flight are done. When it returns, no access to client memory is in progress
     /// or will start for this queue, and no used entry and no call signal is pending.
     ///
     /// # Errors
-    /// `EIO` when the queue could not be brought to rest.
+    /// `EIO` when requests in flight do not end; the queue counts as running.
     fn stop_queue(&mut self, index: QueueIndex) -> Result<Option<QueueState>>;
 
-    /// How the device learns of mappings. The kind must not change while the device exists.
+    /// How the device receives mappings. The variant must not change while the device exists.
     fn dma(&mut self) -> Dma<'_, Self::Host>;
 
-    /// The device is reset (status 0, open or close); all queues are stopped already.
+    /// Resets the device (status 0, open or close). All queues are stopped already.
     fn reset(&mut self) {}
 
-    /// The device is about to run: the driver sets DRIVER_OK, or resumes. Queues start after it. For parents that are
-    /// [shared](crate::handover).
+    /// Called when the driver sets DRIVER_OK or resumes, before queues start. For parents that two devices
+    /// [share](crate::handover).
     ///
     /// # Errors
-    /// Any error is the client's, and the device does not run.
+    /// Any error is returned to the client, and the device does not run.
     fn claim(&mut self) -> Result<()> {
         Ok(())
     }
 
-    /// What is behind the device is taken away, for ever: every request from now on is answered with an error.
-    /// Blocks until requests in flight are done.
+    /// Releases the back end of the device for good: from now on every request completes with an error. Blocks until requests
+    /// in flight are completed.
     ///
     /// # Errors
-    /// `EOPNOTSUPP` for devices that cannot; their client loses the device file. `ETIMEDOUT` when requests in flight take
-    /// too long, to a disk that hangs for example: it will be so once they are done.
+    /// `EOPNOTSUPP` for devices that cannot do this; their client loses the device file. `ETIMEDOUT` when requests in flight
+    /// take too long, for example on a disk that hangs: the back end is released once they complete.
     fn fail(&mut self) -> Result<()> {
         Err(Errno::OPNOTSUPP)
     }
 
-    /// Whether the device met something, a broken ring for example, after which it cannot go on without a reset
-    /// (virtio 1.2 section 2.1.2). False again after [`reset`](Self::reset). Does not block.
+    /// Whether the device had an error, such as a broken ring, after which it needs a reset (virtio 1.2 section 2.1.2). False again after [`reset`](Self::reset). Does not block.
     fn needs_reset(&self) -> bool {
         false
     }
 
-    /// What to signal when [`needs_reset`](Self::needs_reset) becomes true, or the configuration changes by itself
-    /// (`set_config_cb`); `None` for nothing. Does not block.
+    /// Sets the event to signal when [`needs_reset`](Self::needs_reset) becomes true or the device changes its configuration
+    /// (`set_config_cb`); `None` for no event. Does not block.
     fn set_config_call(&mut self, _event: Option<&<Self::Host as Host>::Event>) {}
 
-    /// What a queue has done since the device was made. Does not block.
+    /// Statistics of a queue since the device was created. Does not block.
     fn queue_stats(&self, _index: QueueIndex) -> QueueStats {
         QueueStats::default()
     }
 
-    /// What the vendor counts for a queue, with the vendor's names and in its order (`get_vendor_vq_stats`). Does not
-    /// block.
+    /// Vendor statistics of a queue, with the vendor's names and in its order (`get_vendor_vq_stats`). Does not block.
     ///
     /// # Errors
-    /// `EOPNOTSUPP` without such statistics; `EINVAL` for a queue that has none.
+    /// `EOPNOTSUPP` if the device has no such statistics; `EINVAL` for a queue without them.
     fn vendor_stats(&self, _index: QueueIndex) -> Result<Vec<(&'static str, u64)>> {
         Err(Errno::OPNOTSUPP)
     }
 
-    /// The management side gives the device another Ethernet address, which is neither zero nor that of a group
-    /// (`dev_set_attr`). Does not block.
+    /// Sets the Ethernet address for the management side (`dev_set_attr`). The address is neither zero nor a group address.
+    /// Does not block.
     ///
     /// # Errors
     /// `EOPNOTSUPP` for a device that cannot change it, or has none.
@@ -125,10 +122,10 @@ pub trait Parent: Debug + Send {
         Err(Errno::OPNOTSUPP)
     }
 
-    /// The device has a new owner address space, or none.
+    /// Called when the owner changes: the new owner's address space, or `None`.
     ///
     /// # Errors
-    /// Refuses the owner with the error given.
+    /// Any error refuses the owner and is returned to the client. Ignored for `None`.
     fn bind_owner(&mut self, _owner: Option<&<Self::Host as Host>::AddressSpace>) -> Result<()> {
         Ok(())
     }
@@ -137,22 +134,22 @@ pub trait Parent: Debug + Send {
 /// Counters of a queue; they survive resets and changes of owner.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct QueueStats {
-    /// Requests answered.
+    /// Completed requests.
     pub requests: u64,
-    /// Bytes of data moved by them, in either direction.
+    /// Bytes of data transferred by them, in both directions.
     pub bytes: u64,
-    /// Requests answered with an error.
+    /// Requests completed with an error.
     pub errors: u64,
 }
 
-/// The three ways in which a parent takes part in translation (uapi-spec 3.1).
+/// How a parent receives mappings (uapi-spec 3.1).
 #[derive(Debug)]
 pub enum Dma<'a, H: Host> {
     /// Whole tables (`set_map`).
     SetMap(&'a mut dyn SetMap<H>),
     /// Single entries (`dma_map`, `dma_unmap`).
     DmaMap(&'a mut dyn DmaMap<H>),
-    /// Nothing: the core's table is the translation (the place of a platform IOMMU).
+    /// Nothing: the device uses the core's table directly, as a kernel device uses the platform IOMMU.
     Platform,
 }
 
@@ -160,8 +157,8 @@ pub enum Dma<'a, H: Host> {
 pub trait SetMap<H: Host>: Debug {
     /// Replaces the translation of `asid` by `table`.
     ///
-    /// Blocks until no request uses an entry that is gone or changed. On an error the device uses the previous
-    /// table or none; the core then offers the previous table once more.
+    /// Blocks until no request uses an entry that was removed or changed. After an error the device uses the previous table
+    /// or an empty one; the core then passes the previous table once more.
     ///
     /// # Errors
     /// `ENOMEM`, `ENOSPC` or what the device reports.
@@ -173,14 +170,14 @@ pub trait DmaMap<H: Host>: Debug {
     /// Adds one mapping.
     ///
     /// # Errors
-    /// `ENOMEM`, `ENOSPC` or what the device reports; the mapping is then not there.
+    /// `ENOMEM`, `ENOSPC` or what the device reports; the mapping does not exist then.
     fn dma_map(&mut self, asid: Asid, mapping: &Mapping<H::Memory>) -> Result<()>;
 
     /// Removes one mapping; blocks until no request uses it.
     fn dma_unmap(&mut self, asid: Asid, range: IovaRange);
 }
 
-/// How the device reaches client memory (uapi-spec 3.2, 3.3).
+/// How the device accesses client memory (uapi-spec 3.2, 3.3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AddressMode {
     /// By the owner's virtual addresses: after a change of owner a mapping is stale until it is remapped.
@@ -189,8 +186,8 @@ pub enum AddressMode {
     Objects,
     /// As [`Objects`](Self::Objects), with the pages pinned and charged to the owner.
     Pinned,
-    /// As [`Pinned`](Self::Pinned), by the kernel's rule: a mapping is made of whole pages, every one of which is
-    /// charged, and what the request has of its first page is dropped from the address (uapi-spec 3.3).
+    /// As [`Pinned`](Self::Pinned), by the kernel's rule: a mapping consists of whole pages, each of which is charged, and
+    /// the offset of the user address in its page is ignored (uapi-spec 3.3).
     PinnedPages,
 }
 
@@ -199,12 +196,12 @@ pub enum AddressMode {
 pub enum PinLimit {
     /// As many as the soft `RLIMIT_MEMLOCK` of the calling process allows, as in the kernel (uapi-spec 3.3).
     Rlimit,
-    /// As many as whoever made the device allows, whatever the limit of its users.
+    /// This number, set when the device is created. The limit of the calling process does not matter.
     Pages(u64),
 }
 
 impl PinLimit {
-    /// The limit in pages for a caller whose own is `rlimit` pages.
+    /// The limit in pages for a caller whose `RLIMIT_MEMLOCK` is `rlimit` pages.
     #[must_use]
     pub const fn pages(self, rlimit: u64) -> u64 {
         match self {
@@ -213,7 +210,7 @@ impl PinLimit {
         }
     }
 
-    /// What sets the limit, for messages.
+    /// The name of the limit, for messages.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -223,10 +220,10 @@ impl PinLimit {
     }
 }
 
-/// What to do with memory that no other process can see.
+/// How to treat private memory, which no other process can map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PrivateMemory {
-    /// Reach it by copying while its address space lives.
+    /// Access it by copying while its address space exists.
     Copy,
     /// Leave it unmapped without an error, as the kernel does for parents that use virtual addresses.
     Skip,
@@ -235,7 +232,7 @@ pub enum PrivateMemory {
 /// What a reset without `IOTLB_PERSIST` does to the parent's translation (uapi-spec 4.5).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CompatReset {
-    /// Mappings stay, whatever was acknowledged.
+    /// Mappings stay, with or without acknowledged PERSIST.
     Keep,
     /// The translation is dropped, as old parents did, unless PERSIST or NEW_OWNER was acknowledged.
     Clean,
@@ -250,7 +247,7 @@ pub struct Profile {
     pub vendor_id: u32,
     /// Features offered.
     pub features: Features,
-    /// Backend features of its own, OR-ed into those of the interface.
+    /// Backend features that this device adds to those of the interface.
     pub backend_features: BackendFeatures,
     /// Number of virtqueues, 1 to 65535.
     pub queues: u16,
@@ -284,24 +281,24 @@ pub struct Profile {
     pub private_memory: PrivateMemory,
     /// Entries per IOTLB table (`max_iotlb_entries`).
     pub max_iotlb_entries: usize,
-    /// Refuse REMAP to memory that is not the same object at the same offset.
+    /// Whether to refuse REMAP to memory that is not the same object at the same offset.
     pub verify_remap: bool,
-    /// Whether an address space in which nothing was mapped yet passes addresses through: an I/O virtual address is
-    /// the owner's virtual address, until the first mapping and again after a reset that cleans the map
-    /// (uapi-spec 6.1). Only with [`AddressMode::OwnerAddresses`]; it goes with [`reset_map`](Self::reset_map).
+    /// Whether an address space without mappings has an identity map, in which an I/O virtual address is the same virtual
+    /// address of the owner. It ends with the first mapping and returns with a reset that cleans the map (uapi-spec 6.1).
+    /// Requires [`AddressMode::OwnerAddresses`] and [`reset_map`](Self::reset_map).
     pub identity_map: bool,
     /// Whether RESET_OWNER works; in the kernel it does not (uapi-spec 1.1).
     pub reset_owner: bool,
-    /// Refuse NEW_OWNER while the device runs (uapi-spec 8.4, strict mode).
+    /// Whether to refuse NEW_OWNER while the device runs (uapi-spec 8.4, strict mode).
     pub strict_new_owner: bool,
     /// Whether a status write with DRIVER_OK restarts a suspended device, as the kernel's simulator does.
     pub status_unsuspends: bool,
-    /// Whether BATCH_END reports a translation the parent refused; the kernel ignores it (uapi-spec 2.6).
+    /// Whether BATCH_END fails when the parent refuses the translation; the kernel ignores that (uapi-spec 2.6).
     pub report_batch_errors: bool,
 }
 
 impl Profile {
-    /// A device as the kernel's simulators are by default (uapi-spec 6.1), with one group and one address space.
+    /// The default profile of the kernel's simulators (uapi-spec 6.1), with one group and one address space.
     #[must_use]
     pub const fn simulator(device_id: u32, features: Features, queues: u16, config_size: u32) -> Self {
         Self {
@@ -361,11 +358,11 @@ impl Profile {
         }
     }
 
-    /// What a simulator answers to features: those it offers, provided that ACCESS_PLATFORM is among them
-    /// (uapi-spec 6.1). For [`Parent::negotiate`].
+    /// The features in force after a simulator's negotiation: those of `features` that it offers (uapi-spec 6.1). For
+    /// [`Parent::negotiate`].
     ///
     /// # Errors
-    /// `EINVAL`.
+    /// `EINVAL` without ACCESS_PLATFORM.
     pub fn mask_features(&self, features: Features) -> Result<Features> {
         if features.has(Features::ACCESS_PLATFORM) { Ok(features & self.features) } else { Err(Errno::INVAL) }
     }

@@ -1,6 +1,6 @@
 //! Memory and rings in one process, for tests of devices and drivers. Feature `test-utils`.
 //!
-//! [`TestMemory`] is client memory that can lose pages and fail at a chosen access; [`Pair`] puts both sides of a
+//! [`TestMemory`] is client memory in which pages can be unmapped and a chosen access can fail. [`Pair`] has both sides of a
 //! ring on it:
 //!
 //! ```
@@ -21,7 +21,7 @@
 //! A whole device needs a platform: [`TestHost`] has processes that map memory objects, fork and exec, and
 //! [`RamBlk`] and [`RamNet`] are devices on it, to be opened as an [`inprocess::Node`](crate::inprocess::Node).
 //!
-//! What is called wrongly here panics: that is a bug of the test.
+//! Wrong arguments panic, because they are bugs of the test.
 #![expect(clippy::expect_used, reason = "a test that cannot set up its ring must fail")]
 
 mod platform;
@@ -46,12 +46,12 @@ use crate::ring::{Area, Buffer, Chain, Fault, Memory, RingError, area_sizes};
 use crate::types::{IovaRange, Perm};
 use crate::vq::QueueState;
 
-/// Bytes per permission of a [`TestMemory`].
+/// Page size of a [`TestMemory`] in bytes: the unit of its permissions.
 pub const TEST_PAGE: u64 = 256;
 
-/// Client memory of a test: one run of zeroed bytes at some I/O virtual address, shared by its clones.
+/// Client memory of a test: zeroed bytes from one I/O virtual address on, shared by its clones.
 ///
-/// Every access is made of atomics, so both sides of a ring may run on threads of their own.
+/// All accesses are atomic, so the two sides of a ring may run on different threads.
 #[derive(Clone, Debug)]
 pub struct TestMemory {
     shared: Arc<Shared>,
@@ -61,9 +61,9 @@ pub struct TestMemory {
 struct Shared {
     base: u64,
     words: Box<[AtomicU16]>,
-    /// Of each page.
+    /// Permission of each page.
     perms: Box<[AtomicU8]>,
-    /// Accesses until one fails; `u64::MAX` for never.
+    /// Number of accesses until one fails; `u64::MAX` for never.
     fail_in: AtomicU64,
 }
 
@@ -87,8 +87,7 @@ impl TestMemory {
         }
     }
 
-    /// Gives every page that `range` touches another permission; [`Perm::NONE`] makes a hole. Areas resolved before
-    /// feel it too.
+    /// Sets the permission of every page that `range` touches; [`Perm::NONE`] makes a hole. Applies to existing areas too.
     pub fn protect(&self, range: IovaRange, perm: Perm) {
         for (base, page) in (self.shared.base..).step_by(256).zip(&self.shared.perms) {
             if IovaRange::from_size(base, TEST_PAGE).is_some_and(|page| page.overlaps(range)) {
@@ -103,13 +102,13 @@ impl TestMemory {
         self.shared.fail_in.store(accesses, Ordering::Relaxed);
     }
 
-    /// Whether a failure asked for by [`fail_after`](Self::fail_after) has yet to come; takes the request back.
+    /// Cancels [`fail_after`](Self::fail_after); returns whether the failure had not happened yet.
     #[must_use]
     pub fn cancel_failure(&self) -> bool {
         self.shared.fail_in.swap(u64::MAX, Ordering::Relaxed) != u64::MAX
     }
 
-    /// The bytes at `iova`, whatever the permissions are.
+    /// Reads the bytes at `iova` without regard to permissions.
     ///
     /// # Panics
     /// When a byte is outside the memory.
@@ -121,7 +120,7 @@ impl TestMemory {
         data
     }
 
-    /// Changes the bytes at `iova`, whatever the permissions are.
+    /// Writes the bytes at `iova` without regard to permissions.
     ///
     /// # Panics
     /// When a byte is outside the memory.
@@ -245,7 +244,7 @@ impl Area for TestArea {
     }
 }
 
-/// Where the areas of a ring are.
+/// The I/O virtual addresses of the areas of a ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingAddresses {
     /// Descriptor area.
@@ -259,13 +258,13 @@ pub struct RingAddresses {
 /// A driver and a device on one split ring, at the start of a [`TestMemory`]; the rest is for buffers.
 #[derive(Debug)]
 pub struct Pair {
-    /// What both sides see.
+    /// The memory of both sides.
     pub memory: TestMemory,
     /// The driver side.
     pub driver: SplitDriver<TestArea>,
     /// The device side.
     pub queue: SplitQueue<TestArea>,
-    /// Where the ring is.
+    /// The addresses of the ring.
     pub ring: RingAddresses,
     size: u16,
     features: Features,
@@ -310,7 +309,7 @@ impl Pair {
         Self { memory, driver, queue, ring, size, features, next_buffer }
     }
 
-    /// The three areas, resolved anew: descriptor, available, used.
+    /// The three areas, translated again: descriptor, available, used.
     ///
     /// # Panics
     /// When a part of the ring was made a hole.
@@ -319,7 +318,7 @@ impl Pair {
         areas(&self.memory, self.ring, self.size, self.features)
     }
 
-    /// A buffer no other call has returned.
+    /// A buffer that no earlier call has returned.
     ///
     /// # Panics
     /// When all [`BUFFER_BYTES`](Self::BUFFER_BYTES) are given away.
@@ -331,11 +330,11 @@ impl Pair {
         Buffer { iova, len }
     }
 
-    /// The device serves what is available: `request` returns the number of bytes written. Returns whether the
-    /// driver wants to be notified.
+    /// Processes the available requests on the device side. `request` returns the number of bytes written. Returns whether the
+    /// driver must be notified.
     ///
     /// # Errors
-    /// What the ring reports; what was popped by then is completed.
+    /// Errors of the ring; requests popped before are completed.
     pub fn serve(&mut self, mut request: impl FnMut(&TestMemory, &Chain) -> u32) -> Result<bool, RingError> {
         let mut chain = Chain::new();
         while self.queue.pop(&self.memory, &mut chain)? {
@@ -345,7 +344,7 @@ impl Pair {
         self.queue.publish()
     }
 
-    /// Stops the device side and starts it again at the same place, as SUSPEND and RESUME do.
+    /// Stops the device side and starts it again at the same position, as SUSPEND and RESUME do.
     ///
     /// # Panics
     /// When requests are in flight: a queue is drained before it stops.

@@ -1,4 +1,4 @@
-//! Identifiers, ranges and permissions shared by every part.
+//! Identifiers, ranges and permissions that all modules use.
 
 use std::fmt;
 
@@ -36,7 +36,7 @@ number! {
 
 /// An inclusive range of I/O virtual addresses `[first, last]`, in bytes.
 ///
-/// Inclusive because the last byte of the 64-bit space can be mapped. `first <= last` always holds.
+/// It is inclusive because the last byte of the 64-bit space can be mapped. `first <= last` always holds.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "(u64, u64)", into = "(u64, u64)")]
 pub struct IovaRange {
@@ -125,13 +125,13 @@ impl fmt::Display for IovaRange {
 
 /// What the device may do with a mapping: `VHOST_ACCESS_*`.
 ///
-/// The kernel stores any byte it is given, and so does this type; only the two bits below have a meaning.
+/// Like the kernel, this type stores any byte; only bits 0 (read) and 1 (write) have a meaning.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Perm(pub u8);
 
 impl Perm {
-    /// No access; what `VHOST_IOTLB_REMAP` demands.
+    /// No access, which `VHOST_IOTLB_REMAP` requires.
     pub const NONE: Self = Self(0);
     /// The device may read.
     pub const RO: Self = Self(1);
@@ -152,7 +152,7 @@ impl Perm {
         self.0 & 2 != 0
     }
 
-    /// Whether everything `needed` asks for is allowed.
+    /// Whether it allows every access in `needed`.
     #[must_use]
     pub const fn allows(self, needed: Self) -> bool {
         self.0 & needed.0 & 3 == needed.0 & 3
@@ -173,13 +173,13 @@ impl fmt::Debug for Perm {
 
 /// One IOTLB message as a client writes it, without its version envelope.
 ///
-/// Source: `struct vhost_iotlb_msg`. `kind` stays a raw byte: an unknown one is an error of its own, in its
-/// own place in the order of checks.
+/// Source: `struct vhost_iotlb_msg`. `kind` is a raw byte, because an unknown type is a separate error with its own place in
+/// the order of checks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct IotlbMsg {
     /// First I/O virtual address.
     pub iova: u64,
-    /// Bytes.
+    /// Size in bytes.
     pub size: u64,
     /// Address in the caller's address space.
     pub uaddr: u64,
@@ -191,19 +191,19 @@ pub struct IotlbMsg {
 
 /// Message types of [`IotlbMsg::kind`].
 pub mod iotlb_type {
-    /// A miss, sent by other vhost devices; refused here.
+    /// A miss, which other vhost devices send; vhost-vdpa refuses it.
     pub const MISS: u8 = 1;
     /// Map a range.
     pub const UPDATE: u8 = 2;
     /// Unmap every entry that overlaps a range.
     pub const INVALIDATE: u8 = 3;
-    /// An access failure, sent by other vhost devices; refused here.
+    /// An access failure, which other vhost devices send; vhost-vdpa refuses it.
     pub const ACCESS_FAIL: u8 = 4;
     /// Begin a batch.
     pub const BATCH_BEGIN: u8 = 5;
     /// End a batch.
     pub const BATCH_END: u8 = 6;
-    /// Give an existing mapping the address it has in its new owner.
+    /// Set the address that an existing mapping has in the new owner.
     pub const REMAP: u8 = 7;
 }
 

@@ -6,7 +6,7 @@ use crate::features::Features;
 use crate::host::Host;
 use crate::types::Asid;
 
-/// Where a stopped queue is, so that it can be started again at the same place.
+/// The position of a stopped queue, at which it can be started again.
 ///
 /// Source: `struct vdpa_vq_state`; the 32-bit encodings are those of `VHOST_GET_VRING_BASE`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,17 +20,17 @@ pub enum QueueState {
     Packed {
         /// Next descriptor to read.
         last_avail_idx: u16,
-        /// Wrap counter that goes with it.
+        /// Its wrap counter.
         last_avail_wrap: bool,
         /// Next descriptor to write as used.
         last_used_idx: u16,
-        /// Wrap counter that goes with it.
+        /// Its wrap counter.
         last_used_wrap: bool,
     },
 }
 
 impl QueueState {
-    /// The state of a fresh ring under these features.
+    /// The state of a new ring with these features.
     #[must_use]
     pub const fn initial(features: Features) -> Self {
         if features.has(Features::RING_PACKED) {
@@ -70,7 +70,7 @@ impl QueueState {
     }
 }
 
-/// Everything a parent needs to start one queue.
+/// The setup of one queue, which a parent needs to start it.
 #[derive(Clone, Debug)]
 pub struct QueueSetup<H: Host> {
     /// Entries of the ring; a power of two for a split ring.
@@ -81,9 +81,9 @@ pub struct QueueSetup<H: Host> {
     pub avail: u64,
     /// I/O virtual address of the device area (used ring).
     pub used: u64,
-    /// Table that translates this queue's addresses.
+    /// Address space that translates the addresses of this queue.
     pub asid: Asid,
-    /// Features in force.
+    /// Negotiated features.
     pub features: Features,
     /// Signalled by the client when it has made buffers available. Its counter is never read (uapi-spec 1.6).
     pub kick: Option<H::Event>,

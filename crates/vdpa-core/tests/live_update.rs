@@ -61,11 +61,11 @@ fn pinned() -> Bench {
 }
 
 /// Another process, which has the object mapped elsewhere.
-fn heir(bench: &Bench) -> (InProcess<RamBlk, TestProcess>, u64) {
+fn successor(bench: &Bench) -> (InProcess<RamBlk, TestProcess>, u64) {
     let process = TestProcess::new();
     let _ = process.map_new(64 * PAGE);
     let uaddr = process.map(&bench.object);
-    (bench.device.by(process), uaddr)
+    (bench.device.for_caller(process), uaddr)
 }
 
 impl Bench {
@@ -152,28 +152,28 @@ fn n1_the_owner_is_told_before_its_pages_are_counted_twice() {
 #[test]
 fn n2_a_parent_that_refuses_the_heir_changes_nothing() {
     let bench = pinned();
-    let (heir, _) = heir(&bench);
+    let (successor, _) = successor(&bench);
     bench.parent(|blk| blk.refuse_owner(true));
-    assert_eq!(heir.new_owner(), Err(Errno::IO));
-    assert_eq!((bench.owner.pinned_pages(), heir.caller().pinned_pages()), (8, 0));
+    assert_eq!(successor.new_owner(), Err(Errno::IO));
+    assert_eq!((bench.owner.pinned_pages(), successor.caller().pinned_pages()), (8, 0));
     assert_eq!(bench.device.set_vring_num(Q0, 8), Ok(()));
     bench.parent(|blk| blk.refuse_owner(false));
-    heir.new_owner().unwrap();
+    successor.new_owner().unwrap();
 }
 
 #[test]
 fn n3_a_parent_without_a_word_offers_neither() {
     let bench = bench(RamBlk::new(8).with(|p| p.backend_features = BackendFeatures::NONE));
     assert_eq!(bench.device.backend_features().unwrap() & LIVE, BackendFeatures::NONE);
-    assert_eq!(heir(&bench).0.new_owner(), Err(Errno::OPNOTSUPP));
+    assert_eq!(successor(&bench).0.new_owner(), Err(Errno::OPNOTSUPP));
     assert_eq!(bench.device.dma_remap(A0, IOVA, 8 * PAGE, bench.uaddr), Err(Errno::FAULT));
 }
 
 #[test]
 fn n4_the_old_owner_may_live_on_and_has_lost_its_rights() {
     let bench = addresses();
-    let (heir, _) = heir(&bench);
-    heir.new_owner().unwrap();
+    let (successor, _) = successor(&bench);
+    successor.new_owner().unwrap();
     assert_eq!(bench.device.set_vring_num(Q0, 8), Err(Errno::PERM));
     assert_eq!(bench.device.dma_unmap(A0, IOVA, 1), Err(Errno::FAULT));
     assert_eq!(bench.device.status(), Ok(Status::RESET), "what needs no owner still works");
@@ -182,24 +182,27 @@ fn n4_the_old_owner_may_live_on_and_has_lost_its_rights() {
 #[test]
 fn n5_the_limit_is_the_heirs_soft_memlock() {
     let bench = pinned();
-    let (heir, _) = heir(&bench);
-    heir.caller().set_memlock_pages(7);
-    assert_eq!(heir.new_owner(), Err(Errno::NOMEM));
+    let (successor, _) = successor(&bench);
+    successor.caller().set_memlock_pages(7);
+    assert_eq!(successor.new_owner(), Err(Errno::NOMEM));
     assert_eq!(bench.device.set_vring_num(Q0, 8), Ok(()), "ownership is unchanged");
-    heir.caller().set_memlock_pages(8);
-    heir.new_owner().unwrap();
-    assert_eq!((bench.owner.pinned_pages(), heir.caller().pinned_pages(), bench.pins()), (0, 8, 8));
+    successor.caller().set_memlock_pages(8);
+    successor.new_owner().unwrap();
+    assert_eq!((bench.owner.pinned_pages(), successor.caller().pinned_pages(), bench.pins()), (0, 8, 8));
 }
 
 #[test]
 fn r1_the_parent_is_given_the_new_address() {
     let bench = addresses();
-    let (heir, uaddr) = heir(&bench);
-    heir.new_owner().unwrap();
-    heir.dma_remap(A0, IOVA, 8 * PAGE, uaddr).unwrap();
+    let (successor, uaddr) = successor(&bench);
+    successor.new_owner().unwrap();
+    successor.dma_remap(A0, IOVA, 8 * PAGE, uaddr).unwrap();
     assert_eq!(bench.mappings(), bench.whole(uaddr));
     bench.parent(|blk| blk.refuse_mappings(1));
-    assert_eq!(heir.dma_remap(A0, IOVA, 8 * PAGE, heir.caller().map(&bench.object)), Err(Errno::FAULT));
+    assert_eq!(
+        successor.dma_remap(A0, IOVA, 8 * PAGE, successor.caller().map(&bench.object)),
+        Err(Errno::FAULT)
+    );
     assert_eq!(bench.mappings(), bench.whole(uaddr), "a refusal restores the address");
 }
 
@@ -235,8 +238,8 @@ fn r3_pinned_pages_are_never_remapped_whatever_the_parent_claims() {
         assert_eq!(bench.device.backend_features().unwrap() & LIVE, BackendFeatures(0x200));
         let pins = bench.pins();
         assert_eq!(bench.device.dma_remap(A0, IOVA, 8 * PAGE, bench.uaddr), Err(Errno::FAULT));
-        let (heir, _) = heir(&bench);
-        heir.new_owner().unwrap();
+        let (successor, _) = successor(&bench);
+        successor.new_owner().unwrap();
         assert_eq!((bench.pins(), bench.mappings().len()), (pins, 1), "nothing is stale");
     }
 }
@@ -244,9 +247,9 @@ fn r3_pinned_pages_are_never_remapped_whatever_the_parent_claims() {
 #[test]
 fn r4_fragments_follow_the_new_address_space() {
     let (bench, _) = in_two_fragments();
-    let (heir, uaddr) = heir(&bench);
-    heir.new_owner().unwrap();
-    heir.dma_remap(A0, IOVA, 8 * PAGE, uaddr).unwrap();
+    let (successor, uaddr) = successor(&bench);
+    successor.new_owner().unwrap();
+    successor.dma_remap(A0, IOVA, 8 * PAGE, uaddr).unwrap();
     assert_eq!(bench.mappings(), bench.whole(uaddr), "two became one");
 
     let bench = bench_unverified();
@@ -318,7 +321,7 @@ fn r7_o8_after_new_owner_a_mapping_is_as_unmapped_until_it_is_remapped() {
     let mut driver = drive(&bench);
     assert!(driver.read(&bench));
     // A forked child has the old address mapped too, and it counts for nothing.
-    let child = bench.device.by(bench.owner.fork());
+    let child = bench.device.for_caller(bench.owner.fork());
     child.new_owner().unwrap();
     assert!(bench.mappings().is_empty() && !driver.read(&bench));
     assert_eq!(child.dma_map(A0, IOVA, PAGE, bench.uaddr, Perm::RW), Err(Errno::FAULT), "the range is taken");
@@ -358,7 +361,7 @@ fn r9_o5_the_bits_follow_the_translation() {
     assert_eq!(offered(RamBlk::new(8).with(half)).0, 0, "owner addresses: both or neither");
     let single = bench(RamBlk::new(8).with_single_mappings());
     assert_eq!(single.device.dma_remap(A0, IOVA, 8 * PAGE, single.uaddr), Err(Errno::FAULT));
-    assert_eq!(heir(&single).0.new_owner(), Err(Errno::OPNOTSUPP));
+    assert_eq!(successor(&single).0.new_owner(), Err(Errno::OPNOTSUPP));
     assert_eq!(single.device.set_backend_features(LIVE), Err(Errno::OPNOTSUPP));
 }
 
@@ -366,17 +369,17 @@ fn r9_o5_the_bits_follow_the_translation() {
 fn o1_o2_whoever_holds_the_device_may_take_it_while_it_runs() {
     let bench = addresses();
     let _driver = drive(&bench);
-    heir(&bench).0.new_owner().unwrap();
+    successor(&bench).0.new_owner().unwrap();
 }
 
 #[test]
 fn o2_strict_mode_wants_it_suspended() {
     let bench = bench(RamBlk::new(8).with(|profile| profile.strict_new_owner = true));
     let _driver = drive(&bench);
-    let (heir, _) = heir(&bench);
-    assert_eq!(heir.new_owner(), Err(Errno::BUSY));
-    heir.suspend().unwrap();
-    heir.new_owner().unwrap();
+    let (successor, _) = successor(&bench);
+    assert_eq!(successor.new_owner(), Err(Errno::BUSY));
+    successor.suspend().unwrap();
+    successor.new_owner().unwrap();
 }
 
 #[test]
@@ -396,7 +399,7 @@ fn o7_new_owner_acknowledged_implies_persist() {
 fn o9_eventfds_of_the_old_process_keep_working() {
     let bench = bench(mode(AddressMode::Objects));
     let mut driver = drive(&bench);
-    heir(&bench).0.new_owner().unwrap();
+    successor(&bench).0.new_owner().unwrap();
     let _ = driver.call.take();
     assert!(driver.read(&bench));
     assert_eq!(driver.call.take(), 1);
@@ -406,8 +409,8 @@ fn o9_eventfds_of_the_old_process_keep_working() {
 fn o10_o11_o12_who_is_refused() {
     let bench = addresses();
     assert_eq!(bench.device.new_owner(), Err(Errno::BUSY), "O10");
-    let (heir, _) = heir(&bench);
-    assert_eq!(heir.set_owner(), Err(Errno::BUSY), "O12");
+    let (successor, _) = successor(&bench);
+    assert_eq!(successor.set_owner(), Err(Errno::BUSY), "O12");
     let unowned = Node::new(RamBlk::new(8));
     assert_eq!(unowned.open(TestProcess::new()).unwrap().new_owner(), Err(Errno::INVAL), "O11");
 }
@@ -417,9 +420,9 @@ fn o13_new_owner_is_for_all_address_spaces_and_remap_for_one() {
     let bench = bench(RamBlk::new(8).with(|profile| profile.address_spaces = 2));
     bench.device.set_backend_features(BackendFeatures(0x60e)).unwrap();
     bench.device.dma_map(Asid(1), IOVA, 8 * PAGE, bench.uaddr, Perm::RW).unwrap();
-    let (heir, uaddr) = heir(&bench);
-    heir.new_owner().unwrap();
-    heir.dma_remap(Asid(1), IOVA, 8 * PAGE, uaddr).unwrap();
+    let (successor, uaddr) = successor(&bench);
+    successor.new_owner().unwrap();
+    successor.dma_remap(Asid(1), IOVA, 8 * PAGE, uaddr).unwrap();
     assert!(bench.mappings().is_empty(), "address space 0 still waits");
     assert_eq!(bench.parent(|blk| blk.mappings(Asid(1))), bench.whole(uaddr));
 }
@@ -468,7 +471,7 @@ fn o18_fork_from_owner_has_no_part_in_it() {
     let device = node.open(TestProcess::new()).unwrap();
     device.with(|device, _| device.set_fork_from_owner(0)).unwrap();
     device.set_owner().unwrap();
-    device.by(TestProcess::new()).new_owner().unwrap();
+    device.for_caller(TestProcess::new()).new_owner().unwrap();
     assert_eq!(node.with(|device| device.fork_from_owner()), 0);
 }
 
@@ -479,10 +482,10 @@ fn reset_owner_leaves_an_open_device_without_owner_and_mappings() {
     let bench = bench(mode(AddressMode::PinnedPages).with(|profile| profile.reset_owner = true));
     let mut driver = drive(&bench);
     assert!(driver.read(&bench));
-    assert_eq!(heir(&bench).0.reset_owner(), Err(Errno::PERM));
+    assert_eq!(successor(&bench).0.reset_owner(), Err(Errno::PERM));
     bench.device.reset_owner().unwrap();
     assert_eq!((bench.pins(), bench.owner.pinned_pages(), bench.mappings()), (0, 0, vec![]));
     assert_eq!(bench.device.status(), Ok(Status::RESET));
     assert!(bench.node.open(TestProcess::new()).is_err(), "it is still open");
-    heir(&bench).0.set_owner().unwrap();
+    successor(&bench).0.set_owner().unwrap();
 }

@@ -152,7 +152,7 @@ impl Real {
     fn open(&mut self) {
         self.handles = None;
         let first = self.node.open(self.processes[0].clone()).unwrap();
-        let second = first.by(self.processes[1].clone());
+        let second = first.for_caller(self.processes[1].clone());
         self.handles = Some([first, second]);
     }
 

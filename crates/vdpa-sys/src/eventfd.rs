@@ -15,20 +15,20 @@ use vdpa_core::host::Event;
 
 use crate::errno;
 
-mod stuck;
+mod watchdog;
 
-/// So many times a peer may stall a thread, each time for 5 to 10 ms, before it is not signalled any more.
+/// How many times a peer may stall a thread (each time for 5 to 10 ms) before it is no longer signalled.
 const STALLS_MAX: u8 = 3;
 
-/// A descriptor that was given as an eventfd is none.
+/// A descriptor that was passed as an eventfd is not one.
 #[derive(Debug, Error)]
 #[error("the descriptor refers to {target:?}, not to an eventfd")]
 pub struct NotEventFd {
-    /// What `/proc/self/fd` shows for it.
+    /// The target of its link in `/proc/self/fd`.
     pub target: String,
 }
 
-/// An eventfd, ours or one shared with a client. Clones share the descriptor.
+/// An eventfd, created here or shared with a client. Clones share the descriptor.
 #[derive(Clone, Debug)]
 pub struct EventFd {
     shared: Arc<Shared>,
@@ -40,14 +40,14 @@ struct Shared {
     owner: Owner,
 }
 
-/// Whose it is, and so whether the counter can be full.
+/// Who else can write the counter, and so whether a write can block because the counter is full.
 #[derive(Debug)]
 enum Owner {
-    /// Ours.
+    /// Created by this process, non-blocking.
     This,
-    /// Somebody's who wishes us well. `O_NONBLOCK` was set or not when it was adopted.
-    Friend { may_block: bool },
-    /// Somebody's who need not, and how often they have stalled a thread.
+    /// Trusted not to fill the counter. `may_block`: `O_NONBLOCK` was clear when it was adopted.
+    Trusted { may_block: bool },
+    /// Shared with a peer that is not trusted. `stalls`: how many writes its full counter has blocked.
     Peer { stalls: AtomicU8 },
 }
 
@@ -56,7 +56,7 @@ impl EventFd {
         Self { shared: Arc::new(Shared { fd, owner }) }
     }
 
-    /// A new one with counter 0, non-blocking, closed on exec.
+    /// Creates an eventfd with counter 0, non-blocking and close-on-exec.
     ///
     /// # Errors
     /// `EMFILE`, `ENFILE`, `ENOMEM`.
@@ -66,20 +66,20 @@ impl EventFd {
         Ok(Self::with(fd, Owner::This))
     }
 
-    /// Adopts the descriptor of somebody who wishes us well: one's own, from before an `exec`.
+    /// Adopts a trusted descriptor: one that this process created itself, before an `exec` for example.
     ///
     /// # Errors
     /// [`NotEventFd`].
     pub fn from_fd(fd: OwnedFd) -> Result<Self, NotEventFd> {
         check(&fd)?;
         let may_block = rustix::fs::fcntl_getfl(&fd).is_ok_and(|flags| !flags.contains(OFlags::NONBLOCK));
-        Ok(Self::with(fd, Owner::Friend { may_block }))
+        Ok(Self::with(fd, Owner::Trusted { may_block }))
     }
 
-    /// Adopts the descriptor of a peer that is not trusted, after a look at what it is, as the kernel's
+    /// Adopts the descriptor of a peer that is not trusted. Checks that it is an eventfd, as the kernel's
     /// `eventfd_ctx_fdget` does.
     ///
-    /// The first [`signal`](Self::signal) of such a one gives the process a handler for `SIGURG` and a thread.
+    /// The first [`signal`](Self::signal) of such an eventfd installs a handler for `SIGURG` and starts a thread.
     ///
     /// # Errors
     /// [`NotEventFd`]; a device answers it with `EINVAL`.
@@ -88,26 +88,26 @@ impl EventFd {
         Ok(Self::with(fd, Owner::Peer { stalls: AtomicU8::new(0) }))
     }
 
-    /// Adds 1 to the counter, which wakes whoever waits. A counter at its maximum stays there: it is signalled
-    /// already.
+    /// Adds 1 to the counter, which wakes the waiting readers. A counter at its maximum is left alone, because it is
+    /// signalled already.
     ///
-    /// Does not block. A peer that fills its own counter stalls this thread for 5 to 10 ms, three times at most, and is
-    /// not signalled any more after that. A friend that does so between the look at a *blocking* eventfd and the write
-    /// stalls it until somebody reads.
+    /// Does not block, with two exceptions. A peer that fills its own counter stalls this thread for 5 to 10 ms, at most
+    /// three times; after that it is no longer signalled. If the counter of a *blocking* trusted eventfd is filled between
+    /// the check and the write, the thread blocks until somebody reads the counter.
     pub fn signal(&self) {
         let write = || rustix::io::write(&self.shared.fd, &1_u64.to_ne_bytes());
         match &self.shared.owner {
-            Owner::Friend { may_block: true } if !self.has_room() => {}
-            Owner::This | Owner::Friend { .. } => while write() == Err(rustix::io::Errno::INTR) {},
+            Owner::Trusted { may_block: true } if !self.has_room() => {}
+            Owner::This | Owner::Trusted { .. } => while write() == Err(rustix::io::Errno::INTR) {},
             Owner::Peer { stalls } => {
                 let before = stalls.load(Ordering::Relaxed);
                 if before > 0 && (before >= STALLS_MAX || !self.has_room()) {
                     return;
                 }
-                match stuck::free_when_stuck(write) {
-                    stuck::Outcome::Done => {}
-                    stuck::Outcome::Freed => _ = stalls.fetch_add(1, Ordering::Relaxed),
-                    stuck::Outcome::Unwatched => {
+                match watchdog::write_or_interrupt(write) {
+                    watchdog::Outcome::Done => {}
+                    watchdog::Outcome::Interrupted => _ = stalls.fetch_add(1, Ordering::Relaxed),
+                    watchdog::Outcome::NoWatchdog => {
                         while self.has_room() && write() == Err(rustix::io::Errno::INTR) {}
                     }
                 }
@@ -115,10 +115,11 @@ impl EventFd {
         }
     }
 
-    /// Reads the counter and sets it to 0; 0 if it was 0. Never blocks, if no other reader empties it meanwhile.
+    /// Reads the counter and sets it to 0; returns 0 if it was 0. Blocks only if another reader empties a *blocking* eventfd
+    /// between the check and the read.
     #[must_use]
     pub fn drain(&self) -> u64 {
-        let may_block = !matches!(self.shared.owner, Owner::This | Owner::Friend { may_block: false });
+        let may_block = !matches!(self.shared.owner, Owner::This | Owner::Trusted { may_block: false });
         if may_block && !self.is_ready_now(libc::POLLIN) {
             return 0;
         }
@@ -132,29 +133,32 @@ impl EventFd {
         }
     }
 
-    /// Waits until the counter is not 0, without reading it; returns whether it is. `None` waits for ever.
+    /// Blocks until the counter is not 0 or `timeout` has passed, without reading the counter; returns whether it is not 0.
+    /// `None` waits without a limit.
     #[must_use]
     pub fn wait(&self, timeout: Option<Duration>) -> bool {
         self.is_ready(PollFlags::IN, timeout)
     }
 
-    /// Whether both are the same descriptor (not merely the same counter).
+    /// Whether both are clones of one value. Two descriptors of one counter are not the same.
     #[must_use]
     pub fn is_same(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.shared, &other.shared)
     }
 
-    /// Whether a write would not wait now.
+    /// Whether a write would not block now.
     fn has_room(&self) -> bool {
         self.is_ready_now(libc::POLLOUT)
     }
 
-    /// Looks without waiting. By `poll`, since `ppoll`, which takes its time from memory, costs a third more.
+    /// Polls without waiting. Calls `poll` itself: `ppoll`, which rustix calls, takes its timeout from memory and costs a
+    /// third more.
     fn is_ready_now(&self, events: libc::c_short) -> bool {
-        let mut look = libc::pollfd { fd: self.shared.fd.as_raw_fd(), events, revents: 0 };
+        let mut query = libc::pollfd { fd: self.shared.fd.as_raw_fd(), events, revents: 0 };
         loop {
-            // SAFETY: one structure, on this stack, and the count says so; the descriptor is open as long as self.
-            match unsafe { libc::poll(&raw mut look, 1, 0) } {
+            // SAFETY: the pointer refers to one structure on this stack, as the count says, and the descriptor is open while
+            // `self` exists.
+            match unsafe { libc::poll(&raw mut query, 1, 0) } {
                 -1 if io::Error::last_os_error().raw_os_error() == Some(libc::EINTR) => {}
                 ready => return ready > 0,
             }
@@ -164,14 +168,14 @@ impl EventFd {
     fn is_ready(&self, events: PollFlags, timeout: Option<Duration>) -> bool {
         let deadline = timeout.map(|timeout| std::time::Instant::now().checked_add(timeout));
         loop {
-            let left = match deadline {
+            let remaining = match deadline {
                 Some(Some(deadline)) => {
                     Timespec::try_from(deadline.saturating_duration_since(std::time::Instant::now())).ok()
                 }
                 Some(None) | None => None,
             };
             let mut fds = [PollFd::new(&self.shared.fd, events)];
-            match poll(&mut fds, left.as_ref()) {
+            match poll(&mut fds, remaining.as_ref()) {
                 Ok(ready) => return ready > 0,
                 Err(rustix::io::Errno::INTR) => {}
                 Err(_) => return false,
@@ -180,7 +184,7 @@ impl EventFd {
     }
 }
 
-/// Whether the descriptor is an eventfd's.
+/// Checks that the descriptor is an eventfd.
 fn check(fd: &OwnedFd) -> Result<(), NotEventFd> {
     let target = crate::process::describe_fd(fd);
     if target == "anon_inode:[eventfd]" { Ok(()) } else { Err(NotEventFd { target }) }
@@ -221,9 +225,9 @@ mod tests {
         assert_eq!((event.drain(), event.drain()), (u64::MAX - 1, 0));
     }
 
-    /// A peer's counter may be full whatever its flags say.
+    /// The peer changes `O_NONBLOCK`, so that the write to its full counter blocks.
     #[test]
-    fn a_peer_that_fills_its_counter_is_signalled_no_more() {
+    fn a_peer_that_fills_its_counter_is_no_longer_signalled() {
         let fd = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
         let event = EventFd::from_peer(fd).unwrap();
         event.signal();
@@ -232,10 +236,10 @@ mod tests {
         for stalls in 1..=STALLS_MAX {
             rustix::io::write(&event, &(u64::MAX - 1).to_ne_bytes()).unwrap();
             let Owner::Peer { stalls: seen } = &event.shared.owner else { panic!("a peer") };
-            // As if the counter had been filled between the look and the write.
+            // As if the counter had been filled between the check and the write.
             seen.store(0, Ordering::Relaxed);
             event.signal();
-            assert_eq!(seen.swap(stalls, Ordering::Relaxed), 1, "it was stuck, and freed");
+            assert_eq!(seen.swap(stalls, Ordering::Relaxed), 1, "the write was blocked and interrupted");
             event.signal();
             assert_eq!((event.drain(), event.drain()), (u64::MAX - 1, 0));
             event.signal();
@@ -243,9 +247,9 @@ mod tests {
         }
     }
 
-    /// Also when the thread that looks has gone to sleep in between.
+    /// The watchdog thread has gone to sleep in between and is woken.
     #[test]
-    fn a_stuck_thread_is_freed_after_a_pause() {
+    fn a_blocked_write_is_interrupted_after_a_pause() {
         let fd = rustix::event::eventfd(0, EventfdFlags::CLOEXEC).unwrap();
         let event = EventFd::from_peer(fd).unwrap();
         event.signal();

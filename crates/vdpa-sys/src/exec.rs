@@ -108,7 +108,7 @@ pub fn set_parent_death_signal(signal: i32) -> Result<(), Errno> {
 
 /// Has the child of `command` asked to end (`SIGTERM`) when the thread that starts it ends, also by a signal that nobody can
 /// handle. To be started by a thread that lives as long as the child is needed.
-pub fn end_with_starter(command: &mut Command) -> &mut Command {
+pub fn terminate_with_parent(command: &mut Command) -> &mut Command {
     let starter = std::process::id();
     let bind = move || {
         set_parent_process_death_signal(Some(Signal::TERM))?;

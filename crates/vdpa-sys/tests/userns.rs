@@ -1,8 +1,11 @@
 //! User namespaces as an ordinary user gets them. Run as root, which starts processes of user nobody.
 //!
-//! This program plays all parts, named by its first argument; the tests are at the end.
+//! This program runs as every process of its tests: the first argument names the part. The tests are at the end.
 #![expect(unsafe_code, reason = "a mount namespace for the test itself")]
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+#[path = "userns/harness.rs"]
+mod harness;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -11,19 +14,17 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
-use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_bind, mount_change};
+use rustix::mount::{MountFlags, mount};
 use rustix::process::{getgid, getuid};
-use rustix::thread::{UnshareFlags, unshare_unsafe};
 use vdpa_sys::fuse::{FS_TYPE, MountOptions, fs_type_at, unmount};
 use vdpa_sys::userns::{enter, fuse_available};
 
-const NOBODY: u32 = 65534;
+use harness::{NOBODY, run_tests, with_fuse_mode};
 
-/// Starts this program again, in the given part.
+/// Runs a copy of this program as the user `uid`, in the given part, and checks that it succeeds.
 fn play(part: &str, uid: u32) -> String {
     assert!(getuid().is_root(), "this test starts processes of another user: run it as root");
-    // The build directory may be closed to others.
+    // Other users may have no access to the build directory.
     let dir = tempfile::tempdir().unwrap();
     let exe = dir.path().join("userns-test");
     fs::copy(std::env::current_exe().unwrap(), &exe).unwrap();
@@ -37,22 +38,7 @@ fn play(part: &str, uid: u32) -> String {
     text
 }
 
-/// As root: a mount namespace in which everybody may open `/dev/fuse` (or nobody but root), and there user nobody.
-fn with_fuse_mode(mode: u32, part: &str) {
-    // SAFETY: the process has one thread.
-    unsafe { unshare_unsafe(UnshareFlags::NEWNS) }.unwrap();
-    mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
-    let dir = tempfile::tempdir().unwrap();
-    mount("none", dir.path(), "tmpfs", MountFlags::empty(), None::<&std::ffi::CStr>).unwrap();
-    let node = dir.path().join("fuse");
-    mknodat(CWD, &node, FileType::CharacterDevice, Mode::RWXU, makedev(10, 229)).unwrap();
-    fs::set_permissions(&node, fs::Permissions::from_mode(mode)).unwrap();
-    mount_bind(&node, "/dev/fuse").unwrap();
-    print!("{}", play(part, NOBODY));
-    unmount(dir.path()).unwrap();
-}
-
-/// As nobody: all the way to a FUSE mount that answers.
+/// As nobody: enters a namespace and mounts a FUSE file system that answers.
 fn enter_and_mount() {
     assert_eq!(getuid().as_raw(), NOBODY);
     fuse_available().unwrap();
@@ -61,7 +47,7 @@ fn enter_and_mount() {
     assert_eq!(fs::read_to_string("/proc/self/setgroups").unwrap().trim(), "deny");
     let none = None::<&std::ffi::CStr>;
     mount("none", "/tmp", "tmpfs", MountFlags::empty(), none).unwrap();
-    assert_eq!(fs::read_dir("/tmp").unwrap().count(), 0, "an empty /tmp of one's own");
+    assert_eq!(fs::read_dir("/tmp").unwrap().count(), 0, "a private, empty /tmp");
     let dir = Path::new("/tmp/vdpa");
     fs::create_dir(dir).unwrap();
     let connection = vdpa_sys::fuse::mount(dir, &MountOptions::default()).unwrap();
@@ -72,7 +58,7 @@ fn enter_and_mount() {
     assert_eq!(fs_type_at(dir).unwrap(), None);
 }
 
-/// As nobody: told why not, and left where it was.
+/// As nobody without access to `/dev/fuse`: the error says why, and the process stays in its namespaces.
 fn be_refused() {
     let error = enter().unwrap_err().to_string();
     assert!(error.contains("cannot open /dev/fuse: Permission denied"), "{error}");
@@ -100,28 +86,11 @@ fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     match words[..] {
-        ["fuse-for-all"] => with_fuse_mode(0o666, "enter-and-mount"),
-        ["fuse-for-root"] => with_fuse_mode(0o600, "be-refused"),
+        ["fuse-for-all"] => with_fuse_mode(0o666, || print!("{}", play("enter-and-mount", NOBODY))),
+        ["fuse-for-root"] => with_fuse_mode(0o600, || print!("{}", play("be-refused", NOBODY))),
         ["enter-and-mount"] => enter_and_mount(),
         ["be-refused"] => be_refused(),
-        _ => return run_tests(&words),
+        _ => return run_tests(&words, &TESTS),
     }
     println!("PLAYED");
-}
-
-/// As much of libtest's command line as cargo and nextest use.
-fn run_tests(words: &[&str]) {
-    let ignored = words.contains(&"--ignored");
-    let filter = words.iter().find(|word| !word.starts_with('-') && **word != "terse");
-    for (name, test) in TESTS {
-        if ignored || !filter.is_none_or(|filter| name.contains(filter)) {
-            continue;
-        }
-        if words.contains(&"--list") {
-            println!("{name}: test");
-        } else {
-            test();
-            println!("test {name} ... ok");
-        }
-    }
 }

@@ -5,30 +5,28 @@
 #![expect(unsafe_code, reason = "a mount namespace for the test itself")]
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "../../vdpa-sys/tests/userns/harness.rs"]
+mod harness;
 #[path = "support/robust.rs"]
 mod robust;
 
 use std::fs;
 use std::os::fd::AsFd;
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
-use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_bind, mount_change};
 use rustix::process::{Pid, PidfdFlags, Resource, Rlimit, getrlimit, getuid, pidfd_open, setrlimit};
-use rustix::thread::{ThreadNameSpaceType, UnshareFlags, move_into_thread_name_spaces, unshare_unsafe};
+use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 use vdpa_client::Error;
 use vdpa_core::types::Perm;
-use vdpa_sys::fuse::unmount;
 use vdpa_sys::memfd;
 
+use harness::{NOBODY, run_tests, with_fuse_mode};
 use robust::disk::{self, Disk};
 use robust::{Player, Vdpad, listen, open_to_all, programs, run, say};
 
-const NOBODY: u32 = 65534;
 const LIMIT: Duration = Duration::from_secs(60);
 /// What can be pinned by a user with the usual limit of 8 MiB, and what cannot.
 const LITTLE: u64 = 4 << 20;
@@ -54,20 +52,12 @@ fn play(part: &str, uid: u32) {
     assert!(output.code == Some(0) && output.stdout.contains("PLAYED"), "{part}: {output:#?}");
 }
 
-/// As root: a mount namespace in which `/dev/fuse` has this mode, and there user nobody.
-fn with_fuse_mode(mode: u32, part: &str) {
-    // SAFETY: the process has one thread.
-    unsafe { unshare_unsafe(UnshareFlags::NEWNS) }.unwrap();
-    mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
-    let dir = tempfile::tempdir().unwrap();
-    mount("none", dir.path(), "tmpfs", MountFlags::empty(), None::<&std::ffi::CStr>).unwrap();
-    let node = dir.path().join("fuse");
-    mknodat(CWD, &node, FileType::CharacterDevice, Mode::RWXU, makedev(10, 229)).unwrap();
-    fs::set_permissions(&node, fs::Permissions::from_mode(mode)).unwrap();
-    mount_bind(&node, "/dev/fuse").unwrap();
-    lower_memlock(MEMLOCK);
-    play(part, NOBODY);
-    unmount(dir.path()).unwrap();
+/// As root: runs a part as nobody in a mount namespace in which `/dev/fuse` has this mode.
+fn play_with_fuse_mode(mode: u32, part: &str) {
+    with_fuse_mode(mode, || {
+        lower_memlock(MEMLOCK);
+        play(part, NOBODY);
+    });
 }
 
 /// Lowers the soft limit on locked memory.
@@ -221,34 +211,17 @@ fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     match words[..] {
-        ["serve"] => with_fuse_mode(0o666, "user-serve"),
-        ["serve-with-little"] => with_fuse_mode(0o666, "user-serve-with-little"),
-        ["refused"] => with_fuse_mode(0o666, "user-refused"),
-        ["without-fuse"] => with_fuse_mode(0o600, "user-without-fuse"),
+        ["serve"] => play_with_fuse_mode(0o666, "user-serve"),
+        ["serve-with-little"] => play_with_fuse_mode(0o666, "user-serve-with-little"),
+        ["refused"] => play_with_fuse_mode(0o666, "user-refused"),
+        ["without-fuse"] => play_with_fuse_mode(0o600, "user-without-fuse"),
         ["user-serve"] => serve(),
         ["user-serve-with-little"] => serve_with_little(),
         ["user-refused"] => be_refused(),
         ["user-without-fuse"] => be_without_fuse(),
         ["client", pid, device, memory] => client(pid, device, memory),
         ["refused-client", pid, device, memory] => refused_client(pid, device, memory),
-        _ => return run_tests(&words),
+        _ => return run_tests(&words, &TESTS),
     }
     println!("PLAYED");
-}
-
-/// As much of libtest's command line as cargo and nextest use.
-fn run_tests(words: &[&str]) {
-    let ignored = words.contains(&"--ignored");
-    let filter = words.iter().find(|word| !word.starts_with('-') && **word != "terse");
-    for (name, test) in TESTS {
-        if ignored || !filter.is_none_or(|filter| name.contains(filter)) {
-            continue;
-        }
-        if words.contains(&"--list") {
-            println!("{name}: test");
-        } else {
-            test();
-            println!("test {name} ... ok");
-        }
-    }
 }

@@ -124,7 +124,7 @@ impl EventLoop {
         let begin = Instant::now();
         let mut last = begin;
         loop {
-            if self.uring.borrow_mut().has_news() {
+            if self.uring.borrow_mut().has_completions() {
                 self.enter(false)?;
             }
             let found = self.look() || !self.is_idle();

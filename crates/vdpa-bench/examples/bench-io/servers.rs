@@ -9,7 +9,7 @@ use vdpa_bench::peer::PrivateDaemon;
 use vdpa_control::Front;
 use vdpa_control::api::{AddRequest, Attrs};
 use vdpa_control::client::Client;
-use vdpa_sys::exec::end_with_starter;
+use vdpa_sys::exec::terminate_with_parent;
 
 use crate::client::{Address, Result};
 use crate::cpu::Runner;
@@ -90,7 +90,7 @@ impl Qemu {
                 socket.display()
             )
         };
-        let child = end_with_starter(&mut Command::new(program))
+        let child = terminate_with_parent(&mut Command::new(program))
             .arg("--blockdev")
             .arg(format!("driver=file,node-name=disk,filename={},aio=io_uring,locking=off", file.display()))
             .args(["--export", &export("disk")])
@@ -179,7 +179,7 @@ impl Floor {
         if let Some(file) = file {
             command.arg("--file").arg(file);
         }
-        let child = end_with_starter(&mut command).spawn()?;
+        let child = terminate_with_parent(&mut command).spawn()?;
         wait_for(&socket, "the floor")?;
         Ok(Self { child, socket })
     }

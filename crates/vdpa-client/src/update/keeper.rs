@@ -9,7 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, pidfd_open, waitid};
 use vdpa_sys::exec::set_close_on_exec;
 use vdpa_sys::inherit;
-use vdpa_sys::keeper::AddressSpaceKeeper;
+use vdpa_sys::mm_reaper::MmReaper;
 
 /// Environment variable with the numbers of descriptors of such processes (pidfds).
 pub(super) const VARIABLE: &str = "VDPA_LIVE_KEEPERS";
@@ -24,10 +24,9 @@ fn last() -> MutexGuard<'static, Vec<OwnedFd>> {
 
 /// Descriptors by which the next image can collect `keeper` and those before it. They are inherited; dropped when the exec
 /// fails.
-pub(super) fn leave(keeper: Option<&AddressSpaceKeeper>) -> Vec<OwnedFd> {
+pub(super) fn leave(keeper: Option<&MmReaper>) -> Vec<OwnedFd> {
     collect();
-    let open =
-        |keeper: &AddressSpaceKeeper| pidfd_open(Pid::from_raw(keeper.pid())?, PidfdFlags::empty()).ok();
+    let open = |keeper: &MmReaper| pidfd_open(Pid::from_raw(keeper.pid())?, PidfdFlags::empty()).ok();
     let before: Vec<OwnedFd> = last().iter().filter_map(|fd| fd.try_clone().ok()).collect();
     let all = before.into_iter().chain(keeper.and_then(open));
     all.filter(|fd| set_close_on_exec(fd, false).is_ok()).collect()

@@ -7,8 +7,8 @@ use std::time::Instant;
 use rustix::io::FdFlags;
 use vdpa_core::Errno;
 use vdpa_sys::exec::{Program, execve, set_close_on_exec};
-use vdpa_sys::keeper::AddressSpaceKeeper;
 use vdpa_sys::memfd;
+use vdpa_sys::mm_reaper::MmReaper;
 
 use super::points::{Point, reach};
 use super::rest::AtRest;
@@ -21,7 +21,7 @@ pub(super) struct Leave<'a> {
     pub(super) image: &'a Image,
     pub(super) plan: &'a Plan,
     /// What takes down the page tables of this image.
-    pub(super) keeper: Option<&'a AddressSpaceKeeper>,
+    pub(super) keeper: Option<&'a MmReaper>,
     pub(super) sections: Sections,
     pub(super) late: Sections,
     pub(super) switch: v2::Switch,

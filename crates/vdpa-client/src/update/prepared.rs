@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use vdpa_core::Errno;
 use vdpa_core::features::BackendFeatures;
 use vdpa_sys::clock::monotonic_ns;
-use vdpa_sys::keeper::AddressSpaceKeeper;
+use vdpa_sys::mm_reaper::MmReaper;
 
 use super::leave::Leave;
 use super::points::{Point, reach};
@@ -39,7 +39,7 @@ pub struct Prepared {
 enum To {
     /// The keeper has the page tables of this image taken down after the exec and not in it. Starting it takes longer than
     /// the whole rest of a switch, so it is there before. Without one the update is slower and otherwise the same.
-    Exec(Image, Option<AddressSpaceKeeper>),
+    Exec(Image, Option<MmReaper>),
     Process(Way, Successor),
 }
 
@@ -214,7 +214,7 @@ impl Described {
                 let mut sections = self.plan.sections.clone();
                 known.put(&mut sections)?;
                 self.files.put(&mut sections)?;
-                Ok((To::Exec(image, AddressSpaceKeeper::spawn().ok()), sections))
+                Ok((To::Exec(image, MmReaper::spawn().ok()), sections))
             }
             Via::Fork(image) => Ok((To::Process(way, connected(Successor::start(&image, grace))?), sections)),
             Via::HandOver(socket) => {

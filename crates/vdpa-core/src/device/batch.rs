@@ -1,4 +1,4 @@
-//! Batches, and what a failing END takes back (uapi-spec 2.6; 8.5, R5 and R6).
+//! Batches, and the roll-back of a failing END (uapi-spec 2.6; 8.5, R5 and R6).
 
 use crate::device::{Device, IotlbError, MemoryOf};
 use crate::faults::{self, Fault};
@@ -10,10 +10,10 @@ use crate::types::{Asid, IovaRange};
 #[derive(Debug)]
 pub(super) struct Batch<M> {
     pub(super) asid: Asid,
-    /// From the first REMAP on: the table without the REMAPs of this batch, which a failing END goes back to.
+    /// From the first REMAP on: the table without the REMAPs of this batch, which a failing END restores.
     ///
-    /// A REMAP can change which addresses are mapped, as parts that cannot be reached are left out. So both tables
-    /// follow every other request, and neither can be made from the other at END.
+    /// A REMAP can change which addresses are mapped, since inaccessible parts stay unmapped. So every other request is
+    /// applied to both tables, because neither can be derived from the other at END.
     pub(super) without_remaps: Option<Table<M>>,
 }
 
@@ -22,17 +22,18 @@ impl<M: Clone> Batch<M> {
         Self { asid, without_remaps: None }
     }
 
-    /// A REMAP is about to change `table`.
+    /// Called before a REMAP changes `table`.
     pub(super) fn before_remap(&mut self, table: &Table<M>) {
         self.without_remaps.get_or_insert_with(|| table.clone());
     }
 
-    /// Entries END would go back to, if that is another table.
+    /// Number of entries of the table that a failing END restores; 0 if it is the present table.
     pub(super) fn entries_after_failure(&self) -> usize {
         self.without_remaps.as_ref().map_or(0, Table::len)
     }
 
-    /// An UPDATE has put `added` into `table`. It stays after a failing END, in place of what a REMAP made room of.
+    /// Called after an UPDATE has added `added` to `table`. These entries stay after a failing END; old entries whose addresses
+    /// a REMAP had freed for them do not return.
     pub(super) fn updated(&mut self, table: &Table<M>, added: &[IovaRange], limit: usize) {
         let Some(other) = &mut self.without_remaps else { return };
         let lost: Vec<_> =
@@ -41,8 +42,8 @@ impl<M: Clone> Batch<M> {
         lost.iter().for_each(|entry| copy_missing(table, other, entry.range, limit));
     }
 
-    /// An INVALIDATE of the possibly inverted interval `[first, last]` has removed `removed` and left `table`. None of
-    /// it comes back; of an old entry that covered more, the rest keeps the address it has now.
+    /// Called after an INVALIDATE of the possibly inverted interval `[first, last]` has removed `removed`, which leaves
+    /// `table`. A failing END restores none of it. The rest of an old entry that covered more keeps its present address.
     pub(super) fn invalidated(
         &mut self,
         table: &Table<M>,
@@ -59,7 +60,7 @@ impl<M: Clone> Batch<M> {
     }
 }
 
-/// Copies the entries of `from` that overlap `range` to where `to` has nothing, as long as `to` has room.
+/// Copies the entries of `from` that overlap `range` into the gaps of `to`, as long as `to` has room.
 fn copy_missing<M: Clone>(from: &Table<M>, to: &mut Table<M>, range: IovaRange, limit: usize) {
     for entry in from.overlapping(range) {
         if let Some(record) = from.record(entry.record)
@@ -86,17 +87,17 @@ impl<P: Parent> Device<P> {
         if let Some(table) = batch.without_remaps {
             self.tables.insert(asid, table);
         }
-        // One attempt to give the parent a table again, whatever came of the failing call.
+        // One attempt to restore the parent's table, whatever the failing call has left.
         let _ = self.set_map(asid);
         if report { Err(IotlbError::Parent { errno }) } else { Ok(()) }
     }
 
-    /// Whether the parent learns of mappings only at the end of the open batch.
+    /// Whether the parent receives mappings only at the end of the open batch.
     pub(super) fn waits_for_end(&mut self) -> bool {
         self.batch.is_some() && matches!(self.parent.dma(), Dma::SetMap(_))
     }
 
-    /// The present table of `asid`, and the one END would go back to.
+    /// The present table of `asid`, and the one that a failing END restores.
     pub(super) fn tables_of(&mut self, asid: Asid) -> impl Iterator<Item = &mut Table<MemoryOf<P>>> {
         let batch = self.batch.as_mut().filter(|batch| batch.asid == asid);
         self.tables.get_mut(&asid).into_iter().chain(batch.and_then(|batch| batch.without_remaps.as_mut()))

@@ -15,14 +15,14 @@ impl<P: Parent> Device<P> {
     pub fn config(&mut self, offset: u32, out: &mut [u8]) -> Result<()> {
         self.check_config(offset, out.len())?;
         if self.features.is_none() {
-            // The mark stays even when the parent refuses the empty word, as in the kernel.
+            // As in the kernel, features count as set even if the parent refuses the empty word.
             self.features = Some(self.parent.negotiate(Features::NONE).unwrap_or(Features::NONE));
         }
         self.parent.read_config(offset, out);
         Ok(())
     }
 
-    /// Reads configuration space for the management side, without the side effect of [`config`](Self::config).
+    /// Reads configuration space for the management side. Unlike [`config`](Self::config) it never negotiates features.
     ///
     /// # Errors
     /// `EINVAL` for an empty or out-of-range request.
@@ -42,10 +42,11 @@ impl<P: Parent> Device<P> {
         Ok(())
     }
 
-    /// Checks a configuration request of `len` bytes; the shell calls it before it allocates or reads `len`.
+    /// Checks a configuration request of `len` bytes; the front end calls it before it allocates or reads `len`
+    /// bytes.
     ///
     /// # Errors
-    /// `EINVAL`.
+    /// `EINVAL` for an empty or out-of-range request.
     pub fn check_config(&self, offset: u32, len: usize) -> Result<()> {
         let size = self.parent.profile().config_size;
         let fits = u32::try_from(len).is_ok_and(|len| len > 0 && offset <= size && len <= size - offset);

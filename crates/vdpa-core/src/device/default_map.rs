@@ -1,15 +1,14 @@
-//! What the parent translates with while the interface has mapped nothing: the 1:1 map, and its way back
+//! The identity (1:1) map, with which the parent translates while a client has mapped nothing, and its restoration
 //! (uapi-spec 4.5, 4.6, 6.1).
 //!
 //! ```text
 //!                first UPDATE, INVALIDATE or END that reaches the parent
-//!  passed through ------------------------------------------------------> mapped
+//!  identity map   ------------------------------------------------------> mapped
 //!                <------------------------------------------------------
 //!                 close, RESET_OWNER (`reset_map`), reset with CLEAN_MAP (`compat_reset`)
 //! ```
 //!
-//! A parent without [`Profile::identity_map`](crate::parent::Profile::identity_map) has an empty table in place of
-//! the 1:1 map.
+//! A parent without [`Profile::identity_map`](crate::parent::Profile::identity_map) has an empty table instead.
 
 use crate::device::{Device, MemoryOf};
 use crate::host::AddressSpace;
@@ -17,7 +16,7 @@ use crate::iotlb::{Mapping, RecordId, Table};
 use crate::parent::{AddressMode, Dma, Parent};
 use crate::types::{Asid, IovaRange, Perm};
 
-/// Which address spaces of a new device pass addresses through: all, or none.
+/// By address space of a new device: whether it has the identity map; all or none of them.
 pub(super) fn initial<P: Parent>(parent: &mut P) -> Vec<bool> {
     let translates = !matches!(parent.dma(), Dma::Platform);
     let profile = parent.profile();
@@ -26,18 +25,18 @@ pub(super) fn initial<P: Parent>(parent: &mut P) -> Vec<bool> {
 }
 
 impl<P: Parent> Device<P> {
-    /// Whether the parent passes addresses of `asid` through.
-    pub(super) fn passes_through(&self, asid: Asid) -> bool {
+    /// Whether the parent has the identity map in `asid`.
+    pub(super) fn has_identity_map(&self, asid: Asid) -> bool {
         self.passthrough.get(asid.0 as usize).copied().unwrap_or(false)
     }
 
-    /// The interface is about to tell the parent of mappings: a 1:1 map goes.
-    pub(super) fn leave_default_map(&mut self, asid: Asid) {
-        if !self.passes_through(asid) {
+    /// Called before the first mappings are passed to the parent: removes the identity map.
+    pub(super) fn remove_identity_map(&mut self, asid: Asid) {
+        if !self.has_identity_map(asid) {
             return;
         }
         self.set_passthrough(asid, false);
-        // A whole table replaces it anyway.
+        // Not needed where a whole table replaces it.
         if let Dma::DmaMap(map) = self.parent.dma()
             && self.ownership.owner().is_some()
         {
@@ -45,22 +44,22 @@ impl<P: Parent> Device<P> {
         }
     }
 
-    /// The owner is there, or another one is: 1:1 maps are of its addresses from now on.
-    pub(super) fn follow_owner(&mut self) {
+    /// Called when the owner has changed: identity maps now refer to the addresses of the new owner.
+    pub(super) fn update_identity_maps(&mut self) {
         for asid in (0..).map(Asid).take(self.passthrough.len()) {
-            if self.passes_through(asid) {
+            if self.has_identity_map(asid) {
                 self.clear_parent(asid);
                 self.install_identity(asid);
             }
         }
     }
 
-    /// A reset with CLEAN_MAP: the parent's translation is the default one again, and the interface keeps its
-    /// table. Only a later message that reaches the parent brings that back.
+    /// Handles a reset with CLEAN_MAP: the parent gets its default translation again. The interface keeps its table, which
+    /// the parent gets with the next message that is passed to it.
     pub(super) fn restore_default_map(&mut self) {
         let passes = self.default_passes();
         for asid in self.address_spaces_in_use() {
-            if !self.passes_through(asid) {
+            if !self.has_identity_map(asid) {
                 self.clear_parent(asid);
                 self.set_passthrough(asid, passes);
                 self.install_identity(asid);
@@ -68,8 +67,8 @@ impl<P: Parent> Device<P> {
         }
     }
 
-    /// Close or RESET_OWNER: every table is emptied, for the parent too, the charge goes back, and the default
-    /// translation waits for the next owner.
+    /// Handles close and RESET_OWNER: empties every table, also the parent's, and uncharges all pages. The next owner gets the
+    /// default translation.
     pub(super) fn unmap_everything(&mut self) {
         let passes = self.default_passes();
         for asid in self.address_spaces_in_use() {
@@ -84,7 +83,7 @@ impl<P: Parent> Device<P> {
         initial(&mut self.parent).first().copied().unwrap_or(false)
     }
 
-    /// Address spaces in which the parent may have anything.
+    /// Address spaces in which the parent may have mappings.
     fn address_spaces_in_use(&self) -> Vec<Asid> {
         let passing =
             (0..).map(Asid).zip(&self.passthrough).filter(|(_, passes)| **passes).map(|(asid, _)| asid);
@@ -96,7 +95,7 @@ impl<P: Parent> Device<P> {
 
     /// Empties the parent's translation.
     fn clear_parent(&mut self, asid: Asid) {
-        let passes = self.passes_through(asid);
+        let passes = self.has_identity_map(asid);
         match self.parent.dma() {
             Dma::SetMap(map) => drop(map.set_map(asid, &Table::default())),
             Dma::DmaMap(map) if passes => map.dma_unmap(asid, IovaRange::ALL),
@@ -108,10 +107,10 @@ impl<P: Parent> Device<P> {
         }
     }
 
-    /// Gives the parent the 1:1 map of an address space that passes through, if there is an owner. A parent that
-    /// refuses has nothing mapped.
+    /// Installs the identity map in the parent for an address space that has one, if there is an owner. If the parent refuses
+    /// it, nothing is mapped.
     fn install_identity(&mut self, asid: Asid) {
-        if !self.passes_through(asid) {
+        if !self.has_identity_map(asid) {
             return;
         }
         let Some(identity) = self.ownership.owner().and_then(identity::<P>) else { return };
@@ -129,7 +128,7 @@ impl<P: Parent> Device<P> {
     }
 }
 
-/// All addresses of the owner, at themselves.
+/// The identity map of the owner's addresses.
 fn identity<P: Parent>(owner: &<P::Host as crate::host::Host>::AddressSpace) -> Option<Mapping<MemoryOf<P>>> {
     Some(Mapping {
         range: IovaRange::ALL,

@@ -12,11 +12,11 @@ use crate::iotlb::{Mapping, RecordId};
 use crate::parent::{AddressMode, Dma, Parent, PrivateMemory, Profile};
 use crate::types::{Asid, IotlbMsg, IovaRange, Perm, Result, iotlb_type};
 
-/// Why an IOTLB message was refused. The client sees [`errno`](Self::errno), which is nearly always `EFAULT`;
-/// the rest is for the log.
+/// Why an IOTLB message was refused. The client gets [`errno`](Self::errno), which is nearly always `EFAULT`; the details
+/// are for the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum IotlbError {
-    /// UPDATE of no bytes; the one refusal the kernel reports as such.
+    /// UPDATE of size 0: the only refusal for which the client gets `EINVAL`.
     #[error("UPDATE of 0 bytes at {iova:#x}; size must be at least 1")]
     EmptyUpdate {
         /// Address given.
@@ -47,13 +47,13 @@ pub enum IotlbError {
         /// Asid of the open batch.
         batch: Asid,
     },
-    /// Not a message a client may send.
+    /// A message type that clients may not send.
     #[error("IOTLB message type {kind} is not one a client may send")]
     UnknownType {
         /// Type given.
         kind: u8,
     },
-    /// Outside what the device can address.
+    /// The range is outside the addresses that the device can use.
     #[error("{size:#x} bytes at {iova:#x} are outside the device's range {range}")]
     OutOfRange {
         /// Address given.
@@ -63,23 +63,23 @@ pub enum IotlbError {
         /// The device's range.
         range: IovaRange,
     },
-    /// Something is mapped there already.
+    /// The range overlaps an existing mapping.
     #[error("{range} overlaps the mapping {existing}; INVALIDATE it first")]
     Overlap {
         /// Range given.
         range: IovaRange,
-        /// The first entry in the way.
+        /// The first entry that it overlaps.
         existing: IovaRange,
     },
     /// The table is full.
     #[error("the table already has {entries} entries, the limit is {limit}")]
     Full {
-        /// Entries now.
+        /// Number of entries.
         entries: usize,
         /// Limit.
         limit: usize,
     },
-    /// The caller's memory cannot be reached.
+    /// The caller's memory cannot be accessed.
     #[error("no accessible memory at user address {uaddr:#x}, {size:#x} bytes, for {range}: {errno}")]
     Unreachable {
         /// Range given.
@@ -91,7 +91,7 @@ pub enum IotlbError {
         /// What the platform reports.
         errno: Errno,
     },
-    /// The owner's limit on pinned pages.
+    /// The pages would exceed the limit on pinned pages.
     #[error("pinning {pages} more pages exceeds {what}: {pinned} pinned of {limit}")]
     MemLock {
         /// Pages needed.
@@ -100,7 +100,7 @@ pub enum IotlbError {
         pinned: u64,
         /// Limit in pages.
         limit: u64,
-        /// What sets it.
+        /// Name of the limit.
         what: &'static str,
     },
     /// The parent refused.
@@ -128,7 +128,7 @@ pub enum IotlbError {
         /// Size given.
         size: u64,
     },
-    /// REMAP to other memory.
+    /// REMAP to memory that is not the mapped object.
     #[error(
         "user address {uaddr:#x} is not the memory object mapped at {range}; REMAP must name the same memory"
     )]
@@ -141,7 +141,7 @@ pub enum IotlbError {
 }
 
 impl IotlbError {
-    /// What the client's `write` fails with (uapi-spec 2.2).
+    /// The error number of the client's `write` (uapi-spec 2.2).
     #[must_use]
     pub const fn errno(self) -> Errno {
         match self {
@@ -153,8 +153,8 @@ impl IotlbError {
 
 impl<P: Parent> Device<P> {
     /// One IOTLB message, checked in the kernel's order (uapi-spec 2.2 to 2.6). `asid` is 0 for version-1
-    /// messages and where IOTLB_ASID was not acknowledged: the shell decodes that. Blocks until requests that
-    /// use a removed mapping are done.
+    /// messages and where IOTLB_ASID was not acknowledged: the front end decides that. Blocks until requests that use
+    /// a removed mapping are completed.
     ///
     /// # Errors
     /// See [`IotlbError`].
@@ -191,8 +191,8 @@ impl<P: Parent> Device<P> {
         }
     }
 
-    /// How many bytes of `range` are not in shared memory: private, so that they can only be copied, or not mapped at
-    /// all, as devices that do not copy leave them.
+    /// Number of bytes of `range` that are not mapped to shared memory: private memory, which can only be copied, and unmapped
+    /// bytes, since devices that do not copy leave private memory unmapped.
     pub fn private_bytes(&self, asid: Asid, range: IovaRange) -> u64 {
         let overlapping = self.tables.get(&asid).map(|table| table.overlapping(range)).unwrap_or_default();
         let shared = overlapping.iter().filter(|entry| entry.memory.is_shared());
@@ -202,7 +202,7 @@ impl<P: Parent> Device<P> {
         range.size() - shared.map(part).sum::<u64>()
     }
 
-    /// The table must exist, or be created, and no batch may be open for another one (uapi-spec 2.3).
+    /// Checks that the table of `asid` exists or may be created, and that no batch is open for another one (uapi-spec 2.3).
     fn find_table(&mut self, asid: Asid, create: bool) -> Result<(), IotlbError> {
         let count = self.parent.profile().address_spaces;
         if create {
@@ -262,7 +262,7 @@ impl<P: Parent> Device<P> {
         })
     }
 
-    /// Puts resolved fragments into the table as one record; returns their ranges.
+    /// Adds resolved fragments to the table as one record; returns their ranges.
     fn insert_fragments(
         &mut self,
         asid: Asid,
@@ -284,10 +284,10 @@ impl<P: Parent> Device<P> {
         added
     }
 
-    /// Hands new entries to the parent; when it refuses, they are gone from the table and from the parent.
+    /// Passes new entries to the parent. If it refuses them, removes them from the table and from the parent.
     fn tell_parent_added(&mut self, asid: Asid, range: IovaRange, added: &[IovaRange]) -> Result<()> {
         if !added.is_empty() && !self.waits_for_end() {
-            self.leave_default_map(asid);
+            self.remove_identity_map(asid);
         }
         let Some(table) = self.tables.get_mut(&asid) else { return Ok(()) };
         let batched = self.batch.is_some();
@@ -311,17 +311,17 @@ impl<P: Parent> Device<P> {
         if result.is_err() {
             table.remove_touching(range.first(), range.last());
             if let Dma::SetMap(map) = self.parent.dma() {
-                // The parent may have lost its table in the failing call: offer the previous one once.
+                // The parent may have lost its table in the failing call, so it gets the previous one once more.
                 let _ = map.set_map(asid, table);
             }
         }
         result
     }
 
-    /// Removes whole entries; never fails once the table exists, and calls a snapshot parent even when nothing
-    /// was there (uapi-spec 2.5).
+    /// Removes every entry that the range touches. Never fails once the table exists, and calls a `set_map` parent even when
+    /// nothing was mapped (uapi-spec 2.5).
     fn invalidate(&mut self, asid: Asid, msg: &IotlbMsg) {
-        // Wrapping on purpose: size 0 and sums beyond 2^64 have the documented odd effects.
+        // Wraps on purpose, as in the kernel: size 0 and sums beyond 2^64 have the effects of uapi-spec 2.5.
         let last = msg.iova.wrapping_add(msg.size).wrapping_sub(1);
         let Some(table) = self.tables.get_mut(&asid) else { return };
         let within = |entry: &Mapping<_>| msg.iova <= entry.range.first() && entry.range.last() <= last;
@@ -341,7 +341,7 @@ impl<P: Parent> Device<P> {
             Dma::DmaMap(_) | Dma::Platform => !removed.is_empty(),
         };
         if tells {
-            self.leave_default_map(asid);
+            self.remove_identity_map(asid);
         }
         let Some(table) = self.tables.get(&asid) else { return };
         match self.parent.dma() {
@@ -357,10 +357,10 @@ impl<P: Parent> Device<P> {
         }
     }
 
-    /// Gives a snapshot parent the present table of `asid`.
+    /// Passes the present table of `asid` to a `set_map` parent.
     pub(super) fn set_map(&mut self, asid: Asid) -> Result<()> {
         if matches!(self.parent.dma(), Dma::SetMap(_)) {
-            self.leave_default_map(asid);
+            self.remove_identity_map(asid);
         }
         match (self.parent.dma(), self.tables.get(&asid)) {
             (Dma::SetMap(map), Some(table)) => map.set_map(asid, table),
@@ -368,14 +368,14 @@ impl<P: Parent> Device<P> {
         }
     }
 
-    /// After a change of owner, entries with owner addresses wait for their REMAP (uapi-spec 8.5, R7).
+    /// Marks all entries stale after a change of owner: they need a REMAP (uapi-spec 8.5, R7).
     pub(super) fn mark_stale(&mut self) {
         let asids: Vec<Asid> = self.tables.keys().copied().collect();
         for asid in asids {
             self.tables_of(asid).for_each(|table| table.mark_all(true));
-            // A parent that has lost its table in a reset is not given it back by this.
-            if !self.passes_through(asid) {
-                // One that refuses keeps its old table; the entries are gone with their address space anyway.
+            // A parent whose table a reset has dropped does not get it back here.
+            if !self.has_identity_map(asid) {
+                // A parent that refuses keeps its old table. Its entries have ended with their address space anyway.
                 let _ = self.set_map(asid);
             }
         }
@@ -387,8 +387,8 @@ impl<P: Parent> Device<P> {
     }
 }
 
-/// Finds the memory for a request and applies the device's policy for private memory. Each fragment comes with
-/// its offset in the request.
+/// Resolves the memory of a request and applies the device's policy for private memory. Returns each fragment with its
+/// offset in the request.
 #[expect(clippy::type_complexity, reason = "an offset and a fragment, used in two places")]
 pub(super) fn resolve<A: AddressSpace>(
     owner: &A,
@@ -416,7 +416,7 @@ pub(super) fn resolve<A: AddressSpace>(
     Ok(kept)
 }
 
-/// Turns resolved fragments into table entries of one record.
+/// Creates the table entries of one record from resolved fragments.
 pub(super) fn mappings<M>(
     range: IovaRange,
     msg: &IotlbMsg,
@@ -431,15 +431,15 @@ pub(super) fn mappings<M>(
     })
 }
 
-/// The whole pages that hold a request: its sub-page part of the user address is dropped, so that data is shifted
-/// unless both addresses have the same offset in their page (uapi-spec 3.3). `None` when they pass 2^64.
+/// Extends a request to whole pages. As in the kernel, the page offset of the user address is dropped, so data is shifted
+/// unless both addresses have the same page offset (uapi-spec 3.3). `None` when the pages extend beyond 2^64.
 fn whole_pages(msg: &IotlbMsg) -> Option<IotlbMsg> {
     let offset = msg.iova % PAGE_SIZE;
     let size = msg.size.checked_add(offset)?.checked_next_multiple_of(PAGE_SIZE)?;
     Some(IotlbMsg { iova: msg.iova - offset, size, uaddr: msg.uaddr - msg.uaddr % PAGE_SIZE, ..*msg })
 }
 
-/// What `size` bytes of `memory` charge to the owner: nothing unless the device pins.
+/// Number of pages that `size` bytes of `memory` charge to the owner; 0 unless the device pins.
 pub(super) fn pages_to_pin<M: MemoryObject>(profile: &Profile, size: u64, memory: &M) -> u64 {
     match profile.address_mode {
         AddressMode::Pinned => memory.pin_pages(),

@@ -1,4 +1,4 @@
-//! A device whose back end is taken away while a client has it.
+//! Failing a device whose back end is removed while a client has it open.
 
 use crate::device::Device;
 use crate::errno::Errno;
@@ -8,22 +8,23 @@ use crate::parent::Parent;
 use crate::types::Result;
 
 impl<P: Parent> Device<P> {
-    /// Takes away what is behind the device, for ever: from now on each request in its rings is answered with an error.
-    /// Everything else works as before, so that a client notices nothing but failing requests, can stop the device and
-    /// gets its memory back, also over resets. While it runs, `DEVICE_NEEDS_RESET` is in its status
-    /// (virtio 1.2 section 2.1); the driver is told by the config event, and by the error events of the queues.
+    /// Removes the back end for good: from now on each request in the rings completes with an error.
     ///
-    /// Called by whoever manages the device. Blocks until requests in flight are done; what was behind the device is
-    /// not in use any more when it returns.
+    /// Everything else works as before, also after resets: the client sees failing requests only, can stop the device, and
+    /// gets its memory back. While the device runs, its status has `DEVICE_NEEDS_RESET` (virtio 1.2 section 2.1). The config
+    /// event and the error events of the queues are signalled.
+    ///
+    /// Called by the management side. Blocks until requests in flight are completed; when it returns, the back end is no longer
+    /// in use.
     ///
     /// # Errors
-    /// `ETIMEDOUT` when the parent does not wait for requests in flight any longer: all of this holds once they are done.
-    /// Otherwise what the parent reports, `EOPNOTSUPP` if it cannot fail requests; nothing has changed then.
+    /// `ETIMEDOUT` when requests in flight take too long: the device has failed, and the back end is released once they
+    /// complete. Any other error of the parent (`EOPNOTSUPP` if it cannot fail requests) changes nothing.
     pub fn fail(&mut self) -> Result<()> {
         let outcome = self.parent.fail();
         if matches!(outcome, Ok(()) | Err(Errno::TIMEDOUT)) {
             self.failed = true;
-            self.tell_failure();
+            self.signal_failure();
         }
         outcome
     }
@@ -33,8 +34,7 @@ impl<P: Parent> Device<P> {
         self.failed
     }
 
-    /// `VHOST_VDPA_GET_STATUS`. `DEVICE_NEEDS_RESET` is in it while a device runs that has failed, or a ring of which is
-    /// broken.
+    /// `VHOST_VDPA_GET_STATUS`. Has `DEVICE_NEEDS_RESET` while the device runs after it has failed or one of its rings broke.
     pub fn status(&self) -> Status {
         if self.status.contains(Status::DRIVER_OK) && (self.failed || self.parent.needs_reset()) {
             Status(self.status.0 | Status::NEEDS_RESET.0)
@@ -43,8 +43,8 @@ impl<P: Parent> Device<P> {
         }
     }
 
-    /// Tells the driver of a device that runs and has failed.
-    pub(super) fn tell_failure(&self) {
+    /// Signals the failure to the driver, if the device runs.
+    pub(super) fn signal_failure(&self) {
         if !self.failed || !self.status.contains(Status::DRIVER_OK) {
             return;
         }

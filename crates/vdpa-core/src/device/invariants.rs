@@ -1,4 +1,4 @@
-//! What always holds between two requests, for tests and fuzz targets.
+//! Invariants that hold between two requests, for tests and fuzz targets.
 
 use super::Device;
 use super::dma::pages_to_pin;
@@ -8,10 +8,10 @@ use crate::iotlb::Table;
 use crate::parent::Parent;
 
 impl<P: Parent> Device<P> {
-    /// Checks what ARCHITECTURE.md promises about the device's own records.
+    /// Checks those invariants of ARCHITECTURE.md that concern the device's own state.
     ///
     /// # Errors
-    /// The first promise that does not hold, in words.
+    /// A description of the first invariant that does not hold.
     pub fn check_invariants(&self) -> Result<(), String> {
         self.check_tables()?;
         self.check_charge()?;
@@ -72,7 +72,7 @@ impl<P: Parent> Device<P> {
             return Err("at rest without SUSPEND".to_owned());
         }
         for (index, info) in self.vring_infos().enumerate() {
-            // One that did not come to rest at the close waits for the next open.
+            // A queue that could not be stopped at the close is stopped at the next open.
             if self.opened && info.running && !(may_run && info.enabled && info.size > 0) {
                 return Err(format!(
                     "queue {index} runs: status {}, paused {}, {info:?}",

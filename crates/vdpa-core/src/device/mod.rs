@@ -1,9 +1,8 @@
 //! [`Device`]: the vhost-vdpa state machine for every parent.
 //!
-//! The methods are the requests of the interface with their checks in the kernel's order. They come in four
-//! kinds: life cycle ([`open`](Device::open), [`release`](Device::release)), requests that take a
-//! [`Caller`] because only the owner may make them or because they change the owner, requests that anybody who
-//! holds the device may make, and getters for whoever manages the device.
+//! The methods are the requests of the interface, with their checks in the kernel's order. There are four kinds: life cycle
+//! ([`open`](Device::open), [`release`](Device::release)); requests with a [`Caller`], which only the owner may make or which
+//! change the owner; requests that any process with the device open may make; and getters for the management side.
 
 mod batch;
 mod config;
@@ -37,47 +36,46 @@ pub(crate) type MemoryOf<P> = <<P as Parent>::Host as Host>::Memory;
 pub(crate) type EventOf<P> = <<P as Parent>::Host as Host>::Event;
 pub(crate) type SpaceOf<P> = <<P as Parent>::Host as Host>::AddressSpace;
 
-/// What `VHOST_GET_FORK_FROM_OWNER` gives after an open.
+/// The value of `VHOST_GET_FORK_FROM_OWNER` after an open.
 const FORK_FROM_OWNER: u8 = 1;
 
-/// A device: everything the vhost-vdpa interface remembers, around a parent.
+/// A device: the state of the vhost-vdpa interface on top of a parent.
 ///
-/// Not thread-safe by itself: the shell serialises requests per device, as the kernel does with the device
-/// mutex (uapi-spec 1.1).
+/// The front end serialises the requests of each device, as the kernel does with the device mutex (uapi-spec 1.1).
 #[derive(Debug)]
 pub struct Device<P: Parent> {
     parent: P,
     opened: bool,
     ownership: Ownership<P::Host>,
     status: Status,
-    /// vhost-vdpa's flag: set by SUSPEND, cleared by RESUME and reset, not by a status write.
+    /// The flag of vhost-vdpa: SUSPEND sets it; RESUME and a reset clear it, a status write does not.
     suspended: bool,
-    /// The parent is at rest although DRIVER_OK is set. Differs from `suspended` only with
+    /// The queues are stopped although DRIVER_OK is set. Differs from `suspended` only with
     /// [`Profile::status_unsuspends`].
     paused: bool,
     /// Features in force; `None` until the driver (or an early GET_CONFIG) has set them.
     features: Option<Features>,
-    /// The word that decides the encoding of vring bases. Survives reset, as the kernel's copy does.
+    /// The features that select the encoding of vring bases. Survive a reset, as the kernel's copy does.
     base_features: Features,
     acked: BackendFeatures,
     vrings: Vec<Vring<P::Host>>,
-    /// Largest ring, captured after the last successful reset.
+    /// Largest ring size in entries, read after the last successful reset.
     num_max: u16,
     group_asids: Vec<Asid>,
     tables: BTreeMap<Asid, Table<MemoryOf<P>>>,
     batch: Option<batch::Batch<MemoryOf<P>>>,
-    /// Of each address space: the parent passes addresses through, as nothing was mapped yet.
+    /// By address space: whether the parent has the identity map, since nothing was mapped yet.
     passthrough: Vec<bool>,
-    /// Backend features of the parent, as far as they fit together: see [`parent_features`].
+    /// Backend features of the parent, without contradictory ones: see [`parent_features`].
     own_features: BackendFeatures,
     config_call: Option<EventOf<P>>,
     fork_from_owner: u8,
-    /// What was behind the device was taken away: see [`fail`](Device::fail).
+    /// The back end was removed: see [`fail`](Device::fail).
     failed: bool,
 }
 
 impl<P: Parent> Device<P> {
-    /// A device nobody has opened yet.
+    /// A device that is not open.
     pub fn new(mut parent: P) -> Self {
         let own_features = parent_features(&mut parent);
         let passthrough = default_map::initial(&mut parent);
@@ -112,13 +110,13 @@ impl<P: Parent> Device<P> {
     /// A client opens the device (uapi-spec 4.2).
     ///
     /// # Errors
-    /// `EBUSY` while it is open; what the reset reports.
+    /// `EBUSY` while it is open; an error of the reset.
     pub fn open(&mut self) -> Result<()> {
         if self.opened {
             return Err(Errno::BUSY);
         }
         self.batch = None;
-        // Nothing is negotiated yet, so the first reset never cleans the map.
+        // Nothing is negotiated yet, so this reset never cleans the map.
         self.reset_device(false)?;
         self.vrings.iter_mut().for_each(|vring| *vring = Vring::default());
         self.acked = BackendFeatures::NONE;
@@ -128,8 +126,8 @@ impl<P: Parent> Device<P> {
         Ok(())
     }
 
-    /// The last descriptor is closed (uapi-spec 4.7). Everything the client left is undone; errors are ignored,
-    /// as there is nobody to tell.
+    /// Handles the close of the last descriptor (uapi-spec 4.7): resets the device and removes owner, mappings and negotiated
+    /// words. Errors are ignored, because no caller could receive them.
     pub fn release(&mut self) {
         if !self.opened {
             return;
@@ -171,8 +169,8 @@ impl<P: Parent> Device<P> {
     /// `VHOST_SET_BACKEND_FEATURES`: replaces the acknowledged word (uapi-spec 1.4).
     ///
     /// # Errors
-    /// `EOPNOTSUPP` for a bit outside those known or, SUSPEND onwards, not offered; `EINVAL` for DESC_ASID
-    /// without IOTLB_ASID.
+    /// `EOPNOTSUPP` for an unknown bit, or for SUSPEND or a higher bit that is not offered; `EINVAL` for DESC_ASID without
+    /// IOTLB_ASID.
     pub fn set_backend_features(&mut self, word: BackendFeatures) -> Result<()> {
         const KNOWN: u64 = 0x1fe;
         const UNCHECKED: u64 = 0x4e;
@@ -204,7 +202,7 @@ impl<P: Parent> Device<P> {
         self.acked
     }
 
-    /// Features in force, if any were set.
+    /// Negotiated features; `None` before SET_FEATURES or an early GET_CONFIG has set them.
     pub const fn negotiated_features(&self) -> Option<Features> {
         self.features
     }
@@ -230,11 +228,11 @@ impl<P: Parent> Device<P> {
         self.suspended
     }
 
-    /// `VHOST_VDPA_SET_STATUS` (uapi-spec 1.5, 4.4, 4.5). Writing 0 blocks until requests in flight are done.
+    /// `VHOST_VDPA_SET_STATUS` (uapi-spec 1.5, 4.4, 4.5). Writing 0 blocks until requests in flight are completed.
     ///
     /// # Errors
-    /// `EINVAL` when a bit set now is missing in a value other than 0; what the reset reports, and for DRIVER_OK what the
-    /// parent's [`claim`](Parent::claim) does.
+    /// `EINVAL` when a value other than 0 clears a bit; an error of the reset; for DRIVER_OK an error of the parent's
+    /// [`claim`](Parent::claim).
     pub fn set_status(&mut self, new: Status) -> Result<()> {
         if new == Status::RESET {
             return self.reset_device(self.cleans_map());
@@ -250,15 +248,15 @@ impl<P: Parent> Device<P> {
             self.paused = false;
         }
         self.start_ready();
-        self.tell_failure();
+        self.signal_failure();
         Ok(())
     }
 
-    /// `VHOST_VDPA_SUSPEND` (uapi-spec 1.8, 8.7). Blocks until requests in flight are done; when it returns,
-    /// client memory is not touched any more and bases are stable.
+    /// `VHOST_VDPA_SUSPEND` (uapi-spec 1.8, 8.7). Blocks until requests in flight are completed. When it
+    /// returns, client memory is no longer accessed and vring bases are stable.
     ///
     /// # Errors
-    /// `EOPNOTSUPP`; `EIO` when a queue does not come to rest, and the device runs on then.
+    /// `EOPNOTSUPP`; `EIO` when a queue cannot be stopped, and the device continues to run then.
     pub fn suspend(&mut self) -> Result<()> {
         if !self.status.contains(Status::DRIVER_OK) {
             return Ok(());
@@ -283,7 +281,7 @@ impl<P: Parent> Device<P> {
     /// `VHOST_VDPA_RESUME` (uapi-spec 1.8). Kicks that came while suspended are served.
     ///
     /// # Errors
-    /// `EOPNOTSUPP`; what the parent's [`claim`](Parent::claim) reports.
+    /// `EOPNOTSUPP`; an error of the parent's [`claim`](Parent::claim).
     pub fn resume(&mut self) -> Result<()> {
         if !self.status.contains(Status::DRIVER_OK) {
             return Ok(());
@@ -366,9 +364,9 @@ impl<P: Parent> Device<P> {
         self.group_asids.get(group.0 as usize).copied().unwrap_or_default()
     }
 
-    // For whoever manages the device.
+    // For the management side.
 
-    /// Whether a client holds it open.
+    /// Whether a client has it open.
     pub const fn is_open(&self) -> bool {
         self.opened
     }
@@ -383,7 +381,7 @@ impl<P: Parent> Device<P> {
         self.ownership.pinned_pages()
     }
 
-    /// Entries and bytes mapped over all address spaces, and how many entries wait for a REMAP.
+    /// Number of mapped entries and bytes over all address spaces, and of entries that need a REMAP.
     pub fn mapped(&self) -> Mapped {
         let mut sum = Mapped::default();
         for entry in self.tables.values().flat_map(Table::iter) {
@@ -394,7 +392,7 @@ impl<P: Parent> Device<P> {
         sum
     }
 
-    /// Whether `caller` is the owner.
+    /// Checks that `caller` is the owner.
     ///
     /// # Errors
     /// `EPERM`.
@@ -412,16 +410,16 @@ impl<P: Parent> Device<P> {
         &self.parent
     }
 
-    /// The parent, for its own management requests. Queues and mappings are the device's business.
+    /// The parent, for its own management requests. The caller must not start or stop queues or change mappings.
     pub const fn parent_mut(&mut self) -> &mut P {
         &mut self.parent
     }
 }
 
-/// The parent's own backend features, without those that contradict its translation (uapi-spec 1.4, 8.6).
+/// The backend features of the parent's profile, without those that contradict its translation (uapi-spec 1.4, 8.6).
 ///
-/// REMAP needs owner addresses in whole tables (R3, O4, O5), and a device that uses owner addresses offers both
-/// NEW_OWNER and REMAP or neither. Without a translation of its own there is nothing a reset could lose.
+/// REMAP requires owner addresses in whole tables (R3, O4, O5), and a device that uses owner addresses offers both NEW_OWNER
+/// and REMAP or neither. A device without a translation of its own always offers PERSIST: no reset can drop its mappings.
 fn parent_features<P: Parent>(parent: &mut P) -> BackendFeatures {
     const LIVE: BackendFeatures =
         BackendFeatures::of(&[BackendFeatures::NEW_OWNER, BackendFeatures::IOTLB_REMAP]);
@@ -440,10 +438,10 @@ fn parent_features<P: Parent>(parent: &mut P) -> BackendFeatures {
 /// A summary of what is mapped: see [`Device::mapped`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Mapped {
-    /// Entries.
+    /// Number of entries.
     pub entries: usize,
-    /// Bytes.
+    /// Number of bytes.
     pub bytes: u64,
-    /// Entries that are stale.
+    /// Number of stale entries.
     pub stale: usize,
 }

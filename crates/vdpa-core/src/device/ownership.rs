@@ -1,4 +1,4 @@
-//! Who owns the device: SET_OWNER, NEW_OWNER, RESET_OWNER (uapi-spec 4.3, 8.4).
+//! Requests that change the owner: SET_OWNER, NEW_OWNER, RESET_OWNER (uapi-spec 4.3, 8.4).
 
 use crate::device::vring::Vring;
 use crate::device::{Device, FORK_FROM_OWNER};
@@ -13,8 +13,8 @@ impl<P: Parent> Device<P> {
     /// `VHOST_SET_OWNER` (uapi-spec 4.3).
     ///
     /// # Errors
-    /// `EBUSY` when there is an owner, also when it is the caller; what the platform reports; what the parent
-    /// reports, and the device has then forgotten what was negotiated, as after a close.
+    /// `EBUSY` when there is an owner, even if it is the caller; an error of the platform; an error of the parent, after
+    /// which the negotiation state is cleared, as after a close.
     pub fn set_owner(&mut self, caller: &dyn Caller<P::Host>) -> Result<()> {
         if self.ownership.owner().is_some() {
             return if faults::is(Fault::SetOwnerTwice) { Ok(()) } else { Err(Errno::BUSY) };
@@ -22,19 +22,19 @@ impl<P: Parent> Device<P> {
         let space = caller.address_space()?;
         self.parent.bind_owner(Some(&space)).inspect_err(|_| self.forget_negotiation())?;
         self.ownership.set(space);
-        self.follow_owner();
+        self.update_identity_maps();
         Ok(())
     }
 
     /// `VHOST_RESET_OWNER` with argument 0.
     ///
-    /// In the kernel not part of vhost-vdpa: the owner gets `EFAULT` (uapi-spec 1.1). With
-    /// [`Profile::reset_owner`](crate::parent::Profile::reset_owner) the device is as after a close and an open,
-    /// without an owner and with nothing mapped or pinned, and stays open. Blocks as a reset does.
+    /// The kernel's vhost-vdpa does not support it: the owner gets `EFAULT` (uapi-spec 1.1). With
+    /// [`Profile::reset_owner`](crate::parent::Profile::reset_owner) the device stays open and gets the state it has after
+    /// a close and an open: no owner, nothing mapped, nothing pinned. Blocks as a reset does.
     ///
     /// # Errors
-    /// `EPERM`; `EFAULT` where it is not supported; `EIO` when a queue does not come to rest, and the owner and
-    /// the mappings stay then.
+    /// `EPERM`; `EFAULT` where it is not supported; `EIO` when a queue cannot be stopped: owner and mappings stay
+    /// then.
     pub fn reset_owner(&mut self, caller: &dyn Caller<P::Host>) -> Result<()> {
         self.ownership.check(caller)?;
         if !self.parent.profile().reset_owner {
@@ -45,11 +45,11 @@ impl<P: Parent> Device<P> {
         Ok(())
     }
 
-    /// `VHOST_NEW_OWNER`, with the resolved order of checks (uapi-spec 8.4). Mappings, pins, vring state,
+    /// `VHOST_NEW_OWNER`, with the order of checks of uapi-spec 8.4. Mappings, pins, vring state,
     /// eventfds, status, negotiated words and an open batch stay; the pinned-page charge moves to the caller's
-    /// account, whether or not the old owner still lives.
+    /// account, whether or not the old owner still exists.
     ///
-    /// Whoever holds the device may call it, suspended or not (O1, O2).
+    /// Any process with the device open may call it, whether or not the device is suspended (O1, O2).
     ///
     /// # Errors
     /// `EOPNOTSUPP` when not offered; `EINVAL` without an owner; `EBUSY` when the caller is the owner, and in
@@ -61,7 +61,7 @@ impl<P: Parent> Device<P> {
         }
         let without_owner = if faults::is(Fault::NewOwnerErrno) { Errno::PERM } else { Errno::INVAL };
         let old = self.ownership.owner().ok_or(without_owner)?;
-        // Before the limit, so that the owner's own pages are never counted twice (N1).
+        // Checked before the limit, so that the owner's own pages are never counted twice (N1).
         if caller.is(old) && !faults::is(Fault::NewOwnerByOwner) {
             return Err(Errno::BUSY);
         }
@@ -72,18 +72,18 @@ impl<P: Parent> Device<P> {
         if profile.strict_new_owner && self.status.contains(Status::DRIVER_OK) && !self.suspended {
             return Err(Errno::BUSY);
         }
-        let heir = caller.address_space()?;
-        self.ownership.charge_heir(&heir, profile.pin_limit.pages(caller.memlock_pages()))?;
-        // The last step that can fail: there is never a bound owner to go back to (N2).
-        if let Err(error) = self.parent.bind_owner(Some(&heir)) {
-            self.ownership.uncharge_heir(&heir);
+        let new_owner = caller.address_space()?;
+        self.ownership.charge_new_owner(&new_owner, profile.pin_limit.pages(caller.memlock_pages()))?;
+        // This is the last step that can fail, so no bound owner ever has to be reverted (N2).
+        if let Err(error) = self.parent.bind_owner(Some(&new_owner)) {
+            self.ownership.uncharge_new_owner(&new_owner);
             return Err(error);
         }
-        self.ownership.transfer(heir);
+        self.ownership.transfer(new_owner);
         if self.own_features.has(BackendFeatures::IOTLB_REMAP) && !faults::is(Fault::StaleReadable) {
             self.mark_stale();
         }
-        self.follow_owner();
+        self.update_identity_maps();
         if faults::is(Fault::NewOwnerUnmaps) {
             self.unmap_everything();
         }
@@ -93,8 +93,8 @@ impl<P: Parent> Device<P> {
         Ok(())
     }
 
-    /// What close and RESET_OWNER have in common, for a device that was reset: mappings, pins, owner, eventfds and
-    /// negotiated words go. Errors are ignored, as there is nobody to tell.
+    /// The common part of close and RESET_OWNER, after a reset of the device: removes mappings, pins, owner, eventfds and
+    /// negotiated words. Errors are ignored, because no caller could receive them.
     pub(super) fn forget_owner(&mut self) {
         self.batch = None;
         self.unmap_everything();
@@ -105,7 +105,7 @@ impl<P: Parent> Device<P> {
         self.forget_negotiation();
     }
 
-    /// What the kernel's `vhost_dev_cleanup` forgets.
+    /// Clears the state that the kernel's `vhost_dev_cleanup` clears.
     fn forget_negotiation(&mut self) {
         self.acked = BackendFeatures::NONE;
         self.base_features = Features::NONE;

@@ -1,4 +1,4 @@
-//! `VHOST_IOTLB_REMAP`: an existing mapping has another address in its new owner (uapi-spec 8.5).
+//! `VHOST_IOTLB_REMAP`: sets the address of an existing mapping in the new owner (uapi-spec 8.5).
 
 use crate::device::dma::{mappings, resolve};
 use crate::device::{Device, IotlbError, MemoryOf};
@@ -8,18 +8,18 @@ use crate::iotlb::{Mapping, RecordId, Table};
 use crate::parent::Parent;
 use crate::types::{Asid, IotlbMsg, IovaRange};
 
-/// What a REMAP names.
+/// The mapping that a REMAP refers to.
 #[derive(Clone, Copy)]
 enum Unit {
-    /// A whole UPDATE.
+    /// All entries of one UPDATE.
     Record(RecordId),
-    /// One entry of one.
+    /// A single entry.
     Entry(RecordId, IovaRange),
 }
 
 impl<P: Parent> Device<P> {
-    /// Checks and carries out one REMAP. Outside a batch it takes effect completely or not at all; inside, the
-    /// parent learns of it at END.
+    /// Checks and carries out one REMAP. Outside a batch it takes effect completely or not at all; inside a
+    /// batch, the parent receives it at END.
     pub(super) fn remap(&mut self, asid: Asid, msg: &IotlbMsg) -> Result<(), IotlbError> {
         if msg.perm.0 != 0 && !faults::is(Fault::RemapWithPermission) || msg.size == 0 {
             return Err(IotlbError::RemapArguments { perm: msg.perm.0, size: msg.size });
@@ -38,7 +38,7 @@ impl<P: Parent> Device<P> {
         let record = match unit {
             Unit::Record(id) | Unit::Entry(id, _) => id,
         };
-        // What another UPDATE has put into a gap of the record is not the REMAP's business.
+        // Entries that another UPDATE has added in a gap of the record are not part of the REMAP.
         let hit = table.overlapping(range).into_iter();
         let old: Vec<_> = hit.filter(|entry| entry.record == record).cloned().collect();
         let perm = old.first().map_or(msg.perm, |entry| entry.perm);
@@ -73,7 +73,7 @@ impl<P: Parent> Device<P> {
         }
         self.set_map(asid).map_err(|errno| {
             self.put_back(asid, record, before);
-            // The parent's table may be gone with the failing call: offer the previous one once.
+            // The parent may have lost its table in the failing call, so it gets the previous one once more.
             let _ = self.set_map(asid);
             IotlbError::Parent { errno }
         })
@@ -88,7 +88,7 @@ impl<P: Parent> Device<P> {
         new.into_iter().for_each(|entry| table.insert(entry));
     }
 
-    /// Gives a record the entries it had before a REMAP and no others, whatever the REMAP mapped.
+    /// Restores the entries that a record had before a REMAP, and removes those that the REMAP has added.
     fn put_back(&mut self, asid: Asid, record: RecordId, before: Vec<Mapping<MemoryOf<P>>>) {
         let Some(table) = self.tables.get_mut(&asid) else { return };
         drop(table.take_fragments(record));
@@ -96,7 +96,8 @@ impl<P: Parent> Device<P> {
     }
 }
 
-/// A whole record, also where another UPDATE has filled its gaps, or exactly one entry (uapi-spec 8.5, R2).
+/// Finds the record with exactly this range, even if another UPDATE has filled its gaps, or the entry with exactly this range
+/// (uapi-spec 8.5, R2).
 fn find_unit<M>(table: &Table<M>, range: IovaRange) -> Option<Unit> {
     let hits = table.overlapping(range);
     let is_whole = |id| table.record(id).is_some_and(|record| record.range == range && !record.broken);

@@ -9,15 +9,15 @@ use crate::parent::Parent;
 use crate::types::{GroupIndex, QueueIndex, Result, VringAddr};
 use crate::vq::{QueueSetup, QueueState};
 
-/// What is known of one queue. The upper part is vhost's copy and survives a reset; the lower part is what the
-/// parent was told and does not (uapi-spec 4.5).
+/// The state of one queue. The first fields are vhost's copy and survive a reset; the last ones are the parent's and do not
+/// (uapi-spec 4.5).
 #[derive(Debug)]
 pub(super) struct Vring<H: Host> {
     kick: Option<H::Event>,
     call: Option<H::Event>,
     err: Option<H::Event>,
     busyloop_timeout: u32,
-    /// The ring size survives a reset in the simulator, and nothing can tell for other parents.
+    /// The ring size survives a reset in the kernel's simulator; no request could show it for other parents.
     num: u16,
 
     addr: Option<VringAddr>,
@@ -46,7 +46,7 @@ impl<H: Host> Default for Vring<H> {
 }
 
 impl<H: Host> Vring<H> {
-    /// The event the client wants to hear of errors by.
+    /// The event by which the client receives errors.
     pub(super) const fn err(&self) -> Option<&H::Event> {
         self.err.as_ref()
     }
@@ -58,17 +58,17 @@ impl<H: Host> Vring<H> {
         self.ready = false;
     }
 
-    /// Forgets what the client left. A queue that could not be brought to rest is still to be stopped, by the
-    /// reset of the next open.
+    /// Clears the client's settings. A queue that could not be stopped stays marked as started, so that the reset of the next
+    /// open stops it.
     pub(super) fn close(&mut self) {
         *self = Self { running: self.running, ..Self::default() };
     }
 }
 
-/// What the management side shows of a queue.
+/// Information about a queue for the management side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VringInfo {
-    /// Entries; 0 before the driver has set it.
+    /// Ring size in entries; 0 before the driver has set it.
     pub size: u16,
     /// Whether the driver has enabled it.
     pub enabled: bool,
@@ -77,19 +77,19 @@ pub struct VringInfo {
 }
 
 impl<P: Parent> Device<P> {
-    /// Every queue, in order of index.
+    /// Information about all queues, by index.
     pub fn vring_infos(&self) -> impl Iterator<Item = VringInfo> {
         let info = |v: &Vring<_>| VringInfo { size: v.num, enabled: v.ready, running: v.running };
         self.vrings.iter().map(info)
     }
 
-    /// The owner check and the index check every vring request begins with: `EPERM`, then `ENOBUFS`.
+    /// The checks at the beginning of every vring request: owner (`EPERM`), then index (`ENOBUFS`).
     fn vring(&mut self, caller: &dyn Caller<P::Host>, index: QueueIndex) -> Result<&mut Vring<P::Host>> {
         self.ownership.check(caller)?;
         self.vrings.get_mut(usize::from(index.0)).ok_or(Errno::NOBUFS)
     }
 
-    /// Whether ring addresses and bases may not change now: DRIVER_OK and not suspended.
+    /// Whether ring addresses and bases must not change now: DRIVER_OK is set and the device is not suspended.
     fn live(&self) -> bool {
         self.status.contains(Status::DRIVER_OK) && !self.suspended
     }
@@ -156,11 +156,11 @@ impl<P: Parent> Device<P> {
         Ok(())
     }
 
-    /// `VHOST_GET_VRING_BASE` (uapi-spec 1.6). A running queue is stopped for a moment, so that the value is
-    /// exact and not merely recent.
+    /// `VHOST_GET_VRING_BASE` (uapi-spec 1.6). A running queue is stopped and started again, so that the
+    /// value is exact. Blocks until its requests in flight are completed.
     ///
     /// # Errors
-    /// `EPERM`; `ENOBUFS`; `EIO` when the queue does not come to rest.
+    /// `EPERM`; `ENOBUFS`; `EIO` when the queue cannot be stopped.
     pub fn vring_base(&mut self, caller: &dyn Caller<P::Host>, index: QueueIndex) -> Result<u32> {
         let features = self.base_features;
         let running = self.vring(caller, index)?.running;
@@ -174,11 +174,11 @@ impl<P: Parent> Device<P> {
         Ok(state.encode())
     }
 
-    /// `VHOST_VDPA_SET_VRING_ENABLE` (uapi-spec 1.6). Disabling blocks until the queue is at rest. Enabling
-    /// does not start a suspended device.
+    /// `VHOST_VDPA_SET_VRING_ENABLE` (uapi-spec 1.6). Disabling blocks until requests in flight of the queue are
+    /// completed. Enabling does not start a queue while the device is suspended.
     ///
     /// # Errors
-    /// `EPERM`; `ENOBUFS`; `EIO` when the queue does not come to rest, and then it is still enabled.
+    /// `EPERM`; `ENOBUFS`; `EIO` when the queue cannot be stopped, and it stays enabled then.
     pub fn set_vring_enable(
         &mut self,
         caller: &dyn Caller<P::Host>,
@@ -200,7 +200,7 @@ impl<P: Parent> Device<P> {
     /// `VHOST_SET_VRING_KICK`; `None` unbinds.
     ///
     /// # Errors
-    /// `EPERM`; `ENOBUFS`; `EIO` when a running queue does not come to rest.
+    /// `EPERM`; `ENOBUFS`; `EIO` when a running queue cannot be stopped.
     pub fn set_vring_kick(
         &mut self,
         caller: &dyn Caller<P::Host>,
@@ -302,8 +302,7 @@ impl<P: Parent> Device<P> {
         Ok(u32::from(if driver_ok { num } else { profile.queue_size_max }))
     }
 
-    /// Applies a change to a queue's events through a stop and a start, so that a parent has one way only to
-    /// learn of them.
+    /// Applies a change of a queue's events by a stop and a start, so that a parent receives events in `start_queue` only.
     fn change(&mut self, index: QueueIndex, apply: impl FnOnce(&mut Vring<P::Host>)) -> Result<()> {
         let was_running = self.stop(index)?;
         if let Some(vring) = self.vrings.get_mut(usize::from(index.0)) {
@@ -322,8 +321,8 @@ impl<P: Parent> Device<P> {
         }
     }
 
-    /// Starts a queue if the device runs and the queue is enabled and set up; otherwise nothing happens, and a
-    /// later transition tries again. Nothing can be reported: `set_vq_ready` and `set_status` are void in vDPA.
+    /// Starts a queue if the device runs and the queue is enabled and set up. Otherwise it does nothing, and a later transition
+    /// tries again. Errors cannot be reported: the kernel's `set_vq_ready` and `set_status` return void.
     pub(super) fn start(&mut self, index: QueueIndex) {
         let early = faults::is(Fault::StartEarly);
         if !(self.status.contains(Status::DRIVER_OK) || early) || self.paused {
@@ -349,7 +348,7 @@ impl<P: Parent> Device<P> {
         vring.running = self.parent.start_queue(index, &setup, state).is_ok();
     }
 
-    /// Brings a queue to rest and remembers where it is; tells whether it ran.
+    /// Stops a queue and stores its position; returns whether it was running.
     pub(super) fn stop(&mut self, index: QueueIndex) -> Result<bool> {
         let Some(vring) = self.vrings.get_mut(usize::from(index.0)) else { return Ok(false) };
         if !vring.running {
@@ -365,7 +364,7 @@ impl<P: Parent> Device<P> {
         Ok(true)
     }
 
-    /// Stops all queues; on an error the others are stopped all the same.
+    /// Stops all queues. After an error the remaining queues are stopped too; returns the error.
     pub(super) fn stop_all(&mut self) -> Result<()> {
         let mut result = Ok(());
         for index in 0..self.profile().queues {
@@ -377,7 +376,7 @@ impl<P: Parent> Device<P> {
     }
 }
 
-/// What an untouched queue reports: all zero, also for a packed ring, as a zeroed state does in the kernel.
+/// The position of a queue that was never set up: all zero, also for a packed ring, as in the kernel.
 const fn default_base(features: Features) -> QueueState {
     if features.has(Features::RING_PACKED) {
         QueueState::Packed {

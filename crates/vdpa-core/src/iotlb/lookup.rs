@@ -1,23 +1,22 @@
-//! Which of many ranges an address is in, as fast as the data path needs it.
+//! An index that finds the range which contains an address, for the data path.
 
 use crate::types::IovaRange;
 
-/// Most ranges that begin in one slot and have no directory of their own; always as many are compared with, because a
-/// branch on their number would be guessed wrong too often.
+/// Largest number of ranges that begin in a slot without a directory of its own. Always as many are compared, because a
+/// branch on their number would be mispredicted too often.
 const SCAN: usize = 2;
-/// Directories below each other. Addresses crowded beyond that are found by binary search.
+/// Largest depth of directories. Ranges that are too dense for it are found by binary search.
 const DEPTH: u32 = 6;
-/// Marks a slot that names a directory.
+/// Marks a slot that refers to a directory.
 const DIRECTORY: u32 = 1 << 31;
-/// The name of none: of a slot with too many ranges that are crowded beyond all directories.
+/// Refers to no directory: for a slot whose ranges are too dense for the largest depth.
 const NONE: u32 = DIRECTORY - 1;
 
-/// Disjoint ranges with something for each, and an index over them that never changes: the translation table of one moment.
+/// Disjoint ranges, each with a value, and an immutable index over them: a snapshot of a translation table.
 ///
-/// The ranges lie in one array in address order, and a directory divides the addresses they begin at into slots of
-/// equal width, at least one and at most two per range. A slot says how many ranges begin before it and in it, which
-/// mostly leaves one to compare with, wherever a guest's memory is. Where many ranges crowd into one slot, they have
-/// a directory of their own.
+/// The ranges are in one array in address order. A directory divides their start addresses into slots of equal width, one
+/// to two per range. A slot has the number of ranges that begin before it and in it, so that mostly one range is left to
+/// compare, wherever a guest's memory is. Where many ranges begin in one slot, they get a directory of their own.
 ///
 /// ```
 /// use vdpa_core::iotlb::Lookup;
@@ -34,34 +33,34 @@ pub struct Lookup<T> {
     ranges: Vec<(IovaRange, T)>,
     /// The directory of all ranges.
     root: Directory,
-    /// Those below it.
+    /// The directories below it.
     directories: Vec<Directory>,
     slots: Vec<Slot>,
 }
 
-/// Ranges and the slots they begin in.
+/// A directory: consecutive ranges and the slots in which they begin.
 #[derive(Clone, Copy, Debug, Default)]
 struct Directory {
-    /// First address of its first range.
+    /// Start address of its first range.
     base: u64,
-    /// Of the width of a slot.
+    /// Logarithm of the width of a slot.
     shift: u32,
-    /// Its first range.
+    /// Index of its first range.
     start: u32,
-    /// Its first slot.
+    /// Index of its first slot.
     first_slot: u32,
-    /// Its last slot, from the first.
+    /// Its last slot, relative to the first.
     last_slot: u32,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Slot {
-    /// The first range that begins in it or behind it.
+    /// Index of the first range that begins in it or after it.
     start: u32,
-    /// 0, or the directory of the ranges that begin in it.
+    /// 0, or the directory of the ranges that begin in it (marked).
     directory: u32,
-    /// Addresses at which ranges from `start` on begin: at least all that begin in it, if there is no directory. The
-    /// highest address stands for those that do not exist.
+    /// Start addresses of the ranges from `start` on; without a directory these include all ranges that begin in the slot. The
+    /// highest address stands for ranges that do not exist.
     firsts: [u64; SCAN],
 }
 
@@ -72,25 +71,26 @@ impl<T> Default for Lookup<T> {
 }
 
 impl<T> Lookup<T> {
-    /// An index over `ranges`, which are in address order and do not overlap; else what is found is unspecified.
+    /// Creates an index over `ranges`, which must be in address order without overlap; otherwise results are unspecified.
     /// Takes time and memory in proportion to their number.
     #[must_use]
     pub fn new(ranges: Vec<(IovaRange, T)>) -> Self {
         let mut lookup = Self { ranges, ..Self::default() };
-        // Far more than anybody maps, and little enough that every number below fits.
+        // Far more ranges than a table can have, and few enough that no number below overflows.
         if (1..1 << 26).contains(&lookup.ranges.len()) {
             lookup.root = lookup.directory(0, lookup.ranges.len(), DEPTH);
         }
         lookup
     }
 
-    /// The range that contains `iova`, and what belongs to it.
+    /// The range that contains `iova`, with its value.
     #[must_use]
     #[inline]
     pub fn find(&self, iova: u64) -> Option<&(IovaRange, T)> {
         match self.ranges.get(self.count_up_to(iova).wrapping_sub(1)) {
             Some(found) => (iova <= found.0.last()).then_some(found),
-            // No range begins up to `iova`. Or it is the highest address, where those that do not exist begin, too.
+            // Either no range begins at or before `iova`, or `iova` is the highest address, which also stands for ranges that do
+            // not exist.
             None => self.last_with(iova),
         }
     }
@@ -110,7 +110,7 @@ impl<T> Lookup<T> {
     #[inline]
     fn count_up_to(&self, iova: u64) -> usize {
         let mut directory = &self.root;
-        // Each directory is named by one above it only, so this ends.
+        // This ends, because only a directory at a higher level refers to a directory.
         loop {
             let Some(offset) = iova.checked_sub(directory.base) else { return directory.start as usize };
             let position = (offset >> directory.shift).min(directory.last_slot.into());
@@ -121,15 +121,15 @@ impl<T> Lookup<T> {
                 directory = below;
                 continue;
             }
-            // What begins in a later slot is beyond `iova` anyway.
+            // Ranges that begin in a later slot begin after `iova` anyway.
             let count: usize = slot.firsts.iter().map(|&first| usize::from(first <= iova)).sum();
             return slot.start as usize + count;
         }
         self.ranges.partition_point(|(range, _)| range.first() <= iova)
     }
 
-    /// The directory of the ranges from `start` to before `end`, at least one; adds its slots, and at most `depth` - 1
-    /// directories below each other.
+    /// Builds the directory of the ranges `start..end`, at least one. Adds its slots, and directories below it to a depth of at
+    /// most `depth` - 1.
     #[expect(clippy::cast_possible_truncation, reason = "`new` lets no numbers come here that do not fit")]
     fn directory(&mut self, start: usize, end: usize, depth: u32) -> Directory {
         let firsts: Vec<u64> =
@@ -230,7 +230,7 @@ mod tests {
         check(&ranges(all));
     }
 
-    /// The worst case: each directory tells only the last few apart, until there may be no more of them.
+    /// The worst case: each directory separates only its last few ranges, down to the largest depth.
     #[test]
     fn distances_that_double() {
         let mut all = vec![(0, 0)];

@@ -1,9 +1,9 @@
-//! [`Removed`]: what a new translation does not have any more.
+//! [`Removed`]: the difference between an old and a new translation.
 
 use crate::types::IovaRange;
 
-/// Addresses whose translation was removed or changed: what requests in flight must have left before the removal is
-/// answered (uapi-spec 2.5).
+/// Addresses whose translation was removed or changed. The removal is answered only when no request in flight uses any of
+/// them (uapi-spec 2.5).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Removed {
     /// Disjoint, in ascending order.
@@ -11,9 +11,8 @@ pub struct Removed {
 }
 
 impl Removed {
-    /// What of `before` is not in `after` as it was: entries that are gone, and entries of which the range or anything
-    /// else differs. Both are in address order, and entries of one list do not overlap, as those of a
-    /// [`Table`](super::Table).
+    /// The entries of `before` that are not in `after` or differ there in any way. Both lists are in address order without
+    /// overlap, as the entries of a [`Table`](super::Table).
     #[must_use]
     pub fn between<T: PartialEq>(before: &[(IovaRange, T)], after: &[(IovaRange, T)]) -> Self {
         let stays = |entry: &&(IovaRange, T)| {
@@ -35,7 +34,7 @@ impl Removed {
         Self { ranges }
     }
 
-    /// Everything: for devices that do not know what was there.
+    /// All addresses: for devices that do not know the old translation.
     #[must_use]
     pub fn everything() -> Self {
         Self { ranges: vec![IovaRange::ALL] }
@@ -47,7 +46,7 @@ impl Removed {
         self.ranges.is_empty()
     }
 
-    /// Whether one of the `len` bytes from `iova` was removed; bytes beyond the end of the address space are none.
+    /// Whether one of the `len` bytes from `iova` was removed. Bytes beyond the end of the address space are ignored.
     #[must_use]
     pub fn touches(&self, iova: u64, len: u64) -> bool {
         let Some(more) = len.checked_sub(1) else { return false };
@@ -63,7 +62,7 @@ mod tests {
 
     use super::*;
 
-    /// Entries of a small space from cuts, gaps and values: what a table can hold.
+    /// Generates a table of a small address space from cuts, gaps and values.
     fn entries() -> impl Strategy<Value = Vec<(IovaRange, u8)>> {
         let entry = (0u64..4, 1u64..5, 0u8..2);
         prop::collection::vec(entry, 0..12).prop_map(|parts| {
@@ -100,7 +99,7 @@ mod tests {
     }
 
     proptest! {
-        /// Byte by byte.
+        /// Compares with a check of each byte.
         #[test]
         fn agrees_with_a_naive_model(
             before in entries(), after in entries(), kept in any::<u16>(), iova in 0u64..80, len in 0u64..20,

@@ -1,11 +1,11 @@
 //! A network device that receives what it sends: what the kernel's network simulator does with its queues
 //! (uapi-spec 6.2, `vdpasim_net_work`).
 //!
-//! Written over [`End`], a queue as this logic sees it, so that it needs no thread.
+//! The logic is written over the trait [`LoopbackQueue`] and needs no thread of its own.
 //!
-//! What drivers that follow the rules cannot see differs: a chain that breaks the rules of rings (a loop, an index out
-//! of range) stops its queue until it is started anew, where `vringh` skips it; and an answer that cannot be written has
-//! the length 0, where the kernel's has an error number's.
+//! Two differences from the kernel are visible only to drivers that break the rules. A malformed chain (a loop, an index
+//! out of range) stops its queue until the queue is started again, where `vringh` skips the chain. A response that cannot
+//! be written is completed with length 0, where the kernel uses an error number as the length.
 
 mod stats;
 
@@ -27,75 +27,77 @@ pub const RX: u16 = 0;
 pub const TX: u16 = 1;
 /// The control queue.
 pub const CONTROL: u16 = 2;
-/// All of them.
+/// Number of queues.
 pub const QUEUES: u16 = 3;
 
 /// What such a device can offer: ANY_LAYOUT, VERSION_1, ACCESS_PLATFORM, MTU, MAC, STATUS, CTRL_VQ, CTRL_MAC_ADDR.
 pub const FEATURES: Features = Features(0x3_0883_0028);
 
-/// Bytes of a packet that are looped back; the rest is cut off.
+/// Largest packet that is looped back, in bytes; longer packets are truncated.
 const PACKET_MAX: usize = 4096;
 
-/// After a delivery, a pass with more packets than this ends, and another one is scheduled.
+/// Packets per pass after which a delivery ends the pass; the caller then schedules another pass.
 const PASS: usize = 4;
 
-/// Packets or commands that no pass exceeds. The kernel has no such limit: a driver that keeps sending what the
-/// filter rejects keeps its pass going. Here it would keep a command of the control side waiting.
+/// Upper limit of packets or commands per pass. The kernel has no such limit: a driver that keeps sending packets
+/// which the filter rejects never lets the pass end. Here that would delay the commands of the control side.
 const PASS_MAX: usize = 256;
 
-/// Whether the driver is told of a completion.
+/// When a completion signals the call event of its queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Tell {
-    /// If it wants to be.
-    Wanted,
-    /// Whether it wants to be or not.
+pub enum Notify {
+    /// Only if the driver has not suppressed notifications for it (virtio 1.2 section 2.7.7).
+    IfEnabled,
+    /// Always, even where the driver has suppressed it.
     Always,
 }
 
-/// One queue with the memory its addresses are in.
-pub trait End {
-    /// The memory.
+/// A running queue together with the memory that its addresses refer to. Called by the thread that serves the device.
+pub trait LoopbackQueue {
+    /// Client memory by I/O virtual address.
     type Memory: Memory;
 
-    /// Its translation.
+    /// Client memory through the translation table of this queue.
     fn memory(&self) -> &Self::Memory;
 
-    /// Features in force.
+    /// Negotiated features.
     fn features(&self) -> Features;
 
-    /// Takes the next chain; `false` when there is none.
+    /// Pops the next available chain; `false` when there is none.
     ///
     /// # Errors
     /// As [`SplitQueue::pop`](crate::ring::split::SplitQueue::pop).
     fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingError>;
 
-    /// Completes a chain with `len` bytes written, and shows it to the driver.
-    fn complete(&mut self, head: u16, len: usize, tell: Tell);
+    /// Puts the chain with this head into the used ring with `len` bytes written, publishes it, and signals the call event
+    /// as `notify` says. Does not block; errors of the ring are ignored.
+    fn complete(&mut self, head: u16, len: usize, notify: Notify);
 }
 
-/// What the control side of the device and its worker share.
+/// State of a device that its control side and its worker share.
 #[derive(Debug, Default)]
 pub struct Shared {
     config: Mutex<NetConfig>,
-    /// What was done so far.
+    /// Statistics.
     pub stats: Stats,
 }
 
 impl Shared {
-    /// What a device that is described by `config` begins with.
+    /// The initial state of a device with this configuration space.
     #[must_use]
     pub fn new(config: NetConfig) -> Self {
         Self { config: Mutex::new(config), stats: Stats::default() }
     }
 
-    /// Configuration space, which the driver may write, also by the control queue. Held for the time of a copy only.
+    /// Configuration space, which the driver may change directly or through the control queue. The lock may block, but
+    /// callers hold it only while they copy.
     pub fn config(&self) -> MutexGuard<'_, NetConfig> {
-        // Bytes without invariants: what a panic left is as good as anything the driver may have written.
+        // Configuration space has no invariants, since the driver may write any bytes. So a poisoned lock is harmless.
         self.config.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Copies configuration space from `offset` into `out`; what is beyond its end stays as it is. Whatever the driver
-    /// wrote, the link is up.
+    /// Copies configuration space from `offset` into `out`, unless the range passes its end; `out` is unchanged then. The
+    /// link status always reads as up, whatever the driver wrote.
     pub fn read_config(&self, offset: u32, out: &mut [u8]) {
         let mut config = self.config();
         config.status = LINK_UP.into();
@@ -105,7 +107,7 @@ impl Shared {
         }
     }
 
-    /// The driver writes configuration space; what is beyond its end is ignored.
+    /// Stores a write of the driver to configuration space. A write that passes its end is ignored.
     pub fn write_config(&self, offset: u32, data: &[u8]) {
         let mut config = self.config();
         let part = usize::try_from(offset).ok().and_then(|from| config.as_mut_bytes().get_mut(from..));
@@ -115,7 +117,7 @@ impl Shared {
     }
 }
 
-/// What the worker of a device knows; one per device.
+/// State of the worker of one device.
 pub struct Loopback {
     shared: Arc<Shared>,
     packet: Box<[u8; PACKET_MAX]>,
@@ -130,16 +132,16 @@ impl fmt::Debug for Loopback {
 }
 
 impl Loopback {
-    /// The worker of the device with which it shares `shared`.
+    /// A worker that shares `shared` with the control side of its device.
     #[must_use]
     pub fn new(shared: Arc<Shared>) -> Self {
         Self { shared, packet: Box::new([0; PACKET_MAX]), chain: Chain::new(), rx_chain: Chain::new() }
     }
 
-    /// Serves the control queue (`vdpasim_handle_cvq`); whether there may be more.
-    pub fn control(&mut self, queue: &mut impl End) -> bool {
+    /// Processes commands of the control queue (`vdpasim_handle_cvq`); returns whether more may be available.
+    pub fn control(&mut self, queue: &mut impl LoopbackQueue) -> bool {
         let stats = &self.shared.stats;
-        // The answer to a command of an unknown class is that to the command before it in this pass.
+        // As in the kernel, a command of an unknown class gets the status of the previous command of this pass.
         let mut status = Ack::Err;
         for _ in 0..PASS_MAX {
             if !queue.pop(&mut self.chain).unwrap_or(false) {
@@ -164,12 +166,13 @@ impl Loopback {
                 Ack::Err => stats.cvq_errors.add(1),
             }
             let written = push(queue.memory(), self.chain.writable(), &[status.byte()]).unwrap_or(0);
-            queue.complete(self.chain.head, written, Tell::Always);
+            queue.complete(self.chain.head, written, Notify::Always);
         }
         true
     }
 
-    /// Commands of the class MAC. A part of an address is stored before it is found to be too short.
+    /// Handles commands of the class MAC. As in the kernel, the bytes of a truncated address are stored before the command
+    /// fails.
     fn set_mac(&self, command: u8, memory: &impl Memory, body: BufferSlice<'_>) -> Ack {
         if command != mac_command::ADDR_SET {
             return Ack::Err;
@@ -180,15 +183,15 @@ impl Loopback {
         }
     }
 
-    /// Moves packets from the transmit to the receive queue; whether another pass is scheduled.
-    pub fn loop_back(&mut self, tx: &mut impl End, rx: &mut impl End) -> bool {
+    /// Moves packets from the transmit to the receive queue (`vdpasim_net_work`); returns whether to schedule another pass.
+    pub fn loop_back(&mut self, tx: &mut impl LoopbackQueue, rx: &mut impl LoopbackQueue) -> bool {
         let stats = &self.shared.stats;
         let header = header_len(tx.features());
         for taken in 1..=PASS_MAX {
             match tx.pop(&mut self.chain) {
                 Ok(false) => return false,
                 Ok(true) if self.chain.writable.is_empty() => {}
-                // Whatever has buffers for the device to write is no packet; it is never completed.
+                // A chain with device-writable buffers is no packet; like the kernel, this never completes it.
                 Ok(true) | Err(_) => {
                     stats.tx_errors.add(1);
                     return false;
@@ -197,7 +200,7 @@ impl Loopback {
             let sent = pull(tx.memory(), self.chain.readable(), &mut self.packet[..]).unwrap_or(0);
             if sent == 0 {
                 stats.tx_errors.add(1);
-                tx.complete(self.chain.head, 0, Tell::Wanted);
+                tx.complete(self.chain.head, 0, Notify::IfEnabled);
                 continue;
             }
             stats.tx_packets.add(1);
@@ -205,13 +208,13 @@ impl Loopback {
             let packet = self.packet.get(..sent).unwrap_or_default();
             if !accepts(packet, header, &self.shared.config().mac) {
                 stats.rx_drops.add(1);
-                tx.complete(self.chain.head, 0, Tell::Wanted);
+                tx.complete(self.chain.head, 0, Notify::IfEnabled);
                 continue;
             }
             let room = rx.pop(&mut self.rx_chain);
             if room != Ok(true) || !self.rx_chain.readable.is_empty() {
                 stats.rx_overruns.add(1);
-                tx.complete(self.chain.head, 0, Tell::Wanted);
+                tx.complete(self.chain.head, 0, Notify::IfEnabled);
                 return false;
             }
             let received = push(rx.memory(), self.rx_chain.writable(), packet).unwrap_or(0);
@@ -222,8 +225,8 @@ impl Loopback {
             }
             stats.rx_packets.add(1);
             stats.rx_bytes.add(received);
-            tx.complete(self.chain.head, 0, Tell::Wanted);
-            rx.complete(self.rx_chain.head, received, Tell::Wanted);
+            tx.complete(self.chain.head, 0, Notify::IfEnabled);
+            rx.complete(self.rx_chain.head, received, Notify::IfEnabled);
             if taken > PASS {
                 return true;
             }
@@ -232,28 +235,28 @@ impl Loopback {
     }
 }
 
-/// Whether a packet with a header of `header` bytes is for the address `mac` (`receive_filter`).
+/// Whether a packet with a header of `header` bytes is addressed to `mac` or to a group (`receive_filter`).
 fn accepts(packet: &[u8], header: usize, mac: &[u8; MAC_BYTES]) -> bool {
     let destination = packet.get(header..).and_then(|frame| frame.first_chunk::<MAC_BYTES>());
-    destination.is_some_and(|to| is_multicast(*to) || same_text(to, mac))
+    destination.is_some_and(|to| is_multicast(*to) || strncmp_equal(to, mac))
 }
 
-/// Compares as `strncmp` does: what follows a common NUL does not count. So an address that begins with 00 is that
-/// of every destination that begins with 00.
-fn same_text(a: &[u8; MAC_BYTES], b: &[u8; MAC_BYTES]) -> bool {
+/// Compares as the kernel's `strncmp` does, which stops at a common NUL. So an address that begins with 00 matches every
+/// destination that begins with 00.
+fn strncmp_equal(a: &[u8; MAC_BYTES], b: &[u8; MAC_BYTES]) -> bool {
     let end = a.iter().position(|byte| *byte == 0).map_or(MAC_BYTES, |nul| nul + 1);
     a.iter().zip(b).take(end).all(|(a, b)| a == b)
 }
 
-/// Copies out of client memory as much as there is and as fits; how much that was (`vringh_iov_pull_iotlb`). On a
-/// fault `out` may have changed in part.
+/// Copies from client memory as many bytes as both sides have, and returns their number (`vringh_iov_pull_iotlb`). After a
+/// fault `out` may be partly overwritten.
 fn pull(memory: &impl Memory, from: BufferSlice<'_>, out: &mut [u8]) -> Result<usize, Fault> {
     let count = usize::try_from(from.len()).unwrap_or(usize::MAX).min(out.len());
     from.read(memory, out.get_mut(..count).unwrap_or_default())?;
     Ok(count)
 }
 
-/// Copies into client memory as much as there is room for; how much that was (`vringh_iov_push_iotlb`).
+/// Copies into client memory as many bytes as both sides have, and returns their number (`vringh_iov_push_iotlb`).
 fn push(memory: &impl Memory, to: BufferSlice<'_>, data: &[u8]) -> Result<usize, Fault> {
     let count = usize::try_from(to.len()).unwrap_or(usize::MAX).min(data.len());
     to.write(memory, data.get(..count).unwrap_or_default())?;

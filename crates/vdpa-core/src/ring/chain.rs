@@ -8,11 +8,11 @@ const BYTES_MAX: u64 = 1 << 32;
 
 /// One request as the driver made it available: the buffers of a descriptor chain, indirect ones included.
 ///
-/// Meant to be used again: popping into the same chain allocates only while its lists still grow. Empty
-/// buffers are kept, as `vringh` does; they count as buffers and carry no bytes.
+/// Reuse one chain for many requests: a pop allocates only while the lists of the chain still grow. Empty buffers are kept,
+/// as in `vringh`: they count as buffers and have no bytes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Chain {
-    /// First descriptor: the name of the request when it is completed.
+    /// Number of the request, by which it is completed: its first descriptor in a split ring.
     pub head: u16,
     /// Buffers the device reads, in order.
     pub readable: Vec<Buffer>,
@@ -27,21 +27,21 @@ impl Chain {
         Self { head: 0, readable: Vec::new(), writable: Vec::new() }
     }
 
-    /// The readable buffers as one run of bytes.
+    /// The bytes of the readable buffers.
     #[must_use]
     #[inline]
     pub fn readable(&self) -> BufferSlice<'_> {
         BufferSlice::new(&self.readable)
     }
 
-    /// The writable buffers as one run of bytes.
+    /// The bytes of the writable buffers.
     #[must_use]
     #[inline]
     pub fn writable(&self) -> BufferSlice<'_> {
         BufferSlice::new(&self.writable)
     }
 
-    /// Forgets the buffers, keeps the memory.
+    /// Removes the buffers and keeps the allocations.
     #[inline]
     pub(super) fn reset(&mut self, head: u16) {
         self.head = head;
@@ -49,7 +49,7 @@ impl Chain {
         self.writable.clear();
     }
 
-    /// Whether it is not too long, with so many bytes in all of its buffers: once for all, as a sum kept here costs each push.
+    /// Checks the total length of the buffers. Called once per chain, because keeping a sum here would cost time in each push.
     #[inline]
     pub(super) const fn check(&self, bytes: u64) -> Result<(), RingError> {
         if bytes > BYTES_MAX { Err(RingError::Length { head: self.head }) } else { Ok(()) }
@@ -73,13 +73,13 @@ impl Chain {
     }
 }
 
-/// A run of bytes spread over buffers: a part of a buffer list, without copying it.
+/// A contiguous part of the bytes of a list of buffers, which it borrows.
 #[derive(Clone, Copy, Debug)]
 pub struct BufferSlice<'a> {
     buffers: &'a [Buffer],
-    /// Bytes of the first buffer that come before the run; never more than it has.
+    /// Offset of the part in the first buffer; at most the length of that buffer.
     skip: u32,
-    /// Bytes of the run.
+    /// Length of the part in bytes.
     len: u64,
 }
 
@@ -91,21 +91,21 @@ impl<'a> BufferSlice<'a> {
         Self { buffers, skip: 0, len: buffers.iter().map(|buffer| u64::from(buffer.len)).sum() }
     }
 
-    /// Bytes.
+    /// Number of bytes.
     #[must_use]
     #[inline]
     pub const fn len(&self) -> u64 {
         self.len
     }
 
-    /// Whether there are none.
+    /// Whether it has no bytes.
     #[must_use]
     #[inline]
     pub const fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Splits after `count` bytes; `None` when there are not that many.
+    /// Splits after `count` bytes; `None` when it has fewer.
     #[must_use]
     #[inline]
     pub fn split_at(self, count: u64) -> Option<(Self, Self)> {
@@ -118,18 +118,18 @@ impl<'a> BufferSlice<'a> {
             skip -= u64::from(buffer.len);
             buffers = others;
         }
-        // Less than the length of a buffer, or 0 past the last one.
+        // The offset is less than the length of a buffer, or 0 after the last one.
         let skip = u32::try_from(skip).ok()?;
         Some((first, Self { buffers, skip, len: rest }))
     }
 
-    /// The pieces in order, without empty ones.
+    /// The non-empty pieces in order: address and length.
     #[inline]
     pub fn iter(&self) -> Pieces<'a> {
         Pieces { rest: *self }
     }
 
-    /// Copies the first `data.len()` bytes out of client memory; `false`, and nothing is read, when there are fewer.
+    /// Copies the first bytes from client memory. Returns `false` and reads nothing when the part is shorter than the buffer.
     ///
     /// # Errors
     /// [`Fault`] as from [`Memory::read`].
@@ -149,7 +149,8 @@ impl<'a> BufferSlice<'a> {
         Ok(true)
     }
 
-    /// Copies `data` into the first bytes in client memory; `false`, and nothing is written, when there are fewer.
+    /// Copies `data` to the first bytes in client memory. Returns `false` and writes nothing when the part is shorter than
+    /// `data`.
     ///
     /// # Errors
     /// [`Fault`] as from [`Memory::write`].
@@ -193,7 +194,7 @@ impl Iterator for Pieces<'_> {
             let (&buffer, others) = self.rest.buffers.split_first()?;
             let there = buffer.len.saturating_sub(self.rest.skip);
             let len = u32::try_from(self.rest.len).map_or(there, |rest| rest.min(there));
-            // Checked when the chain was popped: a buffer does not pass the end of the address space.
+            // No overflow: the pop checked that no buffer passes the end of the address space.
             let iova = buffer.iova.wrapping_add(u64::from(self.rest.skip));
             self.rest = BufferSlice { buffers: others, skip: 0, len: self.rest.len - u64::from(len) };
             if len > 0 {

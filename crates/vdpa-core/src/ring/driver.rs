@@ -1,7 +1,8 @@
-//! The driver side of a ring: split here, packed in a part of its own.
+//! The driver side of split rings; that of packed rings is in the submodule `packed`.
 
 mod adopt;
 mod either;
+mod kick;
 mod packed;
 
 pub use adopt::{AdoptError, DriverState, InFlight};
@@ -10,6 +11,7 @@ pub use packed::{PackedAdoptError, PackedDriver, PackedDriverState, PackedInFlig
 
 use thiserror::Error;
 
+use self::kick::Kick;
 use super::error::Latch;
 use super::layout::{self, DESCRIPTOR, Descriptor, FLAGS, INDEX, NEXT, SUPPRESS, WRITE};
 use super::{Area, Buffer, Fault, RingError};
@@ -17,8 +19,8 @@ use crate::features::Features;
 
 /// The driver side of a split ring (virtio 1.2 section 2.7).
 ///
-/// One thread uses it; nothing blocks. The device is not trusted: which descriptors are free and which chain a
-/// completion means is kept here, never read back from shared memory.
+/// Used by one thread at a time; no method blocks. The device is not trusted: the free descriptors and the chains in flight
+/// are recorded here and never read back from shared memory.
 #[derive(Debug)]
 pub struct SplitDriver<A: Area> {
     desc: A,
@@ -27,23 +29,21 @@ pub struct SplitDriver<A: Area> {
     size: u16,
     features: Features,
     event_idx: bool,
-    /// Successor of each descriptor, in its chain or in the free list.
+    /// By descriptor: the next one of its chain or of the free list.
     next: Vec<u16>,
-    /// By head: the chain in flight that starts there.
+    /// By descriptor: the chain in flight whose head it is.
     chains: Vec<Option<InFlightChain>>,
     free_head: u16,
     free: u16,
     in_flight: u16,
     /// Next entry of the available ring to fill.
     next_avail: u16,
-    /// The available index the device sees.
+    /// The available index in memory, which the device sees.
     published: u16,
-    /// The available index at which the device's wish to be kicked was last examined; `None` when only a kick is
-    /// safe.
-    kicked: Option<u16>,
-    undecided: bool,
+    kick: Kick<u16>,
     /// Next entry of the used ring to take.
     last_used: u16,
+    /// The used index as last read from memory.
     used_seen: u16,
     broken: Latch,
 }
@@ -58,9 +58,9 @@ struct InFlightChain {
 /// A request the device has completed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Completion {
-    /// As given to `add`.
+    /// The token that was passed to `add`.
     pub token: u64,
-    /// Bytes the device says it has written; never more than the writable buffers have.
+    /// Bytes that the device reports as written; at most the length of the writable buffers.
     pub len: u32,
 }
 
@@ -68,15 +68,15 @@ pub struct Completion {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum AddError {
-    /// Too few free descriptors: take completions and try again.
+    /// Too few descriptors are free: pop completions and try again.
     #[error("request needs {needed} descriptors, {free} are free")]
     Full {
         /// Descriptors of the request.
         needed: usize,
-        /// Descriptors free now.
+        /// Number of free descriptors.
         free: u16,
     },
-    /// More descriptors than the ring has: it never fits.
+    /// The request needs more descriptors than the ring has, so it can never be added.
     #[error("request needs {needed} descriptors, the ring has {size}")]
     TooLong {
         /// Descriptors of the request.
@@ -84,22 +84,22 @@ pub enum AddError {
         /// Entries of the ring.
         size: u16,
     },
-    /// No buffer at all.
+    /// The request has no buffers.
     #[error("request without buffers: at least one is required")]
     Empty,
-    /// More bytes than a used element can count.
+    /// The buffers have more bytes than the 32-bit length of a used element can express.
     #[error("request of {bytes} bytes: at most 2^32 - 1 are allowed")]
     Length {
         /// Bytes of the request.
         bytes: u64,
     },
-    /// The ring cannot be reached; nothing was added.
+    /// Ring memory cannot be accessed; nothing was added.
     #[error(transparent)]
     Fault(#[from] Fault),
 }
 
 impl<A: Area> SplitDriver<A> {
-    /// Sets up an empty ring in the three areas; to be called before the device runs.
+    /// Initialises an empty ring in the three areas. Call it before the device uses the ring.
     ///
     /// # Errors
     /// [`RingError::Size`], [`RingError::Features`] (packed rings and `IN_ORDER`), [`RingError::AreaSize`], or a
@@ -132,16 +132,15 @@ impl<A: Area> SplitDriver<A> {
             in_flight: 0,
             next_avail: 0,
             published: 0,
-            kicked: None,
-            undecided: false,
+            kick: Kick::default(),
             last_used: 0,
             used_seen: 0,
             broken: Latch::default(),
         })
     }
 
-    /// Adds a request: the device reads `readable` and writes `writable`. It sees it after
-    /// [`publish`](Self::publish). `token` comes back in the [`Completion`].
+    /// Adds a request: the device reads `readable` and writes `writable`. [`publish`](Self::publish) makes it available to
+    /// the device. The [`Completion`] carries `token`.
     ///
     /// # Errors
     /// [`AddError`]; nothing was added then.
@@ -149,11 +148,8 @@ impl<A: Area> SplitDriver<A> {
         let (descriptors, writable_len) = measure(readable, writable, self.size, self.free)?;
         let head = self.free_head;
         let mut index = head;
-        let all =
-            readable.iter().map(|buffer| (buffer, 0)).chain(writable.iter().map(|buffer| (buffer, WRITE)));
-        for (position, (buffer, flags)) in (1..).zip(all) {
-            let (flags, next) =
-                if position < descriptors { (flags | NEXT, self.successor(index)) } else { (flags, 0) };
+        for (buffer, flags) in with_flags(readable, writable) {
+            let next = if flags & NEXT != 0 { self.successor(index) } else { 0 };
             let descriptor = Descriptor { addr: buffer.iova, len: buffer.len, flags, next };
             self.desc.write(usize::from(index) * DESCRIPTOR, &descriptor.encode())?;
             index = self.successor(index);
@@ -170,50 +166,47 @@ impl<A: Area> SplitDriver<A> {
         Ok(())
     }
 
-    /// Shows the device everything added, with one store of the available index; returns whether it must be kicked.
+    /// Makes all added requests available, with one store of the available index; returns whether the device must be
+    /// kicked.
     ///
     /// # Errors
-    /// A fault; the call may be repeated, and no kick gets lost.
+    /// [`RingError::Fault`]; the call may be repeated, and no kick is lost.
     pub fn publish(&mut self) -> Result<bool, RingError> {
         if self.published != self.next_avail {
             self.avail.store_u16(INDEX, self.next_avail)?;
             self.published = self.next_avail;
-            self.undecided = true;
+            self.kick.set_pending();
         }
-        if !self.undecided {
-            return Ok(false);
-        }
-        // Pairs with the device's barrier between asking for a kick and looking at the available index.
-        self.avail.barrier();
-        let old = self.kicked.take();
-        let kick = if self.event_idx {
-            let event = self.used.load_u16(layout::avail_event(self.size))?;
-            old.is_none_or(|old| layout::need_event(event, self.published, old))
-        } else {
-            self.used.load_u16(FLAGS)? & SUPPRESS == 0
-        };
-        self.kicked = Some(self.published);
-        self.undecided = false;
-        Ok(kick)
+        let (published, size) = (self.published, self.size);
+        self.kick.decide(published, |old| {
+            // Pairs with the device's barrier between its request for a kick and its load of the available index.
+            self.avail.barrier();
+            if self.event_idx {
+                let event = self.used.load_u16(layout::avail_event(size))?;
+                Ok(old.is_none_or(|old| layout::need_event(event, published, old)))
+            } else {
+                Ok(self.used.load_u16(FLAGS)? & SUPPRESS == 0)
+            }
+        })
     }
 
-    /// Takes the next completion; `None` when there is none.
+    /// Pops the next completion; `None` when there is none.
     ///
     /// # Errors
-    /// After a fault the call may be repeated. All others are violations of the device
+    /// After a fault the call may be repeated. All other errors are protocol violations of the device
     /// ([`RingError::UsedIndex`], [`RingError::DescriptorIndex`], [`RingError::NotInFlight`],
-    /// [`RingError::UsedLength`]) and are returned from now on.
+    /// [`RingError::UsedLength`]) and are returned by every later call.
     pub fn pop_used(&mut self) -> Result<Option<Completion>, RingError> {
         self.broken.check()?;
         let result = self.take();
-        self.broken.keep(result)
+        self.broken.record(result)
     }
 
-    /// Asks the device to notify at the next completion; returns whether one is there already, for which no
-    /// notification may come.
+    /// Asks the device to notify at the next completion. Returns whether a completion is available already, for which the
+    /// device may not notify.
     ///
     /// # Errors
-    /// A fault, or the violation met before.
+    /// [`RingError::Fault`], or the violation that was found before.
     pub fn enable_interrupts(&mut self) -> Result<bool, RingError> {
         self.broken.check()?;
         if self.event_idx {
@@ -221,19 +214,19 @@ impl<A: Area> SplitDriver<A> {
         } else {
             self.avail.store_u16(FLAGS, 0)?;
         }
-        // Pairs with the device's barrier between its used index and its look at our wish.
+        // Pairs with the device's barrier between its store of the used index and its load of this event or flag.
         self.avail.barrier();
         let result = self.refresh();
-        self.broken.keep(result)
+        self.broken.record(result)
     }
 
-    /// Tells the device that no notification is needed: advice only, notifications may still come.
+    /// Tells the device that no notification is needed. This is only a hint: notifications may still come.
     ///
     /// # Errors
-    /// A fault.
+    /// [`RingError::Fault`].
     pub fn disable_interrupts(&mut self) -> Result<(), RingError> {
         if self.event_idx {
-            // An event the used index has just passed: it comes again after 65536 completions.
+            // An index that the used index has just passed, and reaches again only after 65536 completions.
             self.avail.store_u16(layout::used_event(self.size), self.last_used.wrapping_sub(1))?;
         } else {
             self.avail.store_u16(FLAGS, SUPPRESS)?;
@@ -241,19 +234,19 @@ impl<A: Area> SplitDriver<A> {
         Ok(())
     }
 
-    /// Requests added and not completed.
+    /// Number of requests added and not completed.
     #[must_use]
     pub const fn in_flight(&self) -> u16 {
         self.in_flight
     }
 
-    /// Descriptors free now.
+    /// Number of free descriptors.
     #[must_use]
     pub const fn free(&self) -> u16 {
         self.free
     }
 
-    /// Entries of the ring.
+    /// Number of entries of the ring.
     #[must_use]
     pub const fn size(&self) -> u16 {
         self.size
@@ -281,7 +274,7 @@ impl<A: Area> SplitDriver<A> {
         Ok(Some(Completion { token: chain.token, len }))
     }
 
-    /// Reads the device's index; returns whether there are completions.
+    /// Loads the used index; returns whether completions are available.
     fn refresh(&mut self) -> Result<bool, RingError> {
         let index = self.used.load_u16(INDEX)?;
         let room = self.published.wrapping_sub(self.last_used);
@@ -293,7 +286,7 @@ impl<A: Area> SplitDriver<A> {
         Ok(ahead > 0)
     }
 
-    /// Puts a chain back in front of the free list.
+    /// Returns the descriptors of a chain to the head of the free list.
     fn release(&mut self, head: u16, descriptors: u16) {
         let mut last = head;
         for _ in 1..descriptors {
@@ -315,7 +308,17 @@ impl<A: Area> SplitDriver<A> {
     }
 }
 
-/// Checks a request; returns its descriptors and its writable bytes.
+/// The buffers of a request in ring order, each with the flags of its descriptor: NEXT for all but the last, and WRITE.
+fn with_flags<'a>(readable: &'a [Buffer], writable: &'a [Buffer]) -> impl Iterator<Item = (&'a Buffer, u16)> {
+    let count = readable.len() + writable.len();
+    let readable = readable.iter().map(|buffer| (buffer, 0));
+    let all = readable.chain(writable.iter().map(|buffer| (buffer, WRITE)));
+    (1..)
+        .zip(all)
+        .map(move |(position, (buffer, flags))| (buffer, if position < count { flags | NEXT } else { flags }))
+}
+
+/// Checks a request; returns the number of its descriptors and of its writable bytes.
 fn measure(readable: &[Buffer], writable: &[Buffer], size: u16, free: u16) -> Result<(u16, u32), AddError> {
     let needed = readable.len() + writable.len();
     let Some(descriptors) = u16::try_from(needed).ok().filter(|&needed| needed <= size) else {

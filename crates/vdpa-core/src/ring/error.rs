@@ -1,21 +1,21 @@
-//! What can be wrong with a ring.
+//! Errors of rings.
 
 use thiserror::Error;
 
 use super::Fault;
 use crate::features::Features;
 
-/// The violation that has stopped one side of a ring, if one has.
+/// The first protocol violation of the other side, which stops this side of the ring for good.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Latch(Option<RingError>);
 
 impl Latch {
-    /// It.
+    /// The recorded violation; `None` while there is none.
     pub(super) const fn violation(self) -> Option<RingError> {
         self.0
     }
 
-    /// Fails from the first violation on.
+    /// Returns the recorded violation as an error.
     #[inline]
     pub(super) const fn check(&self) -> Result<(), RingError> {
         match self.0 {
@@ -24,9 +24,9 @@ impl Latch {
         }
     }
 
-    /// Remembers a violation; faults pass.
+    /// Records the error of `result` if it is a violation and not a fault; returns `result`.
     #[inline]
-    pub(super) fn keep<T>(&mut self, result: Result<T, RingError>) -> Result<T, RingError> {
+    pub(super) fn record<T>(&mut self, result: Result<T, RingError>) -> Result<T, RingError> {
         if let Err(error) = &result
             && !error.is_fault()
         {
@@ -38,24 +38,24 @@ impl Latch {
 
 /// Why a ring cannot be set up or used.
 ///
-/// [`Fault`](Self::Fault) passes: the memory may be mapped again, and the call may be repeated. Everything else that
-/// the other side of the ring causes is a violation of the protocol and stays: see
+/// A [`Fault`](Self::Fault) is temporary: the call may be repeated once the memory is mapped again. Every other error that
+/// the other side causes is a violation of the protocol, after which the ring stays stopped: see
 /// [`is_fault`](Self::is_fault).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum RingError {
-    /// A ring area or an indirect table cannot be reached at the moment.
+    /// A ring area or an indirect table cannot be accessed at present.
     #[error(transparent)]
     Fault(#[from] Fault),
 
-    /// The number of entries is none of a split ring.
+    /// The number of entries is not valid for a split ring.
     #[error("ring of {size} entries: a split ring has a power of two, 1 to 32768")]
     Size {
         /// Entries asked for.
         size: u16,
     },
 
-    /// The number of entries is none of a packed ring.
+    /// The number of entries is not valid for a packed ring.
     #[error("ring of {size} entries: a packed ring has 1 to 32768")]
     PackedSize {
         /// Entries asked for.

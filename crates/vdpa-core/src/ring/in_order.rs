@@ -1,20 +1,20 @@
-//! Completion in the order of availability: `VIRTIO_F_IN_ORDER`, device side of both ring formats.
+//! Completion in the order of availability (`VIRTIO_F_IN_ORDER`), for the device side of both ring formats.
 
 use std::collections::VecDeque;
 
-/// Requests of a ring whose driver is told of completions in order only (virtio 1.2 sections 2.7.9 and 2.8.13).
+/// Requests of a ring that must publish completions in order (virtio 1.2 sections 2.7.9 and 2.8.13).
 ///
-/// The device completes in any order. What is done early waits here for what came before it, and a run of done
-/// requests becomes one used element: that of the last.
+/// The device completes requests in any order. Each waits here until all earlier ones are completed. A run of completed
+/// requests becomes one used element, that of the last.
 #[derive(Debug)]
 pub(super) struct InOrder {
     /// In the order of availability.
     requests: VecDeque<Request>,
-    /// Number of the first one; they are numbered modulo 65536.
+    /// Sequence number of the first request, modulo 65536.
     first: u16,
-    /// By name: the number of the request that has it.
+    /// By request number: the sequence number of the request.
     numbers: Vec<Option<u16>>,
-    /// A request from before the start is missing: nothing behind it may be shown, for ever.
+    /// A request from before the start is missing, so no later request may ever be published.
     stalled: bool,
 }
 
@@ -22,23 +22,23 @@ pub(super) struct InOrder {
 struct Request {
     name: u16,
     writable: u64,
-    /// Bytes written, once done.
+    /// Bytes written; `None` until the request is completed.
     written: Option<u32>,
 }
 
-/// Done requests at the front that one used element can stand for.
+/// Completed requests at the front for which one used element can stand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Run {
-    /// Requests, at least 1.
+    /// Number of requests, at least 1.
     pub(super) count: u16,
-    /// The last one.
+    /// The last request.
     pub(super) name: u16,
-    /// Bytes written for the last one. All others were written in full, as a driver takes for granted.
+    /// Bytes written for the last request. The writable buffers of all others are full, as the driver assumes.
     pub(super) written: u32,
 }
 
 impl InOrder {
-    /// For up to `size` requests, named by 0 to `size - 1`.
+    /// An empty queue for requests with numbers 0 to `size - 1`.
     pub(super) fn new(size: u16) -> Self {
         Self {
             requests: VecDeque::with_capacity(size.into()),
@@ -48,12 +48,12 @@ impl InOrder {
         }
     }
 
-    /// From now on nothing is shown to the driver.
+    /// Stops publication for good.
     pub(super) const fn stall(&mut self) {
         self.stalled = true;
     }
 
-    /// Adds the request `name`; `false` when one of this name is there already.
+    /// Adds the request `name`; `false` if it is present already.
     pub(super) fn add(&mut self, name: u16, writable: u64) -> bool {
         let Some(slot @ None) = self.numbers.get_mut(usize::from(name)) else { return false };
         let count = u16::try_from(self.requests.len()).unwrap_or(u16::MAX);
@@ -62,14 +62,14 @@ impl InOrder {
         true
     }
 
-    /// Takes the request added last back.
+    /// Removes the request added last.
     pub(super) fn remove_last(&mut self) {
         if let Some(request) = self.requests.pop_back() {
             self.forget(request.name);
         }
     }
 
-    /// Notes that `name` is done; `false` when it is not there or was done before.
+    /// Marks the request `name` as completed; `false` if it is not present or was completed before.
     pub(super) fn complete(&mut self, name: u16, written: u32) -> bool {
         let Some(&Some(number)) = self.numbers.get(usize::from(name)) else { return false };
         let position = usize::from(number.wrapping_sub(self.first));
@@ -81,7 +81,7 @@ impl InOrder {
         true
     }
 
-    /// The longest run at the front.
+    /// The longest run at the front; `None` if the first request is not completed.
     pub(super) fn run(&self) -> Option<Run> {
         if self.stalled {
             return None;
@@ -97,7 +97,7 @@ impl InOrder {
         run
     }
 
-    /// The first `count` names.
+    /// The numbers of the first `count` requests.
     pub(super) fn names(&self, count: u16) -> impl Iterator<Item = u16> {
         self.requests.iter().take(count.into()).map(|request| request.name)
     }
@@ -124,21 +124,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_run_ends_before_what_is_not_done_and_behind_what_is_not_full() {
+    fn a_run_ends_before_an_incomplete_request_and_after_a_short_one() {
         let mut order = InOrder::new(4);
         for name in [2, 0, 3, 1] {
             assert!(order.add(name, 10));
         }
-        assert!(!order.add(3, 1), "there already");
+        assert!(!order.add(3, 1), "present already");
         assert!(order.complete(0, 10) && order.complete(3, 4) && order.complete(1, 10));
-        assert!(!order.complete(3, 4), "done already");
-        assert_eq!(order.run(), None, "the first is not done");
+        assert!(!order.complete(3, 4), "completed already");
+        assert_eq!(order.run(), None, "the first is not completed");
         assert!(order.complete(2, 10));
         assert_eq!(order.run(), Some(Run { count: 3, name: 3, written: 4 }));
         assert!(order.names(3).eq([2, 0, 3]));
         order.drop_first(3);
         assert_eq!(order.run(), Some(Run { count: 1, name: 1, written: 10 }));
-        assert!(order.add(3, 0), "its name is free again");
+        assert!(order.add(3, 0), "its number is free again");
         order.remove_last();
         assert!(!order.complete(3, 0));
         order.stall();
@@ -146,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_pass_their_end() {
+    fn sequence_numbers_wrap() {
         let mut order = InOrder::new(2);
         order.first = u16::MAX;
         assert!(order.add(1, 0) && order.add(0, 0) && order.complete(0, 0) && order.complete(1, 0));

@@ -1,12 +1,12 @@
-//! Indirect tables, of both ring formats.
+//! Indirect tables of both ring formats.
 
 use super::layout::{DESCRIPTOR, wraps};
 use super::{Memory, RingError};
 
-/// Descriptors read at once: translating an address costs more than copying 256 bytes.
+/// Number of descriptors read at once, since translating an address costs more than copying 256 bytes.
 const WINDOW: usize = 16;
 
-/// Most descriptors of a table that are looked at: what the 16-bit `next` of a split ring can reach.
+/// Largest number of descriptors of a table that are read: those that the 16-bit `next` of a split ring can reach.
 pub(super) const ENTRIES_MAX: u32 = 1 << 16;
 
 /// An indirect table, read a few descriptors at a time, each of them once unless the chain jumps back.
@@ -19,7 +19,7 @@ pub(super) struct Window {
 }
 
 impl Window {
-    /// A table of `len` bytes. Its part beyond [`ENTRIES_MAX`] descriptors is left out.
+    /// A table of `len` bytes. Descriptors beyond [`ENTRIES_MAX`] are ignored.
     pub(super) fn new(iova: u64, len: u32) -> Result<Self, RingError> {
         if len == 0 || !len.is_multiple_of(16) {
             return Err(RingError::IndirectSize { len });
@@ -31,7 +31,7 @@ impl Window {
         Ok(Self { iova, entries, first: 0, loaded: 0, raw: [[0; DESCRIPTOR]; WINDOW] })
     }
 
-    /// Descriptors that can be reached.
+    /// Number of descriptors.
     #[inline]
     pub(super) const fn entries(&self) -> u32 {
         self.entries
@@ -43,7 +43,7 @@ impl Window {
         if index < entries { Ok(()) } else { Err(RingError::DescriptorIndex { index, entries }) }
     }
 
-    /// The bytes of the descriptor at `index`, which was checked.
+    /// The bytes of the descriptor at `index`, which the caller has checked.
     #[inline]
     pub(super) fn descriptor<M: Memory>(
         &mut self,

@@ -9,7 +9,7 @@ pub const SIZE_MAX: u16 = 1 << 15;
 /// Bytes of a descriptor.
 pub(super) const DESCRIPTOR: usize = 16;
 
-/// The chain goes on at `next` (`VIRTQ_DESC_F_NEXT`).
+/// The chain continues at `next` (`VIRTQ_DESC_F_NEXT`).
 pub(super) const NEXT: u16 = 1;
 /// The device writes the buffer (`VIRTQ_DESC_F_WRITE`).
 pub(super) const WRITE: u16 = 2;
@@ -34,8 +34,8 @@ pub struct AreaSizes {
     pub used: usize,
 }
 
-/// Bytes of the areas of a ring of `size` entries; the event index at the end of both rings is there with
-/// `RING_EVENT_IDX` only.
+/// Sizes of the areas of a split ring of `size` entries. Only with `RING_EVENT_IDX` (`event_idx`) both rings end with an
+/// event index.
 #[must_use]
 pub const fn area_sizes(size: u16, event_idx: bool) -> AreaSizes {
     let entries = size as usize;
@@ -73,7 +73,7 @@ pub(super) const fn need_event(event: u16, new: u16, old: u16) -> bool {
     new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
 }
 
-/// Checks everything about a ring that is known before it is used.
+/// Checks size, features and areas of a ring.
 pub(super) fn check<A: Area>(
     size: u16,
     features: Features,
@@ -98,7 +98,7 @@ pub(super) fn check<A: Area>(
     Ok(())
 }
 
-/// One descriptor, as read at once.
+/// One descriptor, read in one access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Descriptor {
     pub(super) addr: u64,
@@ -136,14 +136,14 @@ impl Descriptor {
         Ok(Self::parse(raw))
     }
 
-    /// Whether the buffer passes the last address. An empty buffer never does.
+    /// Whether the buffer extends beyond the last address. An empty buffer never does.
     #[inline]
     pub(super) const fn wraps(&self) -> bool {
         wraps(self.addr, self.len)
     }
 }
 
-/// Whether `len` bytes from `addr` pass the last address. None at all never do.
+/// Whether `len` bytes from `addr` extend beyond the last address; never for `len` 0.
 #[inline]
 pub(super) const fn wraps(addr: u64, len: u32) -> bool {
     len > 0 && addr.checked_add(len as u64 - 1).is_none()
@@ -162,9 +162,9 @@ mod tests {
 
     #[test]
     fn events_are_passed_across_the_wrap() {
-        assert!(need_event(5, 6, 5), "the very entry waited for");
-        assert!(!need_event(6, 6, 5), "one later");
-        assert!(!need_event(4, 6, 5), "passed before");
+        assert!(need_event(5, 6, 5), "the event itself");
+        assert!(!need_event(6, 6, 5), "the event is one later");
+        assert!(!need_event(4, 6, 5), "the event was passed before");
         assert!(need_event(0xffff, 0, 0xffff));
         assert!(need_event(0xffff, 3, 0xfff0));
         assert!(!need_event(0xffff, 3, 0));

@@ -28,50 +28,51 @@ use thiserror::Error;
 
 use crate::types::Perm;
 
-/// An access to ring or buffer memory that failed: unmapped, forbidden, or gone with its owner.
+/// A failed access to ring or buffer memory: unmapped, not permitted, or no longer existing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[error("no access to client memory at {addr:#x}")]
 pub struct Fault {
-    /// Address (of the table) or offset (in the area) that could not be reached.
+    /// I/O virtual address, or offset in the area, that could not be accessed.
     pub addr: u64,
 }
 
-/// Client memory through one translation table, by I/O virtual address.
+/// Client memory through one translation table, accessed by I/O virtual address. Called by the thread that serves the ring;
+/// no method waits for the client or for other requests.
 pub trait Memory {
-    /// A ring area resolved once.
+    /// A ring area whose address is translated once.
     type Area: Area;
 
     /// Copies from client memory, which must be readable for the device throughout.
     ///
     /// # Errors
-    /// [`Fault`]; `buf` may have been changed in part.
+    /// [`Fault`]; `buf` may be partly overwritten.
     fn read(&self, iova: u64, buf: &mut [u8]) -> Result<(), Fault>;
 
     /// Copies into client memory, which must be writable for the device throughout.
     ///
     /// # Errors
-    /// [`Fault`]; a part may have been written.
+    /// [`Fault`]; part of the data may be written.
     fn write(&self, iova: u64, data: &[u8]) -> Result<(), Fault>;
 
-    /// Resolves `size` bytes for repeated access.
+    /// Translates `size` bytes for repeated access.
     ///
     /// # Errors
-    /// [`Fault`] when a byte is unmapped or does not allow `perm`.
+    /// [`Fault`] when a byte is not mapped or its mapping does not allow `perm`.
     fn area(&self, iova: u64, size: u64, perm: Perm) -> Result<Self::Area, Fault>;
 }
 
 /// A piece of shared memory with the atomic accesses a ring needs. Offsets are in bytes from its start.
 ///
-/// The other side is hostile and concurrent: every access reads or writes memory once, and what was read is the
-/// caller's to check.
+/// The other side is hostile and runs concurrently, so every method accesses memory once, and the caller checks the values
+/// it reads.
 pub trait Area {
-    /// Bytes.
+    /// Size in bytes.
     fn size(&self) -> usize;
 
     /// Loads a little-endian u16 at an even offset, with acquire ordering.
     ///
     /// # Errors
-    /// [`Fault`] beyond the end or when the memory is gone.
+    /// [`Fault`] beyond the end, or when the memory no longer exists.
     fn load_u16(&self, offset: usize) -> Result<u16, Fault>;
 
     /// Stores a little-endian u16 at an even offset, with release ordering.
@@ -80,13 +81,13 @@ pub trait Area {
     /// As [`load_u16`](Self::load_u16).
     fn store_u16(&self, offset: usize, value: u16) -> Result<(), Fault>;
 
-    /// Copies out.
+    /// Copies `buf.len()` bytes from `offset` into `buf`.
     ///
     /// # Errors
     /// As [`load_u16`](Self::load_u16).
     fn read(&self, offset: usize, buf: &mut [u8]) -> Result<(), Fault>;
 
-    /// Copies in.
+    /// Copies `data` to `offset`.
     ///
     /// # Errors
     /// As [`load_u16`](Self::load_u16).
@@ -94,8 +95,7 @@ pub trait Area {
 
     /// Orders every access before it with every access after it, also a store with a later load.
     ///
-    /// A full barrier of the processor, which is right for memory that is mapped. For memory with rules of its own,
-    /// such as that of a model checker.
+    /// The default is a full barrier of the processor, which is correct for mapped memory. A model checker overrides it.
     #[inline]
     fn barrier(&self) {
         fence(Ordering::SeqCst);

@@ -17,15 +17,15 @@ pub use self::layout::area_sizes;
 
 /// The device side of a packed ring (virtio 1.2 section 2.8).
 ///
-/// Used like [`SplitQueue`](super::split::SplitQueue), by one thread, without blocking, against a driver that is
-/// hostile and concurrent: each descriptor is read once, checked, and then used. The work of one call is bounded by
-/// the descriptors the driver may use, or by 65536 for an indirect table.
+/// Used like [`SplitQueue`](super::split::SplitQueue): by one thread at a time, and no method blocks. The driver is hostile
+/// and runs concurrently, so each descriptor is read once, checked, and then used. The work of one call is bounded by the
+/// descriptors the driver may use, or by 65536 for an indirect table.
 ///
-/// The name of a request, [`Chain::head`], is a number of this side below the ring's size: buffer ids are the
-/// driver's, any 16 bits, and only copied back.
+/// The device side numbers its requests itself, below the size of the ring ([`Chain::head`]). Buffer ids are chosen by the
+/// driver, can be any 16 bits, and are only copied back.
 ///
-/// With `IN_ORDER` requests may still be completed in any order: they are shown in the order of availability, a run
-/// of them with one used descriptor.
+/// With `IN_ORDER` the device may still complete requests in any order. They are published in the order of availability,
+/// and one used descriptor stands for a run of them.
 #[derive(Debug)]
 pub struct PackedQueue<A: Area> {
     desc: A,
@@ -34,18 +34,18 @@ pub struct PackedQueue<A: Area> {
     size: u16,
     event_idx: bool,
     indirect: bool,
-    /// Next descriptor to look at.
+    /// Next descriptor to pop.
     next_avail: Place,
     /// Next descriptor to write as used.
     next_used: Place,
-    /// What the driver sees as used ends here; the flags of this descriptor are held back, so that a batch
-    /// appears at once.
+    /// First descriptor that the driver does not see as used. Its flags are stored last, so that a batch becomes visible at
+    /// once.
     published: Place,
-    /// Those flags, while `published` is not `next_used`.
-    held: u16,
-    /// Where the driver's wish to be notified was last examined; `None` when only a notification is safe.
+    /// The flags to store there, while `published` is not `next_used`.
+    held_flags: u16,
+    /// The position at which the notification suppression was last checked; `None` if the driver must be notified.
     signalled: Option<Place>,
-    /// A publication whose notification could not be decided.
+    /// Whether the last publication still needs a decision about its notification.
     undecided: bool,
     requests: Requests,
     order: Option<InOrder>,
@@ -55,10 +55,10 @@ pub struct PackedQueue<A: Area> {
 impl<A: Area> PackedQueue<A> {
     /// Starts a ring at `state`; the driver area is only read, the descriptor and device areas are read and written.
     ///
-    /// Descriptors between the two places of `state` were taken before the start and are never completed; see
+    /// Descriptors between the two positions of `state` were popped before the start and are never completed; see
     /// [`undelivered`](Self::undelivered).
     ///
-    /// Indirect descriptors are followed whatever was negotiated; see
+    /// Indirect descriptors are followed even if `RING_INDIRECT_DESC` was not negotiated; see
     /// [`refuse_unnegotiated_indirect`](Self::refuse_unnegotiated_indirect).
     ///
     /// # Errors
@@ -101,7 +101,7 @@ impl<A: Area> PackedQueue<A> {
             next_avail,
             next_used,
             published: next_used,
-            held: 0,
+            held_flags: 0,
             signalled: None,
             undecided: false,
             requests: Requests::new(size),
@@ -117,31 +117,31 @@ impl<A: Area> PackedQueue<A> {
         self
     }
 
-    /// Counts `count` requests as [in flight](Self::in_flight) that are never completed: those of
-    /// [`undelivered`](Self::undelivered) descriptors, for a device that goes on with a ring it had left.
+    /// Counts `count` requests as [in flight](Self::in_flight) that are never completed: those of the
+    /// [`undelivered`](Self::undelivered) descriptors. For a device that continues a ring that it has used before.
     #[must_use]
     pub fn with_in_flight(mut self, count: u16) -> Self {
         self.requests.in_flight = count.min(self.undelivered());
         self
     }
 
-    /// Takes the next request into `chain`; `false` when there is none.
+    /// Pops the next available request into `chain`; `false` when there is none.
     ///
     /// When it returns `false` or an error, `chain` is unspecified.
     ///
     /// # Errors
-    /// A [`RingError::Fault`] leaves the request in the ring: call again at the next kick. All others are
-    /// violations of the driver and are returned from now on.
+    /// A [`RingError::Fault`] leaves the request in the ring: call again at the next kick. All other errors are protocol
+    /// violations of the driver and are returned by every later call.
     #[inline]
     pub fn pop<M: Memory>(&mut self, memory: &M, chain: &mut Chain) -> Result<bool, RingError> {
         self.broken.check()?;
         let result = self.take(memory, chain);
-        self.broken.keep(result)
+        self.broken.record(result)
     }
 
-    /// Puts the last request popped back into the ring, to be popped again.
+    /// Returns the last popped request to the ring, so that the next pop returns it again.
     ///
-    /// Only the request popped last can be put back, and only while it has not been pushed as used.
+    /// Only the last popped request can be returned, and only before it is pushed as used.
     ///
     /// # Errors
     /// [`RingError::NotInFlight`] when the request is not in flight.
@@ -158,7 +158,7 @@ impl<A: Area> PackedQueue<A> {
 
     /// Writes the used descriptor of a request: `len` bytes were written into its writable buffers.
     ///
-    /// Requests may complete in any order, each once. The driver sees it after [`publish`](Self::publish).
+    /// Requests may complete in any order, each once. The driver sees the completion after [`publish`](Self::publish).
     ///
     /// # Errors
     /// [`RingError::NotInFlight`] when no such request is in flight, a bug of the device. After a fault the call
@@ -179,21 +179,21 @@ impl<A: Area> PackedQueue<A> {
         Ok(())
     }
 
-    /// Shows the driver everything pushed, with one store of the flags of the first used descriptor; returns
-    /// whether it wants to be notified.
+    /// Publishes all pushed requests with one store of the flags of the first used descriptor; returns whether the driver must
+    /// be notified.
     ///
-    /// The first answer after the start is `true` unless the driver disabled events, because a notification from
+    /// The first call after the start returns `true` unless the driver disabled events, because a notification from
     /// before the start may have been lost.
     ///
     /// # Errors
-    /// A fault; the call may then be repeated, and no notification gets lost.
+    /// [`RingError::Fault`]; the call may be repeated, and no notification is lost.
     #[inline]
     pub fn publish(&mut self) -> Result<bool, RingError> {
         if self.order.is_some() {
             self.write_runs()?;
         }
         if self.published != self.next_used {
-            self.desc.store_u16(self.published.offset() + FLAGS, self.held)?;
+            self.desc.store_u16(self.published.offset() + FLAGS, self.held_flags)?;
             self.published = self.next_used;
             self.requests.unpublished -= std::mem::take(&mut self.requests.written);
             self.undecided = true;
@@ -201,7 +201,7 @@ impl<A: Area> PackedQueue<A> {
         if !self.undecided {
             return Ok(false);
         }
-        // Pairs with the driver's barrier between asking for a notification and looking at the next descriptor
+        // Pairs with the driver's barrier between its request for a notification and its load of the next descriptor
         // (virtio 1.2 section 2.8.21.3): one of the two sees the other.
         self.desc.barrier();
         let old = self.signalled.take();
@@ -211,39 +211,39 @@ impl<A: Area> PackedQueue<A> {
         Ok(notify)
     }
 
-    /// Asks the driver to kick when it makes the next request available; returns whether one is there already,
-    /// for which no kick may come.
+    /// Asks the driver to kick when it makes the next request available. Returns whether a request is available already, for
+    /// which no kick may come.
     ///
-    /// Call before sleeping, and process further instead when it returns `true`.
+    /// Call it before sleeping; when it returns `true`, process the ring again instead.
     ///
     /// # Errors
-    /// A fault, or the violation met before.
+    /// [`RingError::Fault`], or the violation that was found before.
     #[inline]
     pub fn enable_kick(&mut self) -> Result<bool, RingError> {
         self.broken.check()?;
         layout::ask_event(&self.device, self.event_idx, self.next_avail)?;
-        // Pairs with the driver's barrier between its flags and its look at our wish.
+        // Pairs with the driver's barrier between its flags and its load of the kick suppression.
         self.desc.barrier();
         let result = self.available();
-        Ok(self.broken.keep(result)?.is_some())
+        Ok(self.broken.record(result)?.is_some())
     }
 
-    /// Whether there is a request. For a device that looks of itself, while no kick is asked for.
+    /// Whether a request is available. For a device that busy-polls the ring with kicks disabled.
     ///
     /// # Errors
-    /// A fault, or the violation met before.
+    /// [`RingError::Fault`], or the violation that was found before.
     #[inline]
     pub fn has_request(&mut self) -> Result<bool, RingError> {
         self.broken.check()?;
         let result = self.available();
-        Ok(self.broken.keep(result)?.is_some())
+        Ok(self.broken.record(result)?.is_some())
     }
 
-    /// Requests that could be popped now, counted up to `most`: looks at each of their descriptors. A driver that changes them
-    /// afterwards makes the number wrong, and nothing else.
+    /// Number of requests that can be popped now, at most `most`. Reads each of their descriptors. If the driver changes
+    /// them afterwards, only this number becomes wrong.
     ///
     /// # Errors
-    /// A fault, or the violation met before.
+    /// [`RingError::Fault`], or the violation that was found before.
     pub fn waiting(&self, most: u16) -> Result<u16, RingError> {
         self.broken.check()?;
         let mut at = self.next_avail;
@@ -262,17 +262,17 @@ impl<A: Area> PackedQueue<A> {
         Ok(count)
     }
 
-    /// Tells the driver that no kick is needed: advice only, kicks may still come.
+    /// Tells the driver that no kick is needed. This is only a hint: kicks may still come.
     ///
     /// # Errors
-    /// A fault.
+    /// [`RingError::Fault`].
     #[inline]
     pub fn disable_kick(&mut self) -> Result<(), RingError> {
         layout::refuse_events(&self.device).map_err(RingError::from)
     }
 
-    /// Where the queue is. When it is drained, with nothing in flight and all published, both places are the same
-    /// unless it began with [`undelivered`](Self::undelivered) descriptors.
+    /// The position of the queue. Once it is drained (no request in flight, all published) both positions are the same,
+    /// unless the queue started with [`undelivered`](Self::undelivered) descriptors.
     #[must_use]
     pub const fn state(&self) -> QueueState {
         QueueState::Packed {
@@ -283,23 +283,23 @@ impl<A: Area> PackedQueue<A> {
         }
     }
 
-    /// Requests popped and not pushed as used, 0 to `size`.
+    /// Number of requests popped and not pushed as used, 0 to `size`.
     #[must_use]
     #[inline]
     pub const fn in_flight(&self) -> u16 {
         self.requests.in_flight
     }
 
-    /// Requests pushed as used that the driver cannot see yet; with `IN_ORDER` also those that wait for an earlier
-    /// one.
+    /// Number of requests pushed as used and not published; with `IN_ORDER` this includes those that wait for an earlier
+    /// request.
     #[must_use]
     #[inline]
     pub const fn unpublished(&self) -> u16 {
         self.requests.unpublished
     }
 
-    /// Descriptors taken and not shown as used that belong to no request of this queue: 0 if it was drained when
-    /// its state was taken. They are lost for the driver, which the user of the device should hear.
+    /// Number of descriptors popped before the start and never completed: 0 if the queue was drained when its state was
+    /// saved. They are lost for the driver, which the device should report to its user.
     #[must_use]
     pub fn undelivered(&self) -> u16 {
         let lost =
@@ -307,19 +307,19 @@ impl<A: Area> PackedQueue<A> {
         u16::try_from(lost).unwrap_or(self.size)
     }
 
-    /// Entries of the ring.
+    /// Number of entries of the ring.
     #[must_use]
     pub const fn size(&self) -> u16 {
         self.size
     }
 
-    /// The violation that stopped the ring.
+    /// The protocol violation that stopped the ring; `None` while there is none.
     #[must_use]
     pub const fn broken(&self) -> Option<RingError> {
         self.broken.violation()
     }
 
-    /// Looks at the next descriptor; returns its flags if it is available.
+    /// Loads the flags of the next descriptor; returns them if it is available.
     #[inline]
     fn available(&self) -> Result<Option<u16>, RingError> {
         let flags = self.desc.load_u16(self.next_avail.offset() + FLAGS)?;
@@ -332,7 +332,8 @@ impl<A: Area> PackedQueue<A> {
         Ok(Some(flags))
     }
 
-    /// Descriptors the driver may have made available beyond those taken: it owns what it sees as used.
+    /// Number of descriptors that the driver may have made available and that are not popped. It may use those that it sees as
+    /// used.
     #[inline]
     const fn room(&self) -> u32 {
         (self.size as u32).saturating_sub(self.next_avail.since(self.published, self.size))
@@ -344,7 +345,7 @@ impl<A: Area> PackedQueue<A> {
         chain.reset(self.next_avail.index);
         let (id, descriptors) = self.walk(memory, flags, chain)?;
         let head = chain.head;
-        // There is a name for each descriptor, so never none here.
+        // There are as many request numbers as descriptors, so one is always free here.
         let name = self.requests.take(id, descriptors).ok_or(RingError::Room { head, room: 0 })?;
         if let Some(order) = &mut self.order {
             order.add(name, chain.writable().len());
@@ -369,7 +370,7 @@ impl<A: Area> PackedQueue<A> {
             let mut raw = [0; DESCRIPTOR];
             self.desc.read(at.offset(), &mut raw)?;
             let mut descriptor = layout::parse(raw);
-            // Those of the first descriptor were checked, and may be others by now.
+            // The flags of the first descriptor were checked already. They are not read again, since they may have changed.
             descriptor.flags = first.take().unwrap_or(descriptor.flags);
             if descriptor.flags & INDIRECT != 0 {
                 self.walk_indirect(memory, descriptor, descriptors, chain)?;
@@ -386,7 +387,7 @@ impl<A: Area> PackedQueue<A> {
         Err(RingError::Room { head: chain.head, room })
     }
 
-    /// Collects the buffers of a table, whose descriptors are all used, in order (virtio 1.2 section 2.8.7).
+    /// Collects the buffers of an indirect table: all of its descriptors, in order (virtio 1.2 section 2.8.7).
     fn walk_indirect<M: Memory>(
         &self,
         memory: &M,
@@ -414,14 +415,14 @@ impl<A: Area> PackedQueue<A> {
             if descriptor.flags & INDIRECT != 0 {
                 return Err(RingError::Indirect { head, reason: "an indirect table refers to another one" });
             }
-            // All flags but WRITE are reserved there (virtio 1.2 section 2.8.7).
+            // In indirect tables all flags but WRITE are reserved (virtio 1.2 section 2.8.7).
             chain.push(Descriptor { flags: descriptor.flags & WRITE, ..descriptor })?;
             bytes += u64::from(descriptor.len);
         }
         chain.check(bytes)
     }
 
-    /// Writes one used descriptor that stands for `descriptors` of the ring.
+    /// Writes one used descriptor that stands for `descriptors` descriptors of the ring.
     #[inline]
     fn write_used(&mut self, id: u16, len: u32, descriptors: u16) -> Result<(), RingError> {
         let at = self.next_used;
@@ -432,7 +433,7 @@ impl<A: Area> PackedQueue<A> {
         raw[6..].copy_from_slice(&flags.to_le_bytes());
         if at == self.published {
             self.desc.write(at.offset() + LEN, &raw[..FLAGS - LEN])?;
-            self.held = flags;
+            self.held_flags = flags;
         } else {
             self.desc.write(at.offset() + LEN, &raw)?;
         }
@@ -440,7 +441,7 @@ impl<A: Area> PackedQueue<A> {
         Ok(())
     }
 
-    /// Writes the requests that are done and have nothing undone before them.
+    /// Writes the completed requests that no uncompleted request precedes.
     fn write_runs(&mut self) -> Result<(), RingError> {
         while let Some(Run { count, name, written }) = self.order.as_ref().and_then(InOrder::run) {
             let id = self.requests.slot(name).id;

@@ -78,7 +78,7 @@ impl<A: Area> Ring<A> {
         }
     }
 
-    /// Takes the next request into `chain`; `false` when there is none.
+    /// Pops the next available request into `chain`; `false` when there is none.
     ///
     /// # Errors
     /// As [`SplitQueue::pop`].
@@ -87,7 +87,7 @@ impl<A: Area> Ring<A> {
         either!(self, queue => queue.pop(memory, chain))
     }
 
-    /// Puts the last request popped back into the ring.
+    /// Returns the last popped request to the ring.
     ///
     /// # Errors
     /// As [`SplitQueue::abandon`].
@@ -105,7 +105,7 @@ impl<A: Area> Ring<A> {
         either!(self, queue => queue.push_used(head, len))
     }
 
-    /// Shows the driver everything pushed, with one store; returns whether it wants to be notified.
+    /// Publishes all pushed requests with one store; returns whether the driver must be notified.
     ///
     /// # Errors
     /// As [`SplitQueue::publish`].
@@ -114,7 +114,7 @@ impl<A: Area> Ring<A> {
         either!(self, queue => queue.publish())
     }
 
-    /// Asks for a kick at the next request; returns whether one is there already, for which no kick may come.
+    /// Asks the driver to kick at the next request; returns whether a request is available already, for which no kick may come.
     ///
     /// # Errors
     /// As [`SplitQueue::enable_kick`].
@@ -123,7 +123,7 @@ impl<A: Area> Ring<A> {
         either!(self, queue => queue.enable_kick())
     }
 
-    /// Whether there is a request. For a device that looks of itself, while no kick is asked for.
+    /// Whether a request is available. For a device that busy-polls the ring with kicks disabled.
     ///
     /// # Errors
     /// As [`SplitQueue::has_request`].
@@ -132,7 +132,7 @@ impl<A: Area> Ring<A> {
         either!(self, queue => queue.has_request())
     }
 
-    /// Requests that could be popped now, counted up to `most`.
+    /// Number of requests that can be popped now, counted up to `most`.
     ///
     /// # Errors
     /// As [`SplitQueue::waiting`].
@@ -144,7 +144,7 @@ impl<A: Area> Ring<A> {
         }
     }
 
-    /// Tells the driver that no kick is needed: advice only.
+    /// Tells the driver that no kick is needed. This is only a hint.
     ///
     /// # Errors
     /// As [`SplitQueue::disable_kick`].
@@ -159,14 +159,14 @@ impl<A: Area> Ring<A> {
         either!(self, queue => queue.state())
     }
 
-    /// Requests popped and not pushed as used.
+    /// Number of requests popped and not pushed as used.
     #[must_use]
     #[inline]
     pub const fn in_flight(&self) -> u16 {
         either!(self, queue => queue.in_flight())
     }
 
-    /// Requests pushed as used that the driver cannot see yet.
+    /// Number of requests pushed as used and not published.
     #[must_use]
     #[inline]
     pub const fn unpublished(&self) -> u16 {
@@ -180,13 +180,13 @@ impl<A: Area> Ring<A> {
         either!(self, queue => queue.undelivered())
     }
 
-    /// Entries of the ring.
+    /// Number of entries of the ring.
     #[must_use]
     pub const fn size(&self) -> u16 {
         either!(self, queue => queue.size())
     }
 
-    /// The violation that stopped the ring.
+    /// The protocol violation that stopped the ring; `None` while there is none.
     #[must_use]
     pub const fn broken(&self) -> Option<RingError> {
         either!(self, queue => queue.broken())

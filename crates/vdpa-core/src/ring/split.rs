@@ -12,8 +12,8 @@ pub use super::layout::{AreaSizes, SIZE_MAX, area_sizes};
 
 /// The device side of a split ring (virtio 1.2 section 2.7).
 ///
-/// One thread uses it; nothing blocks. The driver is hostile and concurrent: every index and descriptor is read
-/// once, checked, and then used. The work of one call is bounded by the ring size, or by 65536 descriptors for an
+/// Used by one thread at a time; no method blocks. The driver is hostile and runs concurrently, so every index and
+/// descriptor is read once, checked, and then used. The work of one call is bounded by the ring size, or by 65536 descriptors for an
 /// indirect table.
 ///
 /// ```text
@@ -21,12 +21,12 @@ pub use super::layout::{AreaSizes, SIZE_MAX, area_sizes};
 /// available ------> in flight ---------> unpublished -------> used
 /// ```
 ///
-/// With `IN_ORDER` requests may still be completed in any order: they are shown in the order of availability, a run
-/// of them with one used element.
+/// With `IN_ORDER` the device may still complete requests in any order. They are published in the order of availability,
+/// and one used element stands for a run of them.
 ///
 /// After a protocol violation every later [`pop`](Self::pop) and [`enable_kick`](Self::enable_kick) returns the
-/// same error; requests in flight can still be completed. A [`Fault`](RingError::Fault) is different: nothing has
-/// moved and the call may be repeated, at the next kick for `pop` (uapi-spec 6.1).
+/// same error; requests in flight can still be completed. A [`Fault`](RingError::Fault) changes
+/// nothing, and the call may be repeated; `pop` at the next kick (uapi-spec 6.1).
 #[derive(Debug)]
 pub struct SplitQueue<A: Area> {
     desc: A,
@@ -37,19 +37,19 @@ pub struct SplitQueue<A: Area> {
     indirect: bool,
     /// Next entry of the available ring.
     next_avail: u16,
-    /// The driver's index when it was last read, so that a batch costs one read. `next_avail` once the ring is broken, so that
-    /// whoever knows of a request need not ask whether it is.
+    /// The available index as last read, so that a batch costs one read. Equal to `next_avail` once the ring is broken, so
+    /// that `pop` needs no separate check while it knows of a request.
     avail_seen: u16,
     /// Next entry of the used ring.
     next_used: u16,
-    /// With `IN_ORDER`, where the used elements written end: `next_used`, except behind requests that wait for an earlier one.
+    /// End of the used elements in memory. With `IN_ORDER` it is behind `next_used` while requests wait for an earlier one.
     written: u16,
-    /// The used index the driver sees.
+    /// The used index in memory, which the driver sees.
     published: u16,
-    /// The used index at which the driver's wish to be notified was last examined; `None` before the first time
-    /// and after a failure, when only a notification is safe (the kernel's `signalled_used_valid`).
+    /// The used index at which the notification suppression was last checked. `None` before the first check and after a
+    /// failed one: then the driver must be notified (the kernel's `signalled_used_valid`).
     signalled: Option<u16>,
-    /// A publication whose notification could not be decided.
+    /// Whether the last publication still needs a decision about its notification.
     undecided: bool,
     undelivered: u16,
     order: Option<InOrder>,
@@ -64,7 +64,7 @@ impl<A: Area> SplitQueue<A> {
     /// index in memory is overwritten by the first publication. Where the two differ, see
     /// [`undelivered`](Self::undelivered).
     ///
-    /// Indirect descriptors are followed whatever was negotiated, as `vringh` does; see
+    /// Indirect descriptors are followed even if `RING_INDIRECT_DESC` was not negotiated, as in `vringh`; see
     /// [`refuse_unnegotiated_indirect`](Self::refuse_unnegotiated_indirect).
     ///
     /// # Errors
@@ -110,10 +110,10 @@ impl<A: Area> SplitQueue<A> {
         self
     }
 
-    /// Starts with `count` requests taken already, to be completed or not: the used index begins that far behind.
+    /// Counts `count` requests as popped before the start, whether or not they are completed later: the used index starts
+    /// `count` entries behind.
     ///
-    /// For a device that goes on with a ring it had left, not for one that takes a ring over. `count` is at most the
-    /// ring's size; a greater one is taken for that.
+    /// For a device that continues a ring that it has used before. `count` is limited to the size of the ring.
     #[must_use]
     pub fn with_in_flight(mut self, count: u16) -> Self {
         self.next_used = self.next_avail.wrapping_sub(count.min(self.size));
@@ -126,13 +126,13 @@ impl<A: Area> SplitQueue<A> {
         self
     }
 
-    /// Takes the next request into `chain`; `false` when there is none.
+    /// Pops the next available request into `chain`; `false` when there is none.
     ///
     /// When it returns `false` or an error, `chain` is unspecified.
     ///
     /// # Errors
-    /// A [`RingError::Fault`] leaves the request in the ring: call again at the next kick. All others are
-    /// violations of the driver and are returned from now on.
+    /// A [`RingError::Fault`] leaves the request in the ring: call again at the next kick. All other errors are protocol
+    /// violations of the driver and are returned by every later call.
     #[inline]
     pub fn pop<M: Memory>(&mut self, memory: &M, chain: &mut Chain) -> Result<bool, RingError> {
         if !self.has_request()? {
@@ -142,10 +142,10 @@ impl<A: Area> SplitQueue<A> {
         self.keep(result).map(|()| true)
     }
 
-    /// Puts the last request popped back into the ring, to be popped again: the kernel's `vringh_abandon`.
+    /// Returns the last popped request to the ring, so that the next pop returns it again: the kernel's `vringh_abandon`.
     ///
-    /// For a device that finds a buffer of the request out of reach. Only the request popped last can be put back,
-    /// and only while it has not been pushed as used.
+    /// For a device that cannot access a buffer of the request. Only the last popped request can be returned, and only
+    /// before it is pushed as used.
     ///
     /// # Errors
     /// [`RingError::NotInFlight`] when no request is in flight.
@@ -165,7 +165,7 @@ impl<A: Area> SplitQueue<A> {
 
     /// Writes the used element of a request: `len` bytes were written into its writable buffers.
     ///
-    /// Requests may complete in any order, each once. The driver sees it after [`publish`](Self::publish).
+    /// Requests may complete in any order, each once. The driver sees the completion after [`publish`](Self::publish).
     ///
     /// # Errors
     /// [`RingError::NotInFlight`] when no request is in flight, [`RingError::DescriptorIndex`] for a head outside
@@ -189,14 +189,13 @@ impl<A: Area> SplitQueue<A> {
         Ok(())
     }
 
-    /// Shows the driver everything pushed, with one store of the used index; returns whether it wants to be
-    /// notified.
+    /// Publishes all pushed requests with one store of the used index; returns whether the driver must be notified.
     ///
-    /// The first answer after the start is `true` (unless the driver set `NO_INTERRUPT`), because a notification
+    /// The first call after the start returns `true` (unless the driver set `NO_INTERRUPT`), because a notification
     /// from before the start may have been lost.
     ///
     /// # Errors
-    /// A fault; the call may then be repeated, and no notification gets lost.
+    /// [`RingError::Fault`]; the call may be repeated, and no notification is lost.
     #[inline]
     pub fn publish(&mut self) -> Result<bool, RingError> {
         if self.order.is_some() {
@@ -211,7 +210,7 @@ impl<A: Area> SplitQueue<A> {
         if !self.undecided {
             return Ok(false);
         }
-        // Pairs with the driver's barrier between asking for a notification and looking at the used index
+        // Pairs with the driver's barrier between its request for a notification and its load of the used index
         // (virtio 1.2 section 2.7.8.2): one of the two sees the other.
         self.used.barrier();
         let old = self.signalled.take();
@@ -226,13 +225,13 @@ impl<A: Area> SplitQueue<A> {
         Ok(notify)
     }
 
-    /// Asks the driver to kick when it makes the next request available; returns whether one is there already,
-    /// for which no kick may come.
+    /// Asks the driver to kick when it makes the next request available. Returns whether a request is available already, for
+    /// which no kick may come.
     ///
-    /// Call before sleeping, and process further instead when it returns `true`.
+    /// Call it before sleeping; when it returns `true`, process the ring again instead.
     ///
     /// # Errors
-    /// A fault, or the violation met before.
+    /// [`RingError::Fault`], or the violation that was found before.
     #[inline]
     pub fn enable_kick(&mut self) -> Result<bool, RingError> {
         self.broken.check()?;
@@ -241,16 +240,16 @@ impl<A: Area> SplitQueue<A> {
         } else {
             self.used.store_u16(FLAGS, 0)?;
         }
-        // Pairs with the driver's barrier between its available index and its look at our wish.
+        // Pairs with the driver's barrier between its available index and its load of the kick suppression.
         self.used.barrier();
         let result = self.refresh();
         self.keep(result)
     }
 
-    /// Whether there is a request. For a device that looks of itself, while no kick is asked for.
+    /// Whether a request is available. For a device that busy-polls the ring with kicks disabled.
     ///
     /// # Errors
-    /// A fault, or the violation met before.
+    /// [`RingError::Fault`], or the violation that was found before.
     #[inline]
     pub fn has_request(&mut self) -> Result<bool, RingError> {
         if self.avail_seen != self.next_avail {
@@ -259,10 +258,10 @@ impl<A: Area> SplitQueue<A> {
         self.look_again()
     }
 
-    /// Requests that could be popped now, 0 to `size`.
+    /// Number of requests that can be popped now, 0 to `size`.
     ///
     /// # Errors
-    /// A fault, or the violation met before.
+    /// [`RingError::Fault`], or the violation that was found before.
     #[inline]
     pub fn waiting(&mut self) -> Result<u16, RingError> {
         self.broken.check()?;
@@ -271,13 +270,13 @@ impl<A: Area> SplitQueue<A> {
         Ok(self.avail_seen.wrapping_sub(self.next_avail))
     }
 
-    /// Tells the driver that no kick is needed: advice only, kicks may still come.
+    /// Tells the driver that no kick is needed. This is only a hint: kicks may still come.
     ///
-    /// With event indices there is nothing to store: the event asked for last stays behind, and the driver does
-    /// not pass it again for 65536 requests.
+    /// With event indices nothing is stored: the driver has passed the last avail_event, and passes it again only after 65536
+    /// requests.
     ///
     /// # Errors
-    /// A fault.
+    /// [`RingError::Fault`].
     #[inline]
     pub fn disable_kick(&mut self) -> Result<(), RingError> {
         if !self.event_idx {
@@ -286,47 +285,48 @@ impl<A: Area> SplitQueue<A> {
         Ok(())
     }
 
-    /// Where the queue is. To start again from there, it must be drained: nothing in flight, all published.
+    /// The position of the queue. A start from this position requires that the queue is drained: no request in flight, all
+    /// published.
     #[must_use]
     pub const fn state(&self) -> QueueState {
         QueueState::Split { avail_index: self.next_avail }
     }
 
-    /// Requests popped and not pushed as used, 0 to `size`.
+    /// Number of requests popped and not pushed as used, 0 to `size`.
     #[must_use]
     #[inline]
     pub const fn in_flight(&self) -> u16 {
         self.next_avail.wrapping_sub(self.next_used)
     }
 
-    /// Requests pushed as used that the driver cannot see yet; with `IN_ORDER` also those that wait for an earlier
-    /// one.
+    /// Number of requests pushed as used and not published; with `IN_ORDER` this includes those that wait for an earlier
+    /// request.
     #[must_use]
     #[inline]
     pub const fn unpublished(&self) -> u16 {
         self.next_used.wrapping_sub(self.published)
     }
 
-    /// How far the used index in memory was behind the position at which the queue was started: 0 for a queue
-    /// that was drained. Otherwise requests got lost before the start, which the user of the device should hear.
+    /// How far the used index in memory was behind the start position: 0 if the queue was drained before. Otherwise so many
+    /// requests were lost before the start, which the device should report to its user.
     #[must_use]
     pub const fn undelivered(&self) -> u16 {
         self.undelivered
     }
 
-    /// Entries of the ring.
+    /// Number of entries of the ring.
     #[must_use]
     pub const fn size(&self) -> u16 {
         self.size
     }
 
-    /// The violation that stopped the ring.
+    /// The protocol violation that stopped the ring; `None` while there is none.
     #[must_use]
     pub const fn broken(&self) -> Option<RingError> {
         self.broken.violation()
     }
 
-    /// [`has_request`](Self::has_request) where none is known of. Not inlined: what is asked for every request is little.
+    /// The slow path of [`has_request`](Self::has_request), which reads memory. Not inlined, to keep the fast path small.
     #[inline(never)]
     fn look_again(&mut self) -> Result<bool, RingError> {
         self.broken.check()?;
@@ -334,21 +334,21 @@ impl<A: Area> SplitQueue<A> {
         self.keep(result)
     }
 
-    /// Remembers a violation.
+    /// Records a violation.
     #[inline]
     fn keep<T>(&mut self, result: Result<T, RingError>) -> Result<T, RingError> {
-        let result = self.broken.keep(result);
+        let result = self.broken.record(result);
         if result.is_err() && self.broken.violation().is_some() {
             self.avail_seen = self.next_avail;
         }
         result
     }
 
-    /// Reads the driver's index; returns whether there are requests.
+    /// Loads the available index; returns whether requests are available.
     #[inline]
     fn refresh(&mut self) -> Result<bool, RingError> {
         let index = self.avail.load_u16(INDEX)?;
-        // The driver owns what it sees as used: the ring holds `size` requests beyond that, and none is taken back.
+        // The driver may add up to `size` requests beyond the published used index, and can take none back.
         let room = self.published.wrapping_add(self.size).wrapping_sub(self.next_avail);
         let ahead = index.wrapping_sub(self.next_avail);
         if ahead > room {
@@ -381,7 +381,7 @@ impl<A: Area> SplitQueue<A> {
         Ok(self.used.write(layout::used_entry(self.size, index), &element)?)
     }
 
-    /// Writes the requests that are done and have nothing undone before them, with one element per run
+    /// Writes the completed requests that no uncompleted request precedes, with one element per run
     /// (virtio 1.2 section 2.7.9).
     fn write_runs(&mut self) -> Result<(), RingError> {
         while let Some(Run { count, name, written }) = self.order.as_ref().and_then(InOrder::run) {
@@ -419,7 +419,8 @@ impl<A: Area> SplitQueue<A> {
         Err(RingError::Loop { head: chain.head, entries: self.size.into() })
     }
 
-    /// Follows the table that ends a chain (virtio 1.2 section 2.7.5.3), of which so many bytes were found before.
+    /// Collects the buffers of the indirect table that ends a chain (virtio 1.2 section 2.7.5.3); the chain has `bytes` bytes
+    /// before it.
     fn walk_indirect<M: Memory>(
         &self,
         memory: &M,

@@ -8,7 +8,7 @@ use crate::host::{AddressSpace, Bytes, Caller, Event, Fragment, Host, MemoryObje
 use crate::ring::Fault;
 use crate::types::{Perm, Result};
 
-/// Where the first mapping of a process is; every later one leaves a hole before it.
+/// Address of the first mapping of a process. Later mappings leave a hole before them.
 const FIRST: u64 = 0x7f00_0000_0000;
 
 /// The platform.
@@ -21,12 +21,12 @@ impl Host for TestHost {
     type Event = TestEvent;
 }
 
-/// A counter somebody may wait for. Clones are the same event.
+/// An event with a counter. Clones are the same event.
 #[derive(Clone, Debug, Default)]
 pub struct TestEvent(Arc<AtomicU64>);
 
 impl TestEvent {
-    /// The counter, which is 0 then.
+    /// Returns the counter and sets it to 0.
     #[must_use]
     pub fn take(&self) -> u64 {
         self.0.swap(0, Ordering::AcqRel)
@@ -39,7 +39,7 @@ impl Event for TestEvent {
     }
 }
 
-/// A memory object, as a memfd is one. Clones are the same object.
+/// A memory object, such as a memfd. Clones are the same object.
 #[derive(Clone, Debug)]
 pub struct TestObject(Arc<Mutex<Vec<u8>>>);
 
@@ -65,7 +65,7 @@ impl TestObject {
     }
 }
 
-/// What a piece of memory is a part of.
+/// The object or address space that a piece of memory is part of.
 #[derive(Clone, Debug)]
 enum Backing {
     Object(TestObject),

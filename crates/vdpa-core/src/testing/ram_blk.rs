@@ -32,7 +32,7 @@ pub struct RamBlk<H: Host = TestHost> {
     stats: QueueStats,
     refuse_mappings: u32,
     refuse_owner: bool,
-    told: u32,
+    received: u32,
 }
 
 impl<H: Host> fmt::Debug for RamBlk<H> {
@@ -42,7 +42,7 @@ impl<H: Host> fmt::Debug for RamBlk<H> {
 }
 
 impl RamBlk {
-    /// `sectors` sectors of zeros, on the platform in memory.
+    /// A device of `sectors` zeroed sectors, on the platform in memory.
     #[must_use]
     pub fn new(sectors: u64) -> Self {
         Self::on_host(sectors)
@@ -50,7 +50,7 @@ impl RamBlk {
 }
 
 impl<H: Host> RamBlk<H> {
-    /// `sectors` sectors of zeros, on any platform.
+    /// A device of `sectors` zeroed sectors, on any platform.
     #[must_use]
     pub fn on_host(sectors: u64) -> Self {
         Self {
@@ -62,18 +62,18 @@ impl<H: Host> RamBlk<H> {
             stats: QueueStats::default(),
             refuse_mappings: 0,
             refuse_owner: false,
-            told: 0,
+            received: 0,
         }
     }
 
-    /// Changes what it is.
+    /// Changes its profile.
     #[must_use]
     pub fn with(mut self, change: impl FnOnce(&mut Profile)) -> Self {
         change(&mut self.profile);
         self
     }
 
-    /// Takes single mappings (`dma_map`) and not whole tables.
+    /// Receives single mappings (`dma_map`) and not whole tables.
     #[must_use]
     pub fn with_single_mappings(self) -> Self {
         Self { single: true, ..self }.with(|profile| profile.vring_size = true)
@@ -89,14 +89,14 @@ impl<H: Host> RamBlk<H> {
         self.refuse_owner = refuse;
     }
 
-    /// How often it was told of mappings.
+    /// Number of tables and mappings that it has received.
     #[must_use]
-    pub const fn told(&self) -> u32 {
-        self.told
+    pub const fn received(&self) -> u32 {
+        self.received
     }
 
     fn hear(&mut self) -> Result<()> {
-        self.told += 1;
+        self.received += 1;
         match self.refuse_mappings.checked_sub(1) {
             None => Ok(()),
             Some(left) => {
@@ -106,7 +106,7 @@ impl<H: Host> RamBlk<H> {
         }
     }
 
-    /// What it translates with in one address space: first address, last address and address in the owner.
+    /// The mappings of one address space: first address, last address and address in the owner.
     #[must_use]
     pub fn mappings(&self, asid: Asid) -> Vec<(u64, u64, u64)> {
         let row = |entry: &Mapping<_>| (entry.range.first(), entry.range.last(), entry.uaddr);
@@ -129,11 +129,11 @@ fn profile() -> Profile {
 }
 
 impl<H: Host<Memory: Bytes>> RamBlk<H> {
-    /// Serves what is available, if the queue is running. To be called after a kick.
+    /// Processes the available requests, if the queue is running. Call it after a kick.
     pub fn serve(&mut self) {
         let Some(mut queue) = self.queue.take() else { return };
         let view = self.maps.view(queue.setup.asid);
-        // A ring that cannot be reached waits for a mapping and the next call.
+        // A ring that cannot be accessed waits for a mapping and the next call.
         if let Ok(mut ring) = queue.ring(&view) {
             self.serve_ring(&mut ring, &view);
             if ring.publish().unwrap_or(false)
@@ -141,7 +141,7 @@ impl<H: Host<Memory: Bytes>> RamBlk<H> {
             {
                 call.signal();
             }
-            queue.leave(&ring);
+            queue.save(&ring);
         }
         self.queue = Some(queue);
     }
@@ -160,11 +160,11 @@ impl<H: Host<Memory: Bytes>> RamBlk<H> {
         }
     }
 
-    /// Answers one request and returns the bytes written; `None` when client memory is out of reach.
+    /// Processes one request and returns the number of bytes written; `None` when client memory cannot be accessed.
     fn answer(&mut self, chain: &Chain, view: &View<H>) -> Option<u32> {
         let request = match BlkRequest::parse(view, chain) {
             Ok(request) => request,
-            Err(crate::blk::ShapeError::Fault(_)) => return None,
+            Err(crate::blk::FramingError::Fault(_)) => return None,
             Err(_) => return Some(0),
         };
         let sector = request.header.sector;
@@ -261,7 +261,7 @@ impl<H: Host> DmaMap<H> for RamBlk<H> {
     }
 
     fn dma_unmap(&mut self, asid: Asid, range: IovaRange) {
-        self.told += 1;
+        self.received += 1;
         self.maps.dma_unmap(asid, range);
     }
 }

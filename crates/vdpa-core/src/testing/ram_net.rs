@@ -8,7 +8,7 @@ use crate::errno::Errno;
 use crate::features::{BackendFeatures, Features};
 use crate::host::{Bytes, Event, Host};
 use crate::net::NetConfig;
-use crate::net::loopback::{CONTROL, End, FEATURES, Loopback, QUEUES, RX, Shared, TX, Tell};
+use crate::net::loopback::{CONTROL, FEATURES, Loopback, LoopbackQueue, Notify, QUEUES, RX, Shared, TX};
 use crate::parent::{Dma, Parent, Profile, QueueStats};
 use crate::ring::split::SplitQueue;
 use crate::ring::{Chain, RingError};
@@ -69,7 +69,7 @@ fn profile() -> Profile {
 }
 
 impl<H: Host<Memory: Bytes>> RamNet<H> {
-    /// Serves what is available on the queues that run. To be called after a kick of any of them.
+    /// Processes the available requests of all running queues. Call it after a kick of any of them.
     pub fn serve(&mut self) {
         let mut control = self.side(CONTROL);
         if let Some(control) = control.as_mut().filter(|side| side.features().has(Features::NET_CTRL_VQ)) {
@@ -81,12 +81,12 @@ impl<H: Host<Memory: Bytes>> RamNet<H> {
         }
         for (index, side) in [(CONTROL, control), (TX, tx), (RX, rx)] {
             if let (Some(queue), Some(side)) = (self.queue(index), side) {
-                queue.leave(&side.ring);
+                queue.save(&side.ring);
             }
         }
     }
 
-    /// A running queue whose ring can be reached; one that cannot waits for a mapping and the next call.
+    /// The queue, if it is running and its ring can be accessed. Otherwise it waits for a mapping and the next call.
     fn side(&self, index: u16) -> Option<Side<H>> {
         let queue = self.queues.get(usize::from(index))?.as_ref()?;
         let memory = self.maps.view(queue.setup.asid);
@@ -101,14 +101,14 @@ impl<H: Host> RamNet<H> {
     }
 }
 
-/// A queue while it is served.
+/// A queue while it is processed.
 struct Side<H: Host<Memory: Bytes>> {
     setup: QueueSetup<H>,
     memory: View<H>,
     ring: SplitQueue<TableArea<H::Memory>>,
 }
 
-impl<H: Host<Memory: Bytes>> End for Side<H> {
+impl<H: Host<Memory: Bytes>> LoopbackQueue for Side<H> {
     type Memory = View<H>;
 
     fn memory(&self) -> &View<H> {
@@ -123,11 +123,11 @@ impl<H: Host<Memory: Bytes>> End for Side<H> {
         self.ring.pop(&self.memory, chain)
     }
 
-    fn complete(&mut self, head: u16, len: usize, tell: Tell) {
+    fn complete(&mut self, head: u16, len: usize, notify: Notify) {
         let len = u32::try_from(len).unwrap_or(u32::MAX);
-        // A ring that has gone is one nobody looks at.
-        let wanted = self.ring.push_used(head, len).and_then(|()| self.ring.publish()).unwrap_or(false);
-        if let Some(call) = self.setup.call.as_ref().filter(|_| wanted || tell == Tell::Always) {
+        // After an error of the ring nothing was published, so there is nothing to notify about.
+        let enabled = self.ring.push_used(head, len).and_then(|()| self.ring.publish()).unwrap_or(false);
+        if let Some(call) = self.setup.call.as_ref().filter(|_| enabled || notify == Notify::Always) {
             call.signal();
         }
     }

@@ -10,13 +10,13 @@ use crate::vq::QueueState;
 /// [`Pair`] for code that does not care about the format.
 #[derive(Debug)]
 pub struct RingPair {
-    /// What both sides see; it begins at [`Pair::BASE`].
+    /// The memory of both sides; it begins at [`Pair::BASE`].
     pub memory: TestMemory,
     /// The driver side.
     pub driver: Driver<TestArea>,
     /// The device side.
     pub queue: Ring<TestArea>,
-    /// Where the ring is.
+    /// The addresses of the ring.
     pub ring: RingAddresses,
     size: u16,
     features: Features,
@@ -50,7 +50,7 @@ impl RingPair {
         Self { memory, driver, queue, ring, size, features, buffers }
     }
 
-    /// The three areas, resolved anew: descriptor, driver, device.
+    /// The three areas, translated again: descriptor, driver, device.
     ///
     /// # Panics
     /// When a part of the ring was made a hole.
@@ -71,7 +71,7 @@ impl RingPair {
         Buffer { iova: self.buffers + at % Pair::BUFFER_BYTES, len }
     }
 
-    /// Replaces the device side by one that starts where it is, with features of its own.
+    /// Replaces the device side by one that starts at its position, with other features.
     ///
     /// # Panics
     /// When requests are in flight.

@@ -1,5 +1,5 @@
-//! What devices in RAM reach client memory by: their translation ([`Maps`]), memory through it ([`TableMemory`]) and the
-//! place of a queue in its ring ([`RamQueue`]).
+//! Access of the devices in RAM to client memory: their translation ([`Maps`]), memory through it ([`TableMemory`]) and the
+//! position of a queue in its ring ([`RamQueue`]).
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -19,7 +19,7 @@ use crate::vq::{QueueSetup, QueueState};
 /// A translation table as the data path uses it.
 pub(super) type View<H> = TableMemory<<H as Host>::Memory>;
 
-/// The tables of a device, as it was told of them.
+/// The tables that a device has received.
 pub(super) struct Maps<H: Host>(BTreeMap<Asid, BTreeMap<u64, Mapping<H::Memory>>>);
 
 impl<H: Host> fmt::Debug for Maps<H> {
@@ -38,7 +38,7 @@ impl<H: Host> Maps<H> {
         self.0.get(&asid).into_iter().flat_map(BTreeMap::values)
     }
 
-    /// One address space as it is now.
+    /// A snapshot of one address space.
     pub(super) fn view(&self, asid: Asid) -> View<H> {
         TableMemory::new(self.entries(asid).cloned().collect())
     }
@@ -65,11 +65,11 @@ impl<H: Host> DmaMap<H> for Maps<H> {
     }
 }
 
-/// A queue that was started, between two looks at its ring.
+/// The state of a started queue while its ring is not being processed.
 pub(super) struct RamQueue<H: Host> {
     pub(super) setup: QueueSetup<H>,
     pub(super) state: QueueState,
-    /// Requests taken that will never be answered.
+    /// Number of popped requests that are never completed.
     abandoned: u16,
 }
 
@@ -78,17 +78,17 @@ impl<H: Host> RamQueue<H> {
         Self { setup: setup.clone(), state, abandoned: 0 }
     }
 
-    /// Remembers where `ring` is.
-    pub(super) fn leave<A: Area>(&mut self, ring: &SplitQueue<A>) {
+    /// Stores the position of `ring`.
+    pub(super) fn save<A: Area>(&mut self, ring: &SplitQueue<A>) {
         (self.state, self.abandoned) = (ring.state(), ring.in_flight());
     }
 }
 
 impl<H: Host<Memory: Bytes>> RamQueue<H> {
-    /// The ring, in the memory that `view` shows.
+    /// The ring in the memory of `view`.
     ///
     /// # Errors
-    /// `EFAULT` when it cannot be reached, `EINVAL` when there is no such ring.
+    /// `EFAULT` when it cannot be accessed, `EINVAL` when its setup is invalid.
     pub(super) fn ring(&self, view: &View<H>) -> Result<SplitQueue<TableArea<H::Memory>>> {
         let QueueSetup { size, desc, avail, used, features, .. } = self.setup;
         let sizes = area_sizes(size, features.has(Features::RING_EVENT_IDX));
@@ -104,7 +104,7 @@ impl<H: Host<Memory: Bytes>> RamQueue<H> {
     }
 }
 
-/// Client memory through a table, entry by entry.
+/// Client memory through a table.
 #[derive(Debug)]
 pub struct TableMemory<M>(Arc<Table<M>>);
 

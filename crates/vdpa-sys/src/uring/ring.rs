@@ -189,7 +189,7 @@ impl Ring {
     /// Whether completions are there, or would be after a visit to the kernel. Costs two loads; for whoever looks again and
     /// again instead of waiting. Kernels before 5.19 tell of completions that are there only.
     #[must_use]
-    pub fn has_news(&mut self) -> bool {
+    pub fn has_completions(&mut self) -> bool {
         // SAFETY: `&mut self` makes this the only completion queue: registrars use the submitter only.
         let arrived = !unsafe { self.ring.completion_shared() }.is_empty();
         // SAFETY: as above, for the submission queue; its flags are read only.
@@ -199,7 +199,7 @@ impl Ring {
 
     /// Whether requests are queued that the kernel has not seen.
     fn has_queued(&mut self) -> bool {
-        // SAFETY: as in `has_news`.
+        // SAFETY: as in `has_completions`.
         !unsafe { self.ring.submission_shared() }.is_empty()
     }
 
@@ -210,7 +210,7 @@ impl Ring {
     /// What `io_uring_enter` reports. Running out of time, a signal and a full completion queue are no errors:
     /// look at [`Ring::next_completion`].
     pub fn submit_and_wait(&mut self, want: usize, timeout: Option<Duration>) -> Result<(), Errno> {
-        if want == 0 && !self.has_queued() && !self.has_news() {
+        if want == 0 && !self.has_queued() && !self.has_completions() {
             return Ok(());
         }
         let submitter = self.ring.submitter();

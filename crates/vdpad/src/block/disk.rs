@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use vdpa_core::blk::{BlkRequest, ShapeError, Status};
+use vdpa_core::blk::{BlkRequest, FramingError, Status};
 use vdpa_core::ring::Buffer;
 use vdpa_core::types::Result;
 use vdpa_sys::uring::{AlignedBuf, Buffers, FixedPiece, Op, OwnedBuf, Registrar};
@@ -195,7 +195,7 @@ pub(crate) trait Disk: Send + 'static {
     fn begin(&mut self, request: &BlkRequest<'_>, view: &Arc<MemoryView>, moment: Moment) -> Verdict;
 
     /// A chain that is no request.
-    fn misshapen(&mut self, error: &ShapeError) -> Verdict;
+    fn misshapen(&mut self, error: &FramingError) -> Verdict;
 
     /// An I/O of a request has completed. Disks that never answer [`Verdict::Io`] are never called.
     fn proceed(

@@ -5,7 +5,7 @@ mod turn;
 use std::sync::Arc;
 
 use vdpa_backend::worker::{Invalidation, MemoryView, Queue, QueueHandler, Queues};
-use vdpa_core::blk::{BlkRequest, ShapeError, Status};
+use vdpa_core::blk::{BlkRequest, FramingError, Status};
 use vdpa_core::ring::{Chain, Memory};
 use vdpa_core::types::{Asid, Result};
 use vdpa_sys::uring::{Op, OwnedBuf};
@@ -215,7 +215,7 @@ impl<D: Disk> Requests<D> {
             Err(error) => {
                 let verdict = match (&mut self.disk, &error) {
                     (Some(disk), _) => disk.misshapen(&error),
-                    (None, ShapeError::Fault(_)) => Verdict::Unreachable,
+                    (None, FramingError::Fault(_)) => Verdict::Unreachable,
                     (None, _) => Verdict::Misshapen { notify: true },
                 };
                 queues.log_error(index, &error);

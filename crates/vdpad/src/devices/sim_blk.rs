@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use vdpa_core::blk::{BlkConfig, BlkRequest, SECTOR, Segment, ShapeError, Status, kind};
+use vdpa_core::blk::{BlkConfig, BlkRequest, FramingError, SECTOR, Segment, Status, kind};
 use vdpa_core::features::Features;
 use vdpa_core::parent::{Profile, QueueStats};
 use vdpa_core::types::{QueueIndex, Result};
@@ -186,9 +186,9 @@ impl Disk for RamDisk {
         self.serve(request, view).unwrap_or(Verdict::Unreachable)
     }
 
-    fn misshapen(&mut self, error: &ShapeError) -> Verdict {
+    fn misshapen(&mut self, error: &FramingError) -> Verdict {
         match error {
-            ShapeError::Fault(_) => Verdict::Unreachable,
+            FramingError::Fault(_) => Verdict::Unreachable,
             _ => Verdict::Misshapen { notify: false },
         }
     }

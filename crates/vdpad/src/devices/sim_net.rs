@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use vdpa_core::Errno;
 use vdpa_core::features::Features;
-use vdpa_core::net::loopback::{CONTROL, End, FEATURES, Loopback, QUEUES, RX, Shared, TX, Tell};
+use vdpa_core::net::loopback::{CONTROL, FEATURES, Loopback, LoopbackQueue, Notify, QUEUES, RX, Shared, TX};
 use vdpa_core::net::{MAC_BYTES, NetConfig};
 use vdpa_core::parent::{Profile, QueueStats};
 use vdpa_core::ring::{Chain, RingError};
@@ -169,7 +169,7 @@ impl<'a> Running<'a> {
     }
 }
 
-impl End for Running<'_> {
+impl LoopbackQueue for Running<'_> {
     type Memory = Snapshot;
 
     fn memory(&self) -> &Snapshot {
@@ -186,11 +186,11 @@ impl End for Running<'_> {
         found.inspect_err(|error| self.queues.log_error(self.index, error))
     }
 
-    fn complete(&mut self, head: u16, len: usize, tell: Tell) {
+    fn complete(&mut self, head: u16, len: usize, notify: Notify) {
         if let Err(error) = self.use_chain(head, len) {
             self.queues.log_error(self.index, &error);
         }
-        if tell == Tell::Always
+        if notify == Notify::Always
             && let Some(call) = &self.queue.setup().call
         {
             call.signal();

@@ -29,9 +29,9 @@ fn whoever_made_the_device_may_set_the_limit() {
     rig.owner.set_memlock_pages(0);
     rig.own(iotlb_type::UPDATE, 0, 4 * PAGE, 0x10_0000).unwrap();
     assert!(rig.own(iotlb_type::UPDATE, 0x10_0000, PAGE, 0x10_4000).is_err());
-    let heir = limited(0);
-    rig.device.new_owner(&heir).unwrap();
-    assert_eq!(heir.pinned_pages(), 4);
+    let successor = limited(0);
+    rig.device.new_owner(&successor).unwrap();
+    assert_eq!(successor.pinned_pages(), 4);
 }
 
 #[test]

@@ -40,21 +40,21 @@ fn only_the_owner_may_touch_vrings_and_mappings() {
 fn new_owner_needs_an_offer_and_an_owner_and_moves_the_charge() {
     let mut plain = profile(AddressMode::Pinned);
     plain.backend_features = BackendFeatures::NONE;
-    let heir = process(&[]);
-    assert_eq!(Rig::with(plain, process(&[])).device.new_owner(&heir), Err(Errno::OPNOTSUPP));
+    let successor = process(&[]);
+    assert_eq!(Rig::with(plain, process(&[])).device.new_owner(&successor), Err(Errno::OPNOTSUPP));
 
     let mut rig = Rig::new(AddressMode::Pinned);
     rig.own(iotlb_type::UPDATE, 0, 8 * PAGE, 0x10_0000).unwrap();
     let poor = limited(7);
     assert_eq!(rig.device.new_owner(&poor), Err(Errno::NOMEM));
-    assert!(rig.device.check_owner(&rig.owner).is_ok(), "a refused heir changes nothing");
-    rig.device.new_owner(&heir).unwrap();
-    assert_eq!((rig.owner.pinned_pages(), heir.pinned_pages()), (0, 8));
+    assert!(rig.device.check_owner(&rig.owner).is_ok(), "a refused successor changes nothing");
+    rig.device.new_owner(&successor).unwrap();
+    assert_eq!((rig.owner.pinned_pages(), successor.pinned_pages()), (0, 8));
     assert_eq!(rig.device.pinned_pages(), 8);
     rig.device.release();
-    assert_eq!(heir.pinned_pages(), 0);
+    assert_eq!(successor.pinned_pages(), 0);
     rig.device.open().unwrap();
-    assert_eq!(rig.device.new_owner(&heir), Err(Errno::INVAL));
+    assert_eq!(rig.device.new_owner(&successor), Err(Errno::INVAL));
 }
 
 #[test]
@@ -63,8 +63,8 @@ fn strict_mode_wants_a_suspended_device() {
     strict.strict_new_owner = true;
     let mut rig = Rig::with(strict, process(&[]));
     rig.start_queue_0();
-    let heir = process(&[]);
-    assert_eq!(rig.device.new_owner(&heir), Err(Errno::BUSY));
+    let successor = process(&[]);
+    assert_eq!(rig.device.new_owner(&successor), Err(Errno::BUSY));
     rig.device.suspend().unwrap();
-    rig.device.new_owner(&heir).unwrap();
+    rig.device.new_owner(&successor).unwrap();
 }

@@ -201,10 +201,10 @@ fn entries_that_a_failed_end_brings_back_wait_for_the_owner_of_now() {
     bench.update(0, 2, bench.at.whole).unwrap();
     bench.begin();
     bench.remap(0, 2, bench.at.split).unwrap();
-    let heir = bench.device.by(TestProcess::new());
-    heir.new_owner().unwrap();
+    let successor = bench.device.for_caller(TestProcess::new());
+    successor.new_owner().unwrap();
     bench.refuse_next();
-    assert_eq!(heir.batch_end(A0), REFUSED);
+    assert_eq!(successor.batch_end(A0), REFUSED);
     assert_eq!(bench.rows(), [], "the address is the old owner's");
     assert_eq!(bench.node.with(|device| device.mapped().stale), 1);
 }

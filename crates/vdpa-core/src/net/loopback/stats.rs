@@ -1,4 +1,4 @@
-//! What the simulator counts (uapi-spec 6.2).
+//! Statistics of the network simulator (uapi-spec 6.2).
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -6,7 +6,7 @@ use crate::errno::Errno;
 use crate::parent::QueueStats;
 use crate::types::{QueueIndex, Result};
 
-/// A counter: one thread adds, any reads.
+/// A counter that one thread increments and any thread reads.
 #[derive(Debug, Default)]
 pub(super) struct Counter(AtomicU64);
 
@@ -20,7 +20,7 @@ impl Counter {
     }
 }
 
-/// All counters of a device, from its creation on: neither reset nor close clears them.
+/// All counters of a device since its creation. Neither a reset nor a close clears them.
 #[derive(Debug, Default)]
 pub struct Stats {
     pub(super) rx_packets: Counter,
@@ -54,7 +54,7 @@ impl Stats {
                 ("tx packets", &self.tx_packets),
                 ("tx bytes", &self.tx_bytes),
                 ("tx errors", &self.tx_errors),
-                // The kernel has the name and nothing that would count.
+                // The kernel reports this name but never counts it.
                 ("tx drops", &Counter(AtomicU64::new(0))),
             ],
             super::CONTROL => &[
@@ -67,7 +67,7 @@ impl Stats {
         Ok(rows.iter().map(|(name, counter)| (*name, counter.get())).collect())
     }
 
-    /// The same, as every device has it; nothing for a queue that is not there.
+    /// The counters of one queue in the form common to all devices; zeros for a queue the device does not have.
     #[must_use]
     pub fn queue(&self, index: QueueIndex) -> QueueStats {
         let (requests, bytes, errors) = match index.0 {

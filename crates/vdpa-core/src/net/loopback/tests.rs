@@ -68,7 +68,7 @@ impl Queue {
     }
 }
 
-impl End for Queue {
+impl LoopbackQueue for Queue {
     type Memory = TestMemory;
 
     fn memory(&self) -> &TestMemory {
@@ -83,9 +83,9 @@ impl End for Queue {
         self.pair.queue.pop(&self.pair.memory, chain)
     }
 
-    fn complete(&mut self, head: u16, len: usize, tell: Tell) {
+    fn complete(&mut self, head: u16, len: usize, notify: Notify) {
         self.pair.queue.push_used(head, u32::try_from(len).unwrap()).unwrap();
-        if self.pair.queue.publish().unwrap() || tell == Tell::Always {
+        if self.pair.queue.publish().unwrap() || notify == Notify::Always {
             self.told += 1;
         }
     }

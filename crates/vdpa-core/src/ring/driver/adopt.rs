@@ -1,4 +1,4 @@
-//! A driver that goes on in the next image of its process.
+//! Saving the driver of a split ring and adopting it in the next image of the process.
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -8,9 +8,9 @@ use crate::features::Features;
 use crate::ring::layout::{Descriptor, INDEX, NEXT, WRITE};
 use crate::ring::{Area, RingError};
 
-/// A driver as plain data, for the next image of the process.
+/// The state of a driver as plain data, for the next image of the process.
 ///
-/// Untrusted when it comes back: [`SplitDriver::adopt`] checks every field. Only the tokens are the caller's own.
+/// [`SplitDriver::adopt`] does not trust it and checks every field but the tokens, whose meaning only the caller knows.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DriverState {
@@ -20,9 +20,9 @@ pub struct DriverState {
     pub features: Features,
     /// Next entry of the available ring to fill, free running.
     pub avail_index: u16,
-    /// Next entry of the used ring to take, free running.
+    /// Next entry of the used ring to read, free running.
     pub last_used_index: u16,
-    /// Descriptors not in flight.
+    /// Number of descriptors not in flight.
     pub free: u16,
     /// Requests in flight, in any order.
     pub in_flight: Vec<InFlight>,
@@ -32,22 +32,22 @@ pub struct DriverState {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct InFlight {
-    /// As given to [`SplitDriver::add`].
+    /// The token that was passed to [`SplitDriver::add`].
     pub token: u64,
-    /// Its descriptors, in order.
+    /// Its descriptors, in chain order.
     pub descriptors: Vec<u16>,
     /// Bytes the device may write.
     pub writable: u32,
 }
 
-/// Why a ring is not continued.
+/// Why a ring cannot be adopted.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum AdoptError {
-    /// The ring itself is impossible or out of reach.
+    /// Size, features or areas of the ring are invalid, or its memory cannot be accessed.
     #[error(transparent)]
     Ring(#[from] RingError),
-    /// Requests in flight do not agree with the indices.
+    /// The number of requests in flight is not the distance between the indices.
     #[error(
         "{in_flight} requests in flight, but the indices {last_used_index} to {avail_index} say {expected}"
     )]
@@ -61,7 +61,7 @@ pub enum AdoptError {
         /// Their distance.
         expected: u16,
     },
-    /// Descriptors in flight and free ones do not add up to the ring.
+    /// The descriptors in flight and the free ones do not add up to the size of the ring.
     #[error("{used} descriptors in flight and {free} free ones are not the {size} of the ring")]
     Descriptors {
         /// Descriptors of all requests.
@@ -71,7 +71,7 @@ pub enum AdoptError {
         /// Entries of the ring.
         size: u16,
     },
-    /// A descriptor is in no or in two chains.
+    /// A descriptor is outside the ring or belongs to two chains.
     #[error("descriptor {index} is outside the ring of {size} or part of two requests")]
     Descriptor {
         /// The descriptor.
@@ -79,13 +79,13 @@ pub enum AdoptError {
         /// Entries of the ring.
         size: u16,
     },
-    /// A request without descriptors.
+    /// A request has no descriptors.
     #[error("request {token:#x} has no descriptors")]
     Empty {
         /// Its token.
         token: u64,
     },
-    /// The table in memory shows another chain.
+    /// The descriptor table in memory has another chain.
     #[error("descriptor {index} of request {token:#x} is not what the table in memory has: {reason}")]
     Table {
         /// Token of the request.
@@ -95,22 +95,22 @@ pub enum AdoptError {
         /// What differs.
         reason: &'static str,
     },
-    /// The index in memory is not one this state can have published.
+    /// An index in memory is not possible for this state.
     #[error("{ring} index {found} in memory does not belong to this state, which allows {first} to {last}")]
     Index {
-        /// Which: "available" or "used".
+        /// The ring of the index: "available" or "used".
         ring: &'static str,
         /// Index in memory.
         found: u16,
-        /// First possible.
+        /// First possible value.
         first: u16,
-        /// Last possible.
+        /// Last possible value.
         last: u16,
     },
 }
 
 impl<A: Area> SplitDriver<A> {
-    /// The driver as plain data. The ring itself stays in shared memory, and the device may go on.
+    /// The state of the driver as plain data. The ring stays in shared memory, and the device may continue to use it.
     #[must_use]
     pub fn state(&self) -> DriverState {
         let in_flight = (0u16..).zip(&self.chains).filter_map(|(head, chain)| {
@@ -130,10 +130,10 @@ impl<A: Area> SplitDriver<A> {
         }
     }
 
-    /// Continues a ring that is live in shared memory where `state` left it; completions may arrive meanwhile.
+    /// Continues a ring in shared memory where `state` left it. The device may complete requests meanwhile.
     ///
-    /// Nothing is written to memory. The first [`publish`](Self::publish) asks for a kick, since the last one may
-    /// have been lost, and makes visible what had been added but not published.
+    /// Writes nothing to memory. The first [`publish`](Self::publish) makes available what had been added but not
+    /// published, and returns that a kick is needed unless the device suppresses it, since the last kick may have been lost.
     ///
     /// # Errors
     /// [`AdoptError`] when `state` contradicts itself, the areas or the ring in memory.
@@ -161,7 +161,7 @@ impl<A: Area> SplitDriver<A> {
         self.in_flight = expected;
         self.next_avail = avail_index;
         self.published = published;
-        self.undecided = true;
+        self.kick.set_pending();
         self.last_used = last_used_index;
         self.used_seen = last_used_index;
         Ok(())
@@ -202,7 +202,7 @@ impl<A: Area> SplitDriver<A> {
         Ok(())
     }
 
-    /// Compares a request with the descriptor table, which only the driver writes.
+    /// Compares a request with the descriptor table in memory. Only drivers write it, so the two must agree.
     fn compare_table(&self, request: &InFlight) -> Result<(), AdoptError> {
         let differs = |index, reason| AdoptError::Table { token: request.token, index, reason };
         let mut writable = 0;

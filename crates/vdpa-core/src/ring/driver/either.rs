@@ -36,7 +36,7 @@ impl<A: Area> Driver<A> {
         }
     }
 
-    /// Adds a request, which the device sees after [`publish`](Self::publish).
+    /// Adds a request; [`publish`](Self::publish) makes it available to the device.
     ///
     /// # Errors
     /// As [`SplitDriver::add`].
@@ -44,7 +44,7 @@ impl<A: Area> Driver<A> {
         either!(self, driver => driver.add(readable, writable, token))
     }
 
-    /// Shows the device everything added; returns whether it must be kicked.
+    /// Makes all added requests available; returns whether the device must be kicked.
     ///
     /// # Errors
     /// As [`SplitDriver::publish`].
@@ -52,7 +52,7 @@ impl<A: Area> Driver<A> {
         either!(self, driver => driver.publish())
     }
 
-    /// Takes the next completion; `None` when there is none.
+    /// Pops the next completion; `None` when there is none.
     ///
     /// # Errors
     /// As [`SplitDriver::pop_used`] and [`PackedDriver::pop_used`].
@@ -60,7 +60,7 @@ impl<A: Area> Driver<A> {
         either!(self, driver => driver.pop_used())
     }
 
-    /// Asks for a notification at the next completion; returns whether one is there already.
+    /// Asks for a notification at the next completion; returns whether a completion is available already.
     ///
     /// # Errors
     /// As [`SplitDriver::enable_interrupts`].
@@ -68,27 +68,27 @@ impl<A: Area> Driver<A> {
         either!(self, driver => driver.enable_interrupts())
     }
 
-    /// Tells the device that no notification is needed: advice only.
+    /// Tells the device that no notification is needed. This is only a hint.
     ///
     /// # Errors
-    /// A fault.
+    /// [`RingError::Fault`].
     pub fn disable_interrupts(&mut self) -> Result<(), RingError> {
         either!(self, driver => driver.disable_interrupts())
     }
 
-    /// Requests added and not completed.
+    /// Number of requests added and not completed.
     #[must_use]
     pub const fn in_flight(&self) -> u16 {
         either!(self, driver => driver.in_flight())
     }
 
-    /// Descriptors free now.
+    /// Number of free descriptors.
     #[must_use]
     pub const fn free(&self) -> u16 {
         either!(self, driver => driver.free())
     }
 
-    /// Entries of the ring.
+    /// Number of entries of the ring.
     #[must_use]
     pub const fn size(&self) -> u16 {
         either!(self, driver => driver.size())

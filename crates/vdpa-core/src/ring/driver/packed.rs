@@ -1,43 +1,43 @@
-//! The driver side of a packed ring.
+//! The driver side of packed rings.
 
 mod adopt;
 
 pub use adopt::{PackedAdoptError, PackedDriverState, PackedInFlight};
 
-use super::{AddError, Completion, zero};
+use super::kick::Kick;
+use super::{AddError, Completion, with_flags, zero};
 use crate::features::Features;
 use crate::ring::error::Latch;
-use crate::ring::layout::{DESCRIPTOR, Descriptor, NEXT, WRITE};
+use crate::ring::layout::{DESCRIPTOR, Descriptor, WRITE};
 use crate::ring::packed::layout::{self, FLAGS, LEN, Place};
 use crate::ring::{Area, Buffer, RingError};
 
 /// The driver side of a packed ring (virtio 1.2 section 2.8).
 ///
-/// Used like [`SplitDriver`](super::SplitDriver): one thread uses it, nothing blocks, and the device is not trusted.
-/// Which ids are in flight, with how many descriptors, is kept here and never read back from shared memory.
+/// Used like [`SplitDriver`](super::SplitDriver): by one thread at a time, no method blocks, and the device is not trusted.
+/// The buffer ids in flight and their descriptor counts are recorded here and never read back from shared memory.
 #[derive(Debug)]
 pub struct PackedDriver<A: Area> {
     desc: A,
-    /// The driver's wish to be notified.
+    /// Driver event suppression structure: whether the device has to notify.
     driver: A,
-    /// The device's wish to be kicked.
+    /// Device event suppression structure: whether the driver has to kick.
     device: A,
     size: u16,
     features: Features,
     event_idx: bool,
     /// By buffer id: the request in flight.
     requests: Vec<Option<Request>>,
-    /// Buffer ids not in flight, the next one last.
+    /// Free buffer ids; the last one is used next.
     free_ids: Vec<u16>,
     /// Next descriptor to fill.
     next_avail: Place,
-    /// What the device sees ends here; the flags of this descriptor are held back, so that a batch appears at once.
+    /// First descriptor that is not available to the device. Its flags are stored last, so that a batch becomes available at
+    /// once.
     published: Place,
-    /// Those flags, while `published` is not `next_avail`.
-    held: u16,
-    /// Where the device's wish to be kicked was last examined; `None` when only a kick is safe.
-    kicked: Option<Place>,
-    undecided: bool,
+    /// The flags to store there, while `published` is not `next_avail`.
+    held_flags: u16,
+    kick: Kick<Place>,
     /// Next descriptor to take as used.
     last_used: Place,
     in_flight: u16,
@@ -52,7 +52,7 @@ struct Request {
 }
 
 impl<A: Area> PackedDriver<A> {
-    /// Sets up an empty ring in the descriptor, driver and device areas; to be called before the device runs.
+    /// Initialises an empty ring in the descriptor, driver and device areas. Call it before the device uses the ring.
     ///
     /// # Errors
     /// [`RingError::PackedSize`], [`RingError::NotPacked`], [`RingError::Features`] (`IN_ORDER`),
@@ -82,34 +82,29 @@ impl<A: Area> PackedDriver<A> {
             free_ids: (0..size).rev().collect(),
             next_avail: Place::START,
             published: Place::START,
-            held: 0,
-            kicked: None,
-            undecided: false,
+            held_flags: 0,
+            kick: Kick::default(),
             last_used: Place::START,
             in_flight: 0,
             broken: Latch::default(),
         })
     }
 
-    /// Adds a request: the device reads `readable` and writes `writable`. It sees it after
-    /// [`publish`](Self::publish). `token` comes back in the [`Completion`].
+    /// Adds a request: the device reads `readable` and writes `writable`. [`publish`](Self::publish) makes it available to
+    /// the device. The [`Completion`] carries `token`.
     ///
     /// # Errors
     /// [`AddError`]; nothing was added then.
     pub fn add(&mut self, readable: &[Buffer], writable: &[Buffer], token: u64) -> Result<(), AddError> {
         let (descriptors, writable_len) = super::measure(readable, writable, self.size, self.free())?;
-        // There are as many ids as descriptors, so an id is free if a descriptor is.
+        // There are as many ids as descriptors, so whenever a descriptor is free, an id is free too.
         let full = AddError::Full { needed: descriptors.into(), free: 0 };
         let id = *self.free_ids.last().ok_or(full)?;
         let mut at = self.next_avail;
-        let mut held = self.held;
-        let all =
-            readable.iter().map(|buffer| (buffer, 0)).chain(writable.iter().map(|buffer| (buffer, WRITE)));
-        for (position, (buffer, flags)) in (1..).zip(all) {
-            let next = if position < descriptors { NEXT } else { 0 };
-            let mut flags = flags | next;
+        let mut held_flags = self.held_flags;
+        for (buffer, mut flags) in with_flags(readable, writable) {
             if at == self.published {
-                held = flags | at.available();
+                held_flags = flags | at.available();
                 flags |= at.idle();
             } else {
                 flags |= at.available();
@@ -122,89 +117,84 @@ impl<A: Area> PackedDriver<A> {
         if let Some(slot) = self.requests.get_mut(usize::from(id)) {
             *slot = Some(Request { token, descriptors, writable: writable_len });
         }
-        self.held = held;
+        self.held_flags = held_flags;
         self.next_avail = at;
         self.in_flight += 1;
         Ok(())
     }
 
-    /// Shows the device everything added, with one store of the flags of the first descriptor; returns whether it
+    /// Makes all added requests available, with one store of the flags of the first descriptor; returns whether the device
     /// must be kicked.
     ///
     /// # Errors
-    /// A fault; the call may be repeated, and no kick gets lost.
+    /// [`RingError::Fault`]; the call may be repeated, and no kick is lost.
     pub fn publish(&mut self) -> Result<bool, RingError> {
         if self.published != self.next_avail {
-            self.desc.store_u16(self.published.offset() + FLAGS, self.held)?;
+            self.desc.store_u16(self.published.offset() + FLAGS, self.held_flags)?;
             self.published = self.next_avail;
-            self.undecided = true;
+            self.kick.set_pending();
         }
-        if !self.undecided {
-            return Ok(false);
-        }
-        // Pairs with the device's barrier between asking for a kick and looking at the next descriptor.
-        self.desc.barrier();
-        let old = self.kicked.take();
-        let kick = layout::wants_event(&self.device, self.event_idx, self.size, old, self.published)?;
-        self.kicked = Some(self.published);
-        self.undecided = false;
-        Ok(kick)
+        self.kick.decide(self.published, |old| {
+            // Pairs with the device's barrier between its request for a kick and its load of the next descriptor.
+            self.desc.barrier();
+            layout::wants_event(&self.device, self.event_idx, self.size, old, self.published)
+        })
     }
 
-    /// Takes the next completion; `None` when there is none.
+    /// Pops the next completion; `None` when there is none.
     ///
     /// # Errors
-    /// After a fault the call may be repeated. All others are violations of the device
-    /// ([`RingError::BufferId`], [`RingError::UsedLength`]) and are returned from now on.
+    /// After a fault the call may be repeated. All other errors are protocol violations of the device
+    /// ([`RingError::BufferId`], [`RingError::UsedLength`]) and are returned by every later call.
     pub fn pop_used(&mut self) -> Result<Option<Completion>, RingError> {
         self.broken.check()?;
         let result = self.take();
-        self.broken.keep(result)
+        self.broken.record(result)
     }
 
-    /// Asks the device to notify at the next completion; returns whether one is there already, for which no
-    /// notification may come.
+    /// Asks the device to notify at the next completion. Returns whether a completion is available already, for which the
+    /// device may not notify.
     ///
     /// # Errors
-    /// A fault, or the violation met before.
+    /// [`RingError::Fault`], or the violation that was found before.
     pub fn enable_interrupts(&mut self) -> Result<bool, RingError> {
         self.broken.check()?;
         layout::ask_event(&self.driver, self.event_idx, self.last_used)?;
-        // Pairs with the device's barrier between its used flags and its look at our wish.
+        // Pairs with the device's barrier between its store of used flags and its load of this structure.
         self.desc.barrier();
         Ok(self.used()?.is_some())
     }
 
-    /// Tells the device that no notification is needed: advice only, notifications may still come.
+    /// Tells the device that no notification is needed. This is only a hint: notifications may still come.
     ///
     /// # Errors
-    /// A fault.
+    /// [`RingError::Fault`].
     pub fn disable_interrupts(&mut self) -> Result<(), RingError> {
         layout::refuse_events(&self.driver).map_err(RingError::from)
     }
 
-    /// Requests added and not completed.
+    /// Number of requests added and not completed.
     #[must_use]
     pub const fn in_flight(&self) -> u16 {
         self.in_flight
     }
 
-    /// Descriptors free now.
+    /// Number of free descriptors.
     #[must_use]
     #[expect(clippy::cast_possible_truncation, reason = "at most `size` are in flight")]
     pub const fn free(&self) -> u16 {
         self.size.saturating_sub(self.next_avail.since(self.last_used, self.size) as u16)
     }
 
-    /// Entries of the ring.
+    /// Number of entries of the ring.
     #[must_use]
     pub const fn size(&self) -> u16 {
         self.size
     }
 
-    /// Looks at the next used descriptor; returns its flags if there is one.
+    /// Loads the flags of the next descriptor; returns them if the device has used it.
     fn used(&self) -> Result<Option<u16>, RingError> {
-        // What was not shown to the device cannot be used: flags there are old, or a lie.
+        // A descriptor that is not available cannot be used: its flags are from the last lap, or the device forged them.
         if self.last_used == self.published {
             return Ok(None);
         }
@@ -220,8 +210,8 @@ impl<A: Area> PackedDriver<A> {
         let (len, id) = (u32::from_le_bytes([l0, l1, l2, l3]), u16::from_le_bytes([i0, i1]));
         let slot = self.requests.get_mut(usize::from(id)).ok_or(RingError::BufferId { id })?;
         let request = slot.ok_or(RingError::BufferId { id })?;
-        let shown = self.published.since(self.last_used, self.size);
-        if u32::from(request.descriptors) > shown {
+        let available = self.published.since(self.last_used, self.size);
+        if u32::from(request.descriptors) > available {
             return Err(RingError::BufferId { id });
         }
         let len = match (len <= request.writable, flags & WRITE != 0) {
@@ -229,8 +219,8 @@ impl<A: Area> PackedDriver<A> {
             (false, true) => {
                 return Err(RingError::UsedLength { head: id, len, writable: request.writable });
             }
-            // Without the flag the length is reserved (virtio 1.2 section 2.8.4); devices set the one and not the
-            // other.
+            // Without the WRITE flag the length is reserved (virtio 1.2 section 2.8.4). Some devices set the length without
+            // the flag.
             (false, false) => 0,
         };
         *slot = None;

@@ -19,7 +19,7 @@ pub(in crate::ring) const FLAGS: usize = 14;
 
 /// Bytes of an event suppression structure.
 const EVENT: usize = 4;
-/// Offset of the place in an event suppression structure.
+/// Offset of the position in an event suppression structure.
 const EVENT_PLACE: usize = 0;
 /// Offset of the flags in an event suppression structure.
 const EVENT_FLAGS: usize = 2;
@@ -27,7 +27,7 @@ const EVENT_FLAGS: usize = 2;
 const ENABLE: u16 = 0;
 /// `RING_EVENT_FLAGS_DISABLE`.
 const DISABLE: u16 = 1;
-/// `RING_EVENT_FLAGS_DESC`: at the descriptor named, only with `RING_EVENT_IDX`.
+/// `RING_EVENT_FLAGS_DESC`: an event at the given descriptor, only with `RING_EVENT_IDX`.
 const AT_DESCRIPTOR: u16 = 2;
 
 /// Bytes of the areas of a packed ring of `size` entries: descriptors, driver and device event suppression.
@@ -36,7 +36,7 @@ pub const fn area_sizes(size: u16) -> AreaSizes {
     AreaSizes { desc: DESCRIPTOR * size as usize, avail: EVENT, used: EVENT }
 }
 
-/// Checks everything about a ring that is known before it is used.
+/// Checks size, features and areas of a ring.
 pub(in crate::ring) fn check<A: Area>(
     size: u16,
     features: Features,
@@ -63,19 +63,19 @@ pub(in crate::ring) fn check<A: Area>(
     Ok(())
 }
 
-/// A place in the ring: a descriptor and the wrap counter that goes with it (virtio 1.2 section 2.8.1).
+/// A position in the ring: a descriptor and its wrap counter (virtio 1.2 section 2.8.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::ring) struct Place {
-    /// Less than the size of the ring, except in an event of the other side.
+    /// Less than the size of the ring, except in an event that the other side wrote.
     pub(in crate::ring) index: u16,
     pub(in crate::ring) wrap: bool,
 }
 
 impl Place {
-    /// Where both sides of a fresh ring are.
+    /// The position of both sides of a new ring.
     pub(in crate::ring) const START: Self = Self { index: 0, wrap: true };
 
-    /// `count` descriptors further on; at most one lap of `size`.
+    /// The position `count` descriptors later; at most one lap of `size`.
     #[inline]
     pub(in crate::ring) const fn forward(self, count: u16, size: u16) -> Self {
         // At most 2^16 - 1: an index is less than 2^15.
@@ -87,7 +87,7 @@ impl Place {
         }
     }
 
-    /// `count` descriptors back; at most one lap of `size`.
+    /// The position `count` descriptors earlier; at most one lap of `size`.
     #[inline]
     pub(in crate::ring) const fn back(self, count: u16, size: u16) -> Self {
         if count > self.index {
@@ -97,7 +97,7 @@ impl Place {
         }
     }
 
-    /// Descriptors from `earlier` to here: less than two laps, since the wrap counter tells no more apart.
+    /// Number of descriptors from `earlier` to this position: less than two laps, since the wrap counter has one bit.
     #[inline]
     pub(in crate::ring) const fn since(self, earlier: Self, size: u16) -> u32 {
         let lap = size as u32;
@@ -106,43 +106,43 @@ impl Place {
         distance % (2 * lap)
     }
 
-    /// Where the descriptor is in its area.
+    /// Offset of the descriptor in its area, in bytes.
     #[inline]
     pub(in crate::ring) const fn offset(self) -> usize {
         self.index as usize * DESCRIPTOR
     }
 
-    /// Whether `flags`, read here, make a descriptor available.
+    /// Whether `flags` mark the descriptor at this position as available.
     #[inline]
     pub(in crate::ring) const fn is_available(self, flags: u16) -> bool {
         flags & (AVAIL | USED) == self.available()
     }
 
-    /// Whether `flags`, read here, make a descriptor used.
+    /// Whether `flags` mark the descriptor at this position as used.
     #[inline]
     pub(in crate::ring) const fn is_used(self, flags: u16) -> bool {
         flags & (AVAIL | USED) == self.used()
     }
 
-    /// The flags of an available descriptor here.
+    /// The flags of an available descriptor at this position.
     #[inline]
     pub(in crate::ring) const fn available(self) -> u16 {
         if self.wrap { AVAIL } else { USED }
     }
 
-    /// The flags of a used descriptor here.
+    /// The flags of a used descriptor at this position.
     #[inline]
     pub(in crate::ring) const fn used(self) -> u16 {
         if self.wrap { AVAIL | USED } else { 0 }
     }
 
-    /// The flags of a descriptor here that is neither: as the lap before has left it.
+    /// The flags of a descriptor at this position that is neither available nor used: those of the previous lap.
     #[inline]
     pub(in crate::ring) const fn idle(self) -> u16 {
         if self.wrap { 0 } else { AVAIL | USED }
     }
 
-    /// As events and saved states have it: the wrap counter in bit 15.
+    /// The encoding of events and of saved states: the wrap counter is bit 15.
     pub(in crate::ring) const fn encode(self) -> u16 {
         self.index | (self.wrap as u16) << 15
     }
@@ -167,8 +167,8 @@ pub(in crate::ring) fn encode(descriptor: Descriptor) -> [u8; DESCRIPTOR] {
     Descriptor { addr, len, flags: id, next: flags }.encode()
 }
 
-/// Whether the writer of the event suppression structure `area` wants to hear that the ring went on from `old` to
-/// `new`; `old` is `None` when only yes is safe. To be called behind a barrier.
+/// Whether the writer of the event suppression structure `area` wants an event for the move of the ring from `old` to
+/// `new`. `old` is `None` if it is unknown: then the answer is yes unless events are disabled. Call it after a barrier.
 #[inline]
 pub(in crate::ring) fn wants_event<A: Area>(
     area: &A,
@@ -177,19 +177,19 @@ pub(in crate::ring) fn wants_event<A: Area>(
     old: Option<Place>,
     new: Place,
 ) -> Result<bool, Fault> {
-    // Flags before the place, which the other side writes the other way round.
+    // The flags are read before the position, since the other side writes the position first.
     match area.load_u16(EVENT_FLAGS)? & 3 {
         DISABLE => Ok(false),
         AT_DESCRIPTOR if event_idx => {
             let event = Place::decode(area.load_u16(EVENT_PLACE)?);
             Ok(old.is_none_or(|old| event.since(old, size) < new.since(old, size)))
         }
-        // The value 3 is reserved: too many events do no harm.
+        // The value 3 is reserved. Superfluous events do no harm.
         _ => Ok(true),
     }
 }
 
-/// Asks for an event when the ring reaches `at`, or for all events without `RING_EVENT_IDX`.
+/// Requests an event when the ring reaches `at`, or all events without `RING_EVENT_IDX`.
 #[inline]
 pub(in crate::ring) fn ask_event<A: Area>(area: &A, event_idx: bool, at: Place) -> Result<(), Fault> {
     if !event_idx {
@@ -199,7 +199,7 @@ pub(in crate::ring) fn ask_event<A: Area>(area: &A, event_idx: bool, at: Place) 
     area.store_u16(EVENT_FLAGS, AT_DESCRIPTOR)
 }
 
-/// Asks for no events.
+/// Disables events.
 #[inline]
 pub(in crate::ring) fn refuse_events<A: Area>(area: &A) -> Result<(), Fault> {
     area.store_u16(EVENT_FLAGS, DISABLE)

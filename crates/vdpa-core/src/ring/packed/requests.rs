@@ -1,26 +1,26 @@
-//! The requests of a packed ring, which are not named by a descriptor.
+//! The requests of a packed ring, which the device side numbers itself.
 
 use crate::ring::RingError;
 
-/// Requests in flight by name.
+/// Requests in flight by number.
 #[derive(Debug)]
 pub(super) struct Requests {
     slots: Vec<Slot>,
-    /// Names nobody has, the next one last.
+    /// Free numbers; the last one is used next.
     free: Vec<u16>,
     pub(super) in_flight: u16,
-    /// Pushed and not visible to the driver.
+    /// Requests pushed and not published.
     pub(super) unpublished: u16,
-    /// Those of them that a used descriptor stands for already.
+    /// Those of them for which a used descriptor was written.
     pub(super) written: u16,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Slot {
     pub(super) id: u16,
-    /// Of the ring; 0 for a free slot.
+    /// Descriptors of the ring; 0 for a free slot.
     pub(super) descriptors: u16,
-    /// Pushed, but held back behind earlier requests.
+    /// Pushed, and waiting for earlier requests (`IN_ORDER`).
     pushed: bool,
 }
 
@@ -70,7 +70,7 @@ impl Requests {
         self.slots.iter().map(|slot| u32::from(slot.descriptors)).sum()
     }
 
-    /// Makes a name free again.
+    /// Frees a number.
     #[inline]
     pub(super) fn release(&mut self, name: u16) -> Result<Slot, RingError> {
         match self.slots.get_mut(usize::from(name)) {

@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use vdpa_core::Errno;
-use vdpa_core::blk::{BlkRequest, ID_BYTES, SECTOR, ShapeError, Status, kind};
+use vdpa_core::blk::{BlkRequest, FramingError, ID_BYTES, SECTOR, Status, kind};
 use vdpa_core::ring::BufferSlice;
 use vdpa_core::types::{Perm, Result};
 use vdpa_sys::uring::{
@@ -280,7 +280,7 @@ impl Disk for FileDisk {
         verdict.unwrap_or(IO_ERROR)
     }
 
-    fn misshapen(&mut self, error: &ShapeError) -> Verdict {
+    fn misshapen(&mut self, error: &FramingError) -> Verdict {
         misshapen(error)
     }
 
@@ -328,9 +328,9 @@ pub(super) fn get_id(
 }
 
 /// A chain that is no request: one whose header is out of reach may be tried again.
-pub(super) const fn misshapen(error: &ShapeError) -> Verdict {
+pub(super) const fn misshapen(error: &FramingError) -> Verdict {
     match error {
-        ShapeError::Fault(_) => Verdict::Unreachable,
+        FramingError::Fault(_) => Verdict::Unreachable,
         _ => Verdict::Misshapen { notify: true },
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use vdpa_core::Errno;
-use vdpa_core::blk::{BlkRequest, ID_BYTES, SECTOR, ShapeError, Status, kind};
+use vdpa_core::blk::{BlkRequest, FramingError, ID_BYTES, SECTOR, Status, kind};
 use vdpa_core::types::Result;
 use vdpa_sys::uring::OwnedBuf;
 
@@ -47,7 +47,7 @@ impl Disk for NullDisk {
         }
     }
 
-    fn misshapen(&mut self, error: &ShapeError) -> Verdict {
+    fn misshapen(&mut self, error: &FramingError) -> Verdict {
         misshapen(error)
     }
 

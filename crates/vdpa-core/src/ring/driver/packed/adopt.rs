@@ -1,4 +1,4 @@
-//! A driver of a packed ring that goes on in the next image of its process.
+//! Saving the driver of a packed ring and adopting it in the next image of the process.
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -9,9 +9,9 @@ use crate::ring::layout::{NEXT, WRITE};
 use crate::ring::packed::layout::{FLAGS, Place};
 use crate::ring::{Area, RingError};
 
-/// A driver as plain data, for the next image of the process.
+/// The state of a driver as plain data, for the next image of the process.
 ///
-/// Untrusted when it comes back: [`PackedDriver::adopt`] checks every field. Only the tokens are the caller's own.
+/// [`PackedDriver::adopt`] does not trust it and checks every field but the tokens, whose meaning only the caller knows.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PackedDriverState {
@@ -21,9 +21,9 @@ pub struct PackedDriverState {
     pub features: Features,
     /// Next descriptor to fill, with its wrap counter in bit 15.
     pub next_avail: u16,
-    /// First descriptor the device was not shown, with its wrap counter in bit 15.
+    /// First descriptor that was not made available to the device, with its wrap counter in bit 15.
     pub published: u16,
-    /// Next descriptor to take as used, with its wrap counter in bit 15.
+    /// Next descriptor that the device will use, with its wrap counter in bit 15.
     pub last_used: u16,
     /// Requests in flight, in any order.
     pub in_flight: Vec<PackedInFlight>,
@@ -33,46 +33,46 @@ pub struct PackedDriverState {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PackedInFlight {
-    /// As given to [`PackedDriver::add`].
+    /// The token that was passed to [`PackedDriver::add`].
     pub token: u64,
     /// Buffer id.
     pub id: u16,
-    /// Descriptors of the ring.
+    /// Number of descriptors.
     pub descriptors: u16,
     /// Bytes the device may write.
     pub writable: u32,
 }
 
-/// Why a ring is not continued.
+/// Why a ring cannot be adopted.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum PackedAdoptError {
-    /// The ring itself is impossible or out of reach.
+    /// Size, features or areas of the ring are invalid, or its memory cannot be accessed.
     #[error(transparent)]
     Ring(#[from] RingError),
-    /// The three places are not in order within one lap.
+    /// The three positions are not in order within one lap of the ring.
     #[error(
         "places {last_used:#x}, {published:#x} and {next_avail:#x} do not follow each other in a ring of {size}"
     )]
     Places {
-        /// Next descriptor to take as used.
+        /// Next descriptor that the device will use.
         last_used: u16,
-        /// First descriptor the device was not shown.
+        /// First descriptor that was not made available.
         published: u16,
         /// Next descriptor to fill.
         next_avail: u16,
         /// Entries of the ring.
         size: u16,
     },
-    /// Descriptors in flight do not fill the distance between the places.
+    /// The number of descriptors in flight is not the distance between the positions.
     #[error("requests in flight have {descriptors} descriptors, but the places say {expected}")]
     Descriptors {
         /// Descriptors of all requests.
         descriptors: u32,
-        /// Distance of the places.
+        /// Distance of the positions.
         expected: u32,
     },
-    /// An id is outside the ring or taken twice.
+    /// A buffer id is outside the ring or belongs to two requests.
     #[error("buffer id {id} is outside the ring of {size} or that of two requests")]
     Id {
         /// The id.
@@ -80,13 +80,13 @@ pub enum PackedAdoptError {
         /// Entries of the ring.
         size: u16,
     },
-    /// A request without descriptors.
+    /// A request has no descriptors.
     #[error("request {token:#x} has no descriptors")]
     Empty {
         /// Its token.
         token: u64,
     },
-    /// The device was shown the descriptor at which it is said to see nothing.
+    /// The first descriptor that should not be available to the device is available in memory.
     #[error("descriptor {index} is available in memory, but not in this state")]
     Published {
         /// The descriptor.
@@ -95,7 +95,7 @@ pub enum PackedAdoptError {
 }
 
 impl<A: Area> PackedDriver<A> {
-    /// The driver as plain data. The ring itself stays in shared memory, and the device may go on.
+    /// The state of the driver as plain data. The ring stays in shared memory, and the device may continue to use it.
     #[must_use]
     pub fn state(&self) -> PackedDriverState {
         let in_flight = (0u16..).zip(&self.requests).filter_map(|(id, request)| {
@@ -112,10 +112,10 @@ impl<A: Area> PackedDriver<A> {
         }
     }
 
-    /// Continues a ring that is live in shared memory where `state` left it; completions may arrive meanwhile.
+    /// Continues a ring in shared memory where `state` left it. The device may complete requests meanwhile.
     ///
-    /// Nothing is written to memory. The first [`publish`](Self::publish) asks for a kick, since the last one may
-    /// have been lost, and makes visible what had been added but not published.
+    /// Writes nothing to memory. The first [`publish`](Self::publish) makes available what had been added but not
+    /// published, and returns that a kick is needed unless the device suppresses it, since the last kick may have been lost.
     ///
     /// # Errors
     /// [`PackedAdoptError`] when `state` contradicts itself, the areas or the ring in memory.
@@ -128,26 +128,27 @@ impl<A: Area> PackedDriver<A> {
 
     fn adopt_places(&mut self, state: &PackedDriverState) -> Result<(), PackedAdoptError> {
         let &PackedDriverState { next_avail, published, last_used, size, .. } = state;
-        let [avail, shown, used] = [next_avail, published, last_used].map(Place::decode);
-        let inside = [avail, shown, used].iter().all(|place| place.index < size);
+        let [avail, published_at, used] = [next_avail, published, last_used].map(Place::decode);
+        let inside = [avail, published_at, used].iter().all(|place| place.index < size);
         let ordered = inside
             && avail.since(used, size) <= u32::from(size)
-            && shown.since(used, size) <= avail.since(used, size);
+            && published_at.since(used, size) <= avail.since(used, size);
         if !ordered {
             return Err(PackedAdoptError::Places { last_used, published, next_avail, size });
         }
-        if shown != avail {
-            // Stored when it was added, all but available; what the device makes of the rest is its own affair.
-            let flags = self.desc.load_u16(shown.offset() + FLAGS).map_err(RingError::from)?;
-            if shown.is_available(flags) {
-                return Err(PackedAdoptError::Published { index: shown.index });
+        if published_at != avail {
+            // `add` stored these flags without making the descriptor available. If the device has changed NEXT or WRITE
+            // since, only the device itself is affected.
+            let flags = self.desc.load_u16(published_at.offset() + FLAGS).map_err(RingError::from)?;
+            if published_at.is_available(flags) {
+                return Err(PackedAdoptError::Published { index: published_at.index });
             }
-            self.held = flags & (NEXT | WRITE) | shown.available();
+            self.held_flags = flags & (NEXT | WRITE) | published_at.available();
         }
         self.next_avail = avail;
-        self.published = shown;
+        self.published = published_at;
         self.last_used = used;
-        self.undecided = true;
+        self.kick.set_pending();
         Ok(())
     }
 

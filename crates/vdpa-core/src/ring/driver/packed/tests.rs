@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::ring::driver::Driver;
+use crate::ring::layout::NEXT;
 use crate::testing::{RingPair, TestArea};
 
 const PACKED: Features = Features::of(&[Features::RING_PACKED]);

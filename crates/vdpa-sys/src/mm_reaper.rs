@@ -17,7 +17,7 @@ use vdpa_core::Errno;
 
 use crate::{errno, priority};
 
-/// How long the keeper waits after the exec before it takes the tables down: longer than a new image takes to have its
+/// How long the reaper waits after the exec before it frees the page tables: longer than a new image takes to open its
 /// devices, for which the teardown would compete for CPUs and for the locks of the same memory objects.
 const GRACE_NS: i64 = 50_000_000;
 /// Bytes of stack; what runs on it makes a handful of system calls.
@@ -28,10 +28,10 @@ const STACK: usize = 64 << 10;
 /// It has no signal handlers to run (all signals are blocked), no descriptors but its two pipes, and is nobody's child
 /// that could be waited for: init, or the nearest subreaper, collects it.
 #[derive(Debug)]
-pub struct AddressSpaceKeeper {
+pub struct MmReaper {
     /// Closed by exec and by the end of this process: the sign to end.
     release: Option<OwnedFd>,
-    /// Ends when the keeper is past its last use of the stack.
+    /// Ends when the reaper is past its last use of the stack.
     gone: OwnedFd,
     pid: i32,
     _stack: Box<[u8]>,
@@ -42,13 +42,13 @@ struct Job {
     release: RawFd,
     gone: RawFd,
     stack_top: *mut c_void,
-    keeper: AtomicI32,
+    reaper: AtomicI32,
 }
 
-impl AddressSpaceKeeper {
-    /// Starts a keeper; takes about 0.2 ms, with much of the program's memory in no cache more. It may be started long
+impl MmReaper {
+    /// Starts a reaper; takes about 0.2 ms, with much of the program's memory in no cache more. It may be started long
     /// before the exec, also on a thread that ends before: it costs a process, and when this process ends without an exec
-    /// the keeper ends with it.
+    /// the reaper ends with it.
     ///
     /// # Errors
     /// Of pipe2(2) and clone(2), such as `EAGAIN` at a limit on processes or `EPERM` under seccomp; `ENOSYS` before
@@ -62,7 +62,7 @@ impl AddressSpaceKeeper {
             release: release_read.as_raw_fd(),
             gone: gone_write.as_raw_fd(),
             stack_top: stack.as_mut_ptr_range().end.cast(),
-            keeper: AtomicI32::new(0),
+            reaper: AtomicI32::new(0),
         };
         let blocked = Signals::block();
         // SAFETY: the stack has STACK bytes below its end and lives until the intermediate process is gone: CLONE_VFORK
@@ -84,7 +84,7 @@ impl AddressSpaceKeeper {
         if !libc::WIFEXITED(status) || libc::WEXITSTATUS(status) != 0 {
             return Err(Errno::from_raw(libc::WEXITSTATUS(status)));
         }
-        let pid = job.keeper.load(Ordering::Relaxed);
+        let pid = job.reaper.load(Ordering::Relaxed);
         Ok(Self { release: Some(release), gone, pid, _stack: stack })
     }
 
@@ -95,7 +95,7 @@ impl AddressSpaceKeeper {
     }
 }
 
-impl Drop for AddressSpaceKeeper {
+impl Drop for MmReaper {
     fn drop(&mut self) {
         if let Some(release) = self.release.take() {
             // A byte says that there was no exec, and nothing to wait for.
@@ -107,7 +107,7 @@ impl Drop for AddressSpaceKeeper {
     }
 }
 
-/// Starts the keeper and ends, so that the keeper is not a child of this process. Its exit status is 0 or an errno.
+/// Starts the reaper and ends, so that the reaper is not a child of this process. Its exit status is 0 or an errno.
 extern "C" fn intermediate(job: *mut c_void) -> c_int {
     // SAFETY: the caller's `Job`, which waits in `spawn` until this process has ended.
     let job = unsafe { &*job.cast::<Job>() };
@@ -120,20 +120,20 @@ extern "C" fn intermediate(job: *mut c_void) -> c_int {
         }
     }
     let release = ptr::without_provenance_mut(usize::try_from(job.release).unwrap_or(0));
-    // SAFETY: the stack belongs to the `AddressSpaceKeeper` that is being made, which waits in its drop until the
-    // keeper is done with it. `keep` gets a number, no pointer, and shares nothing with anybody.
-    let keeper = unsafe { libc::clone(keep, job.stack_top, libc::CLONE_VM, release) };
-    job.keeper.store(keeper, Ordering::Relaxed);
+    // SAFETY: the stack belongs to the `MmReaper` that is being made, which waits in its drop until the
+    // reaper is done with it. `reap` gets a number, no pointer, and shares nothing with anybody.
+    let reaper = unsafe { libc::clone(reap, job.stack_top, libc::CLONE_VM, release) };
+    job.reaper.store(reaper, Ordering::Relaxed);
     // What it is there for can wait until nobody else wants a CPU: the new image and the servers of its devices do.
-    let _ = priority::run_when_idle(Pid::from_raw(keeper.max(0)));
-    if keeper < 0 { errno::last().raw() } else { 0 }
+    let _ = priority::run_when_idle(Pid::from_raw(reaper.max(0)));
+    if reaper < 0 { errno::last().raw() } else { 0 }
 }
 
-/// The keeper: waits until the other end of the pipe is closed, by an exec or by the end of the process, or told to end.
+/// The reaper: waits until the other end of the pipe is closed, by an exec or by the end of the process, or told to end.
 ///
 /// The thread whose thread-local storage this shares runs on meanwhile, or ends: only system calls without libc are made here
 /// (rustix makes its own), nothing is allocated and nothing can panic.
-extern "C" fn keep(release: *mut c_void) -> c_int {
+extern "C" fn reap(release: *mut c_void) -> c_int {
     let Ok(number) = RawFd::try_from(release.addr()) else { return 1 };
     // SAFETY: open in this process's own table until it ends; nobody else has that table.
     let pipe = unsafe { BorrowedFd::borrow_raw(number) };
@@ -200,13 +200,13 @@ mod tests {
     }
 
     #[test]
-    fn a_keeper_shares_memory_holds_no_files_and_ends_on_demand() {
+    fn a_reaper_shares_memory_holds_no_files_and_ends_on_demand() {
         let mut counter = Box::new(0x5eed_u64);
-        let keeper = AddressSpaceKeeper::spawn().unwrap();
-        let pid = keeper.pid();
+        let reaper = MmReaper::spawn().unwrap();
+        let pid = reaper.pid();
         assert!(matches!(state(pid), Some('S' | 'R')), "{:?}", state(pid));
         assert_eq!(std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count(), 2);
-        // The same memory and not a copy of it: what is written after the start is seen through the keeper.
+        // The same memory and not a copy of it: what is written after the start is seen through the reaper.
         *counter = 0x1234_5678_9abc_def0;
         let mem = std::fs::File::open(format!("/proc/{pid}/mem")).unwrap();
         let mut bytes = [0; 8];
@@ -219,7 +219,7 @@ mod tests {
         let blocked = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
         let blocked = blocked.lines().find_map(|line| line.strip_prefix("SigBlk:")).unwrap();
         assert_eq!(blocked.trim(), "fffffffe7ffbfeff", "all but KILL, STOP and the two of libc");
-        drop(keeper);
+        drop(reaper);
         // It has let go of everything by now, and ends when a CPU is idle.
         let begin = std::time::Instant::now();
         while !matches!(state(pid), None | Some('Z' | 'X')) {
@@ -233,7 +233,7 @@ mod tests {
         let fds = || std::fs::read_dir("/proc/self/fd").unwrap().count();
         let before = fds();
         for _ in 0..50 {
-            drop(AddressSpaceKeeper::spawn().unwrap());
+            drop(MmReaper::spawn().unwrap());
         }
         assert_eq!(fds(), before);
         // SAFETY: collects nothing unless there is a child, and writes nothing.
