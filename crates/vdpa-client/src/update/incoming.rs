@@ -9,10 +9,10 @@ use rustix::fs::{SealFlags, fcntl_get_seals, fstat};
 use vdpa_sys::clock::monotonic_ns;
 use vdpa_sys::{inherit, memfd};
 
-use super::link::Kind;
+use super::connection::Kind;
 use super::load::{All, Loaded, Source, load};
 use super::points::{Point, reach};
-use super::predecessor::Conversation;
+use super::predecessor::Predecessor;
 use super::taking::Taking;
 use super::{
     Cause, Devices, PID_VARIABLE, Phase, Report, SOCKET_VARIABLE, STATE_VARIABLE, StateFileError, Strategy,
@@ -41,7 +41,7 @@ enum Origin {
     /// The image that was in this process before.
     Image(v2::Switch),
     /// Another process.
-    Process(Conversation),
+    Process(Predecessor),
 }
 
 /// Devices taken over.
@@ -166,11 +166,11 @@ impl<D: DeviceFile> Incoming<D> {
     /// [`receive`](Self::receive), also from a process of the user `allowed`, besides root and the user of this process.
     ///
     /// # Errors
-    /// As [`receive`](Self::receive); [`LinkError::Stranger`](super::LinkError::Stranger).
+    /// As [`receive`](Self::receive); [`ConnectionError::ForbiddenUser`](super::ConnectionError::ForbiddenUser).
     pub fn receive_from(socket: UnixStream, allowed: Option<u32>) -> Result<Self, UpdateError> {
         let at = |phase| move |source| UpdateError { phase, device: None, source };
-        let mut conversation = Conversation::new(socket, allowed).map_err(at(Phase::Prepare))?;
-        let offer = conversation.hear(Kind::Offer).map_err(at(Phase::Prepare))?;
+        let mut predecessor = Predecessor::new(socket, allowed).map_err(at(Phase::Prepare))?;
+        let offer = predecessor.receive(Kind::Offer).map_err(at(Phase::Prepare))?;
         let entered = monotonic_ns();
         reach(Point::Received);
         let fds = offer.fds.into_iter().map(Some).collect();
@@ -184,11 +184,11 @@ impl<D: DeviceFile> Incoming<D> {
         match loaded {
             Ok((update, all, sections)) => {
                 reach(Point::Loaded);
-                let origin = Origin::Process(conversation);
+                let origin = Origin::Process(predecessor);
                 Ok(Self { update, all, sections, origin, entered })
             }
             Err(error) => {
-                conversation.say_no(Kind::Refused, &error);
+                predecessor.reject(Kind::Refused, &error);
                 Err(error)
             }
         }
@@ -285,8 +285,8 @@ impl<D> Incoming<D> {
         let error = UpdateError { phase: Phase::Load, device: None, source };
         let Self { all, origin, .. } = self;
         drop(all);
-        if let Origin::Process(mut conversation) = origin {
-            conversation.say_no(Kind::Refused, &error);
+        if let Origin::Process(mut predecessor) = origin {
+            predecessor.reject(Kind::Refused, &error);
         }
         error
     }
@@ -317,10 +317,10 @@ impl<D: DeviceFile> Incoming<D> {
                 keeper::collect();
                 devices
             }
-            Origin::Process(mut conversation) => {
+            Origin::Process(mut predecessor) => {
                 let way = update.way.parse().unwrap_or(Way::HandOver);
                 report.way = way;
-                let taken = take_from_process(&mut conversation, devices, &mut sections, &mut report);
+                let taken = take_from_process(&mut predecessor, devices, &mut sections, &mut report);
                 match taken {
                     Ok(devices) => devices,
                     Err(mut error) => {
@@ -329,7 +329,7 @@ impl<D: DeviceFile> Incoming<D> {
                         }
                         // Nothing is held any more.
                         let aborted = matches!(error.source, Cause::Aborted | Cause::Rehearsed);
-                        conversation.say_no(if aborted { Kind::Aborted } else { Kind::Failed }, &error);
+                        predecessor.reject(if aborted { Kind::Aborted } else { Kind::Failed }, &error);
                         return Err(error);
                     }
                 }
@@ -340,7 +340,7 @@ impl<D: DeviceFile> Incoming<D> {
 }
 
 fn take_from_process<D: DeviceFile>(
-    conversation: &mut Conversation,
+    predecessor: &mut Predecessor,
     devices: Vec<Loaded<D>>,
     sections: &mut Sections,
     report: &mut Report,
@@ -350,9 +350,9 @@ fn take_from_process<D: DeviceFile>(
     if report.way != Way::Exec {
         devices.iter().for_each(Loaded::introduce);
     }
-    conversation.say(Kind::Ready, b"").map_err(at(Phase::Prepare))?;
+    predecessor.send(Kind::Ready, b"").map_err(at(Phase::Prepare))?;
     reach(Point::ReadySent);
-    let message = conversation.hear(Kind::Switch).map_err(at(Phase::Prepare))?;
+    let message = predecessor.receive(Kind::Switch).map_err(at(Phase::Prepare))?;
     let heard = monotonic_ns();
     reach(Point::SwitchHeard);
     let mut late = state::decode(&message.payload).map_err(|e| at(Phase::Load)(e.into()))?;
@@ -366,7 +366,7 @@ fn take_from_process<D: DeviceFile>(
     let said = monotonic_ns();
     // The predecessor can do without it.
     let told = || serde_json::to_vec(report).unwrap_or_default();
-    conversation.agree(told).map_err(at(Phase::Commit))?;
+    predecessor.commit(told).map_err(at(Phase::Commit))?;
     report.commit = monotonic_ns().saturating_sub(said);
     reach(Point::CommitHeard);
     let devices = taking.run(report)?;

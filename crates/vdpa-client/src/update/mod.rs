@@ -43,11 +43,11 @@
 //! they are in [`Prepared::switch`]. For an exec no other thread should be in the middle of anything: execve ends them
 //! where they are.
 
+mod connection;
 mod devices;
 mod incoming;
 mod keeper;
 mod leave;
-mod link;
 mod load;
 mod plan;
 pub mod points;
@@ -70,9 +70,9 @@ use thiserror::Error;
 use vdpa_core::Errno;
 use vdpa_core::features::{BackendFeatures, Features};
 
+pub use self::connection::{Cancel, ConnectionError};
 pub use self::devices::{Devices, Iter};
 pub use self::incoming::{Incoming, Restored, incoming, restore};
-pub use self::link::{Cancel, LinkError};
 pub use self::plan::{DEADLINE, GRACE, Image, Plan, UnknownWay, Via, Way};
 pub use self::prepared::{Departed, Described, Failed, Prepared};
 pub use self::report::{DeviceReport, Report};
@@ -206,7 +206,7 @@ pub enum Cause {
     Deadline,
     /// The other process cannot be talked to.
     #[error(transparent)]
-    Link(#[from] LinkError),
+    Connection(#[from] ConnectionError),
     /// The successor does not want the devices or could not take them.
     #[error("the successor (process {pid}) failed in phase {phase}{}: {reason}", of_device(.device.as_deref()))]
     Successor {
@@ -223,7 +223,7 @@ pub enum Cause {
     #[error(
         "the successor (process {pid}) neither answers nor can be killed: the devices are left to it, since two processes must not drive one"
     )]
-    Silent {
+    Unresponsive {
         /// Its process id.
         pid: i32,
     },
@@ -317,10 +317,10 @@ pub enum Cause {
 }
 
 impl Cause {
-    /// The same once more, for each device that it concerns. Only of [`Cause::Silent`].
-    pub(crate) fn again(&self) -> Self {
+    /// The same once more, for each device that it concerns. Only of [`Cause::Unresponsive`].
+    pub(crate) fn repeat(&self) -> Self {
         match self {
-            Self::Silent { pid } => Self::Silent { pid: *pid },
+            Self::Unresponsive { pid } => Self::Unresponsive { pid: *pid },
             other => Self::Refused { reason: other.to_string() },
         }
     }

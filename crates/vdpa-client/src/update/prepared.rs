@@ -13,7 +13,7 @@ use vdpa_sys::keeper::AddressSpaceKeeper;
 use super::leave::Leave;
 use super::points::{Point, reach};
 use super::rest::AtRest;
-use super::successor::{CalledOff, Successor};
+use super::successor::{AbortOutcome, Successor};
 use super::{Cause, Devices, Image, Phase, Plan, Report, Strategy, UpdateError, Via, Way, same, save, steps};
 use crate::device::DeviceFile;
 use crate::memory::Memory;
@@ -305,7 +305,7 @@ impl Prepared {
             return Err(Box::new(Failed { error, devices, lost: Vec::new() }));
         }
         if let To::Process(_, successor) = &self.to {
-            successor.announce();
+            successor.announce_switch();
         }
         let mut resting: Vec<AtRest<D>> = Vec::with_capacity(devices.len());
         let mut waiting = devices.into_iter().zip(&self.chosen);
@@ -431,7 +431,7 @@ fn depart<D: DeviceFile>(
     begun: Begun,
 ) -> Result<Departed, Box<Failed<D>>> {
     let mut taken = None;
-    let mut talk = || -> Result<(), Cause> {
+    let mut exchange = || -> Result<(), Cause> {
         switch.put(&mut late)?;
         // From here on an answer counts that has come, however late it is looked at.
         if until.is_some_and(|until| Instant::now() >= until) {
@@ -443,13 +443,15 @@ fn depart<D: DeviceFile>(
         // Until here this process decides; a successor that has ended meanwhile does not get the devices.
         successor.commit(until)
     };
-    if let Err(source) = talk() {
+    if let Err(source) = exchange() {
         let error = successor_error(source);
-        match successor.call_off() {
-            Ok(CalledOff::LetGo) => return Err(back(error, resting, AtRest::take_back, std::iter::empty())),
+        match successor.abort() {
+            Ok(AbortOutcome::Released) => {
+                return Err(back(error, resting, AtRest::take_back, std::iter::empty()));
+            }
             // Its answer had crossed.
-            Ok(CalledOff::Done) => {}
-            Err(silent) => return Err(lost(error, &silent, &resting)),
+            Ok(AbortOutcome::Committed) => {}
+            Err(unresponsive) => return Err(lost(error, &unresponsive, &resting)),
         }
     }
     // Every descriptor of a device ends here, and with it all that this process could do to it.
@@ -465,11 +467,11 @@ fn depart<D: DeviceFile>(
 }
 
 /// Two processes must not drive a device: this one lets go, since the other can be neither heard nor killed.
-fn lost<D: DeviceFile>(error: UpdateError, silent: &Cause, resting: &[AtRest<D>]) -> Box<Failed<D>> {
+fn lost<D: DeviceFile>(error: UpdateError, unresponsive: &Cause, resting: &[AtRest<D>]) -> Box<Failed<D>> {
     let lost = |device: &AtRest<D>| UpdateError {
         phase: Phase::Commit,
         device: Some(device.name.clone()),
-        source: silent.again(),
+        source: unresponsive.repeat(),
     };
     Box::new(Failed { error, devices: Devices::new(), lost: resting.iter().map(lost).collect() })
 }

@@ -1,4 +1,4 @@
-//! The predecessor's side of the conversation with a process that takes over.
+//! The predecessor's side of the predecessor with a process that takes over.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -8,17 +8,17 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
-use super::link::{Kind, Link, LinkError, Message, Wait};
+use super::connection::{Connection, ConnectionError, Kind, Message, Wait};
 use super::points::{Point, reach};
 use super::{Cancel, Cause, Image, Phase, Report, steps};
 
 /// How long the kernel may take to end a process that was killed: one in the middle of a request ends when that does.
-const KILLED: Duration = Duration::from_secs(2);
+const KILL_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A process that may take over.
 #[derive(Debug)]
 pub(super) struct Successor {
-    link: Link,
+    connection: Connection,
     /// The process that answers; until it has, the one that was started or that the connection was made by.
     pid: i32,
     /// That process, when it is known that it is the one.
@@ -26,20 +26,20 @@ pub(super) struct Successor {
     child: Option<Child>,
     grace: Duration,
     /// Whether it may act on the devices: from the switch on.
-    acting: bool,
-    /// Whether the conversation has come to an end that both know of.
-    over: bool,
+    may_act: bool,
+    /// Whether the predecessor has come to an end that both know of.
+    finished: bool,
     /// What it says the update cost, when it has taken over.
     report: Option<Report>,
 }
 
 /// Who has the devices when an update was called off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum CalledOff {
+pub(super) enum AbortOutcome {
     /// Nobody does anything to them: they can be taken back.
-    LetGo,
+    Released,
     /// Too late: the successor has heard the commit.
-    Done,
+    Committed,
 }
 
 /// Why taking over failed, as the successor tells it.
@@ -57,9 +57,18 @@ impl Successor {
             .map_err(|source| Cause::Io { action: "create a socket for the successor", source })?;
         let child = image.start(theirs.into())?;
         let pid = i32::try_from(child.id()).unwrap_or(0);
-        let link = Link::new(ours.into())?;
+        let connection = Connection::new(ours.into())?;
         let pidfd = open_process(pid);
-        Ok(Self { link, pid, pidfd, child: Some(child), grace, acting: false, over: false, report: None })
+        Ok(Self {
+            connection,
+            pid,
+            pidfd,
+            child: Some(child),
+            grace,
+            may_act: false,
+            finished: false,
+            report: None,
+        })
     }
 
     /// The process at the other end of `socket`.
@@ -68,9 +77,18 @@ impl Successor {
         allowed_uid: Option<u32>,
         grace: Duration,
     ) -> Result<Self, Cause> {
-        let link = Link::new(socket.into())?;
-        let pid = link.peer(allowed_uid)?.pid;
-        Ok(Self { link, pid, pidfd: None, child: None, grace, acting: false, over: false, report: None })
+        let connection = Connection::new(socket.into())?;
+        let pid = connection.peer(allowed_uid)?.pid;
+        Ok(Self {
+            connection,
+            pid,
+            pidfd: None,
+            child: None,
+            grace,
+            may_act: false,
+            finished: false,
+            report: None,
+        })
     }
 
     pub(super) const fn pid(&self) -> i32 {
@@ -78,7 +96,7 @@ impl Successor {
     }
 
     fn wait<'a>(&'a self, until: Option<Instant>, cancel: Option<&'a Cancel>) -> Wait<'a> {
-        Wait { until, cancel, process: self.pidfd.as_ref().map(AsFd::as_fd), soon: self.acting }
+        Wait { until, cancel, process: self.pidfd.as_ref().map(AsFd::as_fd), busy_poll: self.may_act }
     }
 
     /// Offers everything that is known and waits until the successor is ready.
@@ -88,9 +106,9 @@ impl Successor {
         fds: &[BorrowedFd<'_>],
         cancel: Option<&Cancel>,
     ) -> Result<(), Cause> {
-        self.link.send(Kind::Offer, state, fds, self.wait(None, cancel))?;
+        self.connection.send(Kind::Offer, state, fds, self.wait(None, cancel))?;
         reach(Point::Offered);
-        let answer = self.link.receive(self.wait(None, cancel))?;
+        let answer = self.connection.receive(self.wait(None, cancel))?;
         match answer.kind {
             Kind::Ready => {
                 if let Some(pid) = answer.sender.filter(|&pid| pid != self.pid || self.pidfd.is_none()) {
@@ -104,16 +122,16 @@ impl Successor {
     }
 
     /// Says that the rest of the state is about to come.
-    pub(super) fn announce(&self) {
-        self.link.announce();
+    pub(super) fn announce_switch(&self) {
+        self.connection.announce();
     }
 
     /// Sends the rest of the state and waits until the successor has the devices.
     pub(super) fn switch(&mut self, state: &[u8], until: Option<Instant>) -> Result<(), Cause> {
-        self.acting = true;
-        self.link.send(Kind::Switch, state, &[], self.wait(until, None))?;
+        self.may_act = true;
+        self.connection.send(Kind::Switch, state, &[], self.wait(until, None))?;
         reach(Point::Sent);
-        let answer = self.link.receive(self.wait(until, None))?;
+        let answer = self.connection.receive(self.wait(until, None))?;
         match answer.kind {
             Kind::Taken => Ok(()),
             Kind::Failed => Err(self.refused(&answer)),
@@ -121,15 +139,15 @@ impl Successor {
         }
     }
 
-    /// The last word, and the answer that it was heard. When that has come the devices are the successor's, whatever
+    /// The last word, and the answer that it was answer. When that has come the devices are the successor's, whatever
     /// becomes of it; one that ends before does not get them.
     pub(super) fn commit(&mut self, until: Option<Instant>) -> Result<(), Cause> {
-        self.link.send(Kind::Commit, b"", &[], self.wait(until, None))?;
+        self.connection.send(Kind::Commit, b"", &[], self.wait(until, None))?;
         reach(Point::Committed);
-        let answer = self.link.receive(self.wait(until, None))?;
+        let answer = self.connection.receive(self.wait(until, None))?;
         match answer.kind {
             Kind::Done => {
-                self.is_done(&answer);
+                self.record_done(&answer);
                 Ok(())
             }
             Kind::Failed => Err(self.refused(&answer)),
@@ -137,8 +155,8 @@ impl Successor {
         }
     }
 
-    fn is_done(&mut self, answer: &Message) {
-        self.over = true;
+    fn record_done(&mut self, answer: &Message) {
+        self.finished = true;
         // It has the devices, whatever it says of it.
         self.report = serde_json::from_slice(&answer.payload).ok();
     }
@@ -149,12 +167,12 @@ impl Successor {
     }
 
     fn refused(&mut self, answer: &Message) -> Cause {
-        self.over = true;
+        self.finished = true;
         match serde_json::from_slice::<Failure>(&answer.payload) {
             Ok(Failure { phase, device, reason }) => {
                 Cause::Successor { pid: self.pid, phase, device, reason }
             }
-            Err(e) => LinkError::Protocol { what: format!("its reason cannot be read: {e}") }.into(),
+            Err(e) => ConnectionError::Protocol { what: format!("its reason cannot be read: {e}") }.into(),
         }
     }
 
@@ -163,39 +181,41 @@ impl Successor {
     ///
     /// # Errors
     /// When it can neither be heard nor killed: it may go on acting on the devices.
-    pub(super) fn call_off(&mut self) -> Result<CalledOff, Cause> {
+    pub(super) fn abort(&mut self) -> Result<AbortOutcome, Cause> {
         let until = Instant::now() + self.grace;
-        if !self.over {
-            let said = self.link.send(Kind::Abort, b"", &[], self.wait(Some(until), None));
-            if !self.acting && self.child.is_none() {
+        if !self.finished {
+            let sent = self.connection.send(Kind::Abort, b"", &[], self.wait(Some(until), None));
+            if !self.may_act && self.child.is_none() {
                 // It has nothing but copies of descriptors, which it drops when it hears this, or ends.
-                self.over = true;
-                return Ok(CalledOff::LetGo);
+                self.finished = true;
+                return Ok(AbortOutcome::Released);
             }
-            let mut heard = said.and_then(|()| self.hear_the_end(until));
-            if !matches!(heard, Ok(_) | Err(LinkError::Gone)) || heard.is_err() && !self.has_ended(until) {
+            let mut answer = sent.and_then(|()| self.receive_abort_answer(until));
+            if !matches!(answer, Ok(_) | Err(ConnectionError::Closed))
+                || answer.is_err() && !self.has_ended(until)
+            {
                 self.kill()?;
-                heard = Err(LinkError::Gone);
+                answer = Err(ConnectionError::Closed);
             }
-            self.over = true;
+            self.finished = true;
             // What it had said before it ended is still there.
-            let last = heard.or_else(|_| self.hear_the_end(Instant::now()));
-            if matches!(last, Ok(CalledOff::Done)) {
-                return Ok(CalledOff::Done);
+            let last = answer.or_else(|_| self.receive_abort_answer(Instant::now()));
+            if matches!(last, Ok(AbortOutcome::Committed)) {
+                return Ok(AbortOutcome::Committed);
             }
         }
         self.reap(until);
-        Ok(CalledOff::LetGo)
+        Ok(AbortOutcome::Released)
     }
 
-    fn hear_the_end(&mut self, until: Instant) -> Result<CalledOff, LinkError> {
+    fn receive_abort_answer(&mut self, until: Instant) -> Result<AbortOutcome, ConnectionError> {
         loop {
-            let message = self.link.receive(self.wait(Some(until), None))?;
+            let message = self.connection.receive(self.wait(Some(until), None))?;
             match message.kind {
-                Kind::Aborted | Kind::Failed | Kind::Refused => return Ok(CalledOff::LetGo),
+                Kind::Aborted | Kind::Failed | Kind::Refused => return Ok(AbortOutcome::Released),
                 Kind::Done => {
-                    self.is_done(&message);
-                    return Ok(CalledOff::Done);
+                    self.record_done(&message);
+                    return Ok(AbortOutcome::Committed);
                 }
                 // Crossed with the abort.
                 _ => {}
@@ -208,14 +228,14 @@ impl Successor {
     }
 
     fn kill(&mut self) -> Result<(), Cause> {
-        let silent = Cause::Silent { pid: self.pid };
+        let unresponsive = Cause::Unresponsive { pid: self.pid };
         let Some(pidfd) = self.pidfd.as_ref().filter(|_| self.pid != steps::own_pid()) else {
-            return Err(silent);
+            return Err(unresponsive);
         };
         if pidfd_send_signal(pidfd, Signal::KILL).is_err() {
-            return Err(silent);
+            return Err(unresponsive);
         }
-        if self.has_ended(Instant::now() + KILLED) { Ok(()) } else { Err(silent) }
+        if self.has_ended(Instant::now() + KILL_TIMEOUT) { Ok(()) } else { Err(unresponsive) }
     }
 
     /// Collects a child that has ended or is about to; one that goes on is killed, since it was started for this.
@@ -238,9 +258,9 @@ impl Successor {
 /// An update that is given up in prepare, with the program going on.
 impl Drop for Successor {
     fn drop(&mut self) {
-        if !self.over || self.child.is_some() {
+        if !self.finished || self.child.is_some() {
             // Nobody is there to be told; what is done is what can be done.
-            let _ = self.call_off();
+            let _ = self.abort();
         }
     }
 }
@@ -264,5 +284,5 @@ fn open_process(pid: i32) -> Option<OwnedFd> {
 }
 
 fn unexpected(kind: Kind) -> Cause {
-    LinkError::Protocol { what: format!("{kind:?} is out of turn") }.into()
+    ConnectionError::Protocol { what: format!("{kind:?} is out of turn") }.into()
 }

@@ -51,13 +51,13 @@ impl Cancel {
 
 /// Why the other side cannot be talked to.
 #[derive(Debug, Error)]
-pub enum LinkError {
+pub enum ConnectionError {
     /// No Unix stream socket.
     #[error("the descriptor is not a Unix stream socket")]
-    NotASocket,
+    NotUnixStream,
     /// Its other end belongs to somebody who may not have the devices.
     #[error("the other side runs as user {uid}; only root{} may take part", users(*.own, *.allowed))]
-    Stranger {
+    ForbiddenUser {
         /// User of the other side.
         uid: u32,
         /// The user of this process, who would be allowed.
@@ -67,7 +67,7 @@ pub enum LinkError {
     },
     /// The other side ended, or closed the connection.
     #[error("the other side is gone")]
-    Gone,
+    Closed,
     /// It did not answer in time.
     #[error("the other side has not answered in time")]
     TimedOut,
@@ -97,8 +97,8 @@ fn users(own: u32, allowed: Option<u32>) -> String {
     allowed.map_or_else(|| format!(" and user {own}"), |uid| format!(", user {own} and user {uid}"))
 }
 
-fn system(action: &'static str) -> impl Fn(rustix::io::Errno) -> LinkError {
-    move |e| LinkError::System { action, source: Errno::from_raw(e.raw_os_error()) }
+fn system(action: &'static str) -> impl Fn(rustix::io::Errno) -> ConnectionError {
+    move |e| ConnectionError::System { action, source: Errno::from_raw(e.raw_os_error()) }
 }
 
 /// What a message says.
@@ -150,7 +150,7 @@ pub(super) struct Message {
     pub(super) kind: Kind,
     pub(super) payload: Vec<u8>,
     pub(super) fds: Vec<OwnedFd>,
-    /// The process that sent it, as the kernel says. The one that made the connection, of which [`Link::peer`] knows, may be
+    /// The process that sent it, as the kernel says. The one that made the connection, of which [`Connection::peer`] knows, may be
     /// another: a socket can be passed on, and a service manager listens for those that it starts.
     pub(super) sender: Option<i32>,
 }
@@ -171,15 +171,15 @@ pub(super) struct Wait<'a> {
     pub(super) process: Option<BorrowedFd<'a>>,
     /// Look again and again for a moment before sleeping: the answer is due, devices wait for it, and waking a thread of an
     /// idle CPU takes longer than the rest of a message. Others that want this CPU get it meanwhile.
-    pub(super) soon: bool,
+    pub(super) busy_poll: bool,
 }
 
 /// For how long to look again and again, with [`Wait::soon`].
-const SOON: Duration = Duration::from_micros(300);
+const BUSY_POLL: Duration = Duration::from_micros(300);
 
-/// One end of the conversation.
+/// One end of the predecessor.
 #[derive(Debug)]
-pub(super) struct Link(OwnedFd);
+pub(super) struct Connection(OwnedFd);
 
 /// The other process, as the kernel knows it.
 #[derive(Clone, Copy, Debug)]
@@ -187,12 +187,12 @@ pub(super) struct Peer {
     pub(super) pid: i32,
 }
 
-impl Link {
-    pub(super) fn new(socket: OwnedFd) -> Result<Self, LinkError> {
+impl Connection {
+    pub(super) fn new(socket: OwnedFd) -> Result<Self, ConnectionError> {
         let unix = socket_domain(&socket).is_ok_and(|family| family == AddressFamily::UNIX);
         let stream = socket_type(&socket).is_ok_and(|kind| kind == SocketType::STREAM);
         if !unix || !stream {
-            return Err(LinkError::NotASocket);
+            return Err(ConnectionError::NotUnixStream);
         }
         // The kernel adds the sender to each message as soon as one of the two ends asks for it.
         set_socket_passcred(&socket, true).map_err(system("ask for the sender of messages"))?;
@@ -200,12 +200,12 @@ impl Link {
     }
 
     /// Who is at the other end, if that one may be: root, this process's user, or `allowed`.
-    pub(super) fn peer(&self, allowed: Option<u32>) -> Result<Peer, LinkError> {
+    pub(super) fn peer(&self, allowed: Option<u32>) -> Result<Peer, ConnectionError> {
         let credentials = socket_peercred(&self.0).map_err(system("ask who is at the other end"))?;
         let uid = credentials.uid.as_raw();
         let own = rustix::process::geteuid().as_raw();
         if !may_take_part(uid, own, allowed) {
-            return Err(LinkError::Stranger { uid, own, allowed });
+            return Err(ConnectionError::ForbiddenUser { uid, own, allowed });
         }
         Ok(Peer { pid: credentials.pid.as_raw_nonzero().get() })
     }
@@ -216,7 +216,7 @@ impl Link {
         payload: &[u8],
         fds: &[BorrowedFd<'_>],
         wait: Wait<'_>,
-    ) -> Result<(), LinkError> {
+    ) -> Result<(), ConnectionError> {
         for some in fds.chunks(FDS_AT_ONCE) {
             self.send_bytes(&header(Kind::Descriptors, 0), some, wait)?;
         }
@@ -230,7 +230,7 @@ impl Link {
         mut bytes: &[u8],
         mut fds: &[BorrowedFd<'_>],
         wait: Wait<'_>,
-    ) -> Result<(), LinkError> {
+    ) -> Result<(), ConnectionError> {
         while !bytes.is_empty() {
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_AT_ONCE))];
             let mut control = SendAncillaryBuffer::new(&mut space);
@@ -245,7 +245,9 @@ impl Link {
                 }
                 Err(rustix::io::Errno::AGAIN) => self.wait(PollFlags::OUT, wait)?,
                 Err(rustix::io::Errno::INTR) => {}
-                Err(rustix::io::Errno::PIPE | rustix::io::Errno::CONNRESET) => return Err(LinkError::Gone),
+                Err(rustix::io::Errno::PIPE | rustix::io::Errno::CONNRESET) => {
+                    return Err(ConnectionError::Closed);
+                }
                 Err(e) => return Err(system("send to the other side")(e)),
             }
         }
@@ -262,17 +264,17 @@ impl Link {
         );
     }
 
-    pub(super) fn receive(&self, mut wait: Wait<'_>) -> Result<Message, LinkError> {
+    pub(super) fn receive(&self, mut wait: Wait<'_>) -> Result<Message, ConnectionError> {
         let mut came = Ancillary::default();
         loop {
             let mut bytes = [0; HEADER];
             self.receive_bytes(&mut bytes, &mut came, wait)?;
             let (kind, len) = parse(&bytes)?;
             if came.fds.len() > FDS_MAX {
-                return Err(LinkError::Protocol { what: format!("more than {FDS_MAX} descriptors") });
+                return Err(ConnectionError::Protocol { what: format!("more than {FDS_MAX} descriptors") });
             }
             if kind == Kind::Descriptors {
-                wait.soon = true;
+                wait.busy_poll = true;
                 continue;
             }
             let mut payload = Vec::new();
@@ -294,8 +296,8 @@ impl Link {
         mut bytes: &mut [u8],
         came: &mut Ancillary,
         wait: Wait<'_>,
-    ) -> Result<(), LinkError> {
-        let mut awake = wait.soon.then(|| Instant::now() + SOON);
+    ) -> Result<(), ConnectionError> {
+        let mut awake = wait.busy_poll.then(|| Instant::now() + BUSY_POLL);
         while !bytes.is_empty() {
             let mut space =
                 [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_AT_ONCE), ScmCredentials(1))];
@@ -313,7 +315,7 @@ impl Link {
                     continue;
                 }
                 Err(rustix::io::Errno::INTR) => continue,
-                Err(rustix::io::Errno::CONNRESET) => return Err(LinkError::Gone),
+                Err(rustix::io::Errno::CONNRESET) => return Err(ConnectionError::Closed),
                 Err(e) => return Err(system("receive from the other side")(e)),
             };
             for message in control.drain() {
@@ -326,21 +328,21 @@ impl Link {
                 }
             }
             if received.flags.contains(ReturnFlags::CTRUNC) {
-                return Err(LinkError::Descriptors);
+                return Err(ConnectionError::Descriptors);
             }
             if received.bytes == 0 {
-                return Err(LinkError::Gone);
+                return Err(ConnectionError::Closed);
             }
             bytes = bytes.get_mut(received.bytes..).unwrap_or_default();
         }
         Ok(())
     }
 
-    fn wait(&self, flags: PollFlags, wait: Wait<'_>) -> Result<(), LinkError> {
+    fn wait(&self, flags: PollFlags, wait: Wait<'_>) -> Result<(), ConnectionError> {
         loop {
             let left = wait.until.map(|until| until.saturating_duration_since(Instant::now()));
             if left.is_some_and(|left| left.is_zero()) {
-                return Err(LinkError::TimedOut);
+                return Err(ConnectionError::TimedOut);
             }
             let timeout = left.and_then(|left| Timespec::try_from(left).ok());
             let mut fds = vec![PollFd::new(&self.0, flags)];
@@ -361,16 +363,16 @@ impl Link {
                 return Ok(());
             }
             if cancel_at.is_some_and(ready) {
-                return Err(LinkError::Cancelled);
+                return Err(ConnectionError::Cancelled);
             }
             if wait.process.is_some() && ready(fds.len() - 1) {
-                return Err(LinkError::Gone);
+                return Err(ConnectionError::Closed);
             }
         }
     }
 }
 
-impl AsFd for Link {
+impl AsFd for Connection {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
@@ -388,8 +390,8 @@ fn header(kind: Kind, len: u64) -> [u8; HEADER] {
     bytes
 }
 
-fn parse(bytes: &[u8; HEADER]) -> Result<(Kind, u64), LinkError> {
-    let protocol = |what: String| LinkError::Protocol { what };
+fn parse(bytes: &[u8; HEADER]) -> Result<(Kind, u64), ConnectionError> {
+    let protocol = |what: String| ConnectionError::Protocol { what };
     let [m0, m1, m2, m3, v0, v1, k0, k1, len @ ..] = *bytes;
     if [m0, m1, m2, m3] != MAGIC {
         return Err(protocol("its message begins with something else".to_owned()));
@@ -417,9 +419,9 @@ mod tests {
 
     use super::*;
 
-    fn pair() -> (Link, Link) {
+    fn pair() -> (Connection, Connection) {
         let (a, b) = UnixStream::pair().unwrap();
-        (Link::new(a.into()).unwrap(), Link::new(b.into()).unwrap())
+        (Connection::new(a.into()).unwrap(), Connection::new(b.into()).unwrap())
     }
 
     fn soon() -> Wait<'static> {
@@ -450,16 +452,16 @@ mod tests {
     fn waiting_ends_by_time_by_cancel_and_by_the_end() {
         let (a, b) = pair();
         let now = Wait { until: Some(Instant::now()), ..Wait::default() };
-        assert!(matches!(b.receive(now), Err(LinkError::TimedOut)));
+        assert!(matches!(b.receive(now), Err(ConnectionError::TimedOut)));
         let cancel = Cancel::new().unwrap();
         cancel.cancel();
         let wait = Wait { cancel: Some(&cancel), ..soon() };
-        assert!(matches!(b.receive(wait), Err(LinkError::Cancelled)));
+        assert!(matches!(b.receive(wait), Err(ConnectionError::Cancelled)));
         a.send(Kind::Ready, b"", &[], soon()).unwrap();
         drop(a);
         assert_eq!(b.receive(wait).unwrap().kind, Kind::Ready);
-        assert!(matches!(b.receive(soon()), Err(LinkError::Gone)));
-        assert!(matches!(b.send(Kind::Ready, b"", &[], soon()), Err(LinkError::Gone)));
+        assert!(matches!(b.receive(soon()), Err(ConnectionError::Closed)));
+        assert!(matches!(b.send(Kind::Ready, b"", &[], soon()), Err(ConnectionError::Closed)));
     }
 
     #[test]
@@ -468,7 +470,7 @@ mod tests {
         assert!(may_take_part(1001, 1000, Some(1001)));
         assert!(!may_take_part(1001, 1000, None) && !may_take_part(1000, 0, None));
         assert!(!may_take_part(1002, 1000, Some(1001)));
-        let text = |allowed| LinkError::Stranger { uid: 1002, own: 1000, allowed }.to_string();
+        let text = |allowed| ConnectionError::ForbiddenUser { uid: 1002, own: 1000, allowed }.to_string();
         assert_eq!(text(None), "the other side runs as user 1002; only root and user 1000 may take part");
         assert_eq!(
             text(Some(1001)),
@@ -478,7 +480,7 @@ mod tests {
 
     #[test]
     fn what_is_not_the_protocol_is_refused() {
-        assert!(matches!(parse(b"GET / HTTP/1.1\r\n"), Err(LinkError::Protocol { .. })));
+        assert!(matches!(parse(b"GET / HTTP/1.1\r\n"), Err(ConnectionError::Protocol { .. })));
         let mut other = header(Kind::Offer, 0);
         other[4] = 9;
         assert!(parse(&other).unwrap_err().to_string().contains("version 9, here it is 1"));
@@ -487,6 +489,6 @@ mod tests {
             assert_eq!(parse(&header(kind, 5)).unwrap(), (kind, 5));
         }
         let (reading, _writing) = std::io::pipe().unwrap();
-        assert!(matches!(Link::new(reading.into()), Err(LinkError::NotASocket)));
+        assert!(matches!(Connection::new(reading.into()), Err(ConnectionError::NotUnixStream)));
     }
 }
