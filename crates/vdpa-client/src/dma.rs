@@ -40,8 +40,8 @@ pub enum Backing {
     /// Memory that the caller has mapped itself and keeps mapped at this address while the session lives.
     ///
     /// It ends with the program, so a session that has such a region cannot be updated. Memory of an object that the
-    /// caller has mapped itself is [`Memory::placed`].
-    Caller(u64),
+    /// caller has mapped itself is [`Memory::from_mapping`].
+    HostAddress(u64),
 }
 
 /// One mapping: a piece of memory, its address for the device, and the same bytes for the driver.
@@ -67,7 +67,7 @@ impl Region {
             return Err(problem(&name, RegionProblem::OutOfRange { range, usable }));
         }
         let (memory, offset) = match backing {
-            Backing::Caller(uaddr) => (Memory::private(&name, uaddr, size), 0),
+            Backing::HostAddress(uaddr) => (Memory::anonymous(&name, uaddr, size), 0),
             Backing::Object(fd) => (Memory::map(&name, fd, 0, size, populate)?, 0),
             Backing::Memory(memory, offset) => (memory, offset),
         };

@@ -211,7 +211,7 @@ fn what_cannot_work_is_refused_before_the_device_is_touched() {
 
     let spec = RegionSpec {
         name: "heap".to_owned(),
-        backing: Backing::Caller(0x7000_0000),
+        backing: Backing::HostAddress(0x7000_0000),
         iova: 0x4000_0000,
         size: 4096,
         perm: Perm::RO,
