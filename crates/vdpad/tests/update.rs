@@ -62,7 +62,7 @@ fn tenant() {
             sections.ensure_consumed().unwrap();
             let (made, flying): Saved = section.parse(SECTION.1).unwrap();
             let disk = again(Disk { session, flying: BTreeMap::from_iter(flying) }, made);
-            report.announce("disk0", &disk.session).unwrap();
+            report.report_to_server("disk0", &disk.session).unwrap();
             (disk, made + 1)
         }
     };

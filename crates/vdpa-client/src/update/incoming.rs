@@ -59,11 +59,11 @@ pub struct Restored<D> {
 }
 
 impl<D: DeviceFile> Restored<D> {
-    /// [`Report::announce`] for every device that is still here.
-    pub fn announce(&self) {
+    /// [`Report::report_to_server`] for every device that is still here.
+    pub fn report_to_server(&self) {
         for (name, session) in &self.devices {
             // Nothing depends on it; a kernel device does not know the request.
-            let _ = self.report.announce(name, session);
+            let _ = self.report.report_to_server(name, session);
         }
     }
 }

@@ -155,7 +155,7 @@ impl Report {
     ///
     /// # Errors
     /// `ENOTTY` from a server that does not want to know, such as the kernel; `EINVAL` when `name` is not in this report.
-    pub fn announce<D: DeviceFile>(&self, name: &str, session: &Session<D>) -> Result<(), Errno> {
+    pub fn report_to_server<D: DeviceFile>(&self, name: &str, session: &Session<D>) -> Result<(), Errno> {
         let device = self.device(name).ok_or(Errno::INVAL)?;
         session.parts().0.report_update(&self.of(device))
     }
