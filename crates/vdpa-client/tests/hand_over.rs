@@ -16,7 +16,7 @@ use vdpa_client::device::Device;
 use vdpa_client::memory::Memory;
 use vdpa_client::state::{Section, Sections};
 use vdpa_client::update::{
-    self, Cancel, Cause, ConnectionError, Departed, Devices, Failed, Image, Incoming, Phase, Plan, Restored,
+    self, Cancel, Cause, Completed, ConnectionError, Devices, Failed, Image, Incoming, Phase, Plan, Restored,
     Strategy, UpdateError, Via, Way,
 };
 use vdpa_client::vring::GuestRing;
@@ -55,7 +55,7 @@ impl Disk {
     }
 }
 
-type Switched = Result<Departed, Box<Failed<Notes>>>;
+type Switched = Result<Completed, Box<Failed<Notes>>>;
 
 /// Hands over within this process.
 fn hand_over(
@@ -490,9 +490,9 @@ fn a_child_that_fails_leaves_everything_here() {
 fn a_rehearsal_asks_the_new_image_before_the_exec() {
     let disk = Disk::new(&ALL);
     let mut devices = disk.devices();
-    let error = Plan::new().rehearse().prepare(&devices, Via::Exec(image("refuse"))).unwrap_err();
+    let error = Plan::new().dry_run().prepare(&devices, Via::Exec(image("refuse"))).unwrap_err();
     assert!(error.source.to_string().contains("refused: not this one"), "{error:?}");
-    let prepared = Plan::new().rehearse().prepare(&devices, Via::Exec(image("take"))).unwrap();
+    let prepared = Plan::new().dry_run().prepare(&devices, Via::Exec(image("take"))).unwrap();
     drop(prepared);
     works(&mut devices);
     assert_eq!(disk.notes().replace("close", "").replace(", ", ""), "");

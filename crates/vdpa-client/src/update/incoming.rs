@@ -325,10 +325,10 @@ impl<D: DeviceFile> Incoming<D> {
                     Ok(devices) => devices,
                     Err(mut error) => {
                         if matches!(error.source, Cause::Aborted) && way == Way::Exec {
-                            error.source = Cause::Rehearsed;
+                            error.source = Cause::DryRun;
                         }
                         // Nothing is held any more.
-                        let aborted = matches!(error.source, Cause::Aborted | Cause::Rehearsed);
+                        let aborted = matches!(error.source, Cause::Aborted | Cause::DryRun);
                         predecessor.reject(if aborted { Kind::Aborted } else { Kind::Failed }, &error);
                         return Err(error);
                     }

@@ -74,7 +74,7 @@ pub use self::connection::{Cancel, ConnectionError};
 pub use self::devices::{Devices, Iter};
 pub use self::incoming::{Incoming, Restored, incoming, restore};
 pub use self::plan::{DEADLINE, GRACE, Image, Plan, UnknownWay, Via, Way};
-pub use self::prepared::{Departed, Described, Failed, Prepared};
+pub use self::prepared::{Completed, Described, Failed, Prepared};
 pub use self::report::{DeviceReport, Report};
 pub use self::strategy::{Strategy, UnknownStrategy, Unsupported};
 use crate::error::{Error as SessionError, MemoryProblem};
@@ -165,7 +165,7 @@ pub enum Cause {
     },
     /// A name that must be unique is not.
     #[error("there are two of {what} \"{name}\"; names must be unique in an update")]
-    Twice {
+    DuplicateName {
         /// `device`, `section` or `descriptor`.
         what: &'static str,
         /// The name.
@@ -173,7 +173,7 @@ pub enum Cause {
     },
     /// A strategy for a device that is not there.
     #[error("a strategy is given for device \"{name}\"; there are: {present}")]
-    NoDevice {
+    UnknownDevice {
         /// The name given.
         name: String,
         /// Those there are.
@@ -232,7 +232,7 @@ pub enum Cause {
     Aborted,
     /// This was a rehearsal.
     #[error("this was a rehearsal: everything is understood, and the predecessor goes on")]
-    Rehearsed,
+    DryRun,
     /// This program does not want it.
     #[error("refused: {reason}")]
     Refused {

@@ -209,7 +209,7 @@ pub struct Plan {
     pub(super) grace: Duration,
     pub(super) cancel: Option<Cancel>,
     pub(super) allowed_uid: Option<u32>,
-    pub(super) rehearse: bool,
+    pub(super) dry_run: bool,
 }
 
 impl Default for Plan {
@@ -233,7 +233,7 @@ impl Plan {
             grace: GRACE,
             cancel: None,
             allowed_uid: None,
-            rehearse: false,
+            dry_run: false,
         }
     }
 
@@ -314,10 +314,10 @@ impl Plan {
 
     /// Before an exec, starts the new image once as a child that is shown everything and takes nothing: it must say that
     /// it understands every section and can map all memory. Finds out what execve would find out too late. The child
-    /// ends with [`Cause::Rehearsed`] where it would have taken over.
+    /// ends with [`Cause::DryRun`] where it would have taken over.
     #[must_use]
-    pub fn rehearse(self) -> Self {
-        Self { rehearse: true, ..self }
+    pub fn dry_run(self) -> Self {
+        Self { dry_run: true, ..self }
     }
 
     /// Devices that have a strategy of their own. The last one given counts.
@@ -332,22 +332,22 @@ impl Plan {
         }
         let present: HashSet<&str> = names.iter().copied().collect();
         if let Some((device, _)) = self.strategies().find(|(device, _)| !present.contains(device)) {
-            return Err(Cause::NoDevice { name: device.to_owned(), present: names.join(", ") });
+            return Err(Cause::UnknownDevice { name: device.to_owned(), present: names.join(", ") });
         }
         names.sort_unstable();
         if let Some(name) = steps::first_twice(&names) {
-            return Err(Cause::Twice { what: "device", name: (*name).to_owned() });
+            return Err(Cause::DuplicateName { what: "device", name: (*name).to_owned() });
         }
         let mut names: Vec<&str> = self.descriptors.iter().map(|(name, _)| name.as_str()).collect();
         names.sort_unstable();
         if let Some(name) = steps::first_twice(&names) {
-            return Err(Cause::Twice { what: "descriptor", name: (*name).to_owned() });
+            return Err(Cause::DuplicateName { what: "descriptor", name: (*name).to_owned() });
         }
         let sections = self.sections.iter().map(|s| s.name.as_str());
         let mut names: Vec<&str> = sections.chain(self.late.iter().map(|l| l.name.as_str())).collect();
         names.sort_unstable();
         match steps::first_twice(&names) {
-            Some(name) => Err(Cause::Twice { what: "section", name: (*name).to_owned() }),
+            Some(name) => Err(Cause::DuplicateName { what: "section", name: (*name).to_owned() }),
             None => Ok(()),
         }
     }

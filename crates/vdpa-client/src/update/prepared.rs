@@ -62,14 +62,14 @@ struct Chosen {
 
 /// The predecessor's view of an update that is done: the devices are another process's.
 #[derive(Debug)]
-pub struct Departed {
+pub struct Completed {
     /// What it cost.
     pub report: Report,
     /// The successor, if it is a child of this process; to be waited for as long as this process goes on.
     pub child: Option<Child>,
 }
 
-impl Departed {
+impl Completed {
     /// Has the calling thread run only when nobody else wants its CPU, for a predecessor that has nothing left to do but to
     /// end. Giving memory back takes 10 ms and more for each GiB; at the usual priority the successor and the servers of its
     /// devices wait for that where there are few CPUs. The memory of the sessions is given back when the last clone of its
@@ -77,7 +77,7 @@ impl Departed {
     ///
     /// # Errors
     /// None is known for a thread of this process.
-    pub fn end_in_idle_time(&self) -> Result<(), Errno> {
+    pub fn run_when_idle(&self) -> Result<(), Errno> {
         vdpa_sys::priority::run_when_idle(None)
     }
 }
@@ -204,7 +204,7 @@ impl Described {
         };
         match via {
             Via::Exec(image) => {
-                if self.plan.rehearse {
+                if self.plan.dry_run {
                     drop(connected(Successor::start(&image, grace))?);
                 }
                 image.prefetch();
@@ -295,7 +295,7 @@ impl Prepared {
         self,
         devices: Devices<D>,
         late: Sections,
-    ) -> Result<Departed, Box<Failed<D>>> {
+    ) -> Result<Completed, Box<Failed<D>>> {
         let begun_ns = monotonic_ns();
         let until = self.plan.deadline.and_then(|deadline| Instant::now().checked_add(deadline));
         reach(Point::Switching);
@@ -429,7 +429,7 @@ fn depart<D: DeviceFile>(
     mut late: Sections,
     until: Option<Instant>,
     begun: Begun,
-) -> Result<Departed, Box<Failed<D>>> {
+) -> Result<Completed, Box<Failed<D>>> {
     let mut taken = None;
     let mut exchange = || -> Result<(), Cause> {
         switch.put(&mut late)?;
@@ -463,7 +463,7 @@ fn depart<D: DeviceFile>(
     report.total = now.saturating_sub(begun.ns);
     report.begun_unix_ns = begun.unix_ns;
     report.way = begun.way;
-    Ok(Departed { report, child: successor.into_child() })
+    Ok(Completed { report, child: successor.into_child() })
 }
 
 /// Two processes must not drive a device: this one lets go, since the other can be neither heard nor killed.
