@@ -9,9 +9,9 @@ use rustix::fs::{SealFlags, fcntl_get_seals, fstat};
 use vdpa_sys::clock::monotonic_ns;
 use vdpa_sys::{inherit, memfd};
 
+use super::checkpoint::{Checkpoint, checkpoint};
 use super::connection::Kind;
 use super::load::{All, Loaded, Source, load};
-use super::points::{Point, reach};
 use super::predecessor::Predecessor;
 use super::taking::Taking;
 use super::{
@@ -98,7 +98,7 @@ pub fn incoming<D: DeviceFile>() -> Result<Option<Incoming<D>>, UpdateError> {
     let entered = monotonic_ns();
     let at_load = |source| UpdateError { phase: Phase::Load, device: None, source };
     if let Some(socket) = inherited_socket().map_err(at_load)? {
-        reach(Point::Entered);
+        checkpoint(Checkpoint::Entered);
         return Incoming::receive(socket).map(Some);
     }
     let Some(value) = std::env::var_os(STATE_VARIABLE) else {
@@ -107,7 +107,7 @@ pub fn incoming<D: DeviceFile>() -> Result<Option<Incoming<D>>, UpdateError> {
     if std::env::var_os(PID_VARIABLE).is_some_and(|pid| pid.to_str() != Some(&steps::own_pid().to_string())) {
         return Ok(None);
     }
-    reach(Point::Entered);
+    checkpoint(Checkpoint::Entered);
     keeper::adopt();
     let read = || -> Result<Sections, Cause> {
         let number = value
@@ -172,7 +172,7 @@ impl<D: DeviceFile> Incoming<D> {
         let mut predecessor = Predecessor::new(socket, allowed).map_err(at(Phase::Prepare))?;
         let offer = predecessor.receive(Kind::Offer).map_err(at(Phase::Prepare))?;
         let entered = monotonic_ns();
-        reach(Point::Received);
+        checkpoint(Checkpoint::Received);
         let fds = offer.fds.into_iter().map(Some).collect();
         let loaded = (|| {
             let mut sections = state::decode(&offer.payload).map_err(|e| at(Phase::Load)(e.into()))?;
@@ -183,7 +183,7 @@ impl<D: DeviceFile> Incoming<D> {
         })();
         match loaded {
             Ok((update, all, sections)) => {
-                reach(Point::Loaded);
+                checkpoint(Checkpoint::Loaded);
                 let origin = Origin::Process(predecessor);
                 Ok(Self { update, all, sections, origin, entered })
             }
@@ -198,13 +198,13 @@ impl<D: DeviceFile> Incoming<D> {
     /// `CLOCK_MONOTONIC` in ns.
     fn from_image(mut sections: Sections, entered: u64) -> Result<Self, UpdateError> {
         let general = |source: Cause| UpdateError { phase: Phase::Load, device: None, source };
-        reach(Point::Received);
+        checkpoint(Checkpoint::Received);
         let files = v2::Files::take(&mut sections).map_err(|e| general(e.into()))?;
         let (known, switch) = v2::take(&mut sections).map_err(|e| general(e.into()))?;
         check_process(&known.update).map_err(general)?;
         let update = known.update.clone();
         let all = load(known, Source::Inherited, &files)?;
-        reach(Point::Loaded);
+        checkpoint(Checkpoint::Loaded);
         Ok(Self { update, all, sections, origin: Origin::Image(switch), entered })
     }
 }
@@ -351,10 +351,10 @@ fn take_from_process<D: DeviceFile>(
         devices.iter().for_each(Loaded::introduce);
     }
     predecessor.send(Kind::Ready, b"").map_err(at(Phase::Prepare))?;
-    reach(Point::ReadySent);
+    checkpoint(Checkpoint::ReadySent);
     let message = predecessor.receive(Kind::Switch).map_err(at(Phase::Prepare))?;
     let heard = monotonic_ns();
-    reach(Point::SwitchHeard);
+    checkpoint(Checkpoint::SwitchReceived);
     let mut late = state::decode(&message.payload).map_err(|e| at(Phase::Load)(e.into()))?;
     let switch = v2::Switch::take(&mut late).map_err(|e| at(Phase::Load)(e.into()))?;
     sections.append(late);
@@ -368,7 +368,7 @@ fn take_from_process<D: DeviceFile>(
     let told = || serde_json::to_vec(report).unwrap_or_default();
     predecessor.commit(told).map_err(at(Phase::Commit))?;
     report.commit = monotonic_ns().saturating_sub(said);
-    reach(Point::CommitHeard);
+    checkpoint(Checkpoint::CommitReceived);
     let devices = taking.run(report)?;
     report.total = monotonic_ns().saturating_sub(begun_ns);
     Ok(devices)

@@ -10,7 +10,7 @@ use vdpa_sys::exec::{Program, execve, set_close_on_exec};
 use vdpa_sys::keeper::AddressSpaceKeeper;
 use vdpa_sys::memfd;
 
-use super::points::{Point, reach};
+use super::checkpoint::{Checkpoint, checkpoint};
 use super::rest::AtRest;
 use super::{Cause, Image, PID_VARIABLE, Phase, Plan, STATE_VARIABLE, UpdateError, keeper, steps};
 use crate::device::DeviceFile;
@@ -68,7 +68,7 @@ impl Leave<'_> {
             if until.is_some_and(|until| Instant::now() >= until) {
                 return Err(Cause::Deadline);
             }
-            reach(Point::Leaving);
+            checkpoint(Checkpoint::BeforeExec);
             execve(Program::Path(&path), &args, &env)
                 .map_err(|source| Cause::System { action: "execve the new image", source })
         };

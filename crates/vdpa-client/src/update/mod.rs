@@ -43,6 +43,7 @@
 //! they are in [`Prepared::switch`]. For an exec no other thread should be in the middle of anything: execve ends them
 //! where they are.
 
+pub mod checkpoint;
 mod connection;
 mod devices;
 mod incoming;
@@ -50,7 +51,6 @@ mod keeper;
 mod leave;
 mod load;
 mod plan;
-pub mod points;
 mod predecessor;
 mod prepared;
 mod report;

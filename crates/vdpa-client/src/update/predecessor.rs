@@ -7,8 +7,8 @@ use std::time::Instant;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
+use super::checkpoint::{Checkpoint, checkpoint};
 use super::connection::{Connection, ConnectionError, Kind, Message, Wait};
-use super::points::{Point, reach};
 use super::successor::Failure;
 use super::{Cause, Phase, UpdateError};
 use crate::error::chain;
@@ -52,7 +52,7 @@ impl Predecessor {
     /// that its word has arrived, or that this process has ended before. The `report` for it is made while the word is under way.
     pub(super) fn commit(&mut self, report: impl FnOnce() -> Vec<u8>) -> Result<(), Cause> {
         match self.send(Kind::Taken, b"") {
-            Ok(()) => reach(Point::TakenSent),
+            Ok(()) => checkpoint(Checkpoint::TakenSent),
             // It may have called the update off before it ended: that is still to be read.
             Err(Cause::Connection(ConnectionError::Closed)) => {}
             Err(e) => return Err(e),

@@ -10,8 +10,8 @@ use vdpa_core::features::BackendFeatures;
 use vdpa_sys::clock::monotonic_ns;
 use vdpa_sys::keeper::AddressSpaceKeeper;
 
+use super::checkpoint::{Checkpoint, checkpoint};
 use super::leave::Leave;
-use super::points::{Point, reach};
 use super::rest::AtRest;
 use super::successor::{AbortOutcome, Successor};
 use super::{Cause, Devices, Image, Phase, Plan, Report, Strategy, UpdateError, Via, Way, same, save, steps};
@@ -172,7 +172,7 @@ impl Described {
     pub fn prepare(self, via: Via) -> Result<Prepared, UpdateError> {
         let begin = monotonic_ns();
         let (to, sections) = self.connect(via).map_err(general)?;
-        reach(Point::Ready);
+        checkpoint(Checkpoint::Ready);
         let Self { plan, chosen, begun_unix_ns, took_ns, .. } = self;
         let prepare_ns = monotonic_ns().saturating_sub(begin).saturating_add(took_ns);
         Ok(Prepared { plan, to, chosen, sections, begun_unix_ns, prepare_ns })
@@ -193,12 +193,12 @@ impl Described {
         if let Via::Exec(image) | Via::Fork(image) = &via {
             image.check()?;
         }
-        reach(Point::Checked);
+        checkpoint(Checkpoint::Checked);
         let (cancel, grace) = (self.plan.cancel.as_ref(), self.plan.grace);
         let fds = self.table.fds();
         let connected = |successor: Result<Successor, Cause>| {
             let mut successor = successor?;
-            reach(Point::Connected);
+            checkpoint(Checkpoint::Connected);
             successor.offer(&bytes, &fds, cancel)?;
             Ok::<_, Cause>(successor)
         };
@@ -298,7 +298,7 @@ impl Prepared {
     ) -> Result<Completed, Box<Failed<D>>> {
         let begun_ns = monotonic_ns();
         let until = self.plan.deadline.and_then(|deadline| Instant::now().checked_add(deadline));
-        reach(Point::Switching);
+        checkpoint(Checkpoint::Switching);
         if let Err(error) =
             self.unchanged(&devices).and_then(|()| self.plan.check_late(&late).map_err(general))
         {
@@ -332,7 +332,7 @@ impl Prepared {
         };
         switch.saved_ns = monotonic_ns();
         switch.save_ns = switch.saved_ns.saturating_sub(save_begin);
-        reach(Point::Saved);
+        checkpoint(Checkpoint::Saved);
         match to {
             To::Exec(image, keeper) => {
                 let keeper = keeper.as_ref();
@@ -439,7 +439,7 @@ fn depart<D: DeviceFile>(
         }
         successor.switch(&state::encode(&late)?, until)?;
         taken = Some(monotonic_ns());
-        reach(Point::TakenHeard);
+        checkpoint(Checkpoint::TakenReceived);
         // Until here this process decides; a successor that has ended meanwhile does not get the devices.
         successor.commit(until)
     };
@@ -456,7 +456,7 @@ fn depart<D: DeviceFile>(
     }
     // Every descriptor of a device ends here, and with it all that this process could do to it.
     drop(resting);
-    reach(Point::Departed);
+    checkpoint(Checkpoint::Released);
     let mut report = successor.take_report().unwrap_or_else(|| Report::new(begun.way));
     let now = monotonic_ns();
     report.commit = taken.map_or(0, |taken| now.saturating_sub(taken));

@@ -4,7 +4,7 @@ use vdpa_core::Errno;
 use vdpa_core::features::{BackendFeatures, Status};
 use vdpa_sys::clock::monotonic_ns;
 
-use super::points::{Point, reach};
+use super::checkpoint::{Checkpoint, checkpoint};
 use super::{Cause, DeviceReport, Phase, Strategy, UpdateError, steps};
 use crate::device::DeviceFile;
 use crate::error::Error;
@@ -50,7 +50,7 @@ impl<D: DeviceFile> AtRest<D> {
         device.suspend_ns = monotonic_ns().saturating_sub(begin);
         match stopped {
             Ok(()) => {
-                reach(Point::AtRest);
+                checkpoint(Checkpoint::AtRest);
                 Ok(device)
             }
             Err(e) => {
@@ -69,7 +69,7 @@ impl<D: DeviceFile> AtRest<D> {
         if suspends {
             steps::suspend(ops)?;
             self.suspended = true;
-            reach(Point::Suspended);
+            checkpoint(Checkpoint::Suspended);
         }
         if matches!(self.strategy, Strategy::Reset | Strategy::Reopen) {
             self.bases = steps::bases(ops, &self.setup)?;

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
+use super::checkpoint::{Checkpoint, checkpoint};
 use super::connection::{Connection, ConnectionError, Kind, Message, Wait};
-use super::points::{Point, reach};
 use super::{Cancel, Cause, Image, Phase, Report, steps};
 
 /// How long the kernel may take to end a process that was killed: one in the middle of a request ends when that does.
@@ -107,7 +107,7 @@ impl Successor {
         cancel: Option<&Cancel>,
     ) -> Result<(), Cause> {
         self.connection.send(Kind::Offer, state, fds, self.wait(None, cancel))?;
-        reach(Point::Offered);
+        checkpoint(Checkpoint::Offered);
         let answer = self.connection.receive(self.wait(None, cancel))?;
         match answer.kind {
             Kind::Ready => {
@@ -130,7 +130,7 @@ impl Successor {
     pub(super) fn switch(&mut self, state: &[u8], until: Option<Instant>) -> Result<(), Cause> {
         self.may_act = true;
         self.connection.send(Kind::Switch, state, &[], self.wait(until, None))?;
-        reach(Point::Sent);
+        checkpoint(Checkpoint::Sent);
         let answer = self.connection.receive(self.wait(until, None))?;
         match answer.kind {
             Kind::Taken => Ok(()),
@@ -143,7 +143,7 @@ impl Successor {
     /// becomes of it; one that ends before does not get them.
     pub(super) fn commit(&mut self, until: Option<Instant>) -> Result<(), Cause> {
         self.connection.send(Kind::Commit, b"", &[], self.wait(until, None))?;
-        reach(Point::Committed);
+        checkpoint(Checkpoint::Committed);
         let answer = self.connection.receive(self.wait(until, None))?;
         match answer.kind {
             Kind::Done => {

@@ -2,8 +2,8 @@
 
 use vdpa_sys::clock::monotonic_ns;
 
+use super::checkpoint::{Checkpoint, checkpoint};
 use super::load::Loaded;
-use super::points::{Point, reach};
 use super::{Cause, DeviceReport, Devices, Phase, Report, Strategy, UpdateError, steps};
 use crate::device::DeviceFile;
 use crate::session::Session;
@@ -44,7 +44,7 @@ impl<D: DeviceFile> Taking<D> {
             report.devices.push(times);
             adopted.push((device, bases));
         }
-        reach(Point::Adopted);
+        checkpoint(Checkpoint::Adopted);
         report.load = monotonic_ns().saturating_sub(since);
         Ok(Self { devices: adopted, running: 0 })
     }
@@ -98,20 +98,20 @@ fn own_one<D: DeviceFile>(
     let Some(ops) = &device.ops else {
         let path = setup.path.clone().unwrap_or_default();
         device.ops = Some(steps::reopen(&path, setup, bases, times)?);
-        reach(Point::Owned);
+        checkpoint(Checkpoint::Owned);
         return Ok(());
     };
     steps::timed(&mut times.new_owner, || steps::new_owner(ops)).map_err(|e| (Phase::NewOwner, e.into()))?;
-    reach(Point::Owned);
+    checkpoint(Checkpoint::Owned);
     let was_reset = device.strategy == Strategy::Reset;
     if was_reset {
         steps::timed(&mut times.vrings, || steps::set_up_again(ops, setup, bases))
             .map_err(|e| (Phase::Vrings, e.into()))?;
-        reach(Point::Vrings);
+        checkpoint(Checkpoint::Vrings);
     }
     steps::timed(&mut times.remap, || steps::remap(ops, setup, was_reset))
         .map_err(|e| (Phase::Remap, e.into()))?;
-    reach(Point::Remapped);
+    checkpoint(Checkpoint::Remapped);
     Ok(())
 }
 
@@ -129,6 +129,6 @@ fn run_one<D: DeviceFile>(device: &Loaded<D>, times: &mut DeviceReport) -> Resul
         device: Some(name.clone()),
         source: e.into(),
     });
-    reach(Point::Running);
+    checkpoint(Checkpoint::Running);
     done
 }

@@ -4,7 +4,7 @@
 
 /// A place in an update.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Point {
+pub enum Checkpoint {
     /// Predecessor: everything that can be checked was checked.
     Checked,
     /// Predecessor: the successor was started (fork) or accepted (hand-over).
@@ -22,15 +22,15 @@ pub enum Point {
     /// Predecessor: the state is complete.
     Saved,
     /// Predecessor: the next step is execve.
-    Leaving,
+    BeforeExec,
     /// Predecessor: the complete state was sent.
     Sent,
     /// Predecessor: the successor says that it has the devices.
-    TakenHeard,
+    TakenReceived,
     /// Predecessor: the commit was sent.
     Committed,
     /// Predecessor: the devices were let go.
-    Departed,
+    Released,
     /// Successor: it begins to look for what is incoming.
     Entered,
     /// Successor: it has the offer, or the whole state for an exec.
@@ -40,7 +40,7 @@ pub enum Point {
     /// Successor: it has said that it is ready.
     ReadySent,
     /// Successor: it has the complete state.
-    SwitchHeard,
+    SwitchReceived,
     /// Successor: the driver side of a device's rings was adopted.
     Adopted,
     /// Successor: it owns a device.
@@ -54,10 +54,10 @@ pub enum Point {
     /// Successor: it has said that it has the devices.
     TakenSent,
     /// Successor: the update is done, for both.
-    CommitHeard,
+    CommitReceived,
 }
 
-impl Point {
+impl Checkpoint {
     /// All, first those of the predecessor.
     pub const ALL: [Self; 25] = [
         Self::Checked,
@@ -68,23 +68,23 @@ impl Point {
         Self::Suspended,
         Self::AtRest,
         Self::Saved,
-        Self::Leaving,
+        Self::BeforeExec,
         Self::Sent,
-        Self::TakenHeard,
+        Self::TakenReceived,
         Self::Committed,
-        Self::Departed,
+        Self::Released,
         Self::Entered,
         Self::Received,
         Self::Loaded,
         Self::ReadySent,
-        Self::SwitchHeard,
+        Self::SwitchReceived,
         Self::Adopted,
         Self::Owned,
         Self::Vrings,
         Self::Remapped,
         Self::Running,
         Self::TakenSent,
-        Self::CommitHeard,
+        Self::CommitReceived,
     ];
 
     /// Its name.
@@ -95,7 +95,7 @@ impl Point {
 
     /// Whether the successor comes by it, and not the predecessor.
     #[must_use]
-    pub const fn is_successors(self) -> bool {
+    pub const fn is_in_successor(self) -> bool {
         self as u8 >= Self::Entered as u8
     }
 }
@@ -104,17 +104,17 @@ impl Point {
 mod hook {
     use std::sync::OnceLock;
 
-    use super::Point;
+    use super::Checkpoint;
 
-    type Hook = Box<dyn Fn(Point) + Send + Sync>;
+    type Hook = Box<dyn Fn(Checkpoint) + Send + Sync>;
     static HOOK: OnceLock<Hook> = OnceLock::new();
 
     /// Has `hook` called at every point this process comes by. The first hook stays.
-    pub fn on_reach(hook: impl Fn(Point) + Send + Sync + 'static) {
+    pub fn on_checkpoint(hook: impl Fn(Checkpoint) + Send + Sync + 'static) {
         let _ = HOOK.set(Box::new(hook));
     }
 
-    pub(crate) fn reach(point: Point) {
+    pub(crate) fn checkpoint(point: Checkpoint) {
         if let Some(hook) = HOOK.get() {
             hook(point);
         }
@@ -122,9 +122,9 @@ mod hook {
 }
 
 #[cfg(feature = "fault-points")]
-pub use hook::on_reach;
+pub(super) use hook::checkpoint;
 #[cfg(feature = "fault-points")]
-pub(super) use hook::reach;
+pub use hook::on_checkpoint;
 
 #[cfg(not(feature = "fault-points"))]
-pub(super) const fn reach(_: Point) {}
+pub(super) const fn checkpoint(_: Checkpoint) {}
