@@ -1,7 +1,8 @@
 //! Messages between predecessor and successor on a Unix stream socket, with descriptors.
 //!
-//! A message is a header of 16 bytes and a payload. Descriptors come before it, in messages of their own with as many as
-//! the kernel passes at once. Both sides are of different versions as a rule: the header says which protocol is spoken.
+//! A message is a header of 16 bytes and a payload. Its descriptors are sent before it, in messages of their own, since the
+//! kernel limits how many one message carries. The two sides usually run different versions of the program, so each header
+//! has the version of the protocol. `docs/saved-state.md` describes the messages.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -21,66 +22,69 @@ use vdpa_sys::eventfd::EventFd;
 
 use crate::state::MAX_PAYLOAD;
 
-/// Version of the protocol.
+/// Version of the protocol, in each header.
 const PROTOCOL: u16 = 1;
 const MAGIC: [u8; 4] = *b"VDPH";
 const HEADER: usize = 16;
 /// The kernel passes at most 253 descriptors at once (`SCM_MAX_FD`).
 const FDS_AT_ONCE: usize = 200;
-/// More than any program has open.
+/// Limit on the descriptors of one message, so that a peer cannot make this process hold any number of them.
 const FDS_MAX: usize = 1 << 16;
 
-/// Ends a prepare early, from another thread or a signal handler's pipe.
+/// Cancels a prepare from another thread.
+///
+/// Clones share one eventfd. It stays signalled: a plan that is given a used one fails at once.
 #[derive(Clone, Debug)]
 pub struct Cancel(Arc<EventFd>);
 
 impl Cancel {
-    /// One that has not been used yet.
+    /// A cancellation that has not been used yet.
     ///
     /// # Errors
-    /// `EMFILE`, `ENOMEM`.
+    /// Those of eventfd(2): `EMFILE`, `ENFILE`, `ENOMEM`.
     pub fn new() -> Result<Self, Errno> {
         Ok(Self(Arc::new(EventFd::new()?)))
     }
 
-    /// Ends the prepare of every plan that this is given to, also of those still to come.
+    /// Cancels the prepare of every plan that was given this, now and later. Does not block; any thread may call it.
     pub fn cancel(&self) {
         self.0.signal();
     }
 }
 
-/// Why the other side cannot be talked to.
+/// Why a message could not be sent to or received from the peer.
 #[derive(Debug, Error)]
 pub enum ConnectionError {
-    /// No Unix stream socket.
+    /// The descriptor is not a Unix stream socket.
     #[error("the descriptor is not a Unix stream socket")]
     NotUnixStream,
-    /// Its other end belongs to somebody who may not have the devices.
+    /// The peer runs as a user that may not have the devices.
     #[error("the other side runs as user {uid}; only root{} may take part", users(*.own, *.allowed))]
     ForbiddenUser {
-        /// User of the other side.
+        /// User of the peer.
         uid: u32,
-        /// The user of this process, who would be allowed.
+        /// User of this process, which is always allowed.
         own: u32,
-        /// Who would be allowed besides: [`Plan::allow_uid`](super::Plan::allow_uid) or its like of the successor.
+        /// The further user that is allowed: [`Plan::allow_uid`](super::Plan::allow_uid), or the argument of
+        /// [`Incoming::receive_from`](super::Incoming::receive_from).
         allowed: Option<u32>,
     },
-    /// The other side ended, or closed the connection.
+    /// The peer closed the connection or has ended.
     #[error("the other side is gone")]
     Closed,
-    /// It did not answer in time.
+    /// The peer did not answer before the deadline.
     #[error("the other side has not answered in time")]
     TimedOut,
-    /// [`Cancel`] was used.
+    /// [`Cancel::cancel`] was called.
     #[error("it was cancelled")]
     Cancelled,
-    /// It speaks another protocol.
+    /// The peer sent something that this version of the protocol does not allow.
     #[error("the other side does not speak this protocol: {what}")]
     Protocol {
         /// What is wrong.
         what: String,
     },
-    /// Descriptors got lost on the way.
+    /// The kernel dropped descriptors of a message (`MSG_CTRUNC`), usually because of RLIMIT_NOFILE.
     #[error("not all descriptors could be received; RLIMIT_NOFILE may be too low here")]
     Descriptors,
     /// A system call failed.
@@ -101,30 +105,31 @@ fn system(action: &'static str) -> impl Fn(rustix::io::Errno) -> ConnectionError
     move |e| ConnectionError::System { action, source: Errno::from_raw(e.raw_os_error()) }
 }
 
-/// What a message says.
+/// Kind of a message; the numbers are those on the wire. Listed in `docs/saved-state.md`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
-    /// Only descriptors.
+    /// To the successor: carries descriptors of the next message.
     Descriptors = 1,
     /// To the successor: everything that is known before the switch.
     Offer = 2,
     /// To the predecessor: everything is understood and mapped.
     Ready = 3,
-    /// To the predecessor: no, with the reason.
+    /// To the predecessor: the successor does not want the devices; with the reason.
     Refused = 4,
-    /// To the successor: the rest of the state; the devices are at rest.
+    /// To the successor: the rest of the state; the devices are stopped as their strategies say.
     Switch = 5,
     /// To the predecessor: the devices are taken over.
     Taken = 6,
-    /// To the predecessor: taking over failed; nothing is held any more.
+    /// To the predecessor: takeover over failed; the successor holds nothing any more.
     Failed = 7,
-    /// To the successor: the devices are yours.
+    /// To the successor: the devices are the successor's.
     Commit = 8,
-    /// To the successor: let go.
+    /// To the successor: release the devices.
     Abort = 9,
-    /// To the predecessor: nothing is held any more.
+    /// To the predecessor: the successor has released the devices.
     Aborted = 10,
-    /// To the predecessor: the commit was heard, and what the update cost. From here on the successor drives the devices.
+    /// To the predecessor: the commit was received; with the report of the update. From here on the successor drives the
+    /// devices.
     Done = 11,
 }
 
@@ -150,38 +155,38 @@ pub(super) struct Message {
     pub(super) kind: Kind,
     pub(super) payload: Vec<u8>,
     pub(super) fds: Vec<OwnedFd>,
-    /// The process that sent it, as the kernel says. The one that made the connection, of which [`Connection::peer`] knows, may be
-    /// another: a socket can be passed on, and a service manager listens for those that it starts.
+    /// Process id of the sender, from the kernel (`SCM_CREDENTIALS`). It may differ from [`Connection::peer`], which is the
+    /// process that made the connection: a socket can be passed on, and a service manager listens for the programs it starts.
     pub(super) sender: Option<i32>,
 }
 
-/// What comes beside the bytes.
+/// Control messages received with the bytes.
 #[derive(Debug, Default)]
 struct Ancillary {
     fds: Vec<OwnedFd>,
     sender: Option<i32>,
 }
 
-/// How long to wait, and what ends it early.
+/// How long to wait, and what ends the wait early.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Wait<'a> {
     pub(super) until: Option<Instant>,
     pub(super) cancel: Option<&'a Cancel>,
-    /// Descriptor of the other process (pidfd): readable when it has ended.
+    /// Pidfd of the peer: readable when the process has ended.
     pub(super) process: Option<BorrowedFd<'a>>,
-    /// Look again and again for a moment before sleeping: the answer is due, devices wait for it, and waking a thread of an
-    /// idle CPU takes longer than the rest of a message. Others that want this CPU get it meanwhile.
+    /// Busy-poll for [`BUSY_POLL`] before sleeping. For answers that devices wait for: waking a thread on an idle CPU takes
+    /// longer than the rest of a message. The thread yields between two tries.
     pub(super) busy_poll: bool,
 }
 
-/// For how long to look again and again, with [`Wait::soon`].
+/// How long to busy-poll, with [`Wait::busy_poll`].
 const BUSY_POLL: Duration = Duration::from_micros(300);
 
-/// One end of the predecessor.
+/// One end of the connection between predecessor and successor.
 #[derive(Debug)]
 pub(super) struct Connection(OwnedFd);
 
-/// The other process, as the kernel knows it.
+/// The process that made the connection, from the kernel (`SO_PEERCRED`).
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Peer {
     pub(super) pid: i32,
@@ -194,12 +199,12 @@ impl Connection {
         if !unix || !stream {
             return Err(ConnectionError::NotUnixStream);
         }
-        // The kernel adds the sender to each message as soon as one of the two ends asks for it.
+        // The kernel adds the sender to each message if either end has set this option.
         set_socket_passcred(&socket, true).map_err(system("ask for the sender of messages"))?;
         Ok(Self(socket))
     }
 
-    /// Who is at the other end, if that one may be: root, this process's user, or `allowed`.
+    /// The peer, if its user may take part: root, the user of this process, or `allowed`.
     pub(super) fn peer(&self, allowed: Option<u32>) -> Result<Peer, ConnectionError> {
         let credentials = socket_peercred(&self.0).map_err(system("ask who is at the other end"))?;
         let uid = credentials.uid.as_raw();
@@ -254,8 +259,8 @@ impl Connection {
         Ok(())
     }
 
-    /// Says that a message is about to come, to whoever waits for one: it is awake then when that comes. Nothing depends
-    /// on it.
+    /// Wakes a peer that waits in [`receive`](Self::receive), so that it busy-polls when the next message comes. Does not
+    /// block. An optimization only: errors are ignored.
     pub(super) fn announce(&self) {
         let _ = self.send_bytes(
             &header(Kind::Descriptors, 0),
@@ -265,12 +270,12 @@ impl Connection {
     }
 
     pub(super) fn receive(&self, mut wait: Wait<'_>) -> Result<Message, ConnectionError> {
-        let mut came = Ancillary::default();
+        let mut ancillary = Ancillary::default();
         loop {
             let mut bytes = [0; HEADER];
-            self.receive_bytes(&mut bytes, &mut came, wait)?;
+            self.receive_bytes(&mut bytes, &mut ancillary, wait)?;
             let (kind, len) = parse(&bytes)?;
-            if came.fds.len() > FDS_MAX {
+            if ancillary.fds.len() > FDS_MAX {
                 return Err(ConnectionError::Protocol { what: format!("more than {FDS_MAX} descriptors") });
             }
             if kind == Kind::Descriptors {
@@ -278,15 +283,15 @@ impl Connection {
                 continue;
             }
             let mut payload = Vec::new();
-            // In pieces: what is announced may be more than what comes.
+            // In pieces of 1 MiB, so that a false length cannot make this process allocate it all.
             while (payload.len() as u64) < len {
                 let rest = usize::try_from(len - payload.len() as u64).unwrap_or(usize::MAX);
                 let start = payload.len();
                 payload.resize(start + rest.min(1 << 20), 0);
                 let piece = payload.get_mut(start..).unwrap_or_default();
-                self.receive_bytes(piece, &mut came, wait)?;
+                self.receive_bytes(piece, &mut ancillary, wait)?;
             }
-            let Ancillary { fds, sender } = came;
+            let Ancillary { fds, sender } = ancillary;
             return Ok(Message { kind, payload, fds, sender });
         }
     }
@@ -294,10 +299,10 @@ impl Connection {
     fn receive_bytes(
         &self,
         mut bytes: &mut [u8],
-        came: &mut Ancillary,
+        ancillary: &mut Ancillary,
         wait: Wait<'_>,
     ) -> Result<(), ConnectionError> {
-        let mut awake = wait.busy_poll.then(|| Instant::now() + BUSY_POLL);
+        let mut poll_until = wait.busy_poll.then(|| Instant::now() + BUSY_POLL);
         while !bytes.is_empty() {
             let mut space =
                 [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_AT_ONCE), ScmCredentials(1))];
@@ -305,12 +310,12 @@ impl Connection {
             let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
             let received = match recvmsg(&self.0, &mut [IoSliceMut::new(bytes)], &mut control, flags) {
                 Ok(received) => received,
-                Err(rustix::io::Errno::AGAIN) if awake.is_some_and(|until| Instant::now() < until) => {
+                Err(rustix::io::Errno::AGAIN) if poll_until.is_some_and(|until| Instant::now() < until) => {
                     rustix::thread::sched_yield();
                     continue;
                 }
                 Err(rustix::io::Errno::AGAIN) => {
-                    awake = None;
+                    poll_until = None;
                     self.wait(PollFlags::IN, wait)?;
                     continue;
                 }
@@ -320,9 +325,9 @@ impl Connection {
             };
             for message in control.drain() {
                 match message {
-                    RecvAncillaryMessage::ScmRights(some) => came.fds.extend(some),
+                    RecvAncillaryMessage::ScmRights(some) => ancillary.fds.extend(some),
                     RecvAncillaryMessage::ScmCredentials(sender) => {
-                        came.sender = Some(sender.pid.as_raw_nonzero().get());
+                        ancillary.sender = Some(sender.pid.as_raw_nonzero().get());
                     }
                     _ => {}
                 }
@@ -358,7 +363,7 @@ impl Connection {
                 Err(e) => return Err(system("wait for the other side")(e)),
             }
             let ready = |at: usize| fds.get(at).is_some_and(|fd| !fd.revents().is_empty());
-            // What has arrived counts, also from a process that has ended since.
+            // Received bytes come first: a process may have sent its answer and ended.
             if ready(0) {
                 return Ok(());
             }
@@ -378,7 +383,7 @@ impl AsFd for Connection {
     }
 }
 
-/// Descriptors of devices and memory are worth as much as the devices.
+/// Who may take part. The messages carry descriptors of devices and memory: whoever has these has the devices.
 fn may_take_part(uid: u32, own: u32, allowed: Option<u32>) -> bool {
     uid == 0 || uid == own || allowed == Some(uid)
 }
@@ -424,7 +429,7 @@ mod tests {
         (Connection::new(a.into()).unwrap(), Connection::new(b.into()).unwrap())
     }
 
-    fn soon() -> Wait<'static> {
+    fn ten_seconds() -> Wait<'static> {
         Wait { until: Some(Instant::now() + Duration::from_secs(10)), ..Wait::default() }
     }
 
@@ -436,9 +441,9 @@ mod tests {
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
-                a.send(Kind::Offer, &payload, &fds, soon()).unwrap();
+                a.send(Kind::Offer, &payload, &fds, ten_seconds()).unwrap();
             });
-            let message = b.receive(soon()).unwrap();
+            let message = b.receive(ten_seconds()).unwrap();
             assert_eq!((message.kind, message.payload.len(), message.fds.len()), (Kind::Offer, 3 << 20, 450));
             for (sent, received) in files.iter().zip(message.fds) {
                 sent.signal();
@@ -455,13 +460,13 @@ mod tests {
         assert!(matches!(b.receive(now), Err(ConnectionError::TimedOut)));
         let cancel = Cancel::new().unwrap();
         cancel.cancel();
-        let wait = Wait { cancel: Some(&cancel), ..soon() };
+        let wait = Wait { cancel: Some(&cancel), ..ten_seconds() };
         assert!(matches!(b.receive(wait), Err(ConnectionError::Cancelled)));
-        a.send(Kind::Ready, b"", &[], soon()).unwrap();
+        a.send(Kind::Ready, b"", &[], ten_seconds()).unwrap();
         drop(a);
         assert_eq!(b.receive(wait).unwrap().kind, Kind::Ready);
-        assert!(matches!(b.receive(soon()), Err(ConnectionError::Closed)));
-        assert!(matches!(b.send(Kind::Ready, b"", &[], soon()), Err(ConnectionError::Closed)));
+        assert!(matches!(b.receive(ten_seconds()), Err(ConnectionError::Closed)));
+        assert!(matches!(b.send(Kind::Ready, b"", &[], ten_seconds()), Err(ConnectionError::Closed)));
     }
 
     #[test]
@@ -476,6 +481,21 @@ mod tests {
             text(Some(1001)),
             "the other side runs as user 1002; only root, user 1000 and user 1001 may take part"
         );
+    }
+
+    #[test]
+    fn the_document_lists_every_kind() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/saved-state.md");
+        let document = std::fs::read_to_string(path).unwrap();
+        let (_, protocol) = document.split_once("## Hand-over protocol").unwrap();
+        let kind = |line: &str| {
+            let (number, name) = line.strip_prefix("| ")?.split_once(" |")?.0.split_once(' ')?;
+            Some((number.parse::<u16>().ok()?, name.to_owned()))
+        };
+        let documented: Vec<_> = protocol.lines().filter_map(kind).collect();
+        let in_code: Vec<_> =
+            Kind::ALL.into_iter().map(|kind| (kind as u16, format!("{kind:?}").to_lowercase())).collect();
+        assert_eq!(documented, in_code);
     }
 
     #[test]
