@@ -120,7 +120,7 @@ pub(super) enum Kind {
     Switch = 5,
     /// To the predecessor: the devices are taken over.
     Taken = 6,
-    /// To the predecessor: takeover over failed; the successor holds nothing any more.
+    /// To the predecessor: taking over failed; the successor holds nothing any more.
     Failed = 7,
     /// To the successor: the devices are the successor's.
     Commit = 8,

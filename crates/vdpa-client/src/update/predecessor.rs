@@ -1,4 +1,4 @@
-//! The successor's part of the predecessor with its predecessor.
+//! The successor's end of the connection to its predecessor.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -13,12 +13,13 @@ use super::successor::Failure;
 use super::{Cause, Phase, UpdateError};
 use crate::error::chain;
 
-/// The successor's end of the socket.
+/// The predecessor, seen from the successor.
 #[derive(Debug)]
 pub(super) struct Predecessor {
     connection: Connection,
-    /// The predecessor, once it has said something.
+    /// Pidfd of the predecessor, from its first message on.
     process: Option<OwnedFd>,
+    /// Whether both sides know the outcome: nothing more is sent.
     finished: bool,
 }
 
@@ -33,7 +34,10 @@ impl Predecessor {
         Ok(self.connection.send(kind, payload, &[], Wait::default())?)
     }
 
-    /// Waits for one kind of message, as long as it takes: only the predecessor decides.
+    /// Waits for a message of `kind`, without a limit: only the predecessor decides when to go on.
+    ///
+    /// # Errors
+    /// [`Cause::Aborted`] for [`Kind::Abort`]; [`Cause::Connection`] for any other kind or a closed connection.
     pub(super) fn receive(&mut self, kind: Kind) -> Result<Message, Cause> {
         let message = self.connection.receive(Wait { busy_poll: kind == Kind::Commit, ..Wait::default() })?;
         if self.process.is_none() {
@@ -47,13 +51,14 @@ impl Predecessor {
         }
     }
 
-    /// Says that the devices are taken over, and waits for the predecessor's last word. One that has ended cannot say it,
-    /// and cannot want the devices back: then they are this process's. The predecessor keeps hold of them until it has other
-    /// that its word has arrived, or that this process has ended before. The `report` for it is made while the word is under way.
+    /// Reports that the devices are taken over, waits for the commit, and confirms it with `report`. A predecessor that has
+    /// ended cannot commit and cannot want the devices back, so they belong to this process then. The predecessor keeps its
+    /// descriptors until it has received the confirmation, or until this process has ended. `report` runs while the commit
+    /// is on its way, so that it costs no time.
     pub(super) fn commit(&mut self, report: impl FnOnce() -> Vec<u8>) -> Result<(), Cause> {
         match self.send(Kind::Taken, b"") {
             Ok(()) => checkpoint(Checkpoint::TakenSent),
-            // It may have called the update off before it ended: that is still to be read.
+            // The predecessor may have aborted before it ended; its message is still in the socket.
             Err(Cause::Connection(ConnectionError::Closed)) => {}
             Err(e) => return Err(e),
         }
@@ -70,7 +75,8 @@ impl Predecessor {
         Ok(())
     }
 
-    /// Whether the process has ended, waiting for a moment: its socket closes before it is gone.
+    /// Whether the predecessor has ended. Waits up to 5 s, since the kernel closes the sockets of a process before it
+    /// reports its end.
     fn predecessor_has_ended(&self) -> bool {
         let Some(process) = &self.process else { return true };
         let limit = Timespec { tv_sec: 5, tv_nsec: 0 };
@@ -85,7 +91,8 @@ impl Predecessor {
         }
     }
 
-    /// Says why not. Nobody is there to be told when that fails.
+    /// Sends the reason of a failure as a message of `kind`, and ends the exchange. An error is ignored: the peer is gone
+    /// then.
     pub(super) fn reject(&mut self, kind: Kind, error: &UpdateError) {
         if self.finished {
             return;

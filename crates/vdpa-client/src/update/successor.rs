@@ -1,4 +1,4 @@
-//! The predecessor's side of the predecessor with a process that takes over.
+//! The predecessor's end of the connection to its successor.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -12,37 +12,38 @@ use super::checkpoint::{Checkpoint, checkpoint};
 use super::connection::{Connection, ConnectionError, Kind, Message, Wait};
 use super::{Cancel, Cause, Image, Phase, Report, steps};
 
-/// How long the kernel may take to end a process that was killed: one in the middle of a request ends when that does.
+/// How long the kernel may take to end a killed process: it ends only when its current request to a device has returned.
 const KILL_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// A process that may take over.
+/// The process that may take the devices over.
 #[derive(Debug)]
 pub(super) struct Successor {
     connection: Connection,
-    /// The process that answers; until it has, the one that was started or that the connection was made by.
+    /// Process id of the sender of the answers. Before the first answer: the process that was started, or that made the
+    /// connection.
     pid: i32,
-    /// That process, when it is known that it is the one.
+    /// Pidfd of `pid`; `None` until the kernel has confirmed that this process sends the answers.
     pidfd: Option<OwnedFd>,
     child: Option<Child>,
     grace: Duration,
-    /// Whether it may act on the devices: from the switch on.
+    /// Whether it may access the devices: from the switch on.
     may_act: bool,
-    /// Whether the predecessor has come to an end that both know of.
+    /// Whether both sides know the outcome: nothing more is sent.
     finished: bool,
-    /// What it says the update cost, when it has taken over.
+    /// The report that it sent with [`Kind::Done`].
     report: Option<Report>,
 }
 
-/// Who has the devices when an update was called off.
+/// Who has the devices after an abort.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum AbortOutcome {
-    /// Nobody does anything to them: they can be taken back.
+    /// The successor has released them, or has ended: they can be taken back.
     Released,
-    /// Too late: the successor has heard the commit.
+    /// The abort came too late: the successor had received the commit and has the devices.
     Committed,
 }
 
-/// Why taking over failed, as the successor tells it.
+/// Payload of [`Kind::Refused`], [`Kind::Failed`] and [`Kind::Aborted`]: why the successor did not take over.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Failure {
     pub(super) phase: Phase,
@@ -99,7 +100,7 @@ impl Successor {
         Wait { until, cancel, process: self.pidfd.as_ref().map(AsFd::as_fd), busy_poll: self.may_act }
     }
 
-    /// Offers everything that is known and waits until the successor is ready.
+    /// Sends the state known before the switch and waits until the successor is ready. No time limit; `cancel` ends the wait.
     pub(super) fn offer(
         &mut self,
         state: &[u8],
@@ -121,12 +122,12 @@ impl Successor {
         }
     }
 
-    /// Says that the rest of the state is about to come.
+    /// Wakes the successor before [`switch`](Self::switch). Does not block.
     pub(super) fn announce_switch(&self) {
         self.connection.announce();
     }
 
-    /// Sends the rest of the state and waits until the successor has the devices.
+    /// Sends the rest of the state and waits until the successor has taken the devices over, at most until `until`.
     pub(super) fn switch(&mut self, state: &[u8], until: Option<Instant>) -> Result<(), Cause> {
         self.may_act = true;
         self.connection.send(Kind::Switch, state, &[], self.wait(until, None))?;
@@ -139,8 +140,8 @@ impl Successor {
         }
     }
 
-    /// The last word, and the answer that it was answer. When that has come the devices are the successor's, whatever
-    /// becomes of it; one that ends before does not get them.
+    /// Sends the commit and waits for its confirmation. From the confirmation on the devices belong to the successor, even
+    /// if it fails later. A successor that ends before its confirmation does not get them.
     pub(super) fn commit(&mut self, until: Option<Instant>) -> Result<(), Cause> {
         self.connection.send(Kind::Commit, b"", &[], self.wait(until, None))?;
         checkpoint(Checkpoint::Committed);
@@ -157,11 +158,11 @@ impl Successor {
 
     fn record_done(&mut self, answer: &Message) {
         self.finished = true;
-        // It has the devices, whatever it says of it.
+        // A report that cannot be read does not change who has the devices.
         self.report = serde_json::from_slice(&answer.payload).ok();
     }
 
-    /// What the successor says that the update cost, once it has the devices; from one that could say no more there is none.
+    /// The successor's report; `None` if it ended before it could send one.
     pub(super) const fn take_report(&mut self) -> Option<Report> {
         self.report.take()
     }
@@ -176,17 +177,17 @@ impl Successor {
         }
     }
 
-    /// Makes sure that the successor does nothing to any device any more: it says so, or has ended, or is killed. Or hears
-    /// that it has them for good.
+    /// Stops the successor from accessing the devices: it confirms the abort, or has ended, or is killed after the grace
+    /// period. If it had received the commit already, it keeps them ([`AbortOutcome::Committed`]).
     ///
     /// # Errors
-    /// When it can neither be heard nor killed: it may go on acting on the devices.
+    /// [`Cause::Unresponsive`]: it neither answers nor can be killed, so it may still access the devices.
     pub(super) fn abort(&mut self) -> Result<AbortOutcome, Cause> {
         let until = Instant::now() + self.grace;
         if !self.finished {
             let sent = self.connection.send(Kind::Abort, b"", &[], self.wait(Some(until), None));
             if !self.may_act && self.child.is_none() {
-                // It has nothing but copies of descriptors, which it drops when it hears this, or ends.
+                // Before the switch it has only copies of descriptors, and drops them when it receives the abort or ends.
                 self.finished = true;
                 return Ok(AbortOutcome::Released);
             }
@@ -198,7 +199,7 @@ impl Successor {
                 answer = Err(ConnectionError::Closed);
             }
             self.finished = true;
-            // What it had said before it ended is still there.
+            // Messages that it sent before it ended are still in the socket.
             let last = answer.or_else(|_| self.receive_abort_answer(Instant::now()));
             if matches!(last, Ok(AbortOutcome::Committed)) {
                 return Ok(AbortOutcome::Committed);
@@ -217,7 +218,7 @@ impl Successor {
                     self.record_done(&message);
                     return Ok(AbortOutcome::Committed);
                 }
-                // Crossed with the abort.
+                // Sent before the abort arrived.
                 _ => {}
             }
         }
@@ -238,10 +239,10 @@ impl Successor {
         if self.has_ended(Instant::now() + KILL_TIMEOUT) { Ok(()) } else { Err(unresponsive) }
     }
 
-    /// Collects a child that has ended or is about to; one that goes on is killed, since it was started for this.
+    /// Waits for the child until `until`, then kills it: it was started for this update only.
     fn reap(&mut self, until: Instant) {
         let Some(mut child) = self.child.take() else { return };
-        // It need not be the process that answered: a script may have started that.
+        // The child need not be the process that answered: it may be a script that started it.
         let started = i32::try_from(child.id()).ok().and_then(open_process);
         if !has_ended(started.as_ref(), until) {
             let _ = child.kill();
@@ -249,23 +250,24 @@ impl Successor {
         let _ = child.wait();
     }
 
-    /// The child, when the update is done.
+    /// The child, when the update is complete; the caller waits for it.
     pub(super) fn into_child(mut self) -> Option<Child> {
         self.child.take()
     }
 }
 
-/// An update that is given up in prepare, with the program going on.
+/// Aborts an update that was prepared and never switched.
 impl Drop for Successor {
     fn drop(&mut self) {
         if !self.finished || self.child.is_some() {
-            // Nobody is there to be told; what is done is what can be done.
+            // A destructor cannot report an error.
             let _ = self.abort();
         }
     }
 }
 
-/// Whether a process has ended, waiting for that. Where the kernel cannot tell, a closed socket has to do.
+/// Waits until `until` for the end of a process; returns whether it has ended. Without a pidfd the closed socket has to do
+/// as the proof, so the answer is yes.
 fn has_ended(pidfd: Option<&OwnedFd>, until: Instant) -> bool {
     let Some(pidfd) = pidfd else { return true };
     loop {
