@@ -234,6 +234,35 @@ impl Sections {
         self.take(name).ok_or(StateError::Missing { name })
     }
 
+    /// Adds a section whose payload is `value` as JSON.
+    fn push_json<T: Serialize>(&mut self, name: &str, version: u32, value: &T) -> Result<(), StateError> {
+        self.push(Section::json(name, version, value)?);
+        Ok(())
+    }
+
+    /// Removes a section that must exist in exactly this version, and parses it.
+    fn require_json<T: DeserializeOwned>(
+        &mut self,
+        name: &'static str,
+        version: u32,
+    ) -> Result<T, StateError> {
+        self.require(name)?.parse(version)
+    }
+
+    /// Checks that no section has a name of the library.
+    ///
+    /// # Errors
+    /// [`StateError::Name`] with the first such name.
+    pub fn check_names(&self) -> Result<(), StateError> {
+        match self.iter().find(|s| s.name.starts_with(RESERVED_PREFIX)) {
+            Some(section) => Err(StateError::Name {
+                name: section.name.clone(),
+                reason: "names that begin with vdpa/ are the library's",
+            }),
+            None => Ok(()),
+        }
+    }
+
     /// A section that is there.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<&Section> {

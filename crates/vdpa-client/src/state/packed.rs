@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use vdpa_core::features::Features;
 use vdpa_core::ring::driver;
 
-use super::{Section, Sections, StateError, v2};
+use super::{Sections, StateError, v2};
 
 /// Version of each section below.
 pub const VERSION: u32 = 1;
@@ -91,7 +91,7 @@ pub(super) fn announce(devices: &v2::Devices, sections: &mut Sections) -> Result
     let devices: Vec<String> =
         devices.devices.iter().filter(packed).map(|device| device.name.clone()).collect();
     if !devices.is_empty() {
-        sections.push(Section::json(ANNOUNCEMENT, VERSION, &Announcement { devices })?);
+        sections.push_json(ANNOUNCEMENT, VERSION, &Announcement { devices })?;
     }
     Ok(())
 }
@@ -105,7 +105,7 @@ pub(super) fn take_announcement(sections: &mut Sections) -> Result<(), StateErro
 pub(super) fn put(rest: &[v2::AtRest], sections: &mut Sections) -> Result<(), StateError> {
     if rest.iter().any(|device| !device.packed_drivers.is_empty()) {
         let devices = rest.iter().map(|device| device.packed_drivers.clone()).collect();
-        sections.push(Section::json(DRIVERS, VERSION, &Drivers { devices })?);
+        sections.push_json(DRIVERS, VERSION, &Drivers { devices })?;
     }
     Ok(())
 }
