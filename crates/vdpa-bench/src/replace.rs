@@ -179,7 +179,7 @@ impl<D: DeviceFile> Tenant<D> {
         let late = Sections::from_iter([section]);
         let mut failed = match prepared.switch(Devices::one(DEVICE, session), late) {
             Ok(departed) => {
-                let _ = departed.end_in_idle_time();
+                let _ = departed.run_when_idle();
                 drop(ram);
                 // The successor is a child of this process, which ends: nobody has to wait for it here.
                 standby.into_iter().for_each(Standby::release);

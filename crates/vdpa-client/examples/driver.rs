@@ -61,7 +61,7 @@ fn go_on(restored: update::Restored<VhostVdpaFd>) -> Result<(Disk<VhostVdpaFd>, 
         }
     }
     // Now that the disk is driven again, whoever looks after the daemon may know.
-    let _ = report.announce("disk", &disk.session);
+    let _ = report.report_to_server("disk", &disk.session);
     println!("{report}");
     Ok((disk, made + 1))
 }

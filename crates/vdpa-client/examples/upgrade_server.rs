@@ -79,7 +79,7 @@ fn take_over(version: &str, path: &str) -> Result<Server> {
     let incoming = Incoming::<VhostVdpaFd>::receive(UnixStream::connect(control(path))?)?;
     // Should this version not know what the other one has to say, it says so now, and nothing has happened.
     let restored = incoming.understands(&[(SECTION, 1..=1)])?.take_over()?;
-    restored.announce();
+    restored.report_to_server();
     let Restored { mut devices, mut sections, mut descriptors, report } = restored;
     println!("{report}");
     let saved: Saved = sections.take(SECTION).ok_or("no section of this program")?.parse(1)?;

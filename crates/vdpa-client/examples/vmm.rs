@@ -200,7 +200,7 @@ fn go_on(mut restored: Restored<VhostVdpaFd>) -> Result<Machine> {
     let ring = SplitDriver::adopt(state, desc, avail, used)?;
     let (kick, call) = (queue.kick().clone(), queue.call().clone());
     let vcpu = Vcpu::start(Guest { memory, ring, kick, call, rounds: cpu.rounds });
-    restored.announce();
+    restored.report_to_server();
     println!("{}", restored.report);
     Ok((restored.devices, vcpu, made + 1))
 }

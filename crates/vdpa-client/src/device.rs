@@ -14,17 +14,17 @@ use crate::dma::Regions;
 use crate::error::Error;
 use crate::session::{Session, Setup};
 
-/// A device that is an open file, so that it can be inherited by another process image.
+/// A device that is an open file, so that another process image can inherit it.
 ///
 /// Implemented by vhost-vdpa device files, whether the kernel or vdpad serves them.
 pub trait DeviceFile: VdpaOps<Event = EventFd> + Sized {
     /// The open file, to be inherited or passed on.
     fn fd(&self) -> BorrowedFd<'_>;
 
-    /// Opens the device at `path`, close-on-exec. May block until the server of the file answers.
+    /// Opens the device at `path`, close-on-exec. Blocks until the server of the file answers.
     ///
     /// # Errors
-    /// Those of `open(2)`; `EBUSY` while somebody else has it open.
+    /// Those of `open(2)`; `EBUSY` while another process has it open.
     fn open(path: &Path) -> Result<Self, Errno>;
 
     /// Uses a device that is open already. Makes no request.
@@ -33,16 +33,16 @@ pub trait DeviceFile: VdpaOps<Event = EventFd> + Sized {
     /// `EBADF` for a descriptor that cannot be one; a device file takes any, and its requests fail.
     fn from_fd(fd: OwnedFd) -> Result<Self, Errno>;
 
-    /// Tells the server of the device what an update cost, for its operators. Nothing depends on it.
+    /// Sends the times of an update to the server of the device, for its operators. The device does not depend on it.
     ///
     /// # Errors
-    /// `ENOTTY` from a server that does not want to know, such as the kernel; this is the default.
+    /// `ENOTTY` from a server without this request, such as the kernel; this is the default.
     fn report_update(&self, _report: &UpdateReport) -> Result<(), Errno> {
         Err(Errno::NOTTY)
     }
 
-    /// Uses an open file on which `features` were acknowledged before. Makes no request unless it has to; this one
-    /// acknowledges them again.
+    /// Uses an open file on which `features` were acknowledged before. This default acknowledges them again with one
+    /// request; an implementation that needs none makes none.
     ///
     /// # Errors
     /// Those of [`from_fd`](Self::from_fd) and of `VHOST_SET_BACKEND_FEATURES`.
@@ -82,8 +82,8 @@ impl DeviceFile for VhostVdpaFd {
     }
 }
 
-/// The backend features this library knows how to use. DESC_ASID and ENABLE_AFTER_DRIVER_OK are not among
-/// them: it keeps everything in one address space and enables queues before DRIVER_OK.
+/// The backend features that this library uses. It does not use DESC_ASID, since it maps everything in one address space,
+/// nor ENABLE_AFTER_DRIVER_OK, since it enables queues before DRIVER_OK.
 pub const BACKEND_FEATURES: BackendFeatures = BackendFeatures::of(&[
     BackendFeatures::IOTLB_MSG_V2,
     BackendFeatures::IOTLB_BATCH,
@@ -95,7 +95,7 @@ pub const BACKEND_FEATURES: BackendFeatures = BackendFeatures::of(&[
     BackendFeatures::IOTLB_REMAP,
 ]);
 
-/// An open device with which nothing has been agreed yet.
+/// An open device before negotiation.
 #[derive(Debug)]
 pub struct Device<D> {
     ops: D,
@@ -113,7 +113,7 @@ impl<D: DeviceFile> Device<D> {
         Ok(Self { ops, path: Some(path) })
     }
 
-    /// Uses a device file opened by somebody else (a sandbox, a management daemon).
+    /// Uses a device file that another program has opened (a sandbox, a management daemon).
     ///
     /// Without a path the strategy `reopen` is not possible; add one with [`at`](Self::at).
     ///
@@ -132,7 +132,7 @@ impl<D: VdpaOps<Event = EventFd>> Device<D> {
         Self { ops, path: None }
     }
 
-    /// Says where this device can be opened again.
+    /// Sets the path at which this device can be opened again, which the strategy `reopen` needs.
     #[must_use]
     pub fn at(self, path: impl Into<PathBuf>) -> Self {
         Self { path: Some(path.into()), ..self }
@@ -176,13 +176,13 @@ impl<D: VdpaOps<Event = EventFd>> Device<D> {
     }
 }
 
-/// What is taken of the offered features: those wanted, and those without which there is no modern device.
+/// The features to negotiate: those both offered and wanted, plus VERSION_1 and ACCESS_PLATFORM where offered.
 pub(crate) fn choose(offered: Features, wanted: Features) -> Features {
     offered & (wanted | Features::of(&[Features::VERSION_1, Features::ACCESS_PLATFORM]))
 }
 
-/// Acknowledges backend features. Legal in any state, and needed in each new image: the version of the IOTLB
-/// messages follows from it.
+/// Acknowledges backend features. Legal in any state. Each new image has to do it, since the version of the IOTLB messages
+/// depends on it.
 pub(crate) fn set_backend<D: VdpaOps>(ops: &D, features: BackendFeatures) -> Result<(), Error> {
     ops.set_backend_features(features).map_err(Error::request("VHOST_SET_BACKEND_FEATURES"))
 }
@@ -201,7 +201,7 @@ pub(crate) fn agree<D: VdpaOps>(ops: &D, features: Features) -> Result<(), Error
     Ok(())
 }
 
-/// Lets a device that is at FEATURES_OK run, and checks that it agreed to.
+/// Sets DRIVER_OK on a device at FEATURES_OK, and reads the status back to check that the device accepted it.
 pub(crate) fn driver_ok<D: VdpaOps>(ops: &D) -> Result<(), Error> {
     let running = Status::ACKNOWLEDGE | Status::DRIVER | Status::FEATURES_OK | Status::DRIVER_OK;
     set_status(ops, running)?;

@@ -1,4 +1,4 @@
-//! Memory the device can reach.
+//! Memory that the device can access: regions and their mappings.
 
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -16,7 +16,7 @@ const PAGE: u64 = vdpa_core::host::PAGE_SIZE;
 /// What to map for the device.
 #[derive(Debug)]
 pub struct RegionSpec {
-    /// Name by which it is found again, also by the next image. Unique in the session.
+    /// Name of the region, unique in the session. The next image finds it by this name.
     pub name: String,
     /// The memory.
     pub backing: Backing,
@@ -24,9 +24,9 @@ pub struct RegionSpec {
     pub iova: u64,
     /// Bytes; a multiple of 4096.
     pub size: u64,
-    /// What the device may do.
+    /// Access for the device.
     pub perm: Perm,
-    /// Whether all pages are allocated and mapped at once, so that no later access faults. For [`Backing::Object`].
+    /// Whether all pages are allocated and mapped at once, so that no later access faults. Only for [`Backing::Object`].
     pub populate: bool,
 }
 
@@ -35,16 +35,16 @@ pub struct RegionSpec {
 pub enum Backing {
     /// A memory object (memfd, hugetlb or tmpfs file), mapped shared from its first byte by this library.
     Object(OwnedFd),
-    /// Part of memory that several regions or devices share, from this byte on.
+    /// A part of memory that several regions or devices share, beginning at this byte offset.
     Memory(Arc<Memory>, u64),
-    /// Memory that the caller has mapped itself and keeps mapped at this address while the session lives.
+    /// Memory without an object, which the caller keeps mapped at this address while the session lives.
     ///
-    /// It ends with the program, so a session that has such a region cannot be updated. Memory of an object that the
-    /// caller has mapped itself is [`Memory::placed`].
-    Caller(u64),
+    /// It ends with the program, so a session with such a region cannot be updated. For an object that the caller has
+    /// mapped itself, use [`Memory::from_mapping`].
+    HostAddress(u64),
 }
 
-/// One mapping: a piece of memory, its address for the device, and the same bytes for the driver.
+/// One mapping: a part of a memory, its I/O virtual addresses, and its address in this process.
 #[derive(Debug)]
 pub struct Region {
     name: String,
@@ -67,7 +67,7 @@ impl Region {
             return Err(problem(&name, RegionProblem::OutOfRange { range, usable }));
         }
         let (memory, offset) = match backing {
-            Backing::Caller(uaddr) => (Memory::private(&name, uaddr, size), 0),
+            Backing::HostAddress(uaddr) => (Memory::anonymous(&name, uaddr, size), 0),
             Backing::Object(fd) => (Memory::map(&name, fd, 0, size, populate)?, 0),
             Backing::Memory(memory, offset) => (memory, offset),
         };
@@ -89,7 +89,7 @@ impl Region {
         self.range
     }
 
-    /// What the device may do.
+    /// Access for the device.
     #[must_use]
     pub const fn perm(&self) -> Perm {
         self.perm
@@ -101,19 +101,19 @@ impl Region {
         self.memory.uaddr().saturating_add(self.offset)
     }
 
-    /// The memory it is a part of.
+    /// The memory that the region is a part of.
     #[must_use]
     pub const fn memory(&self) -> &Arc<Memory> {
         &self.memory
     }
 
-    /// Where it begins in its memory, in bytes.
+    /// Offset of the region in its memory, in bytes.
     #[must_use]
     pub const fn offset(&self) -> u64 {
         self.offset
     }
 
-    /// The memory object; `None` for memory of the caller.
+    /// The memory object; `None` for memory without one.
     #[must_use]
     pub fn object(&self) -> Option<BorrowedFd<'_>> {
         self.memory.object().map(|(fd, _)| fd)
@@ -222,7 +222,7 @@ pub(crate) fn map_all<D: VdpaOps>(ops: &D, regions: &[Region], batch: bool) -> R
     result
 }
 
-/// Tells the device where each mapping is in this process, in one batch if `batch`.
+/// Sends REMAP with the address in this process for each mapping, in one batch if `batch`.
 pub(crate) fn remap_all<D: VdpaOps>(ops: &D, regions: &[Region], batch: bool) -> Result<(), Error> {
     in_batch(ops, batch, || {
         for region in regions {
@@ -237,8 +237,8 @@ pub(crate) fn remap_all<D: VdpaOps>(ops: &D, regions: &[Region], batch: bool) ->
     })
 }
 
-/// Runs `messages` between BATCH_BEGIN and BATCH_END. The batch is ended in any case: a device whose batch
-/// stays open would not act on later messages.
+/// Runs `messages` between BATCH_BEGIN and BATCH_END. Sends BATCH_END also after an error: while a batch is open, the device
+/// does not apply later messages.
 pub(crate) fn in_batch<D: VdpaOps>(
     ops: &D,
     batch: bool,

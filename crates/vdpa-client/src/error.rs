@@ -142,7 +142,7 @@ pub enum MemoryProblem {
     /// It belongs to this address space alone.
     #[error(
         "is private memory, which ends with this program: map it shared from a memfd, a hugetlb memfd or a file \
-         (Backing::Object, Memory::map, Memory::placed)"
+         (Backing::Object, Memory::map, Memory::from_mapping)"
     )]
     Private,
     /// Nothing is mapped there.

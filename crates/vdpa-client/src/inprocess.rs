@@ -1,10 +1,10 @@
-//! Devices of this process that can be opened, handed over and taken over like device files.
+//! Devices inside this process that can be opened, handed over and taken over like device files.
 //!
-//! For examples, and for tests of programs that want to be updated: no daemon, no kernel module, no privileges. What stands
-//! for the open file is a memfd, so the descriptors that an update carries are real; what stands for a process is a
-//! [`Side`]: each open and each take-over is one more. An exec cannot be played, since the devices would end with the image.
+//! For examples, and for tests of programs that use updates: they need no daemon, kernel module or privileges. A memfd
+//! represents the open file, so an update passes real descriptors. A [`Side`] represents a process; each open and each
+//! take-over makes a new one. An exec cannot be simulated, since the devices end with the process image.
 //!
-//! A driver that hands its disk over with a request in flight, and the side that hears the answer:
+//! A driver that hands its disk over with a request in flight, and the successor that reaps the completion:
 //!
 //! ```
 //! use std::os::unix::net::UnixStream;
@@ -80,14 +80,14 @@ use vdpa_sys::process::{OwnerSpace, ThisProcess};
 
 use crate::device::DeviceFile;
 
-/// What takes the place of a process: it can own a device that another one of this process owned.
+/// A simulated process: it can become the owner of a device that another `Side` owns.
 #[derive(Clone, Debug)]
 pub struct Side {
     process: ThisProcess,
     id: u64,
-    /// The side that became the owner last.
+    /// Id of the side that became the owner last.
     owner: Arc<AtomicU64>,
-    /// What is passed on. Its inode tells which open file it stands for.
+    /// The memfd that represents the open file; its inode identifies it.
     file: Arc<OwnedFd>,
 }
 
@@ -106,7 +106,7 @@ impl Caller<LinuxHost> for Side {
 
     fn address_space(&self) -> Result<OwnerSpace, Errno> {
         let space = self.process.address_space()?;
-        // Asked for by those that become the owner, and by nobody else.
+        // Only SET_OWNER and NEW_OWNER ask for the address space, so the caller becomes the owner.
         self.owner.store(self.id, Ordering::Relaxed);
         Ok(space)
     }
@@ -116,7 +116,7 @@ impl Caller<LinuxHost> for Side {
     }
 }
 
-/// Devices by path, and open files by the inode of the memfd that stands for them. Both are of any parent.
+/// Devices by path, and open files by the inode of their memfd, for any type of parent.
 #[derive(Default)]
 struct Tables {
     nodes: HashMap<PathBuf, Box<dyn Any + Send>>,
@@ -134,7 +134,7 @@ fn with_tables<T>(action: impl FnOnce(&mut Tables) -> T) -> T {
     action(&mut TABLES.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
-/// Makes a device known under `path`, for [`DeviceFile::open`].
+/// Registers a device under `path`, for [`DeviceFile::open`]. Replaces an earlier device of that path.
 pub fn publish<P>(path: impl Into<PathBuf>, node: &Node<P>)
 where
     P: Parent<Host = LinuxHost> + Send + 'static,

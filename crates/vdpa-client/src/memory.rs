@@ -1,4 +1,4 @@
-//! Memory that devices are given: objects that outlive a program image, each mapped once however many devices use it.
+//! Memory for devices: objects that outlive a program image. Each is mapped once, however many devices use it.
 //!
 //! ```
 //! use vdpa_client::memory::Memory;
@@ -26,7 +26,7 @@ use crate::error::{Error, MemoryProblem, RegionProblem};
 
 /// A piece of memory of this process, to be mapped for any number of devices.
 ///
-/// Shared by [`Arc`]: an update carries it over once, and the next image has one again for all its devices.
+/// Shared by [`Arc`]. An update carries it over once, and in the next image all its devices share it again.
 #[derive(Debug)]
 pub struct Memory {
     name: String,
@@ -37,11 +37,11 @@ pub struct Memory {
 #[derive(Debug)]
 enum Backed {
     /// Mapped by this library.
-    Mapped { fd: OwnedFd, offset: u64, map: SharedMap },
-    /// Mapped by the caller, who keeps it where it is.
-    Placed { fd: OwnedFd, offset: u64, uaddr: u64 },
-    /// Of this address space alone.
-    Private { uaddr: u64 },
+    Library { fd: OwnedFd, offset: u64, map: SharedMap },
+    /// An object mapped by the caller, who keeps it mapped.
+    Caller { fd: OwnedFd, offset: u64, uaddr: u64 },
+    /// Without an object: it exists in this address space only.
+    Anonymous { uaddr: u64 },
 }
 
 impl Memory {
@@ -57,27 +57,34 @@ impl Memory {
         let len = checked_len(name, fd.as_fd(), offset, size)?;
         let map = SharedMap::map(&fd, offset, len, Prot::RW, populate)
             .map_err(Error::request("mmap of a memory object"))?;
-        Ok(Arc::new(Self { name: name.to_owned(), size, backing: Backed::Mapped { fd, offset, map } }))
+        Ok(Arc::new(Self { name: name.to_owned(), size, backing: Backed::Library { fd, offset, map } }))
     }
 
-    /// Memory of an object that the caller has mapped shared at `uaddr`, and keeps there as long as this value lives.
-    /// For programs that place guest memory themselves; their next image is given the object and maps it again.
+    /// Memory of an object that the caller has mapped shared at `uaddr` and keeps mapped as long as this value lives. For
+    /// programs that map guest memory themselves. The next image receives the object and this library maps it there.
+    ///
+    /// The mapping is checked when an update is prepared, not here.
     ///
     /// # Errors
     /// [`Error::Region`] when the object is shorter.
-    pub fn placed(name: &str, fd: OwnedFd, offset: u64, size: u64, uaddr: u64) -> Result<Arc<Self>, Error> {
+    pub fn from_mapping(
+        name: &str,
+        fd: OwnedFd,
+        offset: u64,
+        size: u64,
+        uaddr: u64,
+    ) -> Result<Arc<Self>, Error> {
         checked_len(name, fd.as_fd(), offset, size)?;
-        Ok(Arc::new(Self { name: name.to_owned(), size, backing: Backed::Placed { fd, offset, uaddr } }))
+        Ok(Arc::new(Self { name: name.to_owned(), size, backing: Backed::Caller { fd, offset, uaddr } }))
     }
 
-    /// Memory of this address space alone, at `uaddr`. It ends with the program, so that a session that uses it cannot
-    /// be updated.
+    /// Memory without an object, at `uaddr`. It ends with the program, so a session that uses it cannot be updated.
     #[must_use]
-    pub fn private(name: &str, uaddr: u64, size: u64) -> Arc<Self> {
-        Arc::new(Self { name: name.to_owned(), size, backing: Backed::Private { uaddr } })
+    pub fn anonymous(name: &str, uaddr: u64, size: u64) -> Arc<Self> {
+        Arc::new(Self { name: name.to_owned(), size, backing: Backed::Anonymous { uaddr } })
     }
 
-    /// Its name, for people: in errors and reports.
+    /// Its name, for errors and reports.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
@@ -89,23 +96,23 @@ impl Memory {
         self.size
     }
 
-    /// Where it begins in this process.
+    /// Its address in this process.
     #[must_use]
     pub fn uaddr(&self) -> u64 {
         match &self.backing {
-            Backed::Mapped { map, .. } => map.addr() as u64,
-            Backed::Placed { uaddr, .. } | Backed::Private { uaddr } => *uaddr,
+            Backed::Library { map, .. } => map.addr() as u64,
+            Backed::Caller { uaddr, .. } | Backed::Anonymous { uaddr } => *uaddr,
         }
     }
 
-    /// The object and the byte of it where this memory begins; `None` for private memory.
+    /// The object, and the offset of this memory in it in bytes; `None` for memory without an object.
     #[must_use]
     pub fn object(&self) -> Option<(BorrowedFd<'_>, u64)> {
         match &self.backing {
-            Backed::Mapped { fd, offset, .. } | Backed::Placed { fd, offset, .. } => {
+            Backed::Library { fd, offset, .. } | Backed::Caller { fd, offset, .. } => {
                 Some((fd.as_fd(), *offset))
             }
-            Backed::Private { .. } => None,
+            Backed::Anonymous { .. } => None,
         }
     }
 
@@ -113,28 +120,27 @@ impl Memory {
     #[must_use]
     pub const fn as_map(&self) -> Option<&SharedMap> {
         match &self.backing {
-            Backed::Mapped { map, .. } => Some(map),
-            Backed::Placed { .. } | Backed::Private { .. } => None,
+            Backed::Library { map, .. } => Some(map),
+            Backed::Caller { .. } | Backed::Anonymous { .. } => None,
         }
     }
 
     /// Whether it has an object that outlives this program.
     #[must_use]
     pub const fn survives(&self) -> bool {
-        !matches!(self.backing, Backed::Private { .. })
+        !matches!(self.backing, Backed::Anonymous { .. })
     }
 
-    /// Checks that what the caller has mapped is this object, shared, at this offset: with anything else the next image
-    /// would see other bytes than the device. Costs a mapping of the object, which touches no page of it, and one look-up for
-    /// each mapping (VMA) of the range.
+    /// Checks that the caller has mapped this object, shared, at this offset. Otherwise the next image would see other bytes
+    /// than the device. Maps the object once without touching a page, and looks up each mapping (VMA) of the range.
     pub(crate) fn verify(&self) -> Result<(), MemoryProblem> {
-        let Backed::Placed { fd, offset, uaddr } = &self.backing else {
+        let Backed::Caller { fd, offset, uaddr } = &self.backing else {
             return if self.survives() { Ok(()) } else { Err(MemoryProblem::Private) };
         };
         let unreadable = |source| MemoryProblem::Unreadable { source };
         let maps = maps::own().map_err(unreadable)?;
-        // What the object is called in the same table: stat(2) shows another device number on some file systems, and two
-        // files with the same inode number may be on two.
+        // Take device number and inode of the object from the same table: on some file systems stat(2) reports another
+        // device number. The inode alone is not enough, since two file systems may use the same one.
         let len = usize::try_from(self.size).map_err(|_| unreadable(Errno::INVAL))?;
         let probe = SharedMap::map(fd, *offset, len, Prot::RO, false).map_err(unreadable)?;
         let object = maps::vma_at(&maps, probe.addr() as u64).map_err(unreadable)?;
@@ -204,7 +210,7 @@ mod tests {
         let fd = memfd::create(c"placed", 0x4000, None).unwrap();
         let map = SharedMap::map(&fd, 0x1000, 0x3000, Prot::RW, false).unwrap();
         let placed = |offset, uaddr| {
-            Memory::placed("placed", fd.try_clone().unwrap(), offset, 0x3000, uaddr).unwrap().verify()
+            Memory::from_mapping("placed", fd.try_clone().unwrap(), offset, 0x3000, uaddr).unwrap().verify()
         };
         let uaddr = map.addr() as u64;
         assert_eq!(placed(0x1000, uaddr), Ok(()));
@@ -213,7 +219,7 @@ mod tests {
         let private = placed(0, (heap.as_ptr() as u64).next_multiple_of(0x1000));
         assert_eq!(private, Err(MemoryProblem::Private));
         assert_eq!(placed(0, 0x1000), Err(MemoryProblem::Hole { uaddr: 0x1000 }));
-        assert_eq!(Memory::private("heap", uaddr, 0x1000).verify(), Err(MemoryProblem::Private));
+        assert_eq!(Memory::anonymous("heap", uaddr, 0x1000).verify(), Err(MemoryProblem::Private));
     }
 
     /// The first file of a tmpfs of its own, which nobody else sees. Needs root.
@@ -236,7 +242,7 @@ mod tests {
         let map = SharedMap::map(&mapped, 0, 0x2000, Prot::RW, false).unwrap();
         let uaddr = map.addr() as u64;
         let placed = |file: &OwnedFd| {
-            Memory::placed("placed", file.try_clone().unwrap(), 0, 0x2000, uaddr).unwrap().verify()
+            Memory::from_mapping("placed", file.try_clone().unwrap(), 0, 0x2000, uaddr).unwrap().verify()
         };
         assert_eq!(placed(&mapped), Ok(()));
         assert_eq!(placed(&other), Err(MemoryProblem::Other { uaddr }));

@@ -14,9 +14,9 @@ use crate::error::{Error, QueueProblem};
 use crate::state::{packed, v1};
 use crate::vring::Vring;
 
-/// Where the three areas of a ring lie in a region, in bytes from its start (virtio 1.2 section 2.7).
+/// Offsets of the three areas of a ring in a region, in bytes (virtio 1.2 section 2.7).
 ///
-/// There is room for either format: a packed ring has its two structures of 4 bytes at the beginning of the driver and
+/// Both formats fit: a packed ring has its event suppression structures of 4 bytes at the beginning of the driver area and
 /// of the device area (virtio 1.2 section 2.8).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingLayout {
@@ -97,7 +97,7 @@ impl Queue {
         })
     }
 
-    /// A queue that another image of this program was driving.
+    /// A queue that the predecessor was driving.
     pub(crate) fn adopt(
         index: QueueIndex,
         region: &Region,
@@ -137,19 +137,19 @@ impl Queue {
         &self.region
     }
 
-    /// Where the ring is.
+    /// Offsets of the ring in its region.
     #[must_use]
     pub const fn layout(&self) -> RingLayout {
         self.layout
     }
 
-    /// Signalled by the device when it has used buffers, unless suppressed.
+    /// The call eventfd. The device signals it when it has used buffers, unless the driver suppresses that.
     #[must_use]
     pub const fn call(&self) -> &EventFd {
         &self.vring.call
     }
 
-    /// What the device waits for.
+    /// The kick eventfd, which the device waits for.
     #[must_use]
     pub const fn kick(&self) -> &EventFd {
         &self.vring.kick
@@ -165,10 +165,10 @@ impl Queue {
         self.ring.add(readable, writable, token)
     }
 
-    /// Shows the device everything submitted, and kicks it unless it does not want to hear.
+    /// Publishes all submitted requests to the device, and kicks it unless the device suppresses kicks. Does not block.
     ///
     /// # Errors
-    /// A fault: the ring memory is gone.
+    /// A fault: the ring memory is not accessible any more.
     pub fn notify(&mut self) -> Result<(), RingError> {
         if self.ring.publish()? {
             self.vring.kick.signal();
@@ -194,7 +194,8 @@ impl Queue {
         self.ring.enable_interrupts()
     }
 
-    /// Waits until there is a completion or `timeout` is over; returns whether there may be one.
+    /// Blocks until there is a completion or `timeout` has passed; `None` waits without a limit. Returns whether there may be
+    /// a completion.
     ///
     /// # Errors
     /// As [`reap`](Self::reap).
@@ -202,13 +203,13 @@ impl Queue {
         Ok(self.arm()? || self.vring.call.wait(timeout))
     }
 
-    /// Requests in flight.
+    /// Number of requests in flight.
     #[must_use]
     pub const fn in_flight(&self) -> u16 {
         self.ring.in_flight()
     }
 
-    /// The driver side as it is now.
+    /// The state of the driver side, for saving.
     pub(crate) fn saved(&self) -> SavedDriver {
         match &self.ring {
             Driver::Split(ring) => SavedDriver::Split(v1::Driver::save(ring.state())),

@@ -63,8 +63,9 @@ use crate::memory::Memory;
 use crate::queue::{Queue, RingLayout, queue};
 use crate::vring::{GuestQueue, GuestRing, Vring, check_guest_ring};
 
-/// A queue is asked for to be driven, and is a guest's, or the other way round.
+/// The caller asked for a queue to drive it, but a guest drives it.
 const A_GUESTS: QueueProblem = QueueProblem::Kind { owner: "a guest", asked: "this program" };
+/// The caller asked for a queue of a guest, but this program drives it.
 const OURS: QueueProblem = QueueProblem::Kind { owner: "this program", asked: "a guest" };
 
 /// A device that this process owns, with everything that was set up on it.
@@ -76,7 +77,7 @@ pub struct Session<D> {
     setup: Setup,
 }
 
-/// Everything about a session but the open device: what an update carries over.
+/// Everything about a session except the open device: the part that an update carries over.
 #[derive(Debug)]
 pub(crate) struct Setup {
     pub(crate) path: Option<PathBuf>,
@@ -89,9 +90,10 @@ pub(crate) struct Setup {
     pub(crate) queues: Vec<Queue>,
     pub(crate) guest_queues: Vec<GuestQueue>,
     pub(crate) running: bool,
-    /// What the driver has written into the field `writeback` of a block device that was stopped and forgets it.
+    /// Cache mode that the driver of a block device has set (field `writeback`), while the device is reset or closed and has
+    /// forgotten it.
     pub(crate) writeback: Option<u8>,
-    /// Counts changes of what is above, so that a prepared update notices them.
+    /// Counts changes of the fields above. A prepared update compares it to detect them.
     pub(crate) generation: u64,
 }
 
@@ -125,9 +127,9 @@ impl<D: VdpaOps<Event = EventFd>> Session<D> {
         (&self.ops, &self.setup)
     }
 
-    /// The device, for requests this type has no method for.
+    /// The device, for requests that this type has no method for.
     ///
-    /// What is changed behind the session's back is not carried over by an update.
+    /// An update does not carry over what such requests change.
     #[must_use]
     pub const fn ops(&self) -> &D {
         &self.ops
@@ -208,7 +210,8 @@ impl<D: VdpaOps<Event = EventFd>> Session<D> {
         added
     }
 
-    /// Unmaps a region. It must not hold a ring, and no request in flight may use it.
+    /// Unmaps a region. The caller makes sure that it holds no ring and that no request in flight uses it. Blocks until the
+    /// device does not access it any more.
     ///
     /// # Errors
     /// [`Error::Region`] for an unknown name; [`Error::Request`].
@@ -290,8 +293,8 @@ impl<D: VdpaOps<Event = EventFd>> Session<D> {
         if shape && size <= max { Ok(()) } else { Err(queue(index, problem)) }
     }
 
-    /// Resets the device, as a guest does: the queues are gone, the memory stays mapped, and
-    /// [`renegotiate`](Self::renegotiate) comes next. Requests in flight are not answered. Blocks while the device resets.
+    /// Resets the device, as a guest does. All queues are removed; the memory stays mapped. Requests in flight are lost. Call
+    /// [`renegotiate`](Self::renegotiate) next. Blocks while the device resets.
     ///
     /// # Errors
     /// [`Error::Request`].
@@ -304,7 +307,7 @@ impl<D: VdpaOps<Event = EventFd>> Session<D> {
         if self.setup.backend.has(BackendFeatures::IOTLB_PERSIST) {
             return Ok(());
         }
-        // A device that forgets its translation in a reset gets it again with the end of a batch (uapi-spec 4.5).
+        // A device without IOTLB_PERSIST forgets its translation in a reset. The end of a batch restores it (uapi-spec 4.5).
         in_batch(&self.ops, self.setup.batch(), || Ok(()))
     }
 
@@ -321,10 +324,10 @@ impl<D: VdpaOps<Event = EventFd>> Session<D> {
         Ok(())
     }
 
-    /// Lets the device run (DRIVER_OK).
+    /// Starts the device (DRIVER_OK).
     ///
     /// # Errors
-    /// [`Error::Request`].
+    /// [`Error::Request`]; with `EIO` when the device did not keep DRIVER_OK or has set NEEDS_RESET.
     pub fn start(&mut self) -> Result<(), Error> {
         driver_ok(&self.ops)?;
         self.setup.generation += 1;
@@ -332,7 +335,7 @@ impl<D: VdpaOps<Event = EventFd>> Session<D> {
         Ok(())
     }
 
-    /// A queue.
+    /// A queue that this program drives.
     ///
     /// # Errors
     /// [`Error::Queue`] when it is not set up, or a guest's.
@@ -348,19 +351,19 @@ impl<D: VdpaOps<Event = EventFd>> Session<D> {
         self.setup.guest_queues.iter().find(|q| q.index() == index).ok_or_else(|| self.no_queue(index, OURS))
     }
 
-    /// Why there is no queue of the kind asked for: `other`, when there is one of the other kind.
+    /// Why there is no queue of the requested kind: `other`, if the queue is of the other kind.
     fn no_queue(&self, index: QueueIndex, other: QueueProblem) -> Error {
         let there = self.setup.vrings().any(|vring| vring.index == index);
         queue(index, if there { other } else { QueueProblem::Unknown })
     }
 
-    /// A queue, to drive it.
+    /// A queue that this program drives, mutable: to submit and reap requests.
     ///
     /// # Errors
     /// [`Error::Queue`] when it is not set up, or a guest's.
     pub fn queue_mut(&mut self, index: QueueIndex) -> Result<&mut Queue, Error> {
         let at = self.setup.queues.iter().position(|q| q.index() == index);
-        // The error is made only where it is needed: a driver comes here for each request.
+        // Build the error only on failure: a driver calls this for each request.
         let Some(at) = at else { return Err(self.no_queue(index, A_GUESTS)) };
         self.setup.queues.get_mut(at).ok_or_else(|| queue(index, QueueProblem::Unknown))
     }

@@ -1,4 +1,4 @@
-//! What a device is told of one virtqueue, whoever drives its ring.
+//! The set-up of one virtqueue on the device, whoever drives its ring.
 
 use vdpa_core::ops::VdpaOps;
 use vdpa_core::types::{QueueIndex, VringAddr};
@@ -8,10 +8,10 @@ use vdpa_sys::eventfd::EventFd;
 use crate::error::{Error, QueueProblem};
 use crate::queue::queue;
 
-/// A virtqueue whose ring belongs to a guest: the session knows where it is, and nothing of what is in it.
+/// A virtqueue whose ring a guest drives: the session has its addresses and does not access its contents.
 ///
-/// The guest's driver fills the ring; kicks arrive through `kick` (an ioeventfd, as a rule) and interrupts leave
-/// through `call` (an irqfd). Both stay the same open files over an update, so whatever they are bound to stays bound.
+/// Kicks arrive through `kick` (usually an ioeventfd) and interrupts leave through `call` (usually an irqfd). Both stay the
+/// same open files over an update, so they stay bound in KVM.
 #[derive(Debug)]
 pub struct GuestQueue(pub(crate) Vring);
 
@@ -37,27 +37,27 @@ impl GuestQueue {
         self.0.index
     }
 
-    /// Where the ring is.
+    /// Size and addresses of the ring.
     #[must_use]
     pub const fn ring(&self) -> GuestRing {
         let VringAddr { desc, avail, used, .. } = self.0.addr;
         GuestRing { size: self.0.size, desc, driver: avail, device: used }
     }
 
-    /// What the device waits for.
+    /// The kick eventfd, which the device waits for.
     #[must_use]
     pub const fn kick(&self) -> &EventFd {
         &self.0.kick
     }
 
-    /// What the device signals.
+    /// The call eventfd, which the device signals.
     #[must_use]
     pub const fn call(&self) -> &EventFd {
         &self.0.call
     }
 }
 
-/// The part of a queue that the device is told.
+/// The parameters of a queue on the device.
 #[derive(Debug)]
 pub(crate) struct Vring {
     pub(crate) index: QueueIndex,
@@ -68,7 +68,7 @@ pub(crate) struct Vring {
 }
 
 impl Vring {
-    /// Tells the device everything about this vring and enables it (`VHOST_SET_VRING_*`).
+    /// Sends all parameters of this vring to the device and enables it (`VHOST_SET_VRING_*`), starting at `base`.
     pub(crate) fn set_up<D: VdpaOps<Event = EventFd>>(&self, ops: &D, base: QueueState) -> Result<(), Error> {
         ops.set_vring_num(self.index, u32::from(self.size)).map_err(Error::request("VHOST_SET_VRING_NUM"))?;
         ops.set_vring_base(self.index, base.encode()).map_err(Error::request("VHOST_SET_VRING_BASE"))?;
@@ -79,11 +79,11 @@ impl Vring {
     }
 }
 
-/// Alignments of the three areas (virtio 1.2 sections 2.7 and 2.8; those of split rings, which are the stricter ones
-/// but for the descriptors of both, which are the same).
+/// Alignments of the three areas in bytes (virtio 1.2 sections 2.7 and 2.8). The descriptor area is the same in both formats;
+/// for the others these are the values of split rings.
 const AREAS: [(&str, u64); 3] = [("descriptor area", 16), ("driver area", 2), ("device area", 4)];
 
-/// Checks where a guest has placed a ring, as far as that can be known without looking into it.
+/// Checks the addresses of a guest's ring: alignment, and whether a region maps the first byte of each area.
 pub(crate) fn check_guest_ring(
     index: QueueIndex,
     ring: GuestRing,

@@ -16,7 +16,7 @@ use vdpa_client::device::Device;
 use vdpa_client::memory::Memory;
 use vdpa_client::state::{Section, Sections};
 use vdpa_client::update::{
-    self, Cancel, Cause, Departed, Devices, Failed, Image, Incoming, LinkError, Phase, Plan, Restored,
+    self, Cancel, Cause, Completed, ConnectionError, Devices, Failed, Image, Incoming, Phase, Plan, Restored,
     Strategy, UpdateError, Via, Way,
 };
 use vdpa_client::vring::GuestRing;
@@ -55,7 +55,7 @@ impl Disk {
     }
 }
 
-type Switched = Result<Departed, Box<Failed<Notes>>>;
+type Switched = Result<Completed, Box<Failed<Notes>>>;
 
 /// Hands over within this process.
 fn hand_over(
@@ -300,7 +300,11 @@ fn a_successor_that_is_late_is_called_off() {
                 std::fs::remove_file(disk.path.with_extension("stall")).unwrap();
             });
             let mut failed = prepared.switch(devices, Sections::new()).unwrap_err();
-            assert!(matches!(failed.error.source, Cause::Link(LinkError::TimedOut)), "{:?}", failed.error);
+            assert!(
+                matches!(failed.error.source, Cause::Connection(ConnectionError::TimedOut)),
+                "{:?}",
+                failed.error
+            );
             assert!(failed.lost.is_empty());
             works(&mut failed.devices);
             let error = taken.join().unwrap().unwrap_err();
@@ -327,7 +331,7 @@ fn a_prepare_can_be_cancelled_and_dropped() {
         Plan::new().cancel(&cancel).prepare(&devices, Via::HandOver(ours)).unwrap_err()
     });
     drop(silent);
-    assert!(matches!(error.source, Cause::Link(LinkError::Cancelled)), "{error:?}");
+    assert!(matches!(error.source, Cause::Connection(ConnectionError::Cancelled)), "{error:?}");
     assert!(begin.elapsed() < Duration::from_secs(20));
 
     let (ours, theirs) = UnixStream::pair().unwrap();
@@ -398,7 +402,7 @@ fn strangers_and_other_files_are_refused() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     drop(theirs);
     let error = Plan::new().prepare(&devices, Via::HandOver(ours)).unwrap_err();
-    assert!(matches!(error.source, Cause::Link(LinkError::Gone)), "{error:?}");
+    assert!(matches!(error.source, Cause::Connection(ConnectionError::Closed)), "{error:?}");
     let udp = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
     let socket = UnixStream::from(std::os::fd::OwnedFd::from(udp));
     let error = Plan::new().prepare(&devices, Via::HandOver(socket)).unwrap_err();
@@ -486,9 +490,9 @@ fn a_child_that_fails_leaves_everything_here() {
 fn a_rehearsal_asks_the_new_image_before_the_exec() {
     let disk = Disk::new(&ALL);
     let mut devices = disk.devices();
-    let error = Plan::new().rehearse().prepare(&devices, Via::Exec(image("refuse"))).unwrap_err();
+    let error = Plan::new().dry_run().prepare(&devices, Via::Exec(image("refuse"))).unwrap_err();
     assert!(error.source.to_string().contains("refused: not this one"), "{error:?}");
-    let prepared = Plan::new().rehearse().prepare(&devices, Via::Exec(image("take"))).unwrap();
+    let prepared = Plan::new().dry_run().prepare(&devices, Via::Exec(image("take"))).unwrap();
     drop(prepared);
     works(&mut devices);
     assert_eq!(disk.notes().replace("close", "").replace(", ", ""), "");
@@ -517,7 +521,11 @@ fn the_process_that_answers_is_the_one_that_is_killed() {
     let prepared = plan.prepare(&devices, Via::HandOver(ours)).unwrap();
     assert_eq!(prepared.successor().unsigned_abs(), child.id());
     let mut failed = prepared.switch(devices, Sections::new()).unwrap_err();
-    assert!(matches!(failed.error.source, Cause::Link(LinkError::TimedOut)), "{:?}", failed.error);
+    assert!(
+        matches!(failed.error.source, Cause::Connection(ConnectionError::TimedOut)),
+        "{:?}",
+        failed.error
+    );
     assert!(failed.lost.is_empty(), "{:?}", failed.lost);
     works(&mut failed.devices);
     assert_eq!(child.wait().unwrap().signal(), Some(9));

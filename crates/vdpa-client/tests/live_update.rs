@@ -207,11 +207,11 @@ fn what_cannot_work_is_refused_before_the_device_is_touched() {
     assert_eq!(cause.to_string(), "there are two of section \"mine\"; names must be unique in an update");
     let zero = || File::open("/dev/zero").unwrap();
     let twice = Plan::new().descriptor("file", zero()).descriptor("file", zero());
-    assert!(matches!(refused(&devices, twice, "/bin/true"), Cause::Twice { what: "descriptor", .. }));
+    assert!(matches!(refused(&devices, twice, "/bin/true"), Cause::DuplicateName { what: "descriptor", .. }));
 
     let spec = RegionSpec {
         name: "heap".to_owned(),
-        backing: Backing::Caller(0x7000_0000),
+        backing: Backing::HostAddress(0x7000_0000),
         iova: 0x4000_0000,
         size: 4096,
         perm: Perm::RO,

@@ -68,7 +68,7 @@ pub enum Need {
 impl Need {
     /// Why this need is not met; `None` when it is.
     #[must_use]
-    pub fn missing(self, probe: &Probe, means: Means<'_>) -> Option<String> {
+    pub fn missing(self, probe: &Probe, resources: Resources<'_>) -> Option<String> {
         let (met, why) = match self {
             Self::Backend(bit) => (probe.backend.has(bit), format!("{} is not offered", backend_name(bit))),
             Self::NoBackend(bit) => (!probe.backend.has(bit), format!("{} is offered", backend_name(bit))),
@@ -91,8 +91,8 @@ impl Need {
             }
             Self::DeviceFile => (probe.is_file, "there is no device file".to_owned()),
             Self::SecondOpen => (probe.second_open, "a second open is refused".to_owned()),
-            Self::Vstats => (!probe.is_file || means.vstats.is_some(), vstats::MISSING.to_owned()),
-            Self::Child => (means.child.is_some(), "the program vdpa-conform was not found".to_owned()),
+            Self::Vstats => (!probe.is_file || resources.vstats.is_some(), vstats::MISSING.to_owned()),
+            Self::Child => (resources.child.is_some(), "the program vdpa-conform was not found".to_owned()),
         };
         (!met).then_some(why)
     }
@@ -128,7 +128,7 @@ pub struct Case {
 
 /// What there is for a run besides the device.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Means<'a> {
+pub struct Resources<'a> {
     /// The program to start for a second process (`vdpa-conform` itself); without it such cases are skipped.
     pub child: Option<&'a Path>,
     /// How to learn what the device counts; without it such cases are skipped.
@@ -140,12 +140,12 @@ pub struct Means<'a> {
 pub struct Ctx<'a> {
     target: Target<'a>,
     probe: &'a Probe,
-    means: Means<'a>,
+    resources: Resources<'a>,
 }
 
 impl<'a> Ctx<'a> {
-    pub(crate) fn new(target: Target<'a>, probe: &'a Probe, means: Means<'a>) -> Self {
-        Self { target, probe, means }
+    pub(crate) fn new(target: Target<'a>, probe: &'a Probe, resources: Resources<'a>) -> Self {
+        Self { target, probe, resources }
     }
 
     /// What the device is.
@@ -185,7 +185,7 @@ impl<'a> Ctx<'a> {
 
     /// What `device` counts for a queue.
     pub(crate) fn counters(&self, device: &Device, queue: u16) -> Result<Counters, Stop> {
-        vstats::counters(self.means.vstats, device, queue)
+        vstats::counters(self.resources.vstats, device, queue)
     }
 
     /// Forks a child that holds `device` too.
@@ -196,8 +196,10 @@ impl<'a> Ctx<'a> {
 
     /// Starts a second process that holds `device` too.
     pub(crate) fn child(&self, device: &Device) -> Result<Child, Stop> {
-        let program =
-            self.means.child.ok_or_else(|| Stop::CannotRun("no program for a second process".to_owned()))?;
+        let program = self
+            .resources
+            .child
+            .ok_or_else(|| Stop::CannotRun("no program for a second process".to_owned()))?;
         Child::start(program, device).map_err(|error| Stop::CannotRun(format!("second process: {error}")))
     }
 }
@@ -219,7 +221,7 @@ mod tests {
     #[test]
     fn a_need_says_what_is_missing() {
         let probe = Probe { device_id: 2, queues: 1, ..Probe::default() };
-        let none = Means::default();
+        let none = Resources::default();
         assert_eq!(Need::DeviceId(2).missing(&probe, none), None);
         assert_eq!(Need::Queues(2).missing(&probe, none).unwrap(), "1 virtqueues, 2 are needed");
         let need = Need::Backend(BackendFeatures::NEW_OWNER);
@@ -227,11 +229,11 @@ mod tests {
         assert!(Need::NoBackend(BackendFeatures::NEW_OWNER).missing(&probe, none).is_none());
         assert!(Need::Child.missing(&probe, none).is_some());
         assert_eq!(Need::SecondOpen.missing(&probe, none).unwrap(), "a second open is refused");
-        let child = Means { child: Some(Path::new("/bin/true")), ..none };
+        let child = Resources { child: Some(Path::new("/bin/true")), ..none };
         assert!(Need::Child.missing(&probe, child).is_none());
         let file = Probe { is_file: true, ..probe };
         assert!(Need::Vstats.missing(&file, child).unwrap().contains("--vstats"));
-        assert!(Need::Vstats.missing(&file, Means { vstats: Some(&"vdpa".into()), ..none }).is_none());
+        assert!(Need::Vstats.missing(&file, Resources { vstats: Some(&"vdpa".into()), ..none }).is_none());
         assert!(Need::Vstats.missing(&probe, none).is_none(), "it is asked itself");
     }
 

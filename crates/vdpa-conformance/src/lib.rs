@@ -27,7 +27,7 @@ mod ring;
 pub mod runner;
 mod vstats;
 
-pub use case::{Case, Ctx, Means, Need, Outcome, Stop};
+pub use case::{Case, Ctx, Need, Outcome, Resources, Stop};
 pub use device::{Device, Target};
 pub use inprocess::LocalDevice;
 pub use probe::{Probe, ProbeError};

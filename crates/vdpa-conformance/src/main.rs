@@ -11,7 +11,7 @@ use clap::{Parser, ValueEnum};
 use vdpa_conformance::expect::Expectations;
 use vdpa_conformance::report::{Summary, json, junit, line};
 use vdpa_conformance::runner::{self, Config, Finding};
-use vdpa_conformance::{Case, LocalDevice, Means, Probe, Target, Vstats, cases, child, matrix};
+use vdpa_conformance::{Case, LocalDevice, Probe, Resources, Target, Vstats, cases, child, matrix};
 use vdpa_sys::uapi::live;
 
 /// A device in this process.
@@ -181,7 +181,7 @@ fn run(
     let vstats = arguments.vstats.as_deref().map(Vstats::from);
     let config = Config {
         device: target,
-        means: Means { child: program.as_deref(), vstats: vstats.as_ref() },
+        resources: Resources { child: program.as_deref(), vstats: vstats.as_ref() },
         limit: Duration::from_secs(arguments.timeout),
         on_hang: |case, limit| {
             eprintln!("vdpa-conform: case {case} did not return within {} s", limit.as_secs());

@@ -4,7 +4,7 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::case::{Case, Ctx, Means, Stop};
+use crate::case::{Case, Ctx, Resources, Stop};
 use crate::device::Target;
 use crate::expect::Expectations;
 use crate::probe::Probe;
@@ -15,7 +15,7 @@ pub struct Config<'a> {
     /// The device.
     pub device: Target<'a>,
     /// What there is besides it.
-    pub means: Means<'a>,
+    pub resources: Resources<'a>,
     /// Longest time for one case.
     pub limit: Duration,
     /// Called on another thread when a case exceeds the limit. A request that hangs in the kernel cannot be
@@ -114,11 +114,11 @@ pub fn run(
             findings.push(finding);
             continue;
         }
-        let missing = case.needs.iter().find_map(|need| need.missing(probe, config.means));
+        let missing = case.needs.iter().find_map(|need| need.missing(probe, config.resources));
         let outcome = match missing {
             Some(why) => Err(Stop::CannotRun(why)),
             None => guarded(case.id, config.limit, config.on_hang, || {
-                (case.run)(&mut Ctx::new(config.device, probe, config.means))
+                (case.run)(&mut Ctx::new(config.device, probe, config.resources))
             }),
         };
         let verdict = Verdict::of(outcome, case.id, expected);
@@ -161,7 +161,7 @@ mod tests {
     fn verdicts(cases: &[Case], expected: &Expectations) -> Vec<Verdict> {
         let config = Config {
             device: Target::File(Path::new("/nonexistent")),
-            means: Means::default(),
+            resources: Resources::default(),
             limit: Duration::from_secs(30),
             on_hang: |id, _| panic!("{id} hangs"),
         };

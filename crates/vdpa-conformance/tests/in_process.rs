@@ -7,7 +7,7 @@ use std::time::Duration;
 use vdpa_conformance::expect::Expectations;
 use vdpa_conformance::report::line;
 use vdpa_conformance::runner::{self, Config, Verdict};
-use vdpa_conformance::{LocalDevice, Means, Probe, Target, cases};
+use vdpa_conformance::{LocalDevice, Probe, Resources, Target, cases};
 
 fn check(device: &LocalDevice, expectations: &str) {
     let probe = Probe::of(device).unwrap();
@@ -16,7 +16,7 @@ fn check(device: &LocalDevice, expectations: &str) {
     let expected = Expectations::parse(expectations, &ids).unwrap();
     let config = Config {
         device: Target::InProcess(device),
-        means: Means { child: Some(Path::new(env!("CARGO_BIN_EXE_vdpa-conform"))), vstats: None },
+        resources: Resources { child: Some(Path::new(env!("CARGO_BIN_EXE_vdpa-conform"))), vstats: None },
         limit: Duration::from_secs(60),
         on_hang: |case, _| {
             eprintln!("{case} hangs");

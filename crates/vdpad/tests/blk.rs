@@ -262,7 +262,7 @@ fn private_memory_is_served_by_copying() {
         let memory = Private::new(1 << 20);
         let spec = RegionSpec {
             name: "private".into(),
-            backing: Backing::Caller(memory.addr()),
+            backing: Backing::HostAddress(memory.addr()),
             iova: ELSEWHERE,
             size: 1 << 20,
             perm: Perm::RW,

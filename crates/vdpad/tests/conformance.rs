@@ -14,7 +14,7 @@ use support::daemon::Daemon;
 use vdpa_conformance::expect::Expectations;
 use vdpa_conformance::report::{Summary, line};
 use vdpa_conformance::runner::{self, Config, Verdict};
-use vdpa_conformance::{Means, Probe, Target, Vstats, cases, child};
+use vdpa_conformance::{Probe, Resources, Target, Vstats, cases, child};
 use vdpa_core::features::BackendFeatures;
 use vdpa_sys::uapi::live::{self, Numbers};
 
@@ -113,7 +113,7 @@ fn conforms(subject: &Subject) {
     let vstats = Vstats::new(words.into_iter().chain([subject.name]).map(str::to_owned));
     let config = Config {
         device: Target::File(&device),
-        means: Means { child: Some(&program), vstats: Some(&vstats) },
+        resources: Resources { child: Some(&program), vstats: Some(&vstats) },
         limit: CASE_LIMIT,
         on_hang: |case, limit| {
             eprintln!("case {case} did not return within {limit:?}");

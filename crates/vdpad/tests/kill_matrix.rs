@@ -20,7 +20,7 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, kill_process_group, waitpgid};
-use vdpa_client::update::points::Point;
+use vdpa_client::update::checkpoint::Checkpoint;
 use vdpa_client::update::{Strategy, Way};
 
 use robust::disk::{self, Disk};
@@ -49,8 +49,8 @@ enum Outcome {
 }
 
 /// The points of an update without a fault, in their order.
-fn path_of(way: Way, strategy: Strategy) -> Vec<Point> {
-    use Point as P;
+fn path_of(way: Way, strategy: Strategy) -> Vec<Checkpoint> {
+    use Checkpoint as P;
     let exec = way == Way::Exec;
     let with = |point, condition: bool| condition.then_some(point);
     let reopen = strategy == Strategy::Reopen;
@@ -63,17 +63,17 @@ fn path_of(way: Way, strategy: Strategy) -> Vec<Point> {
         with(P::Suspended, strategy != Strategy::Live),
         Some(P::AtRest),
         Some(P::Saved),
-        with(P::Leaving, exec),
+        with(P::BeforeExec, exec),
         with(P::Sent, !exec),
-        with(P::TakenHeard, !exec),
+        with(P::TakenReceived, !exec),
         with(P::Committed, !exec),
-        with(P::Departed, !exec),
+        with(P::Released, !exec),
         // A program to which a socket is given need not look for one.
         with(P::Entered, way != Way::HandOver),
         Some(P::Received),
         Some(P::Loaded),
         with(P::ReadySent, !exec),
-        with(P::SwitchHeard, !exec),
+        with(P::SwitchReceived, !exec),
         Some(P::Adopted),
         Some(P::Owned),
         with(P::Vrings, strategy == Strategy::Reset),
@@ -81,7 +81,7 @@ fn path_of(way: Way, strategy: Strategy) -> Vec<Point> {
         // What was closed starts when the predecessor can no longer want it back.
         with(P::Running, exec || !reopen),
         with(P::TakenSent, !exec),
-        with(P::CommitHeard, !exec),
+        with(P::CommitReceived, !exec),
         with(P::Running, !exec && reopen),
     ]
     .into_iter()
@@ -90,20 +90,20 @@ fn path_of(way: Way, strategy: Strategy) -> Vec<Point> {
 }
 
 /// Who is to have the devices after a fault at `point`.
-fn expected(way: Way, strategy: Strategy, point: Point, action: Action) -> Outcome {
-    use Point as P;
+fn expected(way: Way, strategy: Strategy, point: Checkpoint, action: Action) -> Outcome {
+    use Checkpoint as P;
     if way == Way::Exec {
         // There is one process. One that stopped goes on when it is told to.
         return if action == Action::Kill { Outcome::Closed } else { Outcome::TookOver };
     }
     match point {
         // From the complete state on a successor needs nobody.
-        P::Sent | P::TakenHeard | P::Committed | P::Departed => Outcome::TookOver,
-        point if !point.is_successors() => Outcome::Closed,
+        P::Sent | P::TakenReceived | P::Committed | P::Released => Outcome::TookOver,
+        point if !point.is_in_successor() => Outcome::Closed,
         // The predecessor has heard of the end of the update, and has nothing any more.
-        P::CommitHeard if action == Action::Kill => Outcome::Closed,
+        P::CommitReceived if action == Action::Kill => Outcome::Closed,
         P::Running if strategy == Strategy::Reopen && action == Action::Kill => Outcome::Closed,
-        P::CommitHeard => Outcome::TookOver,
+        P::CommitReceived => Outcome::TookOver,
         P::Running if strategy == Strategy::Reopen => Outcome::TookOver,
         _ => Outcome::WentOn,
     }
@@ -369,11 +369,11 @@ fn check_exits(case: &Case, ended: &Ended, fault: Fault) {
     let is_predecessor = victim == ended.predecessor;
     assert_eq!(
         case.way == Way::Exec || is_predecessor,
-        !fault.point.is_successors() || case.way == Way::Exec
+        !fault.point.is_in_successor() || case.way == Way::Exec
     );
     let last = ended.reached.iter().rev().find(|(pid, _)| *pid == victim).unwrap();
-    let acting =
-        ![Point::Entered, Point::Received, Point::Loaded].contains(&fault.point) || case.way == Way::Fork;
+    let acting = ![Checkpoint::Entered, Checkpoint::Received, Checkpoint::Loaded].contains(&fault.point)
+        || case.way == Way::Fork;
     let killed = fault.action == Action::Kill || ended.outcome == Outcome::WentOn && acting;
     assert!(!killed || last.1 == name, "{}: {ended:?}", case.describe());
     for (pid, status) in &ended.exits {
@@ -433,16 +433,16 @@ fn check_path(case: &Case, ended: &Ended) {
     let path = path_of(case.way, case.strategies[0]);
     let (mut before, mut after) = (Vec::new(), Vec::new());
     for (pid, point) in &ended.reached {
-        let point = Point::ALL.into_iter().find(|p| p.name() == *point).unwrap();
-        if point.is_successors() {
+        let point = Checkpoint::ALL.into_iter().find(|p| p.name() == *point).unwrap();
+        if point.is_in_successor() {
             after.push(point)
         } else {
             before.push(point)
         }
         let is_predecessor = *pid == ended.predecessor;
-        assert!(case.way == Way::Exec || is_predecessor != point.is_successors(), "{ended:?}");
+        assert!(case.way == Way::Exec || is_predecessor != point.is_in_successor(), "{ended:?}");
     }
-    let (wanted_after, wanted_before): (Vec<_>, Vec<_>) = path.into_iter().partition(|p| p.is_successors());
+    let (wanted_after, wanted_before): (Vec<_>, Vec<_>) = path.into_iter().partition(|p| p.is_in_successor());
     assert_eq!((before, after), (wanted_before, wanted_after), "{}", case.describe());
     assert!(ended.exits.values().all(|status| status.exit_status() == Some(0)), "{ended:?}");
 }
@@ -457,7 +457,7 @@ fn survived(mgmtdev: &str, strategies: &[Strategy], way: Way) {
         // Either format at each point, and with each strategy.
         packed: mgmtdev == "blk" && fault.map_or(0, |f| place(f.point)) % 2 == place_of(strategy) % 2,
     };
-    let faults = |action, of: fn(Point) -> bool| -> Vec<Case> {
+    let faults = |action, of: fn(Checkpoint) -> bool| -> Vec<Case> {
         let points = |&strategy: &Strategy| {
             let points = path_of(way, strategy).into_iter().filter(move |&p| of(p));
             points.map(move |point| case(strategy, Some(Fault { point, nth: 1, action })))
@@ -466,7 +466,7 @@ fn survived(mgmtdev: &str, strategies: &[Strategy], way: Way) {
     };
     let paths: Vec<Case> = strategies.iter().map(|&strategy| case(strategy, None)).collect();
     let killed = faults(Action::Kill, |_| true);
-    let stopped = faults(Action::Stop, Point::is_successors);
+    let stopped = faults(Action::Stop, Checkpoint::is_in_successor);
     let begin = Instant::now();
     let mut busy = run_all(mgmtdev, &[paths, killed.clone()].concat(), 1);
     let kills = begin.elapsed();
@@ -480,8 +480,8 @@ fn survived(mgmtdev: &str, strategies: &[Strategy], way: Way) {
     );
 }
 
-fn place(point: Point) -> usize {
-    Point::ALL.iter().position(|&p| p == point).unwrap()
+fn place(point: Checkpoint) -> usize {
+    Checkpoint::ALL.iter().position(|&p| p == point).unwrap()
 }
 
 fn place_of(strategy: Strategy) -> usize {
@@ -502,7 +502,7 @@ fn table(mgmtdev: &str, way: Way, strategies: &[Strategy], cases: &[Case]) -> St
     for (action, strategy) in &columns {
         write!(text, "{:13}", format!("{action:?}/{strategy}").to_lowercase()).unwrap();
     }
-    for point in Point::ALL {
+    for point in Checkpoint::ALL {
         write!(text, "\n{:14}", point.name()).unwrap();
         for &(action, strategy) in &columns {
             let is_it = |c: &&Case| {
@@ -566,7 +566,7 @@ fn mixed_devices() {
             (format!("disk{number}"), ground.vdpad.add_any(&format!("disk{number}"), mgmtdev))
         })
         .collect();
-    use Point as P;
+    use Checkpoint as P;
     let mut cases = Vec::new();
     for way in [Way::Fork, Way::HandOver] {
         let mut fault = |point, nth, outcome| {
@@ -581,7 +581,7 @@ fn mixed_devices() {
         (1..=3).for_each(|nth| fault(P::Running, nth, Outcome::WentOn));
         fault(P::TakenSent, 1, Outcome::WentOn);
         fault(P::Sent, 1, Outcome::TookOver);
-        fault(P::CommitHeard, 1, Outcome::Closed);
+        fault(P::CommitReceived, 1, Outcome::Closed);
         fault(P::Running, 4, Outcome::Closed);
     }
     run_on(&ground, &[disks], &cases);

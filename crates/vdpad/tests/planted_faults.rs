@@ -12,7 +12,7 @@ use std::time::Duration;
 use rustix::process::{Pid, Signal, kill_process};
 use vdpa_conformance::expect::Expectations;
 use vdpa_conformance::runner::{self, Config, Finding, Verdict};
-use vdpa_conformance::{Case, Means, Probe, Target, cases, child};
+use vdpa_conformance::{Case, Probe, Resources, Target, cases, child};
 use vdpa_core::faults::Fault;
 
 /// The device that shows a fault.
@@ -132,7 +132,7 @@ impl Daemon {
         let program = std::env::current_exe().unwrap();
         let config = Config {
             device: Target::File(&device),
-            means: Means { child: Some(&program), vstats: None },
+            resources: Resources { child: Some(&program), vstats: None },
             limit: Duration::from_secs(30),
             on_hang: |case, _| {
                 eprintln!("case {case} did not return");

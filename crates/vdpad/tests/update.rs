@@ -62,7 +62,7 @@ fn tenant() {
             sections.ensure_consumed().unwrap();
             let (made, flying): Saved = section.parse(SECTION.1).unwrap();
             let disk = again(Disk { session, flying: BTreeMap::from_iter(flying) }, made);
-            report.announce("disk0", &disk.session).unwrap();
+            report.report_to_server("disk0", &disk.session).unwrap();
             (disk, made + 1)
         }
     };
@@ -425,7 +425,7 @@ fn private() {
     let heap = vec![0x5a_u8; 3 * 4096].leak();
     let spec = RegionSpec {
         name: "heap".into(),
-        backing: Backing::Caller((heap.as_ptr() as u64).next_multiple_of(4096)),
+        backing: Backing::HostAddress((heap.as_ptr() as u64).next_multiple_of(4096)),
         iova: 0x1000,
         size: 4096,
         perm: Perm::RO,
@@ -448,7 +448,7 @@ fn private_memory_is_refused_by_its_name() {
         assert_eq!(
             client.hear("refused"),
             "update failed in phase prepare of device disk0: region \"heap\" is private memory, which ends with this \
-             program: map it shared from a memfd, a hugetlb memfd or a file (Backing::Object, Memory::map, Memory::placed)"
+             program: map it shared from a memfd, a hugetlb memfd or a file (Backing::Object, Memory::map, Memory::from_mapping)"
         );
         assert!(client.end().success());
     }

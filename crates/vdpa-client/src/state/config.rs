@@ -1,7 +1,7 @@
-//! The section about configuration space, beside those of version 2: states in which no driver has a say in it do not have
-//! it.
+//! The optional section about configuration space, in addition to those of version 2. It exists only if a block device with
+//! `CONFIG_WCE` is reset or opened again.
 //!
-//! It is optional. A program that does not know it leaves a device that was reset with what follows from its features.
+//! A program that does not know it leaves such a device with the default of its features.
 
 use serde::{Deserialize, Serialize};
 

@@ -1,8 +1,7 @@
 //! Saved state: a checked envelope around named, versioned sections.
 //!
-//! Saved state is a trust boundary: it comes from another version of the program, perhaps another program.
-//! [`decode`] therefore believes nothing, allocates no more than it was given, and says what was wrong in
-//! its own error for each reason. The layout is described in `docs/saved-state.md`; what the library's own
+//! Saved state is a trust boundary: it comes from another version of the program, perhaps from another program. So
+//! [`decode`] trusts nothing, allocates no more memory than the input has, and has its own error for each defect. The layout is described in `docs/saved-state.md`; what the library's own
 //! sections contain is in [`v2`]; [`v1`] is still read.
 //!
 //! ```
@@ -41,7 +40,7 @@ pub const SUPPORTED_VERSIONS: std::ops::RangeInclusive<u32> = 1..=1;
 pub const MAX_PAYLOAD: u64 = 64 << 20;
 /// Bytes of the header: magic, version, checksum, payload length.
 pub const HEADER_LEN: usize = 24;
-/// Names that begin so are the library's own.
+/// Prefix of the names of the library's own sections.
 pub const RESERVED_PREFIX: &str = "vdpa/";
 
 const SECTION_HEADER_LEN: usize = 16;
@@ -57,13 +56,13 @@ pub enum StateError {
         /// Bytes there are.
         len: usize,
     },
-    /// Something else than saved state.
+    /// It does not begin with [`MAGIC`].
     #[error("this is not saved state: it begins with {found:02x?} and not with \"VDPALIVE\"")]
     BadMagic {
         /// The first eight bytes.
         found: [u8; 8],
     },
-    /// Written by a version of the library whose format this one does not know.
+    /// The envelope has a version that this library cannot read.
     #[error(
         "saved state has format version {found}; this program reads versions {} to {}",
         SUPPORTED_VERSIONS.start(),
@@ -87,7 +86,7 @@ pub enum StateError {
         /// Bytes after the header.
         present: u64,
     },
-    /// Damaged.
+    /// The checksum does not match the contents.
     #[error("saved state is damaged: its checksum is {stored:#010x}, its contents give {computed:#010x}")]
     Checksum {
         /// Checksum in the header.
@@ -95,7 +94,7 @@ pub enum StateError {
         /// Checksum of what is there.
         computed: u32,
     },
-    /// A section header that cannot be right.
+    /// The header of a section is malformed.
     #[error("saved state, byte {offset} of the sections: {what}")]
     Section {
         /// Where the section begins, from the end of the header.
@@ -103,7 +102,7 @@ pub enum StateError {
         /// What is wrong.
         what: &'static str,
     },
-    /// A section nobody knows and nobody may skip.
+    /// A section that the program does not know and that is not optional.
     #[error("saved state has a section \"{name}\" (version {version}) that this program does not know")]
     Unknown {
         /// Name of the section.
@@ -111,13 +110,13 @@ pub enum StateError {
         /// Its version.
         version: u32,
     },
-    /// A section this library cannot do without.
+    /// A required section is missing.
     #[error("saved state has no section \"{name}\"")]
     Missing {
         /// Name of the section.
         name: &'static str,
     },
-    /// A known section in a version that is not known.
+    /// A known section has a version that cannot be read.
     #[error("section \"{name}\" has version {found}; this program reads version {supported}")]
     SectionVersion {
         /// Name of the section.
@@ -159,7 +158,7 @@ pub struct Section {
 }
 
 impl Section {
-    /// A section that must be understood by whoever restores it.
+    /// A section that a reader must understand (not optional).
     #[must_use]
     pub fn new(name: &str, version: u32, payload: Vec<u8>) -> Self {
         Self { name: name.to_owned(), version, optional: false, payload }
@@ -204,29 +203,30 @@ impl FromIterator<Section> for Sections {
     }
 }
 
-/// The sections of one saved state. What is taken is gone, so that what nobody took can be found.
+/// The sections of one saved state. Taking a section removes it, so [`ensure_consumed`](Self::ensure_consumed) finds those
+/// that the program does not know.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Sections(Vec<Section>);
 
 impl Sections {
-    /// None.
+    /// No sections.
     #[must_use]
     pub const fn new() -> Self {
         Self(Vec::new())
     }
 
-    /// Adds a section.
+    /// Adds a section. [`encode`] checks the name.
     pub fn push(&mut self, section: Section) {
         self.0.push(section);
     }
 
-    /// Takes a section out.
+    /// Removes a section and returns it; `None` if there is none of that name.
     pub fn take(&mut self, name: &str) -> Option<Section> {
         let at = self.0.iter().position(|s| s.name == name)?;
         Some(self.0.remove(at))
     }
 
-    /// Takes a section out that has to be there.
+    /// Removes a section that must exist, and returns it.
     ///
     /// # Errors
     /// [`StateError::Missing`].
@@ -234,7 +234,36 @@ impl Sections {
         self.take(name).ok_or(StateError::Missing { name })
     }
 
-    /// A section that is there.
+    /// Adds a section whose payload is `value` as JSON.
+    fn push_json<T: Serialize>(&mut self, name: &str, version: u32, value: &T) -> Result<(), StateError> {
+        self.push(Section::json(name, version, value)?);
+        Ok(())
+    }
+
+    /// Removes a section that must exist in exactly this version, and parses it.
+    fn require_json<T: DeserializeOwned>(
+        &mut self,
+        name: &'static str,
+        version: u32,
+    ) -> Result<T, StateError> {
+        self.require(name)?.parse(version)
+    }
+
+    /// Checks that no section has a name of the library.
+    ///
+    /// # Errors
+    /// [`StateError::Name`] with the first such name.
+    pub fn check_names(&self) -> Result<(), StateError> {
+        match self.iter().find(|s| s.name.starts_with(RESERVED_PREFIX)) {
+            Some(section) => Err(StateError::Name {
+                name: section.name.clone(),
+                reason: "names that begin with vdpa/ are the library's",
+            }),
+            None => Ok(()),
+        }
+    }
+
+    /// A section by its name, without removing it.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<&Section> {
         self.0.iter().find(|s| s.name == name)
@@ -245,7 +274,7 @@ impl Sections {
         self.0.extend(other.0);
     }
 
-    /// The sections still there.
+    /// The sections that were not taken.
     pub fn iter(&self) -> impl Iterator<Item = &Section> {
         self.0.iter()
     }
@@ -258,8 +287,8 @@ impl Sections {
         self.ensure_consumed_below("")
     }
 
-    /// [`ensure_consumed`](Self::ensure_consumed) for the library's own; those that may be skipped are dropped, so that the
-    /// caller's remain.
+    /// As [`ensure_consumed`](Self::ensure_consumed), for the library's sections only. Drops the optional ones that were not
+    /// taken, so that only the caller's remain.
     pub(crate) fn end_of_own(&mut self) -> Result<(), StateError> {
         self.ensure_consumed_below(RESERVED_PREFIX)?;
         self.0.retain(|s| !s.name.starts_with(RESERVED_PREFIX));
@@ -333,7 +362,7 @@ pub fn decode(bytes: &[u8]) -> Result<Sections, StateError> {
     else {
         return Err(StateError::Truncated { len: bytes.len() });
     };
-    // In this order: only what has the magic has a version, and only a known version has the rest.
+    // Checked in this order: the version counts only after the magic, the other fields only in a known version.
     if magic != MAGIC {
         return Err(StateError::BadMagic { found: magic });
     }

@@ -1,13 +1,13 @@
 //! Sections about packed rings, beside those of version 2: states without packed rings do not have them.
 //!
-//! Neither is optional. A program that does not know them refuses the update, of a fork or hand-over before anything
-//! stops, because [`ANNOUNCEMENT`] comes with what is known before.
+//! Neither is optional, so a program that does not know them refuses the update. In a fork or hand-over it refuses before a
+//! device stops, because [`ANNOUNCEMENT`] is sent before the switch.
 
 use serde::{Deserialize, Serialize};
 use vdpa_core::features::Features;
 use vdpa_core::ring::driver;
 
-use super::{Section, Sections, StateError, v2};
+use super::{Sections, StateError, v2};
 
 /// Version of each section below.
 pub const VERSION: u32 = 1;
@@ -20,7 +20,7 @@ pub const DRIVERS: &str = "vdpa/packed-drivers";
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Announcement {
-    /// Their names, for people: the features of a device decide.
+    /// Their names, for error messages only: the features of a device decide the format of its rings.
     pub devices: Vec<String>,
 }
 
@@ -38,7 +38,7 @@ pub struct Drivers {
 pub struct Driver {
     /// Next descriptor to fill, with its wrap counter in bit 15.
     pub next_avail: u16,
-    /// First descriptor that the device was not shown, with its wrap counter in bit 15.
+    /// First descriptor that is not published to the device, with its wrap counter in bit 15.
     pub published: u16,
     /// Next descriptor to take as used, with its wrap counter in bit 15.
     pub last_used: u16,
@@ -91,12 +91,12 @@ pub(super) fn announce(devices: &v2::Devices, sections: &mut Sections) -> Result
     let devices: Vec<String> =
         devices.devices.iter().filter(packed).map(|device| device.name.clone()).collect();
     if !devices.is_empty() {
-        sections.push(Section::json(ANNOUNCEMENT, VERSION, &Announcement { devices })?);
+        sections.push_json(ANNOUNCEMENT, VERSION, &Announcement { devices })?;
     }
     Ok(())
 }
 
-/// Takes the announcement, which says no more than that this program has to know of packed rings.
+/// Removes the announcement. Its only purpose is that a program without packed rings refuses it.
 pub(super) fn take_announcement(sections: &mut Sections) -> Result<(), StateError> {
     sections.take(ANNOUNCEMENT).map_or(Ok(()), |section| section.parse::<Announcement>(VERSION).map(drop))
 }
@@ -105,7 +105,7 @@ pub(super) fn take_announcement(sections: &mut Sections) -> Result<(), StateErro
 pub(super) fn put(rest: &[v2::AtRest], sections: &mut Sections) -> Result<(), StateError> {
     if rest.iter().any(|device| !device.packed_drivers.is_empty()) {
         let devices = rest.iter().map(|device| device.packed_drivers.clone()).collect();
-        sections.push(Section::json(DRIVERS, VERSION, &Drivers { devices })?);
+        sections.push_json(DRIVERS, VERSION, &Drivers { devices })?;
     }
     Ok(())
 }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use vdpa_core::features::Features;
 use vdpa_core::ring::driver;
 
-use super::{Section, Sections, StateError};
+use super::{Sections, StateError};
 
 /// Version of each section below.
 pub const VERSION: u32 = 1;
@@ -185,30 +185,16 @@ pub struct State {
 }
 
 impl State {
-    /// Checks that none of the caller's sections has a name of the library.
-    ///
-    /// # Errors
-    /// [`StateError::Name`].
-    pub fn check_names(sections: &Sections) -> Result<(), StateError> {
-        match sections.iter().find(|s| s.name.starts_with(super::RESERVED_PREFIX)) {
-            Some(section) => Err(StateError::Name {
-                name: section.name.clone(),
-                reason: "names that begin with vdpa/ are the library's",
-            }),
-            None => Ok(()),
-        }
-    }
-
     /// Adds the library's sections to the caller's.
     ///
     /// # Errors
     /// [`StateError::Name`] when a caller's section has a name of the library.
     pub fn put(&self, sections: &mut Sections) -> Result<(), StateError> {
-        Self::check_names(sections)?;
-        sections.push(Section::json(UPDATE, VERSION, &self.update)?);
-        sections.push(Section::json(SESSION, VERSION, &self.session)?);
-        sections.push(Section::json(MEMORY, VERSION, &self.memory)?);
-        sections.push(Section::json(QUEUES, VERSION, &self.queues)?);
+        sections.check_names()?;
+        sections.push_json(UPDATE, VERSION, &self.update)?;
+        sections.push_json(SESSION, VERSION, &self.session)?;
+        sections.push_json(MEMORY, VERSION, &self.memory)?;
+        sections.push_json(QUEUES, VERSION, &self.queues)?;
         Ok(())
     }
 
@@ -219,10 +205,10 @@ impl State {
     /// known and not optional.
     pub fn take(sections: &mut Sections) -> Result<Self, StateError> {
         let state = Self {
-            update: sections.require(UPDATE)?.parse(VERSION)?,
-            session: sections.require(SESSION)?.parse(VERSION)?,
-            memory: sections.require(MEMORY)?.parse(VERSION)?,
-            queues: sections.require(QUEUES)?.parse(VERSION)?,
+            update: sections.require_json(UPDATE, VERSION)?,
+            session: sections.require_json(SESSION, VERSION)?,
+            memory: sections.require_json(MEMORY, VERSION)?,
+            queues: sections.require_json(QUEUES, VERSION)?,
         };
         sections.end_of_own()?;
         Ok(state)

@@ -290,11 +290,11 @@ impl Prepared {
     /// # Errors
     /// [`StateError::Name`] when a caller's section has a name of the library.
     pub fn put(&self, sections: &mut Sections) -> Result<(), StateError> {
-        v1::State::check_names(sections)?;
-        sections.push(Section::json(UPDATE, VERSION, &self.update)?);
-        sections.push(Section::json(MEMORY, VERSION, &self.memory)?);
-        sections.push(Section::json(DEVICES, VERSION, &self.devices)?);
-        sections.push(Section::json(DESCRIPTORS, VERSION, &self.descriptors)?);
+        sections.check_names()?;
+        sections.push_json(UPDATE, VERSION, &self.update)?;
+        sections.push_json(MEMORY, VERSION, &self.memory)?;
+        sections.push_json(DEVICES, VERSION, &self.devices)?;
+        sections.push_json(DESCRIPTORS, VERSION, &self.descriptors)?;
         packed::announce(&self.devices, sections)
     }
 
@@ -305,10 +305,10 @@ impl Prepared {
     pub fn take(sections: &mut Sections) -> Result<Self, StateError> {
         packed::take_announcement(sections)?;
         Ok(Self {
-            update: sections.require(UPDATE)?.parse(VERSION)?,
-            memory: sections.require(MEMORY)?.parse(VERSION)?,
-            devices: sections.require(DEVICES)?.parse(VERSION)?,
-            descriptors: sections.require(DESCRIPTORS)?.parse(VERSION)?,
+            update: sections.require_json(UPDATE, VERSION)?,
+            memory: sections.require_json(MEMORY, VERSION)?,
+            devices: sections.require_json(DEVICES, VERSION)?,
+            descriptors: sections.require_json(DESCRIPTORS, VERSION)?,
         })
     }
 }
@@ -319,7 +319,7 @@ impl Switch {
     /// # Errors
     /// [`StateError::Payload`], which this type does not cause.
     pub fn put(&self, sections: &mut Sections) -> Result<(), StateError> {
-        sections.push(Section::json(SWITCH, VERSION, self)?);
+        sections.push_json(SWITCH, VERSION, self)?;
         packed::put(&self.devices, sections)?;
         config::put(&self.devices, sections)
     }
@@ -329,7 +329,7 @@ impl Switch {
     /// # Errors
     /// [`StateError`]: missing, of another version, unreadable.
     pub fn take(sections: &mut Sections) -> Result<Self, StateError> {
-        let mut switch: Self = sections.require(SWITCH)?.parse(VERSION)?;
+        let mut switch: Self = sections.require_json(SWITCH, VERSION)?;
         packed::take(&mut switch.devices, sections)?;
         config::take(&mut switch.devices, sections)?;
         Ok(switch)

@@ -15,57 +15,58 @@ impl<D> Default for Devices<D> {
 }
 
 impl<D> Devices<D> {
-    /// None yet.
+    /// An empty list.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// One.
+    /// A list with one device.
     #[must_use]
     pub fn one(name: &str, session: Session<D>) -> Self {
         Self { list: vec![(name.to_owned(), session)] }
     }
 
-    /// Adds one. A name that is there already makes the update fail in prepare, with both sessions intact.
+    /// Adds a device. A repeated name is not checked here: prepare fails with
+    /// [`Cause::DuplicateName`](super::Cause::DuplicateName), and both sessions stay intact.
     pub fn push(&mut self, name: &str, session: Session<D>) {
         self.list.push((name.to_owned(), session));
     }
 
-    /// Takes one out.
+    /// Removes a device; `None` if there is none of that name.
     pub fn take(&mut self, name: &str) -> Option<Session<D>> {
         let at = self.list.iter().position(|(n, _)| n == name)?;
         Some(self.list.remove(at).1)
     }
 
-    /// One by its name.
+    /// The device of that name.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<&Session<D>> {
         self.list.iter().find(|(n, _)| n == name).map(|(_, session)| session)
     }
 
-    /// One by its name, to drive it.
+    /// The device of that name, mutable: to drive it.
     pub fn get_mut(&mut self, name: &str) -> Option<&mut Session<D>> {
         self.list.iter_mut().find(|(n, _)| n == name).map(|(_, session)| session)
     }
 
-    /// All, in the order in which they were added.
+    /// All devices, in the order in which they were added.
     pub fn iter(&self) -> Iter<'_, D> {
         self.into_iter()
     }
 
-    /// All, to drive them.
+    /// All devices, mutable, in the same order.
     pub fn iter_mut(&mut self) -> impl Iterator<Item = (&str, &mut Session<D>)> {
         self.list.iter_mut().map(|(name, session)| (name.as_str(), session))
     }
 
-    /// How many there are.
+    /// Number of devices.
     #[must_use]
     pub const fn len(&self) -> usize {
         self.list.len()
     }
 
-    /// Whether there is none.
+    /// Whether the list is empty.
     #[must_use]
     pub const fn is_empty(&self) -> bool {
         self.list.is_empty()

@@ -9,11 +9,11 @@ use rustix::fs::{SealFlags, fcntl_get_seals, fstat};
 use vdpa_sys::clock::monotonic_ns;
 use vdpa_sys::{inherit, memfd};
 
-use super::link::Kind;
-use super::load::{All, Loaded, Source, load};
-use super::points::{Point, reach};
-use super::predecessor::Conversation;
-use super::taking::Taking;
+use super::checkpoint::{Checkpoint, checkpoint};
+use super::connection::Kind;
+use super::load::{DescriptorSource, LoadedDevice, LoadedState, load};
+use super::predecessor::Predecessor;
+use super::takeover::TakeOver;
 use super::{
     Cause, Devices, PID_VARIABLE, Phase, Report, SOCKET_VARIABLE, STATE_VARIABLE, StateFileError, Strategy,
     UpdateError, Way, keeper, steps,
@@ -22,14 +22,15 @@ use crate::device::DeviceFile;
 use crate::session::Session;
 use crate::state::{self, Section, Sections, v2};
 
-/// What a predecessor offers: all memory is mapped already, and the devices are still its own.
+/// An update that a predecessor offers. All memory is mapped; the devices still belong to the predecessor.
 ///
-/// Look at [`sections`](Self::sections) and [`late`](Self::late), say what is [understood](Self::understands), and
-/// [`take_over`](Self::take_over). Dropping it refuses a hand-over, of which nothing has come then.
+/// Read [`sections`](Self::sections) and [`late`](Self::late), name the sections that this program
+/// [understands](Self::understands), then [`take_over`](Self::take_over). Dropping it refuses a fork or hand-over: the
+/// predecessor keeps its devices.
 #[derive(Debug)]
 pub struct Incoming<D> {
     update: v2::Update,
-    all: All<D>,
+    all: LoadedState<D>,
     sections: Sections,
     origin: Origin,
     entered: u64,
@@ -38,41 +39,42 @@ pub struct Incoming<D> {
 /// Where the rest of the state comes from.
 #[derive(Debug)]
 enum Origin {
-    /// The image that was in this process before.
+    /// The previous image of this process.
     Image(v2::Switch),
-    /// Another process.
-    Process(Conversation),
+    /// The predecessor, which is another process.
+    Process(Predecessor),
 }
 
-/// Devices taken over.
+/// Devices that were taken over.
 #[derive(Debug)]
 pub struct Restored<D> {
-    /// With the requests that were in flight, under the names that the predecessor gave them.
+    /// The devices with their requests in flight, under the names that the predecessor gave them.
     pub devices: Devices<D>,
     /// The caller's sections that were not taken before, and the late ones. Call [`Sections::ensure_consumed`] when all
     /// that are known are taken.
     pub sections: Sections,
     /// The caller's descriptors, by name.
     pub descriptors: BTreeMap<String, OwnedFd>,
-    /// How long everything took, from the beginning of the switch in the predecessor.
+    /// The times of the update, from the beginning of the switch in the predecessor.
     pub report: Report,
 }
 
 impl<D: DeviceFile> Restored<D> {
-    /// [`Report::announce`] for every device that is still here.
-    pub fn announce(&self) {
+    /// Calls [`Report::report_to_server`] for every device in [`devices`](Self::devices). One request for each device;
+    /// errors are ignored.
+    pub fn report_to_server(&self) {
         for (name, session) in &self.devices {
-            // Nothing depends on it; a kernel device does not know the request.
-            let _ = self.report.announce(name, session);
+            // The report is for operators only, and a kernel device does not know the request.
+            let _ = self.report.report_to_server(name, session);
         }
     }
 }
 
 impl<D> Restored<D> {
-    /// The only device, for programs that have one.
+    /// The device, its sections and its report, for programs that have exactly one device.
     ///
     /// # Errors
-    /// All of it again, when there is not exactly one.
+    /// `self` unchanged, when there is not exactly one device.
     pub fn into_one(self) -> Result<(Session<D>, Sections, Report), Box<Self>> {
         if self.devices.len() != 1 {
             return Err(Box::new(self));
@@ -85,20 +87,21 @@ impl<D> Restored<D> {
     }
 }
 
-/// What is incoming, if this program was started by an update: by exec or by fork.
+/// The update that started this program by exec or fork, if one did.
 ///
-/// `None` for a first start: no variable is set, or it is meant for another process. Call it once, early and before
-/// other threads exist: it adopts inherited descriptors by number. A second call after an exec fails, since the
-/// descriptors are adopted. After a fork it blocks until the predecessor has offered everything.
+/// `None` for a first start: no variable is set, or the variables name another process. Call it once, early and before
+/// other threads exist, since it adopts inherited descriptors by number. A second call after an exec fails: the
+/// descriptors are adopted already. After an exec it does not block. After a fork it blocks until the predecessor has sent
+/// its offer.
 ///
 /// # Errors
-/// [`UpdateError`] with the phase. After an exec the devices are closed then, and the next open finds them as new; a
-/// predecessor of a fork goes on by itself.
+/// [`UpdateError`] with the phase. After an exec the devices are closed, and the next open finds them reset. After a fork
+/// the predecessor keeps them.
 pub fn incoming<D: DeviceFile>() -> Result<Option<Incoming<D>>, UpdateError> {
     let entered = monotonic_ns();
     let at_load = |source| UpdateError { phase: Phase::Load, device: None, source };
     if let Some(socket) = inherited_socket().map_err(at_load)? {
-        reach(Point::Entered);
+        checkpoint(Checkpoint::Entered);
         return Incoming::receive(socket).map(Some);
     }
     let Some(value) = std::env::var_os(STATE_VARIABLE) else {
@@ -107,7 +110,7 @@ pub fn incoming<D: DeviceFile>() -> Result<Option<Incoming<D>>, UpdateError> {
     if std::env::var_os(PID_VARIABLE).is_some_and(|pid| pid.to_str() != Some(&steps::own_pid().to_string())) {
         return Ok(None);
     }
-    reach(Point::Entered);
+    checkpoint(Checkpoint::Entered);
     keeper::adopt();
     let read = || -> Result<Sections, Cause> {
         let number = value
@@ -130,7 +133,8 @@ pub fn restore<D: DeviceFile>() -> Result<Option<Restored<D>>, UpdateError> {
     incoming()?.map(Incoming::take_over).transpose()
 }
 
-/// The socket that a predecessor left to its child. Children of that child find another file under the number, or none.
+/// The socket that the predecessor passed to its child. The inode protects children of that child, which inherit the
+/// variable: under the number they find another file, or none.
 fn inherited_socket() -> Result<Option<UnixStream>, Cause> {
     let Some(value) = std::env::var_os(SOCKET_VARIABLE) else { return Ok(None) };
     let not_a_number = || StateFileError::NotANumber { value: value.to_string_lossy().into_owned() };
@@ -142,9 +146,9 @@ fn inherited_socket() -> Result<Option<UnixStream>, Cause> {
     Ok(fstat(&fd).is_ok_and(|stat| stat.st_ino == inode).then(|| fd.into()))
 }
 
-/// The bytes of a state file, if it is one: a memfd that nobody can change any more.
+/// The bytes of a state file. Only a sealed memfd is accepted: nobody can change it any more.
 fn read_state(number: i32, file: &OwnedFd) -> Result<Vec<u8>, StateFileError> {
-    // Only memory files have seals.
+    // Only memfds have seals.
     let seals = fcntl_get_seals(file).map_err(|_| StateFileError::NotMemfd { number })?;
     if !seals.contains(SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW) {
         return Err(StateFileError::NotSealed { number });
@@ -154,57 +158,58 @@ fn read_state(number: i32, file: &OwnedFd) -> Result<Vec<u8>, StateFileError> {
 }
 
 impl<D: DeviceFile> Incoming<D> {
-    /// Waits for the offer of the predecessor at the other end of `socket`, and maps all memory. Blocks until the
-    /// predecessor prepares an update by [`Via::HandOver`](super::Via::HandOver), or is gone.
+    /// Waits for the offer of the predecessor at the other end of `socket`, and maps all memory. Blocks, without a limit,
+    /// until the predecessor prepares an update by [`Via::HandOver`](super::Via::HandOver) or closes the connection.
     ///
     /// # Errors
-    /// [`UpdateError`]; the predecessor is told and goes on.
+    /// [`UpdateError`]; the predecessor receives the reason and keeps its devices.
     pub fn receive(socket: UnixStream) -> Result<Self, UpdateError> {
         Self::receive_from(socket, None)
     }
 
-    /// [`receive`](Self::receive), also from a process of the user `allowed`, besides root and the user of this process.
+    /// As [`receive`](Self::receive), but also accepts a predecessor that runs as the user `allowed`, besides root and the
+    /// user of this process.
     ///
     /// # Errors
-    /// As [`receive`](Self::receive); [`LinkError::Stranger`](super::LinkError::Stranger).
+    /// As [`receive`](Self::receive); [`ConnectionError::ForbiddenUser`](super::ConnectionError::ForbiddenUser).
     pub fn receive_from(socket: UnixStream, allowed: Option<u32>) -> Result<Self, UpdateError> {
         let at = |phase| move |source| UpdateError { phase, device: None, source };
-        let mut conversation = Conversation::new(socket, allowed).map_err(at(Phase::Prepare))?;
-        let offer = conversation.hear(Kind::Offer).map_err(at(Phase::Prepare))?;
+        let mut predecessor = Predecessor::new(socket, allowed).map_err(at(Phase::Prepare))?;
+        let offer = predecessor.receive(Kind::Offer).map_err(at(Phase::Prepare))?;
         let entered = monotonic_ns();
-        reach(Point::Received);
+        checkpoint(Checkpoint::Received);
         let fds = offer.fds.into_iter().map(Some).collect();
         let loaded = (|| {
             let mut sections = state::decode(&offer.payload).map_err(|e| at(Phase::Load)(e.into()))?;
             let known = v2::Prepared::take(&mut sections).map_err(|e| at(Phase::Load)(e.into()))?;
             sections.end_of_own().map_err(|e| at(Phase::Load)(e.into()))?;
             let update = known.update.clone();
-            Ok((update, load(known, Source::Received(fds), &v2::Files::default())?, sections))
+            Ok((update, load(known, DescriptorSource::Received(fds), &v2::Files::default())?, sections))
         })();
         match loaded {
             Ok((update, all, sections)) => {
-                reach(Point::Loaded);
-                let origin = Origin::Process(conversation);
+                checkpoint(Checkpoint::Loaded);
+                let origin = Origin::Process(predecessor);
                 Ok(Self { update, all, sections, origin, entered })
             }
             Err(error) => {
-                conversation.say_no(Kind::Refused, &error);
+                predecessor.reject(Kind::Refused, &error);
                 Err(error)
             }
         }
     }
 
-    /// What an image that was in this process before left in `sections`; `entered` is when this image began to look, on
-    /// `CLOCK_MONOTONIC` in ns.
+    /// The update that the previous image of this process left in `sections`. `entered` is the time at which this image
+    /// entered [`incoming`], on `CLOCK_MONOTONIC` in ns.
     fn from_image(mut sections: Sections, entered: u64) -> Result<Self, UpdateError> {
         let general = |source: Cause| UpdateError { phase: Phase::Load, device: None, source };
-        reach(Point::Received);
+        checkpoint(Checkpoint::Received);
         let files = v2::Files::take(&mut sections).map_err(|e| general(e.into()))?;
         let (known, switch) = v2::take(&mut sections).map_err(|e| general(e.into()))?;
         check_process(&known.update).map_err(general)?;
         let update = known.update.clone();
-        let all = load(known, Source::Inherited, &files)?;
-        reach(Point::Loaded);
+        let all = load(known, DescriptorSource::Inherited, &files)?;
+        checkpoint(Checkpoint::Loaded);
         Ok(Self { update, all, sections, origin: Origin::Image(switch), entered })
     }
 }
@@ -219,18 +224,18 @@ fn check_process(update: &v2::Update) -> Result<(), Cause> {
 }
 
 impl<D> Incoming<D> {
-    /// The process that has the devices; this one after an exec.
+    /// Process id of the predecessor; the same process after an exec.
     #[must_use]
     pub const fn predecessor(&self) -> i32 {
         self.update.predecessor
     }
 
-    /// The caller's sections that are known already; after an exec also the late ones.
+    /// The caller's sections that have arrived: those known before the switch, and after an exec also the late ones.
     pub const fn sections(&mut self) -> &mut Sections {
         &mut self.sections
     }
 
-    /// Sections that are announced to come with the switch, without their contents.
+    /// The sections announced by [`Plan::late_section`](super::Plan::late_section), with empty payloads.
     #[must_use]
     pub fn late(&self) -> Vec<Section> {
         let section = |late: &v2::Late| {
@@ -240,8 +245,8 @@ impl<D> Incoming<D> {
         self.update.late.iter().map(section).collect()
     }
 
-    /// The caller's descriptors, by name: what is taken here can be made use of before the devices are taken over, and is
-    /// not among [`Restored::descriptors`] then.
+    /// The caller's descriptors, by name. One that is removed here can be used before the devices are taken over, and is
+    /// missing from [`Restored::descriptors`].
     pub const fn descriptors(&mut self) -> &mut BTreeMap<String, OwnedFd> {
         &mut self.all.descriptors
     }
@@ -251,11 +256,11 @@ impl<D> Incoming<D> {
         self.all.devices.iter().map(|d| (d.name.as_str(), d.strategy))
     }
 
-    /// Says which sections this program understands, in which versions. Any other that is not optional is a reason to
-    /// refuse the update, now, while the predecessor has the devices.
+    /// Checks that this program understands every section that is not optional. `known` has the names and the versions that
+    /// it can read. Otherwise refuses the update now, while the predecessor has the devices.
     ///
     /// # Errors
-    /// [`UpdateError`] with the name of the section; the predecessor is told and goes on.
+    /// [`UpdateError`] with the name of the section; the predecessor receives it and keeps its devices.
     pub fn understands(self, known: &[(&str, RangeInclusive<u32>)]) -> Result<Self, UpdateError> {
         let present: Vec<Section> = self.sections.iter().cloned().chain(self.late()).collect();
         for section in present {
@@ -270,38 +275,38 @@ impl<D> Incoming<D> {
                 },
                 None => state::StateError::Unknown { name: section.name, version: section.version },
             };
-            return Err(self.no(error.into()));
+            return Err(self.refuse_with(error.into()));
         }
         Ok(self)
     }
 
-    /// Refuses, with a reason that the predecessor is told.
-    #[must_use = "this is what the predecessor is told"]
+    /// Refuses the update. The predecessor receives `reason`, and keeps its devices.
+    #[must_use = "this is what the predecessor receives"]
     pub fn refuse(self, reason: &str) -> UpdateError {
-        self.no(Cause::Refused { reason: reason.to_owned() })
+        self.refuse_with(Cause::Refused { reason: reason.to_owned() })
     }
 
-    fn no(self, source: Cause) -> UpdateError {
+    fn refuse_with(self, source: Cause) -> UpdateError {
         let error = UpdateError { phase: Phase::Load, device: None, source };
         let Self { all, origin, .. } = self;
         drop(all);
-        if let Origin::Process(mut conversation) = origin {
-            conversation.say_no(Kind::Refused, &error);
+        if let Origin::Process(mut predecessor) = origin {
+            predecessor.reject(Kind::Refused, &error);
         }
         error
     }
 }
 
 impl<D: DeviceFile> Incoming<D> {
-    /// Takes the devices over. In a hand-over, says that everything is ready and blocks until the predecessor has brought
-    /// the devices to rest, which it may do much later.
+    /// Takes the devices over. After an exec this is short. In a fork or hand-over it reports that this process is ready and
+    /// then blocks, without a limit, until the predecessor switches.
     ///
     /// # Errors
-    /// [`UpdateError`]. In a hand-over the predecessor goes on with the devices, and [`Cause::Aborted`] says that it wants
-    /// to. After an exec the devices are closed.
+    /// [`UpdateError`]. In a fork or hand-over the predecessor keeps the devices; [`Cause::Aborted`] if it ended the update.
+    /// After an exec the devices are closed.
     pub fn take_over(self) -> Result<Restored<D>, UpdateError> {
         let Self { update, all, mut sections, origin, entered } = self;
-        let All { devices, descriptors } = all;
+        let LoadedState { devices, descriptors } = all;
         let mut report = Report::new(Way::Exec);
         report.predecessor = update.predecessor;
         report.successor = steps::own_pid();
@@ -310,26 +315,26 @@ impl<D: DeviceFile> Incoming<D> {
             Origin::Image(switch) => {
                 report.transfer = entered.saturating_sub(switch.saved_ns);
                 let begun_ns = switch.begun_ns;
-                let mut taking = Taking::adopt(devices, switch, entered, &mut report)?;
-                taking.own(&mut report)?;
-                let devices = taking.run(&mut report)?;
+                let mut takeover = TakeOver::adopt(devices, switch, entered, &mut report)?;
+                takeover.become_owner(&mut report)?;
+                let devices = takeover.start_rest(&mut report)?;
                 report.total = monotonic_ns().saturating_sub(begun_ns);
                 keeper::collect();
                 devices
             }
-            Origin::Process(mut conversation) => {
+            Origin::Process(mut predecessor) => {
                 let way = update.way.parse().unwrap_or(Way::HandOver);
                 report.way = way;
-                let taken = take_from_process(&mut conversation, devices, &mut sections, &mut report);
+                let taken = take_from_process(&mut predecessor, devices, &mut sections, &mut report);
                 match taken {
                     Ok(devices) => devices,
                     Err(mut error) => {
                         if matches!(error.source, Cause::Aborted) && way == Way::Exec {
-                            error.source = Cause::Rehearsed;
+                            error.source = Cause::DryRun;
                         }
-                        // Nothing is held any more.
-                        let aborted = matches!(error.source, Cause::Aborted | Cause::Rehearsed);
-                        conversation.say_no(if aborted { Kind::Aborted } else { Kind::Failed }, &error);
+                        // All descriptors of the devices are closed here, so the predecessor may take them back.
+                        let aborted = matches!(error.source, Cause::Aborted | Cause::DryRun);
+                        predecessor.reject(if aborted { Kind::Aborted } else { Kind::Failed }, &error);
                         return Err(error);
                     }
                 }
@@ -340,36 +345,36 @@ impl<D: DeviceFile> Incoming<D> {
 }
 
 fn take_from_process<D: DeviceFile>(
-    conversation: &mut Conversation,
-    devices: Vec<Loaded<D>>,
+    predecessor: &mut Predecessor,
+    devices: Vec<LoadedDevice<D>>,
     sections: &mut Sections,
     report: &mut Report,
 ) -> Result<Devices<D>, UpdateError> {
     let at = |phase| move |source| UpdateError { phase, device: None, source };
-    // A rehearsal takes nothing over.
+    // A dry run takes no device over.
     if report.way != Way::Exec {
-        devices.iter().for_each(Loaded::introduce);
+        devices.iter().for_each(LoadedDevice::announce_to_server);
     }
-    conversation.say(Kind::Ready, b"").map_err(at(Phase::Prepare))?;
-    reach(Point::ReadySent);
-    let message = conversation.hear(Kind::Switch).map_err(at(Phase::Prepare))?;
-    let heard = monotonic_ns();
-    reach(Point::SwitchHeard);
+    predecessor.send(Kind::Ready, b"").map_err(at(Phase::Prepare))?;
+    checkpoint(Checkpoint::ReadySent);
+    let message = predecessor.receive(Kind::Switch).map_err(at(Phase::Prepare))?;
+    let received = monotonic_ns();
+    checkpoint(Checkpoint::SwitchReceived);
     let mut late = state::decode(&message.payload).map_err(|e| at(Phase::Load)(e.into()))?;
     let switch = v2::Switch::take(&mut late).map_err(|e| at(Phase::Load)(e.into()))?;
     sections.append(late);
-    report.transfer = heard.saturating_sub(switch.saved_ns);
+    report.transfer = received.saturating_sub(switch.saved_ns);
     let begun_ns = switch.begun_ns;
-    let mut taking = Taking::adopt(devices, switch, heard, report)?;
-    taking.own(report)?;
-    taking.run_all_but_reopened(report)?;
-    let said = monotonic_ns();
-    // The predecessor can do without it.
-    let told = || serde_json::to_vec(report).unwrap_or_default();
-    conversation.agree(told).map_err(at(Phase::Commit))?;
-    report.commit = monotonic_ns().saturating_sub(said);
-    reach(Point::CommitHeard);
-    let devices = taking.run(report)?;
+    let mut takeover = TakeOver::adopt(devices, switch, received, report)?;
+    takeover.become_owner(report)?;
+    takeover.start_all_but_reopened(report)?;
+    let taken = monotonic_ns();
+    // The predecessor works without the report: an encoding error is no reason to fail.
+    let encoded = || serde_json::to_vec(report).unwrap_or_default();
+    predecessor.commit(encoded).map_err(at(Phase::Commit))?;
+    report.commit = monotonic_ns().saturating_sub(taken);
+    checkpoint(Checkpoint::CommitReceived);
+    let devices = takeover.start_rest(report)?;
     report.total = monotonic_ns().saturating_sub(begun_ns);
     Ok(devices)
 }

@@ -1,7 +1,8 @@
-//! Collecting the process that took down the page tables of the image before.
+//! Waits for the process that freed the page tables of the previous image (`vdpa_sys::mm_reaper`).
 //!
-//! It is nobody's child when it ends, so init collects it, or the nearest subreaper. A program that is one of these itself
-//! (the first process of a container) would have one more dead child with each update.
+//! When that process ends its parent is gone, so init or the nearest subreaper waits for it. A program that is init or a
+//! subreaper itself, such as the first process of a container, would gain one zombie with each update. So the new image
+//! waits for it here.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -11,19 +12,18 @@ use vdpa_sys::exec::set_close_on_exec;
 use vdpa_sys::inherit;
 use vdpa_sys::mm_reaper::MmReaper;
 
-/// Environment variable with the numbers of descriptors of such processes (pidfds).
+/// Environment variable with the numbers of the pidfds of such processes, separated by commas.
 pub(super) const VARIABLE: &str = "VDPA_LIVE_KEEPERS";
 
-/// Those of images before that were not collected yet and may be this process's to collect. More than one only where
-/// updates follow each other faster than memory is taken down.
+/// Pidfds of processes left by previous images that have not ended yet. More than one only if updates follow each other
+/// faster than page tables are freed.
 static LAST: Mutex<Vec<OwnedFd>> = Mutex::new(Vec::new());
 
 fn last() -> MutexGuard<'static, Vec<OwnedFd>> {
     LAST.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Descriptors by which the next image can collect `keeper` and those before it. They are inherited; dropped when the exec
-/// fails.
+/// Inheritable pidfds of `keeper` and of those in [`LAST`], for the next image. The caller drops them if the exec fails.
 pub(super) fn leave(keeper: Option<&MmReaper>) -> Vec<OwnedFd> {
     collect();
     let open = |keeper: &MmReaper| pidfd_open(Pid::from_raw(keeper.pid())?, PidfdFlags::empty()).ok();
@@ -32,7 +32,7 @@ pub(super) fn leave(keeper: Option<&MmReaper>) -> Vec<OwnedFd> {
     all.filter(|fd| set_close_on_exec(fd, false).is_ok()).collect()
 }
 
-/// Takes the descriptors that the image before has left, if it has left any.
+/// Adopts the pidfds that the previous image left.
 pub(super) fn adopt() {
     let numbers = std::env::var(VARIABLE).unwrap_or_default();
     let numbers = numbers.split(',').filter_map(|number| number.parse().ok());
@@ -40,9 +40,9 @@ pub(super) fn adopt() {
     collect();
 }
 
-/// Collects those that have ended; does not block.
+/// Waits for those that have ended (`WNOHANG`). Does not block.
 pub(super) fn collect() {
-    // Not this process's child, as a rule: ECHILD.
+    // Usually ECHILD, since init or a subreaper waits for it; it is dropped then.
     let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
     last().retain(|pidfd| matches!(waitid(WaitId::PidFd(pidfd.as_fd()), options), Ok(None)));
 }

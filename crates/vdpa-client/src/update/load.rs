@@ -1,4 +1,4 @@
-//! What a successor makes of saved state before it owns anything.
+//! Reads saved state in the successor, before it owns a device.
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
@@ -20,16 +20,16 @@ use crate::session::Setup;
 use crate::state::v2;
 use crate::vring::{GuestQueue, GuestRing, Vring, check_guest_ring};
 
-/// Where the descriptors are that the state speaks of.
+/// Where the descriptors of the state come from.
 #[derive(Debug)]
-pub(super) enum Source {
-    /// Inherited under their numbers.
+pub(super) enum DescriptorSource {
+    /// Inherited over the exec: the state has their numbers.
     Inherited,
-    /// In the order in which they came.
+    /// Received over the socket: the state has their indexes here. `None` once taken.
     Received(Vec<Option<OwnedFd>>),
 }
 
-impl Source {
+impl DescriptorSource {
     fn take(&mut self, what: &str, number: i32) -> Result<OwnedFd, Cause> {
         match self {
             Self::Inherited => {
@@ -45,36 +45,36 @@ impl Source {
     }
 }
 
-/// A device with its memory mapped; nothing was asked of it but what it offers.
+/// A device whose memory is mapped in this process. It has received only requests for what it offers.
 #[derive(Debug)]
-pub(super) struct Loaded<D> {
+pub(super) struct LoadedDevice<D> {
     pub(super) name: String,
     pub(super) strategy: Strategy,
-    /// `None` when it is to be opened.
+    /// `None` when it will be opened in the switch ([`Strategy::Reopen`]).
     pub(super) ops: Option<D>,
-    /// Without the queues that this program drives.
+    /// Without the queues that this program drives: their positions come with the switch.
     pub(super) setup: Setup,
     rings: Vec<(v2::Queue, EventFd, EventFd)>,
 }
 
 /// All devices and the caller's descriptors.
 #[derive(Debug)]
-pub(super) struct All<D> {
-    pub(super) devices: Vec<Loaded<D>>,
+pub(super) struct LoadedState<D> {
+    pub(super) devices: Vec<LoadedDevice<D>>,
     pub(super) descriptors: BTreeMap<String, OwnedFd>,
 }
 
-/// Checks everything against itself and against what is there, and maps all memory. `files` are those that this process had
-/// open before. On failure every descriptor of the state is closed, so that no device stays open that nobody drives.
+/// Checks that the state is consistent and fits the devices, and maps all memory. `files` are the device files that were open
+/// before an exec. On failure every descriptor of the state is closed, so that no device stays open without a driver.
 pub(super) fn load<D: DeviceFile>(
     state: v2::Prepared,
-    mut source: Source,
+    mut source: DescriptorSource,
     files: &v2::Files,
-) -> Result<All<D>, UpdateError> {
+) -> Result<LoadedState<D>, UpdateError> {
     let numbers = numbers(&state);
     let loaded = load_all(state, &mut source, files);
     if loaded.is_err() {
-        // Those that were taken before are closed already.
+        // Descriptors taken before the failure are closed already.
         numbers.into_iter().for_each(|number| drop(source.take("descriptor", number)));
     }
     loaded
@@ -82,15 +82,15 @@ pub(super) fn load<D: DeviceFile>(
 
 fn load_all<D: DeviceFile>(
     state: v2::Prepared,
-    source: &mut Source,
+    source: &mut DescriptorSource,
     files: &v2::Files,
-) -> Result<All<D>, UpdateError> {
+) -> Result<LoadedState<D>, UpdateError> {
     let general = |source| UpdateError { phase: Phase::Load, device: None, source };
     check_numbers(&state).map_err(general)?;
     let v2::Prepared { update: _, memory, devices, descriptors } = state;
     let memories = memory.memories.into_iter().map(|memory| map(memory, source));
     let memories = memories.collect::<Result<Vec<_>, _>>().map_err(general)?;
-    let mut loaded: Vec<Loaded<D>> = Vec::with_capacity(devices.devices.len());
+    let mut loaded: Vec<LoadedDevice<D>> = Vec::with_capacity(devices.devices.len());
     let mut names = std::collections::HashSet::new();
     for (at, device) in devices.devices.into_iter().enumerate() {
         let name = device.name.clone();
@@ -98,7 +98,7 @@ fn load_all<D: DeviceFile>(
             if !names.insert(device.name.clone()) {
                 return Err(invalid("device", "its name is there twice"));
             }
-            Loaded::new(device, &memories, source, files.files.get(at))
+            LoadedDevice::new(device, &memories, source, files.files.get(at))
         };
         loaded.push(one().map_err(|source| UpdateError {
             phase: Phase::Load,
@@ -113,16 +113,16 @@ fn load_all<D: DeviceFile>(
             return Err(general(invalid("descriptors", format!("\"{name}\" is there twice"))));
         }
     }
-    Ok(All { devices: loaded, descriptors: named })
+    Ok(LoadedState { devices: loaded, descriptors: named })
 }
 
-fn map(memory: v2::Memory, source: &mut Source) -> Result<Arc<Memory>, Cause> {
+fn map(memory: v2::Memory, source: &mut DescriptorSource) -> Result<Arc<Memory>, Cause> {
     let v2::Memory { name, fd, offset, size } = memory;
     let fd = source.take(&format!("memory \"{name}\""), fd)?;
     Ok(Memory::map(&name, fd, offset, size, false)?)
 }
 
-/// All numbers of descriptors that the state has, ascending.
+/// Numbers of all descriptors in the state, ascending.
 fn numbers(state: &v2::Prepared) -> Vec<i32> {
     let devices = &state.devices.devices;
     let events = devices.iter().flat_map(|d| d.queues.iter().flat_map(|q| [q.kick_fd, q.call_fd]));
@@ -135,20 +135,20 @@ fn numbers(state: &v2::Prepared) -> Vec<i32> {
     numbers
 }
 
-/// No descriptor may be named twice: each gets one owner.
+/// Checks that no descriptor occurs twice: each is moved to one place.
 pub(super) fn check_numbers(state: &v2::Prepared) -> Result<(), Cause> {
     let numbers = numbers(state);
-    match steps::first_twice(&numbers) {
+    match steps::first_duplicate(&numbers) {
         Some(number) => Err(invalid("descriptors", format!("number {number} is there twice"))),
         None => Ok(()),
     }
 }
 
-impl<D: DeviceFile> Loaded<D> {
+impl<D: DeviceFile> LoadedDevice<D> {
     fn new(
         device: v2::Device,
         memories: &[Arc<Memory>],
-        source: &mut Source,
+        source: &mut DescriptorSource,
         file: Option<&v2::DeviceFile>,
     ) -> Result<Self, Cause> {
         let strategy: Strategy = device
@@ -184,9 +184,9 @@ impl<D: DeviceFile> Loaded<D> {
         Ok(Self { name: device.name, strategy, ops, setup, rings })
     }
 
-    /// Makes this process known to the server of a device that it is about to own, which need not look into it in the switch
-    /// then: it asks for what only the owner is told, and is refused. A server that does not care refuses too.
-    pub(super) fn introduce(&self) {
+    /// Makes this process known to the server of the device, so that the server has its identity before the switch. Sends
+    /// GET_VRING_BASE, which only the owner may do, and ignores the refusal. Servers without such a cache refuse it too.
+    pub(super) fn announce_to_server(&self) {
         let queues = self.rings.iter().map(|(queue, ..)| QueueIndex(queue.index));
         let index = queues.chain(self.setup.vrings().map(|vring| vring.index)).next();
         if let (Some(ops), Some(index)) = (&self.ops, index) {
@@ -194,8 +194,8 @@ impl<D: DeviceFile> Loaded<D> {
         }
     }
 
-    /// Adopts the driver side of the rings where the predecessor left it; returns where the device goes on, for a device
-    /// that has to be told.
+    /// Restores the driver side of the rings at the positions of the predecessor. Returns the vring bases; empty for a device
+    /// that keeps its own.
     pub(super) fn adopt(&mut self, rest: v2::AtRest) -> Result<Vec<u32>, Cause> {
         let v2::AtRest { suspend_ns: _, bases, drivers, packed_drivers, writeback } = rest;
         self.setup.writeback = writeback;
@@ -227,7 +227,12 @@ fn once(indexes: &mut std::collections::HashSet<u16>, index: u16) -> Result<(), 
     if indexes.insert(index) { Ok(()) } else { Err(invalid(&format!("queue {index}"), "it is there twice")) }
 }
 
-fn events(source: &mut Source, index: u16, kick: i32, call: i32) -> Result<(EventFd, EventFd), Cause> {
+fn events(
+    source: &mut DescriptorSource,
+    index: u16,
+    kick: i32,
+    call: i32,
+) -> Result<(EventFd, EventFd), Cause> {
     let mut event = |name: &str, number| -> Result<EventFd, Cause> {
         let what = format!("{name} of queue {index}");
         EventFd::from_fd(source.take(&what, number)?).map_err(|e| invalid(&what, e.to_string()))
@@ -235,7 +240,7 @@ fn events(source: &mut Source, index: u16, kick: i32, call: i32) -> Result<(Even
     Ok((event("kick", kick)?, event("call", call)?))
 }
 
-/// What was negotiated.
+/// The set-up that was negotiated, without memory and queues.
 fn setup(device: &v2::Device) -> Setup {
     let backend = BackendFeatures(device.backend_features);
     Setup {
@@ -254,8 +259,8 @@ fn setup(device: &v2::Device) -> Setup {
     }
 }
 
-/// The device behind `fd`, if it still offers what was negotiated. A file that was open in this process before the exec has
-/// answered already: each request to a device file that a process serves takes as long as two switches between processes.
+/// The device behind `fd`, if it still offers what was negotiated. A file that was open before the exec is not asked again:
+/// a request to a device file in user space costs two context switches between processes.
 fn open<D: DeviceFile>(
     fd: OwnedFd,
     device: &v2::Device,

@@ -1,24 +1,23 @@
-//! Being replaced by another program without losing the device.
+//! Replaces the program that drives vDPA devices, without closing the devices.
 //!
 //! # Guarantees
 //!
 //! 1. **No request is lost, damaged or answered twice.** The driver side of every ring is carried over with
-//!    the requests in flight. With [`Strategy::Live`] the device completes them while no driver exists; with
-//!    the others it stands still at a place both sides agree on.
+//!    the requests in flight. With [`Strategy::Live`] the device completes them while no driver runs. With the others the
+//!    device is stopped, and both programs know its ring positions.
 //! 2. **Mappings and pinned pages stay** (all strategies but [`Strategy::Reopen`]): the cost depends on the
 //!    number of mappings, never on the number of pages.
 //! 3. **A failed update leaves a working program.** Everything that can be checked is checked before a
-//!    device is touched. When anything fails before the new program has the devices, the steps taken are undone and
-//!    [`Prepared::switch`] returns the sessions with the error. When a new image cannot restore after an exec, it gets an
-//!    error that says what is wrong, and the devices are closed with it: nobody has half of one.
-//! 4. **One process has a device.** In a hand-over the predecessor decides, up to its commit. It lets go when the successor
-//!    has heard that; a successor that has ended without hearing it does not get the devices. When it has let go, it has
-//!    nothing left by which it could reach a device. A predecessor that dies after it has sent the complete state has
-//!    decided by that: the successor takes over.
+//!    device is touched. If the update fails before the successor has the devices, the steps are rolled back and
+//!    [`Prepared::switch`] returns the sessions with the error. If a new image cannot restore after an exec, it gets the
+//!    reason as an error, and all devices are closed: none stays half set up.
+//! 4. **One process drives a device.** In a fork or hand-over the predecessor decides until it sends the commit. It closes
+//!    its descriptors when the successor has confirmed the commit. A successor that ends without confirming does not get the
+//!    devices. If the predecessor dies after it has sent the complete state, the successor takes over.
 //!
 //! # Ways
 //!
-//! | way | who has the devices afterwards | no driver is there for |
+//! | way | who has the devices afterwards | downtime of the driver |
 //! |---|---|---|
 //! | [`Via::Exec`] | the new image in this process | an execve and the start of a program |
 //! | [`Via::Fork`] | a child that was started before | two messages |
@@ -37,30 +36,32 @@
 //!
 //! # Phases
 //!
-//! [`Plan::describe`] looks at the sessions; [`Described::prepare`] may take its time, on another thread if the devices
-//! have to be driven meanwhile ([`Plan::prepare`] does both). [`Prepared::switch`] is short, and has a
-//! deadline. What comes after, [`Incoming::take_over`] does in the successor. Nothing may be driving the sessions while
-//! they are in [`Prepared::switch`]. For an exec no other thread should be in the middle of anything: execve ends them
-//! where they are.
+//! 1. [`Plan::describe`] reads the sessions and takes microseconds.
+//! 2. [`Described::prepare`] may be slow. It needs no session, so it can run on another thread while the devices are driven.
+//!    [`Plan::prepare`] does both steps.
+//! 3. [`Prepared::switch`] is short and has a deadline. Nobody may drive the sessions from here on.
+//! 4. [`Incoming::take_over`] does the rest in the successor.
+//!
+//! execve ends all other threads wherever they are, so let them finish first.
 
+pub mod checkpoint;
+mod connection;
 mod devices;
+mod exec;
+mod identity;
 mod incoming;
 mod keeper;
-mod leave;
-mod link;
 mod load;
 mod plan;
-pub mod points;
 mod predecessor;
 mod prepared;
 mod report;
-mod rest;
-mod same;
 mod save;
 mod steps;
+mod stopped;
 mod strategy;
 mod successor;
-mod taking;
+mod takeover;
 
 use std::io;
 use std::path::PathBuf;
@@ -70,11 +71,11 @@ use thiserror::Error;
 use vdpa_core::Errno;
 use vdpa_core::features::{BackendFeatures, Features};
 
+pub use self::connection::{Cancel, ConnectionError};
 pub use self::devices::{Devices, Iter};
 pub use self::incoming::{Incoming, Restored, incoming, restore};
-pub use self::link::{Cancel, LinkError};
 pub use self::plan::{DEADLINE, GRACE, Image, Plan, UnknownWay, Via, Way};
-pub use self::prepared::{Departed, Described, Failed, Prepared};
+pub use self::prepared::{Completed, Described, Failed, Prepared};
 pub use self::report::{DeviceReport, Report};
 pub use self::strategy::{Strategy, UnknownStrategy, Unsupported};
 use crate::error::{Error as SessionError, MemoryProblem};
@@ -83,46 +84,46 @@ use crate::state::StateError;
 /// Environment variable with the number of the descriptor that holds the saved state.
 pub const STATE_VARIABLE: &str = "VDPA_LIVE_STATE";
 
-/// Environment variable with the process id that [`STATE_VARIABLE`] is meant for. An exec keeps it; children that
-/// inherit the variables find that they are not meant.
+/// Environment variable with the process id that [`STATE_VARIABLE`] is meant for. An exec keeps the id. A child that inherits
+/// both variables has another id and ignores them.
 pub const PID_VARIABLE: &str = "VDPA_LIVE_PID";
 
-/// Environment variable with the number of the socket on which the predecessor of a fork offers the devices, and its inode,
-/// by which processes for which it is not meant notice.
+/// Environment variable with the socket on which the predecessor of a fork offers the devices, as `NUMBER:INODE`. A process
+/// that inherits the variable without the socket finds another inode, or none, and ignores it.
 pub const SOCKET_VARIABLE: &str = "VDPA_LIVE_SOCKET";
 
 /// The step at which an update failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Error, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Phase {
-    /// Before anything was touched.
+    /// Checks, and contact with the successor; no device was touched.
     #[error("prepare")]
     Prepare,
-    /// Bringing the device to rest.
+    /// Stopping the device as its strategy says.
     #[error("suspend")]
     Suspend,
-    /// Writing the state.
+    /// Collecting and writing the state.
     #[error("save")]
     Save,
-    /// Replacing the program, or telling the successor.
+    /// execve, or sending the state to the successor.
     #[error("transfer")]
     Transfer,
-    /// Reading the state, mapping the memory.
+    /// Reading and checking the state, mapping the memory.
     #[error("load")]
     Load,
-    /// Becoming the owner.
+    /// Becoming the owner (`VHOST_NEW_OWNER`, or open and `VHOST_SET_OWNER`).
     #[error("new owner")]
     NewOwner,
-    /// Telling the device the new addresses.
+    /// Sending the device the new addresses (REMAP, or UPDATE for `reopen`).
     #[error("remap")]
     Remap,
     /// Setting up the vrings again.
     #[error("vrings")]
     Vrings,
-    /// Letting the device run.
+    /// Starting the device (RESUME or DRIVER_OK).
     #[error("resume")]
     Resume,
-    /// Agreeing that it is done.
+    /// The commit of the predecessor and its confirmation.
     #[error("commit")]
     Commit,
 }
@@ -131,11 +132,11 @@ pub enum Phase {
 #[derive(Debug, Error)]
 #[error("update failed in phase {phase}{}", of_device(.device.as_deref()))]
 pub struct UpdateError {
-    /// Where.
+    /// The step that failed.
     pub phase: Phase,
-    /// With which device, if it was one.
+    /// Name of the device, if the step concerned one device.
     pub device: Option<String>,
-    /// Why.
+    /// The reason.
     pub source: Cause,
 }
 
@@ -146,7 +147,7 @@ fn of_device(device: Option<&str>) -> String {
 /// Why an update failed.
 #[derive(Debug, Error)]
 pub enum Cause {
-    /// The device cannot do what was asked for.
+    /// The device does not offer what the strategy needs.
     #[error(transparent)]
     Unsupported(#[from] Unsupported),
     /// The device answered with an error, or memory could not be mapped.
@@ -155,7 +156,7 @@ pub enum Cause {
     /// The state cannot be encoded or decoded.
     #[error(transparent)]
     State(#[from] StateError),
-    /// Memory that the next program would not find the same.
+    /// Memory that would not have the same contents in the successor.
     #[error("region \"{name}\" {problem}")]
     Memory {
         /// Name of the region.
@@ -165,15 +166,15 @@ pub enum Cause {
     },
     /// A name that must be unique is not.
     #[error("there are two of {what} \"{name}\"; names must be unique in an update")]
-    Twice {
+    DuplicateName {
         /// `device`, `section` or `descriptor`.
         what: &'static str,
         /// The name.
         name: String,
     },
-    /// A strategy for a device that is not there.
+    /// The plan has a strategy for a device that is not among the devices.
     #[error("a strategy is given for device \"{name}\"; there are: {present}")]
-    NoDevice {
+    UnknownDevice {
         /// The name given.
         name: String,
         /// Those there are.
@@ -187,7 +188,7 @@ pub enum Cause {
         /// Why not.
         source: Errno,
     },
-    /// A section given at the switch is not as it was announced.
+    /// A section given to [`Prepared::switch`] differs from its announcement by [`Plan::late_section`].
     #[error("section \"{name}\" {problem}")]
     Late {
         /// Its name.
@@ -195,19 +196,19 @@ pub enum Cause {
         /// What is wrong.
         problem: &'static str,
     },
-    /// The devices are not those that were prepared.
+    /// The devices given to [`Prepared::switch`] differ from those that were prepared.
     #[error("the session {problem} since the update was prepared; prepare again")]
     Changed {
         /// What is different.
         problem: &'static str,
     },
-    /// The deadline of the switch is over.
+    /// The deadline of the switch passed before the successor could begin.
     #[error("the deadline of the switch was over before the successor could begin")]
     Deadline,
-    /// The other process cannot be talked to.
+    /// A message could not be exchanged with the other process.
     #[error(transparent)]
-    Link(#[from] LinkError),
-    /// The successor does not want the devices or could not take them.
+    Connection(#[from] ConnectionError),
+    /// The successor refused the devices or failed to take them over.
     #[error("the successor (process {pid}) failed in phase {phase}{}: {reason}", of_device(.device.as_deref()))]
     Successor {
         /// Its process id.
@@ -216,24 +217,25 @@ pub enum Cause {
         phase: Phase,
         /// With which device, if it was one.
         device: Option<String>,
-        /// What it said.
+        /// The reason it sent.
         reason: String,
     },
-    /// The successor can be neither heard nor killed, so that it cannot be ruled out that it drives the devices.
+    /// The successor neither answers nor can be killed (a process in an uninterruptible wait), so it may still drive the
+    /// devices. This process closes them.
     #[error(
         "the successor (process {pid}) neither answers nor can be killed: the devices are left to it, since two processes must not drive one"
     )]
-    Silent {
+    Unresponsive {
         /// Its process id.
         pid: i32,
     },
-    /// The predecessor goes on by itself.
+    /// The predecessor aborted the update and keeps the devices.
     #[error("the predecessor has called the update off and goes on")]
     Aborted,
-    /// This was a rehearsal.
+    /// This was a dry run ([`Plan::dry_run`]): the predecessor keeps the devices.
     #[error("this was a rehearsal: everything is understood, and the predecessor goes on")]
-    Rehearsed,
-    /// This program does not want it.
+    DryRun,
+    /// This program refused the update ([`Incoming::refuse`]).
     #[error("refused: {reason}")]
     Refused {
         /// Why.
@@ -247,7 +249,7 @@ pub enum Cause {
         /// The error.
         source: io::Error,
     },
-    /// There is no program to exec.
+    /// The new image does not exist or cannot be executed.
     #[error("the new image {} cannot be run", path.display())]
     Image {
         /// Its path.
@@ -261,7 +263,7 @@ pub enum Cause {
         /// `path`, `argument` or `environment`.
         what: &'static str,
     },
-    /// Requests in flight on a device that cannot come to rest.
+    /// Requests are in flight on a device that cannot be suspended, and `reopen` would lose them.
     #[error(
         "{in_flight} requests are in flight and the device does not offer SUSPEND (bit 4): wait for them \
          before updating with strategy reopen"
@@ -270,13 +272,13 @@ pub enum Cause {
         /// How many.
         in_flight: usize,
     },
-    /// A guest may have requests in flight on a device that cannot come to rest.
+    /// A guest may have requests in flight on a device that cannot be suspended, and `reopen` would lose them.
     #[error(
         "the device runs with rings of a guest and does not offer SUSPEND (bit 4): what is in flight would be lost with \
          strategy reopen"
     )]
     GuestInFlight,
-    /// The device was opened by somebody else.
+    /// Strategy `reopen` needs the path of the device, and none is known.
     #[error("strategy reopen needs the path of the device; say it with Device::at")]
     NoPath,
     /// A system call failed.
@@ -298,18 +300,18 @@ pub enum Cause {
         /// What is wrong with it.
         reason: String,
     },
-    /// The present device lacks features that the old image had negotiated.
+    /// The device does not offer a feature that the previous image had negotiated.
     #[error("the device offers features {present}, but the saved session uses {saved}")]
     Features {
-        /// Negotiated by the old image.
+        /// Negotiated by the previous image.
         saved: Features,
         /// Offered now.
         present: Features,
     },
-    /// The same for backend features.
+    /// The device does not offer a backend feature that the previous image had acknowledged.
     #[error("the device offers backend features {present}, but the saved session uses {saved}")]
     BackendFeatures {
-        /// Acknowledged by the old image.
+        /// Acknowledged by the previous image.
         saved: BackendFeatures,
         /// Offered now.
         present: BackendFeatures,
@@ -317,10 +319,11 @@ pub enum Cause {
 }
 
 impl Cause {
-    /// The same once more, for each device that it concerns. Only of [`Cause::Silent`].
-    pub(crate) fn again(&self) -> Self {
+    /// A copy, so that each lost device gets one. Errors that cannot be cloned become [`Cause::Refused`] with their text; in
+    /// practice `self` is [`Cause::Unresponsive`].
+    pub(crate) fn repeat(&self) -> Self {
         match self {
-            Self::Silent { pid } => Self::Silent { pid: *pid },
+            Self::Unresponsive { pid } => Self::Unresponsive { pid: *pid },
             other => Self::Refused { reason: other.to_string() },
         }
     }
@@ -343,13 +346,13 @@ pub enum StateFileError {
         /// The reason.
         source: Errno,
     },
-    /// Something else than a memfd.
+    /// It is not a memfd.
     #[error("descriptor {number}, named by {STATE_VARIABLE}, is not a memfd")]
     NotMemfd {
         /// Its number.
         number: i32,
     },
-    /// It could still be changed by somebody else.
+    /// It is not sealed, so another process could still change it.
     #[error("the memfd with the saved state (descriptor {number}) is not sealed")]
     NotSealed {
         /// Its number.

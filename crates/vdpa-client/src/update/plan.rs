@@ -1,4 +1,4 @@
-//! What an update is to carry, by what way, and how long it may take.
+//! The plan of an update: what it carries, by which way, and its time limits.
 
 use std::collections::HashSet;
 use std::ffi::{CString, OsStr, OsString};
@@ -19,21 +19,21 @@ use vdpa_sys::exec::spawn;
 use super::{Cancel, Cause, PID_VARIABLE, SOCKET_VARIABLE, STATE_VARIABLE, Strategy, keeper, steps};
 use crate::state::{Section, Sections, v2};
 
-/// How long a switch may take unless the plan says otherwise.
+/// Default of [`Plan::deadline`].
 pub const DEADLINE: Duration = Duration::from_secs(30);
 
-/// How long a successor that failed or is late has to let go of the devices, unless the plan says otherwise.
+/// Default of [`Plan::grace`].
 pub const GRACE: Duration = Duration::from_secs(2);
 
-/// By what way devices get from one program to the next.
+/// The way in which devices get from the predecessor to the successor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Way {
-    /// This process execs the new image and keeps its id, its children and its pinned buffers.
+    /// This process execs the new image. It keeps its process id, its children and its pinned buffers.
     Exec,
-    /// This process starts the new image as its child, which takes the devices over when it is ready.
+    /// This process starts the new image as its child. The child takes the devices over when it is ready.
     Fork,
-    /// A process that runs already takes the devices over.
+    /// A process that already runs takes the devices over, through a Unix socket.
     HandOver,
 }
 
@@ -66,7 +66,7 @@ impl std::str::FromStr for Way {
     }
 }
 
-/// A name that is no way.
+/// The name of a way could not be parsed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("\"{name}\" is no way to update; there are exec, fork and hand-over")]
 pub struct UnknownWay {
@@ -74,19 +74,19 @@ pub struct UnknownWay {
     pub name: String,
 }
 
-/// By what way, with what that way needs.
+/// A [`Way`] with its parameters.
 #[derive(Debug)]
 pub enum Via {
-    /// Exec this image in place.
+    /// Exec this image in this process.
     Exec(Image),
     /// Start this image as a child.
     Fork(Image),
-    /// Hand over to the process at the other end, which calls [`Incoming::receive`](super::Incoming::receive).
+    /// Hand over to the process at the other end of the socket, which calls [`Incoming::receive`](super::Incoming::receive).
     HandOver(UnixStream),
 }
 
 impl Via {
-    /// Which way it is.
+    /// The way without its parameters.
     #[must_use]
     pub const fn way(&self) -> Way {
         match self {
@@ -97,7 +97,7 @@ impl Via {
     }
 }
 
-/// A program to run in place of this one.
+/// The program that replaces this one: path, arguments, environment.
 #[derive(Clone, Debug)]
 pub struct Image {
     path: PathBuf,
@@ -106,7 +106,7 @@ pub struct Image {
 }
 
 impl Image {
-    /// The file `path`, run with the arguments and the environment of this process.
+    /// The file `path`, with the arguments and the environment of this process. The variables of this library are left out.
     #[must_use]
     pub fn new(path: impl Into<PathBuf>) -> Self {
         let own = [STATE_VARIABLE, PID_VARIABLE, SOCKET_VARIABLE, keeper::VARIABLE];
@@ -117,13 +117,13 @@ impl Image {
         }
     }
 
-    /// All its arguments, its own name first.
+    /// Replaces all arguments; the first is the name of the program (`argv[0]`).
     #[must_use]
     pub fn args<S: Into<OsString>>(self, args: impl IntoIterator<Item = S>) -> Self {
         Self { args: args.into_iter().map(Into::into).collect(), ..self }
     }
 
-    /// One more variable of its environment, or another value of one.
+    /// Adds or replaces a variable of the environment.
     #[must_use]
     pub fn env(mut self, name: impl Into<OsString>, value: impl Into<OsString>) -> Self {
         let name = name.into();
@@ -132,7 +132,7 @@ impl Image {
         self
     }
 
-    /// Checks what can be known without running it.
+    /// Checks that the file exists and may be executed, and that no string has a NUL byte.
     pub(super) fn check(&self) -> Result<(), Cause> {
         let unusable = |source: std::io::Error| Cause::Image { path: self.path.clone(), source };
         let metadata = std::fs::metadata(&self.path).map_err(unusable)?;
@@ -143,7 +143,7 @@ impl Image {
         self.strings().map(drop)
     }
 
-    /// What execve is given: path, arguments, environment.
+    /// The arguments of execve: path, arguments, environment.
     pub(super) fn strings(&self) -> Result<(CString, Vec<CString>, Vec<CString>), Cause> {
         let text = |bytes: Vec<u8>, what| CString::new(bytes).map_err(|_| Cause::Nul { what });
         let path = text(self.path.as_os_str().as_bytes().to_vec(), "path")?;
@@ -152,15 +152,15 @@ impl Image {
         Ok((path, args.collect::<Result<_, _>>()?, env.collect::<Result<_, _>>()?))
     }
 
-    /// Reads the image into the page cache, as far as the kernel likes, so that the switch does not wait for a disk.
+    /// Asks the kernel to read the image into the page cache, so that the switch does not wait for a disk.
     pub(super) fn prefetch(&self) {
         if let Ok(file) = std::fs::File::open(&self.path) {
-            // Advice: whether it is taken shows in the timings only.
+            // Only advice: an error changes nothing but the time of the switch.
             let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::WillNeed);
         }
     }
 
-    /// Starts it as a child that inherits `socket` and is told of it.
+    /// Starts it as a child that inherits `socket` and finds it by [`SOCKET_VARIABLE`].
     pub(super) fn start(&self, socket: OwnedFd) -> Result<Child, Cause> {
         let system = |e: rustix::io::Errno| Cause::System {
             action: "look at the socket of the successor",
@@ -181,7 +181,7 @@ fn variable(name: &OsStr, value: &OsStr) -> Vec<u8> {
     [name.as_bytes(), b"=", value.as_bytes()].concat()
 }
 
-/// What an update is to carry, and how.
+/// What an update carries, and how.
 ///
 /// ```
 /// use std::time::Duration;
@@ -203,13 +203,13 @@ pub struct Plan {
     pub(super) sections: Sections,
     pub(super) late: Vec<v2::Late>,
     pub(super) descriptors: Vec<(String, OwnedFd)>,
-    /// The first descriptor that could not be copied.
+    /// The first descriptor that could not be copied; reported by prepare.
     pub(super) broken: Option<(String, Errno)>,
     pub(super) deadline: Option<Duration>,
     pub(super) grace: Duration,
     pub(super) cancel: Option<Cancel>,
     pub(super) allowed_uid: Option<u32>,
-    pub(super) rehearse: bool,
+    pub(super) dry_run: bool,
 }
 
 impl Default for Plan {
@@ -219,7 +219,7 @@ impl Default for Plan {
 }
 
 impl Plan {
-    /// Nothing but the devices, the best strategy for each, [`DEADLINE`] and [`GRACE`].
+    /// A plan with no sections and no descriptors, the best strategy for each device, [`DEADLINE`] and [`GRACE`].
     #[must_use]
     pub const fn new() -> Self {
         Self {
@@ -233,40 +233,40 @@ impl Plan {
             grace: GRACE,
             cancel: None,
             allowed_uid: None,
-            rehearse: false,
+            dry_run: false,
         }
     }
 
-    /// Uses this strategy for every device, and not the best one that each offers.
+    /// Uses this strategy for every device, instead of the best one that each offers.
     #[must_use]
     pub fn strategy(self, strategy: Strategy) -> Self {
         Self { strategy: Some(strategy), ..self }
     }
 
-    /// Uses this strategy for one device.
+    /// Uses this strategy for one device. The last call for a name counts.
     #[must_use]
     pub fn strategy_of(mut self, device: &str, strategy: Strategy) -> Self {
         self.strategies.push((device.to_owned(), strategy));
         self
     }
 
-    /// State of the caller that is known now. The successor sees it before anything stops.
+    /// Adds state of the caller that is known now. The successor receives it before a device stops.
     #[must_use]
     pub fn section(mut self, section: Section) -> Self {
         self.sections.push(section);
         self
     }
 
-    /// Announces a section that [`Prepared::switch`](super::Prepared::switch) will be given, so that the successor can
-    /// say in time that it does not know it. An `optional` one may be left out.
+    /// Announces a section that the caller will give to [`Prepared::switch`](super::Prepared::switch), so that a successor
+    /// that does not know it can refuse before a device stops. An `optional` section may be missing at the switch.
     #[must_use]
     pub fn late_section(mut self, name: &str, version: u32, optional: bool) -> Self {
         self.late.push(v2::Late { name: name.to_owned(), version, optional });
         self
     }
 
-    /// An open file for the successor, under a name. It is copied (`dup`): what the caller does with its own does not
-    /// matter afterwards.
+    /// Passes an open file to the successor, under a name. The descriptor is duplicated, so the caller may close its own. If
+    /// that fails, prepare returns [`Cause::Descriptor`].
     #[must_use]
     pub fn descriptor(mut self, name: &str, fd: impl AsFd) -> Self {
         match fd.as_fd().try_clone_to_owned() {
@@ -279,75 +279,74 @@ impl Plan {
         self
     }
 
-    /// How long the switch may take, from its beginning until the successor has the devices. When the time is over the
-    /// update is rolled back. What cannot be interrupted is not: a request to a device, and execve.
+    /// Limits the time from the beginning of the switch until the successor has the devices. After that the update is rolled
+    /// back. Requests to a device and execve cannot be interrupted, so they may exceed it.
     #[must_use]
     pub fn deadline(self, deadline: Duration) -> Self {
         Self { deadline: Some(deadline), ..self }
     }
 
-    /// Lets the switch take as long as it takes.
+    /// Removes the time limit of the switch.
     #[must_use]
     pub fn no_deadline(self) -> Self {
         Self { deadline: None, ..self }
     }
 
-    /// How long a successor that is called off may take to say that it holds nothing any more, before it is killed. Until
-    /// then this process cannot have the devices back, so this is part of how long nobody drives them when a successor
-    /// hangs.
+    /// Limits how long an aborted successor may take to release the devices; then it is killed. This process cannot take the
+    /// devices back before that, so with a hanging successor the grace period is part of the downtime.
     #[must_use]
     pub fn grace(self, grace: Duration) -> Self {
         Self { grace, ..self }
     }
 
-    /// Lets another thread end the prepare.
+    /// Lets another thread cancel the prepare.
     #[must_use]
     pub fn cancel(self, cancel: &Cancel) -> Self {
         Self { cancel: Some(cancel.clone()), ..self }
     }
 
-    /// Hands over also to a process of this user, besides root and the user of this process.
+    /// Also allows a successor that runs as this user, besides root and the user of this process.
     #[must_use]
     pub fn allow_uid(self, uid: u32) -> Self {
         Self { allowed_uid: Some(uid), ..self }
     }
 
-    /// Before an exec, starts the new image once as a child that is shown everything and takes nothing: it must say that
-    /// it understands every section and can map all memory. Finds out what execve would find out too late. The child
-    /// ends with [`Cause::Rehearsed`] where it would have taken over.
+    /// Before an exec, starts the new image once as a child that receives the offer but no device. It must understand every
+    /// section and map all memory. So errors are found before the exec, after which there is no way back. In the child,
+    /// `take_over` returns [`Cause::DryRun`].
     #[must_use]
-    pub fn rehearse(self) -> Self {
-        Self { rehearse: true, ..self }
+    pub fn dry_run(self) -> Self {
+        Self { dry_run: true, ..self }
     }
 
-    /// Devices that have a strategy of their own. The last one given counts.
+    /// Devices with a strategy of their own. For a repeated name the last entry counts.
     pub(super) fn strategies(&self) -> impl Iterator<Item = (&str, Strategy)> {
         self.strategies.iter().map(|(device, strategy)| (device.as_str(), *strategy))
     }
 
-    /// Checks what does not depend on devices, `names` of which there are.
+    /// Checks the plan itself; `names` are those of the devices.
     pub(super) fn check(&self, mut names: Vec<&str>) -> Result<(), Cause> {
         if let Some((name, source)) = &self.broken {
             return Err(Cause::Descriptor { name: name.clone(), source: *source });
         }
         let present: HashSet<&str> = names.iter().copied().collect();
         if let Some((device, _)) = self.strategies().find(|(device, _)| !present.contains(device)) {
-            return Err(Cause::NoDevice { name: device.to_owned(), present: names.join(", ") });
+            return Err(Cause::UnknownDevice { name: device.to_owned(), present: names.join(", ") });
         }
         names.sort_unstable();
-        if let Some(name) = steps::first_twice(&names) {
-            return Err(Cause::Twice { what: "device", name: (*name).to_owned() });
+        if let Some(name) = steps::first_duplicate(&names) {
+            return Err(Cause::DuplicateName { what: "device", name: (*name).to_owned() });
         }
         let mut names: Vec<&str> = self.descriptors.iter().map(|(name, _)| name.as_str()).collect();
         names.sort_unstable();
-        if let Some(name) = steps::first_twice(&names) {
-            return Err(Cause::Twice { what: "descriptor", name: (*name).to_owned() });
+        if let Some(name) = steps::first_duplicate(&names) {
+            return Err(Cause::DuplicateName { what: "descriptor", name: (*name).to_owned() });
         }
         let sections = self.sections.iter().map(|s| s.name.as_str());
         let mut names: Vec<&str> = sections.chain(self.late.iter().map(|l| l.name.as_str())).collect();
         names.sort_unstable();
-        match steps::first_twice(&names) {
-            Some(name) => Err(Cause::Twice { what: "section", name: (*name).to_owned() }),
+        match steps::first_duplicate(&names) {
+            Some(name) => Err(Cause::DuplicateName { what: "section", name: (*name).to_owned() }),
             None => Ok(()),
         }
     }

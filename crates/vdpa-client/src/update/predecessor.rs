@@ -1,4 +1,4 @@
-//! The successor's part of the conversation with its predecessor.
+//! The successor's end of the connection to its predecessor.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -7,70 +7,76 @@ use std::time::Instant;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use super::link::{Kind, Link, LinkError, Message, Wait};
-use super::points::{Point, reach};
+use super::checkpoint::{Checkpoint, checkpoint};
+use super::connection::{Connection, ConnectionError, Kind, Message, Wait};
 use super::successor::Failure;
 use super::{Cause, Phase, UpdateError};
 use crate::error::chain;
 
-/// The successor's end of the socket.
+/// The predecessor, seen from the successor.
 #[derive(Debug)]
-pub(super) struct Conversation {
-    link: Link,
-    /// The predecessor, once it has said something.
+pub(super) struct Predecessor {
+    connection: Connection,
+    /// Pidfd of the predecessor, from its first message on.
     process: Option<OwnedFd>,
-    over: bool,
+    /// Whether both sides know the outcome: nothing more is sent.
+    finished: bool,
 }
 
-impl Conversation {
+impl Predecessor {
     pub(super) fn new(socket: UnixStream, allowed: Option<u32>) -> Result<Self, Cause> {
-        let link = Link::new(socket.into())?;
-        link.peer(allowed)?;
-        Ok(Self { link, process: None, over: false })
+        let connection = Connection::new(socket.into())?;
+        connection.peer(allowed)?;
+        Ok(Self { connection, process: None, finished: false })
     }
 
-    pub(super) fn say(&mut self, kind: Kind, payload: &[u8]) -> Result<(), Cause> {
-        Ok(self.link.send(kind, payload, &[], Wait::default())?)
+    pub(super) fn send(&mut self, kind: Kind, payload: &[u8]) -> Result<(), Cause> {
+        Ok(self.connection.send(kind, payload, &[], Wait::default())?)
     }
 
-    /// Waits for one kind of message, as long as it takes: only the predecessor decides.
-    pub(super) fn hear(&mut self, kind: Kind) -> Result<Message, Cause> {
-        let message = self.link.receive(Wait { soon: kind == Kind::Commit, ..Wait::default() })?;
+    /// Waits for a message of `kind`, without a limit: only the predecessor decides when to go on.
+    ///
+    /// # Errors
+    /// [`Cause::Aborted`] for [`Kind::Abort`]; [`Cause::Connection`] for any other kind or a closed connection.
+    pub(super) fn receive(&mut self, kind: Kind) -> Result<Message, Cause> {
+        let message = self.connection.receive(Wait { busy_poll: kind == Kind::Commit, ..Wait::default() })?;
         if self.process.is_none() {
             let pid = message.sender.and_then(Pid::from_raw);
             self.process = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
         }
         match message.kind {
-            heard if heard == kind => Ok(message),
+            other if other == kind => Ok(message),
             Kind::Abort => Err(Cause::Aborted),
-            heard => Err(LinkError::Protocol { what: format!("{heard:?} is out of turn") }.into()),
+            other => Err(ConnectionError::Protocol { what: format!("{other:?} is out of turn") }.into()),
         }
     }
 
-    /// Says that the devices are taken over, and waits for the predecessor's last word. One that has ended cannot say it,
-    /// and cannot want the devices back: then they are this process's. The predecessor keeps hold of them until it has heard
-    /// that its word has arrived, or that this process has ended before. The `report` for it is made while the word is under way.
-    pub(super) fn agree(&mut self, report: impl FnOnce() -> Vec<u8>) -> Result<(), Cause> {
-        match self.say(Kind::Taken, b"") {
-            Ok(()) => reach(Point::TakenSent),
-            // It may have called the update off before it ended: that is still to be read.
-            Err(Cause::Link(LinkError::Gone)) => {}
+    /// Reports that the devices are taken over, waits for the commit, and confirms it with `report`. A predecessor that has
+    /// ended cannot commit and cannot want the devices back, so they belong to this process then. The predecessor keeps its
+    /// descriptors until it has received the confirmation, or until this process has ended. `report` runs while the commit
+    /// is on its way, so that it costs no time.
+    pub(super) fn commit(&mut self, report: impl FnOnce() -> Vec<u8>) -> Result<(), Cause> {
+        match self.send(Kind::Taken, b"") {
+            Ok(()) => checkpoint(Checkpoint::TakenSent),
+            // The predecessor may have aborted before it ended; its message is still in the socket.
+            Err(Cause::Connection(ConnectionError::Closed)) => {}
             Err(e) => return Err(e),
         }
         let report = report();
-        match self.hear(Kind::Commit) {
-            Ok(_) => match self.say(Kind::Done, &report) {
-                Ok(()) | Err(Cause::Link(LinkError::Gone)) => {}
+        match self.receive(Kind::Commit) {
+            Ok(_) => match self.send(Kind::Done, &report) {
+                Ok(()) | Err(Cause::Connection(ConnectionError::Closed)) => {}
                 Err(e) => return Err(e),
             },
-            Err(Cause::Link(LinkError::Gone)) if self.predecessor_has_ended() => {}
+            Err(Cause::Connection(ConnectionError::Closed)) if self.predecessor_has_ended() => {}
             Err(e) => return Err(e),
         }
-        self.over = true;
+        self.finished = true;
         Ok(())
     }
 
-    /// Whether the process has ended, waiting for a moment: its socket closes before it is gone.
+    /// Whether the predecessor has ended. Waits up to 5 s, since the kernel closes the sockets of a process before it
+    /// reports its end.
     fn predecessor_has_ended(&self) -> bool {
         let Some(process) = &self.process else { return true };
         let limit = Timespec { tv_sec: 5, tv_nsec: 0 };
@@ -85,22 +91,23 @@ impl Conversation {
         }
     }
 
-    /// Says why not. Nobody is there to be told when that fails.
-    pub(super) fn say_no(&mut self, kind: Kind, error: &UpdateError) {
-        if self.over {
+    /// Sends the reason of a failure as a message of `kind`, and ends the exchange. An error is ignored: the peer is gone
+    /// then.
+    pub(super) fn reject(&mut self, kind: Kind, error: &UpdateError) {
+        if self.finished {
             return;
         }
-        self.over = true;
+        self.finished = true;
         let failure =
             Failure { phase: error.phase, device: error.device.clone(), reason: chain(&error.source) };
         let payload = serde_json::to_vec(&failure).unwrap_or_default();
-        let _ = self.link.send(kind, &payload, &[], Wait::default());
+        let _ = self.connection.send(kind, &payload, &[], Wait::default());
     }
 }
 
-impl Drop for Conversation {
+impl Drop for Predecessor {
     fn drop(&mut self) {
         let source = Cause::Refused { reason: "the successor has given up".to_owned() };
-        self.say_no(Kind::Refused, &UpdateError { phase: Phase::Load, device: None, source });
+        self.reject(Kind::Refused, &UpdateError { phase: Phase::Load, device: None, source });
     }
 }

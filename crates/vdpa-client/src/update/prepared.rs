@@ -1,4 +1,4 @@
-//! The predecessor's side of an update: prepare, switch, roll back.
+//! The predecessor's side of an update: describe, prepare, switch, roll back.
 
 use std::collections::{HashMap, HashSet};
 use std::process::Child;
@@ -10,40 +10,42 @@ use vdpa_core::features::BackendFeatures;
 use vdpa_sys::clock::monotonic_ns;
 use vdpa_sys::mm_reaper::MmReaper;
 
-use super::leave::Leave;
-use super::points::{Point, reach};
-use super::rest::AtRest;
-use super::successor::{CalledOff, Successor};
-use super::{Cause, Devices, Image, Phase, Plan, Report, Strategy, UpdateError, Via, Way, same, save, steps};
+use super::checkpoint::{Checkpoint, checkpoint};
+use super::exec::ExecSwitch;
+use super::stopped::StoppedDevice;
+use super::successor::{AbortOutcome, Successor};
+use super::{
+    Cause, Devices, Image, Phase, Plan, Report, Strategy, UpdateError, Via, Way, identity, save, steps,
+};
 use crate::device::DeviceFile;
 use crate::memory::Memory;
 use crate::session::{Session, Setup};
 use crate::state::{self, Sections, v2};
 
-/// An update that is ready to happen: everything that can fail without a device being stopped has been done, and the
-/// devices run and are driven as before.
+/// An update that is ready for the switch. Everything that can be done without stopping a device has been done; the devices
+/// run and may be driven.
 ///
-/// Dropping it gives the update up; a successor is told so.
+/// Dropping it aborts the update: the successor is told, and a child is killed after the grace period.
 #[derive(Debug)]
 pub struct Prepared {
     plan: Plan,
-    to: To,
+    to: Target,
     chosen: Vec<Chosen>,
-    /// The library's and the caller's, as far as they are known.
+    /// Sections of the library and the caller that are known before the switch.
     sections: Sections,
     begun_unix_ns: u64,
     prepare_ns: u64,
 }
 
 #[derive(Debug)]
-enum To {
-    /// The keeper has the page tables of this image taken down after the exec and not in it. Starting it takes longer than
-    /// the whole rest of a switch, so it is there before. Without one the update is slower and otherwise the same.
+enum Target {
+    /// The keeper frees the page tables of this image after the exec, so that the exec does not wait for that. Starting it
+    /// takes longer than the rest of a switch, so prepare starts it. Without it the update is slower and otherwise the same.
     Exec(Image, Option<MmReaper>),
     Process(Way, Successor),
 }
 
-impl To {
+impl Target {
     const fn way(&self) -> Way {
         match self {
             Self::Exec(..) => Way::Exec,
@@ -60,42 +62,42 @@ struct Chosen {
     generation: u64,
 }
 
-/// The predecessor's view of an update that is done: the devices are another process's.
+/// A completed update by fork or hand-over, in the predecessor: the successor has the devices.
 #[derive(Debug)]
-pub struct Departed {
-    /// What it cost.
+pub struct Completed {
+    /// The times of the update.
     pub report: Report,
-    /// The successor, if it is a child of this process; to be waited for as long as this process goes on.
+    /// The successor, if it is a child of this process. The caller waits for it.
     pub child: Option<Child>,
 }
 
-impl Departed {
-    /// Has the calling thread run only when nobody else wants its CPU, for a predecessor that has nothing left to do but to
-    /// end. Giving memory back takes 10 ms and more for each GiB; at the usual priority the successor and the servers of its
-    /// devices wait for that where there are few CPUs. The memory of the sessions is given back when the last clone of its
-    /// map is dropped: keep one until here to have none of that in the switch.
+impl Completed {
+    /// Gives the calling thread idle priority (SCHED_IDLE), for a predecessor that is about to end. Unmapping memory takes
+    /// 10 ms and more per GiB. At normal priority that delays the successor and the servers of its devices on a machine with
+    /// few CPUs. Memory of a session is unmapped when the last clone of its map is dropped: keep a clone until after this
+    /// call, and none of it happens in the switch.
     ///
     /// # Errors
     /// None is known for a thread of this process.
-    pub fn end_in_idle_time(&self) -> Result<(), Errno> {
+    pub fn run_when_idle(&self) -> Result<(), Errno> {
         vdpa_sys::priority::run_when_idle(None)
     }
 }
 
-/// An update that did not happen.
+/// An update that failed in the switch.
 #[derive(Debug)]
 pub struct Failed<D> {
     /// What failed.
     pub error: UpdateError,
-    /// The devices as they were, working.
+    /// The devices that were rolled back; they work as before.
     pub devices: Devices<D>,
-    /// Devices that could not be brought back, and why. They are closed.
+    /// Devices that could not be rolled back, with the reasons. They are closed.
     pub lost: Vec<UpdateError>,
 }
 
-/// Devices as a plan found them, and what the successor will be told of them: all that preparing needs.
+/// The description of the devices for the successor: everything that prepare needs.
 ///
-/// Holds copies of all descriptors, so it can be moved to another thread while the devices are driven.
+/// It holds duplicates of all descriptors, so it can be moved to another thread while the devices are driven.
 #[derive(Debug)]
 pub struct Described {
     plan: Plan,
@@ -108,8 +110,8 @@ pub struct Described {
 }
 
 impl Plan {
-    /// Prepares an update of `devices`. This is [`describe`](Self::describe) and [`Described::prepare`] in one, for
-    /// programs whose devices need nobody to drive them: it blocks as long as preparing takes.
+    /// Prepares an update of `devices`: [`describe`](Self::describe) and [`Described::prepare`] in one. For programs whose
+    /// devices need no driver meanwhile, since it blocks until the successor is ready.
     ///
     /// # Errors
     /// [`UpdateError`]; nothing has changed.
@@ -137,7 +139,7 @@ impl Plan {
         let begun_unix_ns = u64::try_from(begun_unix_ns).unwrap_or(u64::MAX);
         self.check(devices.iter().map(|(name, _)| *name).collect()).map_err(general)?;
         let strategies: HashMap<&str, Strategy> = self.strategies().collect();
-        // Each piece of memory is looked at once, however many mappings there are of it.
+        // Each memory is checked once, however many mappings use it.
         let mut verified = HashSet::new();
         let mut chosen = Vec::with_capacity(devices.len());
         for &(name, session) in &devices {
@@ -148,7 +150,8 @@ impl Plan {
         }
         let strategies: Vec<Strategy> = chosen.iter().map(|c| c.strategy).collect();
         let (known, table) = save::prepared(&devices, &strategies, &self, begun_unix_ns).map_err(general)?;
-        let files = v2::Files { files: devices.iter().map(|(_, session)| same::describe(session)).collect() };
+        let files =
+            v2::Files { files: devices.iter().map(|(_, session)| identity::describe(session)).collect() };
         let took_ns = monotonic_ns().saturating_sub(begin);
         Ok(Described { plan: self, chosen, known, table, files, begun_unix_ns, took_ns })
     }
@@ -163,24 +166,24 @@ fn of_device(name: &str, source: Cause) -> UpdateError {
 }
 
 impl Described {
-    /// Starts or contacts the successor and waits until it has mapped all memory and says that it understands every
-    /// section. Blocks as long as that takes, unless [cancelled](Plan::cancel); the devices may be driven meanwhile, but
-    /// not be set up differently.
+    /// Starts or contacts the successor and waits until it has mapped all memory and understands every section. Blocks
+    /// without a limit, unless [cancelled](Plan::cancel). Meanwhile the devices may be driven, but regions, queues and
+    /// features must stay as they are.
     ///
     /// # Errors
     /// [`UpdateError`]; nothing has changed.
     pub fn prepare(self, via: Via) -> Result<Prepared, UpdateError> {
         let begin = monotonic_ns();
         let (to, sections) = self.connect(via).map_err(general)?;
-        reach(Point::Ready);
+        checkpoint(Checkpoint::Ready);
         let Self { plan, chosen, begun_unix_ns, took_ns, .. } = self;
         let prepare_ns = monotonic_ns().saturating_sub(begin).saturating_add(took_ns);
         Ok(Prepared { plan, to, chosen, sections, begun_unix_ns, prepare_ns })
     }
 
-    fn connect(&self, via: Via) -> Result<(To, Sections), Cause> {
+    fn connect(&self, via: Via) -> Result<(Target, Sections), Cause> {
         let way = via.way();
-        // Descriptors by place, as another process gets them.
+        // Descriptors are indexes into the table, as another process receives them.
         let offer = || {
             let mut known = self.known.clone();
             way.name().clone_into(&mut known.update.way);
@@ -193,18 +196,18 @@ impl Described {
         if let Via::Exec(image) | Via::Fork(image) = &via {
             image.check()?;
         }
-        reach(Point::Checked);
+        checkpoint(Checkpoint::Checked);
         let (cancel, grace) = (self.plan.cancel.as_ref(), self.plan.grace);
         let fds = self.table.fds();
         let connected = |successor: Result<Successor, Cause>| {
             let mut successor = successor?;
-            reach(Point::Connected);
+            checkpoint(Checkpoint::Connected);
             successor.offer(&bytes, &fds, cancel)?;
             Ok::<_, Cause>(successor)
         };
         match via {
             Via::Exec(image) => {
-                if self.plan.rehearse {
+                if self.plan.dry_run {
                     drop(connected(Successor::start(&image, grace))?);
                 }
                 image.prefetch();
@@ -214,18 +217,20 @@ impl Described {
                 let mut sections = self.plan.sections.clone();
                 known.put(&mut sections)?;
                 self.files.put(&mut sections)?;
-                Ok((To::Exec(image, MmReaper::spawn().ok()), sections))
+                Ok((Target::Exec(image, MmReaper::spawn().ok()), sections))
             }
-            Via::Fork(image) => Ok((To::Process(way, connected(Successor::start(&image, grace))?), sections)),
+            Via::Fork(image) => {
+                Ok((Target::Process(way, connected(Successor::start(&image, grace))?), sections))
+            }
             Via::HandOver(socket) => {
                 let successor = Successor::connect(socket, self.plan.allowed_uid, grace);
-                Ok((To::Process(way, connected(successor)?), sections))
+                Ok((Target::Process(way, connected(successor)?), sections))
             }
         }
     }
 }
 
-/// Everything about one device that can be known before it is touched.
+/// Checks one device without a request to it, and chooses its strategy.
 fn check(
     setup: &Setup,
     strategy: Option<Strategy>,
@@ -248,7 +253,7 @@ fn check(
     Ok(strategy)
 }
 
-/// A device that cannot come to rest must have nothing in flight when it is closed.
+/// A device that cannot be suspended must have no request in flight when it is closed.
 fn check_reopen(setup: &Setup) -> Result<(), Cause> {
     if setup.backend.has(BackendFeatures::SUSPEND) {
         return Ok(());
@@ -263,61 +268,62 @@ fn check_reopen(setup: &Setup) -> Result<(), Cause> {
 }
 
 impl Prepared {
-    /// The strategy that was chosen for a device.
+    /// The strategy that was chosen for a device; `None` for an unknown name.
     #[must_use]
     pub fn strategy(&self, device: &str) -> Option<Strategy> {
         self.chosen.iter().find(|c| c.name == device).map(|c| c.strategy)
     }
 
-    /// How long preparing took.
+    /// How long describe and prepare took together.
     #[must_use]
     pub const fn took(&self) -> Duration {
         Duration::from_nanos(self.prepare_ns)
     }
 
-    /// The process that will have the devices; this one for an exec.
+    /// Process id of the successor; of this process for an exec.
     #[must_use]
     pub fn successor(&self) -> i32 {
         match &self.to {
-            To::Exec(..) => steps::own_pid(),
-            To::Process(_, successor) => successor.pid(),
+            Target::Exec(..) => steps::own_pid(),
+            Target::Process(_, successor) => successor.pid(),
         }
     }
 
-    /// Lets the devices go. Nobody may drive them from here on; `late` are the sections that were announced.
+    /// Transfers the devices to the successor. Nobody may drive them from here on. `late` are the sections that were
+    /// announced by [`Plan::late_section`].
     ///
-    /// An exec does not return from here unless it failed. Another process has the devices when this returns with
-    /// success; nothing in this process can reach them any more. Blocks at most until the plan's deadline.
+    /// An exec returns only if it failed. Otherwise, on success, the successor has the devices and all descriptors of them
+    /// are closed in this process. Blocks until the plan's deadline; on failure also for the grace period and the roll-back.
     ///
     /// # Errors
-    /// [`Failed`] with the devices, which run in this process as before.
+    /// [`Failed`] with the devices, which run in this process as before, and with those that were lost.
     pub fn switch<D: DeviceFile>(
         self,
         devices: Devices<D>,
         late: Sections,
-    ) -> Result<Departed, Box<Failed<D>>> {
+    ) -> Result<Completed, Box<Failed<D>>> {
         let begun_ns = monotonic_ns();
         let until = self.plan.deadline.and_then(|deadline| Instant::now().checked_add(deadline));
-        reach(Point::Switching);
+        checkpoint(Checkpoint::Switching);
         if let Err(error) =
             self.unchanged(&devices).and_then(|()| self.plan.check_late(&late).map_err(general))
         {
             return Err(Box::new(Failed { error, devices, lost: Vec::new() }));
         }
-        if let To::Process(_, successor) = &self.to {
-            successor.announce();
+        if let Target::Process(_, successor) = &self.to {
+            successor.announce_switch();
         }
-        let mut resting: Vec<AtRest<D>> = Vec::with_capacity(devices.len());
+        let mut resting: Vec<StoppedDevice<D>> = Vec::with_capacity(devices.len());
         let mut waiting = devices.into_iter().zip(&self.chosen);
         while let Some(((name, session), chosen)) = waiting.next() {
-            match AtRest::bring(name.clone(), session, chosen.strategy) {
+            match StoppedDevice::stop(name.clone(), session, chosen.strategy) {
                 Ok(device) => resting.push(device),
                 Err(failed) => {
                     let (error, undone) = *failed;
                     let rest = waiting.map(|((name, session), _)| (name, Ok(session)));
                     let others = std::iter::once((name, undone)).chain(rest);
-                    let failed = back(error, resting, AtRest::undo, others);
-                    return Err(announced(self.to.way(), self.begun_unix_ns, failed, &self.chosen));
+                    let failed = roll_back(error, resting, StoppedDevice::undo, others);
+                    return Err(report_roll_back(self.to.way(), self.begun_unix_ns, failed, &self.chosen));
                 }
             }
         }
@@ -328,28 +334,28 @@ impl Prepared {
             saved_ns: 0,
             prepare_ns,
             save_ns: 0,
-            devices: resting.iter().map(AtRest::saved).collect(),
+            devices: resting.iter().map(StoppedDevice::saved).collect(),
         };
         switch.saved_ns = monotonic_ns();
         switch.save_ns = switch.saved_ns.saturating_sub(save_begin);
-        reach(Point::Saved);
+        checkpoint(Checkpoint::Saved);
         match to {
-            To::Exec(image, keeper) => {
+            Target::Exec(image, keeper) => {
                 let keeper = keeper.as_ref();
-                let leave = Leave { image: &image, plan: &plan, keeper, sections, late, switch, until };
-                let error = leave.go(&resting);
-                let failed = back(error, resting, AtRest::undo, std::iter::empty());
-                Err(announced(Way::Exec, begun_unix_ns, failed, &chosen))
+                let exec = ExecSwitch { image: &image, plan: &plan, keeper, sections, late, switch, until };
+                let error = exec.run(&resting);
+                let failed = roll_back(error, resting, StoppedDevice::undo, std::iter::empty());
+                Err(report_roll_back(Way::Exec, begun_unix_ns, failed, &chosen))
             }
-            To::Process(way, successor) => {
+            Target::Process(way, successor) => {
                 let begun = Begun { way, unix_ns: begun_unix_ns, ns: begun_ns };
-                depart(successor, resting, &switch, late, until, begun)
-                    .map_err(|failed| announced(way, begun_unix_ns, failed, &chosen))
+                hand_over(successor, resting, &switch, late, until, begun)
+                    .map_err(|failed| report_roll_back(way, begun_unix_ns, failed, &chosen))
             }
         }
     }
 
-    /// Checks that the devices are those that were prepared, set up as they were then.
+    /// Checks that the devices are those that were prepared and were not set up differently since.
     fn unchanged<D: DeviceFile>(&self, devices: &Devices<D>) -> Result<(), UpdateError> {
         let error = |device: &str, problem| UpdateError {
             phase: Phase::Prepare,
@@ -377,12 +383,12 @@ impl Prepared {
     }
 }
 
-/// All devices of a failed update: those `others`, and those at rest, which `how` brings back, the last one first.
-fn back<D: DeviceFile>(
+/// Rolls a failed update back: `how` starts each stopped device again, the last one first. `others` were not stopped.
+fn roll_back<D: DeviceFile>(
     error: UpdateError,
-    resting: Vec<AtRest<D>>,
-    how: impl Fn(AtRest<D>) -> super::rest::Undone<D>,
-    others: impl Iterator<Item = (String, super::rest::Undone<D>)>,
+    resting: Vec<StoppedDevice<D>>,
+    how: impl Fn(StoppedDevice<D>) -> super::stopped::RollBack<D>,
+    others: impl Iterator<Item = (String, super::stopped::RollBack<D>)>,
 ) -> Box<Failed<D>> {
     let mut all: Vec<_> =
         resting.into_iter().rev().map(|device| (device.name.clone(), how(device))).collect();
@@ -398,8 +404,8 @@ fn back<D: DeviceFile>(
     Box::new(Failed { error, devices, lost })
 }
 
-/// Tells the servers of devices that were brought back that their update was rolled back, and why.
-fn announced<D: DeviceFile>(
+/// Reports the roll-back and its reason to the servers of the devices.
+fn report_roll_back<D: DeviceFile>(
     way: Way,
     begun_unix_ns: u64,
     failed: Box<Failed<D>>,
@@ -408,7 +414,7 @@ fn announced<D: DeviceFile>(
     for (name, session) in &failed.devices {
         let strategy = chosen.iter().find(|c| c.name == name).map_or(Strategy::Reopen, |c| c.strategy);
         let report = Report::rolled_back(way, strategy, begun_unix_ns, &failed.error);
-        // Nothing depends on it; a kernel device does not know the request.
+        // The report is for operators only, and a kernel device does not know the request.
         let _ = session.parts().0.report_update(&report);
     }
     failed
@@ -421,60 +427,66 @@ struct Begun {
     ns: u64,
 }
 
-/// Lets another process have the devices.
-fn depart<D: DeviceFile>(
+/// Sends the devices' state to another process and commits.
+fn hand_over<D: DeviceFile>(
     mut successor: Successor,
-    resting: Vec<AtRest<D>>,
+    resting: Vec<StoppedDevice<D>>,
     switch: &v2::Switch,
     mut late: Sections,
     until: Option<Instant>,
     begun: Begun,
-) -> Result<Departed, Box<Failed<D>>> {
+) -> Result<Completed, Box<Failed<D>>> {
     let mut taken = None;
-    let mut talk = || -> Result<(), Cause> {
+    let mut exchange = || -> Result<(), Cause> {
         switch.put(&mut late)?;
-        // From here on an answer counts that has come, however late it is looked at.
+        // The last check of the deadline: an answer that has arrived counts, even if it is read late.
         if until.is_some_and(|until| Instant::now() >= until) {
             return Err(Cause::Deadline);
         }
         successor.switch(&state::encode(&late)?, until)?;
         taken = Some(monotonic_ns());
-        reach(Point::TakenHeard);
-        // Until here this process decides; a successor that has ended meanwhile does not get the devices.
+        checkpoint(Checkpoint::TakenReceived);
+        // Up to the commit this process decides. A successor that has ended by then does not get the devices.
         successor.commit(until)
     };
-    if let Err(source) = talk() {
+    if let Err(source) = exchange() {
         let error = successor_error(source);
-        match successor.call_off() {
-            Ok(CalledOff::LetGo) => return Err(back(error, resting, AtRest::take_back, std::iter::empty())),
-            // Its answer had crossed.
-            Ok(CalledOff::Done) => {}
-            Err(silent) => return Err(lost(error, &silent, &resting)),
+        match successor.abort() {
+            Ok(AbortOutcome::Released) => {
+                return Err(roll_back(error, resting, StoppedDevice::take_back, std::iter::empty()));
+            }
+            // The confirmation was sent before the abort arrived.
+            Ok(AbortOutcome::Committed) => {}
+            Err(unresponsive) => return Err(lost(error, &unresponsive, &resting)),
         }
     }
-    // Every descriptor of a device ends here, and with it all that this process could do to it.
+    // Closes every descriptor of the devices, so this process cannot access them any more.
     drop(resting);
-    reach(Point::Departed);
+    checkpoint(Checkpoint::Released);
     let mut report = successor.take_report().unwrap_or_else(|| Report::new(begun.way));
     let now = monotonic_ns();
     report.commit = taken.map_or(0, |taken| now.saturating_sub(taken));
     report.total = now.saturating_sub(begun.ns);
     report.begun_unix_ns = begun.unix_ns;
     report.way = begun.way;
-    Ok(Departed { report, child: successor.into_child() })
+    Ok(Completed { report, child: successor.into_child() })
 }
 
-/// Two processes must not drive a device: this one lets go, since the other can be neither heard nor killed.
-fn lost<D: DeviceFile>(error: UpdateError, silent: &Cause, resting: &[AtRest<D>]) -> Box<Failed<D>> {
-    let lost = |device: &AtRest<D>| UpdateError {
+/// All devices as lost. The successor neither answers nor can be killed, and two processes must not drive a device.
+fn lost<D: DeviceFile>(
+    error: UpdateError,
+    unresponsive: &Cause,
+    resting: &[StoppedDevice<D>],
+) -> Box<Failed<D>> {
+    let lost = |device: &StoppedDevice<D>| UpdateError {
         phase: Phase::Commit,
         device: Some(device.name.clone()),
-        source: silent.again(),
+        source: unresponsive.repeat(),
     };
     Box::new(Failed { error, devices: Devices::new(), lost: resting.iter().map(lost).collect() })
 }
 
-/// The phase in which it failed is the successor's, if it is the one that failed.
+/// Takes phase and device from the successor, if the successor failed.
 fn successor_error(source: Cause) -> UpdateError {
     match &source {
         Cause::Successor { phase, device, .. } => {

@@ -1,4 +1,4 @@
-//! What an update cost.
+//! The times of an update.
 
 use std::fmt;
 use std::time::Duration;
@@ -13,8 +13,8 @@ use crate::device::DeviceFile;
 use crate::error::chain;
 use crate::session::Session;
 
-/// The times of one update, for all devices together and for each. All in ns of `CLOCK_MONOTONIC`, which goes on over
-/// an exec and is the same in both processes of a hand-over; 0 for what did not happen.
+/// The times of one update, for all devices together and for each. Durations are in ns of `CLOCK_MONOTONIC`, which continues
+/// over an exec and is the same in both processes of a hand-over. 0 means that the step did not happen.
 ///
 /// ```
 /// use vdpa_client::update::{DeviceReport, Report, Strategy, Way};
@@ -29,7 +29,7 @@ use crate::session::Session;
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
-    /// By what way.
+    /// The way of the update.
     pub way: Way,
     /// Process that had the devices.
     pub predecessor: i32,
@@ -41,15 +41,15 @@ pub struct Report {
     pub prepare: u64,
     /// Collecting the state.
     pub save: u64,
-    /// From the complete state to the successor's hands: execve and the start of the new image up to the entry of
-    /// [`incoming`](super::incoming()), or the message to a process that waits for it.
+    /// From the complete state until the successor has it. For an exec: execve and the start of the new image up to the entry
+    /// of [`incoming`](super::incoming()). Otherwise: the message to the waiting process.
     pub transfer: u64,
-    /// Reading and checking what was not known before: all of the state and the mapping of all memory for an exec, the
-    /// rings' positions for a hand-over.
+    /// Reading and checking the state in the switch. For an exec: all of it, and mapping all memory. Otherwise: the ring
+    /// positions.
     pub load: u64,
-    /// Agreeing with the predecessor that the update is done; part of the total only as far as it is waited for.
+    /// The commit and its confirmation; part of the total only as far as the successor waits for it.
     pub commit: u64,
-    /// From the beginning of the switch to its end: how long no driver was there.
+    /// From the beginning of the switch to its end: the downtime of the driver.
     pub total: u64,
     /// Each device, in the order in which they were given.
     pub devices: Vec<DeviceReport>,
@@ -95,7 +95,7 @@ impl DeviceReport {
         }
     }
 
-    /// All phases by name, in the order in which they happen.
+    /// All phases of one device by name, in ns, in the order in which they happen.
     #[must_use]
     pub const fn phases(&self) -> [(&'static str, u64); 5] {
         [
@@ -127,7 +127,7 @@ impl Report {
         }
     }
 
-    /// All phases of the switch by name, in the order in which they happen, those of devices summed.
+    /// All phases of the switch by name, in ns, in the order in which they happen. Phases of devices are summed.
     #[must_use]
     pub fn phases(&self) -> [(&'static str, u64); 9] {
         let sum = |time: fn(&DeviceReport) -> u64| self.devices.iter().map(time).fold(0, u64::saturating_add);
@@ -144,18 +144,18 @@ impl Report {
         ]
     }
 
-    /// How long no driver was there.
+    /// The downtime of the driver: from the beginning of the switch to its end.
     #[must_use]
     pub const fn total(&self) -> Duration {
         Duration::from_nanos(self.total)
     }
 
-    /// Tells the server of a device what this update cost it, for its operators (`vdpactl update show`). One request; make
-    /// it when the device is driven again, so that it is not in the way.
+    /// Sends the times of this update to the server of device `name`, for its operators (`vdpactl update show`). One request;
+    /// blocks until it is answered. Call it when the device is driven again, so that it does not add to the downtime.
     ///
     /// # Errors
-    /// `ENOTTY` from a server that does not want to know, such as the kernel; `EINVAL` when `name` is not in this report.
-    pub fn announce<D: DeviceFile>(&self, name: &str, session: &Session<D>) -> Result<(), Errno> {
+    /// `ENOTTY` from a server without this request, such as the kernel; `EINVAL` when `name` is not in this report.
+    pub fn report_to_server<D: DeviceFile>(&self, name: &str, session: &Session<D>) -> Result<(), Errno> {
         let device = self.device(name).ok_or(Errno::INVAL)?;
         session.parts().0.report_update(&self.of(device))
     }

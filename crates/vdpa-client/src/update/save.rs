@@ -1,4 +1,4 @@
-//! What the next program is told.
+//! Collects the state for the successor.
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -14,13 +14,13 @@ use crate::session::{Session, Setup};
 use crate::state::v2;
 use crate::vring::GuestQueue;
 
-/// The descriptors an update carries, each once. The state speaks of them by their place here.
+/// The descriptors of an update. The state refers to them by their index here.
 ///
-/// They are copies, so that preparing can go on while the devices are driven, and whatever is done to them.
+/// They are duplicates, so that prepare does not depend on the sessions, which may be driven meanwhile.
 #[derive(Debug, Default)]
 pub(super) struct Table {
     copies: Vec<OwnedFd>,
-    /// Their numbers in this process, which an exec keeps.
+    /// Numbers of the originals in this process. An exec keeps them.
     numbers: Vec<i32>,
 }
 
@@ -43,7 +43,7 @@ impl Table {
     }
 }
 
-/// Has the state speak of descriptors by their numbers in this process, and not by their place in `table`.
+/// Replaces the indexes into `table` by the numbers of the descriptors in this process, for an exec.
 pub(super) fn by_number(state: &mut v2::Prepared, table: &Table) {
     let number = |place: &mut i32| {
         let at = usize::try_from(*place).ok();
@@ -64,7 +64,7 @@ pub(super) fn by_number(state: &mut v2::Prepared, table: &Table) {
     }
 }
 
-/// Everything that is known before the switch.
+/// Collects everything that is known before the switch, and the descriptors that it refers to.
 pub(super) fn prepared<D: DeviceFile>(
     devices: &[(&str, &Session<D>)],
     strategies: &[Strategy],
@@ -84,7 +84,7 @@ pub(super) fn prepared<D: DeviceFile>(
         descriptors.push(v2::Descriptor { name: name.clone(), fd: table.add(fd.as_fd())? });
     }
     let update = v2::Update {
-        // Until it is known.
+        // Set when the way is known.
         way: String::new(),
         predecessor: super::steps::own_pid(),
         begun_unix_ns,
@@ -99,11 +99,11 @@ pub(super) fn prepared<D: DeviceFile>(
     Ok((prepared, table))
 }
 
-/// Each piece of memory once, however many mappings there are of it.
+/// Each memory once, however many mappings use it.
 #[derive(Default)]
 struct Memories {
     saved: Vec<v2::Memory>,
-    /// By address of the shared value.
+    /// Index in `saved` by the address of the [`Memory`].
     known: HashMap<usize, u32>,
 }
 
@@ -132,7 +132,7 @@ fn device(
     memories: &mut Memories,
 ) -> Result<v2::Device, Cause> {
     let path = setup.path.as_deref().map(|p| p.to_str().map(str::to_owned));
-    // A path that is not UTF-8 matters only to reopen.
+    // JSON has no path that is not UTF-8; only `reopen` needs the path.
     if matches!(path, Some(None)) && open.is_none() {
         let reason = "it is not UTF-8".to_owned();
         return Err(Cause::Invalid { what: "path of the device".to_owned(), reason });

@@ -1,4 +1,4 @@
-//! The steps that strategies are made of; the same ones restore in a new image and undo in the old one.
+//! The steps of the strategies: the successor uses them to restore a device, the predecessor to roll back.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -17,7 +17,7 @@ use crate::dma::{in_batch, map_all, remap_all};
 use crate::error::Error;
 use crate::session::Setup;
 
-/// How long a device may stay busy after its last close. A FUSE server learns of the close asynchronously.
+/// How long an open may fail with EBUSY after the device was closed: a FUSE server processes the close asynchronously.
 const BUSY_LIMIT: Duration = Duration::from_secs(5);
 const BUSY_PAUSE: Duration = Duration::from_micros(200);
 
@@ -45,16 +45,15 @@ pub(super) fn new_owner<D: VdpaOps>(ops: &D) -> Result<(), Error> {
     ops.new_owner().map_err(Error::request("VHOST_NEW_OWNER"))
 }
 
-/// Becomes the owner again, if another process has become it meanwhile.
+/// Becomes the owner again if another process became the owner. EBUSY means that this process still is.
 pub(super) fn claim<D: VdpaOps>(ops: &D) -> Result<(), Error> {
     match ops.new_owner() {
-        // It is the owner still.
         Ok(()) | Err(Errno::BUSY) => Ok(()),
         Err(source) => Err(Error::Request { request: "VHOST_NEW_OWNER", source }),
     }
 }
 
-/// Where the device is in each ring, in the order of `Setup::vrings`. The device must be at rest.
+/// Vring bases in the order of `Setup::vrings`. The device must be suspended, or have no SUSPEND and no request in flight.
 pub(super) fn bases<D: VdpaOps>(ops: &D, setup: &Setup) -> Result<Vec<u32>, Error> {
     setup
         .vrings()
@@ -62,18 +61,18 @@ pub(super) fn bases<D: VdpaOps>(ops: &D, setup: &Setup) -> Result<Vec<u32>, Erro
         .collect()
 }
 
-/// Whether the driver of a block device decides when its writes have to be stable.
+/// Whether the driver of a block device controls the write cache (VIRTIO_BLK_F_CONFIG_WCE).
 fn has_writeback(setup: &Setup) -> bool {
     const BLOCK: u32 = 2;
     setup.device_id == BLOCK && setup.features.has(Features::BLK_CONFIG_WCE)
 }
 
-/// Where the field `writeback` of a block device is.
+/// Offset of the field `writeback` in the configuration space of a block device (virtio 1.2 section 5.2.4).
 const WRITEBACK: u32 = 32;
 const _: () = assert!(std::mem::offset_of!(BlkConfig, wce) == WRITEBACK as usize);
 
-/// What the driver has decided, which a device forgets when it is reset or closed: a guest does not hear of that, and its
-/// data would be lost with the power.
+/// The cache mode that the driver has set. A reset or a close makes the device forget it. The driver does not know of that
+/// reset, so without the old mode a power failure could lose data that it takes for stable.
 pub(super) fn writeback<D: VdpaOps>(ops: &D, setup: &Setup) -> Result<Option<u8>, Error> {
     if !has_writeback(setup) {
         return Ok(None);
@@ -88,7 +87,7 @@ pub(super) fn reset<D: VdpaOps>(ops: &D) -> Result<(), Error> {
     set_status(ops, Status::RESET)
 }
 
-/// From a reset device to one with vrings, not yet running.
+/// Negotiates features with a reset device and sets up its vrings. Does not start it.
 pub(super) fn set_up_again<D: VdpaOps<Event = EventFd>>(
     ops: &D,
     setup: &Setup,
@@ -98,7 +97,7 @@ pub(super) fn set_up_again<D: VdpaOps<Event = EventFd>>(
     set_up_vrings(ops, setup, bases)
 }
 
-/// Everything between FEATURES_OK and DRIVER_OK.
+/// All steps between FEATURES_OK and DRIVER_OK.
 pub(super) fn set_up_vrings<D: VdpaOps<Event = EventFd>>(
     ops: &D,
     setup: &Setup,
@@ -111,13 +110,13 @@ pub(super) fn set_up_vrings<D: VdpaOps<Event = EventFd>>(
 }
 
 fn base_of(base: u32, features: Features) -> QueueState {
-    // A split ring's base has 16 bits; a device that answers more is told to begin at the low ones.
+    // The base of a split ring has 16 bits. If a device returned more, the low 16 are used.
     QueueState::decode(base, features)
         .or_else(|| QueueState::decode(base & 0xffff, features))
         .unwrap_or_else(|| QueueState::initial(features))
 }
 
-/// Lets a device that was set up again run, if it ran before, and makes it look at every ring.
+/// Starts a device that was set up again, if it ran before, and kicks every queue.
 pub(super) fn run_again<D: VdpaOps>(ops: &D, setup: &Setup) -> Result<(), Error> {
     if setup.running {
         driver_ok(ops)?;
@@ -126,18 +125,18 @@ pub(super) fn run_again<D: VdpaOps>(ops: &D, setup: &Setup) -> Result<(), Error>
     Ok(())
 }
 
-/// Kicks every queue. Kicks that came while the device was at rest are its duty to remember; one more is cheap
-/// and makes the outcome independent of it.
+/// Kicks every queue. A device must remember kicks that arrive while it is suspended; one more kick is cheap and makes the
+/// library independent of that.
 pub(super) fn kick_all(setup: &Setup) {
     for vring in setup.vrings() {
         vring.kick.signal();
     }
 }
 
-/// Gives the device the new addresses, if it uses any.
+/// Sends REMAP for every mapping, if the device uses owner addresses.
 ///
-/// A device that forgets its translation in a reset, because it cannot keep it (no IOTLB_PERSIST), gets all of
-/// it again with the end of a batch, even an empty one (uapi-spec 4.5).
+/// A device without IOTLB_PERSIST forgets its translation in a reset. The end of a batch, even of an empty one, restores
+/// it (uapi-spec 4.5).
 pub(super) fn remap<D: VdpaOps>(ops: &D, setup: &Setup, was_reset: bool) -> Result<(), Error> {
     if setup.backend.has(BackendFeatures::IOTLB_REMAP) {
         remap_all(ops, setup.regions.list(), setup.batch())
@@ -148,7 +147,7 @@ pub(super) fn remap<D: VdpaOps>(ops: &D, setup: &Setup, was_reset: bool) -> Resu
     }
 }
 
-/// Sets a device that was reset up again, with what it has to know of this process, and lets it run.
+/// Sets up and starts a device that was reset, with the addresses of this process.
 pub(super) fn undo_reset<D: VdpaOps<Event = EventFd>>(
     ops: &D,
     setup: &Setup,
@@ -159,7 +158,7 @@ pub(super) fn undo_reset<D: VdpaOps<Event = EventFd>>(
     run_again(ops, setup)
 }
 
-/// Opens a device that was closed and sets it up as it was, up to DRIVER_OK. Pays for every page again.
+/// Opens a device that was closed and sets it up as before, except for DRIVER_OK. Every page is pinned again.
 pub(super) fn reopen<D: DeviceFile>(
     path: &Path,
     setup: &Setup,
@@ -167,7 +166,7 @@ pub(super) fn reopen<D: DeviceFile>(
     report: &mut DeviceReport,
 ) -> Result<D, (Phase, Cause)> {
     let owned = timed(&mut report.new_owner, || {
-        let ops: D = open_patiently(path)?;
+        let ops: D = open_with_retry(path)?;
         ops.set_owner().map_err(Error::request("VHOST_SET_OWNER"))?;
         set_backend(&ops, setup.backend)?;
         agree(&ops, setup.features)?;
@@ -180,15 +179,15 @@ pub(super) fn reopen<D: DeviceFile>(
     Ok(ops)
 }
 
-/// The first of sorted names that is there twice.
-pub(super) fn first_twice<T: PartialEq>(sorted: &[T]) -> Option<&T> {
+/// The first value that occurs twice in a sorted list.
+pub(super) fn first_duplicate<T: PartialEq>(sorted: &[T]) -> Option<&T> {
     sorted.windows(2).find_map(|pair| match pair {
         [one, other] if one == other => Some(one),
         _ => None,
     })
 }
 
-fn open_patiently<D: DeviceFile>(path: &Path) -> Result<D, Error> {
+fn open_with_retry<D: DeviceFile>(path: &Path) -> Result<D, Error> {
     let begin = Instant::now();
     loop {
         match D::open(path) {

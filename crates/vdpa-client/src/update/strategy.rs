@@ -1,4 +1,4 @@
-//! The four ways to keep a device across a change of process.
+//! The four strategies to carry a device over to the next program.
 
 use std::fmt;
 use std::str::FromStr;
@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use vdpa_core::features::{BackendFeatures, Bit};
 
-/// How a device is carried over, from the least to the most disturbing for its user.
+/// How a device is carried over, ordered from the shortest to the longest interruption.
 ///
 /// ```
 /// use vdpa_client::update::Strategy;
@@ -27,7 +27,7 @@ pub enum Strategy {
     Resume,
     /// SUSPEND; reset; exec; NEW_OWNER; vrings again; REMAP each; DRIVER_OK. For devices without RESUME.
     Reset,
-    /// Close; exec; open and set up as new. Works on every device and pays for every page again.
+    /// Close; exec; open and set up as new. Works on every device; every page is pinned again.
     Reopen,
 }
 
@@ -55,19 +55,19 @@ pub enum Unsupported {
 }
 
 impl Strategy {
-    /// All, best first.
+    /// All strategies, the best first.
     pub const ALL: [Self; 4] = [Self::Live, Self::Resume, Self::Reset, Self::Reopen];
 
-    /// The best one that a device with these backend features can do.
+    /// The best strategy for a device with these backend features.
     #[must_use]
     pub fn pick(offered: BackendFeatures) -> Self {
         Self::ALL.into_iter().find(|s| s.check(offered).is_ok()).unwrap_or(Self::Reopen)
     }
 
-    /// Whether a device with these backend features can do it.
+    /// Checks whether a device with these backend features supports the strategy.
     ///
     /// # Errors
-    /// The first feature that is missing, or the one that is in the way.
+    /// [`Unsupported::Missing`] with the first missing feature; [`Unsupported::NeedsRemap`] for `live`.
     pub fn check(self, offered: BackendFeatures) -> Result<(), Unsupported> {
         const SUSPEND: (Bit, &str) = (BackendFeatures::SUSPEND, "SUSPEND");
         const RESUME: (Bit, &str) = (BackendFeatures::RESUME, "RESUME");
@@ -116,7 +116,7 @@ impl FromStr for Strategy {
     }
 }
 
-/// A name that is no strategy.
+/// The name of a strategy could not be parsed.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error("\"{name}\" is no strategy; there are live, resume, reset and reopen")]
 pub struct UnknownStrategy {

@@ -1,4 +1,4 @@
-//! The predecessor's side of the conversation with a process that takes over.
+//! The predecessor's end of the connection to its successor.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -8,41 +8,42 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
-use super::link::{Kind, Link, LinkError, Message, Wait};
-use super::points::{Point, reach};
+use super::checkpoint::{Checkpoint, checkpoint};
+use super::connection::{Connection, ConnectionError, Kind, Message, Wait};
 use super::{Cancel, Cause, Image, Phase, Report, steps};
 
-/// How long the kernel may take to end a process that was killed: one in the middle of a request ends when that does.
-const KILLED: Duration = Duration::from_secs(2);
+/// How long the kernel may take to end a killed process: it ends only when its current request to a device has returned.
+const KILL_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// A process that may take over.
+/// The process that may take the devices over.
 #[derive(Debug)]
 pub(super) struct Successor {
-    link: Link,
-    /// The process that answers; until it has, the one that was started or that the connection was made by.
+    connection: Connection,
+    /// Process id of the sender of the answers. Before the first answer: the process that was started, or that made the
+    /// connection.
     pid: i32,
-    /// That process, when it is known that it is the one.
+    /// Pidfd of `pid`; `None` until the kernel has confirmed that this process sends the answers.
     pidfd: Option<OwnedFd>,
     child: Option<Child>,
     grace: Duration,
-    /// Whether it may act on the devices: from the switch on.
-    acting: bool,
-    /// Whether the conversation has come to an end that both know of.
-    over: bool,
-    /// What it says the update cost, when it has taken over.
+    /// Whether it may access the devices: from the switch on.
+    may_act: bool,
+    /// Whether both sides know the outcome: nothing more is sent.
+    finished: bool,
+    /// The report that it sent with [`Kind::Done`].
     report: Option<Report>,
 }
 
-/// Who has the devices when an update was called off.
+/// Who has the devices after an abort.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum CalledOff {
-    /// Nobody does anything to them: they can be taken back.
-    LetGo,
-    /// Too late: the successor has heard the commit.
-    Done,
+pub(super) enum AbortOutcome {
+    /// The successor has released them, or has ended: they can be taken back.
+    Released,
+    /// The abort came too late: the successor had received the commit and has the devices.
+    Committed,
 }
 
-/// Why taking over failed, as the successor tells it.
+/// Payload of [`Kind::Refused`], [`Kind::Failed`] and [`Kind::Aborted`]: why the successor did not take over.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Failure {
     pub(super) phase: Phase,
@@ -57,9 +58,18 @@ impl Successor {
             .map_err(|source| Cause::Io { action: "create a socket for the successor", source })?;
         let child = image.start(theirs.into())?;
         let pid = i32::try_from(child.id()).unwrap_or(0);
-        let link = Link::new(ours.into())?;
+        let connection = Connection::new(ours.into())?;
         let pidfd = open_process(pid);
-        Ok(Self { link, pid, pidfd, child: Some(child), grace, acting: false, over: false, report: None })
+        Ok(Self {
+            connection,
+            pid,
+            pidfd,
+            child: Some(child),
+            grace,
+            may_act: false,
+            finished: false,
+            report: None,
+        })
     }
 
     /// The process at the other end of `socket`.
@@ -68,9 +78,18 @@ impl Successor {
         allowed_uid: Option<u32>,
         grace: Duration,
     ) -> Result<Self, Cause> {
-        let link = Link::new(socket.into())?;
-        let pid = link.peer(allowed_uid)?.pid;
-        Ok(Self { link, pid, pidfd: None, child: None, grace, acting: false, over: false, report: None })
+        let connection = Connection::new(socket.into())?;
+        let pid = connection.peer(allowed_uid)?.pid;
+        Ok(Self {
+            connection,
+            pid,
+            pidfd: None,
+            child: None,
+            grace,
+            may_act: false,
+            finished: false,
+            report: None,
+        })
     }
 
     pub(super) const fn pid(&self) -> i32 {
@@ -78,19 +97,19 @@ impl Successor {
     }
 
     fn wait<'a>(&'a self, until: Option<Instant>, cancel: Option<&'a Cancel>) -> Wait<'a> {
-        Wait { until, cancel, process: self.pidfd.as_ref().map(AsFd::as_fd), soon: self.acting }
+        Wait { until, cancel, process: self.pidfd.as_ref().map(AsFd::as_fd), busy_poll: self.may_act }
     }
 
-    /// Offers everything that is known and waits until the successor is ready.
+    /// Sends the state known before the switch and waits until the successor is ready. No time limit; `cancel` ends the wait.
     pub(super) fn offer(
         &mut self,
         state: &[u8],
         fds: &[BorrowedFd<'_>],
         cancel: Option<&Cancel>,
     ) -> Result<(), Cause> {
-        self.link.send(Kind::Offer, state, fds, self.wait(None, cancel))?;
-        reach(Point::Offered);
-        let answer = self.link.receive(self.wait(None, cancel))?;
+        self.connection.send(Kind::Offer, state, fds, self.wait(None, cancel))?;
+        checkpoint(Checkpoint::Offered);
+        let answer = self.connection.receive(self.wait(None, cancel))?;
         match answer.kind {
             Kind::Ready => {
                 if let Some(pid) = answer.sender.filter(|&pid| pid != self.pid || self.pidfd.is_none()) {
@@ -103,17 +122,17 @@ impl Successor {
         }
     }
 
-    /// Says that the rest of the state is about to come.
-    pub(super) fn announce(&self) {
-        self.link.announce();
+    /// Wakes the successor before [`switch`](Self::switch). Does not block.
+    pub(super) fn announce_switch(&self) {
+        self.connection.announce();
     }
 
-    /// Sends the rest of the state and waits until the successor has the devices.
+    /// Sends the rest of the state and waits until the successor has taken the devices over, at most until `until`.
     pub(super) fn switch(&mut self, state: &[u8], until: Option<Instant>) -> Result<(), Cause> {
-        self.acting = true;
-        self.link.send(Kind::Switch, state, &[], self.wait(until, None))?;
-        reach(Point::Sent);
-        let answer = self.link.receive(self.wait(until, None))?;
+        self.may_act = true;
+        self.connection.send(Kind::Switch, state, &[], self.wait(until, None))?;
+        checkpoint(Checkpoint::Sent);
+        let answer = self.connection.receive(self.wait(until, None))?;
         match answer.kind {
             Kind::Taken => Ok(()),
             Kind::Failed => Err(self.refused(&answer)),
@@ -121,15 +140,15 @@ impl Successor {
         }
     }
 
-    /// The last word, and the answer that it was heard. When that has come the devices are the successor's, whatever
-    /// becomes of it; one that ends before does not get them.
+    /// Sends the commit and waits for its confirmation. From the confirmation on the devices belong to the successor, even
+    /// if it fails later. A successor that ends before its confirmation does not get them.
     pub(super) fn commit(&mut self, until: Option<Instant>) -> Result<(), Cause> {
-        self.link.send(Kind::Commit, b"", &[], self.wait(until, None))?;
-        reach(Point::Committed);
-        let answer = self.link.receive(self.wait(until, None))?;
+        self.connection.send(Kind::Commit, b"", &[], self.wait(until, None))?;
+        checkpoint(Checkpoint::Committed);
+        let answer = self.connection.receive(self.wait(until, None))?;
         match answer.kind {
             Kind::Done => {
-                self.is_done(&answer);
+                self.record_done(&answer);
                 Ok(())
             }
             Kind::Failed => Err(self.refused(&answer)),
@@ -137,67 +156,69 @@ impl Successor {
         }
     }
 
-    fn is_done(&mut self, answer: &Message) {
-        self.over = true;
-        // It has the devices, whatever it says of it.
+    fn record_done(&mut self, answer: &Message) {
+        self.finished = true;
+        // A report that cannot be read does not change who has the devices.
         self.report = serde_json::from_slice(&answer.payload).ok();
     }
 
-    /// What the successor says that the update cost, once it has the devices; from one that could say no more there is none.
+    /// The successor's report; `None` if it ended before it could send one.
     pub(super) const fn take_report(&mut self) -> Option<Report> {
         self.report.take()
     }
 
     fn refused(&mut self, answer: &Message) -> Cause {
-        self.over = true;
+        self.finished = true;
         match serde_json::from_slice::<Failure>(&answer.payload) {
             Ok(Failure { phase, device, reason }) => {
                 Cause::Successor { pid: self.pid, phase, device, reason }
             }
-            Err(e) => LinkError::Protocol { what: format!("its reason cannot be read: {e}") }.into(),
+            Err(e) => ConnectionError::Protocol { what: format!("its reason cannot be read: {e}") }.into(),
         }
     }
 
-    /// Makes sure that the successor does nothing to any device any more: it says so, or has ended, or is killed. Or hears
-    /// that it has them for good.
+    /// Stops the successor from accessing the devices: it confirms the abort, or has ended, or is killed after the grace
+    /// period. If it had received the commit already, it keeps them ([`AbortOutcome::Committed`]).
     ///
     /// # Errors
-    /// When it can neither be heard nor killed: it may go on acting on the devices.
-    pub(super) fn call_off(&mut self) -> Result<CalledOff, Cause> {
+    /// [`Cause::Unresponsive`]: it neither answers nor can be killed, so it may still access the devices.
+    pub(super) fn abort(&mut self) -> Result<AbortOutcome, Cause> {
         let until = Instant::now() + self.grace;
-        if !self.over {
-            let said = self.link.send(Kind::Abort, b"", &[], self.wait(Some(until), None));
-            if !self.acting && self.child.is_none() {
-                // It has nothing but copies of descriptors, which it drops when it hears this, or ends.
-                self.over = true;
-                return Ok(CalledOff::LetGo);
+        if !self.finished {
+            let sent = self.connection.send(Kind::Abort, b"", &[], self.wait(Some(until), None));
+            if !self.may_act && self.child.is_none() {
+                // Before the switch it has only copies of descriptors, and drops them when it receives the abort or ends.
+                self.finished = true;
+                return Ok(AbortOutcome::Released);
             }
-            let mut heard = said.and_then(|()| self.hear_the_end(until));
-            if !matches!(heard, Ok(_) | Err(LinkError::Gone)) || heard.is_err() && !self.has_ended(until) {
+            let mut answer = sent.and_then(|()| self.receive_abort_answer(until));
+            if !matches!(answer, Ok(_) | Err(ConnectionError::Closed))
+                || answer.is_err() && !self.has_ended(until)
+            {
                 self.kill()?;
-                heard = Err(LinkError::Gone);
+                answer = Err(ConnectionError::Closed);
             }
-            self.over = true;
-            // What it had said before it ended is still there.
-            let last = heard.or_else(|_| self.hear_the_end(Instant::now()));
-            if matches!(last, Ok(CalledOff::Done)) {
-                return Ok(CalledOff::Done);
+            self.finished = true;
+            // Messages that it sent before it ended are still in the socket.
+            let last = answer.or_else(|_| self.receive_abort_answer(Instant::now()));
+            if matches!(last, Ok(AbortOutcome::Committed)) {
+                return Ok(AbortOutcome::Committed);
             }
         }
         self.reap(until);
-        Ok(CalledOff::LetGo)
+        Ok(AbortOutcome::Released)
     }
 
-    fn hear_the_end(&mut self, until: Instant) -> Result<CalledOff, LinkError> {
+    fn receive_abort_answer(&mut self, until: Instant) -> Result<AbortOutcome, ConnectionError> {
         loop {
-            let message = self.link.receive(self.wait(Some(until), None))?;
+            let message = self.connection.receive(self.wait(Some(until), None))?;
             match message.kind {
-                Kind::Aborted | Kind::Failed | Kind::Refused => return Ok(CalledOff::LetGo),
+                Kind::Aborted | Kind::Failed | Kind::Refused => return Ok(AbortOutcome::Released),
                 Kind::Done => {
-                    self.is_done(&message);
-                    return Ok(CalledOff::Done);
+                    self.record_done(&message);
+                    return Ok(AbortOutcome::Committed);
                 }
-                // Crossed with the abort.
+                // Sent before the abort arrived.
                 _ => {}
             }
         }
@@ -208,20 +229,20 @@ impl Successor {
     }
 
     fn kill(&mut self) -> Result<(), Cause> {
-        let silent = Cause::Silent { pid: self.pid };
+        let unresponsive = Cause::Unresponsive { pid: self.pid };
         let Some(pidfd) = self.pidfd.as_ref().filter(|_| self.pid != steps::own_pid()) else {
-            return Err(silent);
+            return Err(unresponsive);
         };
         if pidfd_send_signal(pidfd, Signal::KILL).is_err() {
-            return Err(silent);
+            return Err(unresponsive);
         }
-        if self.has_ended(Instant::now() + KILLED) { Ok(()) } else { Err(silent) }
+        if self.has_ended(Instant::now() + KILL_TIMEOUT) { Ok(()) } else { Err(unresponsive) }
     }
 
-    /// Collects a child that has ended or is about to; one that goes on is killed, since it was started for this.
+    /// Waits for the child until `until`, then kills it: it was started for this update only.
     fn reap(&mut self, until: Instant) {
         let Some(mut child) = self.child.take() else { return };
-        // It need not be the process that answered: a script may have started that.
+        // The child need not be the process that answered: it may be a script that started it.
         let started = i32::try_from(child.id()).ok().and_then(open_process);
         if !has_ended(started.as_ref(), until) {
             let _ = child.kill();
@@ -229,23 +250,24 @@ impl Successor {
         let _ = child.wait();
     }
 
-    /// The child, when the update is done.
+    /// The child, when the update is complete; the caller waits for it.
     pub(super) fn into_child(mut self) -> Option<Child> {
         self.child.take()
     }
 }
 
-/// An update that is given up in prepare, with the program going on.
+/// Aborts an update that was prepared and never switched.
 impl Drop for Successor {
     fn drop(&mut self) {
-        if !self.over || self.child.is_some() {
-            // Nobody is there to be told; what is done is what can be done.
-            let _ = self.call_off();
+        if !self.finished || self.child.is_some() {
+            // A destructor cannot report an error.
+            let _ = self.abort();
         }
     }
 }
 
-/// Whether a process has ended, waiting for that. Where the kernel cannot tell, a closed socket has to do.
+/// Waits until `until` for the end of a process; returns whether it has ended. Without a pidfd the closed socket has to do
+/// as the proof, so the answer is yes.
 fn has_ended(pidfd: Option<&OwnedFd>, until: Instant) -> bool {
     let Some(pidfd) = pidfd else { return true };
     loop {
@@ -264,5 +286,5 @@ fn open_process(pid: i32) -> Option<OwnedFd> {
 }
 
 fn unexpected(kind: Kind) -> Cause {
-    LinkError::Protocol { what: format!("{kind:?} is out of turn") }.into()
+    ConnectionError::Protocol { what: format!("{kind:?} is out of turn") }.into()
 }

@@ -5,9 +5,10 @@ use vdpa_core::features::Status;
 use vdpa_core::types::{IotlbMsg, Perm, iotlb_type};
 
 use super::owned;
-use crate::case::{Case, Ctx, Need, Outcome, check, prepare};
-use crate::device::{V2, WRITTEN, encode, pair};
-use crate::forked::vfork_set;
+use crate::case::{Case, Ctx, Need, Outcome, Stop, check, prepare};
+use crate::child::Child;
+use crate::device::{Device, V2, WRITTEN, encode, pair};
+use crate::forked::{Forked, vfork_set};
 use crate::memory::Region;
 use crate::request::Request;
 
@@ -107,6 +108,41 @@ pub(super) const CASES: &[Case] = &[
     },
 ];
 
+/// A second process that holds the device: one that has exec'd, or a forked child.
+trait SecondProcess {
+    fn call(&mut self, request: Request) -> Result<Result<(), Errno>, Stop>;
+    fn set(&mut self, request: Request, bytes: &[u8]) -> Result<Result<(), Errno>, Stop>;
+    fn write(&mut self, bytes: &[u8]) -> Result<Result<usize, Errno>, Stop>;
+}
+
+impl SecondProcess for Child {
+    fn call(&mut self, request: Request) -> Result<Result<(), Errno>, Stop> {
+        Self::call(self, request)
+    }
+
+    fn set(&mut self, request: Request, bytes: &[u8]) -> Result<Result<(), Errno>, Stop> {
+        Self::set(self, request, bytes)
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<Result<usize, Errno>, Stop> {
+        Self::write(self, bytes)
+    }
+}
+
+impl SecondProcess for Forked {
+    fn call(&mut self, request: Request) -> Result<Result<(), Errno>, Stop> {
+        Self::call(self, request)
+    }
+
+    fn set(&mut self, request: Request, bytes: &[u8]) -> Result<Result<(), Errno>, Stop> {
+        Self::set(self, request, bytes)
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<Result<usize, Errno>, Stop> {
+        Self::write(self, bytes)
+    }
+}
+
 fn set_twice(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open()?;
     check("SET_OWNER", device.call(Request::SET_OWNER), Ok(()))?;
@@ -151,7 +187,18 @@ fn not_needed(ctx: &mut Ctx<'_>) -> Outcome {
 
 fn child_refused(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open_owned()?;
-    let mut child = ctx.child(&device)?;
+    let child = ctx.child(&device)?;
+    refused(&device, child)
+}
+
+fn fork_refused(ctx: &mut Ctx<'_>) -> Outcome {
+    let device = ctx.open_owned()?;
+    let child = ctx.fork(&device)?;
+    refused(&device, child)
+}
+
+/// Requests of the owner, made by a second process while this process is the owner.
+fn refused(device: &Device, mut child: impl SecondProcess) -> Outcome {
     check("SET_VRING_NUM", child.set(Request::SET_VRING_NUM, &pair(0, 1))?, Err(Errno::PERM))?;
     check("SET_OWNER", child.call(Request::SET_OWNER)?, Err(Errno::BUSY))?;
     let begin = IotlbMsg { kind: iotlb_type::BATCH_BEGIN, ..IotlbMsg::default() };
@@ -161,26 +208,18 @@ fn child_refused(ctx: &mut Ctx<'_>) -> Outcome {
 
 fn child_allowed(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open_owned()?;
-    let mut child = ctx.child(&device)?;
-    prepare("VHOST_VDPA_SET_STATUS", device.set_status(Status::ACKNOWLEDGE))?;
-    check("SET_STATUS 0", child.set(Request::SET_STATUS, &[0])?, Ok(()))?;
-    check("GET_STATUS afterwards", device.status(), Ok(0))?;
-    check("SET_CONFIG_CALL -1", child.set(Request::SET_CONFIG_CALL, &(-1_i32).to_ne_bytes())?, Ok(()))
-}
-
-fn fork_refused(ctx: &mut Ctx<'_>) -> Outcome {
-    let device = ctx.open_owned()?;
-    let child = ctx.fork(&device)?;
-    check("SET_VRING_NUM", child.set(Request::SET_VRING_NUM, &pair(0, 1))?, Err(Errno::PERM))?;
-    check("SET_OWNER", child.call(Request::SET_OWNER)?, Err(Errno::BUSY))?;
-    let begin = IotlbMsg { kind: iotlb_type::BATCH_BEGIN, ..IotlbMsg::default() };
-    check("BATCH_BEGIN", child.write(&encode(V2, 0, &begin))?, Err(Errno::FAULT))?;
-    check("BATCH_BEGIN by the owner", device.plain(0, iotlb_type::BATCH_BEGIN), Ok(WRITTEN))
+    let child = ctx.child(&device)?;
+    allowed(&device, child)
 }
 
 fn fork_allowed(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open_owned()?;
     let child = ctx.fork(&device)?;
+    allowed(&device, child)
+}
+
+/// Requests that need no ownership, made by a second process while this process is the owner.
+fn allowed(device: &Device, mut child: impl SecondProcess) -> Outcome {
     prepare("VHOST_VDPA_SET_STATUS", device.set_status(Status::ACKNOWLEDGE))?;
     check("SET_STATUS 0", child.set(Request::SET_STATUS, &[0])?, Ok(()))?;
     check("GET_STATUS afterwards", device.status(), Ok(0))?;

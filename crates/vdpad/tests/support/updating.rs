@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Signal, getpid, kill_process};
 use vdpa_client::state::{Section, Sections};
-use vdpa_client::update::points::{self, Point};
+use vdpa_client::update::checkpoint::{self, Checkpoint};
 use vdpa_client::update::{
     self, Cancel, Devices, Image, Incoming, Plan, Restored, Strategy, UpdateError, Via, Way,
 };
@@ -45,7 +45,7 @@ pub(crate) enum Action {
 /// One fault: at the `nth` time (from 1 on) that a process comes by the point.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Fault {
-    pub(crate) point: Point,
+    pub(crate) point: Checkpoint,
     pub(crate) nth: usize,
     pub(crate) action: Action,
 }
@@ -58,7 +58,7 @@ impl Fault {
     fn parse(text: &str) -> Option<Self> {
         let mut words = text.split(' ');
         let (name, nth, action) = (words.next()?, words.next()?, words.next()?);
-        let point = Point::ALL.into_iter().find(|point| point.name() == name)?;
+        let point = Checkpoint::ALL.into_iter().find(|point| point.name() == name)?;
         let action = if action == "Kill" { Action::Kill } else { Action::Stop };
         Some(Self { point, nth: nth.parse().ok()?, action })
     }
@@ -88,7 +88,7 @@ fn watch() {
     let log = File::options().append(true).open(variable(REACHED)).unwrap();
     let fault = Fault::parse(&variable(FAULT));
     let times = std::sync::Mutex::new(BTreeMap::<String, usize>::new());
-    points::on_reach(move |point| {
+    checkpoint::on_checkpoint(move |point| {
         let mut times = times.lock().unwrap();
         let count = times.entry(point.name()).or_default();
         *count += 1;
@@ -217,7 +217,7 @@ const GRACE: Duration = Duration::from_millis(200);
 
 /// A successor that stops before it is ready is waited for until somebody cancels.
 fn cancel_after(fault: Fault, cancel: &Cancel) {
-    if !matches!(fault.point, Point::Entered | Point::Received | Point::Loaded) {
+    if !matches!(fault.point, Checkpoint::Entered | Checkpoint::Received | Checkpoint::Loaded) {
         return;
     }
     let (cancel, reached) = (cancel.clone(), variable(REACHED));

@@ -1,10 +1,10 @@
-//! Bringing a device to rest for its strategy, and back.
+//! Stops a device as its strategy says, and starts it again when the update fails.
 
 use vdpa_core::Errno;
 use vdpa_core::features::{BackendFeatures, Status};
 use vdpa_sys::clock::monotonic_ns;
 
-use super::points::{Point, reach};
+use super::checkpoint::{Checkpoint, checkpoint};
 use super::{Cause, DeviceReport, Phase, Strategy, UpdateError, steps};
 use crate::device::DeviceFile;
 use crate::error::Error;
@@ -12,36 +12,38 @@ use crate::queue::SavedDriver;
 use crate::session::{Session, Setup};
 use crate::state::v2;
 
-/// A device as its strategy wants it for the switch. With [`Strategy::Live`] it runs, and only nobody drives it.
+/// A device that is stopped as its strategy says. With [`Strategy::Live`] it still runs; only its driver is stopped.
 #[derive(Debug)]
-pub(super) struct AtRest<D> {
+pub(super) struct StoppedDevice<D> {
     pub(super) name: String,
     pub(super) strategy: Strategy,
-    /// `None` when it is closed.
+    /// `None` when the device is closed ([`Strategy::Reopen`]).
     pub(super) ops: Option<D>,
     pub(super) setup: Setup,
-    /// In the order of [`Setup::vrings`]; empty when nobody needs them.
+    /// Vring bases in the order of [`Setup::vrings`]; empty with the strategies `live` and `resume`, which keep the vrings.
     bases: Vec<u32>,
     pub(super) suspend_ns: u64,
-    /// Whether SUSPEND was answered.
+    /// Whether SUSPEND succeeded.
     suspended: bool,
 }
 
-/// The device as it was, working; or why it is not.
-pub(super) type Undone<D> = Result<Session<D>, UpdateError>;
+/// Result of a roll-back: the working session, or why the device is lost.
+pub(super) type RollBack<D> = Result<Session<D>, UpdateError>;
 
-impl<D: DeviceFile> AtRest<D> {
-    /// Brings a device to rest. On failure it is undone.
-    pub(super) fn bring(
+impl<D: DeviceFile> StoppedDevice<D> {
+    /// Stops a device. On failure rolls the device back and returns the error with the result of that.
+    ///
+    /// Blocks as long as SUSPEND, reset and close take.
+    pub(super) fn stop(
         name: String,
         session: Session<D>,
         strategy: Strategy,
-    ) -> Result<Self, Box<(UpdateError, Undone<D>)>> {
+    ) -> Result<Self, Box<(UpdateError, RollBack<D>)>> {
         let (ops, setup) = session.into_parts();
         let mut device =
             Self { name, strategy, ops: None, setup, bases: Vec::new(), suspend_ns: 0, suspended: false };
         let begin = monotonic_ns();
-        let stopped = device.stop(&ops);
+        let stopped = device.stop_steps(&ops);
         if stopped.is_ok() && strategy == Strategy::Reopen {
             drop(ops);
         } else {
@@ -50,7 +52,7 @@ impl<D: DeviceFile> AtRest<D> {
         device.suspend_ns = monotonic_ns().saturating_sub(begin);
         match stopped {
             Ok(()) => {
-                reach(Point::AtRest);
+                checkpoint(Checkpoint::AtRest);
                 Ok(device)
             }
             Err(e) => {
@@ -60,7 +62,7 @@ impl<D: DeviceFile> AtRest<D> {
         }
     }
 
-    fn stop(&mut self, ops: &D) -> Result<(), Error> {
+    fn stop_steps(&mut self, ops: &D) -> Result<(), Error> {
         let suspends = match self.strategy {
             Strategy::Live => false,
             Strategy::Resume | Strategy::Reset => true,
@@ -69,7 +71,7 @@ impl<D: DeviceFile> AtRest<D> {
         if suspends {
             steps::suspend(ops)?;
             self.suspended = true;
-            reach(Point::Suspended);
+            checkpoint(Checkpoint::Suspended);
         }
         if matches!(self.strategy, Strategy::Reset | Strategy::Reopen) {
             self.bases = steps::bases(ops, &self.setup)?;
@@ -81,17 +83,17 @@ impl<D: DeviceFile> AtRest<D> {
         Ok(())
     }
 
-    /// After a stop that failed in the middle.
-    fn undo_stop(self) -> Undone<D> {
+    /// Rolls back a stop that failed part-way.
+    fn undo_stop(self) -> RollBack<D> {
         let known = self.setup.backend.has(BackendFeatures::RESUME);
         let undone = match &self.ops {
-            // It has answered with its bases: whether the reset took place is not known, so all is set up again.
+            // The bases are known, so the reset may have happened: set everything up again.
             Some(ops) if self.strategy == Strategy::Reset && !self.bases.is_empty() => {
                 steps::undo_reset(ops, &self.setup, &self.bases)
             }
             // RESUME of a device that is not suspended changes nothing.
             Some(ops) if known && self.strategy != Strategy::Live => steps::resume(ops),
-            // It stands still, does not say where, and cannot be told to go on: there is nothing to give back.
+            // Suspended without known bases and without RESUME: the device cannot be started again.
             Some(_) if self.suspended => {
                 Err(Error::Request { request: "VHOST_VDPA_RESUME", source: Errno::OPNOTSUPP })
             }
@@ -101,8 +103,8 @@ impl<D: DeviceFile> AtRest<D> {
         self.finish(undone.map_err(|e| (Phase::Resume, e.into())))
     }
 
-    /// Lets the device go on in this process, which nobody else has taken it from.
-    pub(super) fn undo(mut self) -> Undone<D> {
+    /// Starts the device again in this process. Only while no other process can have accessed it.
+    pub(super) fn undo(mut self) -> RollBack<D> {
         let undone = match (self.strategy, &self.ops) {
             (Strategy::Live, _) => Ok(()),
             (Strategy::Resume, Some(ops)) => steps::resume(ops)
@@ -116,8 +118,9 @@ impl<D: DeviceFile> AtRest<D> {
         self.finish(undone)
     }
 
-    /// Lets the device go on in this process after a successor may have done anything of its part, and has let go.
-    pub(super) fn take_back(mut self) -> Undone<D> {
+    /// Starts the device again in this process after a successor has released it. The successor may have done any of its
+    /// steps, so ownership and mappings are set again.
+    pub(super) fn take_back(mut self) -> RollBack<D> {
         let undone = match (self.strategy, &self.ops) {
             (Strategy::Reopen, _) | (_, None) => self.reopen(),
             (strategy, Some(ops)) => {
@@ -136,7 +139,8 @@ impl<D: DeviceFile> AtRest<D> {
         self.finish(undone)
     }
 
-    /// The successor may have let the device run, which has moved on then.
+    /// Resets the device and sets it up again. If the successor had started it, the ring positions have moved: they are read
+    /// again from the suspended device.
     fn reset_again(ops: &D, setup: &Setup, bases: &[u32]) -> Result<(), Error> {
         steps::claim(ops)?;
         let status = ops.status().map_err(Error::request("VHOST_VDPA_GET_STATUS"))?;
@@ -158,7 +162,7 @@ impl<D: DeviceFile> AtRest<D> {
         Ok(())
     }
 
-    fn finish(self, undone: Result<(), (Phase, Cause)>) -> Undone<D> {
+    fn finish(self, undone: Result<(), (Phase, Cause)>) -> RollBack<D> {
         let Self { name, ops, setup, .. } = self;
         match (undone, ops) {
             (Ok(()), Some(ops)) => Ok(Session::new(ops, setup)),
@@ -173,7 +177,7 @@ impl<D: DeviceFile> AtRest<D> {
         UpdateError { phase, device: Some(self.name.clone()), source: source.into() }
     }
 
-    /// What the successor is told of it.
+    /// The part of the state that depends on the device being stopped.
     pub(super) fn saved(&self) -> v2::AtRest {
         let mut rest = v2::AtRest {
             suspend_ns: self.suspend_ns,

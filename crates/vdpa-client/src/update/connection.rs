@@ -1,7 +1,8 @@
 //! Messages between predecessor and successor on a Unix stream socket, with descriptors.
 //!
-//! A message is a header of 16 bytes and a payload. Descriptors come before it, in messages of their own with as many as
-//! the kernel passes at once. Both sides are of different versions as a rule: the header says which protocol is spoken.
+//! A message is a header of 16 bytes and a payload. Its descriptors are sent before it, in messages of their own, since the
+//! kernel limits how many one message carries. The two sides usually run different versions of the program, so each header
+//! has the version of the protocol. `docs/saved-state.md` describes the messages.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -21,66 +22,69 @@ use vdpa_sys::eventfd::EventFd;
 
 use crate::state::MAX_PAYLOAD;
 
-/// Version of the protocol.
+/// Version of the protocol, in each header.
 const PROTOCOL: u16 = 1;
 const MAGIC: [u8; 4] = *b"VDPH";
 const HEADER: usize = 16;
 /// The kernel passes at most 253 descriptors at once (`SCM_MAX_FD`).
 const FDS_AT_ONCE: usize = 200;
-/// More than any program has open.
+/// Limit on the descriptors of one message, so that a peer cannot make this process hold any number of them.
 const FDS_MAX: usize = 1 << 16;
 
-/// Ends a prepare early, from another thread or a signal handler's pipe.
+/// Cancels a prepare from another thread.
+///
+/// Clones share one eventfd. It stays signalled: a plan that is given a used one fails at once.
 #[derive(Clone, Debug)]
 pub struct Cancel(Arc<EventFd>);
 
 impl Cancel {
-    /// One that has not been used yet.
+    /// A cancellation that has not been used yet.
     ///
     /// # Errors
-    /// `EMFILE`, `ENOMEM`.
+    /// Those of eventfd(2): `EMFILE`, `ENFILE`, `ENOMEM`.
     pub fn new() -> Result<Self, Errno> {
         Ok(Self(Arc::new(EventFd::new()?)))
     }
 
-    /// Ends the prepare of every plan that this is given to, also of those still to come.
+    /// Cancels the prepare of every plan that was given this, now and later. Does not block; any thread may call it.
     pub fn cancel(&self) {
         self.0.signal();
     }
 }
 
-/// Why the other side cannot be talked to.
+/// Why a message could not be sent to or received from the peer.
 #[derive(Debug, Error)]
-pub enum LinkError {
-    /// No Unix stream socket.
+pub enum ConnectionError {
+    /// The descriptor is not a Unix stream socket.
     #[error("the descriptor is not a Unix stream socket")]
-    NotASocket,
-    /// Its other end belongs to somebody who may not have the devices.
+    NotUnixStream,
+    /// The peer runs as a user that may not have the devices.
     #[error("the other side runs as user {uid}; only root{} may take part", users(*.own, *.allowed))]
-    Stranger {
-        /// User of the other side.
+    ForbiddenUser {
+        /// User of the peer.
         uid: u32,
-        /// The user of this process, who would be allowed.
+        /// User of this process, which is always allowed.
         own: u32,
-        /// Who would be allowed besides: [`Plan::allow_uid`](super::Plan::allow_uid) or its like of the successor.
+        /// The further user that is allowed: [`Plan::allow_uid`](super::Plan::allow_uid), or the argument of
+        /// [`Incoming::receive_from`](super::Incoming::receive_from).
         allowed: Option<u32>,
     },
-    /// The other side ended, or closed the connection.
+    /// The peer closed the connection or has ended.
     #[error("the other side is gone")]
-    Gone,
-    /// It did not answer in time.
+    Closed,
+    /// The peer did not answer before the deadline.
     #[error("the other side has not answered in time")]
     TimedOut,
-    /// [`Cancel`] was used.
+    /// [`Cancel::cancel`] was called.
     #[error("it was cancelled")]
     Cancelled,
-    /// It speaks another protocol.
+    /// The peer sent something that this version of the protocol does not allow.
     #[error("the other side does not speak this protocol: {what}")]
     Protocol {
         /// What is wrong.
         what: String,
     },
-    /// Descriptors got lost on the way.
+    /// The kernel dropped descriptors of a message (`MSG_CTRUNC`), usually because of RLIMIT_NOFILE.
     #[error("not all descriptors could be received; RLIMIT_NOFILE may be too low here")]
     Descriptors,
     /// A system call failed.
@@ -97,34 +101,35 @@ fn users(own: u32, allowed: Option<u32>) -> String {
     allowed.map_or_else(|| format!(" and user {own}"), |uid| format!(", user {own} and user {uid}"))
 }
 
-fn system(action: &'static str) -> impl Fn(rustix::io::Errno) -> LinkError {
-    move |e| LinkError::System { action, source: Errno::from_raw(e.raw_os_error()) }
+fn system(action: &'static str) -> impl Fn(rustix::io::Errno) -> ConnectionError {
+    move |e| ConnectionError::System { action, source: Errno::from_raw(e.raw_os_error()) }
 }
 
-/// What a message says.
+/// Kind of a message; the numbers are those on the wire. Listed in `docs/saved-state.md`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
-    /// Only descriptors.
+    /// To the successor: carries descriptors of the next message.
     Descriptors = 1,
     /// To the successor: everything that is known before the switch.
     Offer = 2,
     /// To the predecessor: everything is understood and mapped.
     Ready = 3,
-    /// To the predecessor: no, with the reason.
+    /// To the predecessor: the successor does not want the devices; with the reason.
     Refused = 4,
-    /// To the successor: the rest of the state; the devices are at rest.
+    /// To the successor: the rest of the state; the devices are stopped as their strategies say.
     Switch = 5,
     /// To the predecessor: the devices are taken over.
     Taken = 6,
-    /// To the predecessor: taking over failed; nothing is held any more.
+    /// To the predecessor: taking over failed; the successor holds nothing any more.
     Failed = 7,
-    /// To the successor: the devices are yours.
+    /// To the successor: the devices are the successor's.
     Commit = 8,
-    /// To the successor: let go.
+    /// To the successor: release the devices.
     Abort = 9,
-    /// To the predecessor: nothing is held any more.
+    /// To the predecessor: the successor has released the devices.
     Aborted = 10,
-    /// To the predecessor: the commit was heard, and what the update cost. From here on the successor drives the devices.
+    /// To the predecessor: the commit was received; with the report of the update. From here on the successor drives the
+    /// devices.
     Done = 11,
 }
 
@@ -150,62 +155,62 @@ pub(super) struct Message {
     pub(super) kind: Kind,
     pub(super) payload: Vec<u8>,
     pub(super) fds: Vec<OwnedFd>,
-    /// The process that sent it, as the kernel says. The one that made the connection, of which [`Link::peer`] knows, may be
-    /// another: a socket can be passed on, and a service manager listens for those that it starts.
+    /// Process id of the sender, from the kernel (`SCM_CREDENTIALS`). It may differ from [`Connection::peer`], which is the
+    /// process that made the connection: a socket can be passed on, and a service manager listens for the programs it starts.
     pub(super) sender: Option<i32>,
 }
 
-/// What comes beside the bytes.
+/// Control messages received with the bytes.
 #[derive(Debug, Default)]
 struct Ancillary {
     fds: Vec<OwnedFd>,
     sender: Option<i32>,
 }
 
-/// How long to wait, and what ends it early.
+/// How long to wait, and what ends the wait early.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Wait<'a> {
     pub(super) until: Option<Instant>,
     pub(super) cancel: Option<&'a Cancel>,
-    /// Descriptor of the other process (pidfd): readable when it has ended.
+    /// Pidfd of the peer: readable when the process has ended.
     pub(super) process: Option<BorrowedFd<'a>>,
-    /// Look again and again for a moment before sleeping: the answer is due, devices wait for it, and waking a thread of an
-    /// idle CPU takes longer than the rest of a message. Others that want this CPU get it meanwhile.
-    pub(super) soon: bool,
+    /// Busy-poll for [`BUSY_POLL`] before sleeping. For answers that devices wait for: waking a thread on an idle CPU takes
+    /// longer than the rest of a message. The thread yields between two tries.
+    pub(super) busy_poll: bool,
 }
 
-/// For how long to look again and again, with [`Wait::soon`].
-const SOON: Duration = Duration::from_micros(300);
+/// How long to busy-poll, with [`Wait::busy_poll`].
+const BUSY_POLL: Duration = Duration::from_micros(300);
 
-/// One end of the conversation.
+/// One end of the connection between predecessor and successor.
 #[derive(Debug)]
-pub(super) struct Link(OwnedFd);
+pub(super) struct Connection(OwnedFd);
 
-/// The other process, as the kernel knows it.
+/// The process that made the connection, from the kernel (`SO_PEERCRED`).
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Peer {
     pub(super) pid: i32,
 }
 
-impl Link {
-    pub(super) fn new(socket: OwnedFd) -> Result<Self, LinkError> {
+impl Connection {
+    pub(super) fn new(socket: OwnedFd) -> Result<Self, ConnectionError> {
         let unix = socket_domain(&socket).is_ok_and(|family| family == AddressFamily::UNIX);
         let stream = socket_type(&socket).is_ok_and(|kind| kind == SocketType::STREAM);
         if !unix || !stream {
-            return Err(LinkError::NotASocket);
+            return Err(ConnectionError::NotUnixStream);
         }
-        // The kernel adds the sender to each message as soon as one of the two ends asks for it.
+        // The kernel adds the sender to each message if either end has set this option.
         set_socket_passcred(&socket, true).map_err(system("ask for the sender of messages"))?;
         Ok(Self(socket))
     }
 
-    /// Who is at the other end, if that one may be: root, this process's user, or `allowed`.
-    pub(super) fn peer(&self, allowed: Option<u32>) -> Result<Peer, LinkError> {
+    /// The peer, if its user may take part: root, the user of this process, or `allowed`.
+    pub(super) fn peer(&self, allowed: Option<u32>) -> Result<Peer, ConnectionError> {
         let credentials = socket_peercred(&self.0).map_err(system("ask who is at the other end"))?;
         let uid = credentials.uid.as_raw();
         let own = rustix::process::geteuid().as_raw();
         if !may_take_part(uid, own, allowed) {
-            return Err(LinkError::Stranger { uid, own, allowed });
+            return Err(ConnectionError::ForbiddenUser { uid, own, allowed });
         }
         Ok(Peer { pid: credentials.pid.as_raw_nonzero().get() })
     }
@@ -216,7 +221,7 @@ impl Link {
         payload: &[u8],
         fds: &[BorrowedFd<'_>],
         wait: Wait<'_>,
-    ) -> Result<(), LinkError> {
+    ) -> Result<(), ConnectionError> {
         for some in fds.chunks(FDS_AT_ONCE) {
             self.send_bytes(&header(Kind::Descriptors, 0), some, wait)?;
         }
@@ -230,7 +235,7 @@ impl Link {
         mut bytes: &[u8],
         mut fds: &[BorrowedFd<'_>],
         wait: Wait<'_>,
-    ) -> Result<(), LinkError> {
+    ) -> Result<(), ConnectionError> {
         while !bytes.is_empty() {
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_AT_ONCE))];
             let mut control = SendAncillaryBuffer::new(&mut space);
@@ -245,15 +250,17 @@ impl Link {
                 }
                 Err(rustix::io::Errno::AGAIN) => self.wait(PollFlags::OUT, wait)?,
                 Err(rustix::io::Errno::INTR) => {}
-                Err(rustix::io::Errno::PIPE | rustix::io::Errno::CONNRESET) => return Err(LinkError::Gone),
+                Err(rustix::io::Errno::PIPE | rustix::io::Errno::CONNRESET) => {
+                    return Err(ConnectionError::Closed);
+                }
                 Err(e) => return Err(system("send to the other side")(e)),
             }
         }
         Ok(())
     }
 
-    /// Says that a message is about to come, to whoever waits for one: it is awake then when that comes. Nothing depends
-    /// on it.
+    /// Wakes a peer that waits in [`receive`](Self::receive), so that it busy-polls when the next message comes. Does not
+    /// block. An optimization only: errors are ignored.
     pub(super) fn announce(&self) {
         let _ = self.send_bytes(
             &header(Kind::Descriptors, 0),
@@ -262,29 +269,29 @@ impl Link {
         );
     }
 
-    pub(super) fn receive(&self, mut wait: Wait<'_>) -> Result<Message, LinkError> {
-        let mut came = Ancillary::default();
+    pub(super) fn receive(&self, mut wait: Wait<'_>) -> Result<Message, ConnectionError> {
+        let mut ancillary = Ancillary::default();
         loop {
             let mut bytes = [0; HEADER];
-            self.receive_bytes(&mut bytes, &mut came, wait)?;
+            self.receive_bytes(&mut bytes, &mut ancillary, wait)?;
             let (kind, len) = parse(&bytes)?;
-            if came.fds.len() > FDS_MAX {
-                return Err(LinkError::Protocol { what: format!("more than {FDS_MAX} descriptors") });
+            if ancillary.fds.len() > FDS_MAX {
+                return Err(ConnectionError::Protocol { what: format!("more than {FDS_MAX} descriptors") });
             }
             if kind == Kind::Descriptors {
-                wait.soon = true;
+                wait.busy_poll = true;
                 continue;
             }
             let mut payload = Vec::new();
-            // In pieces: what is announced may be more than what comes.
+            // In pieces of 1 MiB, so that a false length cannot make this process allocate it all.
             while (payload.len() as u64) < len {
                 let rest = usize::try_from(len - payload.len() as u64).unwrap_or(usize::MAX);
                 let start = payload.len();
                 payload.resize(start + rest.min(1 << 20), 0);
                 let piece = payload.get_mut(start..).unwrap_or_default();
-                self.receive_bytes(piece, &mut came, wait)?;
+                self.receive_bytes(piece, &mut ancillary, wait)?;
             }
-            let Ancillary { fds, sender } = came;
+            let Ancillary { fds, sender } = ancillary;
             return Ok(Message { kind, payload, fds, sender });
         }
     }
@@ -292,10 +299,10 @@ impl Link {
     fn receive_bytes(
         &self,
         mut bytes: &mut [u8],
-        came: &mut Ancillary,
+        ancillary: &mut Ancillary,
         wait: Wait<'_>,
-    ) -> Result<(), LinkError> {
-        let mut awake = wait.soon.then(|| Instant::now() + SOON);
+    ) -> Result<(), ConnectionError> {
+        let mut poll_until = wait.busy_poll.then(|| Instant::now() + BUSY_POLL);
         while !bytes.is_empty() {
             let mut space =
                 [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_AT_ONCE), ScmCredentials(1))];
@@ -303,44 +310,44 @@ impl Link {
             let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
             let received = match recvmsg(&self.0, &mut [IoSliceMut::new(bytes)], &mut control, flags) {
                 Ok(received) => received,
-                Err(rustix::io::Errno::AGAIN) if awake.is_some_and(|until| Instant::now() < until) => {
+                Err(rustix::io::Errno::AGAIN) if poll_until.is_some_and(|until| Instant::now() < until) => {
                     rustix::thread::sched_yield();
                     continue;
                 }
                 Err(rustix::io::Errno::AGAIN) => {
-                    awake = None;
+                    poll_until = None;
                     self.wait(PollFlags::IN, wait)?;
                     continue;
                 }
                 Err(rustix::io::Errno::INTR) => continue,
-                Err(rustix::io::Errno::CONNRESET) => return Err(LinkError::Gone),
+                Err(rustix::io::Errno::CONNRESET) => return Err(ConnectionError::Closed),
                 Err(e) => return Err(system("receive from the other side")(e)),
             };
             for message in control.drain() {
                 match message {
-                    RecvAncillaryMessage::ScmRights(some) => came.fds.extend(some),
+                    RecvAncillaryMessage::ScmRights(some) => ancillary.fds.extend(some),
                     RecvAncillaryMessage::ScmCredentials(sender) => {
-                        came.sender = Some(sender.pid.as_raw_nonzero().get());
+                        ancillary.sender = Some(sender.pid.as_raw_nonzero().get());
                     }
                     _ => {}
                 }
             }
             if received.flags.contains(ReturnFlags::CTRUNC) {
-                return Err(LinkError::Descriptors);
+                return Err(ConnectionError::Descriptors);
             }
             if received.bytes == 0 {
-                return Err(LinkError::Gone);
+                return Err(ConnectionError::Closed);
             }
             bytes = bytes.get_mut(received.bytes..).unwrap_or_default();
         }
         Ok(())
     }
 
-    fn wait(&self, flags: PollFlags, wait: Wait<'_>) -> Result<(), LinkError> {
+    fn wait(&self, flags: PollFlags, wait: Wait<'_>) -> Result<(), ConnectionError> {
         loop {
             let left = wait.until.map(|until| until.saturating_duration_since(Instant::now()));
             if left.is_some_and(|left| left.is_zero()) {
-                return Err(LinkError::TimedOut);
+                return Err(ConnectionError::TimedOut);
             }
             let timeout = left.and_then(|left| Timespec::try_from(left).ok());
             let mut fds = vec![PollFd::new(&self.0, flags)];
@@ -356,27 +363,27 @@ impl Link {
                 Err(e) => return Err(system("wait for the other side")(e)),
             }
             let ready = |at: usize| fds.get(at).is_some_and(|fd| !fd.revents().is_empty());
-            // What has arrived counts, also from a process that has ended since.
+            // Received bytes come first: a process may have sent its answer and ended.
             if ready(0) {
                 return Ok(());
             }
             if cancel_at.is_some_and(ready) {
-                return Err(LinkError::Cancelled);
+                return Err(ConnectionError::Cancelled);
             }
             if wait.process.is_some() && ready(fds.len() - 1) {
-                return Err(LinkError::Gone);
+                return Err(ConnectionError::Closed);
             }
         }
     }
 }
 
-impl AsFd for Link {
+impl AsFd for Connection {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
 }
 
-/// Descriptors of devices and memory are worth as much as the devices.
+/// Who may take part. The messages carry descriptors of devices and memory: whoever has these has the devices.
 fn may_take_part(uid: u32, own: u32, allowed: Option<u32>) -> bool {
     uid == 0 || uid == own || allowed == Some(uid)
 }
@@ -388,8 +395,8 @@ fn header(kind: Kind, len: u64) -> [u8; HEADER] {
     bytes
 }
 
-fn parse(bytes: &[u8; HEADER]) -> Result<(Kind, u64), LinkError> {
-    let protocol = |what: String| LinkError::Protocol { what };
+fn parse(bytes: &[u8; HEADER]) -> Result<(Kind, u64), ConnectionError> {
+    let protocol = |what: String| ConnectionError::Protocol { what };
     let [m0, m1, m2, m3, v0, v1, k0, k1, len @ ..] = *bytes;
     if [m0, m1, m2, m3] != MAGIC {
         return Err(protocol("its message begins with something else".to_owned()));
@@ -417,12 +424,12 @@ mod tests {
 
     use super::*;
 
-    fn pair() -> (Link, Link) {
+    fn pair() -> (Connection, Connection) {
         let (a, b) = UnixStream::pair().unwrap();
-        (Link::new(a.into()).unwrap(), Link::new(b.into()).unwrap())
+        (Connection::new(a.into()).unwrap(), Connection::new(b.into()).unwrap())
     }
 
-    fn soon() -> Wait<'static> {
+    fn ten_seconds() -> Wait<'static> {
         Wait { until: Some(Instant::now() + Duration::from_secs(10)), ..Wait::default() }
     }
 
@@ -434,9 +441,9 @@ mod tests {
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
-                a.send(Kind::Offer, &payload, &fds, soon()).unwrap();
+                a.send(Kind::Offer, &payload, &fds, ten_seconds()).unwrap();
             });
-            let message = b.receive(soon()).unwrap();
+            let message = b.receive(ten_seconds()).unwrap();
             assert_eq!((message.kind, message.payload.len(), message.fds.len()), (Kind::Offer, 3 << 20, 450));
             for (sent, received) in files.iter().zip(message.fds) {
                 sent.signal();
@@ -450,16 +457,16 @@ mod tests {
     fn waiting_ends_by_time_by_cancel_and_by_the_end() {
         let (a, b) = pair();
         let now = Wait { until: Some(Instant::now()), ..Wait::default() };
-        assert!(matches!(b.receive(now), Err(LinkError::TimedOut)));
+        assert!(matches!(b.receive(now), Err(ConnectionError::TimedOut)));
         let cancel = Cancel::new().unwrap();
         cancel.cancel();
-        let wait = Wait { cancel: Some(&cancel), ..soon() };
-        assert!(matches!(b.receive(wait), Err(LinkError::Cancelled)));
-        a.send(Kind::Ready, b"", &[], soon()).unwrap();
+        let wait = Wait { cancel: Some(&cancel), ..ten_seconds() };
+        assert!(matches!(b.receive(wait), Err(ConnectionError::Cancelled)));
+        a.send(Kind::Ready, b"", &[], ten_seconds()).unwrap();
         drop(a);
         assert_eq!(b.receive(wait).unwrap().kind, Kind::Ready);
-        assert!(matches!(b.receive(soon()), Err(LinkError::Gone)));
-        assert!(matches!(b.send(Kind::Ready, b"", &[], soon()), Err(LinkError::Gone)));
+        assert!(matches!(b.receive(ten_seconds()), Err(ConnectionError::Closed)));
+        assert!(matches!(b.send(Kind::Ready, b"", &[], ten_seconds()), Err(ConnectionError::Closed)));
     }
 
     #[test]
@@ -468,7 +475,7 @@ mod tests {
         assert!(may_take_part(1001, 1000, Some(1001)));
         assert!(!may_take_part(1001, 1000, None) && !may_take_part(1000, 0, None));
         assert!(!may_take_part(1002, 1000, Some(1001)));
-        let text = |allowed| LinkError::Stranger { uid: 1002, own: 1000, allowed }.to_string();
+        let text = |allowed| ConnectionError::ForbiddenUser { uid: 1002, own: 1000, allowed }.to_string();
         assert_eq!(text(None), "the other side runs as user 1002; only root and user 1000 may take part");
         assert_eq!(
             text(Some(1001)),
@@ -477,8 +484,23 @@ mod tests {
     }
 
     #[test]
+    fn the_document_lists_every_kind() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/saved-state.md");
+        let document = std::fs::read_to_string(path).unwrap();
+        let (_, protocol) = document.split_once("## Hand-over protocol").unwrap();
+        let kind = |line: &str| {
+            let (number, name) = line.strip_prefix("| ")?.split_once(" |")?.0.split_once(' ')?;
+            Some((number.parse::<u16>().ok()?, name.to_owned()))
+        };
+        let documented: Vec<_> = protocol.lines().filter_map(kind).collect();
+        let in_code: Vec<_> =
+            Kind::ALL.into_iter().map(|kind| (kind as u16, format!("{kind:?}").to_lowercase())).collect();
+        assert_eq!(documented, in_code);
+    }
+
+    #[test]
     fn what_is_not_the_protocol_is_refused() {
-        assert!(matches!(parse(b"GET / HTTP/1.1\r\n"), Err(LinkError::Protocol { .. })));
+        assert!(matches!(parse(b"GET / HTTP/1.1\r\n"), Err(ConnectionError::Protocol { .. })));
         let mut other = header(Kind::Offer, 0);
         other[4] = 9;
         assert!(parse(&other).unwrap_err().to_string().contains("version 9, here it is 1"));
@@ -487,6 +509,6 @@ mod tests {
             assert_eq!(parse(&header(kind, 5)).unwrap(), (kind, 5));
         }
         let (reading, _writing) = std::io::pipe().unwrap();
-        assert!(matches!(Link::new(reading.into()), Err(LinkError::NotASocket)));
+        assert!(matches!(Connection::new(reading.into()), Err(ConnectionError::NotUnixStream)));
     }
 }

@@ -1,4 +1,4 @@
-//! Replacing the program of this process by the next image.
+//! The last steps of the predecessor in an update by exec.
 
 use std::ffi::CString;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -10,17 +10,17 @@ use vdpa_sys::exec::{Program, execve, set_close_on_exec};
 use vdpa_sys::memfd;
 use vdpa_sys::mm_reaper::MmReaper;
 
-use super::points::{Point, reach};
-use super::rest::AtRest;
+use super::checkpoint::{Checkpoint, checkpoint};
+use super::stopped::StoppedDevice;
 use super::{Cause, Image, PID_VARIABLE, Phase, Plan, STATE_VARIABLE, UpdateError, keeper, steps};
 use crate::device::DeviceFile;
 use crate::state::{self, Sections, v2};
 
-/// The last steps of an image that is replaced.
-pub(super) struct Leave<'a> {
+/// Everything that an exec needs, when the devices are stopped.
+pub(super) struct ExecSwitch<'a> {
     pub(super) image: &'a Image,
     pub(super) plan: &'a Plan,
-    /// What takes down the page tables of this image.
+    /// The process that frees the page tables of this image after the exec; without it the exec does.
     pub(super) keeper: Option<&'a MmReaper>,
     pub(super) sections: Sections,
     pub(super) late: Sections,
@@ -28,9 +28,9 @@ pub(super) struct Leave<'a> {
     pub(super) until: Option<Instant>,
 }
 
-impl Leave<'_> {
-    /// Execs. Returns the reason why this image still runs; close-on-exec flags are as before then.
-    pub(super) fn go<D: DeviceFile>(self, resting: &[AtRest<D>]) -> UpdateError {
+impl ExecSwitch<'_> {
+    /// Writes the state and execs. Returns only on failure, with the reason; close-on-exec flags are restored then.
+    pub(super) fn run<D: DeviceFile>(self, resting: &[StoppedDevice<D>]) -> UpdateError {
         let at = |phase| move |source| UpdateError { phase, device: None, source };
         let Self { image, plan, keeper: address_space, mut sections, late, switch, until } = self;
         sections.append(late);
@@ -68,7 +68,7 @@ impl Leave<'_> {
             if until.is_some_and(|until| Instant::now() >= until) {
                 return Err(Cause::Deadline);
             }
-            reach(Point::Leaving);
+            checkpoint(Checkpoint::BeforeExec);
             execve(Program::Path(&path), &args, &env)
                 .map_err(|source| Cause::System { action: "execve the new image", source })
         };
@@ -79,7 +79,7 @@ impl Leave<'_> {
     }
 }
 
-/// Descriptors that are to stay open over the exec. Dropping it puts their flags back.
+/// Descriptors that stay open over the exec: their close-on-exec flag is cleared. Dropping it sets the flags again.
 #[derive(Default)]
 struct Open<'a>(Vec<BorrowedFd<'a>>);
 
@@ -88,7 +88,7 @@ impl<'a> Open<'a> {
         let system = |source| Cause::System { action: "keep a descriptor open over the exec", source };
         let flags = rustix::io::fcntl_getfd(fd).map_err(|e| system(Errno::from_raw(e.raw_os_error())))?;
         if flags.contains(FdFlags::CLOEXEC) {
-            // Without the look at the flag that comes with `set_close_on_exec`: each call counts here.
+            // Not `set_close_on_exec`, which reads the flags once more: each system call adds to the downtime.
             rustix::io::fcntl_setfd(fd, flags - FdFlags::CLOEXEC)
                 .map_err(|e| system(Errno::from_raw(e.raw_os_error())))?;
             self.0.push(fd);
@@ -100,7 +100,7 @@ impl<'a> Open<'a> {
 impl Drop for Open<'_> {
     fn drop(&mut self) {
         for fd in &self.0 {
-            // Cannot fail for a descriptor whose flag was just changed; and there is nobody to tell.
+            // Cannot fail: the flag of this descriptor was changed a moment ago.
             let _ = set_close_on_exec(fd, true);
         }
     }

@@ -1,63 +1,63 @@
-//! Named places in an update at which a test can end, stop or fail a process.
+//! Named places in the code of an update at which a test can kill or stop the process.
 //!
-//! Nothing happens at them unless the crate is built with the feature `fault-points` and a hook is set.
+//! Without the feature `fault-points` a checkpoint compiles to nothing. With it, a checkpoint calls the hook that was set.
 
 /// A place in an update.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Point {
-    /// Predecessor: everything that can be checked was checked.
+pub enum Checkpoint {
+    /// Predecessor: all checks of prepare have passed.
     Checked,
     /// Predecessor: the successor was started (fork) or accepted (hand-over).
     Connected,
     /// Predecessor: the offer was sent.
     Offered,
-    /// Predecessor: the successor says that it is ready; for an exec, everything is prepared.
+    /// Predecessor: the successor has reported that it is ready; for an exec, everything is prepared.
     Ready,
     /// Predecessor: the switch has begun.
     Switching,
     /// Predecessor: a device was suspended.
     Suspended,
-    /// Predecessor: a device is as its strategy wants it for the switch.
+    /// Predecessor: a device is stopped as its strategy says; with `live` it runs.
     AtRest,
     /// Predecessor: the state is complete.
     Saved,
     /// Predecessor: the next step is execve.
-    Leaving,
+    BeforeExec,
     /// Predecessor: the complete state was sent.
     Sent,
-    /// Predecessor: the successor says that it has the devices.
-    TakenHeard,
+    /// Predecessor: it has received that the successor took the devices over.
+    TakenReceived,
     /// Predecessor: the commit was sent.
     Committed,
-    /// Predecessor: the devices were let go.
-    Departed,
-    /// Successor: it begins to look for what is incoming.
+    /// Predecessor: all descriptors of the devices are closed.
+    Released,
+    /// Successor: it has entered `incoming`.
     Entered,
     /// Successor: it has the offer, or the whole state for an exec.
     Received,
     /// Successor: all memory is mapped and everything known was checked.
     Loaded,
-    /// Successor: it has said that it is ready.
+    /// Successor: it has reported that it is ready.
     ReadySent,
-    /// Successor: it has the complete state.
-    SwitchHeard,
+    /// Successor: it has received the complete state.
+    SwitchReceived,
     /// Successor: the driver side of a device's rings was adopted.
     Adopted,
     /// Successor: it owns a device.
     Owned,
     /// Successor: a device's vrings are set up again.
     Vrings,
-    /// Successor: a device knows the new addresses.
+    /// Successor: a device has the new addresses of its mappings.
     Remapped,
     /// Successor: a device runs.
     Running,
-    /// Successor: it has said that it has the devices.
+    /// Successor: it has reported that it took the devices over.
     TakenSent,
-    /// Successor: the update is done, for both.
-    CommitHeard,
+    /// Successor: it has received the commit and sent its confirmation.
+    CommitReceived,
 }
 
-impl Point {
+impl Checkpoint {
     /// All, first those of the predecessor.
     pub const ALL: [Self; 25] = [
         Self::Checked,
@@ -68,34 +68,34 @@ impl Point {
         Self::Suspended,
         Self::AtRest,
         Self::Saved,
-        Self::Leaving,
+        Self::BeforeExec,
         Self::Sent,
-        Self::TakenHeard,
+        Self::TakenReceived,
         Self::Committed,
-        Self::Departed,
+        Self::Released,
         Self::Entered,
         Self::Received,
         Self::Loaded,
         Self::ReadySent,
-        Self::SwitchHeard,
+        Self::SwitchReceived,
         Self::Adopted,
         Self::Owned,
         Self::Vrings,
         Self::Remapped,
         Self::Running,
         Self::TakenSent,
-        Self::CommitHeard,
+        Self::CommitReceived,
     ];
 
-    /// Its name.
+    /// Name of the variant, for logs and tests.
     #[must_use]
     pub fn name(self) -> String {
         format!("{self:?}")
     }
 
-    /// Whether the successor comes by it, and not the predecessor.
+    /// Whether the successor passes it; otherwise the predecessor does.
     #[must_use]
-    pub const fn is_successors(self) -> bool {
+    pub const fn is_in_successor(self) -> bool {
         self as u8 >= Self::Entered as u8
     }
 }
@@ -104,17 +104,18 @@ impl Point {
 mod hook {
     use std::sync::OnceLock;
 
-    use super::Point;
+    use super::Checkpoint;
 
-    type Hook = Box<dyn Fn(Point) + Send + Sync>;
+    type Hook = Box<dyn Fn(Checkpoint) + Send + Sync>;
     static HOOK: OnceLock<Hook> = OnceLock::new();
 
-    /// Has `hook` called at every point this process comes by. The first hook stays.
-    pub fn on_reach(hook: impl Fn(Point) + Send + Sync + 'static) {
+    /// Sets the hook that every checkpoint of this process calls, on the thread that passes it. Only the first call has an
+    /// effect.
+    pub fn on_checkpoint(hook: impl Fn(Checkpoint) + Send + Sync + 'static) {
         let _ = HOOK.set(Box::new(hook));
     }
 
-    pub(crate) fn reach(point: Point) {
+    pub(crate) fn checkpoint(point: Checkpoint) {
         if let Some(hook) = HOOK.get() {
             hook(point);
         }
@@ -122,9 +123,9 @@ mod hook {
 }
 
 #[cfg(feature = "fault-points")]
-pub use hook::on_reach;
+pub(super) use hook::checkpoint;
 #[cfg(feature = "fault-points")]
-pub(super) use hook::reach;
+pub use hook::on_checkpoint;
 
 #[cfg(not(feature = "fault-points"))]
-pub(super) const fn reach(_: Point) {}
+pub(super) const fn checkpoint(_: Checkpoint) {}

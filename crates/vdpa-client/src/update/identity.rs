@@ -1,4 +1,4 @@
-//! Knowing the open file of a device again after an exec, without a request to it.
+//! Recognises the open file of a device after an exec, without a request to the device.
 
 use std::os::fd::AsFd;
 
@@ -9,17 +9,19 @@ use crate::device::DeviceFile;
 use crate::session::Session;
 use crate::state::v2;
 
-/// Which file it is. From what the kernel remembers: a file that is open has an inode, and a server is not asked.
+/// Device number and inode of a file. `AT_STATX_DONT_SYNC` takes them from the inode in memory, so a FUSE server gets no
+/// request.
 fn identity(fd: impl AsFd) -> Option<(u64, u64)> {
     let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
     let stat = statx(fd, c"", flags, StatxFlags::INO).ok()?;
     Some((makedev(stat.stx_dev_major, stat.stx_dev_minor), stat.stx_ino))
 }
 
-/// What is to be known of a device file that stays open over an exec. Devices without one get an entry that fits no file.
+/// The record by which the next image recognises the device file of `session`, with what the device offers. A device whose
+/// file has no identity gets a record that matches no file.
 pub(super) fn describe<D: DeviceFile>(session: &Session<D>) -> v2::DeviceFile {
     let (ops, setup) = session.parts();
-    // No file system gives the inode 0 to a file.
+    // No file has inode 0.
     let (dev, inode) = identity(ops.fd()).unwrap_or((0, 0));
     v2::DeviceFile {
         dev,
@@ -31,12 +33,12 @@ pub(super) fn describe<D: DeviceFile>(session: &Session<D>) -> v2::DeviceFile {
 }
 
 impl v2::DeviceFile {
-    /// Whether `fd` leads to this file.
+    /// Whether `fd` refers to this file.
     pub(super) fn is(&self, fd: impl AsFd) -> bool {
         self.inode != 0 && identity(fd) == Some((self.dev, self.inode))
     }
 
-    /// Addresses it can translate.
+    /// I/O virtual addresses that the device can translate; `None` for a record that is not a range.
     pub(super) fn iova_range(&self) -> Option<IovaRange> {
         IovaRange::new(self.iova_first, self.iova_last)
     }

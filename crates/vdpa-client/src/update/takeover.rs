@@ -1,24 +1,25 @@
-//! The steps by which a successor becomes the driver of its devices.
+//! The steps by which a successor takes its devices over.
 
 use vdpa_sys::clock::monotonic_ns;
 
-use super::load::Loaded;
-use super::points::{Point, reach};
+use super::checkpoint::{Checkpoint, checkpoint};
+use super::load::LoadedDevice;
 use super::{Cause, DeviceReport, Devices, Phase, Report, Strategy, UpdateError, steps};
 use crate::device::DeviceFile;
 use crate::session::Session;
 use crate::state::v2;
 
-/// Devices in the course of being taken over.
-pub(super) struct Taking<D> {
-    devices: Vec<(Loaded<D>, Vec<u32>)>,
+/// Devices that are being taken over.
+pub(super) struct TakeOver<D> {
+    devices: Vec<(LoadedDevice<D>, Vec<u32>)>,
     running: usize,
 }
 
-impl<D: DeviceFile> Taking<D> {
-    /// Adopts the driver side of all rings.
+impl<D: DeviceFile> TakeOver<D> {
+    /// Restores the driver side of all rings. `since` is when this process began to load the state, in ns of
+    /// `CLOCK_MONOTONIC`.
     pub(super) fn adopt(
-        devices: Vec<Loaded<D>>,
+        devices: Vec<LoadedDevice<D>>,
         switch: v2::Switch,
         since: u64,
         report: &mut Report,
@@ -44,16 +45,16 @@ impl<D: DeviceFile> Taking<D> {
             report.devices.push(times);
             adopted.push((device, bases));
         }
-        reach(Point::Adopted);
+        checkpoint(Checkpoint::Adopted);
         report.load = monotonic_ns().saturating_sub(since);
         Ok(Self { devices: adopted, running: 0 })
     }
 
-    /// Becomes the owner of all and tells each what it has to know; none is started.
-    pub(super) fn own(&mut self, report: &mut Report) -> Result<(), UpdateError> {
+    /// Becomes the owner of all devices and sets each up as its strategy says. Starts none.
+    pub(super) fn become_owner(&mut self, report: &mut Report) -> Result<(), UpdateError> {
         for ((device, bases), times) in self.devices.iter_mut().zip(&mut report.devices) {
             let name = device.name.clone();
-            own_one(device, bases, times).map_err(|(phase, source)| UpdateError {
+            become_owner_of(device, bases, times).map_err(|(phase, source)| UpdateError {
                 phase,
                 device: Some(name),
                 source,
@@ -62,25 +63,25 @@ impl<D: DeviceFile> Taking<D> {
         Ok(())
     }
 
-    /// Starts those that the predecessor could stop again.
-    pub(super) fn run_all_but_reopened(&mut self, report: &mut Report) -> Result<(), UpdateError> {
+    /// Starts all devices that the predecessor could take back: all but those with strategy `reopen`.
+    pub(super) fn start_all_but_reopened(&mut self, report: &mut Report) -> Result<(), UpdateError> {
         for ((device, _), times) in self.devices.iter().zip(&mut report.devices) {
             if device.strategy != Strategy::Reopen {
-                run_one(device, times)?;
+                start_one(device, times)?;
             }
         }
         self.running = 1;
         Ok(())
     }
 
-    /// Starts all that do not run yet.
-    pub(super) fn run(self, report: &mut Report) -> Result<Devices<D>, UpdateError> {
+    /// Starts the devices that do not run yet and returns all as sessions.
+    pub(super) fn start_rest(self, report: &mut Report) -> Result<Devices<D>, UpdateError> {
         let mut sessions = Devices::new();
         for ((device, _), times) in self.devices.into_iter().zip(&mut report.devices) {
             if self.running == 0 || device.strategy == Strategy::Reopen {
-                run_one(&device, times)?;
+                start_one(&device, times)?;
             }
-            let Loaded { name, ops, setup, .. } = device;
+            let LoadedDevice { name, ops, setup, .. } = device;
             let closed =
                 || UpdateError { phase: Phase::Resume, device: Some(name.clone()), source: Cause::NoPath };
             sessions.push(&name, Session::new(ops.ok_or_else(closed)?, setup));
@@ -89,8 +90,8 @@ impl<D: DeviceFile> Taking<D> {
     }
 }
 
-fn own_one<D: DeviceFile>(
-    device: &mut Loaded<D>,
+fn become_owner_of<D: DeviceFile>(
+    device: &mut LoadedDevice<D>,
     bases: &[u32],
     times: &mut DeviceReport,
 ) -> Result<(), (Phase, Cause)> {
@@ -98,25 +99,25 @@ fn own_one<D: DeviceFile>(
     let Some(ops) = &device.ops else {
         let path = setup.path.clone().unwrap_or_default();
         device.ops = Some(steps::reopen(&path, setup, bases, times)?);
-        reach(Point::Owned);
+        checkpoint(Checkpoint::Owned);
         return Ok(());
     };
     steps::timed(&mut times.new_owner, || steps::new_owner(ops)).map_err(|e| (Phase::NewOwner, e.into()))?;
-    reach(Point::Owned);
+    checkpoint(Checkpoint::Owned);
     let was_reset = device.strategy == Strategy::Reset;
     if was_reset {
         steps::timed(&mut times.vrings, || steps::set_up_again(ops, setup, bases))
             .map_err(|e| (Phase::Vrings, e.into()))?;
-        reach(Point::Vrings);
+        checkpoint(Checkpoint::Vrings);
     }
     steps::timed(&mut times.remap, || steps::remap(ops, setup, was_reset))
         .map_err(|e| (Phase::Remap, e.into()))?;
-    reach(Point::Remapped);
+    checkpoint(Checkpoint::Remapped);
     Ok(())
 }
 
-fn run_one<D: DeviceFile>(device: &Loaded<D>, times: &mut DeviceReport) -> Result<(), UpdateError> {
-    let Loaded { name, strategy, ops, setup, .. } = device;
+fn start_one<D: DeviceFile>(device: &LoadedDevice<D>, times: &mut DeviceReport) -> Result<(), UpdateError> {
+    let LoadedDevice { name, strategy, ops, setup, .. } = device;
     let run = || -> Result<(), crate::error::Error> {
         match (strategy, ops) {
             (Strategy::Reset | Strategy::Reopen, Some(ops)) => steps::run_again(ops, setup),
@@ -129,6 +130,6 @@ fn run_one<D: DeviceFile>(device: &Loaded<D>, times: &mut DeviceReport) -> Resul
         device: Some(name.clone()),
         source: e.into(),
     });
-    reach(Point::Running);
+    checkpoint(Checkpoint::Running);
     done
 }
