@@ -12,10 +12,10 @@ use rustix::thread::{UnshareFlags, unshare_unsafe};
 use vdpa_sys::fuse::unmount;
 
 /// The uid and gid of the ordinary user.
-pub const NOBODY: u32 = 65534;
+pub(crate) const NOBODY: u32 = 65534;
 
 /// Runs `inside` in a new mount namespace in which `/dev/fuse` has this mode. Requires root and a single thread.
-pub fn with_fuse_mode(mode: u32, inside: impl FnOnce()) {
+pub(crate) fn with_fuse_mode(mode: u32, inside: impl FnOnce()) {
     // SAFETY: the process has one thread, so no other thread stays in the old mount namespace; descriptors and memory
     // are not unshared.
     unsafe { unshare_unsafe(UnshareFlags::NEWNS) }.unwrap();
@@ -31,7 +31,7 @@ pub fn with_fuse_mode(mode: u32, inside: impl FnOnce()) {
 }
 
 /// Runs or lists `tests`, with the part of libtest's command line that cargo and nextest use.
-pub fn run_tests(args: &[&str], tests: &[(&str, fn())]) {
+pub(crate) fn run_tests(args: &[&str], tests: &[(&str, fn())]) {
     let ignored = args.contains(&"--ignored");
     let filter = args.iter().find(|arg| !arg.starts_with('-') && **arg != "terse");
     for (name, test) in tests {
