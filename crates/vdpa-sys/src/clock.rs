@@ -2,7 +2,7 @@
 
 use rustix::time::{ClockId, clock_gettime};
 
-/// `CLOCK_MONOTONIC` in nanoseconds. Shared by all processes, so it can be compared across an exec.
+/// `CLOCK_MONOTONIC` in nanoseconds. All processes share this clock, so values can be compared across an exec.
 #[must_use]
 pub fn monotonic_ns() -> u64 {
     let now = clock_gettime(ClockId::Monotonic);

@@ -18,17 +18,17 @@ use crate::errno;
 /// The program to run.
 #[derive(Clone, Copy, Debug)]
 pub enum Program<'a> {
-    /// By path, without a search.
+    /// By path, without a search of `PATH`.
     Path(&'a CStr),
-    /// By descriptor (`execveat` with `AT_EMPTY_PATH`): the very file that was checked. If it is a script, the
-    /// descriptor must stay open over the exec.
+    /// By descriptor (`execveat` with `AT_EMPTY_PATH`): exactly the file that was checked. For a script
+    /// the descriptor must stay open across the exec.
     Fd(BorrowedFd<'a>),
 }
 
-/// Says whether `fd` is closed on exec.
+/// Sets or clears the close-on-exec flag of `fd`.
 ///
 /// # Errors
-/// Only for a descriptor the kernel refuses to change; none is known.
+/// Those of fcntl(2); none is known for an open descriptor.
 pub fn set_close_on_exec(fd: impl AsFd, close: bool) -> Result<(), Errno> {
     let flags = fcntl_getfd(&fd).map_err(errno::from_rustix)?;
     let mut wanted = flags;
@@ -39,11 +39,10 @@ pub fn set_close_on_exec(fd: impl AsFd, close: bool) -> Result<(), Errno> {
     fcntl_setfd(&fd, wanted).map_err(errno::from_rustix)
 }
 
-/// Replaces the program of this process; returns only when that failed, and then nothing has changed.
+/// Replaces the program of this process. Returns only on failure, and nothing has changed then.
 ///
-/// Unlike `std::os::unix::process::CommandExt::exec` it leaves alone what survives an exec: the signal mask
-/// (a blocked signal stays blocked, a pending one pending, until the new program is ready for it) and ignored
-/// signals. Other threads end at once, wherever they are.
+/// Unlike `std::os::unix::process::CommandExt::exec` it keeps the signal mask and the ignored signals: a blocked signal stays
+/// blocked, and a pending one stays pending, until the new program handles it. All other threads end at once.
 ///
 /// # Errors
 /// Of execve(2): `ENOENT`, `EACCES`, `ENOEXEC`, `E2BIG`, `ETXTBSY`, ...
@@ -73,8 +72,8 @@ pub fn execve(program: Program<'_>, argv: &[CString], env: &[CString]) -> Result
     Err(errno::last())
 }
 
-/// Starts `command` as a child that inherits `keep` under their numbers, and nothing else but the standard three and
-/// what was inheritable before. They are closed here when the child has started.
+/// Starts `command` as a child that inherits the descriptors `keep` under their numbers, besides the three standard ones and
+/// those without close-on-exec flag. Closes `keep` in this process once the child has started.
 ///
 /// # Errors
 /// Of `Command::spawn`: the program cannot be run, or there can be no more processes.
@@ -91,13 +90,13 @@ pub fn spawn(command: &mut Command, keep: Vec<OwnedFd>) -> io::Result<Child> {
     command.spawn()
 }
 
-/// Has `signal` sent to this process when the thread that created it ends; 0 for none. Cleared by fork, and by
+/// Requests `signal` for this process when the thread that created it ends (`PR_SET_PDEATHSIG`); 0 for none. Cleared by fork, and by
 /// the exec of a program that gains privileges.
 ///
-/// The parent may have ended before: compare `getppid()` afterwards.
+/// The parent may have ended before the call, so compare `getppid()` afterwards.
 ///
 /// # Errors
-/// `EINVAL` for what is no signal.
+/// `EINVAL` for an invalid signal number.
 pub fn set_parent_death_signal(signal: i32) -> Result<(), Errno> {
     let signal = match signal {
         0 => None,
@@ -106,13 +105,13 @@ pub fn set_parent_death_signal(signal: i32) -> Result<(), Errno> {
     set_parent_process_death_signal(signal).map_err(errno::from_rustix)
 }
 
-/// Has the child of `command` asked to end (`SIGTERM`) when the thread that starts it ends, also by a signal that nobody can
-/// handle. To be started by a thread that lives as long as the child is needed.
+/// Makes the child of `command` receive `SIGTERM` when the thread that starts it ends, even by `SIGKILL`. The starting thread
+/// must live as long as the child is needed.
 pub fn terminate_with_parent(command: &mut Command) -> &mut Command {
     let starter = std::process::id();
     let bind = move || {
         set_parent_process_death_signal(Some(Signal::TERM))?;
-        // It may have ended before the request.
+        // The parent may have ended before this request.
         let parent = getppid().map_or(0, |pid| pid.as_raw_nonzero().get().unsigned_abs());
         if parent == starter { Ok(()) } else { Err(rustix::io::Errno::SRCH.into()) }
     };

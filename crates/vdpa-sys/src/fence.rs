@@ -1,4 +1,4 @@
-//! Arguments of raw requests, where a device that writes too much is caught.
+//! Arguments of raw requests, placed so that a device which writes too much gets a fault.
 #![expect(unsafe_code, reason = "maps memory and copies into it by address")]
 
 use std::ptr;
@@ -8,7 +8,7 @@ use vdpa_core::Errno;
 
 use crate::errno;
 
-/// Some bytes at the very end of mapped memory: the page after them cannot be accessed.
+/// Bytes at the end of mapped memory, followed by a page without access.
 #[derive(Debug)]
 pub(crate) struct Fence {
     base: usize,
@@ -49,7 +49,7 @@ impl Fence {
         Ok(fence)
     }
 
-    /// Copies as much of `bytes` as there is room for to the end; returns the address. Does not allocate.
+    /// Copies `bytes`, as far as there is room, to the end of the memory; returns their address. Does not allocate.
     pub(crate) fn copy_in(&self, bytes: &[u8]) -> usize {
         let len = self.len.min(bytes.len());
         let start = self.end - len;
@@ -68,7 +68,7 @@ impl Fence {
         };
     }
 
-    /// Where the bytes given to [`new`](Self::new) are.
+    /// Address of the bytes given to [`new`](Self::new).
     pub(crate) fn start(&self) -> usize {
         self.end - self.len
     }

@@ -1,10 +1,9 @@
-//! Children that share more with this process than an exec leaves: copied memory and descriptors (fork), or the
-//! memory itself (vfork). For tests of what a device takes for its owner.
+//! Children without exec: with a copy of memory and descriptors (fork), or with the memory itself (vfork). For tests of how
+//! a device recognises its owner.
 //!
-//! Between fork and exec the child of a program with threads may do next to nothing, since a lock held by
-//! another thread at that moment stays locked in it for ever. So no closure is run there. The child answers
-//! requests in a fixed loop that makes system calls on memory set aside before the fork, and neither allocates
-//! nor takes a lock.
+//! In a forked child of a multi-threaded program, a lock that another thread held at the fork stays locked for ever. So the
+//! child runs no closure. It serves requests in a fixed loop that makes system calls on memory allocated before the fork,
+//! and neither allocates nor locks.
 #![expect(unsafe_code, reason = "fork(2), clone(2) and what their children may do")]
 
 use std::ffi::{c_int, c_void};
@@ -24,21 +23,22 @@ use crate::vhost_vdpa::VhostVdpaFd;
 
 /// Longest argument of a request, in bytes.
 pub const ARGUMENT_MAX: usize = 512;
-/// Operation and number before the argument; the result in their place in an answer.
+/// Bytes before the argument: operation and ioctl number in a request, the result in an answer.
 const HEADER: usize = 8;
 const PACKET: usize = HEADER + ARGUMENT_MAX;
 const OP_CALL: u32 = 0;
 const OP_IOCTL: u32 = 1;
 const OP_WRITE: u32 = 2;
-/// How long a child may take for one request.
-const PATIENCE: Duration = Duration::from_secs(20);
-/// Bytes of stack for a vfork's child, which makes one system call.
+/// How long the parent waits for the answer to one request.
+const TIMEOUT: Duration = Duration::from_secs(20);
+/// Stack of a vforked child in bytes; it makes one system call.
 const STACK: usize = 64 * 1024;
 
-/// What the device said to a child, or why the child could not be asked.
+/// The result of a request: the inner one is the device's; the outer error says why the child could not make the request.
 pub type Answer = Result<Result<i32, Errno>, Errno>;
 
-/// A forked child that makes requests of a device with the descriptor it inherited. Dropping it ends it and waits.
+/// A forked child that makes requests of a device through the descriptor it inherited. Dropping it ends the child and waits
+/// for it.
 #[derive(Debug)]
 pub struct Forked {
     pid: Pid,
@@ -46,8 +46,8 @@ pub struct Forked {
 }
 
 impl Forked {
-    /// Forks. The child keeps copies of all descriptors of this process until it is dropped. Without a device it
-    /// answers EBADF to everything: there is an address space, and that may be all that is wanted.
+    /// Forks. The child keeps copies of all descriptors of this process until it is dropped. Without a device
+    /// all requests fail with `EBADF`, for tests that need only another address space.
     ///
     /// # Errors
     /// `EAGAIN`, `ENOMEM`, `EMFILE`.
@@ -55,7 +55,7 @@ impl Forked {
         let (ours, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
                 .map_err(errno::from_rustix)?;
-        set_socket_timeout(&ours, Timeout::Recv, Some(PATIENCE)).map_err(errno::from_rustix)?;
+        set_socket_timeout(&ours, Timeout::Recv, Some(TIMEOUT)).map_err(errno::from_rustix)?;
         let fence = Fence::with_room(ARGUMENT_MAX)?;
         let device = device.map_or(-1, |device| device.as_fd().as_raw_fd());
         let (others, socket) = (ours.as_raw_fd(), theirs.as_raw_fd());
@@ -77,15 +77,15 @@ impl Forked {
     /// An ioctl without an argument.
     ///
     /// # Errors
-    /// When the child cannot be asked.
+    /// The outer error: those of send(2) and recv(2), `EAGAIN` when the child does not answer within 20 s.
     pub fn call(&self, cmd: u32) -> Answer {
         self.ask(OP_CALL, cmd, &mut [])
     }
 
-    /// An ioctl whose argument are these bytes, at most [`ARGUMENT_MAX`]; they are updated.
+    /// An ioctl with `bytes`, at most [`ARGUMENT_MAX`], as its argument; they are updated.
     ///
     /// # Errors
-    /// When the child cannot be asked; `EMSGSIZE` for a longer argument.
+    /// The outer error: those of send(2) and recv(2), `EAGAIN` when the child does not answer within 20 s; `EMSGSIZE` for a longer argument.
     pub fn ioctl(&self, cmd: u32, bytes: &mut [u8]) -> Answer {
         self.ask(OP_IOCTL, cmd, bytes)
     }
@@ -93,7 +93,7 @@ impl Forked {
     /// Writes these bytes, at most [`ARGUMENT_MAX`], to the device.
     ///
     /// # Errors
-    /// When the child cannot be asked; `EMSGSIZE` for more bytes.
+    /// The outer error: those of send(2) and recv(2), `EAGAIN` when the child does not answer within 20 s; `EMSGSIZE` for more bytes.
     pub fn write(&self, bytes: &[u8]) -> Answer {
         let mut copy = [0; ARGUMENT_MAX];
         let copy = copy.get_mut(..bytes.len()).ok_or(Errno::MSGSIZE)?;
@@ -122,7 +122,7 @@ impl Forked {
 
 impl Drop for Forked {
     fn drop(&mut self) {
-        // The end of its input ends the child.
+        // The child ends when its socket is closed.
         drop(self.socket.take());
         let _ = waitpid(Some(self.pid), WaitOptions::empty());
     }
@@ -138,8 +138,8 @@ fn header(packet: &[u8; PACKET]) -> (u32, u32) {
     (u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h]))
 }
 
-/// The child of a fork: answers until there are no more requests. Makes system calls only. (A panic would end it:
-/// it must not unwind into the code that forked.)
+/// The forked child: serves requests until the socket is closed. It makes system calls only. A panic aborts it (`extern "C"`),
+/// since it must not unwind into the code that forked.
 extern "C" fn serve(device: c_int, others: c_int, socket: c_int, fence: &Fence) -> ! {
     let mut packet = [0_u8; PACKET];
     // SAFETY: the number is the copy of the parent's end in this process, where nothing else runs that could use
@@ -182,7 +182,7 @@ extern "C" fn serve(device: c_int, others: c_int, socket: c_int, fence: &Fence) 
     }
 }
 
-/// What a vfork's child does, and what came of it.
+/// The request of a vforked child, and its result.
 struct Job {
     device: c_int,
     cmd: u32,
@@ -191,10 +191,10 @@ struct Job {
     errno: c_int,
 }
 
-/// One ioctl by a child that runs in the memory of this process, as after vfork(2). This thread waits for it.
+/// Makes one ioctl in a child that shares the memory of this process, as after vfork(2). Blocks until the child has ended.
 ///
 /// # Errors
-/// When there can be no such child: `EAGAIN`, `ENOMEM`.
+/// The outer error, when the child cannot be created: `EAGAIN`, `ENOMEM`.
 pub fn vfork_ioctl(device: &VhostVdpaFd, cmd: u32, bytes: &mut [u8]) -> Answer {
     let fence = Fence::new(bytes)?;
     let mut job =

@@ -1,7 +1,7 @@
 //! Guest memory: the memory objects behind the addresses of a client.
 //!
-//! What the client maps shared is mapped here too, by its object: it survives the client's exec and exit. What
-//! it maps private is reached by copying through a held `/proc/TID/mem`, as long as the address space lives.
+//! This process maps the objects of the client's shared mappings, so they survive the client's exec and exit. Private
+//! mappings are accessed by copying through an open `/proc/TID/mem`, as long as the address space exists.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -19,8 +19,8 @@ use crate::object;
 use crate::space::OwnerSpace;
 use crate::uring::StableMemory;
 
-/// Fragments one range may resolve to: twice the entries of a kernel IOTLB. A client with its memory in more
-/// pieces would use up the mappings of this process.
+/// Largest number of fragments of one range: twice the entries of a kernel IOTLB. Memory in more pieces could exhaust the
+/// mappings of this process.
 const FRAGMENTS_MAX: usize = 4096;
 
 /// Linux as the platform of devices.
@@ -33,7 +33,7 @@ impl Host for LinuxHost {
     type Event = EventFd;
 }
 
-/// A memory object and a place in it.
+/// A memory object and an offset in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ObjectId {
     /// Device of its file system, major number.
@@ -42,14 +42,14 @@ pub struct ObjectId {
     pub dev_minor: u32,
     /// Inode; 0 exists (the first System V segment).
     pub inode: u64,
-    /// When it was created, in nanoseconds since 1970; 0 where the file system does not know. System V segments
-    /// take their inode numbers from a count of their own, so that alone may mean two objects.
+    /// Creation time in nanoseconds since 1970; 0 if the file system does not record it. System V segments have a separate
+    /// count of inode numbers, so the inode number alone may mean two objects.
     pub created_ns: u64,
     /// Offset of the first byte, in bytes.
     pub offset: u64,
 }
 
-/// An object as it is opened: identity without an offset, and whether for writing.
+/// Key of an open object: its identity without an offset, and whether it is open for writing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct ObjectKey {
     pub(crate) dev: (u32, u32),
@@ -71,12 +71,12 @@ enum Kind {
     Copied { space: OwnerSpace, uaddr: u64 },
 }
 
-/// What is to be saved of a [`GuestMemory`] besides its file.
+/// The saved state of a [`GuestMemory`], without its file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MemoryRecord {
     /// Mapped: restored by [`GuestMemory::from_object`] with [`GuestMemory::file`].
     Object {
-        /// Which object, and where in it.
+        /// The object and the offset in it.
         object: ObjectId,
         /// Bytes.
         size: u64,
@@ -93,7 +93,7 @@ pub enum MemoryRecord {
 }
 
 impl GuestMemory {
-    /// Maps `size` bytes of an open object from `object.offset`, which need not be at a page border.
+    /// Maps `size` bytes of an open object from `object.offset`, which need not be a multiple of the page size.
     ///
     /// # Errors
     /// Of mmap(2); `EACCES` and `EPERM` when the file or a seal forbids writing.
@@ -107,7 +107,7 @@ impl GuestMemory {
         Ok(Self { size, kind: Kind::Mapped { map, start, object, file } })
     }
 
-    /// `size` bytes at `uaddr` of an address space, reached by copying. The access rights are not looked at.
+    /// `size` bytes at `uaddr` of an address space, reached by copying. The access rights of the mapping are not checked.
     #[must_use]
     pub const fn from_private(space: OwnerSpace, uaddr: u64, size: u64) -> Self {
         Self { size, kind: Kind::Copied { space, uaddr } }
@@ -119,7 +119,7 @@ impl GuestMemory {
         self.size
     }
 
-    /// What a later image of this process needs to know.
+    /// The state that a later image of this process needs.
     #[must_use]
     pub fn record(&self) -> MemoryRecord {
         let size = self.size;
@@ -158,13 +158,13 @@ impl GuestMemory {
         }
     }
 
-    /// The mapping as memory the kernel may use for I/O; `None` when copied.
+    /// The mapping as memory for kernel I/O; `None` when copied.
     #[must_use]
     pub fn stable(&self) -> Option<Arc<dyn StableMemory>> {
         self.map().map(|(map, _)| Arc::new(map.clone()) as Arc<dyn StableMemory>)
     }
 
-    /// Brings all pages in; see [`SharedMap::populate`]. Nothing to do when copied.
+    /// Populates all pages; see [`SharedMap::populate`]. No effect when copied.
     ///
     /// # Errors
     /// As [`SharedMap::populate`].
@@ -173,7 +173,7 @@ impl GuestMemory {
     }
 
     /// Address in this process of the byte at `offset`, for iovecs and registered buffers; `None` when copied
-    /// or beyond the end. Valid while this value or a clone lives.
+    /// or beyond the end. Valid while this value or a clone exists.
     #[must_use]
     #[inline]
     pub fn host_addr(&self, offset: u64) -> Option<usize> {
@@ -182,10 +182,10 @@ impl GuestMemory {
             .then(|| usize::try_from(offset).ok().map(|offset| map.addr() + start + offset))?
     }
 
-    /// Copies out.
+    /// Copies `buf.len()` bytes from `offset` into `buf`.
     ///
     /// # Errors
-    /// [`Fault`] with an offset, beyond the end or when the memory is gone; `buf` may have been changed in part.
+    /// [`Fault`] with an offset, beyond the end or when the memory no longer exists; `buf` may be partly overwritten.
     #[inline]
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), Fault> {
         self.check(offset, buf.len())?;
@@ -199,11 +199,11 @@ impl GuestMemory {
         .map_err(|_| Fault { addr: offset })
     }
 
-    /// Copies in.
+    /// Copies `data` to `offset`.
     ///
     /// # Errors
-    /// [`Fault`] with an offset, beyond the end, when it is mapped read-only, or when the memory is gone; a part
-    /// may have been written.
+    /// [`Fault`] with an offset, beyond the end, when it is mapped read-only, or when the memory no longer exists; part
+    /// of the data may be written.
     #[inline]
     pub fn write(&self, offset: u64, data: &[u8]) -> Result<(), Fault> {
         self.check(offset, data.len())?;
@@ -227,8 +227,8 @@ impl GuestMemory {
     }
 }
 
-/// Repeats `step`, which is told how many bytes are done, until all `len` are. An address space that is gone moves no
-/// bytes.
+/// Repeats `step`, which gets the number of bytes copied so far, until all `len` bytes are copied. An address space that no
+/// longer exists copies none, which is a fault.
 fn in_full(len: usize, mut step: impl FnMut(usize) -> rustix::io::Result<usize>) -> Result<(), Fault> {
     let mut done = 0;
     while done < len {
@@ -296,7 +296,7 @@ impl AddressSpace for OwnerSpace {
         let mut at = uaddr;
         while at < end {
             let vma = vma_at(self.maps(), at)?.ok_or(Errno::FAULT)?;
-            // pin_user_pages asks for write access if the device writes, else for read access.
+            // As pin_user_pages does: requires write access if the device writes, else read access.
             let allowed = if perm.write() { vma.writable } else { vma.readable };
             if !allowed || (perm.read() && !vma.readable) || fragments.len() == FRAGMENTS_MAX {
                 return Err(Errno::FAULT);
@@ -321,7 +321,7 @@ impl AddressSpace for OwnerSpace {
 fn fragment(space: &OwnerSpace, vma: &Vma, uaddr: u64, size: u64, write: bool) -> Result<GuestMemory, Errno> {
     if vma.shared {
         match object::map(space, vma, uaddr, size, write) {
-            // Out of descriptors or mappings: not a reason to do it slowly for ever.
+            // Without free descriptors or mappings the request fails: copying instead would be slow for as long as it is mapped.
             Err(error) if error == Errno::NOMEM || error == errno::MFILE || error == errno::NFILE => {
                 return Err(error);
             }
@@ -330,7 +330,7 @@ fn fragment(space: &OwnerSpace, vma: &Vma, uaddr: u64, size: u64, write: bool) -
         }
     }
     let memory = GuestMemory::from_private(space.clone(), uaddr, size);
-    // What nobody but its process may read (memfd_secret, device memory) is refused now and not at the first use.
+    // Memory that only its process can read (memfd_secret, device memory) is refused now and not at the first use.
     memory.read(0, &mut [0]).map_err(|_| Errno::FAULT)?;
     Ok(memory)
 }

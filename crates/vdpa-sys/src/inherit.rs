@@ -1,4 +1,4 @@
-//! Descriptors inherited from the image that was in this process before.
+//! Descriptors inherited from the previous image of this process.
 #![expect(unsafe_code, reason = "a number is turned into an owned descriptor")]
 
 use parking_lot::Mutex;
@@ -9,15 +9,14 @@ use vdpa_core::Errno;
 
 use crate::errno;
 
-/// Serialises the look at the flag and its change: of two callers one gets the descriptor.
+/// Serialises check and change of the flag, so that only one of two callers gets the descriptor.
 static TAKING: Mutex<()> = Mutex::new(());
 
 /// Adopts the inherited descriptor `number` and sets its close-on-exec flag.
 ///
-/// A descriptor that came through an exec has that flag clear, and every one that this process opened through
-/// Rust's library or this crate has it set. So the flag tells whether the number is free to be adopted, and a
-/// second attempt finds it set. Descriptors opened without the flag by foreign code in this process are not
-/// distinguishable; adopt before such code runs.
+/// The flag is clear in a descriptor that was inherited through an exec, and set in every one that this process opened through
+/// Rust's library or this crate. So it shows whether the number may be adopted; a second attempt fails. Descriptors that
+/// foreign code in this process opened without the flag look the same, so adopt before such code runs.
 ///
 /// # Errors
 /// `EBADF` when there is no such descriptor, or it is not inherited, adopted already, or one of the standard

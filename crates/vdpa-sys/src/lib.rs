@@ -1,7 +1,7 @@
 //! The Linux interfaces of vdpa-live: vhost-vdpa, FUSE, io_uring, guest memory.
 //!
-//! The only crate with unsafe code. Every module that needs it says so at its top and why; what it offers is
-//! safe.
+//! The only crate with unsafe code. Each module that needs it states the reason at its top. All interfaces are safe unless
+//! they are marked `unsafe`.
 
 pub mod clock;
 mod errno;

@@ -1,7 +1,7 @@
-//! The mappings (VMAs) of a process, looked up through a held `/proc/TID/maps`.
+//! The mappings (VMAs) of a process, looked up through an open `/proc/TID/maps`.
 //!
-//! The descriptor is bound to the address space, not to the process: after an exec it still answers for the old
-//! one, or not at all.
+//! The descriptor is bound to the address space, not to the process: after an exec it still shows the
+//! old one, or nothing.
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -14,7 +14,7 @@ use crate::uapi::proc::{
     ProcmapQuery,
 };
 
-/// One mapping of a process: what a fragment of guest memory comes from.
+/// One mapping of a process, from which fragments of guest memory are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Vma {
     /// First address.
@@ -25,8 +25,8 @@ pub struct Vma {
     pub readable: bool,
     /// `VM_WRITE`.
     pub writable: bool,
-    /// `VM_MAYSHARE`: a shared mapping. The test for "survives its process", not the inode: the first System V
-    /// segment has inode 0.
+    /// `VM_MAYSHARE`: a shared mapping. Shows whether the memory survives its process; the inode does not, since the
+    /// first System V segment has inode 0.
     pub shared: bool,
     /// Offset of `start` in the object, in bytes.
     pub offset: u64,
@@ -39,7 +39,7 @@ pub struct Vma {
 /// The mapping at `addr`; `None` for a hole, and when the address space no longer exists.
 ///
 /// # Errors
-/// What reading the file reports; `EIO` for a text that is not understood.
+/// What reading the file reports; `EIO` for an unexpected text.
 pub fn vma_at(maps: impl AsFd, addr: u64) -> Result<Option<Vma>, Errno> {
     match query(&maps, addr) {
         // Linux before 6.11 does not know the request.
@@ -78,7 +78,7 @@ fn query(maps: impl AsFd, addr: u64) -> Result<Option<Vma>, Errno> {
     }))
 }
 
-/// The same from the text of the file, read from its start.
+/// As [`query`], from the text of the file.
 fn by_text(maps: impl AsFd, addr: u64) -> Result<Option<Vma>, Errno> {
     let mut text = Vec::new();
     let mut chunk = [0; 16384];

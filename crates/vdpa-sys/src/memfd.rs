@@ -1,4 +1,4 @@
-//! Memory files: shared memory, and bytes handed to another process or to the next image of this one.
+//! Memory files: shared memory, and data for another process or for the next image of this one.
 
 use std::ffi::CStr;
 use std::os::fd::{AsFd, OwnedFd};
@@ -23,7 +23,7 @@ pub enum HugePage {
 /// Why a memory file could not be read whole.
 #[derive(Debug, Error)]
 pub enum ReadError {
-    /// More than the caller is ready to take.
+    /// The file is larger than the caller accepts.
     #[error("the file has {size} bytes, at most {limit} are accepted")]
     TooLarge {
         /// Bytes it has.
@@ -31,10 +31,10 @@ pub enum ReadError {
         /// Bytes accepted.
         limit: usize,
     },
-    /// The file became shorter meanwhile.
+    /// The file was truncated meanwhile.
     #[error("the file ended after {read} of {size} bytes")]
     Truncated {
-        /// Bytes it had at first.
+        /// Size at the beginning, in bytes.
         size: usize,
         /// Bytes that could be read.
         read: usize,
@@ -44,10 +44,11 @@ pub enum ReadError {
     Io(Errno),
 }
 
-/// Creates a memory file of `size` bytes, closed on exec, sealable unless it is of huge pages on an old kernel.
+/// Creates a memory file of `size` bytes, close-on-exec and sealable (not sealable with huge pages on
+/// old kernels).
 ///
 /// # Errors
-/// `EMFILE`, `ENOMEM`; `EINVAL` for a size that huge pages do not divide; `ENODEV` without such pages.
+/// `EMFILE`, `ENOMEM`; `EINVAL` for a size that is not a multiple of the huge page size; `ENODEV` without such pages.
 pub fn create(name: &CStr, size: u64, huge: Option<HugePage>) -> Result<OwnedFd, Errno> {
     let mut flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     flags |= match huge {
@@ -61,7 +62,7 @@ pub fn create(name: &CStr, size: u64, huge: Option<HugePage>) -> Result<OwnedFd,
     Ok(fd)
 }
 
-/// A memory file with these bytes that nobody can change any more.
+/// Creates a memory file with these bytes and seals it, so that no process can change it.
 ///
 /// # Errors
 /// `EMFILE`, `ENOMEM`.
@@ -80,7 +81,7 @@ pub fn sealed(name: &CStr, bytes: &[u8]) -> Result<OwnedFd, Errno> {
     Ok(fd)
 }
 
-/// Reads a file from its first to its last byte, wherever its position is.
+/// Reads a whole file, without regard to its position.
 ///
 /// # Errors
 /// [`ReadError`].

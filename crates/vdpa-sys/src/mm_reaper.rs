@@ -1,8 +1,8 @@
-//! Taking the teardown of an address space off the path of an exec.
+//! A helper process that frees the old address space after an exec, so that the exec does not wait for it.
 //!
-//! An exec waits until the page tables of the old image are taken down, which costs tens of milliseconds for each GiB
-//! of 4 KiB pages. If another process has the same address space (`CLONE_VM`), the exec only drops its reference,
-//! and the last user takes the tables down, on another CPU, when it ends.
+//! An exec frees the page tables of the old image, which takes tens of milliseconds for each GiB of 4 KiB pages. If another
+//! process shares the address space (`CLONE_VM`), the exec only drops its reference. The helper, as the last user, frees the
+//! tables when it ends, on another CPU.
 #![expect(unsafe_code, reason = "a process that shares the address space is made by a raw clone")]
 
 use std::ffi::{c_int, c_void};
@@ -18,54 +18,53 @@ use vdpa_core::Errno;
 use crate::{errno, priority};
 
 /// How long the reaper waits after the exec before it frees the page tables: longer than a new image takes to open its
-/// devices, for which the teardown would compete for CPUs and for the locks of the same memory objects.
+/// devices. Before that, freeing would compete with it for CPUs and for the locks of the same memory objects.
 const GRACE_NS: i64 = 50_000_000;
-/// Bytes of stack; what runs on it makes a handful of system calls.
+/// Stack in bytes; the process makes a few system calls only.
 const STACK: usize = 64 << 10;
 
-/// A process that shares this address space and ends when this process has execed, ended or dropped this value.
+/// A process that shares this address space, and ends after this process has made an exec, has ended or has dropped this value.
 ///
-/// It has no signal handlers to run (all signals are blocked), no descriptors but its two pipes, and is nobody's child
-/// that could be waited for: init, or the nearest subreaper, collects it.
+/// All signals are blocked in it, so it runs no signal handler. Its only descriptors are two pipes. It is not a child of this
+/// process: init, or the nearest subreaper, collects it.
 #[derive(Debug)]
 pub struct MmReaper {
-    /// Closed by exec and by the end of this process: the sign to end.
+    /// Closed by an exec and by the end of this process, which tells the reaper to end.
     release: Option<OwnedFd>,
-    /// Ends when the reaper is past its last use of the stack.
-    gone: OwnedFd,
+    /// Reads end of file once the reaper has released the address space and with it the stack.
+    done: OwnedFd,
     pid: i32,
     _stack: Box<[u8]>,
 }
 
-/// What the intermediate process works with, on the stack of the caller that waits for it.
+/// The arguments and results of the intermediate process, on the stack of the caller, which waits.
 struct Job {
     release: RawFd,
-    gone: RawFd,
+    done: RawFd,
     stack_top: *mut c_void,
     reaper: AtomicI32,
 }
 
 impl MmReaper {
-    /// Starts a reaper; takes about 0.2 ms, with much of the program's memory in no cache more. It may be started long
-    /// before the exec, also on a thread that ends before: it costs a process, and when this process ends without an exec
-    /// the reaper ends with it.
+    /// Starts a reaper. Blocks for about 0.2 ms, after which much of the program's memory is no longer in the CPU caches. It may
+    /// be started long before the exec, also by a thread that ends before. It ends if this process ends without an exec.
     ///
     /// # Errors
     /// Of pipe2(2) and clone(2), such as `EAGAIN` at a limit on processes or `EPERM` under seccomp; `ENOSYS` before
     /// Linux 5.9.
     pub fn spawn() -> Result<Self, Errno> {
         let (release_read, release) = pipe_with(PipeFlags::CLOEXEC).map_err(errno::from_rustix)?;
-        let (gone, gone_write) = pipe_with(PipeFlags::CLOEXEC).map_err(errno::from_rustix)?;
+        let (done, done_write) = pipe_with(PipeFlags::CLOEXEC).map_err(errno::from_rustix)?;
         let mut stack = vec![0_u8; STACK].into_boxed_slice();
         let mut first_stack = vec![0_u8; STACK].into_boxed_slice();
         let job = Job {
             release: release_read.as_raw_fd(),
-            gone: gone_write.as_raw_fd(),
+            done: done_write.as_raw_fd(),
             stack_top: stack.as_mut_ptr_range().end.cast(),
             reaper: AtomicI32::new(0),
         };
         let blocked = Signals::block();
-        // SAFETY: the stack has STACK bytes below its end and lives until the intermediate process is gone: CLONE_VFORK
+        // SAFETY: the stack has STACK bytes below its end and lives until the intermediate process is done: CLONE_VFORK
         // suspends this thread until then. So does `job`, which it reads through the pointer. `intermediate` uses
         // nothing of the thread that is suspended but its thread-local errno.
         let first = unsafe {
@@ -85,7 +84,7 @@ impl MmReaper {
             return Err(Errno::from_raw(libc::WEXITSTATUS(status)));
         }
         let pid = job.reaper.load(Ordering::Relaxed);
-        Ok(Self { release: Some(release), gone, pid, _stack: stack })
+        Ok(Self { release: Some(release), done, pid, _stack: stack })
     }
 
     /// Its process id.
@@ -98,12 +97,12 @@ impl MmReaper {
 impl Drop for MmReaper {
     fn drop(&mut self) {
         if let Some(release) = self.release.take() {
-            // A byte says that there was no exec, and nothing to wait for.
+            // A byte tells the reaper that there was no exec, so that it ends without delay.
             let _ = rustix::io::write(&release, &[0]);
         }
-        // The kernel closes its end after it has let go of the address space, and the stack with it.
+        // The kernel closes the other end after the reaper has released the address space, and the stack with it.
         let mut byte = [0];
-        while rustix::io::read(&self.gone, &mut byte) == Err(rustix::io::Errno::INTR) {}
+        while rustix::io::read(&self.done, &mut byte) == Err(rustix::io::Errno::INTR) {}
     }
 }
 
@@ -111,8 +110,9 @@ impl Drop for MmReaper {
 extern "C" fn intermediate(job: *mut c_void) -> c_int {
     // SAFETY: the caller's `Job`, which waits in `spawn` until this process has ended.
     let job = unsafe { &*job.cast::<Job>() };
-    // Its own table of descriptors, a copy, shrinks to the two pipes: files of the old image must not stay open.
-    let (low, high) = (job.release.min(job.gone), job.release.max(job.gone));
+    // This process has a copy of the descriptor table. All but the two pipes are closed, since they would keep files of the
+    // old image open.
+    let (low, high) = (job.release.min(job.done), job.release.max(job.done));
     for (first, last) in [(0, low - 1), (low + 1, high - 1), (high + 1, c_int::MAX)] {
         // SAFETY: closes descriptors of this process's own table, of which nothing here uses any but the two left out.
         if first <= last && unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) } != 0 {
@@ -124,15 +124,15 @@ extern "C" fn intermediate(job: *mut c_void) -> c_int {
     // reaper is done with it. `reap` gets a number, no pointer, and shares nothing with anybody.
     let reaper = unsafe { libc::clone(reap, job.stack_top, libc::CLONE_VM, release) };
     job.reaper.store(reaper, Ordering::Relaxed);
-    // What it is there for can wait until nobody else wants a CPU: the new image and the servers of its devices do.
+    // Freeing has no hurry: it must not take CPU time from the new image and the servers of its devices.
     let _ = priority::run_when_idle(Pid::from_raw(reaper.max(0)));
     if reaper < 0 { errno::last().raw() } else { 0 }
 }
 
-/// The reaper: waits until the other end of the pipe is closed, by an exec or by the end of the process, or told to end.
+/// The reaper: waits until the other end of the pipe is closed (by an exec or by the end of the process) or has a byte.
 ///
-/// The thread whose thread-local storage this shares runs on meanwhile, or ends: only system calls without libc are made here
-/// (rustix makes its own), nothing is allocated and nothing can panic.
+/// It shares thread-local storage with a thread that continues to run, or ends. So it makes system calls without libc only
+/// (rustix makes its own), and neither allocates nor panics.
 extern "C" fn reap(release: *mut c_void) -> c_int {
     let Ok(number) = RawFd::try_from(release.addr()) else { return 1 };
     // SAFETY: open in this process's own table until it ends; nobody else has that table.
@@ -146,7 +146,7 @@ extern "C" fn reap(release: *mut c_void) -> c_int {
         }
     }
     let grace = Timespec { tv_sec: 0, tv_nsec: GRACE_NS };
-    // Signals are blocked: it is not interrupted.
+    // It is not interrupted, since signals are blocked.
     let _ = rustix::thread::nanosleep(&grace);
     0
 }
@@ -166,8 +166,8 @@ fn wait_for(pid: i32) -> Result<c_int, Errno> {
     }
 }
 
-/// All signals blocked for this thread; dropping it restores the mask. A handler of the program must never run in a
-/// process that only shares its memory.
+/// Blocks all signals of this thread until it is dropped. A signal handler of the program must never run in a process that
+/// only shares its memory.
 struct Signals(libc::sigset_t);
 
 impl Signals {
@@ -215,12 +215,12 @@ mod tests {
         assert_eq!(u64::from_ne_bytes(bytes), *counter);
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
         let policy = stat.rsplit_once(") ").unwrap().1.split(' ').nth(38).unwrap();
-        assert_eq!(policy, libc::SCHED_IDLE.to_string(), "it tears down when nobody else wants the CPU");
+        assert_eq!(policy, libc::SCHED_IDLE.to_string(), "it frees memory only on an idle CPU");
         let blocked = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
         let blocked = blocked.lines().find_map(|line| line.strip_prefix("SigBlk:")).unwrap();
         assert_eq!(blocked.trim(), "fffffffe7ffbfeff", "all but KILL, STOP and the two of libc");
         drop(reaper);
-        // It has let go of everything by now, and ends when a CPU is idle.
+        // It has released the address space already, and ends when a CPU is idle.
         let begin = std::time::Instant::now();
         while !matches!(state(pid), None | Some('Z' | 'X')) {
             assert!(begin.elapsed().as_secs() < 30, "{:?}", state(pid));

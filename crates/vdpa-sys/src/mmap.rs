@@ -1,7 +1,6 @@
 //! Shared mappings of memory that other processes write at the same time.
 //!
-//! No reference into the memory is ever handed out: bytes are copied in or out exactly once, or accessed by
-//! single atomic loads and stores.
+//! There are no references into the memory: bytes are copied exactly once, or accessed by single atomic loads and stores.
 #![expect(unsafe_code, reason = "memory shared with other processes is accessed through raw pointers")]
 
 use std::os::fd::AsFd;
@@ -42,9 +41,9 @@ pub struct SharedMap(Arc<Mapped>);
 #[derive(Debug)]
 struct Mapped {
     addr: usize,
-    /// Bytes asked for.
+    /// Requested size in bytes.
     len: usize,
-    /// Bytes mapped: `len` in whole pages of the file.
+    /// Mapped size in bytes: `len` in whole pages of the file.
     span: usize,
     prot: Prot,
     guard: Option<Registration>,
@@ -52,9 +51,9 @@ struct Mapped {
 
 impl SharedMap {
     /// Maps `len` bytes of `fd` from `offset`, which is a multiple of the file's page size. With `populate` all
-    /// pages are there when it returns, which takes 0.03 s (huge pages) to 30 s per TiB.
+    /// pages are present when it returns, which takes 0.03 s (huge pages) to 30 s per TiB.
     ///
-    /// For files that nobody else can truncate: an access beyond the end of the file kills the process.
+    /// Only for files that no other process can truncate: an access beyond the end of the file kills the process.
     ///
     /// # Errors
     /// Of mmap(2): `EACCES`, `EINVAL`, `ENODEV`, `ENOMEM`, `EPERM` (sealed); `EINVAL` for `len` 0.
@@ -64,8 +63,8 @@ impl SharedMap {
         Ok(Self(Arc::new(mapped)))
     }
 
-    /// As [`map`](Self::map), for a file in the hands of a client: when it is truncated, accesses find zeros
-    /// and report [`Fault`], and the mapping is [`poisoned`](Self::poisoned) from then on.
+    /// As [`map`](Self::map), for a file that a client can truncate: accesses beyond its end read zeros and report
+    /// [`Fault`], and the mapping is [`poisoned`](Self::poisoned) from then on.
     ///
     /// # Errors
     /// As [`map`](Self::map); also `ENOMEM` when too many such mappings exist.
@@ -88,7 +87,7 @@ impl SharedMap {
         self.0.addr
     }
 
-    /// Bytes, at least 1.
+    /// Size in bytes, at least 1.
     #[must_use]
     #[expect(clippy::len_without_is_empty, reason = "a mapping is never empty")]
     pub fn len(&self) -> usize {
@@ -101,18 +100,18 @@ impl SharedMap {
         self.0.prot
     }
 
-    /// Whether an access hit a page without memory behind it since the mapping was made. Never cleared.
+    /// Whether an access has hit a page without memory since the mapping was created. Never cleared.
     #[must_use]
     #[inline]
     pub fn poisoned(&self) -> bool {
         self.0.guard.as_ref().is_some_and(Registration::poisoned)
     }
 
-    /// Brings all pages in, writable if the mapping is (`MADV_POPULATE_WRITE`, Linux 5.14). Blocks as
+    /// Populates all pages, writable if the mapping is (`MADV_POPULATE_WRITE`, Linux 5.14). Blocks as
     /// [`map`](Self::map) does.
     ///
     /// # Errors
-    /// `ENOMEM`, `EFAULT` or `EHWPOISON` when there is no memory behind a page; `EINVAL` on old kernels.
+    /// `ENOMEM`, `EFAULT` or `EHWPOISON` when a page has no memory; `EINVAL` on old kernels.
     pub fn populate(&self) -> Result<(), Errno> {
         let advice = if self.0.prot.write { Advice::LinuxPopulateWrite } else { Advice::LinuxPopulateRead };
         // SAFETY: the range is the whole mapping that `self` keeps alive, and populating changes no bytes.
@@ -120,7 +119,7 @@ impl SharedMap {
             .map_err(errno::from_rustix)
     }
 
-    /// Leaves `len` bytes from `offset` out of core dumps. The kernel keeps such a piece as a mapping of its own.
+    /// Excludes `len` bytes from `offset` from core dumps (`MADV_DONTDUMP`). The kernel splits the mapping there.
     ///
     /// # Errors
     /// `EINVAL` unless both are whole pages within the mapping.
@@ -132,7 +131,7 @@ impl SharedMap {
             .map_err(errno::from_rustix)
     }
 
-    /// A piece of the mapping that keeps it alive.
+    /// A part of the mapping, which keeps the whole mapping alive.
     ///
     /// # Errors
     /// [`Fault`] when it does not lie within the mapping.
@@ -141,7 +140,7 @@ impl SharedMap {
         Ok(MapArea { map: self.clone(), offset, len })
     }
 
-    /// Copies out.
+    /// Copies `buf.len()` bytes from `offset` into `buf`.
     ///
     /// # Errors
     /// [`Fault`] beyond the end, for a mapping that is not readable, or one that is poisoned.
@@ -156,7 +155,7 @@ impl SharedMap {
         self.sound(offset)
     }
 
-    /// Copies in.
+    /// Copies `data` to `offset`.
     ///
     /// # Errors
     /// [`Fault`] beyond the end, for a mapping that is not writable, or one that is poisoned.
@@ -285,7 +284,7 @@ impl Mapped {
 
 impl Drop for Mapped {
     fn drop(&mut self) {
-        // Off the table before the addresses can belong to somebody else.
+        // Removed from the table before the kernel can reuse the addresses.
         self.guard = None;
         // SAFETY: the range was mapped by `new`, and nobody can access it any more: every access and every
         // area holds the Arc that is being dropped.
@@ -294,7 +293,7 @@ impl Drop for Mapped {
     }
 }
 
-/// Bytes of the pages of a file: those of its file system for huge pages, else the machine's.
+/// Page size of a file in bytes: that of its file system for huge pages, else that of the machine.
 pub(crate) fn page_size(fd: std::os::fd::BorrowedFd<'_>) -> Result<usize, Errno> {
     let stat = rustix::fs::fstatfs(fd).map_err(errno::from_rustix)?;
     if u64::try_from(stat.f_type).is_ok_and(|kind| kind == HUGETLBFS_MAGIC) {
@@ -309,7 +308,7 @@ fn fault(offset: usize) -> Fault {
     Fault { addr: offset as u64 }
 }
 
-/// A piece of a [`SharedMap`], for ring accesses. Offsets count from its own start.
+/// A part of a [`SharedMap`], for ring accesses. Offsets are relative to its start.
 #[derive(Clone, Debug)]
 pub struct MapArea {
     map: SharedMap,

@@ -11,17 +11,16 @@ use crate::maps::{self, Vma, vma_at};
 use crate::process::Caller;
 use crate::space::OwnerSpace;
 
-/// Descriptors of a client that are looked through, at most.
+/// Largest number of a client's descriptors that are searched.
 const FDS_MAX: usize = 65536;
 
-/// Threads through which an object is looked for: all of them see the same mappings, but some may have ended.
+/// Largest number of threads through which an object is searched. All see the same mappings, but some may have ended.
 const THREADS_MAX: usize = 8;
 
-/// Maps `[uaddr, uaddr + size)` of `vma`; `None` when the object cannot be reached or may not be mapped so.
+/// Maps `[uaddr, uaddr + size)` of `vma`; `None` when the object cannot be opened or may not be mapped with this access.
 ///
-/// The way to it is `/proc/TID/map_files`, which opens it with the rights of this process (so the caller has
-/// looked at those of the VMA), or, where that is not permitted (in a user namespace), a descriptor that the
-/// client has of it.
+/// Opens it through `/proc/TID/map_files`, with the rights of this process: the caller must have checked the access of the
+/// VMA. Where that is not permitted (in a user namespace), uses a descriptor of the client that refers to the object.
 ///
 /// # Errors
 /// Of the system calls.
@@ -44,7 +43,7 @@ pub(crate) fn map(
         };
         let Some(found) = found else { return Ok(None) };
         let memory = found.map(space, vma, uaddr, size, write)?;
-        // The thread may have ended and its id be another's: what counts is what is mapped now.
+        // The thread may have ended and its id may be reused, so the mapping is compared with the VMA.
         if is_mapping_of(&memory, vma)? {
             return Ok(Some(memory));
         }
@@ -54,7 +53,7 @@ pub(crate) fn map(
 
 /// An object found, before it is opened for use.
 enum Found {
-    /// Opened with `O_PATH`: nothing has been asked of the file yet.
+    /// Opened with `O_PATH`, which has no effect on the file.
     Path(OwnedFd),
     /// The client's own descriptor, with its rights.
     Descriptor(OwnedFd),
@@ -119,7 +118,7 @@ fn client_descriptor(tid: i32, vma: &Vma) -> Result<Option<OwnedFd>, Errno> {
         let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
         if let (true, Some(number)) = (matches, number) {
             let fd = caller.get_fd(number)?;
-            // The client may have put another file there since.
+            // The client may have replaced the descriptor since.
             if is_regular(&fd)? {
                 return Ok(Some(fd));
             }
@@ -142,13 +141,13 @@ fn created_ns(fd: impl AsFd) -> Result<u64, Errno> {
     Ok(seconds.saturating_mul(1_000_000_000).saturating_add(stat.stx_btime.tv_nsec.into()))
 }
 
-/// What this kernel knows of a file, without asking a server that may never answer.
+/// The attributes of a file that the kernel has cached, without a request to a file server that may never answer.
 fn statx_local(fd: impl AsFd, fields: StatxFlags) -> Result<Statx, Errno> {
     statx(fd, c"", AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC, fields).map_err(errno::from_rustix)
 }
 
-/// Whether what is mapped is the object of `vma`, by the words of the same kernel table. stat(2) would not do:
-/// some file systems show other device numbers there.
+/// Whether what is mapped is the object of `vma`, according to this process's maps. stat(2) cannot tell:
+/// some file systems report other device numbers there.
 fn is_mapping_of(memory: &GuestMemory, vma: &Vma) -> Result<bool, Errno> {
     let Some(addr) = memory.host_addr(0) else { return Ok(false) };
     let own = vma_at(maps::own()?, addr as u64)?;

@@ -1,11 +1,10 @@
-//! Telling the processor what will be read.
+//! Prefetch of memory into the CPU cache.
 #![cfg_attr(
     target_arch = "x86_64",
     expect(unsafe_code, reason = "an instruction that the language has no name for")
 )]
 
-/// Has the line of the cache that holds an address brought in. Nothing happens where nothing is mapped, and on processors other
-/// than x86-64.
+/// Prefetches the cache line of an address. Has no effect where nothing is mapped, and on processors other than x86-64.
 #[inline]
 pub(crate) fn prefetch(addr: usize) {
     #[cfg(target_arch = "x86_64")]

@@ -1,4 +1,4 @@
-//! Work that nobody waits for.
+//! Scheduling of work with low priority.
 #![expect(unsafe_code, reason = "sched_setscheduler(2) is not in rustix")]
 
 use rustix::process::Pid;
@@ -6,9 +6,8 @@ use vdpa_core::Errno;
 
 use crate::errno;
 
-/// Has a thread run only when nothing else wants its CPU (`SCHED_IDLE`): for the teardown of large memory, which would
-/// otherwise keep those waiting who have just been woken. `None` is the calling thread. Cannot be taken back without
-/// privileges.
+/// Gives a thread the policy `SCHED_IDLE`, with which it runs only on an otherwise idle CPU. For freeing large memory, which
+/// would delay threads that were just woken. `None` is the calling thread. Reverting it may need privileges.
 ///
 /// # Errors
 /// `ESRCH`; `EPERM` for a thread of another user.

@@ -21,7 +21,7 @@ use crate::uapi::proc::{PIDFD_GET_INFO, PIDFD_INFO_PID, PidfdInfo};
 const PIDFD_THREAD: PidfdFlags = PidfdFlags::from_bits_retain(libc::O_EXCL.cast_unsigned());
 /// Type of the entry of the auxiliary vector that points at 16 random bytes, drawn anew by every exec.
 const AT_RANDOM: u64 = 25;
-/// Longest auxiliary vector looked at: the kernel's has 52 entries at most.
+/// Largest auxiliary vector that is read, in bytes: the kernel's has at most 52 entries.
 const AUXV_MAX: usize = 4096;
 
 /// A thread that waits for the answer to its request. Handles are opened when first needed.
@@ -32,7 +32,7 @@ pub struct Caller {
     tgid: OnceCell<i32>,
 }
 
-/// Where an address space has its 16 random bytes, and what they are.
+/// The 16 random bytes of an address space (`AT_RANDOM`) and their address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Random {
     pub(crate) addr: u64,
@@ -43,7 +43,7 @@ impl Caller {
     /// The thread `tid`, as the process-id namespace of this process numbers it.
     ///
     /// # Errors
-    /// `ESRCH` for 0 or less: what FUSE gives for a process that is not visible from here.
+    /// `ESRCH` for 0 or less, which FUSE reports for a process that is not visible from here.
     pub const fn new(tid: i32) -> Result<Self, Errno> {
         if tid <= 0 {
             return Err(errno::SRCH);
@@ -66,7 +66,7 @@ impl Caller {
             return Ok(tgid);
         }
         let tgid = match self.tgid_by_pidfd() {
-            // Linux before 6.13 does not know the request, and says so in several ways.
+            // Linux before 6.13 does not know the request, and reports that by different errors.
             Err(error) if error != errno::SRCH => self.tgid_by_status()?,
             result => result?,
         };
@@ -119,16 +119,16 @@ impl Caller {
         crate::rlimit::memlock_of(self.tid).map_or(0, |limit| limit.soft.unwrap_or(u64::MAX) / PAGE_SIZE)
     }
 
-    /// Whether it lives in the address space `owner`, as the kernel's `dev->mm == current->mm` would say.
+    /// Whether it runs in the address space `owner`, as the kernel's check `dev->mm == current->mm` tells.
     ///
-    /// All three must hold, each is wrong alone:
+    /// All three conditions must hold, since none is sufficient alone:
     /// 1. the held address space still has users (an exec or exit leaves none);
     /// 2. the caller is a thread of the owner, or `kcmp` finds both in one address space (vfork; kcmp alone says
     ///    no once the first thread of the owner has ended);
     /// 3. the caller has, at the address of the random bytes of the held address space, these bytes (an exec whose
     ///    old address space a `CLONE_VM` child keeps alive passes the other two; its new image has bytes of its own).
     ///
-    /// Narrower than the kernel in one corner: a `CLONE_VM` child whose parent, the owner, has ended is no longer
+    /// It is stricter than the kernel in one case: a `CLONE_VM` child whose parent, the owner, has ended is no longer
     /// recognised, because kcmp has nothing to compare it with.
     #[must_use]
     pub fn is(&self, owner: &OwnerSpace) -> bool {
@@ -138,12 +138,12 @@ impl Caller {
         let mut here = [0; 16];
         let same = same_process && self.read_mem(held.addr, &mut here).is_ok() && here == held.bytes;
         if same {
-            owner.note_thread(self.tid);
+            owner.set_last_thread(self.tid);
         }
         same
     }
 
-    /// The name of the thread, for people; empty when it has gone.
+    /// The name of the thread, for display; empty when it has ended.
     #[must_use]
     pub fn comm(&self) -> String {
         self.proc_text("comm").map_or_else(|_| String::new(), |text| text.trim_end().to_owned())
@@ -176,7 +176,7 @@ impl Caller {
         }
         let open = |id, flags| pidfd_open(Pid::from_raw(id).ok_or(rustix::io::Errno::SRCH)?, flags);
         let fd = match open(self.tid, PIDFD_THREAD) {
-            // Linux before 6.9 knows only whole processes.
+            // Linux before 6.9 supports pidfds of whole processes only.
             Err(rustix::io::Errno::INVAL) => {
                 open(self.tgid_by_status()?, PidfdFlags::empty()).map_err(errno::from_rustix)?
             }
@@ -241,7 +241,7 @@ fn find_entry(mut words: impl Iterator<Item = u64>) -> Option<u64> {
     None
 }
 
-/// What `/proc/self/fd` shows for a descriptor of this process; empty when it cannot be told.
+/// The target of a descriptor's link in `/proc/self/fd`; empty when it cannot be read.
 pub(crate) fn describe_fd(fd: impl AsFd) -> String {
     let path = format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd());
     rustix::fs::readlink(path, Vec::new())

@@ -1,14 +1,13 @@
-//! Survival of truncated files: a client that shrinks the file behind a mapping makes the next access to it raise
-//! SIGBUS.
+//! A SIGBUS handler for truncated files: after a client has truncated a mapped file, the next access raises SIGBUS.
 //!
-//! The handler looks the address up in a table of guest mappings, puts a page of zeros where the fault was, marks
-//! the mapping poisoned and returns; the access is repeated and goes through. Any other SIGBUS kills the process
+//! The handler looks the address up in a table of guest mappings, maps a page of zeros at the fault, marks the
+//! mapping poisoned and returns; the repeated access succeeds. Any other SIGBUS kills the process
 //! as it would without the handler.
 //!
 //! A thread that blocks SIGBUS is not protected: the kernel kills the process for a fault whose signal is blocked.
 //!
-//! A page of zeros and not an error: no access needs a landing pad, and the data path pays one load of a flag
-//! that is never written.
+//! With a page of zeros no access needs code to recover from the fault. The data path only loads a flag, which is normally
+//! never written.
 #![expect(unsafe_code, reason = "a signal handler, and a mapping placed over another one")]
 
 use std::ffi::{c_int, c_void};
@@ -23,10 +22,10 @@ use vdpa_core::Errno;
 use crate::errno;
 use crate::mmap::Prot;
 
-/// Guest mappings that can exist at a time: eight times the 2048 entries a kernel IOTLB may have.
+/// Largest number of guest mappings at a time: eight times the 2048 entries a kernel IOTLB may have.
 const SLOTS: usize = 16384;
 
-/// One registered mapping. `end` is 0 in a slot that is free; it is the last to be set and the first to go.
+/// One registered mapping. `end` is 0 in a free slot; it is set last and cleared first.
 struct Slot {
     start: AtomicUsize,
     end: AtomicUsize,
@@ -36,8 +35,8 @@ struct Slot {
 }
 
 impl Slot {
-    /// Whether `addr` lies in the mapping. The slot of the mapping that faulted does not change meanwhile; any
-    /// other may be freed and used again between the loads, which the second look at its end finds out.
+    /// Whether `addr` lies in the mapping. The slot of the mapping that faulted does not change meanwhile. Any
+    /// other slot may be freed and reused between the loads, which the second load of `end` detects.
     fn contains(&self, addr: usize) -> bool {
         let end = self.end.load(Ordering::Acquire);
         addr < end && addr >= self.start.load(Ordering::Acquire) && self.end.load(Ordering::Relaxed) == end
@@ -54,10 +53,10 @@ static TABLE: [Slot; SLOTS] = [const {
     }
 }; SLOTS];
 
-/// Slots that were ever used: where the handler stops looking.
+/// Number of slots that were ever used, which the handler searches.
 static USED: AtomicUsize = AtomicUsize::new(0);
 
-/// Slots that were used and are free. Never taken by the handler.
+/// Slots that were used and are free. The handler never takes this lock.
 static FREE: Mutex<Vec<usize>> = Mutex::new(Vec::new());
 
 /// A mapping in the table, until dropped. Drop it before the addresses are unmapped.
@@ -67,7 +66,7 @@ pub(crate) struct Registration {
 }
 
 impl Registration {
-    /// Enters `[addr, addr + span)`, mapped with pages of `page` bytes, and installs the handler if it is the
+    /// Registers `[addr, addr + span)`, mapped with pages of `page` bytes, and installs the handler if it is the
     /// first.
     ///
     /// # Errors
@@ -89,7 +88,7 @@ impl Registration {
             }
         };
         let slot = TABLE.get(index).ok_or(Errno::NOMEM)?;
-        // Release: who sees this start sees that the slot was free before, see `Slot::contains`.
+        // Release: a handler that sees this start also sees that the slot was free before, see `Slot::contains`.
         slot.start.store(addr, Ordering::Release);
         slot.page.store(page, Ordering::Relaxed);
         slot.writable.store(prot.write, Ordering::Relaxed);
@@ -98,7 +97,7 @@ impl Registration {
         Ok(Self { slot, index })
     }
 
-    /// Whether an access found no memory.
+    /// Whether an access has hit a page without memory.
     #[inline]
     pub(crate) fn poisoned(&self) -> bool {
         self.slot.poisoned.load(Ordering::Relaxed)
@@ -123,7 +122,7 @@ fn install() -> Result<(), Errno> {
     *INSTALLED.get_or_init(|| {
         let mut action = default_action();
         action.sa_sigaction = on_sigbus as extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void) as usize;
-        // On the alternate stack where a thread has one: the fault may come deep in a small stack.
+        // Uses the alternate stack of threads that have one, since the fault may occur near the end of a small stack.
         action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
         set_action(&action)
     })
@@ -153,7 +152,7 @@ extern "C" fn on_sigbus(_signal: c_int, info: *mut libc::siginfo_t, _context: *m
     if code > 0 && cover(addr) {
         return;
     }
-    // Not ours: as if there were no handler. A fault happens again when this returns; a signal that a process
+    // Not a guest mapping: act as without a handler. A fault happens again when this returns; a signal that a process
     // sent does not, and is sent again (it stays blocked until this returns).
     let _ = set_action(&default_action());
     if code <= 0 {
@@ -162,7 +161,7 @@ extern "C" fn on_sigbus(_signal: c_int, info: *mut libc::siginfo_t, _context: *m
     }
 }
 
-/// Puts zeros under `addr` if a guest mapping is there.
+/// Maps a page of zeros at `addr` if it is in a guest mapping.
 fn cover(addr: usize) -> bool {
     let used = USED.load(Ordering::Acquire).min(SLOTS);
     let found = TABLE.iter().take(used).find(|slot| slot.contains(addr));

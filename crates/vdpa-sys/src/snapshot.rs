@@ -1,4 +1,4 @@
-//! Translation tables as the data path reads them.
+//! Snapshots of translation tables for the data path.
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -9,21 +9,21 @@ use vdpa_core::types::Perm;
 use crate::guest::GuestMemory;
 use crate::mmap::MapArea;
 
-/// One address space's translation at one moment. Immutable, so it is read without a lock; held by every request
-/// that was translated with it.
+/// An immutable snapshot of the translation of one address space. Read without a lock; every request keeps the snapshot with
+/// which it was translated.
 #[derive(Debug, Default)]
 pub struct Snapshot {
-    lookup: Lookup<Place>,
+    lookup: Lookup<Target>,
 }
 
-/// What is behind a range of addresses.
+/// The memory of a range of addresses and the access to it.
 #[derive(Debug)]
-struct Place {
+struct Target {
     perm: Perm,
     memory: GuestMemory,
 }
 
-/// A part of a translated range that is in one piece of memory.
+/// A part of a translated range that lies in one piece of memory.
 #[derive(Clone, Copy, Debug)]
 pub struct Piece<'a> {
     /// The memory.
@@ -35,41 +35,41 @@ pub struct Piece<'a> {
 }
 
 impl Snapshot {
-    /// Copies a table. Entries that a change of owner has left stale are not in it.
+    /// Copies a table without its stale entries, which a change of owner has left.
     #[must_use]
     pub fn new(table: &Table<GuestMemory>) -> Self {
         Self::of(table.iter())
     }
 
-    /// As [`new`](Self::new), of some entries of a table, in address order.
+    /// As [`new`](Self::new), with some entries of a table, in address order.
     #[must_use]
     pub fn of<'a>(mappings: impl Iterator<Item = &'a Mapping<GuestMemory>>) -> Self {
         let places = mappings
             .filter(|mapping| !mapping.stale)
-            .map(|mapping| (mapping.range, Place { perm: mapping.perm, memory: mapping.memory.clone() }));
+            .map(|mapping| (mapping.range, Target { perm: mapping.perm, memory: mapping.memory.clone() }));
         Self { lookup: Lookup::new(places.collect()) }
     }
 
-    /// The pieces of `[iova, iova + len)` in address order. Ends after a [`Fault`], which names the address that
-    /// is unmapped or does not allow `perm`. Nothing for `len` 0.
+    /// The pieces of `[iova, iova + len)` in address order. Ends after a [`Fault`] with the address that is not
+    /// mapped or does not allow `perm`. Empty for `len` 0.
     pub fn translate(&self, iova: u64, len: u64, perm: Perm) -> Translate<'_> {
         Translate { snapshot: self, iova, left: len, perm }
     }
 
-    /// Memory pieces in address order, for registration and accounting.
+    /// All memory in address order, for registration and accounting.
     pub fn memories(&self) -> impl Iterator<Item = &GuestMemory> {
         self.lookup.ranges().iter().map(|(_, place)| &place.memory)
     }
 
-    /// The piece that has all of `[iova, iova + len)`, if there is one that allows `perm`: nearly always, as regions are
-    /// large and buffers small.
+    /// The piece that contains all of `[iova, iova + len)` and allows `perm`, if there is one. There nearly always is, since
+    /// regions are large and buffers small.
     #[must_use]
     #[inline]
     pub fn whole(&self, iova: u64, len: u64, perm: Perm) -> Option<Piece<'_>> {
         self.piece(iova, len, perm).ok().filter(|piece| piece.len == len)
     }
 
-    /// Has a byte brought into the processor's cache, as it will be read soon. A hint, which changes nothing.
+    /// Prefetches the byte at `iova` into the CPU cache. This is only a hint.
     #[inline]
     pub fn prefetch(&self, iova: u64) {
         let piece = self.whole(iova, 1, Perm::RO);
@@ -78,7 +78,7 @@ impl Snapshot {
         }
     }
 
-    /// [`Memory::read`] of what is not in one piece, or not to be had.
+    /// The slow path of [`Memory::read`]: several pieces, or a fault.
     #[cold]
     fn read_in_pieces(&self, iova: u64, buf: &mut [u8]) -> Result<(), Fault> {
         let mut rest = buf;
@@ -96,7 +96,7 @@ impl Snapshot {
         Ok(())
     }
 
-    /// [`Memory::write`] of what is not in one piece, or not to be had.
+    /// The slow path of [`Memory::write`]: several pieces, or a fault.
     #[cold]
     fn write_in_pieces(&self, iova: u64, data: &[u8]) -> Result<(), Fault> {
         let mut rest = data;
@@ -146,7 +146,7 @@ impl<'a> Iterator for Translate<'a> {
                 self.left -= piece.len;
                 match self.iova.checked_add(piece.len) {
                     Some(next) => self.iova = next,
-                    // The range ends with the address space; if it goes on beyond, that is a fault.
+                    // The range reaches the end of the address space. It is a fault if it extends beyond.
                     None if self.left == 0 => {}
                     None => {
                         self.left = 0;
@@ -229,9 +229,9 @@ enum Kind {
 
 #[derive(Clone, Debug)]
 struct Segment {
-    /// Where it begins in the area.
+    /// Offset of its first byte in the area.
     start: u64,
-    /// Where it begins in its memory.
+    /// Offset of its first byte in its memory.
     offset: u64,
     memory: GuestMemory,
 }
@@ -343,9 +343,9 @@ mod tests {
         GuestMemory::from_object(file, id, pages * 4096, true).unwrap()
     }
 
-    fn entry(first: u64, size: u64, perm: Perm) -> (IovaRange, Place) {
+    fn entry(first: u64, size: u64, perm: Perm) -> (IovaRange, Target) {
         let range = IovaRange::from_size(first, size).unwrap();
-        (range, Place { perm, memory: object(size.div_ceil(4096)) })
+        (range, Target { perm, memory: object(size.div_ceil(4096)) })
     }
 
     /// Two neighbours, a gap, a read-only entry, and one at the end of the address space.

@@ -24,22 +24,22 @@ struct Space {
     record: SpaceRecord,
     fds: SpaceFds,
     account: PinAccount,
-    /// A thread that was seen in it last: where to look up what hangs on a thread.
+    /// The thread that was last seen in it, for lookups that need a thread id.
     thread: AtomicI32,
-    /// Files of its memory objects that are in use, so that mappings of one object share a descriptor.
+    /// Open files of its memory objects, so that mappings of one object share a descriptor.
     objects: Mutex<HashMap<ObjectKey, Weak<OwnedFd>>>,
 }
 
-/// What is to be saved of an [`OwnerSpace`] besides its descriptors.
+/// The saved state of an [`OwnerSpace`], without its descriptors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SpaceRecord {
-    /// Id of the process that had it when it was adopted.
+    /// Id of the process that used it when it was adopted.
     pub pid: i32,
     /// Address of its random bytes.
     pub random_addr: u64,
 }
 
-/// The descriptors that hold an address space. They stay valid over an exec of this process.
+/// The descriptors that hold an address space. They stay valid across an exec of this process.
 #[derive(Debug)]
 pub struct SpaceFds {
     /// A pidfd of the process; becomes readable when it ends.
@@ -74,19 +74,19 @@ impl OwnerSpace {
         }))
     }
 
-    /// Whether it still has users. False for good once its last process has exec'ed or ended.
+    /// Whether a process still uses it. False for good once its last process has made an exec or ended.
     #[must_use]
     pub fn is_alive(&self) -> bool {
         self.random().is_some()
     }
 
-    /// Id of the process that had it when it was adopted. For display; a process may have left it since.
+    /// Id of the process that used it when it was adopted. For display; a process may have left it since.
     #[must_use]
     pub fn pid(&self) -> i32 {
         self.0.record.pid
     }
 
-    /// What a later image of this process needs to know, with [`fds`](Self::fds), for [`Spaces::restore`].
+    /// The state that a later image of this process needs for [`Spaces::restore`], together with [`fds`](Self::fds).
     #[must_use]
     pub fn record(&self) -> SpaceRecord {
         self.0.record
@@ -104,9 +104,9 @@ impl OwnerSpace {
         Arc::ptr_eq(&self.0, &other.0)
     }
 
-    /// Its random bytes as they are now; `None` when it has no users any more.
+    /// Its present random bytes; `None` when no process uses it.
     ///
-    /// Read each time: a program may change its own, and then both sides of the comparison have changed.
+    /// They are read each time: if a program changes its own bytes, both sides of the comparison see the change.
     pub(crate) fn random(&self) -> Option<Random> {
         let addr = self.0.record.random_addr;
         let mut bytes = [0; 16];
@@ -114,11 +114,11 @@ impl OwnerSpace {
         (read == bytes.len()).then_some(Random { addr, bytes })
     }
 
-    pub(crate) fn note_thread(&self, tid: i32) {
+    pub(crate) fn set_last_thread(&self, tid: i32) {
         self.0.thread.store(tid, Ordering::Relaxed);
     }
 
-    /// Ids under which `/proc` may show it: the thread seen last, the process, then its other threads.
+    /// Thread ids by which `/proc` may show it: the thread last seen, the process, then its other threads.
     pub(crate) fn threads(&self) -> impl Iterator<Item = i32> + use<> {
         let (thread, pid) = (self.0.thread.load(Ordering::Relaxed), self.pid());
         let others = std::iter::once_with(move || std::fs::read_dir(format!("/proc/{pid}/task")))
@@ -140,7 +140,7 @@ impl OwnerSpace {
         &self.0.account
     }
 
-    /// The open file of an object, opened by `open` if no mapping has it.
+    /// The open file of an object; calls `open` if no mapping uses it yet.
     pub(crate) fn object(
         &self,
         key: ObjectKey,
@@ -157,7 +157,7 @@ impl OwnerSpace {
     }
 }
 
-/// The address spaces in use, each once: two devices of one owner charge one account. Clones share the registry.
+/// A registry of the address spaces in use, each once, so that all devices of one owner charge one account. Clones share it.
 #[derive(Clone, Debug, Default)]
 pub struct Spaces(Arc<Mutex<Vec<Weak<Space>>>>);
 
@@ -185,7 +185,7 @@ impl Spaces {
         Ok(space)
     }
 
-    /// An address space that an earlier image of this process held. To be called once for each.
+    /// Restores an address space that an earlier image of this process used. Call it once for each.
     #[must_use]
     pub fn restore(&self, record: SpaceRecord, fds: SpaceFds) -> OwnerSpace {
         let space = OwnerSpace::new(record, fds, record.pid);
@@ -193,7 +193,7 @@ impl Spaces {
         space
     }
 
-    /// Address spaces in use.
+    /// Number of address spaces in use.
     #[must_use]
     pub fn len(&self) -> usize {
         self.0.lock().iter().filter(|space| space.strong_count() > 0).count()
@@ -206,7 +206,7 @@ impl Spaces {
     }
 }
 
-/// A caller with the registry that its address space would be entered in.
+/// A caller, with the registry for its address space.
 #[derive(Clone, Copy, Debug)]
 pub struct ProcessCaller<'a> {
     /// The caller.
@@ -229,7 +229,7 @@ impl vdpa_core::host::Caller<LinuxHost> for ProcessCaller<'_> {
     }
 }
 
-/// The thread that makes a call as the caller: for a device in its own process
+/// Makes the calling thread the caller, for a device in its own process
 /// ([`vdpa_core::inprocess`]).
 #[derive(Clone, Debug, Default)]
 pub struct ThisProcess {

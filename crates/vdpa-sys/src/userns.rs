@@ -1,4 +1,4 @@
-//! Serving devices as an ordinary user, in a user namespace of one's own.
+//! Entering a user namespace, in which an ordinary user can serve devices.
 #![expect(unsafe_code, reason = "unshare changes what the whole process is")]
 
 use std::fs;
@@ -17,24 +17,24 @@ pub enum UserNsError {
     /// FUSE cannot be used.
     #[error("{0}")]
     Fuse(MountError),
-    /// Called too late.
+    /// The process has several threads.
     #[error("a user namespace can only be entered by a process with one thread, this one has {threads}")]
     Threads {
         /// How many there are.
         threads: usize,
     },
-    /// No user namespaces at all.
+    /// User namespaces are disabled.
     #[error(
         "user namespaces are disabled (user.max_user_namespaces = 0); enable them: sysctl user.max_user_namespaces=10000"
     )]
     Disabled,
-    /// Debian's switch.
+    /// Forbidden by Debian's sysctl.
     #[error(
         "user namespaces are reserved to root (kernel.unprivileged_userns_clone = 0); \
          enable them: sysctl kernel.unprivileged_userns_clone=1"
     )]
     Unprivileged,
-    /// Ubuntu's switch.
+    /// Forbidden by Ubuntu's sysctl.
     #[error(
         "AppArmor restricts user namespaces (kernel.apparmor_restrict_unprivileged_userns = 1); add a profile with \
          the rule \"userns,\" for vdpad, or: sysctl kernel.apparmor_restrict_unprivileged_userns=0"
@@ -50,7 +50,7 @@ pub enum UserNsError {
     },
 }
 
-/// Whether `/dev/fuse` can be opened by this process.
+/// Checks that this process can open `/dev/fuse`.
 ///
 /// # Errors
 /// [`MountError::Device`], with what would make it possible.
@@ -59,13 +59,13 @@ pub fn fuse_available() -> Result<(), MountError> {
 }
 
 /// Moves this process into a new user and mount namespace, in which it is uid 0 and may mount FUSE. Its mounts
-/// are visible to itself and to what it starts, and to others through `/proc/PID/root` or `nsenter`.
+/// are visible to itself and its children, and to others through `/proc/PID/root` or `nsenter`.
 ///
-/// Called first thing in `main`, before there are threads. Only the caller's own uid and gid exist inside;
+/// Call it at the beginning of `main`, before any thread is started. Only the caller's own uid and gid exist inside;
 /// supplementary groups are kept but cannot be changed (`setgroups` is denied, user_namespaces(7)).
 ///
 /// # Errors
-/// [`UserNsError`]. After [`UserNsError::Step`] the process may be half way and should exit.
+/// [`UserNsError`]. After [`UserNsError::Step`] the process may be in the new namespaces without a complete setup, and should exit.
 pub fn enter() -> Result<(), UserNsError> {
     fuse_available().map_err(UserNsError::Fuse)?;
     enter_namespaces()
@@ -112,7 +112,7 @@ fn sysctl(name: &str) -> Option<i64> {
     fs::read_to_string(Path::new("/proc/sys").join(name)).ok()?.trim().parse().ok()
 }
 
-/// The switch that forbids user namespaces, if one does.
+/// The sysctl that forbids user namespaces, if there is one.
 fn diagnose(sysctl: impl Fn(&str) -> Option<i64>) -> Option<UserNsError> {
     if sysctl("user/max_user_namespaces") == Some(0) {
         return Some(UserNsError::Disabled);

@@ -1,9 +1,8 @@
-//! A vhost-vdpa device file, the kernel's or ours, as [`VdpaOps`].
+//! A vhost-vdpa device file, of the kernel or of this project, as [`VdpaOps`].
 //!
-//! A device reads and writes the memory it is told to map, as a debugger would, beside the rules of the language:
-//! map only what was allocated to be shared with a device ([`SharedMap`](crate::mmap::SharedMap)), never memory
-//! that Rust values live in. Adopt only descriptors of vhost-vdpa devices: other vhost devices take the same
-//! requests for other ends.
+//! A device reads and writes mapped memory outside the rules of the language, as a debugger does. Map only memory that was
+//! allocated to be shared with a device ([`SharedMap`](crate::mmap::SharedMap)), never memory of Rust values. Adopt only
+//! descriptors of vhost-vdpa devices, since other vhost devices give the same requests another meaning.
 #![expect(
     unsafe_code,
     reason = "binds ioctl numbers to their arguments; raw requests for the conformance suite"
@@ -81,19 +80,19 @@ const BAD_POINTER: usize = usize::MAX & !0xfff;
 /// Why a device file could not be opened.
 #[derive(Debug, Error)]
 pub enum OpenError {
-    /// Nothing there.
+    /// The file does not exist.
     #[error("{path}: no such device; `vdpa dev` or `vdpactl dev` list those there are")]
     NotFound {
         /// Path given.
         path: PathBuf,
     },
-    /// A vhost-vdpa device can be open once.
+    /// The device is open already; a vhost-vdpa device can be open once.
     #[error("{path}: the device is open already; vhost-vdpa allows one open file per device")]
     Busy {
         /// Path given.
         path: PathBuf,
     },
-    /// Not for this user.
+    /// This user has no permission.
     #[error("{path}: no permission to read and write the device")]
     Denied {
         /// Path given.
@@ -124,7 +123,7 @@ pub enum RawArg<'a> {
     Null,
     /// An integer in place of a pointer. Below 64 KiB, where nothing can be mapped; larger ones are cut to that.
     Int(usize),
-    /// A buffer; it is passed on with nothing mapped after it, whatever its length.
+    /// A buffer of any length, passed as a copy with nothing mapped after it.
     Bytes(&'a mut [u8]),
     /// An address at which nothing is mapped.
     BadPointer,
@@ -181,15 +180,15 @@ impl VhostVdpaFd {
         BackendFeatures(self.acknowledged.load(Ordering::Relaxed))
     }
 
-    /// Declares what was acknowledged on the descriptor before it was adopted: the interface cannot be asked.
+    /// Sets the backend features that were acknowledged on the descriptor before it was adopted. No request can query them.
     pub fn set_acknowledged(&self, features: BackendFeatures) {
         self.acknowledged.store(features.0, Ordering::Relaxed);
     }
 
     /// Any request with any argument; returns the value of ioctl(2). For tests of devices.
     ///
-    /// A buffer is passed as a copy that ends where mapped memory ends: a device that reads or writes beyond it,
-    /// or is told to by a length within, meets `EFAULT`.
+    /// A buffer is passed as a copy at the end of mapped memory, so a device that reads or writes beyond it, for example because
+    /// of a length in it, gets `EFAULT`.
     ///
     /// # Errors
     /// What the device reports; `ENOMEM` when there is no memory for the copy.
@@ -224,11 +223,11 @@ impl VhostVdpaFd {
         }
     }
 
-    /// Tells the server of the device what an update cost. Blocks as every request does.
+    /// Reports the times of an update to the server of the device. May block, like every request.
     ///
     /// # Errors
-    /// `ENOTTY` from a server that does not want to know, such as the kernel; `EPERM` unless this process is the owner;
-    /// `EINVAL` for a report that makes no sense.
+    /// `ENOTTY` from a server without this request, such as the kernel; `EPERM` unless this process is the owner;
+    /// `EINVAL` for an invalid report.
     pub fn report_update(&self, report: &UpdateReport) -> Result<()> {
         let address = std::ptr::from_ref(report).expose_provenance();
         // SAFETY: the request reads exactly the bytes of the report (its size is in the number), which is borrowed here;

@@ -17,15 +17,15 @@ use crate::uapi::fuse::{
 /// The oldest protocol served: Linux 5.4.
 pub(super) const MIN_MINOR: u32 = 31;
 
-/// RELEASE is a background request: were more than this many unanswered, the kernel would hold back further
-/// ones while an OPEN that follows overtakes them, and exclusive open would fail with a false `EBUSY`.
+/// Largest number of unanswered background requests. RELEASE is one: beyond this number the kernel queues further ones, and
+/// an OPEN that follows would overtake them, so that exclusive open would fail with a false `EBUSY`.
 const MAX_BACKGROUND: u16 = 4096;
 
-/// Errnos from here on are the kernel's own; an answer with one in its header is refused by
-/// `fuse_dev_do_write()` and the caller would wait for ever.
+/// The first kernel-internal errno. `fuse_dev_do_write()` refuses an answer with such an errno in its header, and the caller
+/// would wait for ever.
 const FIRST_KERNEL_ERRNO: i32 = 512;
 
-/// A FUSE connection; clones are the same one. Any thread may answer.
+/// A FUSE connection; clones refer to the same one. Any thread may answer.
 ///
 /// The kernel ends the mount when the last descriptor of its connection is closed, in whatever process.
 #[derive(Clone, Debug)]
@@ -33,8 +33,8 @@ pub struct Connection {
     fd: Arc<OwnedFd>,
 }
 
-/// What INIT agreed on. It happens once in the life of a mount: a new image of the daemon that adopts the
-/// connection has to be told.
+/// The result of INIT, which happens once per mount. A new image of the daemon that adopts the connection must get it from
+/// the old one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Negotiated {
     /// Protocol version, major.
@@ -48,29 +48,29 @@ pub struct Negotiated {
 }
 
 impl Negotiated {
-    /// Whether unanswered requests can be asked for again after a crash.
+    /// Whether the kernel can send unanswered requests again after a crash (`HAS_RESEND`).
     #[must_use]
     pub const fn has_resend(&self) -> bool {
         self.flags & init_flags::HAS_RESEND != 0
     }
 }
 
-/// Why a new mount could not be taken into service.
+/// Why the handshake of a new mount failed.
 #[derive(Debug, thiserror::Error)]
 pub enum HandshakeError {
-    /// Nothing came.
+    /// No request came.
     #[error("the kernel sent no INIT within {waited:?}")]
     Silent {
-        /// How long it was waited for.
+        /// The timeout.
         waited: Duration,
     },
-    /// Something else came first: the connection is in service already.
+    /// Another request came first: the connection is in service already.
     #[error("the first request is {found}, not INIT: this connection is in service already")]
     NotInit {
-        /// What came.
+        /// The request that came.
         found: String,
     },
-    /// The kernel's protocol is unknown or too old.
+    /// The protocol version of the kernel is unknown or too old.
     #[error("the kernel speaks FUSE {major}.{minor}; 7.31 (Linux 5.4) or later is needed")]
     Version {
         /// Major version.
@@ -86,14 +86,14 @@ pub enum HandshakeError {
     },
 }
 
-/// What [`Connection::wait`] saw.
+/// Result of [`Connection::wait`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Readiness {
-    /// A request is there, or the connection has ended (the read will say).
+    /// A request can be read, or the connection has ended, which the read reports.
     Request,
     /// The other descriptor is readable.
     Wake,
-    /// The time is up.
+    /// The timeout has passed.
     TimedOut,
 }
 
@@ -101,7 +101,7 @@ impl Connection {
     /// Takes a descriptor of `/dev/fuse` that is mounted, new or in service. Reads are made non-blocking.
     ///
     /// # Errors
-    /// `EBADF` and the like when the descriptor is none.
+    /// `EBADF` when the descriptor is not open; others of fcntl(2).
     pub fn new(fd: OwnedFd) -> Result<Self, Errno> {
         let flags = rustix::fs::fcntl_getfl(&fd).map_err(errno)?;
         rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK).map_err(errno)?;
@@ -111,7 +111,7 @@ impl Connection {
     /// Answers INIT. Called once for a new mount, by one thread, before anything else is read.
     ///
     /// # Errors
-    /// [`HandshakeError`]; the mount is of no use then and should be removed.
+    /// [`HandshakeError`]; the mount cannot be used then and should be removed.
     pub fn handshake(&self, timeout: Duration) -> Result<Negotiated, HandshakeError> {
         let io = |errno| HandshakeError::Io { errno };
         let mut buffer = vec![0; BUFFER_SIZE];
@@ -130,7 +130,7 @@ impl Connection {
         Ok(negotiated)
     }
 
-    /// Reads what a new connection begins with.
+    /// Reads the first request of a new connection.
     pub(super) fn first_request<'a>(
         &self,
         buffer: &'a mut [u8],
@@ -145,7 +145,7 @@ impl Connection {
             .map_err(|error| HandshakeError::NotInit { found: error.to_string() })
     }
 
-    /// Waits until a request is there or `wake` is readable.
+    /// Blocks until a request can be read, `wake` is readable or the timeout has passed.
     ///
     /// # Errors
     /// What `poll(2)` reports; `EINTR` is retried with the full time.
@@ -166,7 +166,7 @@ impl Connection {
     }
 
     /// Reads one request into `buffer`, which has at least [`BUFFER_SIZE`] bytes. Does not block; `None` when
-    /// there is no request after all.
+    /// there is no request.
     ///
     /// # Errors
     /// `ENODEV` when the mount has ended, by unmounting or by a forced unmount.
@@ -175,7 +175,7 @@ impl Connection {
             match rustix::io::read(&self.fd, &mut *buffer) {
                 Ok(len) => return Ok(Some(len)),
                 Err(rustix::io::Errno::AGAIN) => return Ok(None),
-                // ENOENT: the request was withdrawn (its caller was killed) while it was being read.
+                // ENOENT: the kernel withdrew the request while it was being read, because its caller was killed.
                 Err(rustix::io::Errno::INTR | rustix::io::Errno::NOENT) => {}
                 Err(error) => return Err(errno(error)),
             }
@@ -184,13 +184,13 @@ impl Connection {
 
     /// Answers the request `unique`: with the concatenated parts (at most three), or with an error.
     ///
-    /// Does not block. An errno of 512 or above cannot travel here and becomes `EIO`; an ioctl can carry it in
+    /// Does not block. An errno of 512 or above cannot be sent and becomes `EIO`; an ioctl can return it in
     /// [`IoctlOut::result`](crate::uapi::fuse::IoctlOut::result).
     ///
     /// # Errors
-    /// `ENOENT` when nobody waits for this answer any more: it was given already, or the mount was aborted.
-    /// `ENODEV` or `EPERM` when the mount has ended. `EINVAL` for an answer the kernel cannot accept; its
-    /// caller has got `EIO`.
+    /// `ENOENT` when no caller waits for this answer: it was sent already, or the mount was aborted.
+    /// `ENODEV` or `EPERM` when the mount has ended. `EINVAL` for an answer that the kernel does not
+    /// accept; the caller gets `EIO`.
     pub fn reply(&self, unique: u64, answer: Result<&[&[u8]], Errno>) -> Result<(), Errno> {
         match answer {
             Ok(parts) => self.send(unique, 0, parts),
@@ -199,24 +199,25 @@ impl Connection {
         }
     }
 
-    /// Makes the kernel forget that `parent` has an entry `name`.
+    /// Removes the entry `name` of the directory `parent` from the kernel's cache.
     ///
     /// Must not be called by the thread that answers LOOKUP: the kernel takes the lock of the directory, which a
     /// look-up in progress may hold.
     ///
     /// # Errors
-    /// `ENOENT` when the kernel knows no such entry, which is as good.
+    /// `ENOENT` when the kernel has not cached the entry, which has the same effect.
     pub fn notify_inval_entry(&self, parent: u64, name: &[u8]) -> Result<(), Errno> {
         let namelen = u32::try_from(name.len()).map_err(|_| Errno::INVAL)?;
         let out = NotifyInvalEntryOut { parent, namelen, flags: 0 };
         self.send(0, notify::INVAL_ENTRY, &[out.as_bytes(), name, &[0]])
     }
 
-    /// Asks for every request that was read and not answered to be sent again, marked with
-    /// [`UNIQUE_RESEND`](crate::uapi::fuse::UNIQUE_RESEND): for the successor of a daemon that died.
+    /// Asks the kernel to send every request again that was read and not answered, marked with
+    /// [`UNIQUE_RESEND`](crate::uapi::fuse::UNIQUE_RESEND). For the successor of a
+    /// daemon that died.
     ///
     /// # Errors
-    /// `EINVAL` when the kernel cannot (before 6.9).
+    /// `EINVAL` before Linux 6.9, which does not support it.
     pub fn notify_resend(&self) -> Result<(), Errno> {
         self.send(0, notify::RESEND, &[])
     }
@@ -251,7 +252,7 @@ impl AsFd for Connection {
     }
 }
 
-/// The agreement with a kernel that asks `init`, and the answer to it.
+/// Negotiates with a kernel that sent `init`; returns the result and the answer.
 fn agree(init: &InitIn) -> (Negotiated, InitOut) {
     const WANTED: u64 = init_flags::BIG_WRITES
         | init_flags::ATOMIC_O_TRUNC
@@ -278,7 +279,7 @@ fn agree(init: &InitIn) -> (Negotiated, InitOut) {
         max_write: MAX_WRITE,
         time_gran: 1,
         flags2: u32::from_le_bytes([g0, g1, g2, g3]),
-        // request_timeout stays 0: it would abort the whole mount, all devices, for one that hangs.
+        // request_timeout stays 0, since a timeout would abort the whole mount with all devices for one that hangs.
         ..InitOut::default()
     };
     (negotiated, answer)

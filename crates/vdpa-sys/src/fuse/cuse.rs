@@ -18,16 +18,16 @@ use super::connection::MIN_MINOR;
 use super::{BUFFER_SIZE, Connection, HandshakeError, MAX_WRITE, Operation, fs_type_at};
 use crate::uapi::fuse::{CuseInitOut, KERNEL_MINOR_VERSION, KERNEL_VERSION, cuse_flags};
 
-/// The node that makes devices.
+/// The device node by which devices are created.
 pub const CONTROL: &str = "/dev/cuse";
 
-/// Where the kernel lists the devices of all servers.
+/// The directory in which the kernel lists the devices of all servers.
 const CLASS: &str = "/sys/class/cuse";
 
-/// Bytes of a device name: what the kernel keeps for `/proc/devices`, less the NUL.
+/// Largest length of a device name in bytes: the kernel's buffer for `/proc/devices`, without the NUL.
 const NAME_MAX: usize = 63;
 
-/// Number of a character device.
+/// Device number of a character device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Number {
     /// Major number, 1 to 511.
@@ -36,7 +36,7 @@ pub struct Number {
     pub minor: u32,
 }
 
-/// Why there is no device.
+/// Why a device could not be created.
 #[derive(Debug, thiserror::Error)]
 pub enum CuseError {
     /// `/dev/cuse` cannot be opened.
@@ -45,29 +45,29 @@ pub enum CuseError {
         /// The reason.
         errno: Errno,
     },
-    /// The kernel would not make nodes where they are looked for.
+    /// `/dev` is not a devtmpfs, so the kernel creates no node there.
     #[error(
         "/dev is no devtmpfs here, so no character devices appear in it (a container, or PrivateDevices= of systemd)"
     )]
     NoDevtmpfs,
-    /// The name cannot be one of a device.
+    /// The name is not valid for a device.
     #[error(
         "{name:?} is no name of a character device: it must have 1 to {NAME_MAX} letters, digits, and any of \"-._/\""
     )]
     Name {
-        /// It.
+        /// The name.
         name: String,
     },
-    /// A device or another file has the name.
+    /// A device or another file has this name.
     #[error("there is {} already", path.display())]
     Exists {
-        /// Where the node would be.
+        /// Path of the node.
         path: PathBuf,
     },
-    /// The kernel and we do not understand each other.
+    /// The handshake with the kernel failed.
     #[error(transparent)]
     Handshake(#[from] HandshakeError),
-    /// The kernel has not made the device.
+    /// The kernel has refused to create the device.
     #[error(
         "the kernel has refused the character device {name} with the number {asked}; its log may say why"
     )]
@@ -77,16 +77,16 @@ pub enum CuseError {
         /// Number asked for.
         asked: String,
     },
-    /// The device is there and its node is not.
+    /// The device exists, but its node does not.
     #[error("{} did not appear; is /dev a devtmpfs?", path.display())]
     NoNode {
-        /// Where it should be.
+        /// Expected path of the node.
         path: PathBuf,
     },
 }
 
 impl CuseError {
-    /// Whether loading the module may help.
+    /// Whether loading the kernel module may help.
     #[must_use]
     pub const fn lacks_module(&self) -> bool {
         matches!(self, Self::Control { errno } if matches!(errno.raw(), libc::ENOENT | libc::ENODEV | libc::ENXIO))
@@ -101,13 +101,13 @@ const fn hint(errno: Errno) -> &'static str {
     }
 }
 
-/// Whether `/dev/cuse` can be opened by this process, and devices appear in `/dev`. Makes no device.
+/// Checks that this process can open `/dev/cuse` and that devices appear in `/dev`. Creates no device.
 ///
 /// # Errors
 /// [`CuseError::Control`], with what would make it possible; [`CuseError::NoDevtmpfs`].
 pub fn available() -> Result<(), CuseError> {
     open_control().map(drop)?;
-    // Where the table of mounts cannot be read, making a device will tell.
+    // If the table of mounts cannot be read, the creation of a device will show the error.
     match fs_type_at(Path::new("/dev")) {
         Ok(kind) if kind.as_deref() != Some("devtmpfs") => Err(CuseError::NoDevtmpfs),
         _ => Ok(()),
@@ -121,23 +121,23 @@ fn open_control() -> Result<Connection, CuseError> {
     Connection::new(fd).map_err(refused)
 }
 
-/// Makes the device `/dev/NAME`, where a slash in the name stands for a directory, with this number; a major number
-/// of 0 lets the kernel choose. Ioctls arrive without their argument (`CUSE_UNRESTRICTED_IOCTL`).
+/// Creates the device `/dev/NAME` with this number. A slash in the name makes a directory; a major number of 0 lets the kernel
+/// choose. Ioctls arrive without their argument (`CUSE_UNRESTRICTED_IOCTL`).
 ///
-/// Blocks until the node is there. It has mode 0600 and is root's, unless udev's rules say otherwise.
+/// Blocks until the node exists. It belongs to root and has mode 0600, unless rules of udev change that.
 ///
 /// # Errors
-/// [`CuseError`]; nothing is left then.
+/// [`CuseError`]; no device exists then.
 pub fn create(name: &str, number: Number, timeout: Duration) -> Result<(Connection, Number), CuseError> {
     check_name(name)?;
     let path = node(name);
-    // The kernel would make the device and leave the node of the other one in place.
+    // The kernel would create the device, but the node of the other device would stay.
     if path.symlink_metadata().is_ok() || number_of(name).is_some() {
         return Err(CuseError::Exists { path });
     }
     let connection = open_control()?;
     announce(&connection, name, number, timeout)?;
-    // The kernel makes device and node before the write of the answer returns, or gives the connection up.
+    // The kernel creates device and node before the write of the answer returns, or closes the connection.
     let made = number_of(name).ok_or_else(|| CuseError::Refused {
         name: name.into(),
         asked: format!("{}:{}", number.major, number.minor),
@@ -186,13 +186,13 @@ fn check_name(name: &str) -> Result<(), CuseError> {
     if fits { Ok(()) } else { Err(CuseError::Name { name: name.into() }) }
 }
 
-/// The node of the device `name`.
+/// Path of the node of the device `name`.
 #[must_use]
 pub fn node(name: &str) -> PathBuf {
     Path::new("/dev").join(name)
 }
 
-/// Number of the device `name`, while there is one.
+/// Number of the device `name`; `None` if it does not exist.
 #[must_use]
 pub fn number_of(name: &str) -> Option<Number> {
     parse_number(&fs::read_to_string(sysfs(name).join("dev")).ok()?)
@@ -208,11 +208,11 @@ fn sysfs(name: &str) -> PathBuf {
     Path::new(CLASS).join(OsStr::new(&name.replace('/', "!")))
 }
 
-/// Ends the connection behind the device `name` if it has the number given: callers that wait get `ECONNABORTED`, its
-/// server `ENODEV`. The node goes when the server closes its descriptor.
+/// Aborts the connection of the device `name`, if the device has this number: waiting callers get `ECONNABORTED`, its server
+/// gets `ENODEV`. The node is removed when the server closes its descriptor.
 ///
 /// # Errors
-/// `ENOENT` when there is no such device any more; those of writing to sysfs.
+/// `ENOENT` when the device no longer exists; others of writing to sysfs.
 pub fn abort(name: &str, number: Number) -> io::Result<()> {
     if number_of(name) != Some(number) {
         return Err(io::ErrorKind::NotFound.into());
@@ -220,8 +220,7 @@ pub fn abort(name: &str, number: Number) -> io::Result<()> {
     fs::write(sysfs(name).join("abort"), "1")
 }
 
-/// Requests of the device `name`, with the number given, that were made and not answered; `None` when there is no such
-/// device any more.
+/// Number of unanswered requests of the device `name` with this number; `None` when it no longer exists.
 #[must_use]
 pub fn waiting(name: &str, number: Number) -> Option<u64> {
     let count = fs::read_to_string(sysfs(name).join("waiting")).ok()?;
@@ -238,7 +237,7 @@ mod tests {
 
     const NUMBER: Number = Number { major: 240, minor: 7 };
 
-    /// What the kernel, the other end of a socket, gets for its CUSE_INIT of this protocol version.
+    /// The answer that a kernel (the other end of a socket) gets for a CUSE_INIT of this protocol version.
     fn answer_to(minor: u32) -> (Result<(), HandshakeError>, Vec<u8>) {
         let (ours, mut kernel) = UnixStream::pair().unwrap();
         let connection = Connection::new(ours.into()).unwrap();

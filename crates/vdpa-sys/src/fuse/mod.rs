@@ -1,8 +1,7 @@
 //! A low-level FUSE server: mount, decode, answer.
 //!
-//! Made for device files, so it has what general libraries lack: the raw `arg` of an ioctl, a connection that
-//! a new image of the daemon can adopt without a second INIT, and `RESEND`. It knows nothing of names and
-//! nodes; those are the file system's.
+//! It serves device files, so it supports what general libraries do not: the raw `arg` of an ioctl, a connection that a new
+//! image of the daemon can adopt without a second INIT, and `RESEND`. Names and nodes are up to the file system above it.
 
 mod connection;
 pub mod cuse;
@@ -18,9 +17,9 @@ pub use mount::{
 pub use request::{DecodeError, Forgets, Operation, Request};
 pub use waiting::Connections;
 
-/// Bytes of the largest write the kernel is told to send. The messages of the interface have 72 bytes; the
-/// rest is room for what a curious caller writes.
+/// Largest write in bytes, as negotiated with the kernel. The messages of vhost-vdpa have 72 bytes; longer writes must reach
+/// the server so that it can refuse them.
 pub const MAX_WRITE: u32 = 65536;
 
-/// Bytes a request buffer needs: the largest write or ioctl input with its headers.
+/// Size of a request buffer in bytes: the largest write or ioctl input with its headers.
 pub const BUFFER_SIZE: usize = 65536 + 4096;

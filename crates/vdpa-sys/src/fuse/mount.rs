@@ -17,12 +17,12 @@ pub const FS_TYPE: &str = "fuse.vdpad";
 /// How a file system is mounted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MountOptions {
-    /// Let users other than the one who mounts in. In a user namespace the kernel still keeps out those who are
-    /// not inside it (`fuse_allow_current_process()`).
+    /// Allow access by users other than the one who mounts. In a user namespace the kernel still refuses users outside it
+    /// (`fuse_allow_current_process()`).
     pub allow_other: bool,
-    /// Let the kernel check mode, uid and gid. Without it anybody who sees the mount may open a 0600 file.
+    /// Let the kernel check mode, uid and gid. Without it every user who can access the mount may open a file of mode 0600.
     pub default_permissions: bool,
-    /// What `/proc/self/mountinfo` shows as the source.
+    /// The source of the mount in `/proc/self/mountinfo`.
     pub fsname: String,
     /// Type and permissions of the root node: a directory, or `S_IFREG` to mount over a single file.
     pub rootmode: u32,
@@ -48,14 +48,14 @@ pub enum MountError {
         /// The reason.
         errno: Errno,
     },
-    /// The name or the directory has a NUL or a comma where the kernel allows none.
+    /// A text contains a NUL or a comma, which the kernel does not allow there.
     #[error(
         "{what} contains a character that mount options cannot carry (comma, backslash or NUL): {text:?}"
     )]
     Text {
-        /// Which text.
+        /// What the text is.
         what: &'static str,
-        /// It.
+        /// The text.
         text: String,
     },
     /// `mount(2)` failed.
@@ -64,7 +64,7 @@ pub enum MountError {
          and a kernel with FUSE", dir.display()
     )]
     Mount {
-        /// Where.
+        /// Mount point.
         dir: PathBuf,
         /// The reason.
         errno: Errno,
@@ -72,7 +72,7 @@ pub enum MountError {
     /// `umount2(2)` failed.
     #[error("cannot unmount {}: {errno}", dir.display())]
     Unmount {
-        /// Where.
+        /// Mount point.
         dir: PathBuf,
         /// The reason.
         errno: Errno,
@@ -133,11 +133,11 @@ pub(crate) fn open_device() -> Result<std::os::fd::OwnedFd, Errno> {
         .map_err(|error| Errno::from_raw(error.raw_os_error()))
 }
 
-/// Ends the mount at `dir`: aborts its connection (callers that wait in it get `ECONNABORTED`, its server
-/// `ENODEV`) and takes it out of the name space, even while files are open.
+/// Ends the mount at `dir`: aborts its connection (waiting callers get `ECONNABORTED`, its server gets
+/// `ENODEV`) and removes it from the mount namespace, even while files are open.
 ///
-/// Neither asks the server nor needs `/sys/fs/fuse/connections`, and works in a user namespace. `dir` itself is
-/// not followed when it is a symbolic link.
+/// Does not wait for the server, does not need `/sys/fs/fuse/connections`, and works in a user namespace. Does not follow `dir`
+/// if it is a symbolic link.
 ///
 /// # Errors
 /// `EINVAL` when nothing is mounted there.
@@ -147,8 +147,8 @@ pub fn unmount(dir: &Path) -> Result<(), MountError> {
     )
 }
 
-/// Takes the mount at `path` out of the name space and leaves those who have a file of it open alone: the connection
-/// ends when the last of them, and of its bind mounts, has gone.
+/// Removes the mount at `path` from the mount namespace. Open files stay usable: the connection ends when the last open file
+/// is closed and the last bind mount is removed.
 ///
 /// # Errors
 /// `EINVAL` when nothing is mounted there.
@@ -158,7 +158,7 @@ pub fn unmount_lazily(path: &Path) -> Result<(), MountError> {
     })
 }
 
-/// What is mounted somewhere.
+/// A mount.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mounted {
     /// Type of the file system.
@@ -177,10 +177,10 @@ pub fn fs_type_at(dir: &Path) -> Result<Option<String>, MountError> {
     Ok(mounted_at(dir)?.map(|mounted| mounted.fs_type))
 }
 
-/// What is mounted exactly at `dir`, topmost; `None` when it is no mount point.
+/// The topmost mount exactly at `dir`; `None` when it is no mount point.
 ///
-/// Reads the table of mounts only, so it does not wait for a server that hangs. `dir` must be absolute and
-/// free of symbolic links, as the kernel shows it.
+/// Reads the table of mounts only, so it never waits for a server that hangs. `dir` must be absolute and
+/// without symbolic links, as the kernel shows it.
 ///
 /// # Errors
 /// [`MountError::Table`].

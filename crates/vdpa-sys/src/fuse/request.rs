@@ -1,4 +1,4 @@
-//! Decoding of requests: bytes in, a typed request out. No I/O, and no input makes it panic.
+//! Decoding of requests from bytes. No I/O; never panics, for any input.
 
 use zerocopy::FromBytes;
 
@@ -10,13 +10,13 @@ use crate::uapi::fuse::{
 /// One request of the kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Request<'a> {
-    /// Who asks, about what, and the number the answer must carry.
+    /// The caller, the node, and the number that the answer must carry.
     pub header: InHeader,
-    /// What is asked.
+    /// The operation with its arguments.
     pub operation: Operation<'a>,
 }
 
-/// What a request asks for, with its arguments.
+/// The operation of a request with its arguments.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the variants are the requests of uapi::fuse::opcode, documented there")]
 pub enum Operation<'a> {
@@ -53,7 +53,7 @@ pub enum Operation<'a> {
         name: &'a [u8],
     },
     Access(AccessIn),
-    /// A request this server does not know; answer `ENOSYS`, after which the kernel stops asking.
+    /// An unknown request. After the answer `ENOSYS` the kernel does not send it again.
     Unknown {
         opcode: u32,
     },
@@ -70,10 +70,10 @@ impl Forgets<'_> {
     }
 }
 
-/// Why bytes are not a request.
+/// Why bytes could not be decoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DecodeError {
-    /// Not even a header; there is no number to answer.
+    /// Shorter than a header, so there is no request number to answer.
     #[error("request of {got} bytes; a FUSE header alone has 40")]
     NoHeader {
         /// Bytes read.
@@ -102,7 +102,7 @@ pub enum DecodeError {
 }
 
 impl DecodeError {
-    /// The number of the request, when it could be read: it has to be answered, or its caller waits for ever.
+    /// The request number, if it could be read. The request must be answered, since its caller would wait for ever.
     #[must_use]
     pub const fn unique(&self) -> Option<u64> {
         match *self {
@@ -116,7 +116,7 @@ impl<'a> Request<'a> {
     /// Decodes one message, exactly as one `read` of `/dev/fuse` returned it.
     ///
     /// # Errors
-    /// [`DecodeError`] for bytes that are no request. The kernel never sends such.
+    /// [`DecodeError`] for bytes that are not a request, which the kernel never sends.
     pub fn decode(bytes: &'a [u8]) -> Result<Self, DecodeError> {
         let (header, body) =
             InHeader::read_from_prefix(bytes).map_err(|_| DecodeError::NoHeader { got: bytes.len() })?;

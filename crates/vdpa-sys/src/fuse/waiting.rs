@@ -1,4 +1,4 @@
-//! How many requests of a connection wait for an answer, as the kernel counts them.
+//! The kernel's count of unanswered requests of a connection.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -10,7 +10,7 @@ use vdpa_core::Errno;
 use super::mount::{FS_TYPE, mounted_at};
 use crate::errno;
 
-/// The kernel's list of FUSE connections (`fusectl`), without a place among the files of this machine.
+/// The kernel's list of FUSE connections (`fusectl`), in a mount that is not attached anywhere.
 #[derive(Debug)]
 pub struct Connections(OwnedFd);
 
@@ -26,8 +26,8 @@ impl Connections {
         fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes).map(Self).map_err(errno::from_rustix)
     }
 
-    /// Requests of the mount of `source` at `path` that were made and not answered; `None` when it cannot be told.
-    /// Touches nothing that the server of the mount would have to answer.
+    /// Number of unanswered requests of the mount of `source` at `path`; `None` when it cannot be determined. Makes no request
+    /// to the server of the mount.
     #[must_use]
     pub fn waiting(&self, path: &Path, source: &str) -> Option<u64> {
         let mounted = mounted_at(path).ok()??;

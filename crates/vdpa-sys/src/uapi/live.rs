@@ -33,7 +33,7 @@ const FREE_BIT: u8 = 9;
 const FREE_NUMBER: u8 = 0x90;
 /// First IOTLB message type that Linux 7.3 leaves free.
 const FREE_TYPE: u8 = 7;
-/// Where a bit goes that means nothing here: no device offers it.
+/// Replaces bits without a meaning in this configuration; no device offers it.
 const UNKNOWN: Bit = Bit(63);
 
 /// Every number of the series.
@@ -72,7 +72,7 @@ pub enum NumbersError {
         /// What would be right.
         why: &'static str,
     },
-    /// They were used or set before.
+    /// The numbers were used or set before.
     #[error("the numbers of the live-update series are in use already; set them at the start of the program")]
     Late,
 }
@@ -84,7 +84,7 @@ impl Default for Numbers {
 }
 
 impl Numbers {
-    /// Those of both postings of the series and of the QEMU patches that use it.
+    /// The numbers of both postings of the series and of the QEMU patches that use it.
     pub const POSTED: Self = Self {
         new_owner: vhost::VHOST_NEW_OWNER,
         remap: iotlb_type::REMAP,
@@ -112,8 +112,8 @@ impl Numbers {
         wire.0
     }
 
-    /// A backend feature word from the interface. Bits that are the series' elsewhere and nothing here become one
-    /// that no device offers.
+    /// A backend feature word from the interface. Bits that only other configurations of the series use become a bit that no
+    /// device offers.
     #[must_use]
     pub const fn features_from_wire(self, wire: u64) -> BackendFeatures {
         const POSTED: u64 =
@@ -150,7 +150,7 @@ impl Numbers {
         }
     }
 
-    /// Whether nothing else has these numbers.
+    /// Checks that the numbers are free and different.
     pub(crate) fn check(self) -> Result<Self, NumbersError> {
         let taken = |name, value, why| Err(NumbersError::Taken { name, value, why });
         let other = vhost::REQUESTS
@@ -207,7 +207,7 @@ impl FromStr for Numbers {
 
 static CONFIGURED: OnceLock<Numbers> = OnceLock::new();
 
-/// The numbers this program uses: those set, or those posted. They do not change once they were asked for.
+/// The numbers that this program uses: the configured or the posted ones. They do not change after the first call.
 #[must_use]
 pub fn configured() -> Numbers {
     *CONFIGURED.get_or_init(|| Numbers::POSTED)

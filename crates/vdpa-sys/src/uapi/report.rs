@@ -1,4 +1,4 @@
-//! What a client tells the server of its device about an update: a request of this project's own.
+//! A request of this project, by which a client reports an update to the server of its device.
 //!
 //! The kernel's vhost-vdpa answers it as every request it does not know (`ENOTTY`), and an unmodified client never makes
 //! it. Its number is in the table of [`live`](super::live).
@@ -42,13 +42,13 @@ pub struct UpdateReport {
     pub total: u64,
     /// Collecting the state.
     pub save: u64,
-    /// From the complete state to the successor's hands.
+    /// Transfer of the complete state to the successor.
     pub transfer: u64,
     /// Reading and checking the state.
     pub load: u64,
-    /// Agreeing that it is done.
+    /// Commit of the update.
     pub commit: u64,
-    /// SUSPEND and what belongs to it.
+    /// SUSPEND and the requests that belong to it.
     pub suspend: u64,
     /// NEW_OWNER.
     pub new_owner: u64,
@@ -75,7 +75,7 @@ impl Default for UpdateReport {
 }
 
 impl UpdateReport {
-    /// Puts as much of `text` into the reason as fits.
+    /// Sets the reason to `text`, cut to fit.
     pub fn set_reason(&mut self, text: &str) {
         let end = (0..=REASON.min(text.len())).rev().find(|&end| text.is_char_boundary(end)).unwrap_or(0);
         self.reason = [0; REASON];
@@ -92,7 +92,7 @@ impl UpdateReport {
     /// Checks what a client has sent.
     ///
     /// # Errors
-    /// `EINVAL` for another version, or a way, a strategy or an outcome that there is not.
+    /// `EINVAL` for another version, or an unknown way, strategy or outcome.
     pub const fn check(&self) -> Result<(), Errno> {
         let known = self.version == VERSION && self.way <= 2 && self.strategy <= 3 && self.outcome <= 1;
         if known && self.reserved == 0 { Ok(()) } else { Err(Errno::INVAL) }

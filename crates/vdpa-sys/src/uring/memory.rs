@@ -1,4 +1,4 @@
-//! Memory the kernel may read and write while a request is in flight.
+//! Memory that the kernel may access while a request is in flight.
 #![expect(unsafe_code, reason = "the kernel reads and writes memory of others while requests are in flight")]
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use vdpa_core::Errno;
 
-/// A mapping whose bytes may be accessed by anybody at any time, such as the shared memory of a guest.
+/// A mapping whose bytes others may access at any time, such as the shared memory of a guest.
 ///
 /// # Safety
 /// As long as the object exists, `[base, base + len)` stays mapped at that address, readable and writable, and
@@ -23,7 +23,7 @@ pub unsafe trait StableMemory: Send + Sync {
     fn base(&self) -> usize;
     /// Bytes.
     fn len(&self) -> usize;
-    /// Whether there are none.
+    /// Whether it has no bytes.
     fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -43,8 +43,8 @@ const _: () = assert!(size_of::<IoPiece>() == size_of::<libc::iovec>());
 const _: () = assert!(align_of::<IoPiece>() == align_of::<libc::iovec>());
 const _: () = assert!(std::mem::offset_of!(IoPiece, len) == std::mem::offset_of!(libc::iovec, iov_len));
 
-/// Mappings kept alive together, such as those one snapshot of an IOTLB translates to. Cloning an `Arc` of it
-/// once per request keeps all of them.
+/// Mappings that are kept alive together, such as those of one snapshot of an IOTLB. A request keeps all of them by one
+/// clone of an `Arc`.
 pub struct MemorySet {
     /// Ordered by base; mappings do not overlap, since each is mapped.
     regions: Box<[Region]>,
@@ -57,7 +57,7 @@ struct Region {
 }
 
 impl MemorySet {
-    /// The set of the mappings given; empty ones are left out. The same mapping may come more than once.
+    /// Creates a set of mappings, without empty ones. A mapping may be given more than once.
     pub fn new(memories: impl IntoIterator<Item = Arc<dyn StableMemory>>) -> Self {
         let mut regions: Vec<_> = memories
             .into_iter()
@@ -71,7 +71,7 @@ impl MemorySet {
         Self { regions: regions.into() }
     }
 
-    /// Whether all bytes of `piece` lie in one mapping of the set. A piece without bytes does.
+    /// Whether all bytes of `piece` lie in one mapping of the set. An empty piece does.
     #[must_use]
     pub fn covers(&self, piece: IoPiece) -> bool {
         let Some(more) = piece.len.checked_sub(1) else { return true };
@@ -99,7 +99,7 @@ pub struct GuestPieces {
     pub(super) _memory: Arc<MemorySet>,
 }
 
-/// The most pieces of one request: `UIO_MAXIOV`.
+/// Largest number of pieces of one request: `UIO_MAXIOV`.
 pub const MAX_PIECES: usize = 1024;
 
 impl GuestPieces {
@@ -124,37 +124,37 @@ impl GuestPieces {
         self.pieces.iter().map(|piece| piece.len).fold(0, usize::saturating_add)
     }
 
-    /// Whether there are none.
+    /// Whether it has no bytes.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 }
 
-/// Which way bytes go.
+/// Direction of a transfer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
-    /// Out of the file.
+    /// From the file to memory.
     Read,
-    /// Into the file.
+    /// From memory to the file.
     Write,
 }
 
-/// Whether the caller may be kept waiting.
+/// Whether a transfer may block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wait {
-    /// As long as the file system makes it wait.
+    /// It may block.
     Allowed,
-    /// Not for a disk nor for a lock (`RWF_NOWAIT`).
+    /// It must not wait for a disk or a lock (`RWF_NOWAIT`).
     Refused,
 }
 
-/// Moves bytes between byte `offset` of a file and `pieces` of mappings, by the caller's own thread. The result
-/// is the number of bytes; without waiting it may be less than asked for.
+/// Moves bytes between byte `offset` of a file and `pieces` of mappings, in the calling thread. Returns the
+/// number of bytes, which may be less than requested if it must not block.
 ///
 /// # Errors
-/// As [`GuestPieces::new`]; those of `preadv2(2)` and `pwritev2(2)`: `EAGAIN` where it would have to wait and may not,
-/// `EOPNOTSUPP` for files that always wait.
+/// As [`GuestPieces::new`]; those of `preadv2(2)` and `pwritev2(2)`: `EAGAIN` when it would block and must not,
+/// `EOPNOTSUPP` for files that do not support that.
 pub fn transfer_now(
     file: impl AsFd,
     direction: Direction,
@@ -257,7 +257,7 @@ impl fmt::Debug for AlignedBuf {
     }
 }
 
-/// A buffer that belongs to a request while it is in flight and comes back with its completion.
+/// A buffer that a request owns while it is in flight; the completion returns it.
 #[derive(Debug)]
 pub enum OwnedBuf {
     /// Its `len()` bytes are read or written; spare capacity is not used.
@@ -300,12 +300,12 @@ impl From<AlignedBuf> for OwnedBuf {
     }
 }
 
-/// Where the bytes of a read go or the bytes of a write come from.
+/// Destination of a read or source of a write.
 #[derive(Debug)]
 pub enum Buffers {
     /// Guest memory.
     Guest(GuestPieces),
-    /// A buffer of our own.
+    /// A buffer that the request owns.
     Owned(OwnedBuf),
 }
 

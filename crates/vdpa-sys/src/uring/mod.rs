@@ -1,8 +1,7 @@
 //! io_uring for a worker that serves disks: requests own the memory and the files they use.
 //!
-//! Whatever the kernel may touch is moved into the [`Ring`] with the request and stays there until its completion
-//! has been seen, so no mistake of a caller can free memory under I/O. Dropping a ring cancels what is in flight
-//! and waits for it.
+//! The [`Ring`] owns all memory and files of a request until its completion is reaped, so no mistake of a caller can free
+//! memory during I/O. Dropping a ring cancels the requests in flight and waits for them.
 //!
 //! One thread submits and reaps (`&mut Ring`); it should be the same one for the life of the ring, because the
 //! kernel cancels the requests of a thread that exits. Registered buffers and files may be changed from any

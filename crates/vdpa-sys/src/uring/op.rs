@@ -1,4 +1,4 @@
-//! What a ring can be asked for.
+//! The requests of a ring.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
@@ -12,23 +12,23 @@ use super::{Buffers, IoPiece, OwnedBuf};
 /// A file of a request.
 #[derive(Clone, Debug)]
 pub enum File {
-    /// By descriptor, held until the request completes.
+    /// By descriptor, which the request owns until it completes.
     Fd(Arc<OwnedFd>),
-    /// As [`Fd`](Self::Fd), of a file system that may wait although it is asked not to: every request goes to a kernel
-    /// thread, so that whoever submits does not wait.
+    /// As [`Fd`](Self::Fd), on a file system that may block even in non-blocking requests. Every request goes to a kernel
+    /// thread (`IOSQE_ASYNC`), so that the submitting thread never blocks.
     Blocking(Arc<OwnedFd>),
-    /// By slot of the registered files; an empty slot gives `EBADF`.
+    /// A registered file, by slot; an empty slot gives `EBADF`.
     Registered(u32),
 }
 
-/// A piece of a registered buffer. Nothing is held for it: the pages are pinned, and the kernel keeps a registered buffer
-/// for the requests that use it, whatever becomes of its slot or of the mapping.
+/// A part of a registered buffer. The request owns nothing for it: the pages are pinned, and the kernel keeps a registered
+/// buffer while requests use it, even if its slot is emptied or its mapping is removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FixedPiece {
     /// Slot of the registered buffer.
     pub slot: u16,
     /// The bytes, by the address the buffer was registered with. The kernel reports `EFAULT` for bytes outside
-    /// of the buffer, and never looks at the address space: the pages are pinned.
+    /// the buffer. It uses the pinned pages and not the address space.
     pub piece: IoPiece,
 }
 
@@ -75,7 +75,7 @@ pub enum Op {
     Fsync {
         /// File.
         file: File,
-        /// Leave out metadata not needed to read the data back.
+        /// Whether to omit metadata that is not needed to read the data.
         data_only: bool,
     },
     /// `fallocate(2)`: discard and write zeroes.
@@ -89,39 +89,39 @@ pub enum Op {
         /// Bytes.
         len: u64,
     },
-    /// Reports each time the file becomes readable, until cancelled; the result has the `POLL*` events.
+    /// Completes each time the file becomes readable, until it is cancelled; the result has the `POLL*` events.
     ///
     /// Edge-triggered: an eventfd that is never read gives one completion per signal (signals between two
     /// reaps may be merged into one), and one at once if it has been signalled before. While
-    /// [`Completion::more`](super::Completion::more) is true the poll goes on; when it is false it must be asked
-    /// for again.
+    /// [`Completion::more`](super::Completion::more) is true the poll continues; when it is false the request
+    /// must be submitted again.
     PollMultishot {
         /// What to poll.
         fd: Arc<OwnedFd>,
     },
 }
 
-/// What a request needs until its completion.
+/// The resources that a request needs until its completion.
 #[derive(Debug)]
-pub(super) enum Held {
+pub(super) enum Resources {
     /// Nothing: the pages are pinned and the file is registered.
     Nothing,
-    /// Memory of others or files.
+    /// Guest memory or files.
     Other {
-        /// Never read again, only dropped.
+        /// Owned only to be dropped after the completion.
         _keep: (Option<Buffers>, Option<File>),
     },
-    /// A buffer that goes back to the caller.
+    /// A buffer that is returned to the caller.
     Owned {
-        /// It.
+        /// The buffer.
         buffer: OwnedBuf,
-        /// Its file.
+        /// The file of the request.
         _file: File,
     },
 }
 
-impl Held {
-    /// What a request on `file` without memory of its own needs.
+impl Resources {
+    /// The resources of a request on `file` that owns no memory.
     fn file(file: File) -> Self {
         match file {
             File::Registered(_) => Self::Nothing,
@@ -129,7 +129,7 @@ impl Held {
         }
     }
 
-    /// The buffer to give back.
+    /// The buffer to return to the caller, if there is one.
     pub(super) fn into_buffer(self) -> Option<OwnedBuf> {
         match self {
             Self::Owned { buffer, .. } => Some(buffer),
@@ -158,14 +158,14 @@ macro_rules! with_file {
 }
 
 impl Op {
-    /// The entry for the kernel and what must outlive it.
+    /// Creates the submission queue entry, and the resources that must exist until its completion.
     ///
-    /// All addresses in the entry point into memory owned by the returned `Held`, on the heap or mapped, so moving
-    /// the `Held` leaves them valid.
+    /// All addresses in the entry point into memory owned by the returned `Resources`, on the heap or mapped, so moving
+    /// the `Resources` leaves them valid.
     ///
     /// # Errors
     /// `EINVAL` for a length beyond 2^32.
-    pub(super) fn prepare(self) -> Result<(Entry, Held), Errno> {
+    pub(super) fn prepare(self) -> Result<(Entry, Resources), Errno> {
         match self {
             Self::Read { file, buffers, offset } => transfer(file, buffers, offset, false),
             Self::Write { file, buffers, offset } => transfer(file, buffers, offset, true),
@@ -174,42 +174,42 @@ impl Op {
                 let entry = with_file!(&file, |fd| opcode::ReadFixed::new(fd, at, len, to.slot)
                     .offset(offset)
                     .build());
-                Ok((entry, Held::file(file)))
+                Ok((entry, Resources::file(file)))
             }
             Self::WriteFixed { file, from, offset } => {
                 let (at, len) = fixed(&from)?;
                 let entry = with_file!(&file, |fd| opcode::WriteFixed::new(fd, at, len, from.slot)
                     .offset(offset)
                     .build());
-                Ok((entry, Held::file(file)))
+                Ok((entry, Resources::file(file)))
             }
             Self::Fsync { file, data_only } => {
                 let flags = if data_only { types::FsyncFlags::DATASYNC } else { types::FsyncFlags::empty() };
                 let entry = with_file!(&file, |fd| opcode::Fsync::new(fd).flags(flags).build());
-                Ok((entry, Held::file(file)))
+                Ok((entry, Resources::file(file)))
             }
             Self::Fallocate { file, mode, offset, len } => {
                 let entry =
                     with_file!(&file, |fd| opcode::Fallocate::new(fd, len).offset(offset).mode(mode).build());
-                Ok((entry, Held::file(file)))
+                Ok((entry, Resources::file(file)))
             }
             Self::PollMultishot { fd } => {
                 const IN: u32 = 1;
                 const _: () = assert!(libc::POLLIN == 1);
                 let entry = opcode::PollAdd::new(types::Fd(fd.as_raw_fd()), IN).multi(true).build();
-                Ok((entry, Held::Other { _keep: (None, Some(File::Fd(fd))) }))
+                Ok((entry, Resources::Other { _keep: (None, Some(File::Fd(fd))) }))
             }
         }
     }
 }
 
-fn transfer(file: File, buffers: Buffers, offset: u64, write: bool) -> Result<(Entry, Held), Errno> {
+fn transfer(file: File, buffers: Buffers, offset: u64, write: bool) -> Result<(Entry, Resources), Errno> {
     match buffers {
         Buffers::Guest(guest) => {
             if let [piece] = *guest.pieces {
-                // A list of one costs the kernel a copy more than the piece itself.
+                // A list of one piece costs the kernel an additional copy.
                 let entry = plain(&file, piece, offset, write)?;
-                return Ok((entry, Held::Other { _keep: (Some(Buffers::Guest(guest)), Some(file)) }));
+                return Ok((entry, Resources::Other { _keep: (Some(Buffers::Guest(guest)), Some(file)) }));
             }
             let count = u32::try_from(guest.pieces.len()).map_err(|_| Errno::INVAL)?;
             let iov = guest.pieces.as_ptr().cast::<libc::iovec>();
@@ -218,11 +218,11 @@ fn transfer(file: File, buffers: Buffers, offset: u64, write: bool) -> Result<(E
             } else {
                 opcode::Readv::new(fd, iov, count).offset(offset).build()
             });
-            Ok((entry, Held::Other { _keep: (Some(Buffers::Guest(guest)), Some(file)) }))
+            Ok((entry, Resources::Other { _keep: (Some(Buffers::Guest(guest)), Some(file)) }))
         }
         Buffers::Owned(mut buffer) => {
             let entry = plain(&file, buffer.piece(), offset, write)?;
-            Ok((entry, Held::Owned { buffer, _file: file }))
+            Ok((entry, Resources::Owned { buffer, _file: file }))
         }
     }
 }

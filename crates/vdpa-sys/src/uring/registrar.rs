@@ -11,24 +11,24 @@ use vdpa_core::Errno;
 use super::ring::errno;
 use super::{File, IoPiece, MemorySet};
 
-/// Changes the registered buffers and files of a ring, from any thread, also while its worker waits.
+/// Changes the registered buffers and files of a ring, from any thread, even while its worker blocks in the ring.
 ///
 /// The kernel serialises registration with submission by a lock of the ring; registering pins pages and takes
 /// about 20 us per MiB of 4 KiB pages (0.3 us per MiB of huge ones) during which the worker cannot submit. A
-/// request that was submitted keeps the buffer or file it found, whatever happens to the slot; a request not yet
-/// submitted uses what is in the slot when it is.
+/// submitted request keeps its buffer or file even if the slot changes. A queued request uses the content that the slot has
+/// when it is submitted.
 #[derive(Clone)]
 pub struct Registrar {
     pub(super) ring: Arc<IoUring>,
     pub(super) files: Arc<Mutex<Files>>,
 }
 
-/// Slots of the registered files that nobody has.
+/// Free slots of the registered files.
 #[derive(Debug, Default)]
 pub(super) struct Files {
-    /// Given back.
+    /// Slots that were freed.
     free: Vec<u32>,
-    /// Never given out, from here on.
+    /// From this slot on, slots were never used.
     fresh: u32,
     /// Slots reserved with the ring: none until the first file.
     reserved: u32,
@@ -39,14 +39,14 @@ impl Files {
     const SLOTS: u32 = 1024;
 }
 
-/// A file registered with a ring; the slot is emptied when it is dropped, and may be another file's from then on.
+/// A file registered with a ring. Dropping it empties the slot, which another file may then use.
 ///
-/// To be dropped when no request that names it waits to be submitted, and to be [retired](Self::retire) otherwise:
-/// such a request would find another file. Requests that were submitted keep the file.
+/// Drop it only if no queued request refers to it; otherwise [retire](Self::retire) it, since such a request would use another
+/// file. Submitted requests keep the file.
 pub struct FileSlot {
     registrar: Registrar,
     slot: u32,
-    /// The slot may be given out again.
+    /// Whether the slot may be used again.
     again: bool,
 }
 
@@ -57,13 +57,13 @@ impl FileSlot {
         File::Registered(self.slot)
     }
 
-    /// Its number.
+    /// Number of its slot.
     #[must_use]
     pub const fn number(&self) -> u32 {
         self.slot
     }
 
-    /// Empties the slot for good: requests that were not submitted find nothing in it, and fail with `EBADF`.
+    /// Empties the slot for good. Queued requests that refer to it fail with `EBADF`.
     pub fn retire(mut self) {
         self.again = false;
     }
@@ -71,7 +71,7 @@ impl FileSlot {
 
 impl Drop for FileSlot {
     fn drop(&mut self) {
-        // A slot that cannot be emptied is not given out again.
+        // A slot that cannot be emptied is not used again.
         if self.registrar.set_file(self.slot, None).is_ok() && self.again {
             lock(&self.registrar.files).free.push(self.slot);
         }
@@ -99,8 +99,8 @@ impl Registrar {
 
     /// Pins `piece`, at most 1 GiB inside one mapping of `memory`, as buffer `slot`; replaces what was there.
     ///
-    /// The pages stay pinned until the slot is replaced or emptied, or the ring is closed, whatever becomes of the
-    /// mapping. Populate the mapping first: pinning page by page is five times as slow.
+    /// The pages stay pinned until the slot is replaced or emptied, or the ring is closed, even if the mapping is
+    /// removed. Populate the mapping first: pinning page by page is five times as slow.
     ///
     /// # Errors
     /// `EFAULT` for bytes outside of `memory`, or that cannot be accessed for writing; `ENOMEM` when
@@ -139,8 +139,8 @@ impl Registrar {
         self.ring.submitter().register_files_sparse(slots).map_err(|error| errno(&error))
     }
 
-    /// Registers a file in a slot of its own: the kernel then looks nothing up and counts nothing per request. Not to
-    /// be mixed with [`Registrar::reserve_files`].
+    /// Registers a file in a free slot, which saves the kernel the lookup and reference count per request. Do not combine it
+    /// with [`Registrar::reserve_files`].
     ///
     /// # Errors
     /// `ENFILE` when all slots are taken; as for [`Registrar::reserve_buffers`].

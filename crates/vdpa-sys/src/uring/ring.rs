@@ -13,17 +13,17 @@ use io_uring::types::{CancelBuilder, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, types};
 use vdpa_core::Errno;
 
-use super::op::Held;
+use super::op::Resources;
 use super::registrar::Files;
 use super::{File, FixedPiece, IoPiece, Op, OwnedBuf, Registrar};
 
-/// How long a ring that is dropped waits for the kernel. What is in flight then is leaked, not freed.
-const DROP_PATIENCE: Duration = Duration::from_secs(30);
+/// How long the drop of a ring waits for requests in flight. Requests that have not ended then are leaked, not freed.
+const DROP_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// `user_data` of requests nobody asked for.
+/// `user_data` of requests that the ring makes itself.
 const INTERNAL: u64 = u64::MAX;
 
-/// Set in the `user_data` of requests that hold nothing, and so need no place in the slab: the rest is the token.
+/// Set in the `user_data` of requests that own nothing and so are not in the slab; the other bits are the token.
 const BARE: u64 = 1 << 63;
 
 /// An io_uring; see the module.
@@ -38,35 +38,35 @@ pub struct Ring {
 /// The result of a request.
 #[derive(Debug)]
 pub struct Completion {
-    /// The caller's name for the request.
+    /// The token of the request, as given to `submit`.
     pub token: u64,
-    /// Bytes, events or 0; or the error. Cancelled requests give `ECANCELED`.
+    /// Number of bytes, events, or 0; or the error. Cancelled requests give `ECANCELED`.
     pub result: Result<u32, Errno>,
     /// Whether further completions of this request will come ([`Op::PollMultishot`]).
     pub more: bool,
-    /// The buffer of a request that owned one.
+    /// The buffer, if the request owned one.
     pub buffer: Option<OwnedBuf>,
 }
 
-/// Why a request was not taken. Nothing has happened and nothing is held.
+/// Why a request was not queued. Nothing was done, and its memory and files were dropped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SubmitError {
-    /// The request itself is impossible.
+    /// The request itself is invalid.
     #[error("request refused: {errno}")]
     Request {
         /// `EINVAL`: a transfer of more than 4 GiB.
         errno: Errno,
     },
-    /// The queue is full and the kernel did not take anything out of it: reap completions first.
+    /// The submission queue is full and the kernel does not consume it: reap completions first.
     #[error("the submission queue is full and the kernel takes nothing: {errno}; reap completions first")]
     Full {
-        /// What `io_uring_enter` said.
+        /// The error of `io_uring_enter`.
         errno: Errno,
     },
 }
 
 impl SubmitError {
-    /// The error number for the one whose request it was.
+    /// The error number of the request.
     #[must_use]
     pub const fn errno(&self) -> Errno {
         match *self {
@@ -103,8 +103,8 @@ impl Ring {
         Registrar { ring: Arc::clone(&self.ring), files: Arc::clone(&self.files) }
     }
 
-    /// Lets the kernel make up to `count` threads for requests of the calling thread that may block on files, from its own
-    /// few (4 for each processor): requests beyond that wait until a thread is free. To be called by the thread that submits.
+    /// Lets the kernel create up to `count` worker threads for requests of the calling thread that may block on files; its
+    /// default is 4 per processor. Further requests wait for a free thread. Call it from the thread that submits.
     ///
     /// # Errors
     /// `EINVAL` on kernels before 5.15.
@@ -113,13 +113,13 @@ impl Ring {
         self.ring.submitter().register_iowq_max_workers(&mut [count, 0]).map_err(|error| errno(&error))
     }
 
-    /// Requests in flight: submitted or queued, completion not seen yet.
+    /// Number of requests in flight: queued or submitted, and their completion not reaped.
     #[must_use]
     pub fn in_flight(&self) -> usize {
         self.slab.used + self.bare
     }
 
-    /// Queues a request under the caller's name `token`, which need not be unique. It starts at the next
+    /// Queues a request with a `token`, which need not be unique. It starts at the next
     /// [`Ring::submit_and_wait`], or earlier when the queue is full. Does not wait for completions.
     ///
     /// # Errors
@@ -128,18 +128,18 @@ impl Ring {
         if let Op::ReadFixed { file: File::Registered(file), to, offset } = op {
             return self.read_fixed(file, to, offset, token);
         }
-        let (entry, held) = op.prepare().map_err(|errno| SubmitError::Request { errno })?;
-        if matches!(held, Held::Nothing) && token < INTERNAL & !BARE {
+        let (entry, resources) = op.prepare().map_err(|errno| SubmitError::Request { errno })?;
+        if matches!(resources, Resources::Nothing) && token < INTERNAL & !BARE {
             self.push(&entry.user_data(token | BARE)).map_err(|errno| SubmitError::Full { errno })?;
             self.bare += 1;
             return Ok(());
         }
-        self.push_held(entry, token, held)
+        self.push_owned(entry, token, resources)
     }
 
-    /// Queues an entry with what it needs until its completion.
-    fn push_held(&mut self, entry: Entry, token: u64, held: Held) -> Result<(), SubmitError> {
-        let key = self.slab.insert(Slot { token, held });
+    /// Queues an entry together with the resources it needs until its completion.
+    fn push_owned(&mut self, entry: Entry, token: u64, resources: Resources) -> Result<(), SubmitError> {
+        let key = self.slab.insert(Slot { token, resources });
         if let Err(errno) = self.push(&entry.user_data(key)) {
             self.slab.remove(key);
             return Err(SubmitError::Full { errno });
@@ -147,8 +147,8 @@ impl Ring {
         Ok(())
     }
 
-    /// [`submit`](Self::submit) of an [`Op::ReadFixed`] of a registered file, by its slot: for what is read so often that
-    /// it matters how often its parts are copied on the way.
+    /// [`submit`](Self::submit) of an [`Op::ReadFixed`] of a registered file, by its slot. A fast path that avoids
+    /// copies of the request.
     ///
     /// # Errors
     /// As `submit`.
@@ -165,16 +165,17 @@ impl Ring {
         let at = std::ptr::with_exposed_provenance_mut(addr);
         let entry = opcode::ReadFixed::new(types::Fixed(file), at, len, slot).offset(offset).build();
         if token >= INTERNAL & !BARE {
-            return self.push_held(entry, token, Held::Nothing);
+            return self.push_owned(entry, token, Resources::Nothing);
         }
         self.push(&entry.user_data(token | BARE)).map_err(|errno| SubmitError::Full { errno })?;
         self.bare += 1;
         Ok(())
     }
 
-    /// Asks for the requests whose names are `wanted` to be cancelled, except those between a registered file and a
-    /// registered buffer, of which nothing is kept here. Each still completes: with `ECANCELED`, or with its result when it
-    /// was too late. Storage I/O that has reached the device cannot be cancelled. Looks at every request in flight.
+    /// Requests the cancellation of the requests whose tokens are `wanted`, except transfers between a registered file and a
+    /// registered buffer, which the ring does not record. Each still completes: with `ECANCELED`, or with its result if it was
+    /// too late. Storage I/O that has reached the device cannot be cancelled. Takes time in proportion to the requests in
+    /// flight.
     ///
     /// # Errors
     /// [`SubmitError::Full`].
@@ -186,8 +187,8 @@ impl Ring {
         Ok(())
     }
 
-    /// Whether completions are there, or would be after a visit to the kernel. Costs two loads; for whoever looks again and
-    /// again instead of waiting. Kernels before 5.19 tell of completions that are there only.
+    /// Whether completions are available, or would be after entering the kernel (`IORING_SQ_TASKRUN`). Costs two loads, for
+    /// busy-polling. Kernels before 5.19 show available completions only.
     #[must_use]
     pub fn has_completions(&mut self) -> bool {
         // SAFETY: `&mut self` makes this the only completion queue: registrars use the submitter only.
@@ -197,18 +198,18 @@ impl Ring {
         arrived || queue.taskrun() || queue.cq_overflow()
     }
 
-    /// Whether requests are queued that the kernel has not seen.
+    /// Whether requests are queued and not submitted.
     fn has_queued(&mut self) -> bool {
         // SAFETY: as in `has_completions`.
         !unsafe { self.ring.submission_shared() }.is_empty()
     }
 
-    /// Starts what is queued and waits until at least `want` completions are there (0 does not wait) or the time is
-    /// up. `None` waits without end.
+    /// Submits the queued requests and blocks until at least `want` completions are available (0 does not block) or the timeout
+    /// has passed. `None` waits without a limit.
     ///
     /// # Errors
-    /// What `io_uring_enter` reports. Running out of time, a signal and a full completion queue are no errors:
-    /// look at [`Ring::next_completion`].
+    /// Those of `io_uring_enter`. A timeout, a signal and a full completion queue are not errors: call
+    /// [`Ring::next_completion`].
     pub fn submit_and_wait(&mut self, want: usize, timeout: Option<Duration>) -> Result<(), Errno> {
         if want == 0 && !self.has_queued() && !self.has_completions() {
             return Ok(());
@@ -235,7 +236,7 @@ impl Ring {
         }
     }
 
-    /// The next completion that is there; does not wait.
+    /// The next available completion. Does not block.
     pub fn next_completion(&mut self) -> Option<Completion> {
         loop {
             // SAFETY: `&mut self` makes this the only completion queue: the other holders of the Arc are
@@ -247,7 +248,7 @@ impl Ring {
         }
     }
 
-    /// The completions that are there, until there are no more.
+    /// All available completions. Does not block.
     pub fn completions(&mut self) -> impl Iterator<Item = Completion> {
         std::iter::from_fn(|| self.next_completion())
     }
@@ -263,10 +264,10 @@ impl Ring {
             return Some(Completion { token, result, more: true, buffer: None });
         }
         let slot = self.slab.remove(key)?;
-        Some(Completion { token: slot.token, result, more: false, buffer: slot.held.into_buffer() })
+        Some(Completion { token: slot.token, result, more: false, buffer: slot.resources.into_buffer() })
     }
 
-    /// Queues an entry whose memory the slab holds (or that has none).
+    /// Queues an entry whose memory the slab owns, or that has none.
     #[inline]
     fn push(&mut self, entry: &Entry) -> Result<(), Errno> {
         if self.try_push(entry) {
@@ -293,14 +294,14 @@ impl Ring {
         unsafe { queue.push(entry) }.is_ok()
     }
 
-    /// Cancels everything and waits; whether nothing is in flight afterwards.
-    fn drain(&mut self, patience: Duration) -> bool {
-        let deadline = Instant::now() + patience;
+    /// Cancels all requests and waits up to `timeout`; returns whether no request is in flight afterwards.
+    fn drain(&mut self, timeout: Duration) -> bool {
+        let deadline = Instant::now() + timeout;
         while self.in_flight() > 0 {
             if Instant::now() >= deadline {
                 return false;
             }
-            // Again in each round: a request may have been queued by the kernel since the last one.
+            // Repeated in each round, since the kernel may have queued a request since the last one.
             let cancel = opcode::AsyncCancel2::new(CancelBuilder::any()).build().user_data(INTERNAL);
             let pushed = self.push(&cancel).is_ok();
             let waited = self.submit_and_wait(1, Some(Duration::from_millis(100)));
@@ -315,11 +316,11 @@ impl Ring {
 
 impl Drop for Ring {
     fn drop(&mut self) {
-        if self.drain(DROP_PATIENCE) {
+        if self.drain(DROP_TIMEOUT) {
             // SAFETY: dropped here for the only time; self is gone after this.
             unsafe { ManuallyDrop::drop(&mut self.slab) }
         }
-        // Otherwise the kernel still owns memory in the slab: leaking it is the only sound thing left.
+        // Otherwise the kernel may still use memory in the slab, so it must be leaked.
     }
 }
 
@@ -346,7 +347,7 @@ pub(super) fn errno(error: &io::Error) -> Errno {
 #[derive(Debug)]
 struct Slot {
     token: u64,
-    held: Held,
+    resources: Resources,
 }
 
 /// Requests in flight by key: index in the lower half, generation in the upper one, so that a key is never

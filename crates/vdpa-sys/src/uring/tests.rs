@@ -12,7 +12,7 @@ use vdpa_core::Errno;
 
 use super::*;
 
-const PATIENCE: Option<Duration> = Some(Duration::from_secs(10));
+const TIMEOUT: Option<Duration> = Some(Duration::from_secs(10));
 
 /// Anonymous memory, and a mark that tells when it was unmapped.
 struct Anon {
@@ -70,7 +70,7 @@ fn temp() -> Arc<OwnedFd> {
 }
 
 fn one(ring: &mut Ring) -> Completion {
-    ring.submit_and_wait(1, PATIENCE).unwrap();
+    ring.submit_and_wait(1, TIMEOUT).unwrap();
     ring.next_completion().expect("a completion within 10 s")
 }
 
@@ -255,7 +255,7 @@ fn more_requests_than_entries_are_taken() {
     let mut seen = Vec::new();
     let deadline = Instant::now() + Duration::from_secs(10);
     while seen.len() < 50 && Instant::now() < deadline {
-        ring.submit_and_wait(1, PATIENCE).unwrap();
+        ring.submit_and_wait(1, TIMEOUT).unwrap();
         seen.extend(ring.completions().map(|done| done.token));
     }
     seen.sort_unstable();
