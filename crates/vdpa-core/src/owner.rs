@@ -40,6 +40,16 @@ impl<H: Host> Ownership<H> {
         self.owner = Some(space);
     }
 
+    /// Records the owner that a device had in another process, whose account is charged whatever the limit is now.
+    ///
+    /// # Errors
+    /// `ENOMEM` when the account cannot count so many; nothing has changed then.
+    pub(crate) fn restore(&mut self, space: H::AddressSpace, pinned: u64) -> Result<()> {
+        space.account().charge(pinned, u64::MAX)?;
+        (self.owner, self.pinned) = (Some(space), pinned);
+        Ok(())
+    }
+
     /// Charges what is pinned to the heir as well, so that the transfer itself cannot fail any more; `ENOMEM`
     /// over `limit`, and nothing has changed then.
     pub(crate) fn charge_heir(&self, heir: &H::AddressSpace, limit: u64) -> Result<()> {

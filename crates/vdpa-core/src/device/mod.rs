@@ -6,6 +6,7 @@
 //! holds the device may make, and getters for whoever manages the device.
 
 mod batch;
+mod changes;
 mod config;
 mod default_map;
 mod dma;
@@ -13,7 +14,10 @@ mod failure;
 #[cfg(any(test, fuzzing))]
 mod invariants;
 mod ownership;
+mod parent_table;
+mod quiesce;
 mod remap;
+pub mod state;
 #[cfg(test)]
 mod tests;
 mod vring;
@@ -21,6 +25,7 @@ mod vring;
 use std::collections::BTreeMap;
 
 pub use dma::IotlbError;
+pub use quiesce::ResumeError;
 use vring::Vring;
 pub use vring::VringInfo;
 
@@ -66,6 +71,8 @@ pub struct Device<P: Parent> {
     group_asids: Vec<Asid>,
     tables: BTreeMap<Asid, Table<MemoryOf<P>>>,
     batch: Option<batch::Batch<MemoryOf<P>>>,
+    /// What the parent translates with where it is not `tables`: see [`parent_table`].
+    parent_tables: BTreeMap<Asid, parent_table::ParentTable<MemoryOf<P>>>,
     /// Of each address space: the parent passes addresses through, as nothing was mapped yet.
     passthrough: Vec<bool>,
     /// Backend features of the parent, as far as they fit together: see [`parent_features`].
@@ -74,6 +81,10 @@ pub struct Device<P: Parent> {
     fork_from_owner: u8,
     /// What was behind the device was taken away: see [`fail`](Device::fail).
     failed: bool,
+    /// No queue starts: see [`quiesce`](Device::quiesce).
+    quiesced: bool,
+    /// `None` until somebody asks for changes.
+    changes: Option<Box<changes::Changes<MemoryOf<P>>>>,
 }
 
 impl<P: Parent> Device<P> {
@@ -98,11 +109,14 @@ impl<P: Parent> Device<P> {
             group_asids,
             tables: BTreeMap::new(),
             batch: None,
+            parent_tables: BTreeMap::new(),
             passthrough,
             own_features,
             config_call: None,
             fork_from_owner: FORK_FROM_OWNER,
             failed: false,
+            quiesced: false,
+            changes: None,
             parent,
         }
     }
@@ -121,6 +135,7 @@ impl<P: Parent> Device<P> {
         // Nothing is negotiated yet, so the first reset never cleans the map.
         self.reset_device(false)?;
         self.vrings.iter_mut().for_each(|vring| *vring = Vring::default());
+        self.touch_all();
         self.acked = BackendFeatures::NONE;
         self.base_features = Features::NONE;
         self.fork_from_owner = FORK_FROM_OWNER;
@@ -174,14 +189,18 @@ impl<P: Parent> Device<P> {
     /// `EOPNOTSUPP` for a bit outside those known or, SUSPEND onwards, not offered; `EINVAL` for DESC_ASID
     /// without IOTLB_ASID.
     pub fn set_backend_features(&mut self, word: BackendFeatures) -> Result<()> {
+        if !faults::is(Fault::BackendAnyBit) {
+            self.check_backend_features(word)?;
+        }
+        self.acked = word;
+        Ok(())
+    }
+
+    fn check_backend_features(&self, word: BackendFeatures) -> Result<()> {
         const KNOWN: u64 = 0x1fe;
         const UNCHECKED: u64 = 0x4e;
         let offered = self.backend_features();
         let acceptable = BackendFeatures(KNOWN | offered.0 & !1);
-        if faults::is(Fault::BackendAnyBit) {
-            self.acked = word;
-            return Ok(());
-        }
         if !acceptable.contains(word) {
             return Err(Errno::OPNOTSUPP);
         }
@@ -195,7 +214,6 @@ impl<P: Parent> Device<P> {
         if !(offered | BackendFeatures(UNCHECKED)).contains(word) {
             return Err(Errno::OPNOTSUPP);
         }
-        self.acked = word;
         Ok(())
     }
 
@@ -318,6 +336,7 @@ impl<P: Parent> Device<P> {
         self.stop_all()?;
         self.status = Status::RESET;
         self.vrings.iter_mut().for_each(Vring::reset);
+        self.touch_all();
         self.group_asids.iter_mut().for_each(|asid| *asid = Asid(0));
         self.parent.reset();
         if clean_map && !faults::is(Fault::ResetKeepsTranslation) {
