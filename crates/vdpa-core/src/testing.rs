@@ -31,7 +31,7 @@ mod ram_net;
 mod ring_pair;
 mod table;
 
-pub use objects::TestObjects;
+pub use objects::{TestObjects, restore_from_bytes};
 pub use platform::{TestEvent, TestHost, TestObject, TestPiece, TestProcess, TestSpace};
 pub use ram_blk::RamBlk;
 pub use ram_net::RamNet;

@@ -1,9 +1,11 @@
 //! [`TestObjects`]: the objects of a [`TestHost`], numbered for saved state.
 
 use super::platform::{TestEvent, TestHost, TestPiece, TestProcess, TestSpace};
-use crate::device::state::{MemoryRef, StateSink, StateSource};
+use crate::device::Device;
+use crate::device::state::{self, MemoryRef, StateSink, StateSource};
 use crate::errno::Errno;
 use crate::host::MemoryObject;
+use crate::parent::Parent;
 use crate::types::{Perm, Result};
 
 /// Gives objects numbers and finds them again: what a daemon keeps of the kernel's objects for its successor.
@@ -34,6 +36,23 @@ impl TestObjects {
         let known = self.spaces.iter().find(|known| known.is_same(&space)).cloned();
         process.with_space(known.unwrap_or_else(|| space.in_successor()))
     }
+}
+
+/// Decodes records, and restores the device that they describe around `parent`: what a successor does with whatever it
+/// is given. For fuzz targets, with any bytes.
+///
+/// # Errors
+/// In words, why the bytes are no device.
+pub fn restore_from_bytes<P: Parent<Host = TestHost>>(
+    parent: P,
+    bytes: &[u8],
+    objects: &mut TestObjects,
+) -> Result<Device<P>, String> {
+    let records = state::decode_all(bytes).map_err(|error| error.to_string())?;
+    let device = Device::restore(parent, &records, objects).map_err(|error| error.to_string())?;
+    #[cfg(fuzzing)]
+    device.check_invariants()?;
+    Ok(device)
 }
 
 fn number<T: Clone>(list: &mut Vec<T>, item: &T, same: impl Fn(&T) -> bool) -> u64 {

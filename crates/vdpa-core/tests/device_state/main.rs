@@ -1,7 +1,11 @@
 //! Saved state of a device: any requests, saved and restored at any point, and what follows is the same on both devices.
 #![expect(clippy::unwrap_used, reason = "a test that cannot set up its device must fail")]
 
+mod golden;
+mod handover;
 mod parent;
+mod records;
+mod restore;
 mod world;
 
 use proptest::prelude::*;

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use thiserror::Error;
 
 use super::kind::{self, Kind};
-use super::record::{MappingState, Record, TableId};
+use super::record::{MappingState, Record, TableId, TableRole};
 use crate::types::IovaRange;
 
 /// A record that does not fit what came before it.
@@ -26,6 +26,14 @@ pub enum ApplyError {
         kind: &'static str,
         /// The table.
         table: TableId,
+    },
+    /// A copy that is never made. Every other one is of a table that was described in full.
+    #[error("the table {from:?} is never copied to {to:?}")]
+    Copy {
+        /// The table to copy.
+        from: TableId,
+        /// The table that would be replaced.
+        to: TableId,
     },
 }
 
@@ -132,6 +140,11 @@ impl Image {
     }
 
     fn copy(&mut self, from: TableId, to: TableId) -> Result<(), ApplyError> {
+        let role =
+            matches!((from.role, to.role), (TableRole::Interface, TableRole::Rollback | TableRole::Parent));
+        if !role || from.asid != to.asid {
+            return Err(ApplyError::Copy { from, to });
+        }
         let mut copy = self.table(from, &kind::TABLE_COPIED)?.clone();
         copy.mappings.values_mut().for_each(|mapping| mapping.table = to);
         self.tables.insert(to, copy);

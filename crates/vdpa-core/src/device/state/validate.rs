@@ -257,6 +257,10 @@ fn build_table<H: Host>(
     if image.mappings.len() > profile.max_iotlb_entries {
         return wrong("it has more mappings than the device allows");
     }
+    // Far more than anybody makes, so that further ones can be numbered without a check.
+    if image.next_update > u64::MAX / 2 {
+        return wrong("its next UPDATE has a number that is not possible");
+    }
     if let Some((_, range)) = image.overlap() {
         return Err(RestoreError::Mapping { table: id, range, what: "it overlaps the one before it" });
     }
