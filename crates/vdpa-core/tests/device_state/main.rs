@@ -43,6 +43,9 @@ proptest! {
         steps in prop::collection::vec((world::op(), then()), 1..60),
     ) {
         let mut original = World::new(&kind);
+        original.step(&Op::Open);
+        original.step(&Op::SetOwner(false));
+        original.follow_changes();
         let mut restored: Option<World> = None;
         for (op, then) in steps {
             let answer = original.step(&op);

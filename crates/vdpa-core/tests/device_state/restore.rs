@@ -234,6 +234,35 @@ fn queues_go_on_where_they_stopped_on_either_side() {
 }
 
 #[test]
+fn inside_a_batch_the_parent_goes_on_with_the_table_from_before() {
+    let [live, suspend, clean, skip, _, status, report, identity, groups] = OWNER_ADDRESSES.flags;
+    let flags = [live, suspend, clean, skip, false, status, report, identity, groups];
+    for change in [iotlb_type::REMAP, iotlb_type::INVALIDATE, iotlb_type::UPDATE] {
+        let (mut world, _) = running(&Kind { flags, ..OWNER_ADDRESSES });
+        world.follow_changes();
+        let before = world.everything();
+        world.send(iotlb_type::BATCH_BEGIN, 0, 0);
+        world.send(change, if change == iotlb_type::UPDATE { 5 } else { 3 }, 40);
+        world.follow_changes();
+        let records = world.image.records();
+        let mut successor = world.restore(&records).unwrap();
+        let uaddrs = |world: &World| -> Vec<u64> {
+            world.device.parent().tables[&Asid(0)].values().map(|entry| entry.uaddr).collect()
+        };
+        assert_eq!(uaddrs(&successor).len(), 2, "{change}: both mappings from before the batch");
+        assert_eq!(uaddrs(&successor), uaddrs(&world));
+        successor.device.resume_queues(&[]).unwrap();
+        assert_eq!(successor.everything(), world.everything());
+        assert_ne!(world.everything(), before);
+        for world in [&mut world, &mut successor] {
+            world.send(iotlb_type::BATCH_END, 0, 0);
+        }
+        assert_eq!(successor.everything(), world.everything(), "{change}: after the end of the batch");
+        assert!(uaddrs(&successor).contains(&(0x10_0000 + 40 * PAGE)) || change == iotlb_type::INVALIDATE);
+    }
+}
+
+#[test]
 fn what_does_not_start_can_be_tried_again() {
     let (world, records) = running(&OWNER_ADDRESSES);
     let mut successor = world.restore(&records).unwrap();

@@ -22,6 +22,8 @@ type Who = bool;
 pub(crate) enum Op {
     Open,
     Release,
+    /// A client goes, and another one comes.
+    Reopen(Who),
     SetOwner(Who),
     NewOwner(Who),
     RefusedOwner(Who),
@@ -77,8 +79,8 @@ fn message() -> impl Strategy<Value = Op> {
 pub(crate) fn op() -> impl Strategy<Value = Op> {
     let who = || prop::bool::weighted(0.2);
     let control = prop_oneof![
-        4 => Just(Op::Open),
-        1 => Just(Op::Release),
+        6 => Just(Op::Open),
+        1 => who().prop_map(Op::Reopen),
         4 => who().prop_map(Op::SetOwner),
         3 => any::<bool>().prop_map(Op::NewOwner),
         1 => any::<bool>().prop_map(Op::RefusedOwner),
@@ -113,7 +115,7 @@ pub(crate) fn op() -> impl Strategy<Value = Op> {
         (who(), 0..4u8, any::<u32>()).prop_map(|(who, index, us)| Op::Busyloop(who, index, us)),
         (who(), 0..4u8, 0..3u8).prop_map(|(who, group, asid)| Op::Group(who, group, asid)),
     ];
-    prop_oneof![30 => control, 20 => vring, 45 => message(), 1 => Just(Op::Fail)]
+    prop_oneof![60 => control, 40 => vring, 120 => message(), 1 => Just(Op::Release), 1 => Just(Op::Fail)]
 }
 
 pub(crate) struct World {
@@ -267,6 +269,10 @@ impl World {
                 device.release();
                 String::new()
             }
+            Op::Reopen(who) => {
+                device.release();
+                text((device.open(), device.set_owner(by(who))))
+            }
             Op::SetOwner(who) => text(device.set_owner(by(who))),
             Op::NewOwner(who) => text(device.new_owner(by(who))),
             Op::RefusedOwner(who) => {
@@ -329,9 +335,13 @@ impl World {
 
     /// Maps one page of shared memory.
     pub(crate) fn map(&mut self, page: u64) {
-        let uaddr = BASE + (16 + page) * PAGE;
-        let kind = iotlb_type::UPDATE;
-        let msg = IotlbMsg { iova: page * PAGE, size: PAGE, uaddr, perm: Perm::RW, kind };
+        self.send(iotlb_type::UPDATE, page, 16 + page);
+    }
+
+    /// Sends a message about one page, at the page `at` of the client's memory.
+    pub(crate) fn send(&mut self, kind: u8, page: u64, at: u64) {
+        let perm = if kind == iotlb_type::UPDATE { Perm::RW } else { Perm::NONE };
+        let msg = IotlbMsg { iova: page * PAGE, size: PAGE, uaddr: BASE + at * PAGE, perm, kind };
         self.device.iotlb(&self.processes[0], Asid(0), &msg).unwrap();
     }
 
