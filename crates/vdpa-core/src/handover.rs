@@ -47,6 +47,8 @@ pub struct Handover<P: Parent> {
 pub struct Handle<P: Parent> {
     id: u64,
     profile: Profile,
+    /// Made by [`Handover::restore`].
+    restored: bool,
     shared: Arc<Mutex<Shared<P>>>,
 }
 
@@ -128,7 +130,8 @@ impl<P: Parent> Handover<P> {
             superseded: false,
         };
         shared.pending.insert(id, pending);
-        Handle { id, profile: shared.parent.profile().clone(), shared: Arc::clone(&self.shared) }
+        let profile = shared.parent.profile().clone();
+        Handle { id, profile, restored: false, shared: Arc::clone(&self.shared) }
     }
 }
 
@@ -140,6 +143,11 @@ fn lock<P: Parent>(shared: &Mutex<Shared<P>>) -> MutexGuard<'_, Shared<P>> {
 impl<P: Parent> Shared<P> {
     fn has_one_handle(&self) -> bool {
         self.pending.len() < 2
+    }
+
+    /// Whether the state of the parent is what `id` has made of it.
+    fn is_of(&self, id: u64) -> bool {
+        self.active.map_or_else(|| self.has_one_handle(), |other| other == id)
     }
 
     /// Whether a new table of `id` is installed in the parent at once.
@@ -288,6 +296,11 @@ fn is_same<M: MemoryObject>(old: &Mapping<M>, new: &Mapping<M>) -> bool {
 }
 
 impl<P: Parent> Handle<P> {
+    /// Its number among the handles of its [`Handover`]; the same after [`Handover::restore`].
+    pub const fn id(&self) -> u64 {
+        self.id
+    }
+
     fn shared(&self) -> MutexGuard<'_, Shared<P>> {
         lock(&self.shared)
     }
@@ -395,6 +408,26 @@ impl<P: Parent> Parent for Handle<P> {
         self.shared().parent.set_mac(mac)
     }
 
+    fn save_state(&self) -> Vec<u8> {
+        let shared = self.shared();
+        if shared.is_of(self.id) { shared.parent.save_state() } else { Vec::new() }
+    }
+
+    fn restore_state(&mut self, state: &[u8]) -> Result<()> {
+        let mut shared = self.shared();
+        if shared.is_of(self.id) {
+            shared.parent.restore_state(state)
+        } else if state.is_empty() {
+            Ok(())
+        } else {
+            Err(Errno::INVAL)
+        }
+    }
+
+    fn is_restored(&self) -> bool {
+        self.restored
+    }
+
     fn bind_owner(&mut self, owner: Option<&SpaceOf<P>>) -> Result<()> {
         let mut shared = self.shared();
         if shared.has_one_handle() || shared.active == Some(self.id) {
@@ -427,5 +460,6 @@ impl<P: Parent> SetMap<P::Host> for Handle<P> {
     }
 }
 
+mod state;
 #[cfg(test)]
 mod tests;

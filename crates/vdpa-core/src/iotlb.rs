@@ -1,8 +1,11 @@
 //! Translation tables: the mappings of an address space, and the request that created each.
 
+mod log;
 mod lookup;
 mod removed;
 
+pub(crate) use log::Change;
+use log::Log;
 pub use lookup::Lookup;
 pub use removed::Removed;
 
@@ -31,6 +34,18 @@ pub struct Mapping<M> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub struct RecordId(u64);
 
+impl RecordId {
+    /// The UPDATE with this number.
+    pub(crate) const fn from_number(number: u64) -> Self {
+        Self(number)
+    }
+
+    /// Its number.
+    pub(crate) const fn number(self) -> u64 {
+        self.0
+    }
+}
+
 /// One UPDATE of a client. Its fragments are entries of the table.
 ///
 /// The unit of REMAP (uapi-spec 8.5, R2).
@@ -43,19 +58,36 @@ pub struct Record {
     fragments: usize,
 }
 
+impl Record {
+    /// What a client asked for, without the entries that came of it.
+    pub(crate) const fn without_fragments(range: IovaRange, broken: bool) -> Self {
+        Self { range, broken, fragments: 0 }
+    }
+}
+
 /// One address space's translation, ordered by address. Entries never overlap.
 ///
 /// It defines what is mapped; the data path reads a snapshot made from it.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Table<M> {
     entries: BTreeMap<u64, Mapping<M>>,
     records: BTreeMap<RecordId, Record>,
     next_record: u64,
+    /// `None` unless somebody asked for changes.
+    log: Option<Box<Log>>,
 }
 
 impl<M> Default for Table<M> {
     fn default() -> Self {
-        Self { entries: BTreeMap::new(), records: BTreeMap::new(), next_record: 0 }
+        Self { entries: BTreeMap::new(), records: BTreeMap::new(), next_record: 0, log: None }
+    }
+}
+
+/// A copy does not log its changes, as whoever follows those of the original does not know of it.
+impl<M: Clone> Clone for Table<M> {
+    fn clone(&self) -> Self {
+        let Self { entries, records, next_record, log: _ } = self;
+        Self { entries: entries.clone(), records: records.clone(), next_record: *next_record, log: None }
     }
 }
 
@@ -137,6 +169,9 @@ impl<M> Table<M> {
         if let Some(record) = self.records.get_mut(&mapping.record) {
             record.fragments += 1;
         }
+        if let Some(log) = &mut self.log {
+            log.added(mapping.range.first());
+        }
         self.entries.insert(mapping.range.first(), mapping);
     }
 
@@ -154,6 +189,9 @@ impl<M> Table<M> {
     pub(crate) fn remove_touching(&mut self, first: u64, last: u64) -> Vec<Mapping<M>> {
         let keys: Vec<u64> = self.touching(first, last).map(|entry| entry.range.first()).collect();
         let removed: Vec<_> = keys.iter().rev().filter_map(|key| self.entries.remove(key)).collect();
+        if let (Some(log), Some(last), Some(first)) = (&mut self.log, keys.first(), keys.last()) {
+            log.removed(*first, *last);
+        }
         for entry in &removed {
             self.forget_fragment(entry.record);
         }
@@ -166,6 +204,9 @@ impl<M> Table<M> {
         if let Some(record) = self.records.get_mut(&id) {
             record.fragments -= keys.len();
         }
+        if let Some(log) = &mut self.log {
+            keys.iter().for_each(|&key| log.removed(key, key));
+        }
         keys.iter().filter_map(|key| self.entries.remove(key)).collect()
     }
 
@@ -175,6 +216,9 @@ impl<M> Table<M> {
         if let Some(record) = self.records.get_mut(&entry.record) {
             record.fragments -= 1;
         }
+        if let Some(log) = &mut self.log {
+            log.removed(first, first);
+        }
         Some(entry)
     }
 
@@ -182,6 +226,11 @@ impl<M> Table<M> {
     pub(crate) fn mark_all(&mut self, stale: bool) {
         for entry in self.entries.values_mut() {
             entry.stale = stale;
+        }
+        match &mut self.log {
+            Some(log) if stale => log.all_stale(),
+            Some(log) => self.entries.keys().for_each(|&first| log.added(first)),
+            None => {}
         }
     }
 
@@ -217,8 +266,11 @@ impl<M> Table<M> {
 
     fn forget_fragment(&mut self, id: RecordId) {
         let Some(record) = self.records.get_mut(&id) else { return };
-        record.broken = true;
+        let newly = !std::mem::replace(&mut record.broken, true);
         record.fragments -= 1;
+        if newly && let Some(log) = &mut self.log {
+            log.broken(id, record.range);
+        }
         if record.fragments == 0 {
             self.records.remove(&id);
         }

@@ -40,6 +40,16 @@ impl<H: Host> Ownership<H> {
         self.owner = Some(space);
     }
 
+    /// Records the owner that a device had in another process, whose account is charged whatever the limit is now.
+    ///
+    /// # Errors
+    /// `ENOMEM` when the account cannot count so many; nothing has changed then.
+    pub(crate) fn restore(&mut self, space: H::AddressSpace, pinned: u64) -> Result<()> {
+        space.account().charge(pinned, u64::MAX)?;
+        (self.owner, self.pinned) = (Some(space), pinned);
+        Ok(())
+    }
+
     /// Charges the pinned pages to the new owner too, so that [`transfer`](Self::transfer) cannot fail. `ENOMEM` when that
     /// would exceed `limit` pages; nothing has changed then.
     pub(crate) fn charge_new_owner(&self, new_owner: &H::AddressSpace, limit: u64) -> Result<()> {

@@ -122,6 +122,29 @@ pub trait Parent: Debug + Send {
         Err(Errno::OPNOTSUPP)
     }
 
+    /// What this device keeps that the interface does not know of and a client would miss: the cache mode that a driver
+    /// has set, for example, or the commands of a control queue. Features, owner, events, mappings and positions of
+    /// queues are saved by the interface. For [`restore_state`](Self::restore_state), which may run in a later version
+    /// of the program. Asked often; does not block.
+    fn save_state(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    /// A device that was just made takes the place of one that saved `state`: owner and features are set already,
+    /// mappings and queues follow. The bytes are as untrusted as a client's.
+    ///
+    /// # Errors
+    /// `EINVAL` for what this device cannot have saved; it is not used then.
+    fn restore_state(&mut self, state: &[u8]) -> Result<()> {
+        if state.is_empty() { Ok(()) } else { Err(Errno::INVAL) }
+    }
+
+    /// Whether owner, features, own state and mappings have been restored before the
+    /// [`Device`](crate::device::Device) around it is. True for handles of a restored [`handover`](crate::handover).
+    fn is_restored(&self) -> bool {
+        false
+    }
+
     /// Called when the owner changes: the new owner's address space, or `None`.
     ///
     /// # Errors
@@ -440,6 +463,18 @@ impl<P: Parent + ?Sized> Parent for Box<P> {
 
     fn set_mac(&mut self, mac: [u8; MAC_BYTES]) -> Result<()> {
         (**self).set_mac(mac)
+    }
+
+    fn save_state(&self) -> Vec<u8> {
+        (**self).save_state()
+    }
+
+    fn restore_state(&mut self, state: &[u8]) -> Result<()> {
+        (**self).restore_state(state)
+    }
+
+    fn is_restored(&self) -> bool {
+        (**self).is_restored()
     }
 
     fn bind_owner(&mut self, owner: Option<&<Self::Host as Host>::AddressSpace>) -> Result<()> {

@@ -24,12 +24,14 @@
 //! Wrong arguments panic, because they are bugs of the test.
 #![expect(clippy::expect_used, reason = "a test that cannot set up its ring must fail")]
 
+mod objects;
 mod platform;
 mod ram_blk;
 mod ram_net;
 mod ring_pair;
 mod table;
 
+pub use objects::{TestObjects, restore_from_bytes};
 pub use platform::{TestEvent, TestHost, TestObject, TestPiece, TestProcess, TestSpace};
 pub use ram_blk::RamBlk;
 pub use ram_net::RamNet;

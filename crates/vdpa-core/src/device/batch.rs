@@ -1,5 +1,6 @@
 //! Batches, and the roll-back of a failing END (uapi-spec 2.6; 8.5, R5 and R6).
 
+use crate::device::state::TableRole;
 use crate::device::{Device, IotlbError, MemoryOf};
 use crate::faults::{self, Fault};
 use crate::iotlb::{Mapping, Table};
@@ -20,11 +21,6 @@ pub(super) struct Batch<M> {
 impl<M: Clone> Batch<M> {
     pub(super) const fn new(asid: Asid) -> Self {
         Self { asid, without_remaps: None }
-    }
-
-    /// Called before a REMAP changes `table`.
-    pub(super) fn before_remap(&mut self, table: &Table<M>) {
-        self.without_remaps.get_or_insert_with(|| table.clone());
     }
 
     /// Number of entries of the table that a failing END restores; 0 if it is the present table.
@@ -73,6 +69,16 @@ fn copy_missing<M: Clone>(from: &Table<M>, to: &mut Table<M>, range: IovaRange, 
 }
 
 impl<P: Parent> Device<P> {
+    /// A REMAP of the open batch is about to change the table of `asid`.
+    pub(super) fn before_batched_remap(&mut self, asid: Asid) {
+        if self.batch.as_ref().is_some_and(|batch| batch.without_remaps.is_none()) {
+            let copy = self.copy_table(asid, TableRole::Rollback);
+            if let Some(batch) = &mut self.batch {
+                batch.without_remaps = Some(copy);
+            }
+        }
+    }
+
     pub(super) fn begin_batch(&mut self, asid: Asid) {
         self.batch.get_or_insert_with(|| Batch::new(asid));
     }
@@ -84,7 +90,9 @@ impl<P: Parent> Device<P> {
         let Some(batch) = self.batch.take() else { return Ok(()) };
         let report = self.parent.profile().report_batch_errors || batch.without_remaps.is_some();
         let Err(errno) = self.set_map(asid) else { return Ok(()) };
-        if let Some(table) = batch.without_remaps {
+        if let Some(mut table) = batch.without_remaps {
+            // It takes another's place: whoever follows changes is given all of it.
+            table.stop_logging();
             self.tables.insert(asid, table);
         }
         // One attempt to restore the parent's table, whatever the failing call has left.

@@ -61,6 +61,7 @@ impl<P: Parent> Device<P> {
         for asid in self.address_spaces_in_use() {
             if !self.has_identity_map(asid) {
                 self.clear_parent(asid);
+                self.parent_was_emptied(asid);
                 self.set_passthrough(asid, passes);
                 self.install_identity(asid);
             }
@@ -76,7 +77,15 @@ impl<P: Parent> Device<P> {
             self.set_passthrough(asid, passes);
         }
         self.tables.clear();
+        self.parent_tables.clear();
         self.ownership.uncharge(self.ownership.pinned_pages());
+    }
+
+    /// The device was restored: the parent, which is new, passes through what the one before it did.
+    pub(super) fn restore_default_maps(&mut self) {
+        for asid in (0..).map(Asid).take(self.passthrough.len()) {
+            self.install_identity(asid);
+        }
     }
 
     fn default_passes(&mut self) -> bool {

@@ -8,7 +8,7 @@ use crate::errno::Errno;
 use crate::faults::{self, Fault};
 use crate::features::BackendFeatures;
 use crate::host::{AddressSpace, Caller, Fragment, MemoryObject, PAGE_SIZE};
-use crate::iotlb::{Mapping, RecordId};
+use crate::iotlb::{Mapping, RecordId, Table};
 use crate::parent::{AddressMode, Dma, Parent, PrivateMemory, Profile};
 use crate::types::{Asid, IotlbMsg, IovaRange, Perm, Result, iotlb_type};
 
@@ -270,6 +270,7 @@ impl<P: Parent> Device<P> {
         msg: &IotlbMsg,
         fragments: Vec<(u64, Fragment<MemoryOf<P>>)>,
     ) -> Vec<IovaRange> {
+        self.before_change(asid);
         let table = self.tables.entry(asid).or_default();
         let record = table.open_record(range);
         let mut added = Vec::with_capacity(fragments.len());
@@ -290,11 +291,14 @@ impl<P: Parent> Device<P> {
             self.remove_identity_map(asid);
         }
         let Some(table) = self.tables.get_mut(&asid) else { return Ok(()) };
-        let batched = self.batch.is_some();
+        let offers = self.batch.is_none() && !added.is_empty();
         let result = match self.parent.dma() {
-            Dma::Platform => Ok(()),
-            Dma::SetMap(_) if batched || added.is_empty() => Ok(()),
-            Dma::SetMap(map) => map.set_map(asid, table),
+            Dma::SetMap(map) if offers => {
+                let result = map.set_map(asid, table);
+                self.parent_was_offered(asid, result);
+                result
+            }
+            Dma::SetMap(_) | Dma::Platform => Ok(()),
             Dma::DmaMap(map) => {
                 let mut done = Ok(());
                 for (i, range) in added.iter().enumerate() {
@@ -305,14 +309,20 @@ impl<P: Parent> Device<P> {
                         break;
                     }
                 }
+                if done.is_ok() {
+                    self.parent_has_added(asid, added);
+                }
                 done
             }
         };
-        if result.is_err() {
+        if result.is_err()
+            && let Some(table) = self.tables.get_mut(&asid)
+        {
             table.remove_touching(range.first(), range.last());
             if let Dma::SetMap(map) = self.parent.dma() {
                 // The parent may have lost its table in the failing call, so it gets the previous one once more.
-                let _ = map.set_map(asid, table);
+                let again = map.set_map(asid, table);
+                self.parent_was_offered(asid, again);
             }
         }
         result
@@ -323,6 +333,7 @@ impl<P: Parent> Device<P> {
     fn invalidate(&mut self, asid: Asid, msg: &IotlbMsg) {
         // Wraps on purpose, as in the kernel: size 0 and sums beyond 2^64 have the effects of uapi-spec 2.5.
         let last = msg.iova.wrapping_add(msg.size).wrapping_sub(1);
+        self.before_change(asid);
         let Some(table) = self.tables.get_mut(&asid) else { return };
         let within = |entry: &Mapping<_>| msg.iova <= entry.range.first() && entry.range.last() <= last;
         if faults::is(Fault::InvalidateWithin) && !table.iter().any(within) {
@@ -345,8 +356,14 @@ impl<P: Parent> Device<P> {
         }
         let Some(table) = self.tables.get(&asid) else { return };
         match self.parent.dma() {
-            Dma::SetMap(map) if self.batch.is_none() => drop(map.set_map(asid, table)),
-            Dma::DmaMap(map) => removed.iter().for_each(|entry| map.dma_unmap(asid, entry.range)),
+            Dma::SetMap(map) if self.batch.is_none() => {
+                let result = map.set_map(asid, table);
+                self.parent_was_offered(asid, result);
+            }
+            Dma::DmaMap(map) => {
+                removed.iter().for_each(|entry| map.dma_unmap(asid, entry.range));
+                self.parent_has_removed(asid, &removed);
+            }
             Dma::SetMap(_) | Dma::Platform => {}
         }
         let profile = self.parent.profile();
@@ -363,7 +380,11 @@ impl<P: Parent> Device<P> {
             self.remove_identity_map(asid);
         }
         match (self.parent.dma(), self.tables.get(&asid)) {
-            (Dma::SetMap(map), Some(table)) => map.set_map(asid, table),
+            (Dma::SetMap(map), Some(table)) => {
+                let result = map.set_map(asid, table);
+                self.parent_was_offered(asid, result);
+                result
+            }
             _ => Ok(()),
         }
     }
@@ -379,6 +400,14 @@ impl<P: Parent> Device<P> {
                 let _ = self.set_map(asid);
             }
         }
+    }
+
+    /// Pages that the mappings of the interface pin.
+    pub(super) fn pages_of_mappings(&self) -> u64 {
+        let profile = self.parent.profile();
+        let entries = self.tables.values().flat_map(Table::iter);
+        let pages = entries.map(|entry| pages_to_pin(profile, entry.range.size(), &entry.memory));
+        pages.fold(0, u64::saturating_add)
     }
 
     /// Whether the device offers REMAP.

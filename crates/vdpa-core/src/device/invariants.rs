@@ -1,10 +1,8 @@
 //! Invariants that hold between two requests, for tests and fuzz targets.
 
 use super::Device;
-use super::dma::pages_to_pin;
 use crate::features::Status;
 use crate::host::AddressSpace;
-use crate::iotlb::Table;
 use crate::parent::Parent;
 
 impl<P: Parent> Device<P> {
@@ -50,9 +48,7 @@ impl<P: Parent> Device<P> {
     }
 
     fn check_charge(&self) -> Result<(), String> {
-        let profile = self.parent.profile();
-        let entries = self.tables.values().flat_map(Table::iter);
-        let pinned: u64 = entries.map(|entry| pages_to_pin(profile, entry.range.size(), &entry.memory)).sum();
+        let pinned = self.pages_of_mappings();
         let charged = self.ownership.pinned_pages();
         if pinned != charged {
             return Err(format!("{pinned} pages are pinned and {charged} charged"));
@@ -87,7 +83,7 @@ impl<P: Parent> Device<P> {
     #[cfg(fuzzing)]
     pub const fn tables_for_fuzzing(
         &self,
-    ) -> &std::collections::BTreeMap<crate::types::Asid, Table<super::MemoryOf<P>>> {
+    ) -> &std::collections::BTreeMap<crate::types::Asid, crate::iotlb::Table<super::MemoryOf<P>>> {
         &self.tables
     }
 

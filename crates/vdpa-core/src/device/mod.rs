@@ -5,6 +5,7 @@
 //! change the owner; requests that any process with the device open may make; and getters for the management side.
 
 mod batch;
+mod changes;
 mod config;
 mod default_map;
 mod dma;
@@ -12,7 +13,10 @@ mod failure;
 #[cfg(any(test, fuzzing))]
 mod invariants;
 mod ownership;
+mod parent_table;
+mod quiesce;
 mod remap;
+pub mod state;
 #[cfg(test)]
 mod tests;
 mod vring;
@@ -20,6 +24,7 @@ mod vring;
 use std::collections::BTreeMap;
 
 pub use dma::IotlbError;
+pub use quiesce::ResumeError;
 use vring::Vring;
 pub use vring::VringInfo;
 
@@ -64,6 +69,8 @@ pub struct Device<P: Parent> {
     group_asids: Vec<Asid>,
     tables: BTreeMap<Asid, Table<MemoryOf<P>>>,
     batch: Option<batch::Batch<MemoryOf<P>>>,
+    /// The table that the parent translates with, where it is not the one in `tables`: see [`parent_table`].
+    parent_tables: BTreeMap<Asid, parent_table::ParentTable<MemoryOf<P>>>,
     /// By address space: whether the parent has the identity map, since nothing was mapped yet.
     passthrough: Vec<bool>,
     /// Backend features of the parent, without contradictory ones: see [`parent_features`].
@@ -72,6 +79,10 @@ pub struct Device<P: Parent> {
     fork_from_owner: u8,
     /// The back end was removed: see [`fail`](Device::fail).
     failed: bool,
+    /// No queue starts: see [`quiesce`](Device::quiesce).
+    quiesced: bool,
+    /// `None` until somebody asks for changes.
+    changes: Option<Box<changes::Changes<MemoryOf<P>>>>,
 }
 
 impl<P: Parent> Device<P> {
@@ -96,11 +107,14 @@ impl<P: Parent> Device<P> {
             group_asids,
             tables: BTreeMap::new(),
             batch: None,
+            parent_tables: BTreeMap::new(),
             passthrough,
             own_features,
             config_call: None,
             fork_from_owner: FORK_FROM_OWNER,
             failed: false,
+            quiesced: false,
+            changes: None,
             parent,
         }
     }
@@ -119,6 +133,7 @@ impl<P: Parent> Device<P> {
         // Nothing is negotiated yet, so this reset never cleans the map.
         self.reset_device(false)?;
         self.vrings.iter_mut().for_each(|vring| *vring = Vring::default());
+        self.touch_all();
         self.acked = BackendFeatures::NONE;
         self.base_features = Features::NONE;
         self.fork_from_owner = FORK_FROM_OWNER;
@@ -172,14 +187,18 @@ impl<P: Parent> Device<P> {
     /// `EOPNOTSUPP` for an unknown bit, or for SUSPEND or a higher bit that is not offered; `EINVAL` for DESC_ASID without
     /// IOTLB_ASID.
     pub fn set_backend_features(&mut self, word: BackendFeatures) -> Result<()> {
+        if !faults::is(Fault::BackendAnyBit) {
+            self.check_backend_features(word)?;
+        }
+        self.acked = word;
+        Ok(())
+    }
+
+    fn check_backend_features(&self, word: BackendFeatures) -> Result<()> {
         const KNOWN: u64 = 0x1fe;
         const UNCHECKED: u64 = 0x4e;
         let offered = self.backend_features();
         let acceptable = BackendFeatures(KNOWN | offered.0 & !1);
-        if faults::is(Fault::BackendAnyBit) {
-            self.acked = word;
-            return Ok(());
-        }
         if !acceptable.contains(word) {
             return Err(Errno::OPNOTSUPP);
         }
@@ -193,7 +212,6 @@ impl<P: Parent> Device<P> {
         if !(offered | BackendFeatures(UNCHECKED)).contains(word) {
             return Err(Errno::OPNOTSUPP);
         }
-        self.acked = word;
         Ok(())
     }
 
@@ -316,6 +334,7 @@ impl<P: Parent> Device<P> {
         self.stop_all()?;
         self.status = Status::RESET;
         self.vrings.iter_mut().for_each(Vring::reset);
+        self.touch_all();
         self.group_asids.iter_mut().for_each(|asid| *asid = Asid(0));
         self.parent.reset();
         if clean_map && !faults::is(Fault::ResetKeepsTranslation) {

@@ -111,6 +111,7 @@ impl<P: Parent> Device<P> {
         self.base_features = Features::NONE;
         self.fork_from_owner = FORK_FROM_OWNER;
         self.vrings.iter_mut().for_each(Vring::close);
+        self.touch_all();
     }
 
     /// `VHOST_SET_FORK_FROM_OWNER` (uapi-spec 1.6a): stored only, as vhost-vdpa has no workers to fork.

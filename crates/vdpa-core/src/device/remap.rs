@@ -64,8 +64,9 @@ impl<P: Parent> Device<P> {
         if table.len() - old.len() + new.len() > limit {
             return Err(IotlbError::Full { entries: table.len(), limit });
         }
-        if let Some(batch) = &mut self.batch {
-            batch.before_remap(table);
+        if self.batch.is_some() {
+            self.before_change(asid);
+            self.before_batched_remap(asid);
         }
         self.replace(asid, unit, new);
         if self.batch.is_some() {

@@ -1,5 +1,6 @@
 //! Vring requests, and starting and stopping queues.
 
+use crate::device::state::{StateSink, VringState};
 use crate::device::{Device, EventOf};
 use crate::errno::Errno;
 use crate::faults::{self, Fault};
@@ -26,6 +27,8 @@ pub(super) struct Vring<H: Host> {
     call_installed: bool,
     ready: bool,
     running: bool,
+    /// It was stopped to give the device away, and runs again afterwards.
+    resumes: bool,
 }
 
 impl<H: Host> Default for Vring<H> {
@@ -41,6 +44,7 @@ impl<H: Host> Default for Vring<H> {
             call_installed: false,
             ready: false,
             running: false,
+            resumes: false,
         }
     }
 }
@@ -56,12 +60,76 @@ impl<H: Host> Vring<H> {
         self.state = None;
         self.call_installed = false;
         self.ready = false;
+        self.resumes = false;
     }
 
     /// Clears the client's settings. A queue that could not be stopped stays marked as started, so that the reset of the next
     /// open stops it.
     pub(super) fn close(&mut self) {
         *self = Self { running: self.running, ..Self::default() };
+    }
+
+    pub(super) const fn resumes(&self) -> bool {
+        self.resumes
+    }
+
+    pub(super) const fn set_resumes(&mut self, resumes: bool) {
+        self.resumes = resumes;
+    }
+
+    pub(super) const fn size(&self) -> u16 {
+        self.num
+    }
+
+    /// Where the next start begins.
+    pub(super) fn position(&self, features: Features) -> QueueState {
+        self.state.unwrap_or_else(|| QueueState::initial(features))
+    }
+
+    pub(super) const fn set_state(&mut self, state: QueueState) {
+        self.state = Some(state);
+    }
+
+    /// What is saved of queue `index`.
+    pub(super) fn save(
+        &self,
+        index: QueueIndex,
+        group: GroupIndex,
+        sink: &mut dyn StateSink<H>,
+    ) -> Result<VringState> {
+        let mut event = |event: &Option<H::Event>| event.as_ref().map(|event| sink.event(event)).transpose();
+        Ok(VringState {
+            index,
+            group,
+            num: self.num,
+            addr: self.addr,
+            state: self.state,
+            busyloop_timeout: self.busyloop_timeout,
+            enabled: self.ready,
+            running: self.running || self.resumes,
+            call_installed: self.call_installed,
+            kick: event(&self.kick)?,
+            call: event(&self.call)?,
+            err: event(&self.err)?,
+        })
+    }
+
+    /// The queue that was saved, which was checked, stopped.
+    pub(super) fn restore(saved: &VringState, events: [Option<H::Event>; 3], resumes: bool) -> Self {
+        let [kick, call, err] = events;
+        Self {
+            kick,
+            call,
+            err,
+            busyloop_timeout: saved.busyloop_timeout,
+            num: saved.num,
+            addr: saved.addr,
+            state: saved.state,
+            call_installed: saved.call_installed,
+            ready: saved.enabled,
+            running: false,
+            resumes,
+        }
     }
 }
 
@@ -86,6 +154,7 @@ impl<P: Parent> Device<P> {
     /// The checks at the beginning of every vring request: owner (`EPERM`), then index (`ENOBUFS`).
     fn vring(&mut self, caller: &dyn Caller<P::Host>, index: QueueIndex) -> Result<&mut Vring<P::Host>> {
         self.ownership.check(caller)?;
+        self.touch(index);
         self.vrings.get_mut(usize::from(index.0)).ok_or(Errno::NOBUFS)
     }
 
@@ -122,14 +191,8 @@ impl<P: Parent> Device<P> {
     ) -> Result<()> {
         let live = self.live();
         let vring = self.vring(caller, index)?;
-        if addr.flags & !1 != 0 {
-            return Err(Errno::OPNOTSUPP);
-        }
-        if !addr.avail.is_multiple_of(2)
-            || !addr.used.is_multiple_of(4)
-            || !addr.log.is_multiple_of(4)
-            || live && !faults::is(Fault::VringAddrAnyTime)
-        {
+        check_addr(addr)?;
+        if live && !faults::is(Fault::VringAddrAnyTime) {
             return Err(Errno::INVAL);
         }
         vring.addr = Some(*addr);
@@ -324,15 +387,23 @@ impl<P: Parent> Device<P> {
     /// Starts a queue if the device runs and the queue is enabled and set up. Otherwise it does nothing, and a later transition
     /// tries again. Errors cannot be reported: the kernel's `set_vq_ready` and `set_status` return void.
     pub(super) fn start(&mut self, index: QueueIndex) {
+        let _ = self.try_start(index);
+    }
+
+    /// As [`start`](Self::start).
+    ///
+    /// # Errors
+    /// What the parent reports.
+    pub(super) fn try_start(&mut self, index: QueueIndex) -> Result<()> {
         let early = faults::is(Fault::StartEarly);
-        if !(self.status.contains(Status::DRIVER_OK) || early) || self.paused {
-            return;
+        if !(self.status.contains(Status::DRIVER_OK) || early) || self.paused || self.quiesced {
+            return Ok(());
         }
         let asid = self.asid_of(index);
         let features = self.features.unwrap_or(Features::NONE);
-        let Some(vring) = self.vrings.get_mut(usize::from(index.0)) else { return };
+        let Some(vring) = self.vrings.get_mut(usize::from(index.0)) else { return Ok(()) };
         let Some(addr) = vring.addr.filter(|_| vring.ready && !vring.running && vring.num != 0) else {
-            return;
+            return Ok(());
         };
         let setup = QueueSetup {
             size: vring.num,
@@ -344,8 +415,10 @@ impl<P: Parent> Device<P> {
             kick: vring.kick.clone(),
             call: vring.call.clone().filter(|_| vring.call_installed),
         };
-        let state = vring.state.unwrap_or_else(|| QueueState::initial(features));
-        vring.running = self.parent.start_queue(index, &setup, state).is_ok();
+        let result = self.parent.start_queue(index, &setup, vring.position(features));
+        vring.running = result.is_ok();
+        self.touch(index);
+        result
     }
 
     /// Stops a queue and stores its position; returns whether it was running.
@@ -361,6 +434,7 @@ impl<P: Parent> Device<P> {
             }
         }
         vring.running = false;
+        self.touch(index);
         Ok(true)
     }
 
@@ -374,6 +448,18 @@ impl<P: Parent> Device<P> {
         }
         result
     }
+}
+
+/// Checks ring addresses as far as they can be without knowing what is mapped.
+///
+/// # Errors
+/// `EOPNOTSUPP` for flags other than bit 0; `EINVAL` for alignment.
+pub(super) const fn check_addr(addr: &VringAddr) -> Result<()> {
+    if addr.flags & !1 != 0 {
+        return Err(Errno::OPNOTSUPP);
+    }
+    let aligned = addr.avail.is_multiple_of(2) && addr.used.is_multiple_of(4) && addr.log.is_multiple_of(4);
+    if aligned { Ok(()) } else { Err(Errno::INVAL) }
 }
 
 /// The position of a queue that was never set up: all zero, also for a packed ring, as in the kernel.

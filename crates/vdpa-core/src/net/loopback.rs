@@ -12,12 +12,13 @@ mod stats;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use zerocopy::IntoBytes;
+use zerocopy::{FromBytes, IntoBytes};
 
 pub use self::stats::Stats;
 use super::{
     Ack, ControlHeader, LINK_UP, MAC_BYTES, NetConfig, class, header_len, is_multicast, mac as mac_command,
 };
+use crate::errno::Errno;
 use crate::features::Features;
 use crate::ring::{BufferSlice, Chain, Fault, Memory, RingError};
 
@@ -105,6 +106,22 @@ impl Shared {
         if let Some(part) = part.and_then(|rest| rest.get(..out.len())) {
             out.copy_from_slice(part);
         }
+    }
+
+    /// What a driver has set, by configuration space or by the control queue, for
+    /// [`Parent::save_state`](crate::parent::Parent::save_state).
+    #[must_use]
+    pub fn save_state(&self) -> Vec<u8> {
+        self.config().as_bytes().to_vec()
+    }
+
+    /// Sets what [`save_state`](Self::save_state) gave.
+    ///
+    /// # Errors
+    /// `EINVAL` for another number of bytes; nothing has changed then.
+    pub fn restore_state(&self, state: &[u8]) -> Result<(), Errno> {
+        *self.config() = NetConfig::read_from_bytes(state).map_err(|_| Errno::INVAL)?;
+        Ok(())
     }
 
     /// Stores a write of the driver to configuration space. A write that passes its end is ignored.

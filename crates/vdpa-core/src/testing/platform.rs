@@ -31,6 +31,12 @@ impl TestEvent {
     pub fn take(&self) -> u64 {
         self.0.swap(0, Ordering::AcqRel)
     }
+
+    /// Whether both are the same event.
+    #[must_use]
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
 }
 
 impl Event for TestEvent {
@@ -83,6 +89,22 @@ pub struct TestPiece {
 }
 
 impl TestPiece {
+    /// All of the object, or of the address space, that this is a part of; and where in it this begins.
+    pub(super) fn whole(&self) -> (Self, u64) {
+        let size = match &self.backing {
+            Backing::Object(object) => object.size(),
+            Backing::Space(_) => u64::MAX,
+        };
+        (Self { offset: 0, size, ..self.clone() }, self.offset)
+    }
+
+    /// A part of it; `None` when it has no such part.
+    pub(super) fn part(&self, offset: u64, size: u64) -> Option<Self> {
+        let end = offset.checked_add(size)?;
+        let offset = self.offset.checked_add(offset)?;
+        (end <= self.size).then(|| Self { offset, size, ..self.clone() })
+    }
+
     fn range(&self, offset: u64, len: usize) -> Result<std::ops::Range<usize>, Fault> {
         let fault = Fault { addr: offset };
         if offset > self.size || len as u64 > self.size - offset {
@@ -152,6 +174,19 @@ impl TestSpace {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let id = NEXT.fetch_add(1, Ordering::Relaxed);
         Self { id, vmas: Arc::new(Mutex::new(vmas)), account: Arc::default() }
+    }
+
+    /// Whether both are the same address space.
+    #[must_use]
+    pub fn is_same(&self, other: &Self) -> bool {
+        self.id == other.id
+    }
+
+    /// The same address space as another process holds it: with an account of its own, to which nothing is charged.
+    /// Further mappings are made in one of the two only.
+    #[must_use]
+    pub fn in_successor(&self) -> Self {
+        Self { id: self.id, vmas: Arc::new(Mutex::new(self.vmas().clone())), account: Arc::default() }
     }
 
     fn vmas(&self) -> MutexGuard<'_, Vec<Vma>> {
@@ -239,6 +274,11 @@ impl TestProcess {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The same process, with the address space that another process knows it by.
+    pub(super) fn with_space(&self, space: TestSpace) -> Self {
+        Self::with(space, self.state().memlock_pages)
     }
 
     /// Its present address space.

@@ -170,6 +170,14 @@ impl<H: Host<Memory: Bytes> + Send> Parent for RamNet<H> {
         Dma::SetMap(&mut self.maps)
     }
 
+    fn save_state(&self) -> Vec<u8> {
+        self.shared.save_state()
+    }
+
+    fn restore_state(&mut self, state: &[u8]) -> Result<()> {
+        self.shared.restore_state(state)
+    }
+
     fn queue_stats(&self, index: QueueIndex) -> QueueStats {
         self.shared.stats.queue(index)
     }

@@ -1,0 +1,151 @@
+//! Stopping the queues of a device to give it away, and starting them where it has got to.
+
+use thiserror::Error;
+
+use crate::device::Device;
+use crate::errno::Errno;
+use crate::features::Features;
+use crate::parent::Parent;
+use crate::types::{QueueIndex, Result};
+use crate::vq::QueueState;
+
+/// Why queues do not run again. Those that did are stopped again, and another attempt is possible.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum ResumeError {
+    /// A position for a queue that did not run.
+    #[error("queue {index} has a position and did not run")]
+    NotRunning {
+        /// Its index.
+        index: QueueIndex,
+    },
+    /// A position that cannot be one of this queue.
+    #[error("queue {index} cannot be at {state:?}")]
+    Position {
+        /// Its index.
+        index: QueueIndex,
+        /// The position.
+        state: QueueState,
+    },
+    /// The parent is served by somebody else.
+    #[error("the device cannot run: {errno}")]
+    Claim {
+        /// What the parent's [`claim`](Parent::claim) reports.
+        errno: Errno,
+    },
+    /// The parent does not start a queue.
+    #[error("queue {index} does not start: {errno}")]
+    Start {
+        /// Its index.
+        index: QueueIndex,
+        /// What the parent reports.
+        errno: Errno,
+    },
+}
+
+impl<P: Parent> Device<P> {
+    /// Stops all queues, so that the device can be saved and given away, and keeps everything else: no client notices.
+    /// Returns the positions of those that ran. Until [`resume_queues`](Self::resume_queues) no queue starts, and whoever
+    /// called this makes no requests but those that ask something.
+    ///
+    /// Called by the process that gives the device away. Blocks until requests in flight are done.
+    ///
+    /// # Errors
+    /// `EIO` when a queue does not come to rest; all queues run on then.
+    pub fn quiesce(&mut self) -> Result<Vec<(QueueIndex, QueueState)>> {
+        if let Err(errno) = self.stop_to_resume() {
+            if !self.quiesced {
+                self.start_stopped();
+            }
+            return Err(errno);
+        }
+        self.quiesced = true;
+        Ok(self.stopped_queues())
+    }
+
+    /// Starts the queues that ran before [`quiesce`](Self::quiesce), or in the process the device was
+    /// [restored](Self::restore) from: those in `positions` from there, the others from where they were saved.
+    ///
+    /// Called by the process that takes the device over, with the positions that a log of requests in flight gives; and
+    /// by the one that gave it away, with none, when it goes on after all. A device that is not quiesced is left as it
+    /// is. Does not block for long.
+    ///
+    /// # Errors
+    /// See [`ResumeError`]; the device is still quiesced then.
+    pub fn resume_queues(&mut self, positions: &[(QueueIndex, QueueState)]) -> Result<(), ResumeError> {
+        if !self.quiesced {
+            return Ok(());
+        }
+        positions.iter().try_for_each(|&(index, state)| self.check_position(index, state))?;
+        let stopped = self.stopped_queues();
+        if !stopped.is_empty() {
+            self.parent.claim().map_err(|errno| ResumeError::Claim { errno })?;
+        }
+        for &(index, state) in positions {
+            self.touch(index);
+            if let Some(vring) = self.vrings.get_mut(usize::from(index.0)) {
+                vring.set_state(state);
+            }
+        }
+        self.quiesced = false;
+        for &(index, _) in &stopped {
+            if let Err(errno) = self.try_start(index) {
+                // What was started is stopped where it is now: it may have served requests. One that does not come to
+                // rest is stopped by the next attempt to give the device away, or by a reset.
+                let _ = self.stop_to_resume();
+                self.quiesced = true;
+                return Err(ResumeError::Start { index, errno });
+            }
+        }
+        self.vrings.iter_mut().for_each(|vring| vring.set_resumes(false));
+        Ok(())
+    }
+
+    /// Whether queues are stopped to give the device away, or not started yet after it was restored.
+    pub const fn is_quiesced(&self) -> bool {
+        self.quiesced
+    }
+
+    /// The queues that [`resume_queues`](Self::resume_queues) starts, and where they are.
+    pub fn stopped_queues(&self) -> Vec<(QueueIndex, QueueState)> {
+        let features = self.features.unwrap_or(Features::NONE);
+        let queues = self.queue_indices().zip(&self.vrings);
+        let stopped = queues.filter(|(_, vring)| vring.resumes());
+        stopped.map(|(index, vring)| (index, vring.position(features))).collect()
+    }
+
+    fn check_position(&self, index: QueueIndex, state: QueueState) -> Result<(), ResumeError> {
+        let vring = self.vrings.get(usize::from(index.0)).filter(|vring| vring.resumes());
+        let size = vring.ok_or(ResumeError::NotRunning { index })?.size();
+        let packed = self.features.is_some_and(|word| word.has(Features::RING_PACKED));
+        let possible = match state {
+            QueueState::Split { .. } => !packed,
+            QueueState::Packed { last_avail_idx, last_used_idx, .. } => {
+                packed && last_avail_idx < size && last_used_idx < size
+            }
+        };
+        if possible { Ok(()) } else { Err(ResumeError::Position { index, state }) }
+    }
+
+    /// Stops every queue, and remembers which ran. On an error those up to then are stopped.
+    fn stop_to_resume(&mut self) -> Result<()> {
+        for index in self.queue_indices() {
+            let ran = self.stop(index)?;
+            if let Some(vring) = self.vrings.get_mut(usize::from(index.0)).filter(|_| ran) {
+                vring.set_resumes(true);
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts the queues that a quiesce has stopped before it failed.
+    fn start_stopped(&mut self) {
+        for (index, _) in self.stopped_queues() {
+            self.start(index);
+        }
+        self.vrings.iter_mut().for_each(|vring| vring.set_resumes(false));
+    }
+
+    fn queue_indices(&self) -> impl Iterator<Item = QueueIndex> + use<P> {
+        (0..self.parent.profile().queues).map(QueueIndex)
+    }
+}

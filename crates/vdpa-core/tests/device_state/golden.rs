@@ -1,0 +1,36 @@
+//! Records of every released version are understood for ever, and described in `docs/daemon-state.md`.
+
+use vdpa_core::device::state::{KINDS, decode_all, encode_all};
+
+use super::records::samples;
+
+const V1: &[u8] = include_bytes!("../golden/records-v1.bin");
+const DOCUMENT: &str = include_str!("../../../../docs/daemon-state.md");
+
+#[test]
+fn version_1() {
+    if std::env::var_os("VDPA_WRITE_GOLDEN").is_some() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/records-v1.bin");
+        std::fs::write(path, encode_all(&samples()).unwrap()).unwrap();
+        return;
+    }
+    assert_eq!(decode_all(V1).unwrap(), samples());
+    assert_eq!(encode_all(&samples()).unwrap(), V1, "version 1 is written as it was released");
+}
+
+/// The rows of the table of kinds: number, name, version.
+fn documented() -> Vec<(u16, String, u16)> {
+    let row = |line: &str| {
+        let mut cells = line.strip_prefix("| ")?.split('|').map(str::trim);
+        let number = cells.next()?.parse().ok()?;
+        let name = cells.next()?.strip_prefix('`')?.strip_suffix('`')?.to_owned();
+        Some((number, name, cells.next()?.parse().ok()?))
+    };
+    DOCUMENT.lines().filter_map(row).collect()
+}
+
+#[test]
+fn the_document_has_every_kind() {
+    let kinds: Vec<_> = KINDS.iter().map(|kind| (kind.number, kind.name.to_owned(), kind.version)).collect();
+    assert_eq!(documented(), kinds);
+}
