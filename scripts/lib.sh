@@ -10,58 +10,95 @@ die() {
 
 have() { command -v "$1" >/dev/null 2>&1; }
 
+# The test runner where there is none: the newest that rust_minimum builds.
+nextest_version=0.9.128
+
+# can_install: whether packages of Debian or Ubuntu can be installed here.
+can_install() { have apt-get && [ "$(id -u)" = 0 ]; }
+
+# apt_lists: refreshes the package lists, once for all.
+apt_lists() {
+    [ "${apt_lists_fresh:-0}" = 1 ] && return
+    apt-get -qq update >/dev/null || return
+    apt_lists_fresh=1
+}
+
+# apt_install PACKAGE...: removes nothing to make room, and adds nothing that is only recommended.
+apt_install() {
+    apt_lists && DEBIAN_FRONTEND=noninteractive \
+        apt-get -qq -y --no-install-recommends --no-remove install "$@" >/dev/null
+}
+
 # need_apt PROGRAM PACKAGE: makes PROGRAM available, from PACKAGE where this user may install it.
 need_apt() {
     have "$1" && return
-    if have apt-get && [ "$(id -u)" = 0 ]; then
+    if can_install; then
         printf 'Installing %s, which provides %s\n' "$2" "$1"
-        apt-get -qq update >/dev/null && DEBIAN_FRONTEND=noninteractive apt-get -qq -y install "$2" >/dev/null ||
-            die "missing $1: apt-get install $2 failed"
+        apt_install "$2" || die "missing $1: apt-get install $2 failed"
     fi
     have "$1" || die "missing $1: install the package $2 (Debian, Ubuntu) or its like"
 }
 
-# rust_is_new_enough: whether there is a compiler that builds the workspace.
-rust_is_new_enough() {
-    local now
-    have cargo && have rustc || return 1
-    now=$(rustc --version 2>/dev/null | sed 's/^rustc \([0-9.]*\).*/\1/')
-    [ "$(printf '%s\n%s\n' "$rust_minimum" "$now" | sort -V | head -n 1)" = "$rust_minimum" ]
+# at_least VERSION MINIMUM
+at_least() { [ "$(printf '%s\n%s\n' "$2" "$1" | sort -V | head -n 1)" = "$2" ]; }
+
+# rust_version: prints the version of the compiler; fails where cargo or a compiler is missing.
+rust_version() {
+    have cargo && have rustc && rustc --version 2>/dev/null | sed -n 's/^rustc \([0-9.]*\).*/\1/p' | grep .
 }
 
-# install_backported_rust: the compiler of trixie-backports, on Debian 13 as root; fails elsewhere and touches nothing there.
-install_backported_rust() {
-    local archive
-    [ "$(id -u)" = 0 ] && have apt-get && grep -q '^VERSION_CODENAME=trixie$' /etc/os-release 2>/dev/null || return 1
-    ! have rustup || return 1
-    printf 'Installing Rust: packages rustc and cargo of trixie-backports, which is added to the sources of apt\n'
-    if ! apt-cache policy 2>/dev/null | grep -q 'trixie-backports'; then
-        archive=$( (cat /etc/apt/sources.list.d/*.sources /etc/apt/sources.list /etc/apt/sources.list.d/*.list 2>/dev/null || true) |
-            sed -nE 's#^(URIs: *|deb (\[[^]]*\] )?)([^ ]*/debian)/?( .*)?$#\3#p' | sed -n 1p)
-        printf 'Types: deb\nURIs: %s\nSuites: trixie-backports\nComponents: main\nSigned-By: %s\n' \
-            "${archive:-http://deb.debian.org/debian}" /usr/share/keyrings/debian-archive-keyring.gpg \
-            >/etc/apt/sources.list.d/trixie-backports.sources
+# apt_rust: prints the package of a compiler that is new enough, with the release to take it from where it is not the
+# default. cargo-web is the compiler that Debian 12 and 13 keep current to build browsers.
+apt_rust() {
+    local package version origin
+    for package in cargo cargo-web; do
+        version=$(apt-cache policy "$package" | sed -n 's/^  Candidate: \([0-9][0-9.]*\).*/\1/p')
+        if [ -n "$version" ] && at_least "$version" "$rust_minimum"; then
+            echo "$package"
+            return
+        fi
+    done
+    # Backports are no candidate unless asked for.
+    origin=$(apt-cache madison cargo | sed -n 's/^.* \([a-z]*-backports\)\/.*/\1/p' | head -n 1)
+    version=$(apt-cache madison cargo | sed -n 's/^ *cargo | \([0-9][0-9.]*\).*-backports\/.*/\1/p' | head -n 1)
+    [ -n "$version" ] && at_least "$version" "$rust_minimum" && echo "cargo/$origin rustc/$origin"
+}
+
+# install_rust: from packages, or by the package rustup. Fails where neither is to be had.
+install_rust() {
+    local packages
+    can_install && apt_lists || return
+    if packages=$(apt_rust); then
+        printf 'Installing %s, which provides Rust %s or later\n' "$packages" "$rust_minimum"
+        # shellcheck disable=SC2086
+        apt_install $packages ca-certificates && return
     fi
-    apt-get -qq update >/dev/null &&
-        DEBIAN_FRONTEND=noninteractive apt-get -qq -y install -t trixie-backports rustc cargo >/dev/null
+    apt-cache show rustup >/dev/null 2>&1 || return
+    printf 'Installing rustup, and with it the stable toolchain of Rust\n'
+    apt_install rustup ca-certificates && rustup toolchain install --profile minimal stable
 }
 
 # need_rust: a C linker and a compiler that is new enough.
 need_rust() {
-    local found=none
+    local now command="curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh"
     if [ -d "$HOME/.cargo/bin" ]; then PATH=$PATH:$HOME/.cargo/bin; fi
     need_apt cc build-essential
-    rust_is_new_enough || install_backported_rust || true
-    hash -r
-    if ! rust_is_new_enough; then
-        ! have rustc || found=$(rustc --version)
-        die "missing Rust $rust_minimum or later (found: $found): curl --proto '=https' -sSf https://sh.rustup.rs | sh -s -- -y"
+    now=$(rust_version) && at_least "$now" "$rust_minimum" && return
+    if have rustup; then
+        # Which toolchains there are is for its user to decide.
+        command='rustup toolchain install stable'
+    else
+        install_rust || true
+        hash -r
+        now=$(rust_version) && at_least "$now" "$rust_minimum" && return
     fi
+    die "${now:+rustc $now is too old: }Rust $rust_minimum or later is needed; get it with: $command"
 }
 
 # need_nextest: the test runner, from the registry when it is absent.
 need_nextest() {
     cargo nextest --version >/dev/null 2>&1 && return
-    printf 'Installing cargo-nextest\n'
-    cargo install --locked cargo-nextest || die "missing cargo-nextest: cargo install --locked cargo-nextest failed"
+    printf 'Installing cargo-nextest %s\n' "$nextest_version"
+    cargo install --locked --quiet "cargo-nextest@$nextest_version" ||
+        die "missing cargo-nextest: cargo install --locked cargo-nextest@$nextest_version failed"
 }
