@@ -13,6 +13,7 @@ pub mod fuse;
 pub mod guest;
 pub mod inherit;
 pub mod ioctl;
+pub mod journal;
 pub mod keeper;
 pub mod maps;
 pub mod memfd;
