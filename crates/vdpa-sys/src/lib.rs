@@ -24,6 +24,7 @@ pub mod priority;
 pub mod process;
 pub mod rlimit;
 pub mod sigbus;
+pub mod signals;
 pub mod snapshot;
 pub mod space;
 pub mod uapi;
