@@ -3,13 +3,15 @@
 
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 
 use vdpa_core::Errno;
 
 use crate::errno;
 
-/// Signals that arrive by reading. They stay blocked for the thread that made this, and over an exec, so that none is
-/// lost while a program replaces itself; children that `std` starts have them unblocked.
+/// Signals that arrive by reading. They stay blocked for the thread that made this and over an exec, so that none is
+/// lost while a program replaces itself. Children inherit that: see [`unblock_in_child`].
 #[derive(Debug)]
 pub struct SignalFd(OwnedFd);
 
@@ -49,6 +51,20 @@ impl SignalFd {
     }
 }
 
+/// Has the child of `command` start with no signal blocked.
+pub fn unblock_in_child(command: &mut Command) -> &mut Command {
+    let unblock = || {
+        let mut none = MaybeUninit::<libc::sigset_t>::uninit();
+        // SAFETY: makes an empty set of what it is given; cannot fail.
+        unsafe { libc::sigemptyset(none.as_mut_ptr()) };
+        // SAFETY: the set was initialised above, and nothing is written elsewhere. Cannot fail with SIG_SETMASK.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, none.as_ptr(), std::ptr::null_mut()) };
+        Ok(())
+    };
+    // SAFETY: between fork and exec the closure makes one system call; it neither allocates nor takes a lock.
+    unsafe { command.pre_exec(unblock) }
+}
+
 impl AsFd for SignalFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
@@ -68,6 +84,13 @@ mod tests {
             unsafe { libc::pthread_kill(libc::pthread_self(), libc::SIGUSR1) };
             assert_eq!((signals.next_signal(), signals.next_signal()), (Some(libc::SIGUSR1), None));
             assert!(SignalFd::new(&[1000]).is_err());
+            let blocked = |command: &mut Command| {
+                let output = command.args(["^SigBlk", "/proc/self/status"]).output().unwrap();
+                let text = String::from_utf8(output.stdout).unwrap();
+                u64::from_str_radix(text.trim_start_matches("SigBlk:").trim(), 16).unwrap()
+            };
+            assert_ne!(blocked(&mut Command::new("grep")), 0, "a child inherits the mask");
+            assert_eq!(blocked(unblock_in_child(&mut Command::new("grep"))), 0);
         })
         .join()
         .unwrap();

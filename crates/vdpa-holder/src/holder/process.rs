@@ -10,6 +10,7 @@ use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
 };
 use vdpa_core::Errno;
+use vdpa_sys::signals::unblock_in_child;
 use vdpa_sys::{clock, exec};
 
 use super::{Program, STATE_ENV};
@@ -50,7 +51,7 @@ impl Process {
         let fds: Vec<_> =
             [Some(progress.as_fd()), peer.as_ref().map(|peer| peer.as_fd())].into_iter().flatten().collect();
         socket::send(&ours, 0, start, &fds)?;
-        let child = exec::spawn(&mut command, vec![theirs])
+        let child = exec::spawn(unblock_in_child(&mut command), vec![theirs])
             .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(5)))?;
         let pid = i32::try_from(child.id()).map_err(|_| Errno::INVAL)?;
         // The id is valid until `waitid` below has collected the child.

@@ -35,7 +35,7 @@ const MAX_ENTRIES: u32 = 65536;
 /// What a successor must know of a ring besides its descriptor: `struct io_uring_params` as the kernel filled it in.
 /// Valid as long as the ring exists, and on no other kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RingRecord([u8; RingRecord::SIZE]);
+pub struct RingRecord([u8; Self::SIZE]);
 
 /// A ring that was taken over, with nothing in flight.
 #[derive(Debug)]
