@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::cmsg_space;
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
 };
 use vdpa_core::Errno;
@@ -52,7 +52,8 @@ pub(crate) struct Received {
 /// Receives a message; with `wait` blocks until one is there. `Ok(None)` when the other side has closed its end.
 ///
 /// # Errors
-/// `EAGAIN`; `EBADMSG` for what is no message; `EMFILE` when its descriptors could not all be received.
+/// `EAGAIN`; `EBADMSG` for what is no message. Descriptors beyond the limit of this process are missing: whoever needs
+/// them finds that, and can answer.
 pub(crate) fn receive(socket: impl AsFd, wait: bool) -> Result<Option<Received>, Errno> {
     let mut bytes = [0; MESSAGE_MAX];
     let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(ITEMS_MAX))];
@@ -74,9 +75,6 @@ pub(crate) fn receive(socket: impl AsFd, wait: bool) -> Result<Option<Received>,
     }
     if came.bytes == 0 {
         return Ok(None);
-    }
-    if came.flags.contains(ReturnFlags::CTRUNC) {
-        return Err(Errno::from_raw(rustix::io::Errno::MFILE.raw_os_error()));
     }
     let packet = bytes.get(..came.bytes).unwrap_or_default();
     let (number, message) = Message::decode(packet).map_err(|error| error.errno())?;

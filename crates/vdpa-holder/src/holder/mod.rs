@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::Signal;
+use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit};
 use vdpa_core::Errno;
 use vdpa_sys::clock;
 use vdpa_sys::signals::SignalFd;
@@ -110,6 +110,9 @@ fn system(action: &'static str) -> impl Fn(Errno) -> HolderError {
 /// # Errors
 /// [`HolderError`]. Everything held is closed then, and the daemon finds its socket closed.
 pub fn run(program: Program, options: Options) -> Result<Outcome, HolderError> {
+    let limit = getrlimit(Resource::Nofile);
+    // Without it less can be held, of which the daemon then hears.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
     let signals = SIGNALS.map(Signal::as_raw);
     let signals = SignalFd::new(&signals).map_err(system("receive signals"))?;
     let store = Store::from_env().map_err(system("reach the service manager"))?;

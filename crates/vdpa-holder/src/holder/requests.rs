@@ -29,9 +29,10 @@ fn next(process: &mut Process) -> Option<Received> {
             Ok(Some(received)) => return Some(received),
             Ok(None) => process.socket = None,
             Err(Errno::AGAIN) => return None,
+            // There is no number to answer, and what follows cannot be trusted: the daemon finds its socket closed.
             Err(errno) => {
-                // There is no number to answer; the process has one request in progress, and waits.
-                tracing::warn!(pid = process.pid, %errno, "a message of the daemon cannot be understood");
+                tracing::error!(pid = process.pid, %errno, "the daemon cannot be understood");
+                process.socket = None;
             }
         }
     }
