@@ -25,6 +25,14 @@ const MAX_BACKGROUND: u16 = 4096;
 /// would wait for ever.
 const FIRST_KERNEL_ERRNO: i32 = 512;
 
+/// What INIT asks the kernel for.
+const WANTED: u64 = init_flags::BIG_WRITES
+    | init_flags::ATOMIC_O_TRUNC
+    | init_flags::PARALLEL_DIROPS
+    | init_flags::HANDLE_KILLPRIV_V2
+    | init_flags::INIT_EXT
+    | init_flags::HAS_RESEND;
+
 /// A FUSE connection; clones refer to the same one. Any thread may answer.
 ///
 /// The kernel ends the mount when the last descriptor of its connection is closed, in whatever process.
@@ -48,10 +56,43 @@ pub struct Negotiated {
 }
 
 impl Negotiated {
+    /// Bytes of the record of an agreement.
+    pub const RECORD: usize = 20;
+
     /// Whether the kernel can send unanswered requests again after a crash (`HAS_RESEND`).
     #[must_use]
     pub const fn has_resend(&self) -> bool {
         self.flags & init_flags::HAS_RESEND != 0
+    }
+
+    /// The bytes to keep for a successor of the server: four little-endian fields.
+    #[must_use]
+    pub fn to_bytes(&self) -> [u8; Self::RECORD] {
+        let mut bytes = [0; Self::RECORD];
+        let fields = self.major.to_le_bytes().into_iter().chain(self.minor.to_le_bytes());
+        let fields = fields.chain(self.flags.to_le_bytes()).chain(self.max_write.to_le_bytes());
+        bytes.iter_mut().zip(fields).for_each(|(to, from)| *to = from);
+        bytes
+    }
+
+    /// The agreement in bytes that were kept; `None` unless they can be an agreement of this server: a protocol it
+    /// knows, flags it asks for, the size of writes it reads.
+    #[must_use]
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let (major, rest) = bytes.split_first_chunk()?;
+        let (minor, rest) = rest.split_first_chunk()?;
+        let (flags, rest) = rest.split_first_chunk()?;
+        let negotiated = Self {
+            major: u32::from_le_bytes(*major),
+            minor: u32::from_le_bytes(*minor),
+            flags: u64::from_le_bytes(*flags),
+            max_write: u32::from_le_bytes(rest.try_into().ok()?),
+        };
+        let known = negotiated.major == KERNEL_VERSION
+            && (MIN_MINOR..=KERNEL_MINOR_VERSION).contains(&negotiated.minor)
+            && negotiated.flags & !WANTED == 0
+            && negotiated.max_write == MAX_WRITE;
+        known.then_some(negotiated)
     }
 }
 
@@ -213,8 +254,8 @@ impl Connection {
     }
 
     /// Asks the kernel to send every request again that was read and not answered, marked with
-    /// [`UNIQUE_RESEND`](crate::uapi::fuse::UNIQUE_RESEND). For the successor of a
-    /// daemon that died.
+    /// [`UNIQUE_RESEND`](crate::uapi::fuse::UNIQUE_RESEND): for the successor of a daemon that died. They come before
+    /// requests that were made later; an answer carries the number with the mark.
     ///
     /// # Errors
     /// `EINVAL` before Linux 6.9, which does not support it.
@@ -254,12 +295,6 @@ impl AsFd for Connection {
 
 /// Negotiates with a kernel that sent `init`; returns the result and the answer.
 fn agree(init: &InitIn) -> (Negotiated, InitOut) {
-    const WANTED: u64 = init_flags::BIG_WRITES
-        | init_flags::ATOMIC_O_TRUNC
-        | init_flags::PARALLEL_DIROPS
-        | init_flags::HANDLE_KILLPRIV_V2
-        | init_flags::INIT_EXT
-        | init_flags::HAS_RESEND;
     let offered = u64::from(init.flags) | u64::from(init.flags2) << 32;
     let flags = offered & WANTED;
     let [f0, f1, f2, f3, g0, g1, g2, g3] = flags.to_le_bytes();
@@ -319,6 +354,14 @@ mod tests {
         assert!(negotiated.has_resend());
         assert_eq!(negotiated.flags & (init_flags::OVER_IO_URING | init_flags::NO_OPEN_SUPPORT), 0);
         assert_eq!((negotiated.minor, negotiated.max_write), (45, MAX_WRITE));
+        let record = negotiated.to_bytes();
+        assert_eq!(Negotiated::from_bytes(&record), Some(negotiated));
+        assert_eq!(Negotiated::from_bytes(&record[1..]), None);
+        for byte in 0..record.len() {
+            let mut wrong = record;
+            wrong[byte] ^= 0x80;
+            assert_ne!(Negotiated::from_bytes(&wrong), Some(negotiated), "byte {byte}");
+        }
         let mut answer = [0; 80];
         kernel.read_exact(&mut answer).unwrap();
         assert_eq!(answer[..16], [80, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0]);

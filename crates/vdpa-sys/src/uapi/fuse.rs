@@ -58,6 +58,20 @@ wire! {
         padding: u16,
     }
 }
+impl InHeader {
+    /// Whether the request was sent before, to a server that may have carried it out without answering.
+    #[must_use]
+    pub const fn is_resent(&self) -> bool {
+        self.unique & UNIQUE_RESEND != 0
+    }
+
+    /// The number under which the request came the first time. Answers carry [`unique`](Self::unique), mark included.
+    #[must_use]
+    pub const fn first_unique(&self) -> u64 {
+        self.unique & !UNIQUE_RESEND
+    }
+}
+
 wire! {
     /// `struct fuse_out_header`: begins every answer and notification.
     OutHeader[16] {

@@ -7,6 +7,7 @@
 //! kernel cancels the requests of a thread that exits. Registered buffers and files may be changed from any
 //! thread by a [`Registrar`]; for this the ring is not set up with `IORING_SETUP_SINGLE_ISSUER`.
 
+mod adopt;
 mod memory;
 mod op;
 mod registrar;
@@ -14,6 +15,7 @@ mod ring;
 #[cfg(test)]
 mod tests;
 
+pub use adopt::{AdoptError, Adopted, Leftover, RingRecord};
 pub use memory::{
     AlignedBuf, Buffers, Direction, GuestPieces, IoPiece, MAX_PIECES, MemorySet, OwnedBuf, StableMemory,
     Wait, transfer_now,

@@ -21,10 +21,10 @@ use super::{File, FixedPiece, IoPiece, Op, OwnedBuf, Registrar};
 const DROP_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// `user_data` of requests that the ring makes itself.
-const INTERNAL: u64 = u64::MAX;
+pub(super) const INTERNAL: u64 = u64::MAX;
 
 /// Set in the `user_data` of requests that own nothing and so are not in the slab; the other bits are the token.
-const BARE: u64 = 1 << 63;
+pub(super) const BARE: u64 = 1 << 63;
 
 /// An io_uring; see the module.
 pub struct Ring {
@@ -94,7 +94,16 @@ impl Ring {
             other => other,
         };
         let ring = Arc::new(ring.map_err(|error| errno(&error))?);
-        Ok(Self { ring, slab: ManuallyDrop::new(Slab::default()), bare: 0, files: Arc::default() })
+        Ok(Self::with(ring))
+    }
+
+    /// A ring in which nothing is in flight.
+    pub(super) fn with(ring: Arc<IoUring>) -> Self {
+        Self { ring, slab: ManuallyDrop::new(Slab::default()), bare: 0, files: Arc::default() }
+    }
+
+    pub(super) fn io_uring(&self) -> &IoUring {
+        &self.ring
     }
 
     /// The handle that registers buffers and files.

@@ -1,0 +1,282 @@
+//! Taking over the ring of a process that has died.
+//!
+//! A ring lives as long as somebody has its descriptor, and with it the buffers that were registered: their pages stay
+//! pinned. A successor maps the queues of that same ring again and goes on with it. Registered buffers keep the addresses
+//! of the process that registered them; nothing needs to be mapped there.
+#![expect(
+    unsafe_code,
+    reason = "the parameters of a ring and its entries are given by structure and address"
+)]
+
+use std::os::fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use io_uring::squeue::Flags;
+use io_uring::types::{CancelBuilder, SubmitArgs, Timespec};
+use io_uring::{IoUring, Parameters, cqueue, opcode};
+use vdpa_core::Errno;
+
+use super::Ring;
+use super::ring::{BARE, INTERNAL, errno};
+use crate::mmap::{Prot, SharedMap};
+use crate::process::describe_fd;
+
+/// Upper half of the `user_data` of the request that completes when all before it have.
+const MARK: u64 = BARE | 0x7fff_fffe << 32;
+/// Setup flags of rings that this module makes, and with which a ring works in more than one process: `CQSIZE`, `CLAMP`,
+/// `SUBMIT_ALL`, `COOP_TASKRUN`, `TASKRUN_FLAG`.
+const KNOWN_FLAGS: u32 = 1 << 3 | 1 << 4 | 1 << 7 | 1 << 8 | 1 << 9;
+/// How long to wait for completions before what is left is cancelled once more.
+const ROUND: Duration = Duration::from_millis(50);
+/// The largest queues the kernel makes (`IORING_MAX_CQ_ENTRIES`).
+const MAX_ENTRIES: u32 = 65536;
+
+/// What a successor must know of a ring besides its descriptor: `struct io_uring_params` as the kernel filled it in.
+/// Valid as long as the ring exists, and on no other kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RingRecord([u8; Self::SIZE]);
+
+/// A ring that was taken over, with nothing in flight.
+#[derive(Debug)]
+pub struct Adopted {
+    /// It. Registered buffers are as they were; registered files are gone.
+    pub ring: Ring,
+    /// Completions that the last process has not seen, in the order they came.
+    pub leftovers: Vec<Leftover>,
+    /// Requests the last process had queued and the kernel had not taken: they never started and never will.
+    pub withdrawn: u32,
+}
+
+/// A completion of a request of the last process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Leftover {
+    /// Its name, for requests between a registered file and a registered buffer. That of others died with the process.
+    pub token: Option<u64>,
+    /// Bytes or 0; or the error, `ECANCELED` for what had not started.
+    pub result: Result<u32, Errno>,
+}
+
+/// Why a ring was not taken over.
+#[derive(Debug, thiserror::Error)]
+pub enum AdoptError {
+    /// The descriptor or the record is not that of a ring of [`Ring::new`] on this kernel.
+    #[error("the ring cannot be adopted: {what}")]
+    NotThisRing {
+        /// What is wrong.
+        what: &'static str,
+    },
+    /// Requests of the last process are still in flight: a slow disk has some of them, or the process lives.
+    #[error("requests of the last process are still in flight after {waited:?}")]
+    Unsettled {
+        /// How long they were waited for.
+        waited: Duration,
+        /// What has completed. It will not be told again; the ring can be adopted again later.
+        leftovers: Vec<Leftover>,
+    },
+    /// A system call failed.
+    #[error("cannot adopt the ring: {errno}")]
+    Io {
+        /// The reason.
+        errno: Errno,
+    },
+}
+
+impl RingRecord {
+    /// Bytes of a record.
+    pub const SIZE: usize = 120;
+
+    /// The bytes to keep.
+    #[must_use]
+    pub const fn to_bytes(&self) -> [u8; Self::SIZE] {
+        self.0
+    }
+
+    /// The record in bytes that were kept; `None` when there are too few or too many. Checked by [`Ring::adopt`].
+    #[must_use]
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        bytes.try_into().ok().map(Self)
+    }
+
+    /// The field at byte `at`.
+    fn word(&self, at: usize) -> u32 {
+        let bytes = self.0.get(at..).and_then(|rest| rest.first_chunk());
+        bytes.map_or(0, |bytes| u32::from_ne_bytes(*bytes))
+    }
+}
+
+/// Bytes at which `struct io_uring_params` has its fields (include/uapi/linux/io_uring.h).
+mod at {
+    pub(super) const SQ_ENTRIES: usize = 0;
+    pub(super) const CQ_ENTRIES: usize = 4;
+    pub(super) const FLAGS: usize = 8;
+    pub(super) const FEATURES: usize = 20;
+    pub(super) const SQ_HEAD: usize = 40;
+    pub(super) const SQ_TAIL: usize = 44;
+    pub(super) const SQ_ARRAY: usize = 64;
+    pub(super) const CQ_CQES: usize = 100;
+    /// Offsets in the queues that are the same for every ring of a kernel; `SQ_ARRAY` is not.
+    pub(super) const FIXED: [usize; 12] = [SQ_HEAD, SQ_TAIL, 48, 52, 56, 60, 80, 84, 88, 92, 96, CQ_CQES];
+}
+
+const _: () = assert!(size_of::<Parameters>() == RingRecord::SIZE);
+
+impl Ring {
+    /// What a successor needs to [`adopt`](Self::adopt) this ring.
+    #[must_use]
+    pub fn save(&self) -> RingRecord {
+        record_of(self.io_uring())
+    }
+
+    /// Takes over the ring behind `fd`, whose last process has died, and waits until none of that process's requests is in
+    /// flight: after that nothing the process had submitted reaches a file. What can be cancelled is.
+    ///
+    /// # Errors
+    /// [`AdoptError`].
+    pub fn adopt(fd: OwnedFd, record: &RingRecord, timeout: Duration) -> Result<Adopted, AdoptError> {
+        check(&fd, record)?;
+        let withdrawn = withdraw(&fd, record)?;
+        // SAFETY: any bytes are a valid `io_uring_params`, which has integers only; the sizes are asserted above.
+        let parameters = unsafe { std::mem::transmute::<[u8; RingRecord::SIZE], Parameters>(record.0) };
+        // SAFETY: the descriptor is owned and of a ring, and the parameters are those the kernel gave for it: `check` has
+        // compared the number of entries with that ring and the offsets with those of this kernel.
+        let ring = unsafe { IoUring::from_fd(fd.into_raw_fd(), parameters) }.map_err(|error| io(&error))?;
+        let mut leftovers = Vec::new();
+        if !settle(&ring, timeout, &mut leftovers)? {
+            return Err(AdoptError::Unsettled { waited: timeout, leftovers });
+        }
+        match ring.submitter().unregister_files() {
+            Err(error) if error.raw_os_error() != Some(libc::ENXIO) => return Err(io(&error)),
+            _ => {}
+        }
+        Ok(Adopted { ring: Self::with(Arc::new(ring)), leftovers, withdrawn })
+    }
+}
+
+fn record_of(ring: &IoUring) -> RingRecord {
+    let parameters: *const Parameters = ring.params();
+    // SAFETY: `Parameters` is a transparent wrapper of `io_uring_params`, 120 bytes without padding.
+    RingRecord(unsafe { parameters.cast::<[u8; RingRecord::SIZE]>().read() })
+}
+
+/// Whether the descriptor is a ring of this kernel, and the record that ring's.
+fn check(fd: &OwnedFd, record: &RingRecord) -> Result<(), AdoptError> {
+    let wrong = |what| Err(AdoptError::NotThisRing { what });
+    if describe_fd(fd) != "anon_inode:[io_uring]" {
+        return wrong("the descriptor is no io_uring");
+    }
+    if record.word(at::FLAGS) & !KNOWN_FLAGS != 0 {
+        return wrong("it was set up in a way that other processes cannot use");
+    }
+    let sample = IoUring::new(1).map_err(|error| io(&error))?;
+    let sample = record_of(&sample);
+    if at::FIXED.iter().any(|&field| record.word(field) != sample.word(field)) {
+        return wrong("its queues are laid out as by another kernel");
+    }
+    let (sq, cq) = (record.word(at::SQ_ENTRIES), record.word(at::CQ_ENTRIES));
+    if sq.max(cq) > MAX_ENTRIES || masks(fd)? != (sq.wrapping_sub(1), cq.wrapping_sub(1)) {
+        return wrong("its queues have other sizes");
+    }
+    // The array follows the completions, at a multiple of a cache line.
+    const ALIGNMENT: u32 = 256;
+    const COMPLETION: u32 = 16;
+    let (array, end) = (record.word(at::SQ_ARRAY), record.word(at::CQ_CQES) + cq * COMPLETION);
+    if array < end || array - end >= ALIGNMENT || array % 4 != 0 {
+        return wrong("the array of its submission queue is elsewhere");
+    }
+    if record.word(at::FEATURES) != sample.word(at::FEATURES) {
+        return wrong("it has the features of another kernel");
+    }
+    Ok(())
+}
+
+/// The sizes of both queues, less 1, as the kernel shows them.
+fn masks(fd: &OwnedFd) -> Result<(u32, u32), AdoptError> {
+    let path = format!("/proc/self/fdinfo/{}", fd.as_raw_fd());
+    let text = std::fs::read_to_string(path).map_err(|error| io(&error))?;
+    let field = |name| {
+        let value = text.lines().find_map(|line| line.strip_prefix(name))?.trim();
+        u32::from_str_radix(value.trim_start_matches("0x"), 16).ok()
+    };
+    let masks = field("SqMask:").zip(field("CqMask:"));
+    masks.ok_or(AdoptError::NotThisRing { what: "the kernel does not show the sizes of its queues" })
+}
+
+/// Takes back what was queued and not submitted: it names memory of the process that has died.
+fn withdraw(fd: &OwnedFd, record: &RingRecord) -> Result<u32, AdoptError> {
+    let io = |errno| AdoptError::Io { errno };
+    let end = record.word(at::CQ_CQES) as usize + 16 * record.word(at::CQ_ENTRIES) as usize;
+    // The submission queue is mapped at offset 0, and its first fields lie before the completions.
+    let queue = SharedMap::map(fd.as_fd(), 0, end, Prot::RW, false).map_err(io)?;
+    let (head_at, tail_at) = (record.word(at::SQ_HEAD) as usize, record.word(at::SQ_TAIL) as usize);
+    let head = queue.load_u32(head_at).map_err(|_| io(Errno::FAULT))?;
+    let tail = queue.load_u32(tail_at).map_err(|_| io(Errno::FAULT))?;
+    queue.store_u32(tail_at, head).map_err(|_| io(Errno::FAULT))?;
+    Ok(u32::from_le(tail).wrapping_sub(u32::from_le(head)))
+}
+
+/// Cancels what is in flight and collects completions until there can be no more; whether that was in time.
+fn settle(ring: &IoUring, timeout: Duration, leftovers: &mut Vec<Leftover>) -> Result<bool, AdoptError> {
+    let deadline = Instant::now() + timeout;
+    let mark = MARK | u64::from(std::process::id());
+    let cancel = opcode::AsyncCancel2::new(CancelBuilder::any().all()).build().user_data(INTERNAL);
+    // The kernel starts it when all requests before it have completed, whoever submitted them.
+    let last = opcode::Nop::new().build().flags(Flags::IO_DRAIN).user_data(mark);
+    for entry in [cancel, last] {
+        // SAFETY: nobody else uses the queue: the ring has just been made of its descriptor here, and its process is dead.
+        let mut queue = unsafe { ring.submission_shared() };
+        // SAFETY: neither entry points to memory.
+        if unsafe { queue.push(&entry) }.is_err() {
+            drop(queue);
+            ring.submit().map_err(|error| io(&error))?;
+            // SAFETY: as above.
+            let mut queue = unsafe { ring.submission_shared() };
+            // SAFETY: as above.
+            unsafe { queue.push(&entry) }.map_err(|_| AdoptError::Io { errno: Errno::BUSY })?;
+        }
+    }
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let time = Timespec::from(left.min(ROUND));
+        match ring.submitter().submit_with_args(1, &SubmitArgs::new().timespec(&time)) {
+            Ok(_) => {}
+            Err(error)
+                if matches!(
+                    error.raw_os_error(),
+                    Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN)
+                ) => {}
+            Err(error) => return Err(io(&error)),
+        }
+        if collect(ring, mark, leftovers) {
+            return Ok(true);
+        }
+        if left.is_zero() {
+            return Ok(false);
+        }
+        // A request that was being queued by a kernel thread when the first one was served.
+        let _ = ring.submitter().register_sync_cancel(Some(Timespec::new()), CancelBuilder::any().all());
+    }
+}
+
+/// Takes the completions that are there; whether `mark` was among them.
+fn collect(ring: &IoUring, mark: u64, leftovers: &mut Vec<Leftover>) -> bool {
+    let mut settled = false;
+    // SAFETY: as for the submission queue in `settle`.
+    for entry in unsafe { ring.completion_shared() } {
+        let name = entry.user_data();
+        if name == mark {
+            settled = true;
+        } else if name != INTERNAL && name & !u64::from(u32::MAX) != MARK && !cqueue::more(entry.flags()) {
+            let result = u32::try_from(entry.result());
+            leftovers.push(Leftover {
+                token: (name & BARE != 0).then_some(name & !BARE),
+                result: result.map_err(|_| Errno::from_raw(entry.result().saturating_neg())),
+            });
+        }
+    }
+    settled
+}
+
+fn io(error: &std::io::Error) -> AdoptError {
+    AdoptError::Io { errno: errno(error) }
+}
