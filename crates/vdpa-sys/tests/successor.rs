@@ -32,7 +32,7 @@ impl Part {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["--exact", name, "--nocapture", "--test-threads=1"]);
         command.env(PART, arguments).stdout(Stdio::piped());
-        exec::end_with_starter(&mut command);
+        exec::terminate_with_parent(&mut command);
         let mut child = exec::spawn(&mut command, keep).unwrap();
         let output = BufReader::new(child.stdout.take().unwrap());
         Self { child, output }

@@ -2,12 +2,13 @@
 
 use std::hint::black_box;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use vdpa_core::features::Features;
 use vdpa_core::iotlb::{Mapping, RecordId, Table};
 use vdpa_core::ring::driver::Driver;
+use vdpa_core::ring::inflight::{MaybeLog, log_size};
 use vdpa_core::ring::{Buffer, Chain, Memory, Ring, area_sizes};
 use vdpa_core::types::{IovaRange, Perm};
 use vdpa_core::vq::QueueState;
@@ -77,6 +78,17 @@ fn mapped(name: &'static str, features: Features, regions: u64) -> Contender {
     ours(name, features, areas, memory, regions, translate)
 }
 
+/// As [`mapped`], with an in-flight log.
+fn logged(name: &'static str, features: Features, regions: u64) -> Contender {
+    let memory = snapshot(regions);
+    let [desc, avail, used] = areas(&memory, features);
+    let driver = Driver::new(SIZE, features, desc.clone(), avail.clone(), used.clone()).unwrap();
+    let queue = Ring::new(SIZE, features, desc, avail, used, QueueState::initial(features)).unwrap();
+    let words: Arc<[AtomicU64]> = (0..log_size(SIZE, features) / 8).map(|_| AtomicU64::new(0)).collect();
+    let queue = queue.with_log(words, features).unwrap();
+    serve(name, driver, queue, memory, regions, translate)
+}
+
 /// The core without a platform.
 fn plain(regions: u64) -> Contender {
     let sizes = area_sizes(SIZE, Features::NONE);
@@ -101,9 +113,24 @@ fn ours<M: Memory + 'static>(
 where
     M::Area: Clone + 'static,
 {
-    let mut driver = Driver::new(SIZE, features, desc.clone(), avail.clone(), used.clone()).unwrap();
+    let driver = Driver::new(SIZE, features, desc.clone(), avail.clone(), used.clone()).unwrap();
     let state = QueueState::initial(features);
-    let mut queue = Ring::new(SIZE, features, desc, avail, used, state).unwrap();
+    let queue = Ring::new(SIZE, features, desc, avail, used, state).unwrap();
+    serve(name, driver, queue, memory, regions, translate)
+}
+
+/// Both sides of a ring, with or without a log.
+fn serve<M: Memory + 'static, L: MaybeLog + 'static>(
+    name: &'static str,
+    mut driver: Driver<M::Area>,
+    mut queue: Ring<M::Area, L>,
+    memory: M,
+    regions: u64,
+    translate: impl Fn(&M, &[Buffer], Perm) + 'static,
+) -> Contender
+where
+    M::Area: Clone + 'static,
+{
     let requests = requests(regions);
     let mut chain = Chain::new();
     let mut heads = Vec::new();
@@ -207,5 +234,16 @@ pub(crate) fn tables() -> Vec<(String, Make)> {
         });
         (format!("request of 3 descriptors, {regions} regions"), make)
     };
-    [1, 4, 32].map(table).into()
+    let logs: Make = Box::new(|| {
+        let packed = Features::of(&[Features::RING_PACKED]);
+        vec![
+            mapped("split", Features::NONE, 4),
+            logged("split, with a log", Features::NONE, 4),
+            mapped("packed", packed, 4),
+            logged("packed, with a log", packed, 4),
+        ]
+    });
+    let mut all: Vec<_> = [1, 4, 32].map(table).into();
+    all.push(("in-flight log, request of 3 descriptors".to_owned(), logs));
+    all
 }

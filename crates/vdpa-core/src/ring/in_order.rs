@@ -62,6 +62,14 @@ impl InOrder {
         true
     }
 
+    /// Says how many writable bytes the request `name` has, when that was not known as it was added.
+    pub(super) fn set_writable(&mut self, name: u16, writable: u64) {
+        let Some(&Some(number)) = self.numbers.get(usize::from(name)) else { return };
+        if let Some(request) = self.requests.get_mut(usize::from(number.wrapping_sub(self.first))) {
+            request.writable = writable;
+        }
+    }
+
     /// Removes the request added last.
     pub(super) fn remove_last(&mut self) {
         if let Some(request) = self.requests.pop_back() {

@@ -12,6 +12,7 @@ pub mod driver;
 mod error;
 mod in_order;
 mod indirect;
+pub mod inflight;
 mod layout;
 pub mod packed;
 mod queue;

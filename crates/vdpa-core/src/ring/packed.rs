@@ -1,13 +1,16 @@
 //! The device side of a packed ring.
 
 pub(super) mod layout;
+mod logged;
+mod recover;
 mod requests;
 
-use self::layout::{FLAGS, LEN, Place};
+use self::layout::{FLAGS, Place};
 use self::requests::Requests;
 use super::error::Latch;
 use super::in_order::{InOrder, Run};
 use super::indirect::Window;
+use super::inflight::{Log, LogError, LogMemory, MaybeLog, NoLog, Stored};
 use super::layout::{DESCRIPTOR, Descriptor, INDIRECT, NEXT, WRITE};
 use super::{Area, Chain, Memory, RingError};
 use crate::features::Features;
@@ -27,7 +30,7 @@ pub use self::layout::area_sizes;
 /// With `IN_ORDER` the device may still complete requests in any order. They are published in the order of availability,
 /// and one used descriptor stands for a run of them.
 #[derive(Debug)]
-pub struct PackedQueue<A: Area> {
+pub struct PackedQueue<A: Area, L: MaybeLog = NoLog> {
     desc: A,
     driver: A,
     device: A,
@@ -49,7 +52,17 @@ pub struct PackedQueue<A: Area> {
     undecided: bool,
     requests: Requests,
     order: Option<InOrder>,
+    log: L,
     broken: Latch,
+}
+
+/// A chain whose buffers were collected.
+struct Walked {
+    id: u16,
+    /// Of the ring.
+    descriptors: u16,
+    /// The table, if it has one.
+    table: Option<Stored>,
 }
 
 impl<A: Area> PackedQueue<A> {
@@ -106,10 +119,31 @@ impl<A: Area> PackedQueue<A> {
             undecided: false,
             requests: Requests::new(size),
             order,
+            log: NoLog,
             broken: Latch::default(),
         })
     }
 
+    /// Keeps a log of the requests in flight in `memory`, which is made empty, as an [`inflight`](super::inflight) one.
+    ///
+    /// To be called before the first request is taken. [`undelivered`](Self::undelivered) descriptors are noted as never
+    /// to be answered.
+    ///
+    /// # Errors
+    /// [`LogError::Room`].
+    pub fn with_log<M: LogMemory>(
+        mut self,
+        memory: M,
+        features: Features,
+    ) -> Result<PackedQueue<A, Log<M>>, LogError> {
+        let used = self.next_used.count(self.size);
+        let log = Log::format(memory, self.size, features, used, self.undelivered())?;
+        self.requests.divide();
+        Ok(self.replace_log(log))
+    }
+}
+
+impl<A: Area, L: MaybeLog> PackedQueue<A, L> {
     /// Treats an indirect descriptor as a violation unless `features` has `RING_INDIRECT_DESC`.
     #[must_use]
     pub fn refuse_unnegotiated_indirect(mut self, features: Features) -> Self {
@@ -147,6 +181,11 @@ impl<A: Area> PackedQueue<A> {
     /// [`RingError::NotInFlight`] when the request is not in flight.
     pub fn abandon(&mut self, chain: &Chain) -> Result<(), RingError> {
         let slot = self.requests.get(chain.head)?;
+        if let Some(log) = self.log.get()
+            && !log.put_back(chain.head, slot.descriptors)
+        {
+            return Err(RingError::NotInFlight { head: chain.head });
+        }
         self.requests.release(chain.head)?;
         if let Some(order) = &mut self.order {
             order.remove_last();
@@ -170,8 +209,8 @@ impl<A: Area> PackedQueue<A> {
             order.complete(head, len);
             self.requests.mark_pushed(head);
         } else {
-            self.write_used(slot.id, len, slot.descriptors)?;
-            self.requests.release(head)?;
+            self.write_used(head, slot.id, len, slot.descriptors)?;
+            self.release(head)?;
             self.requests.written += 1;
         }
         self.requests.in_flight -= 1;
@@ -193,7 +232,7 @@ impl<A: Area> PackedQueue<A> {
             self.write_runs()?;
         }
         if self.published != self.next_used {
-            self.desc.store_u16(self.published.offset() + FLAGS, self.held_flags)?;
+            self.show()?;
             self.published = self.next_used;
             self.requests.unpublished -= std::mem::take(&mut self.requests.written);
             self.undecided = true;
@@ -343,10 +382,11 @@ impl<A: Area> PackedQueue<A> {
     fn take<M: Memory>(&mut self, memory: &M, chain: &mut Chain) -> Result<bool, RingError> {
         let Some(flags) = self.available()? else { return Ok(false) };
         chain.reset(self.next_avail.index);
-        let (id, descriptors) = self.walk(memory, flags, chain)?;
+        let Walked { id, descriptors, table } = self.walk(memory, flags, chain)?;
         let head = chain.head;
         // There are as many request numbers as descriptors, so one is always free here.
         let name = self.requests.take(id, descriptors).ok_or(RingError::Room { head, room: 0 })?;
+        self.log_taken(name, id, descriptors, table, chain);
         if let Some(order) = &mut self.order {
             order.add(name, chain.writable().len());
         }
@@ -355,10 +395,9 @@ impl<A: Area> PackedQueue<A> {
         Ok(true)
     }
 
-    /// Collects the buffers of the chain at `next_avail`, whose first flags were read; returns its id and its
-    /// number of descriptors.
+    /// Collects the buffers of the chain at `next_avail`, whose first flags were read.
     #[inline]
-    fn walk<M: Memory>(&self, memory: &M, flags: u16, chain: &mut Chain) -> Result<(u16, u16), RingError> {
+    fn walk<M: Memory>(&self, memory: &M, flags: u16, chain: &mut Chain) -> Result<Walked, RingError> {
         let mut at = self.next_avail;
         let mut first = Some(flags);
         let room = self.room();
@@ -374,13 +413,14 @@ impl<A: Area> PackedQueue<A> {
             descriptor.flags = first.take().unwrap_or(descriptor.flags);
             if descriptor.flags & INDIRECT != 0 {
                 self.walk_indirect(memory, descriptor, descriptors, chain)?;
-                return Ok((descriptor.next, descriptors));
+                let table = Stored { addr: descriptor.addr, len: descriptor.len, flags: INDIRECT };
+                return Ok(Walked { id: descriptor.next, descriptors, table: Some(table) });
             }
             chain.push(descriptor)?;
             bytes += u64::from(descriptor.len);
             if descriptor.flags & NEXT == 0 {
                 chain.check(bytes)?;
-                return Ok((descriptor.next, descriptors));
+                return Ok(Walked { id: descriptor.next, descriptors, table: None });
             }
             at = at.forward(1, self.size);
         }
@@ -422,35 +462,17 @@ impl<A: Area> PackedQueue<A> {
         chain.check(bytes)
     }
 
-    /// Writes one used descriptor that stands for `descriptors` descriptors of the ring.
-    #[inline]
-    fn write_used(&mut self, id: u16, len: u32, descriptors: u16) -> Result<(), RingError> {
-        let at = self.next_used;
-        let flags = at.used() | if len > 0 { WRITE } else { 0 };
-        let mut raw = [0; DESCRIPTOR - LEN];
-        raw[..4].copy_from_slice(&len.to_le_bytes());
-        raw[4..6].copy_from_slice(&id.to_le_bytes());
-        raw[6..].copy_from_slice(&flags.to_le_bytes());
-        if at == self.published {
-            self.desc.write(at.offset() + LEN, &raw[..FLAGS - LEN])?;
-            self.held_flags = flags;
-        } else {
-            self.desc.write(at.offset() + LEN, &raw)?;
-        }
-        self.next_used = at.forward(descriptors, self.size);
-        Ok(())
-    }
-
     /// Writes the completed requests that no uncompleted request precedes.
     fn write_runs(&mut self) -> Result<(), RingError> {
         while let Some(Run { count, name, written }) = self.order.as_ref().and_then(InOrder::run) {
             let id = self.requests.slot(name).id;
             let names = self.order.iter().flat_map(|order| order.names(count));
             let descriptors = names.map(|name| self.requests.slot(name).descriptors).sum();
-            self.write_used(id, written, descriptors)?;
-            if let Some(order) = &mut self.order {
-                order.names(count).try_for_each(|name| self.requests.release(name).map(drop))?;
-                order.drop_first(count);
+            self.write_used(name, id, written, descriptors)?;
+            for _ in 0..count {
+                let Some(name) = self.order.as_ref().and_then(|order| order.names(1).next()) else { break };
+                self.release(name)?;
+                self.order.iter_mut().for_each(|order| order.drop_first(1));
             }
             self.requests.written += count;
         }

@@ -1,5 +1,6 @@
 //! The device side of a ring in the format that was negotiated.
 
+use super::inflight::{Log, LogError, LogMemory, MaybeLog, NoLog, Repeat};
 use super::layout::AreaSizes;
 use super::packed::PackedQueue;
 use super::split::SplitQueue;
@@ -22,11 +23,11 @@ pub const fn area_sizes(size: u16, features: Features) -> AreaSizes {
 /// A device that completes what it popped with [`push_used`](Self::push_used) and the [`head`](Chain::head) of the
 /// chain need not know the format.
 #[derive(Debug)]
-pub enum Ring<A: Area> {
+pub enum Ring<A: Area, L: MaybeLog = NoLog> {
     /// Without `RING_PACKED`.
-    Split(SplitQueue<A>),
+    Split(SplitQueue<A, L>),
     /// With `RING_PACKED`.
-    Packed(PackedQueue<A>),
+    Packed(PackedQueue<A, L>),
 }
 
 macro_rules! either {
@@ -57,6 +58,72 @@ impl<A: Area> Ring<A> {
         } else {
             SplitQueue::new(size, features, desc, driver, device, state).map(Self::Split)
         }
+    }
+
+    /// Keeps a log of the requests in flight in `memory`, of at least [`log_size`](super::inflight::log_size) bytes, which is
+    /// made empty. `features` are those of the ring.
+    ///
+    /// To be called before the first request is taken.
+    ///
+    /// # Errors
+    /// [`LogError::Room`].
+    pub fn with_log<M: LogMemory>(self, memory: M, features: Features) -> Result<Ring<A, Log<M>>, LogError> {
+        match self {
+            Self::Split(queue) => queue.with_log(memory, features).map(Ring::Split),
+            Self::Packed(queue) => queue.with_log(memory, features).map(Ring::Packed),
+        }
+    }
+}
+
+impl<A: Area, M: LogMemory> Ring<A, Log<M>> {
+    /// Continues a ring from the log of a process that has died, at whatever instruction. The areas are those of
+    /// [`new`](Ring::new), `memory` that of [`with_log`](Ring::with_log).
+    ///
+    /// Returns the ring and the requests to be repeated, in the order in which they were taken. Each is
+    /// [retaken](Self::retake) before it is done, and answered with [`push_used`](Self::push_used) like any other; the
+    /// caller need not wait with new requests until then. Call [`publish`](Self::publish) at once and signal the driver
+    /// as it says: a notification may have been lost.
+    ///
+    /// May be repeated after an error and after a crash at any instruction of it.
+    ///
+    /// # Errors
+    /// [`LogError`]. With [`LogError::Absent`] nothing was taken: start the queue where it was set to start.
+    /// [`LogError::Ring`] with a fault: the ring's memory is out of reach at the moment.
+    pub fn recover(
+        size: u16,
+        features: Features,
+        [desc, driver, device]: [A; 3],
+        memory: M,
+    ) -> Result<(Self, Vec<Repeat>), LogError> {
+        if features.has(Features::RING_PACKED) {
+            let (queue, repeats) = PackedQueue::recover(size, features, [desc, driver, device], memory)?;
+            Ok((Self::Packed(queue), repeats))
+        } else {
+            let (queue, repeats) = SplitQueue::recover(size, features, [desc, driver, device], memory)?;
+            Ok((Self::Split(queue), repeats))
+        }
+    }
+
+    /// Reads a request to be repeated into `chain` and counts this process among those that have begun it.
+    ///
+    /// # Errors
+    /// [`RingError::NotInFlight`] for one that was answered. A fault: call again later. All others are violations of
+    /// the driver, which has changed the request after it made it available, and stop the ring.
+    pub fn retake<T: Memory>(
+        &mut self,
+        repeat: Repeat,
+        memory: &T,
+        chain: &mut Chain,
+    ) -> Result<(), RingError> {
+        either!(self, queue => queue.retake(repeat, memory, chain))
+    }
+}
+
+impl<A: Area, L: MaybeLog> Ring<A, L> {
+    /// Makes the log, if there is one, empty at the present position, and forgets the requests in flight: for a queue
+    /// that is stopped. One that was drained needs no call.
+    pub fn restart_log(&mut self) {
+        either!(self, queue => queue.restart_log());
     }
 
     /// Treats an indirect descriptor as a violation unless `features` has `RING_INDIRECT_DESC`.

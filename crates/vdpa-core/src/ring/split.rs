@@ -1,13 +1,18 @@
 //! The device side of a split ring.
 
+mod logged;
+mod recover;
+
 use super::error::Latch;
 use super::in_order::{InOrder, Run};
 use super::indirect::Window;
+use super::inflight::{MaybeLog, NoLog};
 use super::layout::{self, Descriptor, FLAGS, INDEX, INDIRECT, NEXT, SUPPRESS};
 use super::{Area, Chain, Memory, RingError};
 use crate::features::Features;
 use crate::vq::QueueState;
 
+pub(super) use self::recover::add_all;
 pub use super::layout::{AreaSizes, SIZE_MAX, area_sizes};
 
 /// The device side of a split ring (virtio 1.2 section 2.7).
@@ -28,7 +33,7 @@ pub use super::layout::{AreaSizes, SIZE_MAX, area_sizes};
 /// same error; requests in flight can still be completed. A [`Fault`](RingError::Fault) changes
 /// nothing, and the call may be repeated; `pop` at the next kick (uapi-spec 6.1).
 #[derive(Debug)]
-pub struct SplitQueue<A: Area> {
+pub struct SplitQueue<A: Area, L: MaybeLog = NoLog> {
     desc: A,
     avail: A,
     used: A,
@@ -53,6 +58,7 @@ pub struct SplitQueue<A: Area> {
     undecided: bool,
     undelivered: u16,
     order: Option<InOrder>,
+    log: L,
     broken: Latch,
 }
 
@@ -99,10 +105,13 @@ impl<A: Area> SplitQueue<A> {
             undecided: false,
             undelivered,
             order: features.has(Features::IN_ORDER).then(|| InOrder::new(size)),
+            log: NoLog,
             broken: Latch::default(),
         })
     }
+}
 
+impl<A: Area, L: MaybeLog> SplitQueue<A, L> {
     /// Treats an indirect descriptor as a violation unless `features` has `RING_INDIRECT_DESC`.
     #[must_use]
     pub fn refuse_unnegotiated_indirect(mut self, features: Features) -> Self {
@@ -153,6 +162,11 @@ impl<A: Area> SplitQueue<A> {
         if self.in_flight() == 0 {
             return Err(RingError::NotInFlight { head: chain.head });
         }
+        if let Some(log) = self.log.get()
+            && !log.put_back(chain.head, 1)
+        {
+            return Err(RingError::NotInFlight { head: chain.head });
+        }
         if let Some(order) = &mut self.order {
             order.remove_last();
         }
@@ -178,12 +192,17 @@ impl<A: Area> SplitQueue<A> {
         if self.in_flight() == 0 {
             return Err(RingError::NotInFlight { head });
         }
+        if let Some(log) = self.log.get()
+            && !log.is_taken(head)
+        {
+            return Err(RingError::NotInFlight { head });
+        }
         if let Some(order) = &mut self.order {
             if !order.complete(head, len) {
                 return Err(RingError::NotInFlight { head });
             }
         } else {
-            self.write_used(self.next_used, head, len)?;
+            self.write_logged(self.next_used, head, len, 1)?;
         }
         self.next_used = self.next_used.wrapping_add(1);
         Ok(())
@@ -206,6 +225,9 @@ impl<A: Area> SplitQueue<A> {
             self.used.store_u16(INDEX, written)?;
             self.published = written;
             self.undecided = true;
+            if let Some(log) = self.log.get() {
+                log.publish();
+            }
         }
         if !self.undecided {
             return Ok(false);
@@ -368,6 +390,12 @@ impl<A: Area> SplitQueue<A> {
         {
             return Err(RingError::Again { head });
         }
+        // Before the request can have any effect, and behind all that may still fail.
+        if let Some(log) = self.log.get()
+            && !log.take(head, 1)
+        {
+            return Err(RingError::Again { head });
+        }
         self.next_avail = self.next_avail.wrapping_add(1);
         Ok(())
     }
@@ -385,7 +413,7 @@ impl<A: Area> SplitQueue<A> {
     /// (virtio 1.2 section 2.7.9).
     fn write_runs(&mut self) -> Result<(), RingError> {
         while let Some(Run { count, name, written }) = self.order.as_ref().and_then(InOrder::run) {
-            self.write_used(self.written, name, written)?;
+            self.write_logged(self.written, name, written, count)?;
             self.written = self.written.wrapping_add(count);
             if let Some(order) = &mut self.order {
                 order.drop_first(count);

@@ -106,6 +106,23 @@ impl Place {
         distance % (2 * lap)
     }
 
+    /// Descriptors from the start of the first lap, or of the second: what [`at`](Self::at) maps here.
+    pub(in crate::ring) const fn count(self, size: u16) -> u64 {
+        self.index as u64 + if self.wrap { 0 } else { size as u64 }
+    }
+
+    /// The place `count` descriptors behind [`START`](Self::START).
+    #[expect(clippy::cast_possible_truncation, reason = "less than `size`")]
+    pub(in crate::ring) const fn at(count: u64, size: u16) -> Self {
+        let size = size as u64;
+        Self { index: (count % size) as u16, wrap: (count / size).is_multiple_of(2) }
+    }
+
+    /// Whether `flags`, read here, are those of a used descriptor, or of one that was made available since it was used.
+    pub(in crate::ring) const fn was_used(self, flags: u16) -> bool {
+        (flags & USED != 0) == self.wrap
+    }
+
     /// Offset of the descriptor in its area, in bytes.
     #[inline]
     pub(in crate::ring) const fn offset(self) -> usize {
