@@ -34,7 +34,7 @@ pub enum Ended {
     /// The daemon died; the mounts it left behind were removed. Its devices have gone with it.
     DaemonDied,
     /// The daemon ended everything itself, or never began. Nothing was touched.
-    Farewell,
+    Shutdown,
 }
 
 /// A running watchdog process. Dropping it closes the pipe, upon which it ends.
@@ -118,7 +118,7 @@ pub fn run(stdin: impl AsFd, source: &str, timeout: Duration) -> io::Result<Ende
                 watch.end_all();
                 return Ok(Ended::DaemonDied);
             }
-            Ok(0) => return Ok(Ended::Farewell),
+            Ok(0) => return Ok(Ended::Shutdown),
             Ok(len) => len,
             Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => continue,
             Err(error) => return Err(error.into()),
@@ -127,7 +127,7 @@ pub fn run(stdin: impl AsFd, source: &str, timeout: Duration) -> io::Result<Ende
             match word {
                 Word::Beat => watch.state = State::Beating,
                 Word::Rest => watch.state = State::Resting { waiting_since: None },
-                Word::Farewell => return Ok(Ended::Farewell),
+                Word::Farewell => return Ok(Ended::Shutdown),
                 Word::Guard(one) => watch.guarded.push(one),
                 Word::Release(one) => watch.guarded.retain(|other| *other != one),
             }

@@ -10,7 +10,7 @@ use vdpa_sys::uring::{IoPiece, MemorySet, Registrar};
 const SLOTS: u16 = 16384;
 
 /// Hands out the slots of registered buffers. Any thread may use it.
-pub struct Buffers {
+pub(super) struct Buffers {
     registrar: Registrar,
     slots: Mutex<Slots>,
 }
@@ -41,7 +41,7 @@ impl Buffers {
     ///
     /// # Errors
     /// As [`Registrar::set_buffer`].
-    pub fn pin(&self, piece: IoPiece, memory: &MemorySet) -> Result<Option<u16>> {
+    pub(super) fn pin(&self, piece: IoPiece, memory: &MemorySet) -> Result<Option<u16>> {
         let Some(slot) = self.take()? else { return Ok(None) };
         let pinned = self.registrar.set_buffer(slot, piece, memory);
         if pinned.is_err() {
@@ -51,7 +51,7 @@ impl Buffers {
     }
 
     /// Unpins what a slot has. No request that is not submitted yet may use it.
-    pub fn release(&self, slot: u16) {
+    pub(super) fn release(&self, slot: u16) {
         match self.registrar.clear_buffer(slot) {
             Ok(()) => self.slots.lock().free.push(slot),
             // The slot is not used again: its pages stay pinned, which the log must tell.

@@ -201,7 +201,7 @@ impl LocalDevice {
         for (invalidation, reply) in done {
             if self.draining.is_empty() {
                 // Nothing that is in flight needs older translations, which keep mapped what was removed.
-                self.handler.renew(&self.queues, invalidation.asid, &invalidation.view);
+                self.handler.replace_views(&self.queues, invalidation.asid, &invalidation.view);
             }
             self.map_changed(invalidation.asid);
             answer(&reply, ());
@@ -210,7 +210,7 @@ impl LocalDevice {
 
     /// What could not be reached before may be reachable now.
     fn map_changed(&mut self, asid: Asid) {
-        if self.handler.map_wakes() {
+        if self.handler.retry_on_map_change() {
             let concerned =
                 self.queues.iter_mut().filter(|queue| queue.setup.asid == asid && queue.setup.kick.is_some());
             concerned.for_each(|queue| queue.pending = true);

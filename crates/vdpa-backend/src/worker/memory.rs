@@ -69,7 +69,7 @@ impl SetMap<LinuxHost> for ClientMemory {
         let pins = space.pins.as_ref().map(|pins| pins.of(&entries)).unwrap_or_default();
         let now: Vec<_> = entries.iter().map(|entry| place(entry)).collect();
         let removed = Removed::between(&space.mapped, &now);
-        self.queues.set_view(asid, Arc::new(MemoryView::of(&entries, pins)), removed)?;
+        self.queues.set_view(asid, Arc::new(MemoryView::from_entries(&entries, pins)), removed)?;
         space.mapped = now;
         if let Some(pins) = &mut space.pins {
             pins.unpin_gone(table, buffers);

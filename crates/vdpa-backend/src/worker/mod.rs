@@ -35,16 +35,16 @@ use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::guest::LinuxHost;
 use vdpa_sys::uring::OwnedBuf;
 
-pub use buffers::Buffers;
+use buffers::Buffers;
 pub use memory::ClientMemory;
 use pool::WorkerThread;
 pub use pool::{CpuList, InvalidCpuList, Placement, WorkerPool};
 pub use queue::Queue;
 pub use queues::Queues;
-pub use view::{MemoryView, Pin};
+pub use view::MemoryView;
 
 /// Kernel threads that run operations of one ring that may block, at most; they are made when needed.
-pub const KERNEL_THREADS: u32 = 2048;
+pub const IOWQ_WORKERS_MAX: u32 = 2048;
 
 /// How long a device that is taken away waits for its requests. It is taken away once they are done.
 const FAIL_PATIENCE: Duration = Duration::from_secs(5);
@@ -55,7 +55,7 @@ const REMOVE_PATIENCE: Duration = Duration::from_secs(30);
 /// What a device does with its queues. Called from its thread only.
 pub trait QueueHandler: Send + 'static {
     /// Whether a changed translation is a reason to look at the rings again, without a kick.
-    fn map_wakes(&self) -> bool;
+    fn retry_on_map_change(&self) -> bool;
 
     /// Serves the queues that have something to do, each for a bounded time, and leaves `pending` set on those that
     /// want another turn. Must not block: the other devices of the thread wait.
@@ -84,7 +84,7 @@ pub trait QueueHandler: Send + 'static {
 
     /// Requests in flight in that address space are to keep nothing of older translations than the one that is given:
     /// it has everything they use.
-    fn renew(&mut self, _queues: &Queues, _asid: Asid, _view: &Arc<MemoryView>) {}
+    fn replace_views(&mut self, _queues: &Queues, _asid: Asid, _view: &Arc<MemoryView>) {}
 
     /// The driver has reset the device, all of whose queues are stopped.
     fn reset(&mut self) {}
@@ -220,7 +220,7 @@ impl fmt::Debug for QueueControl {
 
 impl QueueControl {
     /// The registered buffers of the ring that carries the disk I/O.
-    pub fn buffers(&self) -> &Buffers {
+    fn buffers(&self) -> &Buffers {
         self.thread.buffers()
     }
 

@@ -9,7 +9,8 @@ use vdpa_core::types::Result;
 use vdpa_sys::guest::GuestMemory;
 use vdpa_sys::uring::{IoPiece, MemorySet};
 
-use super::{Buffers, Pin};
+use super::buffers::Buffers;
+use super::view::PinnedRange;
 
 /// Bytes of one registered buffer. Registering holds the ring's lock while pages are pinned, about 20 ms for
 /// each GiB of 4 KiB pages, and the I/O of all devices of the thread waits meanwhile: small pieces bound that to about a
@@ -65,13 +66,14 @@ impl Pins {
     }
 
     /// The pins of these entries, by address.
-    pub(super) fn of(&self, entries: &[&Mapping<GuestMemory>]) -> Vec<Pin> {
-        let mut pins: Vec<Pin> = entries
+    pub(super) fn of(&self, entries: &[&Mapping<GuestMemory>]) -> Vec<PinnedRange> {
+        let mut pins: Vec<PinnedRange> = entries
             .iter()
             .filter_map(|entry| pinnable(entry))
             .filter_map(|(addr, _)| self.regions.get_key_value(&addr))
             .flat_map(|(&addr, region)| {
-                let place = |(piece, &slot): (IoPiece, &u16)| Pin { addr: piece.addr, len: piece.len, slot };
+                let place =
+                    |(piece, &slot): (IoPiece, &u16)| PinnedRange { addr: piece.addr, len: piece.len, slot };
                 pieces(addr, region.len).zip(&region.slots).map(place)
             })
             .collect();

@@ -17,7 +17,7 @@ use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::uring::{Registrar, Ring};
 
 use super::event_loop::{EventLoop, Message, Registration};
-use super::{Buffers, Command, KERNEL_THREADS, QueueControl, QueueHandler, Shared, Size};
+use super::{Buffers, Command, IOWQ_WORKERS_MAX, QueueControl, QueueHandler, Shared, Size};
 
 /// Entries of the submission queue: requests started between two visits to the kernel.
 const RING_ENTRIES: u32 = 512;
@@ -68,7 +68,7 @@ pub struct Placement {
     /// On a thread that runs on these processors only.
     pub cpus: Option<CpuList>,
     /// On a thread that has no other device.
-    pub own: bool,
+    pub dedicated: bool,
 }
 
 /// The threads of a daemon.
@@ -134,7 +134,7 @@ impl WorkerPool {
     fn thread(&self, device: &str, placement: &Placement) -> Result<Arc<WorkerThread>> {
         let mut threads = self.threads.lock();
         let thread = match placement {
-            Placement { cpus, own: true } => {
+            Placement { cpus, dedicated: true } => {
                 Arc::new(WorkerThread::start(&format!("vq-{device}"), cpus.as_ref(), self.poll)?)
             }
             Placement { cpus: Some(cpus), .. } => threads.on(cpus, self.poll)?,
@@ -273,7 +273,7 @@ fn set_up(
             sched_setaffinity(None, &set).map_err(|error| Errno::from_raw(error.raw_os_error()))?;
         }
         let ring = Ring::new(RING_ENTRIES)?;
-        if let Err(error) = ring.allow_kernel_threads(KERNEL_THREADS) {
+        if let Err(error) = ring.allow_kernel_threads(IOWQ_WORKERS_MAX) {
             tracing::debug!("disks that hang may delay others: {error}");
         }
         let registrar = ring.registrar();

@@ -97,7 +97,7 @@ impl Queues {
         size: Size,
         shared: Arc<Shared>,
     ) -> Self {
-        let nothing = Arc::new(MemoryView::new(&Table::default(), Vec::new()));
+        let nothing = Arc::new(MemoryView::new(&Table::default()));
         Self {
             name,
             device,

@@ -163,8 +163,8 @@ impl DeviceFile for Unrestricted {
         Ok(IoctlReply { out: Vec::new(), ..reply })
     }
 
-    fn answered(&self) {
-        self.0.answered();
+    fn after_reply(&self) {
+        self.0.after_reply();
     }
 
     fn write(&self, handle: u64, tid: u32, data: &[u8]) -> Result<u32, Errno> {
@@ -257,8 +257,8 @@ mod tests {
             self.0.lock().push("ioctl");
             Ok(IoctlReply::default())
         }
-        fn answered(&self) {
-            self.0.lock().push("answered");
+        fn after_reply(&self) {
+            self.0.lock().push("after_reply");
         }
         fn write(&self, _: u64, _: u32, _: &[u8]) -> Result<u32, Errno> {
             self.0.lock().push("write");
@@ -277,11 +277,11 @@ mod tests {
         let file = Unrestricted(Arc::clone(&notes) as _);
         file.open(&Opener { handle: 1, uid: 0, tid: 0, flags: 0 }).unwrap();
         file.ioctl(&IoctlCall { handle: 1, tid: 0, cmd: 0xAF01, arg: 0, input: &[], out_size: 0 }).unwrap();
-        file.answered();
+        file.after_reply();
         file.write(1, 0, &[]).unwrap();
         assert_eq!(file.poll(), 0);
         file.release(1);
-        assert_eq!(*notes.0.lock(), ["open", "ioctl", "answered", "write", "poll", "release"]);
+        assert_eq!(*notes.0.lock(), ["open", "ioctl", "after_reply", "write", "poll", "release"]);
     }
 
     #[test]

@@ -79,7 +79,7 @@ pub trait DeviceFile: Send + Sync {
     fn ioctl(&self, call: &IoctlCall<'_>) -> Result<IoctlReply, Errno>;
 
     /// Does what the answer to the last ioctl need not wait for. Called when it was sent.
-    fn answered(&self) {}
+    fn after_reply(&self) {}
 
     /// Takes one `write` with all its bytes, up to the mount's largest write. `handle` and `tid` as in [`IoctlCall`].
     ///

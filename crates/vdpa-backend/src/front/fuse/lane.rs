@@ -261,7 +261,7 @@ impl Lane {
                 }
                 // A panic has been logged.
                 let _ = self.guarded(&job.work, || {
-                    self.file.answered();
+                    self.file.after_reply();
                     Ok(())
                 });
             }

@@ -3,7 +3,7 @@
 //! Knows nothing of how requests arrive; a FUSE file delivers them now.
 
 mod opens;
-mod updates;
+mod update_history;
 mod vring;
 mod wire;
 
@@ -33,8 +33,8 @@ use crate::front::fuse::{DeviceFile, IoctlCall, IoctlReply, Opener};
 use crate::rate::RateLimit;
 
 use self::opens::Opens;
-pub use self::opens::Waiting;
-pub use self::updates::Updates;
+pub use self::opens::PendingSuccessor;
+pub use self::update_history::UpdateHistory;
 
 /// The decoders, for fuzz targets.
 #[cfg(fuzzing)]
@@ -88,7 +88,7 @@ pub struct VhostVdpaFile {
     refusals: RateLimit,
     /// When the present owner became it.
     owned_since: Mutex<Option<SystemTime>>,
-    updates: Mutex<Updates>,
+    updates: Mutex<UpdateHistory>,
     numbers: Numbers,
     /// The device was deleted while a client had it; it goes when the client does.
     deleted: AtomicBool,
@@ -140,7 +140,7 @@ impl VhostVdpaFile {
     }
 
     /// What is remembered of its owners and updates.
-    pub fn updates(&self) -> Updates {
+    pub fn updates(&self) -> UpdateHistory {
         self.updates.lock().clone()
     }
 
@@ -418,7 +418,7 @@ impl DeviceFile for VhostVdpaFile {
         result
     }
 
-    fn answered(&self) {
+    fn after_reply(&self) {
         drop(self.former.lock().take());
     }
 

@@ -38,7 +38,7 @@ struct Successor {
 
 /// What is to be seen of a client that has opened the device to take it over.
 #[derive(Clone, Debug)]
-pub struct Waiting {
+pub struct PendingSuccessor {
     /// Process id and name: the owner's, and before there is one that of the process that opened the device. `None` for a
     /// process outside of the daemon's process-id namespace.
     pub process: Option<(i32, String)>,
@@ -76,7 +76,7 @@ impl VhostVdpaFile {
     /// # Errors
     /// `EBUSY` when a request did not end in time; nothing has changed then. `ETIMEDOUT` when the device was taken away
     /// and requests in its rings wait for what is behind it: it lets go of that when they are done.
-    pub fn take_away(&self, patience: Duration) -> Result<()> {
+    pub fn revoke(&self, patience: Duration) -> Result<()> {
         let mut opens = self.opens.try_lock_for(patience).ok_or(Errno::BUSY)?;
         let Some(device) = self.device.lock().clone() else { return Ok(()) };
         let mut device = device.try_lock_for(patience).ok_or(Errno::BUSY)?;
@@ -114,13 +114,13 @@ impl VhostVdpaFile {
     ///
     /// # Errors
     /// `EBUSY` when that request did not end in time.
-    pub fn successor(&self, patience: Duration) -> Result<Option<Waiting>> {
+    pub fn successor(&self, patience: Duration) -> Result<Option<PendingSuccessor>> {
         let opens = self.opens.try_lock_for(patience).ok_or(Errno::BUSY)?;
         Ok(opens.successor.as_ref().map(|Successor { device, since, process, .. }| {
             let owner = device.owner().map(OwnerSpace::pid);
             let owner =
                 owner.map(|pid| (pid, Caller::new(pid).map(|caller| caller.comm()).unwrap_or_default()));
-            Waiting {
+            PendingSuccessor {
                 process: owner.or_else(|| process.clone()),
                 since: *since,
                 status: device.status(),
