@@ -15,21 +15,21 @@ use vdpa_core::Errno;
 use vdpa_sys::fuse::cuse::{self, CuseError, Number};
 use vdpa_sys::process::Caller;
 
-use super::super::lifeline::Guarded;
-use super::channel::{Channel, Place};
 use super::device::{DeviceFile, IoctlCall, IoctlReply, Opener};
+use super::session::{Endpoint, Session};
 use super::tree::AddError;
+use crate::front::watchdog::protocol::Watched;
 
 /// The node id in requests about a character device.
 const NODE: u64 = 0;
-const HANDSHAKE: Duration = Duration::from_secs(5);
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 /// A device that was given up goes within this time, unless its thread hangs.
-const PATIENCE: Duration = Duration::from_secs(2);
+const REMOVAL_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Whether character devices can be made; tries to load the module once.
+/// Whether character devices can be created; tries to load the module once.
 ///
 /// # Errors
-/// [`CuseError::Control`], with what would make it possible; [`CuseError::NoDevtmpfs`].
+/// [`CuseError::Control`], with what would create it possible; [`CuseError::NoDevtmpfs`].
 pub fn available() -> Result<(), CuseError> {
     let Err(error) = cuse::available() else { return Ok(()) };
     if !error.lacks_module() {
@@ -58,8 +58,8 @@ pub(super) struct Node {
 }
 
 impl Node {
-    pub(super) fn guarded(&self) -> Guarded {
-        Guarded::Device { name: self.name.clone(), number: self.number }
+    pub(super) fn watched(&self) -> Watched {
+        Watched::Device { name: self.name.clone(), number: self.number }
     }
 
     /// Where it is.
@@ -79,7 +79,7 @@ impl Node {
 
     /// Waits until the kernel has taken the device away.
     pub(super) fn wait_gone(&self) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + REMOVAL_TIMEOUT;
         while cuse::number_of(&self.name) == Some(self.number) {
             if Instant::now() > deadline {
                 return warn!(node = %self.path().display(), "the device is not gone yet");
@@ -91,38 +91,38 @@ impl Node {
 
 /// Makes the devices of one daemon.
 #[derive(Debug)]
-pub(super) struct Maker {
+pub(super) struct NodeFactory {
     prefix: String,
     /// The major number that all share, once the kernel has chosen it: DPDK takes the first line of `/proc/devices` that
     /// begins with "vhost-vdpa" for that of every vhost-vdpa device.
     major: Mutex<Option<u32>>,
 }
 
-impl Maker {
+impl NodeFactory {
     pub(super) fn new(prefix: String) -> Self {
         Self { prefix, major: Mutex::default() }
     }
 
     /// Makes the device `name` below the directory; its minor number is the one its name ends in.
-    pub(super) fn make(&self, name: &str, file: Arc<dyn DeviceFile>) -> Result<Arc<Channel>, AddError> {
+    pub(super) fn create(&self, name: &str, file: Arc<dyn DeviceFile>) -> Result<Arc<Session>, AddError> {
         let minor = minor_of(name);
         let full = format!("{}{name}", self.prefix);
         let mut major = self.major.lock();
         let number = |major: Option<u32>| Number { major: major.unwrap_or(0), minor };
-        let mut made = cuse::create(&full, number(*major), HANDSHAKE);
-        if major.is_some() && matches!(made, Err(CuseError::Refused { .. })) {
+        let mut created = cuse::create(&full, number(*major), HANDSHAKE_TIMEOUT);
+        if major.is_some() && matches!(created, Err(CuseError::Refused { .. })) {
             // With the last device the number may have gone to somebody else.
             warn!(device = full, major = *major, "the major number is taken: asking for another one");
-            made = cuse::create(&full, number(None), HANDSHAKE);
+            created = cuse::create(&full, number(None), HANDSHAKE_TIMEOUT);
         }
-        let (connection, number) = made.map_err(|error| match error {
+        let (connection, number) = created.map_err(|error| match error {
             CuseError::Name { name } => AddError::Name { name },
             CuseError::Exists { .. } => AddError::Exists { name: name.into() },
             other => AddError::Create { reason: other.to_string() },
         })?;
         *major = Some(number.major);
-        let place = Place::Device(Node { name: full, number });
-        Ok(Channel::one_file(connection, place, NODE, name, Arc::new(Unrestricted(file))))
+        let place = Endpoint::Device(Node { name: full, number });
+        Ok(Session::one_file(connection, place, NODE, name, Arc::new(CopyingFile(file))))
     }
 }
 
@@ -132,9 +132,9 @@ fn minor_of(name: &str) -> u32 {
 }
 
 /// A device whose ioctls come without their argument.
-struct Unrestricted(Arc<dyn DeviceFile>);
+struct CopyingFile(Arc<dyn DeviceFile>);
 
-impl DeviceFile for Unrestricted {
+impl DeviceFile for CopyingFile {
     fn open(&self, opener: &Opener) -> Result<(), Errno> {
         self.0.open(opener)
     }
@@ -238,7 +238,7 @@ mod tests {
     /// The calling thread of these calls is this one.
     fn call(cmd: u32, arg: u64) -> Result<IoctlReply, Errno> {
         let tid = rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs();
-        Unrestricted(Arc::new(Echo)).ioctl(&IoctlCall { handle: 0, tid, cmd, arg, input: &[], out_size: 0 })
+        CopyingFile(Arc::new(Echo)).ioctl(&IoctlCall { handle: 0, tid, cmd, arg, input: &[], out_size: 0 })
     }
 
     /// A device that notes what it is asked.
@@ -274,7 +274,7 @@ mod tests {
     #[test]
     fn every_call_reaches_the_device() {
         let notes = Arc::new(Notes::default());
-        let file = Unrestricted(Arc::clone(&notes) as _);
+        let file = CopyingFile(Arc::clone(&notes) as _);
         file.open(&Opener { handle: 1, uid: 0, tid: 0, flags: 0 }).unwrap();
         file.ioctl(&IoctlCall { handle: 1, tid: 0, cmd: 0xAF01, arg: 0, input: &[], out_size: 0 }).unwrap();
         file.after_reply();

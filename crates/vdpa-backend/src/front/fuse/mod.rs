@@ -4,12 +4,12 @@
 //! device. What concerns an open device goes, in order, to that device's own thread. While a request is in progress the
 //! reader looks again and again, and answers in place of a device that does not.
 
-mod channel;
 pub mod cuse;
 mod device;
-mod lane;
-mod place;
-mod serve;
+mod mount_point;
+mod request_queue;
+mod server;
+mod session;
 mod tree;
 
 use std::fmt;
@@ -28,17 +28,17 @@ use vdpa_sys::fuse::{HandshakeError, MountError, MountOptions, Negotiated, mount
 use vdpa_sys::uapi::fuse::ROOT_ID;
 
 pub use device::{DeviceFile, IoctlCall, IoctlReply, Opener, POLLIN, POLLOUT};
-pub use place::prepare_dir;
+pub use mount_point::prepare_dir;
 pub use tree::{AddError, FileAttributes};
 
-use super::lifeline::{Guarded, Lifeline, Word};
-use channel::{Channel, Place};
-use serve::Server;
+use super::watchdog::protocol::{Message, WatchdogLink, Watched};
+use server::Server;
+use session::{Endpoint, Session};
 
 /// Time for the kernel's first request on a new mount.
-const HANDSHAKE: Duration = Duration::from_secs(5);
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How files are made and watched.
+/// How files are created and watched.
 #[derive(Debug)]
 pub struct Options {
     /// Let all users in; mode and owner of each file decide who may open it, checked by the kernel. Without it only
@@ -70,7 +70,7 @@ impl Default for Options {
 /// Why the files cannot be served.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
-    /// The directory cannot be made or looked at.
+    /// The directory cannot be created or looked at.
     #[error("cannot use {} as mount directory", dir.display())]
     Directory {
         /// Which.
@@ -124,17 +124,17 @@ pub fn source_of(pid: u32) -> String {
 
 /// Where files appear that are given no path of their own.
 #[derive(Debug)]
-enum Home {
+enum FileRoot {
     /// A mount.
-    Mount { directory: Arc<Channel>, negotiated: Negotiated },
+    Mount { directory: Arc<Session>, negotiated: Negotiated },
     /// `/dev`, as character devices.
-    Dev(cuse::Maker),
+    Dev(cuse::NodeFactory),
 }
 
 /// The device files of a daemon. Dropping it is [`DeviceFiles::shutdown`].
 pub struct DeviceFiles {
     dir: PathBuf,
-    home: Home,
+    root: FileRoot,
     options: MountOptions,
     server: Arc<Server>,
     reader: Mutex<Option<JoinHandle<()>>>,
@@ -150,18 +150,18 @@ impl DeviceFiles {
         let dir = prepare_dir(dir)?;
         let mount_options = options.mount();
         let server = new_server(&dir, options)?;
-        let guarded = Guarded::Mount(dir.clone());
-        server.lifeline.say(&Word::Guard(guarded));
+        let watched = Watched::Mount(dir.clone());
+        server.watchdog.send(&Message::Watch(watched));
         let connection = mount(&dir, &mount_options)?;
-        let mut guard = Unmount(Some(dir.clone()));
-        let negotiated = connection.handshake(HANDSHAKE)?;
-        let directory = Channel::directory(connection, dir.clone());
+        let mut guard = UnmountOnDrop(Some(dir.clone()));
+        let negotiated = connection.handshake(HANDSHAKE_TIMEOUT)?;
+        let directory = Session::directory(connection, dir.clone());
         server.attach(Arc::clone(&directory));
         let reader = start(&server, &dir)?;
         guard.0 = None;
         info!(dir = %dir.display(), flags = format_args!("{:#x}", negotiated.flags), "serving device files");
-        let home = Home::Mount { directory, negotiated };
-        Ok(Arc::new(Self { dir, home, options: mount_options, server, reader: Mutex::new(Some(reader)) }))
+        let root = FileRoot::Mount { directory, negotiated };
+        Ok(Arc::new(Self { dir, root, options: mount_options, server, reader: Mutex::new(Some(reader)) }))
     }
 
     /// Begins to serve character devices in `dir`, which is `/dev` or a directory below it.
@@ -174,9 +174,9 @@ impl DeviceFiles {
         let server = new_server(dir, options)?;
         let reader = start(&server, dir)?;
         info!(dir = %dir.display(), "serving device files as character devices");
-        let home = Home::Dev(cuse::Maker::new(prefix));
+        let root = FileRoot::Dev(cuse::NodeFactory::new(prefix));
         let dir = dir.components().collect();
-        Ok(Arc::new(Self { dir, home, options: mount_options, server, reader: Mutex::new(Some(reader)) }))
+        Ok(Arc::new(Self { dir, root, options: mount_options, server, reader: Mutex::new(Some(reader)) }))
     }
 
     /// Adds a device file, mode 0600, owned by the daemon's user; a character device gets what udev's rules say.
@@ -185,12 +185,12 @@ impl DeviceFiles {
     /// # Errors
     /// [`AddError`].
     pub fn add(&self, name: &str, file: Arc<dyn DeviceFile>) -> Result<PathBuf, AddError> {
-        match &self.home {
-            Home::Mount { directory, .. } => directory.add(name, file, FileAttributes::private())?,
-            Home::Dev(maker) => {
-                let channel = maker.make(name, file)?;
-                self.server.lifeline.say(&Word::Guard(channel.place.guarded()));
-                self.server.attach(channel);
+        match &self.root {
+            FileRoot::Mount { directory, .. } => directory.add(name, file, FileAttributes::private())?,
+            FileRoot::Dev(factory) => {
+                let session = factory.create(name, file)?;
+                self.server.watchdog.send(&Message::Watch(session.place.watched()));
+                self.server.attach(session);
             }
         }
         Ok(self.dir.join(name))
@@ -206,7 +206,7 @@ impl DeviceFiles {
         file: Arc<dyn DeviceFile>,
         attributes: FileAttributes,
     ) -> Result<PathBuf, AddError> {
-        if let Home::Mount { directory, .. } = &self.home {
+        if let FileRoot::Mount { directory, .. } = &self.root {
             directory.add(name, file, attributes)?;
             return Ok(self.dir.join(name));
         }
@@ -220,29 +220,29 @@ impl DeviceFiles {
         Ok(path)
     }
 
-    /// Adds a device file called `name` that is mounted over the file `path`. Without a file there, an empty one is made,
+    /// Adds a device file called `name` that is mounted over the file `path`. Without a file there, an empty one is created,
     /// and removed in the end.
     ///
     /// # Errors
     /// [`AddError`].
     pub fn add_at(&self, path: &Path, name: &str, file: Arc<dyn DeviceFile>) -> Result<PathBuf, AddError> {
         let failed = |reason: String| AddError::Create { reason };
-        let (path, made) = place::prepare_file(path).map_err(failed)?;
-        let place = Place::File { path: path.clone(), made };
-        self.server.lifeline.say(&Word::Guard(place.guarded()));
-        let options = MountOptions { rootmode: place::FILE_MODE, ..self.options.clone() };
+        let (path, created) = mount_point::prepare_file(path).map_err(failed)?;
+        let place = Endpoint::File { path: path.clone(), created };
+        self.server.watchdog.send(&Message::Watch(place.watched()));
+        let options = MountOptions { rootmode: mount_point::FILE_MODE, ..self.options.clone() };
         let mounted = mount(&path, &options).map_err(|error| error.to_string()).and_then(|connection| {
-            let mut guard = Unmount(Some(path.clone()));
-            connection.handshake(HANDSHAKE).map_err(|error| error.to_string())?;
+            let mut guard = UnmountOnDrop(Some(path.clone()));
+            connection.handshake(HANDSHAKE_TIMEOUT).map_err(|error| error.to_string())?;
             guard.0 = None;
             Ok(connection)
         });
         let connection = mounted.map_err(|reason| {
-            self.server.lifeline.say(&Word::Release(place.guarded()));
-            place::tidy(&path, made);
+            self.server.watchdog.send(&Message::Unwatch(place.watched()));
+            mount_point::remove_placeholder(&path, created);
             failed(reason)
         })?;
-        self.server.attach(Channel::one_file(connection, place, ROOT_ID, name, file));
+        self.server.attach(Session::one_file(connection, place, ROOT_ID, name, file));
         info!(path = %path.display(), "serving a device file");
         Ok(path)
     }
@@ -250,28 +250,28 @@ impl DeviceFiles {
     /// Takes a file away; new opens give `ENOENT` from now on, also when it is open. Those who have
     /// it open keep it until they close it. Whether there was such a file.
     pub fn remove(&self, name: &str) -> bool {
-        if let Home::Mount { directory, .. } = &self.home
+        if let FileRoot::Mount { directory, .. } = &self.root
             && directory.remove(name)
         {
             return true;
         }
-        let channel = self.server.channels().into_iter().find(|channel| channel.remove(name));
-        let Some(channel) = channel else { return false };
-        channel.retire();
-        match channel.place.clone() {
-            Place::File { path, made } => {
+        let session = self.server.sessions().into_iter().find(|session| session.remove(name));
+        let Some(session) = session else { return false };
+        session.close_when_idle();
+        match session.place.clone() {
+            Endpoint::File { path, created } => {
                 unmount_logged(unmount_lazily(&path));
-                place::tidy(&path, made);
-                self.server.lifeline.say(&Word::Release(Guarded::Mount(path)));
+                mount_point::remove_placeholder(&path, created);
+                self.server.watchdog.send(&Message::Unwatch(Watched::Mount(path)));
             }
-            Place::Device(node) if channel.is_idle() => {
-                self.server.detach(&channel);
-                drop(channel);
+            Endpoint::Device(node) if session.is_idle() => {
+                self.server.detach(&session);
+                drop(session);
                 node.wait_gone();
             }
             // Its connection is needed until it is closed, and the device lasts as long as that.
-            Place::Device(node) => node.hide(),
-            Place::Directory(_) => {}
+            Endpoint::Device(node) => node.hide(),
+            Endpoint::Directory(_) => {}
         }
         true
     }
@@ -279,9 +279,9 @@ impl DeviceFiles {
     /// Attributes of a file as `chmod` and `chown` left them.
     #[must_use]
     pub fn attributes(&self, name: &str) -> Option<FileAttributes> {
-        match &self.home {
-            Home::Mount { directory, .. } => directory.attributes(name),
-            Home::Dev(_) => {
+        match &self.root {
+            FileRoot::Mount { directory, .. } => directory.attributes(name),
+            FileRoot::Dev(_) => {
                 let meta = fs::symlink_metadata(self.dir.join(name)).ok()?;
                 Some(FileAttributes { mode: meta.mode() & 0o7777, uid: meta.uid(), gid: meta.gid() })
             }
@@ -297,18 +297,18 @@ impl DeviceFiles {
     /// Name of the front end: `fuse` or `cuse`.
     #[must_use]
     pub const fn front(&self) -> &'static str {
-        match self.home {
-            Home::Mount { .. } => "fuse",
-            Home::Dev(_) => "cuse",
+        match self.root {
+            FileRoot::Mount { .. } => "fuse",
+            FileRoot::Dev(_) => "cuse",
         }
     }
 
     /// What INIT of the mount agreed on; `None` for character devices.
     #[must_use]
     pub const fn negotiated(&self) -> Option<Negotiated> {
-        match self.home {
-            Home::Mount { negotiated, .. } => Some(negotiated),
-            Home::Dev(_) => None,
+        match self.root {
+            FileRoot::Mount { negotiated, .. } => Some(negotiated),
+            FileRoot::Dev(_) => None,
         }
     }
 
@@ -332,26 +332,26 @@ impl DeviceFiles {
         let lost = self.server.has_ended();
         let mut places: Vec<_> = self
             .server
-            .channels()
+            .sessions()
             .iter()
-            .map(|channel| {
-                channel.retire();
-                channel.place.clone()
+            .map(|session| {
+                session.close_when_idle();
+                session.place.clone()
             })
             .collect();
-        if lost && let Home::Mount { directory, .. } = &self.home {
+        if lost && let FileRoot::Mount { directory, .. } = &self.root {
             places.push(directory.place.clone());
         }
         for place in &places {
             match place {
                 // Ended from outside: the place may belong to somebody else by now, unless it is a dead mount.
-                Place::Directory(path) if lost && !place::is_stale(path) => {}
-                Place::Directory(path) => unmount_logged(unmount(path)),
-                Place::File { path, made } => {
+                Endpoint::Directory(path) if lost && !mount_point::is_stale(path) => {}
+                Endpoint::Directory(path) => unmount_logged(unmount(path)),
+                Endpoint::File { path, created } => {
                     unmount_logged(unmount(path));
-                    place::tidy(path, *made);
+                    mount_point::remove_placeholder(path, *created);
                 }
-                Place::Device(_) => {}
+                Endpoint::Device(_) => {}
             }
         }
         self.server.end();
@@ -359,7 +359,7 @@ impl DeviceFiles {
             warn!(dir = %self.dir.display(), "the FUSE reader had panicked");
         }
         self.server.close();
-        self.server.lifeline.say(&Word::Farewell);
+        self.server.watchdog.send(&Message::Shutdown);
         info!(dir = %self.dir.display(), "no longer serving device files");
     }
 }
@@ -389,8 +389,8 @@ fn new_server(dir: &Path, options: Options) -> Result<Arc<Server>, ServeError> {
     let failed = |source| ServeError::Start { dir: dir.into(), source };
     let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
     let wake = wake.map_err(|error| failed(error.into()))?;
-    let lifeline = Lifeline::new(options.heartbeat, options.heartbeat_interval).map_err(failed)?;
-    Ok(Server::new(wake, options.request_timeout, lifeline))
+    let watchdog = WatchdogLink::new(options.heartbeat, options.heartbeat_interval).map_err(failed)?;
+    Ok(Server::new(wake, options.request_timeout, watchdog))
 }
 
 fn start(server: &Arc<Server>, dir: &Path) -> Result<JoinHandle<()>, ServeError> {
@@ -401,9 +401,9 @@ fn start(server: &Arc<Server>, dir: &Path) -> Result<JoinHandle<()>, ServeError>
 }
 
 /// Removes a mount that could not be taken into service.
-struct Unmount(Option<PathBuf>);
+struct UnmountOnDrop(Option<PathBuf>);
 
-impl Drop for Unmount {
+impl Drop for UnmountOnDrop {
     fn drop(&mut self) {
         if let Some(dir) = &self.0 {
             unmount_logged(unmount(dir));

@@ -8,7 +8,7 @@ use rustix::process::{getegid, geteuid};
 use vdpa_sys::uapi::fuse::{Attr, Dirent, ROOT_ID, SetattrIn, setattr_valid};
 use zerocopy::IntoBytes;
 
-use super::lane::Lane;
+use super::request_queue::RequestQueue;
 
 const S_IFDIR: u32 = 0o040_000;
 const S_IFREG: u32 = 0o100_000;
@@ -57,7 +57,7 @@ pub enum AddError {
         /// It.
         name: String,
     },
-    /// The file cannot be made.
+    /// The file cannot be created.
     #[error("{reason}")]
     Create {
         /// Why, in whole.
@@ -69,7 +69,7 @@ pub enum AddError {
 struct Node {
     name: String,
     attr: Attr,
-    lane: Arc<Lane>,
+    queue: Arc<RequestQueue>,
     /// How often the kernel was told of the node and has not forgotten it.
     lookups: u64,
     /// Whether it has its name still.
@@ -97,17 +97,21 @@ impl Tree {
     }
 
     /// One file with the node id `id` and no directory: a mount over a file ([`ROOT_ID`]), or a character device.
-    pub(super) fn of_one_file(id: u64, lane: Arc<Lane>, attributes: FileAttributes) -> Self {
-        let name = lane.name().to_owned();
+    pub(super) fn of_one_file(id: u64, queue: Arc<RequestQueue>, attributes: FileAttributes) -> Self {
+        let name = queue.name().to_owned();
         let attr = attr(id, S_IFREG, 1, attributes);
         // The kernel never forgets the root of a mount.
-        let node = Node { name: name.clone(), attr, lane, lookups: 1, linked: true };
+        let node = Node { name: name.clone(), attr, queue, lookups: 1, linked: true };
         Self { nodes: BTreeMap::from([(id, node)]), names: HashMap::from([(name, id)]), ..Self::new() }
     }
 
     /// Adds a file and returns its node id, which is never used again.
-    pub(super) fn add(&mut self, lane: Arc<Lane>, attributes: FileAttributes) -> Result<u64, AddError> {
-        let name = lane.name().to_owned();
+    pub(super) fn add(
+        &mut self,
+        queue: Arc<RequestQueue>,
+        attributes: FileAttributes,
+    ) -> Result<u64, AddError> {
+        let name = queue.name().to_owned();
         if name.is_empty()
             || name.len() > NAME_MAX as usize
             || name.contains(['/', '\0'])
@@ -123,7 +127,7 @@ impl Tree {
         self.next += 1;
         let attr = attr(id, S_IFREG, 1, attributes);
         self.names.insert(name.clone(), id);
-        self.nodes.insert(id, Node { name, attr, lane, lookups: 0, linked: true });
+        self.nodes.insert(id, Node { name, attr, queue, lookups: 0, linked: true });
         Ok(id)
     }
 
@@ -172,8 +176,8 @@ impl Tree {
     }
 
     /// The device to open; none when its name is gone.
-    pub(super) fn lane(&self, id: u64) -> Option<Arc<Lane>> {
-        self.nodes.get(&id).filter(|node| node.linked).map(|node| Arc::clone(&node.lane))
+    pub(super) fn queue(&self, id: u64) -> Option<Arc<RequestQueue>> {
+        self.nodes.get(&id).filter(|node| node.linked).map(|node| Arc::clone(&node.queue))
     }
 
     pub(super) fn attributes(&self, name: &str) -> Option<FileAttributes> {

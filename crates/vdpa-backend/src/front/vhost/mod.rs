@@ -175,7 +175,7 @@ impl VhostVdpaFile {
     }
 
     fn log_refusal(&self, tid: u32, asid: Asid, error: &IotlbError) {
-        if let Some(suppressed) = self.refusals.pass() {
+        if let Some(suppressed) = self.refusals.allow() {
             tracing::warn!(device = %self.name, tid, %asid, suppressed, "IOTLB message refused: {error}");
         }
     }

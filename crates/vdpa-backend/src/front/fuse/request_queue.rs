@@ -3,9 +3,9 @@
 //! ```text
 //!   reader --push--> queue --> thread --call--> DeviceFile
 //!                      |          |
-//!                 scan (reader) --+--> EIO in place of a device that takes too long
+//!                 check_timeout (reader) --+--> EIO in place of a device that takes too long
 //! ```
-//! Whoever answers takes the [`Ticket`] first, so each request is answered exactly once.
+//! Whoever answers takes the [`ReplyToken`] first, so each request is answered exactly once.
 
 use std::collections::{HashSet, VecDeque};
 use std::fmt;
@@ -27,16 +27,16 @@ use super::is_past;
 
 /// A device that nobody has open keeps its thread this long, so that a close and open in a row do not start one
 /// each time.
-const LINGER: Duration = Duration::from_millis(500);
+const IDLE_TIMEOUT: Duration = Duration::from_millis(500);
 /// Virtual memory only; handlers of devices are shallow.
-const STACK: usize = 512 << 10;
+const STACK_BYTES: usize = 512 << 10;
 /// Of these bits: no file position (writes are messages), no page cache, no FLUSH at close.
 const OPEN_FLAGS: u32 =
     open_flags::DIRECT_IO | open_flags::STREAM | open_flags::NONSEEKABLE | open_flags::NOFLUSH;
 
 /// What a device is asked.
 #[derive(Debug)]
-pub(super) enum Work {
+pub(super) enum DeviceOp {
     Open(Opener),
     Release { fh: u64 },
     Ioctl { tid: u32, args: IoctlIn, input: Vec<u8> },
@@ -44,7 +44,7 @@ pub(super) enum Work {
     Poll,
 }
 
-impl Work {
+impl DeviceOp {
     fn describe(&self) -> String {
         match self {
             Self::Open(_) => "open".into(),
@@ -58,63 +58,63 @@ impl Work {
 
 /// How many requests of a connection are being worked on.
 #[derive(Clone, Debug, Default)]
-pub(super) struct InProgress(Arc<AtomicUsize>);
+pub(super) struct RequestCount(Arc<AtomicUsize>);
 
-impl InProgress {
+impl RequestCount {
     pub(super) fn any(&self) -> bool {
         self.0.load(Ordering::Acquire) > 0
     }
 
-    fn one_more(&self) -> Self {
+    fn increment(&self) -> Self {
         self.0.fetch_add(1, Ordering::AcqRel);
         self.clone()
     }
 }
 
-/// The right to answer one request.
+/// The right to reply one request.
 #[derive(Debug)]
-struct Ticket {
+struct ReplyToken {
     unique: u64,
     since: Instant,
     taken: AtomicBool,
-    count: InProgress,
+    count: RequestCount,
 }
 
-impl Drop for Ticket {
+impl Drop for ReplyToken {
     fn drop(&mut self) {
         self.count.0.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
-impl Ticket {
-    /// Whether the caller is the one to answer.
+impl ReplyToken {
+    /// Whether the caller is the one to reply.
     fn take(&self) -> bool {
         !self.taken.swap(true, Ordering::AcqRel)
     }
 }
 
 #[derive(Debug)]
-struct Job {
+struct QueuedRequest {
     /// `None` for what is answered already (RELEASE).
-    ticket: Option<Arc<Ticket>>,
-    work: Work,
+    token: Option<Arc<ReplyToken>>,
+    op: DeviceOp,
 }
 
 /// The call the thread is in.
 struct Current {
-    ticket: Option<Arc<Ticket>>,
+    token: Option<Arc<ReplyToken>>,
     since: Instant,
     what: String,
 }
 
 #[derive(Default)]
 struct State {
-    queue: VecDeque<Job>,
+    requests: VecDeque<QueuedRequest>,
     current: Option<Current>,
     /// Successful opens that were not released.
     opens: HashSet<u64>,
     /// Whether there is a thread.
-    running: bool,
+    has_thread: bool,
     /// Whether the current call has been given up.
     hung: bool,
     /// Whether the mount is gone.
@@ -123,31 +123,32 @@ struct State {
 
 impl State {
     /// Takes the requests somebody waits for out of the queue.
-    fn take_unanswered(&mut self) -> Vec<Job> {
-        let (refused, kept): (Vec<_>, Vec<_>) = self.queue.drain(..).partition(|job| job.ticket.is_some());
-        self.queue = VecDeque::from(kept);
+    fn take_unanswered(&mut self) -> Vec<QueuedRequest> {
+        let (refused, kept): (Vec<_>, Vec<_>) =
+            self.requests.drain(..).partition(|request| request.token.is_some());
+        self.requests = VecDeque::from(kept);
         refused
     }
 }
 
 /// One device of the mount.
-pub(super) struct Lane {
+pub(super) struct RequestQueue {
     name: String,
     file: Arc<dyn DeviceFile>,
     connection: Connection,
-    count: InProgress,
+    count: RequestCount,
     state: Mutex<State>,
     wake: Condvar,
     idle: Condvar,
 }
 
-impl Lane {
+impl RequestQueue {
     /// Requests in progress are counted in `count`.
     pub(super) fn new(
         name: &str,
         file: Arc<dyn DeviceFile>,
         connection: Connection,
-        count: InProgress,
+        count: RequestCount,
     ) -> Arc<Self> {
         let (state, wake, idle) = (Mutex::default(), Condvar::new(), Condvar::new());
         Arc::new(Self { name: name.into(), file, connection, count, state, wake, idle })
@@ -158,150 +159,150 @@ impl Lane {
     }
 
     /// Queues a request that has to be answered. Called by the reader; does not block.
-    pub(super) fn push(self: &Arc<Self>, unique: u64, work: Work) {
-        let count = self.count.one_more();
-        let ticket = Ticket { unique, since: Instant::now(), taken: AtomicBool::new(false), count };
-        self.queue(Job { ticket: Some(Arc::new(ticket)), work });
+    pub(super) fn push(self: &Arc<Self>, unique: u64, op: DeviceOp) {
+        let count = self.count.increment();
+        let token = ReplyToken { unique, since: Instant::now(), taken: AtomicBool::new(false), count };
+        self.enqueue(QueuedRequest { token: Some(Arc::new(token)), op });
     }
 
     /// Queues the release of `fh`, which the reader has answered: the kernel waits for nothing, and holding its
-    /// answer back would let an OPEN overtake later releases (they are background requests, of which the kernel
+    /// reply back would let an OPEN overtake later releases (they are background requests, of which the kernel
     /// limits the number).
     pub(super) fn push_release(self: &Arc<Self>, fh: u64) {
-        self.queue(Job { ticket: None, work: Work::Release { fh } });
+        self.enqueue(QueuedRequest { token: None, op: DeviceOp::Release { fh } });
     }
 
-    fn queue(self: &Arc<Self>, job: Job) {
+    fn enqueue(self: &Arc<Self>, request: QueuedRequest) {
         let mut state = self.state.lock();
-        if (state.hung || state.ended) && job.ticket.is_some() {
+        if (state.hung || state.ended) && request.token.is_some() {
             drop(state);
-            return self.give_up(&job);
+            return self.reject(&request);
         }
-        state.queue.push_back(job);
-        if state.running {
+        state.requests.push_back(request);
+        if state.has_thread {
             self.wake.notify_one();
             return;
         }
-        let lane = Arc::clone(self);
+        let this = Arc::clone(self);
         let name: String = self.name.chars().take(15).collect();
-        match thread::Builder::new().name(name).stack_size(STACK).spawn(move || lane.run()) {
-            Ok(_) => state.running = true,
+        match thread::Builder::new().name(name).stack_size(STACK_BYTES).spawn(move || this.run()) {
+            Ok(_) => state.has_thread = true,
             Err(source) => {
                 error!(device = %self.name, %source, "cannot start the thread of a device");
                 // What must reach the device waits for the next request; the rest is refused.
                 let refused = state.take_unanswered();
                 drop(state);
-                refused.iter().for_each(|job| self.give_up(job));
+                refused.iter().for_each(|request| self.reject(request));
             }
         }
     }
 
     /// The thread of the device.
     fn run(&self) {
-        while let Some(job) = self.next() {
-            self.perform(&job);
+        while let Some(request) = self.next() {
+            self.execute(&request);
             let mut state = self.state.lock();
             state.current = None;
             if std::mem::take(&mut state.hung) {
-                warn!(device = %self.name, request = job.work.describe(), "the device answers again");
+                warn!(device = %self.name, request = request.op.describe(), "the device answers again");
             }
         }
     }
 
-    /// The next job; `None` when the thread is to end.
-    fn next(&self) -> Option<Job> {
+    /// The next request; `None` when the thread is to end.
+    fn next(&self) -> Option<QueuedRequest> {
         let mut state = self.state.lock();
         loop {
-            if let Some(job) = state.queue.pop_front() {
-                let ticket = job.ticket.clone();
-                let since = ticket.as_ref().map_or_else(Instant::now, |ticket| ticket.since);
-                state.current = Some(Current { ticket, since, what: job.work.describe() });
-                return Some(job);
+            if let Some(request) = state.requests.pop_front() {
+                let token = request.token.clone();
+                let since = token.as_ref().map_or_else(Instant::now, |token| token.since);
+                state.current = Some(Current { token, since, what: request.op.describe() });
+                return Some(request);
             }
-            let idle =
-                state.ended || state.opens.is_empty() && self.wake.wait_for(&mut state, LINGER).timed_out();
-            if idle && state.queue.is_empty() && (state.ended || state.opens.is_empty()) {
-                state.running = false;
+            let idle = state.ended
+                || state.opens.is_empty() && self.wake.wait_for(&mut state, IDLE_TIMEOUT).timed_out();
+            if idle && state.requests.is_empty() && (state.ended || state.opens.is_empty()) {
+                state.has_thread = false;
                 self.idle.notify_all();
                 return None;
             }
-            if !state.opens.is_empty() && state.queue.is_empty() {
+            if !state.opens.is_empty() && state.requests.is_empty() {
                 self.wake.wait(&mut state);
             }
         }
     }
 
-    fn perform(&self, job: &Job) {
-        match &job.work {
-            Work::Open(opener) => self.open(job, opener),
-            Work::Release { fh } => {
+    fn execute(&self, request: &QueuedRequest) {
+        match &request.op {
+            DeviceOp::Open(opener) => self.open(request, opener),
+            DeviceOp::Release { fh } => {
                 if self.state.lock().opens.remove(fh) {
                     self.release(*fh);
                 }
             }
-            Work::Ioctl { tid, args, input } => {
+            DeviceOp::Ioctl { tid, args, input } => {
                 let (handle, tid, cmd, out_size) = (args.fh, *tid, args.cmd, args.out_size);
                 let call = IoctlCall { handle, tid, cmd, arg: args.arg, input, out_size };
-                let result = self.guarded(&job.work, || self.file.ioctl(&call));
+                let result = self.catch_panic(&request.op, || self.file.ioctl(&call));
                 match result {
                     Ok(reply) if reply.out.len() > args.out_size as usize => {
-                        error!(device = %self.name, request = job.work.describe(), len = reply.out.len(), room = args.out_size,
+                        error!(device = %self.name, request = request.op.describe(), len = reply.out.len(), room = args.out_size,
                             "the device answers with more than the caller has room for");
-                        self.answer(job, Err(Errno::IO));
+                        self.reply(request, Err(Errno::IO));
                     }
                     Ok(reply) => {
                         let out = IoctlOut { result: reply.result, ..IoctlOut::default() };
-                        self.answer(job, Ok(&[out.as_bytes(), &reply.out]));
+                        self.reply(request, Ok(&[out.as_bytes(), &reply.out]));
                     }
                     // In the result and not in the header, which cannot carry ENOTSUPP (524).
                     Err(errno) => {
                         let out = IoctlOut { result: -errno.raw(), ..IoctlOut::default() };
-                        self.answer(job, Ok(&[out.as_bytes()]));
+                        self.reply(request, Ok(&[out.as_bytes()]));
                     }
                 }
                 // A panic has been logged.
-                let _ = self.guarded(&job.work, || {
+                let _ = self.catch_panic(&request.op, || {
                     self.file.after_reply();
                     Ok(())
                 });
             }
-            Work::Write { fh, tid, data } => {
-                let result = self.guarded(&job.work, || self.file.write(*fh, *tid, data));
+            DeviceOp::Write { fh, tid, data } => {
+                let result = self.catch_panic(&request.op, || self.file.write(*fh, *tid, data));
                 // vhost returns 72 for an IOTLB message of 40 bytes. FUSE cannot: fuse_send_write() makes the
-                // caller's write fail with EIO when the answer exceeds what was written (tried on Linux 6.18).
+                // caller's write fail with EIO when the reply exceeds what was written (tried on Linux 6.18).
                 // Such a caller sees its own length instead; clients write 72 bytes.
                 let size = result.map(|size| size.min(u32::try_from(data.len()).unwrap_or(u32::MAX)));
                 match size {
-                    Ok(size) => self.answer(job, Ok(&[WriteOut { size, padding: 0 }.as_bytes()])),
-                    Err(errno) => self.answer(job, Err(errno)),
+                    Ok(size) => self.reply(request, Ok(&[WriteOut { size, padding: 0 }.as_bytes()])),
+                    Err(errno) => self.reply(request, Err(errno)),
                 };
             }
-            Work::Poll => {
-                let revents = self.guarded(&job.work, || Ok(self.file.poll()));
+            DeviceOp::Poll => {
+                let revents = self.catch_panic(&request.op, || Ok(self.file.poll()));
                 match revents {
-                    Ok(revents) => self.answer(job, Ok(&[PollOut { revents, padding: 0 }.as_bytes()])),
-                    Err(errno) => self.answer(job, Err(errno)),
+                    Ok(revents) => self.reply(request, Ok(&[PollOut { revents, padding: 0 }.as_bytes()])),
+                    Err(errno) => self.reply(request, Err(errno)),
                 };
             }
         }
     }
 
-    fn open(&self, job: &Job, opener: &Opener) {
+    fn open(&self, request: &QueuedRequest, opener: &Opener) {
         let fh = opener.handle;
-        match self.guarded(&job.work, || self.file.open(opener)) {
+        match self.catch_panic(&request.op, || self.file.open(opener)) {
             Ok(()) => {
                 let out = OpenOut { fh, open_flags: OPEN_FLAGS, backing_id: 0 };
-                // Before the answer: its RELEASE may come at once, and is only seen after this call anyway.
+                // Before the reply: its RELEASE may come at once, and is only seen after this call anyway.
                 self.state.lock().opens.insert(fh);
-                // Nobody got the file when the answer was too late, or the mount was aborted meanwhile: then no
+                // Nobody got the file when the reply was too late, or the mount was aborted meanwhile: then no
                 // RELEASE will come either.
-                let ended = !self.answer(job, Ok(&[out.as_bytes()])) || self.state.lock().ended;
+                let ended = !self.reply(request, Ok(&[out.as_bytes()])) || self.state.lock().ended;
                 if ended && self.state.lock().opens.remove(&fh) {
                     self.release(fh);
                 }
             }
             Err(errno) => {
-                self.answer(job, Err(errno));
+                self.reply(request, Err(errno));
             }
         }
     }
@@ -312,45 +313,45 @@ impl Lane {
             Ok(())
         };
         // A panic has been logged and there is nobody to tell.
-        let _ = self.guarded(&Work::Release { fh }, release);
+        let _ = self.catch_panic(&DeviceOp::Release { fh }, release);
     }
 
     /// Calls the device; a panic in it is its own failure and nobody else's.
-    fn guarded<T>(&self, work: &Work, call: impl FnOnce() -> Result<T, Errno>) -> Result<T, Errno> {
+    fn catch_panic<T>(&self, op: &DeviceOp, call: impl FnOnce() -> Result<T, Errno>) -> Result<T, Errno> {
         catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|_| {
-            error!(device = %self.name, request = work.describe(), "the device panicked");
+            error!(device = %self.name, request = op.describe(), "the device panicked");
             Err(Errno::IO)
         })
     }
 
-    /// Answers, unless that was done in the device's place; whether the answer reached the kernel.
-    fn answer(&self, job: &Job, answer: Result<&[&[u8]], Errno>) -> bool {
-        let Some(ticket) = job.ticket.as_ref().filter(|ticket| ticket.take()) else { return false };
-        self.send(ticket, answer)
+    /// Answers, unless that was done in the device's place; whether the reply reached the kernel.
+    fn reply(&self, request: &QueuedRequest, reply: Result<&[&[u8]], Errno>) -> bool {
+        let Some(token) = request.token.as_ref().filter(|token| token.take()) else { return false };
+        self.send(token, reply)
     }
 
-    fn send(&self, ticket: &Ticket, answer: Result<&[&[u8]], Errno>) -> bool {
-        let sent = self.connection.reply(ticket.unique, answer);
+    fn send(&self, token: &ReplyToken, reply: Result<&[&[u8]], Errno>) -> bool {
+        let sent = self.connection.reply(token.unique, reply);
         if let Err(errno) = sent {
-            debug!(device = %self.name, unique = ticket.unique, %errno, "an answer found nobody waiting");
+            debug!(device = %self.name, unique = token.unique, %errno, "an reply found nobody waiting");
         }
         sent.is_ok()
     }
 
-    fn give_up(&self, job: &Job) {
-        self.answer(job, Err(Errno::IO));
+    fn reject(&self, request: &QueuedRequest) {
+        self.reply(request, Err(Errno::IO));
     }
 
     /// Answers `EIO` in place of the device when its current call takes longer than `timeout`. Called again and
     /// again by the reader while a request is in progress.
-    pub(super) fn scan(&self, timeout: Duration) {
+    pub(super) fn check_timeout(&self, timeout: Duration) {
         let mut state = self.state.lock();
         let Some(current) = state.current.as_ref().filter(|current| is_past(current.since, timeout)) else {
             return;
         };
-        let (what, ticket) = (current.what.clone(), current.ticket.clone());
-        if let Some(ticket) = ticket.filter(|ticket| ticket.take()) {
-            self.send(&ticket, Err(Errno::IO));
+        let (what, token) = (current.what.clone(), current.token.clone());
+        if let Some(token) = token.filter(|token| token.take()) {
+            self.send(&token, Err(Errno::IO));
         }
         if !std::mem::replace(&mut state.hung, true) {
             error!(device = %self.name, request = what, ?timeout,
@@ -358,20 +359,20 @@ impl Lane {
         }
         let refused = state.take_unanswered();
         drop(state);
-        refused.iter().for_each(|job| self.give_up(job));
+        refused.iter().for_each(|request| self.reject(request));
     }
 
     /// Whether nobody has the device open and nothing is asked of it.
     pub(super) fn is_idle(&self) -> bool {
         let state = self.state.lock();
-        state.opens.is_empty() && state.queue.is_empty() && state.current.is_none()
+        state.opens.is_empty() && state.requests.is_empty() && state.current.is_none()
     }
 
     /// The mount is gone: drops what nobody waits for and releases what is open.
     pub(super) fn end(self: &Arc<Self>) {
         let mut state = self.state.lock();
         state.ended = true;
-        state.queue.retain(|job| job.ticket.is_none());
+        state.requests.retain(|request| request.token.is_none());
         let opens: Vec<_> = state.opens.iter().copied().collect();
         drop(state);
         for fh in opens {
@@ -380,20 +381,20 @@ impl Lane {
         self.wake.notify_one();
     }
 
-    /// Waits for the end of the thread, after [`Lane::end`]; whether it came.
-    pub(super) fn wait_idle(&self, deadline: Instant) -> bool {
+    /// Waits for the end of the thread, after [`RequestQueue::end`]; whether it came.
+    pub(super) fn wait_ended(&self, deadline: Instant) -> bool {
         let mut state = self.state.lock();
-        while state.running {
+        while state.has_thread {
             if self.idle.wait_until(&mut state, deadline).timed_out() {
-                return !state.running;
+                return !state.has_thread;
             }
         }
         true
     }
 }
 
-impl fmt::Debug for Lane {
+impl fmt::Debug for RequestQueue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Lane").field("name", &self.name).finish_non_exhaustive()
+        f.debug_struct("RequestQueue").field("name", &self.name).finish_non_exhaustive()
     }
 }

@@ -13,63 +13,63 @@ use tracing::{error, info, warn};
 use vdpa_core::Errno;
 use vdpa_sys::fuse::{BUFFER_SIZE, Request};
 
-use super::super::lifeline::{Lifeline, Word};
-use super::channel::{Channel, Place};
 use super::is_past;
-use super::lane::Lane;
+use super::request_queue::RequestQueue;
+use super::session::{Endpoint, Session};
+use crate::front::watchdog::protocol::{Message, WatchdogLink};
 
 /// Everything the threads share.
 #[derive(Debug)]
 pub(super) struct Server {
-    channels: Mutex<Vec<Arc<Channel>>>,
+    sessions: Mutex<Vec<Arc<Session>>>,
     /// Devices of connections that were let go, as long as their threads run.
-    leaving: Mutex<Vec<Weak<Lane>>>,
-    /// Counts the changes of `channels`.
+    detached: Mutex<Vec<Weak<RequestQueue>>>,
+    /// Counts the changes of `sessions`.
     changes: AtomicU64,
-    pub(super) lifeline: Lifeline,
+    pub(super) watchdog: WatchdogLink,
     timeout: Duration,
     wake: OwnedFd,
     ended: AtomicBool,
     /// Tells whoever waits for the end.
-    end_news: Notify,
+    ended_notify: Notify,
 }
 
 impl Server {
-    pub(super) fn new(wake: OwnedFd, timeout: Duration, lifeline: Lifeline) -> Arc<Self> {
+    pub(super) fn new(wake: OwnedFd, timeout: Duration, watchdog: WatchdogLink) -> Arc<Self> {
         Arc::new(Self {
-            channels: Mutex::default(),
-            leaving: Mutex::default(),
+            sessions: Mutex::default(),
+            detached: Mutex::default(),
             changes: AtomicU64::new(0),
-            lifeline,
+            watchdog,
             timeout,
             wake,
             ended: AtomicBool::new(false),
-            end_news: Notify::new(),
+            ended_notify: Notify::new(),
         })
     }
 
     /// Serves one more connection.
-    pub(super) fn attach(&self, channel: Arc<Channel>) {
-        self.channels.lock().push(channel);
+    pub(super) fn attach(&self, session: Arc<Session>) {
+        self.sessions.lock().push(session);
         self.changed();
     }
 
     /// Lets a connection go; its devices are released. It closes when the threads have seen that.
-    pub(super) fn detach(&self, channel: &Arc<Channel>) {
-        let lanes = channel.live_lanes();
+    pub(super) fn detach(&self, session: &Arc<Session>) {
+        let queues = session.live_queues();
         {
-            let mut leaving = self.leaving.lock();
-            leaving.retain(|lane| lane.strong_count() > 0);
-            leaving.extend(lanes.iter().map(Arc::downgrade));
+            let mut detached = self.detached.lock();
+            detached.retain(|queue| queue.strong_count() > 0);
+            detached.extend(queues.iter().map(Arc::downgrade));
         }
-        self.channels.lock().retain(|other| !Arc::ptr_eq(other, channel));
+        self.sessions.lock().retain(|other| !Arc::ptr_eq(other, session));
         self.changed();
-        lanes.iter().for_each(Lane::end);
-        self.lifeline.say(&Word::Release(channel.place.guarded()));
+        queues.iter().for_each(RequestQueue::end);
+        self.watchdog.send(&Message::Unwatch(session.place.watched()));
     }
 
-    pub(super) fn channels(&self) -> Vec<Arc<Channel>> {
-        self.channels.lock().clone()
+    pub(super) fn sessions(&self) -> Vec<Arc<Session>> {
+        self.sessions.lock().clone()
     }
 
     fn changed(&self) {
@@ -90,7 +90,7 @@ impl Server {
     /// Returns when it [has ended](Self::has_ended). Costs nothing until then.
     pub(super) async fn ended(&self) {
         // Before the look: what comes between the two is not missed.
-        let news = self.end_news.notified();
+        let news = self.ended_notify.notified();
         if !self.has_ended() {
             news.await;
         }
@@ -101,34 +101,34 @@ impl Server {
         if self.ended.swap(true, Ordering::AcqRel) {
             return;
         }
-        self.end_news.notify_waiters();
+        self.ended_notify.notify_waiters();
         self.wake();
-        for lane in self.live_lanes() {
-            lane.end();
+        for queue in self.live_queues() {
+            queue.end();
         }
     }
 
     /// Waits for the threads of devices, all together no longer than the request time-out, and closes all connections.
     pub(super) fn close(&self) {
         let deadline = Instant::now() + self.timeout;
-        let leaving: Vec<_> = self.leaving.lock().iter().filter_map(Weak::upgrade).collect();
-        for lane in self.live_lanes().into_iter().chain(leaving) {
-            if !lane.wait_idle(deadline) {
-                error!(device = lane.name(), "the device hangs: its thread is left behind");
+        let detached: Vec<_> = self.detached.lock().iter().filter_map(Weak::upgrade).collect();
+        for queue in self.live_queues().into_iter().chain(detached) {
+            if !queue.wait_ended(deadline) {
+                error!(device = queue.name(), "the device hangs: its thread is left behind");
             }
         }
-        self.channels.lock().clear();
+        self.sessions.lock().clear();
     }
 
-    fn live_lanes(&self) -> Vec<Arc<Lane>> {
-        self.channels().iter().flat_map(|channel| channel.live_lanes()).collect()
+    fn live_queues(&self) -> Vec<Arc<RequestQueue>> {
+        self.sessions().iter().flat_map(|session| session.live_queues()).collect()
     }
 
     /// Lets go of the character devices that were removed while somebody had them open and nobody has now.
-    fn sweep(&self) {
-        for channel in self.channels() {
-            if channel.is_retired() && matches!(channel.place, Place::Device(_)) && channel.is_idle() {
-                self.detach(&channel);
+    fn detach_unused(&self) {
+        for session in self.sessions() {
+            if session.is_closing() && matches!(session.place, Endpoint::Device(_)) && session.is_idle() {
+                self.detach(&session);
             }
         }
     }
@@ -136,7 +136,7 @@ impl Server {
     /// Starts the reader.
     pub(super) fn spawn_reader(self: &Arc<Self>) -> std::io::Result<JoinHandle<()>> {
         // Before anybody is told that files are there: a daemon that dies from now on leaves none behind.
-        self.lifeline.beat();
+        self.watchdog.heartbeat();
         let server = Arc::clone(self);
         thread::Builder::new().name("fuse-reader".into()).spawn(move || {
             server.read();
@@ -146,58 +146,59 @@ impl Server {
 
     fn read(&self) {
         let mut buffer = vec![0; BUFFER_SIZE];
-        let mut channels = Vec::new();
+        let mut sessions = Vec::new();
         let mut seen = None;
-        let mut looked = Instant::now();
-        let pause = (self.timeout / 8).clamp(Duration::from_millis(5), Duration::from_secs(1));
+        let mut last_check = Instant::now();
+        let check_interval = (self.timeout / 8).clamp(Duration::from_millis(5), Duration::from_secs(1));
         while !self.has_ended() {
             let changes = self.changes.load(Ordering::Acquire);
             if seen != Some(changes) {
-                channels = self.channels();
+                sessions = self.sessions();
                 seen = Some(changes);
             }
             // With nothing in progress there is nothing to look after, and no reason to wake up before a request comes.
-            let rests = !channels.iter().any(|channel| channel.wants_watching()) && self.lifeline.rest();
-            if !rests {
-                self.lifeline.beat();
+            let idle = !sessions.iter().any(|session| session.needs_timer()) && self.watchdog.idle();
+            if !idle {
+                self.watchdog.heartbeat();
             }
-            let ready = match self.wait(&channels, (!rests).then(|| self.lifeline.interval().min(pause))) {
-                Ok(ready) => ready,
-                Err(errno) => {
-                    error!(%errno, "requests cannot be waited for");
-                    return;
-                }
-            };
-            for channel in ready {
-                if let Err(errno) = read_one(channel, &mut buffer) {
-                    self.lost(channel, errno);
+            let ready =
+                match self.wait(&sessions, (!idle).then(|| self.watchdog.interval().min(check_interval))) {
+                    Ok(ready) => ready,
+                    Err(errno) => {
+                        error!(%errno, "requests cannot be waited for");
+                        return;
+                    }
+                };
+            for session in ready {
+                if let Err(errno) = read_one(session, &mut buffer) {
+                    self.connection_ended(session, errno);
                 }
             }
-            if is_past(looked, pause) {
-                looked = Instant::now();
-                self.look();
+            if is_past(last_check, check_interval) {
+                last_check = Instant::now();
+                self.check_devices();
             }
         }
     }
 
     /// Answers for devices that hang and lets go what is to go.
-    fn look(&self) {
-        for lane in self.live_lanes() {
-            lane.scan(self.timeout);
+    fn check_devices(&self) {
+        for queue in self.live_queues() {
+            queue.check_timeout(self.timeout);
         }
-        self.sweep();
+        self.detach_unused();
     }
 
     /// Waits until some connections have something to say, or `limit` is over, or something has changed.
     fn wait<'a>(
         &self,
-        channels: &'a [Arc<Channel>],
+        sessions: &'a [Arc<Session>],
         limit: Option<Duration>,
-    ) -> Result<Vec<&'a Arc<Channel>>, Errno> {
+    ) -> Result<Vec<&'a Arc<Session>>, Errno> {
         let limit = limit.map(Timespec::try_from).transpose().map_err(|_| Errno::INVAL)?;
-        let mut fds: Vec<_> = channels
+        let mut fds: Vec<_> = sessions
             .iter()
-            .map(|channel| PollFd::from_borrowed_fd(channel.connection.as_fd(), PollFlags::IN))
+            .map(|session| PollFd::from_borrowed_fd(session.connection.as_fd(), PollFlags::IN))
             .collect();
         fds.push(PollFd::new(&self.wake, PollFlags::IN));
         match poll(&mut fds, limit.as_ref()) {
@@ -205,44 +206,44 @@ impl Server {
             Err(error) => return Err(Errno::from_raw(error.raw_os_error())),
         }
         if fds.pop().is_some_and(|wake| !wake.revents().is_empty()) {
-            // Only to make it quiet; what has changed is looked at next.
+            // Only to make it quiet; what has changed is last_check at next.
             let _ = rustix::io::read(&self.wake, &mut [0; 8]);
         }
-        let ready = channels.iter().zip(&fds).filter(|(_, fd)| !fd.revents().is_empty());
-        Ok(ready.map(|(channel, _)| channel).collect())
+        let ready = sessions.iter().zip(&fds).filter(|(_, fd)| !fd.revents().is_empty());
+        Ok(ready.map(|(session, _)| session).collect())
     }
 
     /// A connection has ended. Without its directory, or a device that the administrator or the watchdog has aborted,
     /// the daemon is of no use any more and somebody can start another one.
-    fn lost(&self, channel: &Arc<Channel>, errno: Errno) {
-        let wanted = channel.is_retired();
+    fn connection_ended(&self, session: &Arc<Session>, errno: Errno) {
+        let expected = session.is_closing();
         if errno == Errno::NODEV {
-            info!(place = ?channel.place, wanted, "a connection to the kernel has ended");
+            info!(place = ?session.place, expected, "a connection to the kernel has ended");
         } else {
-            error!(place = ?channel.place, %errno, "a connection to the kernel cannot be read");
+            error!(place = ?session.place, %errno, "a connection to the kernel cannot be read");
         }
-        self.detach(channel);
-        if wanted {
+        self.detach(session);
+        if expected {
             return;
         }
-        match channel.place {
-            Place::File { .. } => {
-                warn!(place = ?channel.place, "the mount was ended from outside; its device has no file now")
+        match session.place {
+            Endpoint::File { .. } => {
+                warn!(place = ?session.place, "the mount was ended from outside; its device has no file now")
             }
-            Place::Directory(_) | Place::Device(_) => self.end(),
+            Endpoint::Directory(_) | Endpoint::Device(_) => self.end(),
         }
     }
 }
 
 /// Reads and serves one request, if there is one.
-fn read_one(channel: &Channel, buffer: &mut [u8]) -> Result<(), Errno> {
-    let Some(len) = channel.connection.read_request(buffer)? else { return Ok(()) };
+fn read_one(session: &Session, buffer: &mut [u8]) -> Result<(), Errno> {
+    let Some(len) = session.connection.read_request(buffer)? else { return Ok(()) };
     match Request::decode(buffer.get(..len).unwrap_or_default()) {
-        Ok(request) => channel.serve(&request),
+        Ok(request) => session.serve(&request),
         Err(error) => {
             error!(%error, "the kernel sent what is no FUSE request");
             if let Some(unique) = error.unique() {
-                channel.reply(unique, Err(Errno::IO));
+                session.reply(unique, Err(Errno::IO));
             }
         }
     }

@@ -14,77 +14,77 @@ use vdpa_sys::uapi::fuse::{
 };
 use zerocopy::IntoBytes;
 
-use super::super::lifeline::Guarded;
 use super::device::{DeviceFile, Opener};
-use super::lane::{InProgress, Lane, Work};
+use super::request_queue::{DeviceOp, RequestCount, RequestQueue};
 use super::tree::{AddError, FileAttributes, NAME_MAX, Tree};
+use crate::front::watchdog::protocol::Watched;
 
 /// What a connection is behind.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Place {
+pub(super) enum Endpoint {
     /// The mount over the directory of device files.
     Directory(PathBuf),
-    /// A mount over one file, which was made for it or was there.
+    /// A mount over one file, which was created for it or was there.
     File {
         /// Where.
         path: PathBuf,
-        /// Whether the file below was made for it.
-        made: bool,
+        /// Whether the file below was created for it.
+        created: bool,
     },
     /// A character device.
     Device(super::cuse::Node),
 }
 
-impl Place {
+impl Endpoint {
     /// What a watchdog has to end.
-    pub(super) fn guarded(&self) -> Guarded {
+    pub(super) fn watched(&self) -> Watched {
         match self {
-            Self::Directory(path) | Self::File { path, .. } => Guarded::Mount(path.clone()),
-            Self::Device(node) => node.guarded(),
+            Self::Directory(path) | Self::File { path, .. } => Watched::Mount(path.clone()),
+            Self::Device(node) => node.watched(),
         }
     }
 }
 
 /// A connection and the names, nodes and devices behind it.
 #[derive(Debug)]
-pub(super) struct Channel {
+pub(super) struct Session {
     pub(super) connection: Connection,
-    pub(super) place: Place,
+    pub(super) place: Endpoint,
     tree: Mutex<Tree>,
-    /// Every lane there is by node id, also of removed files: while one is open its thread holds it. Apart from
+    /// Every queue there is by node id, also of removed files: while one is open its thread holds it. Apart from
     /// the tree because a FORGET may overtake a RELEASE (`fuse_dev_do_read()` prefers it).
-    lanes: Mutex<HashMap<u64, Weak<Lane>>>,
+    queues: Mutex<HashMap<u64, Weak<RequestQueue>>>,
     next_handle: AtomicU64,
-    retired: AtomicBool,
-    count: InProgress,
+    closing: AtomicBool,
+    count: RequestCount,
 }
 
-impl Channel {
-    fn new(connection: Connection, place: Place, tree: Tree, count: InProgress) -> Self {
-        let (lanes, next_handle, retired) = (Mutex::default(), AtomicU64::new(1), AtomicBool::new(false));
-        Self { connection, place, tree: Mutex::new(tree), lanes, next_handle, retired, count }
+impl Session {
+    fn new(connection: Connection, place: Endpoint, tree: Tree, count: RequestCount) -> Self {
+        let (queues, next_handle, closing) = (Mutex::default(), AtomicU64::new(1), AtomicBool::new(false));
+        Self { connection, place, tree: Mutex::new(tree), queues, next_handle, closing, count }
     }
 
     /// An empty directory.
     pub(super) fn directory(connection: Connection, dir: PathBuf) -> Arc<Self> {
-        Arc::new(Self::new(connection, Place::Directory(dir), Tree::new(), InProgress::default()))
+        Arc::new(Self::new(connection, Endpoint::Directory(dir), Tree::new(), RequestCount::default()))
     }
 
     /// One device that is the node `id` of its connection.
     pub(super) fn one_file(
         connection: Connection,
-        place: Place,
+        place: Endpoint,
         id: u64,
         name: &str,
         file: Arc<dyn DeviceFile>,
     ) -> Arc<Self> {
-        let count = InProgress::default();
-        let lane = Lane::new(name, file, connection.clone(), count.clone());
-        let weak = Arc::downgrade(&lane);
-        let tree = Tree::of_one_file(id, lane, FileAttributes::private());
-        let channel = Self::new(connection, place, tree, count);
-        channel.lanes.lock().insert(id, weak);
-        Arc::new(channel)
+        let count = RequestCount::default();
+        let queue = RequestQueue::new(name, file, connection.clone(), count.clone());
+        let weak = Arc::downgrade(&queue);
+        let tree = Tree::of_one_file(id, queue, FileAttributes::private());
+        let session = Self::new(connection, place, tree, count);
+        session.queues.lock().insert(id, weak);
+        Arc::new(session)
     }
 
     pub(super) fn add(
@@ -93,10 +93,10 @@ impl Channel {
         file: Arc<dyn DeviceFile>,
         attributes: FileAttributes,
     ) -> Result<(), AddError> {
-        let lane = Lane::new(name, file, self.connection.clone(), self.count.clone());
-        let weak = Arc::downgrade(&lane);
-        let id = self.tree.lock().add(lane, attributes)?;
-        self.lanes.lock().insert(id, weak);
+        let queue = RequestQueue::new(name, file, self.connection.clone(), self.count.clone());
+        let weak = Arc::downgrade(&queue);
+        let id = self.tree.lock().add(queue, attributes)?;
+        self.queues.lock().insert(id, weak);
         Ok(())
     }
 
@@ -111,29 +111,29 @@ impl Channel {
     }
 
     /// Whether its end is wanted: it is no loss then.
-    pub(super) fn is_retired(&self) -> bool {
-        self.retired.load(Ordering::Acquire)
+    pub(super) fn is_closing(&self) -> bool {
+        self.closing.load(Ordering::Acquire)
     }
 
-    pub(super) fn retire(&self) {
-        self.retired.store(true, Ordering::Release);
+    pub(super) fn close_when_idle(&self) {
+        self.closing.store(true, Ordering::Release);
     }
 
     /// Whether nobody has a file of it open, or is about to.
     pub(super) fn is_idle(&self) -> bool {
-        self.live_lanes().iter().all(|lane| lane.is_idle())
+        self.live_queues().iter().all(|queue| queue.is_idle())
     }
 
     /// Whether there is a reason to look at it again without a request: one is in progress, or it is to go when nobody has
     /// it open any more.
-    pub(super) fn wants_watching(&self) -> bool {
-        self.count.any() || self.is_retired()
+    pub(super) fn needs_timer(&self) -> bool {
+        self.count.any() || self.is_closing()
     }
 
-    pub(super) fn live_lanes(&self) -> Vec<Arc<Lane>> {
-        let mut lanes = self.lanes.lock();
-        lanes.retain(|_, lane| lane.strong_count() > 0);
-        lanes.values().filter_map(Weak::upgrade).collect()
+    pub(super) fn live_queues(&self) -> Vec<Arc<RequestQueue>> {
+        let mut queues = self.queues.lock();
+        queues.retain(|_, queue| queue.strong_count() > 0);
+        queues.values().filter_map(Weak::upgrade).collect()
     }
 
     /// Handles one request without blocking.
@@ -158,10 +158,10 @@ impl Channel {
             Operation::Release(release) => self.release(header, release.fh),
             Operation::Ioctl { args, input } => self.ioctl(header, *args, input),
             Operation::Write { args, data } => {
-                let work = Work::Write { fh: args.fh, tid: header.pid, data: data.to_vec() };
-                self.hand_over(header, work);
+                let op = DeviceOp::Write { fh: args.fh, tid: header.pid, data: data.to_vec() };
+                self.forward(header, op);
             }
-            Operation::Poll(_) => self.hand_over(header, Work::Poll),
+            Operation::Poll(_) => self.forward(header, DeviceOp::Poll),
             // vhost-vdpa queues nothing for reading (uapi-spec 1.10).
             Operation::Read(_) => self.reply(header.unique, Err(Errno::INVAL)),
             Operation::Opendir(_) => self.reply(header.unique, Ok(&[OpenOut::default().as_bytes()])),
@@ -207,34 +207,34 @@ impl Channel {
     }
 
     fn open(&self, header: &InHeader, flags: u32) {
-        let Some(lane) = self.tree.lock().lane(header.nodeid) else {
+        let Some(queue) = self.tree.lock().queue(header.nodeid) else {
             return self.reply(header.unique, Err(Errno::NOENT));
         };
         let handle = self.next_handle.fetch_add(1, Ordering::Relaxed);
-        lane.push(header.unique, Work::Open(Opener { handle, uid: header.uid, tid: header.pid, flags }));
+        queue.push(header.unique, DeviceOp::Open(Opener { handle, uid: header.uid, tid: header.pid, flags }));
     }
 
     fn release(&self, header: &InHeader, fh: u64) {
         self.reply(header.unique, Ok(&[]));
-        if let Some(lane) = self.lane_of(header) {
-            lane.push_release(fh);
+        if let Some(queue) = self.queue_for(header) {
+            queue.push_release(fh);
         }
     }
 
-    fn lane_of(&self, header: &InHeader) -> Option<Arc<Lane>> {
-        self.lanes.lock().get(&header.nodeid)?.upgrade()
+    fn queue_for(&self, header: &InHeader) -> Option<Arc<RequestQueue>> {
+        self.queues.lock().get(&header.nodeid)?.upgrade()
     }
 
     fn ioctl(&self, header: &InHeader, args: IoctlIn, input: &[u8]) {
         if args.flags & ioctl_flags::DIR != 0 {
             return self.reply(header.unique, Err(Errno::NOTTY));
         }
-        self.hand_over(header, Work::Ioctl { tid: header.pid, args, input: input.to_vec() });
+        self.forward(header, DeviceOp::Ioctl { tid: header.pid, args, input: input.to_vec() });
     }
 
-    fn hand_over(&self, header: &InHeader, work: Work) {
-        match self.lane_of(header) {
-            Some(lane) => lane.push(header.unique, work),
+    fn forward(&self, header: &InHeader, op: DeviceOp) {
+        match self.queue_for(header) {
+            Some(queue) => queue.push(header.unique, op),
             None => self.reply(header.unique, Err(Errno::BADF)),
         }
     }

@@ -1,4 +1,4 @@
-//! The places for mounts: made, cleared of what a dead daemon has left there, tidied up.
+//! The places for mounts: created, cleared of what a dead daemon has left there, tidied up.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -31,13 +31,13 @@ pub fn prepare_dir(dir: &Path) -> Result<PathBuf, ServeError> {
     };
     let target = below_true_parent(dir).map_err(failed)?;
     if fs_type_at(&target)?.as_deref() == Some(FS_TYPE) {
-        clear(&target)?;
+        remove_dead_mount(&target)?;
     }
     fs::create_dir_all(&target).map_err(failed)?;
     fs::canonicalize(&target).map_err(failed)
 }
 
-/// The path with its directory resolved, which is made when it is missing. What the path itself is stays untouched: it may
+/// The path with its directory resolved, which is created when it is missing. What the path itself is stays untouched: it may
 /// be a dead or hanging mount.
 fn below_true_parent(path: &Path) -> std::io::Result<PathBuf> {
     let absolute = std::path::absolute(path)?;
@@ -50,7 +50,7 @@ fn below_true_parent(path: &Path) -> std::io::Result<PathBuf> {
     }
 }
 
-/// Makes `path` ready for a mount over a single file: its true path, and whether the file was made here. What a daemon
+/// Makes `path` ready for a mount over a single file: its true path, and whether the file was created here. What a daemon
 /// that died left mounted there is removed.
 ///
 /// # Errors
@@ -60,7 +60,7 @@ pub(super) fn prepare_file(path: &Path) -> Result<(PathBuf, bool), String> {
         |error: &dyn std::fmt::Display| format!("cannot put a device file at {}: {error}", path.display());
     let target = below_true_parent(path).map_err(|error| failed(&error))?;
     if fs_type_at(&target).map_err(|error| failed(&error))?.as_deref() == Some(FS_TYPE) {
-        clear(&target).map_err(|error| failed(&error))?;
+        remove_dead_mount(&target).map_err(|error| failed(&error))?;
     }
     match fs::symlink_metadata(&target) {
         Ok(meta) if meta.is_file() => Ok((target, false)),
@@ -68,24 +68,24 @@ pub(super) fn prepare_file(path: &Path) -> Result<(PathBuf, bool), String> {
             Err(failed(&"there is something else than a regular file; remove it or choose another path"))
         }
         Err(error) if error.kind() == ErrorKind::NotFound => {
-            let made = fs::OpenOptions::new().write(true).create_new(true).open(&target);
-            made.map_err(|error| failed(&error))?;
+            let created = fs::OpenOptions::new().write(true).create_new(true).open(&target);
+            created.map_err(|error| failed(&error))?;
             Ok((target, true))
         }
         Err(error) => Err(failed(&error)),
     }
 }
 
-/// Removes the file that was made for a mount, after its end.
-pub(super) fn tidy(path: &Path, made: bool) {
-    if made && let Err(error) = fs::remove_file(path) {
+/// Removes the file that was created for a mount, after its end.
+pub(super) fn remove_placeholder(path: &Path, created: bool) {
+    if created && let Err(error) = fs::remove_file(path) {
         warn!(path = %path.display(), %error, "the file below a device file stays");
     }
 }
 
 /// Removes a dead mount of ours.
-fn clear(target: &Path) -> Result<(), ServeError> {
-    match ask(target) {
+fn remove_dead_mount(target: &Path) -> Result<(), ServeError> {
+    match probe(target) {
         Some(Err(OsErrno::NOTCONN | OsErrno::CONNABORTED)) => {
             info!(dir = %target.display(), "removing the mount of a daemon that is gone");
             match unmount(target) {
@@ -101,19 +101,19 @@ fn clear(target: &Path) -> Result<(), ServeError> {
 
 pub(super) fn is_stale(dir: &Path) -> bool {
     fs_type_at(dir).is_ok_and(|kind| kind.as_deref() == Some(FS_TYPE))
-        && matches!(ask(dir), Some(Err(OsErrno::NOTCONN | OsErrno::CONNABORTED)))
+        && matches!(probe(dir), Some(Err(OsErrno::NOTCONN | OsErrno::CONNABORTED)))
 }
 
 /// Asks the server of a mount for a sign of life; `None` when there is no answer. The question may block for ever,
 /// so it is asked by a thread that is left behind then.
-fn ask(dir: &Path) -> Option<Result<(), OsErrno>> {
-    const PATIENCE: Duration = Duration::from_secs(2);
+fn probe(dir: &Path) -> Option<Result<(), OsErrno>> {
+    const TIMEOUT: Duration = Duration::from_secs(2);
     let (send, receive) = mpsc::channel();
     let path = dir.to_path_buf();
-    let asker = thread::Builder::new().name("mount-probe".into()).spawn(move || {
+    let prober = thread::Builder::new().name("mount-probe".into()).spawn(move || {
         // The other side may have stopped waiting.
         let _ = send.send(rustix::fs::statfs(&path).map(drop));
     });
-    asker.ok()?;
-    receive.recv_timeout(PATIENCE).ok()
+    prober.ok()?;
+    receive.recv_timeout(TIMEOUT).ok()
 }
