@@ -1,7 +1,7 @@
-//! Character devices: everything in which CUSE differs from FUSE.
+//! Character devices by CUSE: everything in which it differs from FUSE.
 //!
-//! Each device is a connection of its own, there is no directory to serve, and an ioctl comes without its argument: it is
-//! read and written in the caller's memory, at the moment at which the kernel's vhost-vdpa would.
+//! Each device is a connection of its own, and there is no directory to serve. An ioctl arrives without its argument, which is
+//! read from and written to the caller's memory at the moment at which the kernel's vhost-vdpa would.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -23,13 +23,14 @@ use crate::front::watchdog::protocol::Watched;
 /// The node id in requests about a character device.
 const NODE: u64 = 0;
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
-/// A device that was given up goes within this time, unless its thread hangs.
+/// The kernel removes a device that was closed within this time, unless the device's thread hangs.
 const REMOVAL_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Whether character devices can be created; tries to load the module once.
+/// Checks whether character devices can be created. Runs `modprobe cuse` when the module is missing, and blocks until that has
+/// ended.
 ///
 /// # Errors
-/// [`CuseError::Control`], with what would create it possible; [`CuseError::NoDevtmpfs`].
+/// [`CuseError::Control`], whose text has the remedy; [`CuseError::NoDevtmpfs`].
 pub fn available() -> Result<(), CuseError> {
     let Err(error) = cuse::available() else { return Ok(()) };
     if !error.lacks_module() {
@@ -41,8 +42,8 @@ pub fn available() -> Result<(), CuseError> {
     cuse::available()
 }
 
-/// The part of a device name before the file name, for files in `dir`: "" for `/dev`, `a/` for `/dev/a`; `None` for a
-/// directory elsewhere, where there can be no character device of ours.
+/// The prefix of the names of devices in `dir`, relative to `/dev`: "" for `/dev`, `a/` for `/dev/a`. `None` for a directory
+/// outside of `/dev`, where CUSE cannot create devices.
 #[must_use]
 pub fn prefix_of(dir: &Path) -> Option<String> {
     let inside = dir.strip_prefix("/dev").ok()?.to_str()?;
@@ -50,7 +51,7 @@ pub fn prefix_of(dir: &Path) -> Option<String> {
     plain.then(|| if inside.is_empty() { String::new() } else { format!("{inside}/") })
 }
 
-/// A character device of ours.
+/// A character device that this process serves.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Node {
     name: String,
@@ -62,12 +63,12 @@ impl Node {
         Watched::Device { name: self.name.clone(), number: self.number }
     }
 
-    /// Where it is.
+    /// Path of the device node.
     pub(super) fn path(&self) -> PathBuf {
         cuse::node(&self.name)
     }
 
-    /// Takes the node out of `/dev`, for a device that somebody has open still. The kernel does not miss it.
+    /// Removes the node from `/dev`, for a device that is still open. The kernel tolerates that the node is missing later.
     pub(super) fn hide(&self) {
         if cuse::number_of(&self.name) != Some(self.number) {
             return;
@@ -77,7 +78,7 @@ impl Node {
         }
     }
 
-    /// Waits until the kernel has taken the device away.
+    /// Blocks until the kernel has removed the device, at most [`REMOVAL_TIMEOUT`].
     pub(super) fn wait_gone(&self) {
         let deadline = Instant::now() + REMOVAL_TIMEOUT;
         while cuse::number_of(&self.name) == Some(self.number) {
@@ -89,7 +90,7 @@ impl Node {
     }
 }
 
-/// Makes the devices of one daemon.
+/// Creates the character devices of a server.
 #[derive(Debug)]
 pub(super) struct NodeFactory {
     prefix: String,
@@ -103,7 +104,7 @@ impl NodeFactory {
         Self { prefix, major: Mutex::default() }
     }
 
-    /// Makes the device `name` below the directory; its minor number is the one its name ends in.
+    /// Creates the device `name` below the directory. Its minor number is the number that its name ends in.
     pub(super) fn create(&self, name: &str, file: Arc<dyn DeviceFile>) -> Result<Arc<Session>, AddError> {
         let minor = minor_of(name);
         let full = format!("{}{name}", self.prefix);
@@ -111,7 +112,7 @@ impl NodeFactory {
         let number = |major: Option<u32>| Number { major: major.unwrap_or(0), minor };
         let mut created = cuse::create(&full, number(*major), HANDSHAKE_TIMEOUT);
         if major.is_some() && matches!(created, Err(CuseError::Refused { .. })) {
-            // With the last device the number may have gone to somebody else.
+            // When the last device was removed, another driver may have got the number.
             warn!(device = full, major = *major, "the major number is taken: asking for another one");
             created = cuse::create(&full, number(None), HANDSHAKE_TIMEOUT);
         }
@@ -131,7 +132,8 @@ fn minor_of(name: &str) -> u32 {
     name.get(name.len() - digits..).and_then(|digits| digits.parse().ok()).unwrap_or(0)
 }
 
-/// A device whose ioctls come without their argument.
+/// A device file whose ioctls arrive without their arguments (`FUSE_IOCTL_UNRESTRICTED`): copies them from and to the caller's
+/// memory, and calls the device as FUSE would.
 struct CopyingFile(Arc<dyn DeviceFile>);
 
 impl DeviceFile for CopyingFile {
@@ -147,7 +149,7 @@ impl DeviceFile for CopyingFile {
         let (input_size, out_size) = sizes(call.cmd);
         let caller = Caller::new(i32::try_from(call.tid).unwrap_or(0));
         let mut input = vec![0; input_size];
-        // An argument that cannot be read is no error before the device asks for it.
+        // An argument that cannot be read is no error until the device uses it.
         if input_size > 0
             && caller
                 .as_ref()

@@ -1,4 +1,4 @@
-//! The places for mounts: created, cleared of what a dead daemon has left there, tidied up.
+//! Prepares directories and files to be mounted on, and cleans up after a mount. Removes the mounts of dead servers.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -16,15 +16,18 @@ use super::ServeError;
 /// Type and permissions of the root of a mount over a file.
 pub(super) const FILE_MODE: u32 = 0o100_600;
 
-/// Makes `dir` ready to be mounted on and returns its true path: creates it when it is missing and removes what a
-/// daemon that died left mounted there. [`DeviceFiles::mount`](super::DeviceFiles::mount) does this too; separately it serves those who need the
-/// true path before.
+/// Prepares `dir` to be mounted on and returns its path without symbolic links: creates it when it is missing, and removes
+/// the mount that a dead server has left there.
+///
+/// [`DeviceFiles::mount`](super::DeviceFiles::mount) does the same. A program calls this when it needs the path earlier.
+/// Blocks at most 2 s for the answer of a server that has mounted there.
 ///
 /// # Errors
-/// [`ServeError::Served`], [`ServeError::Hung`], [`ServeError::Directory`] and [`ServeError::Mount`].
+/// [`ServeError::Served`] and [`ServeError::Hung`] when another server has mounted there; [`ServeError::Directory`] and
+/// [`ServeError::Mount`].
 pub fn prepare_dir(dir: &Path) -> Result<PathBuf, ServeError> {
     let failed = |source: std::io::Error| {
-        // Of something that is no directory, making it says that it exists.
+        // create_dir_all() reports that a path exists which is not a directory.
         let exists = source.kind() == ErrorKind::AlreadyExists;
         let source = if exists { OsErrno::NOTDIR.into() } else { source };
         ServeError::Directory { dir: dir.into(), source }
@@ -37,8 +40,8 @@ pub fn prepare_dir(dir: &Path) -> Result<PathBuf, ServeError> {
     fs::canonicalize(&target).map_err(failed)
 }
 
-/// The path with its directory resolved, which is created when it is missing. What the path itself is stays untouched: it may
-/// be a dead or hanging mount.
+/// The path with its parent directory resolved, which is created when it is missing. No system call is made on the path itself:
+/// it may be a dead or hanging mount.
 fn below_true_parent(path: &Path) -> std::io::Result<PathBuf> {
     let absolute = std::path::absolute(path)?;
     match (absolute.parent(), absolute.file_name()) {
@@ -50,11 +53,11 @@ fn below_true_parent(path: &Path) -> std::io::Result<PathBuf> {
     }
 }
 
-/// Makes `path` ready for a mount over a single file: its true path, and whether the file was created here. What a daemon
-/// that died left mounted there is removed.
+/// Prepares `path` to be mounted over: removes the mount that a dead server has left there, and creates an empty file when
+/// there is none. Returns the path without symbolic links, and whether the file was created.
 ///
 /// # Errors
-/// What is wrong, in whole.
+/// The reason, as a complete sentence.
 pub(super) fn prepare_file(path: &Path) -> Result<(PathBuf, bool), String> {
     let failed =
         |error: &dyn std::fmt::Display| format!("cannot put a device file at {}: {error}", path.display());
@@ -76,20 +79,20 @@ pub(super) fn prepare_file(path: &Path) -> Result<(PathBuf, bool), String> {
     }
 }
 
-/// Removes the file that was created for a mount, after its end.
+/// Removes the file that was created for a mount, after the mount's end.
 pub(super) fn remove_placeholder(path: &Path, created: bool) {
     if created && let Err(error) = fs::remove_file(path) {
         warn!(path = %path.display(), %error, "the file below a device file stays");
     }
 }
 
-/// Removes a dead mount of ours.
+/// Removes the mount of a server that has died; an error when the server is alive.
 fn remove_dead_mount(target: &Path) -> Result<(), ServeError> {
     match probe(target) {
         Some(Err(OsErrno::NOTCONN | OsErrno::CONNABORTED)) => {
-            info!(dir = %target.display(), "removing the mount of a daemon that is gone");
+            info!(dir = %target.display(), "removing the mount of a server that has died");
             match unmount(target) {
-                // Its watchdog may have been faster.
+                // The dead server's watchdog may have removed it meanwhile.
                 Err(_) if fs_type_at(target)?.as_deref() != Some(FS_TYPE) => Ok(()),
                 other => Ok(other?),
             }
@@ -99,19 +102,20 @@ fn remove_dead_mount(target: &Path) -> Result<(), ServeError> {
     }
 }
 
+/// Whether a mount of a server that has ended is at `dir`.
 pub(super) fn is_stale(dir: &Path) -> bool {
     fs_type_at(dir).is_ok_and(|kind| kind.as_deref() == Some(FS_TYPE))
         && matches!(probe(dir), Some(Err(OsErrno::NOTCONN | OsErrno::CONNABORTED)))
 }
 
-/// Asks the server of a mount for a sign of life; `None` when there is no answer. The question may block for ever,
-/// so it is asked by a thread that is left behind then.
+/// Sends a STATFS to the server of a mount; `None` when it does not answer in time. `statfs(2)` may block without limit, so a
+/// thread of its own calls it, which stays behind then.
 fn probe(dir: &Path) -> Option<Result<(), OsErrno>> {
     const TIMEOUT: Duration = Duration::from_secs(2);
     let (send, receive) = mpsc::channel();
     let path = dir.to_path_buf();
     let prober = thread::Builder::new().name("mount-probe".into()).spawn(move || {
-        // The other side may have stopped waiting.
+        // The receiver may have stopped waiting.
         let _ = send.send(rustix::fs::statfs(&path).map(drop));
     });
     prober.ok()?;

@@ -1,11 +1,11 @@
-//! The queue of one device: requests in the order they came, answered by one thread.
+//! [`RequestQueue`]: the FUSE requests of one device in the order of arrival, and the thread that handles them.
 //!
 //! ```text
 //!   reader --push--> queue --> thread --call--> DeviceFile
 //!                      |          |
-//!                 check_timeout (reader) --+--> EIO in place of a device that takes too long
+//!       check_timeout (reader) ---+--> EIO in place of a device that takes too long
 //! ```
-//! Whoever answers takes the [`ReplyToken`] first, so each request is answered exactly once.
+//! Both threads claim the [`ReplyToken`] of a request before they reply to it, so each request is answered exactly once.
 
 use std::collections::{HashSet, VecDeque};
 use std::fmt;
@@ -25,16 +25,15 @@ use zerocopy::IntoBytes;
 use super::device::{DeviceFile, IoctlCall, Opener};
 use super::is_past;
 
-/// A device that nobody has open keeps its thread this long, so that a close and open in a row do not start one
-/// each time.
+/// The thread of a device that is not open ends after this time. A close that is followed by an open keeps the thread.
 const IDLE_TIMEOUT: Duration = Duration::from_millis(500);
-/// Virtual memory only; handlers of devices are shallow.
+/// Stack of the thread, in bytes of virtual memory.
 const STACK_BYTES: usize = 512 << 10;
-/// Of these bits: no file position (writes are messages), no page cache, no FLUSH at close.
+/// Flags of the reply to OPEN: no file position (writes are messages), no page cache, no FLUSH at close.
 const OPEN_FLAGS: u32 =
     open_flags::DIRECT_IO | open_flags::STREAM | open_flags::NONSEEKABLE | open_flags::NOFLUSH;
 
-/// What a device is asked.
+/// An operation on a device, which is a call of [`DeviceFile`].
 #[derive(Debug)]
 pub(super) enum DeviceOp {
     Open(Opener),
@@ -56,7 +55,7 @@ impl DeviceOp {
     }
 }
 
-/// How many requests of a connection are being worked on.
+/// Number of requests of a connection that are in progress.
 #[derive(Clone, Debug, Default)]
 pub(super) struct RequestCount(Arc<AtomicUsize>);
 
@@ -71,12 +70,12 @@ impl RequestCount {
     }
 }
 
-/// The right to reply one request.
+/// The right to reply to one request, which exactly one thread claims.
 #[derive(Debug)]
 struct ReplyToken {
     unique: u64,
     since: Instant,
-    taken: AtomicBool,
+    claimed: AtomicBool,
     count: RequestCount,
 }
 
@@ -87,20 +86,21 @@ impl Drop for ReplyToken {
 }
 
 impl ReplyToken {
-    /// Whether the caller is the one to reply.
-    fn take(&self) -> bool {
-        !self.taken.swap(true, Ordering::AcqRel)
+    /// Claims the right to reply; `false` when another thread has claimed it.
+    fn claim(&self) -> bool {
+        !self.claimed.swap(true, Ordering::AcqRel)
     }
 }
 
+/// A request in the queue.
 #[derive(Debug)]
 struct QueuedRequest {
-    /// `None` for what is answered already (RELEASE).
+    /// `None` for a RELEASE, which the reader has answered.
     token: Option<Arc<ReplyToken>>,
     op: DeviceOp,
 }
 
-/// The call the thread is in.
+/// The call that the thread is in.
 struct Current {
     token: Option<Arc<ReplyToken>>,
     since: Instant,
@@ -111,18 +111,18 @@ struct Current {
 struct State {
     requests: VecDeque<QueuedRequest>,
     current: Option<Current>,
-    /// Successful opens that were not released.
+    /// Handles of opens that have succeeded and were not released.
     opens: HashSet<u64>,
-    /// Whether there is a thread.
+    /// Whether the thread runs.
     has_thread: bool,
-    /// Whether the current call has been given up.
+    /// Whether the current call has exceeded the time-out.
     hung: bool,
-    /// Whether the mount is gone.
+    /// Whether the connection has ended.
     ended: bool,
 }
 
 impl State {
-    /// Takes the requests somebody waits for out of the queue.
+    /// Removes the requests that need a reply from the queue and returns them; releases stay.
     fn take_unanswered(&mut self) -> Vec<QueuedRequest> {
         let (refused, kept): (Vec<_>, Vec<_>) =
             self.requests.drain(..).partition(|request| request.token.is_some());
@@ -131,7 +131,7 @@ impl State {
     }
 }
 
-/// One device of the mount.
+/// The request queue of one device.
 pub(super) struct RequestQueue {
     name: String,
     file: Arc<dyn DeviceFile>,
@@ -143,7 +143,7 @@ pub(super) struct RequestQueue {
 }
 
 impl RequestQueue {
-    /// Requests in progress are counted in `count`.
+    /// An empty queue without a thread. Requests in progress are counted in `count`.
     pub(super) fn new(
         name: &str,
         file: Arc<dyn DeviceFile>,
@@ -158,16 +158,15 @@ impl RequestQueue {
         &self.name
     }
 
-    /// Queues a request that has to be answered. Called by the reader; does not block.
+    /// Queues a request that needs a reply. Called by the reader; does not block.
     pub(super) fn push(self: &Arc<Self>, unique: u64, op: DeviceOp) {
         let count = self.count.increment();
-        let token = ReplyToken { unique, since: Instant::now(), taken: AtomicBool::new(false), count };
+        let token = ReplyToken { unique, since: Instant::now(), claimed: AtomicBool::new(false), count };
         self.enqueue(QueuedRequest { token: Some(Arc::new(token)), op });
     }
 
-    /// Queues the release of `fh`, which the reader has answered: the kernel waits for nothing, and holding its
-    /// reply back would let an OPEN overtake later releases (they are background requests, of which the kernel
-    /// limits the number).
+    /// Queues the release of `fh`, which the reader has answered. The kernel does not wait for it. If the reply were held back,
+    /// an OPEN could overtake later releases, because they are background requests, of which the kernel limits the number.
     pub(super) fn push_release(self: &Arc<Self>, fh: u64) {
         self.enqueue(QueuedRequest { token: None, op: DeviceOp::Release { fh } });
     }
@@ -189,7 +188,7 @@ impl RequestQueue {
             Ok(_) => state.has_thread = true,
             Err(source) => {
                 error!(device = %self.name, %source, "cannot start the thread of a device");
-                // What must reach the device waits for the next request; the rest is refused.
+                // Releases stay in the queue until the next request starts a thread; the others are rejected.
                 let refused = state.take_unanswered();
                 drop(state);
                 refused.iter().for_each(|request| self.reject(request));
@@ -197,7 +196,7 @@ impl RequestQueue {
         }
     }
 
-    /// The thread of the device.
+    /// The device's thread: executes requests until the queue is idle or has ended.
     fn run(&self) {
         while let Some(request) = self.next() {
             self.execute(&request);
@@ -254,13 +253,13 @@ impl RequestQueue {
                         let out = IoctlOut { result: reply.result, ..IoctlOut::default() };
                         self.reply(request, Ok(&[out.as_bytes(), &reply.out]));
                     }
-                    // In the result and not in the header, which cannot carry ENOTSUPP (524).
+                    // The errno goes into the result: the header cannot carry ENOTSUPP (524).
                     Err(errno) => {
                         let out = IoctlOut { result: -errno.raw(), ..IoctlOut::default() };
                         self.reply(request, Ok(&[out.as_bytes()]));
                     }
                 }
-                // A panic has been logged.
+                // A panic was logged.
                 let _ = self.catch_panic(&request.op, || {
                     self.file.after_reply();
                     Ok(())
@@ -270,7 +269,7 @@ impl RequestQueue {
                 let result = self.catch_panic(&request.op, || self.file.write(*fh, *tid, data));
                 // vhost returns 72 for an IOTLB message of 40 bytes. FUSE cannot: fuse_send_write() makes the
                 // caller's write fail with EIO when the reply exceeds what was written (tried on Linux 6.18).
-                // Such a caller sees its own length instead; clients write 72 bytes.
+                // A caller that writes 40 bytes gets its own length instead; clients write 72 bytes.
                 let size = result.map(|size| size.min(u32::try_from(data.len()).unwrap_or(u32::MAX)));
                 match size {
                     Ok(size) => self.reply(request, Ok(&[WriteOut { size, padding: 0 }.as_bytes()])),
@@ -292,10 +291,10 @@ impl RequestQueue {
         match self.catch_panic(&request.op, || self.file.open(opener)) {
             Ok(()) => {
                 let out = OpenOut { fh, open_flags: OPEN_FLAGS, backing_id: 0 };
-                // Before the reply: its RELEASE may come at once, and is only seen after this call anyway.
+                // Inserted before the reply, because the RELEASE may arrive at once. It is executed after this call.
                 self.state.lock().opens.insert(fh);
-                // Nobody got the file when the reply was too late, or the mount was aborted meanwhile: then no
-                // RELEASE will come either.
+                // When the reply was too late, or the connection was aborted meanwhile, no process has got the file and
+                // the kernel sends no RELEASE.
                 let ended = !self.reply(request, Ok(&[out.as_bytes()])) || self.state.lock().ended;
                 if ended && self.state.lock().opens.remove(&fh) {
                     self.release(fh);
@@ -312,11 +311,11 @@ impl RequestQueue {
             self.file.release(fh);
             Ok(())
         };
-        // A panic has been logged and there is nobody to tell.
+        // A panic was logged, and a release has no reply.
         let _ = self.catch_panic(&DeviceOp::Release { fh }, release);
     }
 
-    /// Calls the device; a panic in it is its own failure and nobody else's.
+    /// Calls the device. A panic in it becomes `EIO`, so that other devices go on.
     fn catch_panic<T>(&self, op: &DeviceOp, call: impl FnOnce() -> Result<T, Errno>) -> Result<T, Errno> {
         catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|_| {
             error!(device = %self.name, request = op.describe(), "the device panicked");
@@ -324,33 +323,34 @@ impl RequestQueue {
         })
     }
 
-    /// Answers, unless that was done in the device's place; whether the reply reached the kernel.
+    /// Replies to a request, unless the reader has done so after a time-out; whether the reply reached the kernel.
     fn reply(&self, request: &QueuedRequest, reply: Result<&[&[u8]], Errno>) -> bool {
-        let Some(token) = request.token.as_ref().filter(|token| token.take()) else { return false };
+        let Some(token) = request.token.as_ref().filter(|token| token.claim()) else { return false };
         self.send(token, reply)
     }
 
     fn send(&self, token: &ReplyToken, reply: Result<&[&[u8]], Errno>) -> bool {
         let sent = self.connection.reply(token.unique, reply);
         if let Err(errno) = sent {
-            debug!(device = %self.name, unique = token.unique, %errno, "an reply found nobody waiting");
+            debug!(device = %self.name, unique = token.unique, %errno, "the kernel does not wait for this reply any more");
         }
         sent.is_ok()
     }
 
+    /// Replies `EIO`.
     fn reject(&self, request: &QueuedRequest) {
         self.reply(request, Err(Errno::IO));
     }
 
-    /// Answers `EIO` in place of the device when its current call takes longer than `timeout`. Called again and
-    /// again by the reader while a request is in progress.
+    /// Replies `EIO` in place of the device when its current call takes longer than `timeout`, and to all requests that are
+    /// queued behind it. The reader calls it periodically while a request is in progress.
     pub(super) fn check_timeout(&self, timeout: Duration) {
         let mut state = self.state.lock();
         let Some(current) = state.current.as_ref().filter(|current| is_past(current.since, timeout)) else {
             return;
         };
         let (what, token) = (current.what.clone(), current.token.clone());
-        if let Some(token) = token.filter(|token| token.take()) {
+        if let Some(token) = token.filter(|token| token.claim()) {
             self.send(&token, Err(Errno::IO));
         }
         if !std::mem::replace(&mut state.hung, true) {
@@ -362,13 +362,13 @@ impl RequestQueue {
         refused.iter().for_each(|request| self.reject(request));
     }
 
-    /// Whether nobody has the device open and nothing is asked of it.
+    /// Whether the device is not open and no request is queued or in progress.
     pub(super) fn is_idle(&self) -> bool {
         let state = self.state.lock();
         state.opens.is_empty() && state.requests.is_empty() && state.current.is_none()
     }
 
-    /// The mount is gone: drops what nobody waits for and releases what is open.
+    /// The connection has ended: drops requests whose reply cannot be delivered any more, and releases all opens.
     pub(super) fn end(self: &Arc<Self>) {
         let mut state = self.state.lock();
         state.ended = true;
@@ -381,7 +381,7 @@ impl RequestQueue {
         self.wake.notify_one();
     }
 
-    /// Waits for the end of the thread, after [`RequestQueue::end`]; whether it came.
+    /// Blocks until the thread has ended, after [`RequestQueue::end`]; `false` when it has not at `deadline`.
     pub(super) fn wait_ended(&self, deadline: Instant) -> bool {
         let mut state = self.state.lock();
         while state.has_thread {

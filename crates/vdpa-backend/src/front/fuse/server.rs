@@ -1,4 +1,4 @@
-//! The reader of all connections, which also answers in place of devices that hang.
+//! [`Server`]: the reader thread of all sessions. It also replies in place of devices that hang.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -18,11 +18,11 @@ use super::request_queue::RequestQueue;
 use super::session::{Endpoint, Session};
 use crate::front::watchdog::protocol::{Message, WatchdogLink};
 
-/// Everything the threads share.
+/// State that the reader thread shares with [`DeviceFiles`](super::DeviceFiles).
 #[derive(Debug)]
 pub(super) struct Server {
     sessions: Mutex<Vec<Arc<Session>>>,
-    /// Devices of connections that were let go, as long as their threads run.
+    /// Request queues of detached sessions, whose threads may still run.
     detached: Mutex<Vec<Weak<RequestQueue>>>,
     /// Counts the changes of `sessions`.
     changes: AtomicU64,
@@ -30,7 +30,7 @@ pub(super) struct Server {
     timeout: Duration,
     wake: OwnedFd,
     ended: AtomicBool,
-    /// Tells whoever waits for the end.
+    /// Notifies waiters of [`ended`](Self::ended).
     ended_notify: Notify,
 }
 
@@ -48,13 +48,14 @@ impl Server {
         })
     }
 
-    /// Serves one more connection.
+    /// Adds a session to those that the reader serves.
     pub(super) fn attach(&self, session: Arc<Session>) {
         self.sessions.lock().push(session);
         self.changed();
     }
 
-    /// Lets a connection go; its devices are released. It closes when the threads have seen that.
+    /// Removes a session and releases its devices. The connection closes when the reader and the devices' threads have
+    /// dropped it.
     pub(super) fn detach(&self, session: &Arc<Session>) {
         let queues = session.live_queues();
         {
@@ -65,7 +66,7 @@ impl Server {
         self.sessions.lock().retain(|other| !Arc::ptr_eq(other, session));
         self.changed();
         queues.iter().for_each(RequestQueue::end);
-        self.watchdog.send(&Message::Unwatch(session.place.watched()));
+        self.watchdog.send(&Message::Unwatch(session.endpoint.watched()));
     }
 
     pub(super) fn sessions(&self) -> Vec<Arc<Session>> {
@@ -89,10 +90,10 @@ impl Server {
 
     /// Returns when it [has ended](Self::has_ended). Costs nothing until then.
     pub(super) async fn ended(&self) {
-        // Before the look: what comes between the two is not missed.
-        let news = self.ended_notify.notified();
+        // Registered before the check, so that an end between the two is not missed.
+        let notified = self.ended_notify.notified();
         if !self.has_ended() {
-            news.await;
+            notified.await;
         }
     }
 
@@ -124,10 +125,10 @@ impl Server {
         self.sessions().iter().flat_map(|session| session.live_queues()).collect()
     }
 
-    /// Lets go of the character devices that were removed while somebody had them open and nobody has now.
+    /// Detaches character devices that were removed while they were open and are closed now.
     fn detach_unused(&self) {
         for session in self.sessions() {
-            if session.is_closing() && matches!(session.place, Endpoint::Device(_)) && session.is_idle() {
+            if session.is_closing() && matches!(session.endpoint, Endpoint::Device(_)) && session.is_idle() {
                 self.detach(&session);
             }
         }
@@ -135,7 +136,7 @@ impl Server {
 
     /// Starts the reader.
     pub(super) fn spawn_reader(self: &Arc<Self>) -> std::io::Result<JoinHandle<()>> {
-        // Before anybody is told that files are there: a daemon that dies from now on leaves none behind.
+        // Before any caller learns of the files: this arms the watchdog, which removes them if the process dies.
         self.watchdog.heartbeat();
         let server = Arc::clone(self);
         thread::Builder::new().name("fuse-reader".into()).spawn(move || {
@@ -156,7 +157,7 @@ impl Server {
                 sessions = self.sessions();
                 seen = Some(changes);
             }
-            // With nothing in progress there is nothing to look after, and no reason to wake up before a request comes.
+            // Without a request in progress nothing can time out: the reader sleeps until a request arrives.
             let idle = !sessions.iter().any(|session| session.needs_timer()) && self.watchdog.idle();
             if !idle {
                 self.watchdog.heartbeat();
@@ -181,7 +182,7 @@ impl Server {
         }
     }
 
-    /// Answers for devices that hang and lets go what is to go.
+    /// Replies for devices that hang, and detaches sessions that are closed deliberately.
     fn check_devices(&self) {
         for queue in self.live_queues() {
             queue.check_timeout(self.timeout);
@@ -189,7 +190,8 @@ impl Server {
         self.detach_unused();
     }
 
-    /// Waits until some connections have something to say, or `limit` is over, or something has changed.
+    /// Blocks until a connection has a request, `limit` has passed, or [`wake`](Self::wake) was called; returns the sessions
+    /// with requests.
     fn wait<'a>(
         &self,
         sessions: &'a [Arc<Session>],
@@ -206,29 +208,29 @@ impl Server {
             Err(error) => return Err(Errno::from_raw(error.raw_os_error())),
         }
         if fds.pop().is_some_and(|wake| !wake.revents().is_empty()) {
-            // Only to make it quiet; what has changed is last_check at next.
+            // Clears the eventfd; the caller checks for changes next.
             let _ = rustix::io::read(&self.wake, &mut [0; 8]);
         }
         let ready = sessions.iter().zip(&fds).filter(|(_, fd)| !fd.revents().is_empty());
         Ok(ready.map(|(session, _)| session).collect())
     }
 
-    /// A connection has ended. Without its directory, or a device that the administrator or the watchdog has aborted,
-    /// the daemon is of no use any more and somebody can start another one.
+    /// Handles the end of a connection. When the administrator or the watchdog has ended the directory or a character device,
+    /// the server ends, so that another one can be started in its place.
     fn connection_ended(&self, session: &Arc<Session>, errno: Errno) {
         let expected = session.is_closing();
         if errno == Errno::NODEV {
-            info!(place = ?session.place, expected, "a connection to the kernel has ended");
+            info!(endpoint = ?session.endpoint, expected, "a connection to the kernel has ended");
         } else {
-            error!(place = ?session.place, %errno, "a connection to the kernel cannot be read");
+            error!(endpoint = ?session.endpoint, %errno, "a connection to the kernel cannot be read");
         }
         self.detach(session);
         if expected {
             return;
         }
-        match session.place {
+        match session.endpoint {
             Endpoint::File { .. } => {
-                warn!(place = ?session.place, "the mount was ended from outside; its device has no file now")
+                warn!(endpoint = ?session.endpoint, "the mount was ended from outside; its device has no file now")
             }
             Endpoint::Directory(_) | Endpoint::Device(_) => self.end(),
         }
@@ -241,7 +243,7 @@ fn read_one(session: &Session, buffer: &mut [u8]) -> Result<(), Errno> {
     match Request::decode(buffer.get(..len).unwrap_or_default()) {
         Ok(request) => session.serve(&request),
         Err(error) => {
-            error!(%error, "the kernel sent what is no FUSE request");
+            error!(%error, "the kernel sent a malformed FUSE request");
             if let Some(unique) = error.unique() {
                 session.reply(unique, Err(Errno::IO));
             }
