@@ -71,7 +71,7 @@ const REMOVE_TIMEOUT: Duration = Duration::from_secs(30);
 /// A panic ends the thread, and with it all devices on it.
 ///
 /// ```
-/// use vdpa_backend::worker::{QueueHandler, Queues};
+/// use vdpa_backend::worker::{Queue, QueueHandler, Queues};
 /// use vdpa_core::ring::{Chain, RingError};
 ///
 /// /// Completes each request at once, without data.
@@ -80,23 +80,18 @@ const REMOVE_TIMEOUT: Duration = Duration::from_secs(30);
 /// }
 ///
 /// impl Discard {
-///     /// Serves one queue; `true` when it may have more requests.
-///     fn serve_queue(&mut self, queues: &mut Queues, index: u16) -> Result<bool, RingError> {
-///         let Some(mut queue) = queues.take(index) else { return Ok(false) };
-///         let view = queues.view(&queue);
+///     /// Serves one queue up to a budget; whether it may have more requests.
+///     fn serve_queue(&mut self, queues: &Queues, index: u16, queue: &mut Queue) -> Result<bool, RingError> {
+///         let view = queues.view(queue);
 ///         for _ in 0..64 {
 ///             if !queue.ring(&view)?.pop(view.snapshot(), &mut self.chain)? {
-///                 queues.publish(&mut queue)?;
-///                 let more = queues.wait_for_kick(&mut queue, &view)?;
-///                 queue.set_pending(more);
-///                 queues.put(index, queue);
-///                 return Ok(more);
+///                 queues.publish(queue)?;
+///                 return queues.wait_for_kick(queue, &view);
 ///             }
 ///             queue.ring(&view)?.push_used(self.chain.head, 0)?;
 ///             queues.count_request(index, 0, false);
 ///         }
-///         queues.publish(&mut queue)?;
-///         queues.put(index, queue);
+///         queues.publish(queue)?;
 ///         Ok(true)
 ///     }
 /// }
@@ -108,10 +103,14 @@ const REMOVE_TIMEOUT: Duration = Duration::from_secs(30);
 ///
 ///     fn serve(&mut self, queues: &mut Queues) {
 ///         for index in 0..queues.count() {
-///             if queues.get_mut(index).is_some_and(|queue| queue.has_work()) {
-///                 // A real device passes an error to `Queues::ring_failed`, and puts the queue back.
-///                 let _ = self.serve_queue(queues, index);
+///             let Some(mut queue) = queues.take(index) else { continue };
+///             if queue.has_work() {
+///                 let more = self
+///                     .serve_queue(queues, index, &mut queue)
+///                     .unwrap_or_else(|error| queues.ring_failed(index, &mut queue, error));
+///                 queue.set_pending(more);
 ///             }
+///             queues.put(index, queue);
 ///         }
 ///     }
 /// }
