@@ -181,7 +181,7 @@ struct Adapter<H> {
 }
 
 impl<H: RequestHandler> QueueHandler for Adapter<H> {
-    fn map_wakes(&self) -> bool {
+    fn retry_on_map_change(&self) -> bool {
         true
     }
 

@@ -1,10 +1,10 @@
-//! A limit on log lines that a client can cause.
+//! [`RateLimit`]: limits log lines that a client can cause.
 
 use std::time::Instant;
 
 use parking_lot::Mutex;
 
-/// Lets a number of events per second pass and counts the others.
+/// Allows a number of events per second and counts the others.
 #[derive(Debug)]
 pub(crate) struct RateLimit {
     per_second: u32,
@@ -25,7 +25,7 @@ impl RateLimit {
     }
 
     /// Whether an event may pass now; if so, how many were suppressed since the last one that did.
-    pub(crate) fn pass(&self) -> Option<u64> {
+    pub(crate) fn allow(&self) -> Option<u64> {
         let mut window = self.window.lock();
         if window.since.elapsed().as_secs() >= 1 {
             window.since = Instant::now();
@@ -47,8 +47,11 @@ mod tests {
     #[test]
     fn a_burst_is_cut_and_counted() {
         let limit = RateLimit::per_second(2);
-        assert_eq!((limit.pass(), limit.pass(), limit.pass(), limit.pass()), (Some(0), Some(0), None, None));
+        assert_eq!(
+            (limit.allow(), limit.allow(), limit.allow(), limit.allow()),
+            (Some(0), Some(0), None, None)
+        );
         limit.window.lock().since = Instant::now() - std::time::Duration::from_secs(2);
-        assert_eq!((limit.pass(), limit.pass()), (Some(2), Some(0)));
+        assert_eq!((limit.allow(), limit.allow()), (Some(2), Some(0)));
     }
 }

@@ -22,7 +22,7 @@ use zerocopy::IntoBytes;
 use crate::control::Backend;
 use crate::devices::{MgmtDevice, NetAttrs, mgmt_devices};
 use vdpa_backend::front::fuse::{AddError, DeviceFile, DeviceFiles};
-use vdpa_backend::front::vhost::{AnyParent, SharedDevice, VhostVdpaFile, Waiting};
+use vdpa_backend::front::vhost::{AnyParent, PendingSuccessor, SharedDevice, VhostVdpaFile};
 use vdpa_backend::worker::WorkerPool;
 use vdpa_control::api::{
     AddRequest, Attrs, CtlError, DevInfo, DevState, ID_NET, LastUpdate, MgmtDev, Owner, QueueInfo,
@@ -198,7 +198,11 @@ fn file_name(number: u32) -> String {
     format!("vhost-vdpa-{number}")
 }
 
-fn state(device: &Device<AnyParent>, since: Option<SystemTime>, successor: Option<Waiting>) -> DevState {
+fn state(
+    device: &Device<AnyParent>,
+    since: Option<SystemTime>,
+    successor: Option<PendingSuccessor>,
+) -> DevState {
     let owner = device.owner();
     let queues = device.vring_infos().zip(0..).map(|(info, index)| {
         let stats = device.parent().queue_stats(QueueIndex(index));
@@ -276,7 +280,7 @@ fn describe_owner(space: &OwnerSpace, since: Option<SystemTime>) -> Owner {
     Owner { pid: space.pid().unsigned_abs(), comm, since: since.map_or(0, unix) }
 }
 
-fn describe_successor(Waiting { process, since, status, mappings }: Waiting) -> Successor {
+fn describe_successor(PendingSuccessor { process, since, status, mappings }: PendingSuccessor) -> Successor {
     let (pid, comm) = process.unzip();
     Successor {
         pid: pid.map(i32::unsigned_abs),
@@ -443,7 +447,7 @@ impl Backend for Bus {
                 .with_hint("Close its client first, or take it away with \"vdpactl dev del DEV --force\"."));
         }
         self.files.remove(&entry.file_name());
-        let taken = entry.file.take_away(PATIENCE);
+        let taken = entry.file.revoke(PATIENCE);
         if let Err(errno) = taken
             && errno != Errno::TIMEDOUT
         {

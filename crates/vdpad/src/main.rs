@@ -213,7 +213,7 @@ fn default_path(name: &str, root: bool) -> Option<PathBuf> {
 
 fn watch(source: &str, timeout: Duration) -> ExitCode {
     match watchdog::run(io::stdin(), source, timeout) {
-        Ok(Ended::DaemonDied | Ended::Farewell) => ExitCode::SUCCESS,
+        Ok(Ended::DaemonDied | Ended::Shutdown) => ExitCode::SUCCESS,
         Ok(Ended::Fired) => ExitCode::from(EXIT_RUNTIME),
         Err(error) => {
             eprintln!("vdpad watchdog: {error}");

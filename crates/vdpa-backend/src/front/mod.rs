@@ -1,6 +1,9 @@
 //! Front ends: how clients reach devices.
+//!
+//! [`fuse`] makes device files and passes the system calls on them to a [`DeviceFile`](fuse::DeviceFile); [`vhost`] has the
+//! `DeviceFile` that implements vhost-vdpa; [`watchdog`] is a second process that frees the clients of a program that has
+//! stopped.
 
 pub mod fuse;
-mod lifeline;
 pub mod vhost;
 pub mod watchdog;

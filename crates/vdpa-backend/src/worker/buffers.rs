@@ -1,4 +1,4 @@
-//! The registered buffers of a thread's ring, which its devices share.
+//! [`Buffers`]: the registered buffers of a thread's io_uring, which its devices share.
 
 use std::fmt;
 
@@ -6,22 +6,23 @@ use parking_lot::Mutex;
 use vdpa_core::types::Result;
 use vdpa_sys::uring::{IoPiece, MemorySet, Registrar};
 
-/// Registered buffers of one ring: as many as the kernel allows.
+/// Slots of one io_uring: the kernel's limit (`IORING_MAX_REG_BUFFERS`).
 const SLOTS: u16 = 16384;
 
-/// Hands out the slots of registered buffers. Any thread may use it.
-pub struct Buffers {
+/// Allocates the slots of registered buffers. Any thread may call it.
+pub(super) struct Buffers {
     registrar: Registrar,
     slots: Mutex<Slots>,
 }
 
 #[derive(Debug, Default)]
 struct Slots {
-    /// Given back.
+    /// Slots that were released.
     free: Vec<u16>,
-    /// Never given out, from here on.
+    /// The first slot that was never allocated; all after it were not either.
     fresh: u16,
-    /// Reserved with the ring: nothing is until the first pin, so that idle devices cost nothing.
+    /// Whether the slots are reserved with the io_uring. That is done at the first pin, so that devices that pin nothing cost
+    /// nothing.
     reserved: bool,
 }
 
@@ -36,12 +37,12 @@ impl Buffers {
         Self { registrar, slots: Mutex::default() }
     }
 
-    /// Pins a piece of `memory`; `None` when there is no slot left. Blocks while pages are pinned, and so does the thread
-    /// when it is about to submit.
+    /// Pins a piece of `memory` and returns its slot; `None` when there is no slot left. Blocks while pages are pinned; the
+    /// worker thread blocks meanwhile when it submits operations.
     ///
     /// # Errors
     /// As [`Registrar::set_buffer`].
-    pub fn pin(&self, piece: IoPiece, memory: &MemorySet) -> Result<Option<u16>> {
+    pub(super) fn pin(&self, piece: IoPiece, memory: &MemorySet) -> Result<Option<u16>> {
         let Some(slot) = self.take()? else { return Ok(None) };
         let pinned = self.registrar.set_buffer(slot, piece, memory);
         if pinned.is_err() {
@@ -50,11 +51,11 @@ impl Buffers {
         pinned.map(|()| Some(slot))
     }
 
-    /// Unpins what a slot has. No request that is not submitted yet may use it.
-    pub fn release(&self, slot: u16) {
+    /// Unpins the buffer in a slot. Operations that were submitted keep their pages; no later operation may name the slot.
+    pub(super) fn release(&self, slot: u16) {
         match self.registrar.clear_buffer(slot) {
             Ok(()) => self.slots.lock().free.push(slot),
-            // The slot is not used again: its pages stay pinned, which the log must tell.
+            // The pages stay pinned and the slot is not used again.
             Err(error) => tracing::error!(slot, "a pinned buffer cannot be released: {error}"),
         }
     }

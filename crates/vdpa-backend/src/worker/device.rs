@@ -1,4 +1,4 @@
-//! One device of a thread: its commands, kicks and completions.
+//! [`LocalDevice`]: a device on its worker thread, with its commands, kicks and completions.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -14,54 +14,57 @@ use super::queue::Queue;
 use super::queues::Queues;
 use super::{Command, Invalidation, QueueHandler, Reply};
 
+/// A device as its worker thread has it: the queues, the handler, and commands that wait for requests in flight.
 pub(super) struct LocalDevice {
     queues: Queues,
     handler: Box<dyn QueueHandler>,
-    /// It is in the list of those that have a turn.
-    pub(super) listed: bool,
-    /// It is in the list of those at whose rings the thread looks.
-    pub(super) watched: bool,
-    /// Answers owed when nothing uses what was removed any more.
-    draining: Vec<(Invalidation, Reply<()>)>,
-    /// Answers owed when nothing is in flight any more and the handler has been told to fail.
+    /// The device is in the thread's ready queue.
+    pub(super) scheduled: bool,
+    /// The device is in the thread's list of devices to busy-poll.
+    pub(super) busy_polled: bool,
+    /// SET_VIEW commands, answered when nothing uses the removed memory any more.
+    invalidations: Vec<(Invalidation, Reply<()>)>,
+    /// FAIL commands, answered when nothing is in flight any more and the handler's `fail` was called.
     failing: Vec<Reply<()>>,
-    /// Answer owed when nothing is in flight any more and the device is gone.
+    /// A REMOVE command, answered when nothing is in flight any more and the device was dropped.
     removing: Option<Reply<()>>,
-    /// Where stopped queues were, and how many requests each had taken and will never answer. As long as the device
-    /// is not reset, a queue that goes on at the same place goes on without them.
-    abandoned: Vec<Option<(QueueState, u16)>>,
+    /// By queue: the position at which it stopped, and how many requests it had popped and will never complete. A queue
+    /// that starts again at that position, without a reset in between, has the same requests missing.
+    unanswered: Vec<Option<(QueueState, u16)>>,
 }
 
 impl LocalDevice {
     pub(super) fn new(queues: Queues, handler: Box<dyn QueueHandler>) -> Self {
-        let abandoned = vec![None; queues.count().into()];
+        let unanswered = vec![None; queues.count().into()];
         Self {
             queues,
             handler,
-            listed: false,
-            watched: false,
-            draining: Vec::new(),
+            scheduled: false,
+            busy_polled: false,
+            invalidations: Vec::new(),
             failing: Vec::new(),
             removing: None,
-            abandoned,
+            unanswered,
         }
     }
 
+    /// Runs a command; a reply that has to wait for requests in flight is sent by
+    /// [`finish_commands`](Self::finish_commands).
     pub(super) fn run_command(&mut self, command: Command) {
         match command {
             Command::Start { index, setup, state, reply } => {
                 let result = self.start(index, setup, state);
-                answer(&reply, result);
+                send_reply(&reply, result);
             }
             Command::Stop { index, reply } => self.stop(index, reply),
             Command::SetView { invalidation, reply } => {
                 self.queues.set_view(&invalidation);
-                // Answered in the next turn at the latest, if nothing uses what was removed.
-                self.draining.push((invalidation, reply));
+                // Answered in the next `service` at the latest, if nothing uses the removed memory.
+                self.invalidations.push((invalidation, reply));
             }
             Command::Fail { reply } => self.failing.push(reply),
             Command::Reset => {
-                self.abandoned.fill(None);
+                self.unanswered.fill(None);
                 self.handler.reset();
             }
             Command::Remove { reply } => {
@@ -72,7 +75,7 @@ impl LocalDevice {
     }
 
     fn start(&mut self, index: QueueIndex, setup: QueueSetup<LinuxHost>, state: QueueState) -> Result<()> {
-        let place = self.abandoned.get(usize::from(index.0)).ok_or(Errno::INVAL)?;
+        let place = self.unanswered.get(usize::from(index.0)).ok_or(Errno::INVAL)?;
         if self.queues.get_mut(index.0).is_some() {
             return Ok(());
         }
@@ -81,7 +84,7 @@ impl LocalDevice {
         }
         let generation = self.queues.next_generation();
         let mut queue = Queue::new(setup, state, generation)?;
-        queue.abandoned = place.filter(|(before, _)| *before == state).map_or(0, |(_, count)| count);
+        queue.unanswered = place.filter(|(before, _)| *before == state).map_or(0, |(_, count)| count);
         if let Some(kick) = &queue.setup.kick {
             self.queues.poll(duplicate(kick)?, index.0, generation)?;
         }
@@ -92,12 +95,12 @@ impl LocalDevice {
     fn stop(&mut self, index: QueueIndex, reply: Reply<Result<Option<QueueState>>>) {
         match self.queues.get_mut(index.0) {
             Some(queue) if queue.stopping.is_none() => queue.stopping = Some(reply),
-            Some(_) => answer(&reply, Err(Errno::BUSY)),
-            None => answer(&reply, Ok(None)),
+            Some(_) => send_reply(&reply, Err(Errno::BUSY)),
+            None => send_reply(&reply, Ok(None)),
         }
     }
 
-    /// A poll of a kick has reported; `more` if it goes on.
+    /// The poll of a kick eventfd has reported an event; `more` if the poll stays armed.
     pub(super) fn kicked(&mut self, index: u16, generation: u32, more: bool) {
         let running = self.queues.get_mut(index).filter(|running| running.generation == generation);
         let Some(running) = running else { return };
@@ -105,50 +108,55 @@ impl LocalDevice {
         if more {
             return;
         }
-        // The kernel ends a poll when completions overflow, for example.
+        // The kernel ends a multishot poll when the completion queue overflows, for example.
         let kick = running.setup.kick.clone().ok_or(Errno::BADF);
         let armed = kick.and_then(|kick| self.queues.poll(duplicate(&kick)?, index, generation));
         if let Err(error) = armed {
-            tracing::error!(device = %self.queues.name(), index, "kicks are not seen any more: {error}");
+            tracing::error!(device = %self.queues.name(), index, "the queue receives no kicks any more: {error}");
         }
     }
 
-    /// An operation of the handler has completed.
+    /// An operation that the handler submitted has completed.
     pub(super) fn complete(&mut self, slot: u32, result: Result<u32>, buffer: Option<OwnedBuf>) {
         self.handler.complete(&mut self.queues, slot, result, buffer);
     }
 
-    /// Shows what was answered, answers commands that waited for it, and serves the queues that have something to do;
-    /// whether they have more to do.
-    pub(super) fn turn(&mut self) -> bool {
+    /// Publishes used descriptors, answers commands that are done, and serves the queues that have work; whether they have
+    /// more work.
+    pub(super) fn service(&mut self) -> bool {
         self.queues.publish_all();
         self.finish_commands();
         if !self.takes_requests() {
             return false;
         }
         self.handler.serve(&mut self.queues);
-        // Requests that were answered without I/O are no reason to wait.
+        // The handler may have completed requests at once, without I/O, that commands wait for.
         self.finish_commands();
         self.takes_requests() && self.handler.has_room() && self.queues.has_work()
     }
 
-    /// Whether a queue waits for requests without a kick.
-    pub(super) fn is_polled(&self) -> bool {
-        self.queues.is_polled()
+    /// Whether a queue has its kick disabled because the thread busy-polls its ring.
+    pub(super) fn is_busy_polled(&self) -> bool {
+        self.queues.is_busy_polled()
     }
 
-    /// Looks at the rings that wait without a kick, or asks for kicks again with `end`; whether there is something to do.
-    pub(super) fn look(&mut self, end: bool) -> bool {
-        (end || self.takes_requests() && self.handler.has_room()) && self.queues.look(end)
+    /// Checks the rings that are busy-polled; whether one has requests that the handler can take.
+    pub(super) fn check_polled_rings(&mut self) -> bool {
+        self.takes_requests() && self.handler.has_room() && self.queues.check_polled_rings()
     }
 
-    /// Whether it was removed and nothing of it is left.
-    pub(super) fn is_gone(&self) -> bool {
+    /// Enables the kicks of the rings that are busy-polled; whether one has got requests meanwhile.
+    pub(super) fn enable_kicks(&mut self) -> bool {
+        self.queues.enable_kicks()
+    }
+
+    /// Whether the device is being removed and no request is in flight.
+    pub(super) fn is_removed(&self) -> bool {
         self.removing.is_some() && !self.queues.in_flight()
     }
 
-    /// Nothing of a removed device is in flight: its polls end, and whoever removed it hears of that.
-    pub(super) fn leave(mut self) {
+    /// Ends a removal when no request is in flight: cancels the polls of kicks, drops the device and answers the command.
+    pub(super) fn finish_removal(mut self) {
         for index in 0..self.queues.count() {
             if let Some(queue) = self.queues.take(index) {
                 self.queues.cancel_poll(index, &queue);
@@ -157,79 +165,79 @@ impl LocalDevice {
         let removing = self.removing.take();
         drop(self);
         if let Some(reply) = removing {
-            answer(&reply, ());
+            send_reply(&reply, ());
         }
     }
 
-    /// Answers STOP, SET_VIEW and FAIL once what they wait for is done. What was answered has been shown.
+    /// Answers STOP, SET_VIEW and FAIL once what they wait for is done. Used descriptors are published.
     fn finish_commands(&mut self) {
         for index in 0..self.queues.count() {
             let Some(mut queue) = self.queues.take_stopped(index) else { continue };
             self.queues.cancel_poll(index, &queue);
-            // The driver kicks from here on, and whoever serves the ring next looks at it first.
-            if let Err(error) = queue.end_polling() {
+            // With kicks enabled, the driver notifies whoever serves the ring next, which checks it for requests first.
+            if let Err(error) = queue.enable_kick() {
                 self.queues.log_error(index, &error);
             }
-            // Whatever was answered is seen by the driver before STOP returns.
+            // The driver must see all completed requests before STOP returns.
             if let Err(error) = self.queues.publish(&mut queue) {
                 self.queues.log_error(index, &error);
             }
-            if let Some(place) = self.abandoned.get_mut(usize::from(index)) {
-                *place = Some((queue.state(), queue.abandoned()));
+            if let Some(place) = self.unanswered.get_mut(usize::from(index)) {
+                *place = Some((queue.state(), queue.unanswered()));
             }
             if let Some(reply) = queue.stopping.take() {
-                answer(&reply, Ok(Some(queue.state())));
+                send_reply(&reply, Ok(Some(queue.state())));
             }
         }
-        if !self.draining.is_empty() {
+        if !self.invalidations.is_empty() {
             self.finish_invalidations();
         }
         if !self.failing.is_empty() && !self.queues.in_flight() {
             self.handler.fail();
-            self.failing.drain(..).for_each(|reply| answer(&reply, ()));
+            self.failing.drain(..).for_each(|reply| send_reply(&reply, ()));
         }
     }
 
-    /// Answers SET_VIEW where nothing uses what was removed any more.
+    /// Answers the SET_VIEW commands whose removed memory nothing uses any more.
     fn finish_invalidations(&mut self) {
         let (waiting, done): (Vec<_>, _) =
-            std::mem::take(&mut self.draining).into_iter().partition(|(invalidation, _)| {
-                let rings_left = self.queues.leave_rings(invalidation.asid);
-                !rings_left || self.handler.uses(&self.queues, invalidation)
+            std::mem::take(&mut self.invalidations).into_iter().partition(|(invalidation, _)| {
+                let rings_released = self.queues.release_removed_rings(invalidation.asid);
+                !rings_released || self.handler.uses(&self.queues, invalidation)
             });
-        self.draining = waiting;
+        self.invalidations = waiting;
         for (invalidation, reply) in done {
-            if self.draining.is_empty() {
-                // Nothing that is in flight needs older translations, which keep mapped what was removed.
-                self.handler.renew(&self.queues, invalidation.asid, &invalidation.view);
+            if self.invalidations.is_empty() {
+                // No request in flight needs older translations, which keep the removed memory mapped.
+                self.handler.replace_views(&self.queues, invalidation.asid, &invalidation.view);
             }
             self.map_changed(invalidation.asid);
-            answer(&reply, ());
+            send_reply(&reply, ());
         }
     }
 
-    /// What could not be reached before may be reachable now.
+    /// Requests that named unmapped memory are tried again, for a handler that asks for that.
     fn map_changed(&mut self, asid: Asid) {
-        if self.handler.map_wakes() {
+        if self.handler.retry_on_map_change() {
             let concerned =
                 self.queues.iter_mut().filter(|queue| queue.setup.asid == asid && queue.setup.kick.is_some());
             concerned.for_each(|queue| queue.pending = true);
         }
     }
 
-    /// Whether requests are taken from the rings, rather than waited for until none is in flight.
+    /// Whether requests are popped from the rings; `false` while FAIL or REMOVE waits for those in flight.
     fn takes_requests(&self) -> bool {
         self.failing.is_empty() && self.removing.is_none()
     }
 }
 
-/// A descriptor of its own for a poll, so that the event may go while the poll is being cancelled.
+/// Duplicates an eventfd for a poll, so that the client's descriptor can be closed while the poll is being cancelled.
 fn duplicate(event: &EventFd) -> Result<Arc<OwnedFd>> {
     let fd = event.as_fd().try_clone_to_owned();
     fd.map(Arc::new).map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(0)))
 }
 
-/// Answers a command; whoever asked may have gone, which changes nothing here.
-fn answer<T>(reply: &Reply<T>, value: T) {
+/// Answers a command. The sender may have stopped waiting after a time-out, which is no error.
+fn send_reply<T>(reply: &Reply<T>, value: T) {
     let _ = reply.send(value);
 }

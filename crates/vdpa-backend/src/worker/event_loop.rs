@@ -1,4 +1,5 @@
-//! The loop of a thread: messages, completions, and a turn for each device that has something to do.
+//! [`EventLoop`]: the loop of a worker thread. It receives messages, services the devices that are ready, submits their
+//! operations to io_uring, and dispatches completions.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -13,50 +14,52 @@ use vdpa_core::types::Result;
 use vdpa_sys::uring::{Completion, Op, Ring};
 
 use super::device::LocalDevice;
-use super::poll::{Poller, STOLEN};
+use super::poll::{PREEMPTED_AFTER, Poller};
 use super::queues::{Queues, Token};
 use super::{Command, QueueHandler, Reply, Shared, Size};
 
-/// What a thread is told.
+/// A message to a worker thread.
 pub(super) enum Message {
-    /// A device comes.
+    /// Adds a device.
     Add(Registration),
-    /// A command for a device. One for a device that is gone is dropped, and with it the way to answer it.
+    /// A command for the device with this number. It is dropped when that device was removed, which closes its reply channel.
     Command(u16, Command),
-    /// The thread is to end.
+    /// Ends the thread.
     Exit,
 }
 
-/// A device that comes to a thread, with all queues stopped.
+/// A request to add a device to a thread, with all queues stopped.
 pub(super) struct Registration {
     pub(super) name: String,
     pub(super) size: Size,
     pub(super) handler: Box<dyn QueueHandler>,
     pub(super) shared: Arc<Shared>,
-    /// Hears which of the thread's devices it is.
+    /// Receives the number that the thread gave to the device; `ENOSPC` when there is none left.
     pub(super) reply: Reply<Result<u16>>,
 }
 
-/// What a thread has.
+/// The state of a worker thread.
 pub(super) struct EventLoop {
     uring: Rc<RefCell<Ring>>,
+    /// The eventfd that senders of messages write to.
     wake: Arc<OwnedFd>,
-    /// There may be messages.
+    /// `wake` was signalled: the channel may have messages.
     woken: bool,
-    /// By number; `None` for numbers that are free.
+    /// By device number; `None` for numbers that are free.
     devices: Vec<Option<LocalDevice>>,
-    /// Numbers of the devices that have something to do, in the order in which they have their turn.
-    turns: VecDeque<u16>,
+    /// The ready queue: numbers of the devices that have work, in the order in which they are serviced.
+    ready: VecDeque<u16>,
+    /// The last generation that was given to a run of a queue.
     generation: Rc<Cell<u32>>,
     poller: Poller,
-    /// Queues that have nothing to do need not ask for a kick.
-    polls: Rc<Cell<bool>>,
-    /// Numbers of the devices that have such queues.
-    watched: Vec<u16>,
+    /// The thread will busy-poll before it sleeps: a queue that becomes empty leaves its kicks disabled.
+    busy_poll: Rc<Cell<bool>>,
+    /// Numbers of the devices that have queues with kicks disabled, whose rings are to be polled.
+    busy_polled: Vec<u16>,
 }
 
 impl EventLoop {
-    /// Watches the event that announces messages.
+    /// Arms the poll of `wake`, which announces messages. `poll` is the busy-poll budget.
     pub(super) fn new(mut uring: Ring, wake: Arc<OwnedFd>, poll: Duration) -> Result<Self> {
         watch(&mut uring, &wake)?;
         Ok(Self {
@@ -64,78 +67,80 @@ impl EventLoop {
             wake,
             woken: false,
             devices: Vec::new(),
-            turns: VecDeque::new(),
+            ready: VecDeque::new(),
             generation: Rc::default(),
             poller: Poller::new(poll),
-            polls: Rc::default(),
-            watched: Vec::new(),
+            busy_poll: Rc::default(),
+            busy_polled: Vec::new(),
         })
     }
 
+    /// Runs until [`Message::Exit`], or until io_uring fails.
     pub(super) fn run(&mut self, messages: &Receiver<Message>) {
         loop {
             if !self.receive_messages(messages) {
                 return;
             }
-            self.take_turns();
+            self.run_ready_devices();
             if let Err(error) = self.wait() {
-                // Nothing can be local without the ring: stop rather than spin. Clients get EIO from now on.
+                // Without io_uring no device can be served: end rather than spin. Commands get EIO from now on.
                 tracing::error!("io_uring failed, the devices of a worker stop: {error}");
                 return;
             }
         }
     }
 
-    /// Starts what is to be started, and waits until there is something to do.
+    /// Submits operations, and blocks until a device is ready or a message has arrived. Busy-polls before it blocks where
+    /// that pays.
     fn wait(&mut self) -> Result<()> {
-        if self.is_idle() && !self.watched.is_empty() {
-            self.enter(false)?;
+        if self.is_idle() && !self.busy_polled.is_empty() {
+            self.submit_and_reap(false)?;
             if self.is_idle() {
                 self.poll()?;
             }
             if self.is_idle() {
-                self.ask_for_kicks();
+                self.enable_kicks();
             }
         }
-        self.polls.set(self.poller.wants());
+        self.busy_poll.set(self.poller.should_poll());
         let idle = self.is_idle();
         let begin = (idle && !self.poller.budget().is_zero()).then(Instant::now);
-        self.enter(idle)?;
+        self.submit_and_reap(idle)?;
         if let Some(begin) = begin {
-            self.poller.slept(begin.elapsed());
+            self.poller.record_sleep(begin.elapsed());
         }
         Ok(())
     }
 
-    /// Whether there is nothing to do, as far as is known.
+    /// Whether no device is ready and no message is known to wait.
     fn is_idle(&self) -> bool {
-        self.turns.is_empty() && !self.woken
+        self.ready.is_empty() && !self.woken
     }
 
-    /// Visits the kernel, and hands out what has completed.
-    fn enter(&mut self, wait: bool) -> Result<()> {
+    /// Submits operations to the kernel, with `wait` blocks until there is a completion, and dispatches all completions.
+    fn submit_and_reap(&mut self, wait: bool) -> Result<()> {
         self.uring.borrow_mut().submit_and_wait(wait.into(), None)?;
         self.reap();
         Ok(())
     }
 
-    /// Looks for something to do until there is something, or it does not pay any more.
+    /// Busy-polls the completion queue and the rings until there is work or the budget is used up.
     fn poll(&mut self) -> Result<()> {
         let begin = Instant::now();
         let mut last = begin;
         loop {
             if self.uring.borrow_mut().has_completions() {
-                self.enter(false)?;
+                self.submit_and_reap(false)?;
             }
-            let found = self.look() || !self.is_idle();
+            let found = self.check_polled_rings() || !self.is_idle();
             let now = Instant::now();
-            let stolen = now - last > STOLEN;
-            if found && !stolen {
-                self.poller.hit(now - begin);
+            let preempted = now - last > PREEMPTED_AFTER;
+            if found && !preempted {
+                self.poller.record_hit(now - begin);
                 return Ok(());
             }
-            if found || stolen || now - begin >= self.poller.budget() {
-                self.poller.lose(now - begin);
+            if found || preempted || now - begin >= self.poller.budget() {
+                self.poller.record_loss(now - begin);
                 return Ok(());
             }
             last = now;
@@ -143,32 +148,32 @@ impl EventLoop {
         }
     }
 
-    /// Looks at the rings for which no kick is asked; whether one of them has requests.
-    fn look(&mut self) -> bool {
-        let watched = std::mem::take(&mut self.watched);
+    /// Checks the rings whose kicks are disabled and schedules their devices; whether one of them has requests.
+    fn check_polled_rings(&mut self) -> bool {
+        let busy_polled = std::mem::take(&mut self.busy_polled);
         let mut found = false;
-        for &device in &watched {
-            if self.device(device).is_some_and(|local| local.look(false)) {
-                self.list(device);
+        for &device in &busy_polled {
+            if self.device(device).is_some_and(|local| local.check_polled_rings()) {
+                self.schedule(device);
                 found = true;
             }
         }
-        self.watched = watched;
+        self.busy_polled = busy_polled;
         found
     }
 
-    /// Asks for kicks again, on all rings for which none were asked.
-    fn ask_for_kicks(&mut self) {
-        for device in std::mem::take(&mut self.watched) {
+    /// Enables kicks on all rings whose kicks are disabled, and schedules devices that got requests meanwhile.
+    fn enable_kicks(&mut self) {
+        for device in std::mem::take(&mut self.busy_polled) {
             let Some(local) = self.device(device) else { continue };
-            local.watched = false;
-            if local.look(true) {
-                self.list(device);
+            local.busy_polled = false;
+            if local.enable_kicks() {
+                self.schedule(device);
             }
         }
     }
 
-    /// Takes the messages that have arrived; `false` when it is time to go.
+    /// Processes the messages that have arrived; `false` when the thread is to end.
     fn receive_messages(&mut self, messages: &Receiver<Message>) -> bool {
         self.woken = false;
         loop {
@@ -177,7 +182,7 @@ impl EventLoop {
                 Ok(Message::Command(device, command)) => {
                     if let Some(local) = self.device(device) {
                         local.run_command(command);
-                        self.list(device);
+                        self.schedule(device);
                     }
                 }
                 Ok(Message::Exit) | Err(TryRecvError::Disconnected) => return false,
@@ -202,11 +207,11 @@ impl EventLoop {
             device,
             uring,
             Rc::clone(&self.generation),
-            Rc::clone(&self.polls),
+            Rc::clone(&self.busy_poll),
             size,
             shared,
         );
-        // Nobody would ever remove a device of which nobody has heard.
+        // A caller that does not get the number could never remove the device.
         if reply.send(Ok(device)).is_ok()
             && let Some(place) = self.devices.get_mut(place)
         {
@@ -218,39 +223,40 @@ impl EventLoop {
         self.devices.get_mut(usize::from(device)).and_then(Option::as_mut)
     }
 
-    /// Gives a device a turn, once.
-    fn list(&mut self, device: u16) {
+    /// Appends a device to the ready queue, unless it is in it.
+    fn schedule(&mut self, device: u16) {
         if let Some(local) = self.device(device)
-            && !std::mem::replace(&mut local.listed, true)
+            && !std::mem::replace(&mut local.scheduled, true)
         {
-            self.turns.push_back(device);
+            self.ready.push_back(device);
         }
     }
 
-    /// One turn for each device that waits for one. Those that want more have it after what the kernel has to say.
-    fn take_turns(&mut self) {
-        // However busy others are.
-        self.look();
-        for _ in 0..self.turns.len() {
-            let Some(device) = self.turns.pop_front() else { return };
+    /// Services each device of the ready queue once. A device that has more work is scheduled again, behind the completions
+    /// that arrive meanwhile.
+    fn run_ready_devices(&mut self) {
+        // Rings with kicks disabled must be checked even when other devices keep the thread busy.
+        self.check_polled_rings();
+        for _ in 0..self.ready.len() {
+            let Some(device) = self.ready.pop_front() else { return };
             let Some(local) = self.device(device) else { continue };
-            local.listed = false;
-            let more = local.turn();
-            if local.is_gone() {
-                let gone = self.devices.get_mut(usize::from(device)).and_then(Option::take);
-                gone.into_iter().for_each(LocalDevice::leave);
+            local.scheduled = false;
+            let more = local.service();
+            if local.is_removed() {
+                let removed = self.devices.get_mut(usize::from(device)).and_then(Option::take);
+                removed.into_iter().for_each(LocalDevice::finish_removal);
                 continue;
             }
-            if local.is_polled() && !std::mem::replace(&mut local.watched, true) {
-                self.watched.push(device);
+            if local.is_busy_polled() && !std::mem::replace(&mut local.busy_polled, true) {
+                self.busy_polled.push(device);
             }
             if more {
-                self.list(device);
+                self.schedule(device);
             }
         }
     }
 
-    /// Hands out the completions that have arrived.
+    /// Dispatches the completions that have arrived.
     fn reap(&mut self) {
         loop {
             let completion = self.uring.borrow_mut().next_completion();
@@ -265,7 +271,7 @@ impl EventLoop {
             Some(Token::Wake) => {
                 self.woken = true;
                 if !more && let Err(error) = watch(&mut self.uring.borrow_mut(), &self.wake) {
-                    tracing::error!("commands are not seen any more: {error}");
+                    tracing::error!("the thread receives no commands any more: {error}");
                 }
                 return;
             }
@@ -286,11 +292,11 @@ impl EventLoop {
                 return;
             }
         };
-        self.list(device);
+        self.schedule(device);
     }
 }
 
-/// Watches the event that announces messages.
+/// Arms a multishot poll of the eventfd that announces messages.
 fn watch(uring: &mut Ring, wake: &Arc<OwnedFd>) -> Result<()> {
     let poll = Op::PollMultishot { fd: Arc::clone(wake) };
     uring.submit(poll, Token::Wake.pack()).map_err(|error| error.errno())

@@ -1,4 +1,4 @@
-//! [`ClientMemory`]: client memory as the parent of a device is given it, shown to the worker thread as views.
+//! [`ClientMemory`]: turns the IOTLB tables of a device into views for its worker thread.
 
 use std::sync::Arc;
 
@@ -13,12 +13,16 @@ use vdpa_sys::rlimit;
 use super::pins::Pins;
 use super::{MemoryView, QueueControl};
 
-/// The control side of a device that takes whole translation tables: its queues, and the client memory that they use.
+/// The [`QueueControl`] of a device together with the client memory that its queues use.
 ///
-/// It is what [`Parent::dma`](vdpa_core::parent::Parent::dma) returns as `Dma::SetMap`. With pinning, mapped memory is
-/// registered with the io_uring of the device's thread, so that [`MemoryView::fixed`] finds it. Called by the control side
-/// of the device, under the device's lock. Dropping it removes the device from its thread, as dropping a
-/// [`QueueControl`] does, and unpins.
+/// A [`Parent`](vdpa_core::parent::Parent) implementation owns it and returns it from
+/// [`Parent::dma`](vdpa_core::parent::Parent::dma) as `Dma::SetMap`. Each new IOTLB table becomes a [`MemoryView`] of the
+/// worker thread. With pinning, mapped memory is also registered with the thread's io_uring, so that
+/// [`MemoryView::fixed`] finds it.
+///
+/// It is called under the device's lock, on any thread but a worker. `set_map` blocks as
+/// [`QueueControl::set_view`] does, and while pages are pinned: about half a second for 4 GiB of fresh 4 KiB pages. Dropping it
+/// removes the device from its thread, as dropping a [`QueueControl`] does, and then unpins.
 #[derive(Debug)]
 pub struct ClientMemory {
     name: String,
@@ -28,25 +32,25 @@ pub struct ClientMemory {
     spaces: Vec<Space>,
 }
 
-/// What is known of one address space.
+/// State of one address space.
 #[derive(Debug, Default)]
 struct Space {
-    /// Entries of its last table, to find out which ones a new table does not have.
-    mapped: Vec<(IovaRange, Place)>,
+    /// The entries of the present view, to find out what a new one removes.
+    mapped: Vec<(IovaRange, MappedMemory)>,
     /// `None` without pinning.
     pins: Option<Pins>,
 }
 
 impl ClientMemory {
-    /// Memory for the device of `queues`, which is called `name` in the log. `pin` keeps mapped memory registered with
-    /// io_uring: the profile must say [`AddressMode::Pinned`](vdpa_core::parent::AddressMode::Pinned) then, and
+    /// Memory for the device of `queues`, which is called `name` in the log. Nothing is mapped. With `pin`, mapped memory is
+    /// registered with io_uring: the profile must say [`AddressMode::Pinned`](vdpa_core::parent::AddressMode::Pinned) then, and
     /// [`AddressMode::Objects`](vdpa_core::parent::AddressMode::Objects) otherwise.
     #[must_use]
     pub fn new(name: &str, queues: QueueControl, pin: bool) -> Self {
         Self { name: name.to_owned(), queues, pin, spaces: Vec::new() }
     }
 
-    /// The queues that use the memory.
+    /// The queues that use the memory, for the other methods of `Parent`.
     #[must_use]
     pub const fn queues(&self) -> &QueueControl {
         &self.queues
@@ -62,14 +66,14 @@ impl SetMap<LinuxHost> for ClientMemory {
         let space = self.spaces.get_mut(index).ok_or(Errno::INVAL)?;
         let buffers = self.queues.buffers();
         let pinned = space.pins.as_mut().map_or(Ok(()), |pins| pins.pin_new(table, buffers));
-        // An entry that cannot be pinned is left out of the view. The view is replaced all the same: entries that the
-        // table does not have any more must be out of reach when this returns, whatever it returns.
-        let serves = |entry: &&Mapping<_>| space.pins.as_ref().is_none_or(|pins| pins.serves(entry));
+        // An entry that cannot be pinned is left out of the view. The view is replaced even then: entries that the table
+        // does not have any more must be unreachable when this returns, also when it returns an error.
+        let serves = |entry: &&Mapping<_>| space.pins.as_ref().is_none_or(|pins| pins.is_usable(entry));
         let entries: Vec<_> = table.iter().filter(serves).collect();
         let pins = space.pins.as_ref().map(|pins| pins.of(&entries)).unwrap_or_default();
-        let now: Vec<_> = entries.iter().map(|entry| place(entry)).collect();
+        let now: Vec<_> = entries.iter().map(|entry| location_of(entry)).collect();
         let removed = Removed::between(&space.mapped, &now);
-        self.queues.set_view(asid, Arc::new(MemoryView::of(&entries, pins)), removed)?;
+        self.queues.set_view(asid, Arc::new(MemoryView::from_entries(&entries, pins)), removed)?;
         space.mapped = now;
         if let Some(pins) = &mut space.pins {
             pins.unpin_gone(table, buffers);
@@ -91,7 +95,7 @@ impl Drop for ClientMemory {
     }
 }
 
-/// What can be done about a refused pin, for the log.
+/// A remedy for a refused pin, for the log.
 fn remedy(errno: Errno) -> String {
     match rlimit::memlock().soft {
         Some(bytes) if errno == Errno::NOMEM => format!(
@@ -102,24 +106,24 @@ fn remedy(errno: Errno) -> String {
     }
 }
 
-/// An entry as the data path sees it, without its range: where it is, and its rights.
+/// What an entry maps and with which permissions, to compare entries of two tables.
 #[derive(Debug)]
-struct Place {
+struct MappedMemory {
     memory: Location,
     perm: Perm,
     stale: bool,
 }
 
-/// Where the bytes of an entry are.
+/// How the data path reaches the bytes of an entry.
 #[derive(Debug)]
 enum Location {
-    /// Mapped in this process, at this address.
+    /// At this address in this process.
     Mapped(usize),
-    /// In an address space from which they are copied.
+    /// By copying from and to the client's address space.
     Copied(GuestMemory),
 }
 
-impl PartialEq for Place {
+impl PartialEq for MappedMemory {
     fn eq(&self, other: &Self) -> bool {
         let same = match (&self.memory, &other.memory) {
             (Location::Mapped(here), Location::Mapped(there)) => here == there,
@@ -130,8 +134,8 @@ impl PartialEq for Place {
     }
 }
 
-fn place(entry: &Mapping<GuestMemory>) -> (IovaRange, Place) {
+fn location_of(entry: &Mapping<GuestMemory>) -> (IovaRange, MappedMemory) {
     let addr = entry.memory.host_addr(0);
     let memory = addr.map_or_else(|| Location::Copied(entry.memory.clone()), Location::Mapped);
-    (entry.range, Place { memory, perm: entry.perm, stale: entry.stale })
+    (entry.range, MappedMemory { memory, perm: entry.perm, stale: entry.stale })
 }

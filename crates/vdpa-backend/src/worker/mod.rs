@@ -1,12 +1,20 @@
-//! Worker threads, which serve the rings of devices.
+//! Worker threads: they serve the virtqueues of devices.
 //!
-//! A [`WorkerPool`] has the threads. Each runs an event loop over one io_uring, which carries everything that its devices
-//! wait for: kicks, commands of the control side, and their own I/O. A [`QueueHandler`] is what a device does with its
-//! [`Queues`]; all its methods are called on the device's thread.
+//! A [`WorkerPool`] owns the threads. Each thread runs an event loop over one io_uring, which reports everything that its
+//! devices wait for: kicks, commands of the control side, and completions of the devices' own I/O. A device implements
+//! [`QueueHandler`]; the thread calls it with the device's [`Queues`]. The devices of a thread are served round-robin, each
+//! with a bounded budget.
 //!
-//! The control side of a device ([`QueueControl`]) sends commands to that thread and waits for the reply: a queue that was
-//! stopped is at rest, and a mapping that was removed is unused, when the call returns. A command waits for requests of its
-//! own device only. The devices of a thread are served round-robin, each with a bounded budget.
+//! The control side of a device calls [`QueueControl`], which sends a command to the thread and waits for the reply. When
+//! [`stop`](QueueControl::stop) returns, no request of the queue is in flight; when [`set_view`](QueueControl::set_view)
+//! returns, nothing uses the memory that was removed. A command waits for requests of its own device only.
+//!
+//! | Type | Used by | On which thread |
+//! |---|---|---|
+//! | [`WorkerPool`], [`Placement`] | the program, to create devices | any |
+//! | [`QueueControl`], [`ClientMemory`] | the device's `Parent` implementation | the one that holds the device's lock |
+//! | [`QueueHandler`], [`Queues`], [`Queue`] | the device, to serve requests | its worker thread |
+//! | [`MemoryView`] | both sides | any: it is immutable |
 
 mod buffers;
 mod device;
@@ -35,33 +43,91 @@ use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::guest::LinuxHost;
 use vdpa_sys::uring::OwnedBuf;
 
-pub use buffers::Buffers;
+use buffers::Buffers;
 pub use memory::ClientMemory;
 use pool::WorkerThread;
 pub use pool::{CpuList, InvalidCpuList, Placement, WorkerPool};
 pub use queue::Queue;
 pub use queues::Queues;
-pub use view::{MemoryView, Pin};
+pub use view::MemoryView;
 
-/// Kernel threads that run operations of one ring that may block, at most; they are made when needed.
-pub const KERNEL_THREADS: u32 = 2048;
+/// Upper limit of the io-wq workers of one io_uring (`IORING_REGISTER_IOWQ_MAX_WORKERS`): the kernel threads that run
+/// operations that may block. The kernel creates them when they are needed. A device should limit the operations that it has
+/// in flight, so that one whose storage hangs leaves workers to the other devices of its thread.
+pub const IOWQ_WORKERS_MAX: u32 = 2048;
 
-/// How long a device that is taken away waits for its requests. It is taken away once they are done.
-const FAIL_PATIENCE: Duration = Duration::from_secs(5);
+/// How long [`QueueControl::fail`] waits for requests in flight. After that the device still fails, once they are done.
+const FAIL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long a device that is removed waits for its requests. What is in flight then stays with the thread.
-const REMOVE_PATIENCE: Duration = Duration::from_secs(30);
+/// How long [`QueueControl::remove`] waits for requests in flight. After that the device stays on its thread until they
+/// are done.
+const REMOVE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What a device does with its queues. Called from its thread only.
+/// The data path of a device: takes requests from its virtqueues and completes them.
+///
+/// The worker thread that the device was [added](WorkerPool::add) to calls all methods, one at a time, so the handler's data
+/// needs no lock. No method may block or compute for long: the other devices of the thread wait meanwhile. A handler that has
+/// to wait for something [submits](Queues::submit) it to the thread's io_uring and goes on in [`complete`](Self::complete).
+/// A panic ends the thread, and with it all devices on it.
+///
+/// ```
+/// use vdpa_backend::worker::{Queue, QueueHandler, Queues};
+/// use vdpa_core::ring::{Chain, RingError};
+///
+/// /// Completes each request at once, without data.
+/// struct Discard {
+///     chain: Chain,
+/// }
+///
+/// impl Discard {
+///     /// Serves one queue up to a budget; whether it may have more requests.
+///     fn serve_queue(&mut self, queues: &Queues, index: u16, queue: &mut Queue) -> Result<bool, RingError> {
+///         let view = queues.view(queue);
+///         for _ in 0..64 {
+///             if !queue.ring(&view)?.pop(view.snapshot(), &mut self.chain)? {
+///                 queues.publish(queue)?;
+///                 return queues.wait_for_kick(queue, &view);
+///             }
+///             queue.ring(&view)?.push_used(self.chain.head, 0)?;
+///             queues.count_request(index, 0, false);
+///         }
+///         queues.publish(queue)?;
+///         Ok(true)
+///     }
+/// }
+///
+/// impl QueueHandler for Discard {
+///     fn retry_on_map_change(&self) -> bool {
+///         true
+///     }
+///
+///     fn serve(&mut self, queues: &mut Queues) {
+///         for index in 0..queues.count() {
+///             let Some(mut queue) = queues.take(index) else { continue };
+///             if queue.has_work() {
+///                 let more = self
+///                     .serve_queue(queues, index, &mut queue)
+///                     .unwrap_or_else(|error| queues.ring_failed(index, &mut queue, error));
+///                 queue.set_pending(more);
+///             }
+///             queues.put(index, queue);
+///         }
+///     }
+/// }
+/// ```
 pub trait QueueHandler: Send + 'static {
-    /// Whether a changed translation is a reason to look at the rings again, without a kick.
-    fn map_wakes(&self) -> bool;
+    /// Whether queues are served again, without a kick, after the translation of their address space has changed. `true`
+    /// for a device that leaves a request in the ring when memory that it names is not mapped.
+    fn retry_on_map_change(&self) -> bool;
 
-    /// Serves the queues that have something to do, each for a bounded time, and leaves `pending` set on those that
-    /// want another turn. Must not block: the other devices of the thread wait.
+    /// Serves the queues that [have work](Queue::has_work), each up to a budget, and [sets](Queue::set_pending) on each
+    /// whether it may have more requests. Called after a kick, a command or a completion, and again while a queue has work
+    /// and the handler [has room](Self::has_room). Each queue that it [takes](Queues::take) must be back when it returns.
     fn serve(&mut self, queues: &mut Queues);
 
-    /// An operation submitted as `slot` has completed. A handler that submits none is never called.
+    /// The operation that was submitted as `slot` has completed: with `result`, its non-negative result or its errno, and
+    /// with the buffer that was handed to the kernel, if it owned one. A handler that submits no operations need not
+    /// implement it.
     fn complete(
         &mut self,
         _queues: &mut Queues,
@@ -71,30 +137,33 @@ pub trait QueueHandler: Send + 'static {
     ) {
     }
 
-    /// Whether it can take more requests before one of those in flight completes.
+    /// Whether it can take more requests now. When `false`, the thread does not call [`serve`](Self::serve) again before
+    /// an event, such as a completion, and does not busy-poll its rings.
     fn has_room(&self) -> bool {
         true
     }
 
-    /// Whether a request in flight in that address space uses memory that was removed. One that began with the new
-    /// translation does not, whatever its addresses.
-    fn uses(&self, _queues: &Queues, _removal: &Invalidation) -> bool {
+    /// Whether a request in flight in [`Invalidation::asid`] uses memory that is in [`Invalidation::removed`]. A request
+    /// that began with the new translation does not, whatever its addresses are. Called again after each event of the
+    /// device until it returns `false`; the client's UPDATE or INVALIDATE is answered then.
+    fn uses(&self, _queues: &Queues, _invalidation: &Invalidation) -> bool {
         false
     }
 
-    /// Requests in flight in that address space are to keep nothing of older translations than the one that is given:
-    /// it has everything they use.
-    fn renew(&mut self, _queues: &Queues, _asid: Asid, _view: &Arc<MemoryView>) {}
+    /// Replaces the view that requests in flight in address space `asid` hold by `view`, which has everything that they
+    /// use. Older views keep removed memory mapped in this process. Called when no [`Invalidation`] waits any more.
+    fn replace_views(&mut self, _queues: &Queues, _asid: Asid, _view: &Arc<MemoryView>) {}
 
-    /// The driver has reset the device, all of whose queues are stopped.
+    /// The driver has reset the device: what was kept of earlier requests is to be forgotten. All queues are stopped.
     fn reset(&mut self) {}
 
-    /// What the device does with its requests cannot be done any more: each is to be answered with an error. Nothing is
-    /// in flight.
+    /// The device is deleted while a client has it open: every later request is to be completed with an error, and what
+    /// the device holds (files, for example) is to be released. No request is in flight. See
+    /// [`Parent::fail`](vdpa_core::parent::Parent::fail).
     fn fail(&mut self) {}
 }
 
-/// A translation that has taken the place of another one, and what it does not have any more.
+/// A change of the translation of one address space: the new translation, and what was removed by it.
 #[derive(Debug)]
 pub struct Invalidation {
     asid: Asid,
@@ -115,23 +184,23 @@ impl Invalidation {
         &self.view
     }
 
-    /// What the new translation does not have any more.
+    /// The ranges that the old translation had and the new one has not, or has elsewhere.
     #[must_use]
     pub const fn removed(&self) -> &Removed {
         &self.removed
     }
 }
 
-/// How much of everything a device has.
+/// How many queues and address spaces a device has.
 #[derive(Clone, Copy, Debug)]
 pub struct Size {
-    /// Virtqueues.
+    /// Number of virtqueues.
     pub queues: u16,
-    /// Address spaces, at least 1.
+    /// Number of address spaces (asids), at least 1.
     pub address_spaces: usize,
 }
 
-/// Counters of one queue; they live as long as the device.
+/// Counters of one queue. A reset does not clear them.
 #[derive(Debug, Default)]
 struct Counters {
     requests: AtomicU64,
@@ -141,7 +210,7 @@ struct Counters {
 
 impl Counters {
     fn count(&self, bytes: u64, failed: bool) {
-        // The queue's thread alone writes them: a load and a store do, where an addition would lock the bus.
+        // Only the queue's thread writes the counters: a load and a store are enough, and avoid a locked addition.
         let add = |counter: &AtomicU64, more: u64| {
             counter.store(counter.load(Ordering::Relaxed).wrapping_add(more), Ordering::Relaxed);
         };
@@ -161,13 +230,13 @@ impl Counters {
     }
 }
 
-/// What the two sides of a device share.
+/// State that the control side of a device shares with its worker thread.
 #[derive(Debug)]
 struct Shared {
     counters: Vec<Counters>,
-    /// A ring is broken, until the next reset.
+    /// The driver has broken the protocol of a ring (`DEVICE_NEEDS_RESET`). Cleared by a reset.
     needs_reset: AtomicBool,
-    /// Signalled when that becomes so.
+    /// Signalled when `needs_reset` is set.
     config_call: Mutex<Option<EventFd>>,
 }
 
@@ -180,8 +249,8 @@ impl Shared {
         }
     }
 
-    /// The driver has to reset the device, and is told so (virtio 1.2 section 2.1.2).
-    fn break_down(&self) {
+    /// Sets `DEVICE_NEEDS_RESET` and signals a change of the configuration (virtio 1.2 section 2.1.2).
+    fn set_needs_reset(&self) {
         self.needs_reset.store(true, Ordering::Release);
         if let Some(event) = &*self.config_call.lock() {
             event.signal();
@@ -191,7 +260,8 @@ impl Shared {
 
 type Reply<T> = SyncSender<T>;
 
-/// What the control side asks of a device's thread.
+/// A command of the control side to a device on its worker thread. `reply` carries the result; dropping it unused tells the
+/// sender that the device or its thread is gone.
 enum Command {
     Start { index: QueueIndex, setup: QueueSetup<LinuxHost>, state: QueueState, reply: Reply<Result<()>> },
     Stop { index: QueueIndex, reply: Reply<Result<Option<QueueState>>> },
@@ -201,10 +271,15 @@ enum Command {
     Remove { reply: Reply<()> },
 }
 
-/// The control side of a device on a thread of the pool. Dropping it removes the device, after what is in flight.
+/// The control side of a device that a worker thread serves, as [`WorkerPool::add`] returns it.
+///
+/// A [`Parent`](vdpa_core::parent::Parent) implementation owns it, inside a [`ClientMemory`] or by itself, and calls it
+/// under the device's lock from any thread but a worker. Methods that return a `Result` send a command to the worker thread
+/// and block until it has replied; they return `EIO` when that thread has ended because its io_uring failed. Dropping it is
+/// [`remove`](Self::remove).
 pub struct QueueControl {
     thread: Arc<WorkerThread>,
-    /// Which of the thread's devices.
+    /// Number of the device on its thread.
     device: u16,
     shared: Arc<Shared>,
 }
@@ -219,75 +294,98 @@ impl fmt::Debug for QueueControl {
 }
 
 impl QueueControl {
-    /// The registered buffers of the ring that carries the disk I/O.
-    pub fn buffers(&self) -> &Buffers {
+    /// The registered buffers of the thread's io_uring.
+    fn buffers(&self) -> &Buffers {
         self.thread.buffers()
     }
 
-    /// What one queue has done.
+    /// The counters of a queue since the device was added; zeros for a queue that the device does not have. Does not block.
+    #[must_use]
     pub fn stats(&self, index: QueueIndex) -> QueueStats {
         let counters = self.shared.counters.get(usize::from(index.0));
         counters.map_or_else(QueueStats::default, Counters::read)
     }
 
-    /// See [`Parent::start_queue`](vdpa_core::parent::Parent::start_queue).
+    /// Starts a queue at `state`; does nothing when it runs already. The ring's memory may be mapped later. For
+    /// [`Parent::start_queue`](vdpa_core::parent::Parent::start_queue). Does not wait for requests.
+    ///
+    /// # Errors
+    /// `EINVAL` for a queue or address space that the device does not have, or for a split `state` of a packed ring and vice
+    /// versa; `EIO`; those of duplicating the kick eventfd (`EMFILE`) and of submitting its poll.
     pub fn start(&self, index: QueueIndex, setup: &QueueSetup<LinuxHost>, state: QueueState) -> Result<()> {
-        self.ask(|reply| Command::Start { index, setup: setup.clone(), state, reply })?
+        self.call(|reply| Command::Start { index, setup: setup.clone(), state, reply })?
     }
 
-    /// See [`Parent::stop_queue`](vdpa_core::parent::Parent::stop_queue).
+    /// Stops a queue and returns its position; `None` when it does not run. Blocks until its requests in flight are
+    /// complete and the driver can see them. For [`Parent::stop_queue`](vdpa_core::parent::Parent::stop_queue).
+    ///
+    /// # Errors
+    /// `EBUSY` when another call is stopping the queue; `EIO`.
     pub fn stop(&self, index: QueueIndex) -> Result<Option<QueueState>> {
-        self.ask(|reply| Command::Stop { index, reply })?
+        self.call(|reply| Command::Stop { index, reply })?
     }
 
-    /// Replaces the translation of one address space by `view`, which does not have `removed` any more. Returns when no
-    /// request of this device uses what was removed; rings that are there are looked up again. Requests that use other
-    /// memory go on meanwhile.
+    /// Replaces the translation of an address space by `view`, which does not have `removed` any more. Blocks until no
+    /// request of this device uses `removed`; requests that use other memory are served meanwhile. A queue whose ring is in
+    /// `removed` stops taking requests, completes those in flight, and resolves its ring through `view` afterwards. An asid
+    /// that the device does not have is ignored.
+    ///
+    /// # Errors
+    /// `EIO`.
     pub fn set_view(&self, asid: Asid, view: Arc<MemoryView>, removed: Removed) -> Result<()> {
-        self.ask(|reply| Command::SetView { invalidation: Invalidation { asid, view, removed }, reply })
+        self.call(|reply| Command::SetView { invalidation: Invalidation { asid, view, removed }, reply })
     }
 
-    /// The device is reset: a queue that is started again owes nothing for requests it took before.
+    /// Resets the device, whose queues are all stopped: clears [`needs_reset`](Self::needs_reset), forgets requests that were
+    /// never completed, and has the worker call [`QueueHandler::reset`]. Does not block: commands are run in order, so the
+    /// reset precedes the next start.
     pub fn reset(&self) {
         self.shared.needs_reset.store(false, Ordering::Release);
-        // A thread that is gone has forgotten everything.
+        // A thread that has ended has no state to reset.
         let _ = self.thread.send(self.device, Command::Reset);
     }
 
-    /// See [`Parent::fail`](vdpa_core::parent::Parent::fail).
+    /// Stops taking requests, waits at most 5 s for those in flight, and has the worker call [`QueueHandler::fail`]; then
+    /// requests are taken again. For [`Parent::fail`](vdpa_core::parent::Parent::fail).
+    ///
+    /// # Errors
+    /// `ETIMEDOUT` when requests are still in flight: the handler fails once they are complete. `EIO`.
     pub fn fail(&self) -> Result<()> {
-        let (reply, answer) = sync_channel(1);
-        self.thread.tell(self.device, Command::Fail { reply })?;
-        answer.recv_timeout(FAIL_PATIENCE).map_err(|error| match error {
+        let (reply, receiver) = sync_channel(1);
+        self.thread.send_and_wake(self.device, Command::Fail { reply })?;
+        receiver.recv_timeout(FAIL_TIMEOUT).map_err(|error| match error {
             RecvTimeoutError::Timeout => Errno::TIMEDOUT,
             RecvTimeoutError::Disconnected => Errno::IO,
         })
     }
 
-    /// See [`Parent::needs_reset`](vdpa_core::parent::Parent::needs_reset).
+    /// Whether the driver has broken the protocol of a ring since the last reset. For
+    /// [`Parent::needs_reset`](vdpa_core::parent::Parent::needs_reset). Does not block.
+    #[must_use]
     pub fn needs_reset(&self) -> bool {
         self.shared.needs_reset.load(Ordering::Acquire)
     }
 
-    /// See [`Parent::set_config_call`](vdpa_core::parent::Parent::set_config_call).
+    /// Sets the eventfd that is signalled when [`needs_reset`](Self::needs_reset) becomes `true`; `None` for none. For
+    /// [`Parent::set_config_call`](vdpa_core::parent::Parent::set_config_call). Does not block.
     pub fn set_config_call(&self, event: Option<&EventFd>) {
         *self.shared.config_call.lock() = event.cloned();
     }
 
-    /// Takes the device from its thread; its rings are not looked at any more when this returns. Waits for its requests
-    /// in flight; whether they came to an end.
+    /// Removes the device from its thread, which takes no further requests from its rings. Blocks until the requests in
+    /// flight are complete, at most 30 s; `false` when some still are in flight. Idempotent.
     pub fn remove(&self) -> bool {
-        let (reply, answer) = sync_channel(1);
-        // A device that is gone already, or whose thread is, has nothing in flight.
-        self.thread.tell(self.device, Command::Remove { reply }).is_err()
-            || answer.recv_timeout(REMOVE_PATIENCE) != Err(RecvTimeoutError::Timeout)
+        let (reply, receiver) = sync_channel(1);
+        // Nothing is in flight of a device that was removed before, or whose thread has ended.
+        self.thread.send_and_wake(self.device, Command::Remove { reply }).is_err()
+            || receiver.recv_timeout(REMOVE_TIMEOUT) != Err(RecvTimeoutError::Timeout)
     }
 
-    /// Sends a command and waits for its answer; `EIO` when the thread is gone.
-    fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T> {
-        let (reply, answer) = sync_channel(1);
-        self.thread.tell(self.device, command(reply))?;
-        answer.recv().map_err(|_| Errno::IO)
+    /// Sends a command and blocks until its reply; `EIO` when the thread has ended.
+    fn call<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T> {
+        let (reply, receiver) = sync_channel(1);
+        self.thread.send_and_wake(self.device, command(reply))?;
+        receiver.recv().map_err(|_| Errno::IO)
     }
 }
 
@@ -296,6 +394,6 @@ impl Drop for QueueControl {
         if !self.remove() {
             tracing::error!(thread = ?self.thread, "requests of a removed device are still in flight");
         }
-        self.thread.leave();
+        self.thread.device_removed();
     }
 }

@@ -1,4 +1,4 @@
-//! Pinning: guest memory as registered buffers of the worker's ring.
+//! [`Pins`]: pins client memory as registered buffers of the thread's io_uring.
 
 use std::collections::BTreeMap;
 
@@ -9,17 +9,18 @@ use vdpa_core::types::Result;
 use vdpa_sys::guest::GuestMemory;
 use vdpa_sys::uring::{IoPiece, MemorySet};
 
-use super::{Buffers, Pin};
+use super::buffers::Buffers;
+use super::view::PinnedRange;
 
-/// Bytes of one registered buffer. Registering holds the ring's lock while pages are pinned, about 20 ms for
-/// each GiB of 4 KiB pages, and the I/O of all devices of the thread waits meanwhile: small pieces bound that to about a
-/// millisecond. The slots of a ring suffice for 1 TiB in pieces of this size.
-const PIECE: usize = 64 << 20;
+/// Maximum size of a registered buffer, in bytes. The kernel holds the io_uring's lock while it pins pages, about 20 ms for
+/// each GiB of 4 KiB pages, and the I/O of all devices of the thread waits meanwhile: this size bounds the wait to about a
+/// millisecond. The slots of one io_uring suffice for 1 TiB in buffers of this size.
+const PIECE_BYTES: usize = 64 << 20;
 
-/// What is pinned for one device.
+/// The pinned memory of one address space.
 #[derive(Debug, Default)]
 pub(super) struct Pins {
-    /// By address in the daemon.
+    /// By address in this process.
     regions: BTreeMap<usize, Region>,
 }
 
@@ -28,19 +29,19 @@ pub(super) struct Pins {
 struct Region {
     /// Bytes.
     len: usize,
-    /// One per [`PIECE`].
+    /// One per [`PIECE_BYTES`].
     slots: Vec<u16>,
-    /// As long as it is here no other mapping can get its address, which is how a region is recognised.
+    /// Keeps the mapping: while it exists no other mapping can get its address, which identifies the region.
     _memory: MemorySet,
 }
 
 impl Pins {
-    /// Pins what `table` has and was not pinned yet. Blocks while pages are brought in and pinned, about half a
-    /// second for each fresh 4 GiB of 4 KiB pages.
+    /// Pins the entries of `table` that are not pinned yet. Blocks while the kernel allocates and pins pages, about half a
+    /// second for 4 GiB of fresh 4 KiB pages.
     ///
     /// # Errors
-    /// `ENOMEM` when the daemon's own RLIMIT_MEMLOCK or the slots do not suffice, `EFAULT`, `EOPNOTSUPP` for file
-    /// systems whose pages cannot be pinned; what was pinned by this call is unpinned again.
+    /// `ENOMEM` when the RLIMIT_MEMLOCK of this process or the slots do not suffice, `EFAULT`, `EOPNOTSUPP` for file systems
+    /// whose pages cannot be pinned. What this call has pinned is unpinned then.
     pub(super) fn pin_new(&mut self, table: &Table<GuestMemory>, buffers: &Buffers) -> Result<()> {
         let mut added = Vec::new();
         for entry in table.iter() {
@@ -59,19 +60,20 @@ impl Pins {
         Ok(())
     }
 
-    /// Whether an entry may be used: it is pinned, or is not of the kind that is.
-    pub(super) fn serves(&self, entry: &Mapping<GuestMemory>) -> bool {
+    /// Whether an entry may be used: it is pinned, or is of a kind that is never pinned.
+    pub(super) fn is_usable(&self, entry: &Mapping<GuestMemory>) -> bool {
         pinnable(entry).is_none_or(|(addr, _)| self.regions.contains_key(&addr))
     }
 
-    /// The pins of these entries, by address.
-    pub(super) fn of(&self, entries: &[&Mapping<GuestMemory>]) -> Vec<Pin> {
-        let mut pins: Vec<Pin> = entries
+    /// The pinned ranges of these entries, in ascending order of addresses.
+    pub(super) fn of(&self, entries: &[&Mapping<GuestMemory>]) -> Vec<PinnedRange> {
+        let mut pins: Vec<PinnedRange> = entries
             .iter()
             .filter_map(|entry| pinnable(entry))
             .filter_map(|(addr, _)| self.regions.get_key_value(&addr))
             .flat_map(|(&addr, region)| {
-                let place = |(piece, &slot): (IoPiece, &u16)| Pin { addr: piece.addr, len: piece.len, slot };
+                let place =
+                    |(piece, &slot): (IoPiece, &u16)| PinnedRange { addr: piece.addr, len: piece.len, slot };
                 pieces(addr, region.len).zip(&region.slots).map(place)
             })
             .collect();
@@ -79,7 +81,7 @@ impl Pins {
         pins
     }
 
-    /// Unpins what `table` has no more. Nothing may use it.
+    /// Unpins regions that `table` does not have any more. No request may use them.
     pub(super) fn unpin_gone(&mut self, table: &Table<GuestMemory>, buffers: &Buffers) {
         let wanted: std::collections::BTreeSet<usize> =
             table.iter().filter_map(pinnable).map(|(addr, _)| addr).collect();
@@ -87,7 +89,7 @@ impl Pins {
         gone.iter().for_each(|addr| self.unpin(*addr, buffers));
     }
 
-    /// Unpins everything. Nothing may use it.
+    /// Unpins all regions. No request may use them.
     pub(super) fn unpin_all(&mut self, buffers: &Buffers) {
         let regions = std::mem::take(&mut self.regions);
         let slots = regions.into_values().flat_map(|region| region.slots);
@@ -102,7 +104,7 @@ impl Pins {
         buffers: &Buffers,
     ) -> Result<()> {
         let memory = MemorySet::new(entry.memory.stable());
-        // Pinning pages that are there is five times as fast as pinning page by page.
+        // Pinning pages that are present is five times as fast as having each allocated by the pinning.
         entry.memory.populate()?;
         let mut slots = Vec::new();
         for piece in pieces(addr, len) {
@@ -125,7 +127,7 @@ impl Pins {
     }
 }
 
-/// Where an entry is in the daemon, if its pages can be pinned.
+/// Address in this process and length of an entry whose pages can be pinned.
 fn pinnable(entry: &Mapping<GuestMemory>) -> Option<(usize, usize)> {
     if entry.stale || entry.memory.pin_pages() == 0 {
         return None;
@@ -134,5 +136,7 @@ fn pinnable(entry: &Mapping<GuestMemory>) -> Option<(usize, usize)> {
 }
 
 fn pieces(addr: usize, len: usize) -> impl Iterator<Item = IoPiece> {
-    (0..len).step_by(PIECE).map(move |offset| IoPiece { addr: addr + offset, len: PIECE.min(len - offset) })
+    (0..len)
+        .step_by(PIECE_BYTES)
+        .map(move |offset| IoPiece { addr: addr + offset, len: PIECE_BYTES.min(len - offset) })
 }

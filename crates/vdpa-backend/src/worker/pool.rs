@@ -1,4 +1,4 @@
-//! [`WorkerPool`]: threads that serve devices, and which device goes where.
+//! [`WorkerPool`]: the worker threads, and the placement of devices on them.
 
 use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
@@ -17,16 +17,25 @@ use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::uring::{Registrar, Ring};
 
 use super::event_loop::{EventLoop, Message, Registration};
-use super::{Buffers, Command, KERNEL_THREADS, QueueControl, QueueHandler, Shared, Size};
+use super::{Buffers, Command, IOWQ_WORKERS_MAX, QueueControl, QueueHandler, Shared, Size};
 
-/// Entries of the submission queue: requests started between two visits to the kernel.
+/// Entries of a submission queue: operations that are submitted with one `io_uring_enter(2)`.
 const RING_ENTRIES: u32 = 512;
 
-/// Processors, in ascending order and each once: `0,2-5`.
+/// A set of processors, by kernel number, below [`CpuSet::MAX_CPU`] (1024). Written and parsed as `0,2-5`.
+///
+/// ```
+/// let cpus: vdpa_backend::worker::CpuList = "5,0,2-4".parse()?;
+/// assert_eq!(cpus.to_string(), "0,2-5");
+/// # Ok::<(), vdpa_backend::worker::InvalidCpuList>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CpuList(Vec<usize>);
+pub struct CpuList(
+    /// In ascending order, each once.
+    Vec<usize>,
+);
 
-/// A text that is no list of processors.
+/// The text is not a list of processors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("numbers and ranges of processors below {} are right, for example 0,2-5", CpuSet::MAX_CPU)]
 pub struct InvalidCpuList;
@@ -62,44 +71,52 @@ impl fmt::Display for CpuList {
     }
 }
 
-/// Where a device is to be served: by default with others, on the thread that has the fewest.
+/// On which thread a device is served. The default is a thread that it shares with other devices, on any processor: the
+/// one that has the fewest devices.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Placement {
-    /// On a thread that runs on these processors only.
+    /// Processors that the thread may run on; `None` for all. Devices with the same list share a thread.
     pub cpus: Option<CpuList>,
-    /// On a thread that has no other device.
-    pub own: bool,
+    /// Whether the device has a thread of its own.
+    pub dedicated: bool,
 }
 
-/// The threads of a daemon.
+/// The worker threads of a program, which normally has one pool.
+///
+/// Any thread but a worker may call it. A thread starts when a device needs it; without a [`Placement`] it then runs for as
+/// long as the pool, with one it ends with its last device. A device keeps its thread when the pool is dropped.
 #[derive(Debug)]
 pub struct WorkerPool {
-    /// Threads for devices without a place of their own, at most.
+    /// Maximum number of threads for devices with the default placement.
     workers: usize,
+    /// Busy-poll budget.
     poll: Duration,
     threads: Mutex<Threads>,
 }
 
 #[derive(Debug, Default)]
 struct Threads {
-    /// Made when they are needed, and kept.
+    /// For devices with the default placement. Kept when they have no device.
     shared: Vec<Arc<WorkerThread>>,
-    /// As long as they have a device.
+    /// For devices with a list of processors. The devices own them.
     pinned: Vec<(CpuList, Weak<WorkerThread>)>,
 }
 
 impl WorkerPool {
-    /// A pool with at most `workers` threads (at least 1) for devices that ask for no processors; none is started yet.
-    /// `poll` is how long a thread may look at its rings before it sleeps, if that pays; 0 is never.
+    /// A pool with at most `workers` threads (0 counts as 1) for devices with the default placement. It starts no thread yet.
+    /// `poll` is how long a thread may busy-poll its rings before it sleeps; it does so only while that pays. 0 is never.
     pub fn new(workers: usize, poll: Duration) -> Self {
         Self { workers: workers.max(1), poll, threads: Mutex::default() }
     }
 
-    /// Puts the device `name` on a thread, with all queues stopped and nothing mapped.
+    /// Adds a device: `handler` is called on a thread that `placement` selects. All queues are stopped and nothing is mapped.
+    /// `name` appears in the log and, for a dedicated thread, in the thread's name. Blocks until the thread has replied,
+    /// which includes its start.
     ///
     /// # Errors
-    /// `EINVAL` for processors that do not exist or may not be used, `ENOSPC` on a thread that has 65536 devices; those of
-    /// io_uring, of eventfd and of thread creation.
+    /// `EINVAL` when none of the processors exists and may be used (`sched_setaffinity(2)`), `ENOSPC` on a thread that has
+    /// 65536 devices, `EIO` when the thread has ended; those of io_uring (`ENOSYS` or `EPERM` where the kernel does not allow
+    /// it, `ENOMEM`), of `eventfd(2)` (`EMFILE`) and of thread creation (`EAGAIN`).
     pub fn add(
         &self,
         name: &str,
@@ -109,7 +126,7 @@ impl WorkerPool {
     ) -> Result<QueueControl> {
         let thread = self.thread(name, placement)?;
         let shared = Arc::new(Shared::new(size.queues));
-        let (reply, answer) = sync_channel(1);
+        let (reply, receiver) = sync_channel(1);
         let registration = Registration {
             name: name.to_owned(),
             size,
@@ -119,25 +136,25 @@ impl WorkerPool {
         };
         let added = thread.send_message(Message::Add(registration)).and_then(|()| {
             thread.wake.signal();
-            answer.recv().map_err(|_| Errno::IO)?
+            receiver.recv().map_err(|_| Errno::IO)?
         });
         match added {
             Ok(device) => Ok(QueueControl { thread, device, shared }),
             Err(error) => {
-                thread.leave();
+                thread.device_removed();
                 Err(error)
             }
         }
     }
 
-    /// A thread for one more device, which is counted.
+    /// The thread for one more device, which it counts.
     fn thread(&self, device: &str, placement: &Placement) -> Result<Arc<WorkerThread>> {
         let mut threads = self.threads.lock();
         let thread = match placement {
-            Placement { cpus, own: true } => {
+            Placement { cpus, dedicated: true } => {
                 Arc::new(WorkerThread::start(&format!("vq-{device}"), cpus.as_ref(), self.poll)?)
             }
-            Placement { cpus: Some(cpus), .. } => threads.on(cpus, self.poll)?,
+            Placement { cpus: Some(cpus), .. } => threads.for_cpus(cpus, self.poll)?,
             Placement { cpus: None, .. } => threads.least_loaded(self.workers, self.poll)?,
         };
         thread.devices.fetch_add(1, Ordering::Relaxed);
@@ -146,8 +163,9 @@ impl WorkerPool {
 }
 
 impl Threads {
+    /// The shared thread with the fewest devices; a new one while there are fewer than `workers` and all have devices.
     fn least_loaded(&mut self, workers: usize, poll: Duration) -> Result<Arc<WorkerThread>> {
-        // One that has ended, because its io_uring failed, is replaced.
+        // A thread whose io_uring failed has ended and is replaced.
         self.shared.retain(|thread| !thread.has_ended());
         let least = self.shared.iter().min_by_key(|thread| thread.devices()).cloned();
         match least {
@@ -160,7 +178,8 @@ impl Threads {
         }
     }
 
-    fn on(&mut self, cpus: &CpuList, poll: Duration) -> Result<Arc<WorkerThread>> {
+    /// The thread for devices with this list of processors.
+    fn for_cpus(&mut self, cpus: &CpuList, poll: Duration) -> Result<Arc<WorkerThread>> {
         self.pinned.retain(|(_, thread)| thread.upgrade().is_some_and(|thread| !thread.has_ended()));
         let known = self.pinned.iter().find(|(known, _)| known == cpus);
         if let Some(thread) = known.and_then(|(_, thread)| thread.upgrade()) {
@@ -172,14 +191,14 @@ impl Threads {
     }
 }
 
-/// The control side of a thread. Dropping it ends the thread.
+/// The control side of a worker thread. Dropping it ends the thread and waits for its end.
 pub(super) struct WorkerThread {
     name: String,
     messages: Sender<Message>,
     pub(super) wake: EventFd,
     buffers: Buffers,
     handle: Option<JoinHandle<()>>,
-    /// Devices it has.
+    /// Number of devices on the thread.
     devices: AtomicUsize,
 }
 
@@ -194,16 +213,16 @@ impl WorkerThread {
         let (messages, receiver) = channel();
         let (ready, started) = sync_channel(1);
         let wake = EventFd::new()?;
-        let watched = wake.as_fd().try_clone_to_owned();
-        let watched = watched.map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(0)))?;
+        let wake_fd = wake.as_fd().try_clone_to_owned();
+        let wake_fd = wake_fd.map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(0)))?;
         let cpus = cpus.cloned();
         // The kernel cuts thread names at 15 bytes.
         let builder = std::thread::Builder::new().name(name.chars().take(15).collect());
         let handle = builder
             .stack_size(256 << 10)
             .spawn(move || {
-                if let Some(mut server) = set_up(cpus.as_ref(), watched, poll, &ready) {
-                    server.run(&receiver);
+                if let Some(mut event_loop) = new_event_loop(cpus.as_ref(), wake_fd, poll, &ready) {
+                    event_loop.run(&receiver);
                 }
             })
             .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(0)))?;
@@ -224,8 +243,8 @@ impl WorkerThread {
         &self.buffers
     }
 
-    /// A device is gone.
-    pub(super) fn leave(&self) {
+    /// Counts a device less.
+    pub(super) fn device_removed(&self) {
         self.devices.fetch_sub(1, Ordering::Relaxed);
     }
 
@@ -233,13 +252,13 @@ impl WorkerThread {
         self.messages.send(message).map_err(|_| Errno::IO)
     }
 
-    /// Leaves a command, to be seen when the thread wakes for another reason.
+    /// Sends a command without waking the thread, which receives it at its next wake-up.
     pub(super) fn send(&self, device: u16, command: Command) -> Result<()> {
         self.send_message(Message::Command(device, command))
     }
 
-    /// Gives a command.
-    pub(super) fn tell(&self, device: u16, command: Command) -> Result<()> {
+    /// Sends a command and wakes the thread.
+    pub(super) fn send_and_wake(&self, device: u16, command: Command) -> Result<()> {
         self.send(device, command)?;
         self.wake.signal();
         Ok(())
@@ -259,29 +278,29 @@ impl Drop for WorkerThread {
     }
 }
 
-/// What the thread itself begins with; `None` when that failed, and whoever started it knows.
-fn set_up(
+/// Makes the event loop, on its own thread, and sends the outcome to `ready`; `None` when it failed.
+fn new_event_loop(
     cpus: Option<&CpuList>,
     wake: OwnedFd,
     poll: Duration,
     ready: &SyncSender<Result<Registrar>>,
 ) -> Option<EventLoop> {
-    let server = || -> Result<(EventLoop, Registrar)> {
+    let make = || -> Result<(EventLoop, Registrar)> {
         if let Some(cpus) = cpus {
             let mut set = CpuSet::new();
             cpus.0.iter().for_each(|cpu| set.set(*cpu));
             sched_setaffinity(None, &set).map_err(|error| Errno::from_raw(error.raw_os_error()))?;
         }
         let ring = Ring::new(RING_ENTRIES)?;
-        if let Err(error) = ring.allow_kernel_threads(KERNEL_THREADS) {
-            tracing::debug!("disks that hang may delay others: {error}");
+        if let Err(error) = ring.allow_kernel_threads(IOWQ_WORKERS_MAX) {
+            tracing::debug!("a device whose operations hang may delay others: {error}");
         }
         let registrar = ring.registrar();
         Ok((EventLoop::new(ring, Arc::new(wake), poll)?, registrar))
     };
-    // Nobody listens only if the starter is gone, which needs no answer.
-    match server() {
-        Ok((server, registrar)) => ready.send(Ok(registrar)).is_ok().then_some(server),
+    // The send fails only when the starter does not wait any more.
+    match make() {
+        Ok((event_loop, registrar)) => ready.send(Ok(registrar)).is_ok().then_some(event_loop),
         Err(error) => {
             let _ = ready.send(Err(error));
             None

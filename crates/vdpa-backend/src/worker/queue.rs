@@ -1,4 +1,4 @@
-//! One running queue of a worker.
+//! [`Queue`]: a virtqueue between start and stop.
 
 use std::fmt;
 use std::sync::Arc;
@@ -14,31 +14,37 @@ use vdpa_sys::snapshot::GuestArea;
 
 use super::{MemoryView, Reply};
 
-/// A queue between START and STOP.
+/// A virtqueue that runs: the ring, and what its device's worker thread knows of it.
+///
+/// A [`QueueHandler`](super::QueueHandler) [takes](super::Queues::take) it from its [`Queues`](super::Queues) to serve it, on
+/// the device's thread. No method blocks.
 pub struct Queue {
     pub(super) setup: QueueSetup<LinuxHost>,
-    /// The ring, once its memory could be reached: a client may map it later than it starts the queue.
+    /// The ring, once its memory was resolved: a client may map it later than it starts the queue.
     ring: Option<Ring<GuestArea>>,
-    /// Where the ring is to begin, while there is none.
+    /// The position of the queue while `ring` is `None`.
     state: QueueState,
-    /// There may be something to do.
+    /// The ring may hold requests that were not popped.
     pub(super) pending: bool,
-    /// Requests popped and not answered.
+    /// Requests that were popped and are not completed.
     pub(super) in_flight: u16,
-    /// Names this run of the queue, so that a late kick of an earlier run is not taken for one of this.
+    /// Number of this run of the queue: completions of the kick poll carry it, so that a late one of an earlier run is told
+    /// apart.
     pub(super) generation: u32,
-    /// A STOP waits for the requests in flight.
+    /// A STOP command, answered when no request is in flight.
     pub(super) stopping: Option<Reply<Result<Option<QueueState>>>>,
-    /// Requests taken before the present ring was resolved that will never be answered.
-    pub(super) abandoned: u16,
-    /// No kick is asked for, as the thread looks at the ring of itself.
-    pub(super) polled: bool,
-    /// The memory of its ring is being removed: nothing is taken from it, until it is found again.
-    pub(super) leaving: bool,
+    /// Requests that were popped before the present ring was resolved and will never be completed. A ring counts them as in
+    /// flight.
+    pub(super) unanswered: u16,
+    /// The kick is disabled, because the thread busy-polls the ring.
+    pub(super) busy_polled: bool,
+    /// The memory of the ring was removed from the translation: no request is popped until nothing is in flight and the
+    /// ring was released, to be resolved again.
+    pub(super) ring_removed: bool,
     /// See [`typical_depth`](Self::typical_depth).
     depth: u16,
-    /// A violation was reported; the queue rests until it is started anew.
-    pub(super) retired: bool,
+    /// The driver has broken the protocol of the ring: the queue is not served until it is started again.
+    pub(super) broken: bool,
 }
 
 impl fmt::Debug for Queue {
@@ -62,64 +68,65 @@ impl Queue {
             setup,
             ring: None,
             state,
-            // Kicks may have come before the start; without an eventfd there is nothing they could have come by.
+            // The driver may have kicked before the start. Without an eventfd it cannot have.
             pending,
             in_flight: 0,
             generation,
             stopping: None,
-            abandoned: 0,
-            polled: false,
-            leaving: false,
+            unanswered: 0,
+            busy_polled: false,
+            ring_removed: false,
             depth: 0,
-            retired: false,
+            broken: false,
         })
     }
 
-    /// What the client has set up: size, addresses, eventfds, negotiated features.
+    /// What the client has set up: size, ring addresses, eventfds, negotiated features.
     #[must_use]
     pub const fn setup(&self) -> &QueueSetup<LinuxHost> {
         &self.setup
     }
 
-    /// Whether the ring may hold requests that can be taken now.
+    /// Whether the queue [runs](Self::is_running) and its ring may hold requests.
     #[must_use]
     pub const fn has_work(&self) -> bool {
         self.pending && self.is_running()
     }
 
-    /// Says whether the ring may hold more requests: with `true` the device is served again, after the other devices of
-    /// its thread, without a kick.
+    /// Sets whether the ring may hold more requests. With `true` the device is served again without a kick, after the other
+    /// devices of its thread.
     pub const fn set_pending(&mut self, pending: bool) {
         self.pending = pending;
     }
 
-    /// A request was taken from the ring and is answered later. A queue stops only when each of them
-    /// [has ended](Self::request_ended).
+    /// Counts a request that was popped and completes later. A stop waits until each of these
+    /// [has ended](Self::request_ended). Not for a request that completes before `serve` returns.
     #[inline]
     pub const fn request_started(&mut self) {
         self.in_flight += 1;
     }
 
-    /// A request that had [started](Self::request_started) was answered.
+    /// Ends the count of a request that had [started](Self::request_started), whose used element was pushed.
     #[inline]
     pub const fn request_ended(&mut self) {
         self.in_flight -= 1;
     }
 
-    /// How many requests its driver keeps in the ring, about: `waiting` are there now, when it may not have made new ones
-    /// of those that were answered last.
+    /// About how many requests the driver keeps in the ring: the maximum of `waiting`, those in the ring now, and of earlier
+    /// calls, each of which loses 1/64 per call. The driver may not have replaced yet those that were completed last.
     pub const fn typical_depth(&mut self, waiting: u16) -> u16 {
         let before = self.depth - self.depth.div_ceil(64);
         self.depth = if waiting > before { waiting } else { before };
         self.depth
     }
 
-    /// Whether it is neither retired, nor about to stop or to leave its ring.
+    /// Whether requests may be popped: the driver has not broken the protocol, no stop is in progress, and the memory of the
+    /// ring was not removed.
     pub const fn is_running(&self) -> bool {
-        !self.retired && !self.leaving && self.stopping.is_none()
+        !self.broken && !self.ring_removed && self.stopping.is_none()
     }
 
-    /// Whether its ring was found, and is in removed memory.
+    /// Whether the ring is resolved and is in removed memory.
     pub(super) fn uses(&self, removed: &Removed) -> bool {
         let sizes = area_sizes(self.setup.size, self.setup.features);
         let areas =
@@ -127,60 +134,65 @@ impl Queue {
         self.ring.is_some() && areas.iter().any(|&(iova, size)| removed.touches(iova, size as u64))
     }
 
-    /// The ring, resolved through `view` if it was not yet.
+    /// The ring, which is resolved through `view` first when it is not yet.
+    ///
+    /// # Errors
+    /// [`RingError`]: a fault when a part of the ring is not mapped in `view`; hand it to
+    /// [`Queues::ring_failed`](super::Queues::ring_failed).
     #[inline]
     pub fn ring(&mut self, view: &Arc<MemoryView>) -> Result<&mut Ring<GuestArea>, RingError> {
         match &mut self.ring {
             Some(ring) => Ok(ring),
-            none => Ok(none.insert(resolve(&self.setup, self.state, self.abandoned, view)?)),
+            none => Ok(none.insert(resolve(&self.setup, self.state, self.unanswered, view)?)),
         }
     }
 
-    /// The ring, if it was resolved.
+    /// The ring, if it is resolved. Always the case while a request is in flight.
     #[inline]
     pub fn resolved(&mut self) -> Option<&mut Ring<GuestArea>> {
         self.ring.as_mut()
     }
 
-    /// Forgets where the ring's memory is, because the translation has changed; the position stays. Nothing may
-    /// be in flight.
-    pub(super) fn unresolve(&mut self) {
+    /// Releases the ring's memory, because the translation has changed, and keeps the position. No request may be in flight.
+    pub(super) fn release_ring(&mut self) {
         debug_assert_eq!(self.in_flight, 0);
-        (self.polled, self.leaving) = (false, false);
+        (self.busy_polled, self.ring_removed) = (false, false);
         if let Some(ring) = self.ring.take() {
-            (self.state, self.abandoned) = (ring.state(), ring.in_flight());
+            (self.state, self.unanswered) = (ring.state(), ring.in_flight());
         }
     }
 
-    /// Where the queue is.
+    /// The position of the queue: next available and used descriptor.
     pub(super) fn state(&self) -> QueueState {
         self.ring.as_ref().map_or(self.state, Ring::state)
     }
 
-    /// Requests taken that will never be answered; meaningful while nothing is in flight.
-    pub(super) fn abandoned(&self) -> u16 {
-        self.ring.as_ref().map_or(self.abandoned, Ring::in_flight)
+    /// Number of requests that were popped and will never be completed; valid while `in_flight` is 0.
+    pub(super) fn unanswered(&self) -> u16 {
+        self.ring.as_ref().map_or(self.unanswered, Ring::in_flight)
     }
 
-    /// Whether a request has come to a ring that is looked at without a kick.
-    pub(super) fn look(&mut self) -> Result<bool, RingError> {
+    /// Whether a ring that is busy-polled has a request.
+    pub(super) fn check_polled_ring(&mut self) -> Result<bool, RingError> {
         match &mut self.ring {
-            Some(ring) if self.polled && !self.retired && !self.leaving && self.stopping.is_none() => {
+            Some(ring)
+                if self.busy_polled && !self.broken && !self.ring_removed && self.stopping.is_none() =>
+            {
                 ring.has_request()
             }
             _ => Ok(false),
         }
     }
 
-    /// Asks for kicks again; whether a request has come meanwhile.
-    pub(super) fn end_polling(&mut self) -> Result<bool, RingError> {
+    /// Enables the kick of a ring that was busy-polled; whether a request has arrived meanwhile.
+    pub(super) fn enable_kick(&mut self) -> Result<bool, RingError> {
         match &mut self.ring {
-            Some(ring) if std::mem::take(&mut self.polled) && !self.retired => ring.enable_kick(),
+            Some(ring) if std::mem::take(&mut self.busy_polled) && !self.broken => ring.enable_kick(),
             _ => Ok(false),
         }
     }
 
-    /// Shows the driver what was answered and signals it if it wants that.
+    /// Publishes used descriptors and signals the call eventfd, unless the driver suppresses that.
     pub(super) fn publish(&mut self) -> Result<(), RingError> {
         if let Some(ring) = &mut self.ring
             && ring.publish()?
@@ -192,28 +204,29 @@ impl Queue {
     }
 }
 
+/// Resolves the ring's areas through `view`.
 fn resolve(
     setup: &QueueSetup<LinuxHost>,
     state: QueueState,
-    abandoned: u16,
+    unanswered: u16,
     view: &MemoryView,
 ) -> Result<Ring<GuestArea>, RingError> {
     let packed = setup.features.has(Features::RING_PACKED);
     let sizes = area_sizes(setup.size, setup.features);
     let memory = view.snapshot();
-    // In a packed ring the descriptors are written as used.
+    // The device of a packed ring writes used descriptors into the descriptor area (virtio 1.2 section 2.8).
     let perm = if packed { Perm::RW } else { Perm::RO };
     let desc = memory.area(setup.desc, sizes.desc as u64, perm)?;
     let avail = memory.area(setup.avail, sizes.avail as u64, Perm::RO)?;
     let used = memory.area(setup.used, sizes.used as u64, Perm::RW)?;
-    let state = if abandoned == 0 { drained(state, setup.size) } else { state };
+    let state = if unanswered == 0 { without_in_flight(state, setup.size) } else { state };
     let ring = Ring::new(setup.size, setup.features, desc, avail, used, state)?;
-    Ok(ring.with_in_flight(abandoned))
+    Ok(ring.with_in_flight(unanswered))
 }
 
-/// A base that says that a whole lap of a packed ring is in flight is one of which only the available half was set, as
-/// DPDK sets it at the start (1 << 15): this side knows of nothing in flight.
-fn drained(state: QueueState, size: u16) -> QueueState {
+/// Corrects a packed base that says that a whole lap of the ring is in flight: DPDK sets only the available half at the
+/// start (1 << 15). The device knows of no request in flight, so the used half is set equal to the available half.
+fn without_in_flight(state: QueueState, size: u16) -> QueueState {
     match state {
         QueueState::Packed { last_avail_idx, last_avail_wrap, last_used_idx, last_used_wrap }
             if last_avail_idx == last_used_idx

@@ -1,4 +1,4 @@
-//! The running queues of a device, and what serving them needs.
+//! [`Queues`]: the running queues of a device, with what a handler needs to serve them.
 
 use std::cell::{Cell, RefCell};
 use std::fmt;
@@ -15,18 +15,22 @@ use super::queue::Queue;
 use super::{Invalidation, MemoryView, Shared, Size};
 use crate::rate::RateLimit;
 
-/// What a completion belongs to, packed into the ring's token.
+/// What a completion belongs to, packed into the 64-bit user data of io_uring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Token {
+    /// The poll of the eventfd that announces messages to the thread.
     Wake,
+    /// The poll of a queue's kick eventfd.
     Kick {
         device: u16,
         queue: u16,
         /// Below 2^28.
         generation: u32,
     },
+    /// An operation that a handler submitted.
     Io {
         device: u16,
+        /// As the handler chose it.
         slot: u32,
     },
 }
@@ -59,25 +63,28 @@ impl Token {
     }
 }
 
-/// The running queues of a device, with the translations they use and the ring that carries I/O.
+/// The running queues of a device, with their translations and the io_uring of the thread.
 ///
-/// A [`QueueHandler`](super::QueueHandler) takes a queue out of its place while it works on it, so that it may work on several at
-/// once and use everything else meanwhile, and puts it back before it returns.
+/// The worker thread passes it to each method of [`QueueHandler`](super::QueueHandler). A handler [takes](Self::take) a queue
+/// out of its slot while it serves it, so that it can use several queues and the other methods at the same time, and
+/// [puts](Self::put) it back before it returns. A queue that is not put back is lost: its stop returns as for one that does
+/// not run. No method blocks.
 pub struct Queues {
     name: String,
-    /// Which of the thread's devices this is.
+    /// Number of the device on its thread.
     device: u16,
     uring: Rc<RefCell<Ring>>,
-    /// Of all devices of the thread, so that a late completion is never taken for one of another device.
+    /// The last generation given out, shared by all devices of the thread: a late completion of a removed device is never
+    /// taken for one of a device that has got its number.
     generation: Rc<Cell<u32>>,
-    /// By address space.
+    /// The translation of each address space, by asid.
     views: Vec<Arc<MemoryView>>,
     /// The translation of an address space in which nothing is mapped.
-    nothing: Arc<MemoryView>,
+    unmapped: Arc<MemoryView>,
     slots: Vec<Option<Queue>>,
     shared: Arc<Shared>,
-    /// The thread looks at rings of itself before it sleeps.
-    polls: Rc<Cell<bool>>,
+    /// The thread will busy-poll before it sleeps.
+    busy_poll: Rc<Cell<bool>>,
     log_limit: RateLimit,
 }
 
@@ -93,43 +100,43 @@ impl Queues {
         device: u16,
         uring: Rc<RefCell<Ring>>,
         generation: Rc<Cell<u32>>,
-        polls: Rc<Cell<bool>>,
+        busy_poll: Rc<Cell<bool>>,
         size: Size,
         shared: Arc<Shared>,
     ) -> Self {
-        let nothing = Arc::new(MemoryView::new(&Table::default(), Vec::new()));
+        let unmapped = Arc::new(MemoryView::new(&Table::default()));
         Self {
             name,
             device,
             uring,
             generation,
-            views: vec![Arc::clone(&nothing); size.address_spaces],
-            nothing,
+            views: vec![Arc::clone(&unmapped); size.address_spaces],
+            unmapped,
             slots: (0..size.queues).map(|_| None).collect(),
             shared,
-            polls,
+            busy_poll,
             log_limit: RateLimit::per_second(5),
         }
     }
 
-    /// The device, for the log.
+    /// Name of the device, for the log.
     pub(super) fn name(&self) -> &str {
         &self.name
     }
 
-    /// Queues of the device, running or not.
+    /// Number of queues of the device, running or not.
     #[must_use]
     pub fn count(&self) -> u16 {
         to_u16(self.slots.len())
     }
 
-    /// Takes a running queue out of its place.
+    /// Takes a running queue out of its slot, to serve it; `None` when it does not run or was taken.
     #[inline]
     pub fn take(&mut self, index: u16) -> Option<Queue> {
         self.slots.get_mut(usize::from(index)).and_then(Option::take)
     }
 
-    /// Puts a queue in its place.
+    /// Puts a queue that was [taken](Self::take) back into its slot.
     #[inline]
     pub fn put(&mut self, index: u16, queue: Queue) {
         if let Some(slot) = self.slots.get_mut(usize::from(index)) {
@@ -137,38 +144,39 @@ impl Queues {
         }
     }
 
-    /// A running queue that is in its place.
+    /// A running queue that is in its slot.
     #[inline]
     pub fn get_mut(&mut self, index: u16) -> Option<&mut Queue> {
         self.slots.get_mut(usize::from(index)).and_then(Option::as_mut)
     }
 
-    /// Takes a queue that has stopped out of its place for good.
+    /// Takes a queue out of its slot whose stop can be answered: none of its requests is in flight.
     pub(super) fn take_stopped(&mut self, index: u16) -> Option<Queue> {
         let stopped = |queue: &mut Queue| queue.stopping.is_some() && queue.in_flight == 0;
         self.slots.get_mut(usize::from(index)).and_then(|slot| slot.take_if(stopped))
     }
 
-    /// Every running queue that is in its place.
+    /// All running queues that are in their slots, in ascending order of their indexes.
     pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut Queue> {
         self.slots.iter_mut().flatten()
     }
 
-    /// Whether a queue can be served without waiting for anything.
+    /// Whether a queue [has work](Queue::has_work).
     pub fn has_work(&self) -> bool {
         self.slots.iter().flatten().any(Queue::has_work)
     }
 
-    /// Whether requests of some queue are in flight.
+    /// Whether requests of any queue are in flight.
     pub(super) fn in_flight(&self) -> bool {
         self.slots.iter().flatten().any(|queue| queue.in_flight > 0)
     }
 
-    /// The translation a queue uses.
+    /// The present translation of the queue's address space. A request that is in flight when `serve` returns holds it, or
+    /// [`MemoryView::memory`], until it completes.
     #[inline]
     pub fn view(&self, queue: &Queue) -> Arc<MemoryView> {
-        // A queue in an address space the device does not have was refused when it started.
-        Arc::clone(self.views.get(queue.setup.asid.0 as usize).unwrap_or(&self.nothing))
+        // A start refuses a queue in an address space that the device does not have.
+        Arc::clone(self.views.get(queue.setup.asid.0 as usize).unwrap_or(&self.unmapped))
     }
 
     /// Whether the device has this address space.
@@ -177,47 +185,53 @@ impl Queues {
     }
 
     /// Replaces the translation of one address space; one the device does not have is ignored. Queues whose rings are in
-    /// removed memory take no requests from now on, until they have [left](Self::leave_rings) it.
+    /// removed memory pop no requests until their rings were [released](Self::release_removed_rings).
     pub(super) fn set_view(&mut self, invalidation: &Invalidation) {
         if let Some(place) = self.views.get_mut(invalidation.asid.0 as usize) {
             *place = Arc::clone(&invalidation.view);
         }
         let concerned = self.iter_mut().filter(|queue| queue.setup.asid == invalidation.asid);
-        concerned.for_each(|queue| queue.leaving |= queue.uses(&invalidation.removed));
+        concerned.for_each(|queue| queue.ring_removed |= queue.uses(&invalidation.removed));
     }
 
-    /// Queues that are to leave their rings, and have nothing in flight any more, do so; whether all have.
-    pub(super) fn leave_rings(&mut self, asid: Asid) -> bool {
-        let leaving = self.iter_mut().filter(|queue| queue.setup.asid == asid && queue.leaving);
-        let mut left = true;
-        for queue in leaving {
+    /// Releases the rings in removed memory whose queues have nothing in flight; whether all are released.
+    pub(super) fn release_removed_rings(&mut self, asid: Asid) -> bool {
+        let ring_removed = self.iter_mut().filter(|queue| queue.setup.asid == asid && queue.ring_removed);
+        let mut all_released = true;
+        for queue in ring_removed {
             if queue.in_flight == 0 {
-                queue.unresolve();
+                queue.release_ring();
             } else {
-                left = false;
+                all_released = false;
             }
         }
-        left
+        all_released
     }
 
-    /// The address space of a running queue.
+    /// The address space of a running queue that is in its slot.
     #[must_use]
     pub fn asid(&self, index: u16) -> Option<Asid> {
         self.slots.get(usize::from(index)).and_then(Option::as_ref).map(|queue| queue.setup.asid)
     }
 
-    /// Registers files and buffers with the ring that carries the operations.
+    /// Registers files and buffers with the thread's io_uring, for operations that name them by slot.
     pub fn registrar(&self) -> Registrar {
         self.uring.borrow().registrar()
     }
 
-    /// Hands an operation to the kernel; [`QueueHandler::complete`](super::QueueHandler::complete) is called with `slot`.
+    /// Queues an operation for the thread's io_uring, which gets it after `serve` has returned.
+    /// [`QueueHandler::complete`](super::QueueHandler::complete) is called with `slot` when it has completed; the handler
+    /// chooses `slot`, and uses each for one operation at a time.
+    ///
+    /// # Errors
+    /// [`SubmitError`], which has the errno and gives the operation's buffers back. `complete` is not called then.
     #[inline]
     pub fn submit(&mut self, op: Op, slot: u32) -> Result<(), SubmitError> {
         self.uring.borrow_mut().submit(op, Token::Io { device: self.device, slot }.pack())
     }
 
-    /// As [`submit`](Self::submit), for a read of a registered file, from byte `offset` on, into registered memory.
+    /// As [`submit`](Self::submit), for a read of the registered file `file`, from byte `offset` on, into registered memory
+    /// (`IORING_OP_READ_FIXED`).
     ///
     /// # Errors
     /// As [`submit`](Self::submit).
@@ -233,31 +247,31 @@ impl Queues {
         self.uring.borrow_mut().read_fixed(file, to, offset, token)
     }
 
-    /// A name for a run of a queue.
+    /// A number for a run of a queue.
     pub(super) fn next_generation(&self) -> u32 {
         let next = self.generation.get().wrapping_add(1) & Token::GENERATION;
         self.generation.set(next);
         next
     }
 
-    /// Watches the kick of a queue.
+    /// Arms a multishot poll of a queue's kick eventfd.
     pub(super) fn poll(&mut self, fd: Arc<OwnedFd>, queue: u16, generation: u32) -> Result<()> {
         let token = Token::Kick { device: self.device, queue, generation };
         self.uring.borrow_mut().submit(Op::PollMultishot { fd }, token.pack()).map_err(|error| error.errno())
     }
 
-    /// Ends the watch of a queue that is out of its place.
+    /// Cancels the poll of the kick of a queue that is out of its slot.
     pub(super) fn cancel_poll(&mut self, index: u16, queue: &Queue) {
         let token = Token::Kick { device: self.device, queue: index, generation: queue.generation };
         if queue.setup.kick.is_some()
             && let Err(error) = self.uring.borrow_mut().cancel(|found| found == token.pack())
         {
-            // The poll stays behind; its generation tells its completions apart.
+            // The poll stays armed; its generation tells its completions apart.
             tracing::debug!(device = %self.name, "kick poll not cancelled: {error}");
         }
     }
 
-    /// Asks for the end of all operations in flight.
+    /// Asks the kernel to cancel all operations of the device that are in flight.
     pub(super) fn cancel_requests(&mut self) {
         let own =
             |token| matches!(Token::unpack(token), Some(Token::Io { device, .. }) if device == self.device);
@@ -266,38 +280,52 @@ impl Queues {
         }
     }
 
-    /// There is no request any more in a ring that was resolved: asks for a kick at the next one, unless the thread looks
-    /// at the ring of itself. Whether one has come meanwhile.
+    /// Enables the driver's kick for a ring that was found empty; `true` when a request has arrived meanwhile, which is to be
+    /// served without a kick. While the thread busy-polls, the kick stays disabled and the ring is checked instead. Does not
+    /// block.
+    ///
+    /// # Errors
+    /// [`RingError`], for [`ring_failed`](Self::ring_failed).
     pub fn wait_for_kick(&self, queue: &mut Queue, view: &Arc<MemoryView>) -> Result<bool, RingError> {
-        queue.polled = self.polls.get();
-        let polled = queue.polled;
+        queue.busy_polled = self.busy_poll.get();
+        let busy_polled = queue.busy_polled;
         let ring = queue.ring(view)?;
-        if polled { ring.has_request() } else { ring.enable_kick() }
+        if busy_polled { ring.has_request() } else { ring.enable_kick() }
     }
 
-    /// Whether a queue waits for requests without a kick.
-    pub(super) fn is_polled(&self) -> bool {
-        self.slots.iter().flatten().any(|queue| queue.polled)
+    /// Whether a queue has its kick disabled because the thread busy-polls its ring.
+    pub(super) fn is_busy_polled(&self) -> bool {
+        self.slots.iter().flatten().any(|queue| queue.busy_polled)
     }
 
-    /// Looks at the rings that wait without a kick, or asks for kicks again with `end`; whether there is something to do.
-    pub(super) fn look(&mut self, end: bool) -> bool {
+    /// Checks the rings that are busy-polled; whether one has requests.
+    pub(super) fn check_polled_rings(&mut self) -> bool {
+        self.for_each_polled(Queue::check_polled_ring)
+    }
+
+    /// Enables the kicks of the rings that are busy-polled; whether one has got requests meanwhile.
+    pub(super) fn enable_kicks(&mut self) -> bool {
+        self.for_each_polled(Queue::enable_kick)
+    }
+
+    /// Calls `check` for each queue that is busy-polled and marks those that have requests; whether one has.
+    fn for_each_polled(&mut self, check: impl Fn(&mut Queue) -> Result<bool, RingError>) -> bool {
         let mut found = false;
         for index in (0..self.slots.len()).map(to_u16) {
             let Some(queue) = self.slots.get_mut(usize::from(index)).and_then(Option::as_mut) else {
                 continue;
             };
-            if !queue.polled {
+            if !queue.busy_polled {
                 continue;
             }
-            match if end { queue.end_polling() } else { queue.look() } {
+            match check(queue) {
                 Ok(false) => {}
                 Ok(true) => {
                     queue.pending = true;
                     found = true;
                 }
                 Err(error) => {
-                    queue.polled = false;
+                    queue.busy_polled = false;
                     if let Some(mut queue) = self.take(index) {
                         self.ring_failed(index, &mut queue, error);
                         self.put(index, queue);
@@ -308,7 +336,8 @@ impl Queues {
         found
     }
 
-    /// Counts a request that was answered.
+    /// Counts a completed request of queue `index` in its statistics: bytes of data in both directions, and whether it was
+    /// completed with an error.
     #[inline]
     pub fn count_request(&self, index: u16, bytes: u64, failed: bool) {
         if let Some(counters) = self.shared.counters.get(usize::from(index)) {
@@ -316,7 +345,7 @@ impl Queues {
         }
     }
 
-    /// [Publishes](Self::publish) what is left, on every queue.
+    /// [Publishes](Self::publish) used descriptors on every queue.
     pub(super) fn publish_all(&mut self) {
         for index in (0..self.slots.len()).map(to_u16) {
             let slot = self.slots.get_mut(usize::from(index)).and_then(Option::as_mut);
@@ -328,25 +357,29 @@ impl Queues {
         }
     }
 
-    /// Shows the driver what was answered and signals it if it wants that.
+    /// Publishes the used descriptors that were pushed, and signals the call eventfd unless the driver suppresses that.
+    ///
+    /// # Errors
+    /// [`RingError`], for [`ring_failed`](Self::ring_failed).
     #[inline]
     pub fn publish(&self, queue: &mut Queue) -> Result<(), RingError> {
         queue.publish()
     }
 
-    /// A queue that cannot go on rests until the next kick; one whose driver broke the protocol is retired, and the
-    /// driver told to reset the device.
+    /// Handles an error of a ring, and returns `false`, for "no more requests". After a fault, which is memory that is not
+    /// mapped, the queue is served again at the next kick. After any other error the driver has broken the protocol: the
+    /// queue is not served until it is started again, and `DEVICE_NEEDS_RESET` is set (virtio 1.2 section 2.1.2).
     pub fn ring_failed(&self, index: u16, queue: &mut Queue, error: RingError) -> bool {
-        if !error.is_fault() && !std::mem::replace(&mut queue.retired, true) {
-            self.shared.break_down();
+        if !error.is_fault() && !std::mem::replace(&mut queue.broken, true) {
+            self.shared.set_needs_reset();
         }
         self.log_error(index, &error);
         false
     }
 
-    /// Tells the log of a driver that errs, not too often.
+    /// Logs an error that the driver has caused, at most 5 per second and device.
     pub fn log_error(&self, queue: u16, error: &dyn fmt::Display) {
-        if let Some(suppressed) = self.log_limit.pass() {
+        if let Some(suppressed) = self.log_limit.allow() {
             tracing::warn!(device = %self.name, queue, suppressed, "{error}");
         }
     }

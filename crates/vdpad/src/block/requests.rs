@@ -16,7 +16,7 @@ use super::disk::{After, Claimed, Direct, Disk, Moment, Verdict};
 use super::pending::{Data, Pending};
 
 /// Operations in flight of one device. The kernel gives an operation that may block a thread, of which a worker's ring has
-/// [`KERNEL_THREADS`](vdpa_backend::worker::KERNEL_THREADS): a disk that hangs must leave some to its neighbours.
+/// [`IOWQ_WORKERS_MAX`](vdpa_backend::worker::IOWQ_WORKERS_MAX): a disk that hangs must leave some to its neighbours.
 const IN_FLIGHT_MAX: usize = 256;
 
 /// Bytes of bounce buffers of one device beyond which it takes no further requests. Each may need as many as a transfer has
@@ -66,7 +66,7 @@ pub(crate) struct Requests<D: Disk> {
 }
 
 impl<D: Disk> QueueHandler for Requests<D> {
-    fn map_wakes(&self) -> bool {
+    fn retry_on_map_change(&self) -> bool {
         // A request that was put back because its memory was out of reach may be in reach now.
         true
     }
@@ -146,7 +146,7 @@ impl<D: Disk> QueueHandler for Requests<D> {
         })
     }
 
-    fn renew(&mut self, queues: &Queues, asid: Asid, view: &Arc<MemoryView>) {
+    fn replace_views(&mut self, queues: &Queues, asid: Asid, view: &Arc<MemoryView>) {
         let in_flight = self.pending.iter_mut().flatten().flat_map(|in_flight| match in_flight {
             InFlight::One(one) => std::slice::from_mut(one),
             InFlight::Flush(all) => all,

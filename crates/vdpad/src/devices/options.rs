@@ -76,8 +76,8 @@ pub(super) fn placement(attrs: &Attrs) -> Result<Placement, CtlError> {
         Some(text) => return refuse("worker", text, "\"shared\" or \"own\" is right.".into()),
     };
     match attrs.get("cpus").map(|text| (text, text.parse())) {
-        None => Ok(Placement { cpus: None, own }),
-        Some((_, Ok(cpus))) => Ok(Placement { cpus: Some(cpus), own }),
+        None => Ok(Placement { cpus: None, dedicated: own }),
+        Some((_, Ok(cpus))) => Ok(Placement { cpus: Some(cpus), dedicated: own }),
         Some((text, Err(error))) => {
             let error: InvalidCpuList = error;
             refuse("cpus", text, format!("{error}."))

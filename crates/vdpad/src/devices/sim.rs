@@ -296,7 +296,7 @@ impl Mappings {
     /// Gives the worker a table. Requests are answered before the next command is looked at, so there is never one
     /// in flight, and a invalidation only makes the queues look their rings up again.
     fn show(&self, asid: Asid, table: &Table<GuestMemory>) -> Result<()> {
-        self.worker.set_view(asid, Arc::new(MemoryView::new(table, Vec::new())), Removed::everything())
+        self.worker.set_view(asid, Arc::new(MemoryView::new(table)), Removed::everything())
     }
 
     fn show_single(&self, asid: Asid) -> Result<()> {

@@ -112,7 +112,7 @@ impl Model for Net {
 struct Handler(Loopback);
 
 impl QueueHandler for Handler {
-    fn map_wakes(&self) -> bool {
+    fn retry_on_map_change(&self) -> bool {
         // The kernel's simulator looks at its rings when it is kicked.
         false
     }

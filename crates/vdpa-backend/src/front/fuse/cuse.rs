@@ -1,7 +1,7 @@
-//! Character devices: everything in which CUSE differs from FUSE.
+//! Character devices by CUSE: everything in which it differs from FUSE.
 //!
-//! Each device is a connection of its own, there is no directory to serve, and an ioctl comes without its argument: it is
-//! read and written in the caller's memory, at the moment at which the kernel's vhost-vdpa would.
+//! Each device is a connection of its own, and there is no directory to serve. An ioctl arrives without its argument, which is
+//! read from and written to the caller's memory at the moment at which the kernel's vhost-vdpa would.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,21 +15,22 @@ use vdpa_core::Errno;
 use vdpa_sys::fuse::cuse::{self, CuseError, Number};
 use vdpa_sys::process::Caller;
 
-use super::super::lifeline::Guarded;
-use super::channel::{Channel, Place};
 use super::device::{DeviceFile, IoctlCall, IoctlReply, Opener};
+use super::session::{Endpoint, Session};
 use super::tree::AddError;
+use crate::front::watchdog::protocol::Watched;
 
 /// The node id in requests about a character device.
 const NODE: u64 = 0;
-const HANDSHAKE: Duration = Duration::from_secs(5);
-/// A device that was given up goes within this time, unless its thread hangs.
-const PATIENCE: Duration = Duration::from_secs(2);
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+/// The kernel removes a device that was closed within this time, unless the device's thread hangs.
+const REMOVAL_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Whether character devices can be made; tries to load the module once.
+/// Checks whether character devices can be created. Runs `modprobe cuse` when the module is missing, and blocks until that has
+/// ended.
 ///
 /// # Errors
-/// [`CuseError::Control`], with what would make it possible; [`CuseError::NoDevtmpfs`].
+/// [`CuseError::Control`], whose text has the remedy; [`CuseError::NoDevtmpfs`].
 pub fn available() -> Result<(), CuseError> {
     let Err(error) = cuse::available() else { return Ok(()) };
     if !error.lacks_module() {
@@ -41,8 +42,8 @@ pub fn available() -> Result<(), CuseError> {
     cuse::available()
 }
 
-/// The part of a device name before the file name, for files in `dir`: "" for `/dev`, `a/` for `/dev/a`; `None` for a
-/// directory elsewhere, where there can be no character device of ours.
+/// The prefix of the names of devices in `dir`, relative to `/dev`: "" for `/dev`, `a/` for `/dev/a`. `None` for a directory
+/// outside of `/dev`, where CUSE cannot create devices.
 #[must_use]
 pub fn prefix_of(dir: &Path) -> Option<String> {
     let inside = dir.strip_prefix("/dev").ok()?.to_str()?;
@@ -50,7 +51,7 @@ pub fn prefix_of(dir: &Path) -> Option<String> {
     plain.then(|| if inside.is_empty() { String::new() } else { format!("{inside}/") })
 }
 
-/// A character device of ours.
+/// A character device that this process serves.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Node {
     name: String,
@@ -58,16 +59,16 @@ pub(super) struct Node {
 }
 
 impl Node {
-    pub(super) fn guarded(&self) -> Guarded {
-        Guarded::Device { name: self.name.clone(), number: self.number }
+    pub(super) fn watched(&self) -> Watched {
+        Watched::Device { name: self.name.clone(), number: self.number }
     }
 
-    /// Where it is.
+    /// Path of the device node.
     pub(super) fn path(&self) -> PathBuf {
         cuse::node(&self.name)
     }
 
-    /// Takes the node out of `/dev`, for a device that somebody has open still. The kernel does not miss it.
+    /// Removes the node from `/dev`, for a device that is still open. The kernel tolerates that the node is missing later.
     pub(super) fn hide(&self) {
         if cuse::number_of(&self.name) != Some(self.number) {
             return;
@@ -77,9 +78,9 @@ impl Node {
         }
     }
 
-    /// Waits until the kernel has taken the device away.
+    /// Blocks until the kernel has removed the device, at most [`REMOVAL_TIMEOUT`].
     pub(super) fn wait_gone(&self) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + REMOVAL_TIMEOUT;
         while cuse::number_of(&self.name) == Some(self.number) {
             if Instant::now() > deadline {
                 return warn!(node = %self.path().display(), "the device is not gone yet");
@@ -89,40 +90,40 @@ impl Node {
     }
 }
 
-/// Makes the devices of one daemon.
+/// Creates the character devices of a server.
 #[derive(Debug)]
-pub(super) struct Maker {
+pub(super) struct NodeFactory {
     prefix: String,
     /// The major number that all share, once the kernel has chosen it: DPDK takes the first line of `/proc/devices` that
     /// begins with "vhost-vdpa" for that of every vhost-vdpa device.
     major: Mutex<Option<u32>>,
 }
 
-impl Maker {
+impl NodeFactory {
     pub(super) fn new(prefix: String) -> Self {
         Self { prefix, major: Mutex::default() }
     }
 
-    /// Makes the device `name` below the directory; its minor number is the one its name ends in.
-    pub(super) fn make(&self, name: &str, file: Arc<dyn DeviceFile>) -> Result<Arc<Channel>, AddError> {
+    /// Creates the device `name` below the directory. Its minor number is the number that its name ends in.
+    pub(super) fn create(&self, name: &str, file: Arc<dyn DeviceFile>) -> Result<Arc<Session>, AddError> {
         let minor = minor_of(name);
         let full = format!("{}{name}", self.prefix);
         let mut major = self.major.lock();
         let number = |major: Option<u32>| Number { major: major.unwrap_or(0), minor };
-        let mut made = cuse::create(&full, number(*major), HANDSHAKE);
-        if major.is_some() && matches!(made, Err(CuseError::Refused { .. })) {
-            // With the last device the number may have gone to somebody else.
+        let mut created = cuse::create(&full, number(*major), HANDSHAKE_TIMEOUT);
+        if major.is_some() && matches!(created, Err(CuseError::Refused { .. })) {
+            // When the last device was removed, another driver may have got the number.
             warn!(device = full, major = *major, "the major number is taken: asking for another one");
-            made = cuse::create(&full, number(None), HANDSHAKE);
+            created = cuse::create(&full, number(None), HANDSHAKE_TIMEOUT);
         }
-        let (connection, number) = made.map_err(|error| match error {
+        let (connection, number) = created.map_err(|error| match error {
             CuseError::Name { name } => AddError::Name { name },
             CuseError::Exists { .. } => AddError::Exists { name: name.into() },
             other => AddError::Create { reason: other.to_string() },
         })?;
         *major = Some(number.major);
-        let place = Place::Device(Node { name: full, number });
-        Ok(Channel::one_file(connection, place, NODE, name, Arc::new(Unrestricted(file))))
+        let place = Endpoint::Device(Node { name: full, number });
+        Ok(Session::one_file(connection, place, NODE, name, Arc::new(CopyingFile(file))))
     }
 }
 
@@ -131,10 +132,11 @@ fn minor_of(name: &str) -> u32 {
     name.get(name.len() - digits..).and_then(|digits| digits.parse().ok()).unwrap_or(0)
 }
 
-/// A device whose ioctls come without their argument.
-struct Unrestricted(Arc<dyn DeviceFile>);
+/// A device file whose ioctls arrive without their arguments (`FUSE_IOCTL_UNRESTRICTED`): copies them from and to the caller's
+/// memory, and calls the device as FUSE would.
+struct CopyingFile(Arc<dyn DeviceFile>);
 
-impl DeviceFile for Unrestricted {
+impl DeviceFile for CopyingFile {
     fn open(&self, opener: &Opener) -> Result<(), Errno> {
         self.0.open(opener)
     }
@@ -147,7 +149,7 @@ impl DeviceFile for Unrestricted {
         let (input_size, out_size) = sizes(call.cmd);
         let caller = Caller::new(i32::try_from(call.tid).unwrap_or(0));
         let mut input = vec![0; input_size];
-        // An argument that cannot be read is no error before the device asks for it.
+        // An argument that cannot be read is no error until the device uses it.
         if input_size > 0
             && caller
                 .as_ref()
@@ -163,8 +165,8 @@ impl DeviceFile for Unrestricted {
         Ok(IoctlReply { out: Vec::new(), ..reply })
     }
 
-    fn answered(&self) {
-        self.0.answered();
+    fn after_reply(&self) {
+        self.0.after_reply();
     }
 
     fn write(&self, handle: u64, tid: u32, data: &[u8]) -> Result<u32, Errno> {
@@ -238,7 +240,7 @@ mod tests {
     /// The calling thread of these calls is this one.
     fn call(cmd: u32, arg: u64) -> Result<IoctlReply, Errno> {
         let tid = rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs();
-        Unrestricted(Arc::new(Echo)).ioctl(&IoctlCall { handle: 0, tid, cmd, arg, input: &[], out_size: 0 })
+        CopyingFile(Arc::new(Echo)).ioctl(&IoctlCall { handle: 0, tid, cmd, arg, input: &[], out_size: 0 })
     }
 
     /// A device that notes what it is asked.
@@ -257,8 +259,8 @@ mod tests {
             self.0.lock().push("ioctl");
             Ok(IoctlReply::default())
         }
-        fn answered(&self) {
-            self.0.lock().push("answered");
+        fn after_reply(&self) {
+            self.0.lock().push("after_reply");
         }
         fn write(&self, _: u64, _: u32, _: &[u8]) -> Result<u32, Errno> {
             self.0.lock().push("write");
@@ -274,14 +276,14 @@ mod tests {
     #[test]
     fn every_call_reaches_the_device() {
         let notes = Arc::new(Notes::default());
-        let file = Unrestricted(Arc::clone(&notes) as _);
+        let file = CopyingFile(Arc::clone(&notes) as _);
         file.open(&Opener { handle: 1, uid: 0, tid: 0, flags: 0 }).unwrap();
         file.ioctl(&IoctlCall { handle: 1, tid: 0, cmd: 0xAF01, arg: 0, input: &[], out_size: 0 }).unwrap();
-        file.answered();
+        file.after_reply();
         file.write(1, 0, &[]).unwrap();
         assert_eq!(file.poll(), 0);
         file.release(1);
-        assert_eq!(*notes.0.lock(), ["open", "ioctl", "answered", "write", "poll", "release"]);
+        assert_eq!(*notes.0.lock(), ["open", "ioctl", "after_reply", "write", "poll", "release"]);
     }
 
     #[test]

@@ -1,102 +1,103 @@
-//! [`DeviceFile`]: what a file of the mount stands for.
+//! [`DeviceFile`]: what a device does with the system calls on its file.
 
 use vdpa_core::Errno;
 
-/// An ioctl as the kernel passes it on.
+/// An ioctl of a client (fuse.h `struct fuse_ioctl_in`).
 ///
-/// The kernel copies exactly `_IOC_SIZE(cmd)` bytes in and out, as the direction bits of `cmd` say. Everything
-/// else has to be read from and written to the caller's memory at `arg`.
+/// The kernel copies exactly `_IOC_SIZE(cmd)` bytes in and out, as the direction bits of `cmd` say. The device reads and writes
+/// anything else in the caller's memory at `arg`, through [`Caller`](vdpa_sys::process::Caller).
 #[derive(Clone, Copy, Debug)]
 pub struct IoctlCall<'a> {
-    /// The open it came by: see [`Opener::handle`].
+    /// The open that the ioctl was made on: see [`Opener::handle`].
     pub handle: u64,
-    /// The caller's *thread* id as the mount sees it; 0 when it is not visible. The caller cannot exit or exec
-    /// before it has its answer, so `/proc/TID` look-ups are free of races until then.
+    /// The caller's *thread* id in the process-id namespace of this process; 0 when it is not visible there. The thread cannot
+    /// exit or exec before it has the reply, so that `/proc/TID` stays that of the caller until then.
     pub tid: u32,
     /// The request number.
     pub cmd: u32,
-    /// The third argument, a pointer in the caller for most requests.
+    /// The third argument of `ioctl(2)`: for most requests a pointer in the caller's address space.
     pub arg: u64,
-    /// What was at `arg`, for requests with `_IOC_WRITE`; else empty.
+    /// The bytes at `arg` for requests with `_IOC_WRITE`, otherwise empty.
     pub input: &'a [u8],
-    /// Room for [`IoctlReply::out`]; 0 without `_IOC_READ`.
+    /// Maximum length of [`IoctlReply::out`]; 0 without `_IOC_READ`.
     pub out_size: u32,
 }
 
-/// The answer to an ioctl.
+/// The reply to an ioctl that succeeds.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct IoctlReply {
-    /// What the ioctl returns, 0 or positive.
+    /// Return value of the ioctl, 0 or positive.
     pub result: i32,
-    /// What the kernel copies to `arg`: at most `out_size` bytes. Less is allowed and leaves the rest of the
-    /// caller's structure alone (`GET_CONFIG` relies on it).
+    /// The bytes that the kernel copies to `arg`, at most [`IoctlCall::out_size`]; more become `EIO`. With fewer, the rest
+    /// of the caller's structure is unchanged (`GET_CONFIG` relies on that).
     pub out: Vec<u8>,
 }
 
 impl IoctlReply {
-    /// Returns 0 and copies `out`.
+    /// A reply that returns 0 and copies `out`.
     #[must_use]
     pub fn data(out: impl Into<Vec<u8>>) -> Self {
         Self { result: 0, out: out.into() }
     }
 }
 
-/// Who opens a device.
+/// An open of a device file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Opener {
-    /// Names the open in all later calls; not used twice.
+    /// Identifies the open in all later calls. Each number is used once.
     pub handle: u64,
-    /// The user, as the mount sees it.
+    /// The user who opens, in the user namespace of the mount.
     pub uid: u32,
-    /// The thread, in the process-id namespace of the daemon; 0 when it is not visible there. It waits while
-    /// [`DeviceFile::open`] runs, and may be gone afterwards.
+    /// The thread that opens, in the process-id namespace of this process; 0 when it is not visible there. It waits while
+    /// [`DeviceFile::open`] runs, and may have exited afterwards.
     pub tid: u32,
-    /// `O_*`; any access mode is to be accepted.
+    /// The `O_*` flags of `open(2)`. vhost-vdpa accepts every access mode.
     pub flags: u32,
 }
 
-/// A device behind a file. All calls for one device come from one thread, in the order the kernel sent them, so
-/// that the RELEASE of one open precedes the next OPEN; they may block without disturbing other devices.
+/// A device behind a device file.
 ///
-/// A call that takes longer than [`Options::request_timeout`](super::Options::request_timeout) is answered with
-/// `EIO` in its place; its own result is dropped then, and an `open` that succeeds too late is followed by
-/// `release`.
+/// The device's own thread makes all calls, one at a time and in the order in which the kernel sent the requests, so that
+/// `release` of one open precedes the next `open`. A method may block without delaying other devices, but not longer than
+/// [`Options::request_timeout`](super::Options::request_timeout): the client gets `EIO` then, the result of the call is
+/// dropped, and an `open` that succeeds too late is followed by `release`. A panic in a method becomes `EIO`.
 pub trait DeviceFile: Send + Sync {
-    /// Opens.
+    /// Opens the device. The device itself makes sure that it is opened once at a time, if it wants that.
     ///
     /// # Errors
-    /// `EBUSY` when the device is open already; exclusiveness is the device's business.
+    /// Passed to the client: `EBUSY` when the device is open already.
     fn open(&self, opener: &Opener) -> Result<(), Errno>;
 
-    /// Closes: the last descriptor of one successful open is gone. Exactly one call for each, also when the
-    /// mount is aborted or the file was removed.
+    /// Closes an open: its last descriptor was closed. Called exactly once for each successful `open`, also when the mount is
+    /// aborted or the file was removed.
     fn release(&self, handle: u64);
 
-    /// Answers an ioctl.
+    /// Handles an ioctl, whose caller waits meanwhile.
     ///
     /// # Errors
-    /// Passed to the caller as they are, numbers of 512 and above included.
+    /// Passed to the client unchanged, including numbers of 512 and above, such as `ENOTSUPP` (524).
     fn ioctl(&self, call: &IoctlCall<'_>) -> Result<IoctlReply, Errno>;
 
-    /// Does what the answer to the last ioctl need not wait for. Called when it was sent.
-    fn answered(&self) {}
+    /// Called after the reply to each ioctl was sent, for work that the client need not wait for.
+    fn after_reply(&self) {}
 
-    /// Takes one `write` with all its bytes, up to the mount's largest write. `handle` and `tid` as in [`IoctlCall`].
+    /// Handles one `write(2)` with all its bytes, up to the maximum of the mount. `handle` and `tid` are as in [`IoctlCall`].
     ///
-    /// The return value is what the caller's `write` returns, except that FUSE cannot report more than was
-    /// offered: a larger number is cut to `data.len()`.
+    /// Returns what the client's `write` returns. FUSE cannot report more than the client wrote: a larger number is reduced to
+    /// `data.len()`.
     ///
     /// # Errors
-    /// Passed to the caller as they are; numbers of 512 and above become `EIO`.
+    /// Passed to the client unchanged; numbers of 512 and above become `EIO`.
     fn write(&self, handle: u64, tid: u32, data: &[u8]) -> Result<u32, Errno>;
 
-    /// The `POLL*` events that hold now; vhost-vdpa is always ready. Must not block.
+    /// The `POLL*` events that are set now. vhost-vdpa is always ready for both directions, which is the default. Must not
+    /// block.
     fn poll(&self) -> u32 {
         POLLIN | POLLOUT
     }
 }
 
-/// `POLLIN`.
+/// `POLLIN` of `poll(2)`: readable.
 pub const POLLIN: u32 = 0x1;
-/// `POLLOUT`.
+/// `POLLOUT` of `poll(2)`: writable.
 pub const POLLOUT: u32 = 0x4;

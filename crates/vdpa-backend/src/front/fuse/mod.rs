@@ -1,15 +1,17 @@
-//! Device files: in one flat directory, over single files, or as character devices.
+//! [`DeviceFiles`]: device files in one flat directory, over single files, or as character devices.
 //!
-//! One thread reads the requests of all connections and answers what concerns names and attributes; it never calls a
-//! device. What concerns an open device goes, in order, to that device's own thread. While a request is in progress the
-//! reader looks again and again, and answers in place of a device that does not.
+//! A device implements [`DeviceFile`]; [`VhostVdpaFile`](super::vhost::VhostVdpaFile) does for vhost-vdpa. One thread, the
+//! reader, reads the FUSE requests of all connections and answers those about names and attributes; it never calls a device.
+//! Each open device has a thread of its own, which handles the device's requests in order. While a request is in progress the
+//! reader checks its duration periodically, and replies `EIO` in place of a device that exceeds
+//! [`Options::request_timeout`].
 
-mod channel;
 pub mod cuse;
 mod device;
-mod lane;
-mod place;
-mod serve;
+mod mount_point;
+mod request_queue;
+mod server;
+mod session;
 mod tree;
 
 use std::fmt;
@@ -28,30 +30,31 @@ use vdpa_sys::fuse::{HandshakeError, MountError, MountOptions, Negotiated, mount
 use vdpa_sys::uapi::fuse::ROOT_ID;
 
 pub use device::{DeviceFile, IoctlCall, IoctlReply, Opener, POLLIN, POLLOUT};
-pub use place::prepare_dir;
+pub use mount_point::prepare_dir;
 pub use tree::{AddError, FileAttributes};
 
-use super::lifeline::{Guarded, Lifeline, Word};
-use channel::{Channel, Place};
-use serve::Server;
+use super::watchdog::protocol::{Message, WatchdogLink, Watched};
+use server::Server;
+use session::{Endpoint, Session};
 
 /// Time for the kernel's first request on a new mount.
-const HANDSHAKE: Duration = Duration::from_secs(5);
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How files are made and watched.
+/// How [`DeviceFiles`] mounts, and how it is watched.
 #[derive(Debug)]
 pub struct Options {
-    /// Let all users in; mode and owner of each file decide who may open it, checked by the kernel. Without it only
-    /// the user who runs the daemon sees the directory.
+    /// Mount option `allow_other`: all users can access the files, and mode and owner of each file, which the kernel checks,
+    /// decide who may open it. With `false` only the user who runs this process can access the directory. Default: `true`.
     pub allow_other: bool,
-    /// The source that `mount` shows; by default it names this process, so that a watchdog can tell its mount from
-    /// that of a successor.
+    /// The source of the mount, as in `/proc/mounts`. Default: [`source_of`] this process, by which a watchdog tells the
+    /// mount of its server from that of another one.
     pub fsname: String,
-    /// How long a device may take for one request before the client gets `EIO`.
+    /// How long a device may take for one request before the client gets `EIO`. Default: 30 s.
     pub request_timeout: Duration,
-    /// Where the reader proves that it is alive: [`Watchdog::take_heartbeat`](super::watchdog::Watchdog::take_heartbeat).
+    /// The pipe to a watchdog process, from [`Watchdog::take_heartbeat`](super::watchdog::Watchdog::take_heartbeat). Default:
+    /// `None`, for no watchdog.
     pub heartbeat: Option<PipeWriter>,
-    /// How often, well below the watchdog's time-out.
+    /// Time between two heartbeats, well below the watchdog's time-out. Default: 1 s.
     pub heartbeat_interval: Duration,
 }
 
@@ -67,146 +70,167 @@ impl Default for Options {
     }
 }
 
-/// Why the files cannot be served.
+/// Why device files cannot be served.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
-    /// The directory cannot be made or looked at.
+    /// The directory cannot be created or resolved.
     #[error("cannot use {} as mount directory", dir.display())]
     Directory {
-        /// Which.
+        /// The directory.
         dir: PathBuf,
         /// The reason.
         source: std::io::Error,
     },
-    /// Another daemon is there.
+    /// Another server has mounted at the directory, and answers.
     #[error(
         "{} is served by another vdpad; stop that one or choose another directory", dir.display()
     )]
     Served {
-        /// Which.
+        /// The directory.
         dir: PathBuf,
     },
-    /// Another daemon is there and does not answer.
+    /// Another server has mounted at the directory, and does not answer within 2 s.
     #[error(
         "{} is served by a vdpad that does not answer; end that process, or: umount -f {}", dir.display(), dir.display()
     )]
     Hung {
-        /// Which.
+        /// The directory.
         dir: PathBuf,
     },
-    /// Mounting failed.
+    /// `/dev/fuse` cannot be opened, or `mount(2)` failed: `EPERM` without `CAP_SYS_ADMIN`.
     #[error(transparent)]
     Mount(#[from] MountError),
-    /// The kernel and we do not understand each other.
+    /// The kernel did not send INIT within 5 s, or lacks a feature that is required.
     #[error(transparent)]
     Handshake(#[from] HandshakeError),
-    /// The directory is not one for character devices.
+    /// Character devices can be created below `/dev` only.
     #[error("{} is not below /dev, where character devices are; choose such a directory or the front end \"fuse\"", dir.display())]
     NotDev {
-        /// Which.
+        /// The directory.
         dir: PathBuf,
     },
-    /// A thread or descriptor is missing.
+    /// A thread (`EAGAIN`) or descriptor (`EMFILE`) cannot be created.
     #[error("cannot start serving {}", dir.display())]
     Start {
-        /// Which.
+        /// The directory.
         dir: PathBuf,
         /// The reason.
         source: std::io::Error,
     },
 }
 
-/// The source of the mount that the process `pid` serves.
+/// The default source of the mounts that process `pid` serves: `vdpad-PID`.
 #[must_use]
 pub fn source_of(pid: u32) -> String {
     format!("vdpad-{pid}")
 }
 
-/// Where files appear that are given no path of their own.
+/// Where device files are created that have no path of their own.
 #[derive(Debug)]
-enum Home {
-    /// A mount.
-    Mount { directory: Arc<Channel>, negotiated: Negotiated },
-    /// `/dev`, as character devices.
-    Dev(cuse::Maker),
+enum FileRoot {
+    /// In the directory of a mount.
+    Mount { directory: Arc<Session>, negotiated: Negotiated },
+    /// Below `/dev`, as character devices.
+    Dev(cuse::NodeFactory),
 }
 
-/// The device files of a daemon. Dropping it is [`DeviceFiles::shutdown`].
+/// The device files of a server program. Dropping it is [`DeviceFiles::shutdown`].
+///
+/// Any thread may call it, except from inside a [`DeviceFile`] method. Methods that add or remove files block while the kernel
+/// mounts, unmounts, or creates a character device.
+///
+/// ```no_run
+/// use std::path::Path;
+/// use std::sync::Arc;
+/// use vdpa_backend::front::fuse::{DeviceFile, DeviceFiles, Options};
+///
+/// fn serve(dir: &Path, device: impl DeviceFile + 'static) -> Result<(), Box<dyn std::error::Error>> {
+///     let files = DeviceFiles::mount(dir, Options::default())?;
+///     let path = files.add("vdpa0", Arc::new(device))?;
+///     println!("serving {}", path.display());
+///     // Until the mount is ended from outside, or the program calls `shutdown`.
+///     while files.is_serving() {
+///         std::thread::sleep(std::time::Duration::from_secs(1));
+///     }
+///     Ok(())
+/// }
+/// ```
 pub struct DeviceFiles {
     dir: PathBuf,
-    home: Home,
+    root: FileRoot,
     options: MountOptions,
     server: Arc<Server>,
     reader: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl DeviceFiles {
-    /// Mounts at `dir` and begins to serve. Creates `dir` when it is missing and removes what a daemon that died
-    /// left mounted there.
+    /// Mounts at `dir` and starts the reader thread. Creates `dir` when it is missing and removes the mount that a dead server
+    /// has left there. Needs `/dev/fuse` and `CAP_SYS_ADMIN`. Blocks until the kernel's INIT request, at most 5 s.
     ///
     /// # Errors
-    /// [`ServeError`]; nothing is left mounted then.
+    /// Each [`ServeError`] but [`NotDev`](ServeError::NotDev); nothing is left mounted then.
     pub fn mount(dir: &Path, options: Options) -> Result<Arc<Self>, ServeError> {
         let dir = prepare_dir(dir)?;
         let mount_options = options.mount();
         let server = new_server(&dir, options)?;
-        let guarded = Guarded::Mount(dir.clone());
-        server.lifeline.say(&Word::Guard(guarded));
+        let watched = Watched::Mount(dir.clone());
+        server.watchdog.send(&Message::Watch(watched));
         let connection = mount(&dir, &mount_options)?;
-        let mut guard = Unmount(Some(dir.clone()));
-        let negotiated = connection.handshake(HANDSHAKE)?;
-        let directory = Channel::directory(connection, dir.clone());
+        let mut guard = UnmountOnDrop(Some(dir.clone()));
+        let negotiated = connection.handshake(HANDSHAKE_TIMEOUT)?;
+        let directory = Session::directory(connection, dir.clone());
         server.attach(Arc::clone(&directory));
         let reader = start(&server, &dir)?;
         guard.0 = None;
         info!(dir = %dir.display(), flags = format_args!("{:#x}", negotiated.flags), "serving device files");
-        let home = Home::Mount { directory, negotiated };
-        Ok(Arc::new(Self { dir, home, options: mount_options, server, reader: Mutex::new(Some(reader)) }))
+        let root = FileRoot::Mount { directory, negotiated };
+        Ok(Arc::new(Self { dir, root, options: mount_options, server, reader: Mutex::new(Some(reader)) }))
     }
 
-    /// Begins to serve character devices in `dir`, which is `/dev` or a directory below it.
+    /// Starts the reader thread for character devices in `dir`, which is `/dev` or a directory below it. Check
+    /// [`cuse::available`] first: without CUSE, [`add`](Self::add) fails.
     ///
     /// # Errors
-    /// [`ServeError`].
+    /// [`ServeError::NotDev`] and [`ServeError::Start`].
     pub fn cuse(dir: &Path, options: Options) -> Result<Arc<Self>, ServeError> {
         let prefix = cuse::prefix_of(dir).ok_or_else(|| ServeError::NotDev { dir: dir.into() })?;
         let mount_options = options.mount();
         let server = new_server(dir, options)?;
         let reader = start(&server, dir)?;
         info!(dir = %dir.display(), "serving device files as character devices");
-        let home = Home::Dev(cuse::Maker::new(prefix));
+        let root = FileRoot::Dev(cuse::NodeFactory::new(prefix));
         let dir = dir.components().collect();
-        Ok(Arc::new(Self { dir, home, options: mount_options, server, reader: Mutex::new(Some(reader)) }))
+        Ok(Arc::new(Self { dir, root, options: mount_options, server, reader: Mutex::new(Some(reader)) }))
     }
 
-    /// Adds a device file, mode 0600, owned by the daemon's user; a character device gets what udev's rules say.
-    /// Returns where it is.
+    /// Adds the device file `name` and returns its path. Its mode is 0600 and its owner this process's user; a character device
+    /// gets what udev's rules say. Clients can open it as soon as this returns.
     ///
     /// # Errors
-    /// [`AddError`].
+    /// [`AddError`]; there is no file then.
     pub fn add(&self, name: &str, file: Arc<dyn DeviceFile>) -> Result<PathBuf, AddError> {
-        match &self.home {
-            Home::Mount { directory, .. } => directory.add(name, file, FileAttributes::private())?,
-            Home::Dev(maker) => {
-                let channel = maker.make(name, file)?;
-                self.server.lifeline.say(&Word::Guard(channel.place.guarded()));
-                self.server.attach(channel);
+        match &self.root {
+            FileRoot::Mount { directory, .. } => directory.add(name, file, FileAttributes::private())?,
+            FileRoot::Dev(factory) => {
+                let session = factory.create(name, file)?;
+                self.server.watchdog.send(&Message::Watch(session.endpoint.watched()));
+                self.server.attach(session);
             }
         }
         Ok(self.dir.join(name))
     }
 
-    /// Adds a device file with attributes of its own, such as those saved before a restart.
+    /// As [`add`](Self::add), with other attributes, such as those saved before a restart.
     ///
     /// # Errors
-    /// [`AddError`].
+    /// As [`add`](Self::add), and [`AddError::Create`] when the attributes of a character device cannot be set.
     pub fn add_with(
         &self,
         name: &str,
         file: Arc<dyn DeviceFile>,
         attributes: FileAttributes,
     ) -> Result<PathBuf, AddError> {
-        if let Home::Mount { directory, .. } = &self.home {
+        if let FileRoot::Mount { directory, .. } = &self.root {
             directory.add(name, file, attributes)?;
             return Ok(self.dir.join(name));
         }
@@ -220,95 +244,96 @@ impl DeviceFiles {
         Ok(path)
     }
 
-    /// Adds a device file called `name` that is mounted over the file `path`. Without a file there, an empty one is made,
-    /// and removed in the end.
+    /// Adds a device file called `name` by a mount over the regular file `path`, and returns that path without symbolic links.
+    /// When there is no file, it creates an empty one, and removes it when the device file is removed.
     ///
     /// # Errors
-    /// [`AddError`].
+    /// [`AddError::Create`]; nothing is left mounted then.
     pub fn add_at(&self, path: &Path, name: &str, file: Arc<dyn DeviceFile>) -> Result<PathBuf, AddError> {
         let failed = |reason: String| AddError::Create { reason };
-        let (path, made) = place::prepare_file(path).map_err(failed)?;
-        let place = Place::File { path: path.clone(), made };
-        self.server.lifeline.say(&Word::Guard(place.guarded()));
-        let options = MountOptions { rootmode: place::FILE_MODE, ..self.options.clone() };
+        let (path, created) = mount_point::prepare_file(path).map_err(failed)?;
+        let endpoint = Endpoint::File { path: path.clone(), created };
+        self.server.watchdog.send(&Message::Watch(endpoint.watched()));
+        let options = MountOptions { rootmode: mount_point::FILE_MODE, ..self.options.clone() };
         let mounted = mount(&path, &options).map_err(|error| error.to_string()).and_then(|connection| {
-            let mut guard = Unmount(Some(path.clone()));
-            connection.handshake(HANDSHAKE).map_err(|error| error.to_string())?;
+            let mut guard = UnmountOnDrop(Some(path.clone()));
+            connection.handshake(HANDSHAKE_TIMEOUT).map_err(|error| error.to_string())?;
             guard.0 = None;
             Ok(connection)
         });
         let connection = mounted.map_err(|reason| {
-            self.server.lifeline.say(&Word::Release(place.guarded()));
-            place::tidy(&path, made);
+            self.server.watchdog.send(&Message::Unwatch(endpoint.watched()));
+            mount_point::remove_placeholder(&path, created);
             failed(reason)
         })?;
-        self.server.attach(Channel::one_file(connection, place, ROOT_ID, name, file));
+        self.server.attach(Session::one_file(connection, endpoint, ROOT_ID, name, file));
         info!(path = %path.display(), "serving a device file");
         Ok(path)
     }
 
-    /// Takes a file away; new opens give `ENOENT` from now on, also when it is open. Those who have
-    /// it open keep it until they close it. Whether there was such a file.
+    /// Removes a device file; `false` when there is no file of that name. Later opens fail with `ENOENT`. Clients that have the
+    /// file open can use it until they close it. Blocks at most 2 s, for a character device that is not open.
     pub fn remove(&self, name: &str) -> bool {
-        if let Home::Mount { directory, .. } = &self.home
+        if let FileRoot::Mount { directory, .. } = &self.root
             && directory.remove(name)
         {
             return true;
         }
-        let channel = self.server.channels().into_iter().find(|channel| channel.remove(name));
-        let Some(channel) = channel else { return false };
-        channel.retire();
-        match channel.place.clone() {
-            Place::File { path, made } => {
+        let session = self.server.sessions().into_iter().find(|session| session.remove(name));
+        let Some(session) = session else { return false };
+        session.set_closing();
+        match session.endpoint.clone() {
+            Endpoint::File { path, created } => {
                 unmount_logged(unmount_lazily(&path));
-                place::tidy(&path, made);
-                self.server.lifeline.say(&Word::Release(Guarded::Mount(path)));
+                mount_point::remove_placeholder(&path, created);
+                self.server.watchdog.send(&Message::Unwatch(Watched::Mount(path)));
             }
-            Place::Device(node) if channel.is_idle() => {
-                self.server.detach(&channel);
-                drop(channel);
+            Endpoint::Device(node) if session.is_idle() => {
+                self.server.detach(&session);
+                drop(session);
                 node.wait_gone();
             }
-            // Its connection is needed until it is closed, and the device lasts as long as that.
-            Place::Device(node) => node.hide(),
-            Place::Directory(_) => {}
+            // The device and its connection must last until the last client closes it.
+            Endpoint::Device(node) => node.hide(),
+            Endpoint::Directory(_) => {}
         }
         true
     }
 
-    /// Attributes of a file as `chmod` and `chown` left them.
+    /// The present attributes of a file in the directory, after any `chmod` and `chown`; `None` for other files.
     #[must_use]
     pub fn attributes(&self, name: &str) -> Option<FileAttributes> {
-        match &self.home {
-            Home::Mount { directory, .. } => directory.attributes(name),
-            Home::Dev(_) => {
+        match &self.root {
+            FileRoot::Mount { directory, .. } => directory.attributes(name),
+            FileRoot::Dev(_) => {
                 let meta = fs::symlink_metadata(self.dir.join(name)).ok()?;
                 Some(FileAttributes { mode: meta.mode() & 0o7777, uid: meta.uid(), gid: meta.gid() })
             }
         }
     }
 
-    /// Where files appear that are given no path of their own: absolute, without symbolic links.
+    /// The directory of files that were added without a path of their own: absolute, and without symbolic links if mounted.
     #[must_use]
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// Name of the front end: `fuse` or `cuse`.
+    /// Name of the front end for files in the directory: `fuse` or `cuse`.
     #[must_use]
     pub const fn front(&self) -> &'static str {
-        match self.home {
-            Home::Mount { .. } => "fuse",
-            Home::Dev(_) => "cuse",
+        match self.root {
+            FileRoot::Mount { .. } => "fuse",
+            FileRoot::Dev(_) => "cuse",
         }
     }
 
-    /// What INIT of the mount agreed on; `None` for character devices.
+    /// What was negotiated by INIT for the mount of the directory (fuse.h `struct fuse_init_out`); `None` for character
+    /// devices.
     #[must_use]
     pub const fn negotiated(&self) -> Option<Negotiated> {
-        match self.home {
-            Home::Mount { negotiated, .. } => Some(negotiated),
-            Home::Dev(_) => None,
+        match self.root {
+            FileRoot::Mount { negotiated, .. } => Some(negotiated),
+            FileRoot::Dev(_) => None,
         }
     }
 
@@ -319,39 +344,39 @@ impl DeviceFiles {
         !self.server.has_ended()
     }
 
-    /// Returns when requests are not [served](Self::is_serving) any more. Costs nothing until then.
+    /// Completes when requests are not [served](Self::is_serving) any more. Any async runtime can poll it.
     pub async fn ended(&self) {
         self.server.ended().await;
     }
 
-    /// Ends all mounts and devices and waits for the threads. Clients get `ECONNABORTED` or `ENOTCONN`; each open device
-    /// is released. A device that hangs is waited for no longer than the request time-out. Idempotent.
+    /// Ends all mounts and devices and waits for their threads, for devices that hang no longer than the request time-out.
+    /// Clients get `ECONNABORTED` or `ENOTCONN`, and [`DeviceFile::release`] is called for each open. Idempotent.
     pub fn shutdown(&self) {
         let mut reader = self.reader.lock();
         let Some(thread) = reader.take() else { return };
         let lost = self.server.has_ended();
-        let mut places: Vec<_> = self
+        let mut endpoints: Vec<_> = self
             .server
-            .channels()
+            .sessions()
             .iter()
-            .map(|channel| {
-                channel.retire();
-                channel.place.clone()
+            .map(|session| {
+                session.set_closing();
+                session.endpoint.clone()
             })
             .collect();
-        if lost && let Home::Mount { directory, .. } = &self.home {
-            places.push(directory.place.clone());
+        if lost && let FileRoot::Mount { directory, .. } = &self.root {
+            endpoints.push(directory.endpoint.clone());
         }
-        for place in &places {
-            match place {
-                // Ended from outside: the place may belong to somebody else by now, unless it is a dead mount.
-                Place::Directory(path) if lost && !place::is_stale(path) => {}
-                Place::Directory(path) => unmount_logged(unmount(path)),
-                Place::File { path, made } => {
+        for endpoint in &endpoints {
+            match endpoint {
+                // The mount was ended from outside: another server may have mounted there, unless the mount is dead.
+                Endpoint::Directory(path) if lost && !mount_point::is_stale(path) => {}
+                Endpoint::Directory(path) => unmount_logged(unmount(path)),
+                Endpoint::File { path, created } => {
                     unmount_logged(unmount(path));
-                    place::tidy(path, *made);
+                    mount_point::remove_placeholder(path, *created);
                 }
-                Place::Device(_) => {}
+                Endpoint::Device(_) => {}
             }
         }
         self.server.end();
@@ -359,7 +384,7 @@ impl DeviceFiles {
             warn!(dir = %self.dir.display(), "the FUSE reader had panicked");
         }
         self.server.close();
-        self.server.lifeline.say(&Word::Farewell);
+        self.server.watchdog.send(&Message::Shutdown);
         info!(dir = %self.dir.display(), "no longer serving device files");
     }
 }
@@ -389,8 +414,8 @@ fn new_server(dir: &Path, options: Options) -> Result<Arc<Server>, ServeError> {
     let failed = |source| ServeError::Start { dir: dir.into(), source };
     let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
     let wake = wake.map_err(|error| failed(error.into()))?;
-    let lifeline = Lifeline::new(options.heartbeat, options.heartbeat_interval).map_err(failed)?;
-    Ok(Server::new(wake, options.request_timeout, lifeline))
+    let watchdog = WatchdogLink::new(options.heartbeat, options.heartbeat_interval).map_err(failed)?;
+    Ok(Server::new(wake, options.request_timeout, watchdog))
 }
 
 fn start(server: &Arc<Server>, dir: &Path) -> Result<JoinHandle<()>, ServeError> {
@@ -400,10 +425,10 @@ fn start(server: &Arc<Server>, dir: &Path) -> Result<JoinHandle<()>, ServeError>
     })
 }
 
-/// Removes a mount that could not be taken into service.
-struct Unmount(Option<PathBuf>);
+/// Removes a mount when an error occurs before it is served.
+struct UnmountOnDrop(Option<PathBuf>);
 
-impl Drop for Unmount {
+impl Drop for UnmountOnDrop {
     fn drop(&mut self) {
         if let Some(dir) = &self.0 {
             unmount_logged(unmount(dir));
@@ -417,7 +442,7 @@ fn unmount_logged(outcome: Result<(), MountError>) {
     }
 }
 
-/// Whether a moment lies `span` or more in the past.
+/// Whether `span` or more has passed since `moment`.
 fn is_past(moment: Instant, span: Duration) -> bool {
     moment.elapsed() >= span
 }

@@ -1,4 +1,4 @@
-//! Names, nodes and attributes of the directory.
+//! [`Tree`]: names, nodes and attributes of a session's files.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use rustix::process::{getegid, geteuid};
 use vdpa_sys::uapi::fuse::{Attr, Dirent, ROOT_ID, SetattrIn, setattr_valid};
 use zerocopy::IntoBytes;
 
-use super::lane::Lane;
+use super::request_queue::RequestQueue;
 
 const S_IFDIR: u32 = 0o040_000;
 const S_IFREG: u32 = 0o100_000;
@@ -18,49 +18,50 @@ const DT_REG: u32 = 8;
 const BLOCK: u32 = 4096;
 /// `NAME_MAX`.
 pub(super) const NAME_MAX: u32 = 255;
-/// Node ids double as cookies of READDIR; 1 and 2 are those of "." and "..".
+/// The first node id of a file. Node ids are also the offsets of READDIR, where 1 and 2 are those of "." and "..".
 const FIRST_NODE: u64 = 3;
 
-/// Who may open a device file. Changed by `chmod` and `chown`, kept while the file exists.
+/// Mode and owner of a device file, which decide who may open it; the kernel checks them (`default_permissions`). `chmod` and
+/// `chown` change them; they last as long as the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileAttributes {
     /// Permission bits, `0o7777`.
     pub mode: u32,
-    /// Owner, in the daemon's user namespace.
+    /// Owner, in the user namespace of this process.
     pub uid: u32,
-    /// Group, in the daemon's user namespace.
+    /// Group, in the user namespace of this process.
     pub gid: u32,
 }
 
 impl FileAttributes {
-    /// Mode 0600 and the daemon's own user.
+    /// Mode 0600, owned by the effective user and group of this process.
     #[must_use]
     pub fn private() -> Self {
         Self { mode: 0o600, uid: geteuid().as_raw(), gid: getegid().as_raw() }
     }
 }
 
-/// Why a file could not be added.
+/// Why a device file could not be added.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AddError {
-    /// The name cannot be a file name.
+    /// The name is not a valid file name.
     #[error(
         "{name:?} is no file name: it must have 1 to 255 bytes, no slash and no NUL, and not be \".\" or \"..\""
     )]
     Name {
-        /// It.
+        /// The name as it was given.
         name: String,
     },
-    /// The name is taken.
+    /// There is a device file of this name already.
     #[error("there is a device file {name:?} already")]
     Exists {
-        /// It.
+        /// The name as it was given.
         name: String,
     },
-    /// The file cannot be made.
+    /// The file, mount or character device cannot be created.
     #[error("{reason}")]
     Create {
-        /// Why, in whole.
+        /// The reason, as a complete sentence.
         reason: String,
     },
 }
@@ -69,14 +70,14 @@ pub enum AddError {
 struct Node {
     name: String,
     attr: Attr,
-    lane: Arc<Lane>,
-    /// How often the kernel was told of the node and has not forgotten it.
+    queue: Arc<RequestQueue>,
+    /// The kernel's lookup count: LOOKUP replies less FORGETs.
     lookups: u64,
-    /// Whether it has its name still.
+    /// Whether the name was not removed.
     linked: bool,
 }
 
-/// The directory and everything the kernel remembers of it.
+/// The directory, and all nodes that the kernel has a reference to.
 #[derive(Debug)]
 pub(super) struct Tree {
     root: Attr,
@@ -97,17 +98,21 @@ impl Tree {
     }
 
     /// One file with the node id `id` and no directory: a mount over a file ([`ROOT_ID`]), or a character device.
-    pub(super) fn of_one_file(id: u64, lane: Arc<Lane>, attributes: FileAttributes) -> Self {
-        let name = lane.name().to_owned();
+    pub(super) fn of_one_file(id: u64, queue: Arc<RequestQueue>, attributes: FileAttributes) -> Self {
+        let name = queue.name().to_owned();
         let attr = attr(id, S_IFREG, 1, attributes);
         // The kernel never forgets the root of a mount.
-        let node = Node { name: name.clone(), attr, lane, lookups: 1, linked: true };
+        let node = Node { name: name.clone(), attr, queue, lookups: 1, linked: true };
         Self { nodes: BTreeMap::from([(id, node)]), names: HashMap::from([(name, id)]), ..Self::new() }
     }
 
     /// Adds a file and returns its node id, which is never used again.
-    pub(super) fn add(&mut self, lane: Arc<Lane>, attributes: FileAttributes) -> Result<u64, AddError> {
-        let name = lane.name().to_owned();
+    pub(super) fn add(
+        &mut self,
+        queue: Arc<RequestQueue>,
+        attributes: FileAttributes,
+    ) -> Result<u64, AddError> {
+        let name = queue.name().to_owned();
         if name.is_empty()
             || name.len() > NAME_MAX as usize
             || name.contains(['/', '\0'])
@@ -123,7 +128,7 @@ impl Tree {
         self.next += 1;
         let attr = attr(id, S_IFREG, 1, attributes);
         self.names.insert(name.clone(), id);
-        self.nodes.insert(id, Node { name, attr, lane, lookups: 0, linked: true });
+        self.nodes.insert(id, Node { name, attr, queue, lookups: 0, linked: true });
         Ok(id)
     }
 
@@ -146,8 +151,8 @@ impl Tree {
         self.attr(*id)
     }
 
-    /// The kernel was told of the node once more.
-    pub(super) fn remember(&mut self, id: u64) {
+    /// Counts a LOOKUP reply that the kernel has received.
+    pub(super) fn count_lookup(&mut self, id: u64) {
         if let Some(node) = self.nodes.get_mut(&id) {
             node.lookups += 1;
         }
@@ -171,9 +176,9 @@ impl Tree {
         node.or_else(|| (id == ROOT_ID).then_some(self.root))
     }
 
-    /// The device to open; none when its name is gone.
-    pub(super) fn lane(&self, id: u64) -> Option<Arc<Lane>> {
-        self.nodes.get(&id).filter(|node| node.linked).map(|node| Arc::clone(&node.lane))
+    /// The request queue of a file to open; `None` when its name was removed.
+    pub(super) fn queue(&self, id: u64) -> Option<Arc<RequestQueue>> {
+        self.nodes.get(&id).filter(|node| node.linked).map(|node| Arc::clone(&node.queue))
     }
 
     pub(super) fn attributes(&self, name: &str) -> Option<FileAttributes> {
@@ -189,25 +194,25 @@ impl Tree {
             None if id == ROOT_ID => &mut self.root,
             None => return None,
         };
-        let asks = |bit| change.valid & bit != 0;
+        let has = |bit| change.valid & bit != 0;
         let (now, now_ns) = now();
-        if asks(setattr_valid::MODE) {
+        if has(setattr_valid::MODE) {
             attr.mode = attr.mode & !PERMISSIONS | change.mode & PERMISSIONS;
         }
-        if asks(setattr_valid::UID) {
+        if has(setattr_valid::UID) {
             attr.uid = change.uid;
         }
-        if asks(setattr_valid::GID) {
+        if has(setattr_valid::GID) {
             attr.gid = change.gid;
         }
-        if asks(setattr_valid::ATIME_NOW) {
+        if has(setattr_valid::ATIME_NOW) {
             (attr.atime, attr.atimensec) = (now, now_ns);
-        } else if asks(setattr_valid::ATIME) {
+        } else if has(setattr_valid::ATIME) {
             (attr.atime, attr.atimensec) = (change.atime, change.atimensec);
         }
-        if asks(setattr_valid::MTIME_NOW) {
+        if has(setattr_valid::MTIME_NOW) {
             (attr.mtime, attr.mtimensec) = (now, now_ns);
-        } else if asks(setattr_valid::MTIME) {
+        } else if has(setattr_valid::MTIME) {
             (attr.mtime, attr.mtimensec) = (change.mtime, change.mtimensec);
         }
         (attr.ctime, attr.ctimensec) = (now, now_ns);

@@ -1,9 +1,10 @@
-//! The vhost-vdpa interface: request numbers and bytes on one side, [`Device`] on the other.
+//! [`VhostVdpaFile`]: the vhost-vdpa interface. It decodes ioctls and IOTLB messages and calls a [`Device`].
 //!
-//! Knows nothing of how requests arrive; a FUSE file delivers them now.
+//! It implements [`DeviceFile`], and so works with files by FUSE and by CUSE alike. "uapi-spec" is the specification of
+//! vhost-vdpa's behaviour in Linux.
 
 mod opens;
-mod updates;
+mod update_history;
 mod vring;
 mod wire;
 
@@ -33,8 +34,8 @@ use crate::front::fuse::{DeviceFile, IoctlCall, IoctlReply, Opener};
 use crate::rate::RateLimit;
 
 use self::opens::Opens;
-pub use self::opens::Waiting;
-pub use self::updates::Updates;
+pub use self::opens::PendingSuccessor;
+pub use self::update_history::UpdateHistory;
 
 /// The decoders, for fuzz targets.
 #[cfg(fuzzing)]
@@ -68,37 +69,56 @@ pub mod fuzzing {
     }
 }
 
-/// Any parent of this daemon.
+/// The parent of a device, of any type.
 pub type AnyParent = Box<dyn Parent<Host = LinuxHost>>;
 
-/// A device as all parts of the daemon share it.
+/// A device as its file and the control side of a program share it. The lock is held during each request; hold it briefly.
 pub type SharedDevice = Arc<Mutex<Device<AnyParent>>>;
 
-/// A configuration request may not ask for more than any device has.
+/// Maximum length of a configuration request in bytes, more than any device has.
 const CONFIG_MAX: u32 = 1 << 16;
 
-/// A device behind a vhost-vdpa file.
+/// A vhost-vdpa device file: the [`DeviceFile`] of a [`Device`].
+///
+/// A program makes one for each device and passes it to [`DeviceFiles::add`](crate::front::fuse::DeviceFiles::add). The
+/// device's thread calls the `DeviceFile` methods. The control side of the program calls the others, on any thread; they do
+/// not block, unless they have a `timeout`.
+///
+/// ```no_run
+/// use std::sync::Arc;
+/// use parking_lot::Mutex;
+/// use vdpa_backend::front::fuse::{AddError, DeviceFiles};
+/// use vdpa_backend::front::vhost::{AnyParent, VhostVdpaFile};
+/// use vdpa_core::device::Device;
+/// use vdpa_sys::process::Spaces;
+///
+/// fn add(files: &DeviceFiles, parent: AnyParent, spaces: &Spaces) -> Result<(), AddError> {
+///     let device = Arc::new(Mutex::new(Device::new(parent)));
+///     let file = VhostVdpaFile::new("vdpa0".into(), device, spaces.clone());
+///     files.add("vdpa0", Arc::new(file)).map(drop)
+/// }
+/// ```
 pub struct VhostVdpaFile {
     name: String,
-    /// `None` when the device was taken away: nothing reaches it any more, and what it holds is free although a
-    /// client may keep the file open.
+    /// `None` when the device was revoked: requests fail with `ENODEV`, and its resources are free although a client may have
+    /// the file open.
     device: Mutex<Option<SharedDevice>>,
     opens: Mutex<Opens>,
     spaces: Spaces,
     refusals: RateLimit,
-    /// When the present owner became it.
+    /// When the present owner became the owner.
     owned_since: Mutex<Option<SystemTime>>,
-    updates: Mutex<Updates>,
+    updates: Mutex<UpdateHistory>,
     numbers: Numbers,
-    /// The device was deleted while a client had it; it goes when the client does.
+    /// The device was revoked while a client had it open; it is released when that client closes it.
     deleted: AtomicBool,
-    /// The present owner was told that its memory is private.
-    told_private: AtomicBool,
-    /// The last process that was refused for not being the owner: a successor that is about to become it is known then
-    /// when it does, which must not take long.
-    stranger: Mutex<Option<OwnerSpace>>,
-    /// Owners that are owners no more, to be let go after the answer that says so.
-    former: Mutex<Option<OwnerSpace>>,
+    /// The log has the warning that memory of the present owner is private.
+    private_memory_logged: AtomicBool,
+    /// Address space of the last process that was refused because it is not the owner. Such a process may be about to become
+    /// the owner: its address space is looked up before, because the change of owner must be fast.
+    last_refused: Mutex<Option<OwnerSpace>>,
+    /// The previous owner, which is dropped after the reply to NEW_OWNER was sent, so that the client does not wait for it.
+    previous_owner: Mutex<Option<OwnerSpace>>,
 }
 
 impl fmt::Debug for VhostVdpaFile {
@@ -108,7 +128,7 @@ impl fmt::Debug for VhostVdpaFile {
 }
 
 impl VhostVdpaFile {
-    /// A file for `device`, which is called `name` in the log.
+    /// A file for `device`, which is called `name` in the log. All files of a program share clones of `spaces`.
     #[must_use]
     pub fn new(name: String, device: SharedDevice, spaces: Spaces) -> Self {
         Self {
@@ -121,30 +141,30 @@ impl VhostVdpaFile {
             updates: Mutex::default(),
             numbers: live::configured(),
             deleted: AtomicBool::new(false),
-            told_private: AtomicBool::new(false),
-            stranger: Mutex::default(),
-            former: Mutex::default(),
+            private_memory_logged: AtomicBool::new(false),
+            last_refused: Mutex::default(),
+            previous_owner: Mutex::default(),
         }
     }
 
-    /// Lets a successor open the device while its predecessor has it open: the parent of the device is a handle of
+    /// Allows a successor to open the device while its predecessor has it open. The parent of the device must be a handle of
     /// `handover`.
     #[must_use]
     pub fn with_handover(self, handover: Option<Handover<AnyParent>>) -> Self {
         Self { opens: Mutex::new(Opens::new(handover)), ..self }
     }
 
-    /// When the present owner became it.
+    /// When the present owner became the owner; `None` without an owner.
     pub fn owned_since(&self) -> Option<SystemTime> {
         *self.owned_since.lock()
     }
 
-    /// What is remembered of its owners and updates.
-    pub fn updates(&self) -> Updates {
+    /// The history of the device's owners and updates since the file was made.
+    pub fn updates(&self) -> UpdateHistory {
         self.updates.lock().clone()
     }
 
-    /// `VDPA_LIVE_REPORT`: the owner tells what an update cost. Nothing depends on it.
+    /// `VDPA_LIVE_REPORT`: records the owner's report of an update. The device does not depend on it.
     fn report(&self, call: &IoctlCall<'_>) -> Result<IoctlReply> {
         let report: UpdateReport = wire::argument(call.input)?;
         report.check()?;
@@ -161,38 +181,38 @@ impl VhostVdpaFile {
 
     fn log_owner(&self, space: Option<&OwnerSpace>, how: &str) {
         *self.owned_since.lock() = Some(SystemTime::now());
-        self.told_private.store(false, Ordering::Relaxed);
+        self.private_memory_logged.store(false, Ordering::Relaxed);
         let pid = space.map(OwnerSpace::pid);
         tracing::info!(device = %self.name, pid, "{how}");
     }
 
-    /// Gets to know a process that is not the owner.
-    fn meet(&self, device: &Device<AnyParent>, stranger: &ProcessCaller<'_>) {
+    /// Looks up the address space of a process that was refused because it is not the owner.
+    fn remember_refused(&self, device: &Device<AnyParent>, last_refused: &ProcessCaller<'_>) {
         if device.owner().is_some() && device.backend_features().has(BackendFeatures::NEW_OWNER) {
-            // One that cannot be examined will be told when it asks for more.
-            *self.stranger.lock() = stranger.address_space().ok();
+            // A process whose address space cannot be read gets its error from a later request.
+            *self.last_refused.lock() = last_refused.address_space().ok();
         }
     }
 
     fn log_refusal(&self, tid: u32, asid: Asid, error: &IotlbError) {
-        if let Some(suppressed) = self.refusals.pass() {
+        if let Some(suppressed) = self.refusals.allow() {
             tracing::warn!(device = %self.name, tid, %asid, suppressed, "IOTLB message refused: {error}");
         }
     }
 
-    /// Tells the log, once per owner, of much memory that no other process can see.
-    fn tell_private(&self, device: &Device<AnyParent>, tid: u32, asid: Asid, msg: &IotlbMsg) {
-        /// Firmware and frame buffers are private in every hypervisor, and of no concern.
+    /// Warns in the log, once per owner, of a large mapping of memory that only the client's address space has.
+    fn warn_private_memory(&self, device: &Device<AnyParent>, tid: u32, asid: Asid, msg: &IotlbMsg) {
+        /// Bytes of a mapping that is worth a warning. Firmware and frame buffers are smaller, and private in every hypervisor.
         const MUCH: u64 = 32 << 20;
         let Some(range) = IovaRange::from_size(msg.iova, msg.size) else { return };
-        if msg.size < MUCH || self.told_private.load(Ordering::Relaxed) {
+        if msg.size < MUCH || self.private_memory_logged.load(Ordering::Relaxed) {
             return;
         }
         let bytes = device.private_bytes(asid, range);
         if bytes < MUCH {
             return;
         }
-        self.told_private.store(true, Ordering::Relaxed);
+        self.private_memory_logged.store(true, Ordering::Relaxed);
         let fate = match device.profile().private_memory {
             PrivateMemory::Copy => {
                 "it is reached by copying, which is slower, and not at all after an exec of the client"
@@ -206,7 +226,7 @@ impl VhostVdpaFile {
         );
     }
 
-    /// Fetches an eventfd from the caller's table: `None` for -1.
+    /// Duplicates an eventfd of the caller (`pidfd_getfd(2)`); `None` for -1.
     fn event(caller: &Caller, fd: i32) -> Result<Option<EventFd>> {
         if fd == uapi::VHOST_FILE_UNBIND && !faults::is(Fault::UnbindRefused) {
             return Ok(None);
@@ -218,8 +238,8 @@ impl VhostVdpaFile {
     }
 
     fn get_config(&self, device: &mut Device<AnyParent>, call: &IoctlCall<'_>) -> Result<IoctlReply> {
-        // _IOR: the kernel copies nothing in, so the header is read where the caller has it. The reply stays
-        // empty to leave that header alone.
+        // The request is _IOR, so the kernel copies nothing in and the header is read from the caller's memory. The reply is
+        // empty, to leave the caller's header unchanged.
         let caller = process(call.tid)?;
         let mut header = uapi::ConfigHeader::default();
         caller.read_mem(call.arg, header.as_mut_bytes())?;
@@ -246,13 +266,17 @@ impl VhostVdpaFile {
     }
 
     /// Requests that need no owner (uapi-spec 1.1, step 2).
-    fn direct(&self, device: &mut Device<AnyParent>, call: &IoctlCall<'_>) -> Option<Result<IoctlReply>> {
+    fn handle_ownerless(
+        &self,
+        device: &mut Device<AnyParent>,
+        call: &IoctlCall<'_>,
+    ) -> Option<Result<IoctlReply>> {
         let profile = device.profile();
         let word = || wire::argument::<u64>(call.input);
         Some(match call.cmd {
             uapi::VHOST_GET_FEATURES => reply(&profile.features.0),
             uapi::VHOST_SET_FEATURES => match word() {
-                // As the kernel, which looks at the state first; over FUSE such a request does not get here.
+                // The kernel checks the state before the argument. FUSE does not pass on such a request.
                 Err(_) if device.status().contains(Status::FEATURES_OK) => Err(Errno::BUSY),
                 word => word.and_then(|word| done(device.set_features(Features(word)))),
             },
@@ -297,7 +321,7 @@ impl VhostVdpaFile {
     }
 
     /// The generic vhost requests, then the owner check, then the vring requests (uapi-spec 1.1, steps 3 and 4).
-    fn owned(&self, device: &mut Device<AnyParent>, call: &IoctlCall<'_>) -> Result<IoctlReply> {
+    fn handle_owned(&self, device: &mut Device<AnyParent>, call: &IoctlCall<'_>) -> Result<IoctlReply> {
         let process = process(call.tid)?;
         let caller = ProcessCaller { caller: &process, spaces: &self.spaces };
         match call.cmd {
@@ -309,13 +333,13 @@ impl VhostVdpaFile {
             request if request == self.numbers.new_owner => {
                 let before = device.owner().cloned();
                 device.new_owner(&caller)?;
-                *self.former.lock() = before;
-                self.stranger.lock().take();
+                *self.previous_owner.lock() = before;
+                self.last_refused.lock().take();
                 self.log_owner(device.owner(), "owner changed");
                 self.updates.lock().owner_changed();
                 return Ok(IoctlReply::default());
             }
-            // Where it is not supported it goes the way of all unknown requests, as in the kernel.
+            // Where it is not supported it is handled like an unknown request, as in the kernel.
             uapi::VHOST_RESET_OWNER if device.profile().reset_owner => {
                 device.reset_owner(&caller)?;
                 *self.owned_since.lock() = None;
@@ -323,7 +347,7 @@ impl VhostVdpaFile {
                 return Ok(IoctlReply::default());
             }
             _ if faults::is(Fault::IndexBeforeOwner) => drop(self.vring_index(device, call, &caller)?),
-            _ => device.check_owner(&caller).inspect_err(|_| self.meet(device, &caller))?,
+            _ => device.check_owner(&caller).inspect_err(|_| self.remember_refused(device, &caller))?,
         }
         if call.cmd == self.numbers.report_request() {
             return self.report(call);
@@ -357,8 +381,8 @@ impl VhostVdpaFile {
         }
     }
 
-    /// The first word of the argument as a queue index: `EFAULT`, then `ENOBUFS`, for every request that got
-    /// this far, known or not.
+    /// The first word of the argument as a queue index, for every request that gets here, known or not: `EFAULT` when it cannot
+    /// be read, then `ENOBUFS` when there is no such queue.
     fn vring_index(
         &self,
         device: &Device<AnyParent>,
@@ -389,7 +413,7 @@ fn done(result: Result<()>) -> Result<IoctlReply> {
     result.map(|()| IoctlReply::default())
 }
 
-/// The thread that makes a request.
+/// The thread that has made a request.
 fn process(tid: u32) -> Result<Caller> {
     Caller::new(i32::try_from(tid).unwrap_or(0))
 }
@@ -404,9 +428,9 @@ impl DeviceFile for VhostVdpaFile {
     }
 
     fn ioctl(&self, call: &IoctlCall<'_>) -> Result<IoctlReply> {
-        let result = self.with(call.handle, |device| match self.direct(device, call) {
+        let result = self.with_open(call.handle, |device| match self.handle_ownerless(device, call) {
             Some(result) => result,
-            None => self.owned(device, call),
+            None => self.handle_owned(device, call),
         });
         tracing::trace!(
             device = %self.name,
@@ -418,12 +442,12 @@ impl DeviceFile for VhostVdpaFile {
         result
     }
 
-    fn answered(&self) {
-        drop(self.former.lock().take());
+    fn after_reply(&self) {
+        drop(self.previous_owner.lock().take());
     }
 
     fn write(&self, handle: u64, tid: u32, data: &[u8]) -> Result<u32> {
-        self.with(handle, |device| {
+        self.with_open(handle, |device| {
             let (asid, mut msg) = wire::iotlb_message(data, device.acked_backend_features())?;
             msg.kind = self.numbers.message_from_wire(msg.kind);
             let process = process(tid)?;
@@ -431,7 +455,7 @@ impl DeviceFile for VhostVdpaFile {
             let result = device.iotlb(&caller, asid, &msg);
             tracing::trace!(device = %self.name, tid, %asid, ?msg, ?result, "IOTLB");
             if result.is_ok() && msg.kind == iotlb_type::UPDATE {
-                self.tell_private(device, tid, asid, &msg);
+                self.warn_private_memory(device, tid, asid, &msg);
             }
             result.map(|()| wire::MESSAGE_SIZE).map_err(|error| {
                 self.log_refusal(tid, asid, &error);

@@ -1,4 +1,4 @@
-//! Who has the device open: one client, or, with `handover open`, one and its successor.
+//! The opens of a device: by one client or, when handover is allowed, by one client and its successor.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
@@ -18,11 +18,12 @@ use crate::front::fuse::Opener;
 /// The opens of one file.
 #[derive(Debug, Default)]
 pub(super) struct Opens {
-    /// Makes the second device, where there may be one.
+    /// Makes the successor's device, where handover is allowed.
     handover: Option<Handover<AnyParent>>,
-    present: Option<Opener>,
+    /// The open that the device belongs to.
+    current: Option<Opener>,
     successor: Option<Successor>,
-    /// Opens whose device somebody else has by now.
+    /// Handles of opens whose device has passed to another open. Their requests fail with `EIO`.
     superseded: BTreeSet<u64>,
 }
 
@@ -32,21 +33,22 @@ struct Successor {
     opener: Opener,
     device: Device<AnyParent>,
     since: SystemTime,
-    /// The process that has opened it and its name, where it is visible.
+    /// Id and name of the process that has opened the device, where it is visible.
     process: Option<(i32, String)>,
 }
 
-/// What is to be seen of a client that has opened the device to take it over.
+/// State of a client that has opened the device to take it over, and has not set DRIVER_OK yet. See
+/// [`VhostVdpaFile::successor`].
 #[derive(Clone, Debug)]
-pub struct Waiting {
-    /// Process id and name: the owner's, and before there is one that of the process that opened the device. `None` for a
-    /// process outside of the daemon's process-id namespace.
+pub struct PendingSuccessor {
+    /// Id and name of the successor's process: the owner of its device or, without an owner, the process that has opened the
+    /// device. `None` for a process outside of this process's process-id namespace.
     pub process: Option<(i32, String)>,
-    /// When it opened the device.
+    /// When the successor opened the device.
     pub since: SystemTime,
-    /// How far it has come: its own status register.
+    /// The status register of the successor's device, which shows its progress.
     pub status: Status,
-    /// Entries in its own IOTLB tables.
+    /// Number of entries in the IOTLB tables of the successor's device.
     pub mappings: usize,
 }
 
@@ -59,8 +61,8 @@ impl Opens {
         self.successor.as_ref().is_some_and(|successor| successor.opener.handle == handle)
     }
 
-    /// Lets go of the successor, whose requests fail from now on.
-    fn turn_away(&mut self) {
+    /// Releases the successor's device, if there is one. Its requests fail with `EIO` from now on.
+    fn drop_successor(&mut self) {
         if let Some(mut successor) = self.successor.take() {
             successor.device.release();
             self.superseded.insert(successor.opener.handle);
@@ -69,18 +71,19 @@ impl Opens {
 }
 
 impl VhostVdpaFile {
-    /// Takes what is behind the device away from whoever has it open, whose requests fail from now on; the device goes
-    /// when the file is closed. Where requests cannot fail, the device is [released](Self::release_now) at once. Waits
-    /// for a request in progress, at most `patience`.
+    /// Revokes the device: when a client has it open, [`Parent::fail`](vdpa_core::parent::Parent::fail) makes requests in
+    /// its rings complete with an error, and the device is released when the client closes it. A device that is not open,
+    /// or whose parent cannot do that, is [released](Self::release_now) at once. A successor's requests fail. Called to
+    /// delete a device; blocks for a request in progress, at most `timeout`, and as `Parent::fail` does.
     ///
     /// # Errors
-    /// `EBUSY` when a request did not end in time; nothing has changed then. `ETIMEDOUT` when the device was taken away
-    /// and requests in its rings wait for what is behind it: it lets go of that when they are done.
-    pub fn take_away(&self, patience: Duration) -> Result<()> {
-        let mut opens = self.opens.try_lock_for(patience).ok_or(Errno::BUSY)?;
+    /// `EBUSY` when a request did not end in time; nothing has changed then. `ETIMEDOUT` when the device was revoked and
+    /// requests in its rings are still in flight: what the parent holds is released when they are complete.
+    pub fn revoke(&self, timeout: Duration) -> Result<()> {
+        let mut opens = self.opens.try_lock_for(timeout).ok_or(Errno::BUSY)?;
         let Some(device) = self.device.lock().clone() else { return Ok(()) };
-        let mut device = device.try_lock_for(patience).ok_or(Errno::BUSY)?;
-        opens.turn_away();
+        let mut device = device.try_lock_for(timeout).ok_or(Errno::BUSY)?;
+        opens.drop_successor();
         drop(opens);
         if device.is_open() {
             let failed = device.fail();
@@ -90,37 +93,37 @@ impl VhostVdpaFile {
             }
         }
         drop(device);
-        self.release_now(patience)
+        self.release_now(timeout)
     }
 
-    /// Releases the device, open or not; every further request is `ENODEV`. Waits for a request in progress, at most
-    /// `patience`.
+    /// Releases the device, open or not: every further request fails with `ENODEV`. Blocks for a request in progress, at most
+    /// `timeout`, and while the queues stop.
     ///
     /// # Errors
     /// `EBUSY` when a request did not end in time; nothing has changed then.
-    pub fn release_now(&self, patience: Duration) -> Result<()> {
-        let mut opens = self.opens.try_lock_for(patience).ok_or(Errno::BUSY)?;
+    pub fn release_now(&self, timeout: Duration) -> Result<()> {
+        let mut opens = self.opens.try_lock_for(timeout).ok_or(Errno::BUSY)?;
         let Some(device) = self.device.lock().clone() else { return Ok(()) };
-        let mut device = device.try_lock_for(patience).ok_or(Errno::BUSY)?;
+        let mut device = device.try_lock_for(timeout).ok_or(Errno::BUSY)?;
         *self.device.lock() = None;
-        opens.turn_away();
+        opens.drop_successor();
         device.release();
         self.forget_owner();
         Ok(())
     }
 
-    /// The client that waits to take the device over, if there is one. Waits for a request of it in progress, at most
-    /// `patience`.
+    /// The client that has opened the device to take it over, if there is one. Blocks for a request of that client in
+    /// progress, at most `timeout`.
     ///
     /// # Errors
     /// `EBUSY` when that request did not end in time.
-    pub fn successor(&self, patience: Duration) -> Result<Option<Waiting>> {
-        let opens = self.opens.try_lock_for(patience).ok_or(Errno::BUSY)?;
+    pub fn successor(&self, timeout: Duration) -> Result<Option<PendingSuccessor>> {
+        let opens = self.opens.try_lock_for(timeout).ok_or(Errno::BUSY)?;
         Ok(opens.successor.as_ref().map(|Successor { device, since, process, .. }| {
             let owner = device.owner().map(OwnerSpace::pid);
             let owner =
                 owner.map(|pid| (pid, Caller::new(pid).map(|caller| caller.comm()).unwrap_or_default()));
-            Waiting {
+            PendingSuccessor {
                 process: owner.or_else(|| process.clone()),
                 since: *since,
                 status: device.status(),
@@ -131,22 +134,23 @@ impl VhostVdpaFile {
 
     fn forget_owner(&self) {
         *self.owned_since.lock() = None;
-        *self.stranger.lock() = None;
+        *self.last_refused.lock() = None;
     }
 
-    /// Calls the device, unless it was taken away.
-    fn present<T>(&self, call: impl FnOnce(&mut Device<AnyParent>) -> Result<T>) -> Result<T> {
+    /// Calls the current device; `ENODEV` when it was revoked.
+    fn current<T>(&self, call: impl FnOnce(&mut Device<AnyParent>) -> Result<T>) -> Result<T> {
         let device = self.device.lock().clone().ok_or(Errno::NODEV)?;
         let mut device = device.lock();
-        // It may have been taken away while this waited for it.
+        // It may have been revoked while this waited for the lock.
         if self.device.lock().is_none() {
             return Err(Errno::NODEV);
         }
         call(&mut device)
     }
 
-    /// Calls the device that was opened as `handle`.
-    pub(super) fn with<T>(
+    /// Calls the device of the open `handle`: the current or the successor's. A successor that has set DRIVER_OK in the call
+    /// gets the device.
+    pub(super) fn with_open<T>(
         &self,
         handle: u64,
         call: impl FnOnce(&mut Device<AnyParent>) -> Result<T>,
@@ -157,26 +161,26 @@ impl VhostVdpaFile {
         }
         if !opens.is_successor(handle) {
             drop(opens);
-            return self.present(call);
+            return self.current(call);
         }
         let Some(successor) = opens.successor.as_mut() else { return Err(Errno::IO) };
         let since = *self.owned_since.lock();
         let result = call(&mut successor.device);
         if successor.device.status().contains(Status::DRIVER_OK) {
-            self.replace(&mut opens)?;
+            self.promote_successor(&mut opens)?;
         } else {
             *self.owned_since.lock() = since;
         }
         result
     }
 
-    /// The successor drives: it is the device from now on, and what the predecessor has left is undone.
-    fn replace(&self, opens: &mut Opens) -> Result<()> {
+    /// Makes the successor's device the current one, because its driver has set DRIVER_OK, and releases the predecessor's.
+    fn promote_successor(&self, opens: &mut Opens) -> Result<()> {
         let Some(mut successor) = opens.successor.take() else { return Ok(()) };
-        self.present(|device| {
+        self.current(|device| {
             std::mem::swap(device, &mut successor.device);
             *self.owned_since.lock() = Some(SystemTime::now());
-            *self.stranger.lock() = None;
+            *self.last_refused.lock() = None;
             self.updates.lock().owner_changed();
             let (from, to) = (successor.device.owner(), device.owner());
             let (from, to) = (from.map(OwnerSpace::pid), to.map(OwnerSpace::pid));
@@ -185,20 +189,21 @@ impl VhostVdpaFile {
         })?;
         successor.device.release();
         let before =
-            opens.present.replace(successor.opener).filter(|_| !faults::is(Fault::PredecessorGoesOn));
+            opens.current.replace(successor.opener).filter(|_| !faults::is(Fault::PredecessorGoesOn));
         opens.superseded.extend(before.map(|opener| opener.handle));
         Ok(())
     }
 
-    /// Opens the device; with `handover open` also for the successor of a client of the same user.
+    /// Opens the device. When handover is allowed, a second open by the same user becomes the successor; otherwise it is
+    /// `EBUSY`.
     pub(super) fn open_as(&self, opener: &Opener) -> Result<()> {
         let mut opens = self.opens.lock();
-        let outcome = self.present(Device::open);
-        match (outcome, &opens.handover, opens.present) {
-            (Ok(()), ..) => opens.present = Some(*opener),
-            (Err(Errno::BUSY), Some(handover), Some(present))
+        let outcome = self.current(Device::open);
+        match (outcome, &opens.handover, opens.current) {
+            (Ok(()), ..) => opens.current = Some(*opener),
+            (Err(Errno::BUSY), Some(handover), Some(current))
                 if opens.successor.is_none()
-                    && present.uid == opener.uid
+                    && current.uid == opener.uid
                     && !self.deleted.load(Ordering::Acquire) =>
             {
                 let parent: AnyParent = Box::new(handover.handle());
@@ -215,7 +220,7 @@ impl VhostVdpaFile {
         Ok(())
     }
 
-    /// The last descriptor of an open is closed.
+    /// Handles the close of an open's last descriptor.
     pub(super) fn close(&self, handle: u64) {
         let mut opens = self.opens.lock();
         if opens.superseded.remove(&handle) {
@@ -227,17 +232,17 @@ impl VhostVdpaFile {
             }
             return;
         }
-        opens.present = None;
+        opens.current = None;
         if faults::is(Fault::CloseEndsBoth) {
-            opens.turn_away();
+            opens.drop_successor();
         }
-        // A device that was taken away may have been released.
-        let released = self.present(|device| {
+        // A device that was revoked may have been released.
+        let released = self.current(|device| {
             device.release();
             self.forget_owner();
             if let Some(mut successor) = opens.successor.take() {
                 std::mem::swap(device, &mut successor.device);
-                opens.present = Some(successor.opener);
+                opens.current = Some(successor.opener);
                 *self.owned_since.lock() = device.owner().map(|_| SystemTime::now());
             }
             Ok(())

@@ -1,4 +1,4 @@
-//! Requests with an argument of their own shape: vring states, and the memory table that vhost-vdpa has no use for.
+//! Requests whose argument is a vring state, and `SET_MEM_TABLE`, which has no effect on vhost-vdpa.
 
 use vdpa_core::Errno;
 use vdpa_core::device::Device;
@@ -30,7 +30,7 @@ pub(super) fn state(
         uapi::VHOST_SET_VRING_BUSYLOOP_TIMEOUT => {
             done(device.set_busyloop_timeout(caller, index, argument()?.num))
         }
-        // _IOW: there is no room for an answer, so it is written where the caller wants it.
+        // The request is _IOW, so the kernel copies nothing out: the reply is written to the caller's memory.
         uapi::VHOST_GET_VRING_BUSYLOOP_TIMEOUT => {
             let num = device.busyloop_timeout(caller, index)?;
             let state = uapi::VringState { index: u32::from(index.0), num };

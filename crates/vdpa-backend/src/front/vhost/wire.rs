@@ -1,4 +1,4 @@
-//! IOTLB messages and ioctl arguments as bytes.
+//! Decodes IOTLB messages and ioctl arguments.
 
 use vdpa_core::Errno;
 use vdpa_core::faults::{self, Fault};
@@ -7,17 +7,17 @@ use vdpa_core::types::{Asid, IotlbMsg, Perm, Result};
 use vdpa_sys::uapi::vhost as uapi;
 use zerocopy::FromBytes;
 
-/// Bytes of a message that must be there; what follows is never looked at.
+/// Minimum length of a message in bytes; bytes after these are ignored.
 const MESSAGE_MIN: usize = 40;
 
-/// What a successful IOTLB write returns, whatever was passed (uapi-spec 2.2).
+/// Return value of a successful IOTLB write of any length (uapi-spec 2.2).
 pub(super) const MESSAGE_SIZE: u32 = 72;
 
 /// Decodes one `write` (uapi-spec 2.2): versions 1 and 2 at any time; version 2 carries an asid if IOTLB_ASID was
 /// acknowledged.
 ///
 /// # Errors
-/// `EINVAL` when it is too short or of another version.
+/// `EINVAL` when the message is too short or of another version.
 pub(super) fn iotlb_message(bytes: &[u8], acked: BackendFeatures) -> Result<(Asid, IotlbMsg)> {
     let (version, rest) = u32::read_from_prefix(bytes).map_err(|_| Errno::INVAL)?;
     let asid = match version {
@@ -38,8 +38,8 @@ pub(super) fn iotlb_message(bytes: &[u8], acked: BackendFeatures) -> Result<(Asi
     Ok((Asid(asid), msg))
 }
 
-/// Decodes an argument that the kernel has copied in full; the length is that of the request number, so a
-/// shorter one means a request number that is not this request.
+/// Decodes an argument that the kernel has copied as a whole. Its length is that of the request number, so a shorter argument
+/// comes with another request number: `EFAULT`.
 pub(super) fn argument<T: FromBytes>(input: &[u8]) -> Result<T> {
     T::read_from_prefix(input).map(|(value, _)| value).map_err(|_| Errno::FAULT)
 }

@@ -91,10 +91,10 @@ impl FileDisk {
 
     /// The client's buffers as the kernel can use them.
     fn in_place(&self, bytes: BufferSlice<'_>, perm: Perm, view: &MemoryView) -> Result<Places> {
-        if let Some(place) = view.place(bytes, perm) {
+        if let Some(place) = view.piece(bytes, perm) {
             return Ok(if self.fits(&place) { Places::One(place) } else { Places::Bounce });
         }
-        let places = view.places(bytes, perm).map_err(|_| Errno::FAULT)?;
+        let places = view.pieces(bytes, perm).map_err(|_| Errno::FAULT)?;
         let places =
             places.filter(|places| places.len() <= MAX_PIECES && places.iter().all(|place| self.fits(place)));
         Ok(places.map_or(Places::Bounce, Places::Many))
@@ -261,7 +261,7 @@ impl Disk for FileDisk {
         if !self.is_whole(transfer) {
             return None;
         }
-        let place = view.place(request.data_in, Perm::WO).filter(|place| self.fits(place))?;
+        let place = view.piece(request.data_in, Perm::WO).filter(|place| self.fits(place))?;
         Some(Direct { file, to: view.fixed(place)?, offset: transfer.offset })
     }
 

@@ -1,25 +1,26 @@
-//! What is remembered of the owners of a device and of its updates.
+//! [`UpdateHistory`]: changes of a device's owner, and reported updates.
 
 use std::time::SystemTime;
 
 use vdpa_sys::uapi::report::UpdateReport;
 
-/// The history of a device. It outlives the file's closing: an update by `reopen` closes it too.
+/// The history of a device's owners and updates, as [`VhostVdpaFile::updates`](super::VhostVdpaFile::updates) returns it. A
+/// close of the file does not clear it, because an update by `reopen` closes the file.
 #[derive(Clone, Debug, Default)]
-pub struct Updates {
-    /// How often the owner was changed (`VHOST_NEW_OWNER`).
+pub struct UpdateHistory {
+    /// Number of changes of the owner, by `VHOST_NEW_OWNER` or by a second open.
     pub owner_changes: u64,
-    /// When that was last.
+    /// When the owner was last changed.
     pub owner_changed: Option<SystemTime>,
-    /// Updates that were reported as done.
+    /// Number of updates that were reported as done (`VDPA_LIVE_REPORT`).
     pub done: u64,
-    /// Updates that were reported as rolled back.
+    /// Number of updates that were reported as rolled back.
     pub rolled_back: u64,
-    /// The last one that was reported, and when.
+    /// The last report, and when it arrived.
     pub last: Option<(UpdateReport, SystemTime)>,
 }
 
-impl Updates {
+impl UpdateHistory {
     pub(super) fn owner_changed(&mut self) {
         self.owner_changes += 1;
         self.owner_changed = Some(SystemTime::now());

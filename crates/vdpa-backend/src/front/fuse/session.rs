@@ -1,4 +1,5 @@
-//! One connection to the kernel: the directory of device files, a mount over a single file, or a character device.
+//! [`Session`]: one FUSE connection to the kernel. It serves the directory of device files, a mount over a single file, or a
+//! character device.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -14,77 +15,77 @@ use vdpa_sys::uapi::fuse::{
 };
 use zerocopy::IntoBytes;
 
-use super::super::lifeline::Guarded;
 use super::device::{DeviceFile, Opener};
-use super::lane::{InProgress, Lane, Work};
+use super::request_queue::{DeviceOp, RequestCount, RequestQueue};
 use super::tree::{AddError, FileAttributes, NAME_MAX, Tree};
+use crate::front::watchdog::protocol::Watched;
 
-/// What a connection is behind.
+/// Where a connection appears in the file system.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Place {
+pub(super) enum Endpoint {
     /// The mount over the directory of device files.
     Directory(PathBuf),
-    /// A mount over one file, which was made for it or was there.
+    /// A mount over one regular file.
     File {
-        /// Where.
+        /// Path of the file: absolute, without symbolic links.
         path: PathBuf,
-        /// Whether the file below was made for it.
-        made: bool,
+        /// Whether the file was created for the mount, and is removed after it.
+        created: bool,
     },
     /// A character device.
     Device(super::cuse::Node),
 }
 
-impl Place {
-    /// What a watchdog has to end.
-    pub(super) fn guarded(&self) -> Guarded {
+impl Endpoint {
+    /// What the watchdog is to abort.
+    pub(super) fn watched(&self) -> Watched {
         match self {
-            Self::Directory(path) | Self::File { path, .. } => Guarded::Mount(path.clone()),
-            Self::Device(node) => node.guarded(),
+            Self::Directory(path) | Self::File { path, .. } => Watched::Mount(path.clone()),
+            Self::Device(node) => node.watched(),
         }
     }
 }
 
-/// A connection and the names, nodes and devices behind it.
+/// A connection with its names, nodes and devices.
 #[derive(Debug)]
-pub(super) struct Channel {
+pub(super) struct Session {
     pub(super) connection: Connection,
-    pub(super) place: Place,
+    pub(super) endpoint: Endpoint,
     tree: Mutex<Tree>,
-    /// Every lane there is by node id, also of removed files: while one is open its thread holds it. Apart from
-    /// the tree because a FORGET may overtake a RELEASE (`fuse_dev_do_read()` prefers it).
-    lanes: Mutex<HashMap<u64, Weak<Lane>>>,
+    /// The request queue of each node id, also of removed files: while a file is open, its thread owns the queue. The tree
+    /// cannot have them, because a FORGET may overtake a RELEASE (`fuse_dev_do_read()` prefers it).
+    queues: Mutex<HashMap<u64, Weak<RequestQueue>>>,
     next_handle: AtomicU64,
-    retired: AtomicBool,
-    count: InProgress,
+    closing: AtomicBool,
+    count: RequestCount,
 }
 
-impl Channel {
-    fn new(connection: Connection, place: Place, tree: Tree, count: InProgress) -> Self {
-        let (lanes, next_handle, retired) = (Mutex::default(), AtomicU64::new(1), AtomicBool::new(false));
-        Self { connection, place, tree: Mutex::new(tree), lanes, next_handle, retired, count }
+impl Session {
+    fn new(connection: Connection, endpoint: Endpoint, tree: Tree, count: RequestCount) -> Self {
+        let (queues, next_handle, closing) = (Mutex::default(), AtomicU64::new(1), AtomicBool::new(false));
+        Self { connection, endpoint, tree: Mutex::new(tree), queues, next_handle, closing, count }
     }
 
-    /// An empty directory.
+    /// A session for an empty directory.
     pub(super) fn directory(connection: Connection, dir: PathBuf) -> Arc<Self> {
-        Arc::new(Self::new(connection, Place::Directory(dir), Tree::new(), InProgress::default()))
+        Arc::new(Self::new(connection, Endpoint::Directory(dir), Tree::new(), RequestCount::default()))
     }
 
-    /// One device that is the node `id` of its connection.
+    /// A session for one device, which is the node `id` of its connection.
     pub(super) fn one_file(
         connection: Connection,
-        place: Place,
+        endpoint: Endpoint,
         id: u64,
         name: &str,
         file: Arc<dyn DeviceFile>,
     ) -> Arc<Self> {
-        let count = InProgress::default();
-        let lane = Lane::new(name, file, connection.clone(), count.clone());
-        let weak = Arc::downgrade(&lane);
-        let tree = Tree::of_one_file(id, lane, FileAttributes::private());
-        let channel = Self::new(connection, place, tree, count);
-        channel.lanes.lock().insert(id, weak);
-        Arc::new(channel)
+        let count = RequestCount::default();
+        let queue = RequestQueue::new(name, file, connection.clone(), count.clone());
+        let weak = Arc::downgrade(&queue);
+        let tree = Tree::of_one_file(id, queue, FileAttributes::private());
+        let session = Self::new(connection, endpoint, tree, count);
+        session.queues.lock().insert(id, weak);
+        Arc::new(session)
     }
 
     pub(super) fn add(
@@ -93,16 +94,16 @@ impl Channel {
         file: Arc<dyn DeviceFile>,
         attributes: FileAttributes,
     ) -> Result<(), AddError> {
-        let lane = Lane::new(name, file, self.connection.clone(), self.count.clone());
-        let weak = Arc::downgrade(&lane);
-        let id = self.tree.lock().add(lane, attributes)?;
-        self.lanes.lock().insert(id, weak);
+        let queue = RequestQueue::new(name, file, self.connection.clone(), self.count.clone());
+        let weak = Arc::downgrade(&queue);
+        let id = self.tree.lock().add(queue, attributes)?;
+        self.queues.lock().insert(id, weak);
         Ok(())
     }
 
-    /// Takes the name away: no more opens. Whether it was there.
+    /// Removes a name, which cannot be opened any more; whether it existed.
     pub(super) fn remove(&self, name: &str) -> bool {
-        // Names are valid for 0 s, so the kernel asks for it again at the next look-up.
+        // The entry time-out is 0 s, so the kernel sends a LOOKUP for the next open.
         self.tree.lock().remove(name)
     }
 
@@ -110,33 +111,36 @@ impl Channel {
         self.tree.lock().attributes(name)
     }
 
-    /// Whether its end is wanted: it is no loss then.
-    pub(super) fn is_retired(&self) -> bool {
-        self.retired.load(Ordering::Acquire)
+    /// Whether the session is closed deliberately: its end is no failure then.
+    pub(super) fn is_closing(&self) -> bool {
+        self.closing.load(Ordering::Acquire)
     }
 
-    pub(super) fn retire(&self) {
-        self.retired.store(true, Ordering::Release);
+    /// Marks the session as closed deliberately.
+    pub(super) fn set_closing(&self) {
+        self.closing.store(true, Ordering::Release);
     }
 
-    /// Whether nobody has a file of it open, or is about to.
+    /// Whether no file of the session is open and no request is in progress.
     pub(super) fn is_idle(&self) -> bool {
-        self.live_lanes().iter().all(|lane| lane.is_idle())
+        self.live_queues().iter().all(|queue| queue.is_idle())
     }
 
-    /// Whether there is a reason to look at it again without a request: one is in progress, or it is to go when nobody has
-    /// it open any more.
-    pub(super) fn wants_watching(&self) -> bool {
-        self.count.any() || self.is_retired()
+    /// Whether the reader has to check the session periodically: a request is in progress, or the session is to be detached
+    /// when its file is closed.
+    pub(super) fn needs_timer(&self) -> bool {
+        self.count.any() || self.is_closing()
     }
 
-    pub(super) fn live_lanes(&self) -> Vec<Arc<Lane>> {
-        let mut lanes = self.lanes.lock();
-        lanes.retain(|_, lane| lane.strong_count() > 0);
-        lanes.values().filter_map(Weak::upgrade).collect()
+    /// The request queues that exist.
+    pub(super) fn live_queues(&self) -> Vec<Arc<RequestQueue>> {
+        let mut queues = self.queues.lock();
+        queues.retain(|_, queue| queue.strong_count() > 0);
+        queues.values().filter_map(Weak::upgrade).collect()
     }
 
-    /// Handles one request without blocking.
+    /// Handles one request: replies itself where no device is concerned, and queues it for the device's thread otherwise.
+    /// Called by the reader; does not block.
     pub(super) fn serve(&self, request: &Request<'_>) {
         let header = &request.header;
         match &request.operation {
@@ -158,18 +162,18 @@ impl Channel {
             Operation::Release(release) => self.release(header, release.fh),
             Operation::Ioctl { args, input } => self.ioctl(header, *args, input),
             Operation::Write { args, data } => {
-                let work = Work::Write { fh: args.fh, tid: header.pid, data: data.to_vec() };
-                self.hand_over(header, work);
+                let op = DeviceOp::Write { fh: args.fh, tid: header.pid, data: data.to_vec() };
+                self.forward(header, op);
             }
-            Operation::Poll(_) => self.hand_over(header, Work::Poll),
+            Operation::Poll(_) => self.forward(header, DeviceOp::Poll),
             // vhost-vdpa queues nothing for reading (uapi-spec 1.10).
             Operation::Read(_) => self.reply(header.unique, Err(Errno::INVAL)),
             Operation::Opendir(_) => self.reply(header.unique, Ok(&[OpenOut::default().as_bytes()])),
             Operation::Readdir(args) => self.readdir(header, args),
             Operation::Releasedir(_) | Operation::Destroy => self.reply(header.unique, Ok(&[])),
             Operation::Statfs => self.statfs(header),
-            // After ENOSYS the kernel sends none of these any more. Signals do not interrupt: as in the kernel's
-            // vhost-vdpa every request ends by itself.
+            // After ENOSYS the kernel sends none of these any more. Signals interrupt no request: as in the kernel's
+            // vhost-vdpa, every request ends by itself.
             Operation::Interrupt(_)
             | Operation::Flush(_)
             | Operation::Getxattr { .. }
@@ -181,7 +185,7 @@ impl Channel {
                 self.reply(header.unique, Err(Errno::IO));
             }
             Operation::Unknown { opcode } => {
-                debug!(opcode, "a request that is not known");
+                debug!(opcode, "unknown FUSE request");
                 self.reply(header.unique, Err(Errno::NOSYS));
             }
         }
@@ -192,9 +196,9 @@ impl Channel {
         let found = tree.lookup(name).filter(|_| header.nodeid == ROOT_ID);
         let Some(attr) = found else { return self.reply(header.unique, Err(Errno::NOENT)) };
         let entry = EntryOut { nodeid: attr.ino, attr, ..EntryOut::default() };
-        // Counted only when the kernel has it, or the node would never be forgotten.
+        // Counted only when the kernel has received the reply. Otherwise no FORGET would come for it.
         if self.connection.reply(header.unique, Ok(&[entry.as_bytes()])).is_ok() {
-            tree.remember(attr.ino);
+            tree.count_lookup(attr.ino);
         }
     }
 
@@ -207,34 +211,34 @@ impl Channel {
     }
 
     fn open(&self, header: &InHeader, flags: u32) {
-        let Some(lane) = self.tree.lock().lane(header.nodeid) else {
+        let Some(queue) = self.tree.lock().queue(header.nodeid) else {
             return self.reply(header.unique, Err(Errno::NOENT));
         };
         let handle = self.next_handle.fetch_add(1, Ordering::Relaxed);
-        lane.push(header.unique, Work::Open(Opener { handle, uid: header.uid, tid: header.pid, flags }));
+        queue.push(header.unique, DeviceOp::Open(Opener { handle, uid: header.uid, tid: header.pid, flags }));
     }
 
     fn release(&self, header: &InHeader, fh: u64) {
         self.reply(header.unique, Ok(&[]));
-        if let Some(lane) = self.lane_of(header) {
-            lane.push_release(fh);
+        if let Some(queue) = self.queue_for(header) {
+            queue.push_release(fh);
         }
     }
 
-    fn lane_of(&self, header: &InHeader) -> Option<Arc<Lane>> {
-        self.lanes.lock().get(&header.nodeid)?.upgrade()
+    fn queue_for(&self, header: &InHeader) -> Option<Arc<RequestQueue>> {
+        self.queues.lock().get(&header.nodeid)?.upgrade()
     }
 
     fn ioctl(&self, header: &InHeader, args: IoctlIn, input: &[u8]) {
         if args.flags & ioctl_flags::DIR != 0 {
             return self.reply(header.unique, Err(Errno::NOTTY));
         }
-        self.hand_over(header, Work::Ioctl { tid: header.pid, args, input: input.to_vec() });
+        self.forward(header, DeviceOp::Ioctl { tid: header.pid, args, input: input.to_vec() });
     }
 
-    fn hand_over(&self, header: &InHeader, work: Work) {
-        match self.lane_of(header) {
-            Some(lane) => lane.push(header.unique, work),
+    fn forward(&self, header: &InHeader, op: DeviceOp) {
+        match self.queue_for(header) {
+            Some(queue) => queue.push(header.unique, op),
             None => self.reply(header.unique, Err(Errno::BADF)),
         }
     }
@@ -256,7 +260,7 @@ impl Channel {
 
     pub(super) fn reply(&self, unique: u64, answer: Result<&[&[u8]], Errno>) {
         if let Err(errno) = self.connection.reply(unique, answer) {
-            debug!(unique, %errno, "an answer found nobody waiting");
+            debug!(unique, %errno, "the kernel does not wait for this reply any more");
         }
     }
 }

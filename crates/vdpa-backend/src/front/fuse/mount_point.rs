@@ -1,4 +1,4 @@
-//! The places for mounts: made, cleared of what a dead daemon has left there, tidied up.
+//! Prepares directories and files to be mounted on, and cleans up after a mount. Removes the mounts of dead servers.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -16,29 +16,32 @@ use super::ServeError;
 /// Type and permissions of the root of a mount over a file.
 pub(super) const FILE_MODE: u32 = 0o100_600;
 
-/// Makes `dir` ready to be mounted on and returns its true path: creates it when it is missing and removes what a
-/// daemon that died left mounted there. [`DeviceFiles::mount`](super::DeviceFiles::mount) does this too; separately it serves those who need the
-/// true path before.
+/// Prepares `dir` to be mounted on and returns its path without symbolic links: creates it when it is missing, and removes
+/// the mount that a dead server has left there.
+///
+/// [`DeviceFiles::mount`](super::DeviceFiles::mount) does the same. A program calls this when it needs the path earlier.
+/// Blocks at most 2 s for the answer of a server that has mounted there.
 ///
 /// # Errors
-/// [`ServeError::Served`], [`ServeError::Hung`], [`ServeError::Directory`] and [`ServeError::Mount`].
+/// [`ServeError::Served`] and [`ServeError::Hung`] when another server has mounted there; [`ServeError::Directory`] and
+/// [`ServeError::Mount`].
 pub fn prepare_dir(dir: &Path) -> Result<PathBuf, ServeError> {
     let failed = |source: std::io::Error| {
-        // Of something that is no directory, making it says that it exists.
+        // create_dir_all() reports that a path exists which is not a directory.
         let exists = source.kind() == ErrorKind::AlreadyExists;
         let source = if exists { OsErrno::NOTDIR.into() } else { source };
         ServeError::Directory { dir: dir.into(), source }
     };
     let target = below_true_parent(dir).map_err(failed)?;
     if fs_type_at(&target)?.as_deref() == Some(FS_TYPE) {
-        clear(&target)?;
+        remove_dead_mount(&target)?;
     }
     fs::create_dir_all(&target).map_err(failed)?;
     fs::canonicalize(&target).map_err(failed)
 }
 
-/// The path with its directory resolved, which is made when it is missing. What the path itself is stays untouched: it may
-/// be a dead or hanging mount.
+/// The path with its parent directory resolved, which is created when it is missing. No system call is made on the path itself:
+/// it may be a dead or hanging mount.
 fn below_true_parent(path: &Path) -> std::io::Result<PathBuf> {
     let absolute = std::path::absolute(path)?;
     match (absolute.parent(), absolute.file_name()) {
@@ -50,17 +53,17 @@ fn below_true_parent(path: &Path) -> std::io::Result<PathBuf> {
     }
 }
 
-/// Makes `path` ready for a mount over a single file: its true path, and whether the file was made here. What a daemon
-/// that died left mounted there is removed.
+/// Prepares `path` to be mounted over: removes the mount that a dead server has left there, and creates an empty file when
+/// there is none. Returns the path without symbolic links, and whether the file was created.
 ///
 /// # Errors
-/// What is wrong, in whole.
+/// The reason, as a complete sentence.
 pub(super) fn prepare_file(path: &Path) -> Result<(PathBuf, bool), String> {
     let failed =
         |error: &dyn std::fmt::Display| format!("cannot put a device file at {}: {error}", path.display());
     let target = below_true_parent(path).map_err(|error| failed(&error))?;
     if fs_type_at(&target).map_err(|error| failed(&error))?.as_deref() == Some(FS_TYPE) {
-        clear(&target).map_err(|error| failed(&error))?;
+        remove_dead_mount(&target).map_err(|error| failed(&error))?;
     }
     match fs::symlink_metadata(&target) {
         Ok(meta) if meta.is_file() => Ok((target, false)),
@@ -68,28 +71,28 @@ pub(super) fn prepare_file(path: &Path) -> Result<(PathBuf, bool), String> {
             Err(failed(&"there is something else than a regular file; remove it or choose another path"))
         }
         Err(error) if error.kind() == ErrorKind::NotFound => {
-            let made = fs::OpenOptions::new().write(true).create_new(true).open(&target);
-            made.map_err(|error| failed(&error))?;
+            let created = fs::OpenOptions::new().write(true).create_new(true).open(&target);
+            created.map_err(|error| failed(&error))?;
             Ok((target, true))
         }
         Err(error) => Err(failed(&error)),
     }
 }
 
-/// Removes the file that was made for a mount, after its end.
-pub(super) fn tidy(path: &Path, made: bool) {
-    if made && let Err(error) = fs::remove_file(path) {
+/// Removes the file that was created for a mount, after the mount's end.
+pub(super) fn remove_placeholder(path: &Path, created: bool) {
+    if created && let Err(error) = fs::remove_file(path) {
         warn!(path = %path.display(), %error, "the file below a device file stays");
     }
 }
 
-/// Removes a dead mount of ours.
-fn clear(target: &Path) -> Result<(), ServeError> {
-    match ask(target) {
+/// Removes the mount of a server that has died; an error when the server is alive.
+fn remove_dead_mount(target: &Path) -> Result<(), ServeError> {
+    match probe(target) {
         Some(Err(OsErrno::NOTCONN | OsErrno::CONNABORTED)) => {
-            info!(dir = %target.display(), "removing the mount of a daemon that is gone");
+            info!(dir = %target.display(), "removing the mount of a server that has died");
             match unmount(target) {
-                // Its watchdog may have been faster.
+                // The dead server's watchdog may have removed it meanwhile.
                 Err(_) if fs_type_at(target)?.as_deref() != Some(FS_TYPE) => Ok(()),
                 other => Ok(other?),
             }
@@ -99,21 +102,22 @@ fn clear(target: &Path) -> Result<(), ServeError> {
     }
 }
 
+/// Whether a mount of a server that has ended is at `dir`.
 pub(super) fn is_stale(dir: &Path) -> bool {
     fs_type_at(dir).is_ok_and(|kind| kind.as_deref() == Some(FS_TYPE))
-        && matches!(ask(dir), Some(Err(OsErrno::NOTCONN | OsErrno::CONNABORTED)))
+        && matches!(probe(dir), Some(Err(OsErrno::NOTCONN | OsErrno::CONNABORTED)))
 }
 
-/// Asks the server of a mount for a sign of life; `None` when there is no answer. The question may block for ever,
-/// so it is asked by a thread that is left behind then.
-fn ask(dir: &Path) -> Option<Result<(), OsErrno>> {
-    const PATIENCE: Duration = Duration::from_secs(2);
+/// Sends a STATFS to the server of a mount; `None` when it does not answer in time. `statfs(2)` may block without limit, so a
+/// thread of its own calls it, which stays behind then.
+fn probe(dir: &Path) -> Option<Result<(), OsErrno>> {
+    const TIMEOUT: Duration = Duration::from_secs(2);
     let (send, receive) = mpsc::channel();
     let path = dir.to_path_buf();
-    let asker = thread::Builder::new().name("mount-probe".into()).spawn(move || {
-        // The other side may have stopped waiting.
+    let prober = thread::Builder::new().name("mount-probe".into()).spawn(move || {
+        // The receiver may have stopped waiting.
         let _ = send.send(rustix::fs::statfs(&path).map(drop));
     });
-    asker.ok()?;
-    receive.recv_timeout(PATIENCE).ok()
+    prober.ok()?;
+    receive.recv_timeout(TIMEOUT).ok()
 }
