@@ -131,7 +131,7 @@ impl PrivateDaemon {
             Front::Cuse => program.args(["--front", "cuse"]),
             Front::Auto | Front::Fuse => program.arg("--dir").arg(directory.join("dev")),
         };
-        program.arg("--control").arg(&socket).args(["--log", "warn"]).stdin(Stdio::null());
+        program.arg("--socket").arg(&socket).args(["--log", "warn"]).stdin(Stdio::null());
         let mut process = Process::start("daemon", end_with_starter(&mut program))?;
         while process.line(DAEMON_LIMIT)? != "ready" {}
         Ok(Self { process, socket })

@@ -71,7 +71,7 @@ fn a_run_that_is_killed_leaves_no_server() {
     let before = told_of(directory);
     bench.kill().unwrap();
     bench.wait().unwrap();
-    assert!(serve && before.iter().any(|line| line.contains("--control")), "{before:?}");
+    assert!(serve && before.iter().any(|line| line.contains("--socket")), "{before:?}");
     assert!(comes(|| told_of(directory).is_empty()), "left: {:?}", told_of(directory));
     assert!(comes(|| !mounts().contains(directory.to_str().unwrap())), "a mount is left");
 }

@@ -252,7 +252,7 @@ fn directories_that_cannot_be_served() {
     fs::write(&file, "").unwrap();
     let start = |dir: &Path| {
         let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_vdpad"));
-        run(command.args(["--log", "error", "--control"]).arg(&control).arg("--dir").arg(dir))
+        run(command.args(["--log", "error", "--socket"]).arg(&control).arg("--dir").arg(dir))
     };
     start(&file).fails(
         1,
@@ -291,10 +291,10 @@ fn a_control_socket_in_use_is_left_alone() {
     let dir = other.path().join("dev");
     let control = vdpad.dir().join("control.sock");
     let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_vdpad"));
-    run(command.args(["--log", "error", "--dir"]).arg(&dir).arg("--control").arg(&control)).fails(
+    run(command.args(["--log", "error", "--dir"]).arg(&dir).arg("--socket").arg(&control)).fails(
         1,
         &format!(
-            "vdpad: {} is in use by a running vdpad; stop that one or choose another path with --control",
+            "vdpad: {} is in use by a running vdpad; stop that one or choose another path with --socket",
             control.display()
         ),
     );

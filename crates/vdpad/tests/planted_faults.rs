@@ -100,7 +100,7 @@ impl Daemon {
             command.env("VDPA_PLANTED_FAULT", fault.name());
         }
         let mut process = command
-            .arg("--control")
+            .arg("--socket")
             .arg(dir.path().join("control.sock"))
             .arg("--dir")
             .arg(dir.path().join("dev"))

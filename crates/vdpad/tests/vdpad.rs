@@ -25,7 +25,7 @@ fn vdpad(dir: &Path) -> Command {
 fn vdpad_at(dir: &Path, files: &str) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vdpad"));
     command.env_remove("NOTIFY_SOCKET").env_remove("VDPAD_LOG").env_remove("VDPA_LIVE_NUMBERS");
-    command.arg("--control").arg(dir.join("control.sock")).arg("--dir").arg(dir.join(files));
+    command.arg("--socket").arg(dir.join("control.sock")).arg("--dir").arg(dir.join(files));
     command
 }
 

@@ -44,7 +44,7 @@ impl Daemon {
         let mut child = command
             .env_remove("NOTIFY_SOCKET")
             .env_remove("VDPAD_LOG")
-            .arg("--control")
+            .arg("--socket")
             .arg(dir.path().join("control.sock"))
             .args(["--request-timeout", "8", "--watchdog-timeout", "5", "--log", "debug"])
             .args(options)

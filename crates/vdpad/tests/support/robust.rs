@@ -204,7 +204,7 @@ pub(crate) fn command_at(dir: &Path) -> Command {
         Some(front) => command.arg("--front").arg(front),
         None => command.arg("--dir").arg(dir.join("dev")),
     };
-    command.arg("--control").arg(dir.join("control.sock"));
+    command.arg("--socket").arg(dir.join("control.sock"));
     command
 }
 
