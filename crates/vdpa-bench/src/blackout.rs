@@ -12,7 +12,7 @@ use super::demo::progress;
 use super::fixture::{self, FixtureError, free_memory};
 use super::hugepages::Reserved;
 use super::output;
-use super::scenario::{Load, Scenario};
+use super::scenario::{Load, LoadOptions, Scenario};
 use super::wire::Pages;
 
 const GIB: u64 = 1 << 30;
@@ -37,12 +37,9 @@ pub struct Options {
     /// Updates for each figure; each round has one by each way with each strategy
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(5..))]
     pub rounds: u32,
-    /// Requests in flight
-    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=256))]
-    pub queue_depth: u16,
-    /// Milliseconds of load before and after each update
-    #[arg(long, value_name = "MS", default_value_t = 150)]
-    pub interval: u64,
+    /// The load
+    #[command(flatten)]
+    pub load: LoadOptions,
     /// Exit with 1 when a goal is missed
     #[arg(long)]
     pub strict: bool,
@@ -100,7 +97,7 @@ fn run(options: &Options) -> Result<Outcome, FixtureError> {
 
 fn start(options: &Options, size: u64, pages: Pages) -> Result<Scenario, FixtureError> {
     let fixture = fixture::Options { memory: Some(size), ..options.fixture.clone() };
-    Scenario::start(&fixture, Load { queue_depth: options.queue_depth, seed: 1, pages })
+    Scenario::start(&fixture, Load { queue_depth: options.load.queue_depth, seed: 1, pages })
 }
 
 /// The sizes requested, or those of the default that fit into free memory.
@@ -140,7 +137,7 @@ fn measure(scenario: &mut Scenario, options: &Options, pages: Pages) -> Result<V
     for _ in 0..options.rounds {
         for (point, updates) in &mut points {
             bar.set_message(point.to_string());
-            updates.extend(update(scenario, point, options.interval)?);
+            updates.extend(update(scenario, point, options.load.interval)?);
             bar.inc(1);
         }
         check_round(scenario, pinned, &bar)?;

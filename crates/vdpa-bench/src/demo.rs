@@ -10,7 +10,7 @@ use vdpa_sys::clock::monotonic_ns;
 use super::chart;
 use super::fixture::{self, FixtureError};
 use super::output;
-use super::scenario::{Load, Scenario};
+use super::scenario::{Load, LoadOptions, Scenario};
 use super::summary::{StrategyRun, Summary};
 use super::wire::{Pages, Totals};
 
@@ -26,12 +26,9 @@ pub struct Options {
     /// Ways, in this order: exec, fork, hand-over
     #[arg(long, value_name = "NAME,...", value_delimiter = ',', default_value = "exec")]
     pub way: Vec<Way>,
-    /// Requests in flight
-    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=256))]
-    pub queue_depth: u16,
-    /// Milliseconds of load before and after each update
-    #[arg(long, value_name = "MS", default_value_t = 150)]
-    pub interval: u64,
+    /// The load
+    #[command(flatten)]
+    pub load: LoadOptions,
     /// Seed of the load
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u64,
@@ -50,7 +47,7 @@ pub fn main(options: &Options, json: bool) -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<Summary, FixtureError> {
-    let load = Load { queue_depth: options.queue_depth, seed: options.seed, pages: Pages::Small };
+    let load = Load { queue_depth: options.load.queue_depth, seed: options.seed, pages: Pages::Small };
     let mut scenario = Scenario::start(&options.fixture, load)?;
     let strategies = scenario.strategies(&options.strategy);
     let bar = progress((options.way.len() * strategies.len()) as u64 * u64::from(options.updates));
@@ -97,11 +94,11 @@ fn updates(
         wrong_blocks: 0,
     };
     for _ in 0..options.updates {
-        scenario.run_for(options.interval)?;
+        scenario.run_for(options.load.interval)?;
         if let Some(updated) = scenario.update(way, strategy)? {
             runs.updates.push((updated.blackout_us, updated.report));
         }
-        scenario.run_for(options.interval)?;
+        scenario.run_for(options.load.interval)?;
         runs.wrong_blocks += scenario.quiesce()?;
         scenario.start_load()?;
         bar.inc(1);

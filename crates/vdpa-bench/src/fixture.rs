@@ -70,7 +70,7 @@ pub enum FixtureError {
     },
     /// The process of the daemon or of the client.
     #[error(transparent)]
-    Peer(#[from] ProcessError),
+    Process(#[from] ProcessError),
     /// A request to the daemon.
     #[error(transparent)]
     Client(#[from] ClientError),

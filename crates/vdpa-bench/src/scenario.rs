@@ -25,6 +25,17 @@ const EVENT_TIMEOUT: Duration = Duration::from_secs(300);
 /// File name of the client program.
 const CLIENT_PROGRAM: &str = "vdpa-tenant";
 
+/// Options of the load during updates.
+#[derive(Clone, Debug, clap::Args)]
+pub struct LoadOptions {
+    /// Requests in flight
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub queue_depth: u16,
+    /// Milliseconds of load before and after each update
+    #[arg(long, value_name = "MS", default_value_t = 150)]
+    pub interval: u64,
+}
+
 /// The load that the client generates.
 #[derive(Clone, Copy, Debug)]
 pub struct Load {

@@ -337,8 +337,8 @@ impl Client {
         Ok(true)
     }
 
-    /// Waits until the server signals. With poll(2), as programs do that wait for several things; besides, QEMU makes the eventfds
-    /// that it receives non-blocking.
+    /// Waits until the server signals. With poll(2), as programs do that wait for several things. QEMU makes the eventfds that it
+    /// receives non-blocking in any case.
     fn wait(&self) -> Result<()> {
         let mut fds: Vec<_> = self
             .queues

@@ -1,7 +1,7 @@
 //! `just bench-io`: compares the block device of vdpad, qemu-storage-daemon, and the floors under both, with the same client.
 //!
-//! In each round, every workload runs on every server for a short time. Each round begins with another server, so that other load on
-//! the machine affects all of them alike. Servers are pinned to one CPU and the client to another one, or both to the same one for
+//! In each round, every workload runs on every server for a short time. Each round begins with another server, so that other load
+//! on the machine affects all of them alike. Servers are pinned to one CPU and the client to another one, or both to the same one for
 //! workloads whose name contains "same". Each measurement uses a new connection.
 #![expect(unsafe_code, reason = "virtio-driver takes pointers; the floor is a loop without checks")]
 
