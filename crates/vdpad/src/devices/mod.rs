@@ -39,3 +39,37 @@ pub(crate) trait MgmtDevice: Debug + Send + Sync {
 pub(crate) fn mgmt_devices() -> Vec<Box<dyn MgmtDevice>> {
     vec![Box::new(blk::BlkMgmt), Box::new(sim_blk::SimBlkMgmt), Box::new(sim_net::SimNetMgmt)]
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    /// In docs/vdpactl.md, the table of attributes: the names, and the devices that take each.
+    #[test]
+    fn every_attribute_is_documented() {
+        let document = include_str!("../../../../docs/vdpactl.md");
+        let rows = document.lines().skip_while(|line| !line.starts_with("| Attribute | Devices |")).skip(2);
+        let documented: BTreeSet<_> = rows
+            .take_while(|line| line.starts_with('|'))
+            .flat_map(|row| {
+                let mut cells = row.trim_start_matches("| `").split([' ', '`']);
+                let (name, rest) = (cells.next().unwrap(), row.split(" | ").nth(1).unwrap());
+                let kinds: Vec<_> = match rest {
+                    "all" => vec!["blk", "sim-blk", "sim-net"],
+                    some => some.split(", ").map(|kind| kind.trim_matches('`')).collect(),
+                };
+                kinds.into_iter().map(move |kind| (kind, name))
+            })
+            .collect();
+        let names = |kind, known: &[(&'static str, &str)]| -> Vec<(&'static str, &'static str)> {
+            known.iter().map(|(name, _)| (kind, *name)).collect()
+        };
+        let mut known = names("blk", &super::blk::KNOWN);
+        known.push(("blk", "handover"));
+        known.extend(names("sim-blk", &super::sim::KNOWN));
+        known.extend(names("sim-net", &super::sim::KNOWN));
+        known.extend(names("sim-net", &super::sim_net::KNOWN));
+        known.extend(["blk", "sim-blk", "sim-net"].map(|kind| (kind, "device_file")));
+        assert_eq!(documented, known.into_iter().collect());
+    }
+}

@@ -26,7 +26,7 @@ const ADDRESS_SPACES: u32 = 2;
 const MTU: u16 = 1500;
 
 /// The attributes that only this simulator has: name, and description of the value.
-const KNOWN: [(&str, &str); 3] = [("mac", "MAC"), ("mtu", "68-65535"), ("device_features", "HEX")];
+pub(super) const KNOWN: [(&str, &str); 3] = [("mac", "MAC"), ("mtu", "68-65535"), ("device_features", "HEX")];
 
 /// The management device `sim-net`.
 #[derive(Debug)]

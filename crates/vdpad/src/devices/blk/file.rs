@@ -41,7 +41,7 @@ pub(super) struct Backing {
     pub(super) memory_align: u32,
     pub(super) direct: bool,
     pub(super) read_only: bool,
-    /// Its file system may block a caller that asked not to block (`IOCB_NOWAIT`): FUSE, and every type that is not known.
+    /// Its file system may block a caller that requests not to block (`IOCB_NOWAIT`): FUSE, and every type that is not known.
     pub(super) may_block: bool,
     /// The fastest way to read.
     pub(super) reads: ReadMode,

@@ -33,6 +33,9 @@ use vdpa_control::api::{Attrs, CtlError, ID_BLOCK, MgmtDev};
 
 use crate::block::{Disk, Requests, WriteCache};
 
+#[cfg(test)]
+pub(super) use self::options::KNOWN;
+
 /// Most data segments of a request.
 const SEG_MAX: u32 = 126;
 

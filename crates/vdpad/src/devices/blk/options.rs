@@ -18,7 +18,7 @@ use vdpa_control::api::{Attrs, CtlError};
 const QUEUE_SIZE: u16 = 1024;
 
 /// The attributes: name, and description of the value for the error that lists them.
-const KNOWN: [(&str, &str); 16] = [
+pub(in crate::devices) const KNOWN: [(&str, &str); 16] = [
     ("path", "FILE"),
     ("null", "BYTES"),
     ("readonly", "on|off"),
