@@ -1,4 +1,5 @@
-# Debian packages in a cache, unpacked and never installed. Sourced by what runs programs or machines of them.
+# Fetches Debian packages into a cache and unpacks them, without installing them. Sourced by scripts that run programs or
+# machines of them.
 #
 # Needs bash, apt and dpkg. Sets cache (a directory that runs may share) and expects work (a directory of this run)
 # and die.
@@ -48,7 +49,7 @@ E
     echo "$dir/apt.conf"
 }
 
-# unpack PACKAGE-FILE DIR: with the merged /usr of newer packages, whatever the package has.
+# unpack PACKAGE-FILE DIR: unpacks with the merged /usr of newer packages, whether the package has it or not.
 unpack() {
     local link
     mkdir -p "$2"/usr/{lib,bin,sbin,lib64}
@@ -70,14 +71,15 @@ fetch_root() {
     touch "$root/.ok"
 }
 
-# root_of SUITE PACKAGE...: where fetch_root keeps a set of packages.
+# root_of SUITE PACKAGE...: prints the directory in which fetch_root keeps a set of packages.
 root_of() {
     local suite=$1
     shift
     printf '%s/root-%s-%s\n' "$cache" "$suite" "$(printf '%s ' "$@" | cksum | cut -d ' ' -f 1)"
 }
 
-# in_root ROOT NAME ARG...: a program of an unpacked root, with its own loader and libraries: no chroot, no root user.
+# in_root ROOT NAME ARG...: runs a program of an unpacked root with the loader and the libraries of that root. Needs neither chroot
+# nor root.
 in_root() {
     local root=$1 name=$2 path
     shift 2

@@ -1,5 +1,6 @@
-//! Links the tenant at a fixed address: with tens of thousands of pointers to relocate, which a position-independent program
-//! has, an exec takes three times as long. The daemon and `vdpactl`, which are exposed or long-lived, stay as they are.
+//! Links `vdpa-tenant`, the client of the benchmarks, at a fixed address. A position-independent program has tens of thousands of
+//! pointers to relocate, and its execve(2) takes three times as long. The daemon and `vdpactl` stay position-independent, because
+//! they are exposed or long-lived.
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");

@@ -78,7 +78,7 @@ int main(int argc, char **argv)
             uint64_t block = draw() % blocks;
             if (slots[i].busy || busy[block])
                 continue;
-            /* What has never been written has contents nobody knows here. */
+            /* The contents of a block that was never written are unknown here. */
             slots[i] = (struct slot){ true, turns[block] == 0 || draw() % 2, block };
             busy[block] = true;
             if (slots[i].writes) {

@@ -41,7 +41,7 @@ build() {
 # start_daemon [ARG...]: a vdpad of this run; returns when it serves.
 start_daemon() {
     mkfifo "$work/ready"
-    "$bin/vdpad" --dir "$work/dev" --control "$work/control" --log "${VDPAD_TEST_LOG:-info}" "$@" >"$work/ready" 2>"$work/vdpad.log" &
+    "$bin/vdpad" --dir "$work/dev" --socket "$work/control" --log "${VDPAD_TEST_LOG:-info}" "$@" >"$work/ready" 2>"$work/vdpad.log" &
     daemon=$!
     local line=
     read -r line <"$work/ready" || true

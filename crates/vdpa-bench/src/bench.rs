@@ -1,6 +1,5 @@
-//! `vdpactl bench io`: how fast a device answers verified random requests.
+//! `vdpactl bench io`: rate and latency of verified random requests.
 
-use std::io::{self, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -12,20 +11,21 @@ use vdpa_sys::clock::monotonic_ns;
 use vdpa_sys::vhost_vdpa::VhostVdpaFd;
 
 use super::engine::{Engine, LoadError};
-use super::ledger::Ledger;
-use super::stage::{self, Stage, StageError, errno};
+use super::fixture::{self, Fixture, FixtureError, errno};
+use super::journal::Journal;
+use super::output;
 use super::timeline::Timeline;
-use super::wire::{Pages, TenantConfig, Totals, chain};
+use super::wire::{ClientConfig, Pages, Totals};
 
-/// Guest memory unless told otherwise: more than a last-level cache has.
+/// Default size of guest memory: larger than a last-level cache.
 const MEMORY: u64 = 256 << 20;
-/// How long to wait for completions at a time.
-const NAP: Duration = Duration::from_millis(100);
+/// Longest wait for completions, after which deadlines are checked.
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Measures a device under verified random requests.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Options {
-    /// A device file to use; its contents are overwritten unless --read 100 [default: a private daemon with a disk]
+    /// Device file to measure; the disk is overwritten unless --read 100 [default: a private daemon with a disk]
     #[arg(long, value_name = "FILE")]
     pub device: Option<PathBuf>,
     /// Seconds to measure
@@ -40,26 +40,26 @@ pub struct Options {
     /// Seed of the load
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u64,
-    /// What it runs on
+    /// The fixture that it runs on
     #[command(flatten)]
-    pub stage: stage::Options,
+    pub fixture: fixture::Options,
 }
 
-/// What was measured.
+/// The result of `vdpactl bench io`.
 #[derive(Clone, Debug, Serialize)]
 pub struct Outcome {
     /// Requests per second.
     pub iops: f64,
     /// Time from submission to completion, in us.
     pub latency_us: Latency,
-    /// How long was measured.
+    /// Duration of the measurement.
     pub seconds: f64,
     /// Requests in flight.
     pub queue_depth: u16,
     /// Counters.
     #[serde(flatten)]
     pub totals: Totals,
-    /// Whether every request was answered once and right.
+    /// Whether every request was completed once and correctly.
     pub ok: bool,
 }
 
@@ -73,35 +73,26 @@ pub struct Latency {
     pub max: f64,
 }
 
-/// Measures and prints, as JSON if `json`. Exit status 1 if anything was lost, corrupt or failed.
+/// Measures and prints the result, as JSON if `json`. Exit status 1 if a request was lost, corrupt or failed.
 #[must_use]
 pub fn main(options: &Options, json: bool) -> ExitCode {
-    let outcome = match run(options) {
-        Ok(outcome) => outcome,
-        Err(e) => {
-            eprintln!("vdpactl: bench: {}", chain(&e));
-            return ExitCode::FAILURE;
-        }
-    };
-    let text = if json { serde_json::to_string(&outcome).unwrap_or_default() + "\n" } else { outcome.text() };
-    let written = io::stdout().write_all(text.as_bytes());
-    if outcome.ok && written.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    output::finish("bench", run(options), json, Outcome::text, |outcome| outcome.ok)
 }
 
-fn run(options: &Options) -> Result<Outcome, StageError> {
-    let mut stage_options = options.stage.clone();
-    stage_options.memory.get_or_insert(MEMORY);
-    let memory = stage_options.memory.unwrap_or(MEMORY);
-    // Kept until the end: dropping it ends the daemon.
-    let stage = match options.device {
+fn run(options: &Options) -> Result<Outcome, FixtureError> {
+    let mut fixture_options = options.fixture.clone();
+    fixture_options.memory.get_or_insert(MEMORY);
+    let memory = fixture_options.memory.unwrap_or(MEMORY);
+    // Kept until the end, because dropping it stops the daemon.
+    let fixture = match options.device {
         Some(_) => None,
-        None => Some(Stage::set(&stage_options)?),
+        None => Some(Fixture::start(&fixture_options)?),
     };
-    let device = options.device.clone().or_else(|| stage.as_ref().map(|stage| stage.device.clone()));
-    let (ledger, _ledger_fd) =
-        Ledger::create(stage_options.disk / PAGE_SIZE, PAGE_SIZE, options.seed).map_err(LoadError::from)?;
+    let device = options.device.clone().or_else(|| fixture.as_ref().map(|fixture| fixture.device.clone()));
+    let (journal, _journal_fd) = Journal::create(fixture_options.disk / PAGE_SIZE, PAGE_SIZE, options.seed)
+        .map_err(LoadError::from)?;
     let (timeline, _timeline_fd) = Timeline::create(monotonic_ns()).map_err(errno("create the timeline"))?;
-    let config = TenantConfig {
+    let config = ClientConfig {
         device: device.unwrap_or_default(),
         memory,
         pages: Pages::Small,
@@ -110,12 +101,12 @@ fn run(options: &Options) -> Result<Outcome, StageError> {
         read_percent: options.read,
         deadline_ms: 10_000,
         seed: options.seed,
-        ledger_fd: -1,
+        journal_fd: -1,
         timeline_fd: -1,
         progress_ms: 100,
         directory: PathBuf::new(),
     };
-    let mut engine = Engine::<VhostVdpaFd>::new(&config, ledger, timeline)?;
+    let mut engine = Engine::<VhostVdpaFd>::new(&config, journal, timeline)?;
     Ok(measure(&mut engine, options)?)
 }
 
@@ -126,13 +117,13 @@ fn measure(engine: &mut Engine<VhostVdpaFd>, options: &Options) -> Result<Outcom
     let begin = Instant::now();
     while begin.elapsed() < length {
         engine.issue()?;
-        turn(engine, deadline)?;
+        complete_or_wait(engine, deadline)?;
     }
     let seconds = begin.elapsed().as_secs_f64();
     let answered = engine.totals().requests;
-    let patience = Instant::now();
-    while engine.in_flight() > 0 && patience.elapsed() < deadline + NAP {
-        turn(engine, deadline)?;
+    let drain_begin = Instant::now();
+    while engine.in_flight() > 0 && drain_begin.elapsed() < deadline + POLL_INTERVAL {
+        complete_or_wait(engine, deadline)?;
     }
     let totals = engine.totals().clone();
     #[expect(clippy::cast_precision_loss, reason = "a rate")]
@@ -148,10 +139,10 @@ fn measure(engine: &mut Engine<VhostVdpaFd>, options: &Options) -> Result<Outcom
     })
 }
 
-/// Takes what has completed, or waits for it.
-fn turn(engine: &mut Engine<VhostVdpaFd>, deadline: Duration) -> Result<(), LoadError> {
+/// Takes completions, or waits for some.
+fn complete_or_wait(engine: &mut Engine<VhostVdpaFd>, deadline: Duration) -> Result<(), LoadError> {
     if engine.reap()? == 0 && !engine.arm()? {
-        let _signalled = engine.queue()?.call().wait(Some(NAP));
+        let _signalled = engine.queue()?.call().wait(Some(POLL_INTERVAL));
         engine.check_deadline(deadline);
     }
     Ok(())

@@ -1,4 +1,4 @@
-//! What `vdpactl bench update` found out: as JSON and as a table.
+//! The result of `vdpactl bench update`, as JSON and as a table.
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Write as _};
@@ -10,16 +10,16 @@ use super::blackout::human;
 use super::summary::Spread;
 use super::wire::Pages;
 
-/// What is measured.
+/// The parameters of a measurement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Point {
     /// Guest memory, in bytes.
     pub memory_bytes: u64,
-    /// Its pages.
+    /// Its page size.
     pub pages: Pages,
-    /// By what way.
+    /// Way of the updates.
     pub way: Way,
-    /// With which strategy.
+    /// Strategy of the updates.
     pub strategy: Strategy,
 }
 
@@ -32,21 +32,21 @@ impl fmt::Display for Point {
 /// The updates of one point.
 #[derive(Clone, Debug, Serialize)]
 pub struct Cell {
-    /// Which.
+    /// The parameters.
     #[serde(flatten)]
     pub point: Point,
-    /// Updates that happened.
+    /// Updates that succeeded.
     pub updates: u64,
-    /// From the beginning of the switch until the successor has the devices (`Report::total`), in ns.
+    /// From the start of the switch until the successor has the devices (`Report::total`), in ns.
     pub total_ns: Spread,
-    /// The tenant's last completion before to its first one after, in ns.
+    /// Time from the client's last completion before the update to its first one after it, in ns.
     pub gap_ns: Spread,
     /// Median of each phase, in ns.
     pub phases_ns: BTreeMap<&'static str, u64>,
 }
 
 impl Cell {
-    /// `updates` are the tenant's gap in us and the library's report, each.
+    /// `updates` has for each update the client's gap in us and the report of the library.
     #[must_use]
     pub fn new(point: Point, updates: &[(u64, Report)]) -> Self {
         let mut phases: BTreeMap<&'static str, Vec<u64>> = BTreeMap::new();
@@ -66,43 +66,43 @@ impl Cell {
 /// A quotient of two medians of [`Cell::total_ns`].
 #[derive(Clone, Debug, Serialize)]
 pub struct Ratio {
-    /// What by what.
+    /// The two medians.
     pub name: String,
-    /// How many times as long.
+    /// The quotient.
     pub value: f64,
 }
 
-/// What was to be reached, for the largest memory that was measured.
+/// A goal for the largest memory size that was measured.
 #[derive(Clone, Debug, Serialize)]
 pub struct Goal {
-    /// What, where, and the limit.
+    /// The figure, its parameters, and the limit.
     pub name: String,
-    /// What it should be compared with.
+    /// The limit.
     pub limit: f64,
-    /// What it is.
+    /// The value measured.
     pub value: f64,
-    /// Whether it is reached.
+    /// Whether the goal is reached.
     pub met: bool,
 }
 
 /// The result of `vdpactl bench update`.
 #[derive(Clone, Debug, Serialize)]
 pub struct Outcome {
-    /// Updates asked for at each point.
+    /// Updates requested for each point.
     pub rounds: u32,
-    /// One entry per memory size, pages, way and strategy.
+    /// One entry per memory size, page size, way and strategy.
     pub cells: Vec<Cell>,
-    /// `reopen / live` for each memory and way, and the largest by the smallest memory for each way and strategy.
+    /// `reopen / live` for each memory size and way, and largest by smallest memory for each way and strategy.
     pub ratios: Vec<Ratio>,
-    /// What was to be reached.
+    /// The goals.
     pub goals: Vec<Goal>,
-    /// What could not be measured, and why.
+    /// What could not be measured, with the reason.
     pub left_out: Vec<String>,
     /// Blocks compared with the backing file.
     pub blocks_verified: u64,
-    /// Whether every update happened, nothing was lost, damaged or answered twice, and pins stayed.
+    /// Whether every update succeeded, no request was lost, corrupt or completed twice, and the pinned pages stayed the same.
     pub ok: bool,
-    /// What was not right.
+    /// Everything that went wrong.
     pub problems: Vec<String>,
 }
 
@@ -129,12 +129,12 @@ impl Outcome {
         }
     }
 
-    /// The table for people.
+    /// The result as a table.
     #[must_use]
     pub fn table(&self) -> String {
         let mut text = format!(
             "{:>6} {:<5} {:<10}{:<9}{:>7} | {:>32} | {:>10} | median of the longest phases, ms\n",
-            "memory", "pages", "way", "strategy", "updates", "total ms: min / median / p99", "tenant gap"
+            "memory", "pages", "way", "strategy", "updates", "total ms: min / median / p99", "client gap"
         );
         for cell in &self.cells {
             let Point { memory_bytes, pages, way, strategy } = cell.point;
@@ -224,7 +224,7 @@ fn ratios(cells: &[Cell]) -> Vec<Ratio> {
     ratios
 }
 
-/// What was to be reached at 16 GiB of 4 KiB pages, asked of the largest memory there is.
+/// The goals. They are set for 16 GiB of 4 KiB pages, and applied to the largest memory size that was measured.
 fn goals(cells: &[Cell]) -> Vec<Goal> {
     let pages = Pages::Small;
     let Some((least, most)) = extremes(cells, pages) else { return Vec::new() };

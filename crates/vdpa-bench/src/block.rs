@@ -1,90 +1,90 @@
-//! What a block of the load looks like, so that any block can be judged on its own.
+//! [`Stamp`]: the contents of a block of the load. Every block can be verified on its own.
 
 use thiserror::Error;
 
-/// First eight bytes of every block written.
+/// First eight bytes of every block that was written.
 const MAGIC: u64 = u64::from_le_bytes(*b"vdpaload");
-/// Bytes of the stamp: magic, block number, sequence, tenant, checksum, zeros.
+/// Bytes of the stamp: magic, block number, sequence, client, checksum, zeros.
 pub const STAMP_BYTES: usize = 40;
 const CHECKSUM_AT: usize = 32;
 
-/// What a block says about itself.
+/// What a block says about its contents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stamp {
-    /// Number of the block on the disk, in blocks.
+    /// Number of the block on the disk.
     pub block: u64,
-    /// Sequence number of the write; 0 is a block never written.
+    /// Sequence number of the write; 0 for a block that was never written.
     pub sequence: u64,
-    /// Who wrote it.
-    pub tenant: u64,
+    /// The client that wrote it.
+    pub client: u64,
 }
 
 /// What is wrong with a block.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum Corruption {
-    /// Neither a stamp nor zeros.
+    /// The block has neither a stamp nor zeros.
     #[error("block {block} holds no stamp (it begins with {found:#018x}), expected sequence {expected}")]
     NoStamp {
-        /// Where.
+        /// Number of the block.
         block: u64,
-        /// First eight bytes.
+        /// Its first eight bytes.
         found: u64,
-        /// Sequence expected.
+        /// Sequence number expected.
         expected: u64,
     },
-    /// The contents do not fit the checksum.
+    /// The contents do not match the checksum.
     #[error("block {block} is torn or damaged: checksum {stored:#010x}, contents {computed:#010x}")]
     Checksum {
-        /// Where.
+        /// Number of the block.
         block: u64,
         /// Checksum in the block.
         stored: u32,
         /// Checksum of the contents.
         computed: u32,
     },
-    /// An intact block in the wrong place, or of another tenant.
-    #[error("block {block} holds block {} of tenant {}, expected tenant {tenant}", .found.block, .found.tenant)]
+    /// An intact block in the wrong place, or of another client.
+    #[error("block {block} holds block {} of client {}, expected client {client}", .found.block, .found.client)]
     Misplaced {
-        /// Where.
+        /// Number of the block.
         block: u64,
-        /// Tenant expected.
-        tenant: u64,
-        /// What is there.
+        /// LoadClient expected.
+        client: u64,
+        /// The stamp found.
         found: Stamp,
     },
     /// An intact block of another time.
     #[error("block {block} has sequence {found}, expected {expected}")]
     Sequence {
-        /// Where.
+        /// Number of the block.
         block: u64,
-        /// Sequence there.
+        /// Sequence number found.
         found: u64,
-        /// Sequence of the last write that completed.
+        /// Sequence number of the last completed write.
         expected: u64,
     },
 }
 
 impl Stamp {
-    /// Fills `data`, at least [`STAMP_BYTES`] long, with the stamp, a pattern that depends on it, and a checksum
-    /// over everything.
+    /// Fills `data`, which must have at least [`STAMP_BYTES`], with the stamp, a pattern derived from it, and a checksum over
+    /// everything.
     pub fn write(&self, data: &mut [u8]) {
-        let mut pattern = Pattern(self.block ^ self.sequence.rotate_left(32) ^ self.tenant);
+        let mut pattern = SplitMix64(self.block ^ self.sequence.rotate_left(32) ^ self.client);
         for word in data.chunks_mut(8) {
             let bytes = pattern.next().to_le_bytes();
             for (to, from) in word.iter_mut().zip(bytes) {
                 *to = from;
             }
         }
-        for (at, value) in [MAGIC, self.block, self.sequence, self.tenant, 0].into_iter().enumerate() {
+        for (at, value) in [MAGIC, self.block, self.sequence, self.client, 0].into_iter().enumerate() {
             put(data, at * 8, &value.to_le_bytes());
         }
         let sum = crc32c::crc32c(data);
         put(data, CHECKSUM_AT, &sum.to_le_bytes());
     }
 
-    /// Judges a block that should be this one; with `pending`, one may be there whose write has not completed.
+    /// Verifies that `data` has this stamp, or the one with the sequence number `pending`, of a write in flight.
     ///
-    /// Returns the sequence found.
+    /// Returns the sequence number found.
     ///
     /// # Errors
     /// [`Corruption`].
@@ -103,9 +103,9 @@ impl Stamp {
         if stored != computed {
             return Err(Corruption::Checksum { block, stored, computed });
         }
-        let found = Self { block: word(data, 8), sequence: word(data, 16), tenant: word(data, 24) };
-        if found.block != block || found.tenant != self.tenant {
-            return Err(Corruption::Misplaced { block, tenant: self.tenant, found });
+        let found = Self { block: word(data, 8), sequence: word(data, 16), client: word(data, 24) };
+        if found.block != block || found.client != self.client {
+            return Err(Corruption::Misplaced { block, client: self.client, found });
         }
         if found.sequence != self.sequence && Some(found.sequence) != pending {
             return Err(Corruption::Sequence { block, found: found.sequence, expected: self.sequence });
@@ -114,7 +114,7 @@ impl Stamp {
     }
 }
 
-/// The checksum with its own field taken as zero.
+/// The checksum of a block; its own field counts as zero.
 fn checksum(data: &[u8]) -> u32 {
     let (head, rest) = data.split_at_checked(CHECKSUM_AT).unwrap_or((data, &[]));
     let tail = rest.get(4..).unwrap_or_default();
@@ -131,12 +131,11 @@ fn put(data: &mut [u8], at: usize, bytes: &[u8]) {
     }
 }
 
-/// A sequence of well mixed numbers (splitmix64); also the load's source of chance, so that a run can be
-/// repeated from its seed.
+/// The random number generator splitmix64. The load takes all its choices from it, so a run can be repeated from its seed.
 #[derive(Clone, Copy, Debug)]
-pub struct Pattern(pub u64);
+pub struct SplitMix64(pub u64);
 
-impl Pattern {
+impl SplitMix64 {
     /// The next number.
     pub const fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -158,7 +157,7 @@ impl Pattern {
 mod tests {
     use super::*;
 
-    const STAMP: Stamp = Stamp { block: 7, sequence: 42, tenant: 3 };
+    const STAMP: Stamp = Stamp { block: 7, sequence: 42, client: 3 };
 
     fn written() -> Vec<u8> {
         let mut data = vec![0xaa; 4096];
@@ -167,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn a_block_knows_itself() {
+    fn a_written_block_is_verified() {
         assert_eq!(STAMP.verify(&written(), None), Ok(42));
         let before = Stamp { sequence: 41, ..STAMP };
         assert_eq!(before.verify(&written(), Some(42)), Ok(42));
@@ -183,7 +182,7 @@ mod tests {
         assert!(matches!(found(never, &written()), Corruption::Sequence { found: 42, expected: 0, .. }));
         let elsewhere = Stamp { block: 8, ..STAMP };
         assert!(matches!(found(elsewhere, &written()), Corruption::Misplaced { .. }));
-        let other = Stamp { tenant: 4, ..STAMP };
+        let other = Stamp { client: 4, ..STAMP };
         assert!(matches!(found(other, &written()), Corruption::Misplaced { .. }));
         let later = Stamp { sequence: 43, ..STAMP };
         assert!(matches!(found(later, &written()), Corruption::Sequence { found: 42, expected: 43, .. }));
@@ -195,7 +194,7 @@ mod tests {
         for at in 0..good.len() * 8 {
             let mut data = good.clone();
             data[at / 8] ^= 1 << (at % 8);
-            // The padding behind the checksum is covered too.
+            // The padding behind the checksum is covered as well.
             assert!(STAMP.verify(&data, None).is_err(), "bit {at}");
         }
     }

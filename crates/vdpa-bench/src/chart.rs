@@ -1,4 +1,4 @@
-//! Completions over time as a picture, with the updates marked.
+//! Charts: completions over time with the updates marked, and medians over memory size.
 
 use std::path::Path;
 
@@ -8,26 +8,26 @@ use vdpa_client::update::{Strategy, Way};
 use super::blackout_result::Cell;
 use super::timeline::BUCKET_NS;
 
-/// Columns of the picture; each shows the mean of the milliseconds it stands for.
+/// Columns of the chart; each shows the mean of the milliseconds that it covers.
 const COLUMNS: usize = 1400;
 
-/// An update in the picture, in ns after the origin.
+/// An update in the chart. Times are in ns after the origin of the timeline.
 #[derive(Clone, Copy, Debug)]
 pub struct Mark {
-    /// Which strategy.
+    /// Its strategy.
     pub strategy: Strategy,
-    /// When the last completion before it was seen.
+    /// Time of the last completion before it.
     pub from_ns: u64,
-    /// When the first one after it was seen.
+    /// Time of the first completion after it.
     pub to_ns: u64,
 }
 
 /// Draws completions per millisecond (`counts`) and `marks` into an SVG file.
 ///
 /// # Errors
-/// What the drawing library reports, as text: mostly that the file cannot be written.
+/// The error of the drawing library as text, for example that the file cannot be written.
 pub fn draw(file: &Path, counts: &[u64], marks: &[Mark]) -> Result<(), String> {
-    // Time begins with the load, not with the preparations.
+    // The chart begins with the load, without the set-up.
     let first = counts.iter().position(|&count| count > 0).unwrap_or(0);
     let origin_ns = first as u64 * BUCKET_NS;
     let counts = counts.get(first..).unwrap_or_default();
@@ -49,7 +49,7 @@ pub fn draw(file: &Path, counts: &[u64], marks: &[Mark]) -> Result<(), String> {
     let mut chart = ChartBuilder::on(&root)
         .margin(10)
         .caption(
-            "Completions seen by the tenant. Coloured: silence of an update. White gaps: the disk is verified.",
+            "Completions seen by the client. Coloured: downtime of an update. White gaps: the disk is verified.",
             ("sans-serif", 18),
         )
         .x_label_area_size(35)
@@ -66,7 +66,7 @@ pub fn draw(file: &Path, counts: &[u64], marks: &[Mark]) -> Result<(), String> {
     for strategy in Strategy::ALL {
         let color = color(strategy);
         let at = |ns: u64| seconds(ns.saturating_sub(origin_ns));
-        // Two pixels at least, so that a short silence is seen too.
+        // At least two pixels, so that a short downtime is visible.
         let least = end / 700.0;
         let bands = marks.iter().filter(|m| m.strategy == strategy).flat_map(|m| {
             let from = at(m.from_ns).min(at(m.to_ns) - least).max(0.0);
@@ -90,7 +90,7 @@ pub fn draw(file: &Path, counts: &[u64], marks: &[Mark]) -> Result<(), String> {
     root.present().map_err(|e| text(&e))
 }
 
-/// Draws the median of each cell over the memory size, both logarithmic, a line for each pages, way and strategy.
+/// Draws the median of each cell over the memory size, on logarithmic scales, with a line for each page size, way and strategy.
 ///
 /// # Errors
 /// As [`draw`].
@@ -109,7 +109,7 @@ pub fn draw_medians(file: &Path, cells: &[Cell]) -> Result<(), String> {
     root.fill(&WHITE).map_err(|e| text(&e))?;
     let mut chart = ChartBuilder::on(&root)
         .margin(10)
-        .caption("How long no driver is there in an update: medians", ("sans-serif", 18))
+        .caption("Downtime of updates: medians", ("sans-serif", 18))
         .x_label_area_size(35)
         .y_label_area_size(60)
         .build_cartesian_2d(ends(&gib).log_scale(), ends(&ms).log_scale())
@@ -164,7 +164,7 @@ fn seconds(ns: u64) -> f64 {
     float(ns) / 1e9
 }
 
-#[expect(clippy::cast_precision_loss, reason = "a picture")]
+#[expect(clippy::cast_precision_loss, reason = "the precision of a chart")]
 const fn float(value: u64) -> f64 {
     value as f64
 }
@@ -174,7 +174,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_picture_has_every_update() {
+    fn a_chart_has_every_update() {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("chart.svg");
         let marks = [Mark { strategy: Strategy::Live, from_ns: 1_000_000, to_ns: 2_000_000 }];

@@ -1,6 +1,5 @@
-//! `vdpactl demo`: what an update costs, and that nothing is lost.
+//! `vdpactl demo`: the downtime of updates, and a proof that nothing is lost.
 
-use std::io::{self, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -9,119 +8,107 @@ use vdpa_client::update::{Strategy, Way};
 use vdpa_sys::clock::monotonic_ns;
 
 use super::chart;
-use super::play::{Load, Play};
-use super::stage::{self, StageError};
-use super::summary::{Notes, Summary};
-use super::wire::{Pages, Totals, chain};
+use super::fixture::{self, FixtureError};
+use super::output;
+use super::scenario::{Load, LoadOptions, Scenario};
+use super::summary::{StrategyRun, Summary};
+use super::wire::{Pages, Totals};
 
-/// Shows what an update of a running client costs with each strategy, and that nothing is lost.
+/// Shows the downtime of updates of a running client with each strategy, and that nothing is lost.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Options {
     /// Updates with each strategy by each way
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
     pub updates: u32,
-    /// Strategies, in this order [default: all that the device can do]
+    /// Strategies, in this order [default: all that the device supports]
     #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
     pub strategy: Vec<Strategy>,
     /// Ways, in this order: exec, fork, hand-over
     #[arg(long, value_name = "NAME,...", value_delimiter = ',', default_value = "exec")]
     pub way: Vec<Way>,
-    /// Requests in flight
-    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=256))]
-    pub queue_depth: u16,
-    /// Milliseconds of load before and after each update
-    #[arg(long, value_name = "MS", default_value_t = 150)]
-    pub interval: u64,
+    /// The load
+    #[command(flatten)]
+    pub load: LoadOptions,
     /// Seed of the load
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u64,
     /// Draw completions over time into this file
     #[arg(long, value_name = "FILE.svg")]
     pub chart: Option<PathBuf>,
-    /// What it runs on
+    /// The fixture that it runs on
     #[command(flatten)]
-    pub stage: stage::Options,
+    pub fixture: fixture::Options,
 }
 
-/// Gives the demo and prints what it found out, as JSON if `json`. Exit status 1 if anything was lost or failed.
+/// Runs the demo and prints the result, as JSON if `json`. Exit status 1 if anything was lost or failed.
 #[must_use]
 pub fn main(options: &Options, json: bool) -> ExitCode {
-    let summary = match run(options) {
-        Ok(summary) => summary,
-        Err(e) => {
-            eprintln!("vdpactl: demo: {}", chain(&e));
-            return ExitCode::FAILURE;
-        }
-    };
-    let text =
-        if json { serde_json::to_string(&summary).unwrap_or_default() + "\n" } else { summary.table() };
-    let written = io::stdout().write_all(text.as_bytes());
-    if summary.ok && written.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    output::finish("demo", run(options), json, Summary::table, |summary| summary.ok)
 }
 
-fn run(options: &Options) -> Result<Summary, StageError> {
-    let load = Load { queue_depth: options.queue_depth, seed: options.seed, pages: Pages::Small };
-    let mut play = Play::set(&options.stage, load)?;
-    let strategies = play.strategies(&options.strategy);
+fn run(options: &Options) -> Result<Summary, FixtureError> {
+    let load = Load { queue_depth: options.load.queue_depth, seed: options.seed, pages: Pages::Small };
+    let mut scenario = Scenario::start(&options.fixture, load)?;
+    let strategies = scenario.strategies(&options.strategy);
     let bar = progress((options.way.len() * strategies.len()) as u64 * u64::from(options.updates));
-    let mut notes = Vec::new();
-    play.go()?;
+    let mut runs = Vec::new();
+    scenario.start_load()?;
     for &way in &options.way {
         for &strategy in &strategies {
             bar.set_message(format!("{way} {strategy}"));
-            notes.push(updates(&mut play, (way, strategy), options, &bar)?);
+            runs.push(updates(&mut scenario, (way, strategy), options, &bar)?);
         }
     }
-    play.finish()?;
+    scenario.finish()?;
     bar.finish_and_clear();
     if let Some(file) = &options.chart {
-        let counts = play.timeline().counts(monotonic_ns());
-        if let Err(e) = chart::draw(file, &counts, &play.marks) {
-            play.problems.push(format!("cannot draw {}: {e}", file.display()));
+        let counts = scenario.timeline().counts(monotonic_ns());
+        if let Err(e) = chart::draw(file, &counts, &scenario.marks) {
+            scenario.problems.push(format!("cannot draw {}: {e}", file.display()));
         }
     }
-    let whole = notes.iter().all(|n| n.updates.len() as u64 == u64::from(options.updates));
+    let whole = runs.iter().all(|n| n.updates.len() as u64 == u64::from(options.updates));
     Ok(Summary {
-        memory_bytes: play.memory(),
+        memory_bytes: scenario.memory(),
         page_size: load.pages.bytes(),
-        strategies: notes.iter().map(Into::into).collect(),
-        blocks_verified: play.blocks_verified,
-        ok: play.totals.clean() && play.problems.is_empty() && whole && !notes.is_empty(),
-        problems: std::mem::take(&mut play.problems),
+        strategies: runs.iter().map(Into::into).collect(),
+        blocks_verified: scenario.blocks_verified,
+        ok: scenario.totals.clean() && scenario.problems.is_empty() && whole && !runs.is_empty(),
+        problems: std::mem::take(&mut scenario.problems),
     })
 }
 
 /// All updates by one way with one strategy.
 fn updates(
-    play: &mut Play,
+    scenario: &mut Scenario,
     (way, strategy): (Way, Strategy),
     options: &Options,
     bar: &ProgressBar,
-) -> Result<Notes, StageError> {
-    let mut notes = Notes {
+) -> Result<StrategyRun, FixtureError> {
+    let mut runs = StrategyRun {
         strategy,
         way,
         updates: Vec::new(),
-        pinned_pages: (play.pinned()?, 0),
-        totals: (play.totals.clone(), Totals::default()),
+        pinned_pages: (scenario.pinned()?, 0),
+        totals: (scenario.totals.clone(), Totals::default()),
         wrong_blocks: 0,
     };
     for _ in 0..options.updates {
-        play.let_run(options.interval)?;
-        if let Some(updated) = play.update(way, strategy)? {
-            notes.updates.push((updated.blackout_us, updated.report));
+        scenario.run_for(options.load.interval)?;
+        if let Some(updated) = scenario.update(way, strategy)? {
+            runs.updates.push((updated.blackout_us, updated.report));
         }
-        play.let_run(options.interval)?;
-        notes.wrong_blocks += play.quiesce()?;
-        play.go()?;
+        scenario.run_for(options.load.interval)?;
+        runs.wrong_blocks += scenario.quiesce()?;
+        scenario.start_load()?;
         bar.inc(1);
     }
-    notes.pinned_pages.1 = play.pinned()?;
-    notes.totals.1 = play.totals.clone();
-    Ok(notes)
+    runs.pinned_pages.1 = scenario.pinned()?;
+    runs.totals.1 = scenario.totals.clone();
+    Ok(runs)
 }
 
-/// A bar on terminals, and nothing elsewhere.
+/// A progress bar on standard error, which is hidden unless that is a terminal.
 pub(super) fn progress(updates: u64) -> ProgressBar {
     let bar = ProgressBar::new(updates);
     if let Ok(style) = ProgressStyle::with_template("{msg:24} [{wide_bar}] {pos}/{len} updates {elapsed}") {

@@ -1,4 +1,4 @@
-//! Issues random reads and writes through a session and judges what comes back.
+//! [`Engine`]: issues random reads and writes through a session, and verifies what it reads.
 
 use std::time::Duration;
 
@@ -19,65 +19,65 @@ use vdpa_sys::clock::monotonic_ns;
 use vdpa_sys::memfd;
 use vdpa_sys::mmap::SharedMap;
 
-use super::block::Pattern;
+use super::block::SplitMix64;
+use super::journal::{Journal, JournalError};
 use super::layout::{Layout, SLOT_BYTES};
-use super::ledger::{Ledger, LedgerError};
 use super::requests::{Kind, Request, Requests, SavedRequests};
 use super::timeline::Timeline;
-use super::wire::{TenantConfig, Totals};
+use super::wire::{ClientConfig, Totals};
 
 const RAM: &str = "ram";
 const QUEUE: QueueIndex = QueueIndex(0);
-/// Where guest memory begins for the device: not at 0, so that a request with an address left out fails.
+/// I/O virtual address of guest memory. Not 0, so that a request without an address fails.
 const RAM_IOVA: u64 = 1 << 20;
 const STATUS_AT: u64 = HEADER_BYTES;
-/// A status no device writes.
+/// A status that no device writes.
 const NO_STATUS: u8 = 0xff;
-/// Tries to find a block or a buffer that is not in use.
+/// Attempts to find a block or a buffer that is not in use.
 const TRIES: usize = 64;
 
-/// Why the load cannot go on.
+/// Why the load cannot continue.
 #[derive(Debug, Error)]
 pub enum LoadError {
-    /// The configuration makes no sense.
+    /// The configuration is invalid.
     #[error("{what}")]
     Config {
         /// What is wrong and what would be right.
         what: String,
     },
-    /// The device or its set-up.
+    /// The device cannot be set up or driven.
     #[error("the device cannot be used")]
     Device(#[from] vdpa_client::Error),
-    /// The ring.
+    /// The ring is broken.
     #[error("the queue is broken")]
     Ring(#[from] RingError),
     /// A request could not be added.
     #[error("a request cannot be added")]
     Add(#[from] AddError),
-    /// Guest memory.
+    /// Guest memory cannot be accessed.
     #[error("guest memory cannot be accessed")]
     Memory(#[from] Fault),
-    /// The ledger.
-    #[error("the ledger cannot be used")]
-    Ledger(#[from] LedgerError),
-    /// A system call.
+    /// The journal cannot be used.
+    #[error("the journal cannot be used")]
+    Journal(#[from] JournalError),
+    /// A system call failed.
     #[error("cannot {action}")]
     System {
-        /// What was being done.
+        /// The operation.
         action: &'static str,
-        /// Why it failed.
+        /// Its error.
         source: Errno,
     },
 }
 
-/// State of an engine that travels to the next image.
+/// State of an engine that is handed to the next image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SavedEngine {
     requests: SavedRequests,
     totals: Totals,
     next_sequence: u64,
-    chance: u64,
+    rng: u64,
     last_completion_ns: u64,
 }
 
@@ -86,22 +86,22 @@ pub struct SavedEngine {
 pub struct Engine<D> {
     session: Session<D>,
     ram: SharedMap,
-    ledger: Ledger,
+    journal: Journal,
     timeline: Timeline,
     requests: Requests,
     totals: Totals,
     next_sequence: u64,
-    chance: Pattern,
+    rng: SplitMix64,
     last_completion_ns: u64,
-    /// When the first completion of the last batch was seen.
+    /// Time of the first completion of the last batch, `CLOCK_MONOTONIC` in ns.
     batch_ns: u64,
     layout: Layout,
     scratch: Vec<u8>,
-    /// From submission to completion in ns, when somebody wants to know.
+    /// Time from submission to completion in ns, if it is measured.
     latency: Option<Histogram<u64>>,
 }
 
-/// Features the load asks for.
+/// Features that the load accepts.
 pub const WANTED: Features = Features::of(&[
     Features::BLK_FLUSH,
     Features::BLK_BLK_SIZE,
@@ -110,18 +110,17 @@ pub const WANTED: Features = Features::of(&[
 ]);
 
 impl<D: DeviceFile> Engine<D> {
-    /// Opens the device and sets everything up; nothing is issued yet. Populates all memory, which takes
-    /// about 0.1 s per GiB.
+    /// Opens the device and sets it up, without issuing a request. Populates guest memory, which takes about 0.1 s per GiB.
     ///
     /// # Errors
     /// [`LoadError`].
-    pub fn new(config: &TenantConfig, ledger: Ledger, timeline: Timeline) -> Result<Self, LoadError> {
+    pub fn new(config: &ClientConfig, journal: Journal, timeline: Timeline) -> Result<Self, LoadError> {
         let layout = Layout::new(config)?;
         let system = |action| move |source| LoadError::System { action, source };
         let ram = memfd::create(c"vdpa-load-ram", config.memory, config.pages.huge())
             .map_err(system("create guest memory"))?;
         let mut session = Device::<D>::open(&config.device)?.negotiate(WANTED)?;
-        check_disk(&session.config()?, &ledger, layout.block_size)?;
+        check_disk(&session.config()?, &journal, layout.block_size)?;
         session.map(vec![RegionSpec {
             name: RAM.to_owned(),
             backing: Backing::Object(ram),
@@ -135,12 +134,12 @@ impl<D: DeviceFile> Engine<D> {
         Ok(Self {
             ram: ram_of(&session)?,
             session,
-            ledger,
+            journal,
             timeline,
             requests: Requests::new(layout.queue_depth),
             totals: Totals::default(),
             next_sequence: 1,
-            chance: Pattern(config.seed),
+            rng: SplitMix64(config.seed),
             last_completion_ns: monotonic_ns(),
             batch_ns: 0,
             scratch: vec![0; usize::from(u16::MAX).max(config.block_size as usize)],
@@ -149,29 +148,29 @@ impl<D: DeviceFile> Engine<D> {
         })
     }
 
-    /// Goes on where another image stopped.
+    /// Continues from the state of another image.
     ///
     /// # Errors
-    /// [`LoadError::Config`] when the saved state contradicts itself.
+    /// [`LoadError::Config`] when the saved state is inconsistent.
     pub fn restore(
-        config: &TenantConfig,
+        config: &ClientConfig,
         session: Session<D>,
-        (ledger, timeline): (Ledger, Timeline),
+        (journal, timeline): (Journal, Timeline),
         saved: SavedEngine,
     ) -> Result<Self, LoadError> {
         let layout = Layout::new(config)?;
-        let SavedEngine { requests, totals, next_sequence, chance, last_completion_ns } = saved;
+        let SavedEngine { requests, totals, next_sequence, rng, last_completion_ns } = saved;
         let requests = Requests::restore(requests)
-            .ok_or_else(|| LoadError::Config { what: "the saved requests contradict each other".into() })?;
+            .ok_or_else(|| LoadError::Config { what: "the saved requests are inconsistent".into() })?;
         Ok(Self {
             ram: ram_of(&session)?,
             session,
-            ledger,
+            journal,
             timeline,
             requests,
             totals,
             next_sequence,
-            chance: Pattern(chance),
+            rng: SplitMix64(rng),
             last_completion_ns,
             batch_ns: 0,
             scratch: vec![0; usize::from(u16::MAX).max(config.block_size as usize)],
@@ -180,17 +179,17 @@ impl<D: DeviceFile> Engine<D> {
         })
     }
 
-    /// Takes the engine apart for an update.
+    /// Splits the engine for an update.
     #[must_use]
-    pub fn into_parts(self) -> (Session<D>, SavedEngine, Ledger, Timeline) {
+    pub fn into_parts(self) -> (Session<D>, SavedEngine, Journal, Timeline) {
         let saved = SavedEngine {
             requests: self.requests.save(),
             totals: self.totals,
             next_sequence: self.next_sequence,
-            chance: self.chance.0,
+            rng: self.rng.0,
             last_completion_ns: self.last_completion_ns,
         };
-        (self.session, saved, self.ledger, self.timeline)
+        (self.session, saved, self.journal, self.timeline)
     }
 
     /// The session.
@@ -205,19 +204,19 @@ impl<D: DeviceFile> Engine<D> {
         &self.ram
     }
 
-    /// Counters until now.
+    /// The counters.
     #[must_use]
     pub const fn totals(&self) -> &Totals {
         &self.totals
     }
 
-    /// Measures how long requests take from now on.
+    /// Begins to measure latency.
     pub fn measure_latency(&mut self) {
-        // Three digits; fails only for a precision beyond five.
+        // Three significant digits; more than five would fail.
         self.latency = Histogram::new(3).ok();
     }
 
-    /// What was measured, in ns.
+    /// Latency in ns, if it is measured.
     #[must_use]
     pub const fn latency(&self) -> Option<&Histogram<u64>> {
         self.latency.as_ref()
@@ -241,7 +240,7 @@ impl<D: DeviceFile> Engine<D> {
         self.batch_ns
     }
 
-    /// Prepares for waiting on [`Queue::call`]; whether there is no need to wait.
+    /// Enables call signals, to wait on [`Queue::call`]. Returns `true` if completions are there already and waiting is not needed.
     ///
     /// # Errors
     /// [`LoadError::Ring`].
@@ -249,10 +248,10 @@ impl<D: DeviceFile> Engine<D> {
         Ok(self.queue_mut()?.arm()?)
     }
 
-    /// The queue driven.
+    /// The queue that it drives.
     ///
     /// # Errors
-    /// [`LoadError::Device`] never, as long as the session is the one this engine set up.
+    /// [`LoadError::Device`] if the session has no such queue, which cannot happen after [`new`](Self::new).
     pub fn queue(&self) -> Result<&Queue, LoadError> {
         Ok(self.session.queue(QUEUE)?)
     }
@@ -261,20 +260,20 @@ impl<D: DeviceFile> Engine<D> {
         Ok(self.session.queue_mut(QUEUE)?)
     }
 
-    /// Fills the queue up to its depth and tells the device.
+    /// Fills the queue up to its depth and notifies the device.
     ///
     /// # Errors
     /// [`LoadError`].
     pub fn issue(&mut self) -> Result<(), LoadError> {
         while let Some(slot) = self.requests.free_slot() {
             let Some((block, buffer)) = self.choose() else { break };
-            if self.chance.below(100) < self.layout.read_percent {
-                let sequence = self.ledger.expected(block)?.sequence;
+            if self.rng.below(100) < self.layout.read_percent {
+                let sequence = self.journal.expected(block)?.sequence;
                 self.submit(slot, Kind::Read, block, sequence, buffer)?;
             } else {
                 let sequence = self.next_sequence;
                 self.next_sequence += 1;
-                let stamp = self.ledger.begin(block, sequence)?;
+                let stamp = self.journal.begin(block, sequence)?;
                 let mut scratch = std::mem::take(&mut self.scratch);
                 let data = scratch.get_mut(..self.block_len()).unwrap_or_default();
                 stamp.write(data);
@@ -287,9 +286,9 @@ impl<D: DeviceFile> Engine<D> {
         Ok(self.queue_mut()?.notify()?)
     }
 
-    /// Issues a flush if the device has that, and nothing is in flight.
+    /// Issues a flush if the device supports it. Call it with nothing in flight.
     ///
-    /// Returns whether one was issued.
+    /// Returns whether a flush was issued.
     ///
     /// # Errors
     /// [`LoadError`].
@@ -303,14 +302,14 @@ impl<D: DeviceFile> Engine<D> {
         Ok(true)
     }
 
-    /// A block and a buffer that no request in flight uses.
+    /// Chooses a block and a buffer that no request in flight uses.
     fn choose(&mut self) -> Option<(u64, u64)> {
         let block = (0..TRIES).find_map(|_| {
-            let block = self.chance.below(self.ledger.blocks());
+            let block = self.rng.below(self.journal.blocks());
             (!self.requests.touches(block)).then_some(block)
         })?;
         let buffer = (0..TRIES).find_map(|_| {
-            let buffer = self.layout.data + self.chance.below(self.layout.buffers) * self.layout.block_size;
+            let buffer = self.layout.data + self.rng.below(self.layout.buffers) * self.layout.block_size;
             (!self.requests.uses(buffer)).then_some(buffer)
         })?;
         Some((block, buffer))
@@ -353,10 +352,10 @@ impl<D: DeviceFile> Engine<D> {
         Ok(added?)
     }
 
-    /// Takes and judges all completions there are; returns how many.
+    /// Takes all completions and verifies them. Returns their number.
     ///
     /// # Errors
-    /// [`LoadError`]; a buffer used twice breaks the ring and is counted before.
+    /// [`LoadError`]. A used element without a request is counted as a duplicate and breaks the ring.
     pub fn reap(&mut self) -> Result<u64, LoadError> {
         let mut count = 0;
         loop {
@@ -370,14 +369,14 @@ impl<D: DeviceFile> Engine<D> {
                     return Err(e.into());
                 }
             };
-            // Before it is judged, which takes longer than the device needs.
+            // Taken before verification, which takes longer than the device needs for a request.
             self.last_completion_ns = monotonic_ns();
             if count == 0 {
                 self.batch_ns = self.last_completion_ns;
             }
             count += 1;
             match self.requests.complete(done.token) {
-                Ok(request) => self.judge(Requests::slot(done.token), &request)?,
+                Ok(request) => self.verify(Requests::slot(done.token), &request)?,
                 Err(_) => self.totals.duplicate += 1,
             }
         }
@@ -387,14 +386,14 @@ impl<D: DeviceFile> Engine<D> {
         Ok(count)
     }
 
-    fn judge(&mut self, slot: usize, request: &Request) -> Result<(), LoadError> {
+    fn verify(&mut self, slot: usize, request: &Request) -> Result<(), LoadError> {
         self.totals.requests += 1;
         if let Some(latency) = &mut self.latency {
-            // It grows as needed, up to any value.
+            // The histogram grows as needed, so this does not fail.
             let _ = latency.record(self.last_completion_ns.saturating_sub(request.submitted_ns));
         }
         if request.overdue {
-            // Late, but not lost.
+            // Late but not lost: correct the count.
             self.totals.lost = self.totals.lost.saturating_sub(1);
         }
         let mut status = [NO_STATUS];
@@ -407,17 +406,17 @@ impl<D: DeviceFile> Engine<D> {
             Kind::Flush => {}
             Kind::Write => {
                 self.totals.writes += 1;
-                self.ledger.commit(request.block, request.sequence)?;
+                self.journal.commit(request.block, request.sequence)?;
             }
             Kind::Read => {
                 self.totals.reads += 1;
                 let mut scratch = std::mem::take(&mut self.scratch);
                 let data = scratch.get_mut(..self.block_len()).unwrap_or_default();
                 let read = self.ram.read(self.at(request.buffer), data);
-                let verdict = self.ledger.expected(request.block).map(|s| s.verify(data, None));
+                let result = self.journal.expected(request.block).map(|s| s.verify(data, None));
                 self.scratch = scratch;
                 read?;
-                if let Err(corruption) = verdict? {
+                if let Err(corruption) = result? {
                     self.totals.corrupt += 1;
                     self.totals.first_corruption.get_or_insert_with(|| corruption.to_string());
                 }
@@ -426,7 +425,7 @@ impl<D: DeviceFile> Engine<D> {
         Ok(())
     }
 
-    /// Counts requests that take longer than `deadline` as lost.
+    /// Counts the requests that take longer than `deadline` as lost.
     pub fn check_deadline(&mut self, deadline: Duration) {
         let deadline = u64::try_from(deadline.as_nanos()).unwrap_or(u64::MAX);
         self.totals.lost += self.requests.mark_overdue(monotonic_ns(), deadline);
@@ -436,7 +435,7 @@ impl<D: DeviceFile> Engine<D> {
         self.at(self.layout.block_size)
     }
 
-    /// An offset in guest memory, which is mapped and therefore below `usize::MAX`; a larger one faults.
+    /// An offset in guest memory. All of it is mapped, so valid offsets fit; a larger one fails at the access.
     fn at(&self, offset: u64) -> usize {
         usize::try_from(offset).unwrap_or(usize::MAX)
     }
@@ -447,15 +446,15 @@ fn ram_of<D: DeviceFile>(session: &Session<D>) -> Result<SharedMap, LoadError> {
     map.cloned().ok_or_else(|| LoadError::Config { what: "the session has no guest memory".into() })
 }
 
-fn check_disk(config: &[u8], ledger: &Ledger, block_size: u64) -> Result<(), LoadError> {
+fn check_disk(config: &[u8], journal: &Journal, block_size: u64) -> Result<(), LoadError> {
     let capacity = config.first_chunk::<8>().map_or(0, |bytes| u64::from_le_bytes(*bytes));
-    let needed = ledger.blocks().saturating_mul(block_size / SECTOR);
-    if ledger.block_size() != block_size || ledger.blocks() == 0 || needed > capacity {
+    let needed = journal.blocks().saturating_mul(block_size / SECTOR);
+    if journal.block_size() != block_size || journal.blocks() == 0 || needed > capacity {
         let what = format!(
-            "the ledger is for {} blocks of {} bytes, the disk has {capacity} sectors and blocks of {block_size} \
+            "the journal is for {} blocks of {} bytes, the disk has {capacity} sectors and blocks of {block_size} \
              bytes were asked for",
-            ledger.blocks(),
-            ledger.block_size()
+            journal.blocks(),
+            journal.block_size()
         );
         return Err(LoadError::Config { what });
     }

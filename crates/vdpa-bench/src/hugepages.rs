@@ -1,37 +1,37 @@
-//! Huge pages for the time of a measurement.
+//! [`Reserved`]: huge pages for the duration of a measurement.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// The kernel's pool of pages of 2 MiB.
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
-/// Bytes of one.
+/// Bytes of a page.
 const PAGE: u64 = 2 << 20;
-/// How long to ask for more: memory that was given back just now is not at once in one piece.
-const PATIENCE: Duration = Duration::from_secs(10);
-const PAUSE: Duration = Duration::from_millis(200);
+/// How long to retry: memory that was just freed must be compacted before it yields huge pages.
+const RESERVE_TIMEOUT: Duration = Duration::from_secs(10);
+const RETRY_INTERVAL: Duration = Duration::from_millis(200);
 
-/// Pages of 2 MiB that are free in the kernel's pool. Dropping it gives back those that were added.
+/// Free pages of 2 MiB in the kernel's pool. Dropping it shrinks the pool to its former size.
 ///
-/// A process that is killed gives nothing back; `nr_hugepages` in the pool's directory has the number.
+/// A process that is killed leaves the pool enlarged; its size is in `nr_hugepages` of the pool's directory.
 #[derive(Debug)]
 pub struct Reserved {
     pool: PathBuf,
-    /// Size of the pool before, if it was changed.
+    /// Former size of the pool, if it was changed.
     before: Option<u64>,
 }
 
 impl Reserved {
-    /// Makes sure that there are so many free bytes. Takes as long as the kernel needs to move memory together: seconds
+    /// Makes sure that `bytes` are free in the pool, which it enlarges if needed. Blocks while the kernel compacts memory: seconds
     /// for some GiB.
     ///
     /// # Errors
-    /// Why there are not, in words; the pool is as before.
+    /// The reason as text. The pool is as before then.
     pub fn new(bytes: u64) -> Result<Self, String> {
-        Self::of(Path::new(POOL), bytes, PATIENCE)
+        Self::of(Path::new(POOL), bytes, RESERVE_TIMEOUT)
     }
 
-    fn of(pool: &Path, bytes: u64, patience: Duration) -> Result<Self, String> {
+    fn of(pool: &Path, bytes: u64, timeout: Duration) -> Result<Self, String> {
         let mut reserved = Self { pool: pool.to_owned(), before: None };
         let wanted = bytes.div_ceil(PAGE);
         let free = reserved.read("free_hugepages")?;
@@ -47,10 +47,10 @@ impl Reserved {
             if free >= wanted {
                 return Ok(reserved);
             }
-            if begin.elapsed() >= patience {
+            if begin.elapsed() >= timeout {
                 return Err(format!("of {wanted} pages of 2 MiB the kernel could only find {free}"));
             }
-            std::thread::sleep(PAUSE);
+            std::thread::sleep(RETRY_INTERVAL);
         }
     }
 
@@ -92,11 +92,11 @@ mod tests {
     }
 
     #[test]
-    fn what_is_free_is_enough_and_what_cannot_be_had_is_given_back() {
+    fn free_pages_suffice_and_a_failure_restores_the_pool() {
         let enough = pool("8\n", "20\n");
         drop(Reserved::of(enough.path(), 16 << 20, Duration::ZERO).unwrap());
         assert_eq!(size(&enough), "20\n");
-        // This pool never grows: what was asked for is taken back.
+        // This pool never grows, so the size written to it is restored.
         let short = pool("2\n", "20\n");
         let error = Reserved::of(short.path(), 16 << 20, Duration::ZERO).unwrap_err();
         assert!(error.contains("of 8 pages of 2 MiB the kernel could only find 2"), "{error}");

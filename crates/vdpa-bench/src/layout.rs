@@ -1,16 +1,16 @@
-//! Where a load keeps its ring, its headers and its buffers.
+//! [`Layout`]: the places of ring, request headers and data buffers in guest memory.
 
 use vdpa_client::queue::RingLayout;
 use vdpa_core::blk::SECTOR;
 
 use super::block::STAMP_BYTES;
 use super::engine::LoadError;
-use super::wire::TenantConfig;
+use super::wire::ClientConfig;
 
-/// Bytes per request for its header and its status.
+/// Bytes of a request's slot, which has its header and its status byte.
 pub(super) const SLOT_BYTES: u64 = 64;
 
-/// Where things are in guest memory, in bytes from its start.
+/// Offsets in guest memory, in bytes from its start.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Layout {
     pub(super) slots: u64,
@@ -23,14 +23,14 @@ pub(super) struct Layout {
 }
 
 impl Layout {
-    pub(super) fn new(config: &TenantConfig) -> Result<Self, LoadError> {
-        let wrong = |what: String| Err(LoadError::Config { what });
+    pub(super) fn new(config: &ClientConfig) -> Result<Self, LoadError> {
+        let invalid = |what: String| Err(LoadError::Config { what });
         let block_size = u64::from(config.block_size);
         if block_size == 0 || !block_size.is_multiple_of(SECTOR) || block_size < STAMP_BYTES as u64 {
-            return wrong(format!("a block of {block_size} bytes: a multiple of 512 is required"));
+            return invalid(format!("a block of {block_size} bytes: a multiple of 512 is required"));
         }
         if config.queue_depth == 0 || config.queue_depth > 256 {
-            return wrong(format!("a queue depth of {}: 1 to 256 are possible", config.queue_depth));
+            return invalid(format!("a queue depth of {}: 1 to 256 are possible", config.queue_depth));
         }
         // Three descriptors per request.
         let ring_size = (config.queue_depth * 3).next_power_of_two();
@@ -41,7 +41,7 @@ impl Layout {
         let least = 4 * u64::from(config.queue_depth);
         if buffers < least || !config.memory.is_multiple_of(config.pages.bytes()) {
             let least = (data + least * block_size).next_multiple_of(4096);
-            return wrong(format!(
+            return invalid(format!(
                 "{} bytes of memory: a multiple of {} from {least} on is required",
                 config.memory,
                 config.pages.bytes()

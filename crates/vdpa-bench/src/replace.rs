@@ -1,4 +1,4 @@
-//! How a tenant is replaced by another image of itself, or by another process.
+//! Updates of the client: its replacement by another image or by another process.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -15,83 +15,83 @@ use vdpa_client::update::{
     self, Described, Devices, Image, Incoming, Plan, Prepared, Restored, SOCKET_VARIABLE, Strategy, Via, Way,
 };
 
+use super::client::{LoadClient, Mode, send_event};
 use super::engine::{LoadError, SavedEngine};
-use super::ledger::Ledger;
-use super::tenant::{Mode, Tenant, tell};
+use super::journal::Journal;
 use super::timeline::Timeline;
-use super::wire::{Event, TenantConfig, chain};
+use super::wire::{ClientConfig, Event, chain};
 
-/// Names under which the successor finds things.
+/// Names of the device and the descriptors in the saved state.
 const DEVICE: &str = "disk";
-const LEDGER: &str = "ledger";
+const JOURNAL: &str = "journal";
 const TIMELINE: &str = "timeline";
-/// Name and version of the tenant's section of saved state.
-pub(super) const SECTION: (&str, u32) = ("load/tenant", 1);
-/// Every image of a tenant is the one that runs, so that an installation in between does not matter.
+/// Name and version of the client's section of saved state.
+pub(super) const SECTION: (&str, u32) = ("load/client", 1);
+/// The image of an update is the running program, so that installing another version meanwhile has no effect.
 const IMAGE: &str = "/proc/self/exe";
-/// How long a standby may take to start and connect.
-const STANDBY_LIMIT: Duration = Duration::from_secs(20);
+/// Time for a standby process to start and connect.
+const STANDBY_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// The tenant's section of saved state.
+/// The client's section of saved state.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Saved {
     pub(super) engine: SavedEngine,
     pub(super) mode: Mode,
     pub(super) stopping: bool,
-    /// Bytes of commands read but not yet obeyed.
+    /// Bytes of commands that were read and are not processed yet.
     pub(super) input: Vec<u8>,
 }
 
-/// What tenant and orchestrator share.
+/// The shared memory of client and orchestrator.
 #[derive(Debug)]
 pub(super) struct Shared {
-    /// For the successor: ledger and timeline.
+    /// Descriptors of journal and timeline, for the successor.
     pub(super) fds: [OwnedFd; 2],
-    pub(super) ledger: Ledger,
+    pub(super) journal: Journal,
     pub(super) timeline: Timeline,
 }
 
 impl Shared {
     pub(super) fn open(fds: [OwnedFd; 2]) -> Result<Self, LoadError> {
-        let [ledger, timeline] = &fds;
-        let ledger = Ledger::open(ledger)?;
+        let [journal, timeline] = &fds;
+        let journal = Journal::open(journal)?;
         let timeline = Timeline::open(timeline)
             .map_err(|source| LoadError::System { action: "map the timeline", source })?;
-        Ok(Self { fds, ledger, timeline })
+        Ok(Self { fds, journal, timeline })
     }
 }
 
-/// What a process finds when it starts.
-pub(super) enum Arrived<D> {
-    /// The device is its own now.
+/// What a process is when it starts.
+pub(super) enum Startup<D> {
+    /// A successor, which drives the device now.
     Successor(Box<Successor<D>>),
-    /// Nothing: it is the first one.
-    Nothing,
-    /// It was to be a successor; the predecessor goes on and knows why.
-    NotNeeded,
+    /// The first process.
+    First,
+    /// A successor whose update failed. The predecessor continues and knows the reason.
+    Aborted,
 }
 
-/// What a predecessor left.
+/// The state that a successor has received.
 #[derive(Debug)]
 pub(super) struct Successor<D> {
     pub(super) restored: Restored<D>,
     pub(super) shared: Shared,
 }
 
-/// Takes over what is there to be taken over, waiting for it behind `standby`.
-pub(super) fn arrive<D: DeviceFile>(
-    config: &TenantConfig,
+/// Receives the state of a predecessor, if there is one. Waits for it on the socket `standby`, if that is given.
+pub(super) fn startup<D: DeviceFile>(
+    config: &ClientConfig,
     standby: Option<&Path>,
-) -> Result<Arrived<D>, LoadError> {
+) -> Result<Startup<D>, LoadError> {
     let other_process = standby.is_some() || std::env::var_os(SOCKET_VARIABLE).is_some();
     match take_over(standby) {
-        Ok(Some(successor)) => Ok(Arrived::Successor(Box::new(successor))),
-        Ok(None) => Ok(Arrived::Nothing),
-        // The orchestrator listens to the predecessor.
+        Ok(Some(successor)) => Ok(Startup::Successor(Box::new(successor))),
+        Ok(None) => Ok(Startup::First),
+        // The predecessor reports the failure to the orchestrator.
         Err(e) if other_process => {
-            eprintln!("tenant of {}: does not take over: {e}", config.device.display());
-            Ok(Arrived::NotNeeded)
+            eprintln!("client of {}: does not take over: {e}", config.device.display());
+            Ok(Startup::Aborted)
         }
         Err(what) => Err(LoadError::Config { what: format!("cannot take over: {what}") }),
     }
@@ -107,14 +107,15 @@ fn take_over<D: DeviceFile>(standby: Option<&Path>) -> Result<Option<Successor<D
     };
     let Some(incoming) = incoming else { return Ok(None) };
     let mut incoming = incoming.understands(&[(SECTION.0, SECTION.1..=SECTION.1)]).map_err(|e| chain(&e))?;
-    // What can be made ready is, as long as the predecessor drives the device.
-    let mut take = |name| incoming.descriptors().remove(name).ok_or_else(|| format!("{name} did not come"));
-    let shared = Shared::open([take(LEDGER)?, take(TIMELINE)?]).map_err(|e| chain(&e))?;
+    // Done before the take-over, while the predecessor still drives the device.
+    let mut take =
+        |name| incoming.descriptors().remove(name).ok_or_else(|| format!("the descriptor {name} is missing"));
+    let shared = Shared::open([take(JOURNAL)?, take(TIMELINE)?]).map_err(|e| chain(&e))?;
     let restored = incoming.take_over().map_err(|e| chain(&e))?;
     Ok(Some(Successor { restored, shared }))
 }
 
-/// An update that is being prepared beside the load.
+/// An update that a thread is preparing while requests are driven.
 #[derive(Debug)]
 pub(super) struct Preparing {
     strategy: Strategy,
@@ -134,15 +135,15 @@ impl Preparing {
     }
 }
 
-impl<D: DeviceFile> Tenant<D> {
-    /// Begins to prepare an update. Requests are driven on.
+impl<D: DeviceFile> LoadClient<D> {
+    /// Begins to prepare an update on another thread. Requests are driven meanwhile.
     pub(super) fn begin_update(&mut self, strategy: Strategy, way: Way) -> Result<(), LoadError> {
-        let [ledger, timeline] = &self.shared;
+        let [journal, timeline] = &self.shared;
         let plan = Plan::new()
             .strategy(strategy)
             .no_deadline()
             .late_section(SECTION.0, SECTION.1, false)
-            .descriptor(LEDGER, ledger)
+            .descriptor(JOURNAL, journal)
             .descriptor(TIMELINE, timeline);
         match plan.describe([(DEVICE, self.engine.session())]) {
             Ok(described) => {
@@ -151,11 +152,12 @@ impl<D: DeviceFile> Tenant<D> {
                 self.preparing = Some(Preparing { strategy, way, thread });
                 Ok(())
             }
-            Err(e) => tell(&Event::UpdateFailed { strategy, way, error: chain(&e) }),
+            Err(e) => send_event(&Event::UpdateFailed { strategy, way, error: chain(&e) }),
         }
     }
 
-    /// Ends an update that was prepared. `None` when another process goes on from here; the tenant when it failed.
+    /// Carries out an update that is prepared. Returns `None` when another process has taken over, and the client when the update
+    /// failed.
     pub(super) fn switch(mut self, preparing: Preparing) -> Result<Option<Self>, LoadError> {
         let Preparing { strategy, way, thread } = preparing;
         let prepared =
@@ -163,16 +165,16 @@ impl<D: DeviceFile> Tenant<D> {
         let Ready { prepared, standby } = match prepared {
             Ok(ready) => ready,
             Err(error) => {
-                tell(&Event::UpdateFailed { strategy, way, error })?;
+                send_event(&Event::UpdateFailed { strategy, way, error })?;
                 return Ok(Some(self));
             }
         };
-        // What has arrived belongs to the time before.
+        // Completions that have arrived belong to the time before the update.
         self.engine.reap()?;
         let Self { config, engine, shared, mode, stopping, input, .. } = self;
-        // Given back when this process ends, and not in the switch.
+        // Keeps the mapping until this process ends, so that unmapping it does not take time in the switch.
         let ram = engine.ram().clone();
-        let (session, engine, ledger, timeline) = engine.into_parts();
+        let (session, engine, journal, timeline) = engine.into_parts();
         let saved = Saved { engine, mode, stopping, input };
         let section = Section::json(SECTION.0, SECTION.1, &saved)
             .map_err(|e| LoadError::Config { what: e.to_string() })?;
@@ -181,29 +183,29 @@ impl<D: DeviceFile> Tenant<D> {
             Ok(departed) => {
                 let _ = departed.run_when_idle();
                 drop(ram);
-                // The successor is a child of this process, which ends: nobody has to wait for it here.
+                // The successor is a child of this process. It need not be waited for, because this process exits.
                 standby.into_iter().for_each(Standby::release);
                 return Ok(None);
             }
             Err(failed) => failed,
         };
-        tell(&Event::UpdateFailed { strategy, way, error: chain(&failed.error) })?;
+        send_event(&Event::UpdateFailed { strategy, way, error: chain(&failed.error) })?;
         let session = failed.devices.take(DEVICE).ok_or_else(|| LoadError::Config {
             what: format!(
                 "the failed update could not be undone: {}",
                 failed.lost.first().map_or_else(String::new, |e| chain(e))
             ),
         })?;
-        let engine = super::engine::Engine::restore(&config, session, (ledger, timeline), saved.engine)?;
-        let mut tenant = Self::new(config, shared, engine);
-        tenant.mode = mode;
-        tenant.stopping = stopping;
-        tenant.input = saved.input;
-        Ok(Some(tenant))
+        let engine = super::engine::Engine::restore(&config, session, (journal, timeline), saved.engine)?;
+        let mut client = Self::new(config, shared, engine);
+        client.mode = mode;
+        client.stopping = stopping;
+        client.input = saved.input;
+        Ok(Some(client))
     }
 }
 
-fn prepare(described: Described, way: Way, config: &TenantConfig) -> Result<Ready, String> {
+fn prepare(described: Described, way: Way, config: &ClientConfig) -> Result<Ready, String> {
     let arguments = || {
         let config = serde_json::to_string(config).map_err(|e| e.to_string())?;
         Ok::<_, String>(["vdpa-tenant".to_owned(), config])
@@ -221,13 +223,13 @@ fn prepare(described: Described, way: Way, config: &TenantConfig) -> Result<Read
     Ok(Ready { prepared, standby })
 }
 
-/// A process that waits to take over. Dropping it ends it.
+/// A process that waits to take over. Dropping this kills it.
 #[derive(Debug)]
 struct Standby(Option<Child>);
 
 impl Standby {
-    /// Starts one that has this process's standard input and output, and waits until it has connected.
-    fn start(config: &TenantConfig, arguments: &[String]) -> Result<(Self, UnixStream), String> {
+    /// Starts a process with the standard input and output of this one, and waits until it has connected.
+    fn start(config: &ClientConfig, arguments: &[String]) -> Result<(Self, UnixStream), String> {
         let path = config.directory.join(format!("standby-{}.sock", std::process::id()));
         let failed = |e: std::io::Error| format!("{}: {e}", path.display());
         let listener = UnixListener::bind(&path).map_err(failed)?;
@@ -236,28 +238,28 @@ impl Standby {
         let child = command.spawn().map_err(|e| format!("the standby cannot be started: {e}"))?;
         let mut standby = Self(Some(child));
         let socket = standby.accept(&listener).and_then(|()| Ok(listener.accept().map_err(failed)?.0));
-        // Nobody else is to connect; one that is left over is in a directory that is removed.
+        // No other process is to connect. If this fails, the file is removed with its directory.
         let _ = std::fs::remove_file(&path);
         Ok((standby, socket?))
     }
 
-    /// Waits for its connection.
+    /// Waits until it connects.
     fn accept(&mut self, listener: &UnixListener) -> Result<(), String> {
         let begin = Instant::now();
-        let moment = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
-        while begin.elapsed() < STANDBY_LIMIT {
+        let interval = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
+        while begin.elapsed() < STANDBY_TIMEOUT {
             let mut fds = [PollFd::new(listener, PollFlags::IN)];
-            if poll(&mut fds, Some(&moment)).is_ok_and(|ready| ready > 0) {
+            if poll(&mut fds, Some(&interval)).is_ok_and(|ready| ready > 0) {
                 return Ok(());
             }
             if let Some(Ok(Some(status))) = self.0.as_mut().map(Child::try_wait) {
                 return Err(format!("the standby has ended ({status})"));
             }
         }
-        Err(format!("the standby has not connected within {} s", STANDBY_LIMIT.as_secs()))
+        Err(format!("the standby has not connected within {} s", STANDBY_TIMEOUT.as_secs()))
     }
 
-    /// Lets it go on by itself.
+    /// Leaves it running.
     fn release(mut self) {
         drop(self.0.take());
     }
@@ -266,7 +268,7 @@ impl Standby {
 impl Drop for Standby {
     fn drop(&mut self) {
         if let Some(mut child) = self.0.take() {
-            // It may have ended; either way nothing of it is left.
+            // Errors are ignored: it may have ended already.
             let _ = child.kill();
             let _ = child.wait();
         }

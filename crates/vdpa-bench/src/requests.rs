@@ -1,4 +1,4 @@
-//! The requests in flight, by token.
+//! [`Requests`]: the requests in flight, by token.
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -11,7 +11,7 @@ pub enum Kind {
     Read,
     /// Writes a block.
     Write,
-    /// Makes everything written durable.
+    /// Makes all completed writes durable.
     Flush,
 }
 
@@ -19,11 +19,11 @@ pub enum Kind {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Request {
-    /// What it does.
+    /// Its kind.
     pub kind: Kind,
-    /// Which block; 0 for a flush.
+    /// Number of the block; 0 for a flush.
     pub block: u64,
-    /// Sequence of a write; for a read the sequence expected.
+    /// Sequence number of a write; for a read the one expected.
     pub sequence: u64,
     /// Offset of its data in memory, in bytes.
     pub buffer: u64,
@@ -34,7 +34,7 @@ pub struct Request {
     pub overdue: bool,
 }
 
-/// A completion that fits no request.
+/// A completion without a request in flight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum Anomaly {
     /// The request was completed before.
@@ -43,7 +43,7 @@ pub enum Anomaly {
         /// Its token.
         token: u64,
     },
-    /// There never was such a request.
+    /// No request ever had this token.
     #[error("a request {token:#x} was completed that was never made")]
     Unknown {
         /// The token.
@@ -53,7 +53,7 @@ pub enum Anomaly {
 
 const SLOT_BITS: u32 = 16;
 
-/// A table of requests. A token names a slot and a generation, so that a token never comes back.
+/// A table of requests. A token consists of a slot and a generation, so no token is used twice.
 #[derive(Debug)]
 pub struct Requests {
     slots: Vec<Option<(u64, Request)>>,
@@ -65,7 +65,7 @@ pub struct Requests {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SavedRequests {
-    /// Slots there are.
+    /// Number of slots.
     pub slots: u16,
     /// Generation of the next request.
     pub next_generation: u64,
@@ -109,7 +109,7 @@ impl Requests {
         self.iter().any(|(_, r)| r.buffer == buffer)
     }
 
-    /// Takes the slot; returns the token. `None` when the slot is not free.
+    /// Stores a request in a slot and returns its token; `None` when the slot is not free.
     pub fn insert(&mut self, slot: usize, request: Request) -> Option<u64> {
         let place = self.slots.get_mut(slot).filter(|s| s.is_none())?;
         let token = self.next_generation << SLOT_BITS | u64::try_from(slot).ok()?;
@@ -125,7 +125,7 @@ impl Requests {
         (token & ((1 << SLOT_BITS) - 1)) as usize
     }
 
-    /// A completion.
+    /// Removes the request of a completion.
     ///
     /// # Errors
     /// [`Anomaly`].
@@ -142,7 +142,7 @@ impl Requests {
         }
     }
 
-    /// Marks the requests that are older than `deadline_ns`; returns how many are so for the first time.
+    /// Marks the requests that are older than `deadline_ns`. Returns how many were not marked before.
     pub fn mark_overdue(&mut self, now_ns: u64, deadline_ns: u64) -> u64 {
         let mut count = 0;
         for (_, request) in self.slots.iter_mut().flatten() {
@@ -164,7 +164,7 @@ impl Requests {
         }
     }
 
-    /// The table again; `None` when the data contradicts itself.
+    /// Restores a table; `None` when the data is inconsistent.
     #[must_use]
     pub fn restore(saved: SavedRequests) -> Option<Self> {
         let mut table = Self::new(saved.slots);
@@ -197,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn duplicates_and_strangers_are_told_apart() {
+    fn duplicate_and_unknown_tokens_are_told_apart() {
         let mut table = Requests::new(2);
         let first = table.insert(0, request(5)).unwrap();
         assert!(table.insert(0, request(6)).is_none());
@@ -223,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn a_table_survives_and_a_forged_one_does_not() {
+    fn a_table_is_restored_and_a_forged_one_is_refused() {
         let mut table = Requests::new(4);
         let token = table.insert(2, request(1)).unwrap();
         let saved = table.save();

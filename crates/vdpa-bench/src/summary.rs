@@ -1,4 +1,4 @@
-//! What a demo found out: as JSON and as a table.
+//! The result of a demo, as JSON and as a table.
 
 use std::fmt::Write as _;
 
@@ -12,15 +12,15 @@ use super::wire::Totals;
 pub struct Summary {
     /// Guest memory, in bytes.
     pub memory_bytes: u64,
-    /// Bytes of its pages.
+    /// Page size, in bytes.
     pub page_size: u64,
     /// One entry per way and strategy, in the order in which they ran.
     pub strategies: Vec<StrategySummary>,
-    /// Blocks compared with the backing file, all comparisons together.
+    /// Blocks compared with the backing file, over all comparisons.
     pub blocks_verified: u64,
-    /// Whether every update happened and nothing was lost, damaged or answered twice.
+    /// Whether every update succeeded and no request was lost, corrupt or completed twice.
     pub ok: bool,
-    /// What was not right.
+    /// Everything that went wrong.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub problems: Vec<String>,
 }
@@ -28,31 +28,31 @@ pub struct Summary {
 /// The updates with one strategy.
 #[derive(Clone, Debug, Serialize)]
 pub struct StrategySummary {
-    /// Which.
+    /// The strategy.
     pub name: Strategy,
-    /// By what way.
+    /// Way of the updates.
     pub way: Way,
-    /// Updates that happened.
+    /// Updates that succeeded.
     pub updates: u64,
-    /// Last completion before to first one after, in us.
+    /// Time from the last completion before an update to the first one after it, in us.
     pub blackout_us: Spread,
     /// Median of each phase, in us.
     pub phases_us: serde_json::Map<String, serde_json::Value>,
     /// Pages of 4096 bytes pinned before the first update.
     pub pinned_pages_before: u64,
-    /// Pages pinned after the last one.
+    /// Pages of 4096 bytes pinned after the last update.
     pub pinned_pages_after: u64,
     /// Requests completed during the updates with this strategy.
     pub requests: u64,
-    /// Requests that never were completed.
+    /// Requests that were never completed.
     pub lost: u64,
-    /// Blocks that were read wrong, or that the backing file holds wrong.
+    /// Blocks that were read wrong, or are wrong in the backing file.
     pub corrupt: u64,
-    /// Completions for requests that were complete.
+    /// Completions of requests that were completed before.
     pub duplicate: u64,
 }
 
-/// The spread of some times, in us.
+/// Minimum, percentiles and maximum of some durations.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Spread {
     /// Shortest.
@@ -66,12 +66,12 @@ pub struct Spread {
 }
 
 impl Spread {
-    /// The spread of `times`; all 0 for none.
+    /// The spread of `times`; all fields are 0 for no times.
     #[must_use]
     pub fn of(times: impl IntoIterator<Item = u64>) -> Self {
         let mut times: Vec<u64> = times.into_iter().collect();
         times.sort_unstable();
-        // Nearest rank: the smallest value that so many percent do not exceed.
+        // Nearest rank: the smallest value that `percent` of the values do not exceed.
         let rank = |percent: usize| {
             let at = (times.len() * percent).div_ceil(100).saturating_sub(1);
             times.get(at).copied().unwrap_or(0)
@@ -80,43 +80,43 @@ impl Spread {
     }
 }
 
-/// What is noted while the updates with one strategy happen.
+/// Measurements of the updates with one strategy.
 #[derive(Clone, Debug)]
-pub struct Notes {
-    /// Which.
+pub struct StrategyRun {
+    /// The strategy.
     pub strategy: Strategy,
-    /// By what way.
+    /// Way of the updates.
     pub way: Way,
-    /// One entry per update: blackout in us, and the phases.
+    /// For each update the blackout in us, and the report of the library.
     pub updates: Vec<(u64, Report)>,
-    /// Pinned before and after.
+    /// Pages pinned before and after the updates.
     pub pinned_pages: (u64, u64),
-    /// Totals before and after.
+    /// Counters before and after the updates.
     pub totals: (Totals, Totals),
-    /// Blocks the backing file held wrong.
+    /// Wrong blocks in the backing file.
     pub wrong_blocks: u64,
 }
 
-impl From<&Notes> for StrategySummary {
-    fn from(notes: &Notes) -> Self {
+impl From<&StrategyRun> for StrategySummary {
+    fn from(run: &StrategyRun) -> Self {
         let mut phases = serde_json::Map::new();
         for (at, (name, _)) in Report::new(Way::Exec).phases().iter().enumerate() {
-            let times = notes.updates.iter().filter_map(|(_, r)| Some(r.phases().get(at)?.1 / 1000));
+            let times = run.updates.iter().filter_map(|(_, r)| Some(r.phases().get(at)?.1 / 1000));
             phases.insert((*name).to_owned(), Spread::of(times).median.into());
         }
-        let (before, after) = &notes.totals;
+        let (before, after) = &run.totals;
         let grown = |count: fn(&Totals) -> u64| count(after).saturating_sub(count(before));
         Self {
-            name: notes.strategy,
-            way: notes.way,
-            updates: notes.updates.len() as u64,
-            blackout_us: Spread::of(notes.updates.iter().map(|(us, _)| *us)),
+            name: run.strategy,
+            way: run.way,
+            updates: run.updates.len() as u64,
+            blackout_us: Spread::of(run.updates.iter().map(|(us, _)| *us)),
             phases_us: phases,
-            pinned_pages_before: notes.pinned_pages.0,
-            pinned_pages_after: notes.pinned_pages.1,
+            pinned_pages_before: run.pinned_pages.0,
+            pinned_pages_after: run.pinned_pages.1,
             requests: grown(|t| t.requests),
             lost: grown(|t| t.lost),
-            corrupt: grown(|t| t.corrupt) + grown(|t| t.errors) + notes.wrong_blocks,
+            corrupt: grown(|t| t.corrupt) + grown(|t| t.errors) + run.wrong_blocks,
             duplicate: grown(|t| t.duplicate),
         }
     }
@@ -136,7 +136,7 @@ impl Summary {
         Some(ratio)
     }
 
-    /// The table for people.
+    /// The result as a table.
     #[must_use]
     pub fn table(&self) -> String {
         let mut text = String::new();
@@ -191,7 +191,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ranks_are_values_that_were_there() {
+    fn ranks_are_measured_values() {
         assert_eq!(Spread::of([]), Spread::default());
         assert_eq!(Spread::of([7]), Spread { min: 7, median: 7, p99: 7, max: 7 });
         assert_eq!(Spread::of((1..=100).rev()), Spread { min: 1, median: 50, p99: 99, max: 100 });
@@ -199,11 +199,11 @@ mod tests {
     }
 
     #[test]
-    fn only_what_happened_meanwhile_counts() {
+    fn only_changes_during_the_updates_count() {
         let before = Totals { requests: 10, corrupt: 1, ..Totals::default() };
         let after = Totals { requests: 50, corrupt: 1, lost: 2, ..before.clone() };
         let report = Report { transfer: 5_000_000, ..Report::new(Way::Exec) };
-        let notes = Notes {
+        let run = StrategyRun {
             strategy: Strategy::Live,
             way: Way::Fork,
             updates: vec![(1234, report)],
@@ -211,7 +211,7 @@ mod tests {
             totals: (before, after),
             wrong_blocks: 3,
         };
-        let summary = StrategySummary::from(&notes);
+        let summary = StrategySummary::from(&run);
         assert_eq!((summary.requests, summary.lost, summary.corrupt), (40, 2, 3));
         assert_eq!(summary.phases_us.get("transfer"), Some(&5000.into()));
         let all = Summary {

@@ -1,4 +1,4 @@
-//! Completions per millisecond, in memory that outlives the tenant's image.
+//! [`Timeline`]: completions per millisecond, in shared memory that outlives the image of the client.
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -8,11 +8,11 @@ use vdpa_sys::mmap::{Prot, SharedMap};
 
 /// Width of a bucket, in ns.
 pub const BUCKET_NS: u64 = 1_000_000;
-/// One hour; the memory is allocated as it is used.
+/// One hour of milliseconds. The kernel allocates the memory as it is used.
 const BUCKETS: usize = 3_600_000;
 const LEN: usize = 8 + BUCKETS * 8;
 
-/// Counts completions by the time at which they were seen. One writer, any number of readers.
+/// Counts completions by the time at which the client saw them. Has one writer and any number of readers.
 #[derive(Debug)]
 pub struct Timeline {
     map: SharedMap,
@@ -20,10 +20,10 @@ pub struct Timeline {
 }
 
 impl Timeline {
-    /// A timeline that begins at `origin_ns` (`CLOCK_MONOTONIC`).
+    /// Creates a timeline that begins at `origin_ns` (`CLOCK_MONOTONIC`).
     ///
     /// # Errors
-    /// Of memfd_create(2) and mmap(2).
+    /// Those of memfd_create(2) and mmap(2).
     pub fn create(origin_ns: u64) -> Result<(Self, OwnedFd), Errno> {
         let fd = memfd::create(c"vdpa-load-timeline", LEN as u64, None)?;
         let map = SharedMap::map(&fd, 0, LEN, Prot::RW, false)?;
@@ -31,10 +31,10 @@ impl Timeline {
         Ok((Self { map, origin_ns }, fd))
     }
 
-    /// The timeline that another process or image created.
+    /// Opens the timeline that another process or image created.
     ///
     /// # Errors
-    /// `EINVAL` for memory of another size; else of mmap(2).
+    /// `EINVAL` for memory of another size; else those of mmap(2).
     pub fn open(fd: impl AsFd) -> Result<Self, Errno> {
         let size = rustix::fs::fstat(&fd).map_err(|e| Errno::from_raw(e.raw_os_error()))?.st_size;
         if usize::try_from(size) != Ok(LEN) {
@@ -45,7 +45,7 @@ impl Timeline {
         Ok(Self { map, origin_ns })
     }
 
-    /// Counts `completions` seen at `now_ns`. What is outside the hour is not counted.
+    /// Adds `completions` that were seen at `now_ns`. Ignores times outside the hour.
     pub fn record(&self, now_ns: u64, completions: u64) {
         if let Some(at) = self.offset(now_ns) {
             let before = self.map.load_u64(at).unwrap_or(0);

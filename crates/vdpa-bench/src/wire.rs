@@ -1,4 +1,4 @@
-//! What a tenant is told and what it tells: one JSON object per line.
+//! The protocol of the client: commands and events, one JSON object per line.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -9,14 +9,14 @@ use vdpa_client::update::{Report, Strategy, Way};
 pub use vdpa_core::error::chain;
 use vdpa_sys::memfd::HugePage;
 
-/// The pages of guest memory.
+/// Page size of guest memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Pages {
-    /// Of 4 KiB, of a memfd.
+    /// 4 KiB, from a memfd.
     #[default]
     #[serde(rename = "4k")]
     Small,
-    /// Of 2 MiB, of a hugetlb memfd.
+    /// 2 MiB, from a hugetlb memfd.
     #[serde(rename = "2m")]
     Huge,
 }
@@ -31,7 +31,7 @@ impl Pages {
         }
     }
 
-    /// What a memfd is made of.
+    /// The huge pages that the memfd needs, if any.
     #[must_use]
     pub const fn huge(self) -> Option<HugePage> {
         match self {
@@ -62,15 +62,15 @@ impl FromStr for Pages {
     }
 }
 
-/// How a tenant is set up: the argument of its command line, the same for every image of it.
+/// Configuration of a client: the argument of its command line, the same for each of its images.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct TenantConfig {
+pub struct ClientConfig {
     /// The device file.
     pub device: PathBuf,
-    /// Guest memory, in bytes; a multiple of its pages.
+    /// Guest memory, in bytes; a multiple of its page size.
     pub memory: u64,
-    /// Its pages.
+    /// Page size of guest memory.
     pub pages: Pages,
     /// Requests kept in flight.
     pub queue_depth: u16,
@@ -78,94 +78,94 @@ pub struct TenantConfig {
     pub block_size: u32,
     /// Reads among 100 requests.
     pub read_percent: u8,
-    /// After how long a request counts as lost, in ms.
+    /// Time after which a request counts as lost, in ms.
     pub deadline_ms: u64,
-    /// Seed of all choices.
+    /// Seed of the random numbers.
     pub seed: u64,
-    /// Inherited descriptor of the [`Ledger`](super::ledger::Ledger).
-    pub ledger_fd: i32,
+    /// Inherited descriptor of the [`Journal`](super::journal::Journal).
+    pub journal_fd: i32,
     /// Inherited descriptor of the [`Timeline`](super::timeline::Timeline).
     pub timeline_fd: i32,
-    /// How often progress is told, in ms.
+    /// Interval of [`Event::Progress`], in ms.
     pub progress_ms: u64,
-    /// Where the sockets of hand-overs are made.
+    /// Directory for the sockets of hand-overs.
     pub directory: PathBuf,
 }
 
-/// What a tenant is told.
+/// A command to the client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "snake_case")]
 pub enum Command {
-    /// Replace yourself.
+    /// Update: the client replaces itself.
     Update {
-        /// How.
+        /// The strategy.
         strategy: Strategy,
-        /// By what way.
+        /// The way.
         way: Way,
     },
-    /// Issue nothing more, wait for what is in flight, flush, and say so.
+    /// Stop issuing requests, wait for those in flight, flush, and send [`Event::Quiesced`].
     Quiesce,
     /// Issue requests.
     Go,
-    /// Quiesce and end.
+    /// Quiesce and exit.
     Stop,
 }
 
-/// What a tenant tells.
+/// An event of the client.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
-    /// The device is set up. The tenant issues nothing before it is told to.
+    /// The device is set up. No request is issued before [`Command::Go`].
     Started {
-        /// Backend features the device offers.
+        /// Backend features that the device offers.
         backend_features: u64,
         /// Negotiated device features.
         features: u64,
-        /// The strategy the library would choose.
+        /// The strategy that the client library would choose.
         best: Strategy,
-        /// Whether the limit on locked memory could be raised.
+        /// Whether RLIMIT_MEMLOCK could be raised.
         memlock_raised: bool,
     },
-    /// Still alive.
+    /// Sent at regular intervals.
     Progress(Totals),
-    /// Replaced, and the first completion has arrived.
+    /// The update is done, and the first completion has arrived.
     Update {
-        /// How.
+        /// The strategy.
         strategy: Strategy,
-        /// By what way.
+        /// The way.
         way: Way,
-        /// Time of every phase.
+        /// The report of the client library.
         report: Report,
-        /// Last completion before to first one after, in us.
+        /// Time from the last completion before the update to the first one after it, in us.
         blackout_us: u64,
-        /// When the first completion came, `CLOCK_MONOTONIC` in ns.
+        /// Time of that first completion, `CLOCK_MONOTONIC` in ns.
         at_ns: u64,
-        /// Requests in flight while no driver was there.
+        /// Requests in flight during the downtime.
         in_flight: u64,
     },
-    /// Not replaced; the old program goes on.
+    /// The update failed, and the old program continues.
     UpdateFailed {
-        /// How.
+        /// The strategy.
         strategy: Strategy,
-        /// By what way.
+        /// The way.
         way: Way,
         /// The error with its causes.
         error: String,
     },
-    /// Nothing is in flight and everything is flushed.
+    /// Nothing is in flight, and all writes are flushed.
     Quiesced(Totals),
-    /// The last words.
+    /// The client exits.
     Finished(Totals),
-    /// The tenant cannot go on.
+    /// The client cannot continue, and exits.
     Failed {
         /// The error with its causes.
         error: String,
-        /// Until then.
+        /// The counters at that time.
         totals: Totals,
     },
 }
 
-/// Counters of a tenant over all its images.
+/// Counters of a client over all its images.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Totals {
@@ -175,20 +175,20 @@ pub struct Totals {
     pub reads: u64,
     /// Writes among them.
     pub writes: u64,
-    /// Requests that were not completed in time and have not come since.
+    /// Requests that were not completed in time, and have not been completed since.
     pub lost: u64,
-    /// Completions for requests that were complete, or never made.
+    /// Completions of requests that were completed before or never made.
     pub duplicate: u64,
-    /// Reads that returned something else than was written.
+    /// Reads that returned something other than what was written.
     pub corrupt: u64,
-    /// Requests the device completed with an error.
+    /// Requests that the device completed with an error.
     pub errors: u64,
-    /// What the first corrupt read found.
+    /// Description of the first corrupt read.
     pub first_corruption: Option<String>,
 }
 
 impl Totals {
-    /// Whether every request was answered once and right.
+    /// Whether every request was completed once and correctly.
     #[must_use]
     pub const fn clean(&self) -> bool {
         self.lost == 0 && self.duplicate == 0 && self.corrupt == 0 && self.errors == 0

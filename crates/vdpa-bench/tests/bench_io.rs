@@ -1,4 +1,4 @@
-//! The program of `just bench-io` in its shortest form: every workload runs, verified, on every server that is here.
+//! The program of `just bench-io` with short runs: every workload is verified on every server that is installed.
 #![expect(clippy::unwrap_used, reason = "a test: every failure is a panic")]
 
 #[path = "../../vdpad/tests/support/programs.rs"]
@@ -28,16 +28,16 @@ fn bench_io(args: &[&str]) -> Output {
     bench.args(["--size", "4", "--seconds", "0.02", "--rounds", "1"]).args(args).output().unwrap()
 }
 
-/// Command lines of the processes that were told of `directory`.
-fn told_of(directory: &Path) -> Vec<String> {
+/// Command lines of the processes that have `directory` in their arguments.
+fn processes_using(directory: &Path) -> Vec<String> {
     let processes = std::fs::read_dir("/proc").unwrap().filter_map(Result::ok);
     let lines = processes.filter_map(|process| std::fs::read(process.path().join("cmdline")).ok());
     let lines = lines.map(|line| String::from_utf8_lossy(&line).replace('\0', " "));
     lines.filter(|line| line.contains(directory.to_str().unwrap())).collect()
 }
 
-/// Whether `reached` comes to be within some seconds.
-fn comes(reached: impl Fn() -> bool) -> bool {
+/// Waits until `reached` returns `true`; `false` if that takes longer than 20 s.
+fn eventually(reached: impl Fn() -> bool) -> bool {
     let deadline = Instant::now() + Duration::from_secs(20);
     while !reached() {
         if Instant::now() > deadline {
@@ -64,16 +64,16 @@ fn a_run_that_is_killed_leaves_no_server() {
     let directory = directory.path();
     // The daemon, and QEMU's where it is installed.
     let qemu = Command::new("qemu-storage-daemon").arg("--version").stdout(Stdio::null()).status().is_ok();
-    let serves = |name: &str| told_of(directory).iter().any(|line| line.contains(name));
-    let serve = comes(|| {
+    let serves = |name: &str| processes_using(directory).iter().any(|line| line.contains(name));
+    let serve = eventually(|| {
         mounts().contains(directory.to_str().unwrap()) && (!qemu || serves("qemu-storage-daemon --blockdev"))
     });
-    let before = told_of(directory);
+    let before = processes_using(directory);
     bench.kill().unwrap();
     bench.wait().unwrap();
-    assert!(serve && before.iter().any(|line| line.contains("--control")), "{before:?}");
-    assert!(comes(|| told_of(directory).is_empty()), "left: {:?}", told_of(directory));
-    assert!(comes(|| !mounts().contains(directory.to_str().unwrap())), "a mount is left");
+    assert!(serve && before.iter().any(|line| line.contains("--socket")), "{before:?}");
+    assert!(eventually(|| processes_using(directory).is_empty()), "left: {:?}", processes_using(directory));
+    assert!(eventually(|| !mounts().contains(directory.to_str().unwrap())), "a mount is left");
 }
 
 #[test]
@@ -85,7 +85,7 @@ fn every_workload_is_verified_on_every_server() {
     let of = |server: &str| rows.iter().filter(|row| row["server"] == server).count();
     assert_eq!((of("vdpad"), of("floor")), (15, 12), "{outcome}");
     let left_out = outcome["left_out"].as_array().unwrap();
-    // A machine without QEMU is told so, and nothing is claimed of it.
+    // Without QEMU on the machine, the run says so and has no figures for it.
     let missing = left_out.iter().any(|line| line.as_str().unwrap().starts_with("qemu"));
     assert_eq!(of("qemu"), if missing { 0 } else { 15 });
     assert!(rows.iter().all(|row| row["iops"].as_f64().unwrap() > 0.0), "{outcome}");
@@ -94,7 +94,7 @@ fn every_workload_is_verified_on_every_server() {
 }
 
 #[test]
-fn a_run_gives_figures_ratios_and_a_picture() {
+fn a_run_gives_figures_ratios_and_a_chart() {
     let directory = tempfile::tempdir().unwrap();
     let (json, svg) = (directory.path().join("out.json"), directory.path().join("out.svg"));
     let output = bench_io(&[
@@ -123,7 +123,7 @@ fn a_run_gives_figures_ratios_and_a_picture() {
 
 #[test]
 fn wrong_data_is_an_error() {
-    // Reads of the null device leave the memory as it was, and so find no block that was written.
+    // Reads of the null device leave the memory as it is, so no block has a valid stamp.
     let output = bench_io(&["--verify", "--servers=vdpad", "--filter=randread-4k-qd32", "--wrong-device"]);
     let text = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "{text}");
@@ -131,7 +131,7 @@ fn wrong_data_is_an_error() {
 }
 
 #[test]
-fn a_run_with_verification_tells_what_was_verified_in_place_of_goals() {
+fn a_run_with_verification_reports_verified_blocks_in_place_of_goals() {
     let output = bench_io(&["--verify", "--servers=vdpad", "--filter=randread-4k-qd32-2q"]);
     let text = String::from_utf8(output.stdout).unwrap();
     let count = text.lines().find_map(|line| line.strip_suffix(" blocks read, all as they were written"));

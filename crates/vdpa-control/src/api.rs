@@ -1,8 +1,7 @@
-//! What travels over the control socket.
+//! The messages of the control API.
 //!
-//! The types carry what the kernel's netlink family `vdpa` carries (uapi-spec 7.2, 7.3), under the names of
-//! iproute2's JSON where it has one. Feature words travel as hexadecimal strings, because a JSON number loses
-//! bits above 2^53 in many readers.
+//! They carry what the kernel's netlink family `vdpa` carries (uapi-spec 7.2, 7.3), under the names of iproute2's JSON where
+//! it has one. Feature words are hexadecimal strings, because many JSON readers lose the bits of a number above 2^53.
 
 use std::path::PathBuf;
 
@@ -27,7 +26,7 @@ pub const ID_BLOCK: u32 = 2;
 /// Largest queue index a request for vendor statistics may name (uapi-spec 7.3).
 pub const VSTATS_INDEX_MAX: u32 = 0x8000;
 
-/// A management device: something that devices can be created on.
+/// A management device, which creates devices of one kind.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MgmtDev {
     /// Name, unique together with the bus.
@@ -35,17 +34,17 @@ pub struct MgmtDev {
     /// Bus it is on, if any: `auxiliary`, `pci`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bus: Option<String>,
-    /// Virtio device ids it can create, ascending.
+    /// Virtio device ids of the devices that it can create, in ascending order.
     pub supported_classes: Vec<u32>,
-    /// Most virtqueues of a device on it; 0 when it does not say.
+    /// Most virtqueues of its devices; 0 when it does not report that.
     pub max_supported_vqs: u32,
-    /// Features its devices can offer; 0 when it does not say.
+    /// Features that its devices can offer; 0 when it does not report them.
     #[serde(with = "hex")]
     pub dev_features: Features,
 }
 
 impl MgmtDev {
-    /// The name by which requests address it: `NAME` or `BUS/NAME`.
+    /// Its name in requests: `NAME` or `BUS/NAME`.
     #[must_use]
     pub fn handle(&self) -> String {
         match &self.bus {
@@ -55,7 +54,7 @@ impl MgmtDev {
     }
 }
 
-/// A device: its constants and what it is doing.
+/// A device: its constant properties and its state.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DevInfo {
     /// Name, unique.
@@ -77,11 +76,11 @@ pub struct DevInfo {
     /// Front end that serves it: `fuse` for a file, `cuse` for a character device.
     #[serde(default)]
     pub front: String,
-    /// What it is doing.
+    /// Its state.
     pub state: DevState,
 }
 
-/// What a device is doing: a snapshot, each field true at some moment during the request.
+/// State of a device. The fields are read one after the other, so each was true at some time during the request.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DevState {
     /// Whether a client holds the device file open.
@@ -93,19 +92,19 @@ pub struct DevState {
     /// The address space that owns it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub owner: Option<Owner>,
-    /// The client that waits to take it over.
+    /// The client that is about to take it over.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub successor: Option<Successor>,
-    /// Features in force, from FEATURES_OK on.
+    /// Negotiated features; `None` before FEATURES_OK.
     #[serde(default, with = "hex::option", skip_serializing_if = "Option::is_none")]
     pub negotiated_features: Option<Features>,
     /// Pages of 4096 bytes charged to the owner.
     pub pinned_pages: u64,
-    /// Pages of 4096 bytes that may be charged to the owner: the device attribute `memlock`, or else the owner's
+    /// Most pages of 4096 bytes that may be charged to the owner: the device attribute `memlock`, or else the owner's
     /// RLIMIT_MEMLOCK; `None` when unlimited or without an owner.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memlock_limit_pages: Option<u64>,
-    /// Entries in all IOTLB tables.
+    /// Entries of all IOTLB tables.
     pub mappings: u64,
     /// One entry per virtqueue, in order of index.
     #[serde(default)]
@@ -119,25 +118,25 @@ pub struct Owner {
     pub pid: u32,
     /// Name of its main thread (`/proc/PID/comm`).
     pub comm: String,
-    /// When it became the owner, in seconds since 1970-01-01 UTC.
+    /// Since when it is the owner, in seconds since 1970-01-01 UTC.
     pub since: u64,
 }
 
-/// A client that has opened a device to take it over, with the device attribute `handover open`, and does not drive it
-/// yet. All else in [`DevState`] is about the client that does.
+/// A client that has opened a device to take it over (device attribute `handover open`) and does not drive it yet. All other
+/// fields of [`DevState`] are about the client that drives it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Successor {
-    /// Process id, in the daemon's pid namespace: the owner's, and before there is one that of the process that opened the
-    /// device. `None` when it is not visible there.
+    /// Process id, in the daemon's pid namespace: of its owner, and before VHOST_SET_OWNER of the process that opened the device.
+    /// `None` when the process is not visible in that namespace.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pid: Option<u32>,
-    /// Name of its main thread, and before there is an owner of the thread that opened the device; empty when not known.
+    /// Name of its main thread, and before VHOST_SET_OWNER of the thread that opened the device; empty when unknown.
     pub comm: String,
     /// When it opened the device, in seconds since 1970-01-01 UTC.
     pub since: u64,
-    /// How far it has come: its own status register, without DRIVER_OK until the take-over.
+    /// Its own status register. DRIVER_OK is not set before the take-over.
     pub status: Status,
-    /// Entries in its own IOTLB tables.
+    /// Entries of its own IOTLB tables.
     pub mappings: u64,
 }
 
@@ -152,9 +151,9 @@ pub struct QueueInfo {
     pub enabled: bool,
     /// Whether the device is processing it.
     pub running: bool,
-    /// Requests answered since the device was created; survives resets and live updates.
+    /// Requests answered since the device was created. Not reset by a device reset or a live update.
     pub requests: u64,
-    /// Bytes of data moved by these requests.
+    /// Bytes of data that these requests moved.
     pub bytes: u64,
     /// Requests answered with an error.
     pub errors: u64,
@@ -167,19 +166,19 @@ pub struct QueueVstats {
     pub name: String,
     /// Virtio device id.
     pub device_id: u32,
-    /// Features in force.
+    /// Negotiated features.
     #[serde(with = "hex")]
     pub negotiated_features: Features,
-    /// Pairs of data queues, when MQ or RSS is in force.
+    /// Pairs of data queues, when MQ or RSS is negotiated.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_vq_pairs: Option<u16>,
-    /// Queue the counters are of.
+    /// Index of the queue.
     pub queue_index: u16,
-    /// Names and values, in the parent's order.
+    /// Names and values, in the order of the parent.
     pub counters: Vec<(String, u64)>,
 }
 
-/// A request for a new device.
+/// A request to create a device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct AddRequest {
@@ -187,7 +186,7 @@ pub struct AddRequest {
     pub name: String,
     /// Handle of the management device: `NAME` or `BUS/NAME`.
     pub mgmtdev: String,
-    /// Attributes; which ones exist is the management device's affair.
+    /// Attributes. The management device defines which ones exist.
     #[serde(default, skip_serializing_if = "Attrs::is_empty")]
     pub attrs: Attrs,
 }
@@ -196,15 +195,15 @@ pub struct AddRequest {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SetRequest {
-    /// Another Ethernet address.
+    /// The new Ethernet address.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mac: Option<MacAddr>,
 }
 
-/// The answer to a [`SetRequest`] that was not refused.
+/// The answer to a [`SetRequest`] that succeeded.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SetAnswer {
-    /// Why nothing has changed: in the kernel's words, no full stop.
+    /// Why nothing has changed: the kernel's message, without a full stop.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub warning: Option<String>,
 }
@@ -226,9 +225,9 @@ pub struct Version {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct CtlError {
-    /// What the kernel would answer.
+    /// The errno that the kernel would return.
     pub errno: Errno,
-    /// What was wrong, in the kernel's words where it has any: lower case or not as the kernel, no full stop.
+    /// What was wrong: the kernel's message where it has one, with its capitalisation, without a full stop.
     pub message: String,
     /// What would be right: a sentence.
     pub hint: Option<String>,
@@ -240,20 +239,20 @@ impl CtlError {
         Self { errno, message: message.into(), hint: None }
     }
 
-    /// The same error, with the sentence that says what would be right.
+    /// Adds the sentence that says what would be right.
     #[must_use]
     pub fn with_hint(self, hint: impl Into<String>) -> Self {
         Self { hint: Some(hint.into()), ..self }
     }
 
-    /// No device has the name asked for (uapi-spec 7.3).
+    /// The error for an unknown device name (uapi-spec 7.3).
     #[must_use]
     pub fn no_device() -> Self {
         Self::new(Errno::NODEV, "device not found")
             .with_hint("\"vdpactl dev show\" lists the devices that exist.")
     }
 
-    /// No management device has the handle asked for by a new device (uapi-spec 7.3, DEV_NEW).
+    /// The error for an unknown management device in a request to create a device (uapi-spec 7.3, DEV_NEW).
     #[must_use]
     pub fn no_mgmtdev() -> Self {
         Self::new(Errno::NODEV, "Fail to find the specified management device")
@@ -261,14 +260,14 @@ impl CtlError {
     }
 }
 
-/// The body of every answer that is not a success: [`CtlError`] as JSON.
+/// The body of every response that is not a success: [`CtlError`] as JSON.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ErrorBody {
     /// [`CtlError::message`].
     pub error: String,
-    /// Symbolic name, `ENODEV`; `E?` for a number without one here.
+    /// Symbolic name, such as `ENODEV`; `E?` for a number without a known name.
     pub errno: String,
-    /// The number.
+    /// Its number.
     pub code: i32,
     /// [`CtlError::hint`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -297,7 +296,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn errors_survive_the_trip() {
+    fn errors_are_equal_after_a_round_trip() {
         let error = CtlError::no_device();
         let text = serde_json::to_string(&ErrorBody::from(error.clone())).unwrap();
         assert!(

@@ -1,4 +1,4 @@
-//! [`Client`]: the control interface as blocking calls.
+//! [`Client`]: the control API as blocking calls.
 
 use std::fmt::Write as _;
 use std::io;
@@ -19,14 +19,13 @@ use super::api::{
 };
 use super::config::DevConfig;
 
-/// Longer than the daemon's own limit (60 s), so that the daemon
-/// is the one to say that it is late.
+/// Longer than the daemon's own limit (60 s), so that it is the daemon that reports a timeout.
 const TIMEOUT: Duration = Duration::from_secs(65);
 
-/// Bytes of an answer; far more than a daemon with thousands of devices sends.
+/// Most bytes of an answer; far more than a daemon with thousands of devices sends.
 const ANSWER_BYTES: usize = 64 << 20;
 
-/// A client of the control socket. Every call connects anew and blocks.
+/// A client of the control API. Every call opens a connection and blocks until the answer is there.
 #[derive(Debug)]
 pub struct Client {
     path: PathBuf,
@@ -37,46 +36,46 @@ pub struct Client {
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// Nobody listens.
+    /// No process listens on the socket.
     #[error(
         "vdpad is not running: nobody listens on {}; start it with \"systemctl start vdpad\" or \"vdpad\", or name \
          its socket with --socket",
         path.display()
     )]
     NotRunning {
-        /// The socket tried.
+        /// Path of the socket.
         path: PathBuf,
     },
-    /// The socket is not for this user.
+    /// This user may not connect to the socket.
     #[error("no permission to use {}; run as root or as the user of vdpad", path.display())]
     Permission {
-        /// The socket tried.
+        /// Path of the socket.
         path: PathBuf,
     },
     /// No answer in time.
     #[error("vdpad has not answered on {} within {} s", path.display(), after.as_secs_f32())]
     TimedOut {
-        /// The socket tried.
+        /// Path of the socket.
         path: PathBuf,
-        /// Time waited.
+        /// The timeout.
         after: Duration,
     },
     /// The daemon refused the request.
     #[error(transparent)]
     Refused(#[from] CtlError),
-    /// The connection could not be had or broke.
+    /// The connection failed or broke.
     #[error("cannot talk to vdpad on {}", path.display())]
     Connection {
-        /// The socket tried.
+        /// Path of the socket.
         path: PathBuf,
-        /// What happened.
+        /// The error of the connection.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// Whoever answers does not speak this protocol.
+    /// The answer does not follow the protocol.
     #[error("the answer of {} is not one of vdpad ({status}): {reason}", path.display())]
     Protocol {
-        /// The socket tried.
+        /// Path of the socket.
         path: PathBuf,
         /// HTTP status of the answer.
         status: StatusCode,
@@ -89,13 +88,13 @@ impl Client {
     /// A client of the daemon at `path`. Does not connect yet.
     ///
     /// # Errors
-    /// When the system refuses an epoll instance.
+    /// When the kernel refuses an epoll instance.
     pub fn new(path: impl Into<PathBuf>) -> io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         Ok(Self { path: path.into(), timeout: TIMEOUT, runtime })
     }
 
-    /// The same client, waiting at most `timeout` for each call.
+    /// Sets the timeout of each call.
     #[must_use]
     pub fn with_timeout(self, timeout: Duration) -> Self {
         Self { timeout, ..self }
@@ -107,7 +106,7 @@ impl Client {
         &self.path
     }
 
-    /// What answers at the other end.
+    /// Name, version and process id of the daemon.
     ///
     /// # Errors
     /// [`ClientError`].
@@ -147,7 +146,7 @@ impl Client {
         self.get(&format!("{}/config", device_path(name)))
     }
 
-    /// Vendor statistics of one queue; `None` sends no index, which the daemon refuses as the kernel does.
+    /// Vendor statistics of one queue. `None` sends no index, which the daemon refuses as the kernel does.
     ///
     /// # Errors
     /// [`ClientError`]; the errno is that of the daemon (docs/control-api.md).
@@ -156,7 +155,7 @@ impl Client {
         self.get(&format!("{}/vstats{query}", device_path(name)))
     }
 
-    /// Who owns each device, and what is known of its updates.
+    /// The owner of each device, and the updates of its clients.
     ///
     /// # Errors
     /// [`ClientError`].
@@ -164,7 +163,7 @@ impl Client {
         self.get("/v1/updates")
     }
 
-    /// The same of one device.
+    /// The owner of one device, and the updates of its clients.
     ///
     /// # Errors
     /// [`ClientError`]; `ENODEV` for an unknown name.
@@ -177,7 +176,7 @@ impl Client {
     /// # Errors
     /// [`ClientError`]; the errno is that of the daemon (docs/control-api.md).
     pub fn add(&self, request: &AddRequest) -> Result<(), ClientError> {
-        // Strings and maps of strings cannot fail to become JSON; should they, the daemon names the empty body.
+        // Serialising strings and maps of strings does not fail. If it did, the daemon would refuse the empty body.
         let body = serde_json::to_vec(request).unwrap_or_default();
         self.call(Method::POST, "/v1/devs", body).map(drop)
     }
@@ -192,7 +191,7 @@ impl Client {
         serde_json::from_slice(&body).map_err(|error| self.protocol(status, &error))
     }
 
-    /// Removes a device, even one in use if `force`.
+    /// Deletes a device, with `force` even one that is in use.
     ///
     /// # Errors
     /// [`ClientError`]; the errno is that of the daemon (docs/control-api.md).
@@ -206,7 +205,7 @@ impl Client {
         serde_json::from_slice(&body).map_err(|error| self.protocol(status, &error))
     }
 
-    /// Sends one request; returns a successful answer.
+    /// Sends one request and returns the answer if it is a success.
     fn call(&self, method: Method, path: &str, body: Vec<u8>) -> Result<(StatusCode, Bytes), ClientError> {
         let request = Request::builder()
             .method(method)
@@ -234,8 +233,8 @@ impl Client {
         let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
             .await
             .map_err(|error| self.broken(error))?;
-        // Owns the sender: its end is what tells the connection to end.
-        let talk = async move {
+        // Owns the sender: dropping it ends the connection.
+        let exchange = async move {
             let answer = sender.send_request(request).await.map_err(|error| self.broken(error))?;
             let status = answer.status();
             let body = Limited::new(answer.into_body(), ANSWER_BYTES)
@@ -244,8 +243,8 @@ impl Client {
                 .map_err(|source| ClientError::Connection { path: self.path.clone(), source })?;
             Ok((status, body.to_bytes()))
         };
-        // The connection is what moves the bytes; when it ends first, `talk` ends too, with the reason.
-        let (answer, _) = tokio::join!(talk, connection);
+        // Polling the connection moves the bytes. If it ends first, `exchange` ends too, with the error.
+        let (answer, _) = tokio::join!(exchange, connection);
         answer
     }
 
@@ -267,7 +266,7 @@ impl Client {
     }
 }
 
-/// The path of a device, with everything escaped that could end or extend it.
+/// The URL path of a device, with the characters of its name escaped that have a meaning in a path.
 fn device_path(name: &str) -> String {
     let mut path = String::from("/v1/devs/");
     for byte in name.bytes() {
@@ -286,13 +285,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_cannot_leave_its_place_in_the_path() {
+    fn names_are_escaped_in_the_path() {
         assert_eq!(device_path("vdpa0"), "/v1/devs/vdpa0");
         assert_eq!(device_path("a/b?c%d"), "/v1/devs/a%2Fb%3Fc%25d");
     }
 
     #[test]
-    fn nobody_listening_names_the_socket() {
+    fn the_error_without_a_daemon_names_the_socket() {
         let client = Client::new("/nonexistent/control.sock").unwrap();
         let error = client.version().unwrap_err();
         assert!(matches!(error, ClientError::NotRunning { .. }), "{error:?}");

@@ -9,7 +9,7 @@ use vdpa_core::features::Features;
 use super::api::{CtlError, ID_BLOCK, ID_NET};
 use vdpa_core::Errno;
 
-/// The configuration of a device.
+/// The configuration of a device, decoded from its configuration space.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DevConfig {
     /// Device name.
@@ -19,10 +19,10 @@ pub struct DevConfig {
     /// Features offered.
     #[serde(with = "super::api::hex")]
     pub device_features: Features,
-    /// Features in force, from FEATURES_OK on.
+    /// Negotiated features; `None` before FEATURES_OK.
     #[serde(default, with = "super::api::hex::option", skip_serializing_if = "Option::is_none")]
     pub negotiated_features: Option<Features>,
-    /// What the configuration space says.
+    /// The part that depends on the class of the device.
     #[serde(flatten)]
     pub class: ClassConfig,
 }
@@ -85,7 +85,7 @@ pub struct BlockConfig {
     pub write_zeroes: Option<WriteZeroesLimits>,
     /// Whether writes are refused.
     pub read_only: bool,
-    /// Whether there is a flush command.
+    /// Whether the flush command is supported.
     pub flush: bool,
 }
 
@@ -125,7 +125,7 @@ pub struct WriteZeroesLimits {
 impl DevConfig {
     /// Decodes the configuration space `space` of a device that offers `offered`.
     ///
-    /// Fields beyond the end of `space` read as 0: a device may have less configuration space than its class.
+    /// Fields beyond the end of `space` are 0: a device can have less configuration space than its class defines.
     ///
     /// # Errors
     /// `EOPNOTSUPP` when the device is neither network nor block (uapi-spec 7.3).
@@ -234,7 +234,7 @@ impl BlockConfig {
 #[serde(try_from = "String", into = "String")]
 pub struct MacAddr(pub [u8; 6]);
 
-/// A text that is no Ethernet address.
+/// The error for a text that is not an Ethernet address.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("\"{text}\" is not an Ethernet address; 00:11:22:33:44:55 would be one")]
 pub struct NotMacAddr {
@@ -295,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn every_field_of_a_block_device_comes_from_its_place() {
+    fn every_field_of_a_block_device_is_read_at_its_offset() {
         // Byte i has value i, so each field names its offset (virtio 1.2 section 5.2.4).
         let space: Vec<u8> = (0..60).collect();
         let offered = Features(u64::MAX);
@@ -327,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_offered_or_not_there_is_not_read() {
+    fn fields_not_offered_or_out_of_range_are_absent_or_zero() {
         let config = DevConfig::decode("blk0", ID_BLOCK, Features::NONE, None, &[1]).unwrap();
         let block = BlockConfig { capacity: 1, ..BlockConfig::default() };
         assert_eq!(config.class, ClassConfig::Block(block));

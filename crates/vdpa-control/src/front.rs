@@ -1,4 +1,4 @@
-//! [`Front`]: the choice between kinds of device files.
+//! [`Front`]: the kind of device files that the daemon serves.
 
 use std::str::FromStr;
 

@@ -1,5 +1,4 @@
-//! The control API of vdpad: the types that its HTTP interface on a Unix socket carries as JSON (docs/control-api.md),
-//! and a client of it.
+//! The control API of vdpad, HTTP and JSON on a Unix socket (docs/control-api.md): the types of its messages, and a client.
 //!
 //! ```text
 //!   vdpactl, curl                            vdpad
@@ -8,7 +7,7 @@
 //!  +----------------+    api, config    +-----------------+
 //! ```
 //!
-//! Daemon and tool share this crate and nothing else. [`client`] needs the feature of that name.
+//! This crate is all that daemon and tool share. [`client`] needs the feature `client`.
 #![forbid(unsafe_code)]
 
 pub mod api;
@@ -19,5 +18,8 @@ mod front;
 
 pub use front::Front;
 
-/// Where vdpad listens unless told otherwise.
+/// Environment variable with the path of the control socket, for daemon and tool; their option `--socket` overrides it.
+pub const SOCKET_ENV: &str = "VDPAD_SOCKET";
+
+/// Default path of the control socket.
 pub const DEFAULT_SOCKET: &str = "/run/vdpad/control.sock";

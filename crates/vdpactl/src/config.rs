@@ -1,4 +1,4 @@
-//! `vdpactl dev config`: what the configuration space of devices says.
+//! `vdpactl dev config`: the configuration space of devices.
 
 use serde_json::{Map, Value};
 use vdpa_control::client::ClientError;
@@ -10,33 +10,33 @@ use vdpa_core::net::{ANNOUNCE, LINK_UP};
 use crate::Session;
 use crate::failure::Failure;
 use crate::features::Names;
+use crate::grammar;
 use crate::output::{Entry, put, section};
-use crate::words;
 
 const HELP: &str = "Usage: vdpactl dev config show [ DEV ]\n";
 
-pub(crate) fn run(session: &Session, words: &[String]) -> Result<(), Failure> {
-    words::show_only(HELP, words, |words| show(session, words))
+pub(crate) fn run(session: &Session, args: &[String]) -> Result<(), Failure> {
+    grammar::show_only(HELP, args, |args| show(session, args))
 }
 
-fn show(session: &Session, words: &[String]) -> Result<(), Failure> {
-    let configs = match words {
+fn show(session: &Session, args: &[String]) -> Result<(), Failure> {
+    let configs = match args {
         [] => all(session),
-        words => session.client.config(words::only(words)?).map(|config| vec![config]),
+        args => session.client.config(grammar::only(args)?).map(|config| vec![config]),
     };
     let entries = configs.map(|configs| configs.iter().map(|config| entry(session, config)).collect());
     section(session.format, "config", entries.map_err(Failure::from))
 }
 
-/// Every device's configuration, as the kernel's dump gives it: it ends without an error at the first device
-/// that is neither network nor block (uapi-spec 7.3).
+/// The configuration of every device. Stops without an error at the first device that is neither network nor block, as the
+/// kernel's dump does (uapi-spec 7.3).
 fn all(session: &Session) -> Result<Vec<DevConfig>, ClientError> {
     let mut configs = Vec::new();
     for device in session.client.devices()? {
         match session.client.config(&device.name) {
             Ok(config) => configs.push(config),
             Err(ClientError::Refused(error)) if error.errno == Errno::OPNOTSUPP => break,
-            // Removed since the list was made.
+            // Deleted after the list was requested.
             Err(ClientError::Refused(error)) if error.errno == Errno::NODEV => {}
             Err(error) => return Err(error),
         }
@@ -66,7 +66,7 @@ fn entry(session: &Session, config: &DevConfig) -> Entry {
     Entry { name: config.name.clone(), plain, json }
 }
 
-/// The spaces at the ends of two keys are iproute2's, and so are what scripts look for.
+/// Two keys end with a space, as in iproute2: scripts look for these keys.
 fn net_attrs(net: &NetConfig, plain: &mut String, json: &mut Map<String, Value>) {
     if let Some(mac) = net.mac {
         put!(plain, "mac {mac} ");
@@ -89,7 +89,7 @@ fn net_attrs(net: &NetConfig, plain: &mut String, json: &mut Map<String, Value>)
     }
 }
 
-/// Names are those of the netlink attributes without `VDPA_ATTR_DEV_BLK_CFG_`, in their order (uapi-spec 7.2).
+/// The names are those of the netlink attributes without `VDPA_ATTR_DEV_BLK_CFG_`, in the order of the attributes (uapi-spec 7.2).
 fn block_attrs(block: &BlockConfig) -> Vec<(&'static str, Value)> {
     let topology = block.topology;
     let (discard, zeroes) = (block.discard, block.write_zeroes);

@@ -8,7 +8,7 @@ use crate::failure::Failure;
 use crate::features::Names;
 use crate::output::{Entry, put, section};
 use crate::utc::rfc3339;
-use crate::{config, vstats, words};
+use crate::{config, grammar, vstats};
 
 const HELP: &str = "\
 Usage: vdpactl dev show [ DEV ]
@@ -26,43 +26,43 @@ where  ATTRIBUTE of network devices := { mac MACADDR | mtu MTU | max_vqp MAX_VQ_
 ";
 
 /// Runs one command; `force` belongs to `del`.
-pub(crate) fn run(session: &Session, words: &[String], force: bool) -> Result<(), Failure> {
-    let Some((word, rest)) = words.split_first() else {
+pub(crate) fn run(session: &Session, args: &[String], force: bool) -> Result<(), Failure> {
+    let Some((word, rest)) = args.split_first() else {
         return show(session, &[]);
     };
-    let command = |full| words::matches(word, full);
+    let command = |full| grammar::matches(word, full);
     if force && !command("del") {
-        return Err(words::unknown_option("--force"));
+        return Err(grammar::unknown_option("--force"));
     }
-    // iproute2's order, which decides what an ambiguous abbreviation means.
+    // The order of iproute2, which decides what an ambiguous abbreviation means.
     if command("help") {
         eprint!("{HELP}");
         Ok(())
     } else if command("show") || command("list") {
         show(session, rest)
     } else if command("add") {
-        Ok(session.client.add(&words::add_request(rest)?)?)
+        Ok(session.client.add(&grammar::add_request(rest)?)?)
     } else if command("del") {
-        Ok(session.client.delete(words::only(rest)?, force)?)
+        Ok(session.client.delete(grammar::only(rest)?, force)?)
     } else if command("config") {
         config::run(session, rest)
     } else if word == "vstats" {
         vstats::run(session, rest)
     } else if word == "set" {
-        let (name, request) = words::set_request(rest)?;
+        let (name, request) = grammar::set_request(rest)?;
         if let Some(warning) = session.client.set(&name, &request)?.warning {
             eprintln!("Warning: vdpa: {warning}.");
         }
         Ok(())
     } else {
-        Err(words::no_command(word))
+        Err(grammar::no_command(word))
     }
 }
 
-fn show(session: &Session, words: &[String]) -> Result<(), Failure> {
-    let devices = match words {
+fn show(session: &Session, args: &[String]) -> Result<(), Failure> {
+    let devices = match args {
         [] => session.client.devices(),
-        words => session.client.device(words::only(words)?).map(|device| vec![device]),
+        args => session.client.device(grammar::only(args)?).map(|device| vec![device]),
     };
     let entries = devices.map(|devices| devices.iter().map(|device| entry(session, device)).collect());
     section(session.format, "dev", entries.map_err(Failure::from))

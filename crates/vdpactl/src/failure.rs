@@ -1,4 +1,4 @@
-//! [`Failure`]: why a command did not succeed, as iproute2 words it.
+//! [`Failure`]: why a command failed, printed as iproute2 prints it.
 
 use std::io;
 
@@ -7,16 +7,16 @@ use vdpa_control::client::ClientError;
 use vdpa_core::Errno;
 use vdpa_core::error::chain;
 
-/// Why a command did not succeed. Exit status 1 in every case.
+/// Why a command failed. The exit status is 1 in every case.
 #[derive(Debug)]
 pub(crate) enum Failure {
-    /// The words make no sense; the text says which.
-    Words(String),
-    /// The daemon refused, or could not be asked.
+    /// The arguments are invalid; the text names the argument.
+    Usage(String),
+    /// The daemon refused the request, or could not be reached.
     Daemon(ClientError),
     /// The output could not be written.
     Output(io::Error),
-    /// The system refused what every command needs.
+    /// The kernel refused a resource that every command needs.
     Runtime(io::Error),
 }
 
@@ -36,9 +36,9 @@ impl Failure {
     /// Writes it to standard error.
     pub(crate) fn print(&self) {
         match self {
-            Self::Words(text) => eprintln!("{text}"),
+            Self::Usage(text) => eprintln!("{text}"),
             Self::Daemon(ClientError::Refused(error)) => {
-                // The daemon stands where the kernel stands for iproute2, and scripts look for these lines.
+                // The same lines as iproute2 prints for an error of the kernel: scripts look for them.
                 eprintln!("Error: vdpa: {}.", error.message.trim_end_matches('.'));
                 eprintln!("kernel answers: {}", strerror(error.errno));
                 if let Some(hint) = &error.hint {
@@ -46,7 +46,7 @@ impl Failure {
                 }
             }
             Self::Daemon(error) => eprintln!("vdpactl: {}", chain(error)),
-            // The reader has seen enough: `vdpactl dev show | head`.
+            // The reader has closed the pipe, as in `vdpactl dev show | head`.
             Self::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
             Self::Output(error) => eprintln!("vdpactl: cannot write the output: {error}"),
             Self::Runtime(error) => eprintln!("vdpactl: cannot start: {error}"),

@@ -5,19 +5,20 @@ use std::ops::RangeInclusive;
 use serde_json::Value;
 use vdpa_core::features::{Bit, Features};
 
-/// Bits that belong to the transport, not to the device type (`VIRTIO_TRANSPORT_F_START`, `_END`).
+/// Bits of the transport, which do not depend on the device type (`VIRTIO_TRANSPORT_F_START`, `_END`).
 const TRANSPORT: RangeInclusive<u8> = 28..=42;
 
-/// What the bits outside [`TRANSPORT`] mean.
+/// Which bits have names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Names {
-    /// Network device.
+    /// Bits of the transport and of network devices.
     Net,
-    /// Block device; iproute2 has no names for these, so only what it does not print uses them.
+    /// Bits of the transport and of block devices. iproute2 has no names for the latter, so they are used only in output that it does
+    /// not have.
     Block,
-    /// None has a name.
+    /// Bits of the transport only.
     Transport,
-    /// Not even the transport's bits do (`--no-nice-names`).
+    /// None (`--no-nice-names`).
     Numbers,
 }
 
@@ -32,7 +33,7 @@ impl Names {
         }
     }
 
-    /// The names of the bits of `features`, each with a space before it; `bit_N` for one without.
+    /// The names of the bits of `features`, each after a space; `bit_N` for a bit without a name.
     pub(crate) fn plain(self, features: Features) -> String {
         bits(features)
             .map(|bit| match self.name(bit) {
@@ -42,7 +43,7 @@ impl Names {
             .collect()
     }
 
-    /// The names of the bits of `features`; the bare number for one without.
+    /// The names of the bits of `features`; the number for a bit without a name.
     pub(crate) fn json(self, features: Features) -> Value {
         bits(features).map(|bit| self.name(bit).map_or_else(|| Value::from(bit), Value::from)).collect()
     }

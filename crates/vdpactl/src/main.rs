@@ -1,37 +1,37 @@
 //! vdpactl: iproute2's `vdpa` for the devices of vdpad.
 //!
-//! Objects `mgmtdev` and `dev` take words, as iproute2 does (`name vdpa0 mgmtdev blk`), so clap reads only the
-//! options, which may stand anywhere; the words go to the file of their object:
+//! The objects take arguments in the grammar of iproute2 (`name vdpa0 mgmtdev blk`). clap parses only the options, which may stand
+//! anywhere; the arguments go to the module of their object:
 //!
-//! * [`mgmtdev`], [`dev`] with [`config`] and [`vstats`]: one file per object, grammar and output.
-//! * [`words`]: abbreviations and `name value` pairs.
+//! * [`mgmtdev`], [`dev`] with [`config`] and [`vstats`], [`update`]: one module per object, with its commands and their output.
+//! * [`grammar`]: abbreviations and `name value` pairs.
 //! * [`output`]: plain lines or iproute2's JSON; [`features`], [`utc`]: names and times in it.
-//! * [`failure`]: errors as iproute2 words them.
+//! * [`failure`]: errors, printed as iproute2 prints them.
 #![forbid(unsafe_code)]
 
 mod config;
 mod dev;
 mod failure;
 mod features;
+mod grammar;
 mod mgmtdev;
 mod output;
 mod update;
 mod utc;
 mod vstats;
-mod words;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{ArgAction, Parser, Subcommand};
 use vdpa_bench::{bench, blackout, demo};
-use vdpa_control::DEFAULT_SOCKET;
 use vdpa_control::client::Client;
+use vdpa_control::{DEFAULT_SOCKET, SOCKET_ENV};
 
 use failure::Failure;
 use output::Format;
 
-/// Shows and configures the vDPA devices of vdpad, in the words of iproute2's vdpa(8).
+/// Shows and configures the vDPA devices of vdpad, with the commands of iproute2's vdpa(8).
 #[derive(Debug, Parser)]
 #[command(
     name = "vdpactl",
@@ -39,7 +39,7 @@ use output::Format;
     infer_subcommands = true,
     allow_external_subcommands = true,
     disable_help_subcommand = true,
-    after_help = "Exit status: 0 done, 1 refused or impossible, 2 wrong options."
+    after_help = "Exit status: 0 success, 1 failure, 2 invalid options."
 )]
 struct Cli {
     #[command(flatten)]
@@ -50,15 +50,15 @@ struct Cli {
 
 #[derive(Debug, clap::Args)]
 struct Options {
-    /// Print JSON, on one line
+    /// Print JSON on one line
     #[arg(short, long, global = true)]
     json: bool,
 
-    /// With --json, print it over several lines
+    /// With --json, print it on several lines
     #[arg(short, long, global = true)]
     pretty: bool,
 
-    /// Print more: what devices are doing, attributes of block devices
+    /// Print more: the state of devices, the configuration of block devices
     #[arg(short, long, global = true, action = ArgAction::Count)]
     statistics: u8,
 
@@ -67,59 +67,59 @@ struct Options {
     no_nice_names: bool,
 
     /// Path of vdpad's control socket
-    #[arg(long, global = true, value_name = "PATH", env = "VDPAD_SOCKET", default_value = DEFAULT_SOCKET)]
+    #[arg(long, global = true, value_name = "PATH", env = SOCKET_ENV, default_value = DEFAULT_SOCKET)]
     socket: PathBuf,
 }
 
-/// What a command is about. Further objects are added here, with a file each.
+/// The object of a command. Each has a module.
 ///
-/// `d` and `de` mean `dev` whatever else begins with them, as long as iproute2 has no second object there.
+/// `d` and `de` mean `dev` although other objects begin with them, as iproute2 has no other object that does.
 #[derive(Debug, Subcommand)]
 enum Object {
-    /// Management devices: what devices can be created on
+    /// Management devices, which create devices
     Mgmtdev {
-        /// Command and its words; "help" lists them
-        words: Vec<String>,
+        /// Command and its arguments; "help" lists them
+        args: Vec<String>,
     },
     /// Devices
     #[command(aliases = ["d", "de"])]
     Dev {
-        /// Command and its words; "help" lists them
+        /// Command and its arguments; "help" lists them
         #[arg(allow_negative_numbers = true)]
-        words: Vec<String>,
-        /// With "del": take the device away from the client that uses it
+        args: Vec<String>,
+        /// With "del": delete the device even if a client has it open
         #[arg(short, long)]
         force: bool,
     },
-    /// Updates of clients: who owns which device since when, and what its last update cost
+    /// Updates of clients: the owner of each device, and the last update with its phases
     Update {
-        /// Command and its words; "help" lists them
-        words: Vec<String>,
+        /// Command and its arguments; "help" lists them
+        args: Vec<String>,
     },
-    /// Shows what updates of a running client cost, and that nothing is lost
+    /// Shows the downtime of updates of a running client, and that nothing is lost
     Demo(Box<demo::Options>),
     /// Measures devices
     Bench {
-        /// What
+        /// The benchmark
         #[command(subcommand)]
         what: Bench,
     },
-    /// The words of every object
+    /// Shows the usage
     Help,
     #[command(external_subcommand)]
     Other(Vec<String>),
 }
 
-/// What can be measured.
+/// The benchmarks.
 #[derive(Debug, Subcommand)]
 enum Bench {
     /// Verified random requests: rate and latency
     Io(Box<bench::Options>),
-    /// How long no driver is there in an update, by memory size, way and strategy
+    /// Downtime of updates, by memory size, way and strategy
     Update(Box<blackout::Options>),
 }
 
-/// What every command needs.
+/// What every command uses.
 #[derive(Debug)]
 struct Session {
     client: Client,
@@ -136,7 +136,7 @@ fn main() -> ExitCode {
         eprintln!("vdpactl: cannot start a private daemon without root: {error}");
         return ExitCode::from(1);
     }
-    // Measuring requests drives a device in this process.
+    // `bench io` drives a device in this process, so the numbers of the live-update requests matter here.
     if let Err(error) = vdpa_sys::uapi::live::configure_from_env() {
         eprintln!("vdpactl: {}: {error}", vdpa_sys::uapi::live::ENV);
         return ExitCode::from(2);
@@ -158,8 +158,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// An ordinary user's private daemon and its clients share a namespace of their own. First thing, while there is one
-/// thread.
+/// Without root, the private daemon and its clients need a user namespace of their own. Must be called before any thread is started.
 fn own_namespace() -> Result<(), vdpa_sys::userns::UserNsError> {
     if rustix::process::geteuid().is_root() { Ok(()) } else { vdpa_sys::userns::enter() }
 }
@@ -176,15 +175,15 @@ fn run(Cli { options, object }: Cli) -> Result<(), Failure> {
         nice_names: !options.no_nice_names,
     };
     match object {
-        Some(Object::Mgmtdev { words }) => mgmtdev::run(&session, &words),
-        Some(Object::Dev { words, force }) => dev::run(&session, &words, force),
-        Some(Object::Update { words }) => update::run(&session, &words),
+        Some(Object::Mgmtdev { args }) => mgmtdev::run(&session, &args),
+        Some(Object::Dev { args, force }) => dev::run(&session, &args, force),
+        Some(Object::Update { args }) => update::run(&session, &args),
         None | Some(Object::Help | Object::Demo(_) | Object::Bench { .. }) => {
             eprint!("{HELP}");
             Ok(())
         }
-        Some(Object::Other(words)) => {
-            Err(Failure::Words(format!("Object \"{}\" not found", words.first().map_or("", String::as_str))))
+        Some(Object::Other(args)) => {
+            Err(Failure::Usage(format!("Object \"{}\" not found", args.first().map_or("", String::as_str))))
         }
     }
 }

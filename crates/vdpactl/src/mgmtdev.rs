@@ -1,4 +1,4 @@
-//! `vdpactl mgmtdev`: what devices can be created on.
+//! `vdpactl mgmtdev`: management devices, which create devices.
 
 use serde_json::{Map, Value};
 use vdpa_control::api::{CtlError, ID_BLOCK, ID_NET, MgmtDev};
@@ -7,26 +7,26 @@ use vdpa_core::Errno;
 use crate::Session;
 use crate::failure::Failure;
 use crate::features::Names;
+use crate::grammar;
 use crate::output::{Entry, put, section};
-use crate::words;
 
 const HELP: &str = "Usage: vdpactl mgmtdev show [ DEV ]\n";
 
-pub(crate) fn run(session: &Session, words: &[String]) -> Result<(), Failure> {
-    if words.is_empty() {
-        // Unlike the other objects, which are shown: iproute2's way.
+pub(crate) fn run(session: &Session, args: &[String]) -> Result<(), Failure> {
+    if args.is_empty() {
+        // As iproute2: this object shows its usage, the others their entries.
         eprint!("{HELP}");
         return Ok(());
     }
-    words::show_only(HELP, words, |words| show(session, words))
+    grammar::show_only(HELP, args, |args| show(session, args))
 }
 
-fn show(session: &Session, words: &[String]) -> Result<(), Failure> {
-    let wanted = match words {
+fn show(session: &Session, args: &[String]) -> Result<(), Failure> {
+    let wanted = match args {
         [] => None,
-        words => {
-            words::handle(words)?;
-            Some(words::only(words)?)
+        args => {
+            grammar::handle(args)?;
+            Some(grammar::only(args)?)
         }
     };
     section(session.format, "mgmtdev", entries(session, wanted))

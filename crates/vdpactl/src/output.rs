@@ -11,7 +11,7 @@ use crate::failure::Failure;
 /// How to print.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Format {
-    /// Lines for people.
+    /// Plain lines.
     Plain,
     /// One line.
     Json,
@@ -19,21 +19,21 @@ pub(crate) enum Format {
     PrettyJson,
 }
 
-/// One thing to show: what it prints as text, and as a JSON member.
+/// An entry of the output: its text, and its JSON member.
 #[derive(Debug)]
 pub(crate) struct Entry {
     /// Key of the member.
     pub(crate) name: String,
-    /// The lines, with their ends.
+    /// The lines, each with a newline at its end.
     pub(crate) plain: String,
     /// Value of the member.
     pub(crate) json: Map<String, Value>,
 }
 
-/// Prints `entries` under `section`; then fails as `outcome` does.
+/// Prints `entries` under `section`. If they are an error, prints an empty section and returns the error.
 ///
-/// iproute2 opens the section before it asks and closes it whatever comes, so JSON has an (empty) section even
-/// after an error (uapi-spec 7.4).
+/// iproute2 opens the section before it sends its request, and closes it in any case, so its JSON has an empty section after an
+/// error as well (uapi-spec 7.4).
 pub(crate) fn section(
     format: Format,
     section: &str,
@@ -60,7 +60,7 @@ fn json(out: &mut impl Write, section: &str, entries: Vec<Entry>, layout: impl F
     out.write_all(b"\n")
 }
 
-/// The pretty layout of iproute2: objects over several lines, arrays of scalars on one: `[ "a","b" ]`.
+/// The pretty layout of iproute2: objects on several lines, arrays of scalars on one line: `[ "a","b" ]`.
 #[derive(Default)]
 struct Iproute2 {
     depth: usize,

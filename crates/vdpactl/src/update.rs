@@ -1,25 +1,25 @@
-//! `vdpactl update`: who owns which device since when, and what its last update cost.
+//! `vdpactl update`: the owner of each device, and the last update of its clients.
 
 use serde_json::{Map, Value, json};
 use vdpa_control::api::{LastUpdate, UpdateInfo};
 
 use crate::Session;
 use crate::failure::Failure;
+use crate::grammar;
 use crate::output::{Entry, put, section};
 use crate::utc::rfc3339;
-use crate::words;
 
 const HELP: &str = "Usage: vdpactl update show [ DEV ]\n";
 
 /// Runs one command.
-pub(crate) fn run(session: &Session, words: &[String]) -> Result<(), Failure> {
-    words::show_only(HELP, words, |words| show(session, words))
+pub(crate) fn run(session: &Session, args: &[String]) -> Result<(), Failure> {
+    grammar::show_only(HELP, args, |args| show(session, args))
 }
 
-fn show(session: &Session, words: &[String]) -> Result<(), Failure> {
-    let updates = match words {
+fn show(session: &Session, args: &[String]) -> Result<(), Failure> {
+    let updates = match args {
         [] => session.client.updates(),
-        words => session.client.update(words::only(words)?).map(|update| vec![update]),
+        args => session.client.update(grammar::only(args)?).map(|update| vec![update]),
     };
     let entries = updates.map(|updates| updates.iter().map(entry).collect());
     section(session.format, "update", entries.map_err(Failure::from))

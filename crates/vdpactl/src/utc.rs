@@ -1,4 +1,4 @@
-//! Times as RFC 3339 has them.
+//! Times in the format of RFC 3339.
 
 /// `seconds` since 1970-01-01 as `2026-11-21T07:12:49Z`.
 pub(crate) fn rfc3339(seconds: u64) -> String {

@@ -1,4 +1,4 @@
-//! `vdpactl dev vstats`: what a parent counts for a queue.
+//! `vdpactl dev vstats`: vendor statistics of a queue.
 
 use serde_json::{Map, Value};
 use vdpa_control::api::QueueVstats;
@@ -6,36 +6,36 @@ use vdpa_core::features::Features;
 
 use crate::Session;
 use crate::failure::Failure;
+use crate::grammar;
 use crate::output::{Entry, put, section};
-use crate::words;
 
 const HELP: &str = "Usage: vdpactl dev vstats show DEV [ qidx QUEUE_INDEX ]\n";
 
 /// `show` and `help` cannot be abbreviated here, as in iproute2.
-pub(crate) fn run(session: &Session, words: &[String]) -> Result<(), Failure> {
-    match words {
-        [] => Err(Failure::Words(HELP.trim_end().into())),
+pub(crate) fn run(session: &Session, args: &[String]) -> Result<(), Failure> {
+    match args {
+        [] => Err(Failure::Usage(HELP.trim_end().into())),
         [word, ..] if word == "help" => {
             eprint!("{HELP}");
             Ok(())
         }
         [word, rest @ ..] if word == "show" => show(session, rest),
-        [word, ..] => Err(words::no_command(word)),
+        [word, ..] => Err(grammar::no_command(word)),
     }
 }
 
-fn show(session: &Session, words: &[String]) -> Result<(), Failure> {
-    let Some((name, mut rest)) = words.split_first() else {
-        return Err(Failure::Words("String parameter expected".into()));
+fn show(session: &Session, args: &[String]) -> Result<(), Failure> {
+    let Some((name, mut rest)) = args.split_first() else {
+        return Err(Failure::Usage("String parameter expected".into()));
     };
     let mut index = None;
     while let [word, pair @ ..] = rest {
-        if !words::matches(word, "qidx") {
-            return Err(words::unknown_option(word));
+        if !grammar::matches(word, "qidx") {
+            return Err(grammar::unknown_option(word));
         }
-        let text = pair.first().ok_or_else(|| Failure::Words("number expected".into()))?;
+        let text = pair.first().ok_or_else(|| Failure::Usage("number expected".into()))?;
         let number: u32 =
-            text.parse().map_err(|_| Failure::Words(format!("\"{text}\" is not the index of a queue")))?;
+            text.parse().map_err(|_| Failure::Usage(format!("\"{text}\" is not the index of a queue")))?;
         index = Some(number);
         rest = pair.get(1..).unwrap_or_default();
     }
@@ -55,8 +55,8 @@ fn entry(vstats: &QueueVstats) -> Entry {
     Entry { name: vstats.name.clone(), plain, json }
 }
 
-/// The type iproute2 prints. Without MQ it takes the number of pairs for 0, and so queue 0 for the control queue
-/// (uapi-spec 7.4); so does this.
+/// The queue type that iproute2 prints. Without MQ, iproute2 assumes 0 pairs, and so takes queue 0 for the control queue
+/// (uapi-spec 7.4). This function does the same.
 fn queue_type(vstats: &QueueVstats) -> &'static str {
     let index = u32::from(vstats.queue_index);
     let control = 2 * u32::from(vstats.max_vq_pairs.unwrap_or(0));

@@ -1,4 +1,4 @@
-//! [`Bus`]: the devices of this daemon by name.
+//! [`Bus`]: the devices of this daemon, by name.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -30,13 +30,13 @@ use vdpa_control::api::{
 };
 use vdpa_control::config::DevConfig;
 
-/// How long a management request waits for a device that is busy with a client's.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a control request waits for a device that is busy with a request of its client; then it fails with `EBUSY`.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Longest device name, as file names and log lines can take it.
+/// Bytes of the longest device name: what a file name can have.
 const NAME_MAX: usize = 255;
 
-/// The devices, each with its file.
+/// The devices, each with its device file.
 #[derive(Debug)]
 pub struct Bus {
     mgmt: Vec<Box<dyn MgmtDevice>>,
@@ -55,47 +55,48 @@ struct Entry {
     profile: Profile,
     device: SharedDevice,
     file: Arc<VhostVdpaFile>,
-    /// Where the file is, and what serves it.
+    /// Path of the device file.
     path: PathBuf,
+    /// Front end that serves it: `cuse` or `fuse`.
     front: &'static str,
 }
 
-/// The attribute of every device that gives its file a path of its own.
+/// Attribute of every device: the path of its device file.
 const DEVICE_FILE_ATTR: &str = "device_file";
 
-/// The attribute of every device that says who may open it.
+/// Attribute of every device: whether a successor may open it while it is in use.
 const HANDOVER_ATTR: &str = "handover";
 
-/// Most names of files that are tried: others than ours may have them.
-const NUMBERS: usize = 4096;
+/// How many names of device files are tried: the kernel's devices have names of the same form.
+const NUMBERS_TRIED: usize = 4096;
 
 impl Bus {
-    /// A bus whose device files appear in `files`. `workers` threads at most serve the devices that ask for no processors of
-    /// their own; each looks at its rings for `poll` before it sleeps, if that pays.
+    /// Creates a bus whose device files are served by `files`. At most `workers` threads serve the devices that have no
+    /// attribute `cpus`; each busy-polls its rings for up to `poll` before it sleeps, while that pays.
     #[must_use]
     pub fn new(files: Arc<DeviceFiles>, workers: usize, poll: Duration) -> Self {
         let pool = WorkerPool::new(workers, poll);
         Self { mgmt: mgmt_devices(), files, pool, spaces: Spaces::new(), devices: Mutex::default() }
     }
 
-    /// Takes every device away from its clients and ends it.
+    /// Revokes every device from its clients and removes it.
     pub fn shutdown(&self) {
         for entry in std::mem::take(&mut *self.devices.lock()) {
             self.files.remove(&entry.file_name());
-            if entry.file.release_now(PATIENCE).is_err() {
-                tracing::error!(device = %entry.name, "did not end the request it is busy with");
+            if entry.file.release_now(BUSY_TIMEOUT).is_err() {
+                tracing::error!(device = %entry.name, "the request that it is busy with has not ended");
             }
         }
     }
 
-    /// Makes the device file, under the first number that is free; `taken` are those of our own devices.
+    /// Creates the device file under the first free number; `taken` are the numbers of this bus.
     fn add_file(
         &self,
         taken: &BTreeSet<u32>,
         path: Option<&Path>,
         file: &Arc<VhostVdpaFile>,
     ) -> Result<(u32, PathBuf), CtlError> {
-        for number in (0..).filter(|number| !taken.contains(number)).take(NUMBERS) {
+        for number in (0..).filter(|number| !taken.contains(number)).take(NUMBERS_TRIED) {
             let name = file_name(number);
             let file = Arc::clone(file) as Arc<dyn DeviceFile>;
             let added = match path {
@@ -104,7 +105,7 @@ impl Bus {
             };
             match added {
                 Ok(path) => return Ok((number, path)),
-                // The kernel's own, or a device that was deleted and is open still.
+                // A device of the kernel, or one of ours that was deleted and is still open.
                 Err(AddError::Exists { .. }) => {}
                 Err(error) => {
                     return Err(CtlError::new(
@@ -159,22 +160,22 @@ impl Entry {
     }
 
     fn lock(&self) -> Result<MutexGuard<'_, Device<AnyParent>>, CtlError> {
-        self.device.try_lock_for(PATIENCE).ok_or_else(|| self.busy("its client"))
+        self.device.try_lock_for(BUSY_TIMEOUT).ok_or_else(|| self.busy("its client"))
     }
 
     fn state(&self) -> Result<DevState, CtlError> {
-        // First: a request of the successor holds the opens, and then the device.
-        let successor = self.file.successor(PATIENCE).map_err(|_| self.busy("its client's successor"))?;
+        // Before the device is locked: a request of the successor locks the list of opens first, then the device.
+        let successor = self.file.successor(BUSY_TIMEOUT).map_err(|_| self.busy("its client's successor"))?;
         Ok(state(&*self.lock()?, self.file.owned_since(), successor))
     }
 
     fn busy(&self, client: &str) -> CtlError {
         CtlError::new(Errno::BUSY, format!("device {} is busy with a request of {client}", self.name))
-            .with_hint("Its disk may hang; the daemon's log tells. Try again later.")
+            .with_hint("Its disk may hang; see the daemon's log. Try again later.")
     }
 }
 
-/// Whether a successor may open the device while somebody has it.
+/// Parses `handover`: whether a successor may open the device while it is in use.
 fn handover(attrs: &mut Attrs) -> Result<bool, CtlError> {
     match attrs.take(HANDOVER_ATTR).as_deref() {
         None | Some("off") => Ok(false),
@@ -184,7 +185,7 @@ fn handover(attrs: &mut Attrs) -> Result<bool, CtlError> {
     }
 }
 
-/// Puts a parent behind handles: the first of them, and what makes more.
+/// Shares a parent between clients. Returns the handle of the first client, and what creates handles for successors.
 fn shared(parent: AnyParent) -> Result<(AnyParent, Option<Handover<AnyParent>>), CtlError> {
     let handover = Handover::new(parent).map_err(|errno| {
         CtlError::new(errno, "this device cannot be opened by a successor")
@@ -232,7 +233,7 @@ fn state(
     }
 }
 
-/// Pages that may be pinned for the owner; `None` without a limit.
+/// The limit on pages pinned for the owner; `None` without one.
 fn pin_limit(device: &Device<AnyParent>, owner: &OwnerSpace) -> Option<u64> {
     match device.profile().pin_limit {
         PinLimit::Pages(u64::MAX) => None,
@@ -349,7 +350,7 @@ impl Backend for Bus {
             return Err(CtlError::new(Errno::AGAIN, "feature negotiation not complete")
                 .with_hint("There are statistics once a client has set FEATURES_OK."));
         }
-        // With the side effect a client's GET_CONFIG has, as in the kernel.
+        // Has the side effect of a client's GET_CONFIG, as in the kernel.
         let mut space = NetConfig::default();
         device
             .config(0, space.as_mut_bytes())
@@ -395,7 +396,7 @@ impl Backend for Bus {
             .find(|mgmt| mgmt.describe().handle() == request.mgmtdev)
             .ok_or_else(CtlError::no_mgmtdev)?;
         net_attrs.check(&**mgmt)?;
-        // Held throughout, as the kernel holds its management lock: two requests cannot take one name.
+        // Locked to the end, as the kernel holds its management lock: no two requests can take the same name.
         let mut devices = self.devices.lock();
         if devices.iter().any(|entry| entry.name == request.name) {
             return Err(CtlError::new(Errno::EXIST, format!("device {} exists already", request.name))
@@ -447,7 +448,7 @@ impl Backend for Bus {
                 .with_hint("Close its client first, or take it away with \"vdpactl dev del DEV --force\"."));
         }
         self.files.remove(&entry.file_name());
-        let taken = entry.file.revoke(PATIENCE);
+        let taken = entry.file.revoke(BUSY_TIMEOUT);
         if let Err(errno) = taken
             && errno != Errno::TIMEDOUT
         {

@@ -1,4 +1,4 @@
-//! [`Daemon`]: start, run and stop of everything vdpad does.
+//! [`Daemon`]: start, run and stop of the daemon.
 
 use std::io;
 use std::path::PathBuf;
@@ -18,24 +18,24 @@ use vdpa_control::api::{AddRequest, AttrError, Attrs, CtlError};
 
 pub mod notify;
 
-/// What the daemon is to do.
+/// Configuration of the daemon.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Which kind of device files there are to be.
+    /// Which kind of device files to serve.
     pub front: Front,
-    /// Directory in which they appear; `None` for `/dev` or `mount_dir`.
+    /// Directory of the device files; `None` for the default: `/dev` for character devices, `mount_dir` for files.
     pub dir: Option<PathBuf>,
-    /// Directory in which they appear when they are files and `dir` is `None`.
+    /// Default directory of device files that are served by a FUSE mount.
     pub mount_dir: PathBuf,
     /// Path of the control socket.
-    pub control: PathBuf,
-    /// Time for the device file's requests, after which the client gets an error.
+    pub socket: PathBuf,
+    /// Time for a request on a device file; after it the client gets `EIO`.
     pub request_timeout: Duration,
-    /// Time without progress after which the watchdog ends the daemon's connection to the kernel.
+    /// Time without a heartbeat of the daemon after which the watchdog ends its connection to the kernel.
     pub watchdog_timeout: Duration,
-    /// Threads that serve the rings of devices that ask for no processors of their own, at most.
+    /// Most threads that serve the rings of devices without the attribute `cpus`.
     pub workers: usize,
-    /// How long such a thread may look at its rings before it sleeps, if that pays; 0 is never.
+    /// How long such a thread busy-polls its rings before it sleeps, while that pays; 0 disables it.
     pub poll: Duration,
     /// Devices to create at start, in this order.
     pub devices: Vec<AddRequest>,
@@ -53,7 +53,7 @@ pub struct Daemon {
 /// Why the daemon did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// The machine lacks something that no option of ours can replace.
+    /// The machine lacks something that no option can replace.
     #[error("{what}")]
     Environment {
         /// What is missing and how to get it.
@@ -62,42 +62,42 @@ pub enum StartError {
     /// The device files cannot be served.
     #[error("cannot serve device files")]
     Files(#[from] ServeError),
-    /// The process that watches over this one did not start.
+    /// The watchdog process did not start.
     #[error("cannot start the watchdog process")]
     Watchdog(#[source] io::Error),
-    /// A device asked for at start was refused.
+    /// A device of the configuration was refused.
     #[error("device \"{name}\" was refused")]
     Device {
         /// Name of the device.
         name: String,
-        /// What the bus said.
+        /// The error of the bus.
         #[source]
         source: CtlError,
     },
-    /// The control interface did not start.
+    /// The server of the control API did not start.
     #[error(transparent)]
     Control(#[from] control::StartError),
 }
 
-/// Why the daemon ended other than by a signal.
+/// Why the daemon ended without a signal.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
-    /// Signals cannot be waited for.
+    /// The signal handlers could not be installed.
     #[error("cannot wait for signals")]
     Signals(#[source] io::Error),
-    /// The mount of the device files, or a character device, was ended from outside: by umount, through sysfs, or by the
+    /// The mount of the device files, or a character device, was ended from outside: by umount(8), through sysfs, or by the
     /// watchdog.
     #[error("the device files in {} have been ended from outside", dir.display())]
     FilesLost {
-        /// Where they were.
+        /// Their directory.
         dir: PathBuf,
     },
 }
 
 impl Daemon {
-    /// Takes the device files into service, creates the devices of `config` and opens the control socket.
+    /// Starts to serve device files, creates the devices of `config` and opens the control socket.
     ///
-    /// When this returns, devices and socket can be used. On an error nothing is left running.
+    /// When this returns, devices and socket are usable. On an error nothing is left running.
     ///
     /// # Errors
     /// [`StartError`].
@@ -106,8 +106,8 @@ impl Daemon {
         if let Place::Mount(_) = place {
             vdpa_sys::userns::fuse_available().map_err(|error| StartError::environment(&error))?;
         }
-        // Pinned guest memory is charged to its owner by us; the daemon's own limit must not come first. Where it
-        // cannot be raised, a device that is to pin says so.
+        // The daemon charges pinned guest memory to its owner, so its own limit must not be reached first. Where it cannot be
+        // raised, devices report that when they fail to pin.
         if let Err(error) = rlimit::raise_memlock(None) {
             tracing::debug!("RLIMIT_MEMLOCK stays as it is: {error}");
         }
@@ -128,11 +128,12 @@ impl Daemon {
             bus.add(device.clone())
                 .map_err(|source| StartError::Device { name: device.name.clone(), source })?;
         }
-        let control = Server::start(&config.control, Arc::clone(&bus) as _)?;
+        let control = Server::start(&config.socket, Arc::clone(&bus) as _)?;
         Ok(Self { control, bus, files, watchdog })
     }
 
-    /// Blocks until SIGTERM or SIGINT or until the device files are gone, and tells the service manager when it is ready and when it stops.
+    /// Blocks until SIGTERM or SIGINT, or until the device files are ended from outside. Calls `ready` and notifies the service
+    /// manager when signals are handled, and notifies it again when the daemon stops.
     ///
     /// # Errors
     /// [`RunError`].
@@ -142,13 +143,13 @@ impl Daemon {
         runtime.block_on(async {
             let mut terminate = signal(SignalKind::terminate()).map_err(RunError::Signals)?;
             let mut interrupt = signal(SignalKind::interrupt()).map_err(RunError::Signals)?;
-            // Only now: a signal that follows the news at once must find its handler.
+            // After the handlers are installed: whoever is notified may send a signal at once.
             ready();
             notify::service_manager("READY=1");
             let name = tokio::select! {
                 _ = terminate.recv() => "SIGTERM",
                 _ = interrupt.recv() => "SIGINT",
-                // A daemon without device files is of no use, and whoever supervises it can start another one.
+                // Without device files the daemon cannot serve anybody; its service manager can start another one.
                 () = self.files.ended() => {
                     notify::service_manager("STOPPING=1");
                     return Err(RunError::FilesLost { dir: self.files.dir().into() });
@@ -160,13 +161,13 @@ impl Daemon {
         })
     }
 
-    /// Closes the control socket, then takes the devices from their clients and removes their files.
+    /// Closes the control socket, then revokes the devices from their clients and removes their files.
     pub fn stop(self) {
         self.control.shutdown();
         self.bus.shutdown();
         self.files.shutdown();
         if let Err(error) = self.watchdog.wait() {
-            tracing::warn!("the watchdog's end was not seen: {error}");
+            tracing::warn!("cannot wait for the watchdog process: {error}");
         }
     }
 }
@@ -177,16 +178,16 @@ impl StartError {
     }
 }
 
-/// Where the device files are to be, and as what.
+/// Kind and directory of the device files.
 #[derive(Debug, PartialEq, Eq)]
 enum Place {
-    /// Files, in a mount over this directory.
+    /// Files of a FUSE mount over this directory.
     Mount(PathBuf),
     /// Character devices, in this directory.
     Dev(PathBuf),
 }
 
-/// Chooses between character devices and files, and tells the log why.
+/// Chooses between character devices and files, and logs the reason.
 fn choose<E: std::error::Error>(
     config: &Config,
     available: impl Fn() -> Result<(), E>,
@@ -199,7 +200,7 @@ fn choose<E: std::error::Error>(
         Front::Cuse => {
             return available().map(|()| Place::Dev(dev())).map_err(|error| StartError::environment(&error));
         }
-        Front::Fuse => "asked for".into(),
+        Front::Fuse => "requested by --front".into(),
         Front::Auto if cuse::prefix_of(&dev()).is_none() => "the directory is not below /dev".into(),
         Front::Auto => match available() {
             Ok(()) => {
@@ -211,28 +212,28 @@ fn choose<E: std::error::Error>(
     };
     let dir = config.dir.clone().unwrap_or_else(|| config.mount_dir.clone());
     if cuse::prefix_of(&dir).is_some_and(|prefix| prefix.is_empty()) {
-        // A mount would cover all of it.
+        // A mount over /dev would hide everything else in it.
         return Err(StartError::Environment {
-            what: format!("device files directly in /dev take CUSE, and: {why}"),
+            what: format!("device files directly in /dev need CUSE: {why}"),
         });
     }
     tracing::info!(why, "front end: fuse, files");
     Ok(Place::Mount(dir))
 }
 
-/// A text that does not describe a device.
+/// Why the value of `--dev` is not a device specification.
 #[derive(Debug, thiserror::Error)]
-pub enum DeviceTextError {
-    /// A word without an equals sign.
-    #[error("\"{word}\" is not of the form name=value")]
+pub enum DeviceSpecError {
+    /// A field without an equals sign.
+    #[error("\"{field}\" is not of the form name=value")]
     NotAPair {
-        /// The word.
-        word: String,
+        /// The field.
+        field: String,
     },
     /// `name` or `mgmtdev` is missing.
     #[error("\"{key}\" is missing; name=NAME mgmtdev=MGMTDEV are needed")]
     Missing {
-        /// Which of the two.
+        /// The missing one.
         key: &'static str,
     },
     /// An attribute occurs twice.
@@ -240,18 +241,18 @@ pub enum DeviceTextError {
     Attr(#[from] AttrError),
 }
 
-/// Reads a device from `name=NAME mgmtdev=MGMTDEV attribute=value ...`.
+/// Parses a device specification: `name=NAME mgmtdev=MGMTDEV attribute=value ...`.
 ///
-/// Words are separated by white space; a value that contains some can only be given over the control socket.
+/// Fields are separated by white space. A value that contains white space can only be given over the control socket.
 ///
 /// # Errors
-/// [`DeviceTextError`].
-pub fn parse_device(text: &str) -> Result<AddRequest, DeviceTextError> {
+/// [`DeviceSpecError`].
+pub fn parse_device_spec(text: &str) -> Result<AddRequest, DeviceSpecError> {
     let (mut name, mut mgmtdev) = (None, None);
     let mut attrs = Attrs::new();
-    for word in text.split_whitespace() {
+    for field in text.split_whitespace() {
         let (key, value) =
-            word.split_once('=').ok_or_else(|| DeviceTextError::NotAPair { word: word.into() })?;
+            field.split_once('=').ok_or_else(|| DeviceSpecError::NotAPair { field: field.into() })?;
         let slot = match key {
             "name" => &mut name,
             "mgmtdev" => &mut mgmtdev,
@@ -264,29 +265,29 @@ pub fn parse_device(text: &str) -> Result<AddRequest, DeviceTextError> {
             return Err(AttrError::Twice { name: key.into() }.into());
         }
     }
-    let needed = |slot: Option<String>, key| {
-        slot.filter(|value| !value.is_empty()).ok_or(DeviceTextError::Missing { key })
+    let required = |slot: Option<String>, key| {
+        slot.filter(|value| !value.is_empty()).ok_or(DeviceSpecError::Missing { key })
     };
-    Ok(AddRequest { name: needed(name, "name")?, mgmtdev: needed(mgmtdev, "mgmtdev")?, attrs })
+    Ok(AddRequest { name: required(name, "name")?, mgmtdev: required(mgmtdev, "mgmtdev")?, attrs })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn chosen(front: Front, dir: Option<&str>, there: bool) -> Result<Place, String> {
+    fn chosen(front: Front, dir: Option<&str>, cuse: bool) -> Result<Place, String> {
         let config = Config {
             front,
             dir: dir.map(PathBuf::from),
             mount_dir: "/run/vdpad/dev".into(),
-            control: PathBuf::new(),
+            socket: PathBuf::new(),
             request_timeout: Duration::from_secs(1),
             watchdog_timeout: Duration::from_secs(1),
             workers: 1,
             poll: Duration::ZERO,
             devices: Vec::new(),
         };
-        let available = || if there { Ok(()) } else { Err(io::Error::from(io::ErrorKind::NotFound)) };
+        let available = || if cuse { Ok(()) } else { Err(io::Error::from(io::ErrorKind::NotFound)) };
         choose(&config, available).map_err(|error| error.to_string())
     }
 
@@ -304,10 +305,10 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_is_refused_and_never_a_mount_over_dev() {
+    fn impossible_choices_are_refused_and_dev_is_never_mounted_over() {
         assert!(chosen(Front::Cuse, None, false).unwrap_err().contains("not found"));
-        for there in [false, true] {
-            assert!(chosen(Front::Cuse, Some("/tmp/x"), there).is_err());
+        for cuse in [false, true] {
+            assert!(chosen(Front::Cuse, Some("/tmp/x"), cuse).is_err());
         }
         for front in [Front::Auto, Front::Fuse] {
             assert!(chosen(front, Some("/dev"), false).unwrap_err().contains("CUSE"));
@@ -316,15 +317,15 @@ mod tests {
     }
 
     #[test]
-    fn devices_are_read_from_words() {
-        let device = parse_device("name=d0  mgmtdev=blk path=/a=b direct=on").unwrap();
+    fn device_specifications_are_parsed() {
+        let device = parse_device_spec("name=d0  mgmtdev=blk path=/a=b direct=on").unwrap();
         assert_eq!((device.name.as_str(), device.mgmtdev.as_str()), ("d0", "blk"));
         assert_eq!(device.attrs.iter().collect::<Vec<_>>(), [("path", "/a=b"), ("direct", "on")]);
     }
 
     #[test]
-    fn incomplete_devices_name_what_is_missing() {
-        let text = |text| parse_device(text).unwrap_err().to_string();
+    fn errors_of_device_specifications_name_the_field() {
+        let text = |text| parse_device_spec(text).unwrap_err().to_string();
         assert!(text("name=d0").starts_with("\"mgmtdev\" is missing"));
         assert!(text("name= mgmtdev=blk").starts_with("\"name\" is missing"));
         assert_eq!(text("name=d0 readonly"), "\"readonly\" is not of the form name=value");

@@ -1,12 +1,12 @@
-//! The daemon vdpad: its devices, the bus that names them, and its control interface.
+//! The daemon vdpad: its devices, the bus that creates and finds them, and its control API.
 //!
 //! | module | what it does |
 //! |---|---|
-//! | [`daemon`] | start, run and stop of the whole daemon |
-//! | [`bus`] | the devices by name, and what makes them |
-//! | `devices` | the kinds of devices, on `vdpa-backend` |
-//! | `block` | what the block devices share: requests, their operations, and the bytes of the disk they claim |
-//! | [`control`] | the control interface, HTTP and JSON on a Unix socket |
+//! | [`daemon`] | start, run and stop of the daemon |
+//! | [`bus`] | the devices by name: create, find, query, delete |
+//! | `devices` | the kinds of devices, built on `vdpa-backend` |
+//! | `block` | what the block devices share: requests, their I/O operations, and locks on ranges of the disk |
+//! | [`control`] | the server of the control API, HTTP and JSON on a Unix socket |
 #![forbid(unsafe_code)]
 
 mod block;

@@ -1,4 +1,4 @@
-//! The daemon's command line. What it does is in [`vdpad::daemon`].
+//! The command line of vdpad. The daemon itself is [`vdpad::daemon`].
 #![forbid(unsafe_code)]
 
 use std::error::Error;
@@ -10,12 +10,12 @@ use std::time::Duration;
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 use vdpa_backend::front::watchdog::{self, Ended};
-use vdpa_control::Front;
 use vdpa_control::api::AddRequest;
+use vdpa_control::{Front, SOCKET_ENV};
 use vdpa_sys::uapi::live::{self, Numbers};
 use vdpad::daemon::{self, Config, Daemon, StartError};
 
-/// The daemon met an error.
+/// The daemon failed.
 const EXIT_RUNTIME: u8 = 1;
 /// The machine lacks something, for example /dev/fuse. (2, wrong usage, is clap's.)
 const EXIT_ENVIRONMENT: u8 = 3;
@@ -35,61 +35,61 @@ struct Cli {
 
 #[derive(Debug, clap::Args)]
 struct Serve {
-    /// What clients open: cuse for character devices, fuse for files, auto for what there is (a directory not below
-    /// /dev is for files)
+    /// Kind of the device files: cuse for character devices, fuse for files, auto for character devices where they can be made
+    /// (never in a directory outside /dev)
     #[arg(long, value_name = "auto|cuse|fuse", default_value = "auto")]
     front: Front,
 
-    /// Directory in which the device files appear [default: /dev for character devices; for files /run/vdpad/dev, without
+    /// Directory of the device files [default: /dev for character devices; for files /run/vdpad/dev, without
     /// root $XDG_RUNTIME_DIR/vdpad/dev]
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
 
     /// Path of the control socket [default: /run/vdpad/control.sock, without root
     /// $XDG_RUNTIME_DIR/vdpad/control.sock]
-    #[arg(long, value_name = "PATH")]
-    control: Option<PathBuf>,
+    #[arg(long, value_name = "PATH", env = SOCKET_ENV, alias = "control")]
+    socket: Option<PathBuf>,
 
-    /// Seconds a request on a device file may take before its caller gets an error
+    /// Seconds that a request on a device file may take before its caller gets an error
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
     request_timeout: Duration,
 
-    /// Seconds without progress after which the watchdog frees the clients
+    /// Seconds without a heartbeat of the daemon after which the watchdog releases its clients
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
     watchdog_timeout: Duration,
 
-    /// Threads that serve the rings of all devices without the attribute cpus, at most [default: one for each processor
-    /// that the daemon may use]
+    /// Most threads that serve the rings of devices without the attribute cpus [default: one for each processor that the daemon
+    /// may use]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     workers: Option<u16>,
 
-    /// Microseconds for which such a thread may look at rings before it sleeps, as long as that pays; 0 is never
+    /// Microseconds for which such a thread busy-polls rings before it sleeps, while that pays; 0 disables it
     #[arg(long, value_name = "N", env = "VDPAD_POLL_US", default_value = "20", value_parser = clap::value_parser!(u16).range(..=1000))]
     poll_us: u16,
 
-    /// Other numbers for the live-update requests, which no released kernel has: NAME=NUMBER,... with new_owner, remap,
+    /// Numbers for the live-update requests, which no released kernel has yet: NAME=NUMBER,... with new_owner, remap,
     /// new_owner_bit and remap_bit
     #[arg(long, value_name = "NUMBERS", env = live::ENV, default_value = "")]
     live_numbers: Numbers,
 
-    /// What to log to standard error: error, warn, info, debug, trace, or filters as in RUST_LOG's syntax
+    /// What to log to standard error: error, warn, info, debug, trace, or filters in the syntax of RUST_LOG
     #[arg(long, value_name = "FILTER", env = "VDPAD_LOG", default_value = "info")]
     log: String,
 
     /// A device to create at start; may be repeated
-    #[arg(long = "dev", value_name = "name=NAME mgmtdev=MGMTDEV ATTR=VALUE...", value_parser = daemon::parse_device)]
+    #[arg(long = "dev", value_name = "name=NAME mgmtdev=MGMTDEV ATTR=VALUE...", value_parser = daemon::parse_device_spec)]
     devices: Vec<AddRequest>,
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Watches a daemon; started by the daemon itself
+    /// Watches a daemon, which starts it
     #[command(hide = true)]
     Watchdog {
-        /// Source of the mounts that are the daemon's
+        /// Source of the daemon's mounts
         #[arg(long)]
         source: String,
-        /// Seconds without a sign of life
+        /// Seconds without a heartbeat
         #[arg(long, value_parser = seconds)]
         timeout: Duration,
     },
@@ -128,12 +128,12 @@ fn main() -> ExitCode {
     }
 }
 
-/// Makes this daemon wrong in the way that `VDPA_PLANTED_FAULT` names, for the test of the conformance suite.
+/// Plants the fault that `VDPA_PLANTED_FAULT` names, to test that the conformance suite finds it.
 #[cfg(feature = "planted-faults")]
 fn plant_fault() -> Result<(), std::ffi::OsString> {
     let Some(name) = std::env::var_os("VDPA_PLANTED_FAULT") else { return Ok(()) };
     let fault = name.to_str().and_then(vdpa_core::faults::plant);
-    tracing::warn!(?fault, "this daemon is wrong on purpose");
+    tracing::warn!(?fault, "this daemon has a planted fault");
     fault.map(drop).ok_or(name)
 }
 
@@ -143,14 +143,14 @@ fn serve(options: Serve) -> ExitCode {
         return ExitCode::from(2);
     }
     let root = rustix::process::geteuid().is_root();
-    let (Some(mount_dir), Some(control)) = (
+    let (Some(mount_dir), Some(socket)) = (
         options.dir.clone().or_else(|| default_path("dev", root)),
-        options.control.or_else(|| default_path("control.sock", root)),
+        options.socket.or_else(|| default_path("control.sock", root)),
     ) else {
-        eprintln!("vdpad: without root and without XDG_RUNTIME_DIR give --dir and --control");
+        eprintln!("vdpad: without root and without XDG_RUNTIME_DIR give --dir and --socket");
         return ExitCode::from(2);
     };
-    // First thing, while there is one thread: an ordinary user serves the processes of a namespace of their own.
+    // Before any thread is started, as the namespaces require: without root the daemon serves processes of its own user namespace.
     if !root && let Err(error) = vdpa_sys::userns::enter() {
         eprintln!("vdpad: cannot run without root: {error}");
         return ExitCode::from(EXIT_ENVIRONMENT);
@@ -159,7 +159,7 @@ fn serve(options: Serve) -> ExitCode {
         front: options.front,
         dir: options.dir,
         mount_dir,
-        control,
+        socket,
         request_timeout: options.request_timeout,
         watchdog_timeout: options.watchdog_timeout,
         poll: Duration::from_micros(options.poll_us.into()),
@@ -176,7 +176,7 @@ fn serve(options: Serve) -> ExitCode {
             });
         }
     };
-    let outcome = daemon.run(announce);
+    let outcome = daemon.run(print_ready);
     daemon.stop();
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -192,20 +192,20 @@ fn processors() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// Tells scripts that wait for it, by the line `ready`, that devices and control socket can be used.
-fn announce() {
+/// Prints the line `ready`: scripts wait for it before they use devices and control socket.
+fn print_ready() {
     let mut stdout = io::stdout().lock();
     if let Err(error) = writeln!(stdout, "ready").and_then(|()| stdout.flush()) {
         tracing::debug!(%error, "nobody reads standard output");
     }
 }
 
-/// One line with the whole chain of causes.
+/// Prints an error with its causes on one line.
 fn report(error: &dyn Error) {
     eprintln!("vdpad: {}", vdpa_core::error::chain(error));
 }
 
-/// Where things are unless told otherwise.
+/// Default path of a file or directory; `None` without root and without XDG_RUNTIME_DIR.
 fn default_path(name: &str, root: bool) -> Option<PathBuf> {
     let base = if root { PathBuf::from("/run") } else { std::env::var_os("XDG_RUNTIME_DIR")?.into() };
     Some(base.join("vdpad").join(name))

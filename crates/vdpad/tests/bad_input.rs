@@ -1,4 +1,4 @@
-//! What vdpad and vdpactl say when they are asked for what cannot be: exact words and exit status.
+//! Invalid requests to vdpad and vdpactl: exact messages and exit status.
 #![expect(clippy::unwrap_used, reason = "a test fails where it stands")]
 
 #[path = "support/robust.rs"]
@@ -22,7 +22,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 const NO_DEVICE: &str = "Error: vdpa: device not found.\nkernel answers: No such device\n\
                          \"vdpactl dev show\" lists the devices that exist.";
 
-/// Opens a device that must refuse.
+/// Opens a device, which must fail.
 fn refused(path: &Path) -> Errno {
     match Device::<VhostVdpaFd>::open(path) {
         Err(Error::Open { source, .. }) => source,
@@ -30,10 +30,10 @@ fn refused(path: &Path) -> Errno {
     }
 }
 
-/// A command, and what it says in the end.
+/// A command, and the end of its output.
 type Case = (String, String);
 
-/// A refusal as vdpactl words it; without a hint there is no third line.
+/// An error as vdpactl prints it; without a hint there is no third line.
 fn refusal(message: &str, errno: &str, hint: &str) -> String {
     format!("Error: vdpa: {message}.\nkernel answers: {errno}\n{hint}")
 }
@@ -71,7 +71,7 @@ fn bad_names(dir: &str) -> Vec<Case> {
     ]
 }
 
-/// Of `path`: the message without its end, the errno's text, the hint.
+/// For each `path`: the message without its end, the text of the errno, the hint.
 fn bad_files(dir: &str) -> Vec<Case> {
     let table = [
         (
@@ -176,7 +176,7 @@ fn devices_that_cannot_be_added() {
         output.fails(1, &answer);
         assert_eq!(output.stdout, "");
     }
-    // Nothing of all that is left, and the file is free.
+    // The failed attempts left nothing behind, and the file is free.
     assert_eq!(vdpad.client().devices().unwrap().len(), 1);
     vdpad.add("d1", "blk", &format!("path {dir}/good.img"));
 }
@@ -224,7 +224,7 @@ fn a_device_in_use_is_deleted_by_force_only() {
         assert!(status.contains(Status::DRIVER_OK | Status::NEEDS_RESET), "{status}");
         assert_eq!(refused(&device), Errno::NOENT);
 
-        // The name and the file are free, also while the old client is still there; its end disturbs nobody.
+        // Name and file are free even while the old client still runs; its end affects nobody.
         let again = vdpad.add_any("disk0", mgmtdev);
         let mut new = Disk::start(&again, disk::MEMORY_MIN);
         new.check(5);
@@ -234,7 +234,7 @@ fn a_device_in_use_is_deleted_by_force_only() {
         drop(new);
         vdpad.is_released("disk0");
         vdpad.ctl("dev del disk0").succeeds();
-        // Workers and their rings stay: other devices use them.
+        // Workers and their rings remain, since other devices use them.
         let now = robust::eventually("all is given back", || {
             Some(vdpad.resources()).filter(|now| now.memfds == 0 && now.registered == 0)
         });
@@ -252,7 +252,7 @@ fn directories_that_cannot_be_served() {
     fs::write(&file, "").unwrap();
     let start = |dir: &Path| {
         let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_vdpad"));
-        run(command.args(["--log", "error", "--control"]).arg(&control).arg("--dir").arg(dir))
+        run(command.args(["--log", "error", "--socket"]).arg(&control).arg("--dir").arg(dir))
     };
     start(&file).fails(
         1,
@@ -291,10 +291,10 @@ fn a_control_socket_in_use_is_left_alone() {
     let dir = other.path().join("dev");
     let control = vdpad.dir().join("control.sock");
     let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_vdpad"));
-    run(command.args(["--log", "error", "--dir"]).arg(&dir).arg("--control").arg(&control)).fails(
+    run(command.args(["--log", "error", "--dir"]).arg(&dir).arg("--socket").arg(&control)).fails(
         1,
         &format!(
-            "vdpad: {} is in use by a running vdpad; stop that one or choose another path with --control",
+            "vdpad: {} is in use by a running vdpad; stop that one or choose another path with --socket",
             control.display()
         ),
     );

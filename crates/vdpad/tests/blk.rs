@@ -1,4 +1,4 @@
-//! What a `blk` device makes of requests, right and wrong, seen from the driver and from the file behind it.
+//! How a `blk` device answers valid and invalid requests, as seen by the driver and in the backing file.
 #![expect(clippy::unwrap_used, reason = "a failure is a panic here, also outside of test functions")]
 
 mod support;
@@ -25,16 +25,16 @@ use vdpa_sys::mmap::{Prot, SharedMap};
 use zerocopy::FromBytes;
 
 use support::blk::{
-    Blk, DATA, FEATURES, INDIRECT, IOERR, IOVA, MEMORY, NEXT, OK, PATIENCE, Private, UNSUPP, UNWRITTEN,
-    WRITE, data, descriptor, over_packed_rings,
+    Blk, DATA, FEATURES, INDIRECT, IOERR, IOVA, MEMORY, NEXT, OK, Private, TIMEOUT, UNSUPP, UNWRITTEN, WRITE,
+    data, descriptor, over_packed_rings,
 };
 use support::daemon::{Daemon, Disk, pattern};
 
 const DISK: usize = 8 << 20;
 const SECTORS: u64 = DISK as u64 / 512;
-/// How long something is waited for that must not come.
+/// How long to wait for an event that must not happen.
 const WHILE: Duration = Duration::from_millis(200);
-/// Where tests map memory besides that of the driver.
+/// Where tests map memory in addition to the driver's.
 const ELSEWHERE: u64 = 0x2_0000_0000;
 
 over_both_rings!(
@@ -129,7 +129,7 @@ fn the_id_is_the_serial_or_the_name() {
     }
 }
 
-/// The base of a ring in its first lap, at rest after so many requests and descriptors.
+/// The base of an idle packed ring in its first lap, after this number of requests and descriptors.
 fn base(blk: &Blk, requests: u32, descriptors: u32) -> u32 {
     let place = descriptors | 1 << 15;
     if blk.session.features().has(Features::RING_PACKED) { place | place << 16 } else { requests }
@@ -184,7 +184,7 @@ fn a_file_in_memory_or_on_a_disk_with_and_without_pins() {
         let bytes = pattern(1 << 40, 12288);
         assert_eq!(blk.write(0, 3, &bytes), OK);
         assert_eq!(disk.read(1536, 12288), bytes);
-        // In pieces that do not adjoin, the last one of a sector of which the first byte is elsewhere.
+        // In pieces that are not adjacent; the last one has a sector whose first byte is in another piece.
         blk.put(DATA, &[0xee; 4096]);
         let pieces = [data(0, 512), data(1024, 100), data(2048, 412)];
         assert_eq!(blk.io(0, kind::IN, 3, &[], &pieces).len, 1025);
@@ -195,7 +195,7 @@ fn a_file_in_memory_or_on_a_disk_with_and_without_pins() {
         assert_eq!((done.status, done.len), (OK, 1));
         assert_eq!(disk.read(DISK as u64 - 1024, 1024), bytes[..1024]);
         assert_eq!(disk.all().len(), DISK);
-        // In part not in memory any more, where that is not all there is of the file.
+        // Partly evicted from the page cache, where that does not delete the data.
         let expected = disk.read(0, 65536);
         let file = std::fs::File::open(dir.path().join(format!("disk{index}"))).unwrap();
         file.sync_all().unwrap();
@@ -206,7 +206,7 @@ fn a_file_in_memory_or_on_a_disk_with_and_without_pins() {
     }
 }
 
-/// A directory whose file system can bypass the page cache.
+/// A directory on a file system that supports O_DIRECT.
 fn direct_dir() -> tempfile::TempDir {
     let candidates = [Path::new(env!("CARGO_TARGET_TMPDIR")), Path::new("/var/tmp")];
     let usable = |dir: &&Path| {
@@ -225,7 +225,7 @@ fn direct_io_takes_any_memory() {
         let path = daemon.add_blk(pin, &disk, &[("direct", "on"), ("pin", pin)]);
         let mut blk = Blk::start(&path);
         let mut model = pattern(0, DISK);
-        // How a request of 8 KiB lies in memory: aligned, at odd addresses, and in pieces of odd lengths.
+        // The memory of a request of 8 KiB: aligned, at odd addresses, and in pieces of odd lengths.
         let whole = vec![data(0, 8192)];
         let odd = vec![data(1, 8192)];
         let pages = vec![data(0x1000, 4096), data(0x8000, 4096)];
@@ -278,7 +278,7 @@ fn private_memory_is_served_by_copying() {
         let buffer = Buffer { iova: ELSEWHERE + 777, len: 65536 };
         assert_eq!(blk.io(0, kind::IN, 1000, &[], &[buffer]).status, OK);
         assert_eq!(memory.get(777, 65536), pattern(512_000, 65536));
-        // One request, some of it here and some there.
+        // One request with data in two memory areas.
         let both = [data(0, 512), Buffer { iova: ELSEWHERE, len: 1024 }];
         assert_eq!(blk.io(0, kind::IN, 2000, &[], &both).status, OK);
         assert_eq!([blk.get(DATA, 512), memory.get(0, 1024)].concat(), pattern(1_024_000, 1536));
@@ -314,8 +314,8 @@ fn a_whole_ring_in_private_memory() {
     ops.set_vring_enable(q, true).unwrap();
     blk.session.start().unwrap();
     kick.signal();
-    assert!(call.wait(Some(PATIENCE)), "no completion");
-    // Behind the flags, which say whether the device looks of itself at the moment.
+    assert!(call.wait(Some(TIMEOUT)), "no completion");
+    // Without the flags, which show whether the device is busy-polling.
     assert_eq!(memory.get(8194, 10), [1, 0, 0, 0, 0, 0, 1, 0x10, 0, 0], "one element of 4097 bytes");
     assert_eq!((memory.get(0x4010, 1), memory.get(0x5000, 4096)), (vec![OK], pattern(0, 4096)));
 }
@@ -374,21 +374,21 @@ fn a_header_out_of_reach_keeps_its_request_and_those_behind_it_in_the_ring() {
     queue.submit(&[Buffer { iova: ELSEWHERE, len: 16 }], &[data(512, 512), status], 900).unwrap();
     let behind = [3, 4].map(|sector| blk.submit(0, kind::IN, sector, &[], &[data(sector * 512, 512)]));
     let finish = |blk: &mut Blk| blk.finish(0, WHILE).map(|done| (done.token, done.status));
-    // The kicks that follow change nothing: it is looked at again, and stays.
+    // Further kicks change nothing: the ring is examined again, and the request stays.
     for expected in [Some((first, OK)), None, None] {
         blk.notify(0);
         assert_eq!(finish(&mut blk), expected);
     }
     blk.session.map_memfd("header", header, ELSEWHERE, 4096, Perm::RO).unwrap();
     let mut answers: Vec<_> = (0..3).map(|_| finish(&mut blk)).collect();
-    // Whatever the disk does first.
+    // In whatever order the disk completes them.
     answers.sort_unstable();
     assert_eq!(answers, [behind[0], behind[1], 900].map(|token| Some((token, OK))));
     let read = [0, 512, 3 * 512, 4 * 512].map(|at| blk.get(DATA + at, 512));
     assert_eq!(read, [1, 2, 3, 4].map(|sector| pattern(sector * 512, 512)));
 }
 
-/// Memory of which the client keeps the file.
+/// Memory whose file descriptor the client keeps.
 fn extra(blk: &mut Blk, size: u64) -> OwnedFd {
     let fd = memfd::create(c"extra", size, None).unwrap();
     blk.session.map_memfd("extra", fd.try_clone().unwrap(), ELSEWHERE, size, Perm::RW).unwrap();
@@ -403,13 +403,13 @@ fn truncated_data_memory_fails_requests_and_nothing_else() {
         let mut blk = Blk::start(&path);
         let fd = extra(&mut blk, 1 << 20);
         ftruncate(&fd, 4096).unwrap();
-        // One piece, and pieces that have to go through a bounce buffer.
+        // One piece, and pieces that need a bounce buffer.
         let whole = [Buffer { iova: ELSEWHERE + 8192, len: 4096 }];
         let odd = [Buffer { iova: ELSEWHERE + 8193, len: 95 }, Buffer { iova: ELSEWHERE + 9000, len: 4001 }];
         for buffers in [&whole[..], &odd] {
             let (read, write) =
                 (blk.io(0, kind::IN, 0, &[], buffers).status, blk.io(0, kind::OUT, 0, buffers, &[]).status);
-            // Pages that are pinned are still there, though in no file any more.
+            // Pinned pages still exist, although they are not in the file any more.
             if pin == "off" {
                 assert_eq!((read, write), (IOERR, IOERR), "direct {direct}");
             }
@@ -430,7 +430,7 @@ fn truncated_ring_memory_harms_its_own_device_only() {
     assert_eq!(blk.read(0, 0, 512), Ok(pattern(0, 512)));
     blk.submit(0, kind::IN, 0, &[], &[data(0, 512)]);
     ftruncate(&memory, 0).unwrap();
-    // From here on this process must not look into it either.
+    // From here on this process must not access it either.
     blk.session.queue(QueueIndex(0)).unwrap().kick().signal();
     assert_eq!(blk.session.ops().suspend(), Ok(()), "the worker answers, so it has seen the kick");
     daemon.assert_alive();
@@ -461,14 +461,14 @@ fn event_indices() {
     let mut blk = Blk::with(&path, FEATURES.with(Features::RING_EVENT_IDX), 1);
     assert!(blk.session.features().has(Features::RING_EVENT_IDX));
     let mut answered = 0;
-    // Bursts of every length up to 20, so that indices cross the end of the ring at all places.
+    // Bursts of every length up to 20, so that indices wrap at every position.
     for burst in (1..=20).cycle().take(200) {
         for i in 0..burst {
             blk.submit(0, kind::IN, i, &[], &[data(4096 * i, 512)]);
         }
         blk.notify(0);
         for _ in 0..burst {
-            assert_eq!(blk.finish(0, PATIENCE).map(|done| done.status), Some(OK), "lost after {answered}");
+            assert_eq!(blk.finish(0, TIMEOUT).map(|done| done.status), Some(OK), "lost after {answered}");
             answered += 1;
         }
         for i in 0..burst {
@@ -478,7 +478,7 @@ fn event_indices() {
     assert_eq!(daemon.info("d0").state.queues[0].requests, answered);
 }
 
-/// At each rest of many, in laps of both wrap counters, the base says where the ring is, and the queue goes on from there.
+/// Whenever the ring is idle, in laps of both wrap counters, the base has its position, and the queue continues from there.
 fn a_ring_goes_on_from_every_base() {
     let (daemon, disk, path) = setup(&[]);
     let mut blk = Blk::start(&path);
@@ -489,7 +489,7 @@ fn a_ring_goes_on_from_every_base() {
         }
         blk.notify(0);
         for _ in 0..burst {
-            assert_eq!(blk.finish(0, PATIENCE).map(|done| done.status), Some(OK), "after {requests}");
+            assert_eq!(blk.finish(0, TIMEOUT).map(|done| done.status), Some(OK), "after {requests}");
         }
         requests += burst;
         for i in 0..u64::from(burst) {
@@ -512,7 +512,7 @@ fn a_ring_goes_on_from_every_base() {
     assert_eq!(daemon.info("d0").state.queues[0].requests, u64::from(requests));
 }
 
-/// DPDK sets the half of the base that says what is available, and leaves the other 0.
+/// DPDK sets the available half of the base, and leaves the used half 0.
 #[test]
 fn a_packed_ring_begins_where_half_a_base_says() {
     over_packed_rings(|| {
@@ -528,13 +528,13 @@ fn a_packed_ring_begins_where_half_a_base_says() {
     });
 }
 
-/// A base that no ring of that size can have, and everything a driver of a packed ring can get wrong.
+/// A base that is invalid for the ring size, and every error that the driver of a packed ring can make.
 #[test]
 fn a_broken_packed_ring_retires_its_queue_and_nothing_else() {
     const AVAIL: u16 = 1 << 7;
     over_packed_rings(|| {
         let (daemon, _disk, path) = setup(&[("queues", "2")]);
-        // The place of a buffer id is that of the flags of a split ring, and the other way round.
+        // Buffer id and flags have swapped positions in comparison with a split ring.
         let lies: [Lie; 4] = [
             ("a chain that has no end", |blk| {
                 let ring = blk.by_hand(0);
@@ -566,12 +566,9 @@ fn a_broken_packed_ring_retires_its_queue_and_nothing_else() {
             blk.notify(0);
             assert_eq!(blk.finish(0, Duration::from_millis(50)), None, "{what}: the queue is still served");
             assert_eq!(blk.status(token), UNWRITTEN, "{what}");
-            drop(blk);
-            daemon.wait_for("d0", "the close", |info| !info.state.open);
-            daemon.assert_alive();
+            close(&daemon, blk);
         }
-        let mut blk = Blk::start(&path);
-        assert_eq!(blk.read(0, 8, 512), Ok(pattern(4096, 512)), "the next client has a sound queue");
+        assert_next_client_is_served(&path);
     });
 }
 
@@ -612,7 +609,7 @@ fn as_many_segments_as_the_device_offers() {
         let segments = u16::try_from(config.seg_max.get()).unwrap();
         assert_eq!(segments, 126);
         let ring = blk.by_hand(0);
-        // Apart from each other, so that none can be merged; 512 bytes each, in two halves.
+        // Not adjacent, so that none can be merged; 512 bytes each, in two halves.
         let at = |index: u16| data(131_072 + 5000 * u64::from(index), 512);
         for (position, kind) in [kind::OUT, kind::IN].into_iter().enumerate() {
             let position = u16::try_from(position).unwrap();
@@ -640,7 +637,7 @@ fn as_many_segments_as_the_device_offers() {
     }
 }
 
-/// What is wrong with a ring, and what makes it so.
+/// A fault of a ring: its name, and the function that causes it.
 type Lie = (&'static str, fn(&Blk));
 
 #[test]
@@ -685,12 +682,12 @@ fn a_broken_ring_retires_its_queue_and_nothing_else() {
     for (what, lie) in lies {
         let mut blk = Blk::with(&path, FEATURES, 2);
         lie(&blk);
-        // The same thread serves both queues. It may be about to look at the other one when the lie is told; between two
-        // answers it has heard of everything that came before the first request.
+        // The same thread serves both queues. It may be about to serve the other one when the ring is broken. Between two
+        // answers it has processed everything that was published before the first request.
         for _ in 0..2 {
             assert_eq!(blk.read(1, 8, 512), Ok(pattern(4096, 512)), "{what}");
         }
-        // Now a right request.
+        // Now a valid request.
         let (header, status) = blk.frame(1, kind::IN, 0);
         let ring = blk.by_hand(0);
         ring.descriptor(0, header, NEXT, 1);
@@ -701,11 +698,21 @@ fn a_broken_ring_retires_its_queue_and_nothing_else() {
         assert_eq!(blk.read(1, 8, 512), Ok(pattern(4096, 512)), "{what}");
         assert_eq!((ring.used(), blk.status(1)), (0, UNWRITTEN), "{what}: the queue is still served");
         assert_eq!(neighbour.read(0, 8, 512), Ok(pattern(4096, 512)), "{what}");
-        drop(blk);
-        daemon.wait_for("d0", "the close", |info| !info.state.open);
-        daemon.assert_alive();
+        close(&daemon, blk);
     }
-    let mut blk = Blk::start(&path);
+    assert_next_client_is_served(&path);
+}
+
+/// Closes `d0`, and waits until the daemon has noticed.
+fn close(daemon: &Daemon, blk: Blk) {
+    drop(blk);
+    daemon.wait_for("d0", "the close", |info| !info.state.open);
+    daemon.assert_alive();
+}
+
+#[track_caller]
+fn assert_next_client_is_served(path: &Path) {
+    let mut blk = Blk::start(path);
     assert_eq!(blk.read(0, 8, 512), Ok(pattern(4096, 512)), "the next client has a sound queue");
 }
 
@@ -715,7 +722,7 @@ fn a_chain_that_is_no_request_is_returned_and_the_next_one_served() {
     let blk = Blk::start(&path);
     let ring = blk.by_hand(0);
     let (header, status) = blk.frame(1, kind::IN, 0);
-    // No room for a status; no whole header; and then a right one.
+    // A chain without a status byte, one with an incomplete header, and a valid one.
     ring.descriptor(0, header, 0, 0);
     ring.descriptor(1, Buffer { len: 15, ..header }, NEXT, 2);
     ring.descriptor(2, status, WRITE, 0);
@@ -742,7 +749,7 @@ fn discard_and_write_zeroes_where_the_file_system_cannot_zero() {
         let mut model = pattern(0, DISK);
         blk.put(DATA, &model[..3 << 20]);
         assert_eq!(blk.io(0, kind::OUT, 0, &[data(0, 3 << 20)], &[]).status, OK);
-        // More than the daemon writes at a time, and no multiple of it.
+        // More than the daemon writes at a time, and not a multiple of that.
         assert_eq!(blk.range(kind::WRITE_ZEROES, 1, 5001, 0), OK);
         model[512..][..512 * 5001].fill(0);
         assert!(disk.all() == model, "write-zeroes");
@@ -768,7 +775,7 @@ fn requests_wait_for_a_device_that_is_suspended() {
     assert_eq!(blk.session.ops().vring_base(QueueIndex(0)), Ok(base(&blk, 1, 3)));
     assert_eq!(blk.finish(0, Duration::from_millis(50)), None);
     blk.session.ops().resume().unwrap();
-    assert_eq!(blk.finish(0, PATIENCE).map(|done| (done.token, done.status)), Some((token, OK)));
+    assert_eq!(blk.finish(0, TIMEOUT).map(|done| (done.token, done.status)), Some((token, OK)));
     assert_eq!(blk.get(DATA, 512), pattern(4096, 512));
 }
 
@@ -800,11 +807,11 @@ fn a_device_taken_away_fails_requests_and_leaves_its_file_to_the_next_one() {
         };
         let token = blk.submit(0, kind, 0, out, into);
         blk.notify(0);
-        let done = blk.finish(0, PATIENCE).unwrap();
+        let done = blk.finish(0, TIMEOUT).unwrap();
         assert_eq!((done.token, done.status), (token, IOERR), "{kind}");
     }
     assert!(disk.all() == pattern(0, DISK), "the file was changed");
-    // The client stops it as any other, and has its memory back.
+    // The client can stop it like any other device, and unmap its memory.
     let ops = blk.session.ops();
     ops.suspend().unwrap();
     // Two reads and a write of three descriptors each, and a flush of two.
@@ -816,7 +823,7 @@ fn a_device_taken_away_fails_requests_and_leaves_its_file_to_the_next_one() {
     assert!(daemon.info("d0").state.open);
 }
 
-/// Also requests that are in flight at that moment.
+/// Includes requests in flight.
 fn every_request_is_answered_when_a_device_is_taken_away() {
     let (daemon, _disk, path) = setup(&[]);
     let mut blk = Blk::start(&path);
@@ -829,7 +836,7 @@ fn every_request_is_answered_when_a_device_is_taken_away() {
             daemon.delete("d0").unwrap();
         }
         for _ in 0..16 {
-            let done = blk.finish(0, PATIENCE).unwrap();
+            let done = blk.finish(0, TIMEOUT).unwrap();
             assert!(if round < 3 { done.status == OK } else { round == 3 || done.status == IOERR });
         }
     }

@@ -11,7 +11,7 @@ use vdpa_core::features::Features;
 use vdpa_core::ring::Buffer;
 use zerocopy::FromBytes;
 
-use support::blk::{Blk, DATA, FEATURES, IOERR, IOVA, OK, PATIENCE, data};
+use support::blk::{Blk, DATA, FEATURES, IOERR, IOVA, OK, TIMEOUT, data};
 use support::daemon::{Daemon, Disk, pattern};
 
 const DISK: usize = 4 << 20;
@@ -31,12 +31,12 @@ impl Loop {
 
 impl Drop for Loop {
     fn drop(&mut self) {
-        // What is in use yet goes with its last user.
+        // A loop device still in use is removed by its last user.
         let _ = Command::new("losetup").arg("-d").arg(&self.0).status();
     }
 }
 
-/// A device on such a disk, and the file behind all.
+/// A device on such a disk, and the file behind it.
 struct Setup {
     blk: Blk,
     disk: Disk,
@@ -55,7 +55,7 @@ impl Setup {
         Self { blk, disk, _daemon: daemon, _loop: device }
     }
 
-    /// What is on the disk, also what the driver has not flushed.
+    /// The contents of the disk, including unflushed writes.
     fn all(&mut self) -> Vec<u8> {
         if self.blk.session.features().has(Features::BLK_FLUSH) {
             assert_eq!(self.blk.io(0, kind::FLUSH, 0, &[], &[]).status, OK);
@@ -64,7 +64,7 @@ impl Setup {
     }
 }
 
-/// Of so many sectors.
+/// Of this number of sectors.
 fn bytes(sectors: u64) -> usize {
     usize::try_from(sectors * 512).unwrap()
 }
@@ -92,7 +92,7 @@ fn the_driver_is_told_of_the_blocks() {
     }
 }
 
-/// One after the other, each way a request can lie in its blocks.
+/// Every position of a request within its blocks, one after the other.
 #[test]
 fn any_sectors_can_be_read_and_written() {
     for direct in ["on", "off"] {
@@ -133,20 +133,20 @@ fn any_sectors_can_be_zeroed_and_whole_blocks_discarded() {
         assert!(setup.all() == model, "direct {direct}: write-zeroes");
         assert_eq!(setup.blk.range(kind::DISCARD, 2050, 5, 0), OK, "no whole block, so nothing");
         assert_eq!(setup.blk.range(kind::DISCARD, 2060, 16, 0), OK);
-        // A loop device frees what is discarded.
+        // A loop device frees discarded blocks.
         model[2064 * 512..2072 * 512].fill(0);
         assert!(setup.all() == model, "direct {direct}: discard");
     }
 }
 
-/// What a request is expected to find or to leave.
+/// The data that a request is expected to read or to write.
 struct Expected {
     queue: u16,
     token: u64,
     read: Option<(Vec<Buffer>, usize, usize)>,
 }
 
-/// Requests at once that share blocks and no sectors, of all sizes and in all places, against a plain array.
+/// Concurrent requests that share blocks but no sectors, of all sizes and at all offsets, compared with an array.
 #[expect(clippy::cast_possible_truncation, reason = "numbers below the sizes of disk and memory")]
 fn requests_at_depth(features: Features, attrs: &[(&str, &str)], rounds: u64) {
     let mut setup = Setup::new(features, attrs);
@@ -156,7 +156,7 @@ fn requests_at_depth(features: Features, attrs: &[(&str, &str)], rounds: u64) {
         let mut sector = numbers.below(SECTORS - 1024);
         let mut memory = 0;
         let mut all = Vec::new();
-        // Read when everything has been answered; nothing of it is changed meanwhile.
+        // Compared when everything is answered, since nothing changes it meanwhile.
         let before = model.clone();
         for number in 0..28 {
             let count = if numbers.below(8) == 0 { 1 + numbers.below(40) } else { 1 + numbers.below(5) };
@@ -194,7 +194,7 @@ fn requests_at_depth(features: Features, attrs: &[(&str, &str)], rounds: u64) {
         }
         (0..2).for_each(|queue| setup.blk.notify(queue));
         for expected in &all {
-            let done = setup.blk.finish(expected.queue, PATIENCE).unwrap();
+            let done = setup.blk.finish(expected.queue, TIMEOUT).unwrap();
             assert_eq!(done.status, OK, "round {round}, request {}", done.token);
             assert!(all.iter().any(|expected| expected.token == done.token));
         }

@@ -1,7 +1,7 @@
-//! What cloud-hypervisor asks of a vhost-vdpa device (`--vdpa`), request by request in its order, through the crate `vhost`
-//! that it uses. The program itself needs KVM.
+//! The requests of cloud-hypervisor to a vhost-vdpa device (`--vdpa`), in its order, through the crate `vhost` that it uses. The
+//! program itself needs KVM.
 //!
-//! What is unusual about it: mappings in the version-2 format before any backend feature was acknowledged to the device,
+//! Unusual are: mappings in the version-2 format before any backend feature was acknowledged to the device,
 //! every backend bit acknowledged, the status set from 0 to `DRIVER_OK` in one step, and a reset after which it expects its
 //! mappings to be there.
 #![expect(clippy::unwrap_used, reason = "a failure is a panic here, also outside of test functions")]
@@ -25,7 +25,7 @@ use vhost::{VhostBackend as _, VringConfigData};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
-use support::blk::PATIENCE;
+use support::blk::TIMEOUT;
 use support::daemon::{Daemon, pattern};
 
 type Memory = GuestMemoryMmap<()>;
@@ -90,11 +90,11 @@ impl Guest {
         } else {
             driver.add(&[header], &[data, status], 7).unwrap();
         }
-        // A device that looks at its ring of itself wants no kick.
+        // A device that is busy-polling has disabled kicks.
         if driver.publish().unwrap() {
             self.kicks[queue].write(1).unwrap();
         }
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         while self.calls[queue].read().is_err() {
             assert!(Instant::now() < deadline, "no interrupt");
             thread::sleep(Duration::from_millis(1));
@@ -181,7 +181,7 @@ fn a_machine_that_boots_twice_and_migrates() {
     vdpa.set_backend_features_acked(backend_features);
     let range = vdpa.get_iova_range().unwrap();
     assert!(range.first == 0 && range.last >= BYTES as u64);
-    // VdpaDmaMapping::map, while only this side believes in version-2 messages.
+    // VdpaDmaMapping::map, although version-2 messages were not acknowledged to the device.
     vdpa.dma_map(0, BYTES as u64, std::ptr::with_exposed_provenance(host), false).unwrap();
 
     let features = Features::of(&[
@@ -194,20 +194,20 @@ fn a_machine_that_boots_twice_and_migrates() {
     activate(&mut vdpa, &guest, backend_features);
     guest.check(1);
 
-    // The guest reboots: nothing is mapped again.
+    // The guest reboots; nothing is mapped again.
     reset(&vdpa);
     assert_eq!(daemon.info("d0").state.mappings, 1);
     guest.begin();
     activate(&mut vdpa, &guest, backend_features);
     guest.check(2);
 
-    // Pausable::pause and Migratable::start_migration: the state is taken, and the file closed.
+    // Pausable::pause and Migratable::start_migration: the state is saved, and the file closed.
     vdpa.suspend().unwrap();
     let mut config = vec![0; vdpa.get_config_size().unwrap() as usize];
     vdpa.get_config(0, &mut config).unwrap();
     drop(vdpa);
 
-    // The other side, which opens at once.
+    // The destination, which opens the device at once.
     let mut vdpa = open(&path, &unused);
     vdpa.set_backend_features_acked(backend_features);
     vdpa.set_config(0, &config).unwrap();

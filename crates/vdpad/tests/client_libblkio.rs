@@ -40,7 +40,7 @@ fn connected(path: &Path) -> Blkio {
 
 /// A started instance with one queue of one kind and a mapped region.
 struct Client {
-    // Before the instance, whose memory it uses.
+    // Dropped before the instance, whose memory it uses.
     queue: Blkioq,
     region: MemoryRegion,
     blkio: Blkio,
@@ -159,7 +159,7 @@ fn one_open_at_a_time() {
     assert_eq!(open.raw_os_error(), Some(libc::EBUSY));
     assert_eq!(other.connect().err().unwrap().errno(), Errno::IO, "its word for any failure to open");
     assert_eq!(client.read(0, 512), pattern(0, 512));
-    // It goes by its close only: no reset, nothing is taken back.
+    // It only closes the file: no reset and no unmapping.
     drop(client);
     other.connect().unwrap();
     let info = daemon.info("d0").state;
@@ -315,7 +315,7 @@ fn completions_are_told_when_that_is_asked_for() {
     rustix::io::read(fd, &mut count).unwrap();
     assert!(!ready(Duration::ZERO) && fd.as_raw_fd() > 2);
 
-    // With event indexes the driver is told once more, of what comes next, and then no longer.
+    // With event indices the driver is signalled once more, for the next completion, and then not any more.
     client.queue.set_completion_fd_enabled(false);
     for told in [true, false] {
         client.queue.read(0, client.at(0), 512, 0, NO_FLAGS);
@@ -368,14 +368,14 @@ fn more_requests_than_the_queue_holds() {
     }
 }
 
-/// `timeout` and what may be waited for.
+/// `timeout`, and the numbers of completions that can be waited for.
 #[test]
 fn waiting_has_an_end() {
     let (daemon, _disk, path) = device(&[]);
     let mut client = Client::start(&path);
     let error = wait(&mut client.queue, 1, 1).err().unwrap();
     assert_eq!(error.errno(), Errno::INVAL, "nothing is in flight");
-    // Nothing is answered while the daemon stands still, well below the time-out of its watchdog.
+    // Nothing is answered while the daemon is stopped, for much less than the time-out of its watchdog.
     let pid = Pid::from_raw(i32::try_from(daemon.pid()).unwrap()).unwrap();
     standstill::stop(pid);
     client.queue.read(0, client.at(0), 512, 9, NO_FLAGS);

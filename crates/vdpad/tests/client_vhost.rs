@@ -1,5 +1,5 @@
-//! The crate `vhost` of rust-vmm as published: what its own tests demand of a kernel's vhost-vdpa device, demanded of
-//! ours, and a request on a ring built by hand.
+//! The crate `vhost` of rust-vmm as published: its own tests of a kernel's vhost-vdpa device, run on
+//! vdpad's devices, and a request on a ring built by hand.
 #![expect(clippy::unwrap_used, reason = "a failure is a panic here, also outside of test functions")]
 
 mod support;
@@ -25,7 +25,7 @@ use vhost::{Error, VhostBackend as _, VhostUserDirtyLogRegion, VhostUserMemoryRe
 use vm_memory::{GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
-use support::blk::PATIENCE;
+use support::blk::TIMEOUT;
 use support::daemon::{Daemon, pattern};
 
 type Memory = GuestMemoryMmap<()>;
@@ -43,7 +43,7 @@ fn open<'a>(path: &Path, memory: &'a Memory) -> Vdpa<'a> {
     VhostKernVdpa::new(path.to_str().unwrap(), memory).unwrap()
 }
 
-/// Runs `test` on a device of each kind; it is told how many queues the device has.
+/// Runs `test` on a device of each kind, with its number of queues.
 fn on_both(test: impl Fn(&Path, u32)) {
     let daemon = Daemon::start();
     test(&daemon.add("s0", "sim-blk", &[]), 1);
@@ -129,7 +129,7 @@ fn its_own_test_of_the_requests() {
         assert_eq!(vdpa.get_vqs_count().unwrap(), queues);
         assert_eq!((vdpa.get_group_num().unwrap(), vdpa.get_as_num().unwrap()), (1, 1));
         assert_eq!(vdpa.get_vring_group(0).unwrap(), 0);
-        // Sends GET_VRING_GROUP by mistake, so no asid is wrong for it.
+        // Sends GET_VRING_GROUP by mistake, so it accepts every asid.
         vdpa.set_group_asid(0, 12345).unwrap();
 
         assert_ne!(vdpa.get_backend_features().unwrap() & 1 << SUSPEND, 0);
@@ -140,7 +140,7 @@ fn its_own_test_of_the_requests() {
     });
 }
 
-/// What the crate's test leaves to the device: sizes of the configuration space.
+/// Sizes of the configuration space, which the crate's test does not check.
 #[test]
 fn configuration_has_bounds() {
     on_both(|path, _| {
@@ -159,7 +159,7 @@ fn configuration_has_bounds() {
     });
 }
 
-/// `test_vdpa_kern_dma`: heap memory of a length that is no multiple of anything.
+/// `test_vdpa_kern_dma`: heap memory with an odd length.
 #[test]
 fn its_own_test_of_mapping() {
     on_both(|path, _| {
@@ -181,7 +181,7 @@ fn its_own_test_of_mapping() {
 
 /// Waits for a notification. The crate's events cannot be polled without their numbers.
 fn wait(call: &EventFd) {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     while call.read().is_err() {
         assert!(Instant::now() < deadline, "no notification");
         thread::sleep(Duration::from_millis(1));
@@ -245,7 +245,7 @@ fn requests_on_a_ring_built_by_hand() {
             if suspended {
                 vdpa.suspend().unwrap();
             }
-            // A device that looks at its ring of itself wants no kick.
+            // A device that is busy-polling has disabled kicks.
             if driver.publish().unwrap() {
                 kick.write(1).unwrap();
             }

@@ -21,7 +21,7 @@ use support::daemon::{Daemon, Disk, pattern};
 use vdpa_sys::memfd;
 use vdpa_sys::mmap::{Prot, SharedMap};
 
-/// What libblkio asks for.
+/// The features that libblkio accepts.
 const FEATURES: u64 = VirtioFeatureFlags::VERSION_1.bits()
     | VirtioFeatureFlags::RING_EVENT_IDX.bits()
     | VirtioBlkFeatureFlags::SEG_MAX.bits()
@@ -64,7 +64,7 @@ impl Memory {
     }
 }
 
-/// One queue with what belongs to it.
+/// A queue with its memory and its eventfds.
 struct Queue {
     ring: VirtioBlkQueue<'static, u64>,
     notifier: Box<dyn QueueNotifier>,
@@ -72,9 +72,9 @@ struct Queue {
     memory: Memory,
 }
 
-/// A device, connected.
+/// A connection to a device.
 struct Driver {
-    // Before the transport, whose memory they use.
+    // Dropped before the transport, whose memory they use.
     queues: Vec<Queue>,
     transport: Box<VirtioBlkTransport>,
 }
@@ -86,7 +86,7 @@ impl Driver {
         let rings = VirtioBlkQueue::setup_queues(transport.as_mut(), queues, QUEUE_SIZE).unwrap();
         let mut all = Vec::new();
         for (index, mut ring) in rings.into_iter().enumerate() {
-            // With event indices it asks for no notification until it is told to.
+            // With event indices the driver enables notifications only when it is told to.
             ring.set_used_notif_enabled(true);
             let memory = Memory::new(1 << 20);
             transport.map_mem_region(memory.map.addr(), memory.map.len(), memory.fd.as_raw_fd(), 0).unwrap();
@@ -185,14 +185,14 @@ fn load(queue: &mut Queue, base: u64, model: &mut [u8], count: usize, random: &m
         Read,
         Write,
     }
-    // By slot: what is in flight there, as first byte and length.
+    // By slot: the request in flight, as first byte and length.
     let mut flying: BTreeMap<usize, (Kind, usize, usize)> = BTreeMap::new();
     let (mut begun, mut ended) = (0, 0);
     while ended < count {
         while begun < count && flying.len() < DEPTH {
             let len = 512 * (1 + random.below(SLOT / 512));
             let from = 512 * random.below((model.len() - len) / 512 + 1);
-            // What overlaps has no order; virtio gives none.
+            // Overlapping requests have no defined order in virtio.
             if flying.values().any(|(_, at, size)| from < at + size && *at < from + len) {
                 continue;
             }
@@ -281,7 +281,7 @@ fn every_request_on_sim_blk() {
         assert_eq!(queue.result(), 0);
     }
     daemon.wait_for("s0", "the close", |info| !info.state.open);
-    // Another client finds what the first one left.
+    // Another client reads what the first one has written.
     let mut driver = Driver::connect(&path, 1);
     let mut expected = bytes;
     expected[512..1024].fill(0);
@@ -322,7 +322,7 @@ fn four_queues_in_two_threads() {
             scope.spawn(move || {
                 let mut half = half;
                 let mut random = Random(3);
-                // In turns, so that both queues of a thread are busy at the same time as those of the other.
+                // Alternating, so that both queues of a thread are busy at the same time as those of the other.
                 for _ in 0..10 {
                     for (index, (queue, part)) in &mut half {
                         load(queue, (*index * DISK / 4) as u64, part, 200, &mut random);
@@ -347,7 +347,7 @@ fn every_one_of_many_flushes_is_answered() {
         for queue in &mut driver.queues {
             queue.memory.put(0, &bytes);
             for token in 0..BURST {
-                // A write among the flushes, so that there is something to do.
+                // A write before the flushes, so that there is data to flush.
                 if token % 16 == 0 {
                     queue.queue_write(4096 * (round * BURST + token), 0, bytes.len(), token);
                 } else {

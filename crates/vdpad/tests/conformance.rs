@@ -1,6 +1,6 @@
 //! The conformance suite on the devices of a real daemon: every difference from the kernel is in an expectation file.
 //!
-//! This program plays two parts: the tests, and the second process of a case (`--child`). Needs /dev/fuse and the right
+//! This program is the tests, and also the second process of a case (`--child`). Needs /dev/fuse and the right
 //! to mount, and fails without.
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
@@ -18,7 +18,7 @@ use vdpa_conformance::{Probe, Resources, Target, Vstats, cases, child};
 use vdpa_core::features::BackendFeatures;
 use vdpa_sys::uapi::live::{self, Numbers};
 
-/// Longest time for one case; the daemon's own guard ends it later, should a request hang in the kernel.
+/// Longest time for one case. If a request hangs in the kernel, the daemon's guard ends it later.
 const CASE_LIMIT: Duration = Duration::from_secs(25);
 
 /// A device, and the files of `crates/vdpa-conformance/expect` that say how it differs.
@@ -31,7 +31,7 @@ struct Subject {
 
 /// A subject whose daemon, and the suite, use [`MOVED`].
 const MOVED_SUBJECT: &str = "sim_blk_moved_numbers";
-/// Other numbers for the live-update series than were posted.
+/// Numbers for the live-update requests other than those posted.
 const MOVED: &str = "new_owner=0xaf2f,remap=9,new_owner_bit=20,remap_bit=21";
 
 const SUBJECTS: [Subject; 10] = [
@@ -91,7 +91,7 @@ fn expectations(files: &[&str]) -> Expectations {
     })
 }
 
-/// Runs every case on the device; none may differ, or be left out, without a reason.
+/// Runs every case on the device. A difference or a skipped case without a reason is an error.
 fn conforms(subject: &Subject) {
     let moved = subject.name == MOVED_SUBJECT;
     assert_eq!(live::configured(), if moved { MOVED.parse().unwrap() } else { Numbers::POSTED });
@@ -103,7 +103,7 @@ fn conforms(subject: &Subject) {
         daemon.add(subject.name, subject.mgmtdev, subject.attrs)
     };
     let probe = Probe::of(device.as_path()).unwrap();
-    // With other numbers on one side only, the device would seem to offer neither.
+    // With other numbers on one side only, the device would seem to offer neither feature.
     assert!(probe.backend.has(BackendFeatures::NEW_OWNER) || subject.name == "sim_blk_dma_map");
     let program = std::env::current_exe().unwrap();
     let socket = daemon.dir().join("control.sock");
@@ -143,7 +143,7 @@ fn main() {
     }
 }
 
-/// As much of libtest's command line as cargo and nextest use. One test per process: a fork copies everything.
+/// The part of libtest's command line that cargo and nextest use. One test per process: a fork copies everything.
 fn run_tests(words: &[&str]) {
     let ignored = words.contains(&"--ignored");
     let filter = words.iter().find(|word| !word.starts_with('-') && **word != "terse");

@@ -1,4 +1,4 @@
-//! The control interface as curl sees it: raw HTTP on the socket.
+//! The control API as curl sees it: raw HTTP on the socket.
 #![expect(clippy::unwrap_used, reason = "a test fails where it stands")]
 
 mod support;
@@ -55,7 +55,7 @@ fn reading() {
     assert_eq!(get("/v1/devs/vdpa0/vstats?qidx=1")["counters"], json!([["tx packets", 3]]));
 }
 
-/// With `VDPA_WRITE_SEEDS` the bodies begin the corpus of the fuzz target `control_json`.
+/// With `VDPA_WRITE_SEEDS` the bodies are written as seeds of the fuzz target `control_json`.
 #[test]
 fn bodies_are_read_as_they_were_written() {
     let setup = Setup::new(Fixture::simulators().with_net(Some(SIM_NET)).with_vstats(1, None, &[("rx", 3)]));

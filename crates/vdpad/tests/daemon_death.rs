@@ -1,4 +1,4 @@
-//! The real daemon, stopped and killed under its clients.
+//! A daemon that is stopped or killed while clients use its devices.
 #![expect(clippy::unwrap_used, reason = "a test fails where it stands")]
 
 #[path = "support/robust.rs"]
@@ -18,7 +18,7 @@ use robust::disk::{self, Disk};
 use robust::{Vdpad, eventually};
 
 const LIMIT: Duration = Duration::from_secs(60);
-/// What those get whose daemon is gone: the connection was aborted while they waited, or before.
+/// The errors of clients whose daemon has ended: the connection was aborted while they waited, or before.
 const GONE: [i32; 2] = [libc::ECONNABORTED, libc::ENOTCONN];
 
 #[track_caller]
@@ -26,12 +26,12 @@ fn is_gone<T: std::fmt::Debug>(result: Result<T, Errno>) {
     assert!(result.as_ref().is_err_and(|errno| GONE.contains(&errno.raw())), "{result:?}");
 }
 
-/// Opens, which must fail because nobody serves the file.
+/// Opens the file, which must fail because nobody serves it.
 fn open_raw(path: &Path) -> i32 {
     std::fs::File::options().read(true).write(true).open(path).unwrap_err().raw_os_error().unwrap()
 }
 
-/// Times that threads of the process went to sleep, by thread.
+/// Number of voluntary context switches of each thread of the process.
 fn sleeps(pid: rustix::process::Pid) -> Vec<(String, u64)> {
     let tasks = std::fs::read_dir(format!("/proc/{}/task", pid.as_raw_nonzero())).unwrap();
     let mut sleeps: Vec<_> = tasks
@@ -58,7 +58,7 @@ mod heavy {
         vdpad.add_any("disk1", "sim-blk");
         let mut disk = Disk::start(&device, disk::MEMORY_MIN);
         disk.check(8);
-        // It says that it rests when it has looked again.
+        // It is idle when it has polled again.
         let (mut before, mut rounds) = (sleeps(vdpad.pid()), 0);
         loop {
             thread::sleep(Duration::from_secs(3));
@@ -75,12 +75,12 @@ mod heavy {
 
     #[test]
     fn a_stopped_daemon_does_not_hold_its_clients() {
-        // Long enough for a busy machine to be in time with its heartbeats.
+        // Long enough for the heartbeats of a daemon on a busy machine.
         const TIMEOUT: Duration = Duration::from_secs(3);
         let mut vdpad = Vdpad::start_with(LIMIT, &["--watchdog-timeout", "3"]);
         let device = vdpad.add_any("disk0", "blk");
         let mut disk = Disk::start(&device, disk::MEMORY_MIN);
-        // Longer than the time-out: a daemon that works is left alone.
+        // Longer than the time-out: the watchdog leaves a working daemon alone.
         let quiet = Instant::now() + TIMEOUT * 2;
         while Instant::now() < quiet {
             disk.check(1);
@@ -89,7 +89,7 @@ mod heavy {
         let begin = Instant::now();
         vdpad.stop();
         thread::scope(|scope| {
-            // One waits in an ioctl, one in a write, one in an open.
+            // One client blocks in an ioctl, one in a write, one in an open.
             let waiting = scope.spawn(|| disk.session.ops().suspend());
             let writing = scope.spawn(|| disk.session.ops().batch_begin(Asid(0)));
             let opening = scope.spawn(|| open_raw(&device));
@@ -101,10 +101,10 @@ mod heavy {
         assert!(TIMEOUT / 2 < freed && freed < TIMEOUT * 4, "{freed:?}");
         is_gone(disk.session.ops().status());
         assert!(!vdpad.is_mounted());
-        // Memory and ring are the client's own and stay usable; nobody answers any more.
+        // Memory and ring belong to the client and stay usable, but nobody answers.
         drop(disk);
 
-        // Of no use without its files, it ends, for whoever supervises it to start another one.
+        // The daemon ends, since it is useless without its files; its supervisor can start another one.
         vdpad.signal(Signal::CONT);
         assert_eq!(vdpad.wait().code(), Some(1), "{}", vdpad.log());
         assert!(vdpad.log().contains("have been ended from outside"), "{}", vdpad.log());
@@ -126,7 +126,7 @@ mod heavy {
             is_gone(disk.session.ops().batch_begin(Asid(0)));
             assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
             eventually("the watchdog has removed the mount", || (!vdpad.is_mounted()).then_some(()));
-            // Its place is free, also while the old client still has the old file; so is the disk's file, whose
+            // Its path is free even while the old client has the old file open; so is the backing file, whose
             // lock ended with the process.
             let next = Vdpad::start_at(&dir, LIMIT, &[]);
             let device = next.add_any("disk0", "blk");
@@ -139,7 +139,7 @@ mod heavy {
         }
     }
 
-    /// The watchdog need not have run before a supervisor starts the next daemon.
+    /// A supervisor can start the next daemon before the watchdog has run.
     #[test]
     fn a_dead_mount_is_replaced() {
         let outer = tempfile::tempdir().unwrap();

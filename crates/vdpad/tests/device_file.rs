@@ -25,7 +25,7 @@ fn is_mounted(path: &Path) -> bool {
     fs_type_at(path).unwrap().as_deref() == Some(FS_TYPE)
 }
 
-/// Where a test has its file; the mount in the way of the directory's removal goes first.
+/// The directory of a test's file. Dropping it unmounts the file, so that the directory can be removed.
 struct Place {
     outer: tempfile::TempDir,
 }
@@ -104,7 +104,7 @@ fn places_that_cannot_be_are_refused_and_nothing_is_left() {
     let output = vdpad.ctl(&format!("dev add name blk0 mgmtdev sim-blk device_file {}", taken.display()));
     assert!(output.stderr.contains("served by another vdpad"), "{output:?}");
     VhostVdpaFd::open(&taken).unwrap().status().unwrap();
-    // A device without a place of its own still gets one, and both are gone in the end.
+    // A device without the attribute still gets a file in the directory; both are removed in the end.
     let other = vdpad.add("blk2", "sim-blk", "");
     VhostVdpaFd::open(&other).unwrap().status().unwrap();
     vdpad.ctl("dev del blk1").succeeds();
@@ -120,7 +120,7 @@ fn the_place_of_a_device_that_is_deleted_in_use_is_free_at_once() {
     let old = VhostVdpaFd::open(&file).unwrap();
     vdpad.ctl("dev del blk0 --force").succeeds();
     assert!(!is_mounted(&file) && !file.exists());
-    // It goes on answering those who have it open, as everywhere; its requests fail.
+    // It still answers clients that have it open: their requests fail.
     old.status().unwrap();
     vdpad.add("blk0", "sim-blk", &attrs);
     VhostVdpaFd::open(&file).unwrap().set_owner().unwrap();
@@ -128,7 +128,7 @@ fn the_place_of_a_device_that_is_deleted_in_use_is_free_at_once() {
     vdpad.is_released("blk0");
 }
 
-/// The administrator may unmount one file; the daemon and its other devices do not mind.
+/// An administrator can unmount one file without an effect on the daemon and its other devices.
 #[test]
 fn a_file_that_is_unmounted_takes_nothing_else_along() {
     let (vdpad, place) = (Vdpad::start(LIMIT), Place::new());
@@ -173,7 +173,7 @@ mod heavy {
         let file = place.file();
         for _ in 0..3 {
             let mut vdpad = Vdpad::start_at(&dir, LIMIT, &[]);
-            // The watchdog of the one before may not have come to it yet.
+            // The watchdog of the previous daemon may not have unmounted it yet.
             vdpad.add("blk0", "sim-blk", &format!("device_file {}", file.display()));
             VhostVdpaFd::open(&file).unwrap().status().unwrap();
             vdpad.signal(Signal::KILL);

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use robust::{Vdpad, eventually};
 
-/// Builds the examples, if that was not done, and says where one is.
+/// Builds the examples if needed, and returns the path of one.
 fn example(name: &str) -> PathBuf {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let status = Command::new(cargo)
@@ -62,7 +62,7 @@ fn the_guest_of_the_vmm_does_not_notice() {
     }
 }
 
-/// A server that is ended with the test, if it goes on so long.
+/// A server that is killed at the end of the test if it still runs.
 struct Server(Child);
 
 impl Server {
@@ -108,7 +108,7 @@ fn clients_of_the_server_keep_their_connections() {
     let (mut one, mut other) = (connect(), connect());
     assert_eq!(ask(&mut one, "version\n"), "1");
     assert_eq!(ask(&mut other, "write 7 kept over versions\n"), "written");
-    // Half a request: the next version answers it.
+    // Half a request; the next version answers it.
     one.get_mut().write_all(b"read").unwrap();
     assert_eq!(ask(&mut other, "version\n"), "1");
 

@@ -1,4 +1,4 @@
-//! `handover open`: a second program opens a device that somebody has, and takes it over.
+//! `handover open`: a second program opens a device that is in use, and takes it over.
 #![expect(clippy::unwrap_used, reason = "a failure is a panic here, also outside of test functions")]
 
 mod support;
@@ -31,7 +31,7 @@ fn setup() -> (Daemon, PathBuf) {
     (daemon, path)
 }
 
-/// A driver at work, and its memory.
+/// A running driver, and its memory.
 fn at_work(path: &Path) -> (Blk, OwnedFd) {
     let memory = memfd::create(c"blk", MEMORY, None).unwrap();
     let mut blk = Blk::negotiated(path, FEATURES);
@@ -47,7 +47,7 @@ fn registered(daemon: &Daemon) -> Vec<String> {
         let Ok(text) = fs::read_to_string(entry.unwrap().path()) else { continue };
         let lines = text.lines().skip_while(|line| !line.starts_with("UserBufs:")).skip(1);
         let lines = lines.take_while(|line| line.starts_with(char::is_whitespace));
-        // What is not in use is left out by newer kernels only; Linux 6.12 shows it at the end of all addresses.
+        // Newer kernels omit empty slots; Linux 6.12 shows them with the highest address.
         let used = lines.filter(|line| line.contains('/') && !line.contains("0xffffffffffffffff/"));
         buffers.extend(used.map(|line| line.trim().to_owned()));
     }
@@ -74,7 +74,7 @@ fn the_second_open_takes_over_what_is_pinned_once_the_first_rests() {
     assert_eq!(new.session.ops().set_status(Status(0xf)), Err(Errno::BUSY), "the first one drives");
     assert_eq!(old.read(0, 8, 4096), Ok(vec![0x11; 4096]));
 
-    // In QEMU's order: the first one stops and takes its memory back before the second one maps anything.
+    // In QEMU's order: the first one stops and unmaps its memory before the second one maps anything.
     let ops = old.session.ops();
     ops.suspend().unwrap();
     assert_eq!(ops.vring_base(QueueIndex(0)), Ok(2));
@@ -104,7 +104,7 @@ fn the_second_open_takes_over_what_is_pinned_once_the_first_rests() {
     daemon.assert_alive();
 }
 
-/// Operators see who waits, and how far it has come.
+/// The successor is shown with its state.
 #[test]
 fn a_successor_is_shown_until_it_drives() {
     let (daemon, path) = setup();

@@ -1,4 +1,4 @@
-//! What devices cost that have nothing to do: no wake-up of any thread of the daemon, and little memory.
+//! The cost of idle devices: no wake-up of any thread of the daemon, and little memory.
 #![expect(clippy::unwrap_used, reason = "a failure is a panic here, also outside of test functions")]
 
 mod support;
@@ -14,12 +14,12 @@ use support::daemon::Daemon;
 
 /// Devices.
 const DEVICES: usize = 1000;
-/// How long they are watched.
+/// How long they are observed.
 const WATCHED: Duration = Duration::from_secs(5);
 /// Resident memory for each device, in KiB.
 const RESIDENT_KIB: u64 = 200;
 
-/// By thread: its name, how often it has let go of its processor, and for how long it has run, in ns.
+/// For each thread: its name, its number of context switches, and its run time in ns.
 fn threads(pid: u32) -> BTreeMap<u32, (String, u64, u64)> {
     let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
     let read = |task: &std::path::Path, file: &str| fs::read_to_string(task.join(file)).unwrap_or_default();
@@ -46,7 +46,7 @@ fn resident(pid: u32) -> u64 {
     line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
-/// Lets this process, and the daemon it starts, have as many descriptors as the system allows; how many devices clients can
+/// Raises the limit on descriptors of this process, and of the daemon that it starts. Returns how many devices clients can
 /// have open with that, each with a ring that runs.
 fn running() -> usize {
     /// Descriptors of this process and of the daemon for each.
@@ -68,7 +68,7 @@ fn idle_devices() {
     let count = running();
     let daemon = Daemon::start();
     let disk = |number: usize| daemon.dir().join(format!("disk{number}"));
-    // What the first ones need is there for all: threads of the pool and of the control socket.
+    // The first devices start the threads of the pool and of the control socket, which all devices share.
     let add = |number: usize| {
         fs::File::create(disk(number)).unwrap().set_len(1 << 20).unwrap();
         let path = disk(number);
@@ -80,7 +80,7 @@ fn idle_devices() {
     let made = resident(daemon.pid());
     let mut clients: Vec<Blk> =
         first.iter().chain(&rest).take(count).map(|path| Blk::with(path, FEATURES, 1)).collect();
-    // Each has worked.
+    // Each has made requests.
     for client in &mut clients {
         assert_eq!(client.io(0, vdpa_core::blk::kind::FLUSH, 0, &[], &[]).status, OK);
     }
@@ -94,7 +94,7 @@ fn idle_devices() {
     assert!(each(before, made, DEVICES - 8) < RESIDENT_KIB, "{before} KiB, then {made} KiB");
     assert!(each(made, running, count) < RESIDENT_KIB, "{made} KiB, then {running} KiB");
 
-    // Threads of the control socket go when they have had nothing to do for a while, and those of the kernel too.
+    // Idle threads of the control socket end after a while, and so do those of the kernel.
     std::thread::sleep(Duration::from_secs(12));
     let before = threads(daemon.pid());
     std::thread::sleep(WATCHED);
@@ -113,7 +113,7 @@ fn idle_devices() {
     println!("{} threads; woken in {WATCHED:?}: {woken:?}", after.len());
     assert!(after.values().any(|(name, ..)| name.starts_with("vq-")), "nothing serves these rings");
     let elsewhere = |line: &&String| {
-        // The last thread that the kernel has for requests that may block, a flush for example, looks every five seconds
+        // The last thread that the kernel keeps for requests that may block, such as a flush, wakes up every five seconds to check
         // whether it is still needed.
         !line.starts_with("iou-wrk-")
     };

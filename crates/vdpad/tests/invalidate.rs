@@ -23,7 +23,7 @@ use vdpa_sys::mmap::SharedMap;
 use vdpa_sys::vhost_vdpa::VhostVdpaFd;
 
 use hanging::HangingFile;
-use support::blk::{Blk, FEATURES, IOERR, MEMORY, OK, PATIENCE, SIZE};
+use support::blk::{Blk, FEATURES, IOERR, MEMORY, OK, SIZE, TIMEOUT};
 use support::daemon::Daemon;
 
 const DISK: u64 = 1 << 20;
@@ -32,10 +32,10 @@ const REGION: u64 = 1 << 20;
 const A: u64 = 0x2_0000_0000;
 const B: u64 = 0x3_0000_0000;
 const C: u64 = 0x4_0000_0000;
-/// How long something is watched that must not come to an end.
+/// How long to watch something that must not end.
 const WHILE: Duration = Duration::from_millis(200);
 
-/// A device on a disk that hangs, with further memory at `A`, `B` and `C`.
+/// A device on a disk that hangs, with additional memory at `A`, `B` and `C`.
 struct Setup {
     blk: Blk,
     file: HangingFile,
@@ -64,7 +64,7 @@ impl Setup {
         Self { blk, file, path, daemon }
     }
 
-    /// With one queue, its ring in none of the regions.
+    /// With one queue, whose ring is in none of the regions.
     fn running(attrs: &[(&str, &str)]) -> Self {
         let mut setup = Self::new(attrs);
         setup.blk.run(1);
@@ -82,17 +82,17 @@ impl Setup {
         token
     }
 
-    /// Waits until that many requests hang.
+    /// Waits until this number of requests hangs.
     #[track_caller]
     fn hanging(&self, count: usize) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         while self.file.waiting() != count {
             assert!(Instant::now() < deadline, "{} requests hang", self.file.waiting());
             sleep(Duration::from_millis(1));
         }
     }
 
-    /// INVALIDATE by another thread.
+    /// Sends INVALIDATE on another thread.
     fn invalidate(&self, iova: u64) -> JoinHandle<()> {
         let ops = self.blk.session.ops();
         let other = VhostVdpaFd::from_fd(ops.as_fd().try_clone_to_owned().unwrap());
@@ -100,11 +100,11 @@ impl Setup {
         spawn(move || other.dma_unmap(Asid(0), iova, REGION).unwrap())
     }
 
-    /// Waits until new requests have another translation of `iova` than `memory`. Their ids, which need no disk, go there
-    /// as long as they have the old one.
+    /// Waits until new requests do not translate `iova` to `memory` any more. As long as they do, GET_ID requests, which need no
+    /// disk, write the id there.
     #[track_caller]
     fn translated_anew(&mut self, iova: u64, memory: &SharedMap, offset: usize) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         loop {
             memory.write(offset, &[0]).unwrap();
             let id = Buffer { iova: iova + offset as u64, len: 20 };
@@ -119,7 +119,7 @@ impl Setup {
         }
     }
 
-    /// A request that needs no disk: whether the queue is served.
+    /// Sends a request that needs no disk. Returns whether the queue is served.
     #[track_caller]
     fn is_served(&mut self) {
         let done = self.blk.io(0, kind::GET_ID, 0, &[], &[support::blk::data(0, 20)]);
@@ -133,7 +133,7 @@ fn page(iova: u64) -> Buffer {
 
 #[track_caller]
 fn ends(invalidate: JoinHandle<()>) {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     while !invalidate.is_finished() {
         assert!(Instant::now() < deadline, "INVALIDATE waits");
         sleep(Duration::from_millis(1));
@@ -151,7 +151,7 @@ fn invalidate_waits_for_requests_that_use_the_range() {
     for attrs in [[("pin", "on")], [("pin", "off")]] {
         let mut setup = Setup::running(&attrs);
         let in_a = setup.hang(0, 0, &[page(A)]);
-        // In two pieces of memory, one of which stays.
+        // In two pieces of memory, one of which stays mapped.
         let halves = [Buffer { iova: A + 8192, len: 2048 }, Buffer { iova: C, len: 2048 }];
         let in_both = setup.hang(0, 4096, &halves);
         let in_c = setup.hang(0, 8192, &[page(C + 4096)]);
@@ -166,22 +166,22 @@ fn invalidate_waits_for_requests_that_use_the_range() {
         setup.translated_anew(A, &a, 65536);
         waits(&of_a);
         setup.is_served();
-        // New requests have the new translation already.
+        // New requests use the new translation already.
         let late = setup.blk.io(0, kind::IN, 0, &[], &[page(A)]);
         assert_eq!(late.status, IOERR);
         setup.file.release(0);
-        assert_eq!(setup.blk.finish(0, PATIENCE).map(|done| (done.token, done.status)), Some((in_a, OK)));
+        assert_eq!(setup.blk.finish(0, TIMEOUT).map(|done| (done.token, done.status)), Some((in_a, OK)));
         waits(&of_a);
         setup.file.release(4096);
         ends(of_a);
         let untouched = vec![0xa5; 12288];
         a.write(0, &untouched).unwrap();
-        assert_eq!(setup.blk.finish(0, PATIENCE).map(|done| (done.token, done.status)), Some((in_both, OK)));
+        assert_eq!(setup.blk.finish(0, TIMEOUT).map(|done| (done.token, done.status)), Some((in_both, OK)));
 
         c.write(4096, &[0xa5; 4096]).unwrap();
         assert_eq!(setup.file.waiting(), 1, "the request in other memory hangs all the time");
         setup.file.recover();
-        assert_eq!(setup.blk.finish(0, PATIENCE).map(|done| (done.token, done.status)), Some((in_c, OK)));
+        assert_eq!(setup.blk.finish(0, TIMEOUT).map(|done| (done.token, done.status)), Some((in_c, OK)));
         let read = |map: &SharedMap, offset, len| {
             let mut bytes = vec![1; len];
             map.read(offset, &mut bytes).unwrap();
@@ -213,9 +213,9 @@ fn a_ring_or_a_status_in_the_range_is_a_use() {
     let mut byte = [0xee];
     setup.region("b").read(77, &mut byte).unwrap();
     assert_eq!(byte, [OK]);
-    assert_eq!(setup.blk.finish(0, PATIENCE).unwrap().token, 900);
+    assert_eq!(setup.blk.finish(0, TIMEOUT).unwrap().token, 900);
 
-    // The data of this one are elsewhere; its completion goes into the ring.
+    // The data of this request is elsewhere, but its completion is written to the ring.
     setup.hang(1, 4096, &[support::blk::data(8192, 4096)]);
     setup.hanging(2);
     let of_a = setup.invalidate(A);
@@ -223,20 +223,20 @@ fn a_ring_or_a_status_in_the_range_is_a_use() {
     setup.is_served();
     setup.file.release(4096);
     ends(of_a);
-    assert!(setup.blk.finish(1, PATIENCE).is_some(), "it was answered while the ring was there");
+    assert!(setup.blk.finish(1, TIMEOUT).is_some(), "it was answered while the ring was there");
     let late = setup.blk.submit(1, kind::GET_ID, 0, &[], &[support::blk::data(0, 20)]);
     setup.blk.notify(1);
     assert_eq!(setup.blk.finish(1, WHILE), None, "the ring is not mapped");
     setup.is_served();
     assert_eq!(setup.file.waiting(), 1, "the other queue has a request all the time");
 
-    // Mapped again, the ring goes on where it was.
+    // When it is mapped again, the ring continues at its position.
     let uaddr = setup.region("a").addr() as u64;
     setup.blk.session.ops().dma_map(Asid(0), A, REGION, uaddr, Perm::RW).unwrap();
-    assert_eq!(setup.blk.finish(1, PATIENCE).map(|done| done.token), Some(late));
+    assert_eq!(setup.blk.finish(1, TIMEOUT).map(|done| done.token), Some(late));
 }
 
-/// A mapping that is replaced within a batch is removed, and is not confused with what comes in its place.
+/// A mapping that is replaced within a batch counts as removed, and is not confused with its replacement.
 fn a_replaced_mapping_is_removed() {
     let mut setup = Setup::running(&[]);
     let in_a = setup.hang(0, 0, &[page(A)]);
@@ -254,16 +254,16 @@ fn a_replaced_mapping_is_removed() {
     let a = setup.region("a");
     setup.translated_anew(A, &a, 65536);
     waits(&batch);
-    // A request of the same addresses, and another memory: it is not waited for.
+    // A request with the same addresses and other memory is not waited for.
     let into_b = setup.hang(0, 4096, &[page(A + 4096)]);
     setup.hanging(2);
     setup.file.release(0);
     ends(batch);
-    assert_eq!(setup.blk.finish(0, PATIENCE).map(|done| done.token), Some(in_a));
+    assert_eq!(setup.blk.finish(0, TIMEOUT).map(|done| done.token), Some(in_a));
     a.write(4096, &[0xa5; 4096]).unwrap();
     setup.region("b").write(4096, &[0xa5; 4096]).unwrap();
     setup.file.recover();
-    assert_eq!(setup.blk.finish(0, PATIENCE).map(|done| (done.token, done.status)), Some((into_b, OK)));
+    assert_eq!(setup.blk.finish(0, TIMEOUT).map(|done| (done.token, done.status)), Some((into_b, OK)));
     let first = |name| {
         let mut byte = [1];
         setup.region(name).read(4096, &mut byte).unwrap();
@@ -278,7 +278,7 @@ over_both_rings!(
     a_replaced_mapping_is_removed,
 );
 
-/// A device cannot be taken away from a client in the middle of a request to it.
+/// A device cannot be revoked from a client during a request to it.
 #[test]
 fn a_device_that_is_busy_with_a_request_is_not_deleted_and_keeps_its_file() {
     let mut setup = Setup::running(&[]);
@@ -288,12 +288,12 @@ fn a_device_that_is_busy_with_a_request_is_not_deleted_and_keeps_its_file() {
     waits(&invalidate);
     let said = setup.daemon.delete("d0").unwrap_err().to_string();
     assert!(said.contains("device d0 is busy with a request of its client"), "{said}");
-    // By a list: the kernel goes on to know the name of a file that is open.
+    // Checked in a list, because the kernel keeps the name of an open file.
     let files = || std::fs::read_dir(setup.path.parent().unwrap()).unwrap().count();
     assert_eq!(files(), 1, "the device is there, and its file is not");
     setup.file.recover();
     ends(invalidate);
-    assert_eq!(setup.blk.finish(0, PATIENCE).map(|done| (done.token, done.status)), Some((token, OK)));
+    assert_eq!(setup.blk.finish(0, TIMEOUT).map(|done| (done.token, done.status)), Some((token, OK)));
     setup.daemon.delete("d0").unwrap();
     assert_eq!(files(), 0);
 }

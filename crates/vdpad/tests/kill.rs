@@ -1,4 +1,4 @@
-//! Clients that are killed: at any moment, and between the steps of an update.
+//! Clients that are killed: at any time, and between the steps of an update.
 #![expect(clippy::unwrap_used, reason = "a test fails where it stands")]
 
 #[path = "support/robust.rs"]
@@ -25,23 +25,23 @@ use vdpa_sys::mmap::{Prot, SharedMap};
 use vdpa_sys::vhost_vdpa::VhostVdpaFd;
 
 use robust::disk::{self, Disk, IOVA, Q0, SLOTS};
-use robust::{Player, Resources, Vdpad, eventually, plays, say, variable};
+use robust::{Resources, RoleProcess, Vdpad, eventually, has_role, send_line, variable};
 
-/// Memory wanted for a client that is killed, all of it pinned where the device pins.
+/// Guest memory of a client that is killed; all of it is pinned if the device pins.
 const MEMORY: u64 = 16 << 20;
-/// How long a device may be busy with a client that is dead.
+/// How long a device may be busy after its client was killed.
 const BUSY_MAX: Duration = Duration::from_secs(1);
 
-/// A client that does I/O until it is killed. It tells how long the device was busy before.
+/// A client that does I/O until it is killed. It reports how long the device was busy when it started.
 #[test]
 fn load() {
-    if !plays("load") {
+    if !has_role("load") {
         return;
     }
     let (mut disk, busy) = Disk::start_timed(Path::new(&variable("DEVICE")), disk::pinnable(MEMORY));
     let mut seed = variable("SEED").parse::<u64>().unwrap();
     disk.check(seed);
-    say(&format!("ready {}", busy.as_nanos()));
+    send_line(&format!("ready {}", busy.as_nanos()));
     let mut free: Vec<u64> = (0..SLOTS).collect();
     loop {
         for slot in free.drain(..) {
@@ -54,22 +54,22 @@ fn load() {
     }
 }
 
-fn start_load(device: &Path, seed: u64, packed: bool) -> Player {
+fn start_load(device: &Path, seed: u64, packed: bool) -> RoleProcess {
     let seed = seed.to_string();
     let mut variables = vec![("DEVICE", device.to_str().unwrap()), ("SEED", &seed)];
     if packed {
         variables.push((disk::PACKED, "1"));
     }
-    Player::start("load", &variables)
+    RoleProcess::start("load", &variables)
 }
 
-/// Numbers that are spread and the same each time.
+/// Well distributed numbers, the same in each run.
 fn random(state: &mut u64, below: u64) -> u64 {
     *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
     (*state >> 33) % below
 }
 
-/// Kills `rounds` clients: every other one at any moment since its start, the rest while they do I/O. Returns the
+/// Kills `rounds` clients: every other one at any time after its start, the rest while they do I/O. Returns the
 /// longest time that a client found the device busy. With `both`, two of four clients have packed rings.
 fn kill_clients(device: &Path, rounds: u64, chance: &mut u64, both: bool) -> Duration {
     let mut longest = Duration::ZERO;
@@ -78,7 +78,7 @@ fn kill_clients(device: &Path, rounds: u64, chance: &mut u64, both: bool) -> Dur
         if round.is_multiple_of(2) {
             thread::sleep(Duration::from_micros(random(chance, 25_000)));
         } else {
-            longest = longest.max(Duration::from_nanos(client.hear("ready").parse().unwrap()));
+            longest = longest.max(Duration::from_nanos(client.receive("ready").parse().unwrap()));
             thread::sleep(Duration::from_micros(random(chance, 3_000)));
         }
         client.kill();
@@ -86,7 +86,7 @@ fn kill_clients(device: &Path, rounds: u64, chance: &mut u64, both: bool) -> Dur
     longest
 }
 
-/// What vdpad holds once nobody uses `device`; as many descriptors and threads as `before`, if it gets there.
+/// The resources of vdpad when nobody uses `device`. Waits until there are as many descriptors and threads as in `before`.
 fn at_rest(vdpad: &Vdpad, device: &str, before: Option<&Resources>) -> Resources {
     const QUIET: Duration = Duration::from_millis(20);
     vdpad.is_released(device);
@@ -113,7 +113,7 @@ fn killed_at_any_moment(mgmtdev: &str, rounds: u64) {
     let vdpad = Vdpad::start(Duration::from_secs(240));
     let device = vdpad.add_any("disk0", mgmtdev);
     let (mut chance, both) = (42, mgmtdev == "blk");
-    // What is set up once and kept: thread stacks, arenas, the table of registered buffers.
+    // Set up once and kept: thread stacks, arenas of the allocator, the table of registered buffers.
     kill_clients(&device, 20, &mut chance, both);
     let before = at_rest(&vdpad, "disk0", None);
 
@@ -122,9 +122,9 @@ fn killed_at_any_moment(mgmtdev: &str, rounds: u64) {
     assert!(longest < BUSY_MAX, "{longest:?}");
     at_rest(&vdpad, "disk0", Some(&before)).are_back_to(&before);
 
-    // The check above can fail: a living client is seen by it.
+    // Proves that the check above can fail: it sees a running client.
     let mut client = start_load(&device, 1, both);
-    client.hear("ready");
+    client.receive("ready");
     let during = vdpad.resources();
     if mgmtdev == "blk" {
         let memory = disk::pinnable(MEMORY);
@@ -137,7 +137,7 @@ fn killed_at_any_moment(mgmtdev: &str, rounds: u64) {
     at_rest(&vdpad, "disk0", Some(&before)).are_back_to(&before);
 }
 
-/// Names of the step after which [`step`] stops its process, in order; a strategy has those that apply to it.
+/// Names of the steps, in order, after which [`step`] kills its process. A strategy has those that apply to it.
 const SUSPENDED: &str = "suspended";
 const RESET: &str = "reset";
 const CLOSED: &str = "closed";
@@ -160,7 +160,7 @@ fn points(strategy: Strategy, mgmtdev: &str) -> Vec<&'static str> {
     all.iter().copied().filter(|&point| remapped || point != REMAPPED).chain([RUNNING]).collect()
 }
 
-/// Kills this process when it was to be killed here.
+/// Kills this process if it is to be killed after this step.
 fn point(name: &str) {
     if variable("VDPA_TEST_KILL_AT") == name {
         kill_process(getpid(), Signal::KILL).unwrap();
@@ -170,7 +170,7 @@ fn point(name: &str) {
 /// A client that is updated by the documented sequence, step by step, and killed after one of the steps.
 #[test]
 fn step() {
-    if !plays("step") {
+    if !has_role("step") {
         return;
     }
     let strategy: Strategy = variable("STRATEGY").parse().unwrap();
@@ -202,7 +202,7 @@ fn old_image(strategy: Strategy) {
     }
     let queue = disk.session.queue(Q0).unwrap();
     let ram = disk.session.region("ram").unwrap().object().unwrap();
-    // Duplicates are not closed on exec.
+    // Duplicated descriptors are not closed on exec.
     let fds: [BorrowedFd<'_>; 4] = [ops.as_fd(), ram, queue.kick().as_fd(), queue.call().as_fd()];
     let mut kept = fds.map(|fd| rustix::io::dup(fd).ok());
     if strategy == Strategy::Reopen {
@@ -238,7 +238,7 @@ fn new_image(strategy: Strategy, inherited: &str) {
         ops
     } else {
         let ops = VhostVdpaFd::from_fd(inherit::take(device).unwrap());
-        // The owner is the image that was here before.
+        // The owner is the previous image.
         assert_eq!(ops.vring_group(Q0), Err(Errno::PERM));
         ops.new_owner().unwrap();
         ops.vring_group(Q0).unwrap();
@@ -261,9 +261,9 @@ fn new_image(strategy: Strategy, inherited: &str) {
         ops
     };
     kick.signal();
-    say("running");
-    // Until the other side kills this process, or ends.
-    robust::listen();
+    send_line("running");
+    // Until the test kills this process, or ends.
+    robust::receive_line();
 }
 
 fn acknowledged(ops: &VhostVdpaFd) -> BackendFeatures {
@@ -331,14 +331,14 @@ fn killed_in_an_update(mgmtdev: &str, strategies: &[Strategy]) {
                 ("STRATEGY", strategy.name()),
                 ("VDPA_TEST_KILL_AT", kill_at),
             ];
-            let mut client = Player::start("step", &variables);
+            let mut client = RoleProcess::start("step", &variables);
             if kill_at == RUNNING {
-                client.hear("running");
+                client.receive("running");
                 let state = vdpad.info("disk0").state;
                 assert!(state.open && !state.suspended, "{state:?}");
                 assert_eq!(state.owner.unwrap().pid, client.pid().as_raw_nonzero().get().unsigned_abs());
                 assert!(state.queues[0].running && state.mappings == 1, "{:?}", state.queues);
-                // Whatever was in flight is answered, once, before the process is killed.
+                // Every request in flight is answered once before the process is killed.
                 eventually("all requests are served", || {
                     (served() == served_before + 2 + SLOTS).then_some(())
                 });
@@ -384,7 +384,7 @@ mod heavy {
 
     #[test]
     fn clients_of_sim_blk_are_killed_in_an_update() {
-        // Live is not for a device that uses addresses of its owner.
+        // The strategy live does not apply to a device that uses addresses of its owner.
         killed_in_an_update("sim-blk", &[Strategy::Resume, Strategy::Reset, Strategy::Reopen]);
     }
 }

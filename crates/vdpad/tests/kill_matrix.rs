@@ -1,8 +1,8 @@
 //! Updates in which one of the two programs is killed, or stops, at a named point: for each point, way, strategy and
-//! device, who has the disk afterwards, and that nothing of it is lost.
+//! device, which program has the disk afterwards, and that no data is lost.
 //!
-//! Which points an update comes by is asserted as well, so that a point that is not reached is not taken for one that
-//! is survived.
+//! The points that an update passes are asserted as well, so that a point that is not reached is not taken for one that
+//! was survived.
 #![expect(clippy::unwrap_used, reason = "a test fails where it stands")]
 
 #[path = "support/robust.rs"]
@@ -24,23 +24,23 @@ use vdpa_client::update::checkpoint::Checkpoint;
 use vdpa_client::update::{Strategy, Way};
 
 use robust::disk::{self, Disk};
-use robust::{Resources, Vdpad, eventually, plays};
+use robust::{Resources, Vdpad, eventually, has_role};
 use updating::{Action, Fault, NEW, OLD, OLD_SEED};
 
-/// How long a device may be busy with a client that is dead.
+/// How long a device may be busy after its client was killed.
 const BUSY_MAX: Duration = Duration::from_secs(1);
 
 #[test]
 fn program() {
-    if plays("program") {
+    if has_role("program") {
         updating::program();
     }
 }
 
-/// Who has the devices when one of the programs is dead or has stopped.
+/// Which program has the devices after one of them was killed or stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Outcome {
-    /// Nobody, since nobody lives who wants them.
+    /// Neither, since no program is left.
     Closed,
     /// The predecessor.
     WentOn,
@@ -68,7 +68,7 @@ fn path_of(way: Way, strategy: Strategy) -> Vec<Checkpoint> {
         with(P::TakenReceived, !exec),
         with(P::Committed, !exec),
         with(P::Released, !exec),
-        // A program to which a socket is given need not look for one.
+        // A program with a given socket does not create one.
         with(P::Entered, way != Way::HandOver),
         Some(P::Received),
         Some(P::Loaded),
@@ -78,7 +78,7 @@ fn path_of(way: Way, strategy: Strategy) -> Vec<Checkpoint> {
         Some(P::Owned),
         with(P::Vrings, strategy == Strategy::Reset),
         with(P::Remapped, !reopen),
-        // What was closed starts when the predecessor can no longer want it back.
+        // A device that was closed is started when the predecessor cannot take it back any more.
         with(P::Running, exec || !reopen),
         with(P::TakenSent, !exec),
         with(P::CommitReceived, !exec),
@@ -89,18 +89,18 @@ fn path_of(way: Way, strategy: Strategy) -> Vec<Checkpoint> {
     .collect()
 }
 
-/// Who is to have the devices after a fault at `point`.
+/// Which program must have the devices after a fault at `point`.
 fn expected(way: Way, strategy: Strategy, point: Checkpoint, action: Action) -> Outcome {
     use Checkpoint as P;
     if way == Way::Exec {
-        // There is one process. One that stopped goes on when it is told to.
+        // There is one process; one that was stopped continues when it is told to.
         return if action == Action::Kill { Outcome::Closed } else { Outcome::TookOver };
     }
     match point {
-        // From the complete state on a successor needs nobody.
+        // With the complete state a successor does not need its predecessor.
         P::Sent | P::TakenReceived | P::Committed | P::Released => Outcome::TookOver,
         point if !point.is_in_successor() => Outcome::Closed,
-        // The predecessor has heard of the end of the update, and has nothing any more.
+        // The predecessor knows that the update is complete, and has no devices any more.
         P::CommitReceived if action == Action::Kill => Outcome::Closed,
         P::Running if strategy == Strategy::Reopen && action == Action::Kill => Outcome::Closed,
         P::CommitReceived => Outcome::TookOver,
@@ -117,21 +117,21 @@ struct Case {
     strategies: Vec<Strategy>,
     fault: Option<Fault>,
     outcome: Outcome,
-    /// With packed rings; not on a simulator, which has none.
+    /// With packed rings, which the simulators do not have.
     packed: bool,
 }
 
-/// Disks for one case at a time: name and path.
+/// Disks that one case uses at a time: name and path.
 type Disks = Vec<(String, PathBuf)>;
 
-/// What became of it.
+/// The result of a case.
 #[derive(Debug)]
 struct Ended {
     outcome: Outcome,
-    /// Points by process, in the order in which they were reached.
+    /// The points of each process, in the order in which they were reached.
     reached: Vec<(i32, String)>,
     predecessor: i32,
-    /// All processes that there were, by their exit.
+    /// All processes, with how they ended.
     exits: BTreeMap<i32, rustix::process::WaitStatus>,
     said: Vec<String>,
 }
@@ -172,7 +172,7 @@ impl Case {
         command
     }
 
-    /// Runs the update and looks at the survivor while it has the devices.
+    /// Runs the update and checks the survivor while it has the devices.
     fn run(&self, disks: &Disks, look: impl FnOnce(i32)) -> Ended {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("reached"), "").unwrap();
@@ -220,7 +220,7 @@ impl Case {
                 assert_eq!(ended.outcome, Outcome::Closed, "two survive: {:?}, {said}", ended.said);
                 ended.outcome = outcome;
                 look.take().unwrap()(words[1].parse().unwrap());
-                // One that was not ready when it stopped was never a danger: it lives, and hears that it is not wanted.
+                // A successor that stopped before it was ready survives, and is told that the update was aborted.
                 if let Some(pid) = waiting.filter(|&pid| is_stopped(pid)) {
                     go_on(dir.path(), pid);
                 }
@@ -235,7 +235,7 @@ impl Case {
         ended
     }
 
-    /// Whether this test lets a program that has stopped go on, since nobody else waits for it.
+    /// Whether the test must continue a program that was stopped, because no other program does.
     fn continues(&self) -> bool {
         self.fault.is_some_and(|f| f.action == Action::Stop) && self.outcome == Outcome::TookOver
     }
@@ -256,7 +256,7 @@ impl Reached for tempfile::TempDir {
     }
 }
 
-/// Lets a process that has stopped go on.
+/// Continues a stopped process.
 fn go_on(dir: &Path, pid: i32) {
     std::fs::write(dir.join(updating::GO_ON), "").unwrap();
     kill_process(Pid::from_raw(pid).unwrap(), Signal::CONT).unwrap();
@@ -267,30 +267,30 @@ fn is_stopped(pid: i32) -> bool {
     stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'))
 }
 
-/// A daemon with devices that take part in updates, and what their blocks hold.
+/// A daemon with the devices of the updates, and the expected contents of their blocks.
 struct Ground {
     vdpad: Vdpad,
-    /// What it holds when nobody uses it.
+    /// Its resources when nobody uses it.
     idle: Mutex<Option<Resources>>,
     longest: Mutex<Duration>,
 }
 
 impl Ground {
     fn new() -> Self {
-        // Programs whose predecessor dies are children of this one, to be collected with their group.
+        // Programs whose predecessor is killed become children of this process, which waits for their group.
         rustix::process::set_child_subreaper(Some(rustix::process::getpid())).unwrap();
         let vdpad = Vdpad::start(Duration::from_secs(110));
         Self { vdpad, idle: Mutex::default(), longest: Mutex::default() }
     }
 
-    /// Runs a case and judges what became of it.
+    /// Runs a case and checks its result.
     fn judge(&self, case: &Case, disks: &Disks) -> Ended {
         let served = || -> Vec<u64> {
             disks.iter().map(|(name, _)| self.vdpad.info(name).state.queues[0].requests).collect()
         };
         let before = served();
         let ended = case.run(disks, |pid| {
-            // Each request was served once: the old blocks, those in flight, and the survivor's.
+            // Each request was answered once: the old blocks, those in flight, and the survivor's.
             let each = OLD.end - OLD.start + updating::FLYING + updating::CHECKS;
             let after: Vec<u64> = before.iter().map(|before| before + each).collect();
             assert_eq!(served(), after, "{}", case.describe());
@@ -306,9 +306,9 @@ impl Ground {
         ended
     }
 
-    /// The next client opens each device at once and finds what was acknowledged; what was in flight is there or not.
+    /// The next client opens each device at once and reads every acknowledged write; a write in flight may be there or not.
     fn are_usable(&self, disks: &Disks, ended: &Ended) {
-        // One at a time: what this process may have pinned is limited.
+        // One at a time, because this process can have little memory pinned.
         let mut longest = self.longest.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         for (name, path) in disks {
             let (mut disk, busy) = Disk::start_timed(path, disk::MEMORY_MIN);
@@ -321,7 +321,7 @@ impl Ground {
             for block in NEW..NEW + updating::FLYING / 2 {
                 let new = disk.read_block(block) == disk::pattern(block, seed);
                 assert!(new || ended.outcome == Outcome::Closed, "{name}, block {block}, {ended:?}");
-                // The next case must find something else than what it writes.
+                // The next case must find contents other than those that it writes.
                 disk.one((vdpa_core::blk::kind::OUT, block, 0));
             }
         }
@@ -330,7 +330,7 @@ impl Ground {
         }
     }
 
-    /// Asserts that the daemon holds no more than when nobody had used it.
+    /// Asserts that the daemon has no more resources than before its first client.
     fn is_idle(&self) {
         let mut idle = self.idle.lock().unwrap();
         // A thread for requests of the control socket ends when it had none for a while.
@@ -353,14 +353,14 @@ impl Ground {
             std::thread::sleep(Duration::from_millis(1));
             now = self.vdpad.resources();
         }
-        // As many arenas of the allocator as threads ever ran at a time; what is mapped of clients is asserted to be none.
+        // The allocator has as many arenas as threads ever ran at a time. That no client memory is mapped is asserted separately.
         assert!(now.maps <= idle.maps + 48, "{} mappings, {} before", now.maps, idle.maps);
         let (threads, maps) = (now.threads.max(idle.threads), now.maps.min(idle.maps));
         Resources { threads, maps, ..now }.are_back_to(idle);
     }
 }
 
-/// Asserts that the process in which the fault was ended as it should, and the others by themselves.
+/// Asserts that the process with the fault ended as expected, and the others normally.
 fn check_exits(case: &Case, ended: &Ended, fault: Fault) {
     let name = fault.point.name();
     let at: Vec<_> = ended.reached.iter().filter(|(_, point)| *point == name).collect();
@@ -386,7 +386,7 @@ fn check_exits(case: &Case, ended: &Ended, fault: Fault) {
     }
 }
 
-/// Runs cases, `at_once` at a time; returns the longest time that a device was busy with a client that was gone.
+/// Runs cases, `at_once` in parallel. Returns the longest time that a device was busy after its client had ended.
 fn run_all(mgmtdev: &str, cases: &[Case], at_once: usize) -> Duration {
     let ground = Ground::new();
     let sets: Vec<Disks> = (0..at_once)
@@ -428,7 +428,7 @@ fn run_on(ground: &Ground, sets: &[Disks], cases: &[Case]) {
     ground.is_idle();
 }
 
-/// Asserts that each of the two programs has come by its points, and by no others.
+/// Asserts that each of the two programs has passed its points, and no others.
 fn check_path(case: &Case, ended: &Ended) {
     let path = path_of(case.way, case.strategies[0]);
     let (mut before, mut after) = (Vec::new(), Vec::new());
@@ -491,7 +491,7 @@ fn place_of(strategy: Strategy) -> usize {
 /// Programs that stop are waited for until a deadline: many at a time.
 const STOPPED_AT_ONCE: usize = 12;
 
-/// Each point, and who has the device after a fault at it; `-` where the update does not come by.
+/// Each point, and which program has the device after a fault there; `-` where the update does not pass the point.
 fn table(mgmtdev: &str, way: Way, strategies: &[Strategy], cases: &[Case]) -> String {
     let mut text = format!("{mgmtdev}, {way}\n{:14}", "");
     let mut counts = BTreeMap::<_, usize>::new();

@@ -1,6 +1,6 @@
-//! Updates in a row, with requests in flight over each, and what the programs and the daemon hold in the meantime.
+//! Many updates in a row, each with requests in flight, and the resources of the programs and the daemon meanwhile.
 //!
-//! `VDPA_TEST_UPDATES` says how many for each way (`just many-updates` makes a thousand); 40 without it.
+//! `VDPA_TEST_UPDATES` is the number of updates by each way (`just many-updates` makes a thousand), 40 by default.
 #![expect(clippy::unwrap_used, reason = "a test fails where it stands")]
 
 #[path = "support/robust.rs"]
@@ -20,19 +20,19 @@ use vdpa_client::update::{self, Devices, Image, Incoming, Plan, Restored, Strate
 use vdpa_sys::vhost_vdpa::VhostVdpaFd;
 
 use robust::disk::Disk;
-use robust::{Player, Resources, Vdpad, eventually, listen, plays, say, variable};
+use robust::{Resources, RoleProcess, Vdpad, eventually, has_role, receive_line, send_line, variable};
 use updating::{FLYING, SOCKET, WAITS, WAY};
 
 const DEVICE: &str = "TEST_DEVICE";
 const STRATEGIES: &str = "TEST_STRATEGIES";
-/// Updates after which the program waits to be looked at.
+/// Numbers of updates after which the program waits for the test to inspect it.
 const LOOKS: &str = "TEST_LOOKS";
 const SECTION: &str = "test/chain";
 
 /// A program that is updated again and again.
 #[test]
 fn chain() {
-    if !plays("chain") {
+    if !has_role("chain") {
         return;
     }
     let way: Way = variable(WAY).parse().unwrap();
@@ -46,7 +46,7 @@ fn chain() {
     };
     let (made, mut disk) = match restored {
         None => {
-            // What of this program outlives its end is its own to collect, as for the first process of a container.
+            // This program waits for its orphaned descendants, as the first process of a container does.
             set_child_subreaper(Some(getpid())).unwrap();
             (0, updating::start(Path::new(&variable(DEVICE))))
         }
@@ -54,8 +54,8 @@ fn chain() {
     };
     let looks: Vec<u64> = variable(LOOKS).split(' ').map(|look| look.parse().unwrap()).collect();
     if looks.contains(&made) {
-        say(&format!("look {}", getpid().as_raw_nonzero()));
-        listen();
+        send_line(&format!("look {}", getpid().as_raw_nonzero()));
+        receive_line();
     }
     if Some(&made) == looks.last() {
         return;
@@ -64,7 +64,7 @@ fn chain() {
     update_again(way, disk, made);
 }
 
-/// Proves that nothing was lost in the last update; tells how many there were.
+/// Checks that nothing was lost in the last update. Returns the number of updates.
 fn taken_over(mut restored: Restored<VhostVdpaFd>, way: Way) -> (u64, Disk) {
     assert_eq!(restored.report.way, way);
     let (made, flying): (u64, Vec<_>) = restored.sections.take(SECTION).unwrap().parse(1).unwrap();
@@ -102,7 +102,7 @@ fn update_again(way: Way, disk: Disk, made: u64) {
     prepared.switch(devices, Sections::from_iter([section])).map_err(|failed| failed.error).unwrap();
 }
 
-/// What a program holds, beyond [`Resources`].
+/// Resources of a program in addition to [`Resources`].
 #[derive(Debug, PartialEq, Eq)]
 struct Held {
     resources: Resources,
@@ -129,7 +129,7 @@ impl Held {
         }
     }
 
-    /// Asserts that what grows with a leak has not grown; memory may differ by what the allocators leave.
+    /// Asserts that nothing has leaked. Memory may differ by what the allocators keep.
     #[track_caller]
     fn is_no_more_than(&self, before: &Self, rss_kib: u64) {
         assert_eq!(self.lasting(), before.lasting());
@@ -151,7 +151,7 @@ impl Held {
     }
 }
 
-/// How far the resident memory of the daemon, or of one image compared with an earlier one, may be off.
+/// Permitted difference of resident memory: of the daemon, and between two images.
 const RSS_KIB: u64 = 1024;
 
 /// Without the processes that take down the memory of earlier images. Each lives for 50 ms after its exec, and is known by
@@ -182,11 +182,11 @@ fn holds_no_more(mgmtdev: &str, way: Way, strategies: &str) {
     if mgmtdev == "blk" && way == Way::Fork {
         variables.push((robust::disk::PACKED, "1"));
     }
-    let mut client = Player::start("chain", &variables);
+    let mut client = RoleProcess::start("chain", &variables);
     let begin = Instant::now();
     let started = client.pid();
     let mut look = || {
-        let pid = Pid::from_raw(client.hear("look").parse().unwrap()).unwrap();
+        let pid = Pid::from_raw(client.receive("look").parse().unwrap()).unwrap();
         assert_eq!(pid == started, way == Way::Exec);
         // Those before it have ended; a child of them is this process's then.
         eventually("there is one program", || {
@@ -198,7 +198,7 @@ fn holds_no_more(mgmtdev: &str, way: Way, strategies: &str) {
         let (program, state) = (settled(Held::of(pid)), vdpad.info("disk0").state);
         std::thread::sleep(Duration::from_millis(50));
         let daemon = vdpad.resources();
-        client.tell("go on");
+        client.send("go on");
         (program, daemon, state)
     };
     let ((then, daemon_then, state_then), (now, daemon_now, state_now)) = (look(), look());
@@ -216,7 +216,7 @@ fn holds_no_more(mgmtdev: &str, way: Way, strategies: &str) {
         (state_then.pinned_pages, state_then.mappings, 0)
     );
     assert_eq!((state_now.pinned_pages > 0, state_now.mappings), (mgmtdev == "blk", 1));
-    // Every request of every program was served once.
+    // Every request of every program was answered once.
     let each = FLYING + updating::CHECKS;
     assert_eq!(state_now.queues[0].requests - state_then.queues[0].requests, (last - first) * each);
     vdpad.is_released("disk0");

@@ -1,6 +1,6 @@
-//! Pinned pages: counted on the account of the owner, held to its RLIMIT_MEMLOCK, and really pinned.
+//! Pinned pages: charged to the owner, limited by its RLIMIT_MEMLOCK, and really pinned.
 //!
-//! The owners are other processes, so that each has a limit of its own.
+//! The owners are other processes, so each has a limit of its own.
 #![expect(unsafe_code, reason = "another process forks before its main")]
 #![expect(clippy::unwrap_used, reason = "a failure is a panic here, also outside of test functions")]
 
@@ -25,7 +25,7 @@ use peer::Peer;
 use support::blk::{Blk, IOERR, OK};
 use support::daemon::{Daemon, pattern};
 
-/// Where tests map memory besides that of the driver.
+/// Where tests map memory in addition to the driver's.
 const ELSEWHERE: u64 = 0x2_0000_0000;
 const FAULT: Result<(), Errno> = Err(Errno::FAULT);
 
@@ -46,21 +46,21 @@ fn owner(pages: u64, devices: &[PathBuf]) -> Peer {
     let mut peer = Peer::start();
     limit(&mut peer, pages);
     for device in devices {
-        peer.tell(&format!("open {}", device.display())).unwrap();
-        peer.tell("owner").unwrap();
+        peer.send(&format!("open {}", device.display())).unwrap();
+        peer.send("owner").unwrap();
     }
     peer
 }
 
 fn limit(peer: &mut Peer, pages: u64) {
-    peer.tell(&format!("memlock {}", pages * 4096)).unwrap();
+    peer.send(&format!("memlock {}", pages * 4096)).unwrap();
 }
 
 fn pinned(daemon: &Daemon, name: &str) -> u64 {
     daemon.info(name).state.pinned_pages
 }
 
-/// Pages the kernel counts as pinned for the daemon (`VmPin`).
+/// Pages that the kernel counts as pinned by the daemon (`VmPin`).
 fn really_pinned(daemon: &Daemon) -> u64 {
     let status = fs::read_to_string(format!("/proc/{}/status", daemon.pid())).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmPin:")).unwrap();
@@ -71,7 +71,7 @@ fn really_pinned(daemon: &Daemon) -> u64 {
 fn registered(daemon: &Daemon) -> Vec<u64> {
     let mut lens = Vec::new();
     for entry in fs::read_dir(format!("/proc/{}/fdinfo", daemon.pid())).unwrap() {
-        // A descriptor that has been closed meanwhile is no ring.
+        // A descriptor that was closed meanwhile is not a ring.
         let Ok(text) = fs::read_to_string(entry.unwrap().path()) else { continue };
         let buffers = text.lines().skip_while(|line| !line.starts_with("UserBufs:")).skip(1);
         for line in buffers.take_while(|line| line.starts_with(char::is_whitespace)) {
@@ -96,25 +96,25 @@ fn every_mapped_page_is_counted_shown_and_pinned() {
     assert!(registered(&daemon).is_empty());
     let mut peer = owner(1000, &devices);
     assert_eq!(pinned(&daemon, "d0"), 0);
-    peer.tell("map 0x100000 256").unwrap();
+    peer.send("map 0x100000 256").unwrap();
     assert_eq!(pinned(&daemon, "d0"), 256);
-    peer.tell("map 0x300000 3").unwrap();
+    peer.send("map 0x300000 3").unwrap();
     let state = daemon.info("d0").state;
     assert_eq!((state.pinned_pages, state.memlock_limit_pages, state.mappings), (259, Some(1000), 2));
     assert_eq!(registered(&daemon), [3 * 4096, 256 * 4096]);
-    // At least, because of a huge page all pages count.
+    // At least, because all pages of a huge page count.
     assert!(really_pinned(&daemon) >= before + 259, "VmPin: {before}, then {}", really_pinned(&daemon));
     let shown = support::vdpactl(&daemon.dir().join("control.sock"), "-s -j dev show d0").stdout;
     assert!(shown.contains("\"pinned_pages\":259"), "{shown}");
 
-    peer.tell("unmap 0x300000 3").unwrap();
+    peer.send("unmap 0x300000 3").unwrap();
     assert_eq!((pinned(&daemon, "d0"), registered(&daemon)), (256, vec![256 * 4096]));
-    peer.tell("unmap 0 0x1000").unwrap();
+    peer.send("unmap 0 0x1000").unwrap();
     assert_eq!((pinned(&daemon, "d0"), registered(&daemon)), (0, vec![]));
     assert_eq!(really_pinned(&daemon), before);
 
-    peer.tell("map 0x100000 256").unwrap();
-    peer.tell("close").unwrap();
+    peer.send("map 0x100000 256").unwrap();
+    peer.send("close").unwrap();
     wait_closed(&daemon, "d0");
     assert_eq!((pinned(&daemon, "d0"), registered(&daemon), really_pinned(&daemon)), (0, vec![], before));
 }
@@ -124,9 +124,9 @@ fn the_death_of_the_client_gives_everything_back() {
     let (daemon, devices) = setup(2, "on");
     let before = really_pinned(&daemon);
     let mut peer = owner(1000, &devices);
-    peer.tell("map 0 100").unwrap();
-    peer.tell("use 1").unwrap();
-    peer.tell("map 0 100").unwrap();
+    peer.send("map 0 100").unwrap();
+    peer.send("use 1").unwrap();
+    peer.send("map 0 100").unwrap();
     peer.kill();
     wait_closed(&daemon, "d0");
     wait_closed(&daemon, "d1");
@@ -138,10 +138,10 @@ fn the_death_of_the_client_gives_everything_back() {
 fn beyond_the_limit_nothing_is_mapped_and_the_log_has_the_numbers() {
     let (daemon, devices) = setup(1, "on");
     let mut peer = owner(300, &devices);
-    peer.tell("map 0 200").unwrap();
+    peer.send("map 0 200").unwrap();
     let real = really_pinned(&daemon);
     for _ in 0..3 {
-        assert_eq!(peer.tell("map 0x1000000 101"), FAULT);
+        assert_eq!(peer.send("map 0x1000000 101"), FAULT);
         assert_eq!((pinned(&daemon, "d0"), daemon.info("d0").state.mappings), (200, 1));
         assert_eq!((registered(&daemon), really_pinned(&daemon)), (vec![200 * 4096], real));
     }
@@ -149,41 +149,41 @@ fn beyond_the_limit_nothing_is_mapped_and_the_log_has_the_numbers() {
     let line = log.lines().find(|line| line.contains("RLIMIT_MEMLOCK") && line.contains("refused")).unwrap();
     assert!(line.contains("pinning 101 more pages") && line.contains("200 pinned of 300"), "{line}");
 
-    peer.tell("map 0x1000000 100").unwrap();
+    peer.send("map 0x1000000 100").unwrap();
     assert_eq!(pinned(&daemon, "d0"), 300);
-    assert_eq!(peer.tell("map 0x2000000 1"), FAULT);
-    peer.tell("unmap 0x1000000 100").unwrap();
-    peer.tell("map 0x2000000 1").unwrap();
+    assert_eq!(peer.send("map 0x2000000 1"), FAULT);
+    peer.send("unmap 0x1000000 100").unwrap();
+    peer.send("map 0x2000000 1").unwrap();
     assert_eq!(pinned(&daemon, "d0"), 201);
-    // The limit is that of the moment, and lowering it takes nothing away.
+    // The present limit applies, and lowering it unpins nothing.
     limit(&mut peer, 100);
-    assert_eq!(peer.tell("map 0x1000000 1"), FAULT);
+    assert_eq!(peer.send("map 0x1000000 1"), FAULT);
     assert_eq!((pinned(&daemon, "d0"), daemon.info("d0").state.memlock_limit_pages), (201, Some(100)));
     limit(&mut peer, 202);
-    peer.tell("map 0x1000000 1").unwrap();
+    peer.send("map 0x1000000 1").unwrap();
 }
 
 #[test]
 fn devices_of_one_process_share_one_account() {
     let (daemon, devices) = setup(2, "on");
     let mut peer = owner(300, &devices);
-    peer.tell("use 1").unwrap();
-    peer.tell("map 0 200").unwrap();
-    peer.tell("use 2").unwrap();
-    assert_eq!(peer.tell("map 0 101"), FAULT);
-    peer.tell("map 0 100").unwrap();
+    peer.send("use 1").unwrap();
+    peer.send("map 0 200").unwrap();
+    peer.send("use 2").unwrap();
+    assert_eq!(peer.send("map 0 101"), FAULT);
+    peer.send("map 0 100").unwrap();
     assert_eq!((pinned(&daemon, "d0"), pinned(&daemon, "d1")), (200, 100));
     // Another process has its own.
     let third = daemon.disk("third", 1 << 20);
     let third = daemon.add_blk("third", &third, &[]);
     let mut other = owner(300, &[third]);
-    other.tell("map 0 300").unwrap();
-    // What one device gives back, the other may have.
-    peer.tell("use 1").unwrap();
-    peer.tell("close").unwrap();
+    other.send("map 0 300").unwrap();
+    // Pages that one device unpins are available to the other.
+    peer.send("use 1").unwrap();
+    peer.send("close").unwrap();
     wait_closed(&daemon, "d0");
-    peer.tell("use 1").unwrap();
-    peer.tell("map 0x10000000 200").unwrap();
+    peer.send("use 1").unwrap();
+    peer.send("map 0x10000000 200").unwrap();
     assert_eq!((pinned(&daemon, "d0"), pinned(&daemon, "d1")), (0, 300));
     assert_eq!(pinned(&daemon, "third"), 300);
 }
@@ -198,36 +198,36 @@ fn a_new_owner_takes_the_charge_if_its_limit_allows() {
     let device = open(&devices[0]);
     let (mut old, mut new) = (Peer::inheriting(&device), Peer::inheriting(&device));
     limit(&mut old, 300);
-    old.tell("owner").unwrap();
-    old.tell("map 0 200").unwrap();
+    old.send("owner").unwrap();
+    old.send("map 0 200").unwrap();
     let real = really_pinned(&daemon);
 
     limit(&mut new, 199);
-    assert_eq!(new.tell("new_owner"), Err(Errno::NOMEM));
+    assert_eq!(new.send("new_owner"), Err(Errno::NOMEM));
     assert_eq!(daemon.info("d0").state.owner.unwrap().pid, old.pid(), "the old owner stays");
-    assert_eq!((old.tell("num"), new.tell("num")), (Ok(()), Err(Errno::PERM)));
+    assert_eq!((old.send("num"), new.send("num")), (Ok(()), Err(Errno::PERM)));
     assert_eq!(pinned(&daemon, "d0"), 200);
-    assert_eq!(old.tell("map 0x1000000 101"), FAULT, "the charge stays, too");
+    assert_eq!(old.send("map 0x1000000 101"), FAULT, "the charge stays, too");
 
     limit(&mut new, 200);
-    new.tell("new_owner").unwrap();
+    new.send("new_owner").unwrap();
     let state = daemon.info("d0").state;
     assert_eq!((state.owner.unwrap().pid, state.pinned_pages), (new.pid(), 200));
     assert_eq!(state.memlock_limit_pages, Some(200));
-    assert_eq!(old.tell("num"), Err(Errno::PERM));
+    assert_eq!(old.send("num"), Err(Errno::PERM));
     assert_eq!(
         (registered(&daemon), really_pinned(&daemon)),
         (vec![200 * 4096], real),
         "pinned all the while"
     );
-    assert_eq!(new.tell("map 0x1000000 1"), FAULT, "its account is full");
+    assert_eq!(new.send("map 0x1000000 1"), FAULT, "its account is full");
 
-    // The old owner's is empty: with another device it may have all of its limit.
-    old.tell(&format!("open {}", devices[1].display())).unwrap();
-    old.tell("owner").unwrap();
-    old.tell("map 0 300").unwrap();
+    // The old owner is charged for nothing, and can use all of its limit with another device.
+    old.send(&format!("open {}", devices[1].display())).unwrap();
+    old.send("owner").unwrap();
+    old.send("map 0 300").unwrap();
     assert_eq!((pinned(&daemon, "d0"), pinned(&daemon, "d1")), (200, 300));
-    new.tell("unmap 0 200").unwrap();
+    new.send("unmap 0 200").unwrap();
     assert_eq!((pinned(&daemon, "d0"), pinned(&daemon, "d1")), (0, 300));
 }
 
@@ -235,14 +235,14 @@ fn a_new_owner_takes_the_charge_if_its_limit_allows() {
 fn a_forked_child_pays_with_its_own_limit() {
     let (daemon, devices) = setup(1, "on");
     let mut peer = owner(100, &devices);
-    peer.tell("map 0 100").unwrap();
-    // The child has the limit of its parent, and an account of its own.
-    peer.tell("fork new_owner").unwrap();
+    peer.send("map 0 100").unwrap();
+    // The child has the limit of its parent, and is charged separately.
+    peer.send("fork new_owner").unwrap();
     assert_eq!(pinned(&daemon, "d0"), 100);
     limit(&mut peer, 99);
-    assert_eq!(peer.tell("new_owner"), Err(Errno::NOMEM));
+    assert_eq!(peer.send("new_owner"), Err(Errno::NOMEM));
     limit(&mut peer, 100);
-    peer.tell("new_owner").unwrap();
+    peer.send("new_owner").unwrap();
     assert_eq!(pinned(&daemon, "d0"), 100);
 }
 
@@ -304,7 +304,7 @@ fn without_pinning_no_limit_counts() {
     let (daemon, devices) = setup(1, "off");
     let before = really_pinned(&daemon);
     let mut peer = owner(0, &devices);
-    peer.tell("map 0 1000").unwrap();
+    peer.send("map 0 1000").unwrap();
     let state = daemon.info("d0").state;
     assert_eq!((state.pinned_pages, state.mappings), (0, 1));
     assert_eq!((registered(&daemon), really_pinned(&daemon)), (vec![], before));
@@ -315,6 +315,6 @@ fn the_simulator_pins_nothing() {
     let daemon = Daemon::start();
     let device = daemon.add("s0", "sim-blk", &[]);
     let mut peer = owner(0, &[device]);
-    peer.tell("map 0 1000").unwrap();
+    peer.send("map 0 1000").unwrap();
     assert_eq!((pinned(&daemon, "s0"), daemon.info("s0").state.mappings), (0, 1));
 }

@@ -1,6 +1,6 @@
-//! The conformance suite finds faults: a daemon that is wrong in one way fails a case that it passes otherwise.
+//! The conformance suite finds faults: a daemon with a planted fault fails a case that it passes otherwise.
 //!
-//! The list below is the proof that each of these cases can fail. Needs /dev/fuse and the right to mount. This
+//! The list below proves that each of these cases can fail. Needs /dev/fuse and the right to mount. This
 //! program is also the second process of the suite (`--child`).
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
@@ -15,7 +15,7 @@ use vdpa_conformance::runner::{self, Config, Finding, Verdict};
 use vdpa_conformance::{Case, Probe, Resources, Target, cases, child};
 use vdpa_core::faults::Fault;
 
-/// The device that shows a fault.
+/// The device on which a fault has an effect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum On {
     /// `sim-blk`: owner addresses, REMAP, a reset that drops the translation.
@@ -28,7 +28,7 @@ enum On {
 
 use On::{Blk, Sim, Two};
 
-/// Each fault, the device that shows it, and a case that fails for it.
+/// Each fault, the device on which it has an effect, and a case that fails because of it.
 const TABLE: &[(Fault, On, &str)] = &[
     (Fault::SetOwnerTwice, Blk, "owner.set-twice"),
     (Fault::OwnerUnchecked, Blk, "owner.child-vring-and-iotlb"),
@@ -100,7 +100,7 @@ impl Daemon {
             command.env("VDPA_PLANTED_FAULT", fault.name());
         }
         let mut process = command
-            .arg("--control")
+            .arg("--socket")
             .arg(dir.path().join("control.sock"))
             .arg("--dir")
             .arg(dir.path().join("dev"))
@@ -145,7 +145,7 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        // The watchdog takes the mount away when the daemon does not end of itself.
+        // The watchdog removes the mount if the daemon does not end by itself.
         let _ = kill_process(Pid::from_child(&self.process), Signal::TERM);
         let _ = self.process.wait();
     }
@@ -205,7 +205,7 @@ const TESTS: [(&str, fn()); 3] = [
     ),
 ];
 
-/// As much of libtest's command line as cargo and nextest use.
+/// The part of libtest's command line that cargo and nextest use.
 fn main() {
     let words: Vec<String> = std::env::args().skip(1).collect();
     if words.iter().any(|word| word == "--child") {

@@ -1,6 +1,6 @@
 //! Updates of many devices and many mappings at once.
 //!
-//! `just bench-scale` prints what each costs: `VDPA_TEST_ROUNDS` says how often each size is updated.
+//! `just bench-scale` prints what each costs: `VDPA_TEST_ROUNDS` is the number of updates of each size.
 #![expect(clippy::unwrap_used, reason = "a test fails where it stands")]
 
 #[path = "support/robust.rs"]
@@ -21,7 +21,7 @@ use vdpa_sys::memfd;
 use vdpa_sys::vhost_vdpa::VhostVdpaFd;
 
 use robust::disk::{self, Disk};
-use robust::{Player, Vdpad, listen, plays, say, variable};
+use robust::{RoleProcess, Vdpad, has_role, receive_line, send_line, variable};
 use updating::DISKS;
 
 /// Mappings of each device.
@@ -31,13 +31,13 @@ const STRATEGY: &str = "TEST_STRATEGY";
 const ROUNDS: &str = "TEST_ROUNDS";
 const SECTION: &str = "test/wide";
 const PAGE: u64 = 4096;
-/// Where the device sees the mappings beyond the first: with holes between them.
+/// I/O virtual addresses of all mappings except the first, with holes between them.
 const MORE: u64 = 0x10_0000_0000;
 
-/// A program with many devices, which is updated some times and tells what each update took.
+/// A program with many devices, which is updated several times and reports the duration of each update.
 #[test]
 fn wide() {
-    if !plays("wide") {
+    if !has_role("wide") {
         return;
     }
     let strategy: Strategy = variable(STRATEGY).parse().unwrap();
@@ -45,16 +45,16 @@ fn wide() {
         None => (set_up(), 0),
         Some(mut restored) => {
             let made: u64 = restored.sections.take(SECTION).unwrap().parse(1).unwrap();
-            say(&format!("report {}", figures_of(&restored.report, strategy)));
+            send_line(&format!("report {}", figures_of(&restored.report, strategy)));
             let disk =
                 |(name, session)| (name, Disk { session, flying: std::collections::BTreeMap::default() });
             (restored.devices.into_iter().map(disk).collect(), made + 1)
         }
     };
-    // Each device works, also after what its last update may have done to others.
+    // Each device works, also after the last update of the others.
     disks.iter_mut().for_each(|(_, disk): &mut (String, Disk)| disk.check(made));
     if made == variable(ROUNDS).parse::<u64>().unwrap() {
-        listen();
+        receive_line();
         return;
     }
     let devices: Devices<VhostVdpaFd> = disks.into_iter().map(|(name, disk)| (name, disk.session)).collect();
@@ -63,7 +63,7 @@ fn wide() {
     prepared.switch(devices, Sections::new()).map_err(|failed| failed.error).unwrap();
 }
 
-/// Times of an update in ns: the whole, preparing, and requests to devices. A short line, since others write too.
+/// Durations of an update in ns: total, preparation, and requests to devices. One short line, since other processes write too.
 fn figures_of(report: &Report, strategy: Strategy) -> String {
     let mappings: u64 = variable(MAPPINGS).parse().unwrap();
     assert_eq!(report.devices.len(), variable(DISKS).split(',').count());
@@ -101,7 +101,7 @@ fn reports(
     look: impl FnOnce(),
 ) -> Vec<[u64; 3]> {
     let disks: Vec<&str> = paths.iter().map(|path| path.to_str().unwrap()).collect();
-    let mut program = Player::start(
+    let mut program = RoleProcess::start(
         "wide",
         &[
             (DISKS, &disks.join(",")),
@@ -112,9 +112,9 @@ fn reports(
     );
     let number = |word: &str| word.parse().unwrap();
     let report = |line: String| line.split(' ').map(number).collect::<Vec<u64>>().try_into().unwrap();
-    let reports = (0..rounds).map(|_| report(program.hear("report"))).collect();
+    let reports = (0..rounds).map(|_| report(program.receive("report"))).collect();
     look();
-    program.tell("end");
+    program.send("end");
     program.end_of_all();
     reports
 }

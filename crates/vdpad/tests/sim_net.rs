@@ -1,4 +1,4 @@
-//! `sim-net` as a real daemon serves it, to a driver made by hand: what the kernel's network simulator does.
+//! `sim-net` of a real daemon, with a driver of the test: it behaves as the kernel's network simulator.
 #![expect(unsafe_code, reason = "another process forks before its main")]
 #![expect(clippy::unwrap_used, reason = "a failure is a panic here, also outside of test functions")]
 
@@ -138,7 +138,7 @@ fn a_receive_buffer_out_of_reach_keeps_both_chains_and_no_completion_is_made_up(
     net.send(&packet(MAC, 1));
     net.queue(TX).stays_silent();
     assert_eq!(counters(&daemon, RX), [0, 0, 1, 0, 0]);
-    // Stopping, mapping and going on must not show the driver used entries that nobody has written.
+    // Stopping, mapping and continuing must not publish used entries that were never written.
     net.device.vring_base(QueueIndex(RX)).unwrap();
     net.device.suspend().unwrap();
     net.device.resume().unwrap();
@@ -187,12 +187,12 @@ fn without_the_feature_the_control_queue_rests() {
 #[test]
 fn the_control_queue_has_an_address_space_of_its_own() {
     let (_daemon, path) = setup();
-    // The same addresses mean the one memory for the control queue and the other for the data queues.
+    // The same addresses refer to different memory for the control queue and for the data queues.
     let mut net = Net::with(&path, FEATURES, Asid(1), all_backend_features());
     assert_eq!((net.data.iova, net.control.iova), (IOVA, IOVA));
     assert_eq!(net.command(&[1, 1, 0x52, 0x54, 0x11, 0x12, 0x34, 0x57]), Ack::Ok);
     net.loops(&packet(OTHER, 100));
-    // Each goes without the other's.
+    // Each works without the other's memory.
     net.unmap(&net.data);
     net.send(&packet(MAC, 1));
     net.queue(TX).stays_silent();
@@ -304,7 +304,7 @@ fn after_a_change_of_owner_memory_is_out_of_reach_until_it_is_remapped() {
     net.loops(&packet(MAC, 1));
     // uapi-spec 9.4, vector L10.
     let mut peer = Peer::inheriting(&net.descriptor());
-    peer.tell("new_owner").unwrap();
+    peer.send("new_owner").unwrap();
     net.offer(64);
     net.send(&packet(MAC, 2));
     net.queue(TX).stays_silent();
@@ -314,13 +314,13 @@ fn after_a_change_of_owner_memory_is_out_of_reach_until_it_is_remapped() {
     net.queue(TX).kick.signal();
     assert_eq!(net.receive(), packet(MAC, 2));
     net.queue(TX).completion();
-    // Vector L11: NEW_OWNER stands for PERSIST.
+    // Vector L11: NEW_OWNER implies PERSIST.
     let live = all_backend_features().without(BackendFeatures::IOTLB_PERSIST);
     net.device.set_backend_features(live).unwrap();
     net.device.suspend().unwrap();
     let bases = net.bases();
     net.device.set_status(Status::RESET).unwrap();
-    peer.tell("new_owner").unwrap();
+    peer.send("new_owner").unwrap();
     net.device.new_owner().unwrap();
     net.negotiate();
     net.remap(&net.data);
@@ -399,7 +399,7 @@ fn the_address_can_be_set_from_outside() {
     assert_eq!(read_all_config(&net.device).unwrap()[..6], OTHER);
     net.loops(&packet(OTHER, 1));
     net.transmit(&packet(MAC, 1));
-    // In the kernel's words, which are those of Linux 7.2.
+    // The messages are those of Linux 7.2.
     assert_eq!(set("name n0 mac 00:00:00:00:00:00"), refused("Invalid MAC address", unsupported));
     assert_eq!(set("name n0 mac 01:00:5e:00:00:01"), refused("Invalid MAC address", unsupported));
     assert_eq!(set("name n0"), refused("no attribute to be set", unsupported));

@@ -1,4 +1,4 @@
-//! Clients that replace themselves by exec, against the real daemon.
+//! Clients that replace themselves by exec, with a real daemon.
 #![expect(clippy::unwrap_used, reason = "a test fails where it stands")]
 
 #[path = "support/robust.rs"]
@@ -27,11 +27,11 @@ use vdpa_sys::uapi::report::UpdateReport;
 use vdpa_sys::vhost_vdpa::VhostVdpaFd;
 
 use robust::disk::{self, Disk, Flight, Q0, SLOTS};
-use robust::{Player, Vdpad, listen, plays, say, variable};
+use robust::{RoleProcess, Vdpad, has_role, receive_line, send_line, variable};
 
-/// Memory wanted for the client.
+/// Guest memory of the client.
 const MEMORY: u64 = 64 << 20;
-/// Blocks that hold data from before the first update to after the last.
+/// Blocks that keep their data from before the first update until after the last.
 const OLD_BLOCKS: std::ops::Range<u64> = 200..232;
 const BLOCKS: u64 = OLD_BLOCKS.end - OLD_BLOCKS.start;
 /// Updates in a row.
@@ -39,17 +39,17 @@ const UPDATES: u64 = 2;
 /// Name and version of the client's section of saved state.
 const SECTION: (&str, u32) = ("test/disk", 1);
 
-/// What a client carries over: updates made, and requests in flight by slot.
+/// The saved state of a client: number of updates, and requests in flight by slot.
 type Saved = (u64, Vec<(u64, Flight)>);
 
 fn text(error: &dyn std::error::Error) -> String {
     vdpa_core::error::chain(error)
 }
 
-/// A client that updates itself with requests in flight, and checks that each is answered once and right.
+/// A client that updates itself with requests in flight, and checks that each is answered once and correctly.
 #[test]
 fn tenant() {
-    if !plays("tenant") {
+    if !has_role("tenant") {
         return;
     }
     let strategy: Strategy = variable("STRATEGY").parse().unwrap();
@@ -66,13 +66,13 @@ fn tenant() {
             (disk, made + 1)
         }
     };
-    say("ready");
-    listen();
+    send_line("ready");
+    receive_line();
     if made == UPDATES {
-        say("end");
+        send_line("end");
         return;
     }
-    // Writes in the lower half of the slots, reads in the upper; what the device has not seen is in flight too.
+    // Writes in the lower half of the slots, reads in the upper; requests that the device has not seen are in flight too.
     let seed = 100 + made;
     for slot in 0..SLOTS / 2 {
         disk.submit(slot, (kind::OUT, 2 + slot, seed));
@@ -82,7 +82,7 @@ fn tenant() {
         }
     }
     if strategy == Strategy::Live {
-        // Nothing stops this device, so that it may complete them while no image of this program runs.
+        // This device is not stopped, so it can complete them while no image of this program runs.
         disk.kick();
     }
     let Disk { session, flying } = disk;
@@ -110,9 +110,9 @@ fn first_start() -> Disk {
     disk
 }
 
-/// In the new image: all that was in flight comes, each once, and everything is where it was.
+/// In the new image: every request in flight completes once, and all data is as before.
 fn again(mut disk: Disk, made: u64) -> Disk {
-    // What was published and not kicked.
+    // Requests that were published without a kick.
     disk.kick();
     let slots = disk.settle();
     assert_eq!(slots.len() as u64, SLOTS, "{slots:?}");
@@ -127,20 +127,20 @@ fn again(mut disk: Disk, made: u64) -> Disk {
     disk
 }
 
-fn start(part: &str, device: &Path, strategy: Strategy, packed: bool) -> Player {
+fn start(part: &str, device: &Path, strategy: Strategy, packed: bool) -> RoleProcess {
     let mut variables = vec![("DEVICE", device.to_str().unwrap()), ("STRATEGY", strategy.name())];
     if packed {
         variables.push((disk::PACKED, "1"));
     }
-    Player::start(part, &variables)
+    RoleProcess::start(part, &variables)
 }
 
-/// Lines of the log that tell who became the owner.
+/// Lines of the log about new owners.
 fn owners(vdpad: &Vdpad, what: &str) -> usize {
     vdpad.log().lines().filter(|line| line.contains(what)).count()
 }
 
-/// Updates a client twice and compares what the device has of it before and after.
+/// Updates a client twice and compares the state of the device before and after.
 fn updated(mgmtdev: &str, strategy: Strategy) {
     updated_over(mgmtdev, strategy, false);
 }
@@ -149,15 +149,15 @@ fn updated_over(mgmtdev: &str, strategy: Strategy, packed: bool) {
     let vdpad = Vdpad::start(Duration::from_secs(60));
     let device = vdpad.add_any("disk0", mgmtdev);
     let mut client = start("tenant", &device, strategy, packed);
-    client.hear("ready");
+    client.receive("ready");
     let before = vdpad.info("disk0").state;
     let held = vdpad.resources();
     let pid = client.pid().as_raw_nonzero().get().unsigned_abs();
     assert_eq!(before.owner.as_ref().unwrap().pid, pid);
     assert_eq!((before.pinned_pages > 0, before.mappings), (mgmtdev == "blk", 1), "{before:?}");
     for update in 1..=UPDATES {
-        client.tell("update");
-        client.hear("ready");
+        client.send("update");
+        client.receive("ready");
         let after = vdpad.info("disk0").state;
         same_but_counters(&before, &after);
         // Every request was served once.
@@ -175,7 +175,7 @@ fn updated_over(mgmtdev: &str, strategy: Strategy, packed: bool) {
             assert_eq!((set, changed), (1, updates), "{}", vdpad.log());
         }
         shown(&vdpad, &after, strategy, update);
-        // Nothing of the old image is kept.
+        // No resource of the old image is kept.
         let now = robust::eventually("descriptors and threads are as before", || {
             Some(vdpad.resources()).filter(|now| {
                 without_sockets(&now.fds) == without_sockets(&held.fds) && now.threads == held.threads
@@ -183,8 +183,8 @@ fn updated_over(mgmtdev: &str, strategy: Strategy, packed: bool) {
         });
         assert_eq!((now.memfds, now.registered, now.threads), (held.memfds, held.registered, held.threads));
     }
-    client.tell("end");
-    client.hear("end");
+    client.send("end");
+    client.receive("end");
     assert!(client.end().success());
     vdpad.is_released("disk0");
     if mgmtdev == "blk" {
@@ -192,7 +192,7 @@ fn updated_over(mgmtdev: &str, strategy: Strategy, packed: bool) {
     }
 }
 
-/// What an operator sees of the update.
+/// The update as `vdpactl` shows it.
 fn shown(vdpad: &Vdpad, state: &DevState, strategy: Strategy, updates: u64) {
     let update = vdpad.client().update("disk0").unwrap();
     assert_eq!(update.owner, state.owner);
@@ -252,14 +252,14 @@ fn same_but_counters(before: &DevState, after: &DevState) {
     let plain = |state: &DevState| {
         let mut state = state.clone();
         state.queues.iter_mut().for_each(|queue| (queue.requests, queue.bytes) = (0, 0));
-        // The pid stays; the name is that of another program.
+        // The pid is the same; the name is that of the new program.
         state.owner.iter_mut().for_each(|owner| (owner.since, owner.comm) = (0, String::new()));
         state
     };
     assert_eq!(plain(before), plain(after));
 }
 
-/// Looks at the disk from outside.
+/// Checks the backing file.
 fn in_the_file(image: &Path) {
     let bytes = fs::read(image).unwrap();
     let block =
@@ -272,10 +272,10 @@ fn in_the_file(image: &Path) {
     }
 }
 
-/// A client whose update fails before the exec: it must go on as if nothing had been.
+/// A client whose update fails before the exec: it must continue unaffected.
 #[test]
 fn staying() {
-    if !plays("staying") {
+    if !has_role("staying") {
         return;
     }
     let strategy: Strategy = variable("STRATEGY").parse().unwrap();
@@ -292,14 +292,14 @@ fn staying() {
         let path = PathBuf::from(variable("IMAGES")).join(image);
         let Disk { session, flying } = disk;
         let mut failed = exec(session, &path, Plan::new().strategy(strategy));
-        say(&format!("{image} {}", text(&failed.error)));
+        send_line(&format!("{image} {}", text(&failed.error)));
         assert_eq!(failed.error.phase, phase, "{}", text(&failed.error));
         disk = Disk { session: failed.devices.take("disk0").unwrap(), flying };
         assert_eq!(disk.settle().len() as u64, SLOTS / 2);
         (0..SLOTS / 2).for_each(|slot| disk.one((kind::IN, 2 + slot, seed)));
         let status = disk.session.ops().status().unwrap();
         assert!(status.contains(Status::DRIVER_OK) && !status.contains(Status::NEEDS_RESET), "{status}");
-        listen();
+        receive_line();
     }
 }
 
@@ -319,7 +319,7 @@ fn fails_and_stays(mgmtdev: &str, strategies: &[Strategy]) {
             ("STRATEGY", strategy.name()),
             ("IMAGES", images.to_str().unwrap()),
         ];
-        let mut client = Player::start("staying", &variables);
+        let mut client = RoleProcess::start("staying", &variables);
         let mut before = None;
         let unusable = |name: &str, why: &str| {
             let path = images.join(name);
@@ -335,7 +335,7 @@ fn fails_and_stays(mgmtdev: &str, strategies: &[Strategy]) {
                     .into(),
             ),
         ] {
-            assert_eq!(client.hear(image), error, "{strategy}");
+            assert_eq!(client.receive(image), error, "{strategy}");
             let state = vdpad.info("disk0").state;
             assert_eq!(state.owner.as_ref().unwrap().pid, client.pid().as_raw_nonzero().get().unsigned_abs());
             let held = (state.pinned_pages, state.mappings, state.suspended);
@@ -350,28 +350,28 @@ fn fails_and_stays(mgmtdev: &str, strategies: &[Strategy]) {
                     "{last:?}"
                 );
             }
-            client.tell("go on");
+            client.send("go on");
         }
         assert!(client.end().success());
         vdpad.is_released("disk0");
     }
 }
 
-/// A program that is told of a state it cannot restore.
+/// A program with a saved state that it cannot restore.
 #[test]
 fn restoring() {
-    if !plays("restoring") {
+    if !has_role("restoring") {
         return;
     }
     let error: UpdateError = update::restore::<VhostVdpaFd>().unwrap_err();
     assert_eq!(error.phase, Phase::Load);
-    say(&format!("refused {}", text(&error)));
+    send_line(&format!("refused {}", text(&error)));
 }
 
-/// What a program that inherits `value` as the number of its state says.
+/// The error of a program that inherits `value` as the descriptor number of its state.
 fn refusal(value: &str) -> String {
-    let mut client = Player::start("restoring", &[(update::STATE_VARIABLE, value)]);
-    let said = client.hear("refused");
+    let mut client = RoleProcess::start("restoring", &[(update::STATE_VARIABLE, value)]);
+    let said = client.receive("refused");
     assert!(client.end().success());
     let said = said.strip_prefix("update failed in phase load: ").unwrap();
     said.replace(&format!("descriptor {value}"), "descriptor N")
@@ -415,10 +415,10 @@ fn state_that_cannot_be_read_is_named() {
     assert_eq!(sealed(&state), "saved state has format version 99; this program reads versions 1 to 1");
 }
 
-/// A client with memory of its own address space.
+/// A client with private memory.
 #[test]
 fn private() {
-    if !plays("private") {
+    if !has_role("private") {
         return;
     }
     let mut disk = first_start();
@@ -435,7 +435,7 @@ fn private() {
     let strategy: Strategy = variable("STRATEGY").parse().unwrap();
     let Disk { session, flying } = disk;
     let mut failed = exec(session, "/proc/self/exe".as_ref(), Plan::new().strategy(strategy));
-    say(&format!("refused {}", text(&failed.error)));
+    send_line(&format!("refused {}", text(&failed.error)));
     Disk { session: failed.devices.take("disk0").unwrap(), flying }.check(5);
 }
 
@@ -446,7 +446,7 @@ fn private_memory_is_refused_by_its_name() {
     for strategy in [Strategy::Live, Strategy::Resume, Strategy::Reset, Strategy::Reopen] {
         let mut client = start("private", &device, strategy, false);
         assert_eq!(
-            client.hear("refused"),
+            client.receive("refused"),
             "update failed in phase prepare of device disk0: region \"heap\" is private memory, which ends with this \
              program: map it shared from a memfd, a hugetlb memfd or a file (Backing::Object, Memory::map, Memory::from_mapping)"
         );

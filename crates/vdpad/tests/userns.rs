@@ -1,7 +1,7 @@
-//! vdpad as an ordinary user runs it: in a user namespace of its own. Run as root, which starts processes of user
+//! vdpad without root, in a user namespace of its own. Run as root, which starts processes of user
 //! nobody.
 //!
-//! This program plays all parts, named by its first argument; the tests are at the end.
+//! This program is all of the processes, selected by its first argument; the tests are at the end.
 #![expect(unsafe_code, reason = "a mount namespace for the test itself")]
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -25,19 +25,19 @@ use vdpa_sys::memfd;
 
 use harness::{NOBODY, run_tests, with_fuse_mode};
 use robust::disk::{self, Disk};
-use robust::{Player, Vdpad, listen, open_to_all, programs, run, say};
+use robust::{RoleProcess, Vdpad, open_to_all, programs, receive_line, run, send_line};
 
 const LIMIT: Duration = Duration::from_secs(60);
-/// What can be pinned by a user with the usual limit of 8 MiB, and what cannot.
+/// Memory that a user with the usual limit of 8 MiB can pin, and memory that it cannot.
 const LITTLE: u64 = 4 << 20;
 const MUCH: u64 = 16 << 20;
-/// The limit that is set for these tests, whatever it was.
+/// The limit that these tests set.
 const MEMLOCK: u64 = 8 << 20;
 
-/// Starts copies of this program and of the ones it tests as another user, in the given part.
+/// Starts copies of this program and of those that it tests as another user, with the given role.
 fn play(part: &str, uid: u32) {
     assert!(getuid().is_root(), "this test starts processes of another user: run it as root");
-    // The build directory may be closed to others.
+    // Other users may have no access to the build directory.
     let dir = tempfile::tempdir().unwrap();
     open_to_all(dir.path());
     let this = std::env::current_exe().unwrap();
@@ -68,10 +68,10 @@ fn lower_memlock(bytes: u64) {
 }
 
 /// As nobody: a client in the namespaces of the daemon `pid`.
-fn start_client(vdpad: &Vdpad, part: &str, device: &Path, memory: u64) -> Player {
+fn start_client(vdpad: &Vdpad, part: &str, device: &Path, memory: u64) -> RoleProcess {
     let mut command = Command::new(std::env::current_exe().unwrap());
     let pid = vdpad.pid().as_raw_nonzero().to_string();
-    Player::spawn(command.arg(part).arg(pid).arg(device).arg(memory.to_string()))
+    RoleProcess::spawn(command.arg(part).arg(pid).arg(device).arg(memory.to_string()))
 }
 
 fn enter_namespaces_of(pid: &str) {
@@ -82,15 +82,15 @@ fn enter_namespaces_of(pid: &str) {
     assert!(getuid().is_root());
 }
 
-/// A client that does verified I/O and stays until it is told to go.
+/// A client that does verified I/O and runs until it is told to stop.
 fn client(pid: &str, device: &str, memory: &str) {
     enter_namespaces_of(pid);
     let mut disk = Disk::start_within_limit(Path::new(device), memory.parse().unwrap());
     disk.check(8);
-    say("checked");
-    listen();
+    send_line("checked");
+    receive_line();
     disk.check(9);
-    say("end");
+    send_line("end");
 }
 
 /// A client whose memory is refused.
@@ -100,9 +100,9 @@ fn refused_client(pid: &str, device: &str, memory: &str) {
     let (mut session, _) = disk::open(Path::new(device));
     let ram = memfd::create(c"refused-ram", memory, None).unwrap();
     let error = session.map_memfd("ram", ram, disk::IOVA, memory, Perm::RW).unwrap_err();
-    // A device that pins when a batch ends refuses its end.
+    // A device that pins at the end of a batch refuses that end.
     assert!(matches!(error, Error::Map { .. } | Error::Request { .. }), "{error}");
-    say("refused");
+    send_line("refused");
 }
 
 /// As nobody: everything an ordinary user does with vdpad.
@@ -113,7 +113,7 @@ fn serve() {
     for (name, attrs, memory) in [("free", "pin off", MUCH), ("pinned", "pin on", LITTLE)] {
         let device = vdpad.add_blk(name, 8 << 20, attrs);
         let mut client = start_client(&vdpad, "client", &device, memory);
-        client.hear("checked");
+        client.receive("checked");
         let shown = vdpad.ctl(&format!("-s dev show {name}"));
         shown.succeeds();
         let pages = if name == "pinned" { LITTLE / 4096 } else { 0 };
@@ -126,22 +126,22 @@ fn serve() {
         // By the client's descriptor: /proc/PID/map_files is closed to ordinary users. The ring lies in it.
         assert_eq!(held.memfds, 1, "the memory is mapped and not copied: {held:?}");
         assert_eq!(held.registered, pages * 4096, "{held:?}");
-        client.tell("go on");
-        client.hear("end");
+        client.send("go on");
+        client.receive("end");
         assert!(client.end().success());
         vdpad.is_released(name);
     }
-    // What the client may not lock is not pinned for it.
+    // Memory that the client may not lock is not pinned for it.
     let device = vdpad.info("pinned").path;
     let mut client = start_client(&vdpad, "refused-client", &device, MUCH);
-    client.hear("refused");
+    client.receive("refused");
     assert!(client.end().success());
     let log = vdpad.log();
     assert!(log.contains("pinning 4096 more pages exceeds RLIMIT_MEMLOCK: 0 pinned of 2048"), "{log}");
     vdpad.is_released("pinned");
 }
 
-/// As nobody: a daemon whose own limit does not suffice. Its capabilities end with its namespace, CAP_IPC_LOCK too.
+/// As nobody: a daemon whose own limit is too small. Its capabilities end with its namespace, CAP_IPC_LOCK too.
 fn serve_with_little() {
     let before = getrlimit(Resource::Memlock);
     lower_memlock(1 << 20);
@@ -149,7 +149,7 @@ fn serve_with_little() {
     setrlimit(Resource::Memlock, before).unwrap();
     let device = vdpad.add_blk("pinned", 8 << 20, "pin on");
     let mut client = start_client(&vdpad, "refused-client", &device, LITTLE);
-    client.hear("refused");
+    client.receive("refused");
     assert!(client.end().success());
     let log = vdpad.log();
     let refusal = "guest memory cannot be pinned: Cannot allocate memory (ENOMEM); without CAP_IPC_LOCK this daemon \
@@ -159,12 +159,12 @@ fn serve_with_little() {
     // Without pinning it works, with the same limit.
     let device = vdpad.add_blk("free", 8 << 20, "pin off");
     let mut client = start_client(&vdpad, "client", &device, LITTLE);
-    client.hear("checked");
-    client.tell("go on");
-    client.hear("end");
+    client.receive("checked");
+    client.send("go on");
+    client.receive("end");
 }
 
-/// As nobody: a place that this user cannot write to.
+/// As nobody: a directory that this user cannot write to.
 fn be_refused() {
     let mut command = robust::command_at(Path::new("/nosuch"));
     run(command.args(["--log", "error"])).fails(
@@ -173,7 +173,7 @@ fn be_refused() {
     );
 }
 
-/// As nobody, without `/dev/fuse`: the exit status is one of its own.
+/// As nobody, without `/dev/fuse`: it has a specific exit status.
 fn be_without_fuse() {
     let dir = tempfile::tempdir().unwrap();
     run(&mut robust::command_at(dir.path())).fails(

@@ -179,7 +179,7 @@ blk0: type block mgmtdev vdpasim_blk vendor_id 0 max_vqs 1 max_vq_size 256
     );
 }
 
-/// What dev show says of the client that waits to take blk0 over: text, JSON.
+/// The output of dev show about the client that waits to take blk0 over: text, JSON.
 fn successor_shown(successor: &Successor) -> (String, String) {
     let setup = Setup::new(Fixture::simulators().with_blk().with_successor(successor.clone()));
     let plain = setup.vdpactl("-s dev show blk0").stdout;
@@ -203,7 +203,7 @@ fn dev_show_a_successor_that_waits() {
         json,
         r#"{"pid":4712,"comm":"new\tqemu","since":"2026-11-21T07:12:50Z","status":"acknowledge|driver|features_ok","mappings":3}"#
     );
-    // In another process-id namespace, and come no further than the open.
+    // In another pid namespace, and after the open only.
     let (text, json) = successor_shown(&Successor { since: 1_795_245_170, ..Successor::default() });
     assert_eq!(text, "  successor since 2026-11-21T07:12:50Z status 0x0 mappings 0");
     assert_eq!(json, r#"{"since":"2026-11-21T07:12:50Z","status":"0x0","mappings":0}"#);
@@ -333,7 +333,7 @@ fn add_and_delete_say_nothing_when_they_succeed() {
     );
 }
 
-/// As iproute2 6.15 does on Linux 7.2: a device that is no network device is a warning and a success.
+/// As iproute2 6.15 on Linux 7.2: for a device that is not a network device there is a warning and a success.
 #[test]
 fn set_says_nothing_or_warns() {
     let setup = Setup::new(Fixture::simulators().with_net(None).with_blk());
@@ -387,7 +387,7 @@ fn refusals_are_worded_as_iproute2_does() {
          kernel answers: No such device\n\
          \"vdpactl mgmtdev show\" lists the management devices that exist.\n",
     );
-    // A name cannot reach another path of the interface.
+    // A name cannot select another path of the API.
     setup.vdpactl("dev show blk0/config").fails("", NO_DEVICE);
 }
 

@@ -1,4 +1,4 @@
-//! The daemon's binary: start, readiness, end, exit status.
+//! The daemon's program: start, readiness, end, exit status.
 #![expect(clippy::unwrap_used, reason = "a test fails where it stands")]
 
 mod support;
@@ -21,11 +21,11 @@ fn vdpad(dir: &Path) -> Command {
     vdpad_at(dir, "dev")
 }
 
-/// A daemon with its device files elsewhere.
+/// A daemon with its device files in `files`.
 fn vdpad_at(dir: &Path, files: &str) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vdpad"));
     command.env_remove("NOTIFY_SOCKET").env_remove("VDPAD_LOG").env_remove("VDPA_LIVE_NUMBERS");
-    command.arg("--control").arg(dir.join("control.sock")).arg("--dir").arg(dir.join(files));
+    command.arg("--socket").arg(dir.join("control.sock")).arg("--dir").arg(dir.join(files));
     command
 }
 
@@ -35,7 +35,7 @@ fn start(command: &mut Command) -> Child {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut line = String::new();
     let mut stdout = BufReader::new(child.stdout.take().unwrap());
-    // Ends when the daemon does, at the latest.
+    // Returns at the latest when the daemon ends.
     stdout.read_line(&mut line).unwrap();
     assert_eq!(line, "ready\n", "{:?}", support::finish(child));
     child
@@ -61,19 +61,40 @@ fn signals_end_it_in_order() {
 }
 
 #[test]
-fn the_service_manager_is_told() {
+fn the_socket_can_be_named_by_the_former_option_and_by_the_environment() {
+    for former in [true, false] {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("named.sock");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vdpad"));
+        command.env_remove("NOTIFY_SOCKET").arg("--dir").arg(dir.path().join("dev"));
+        if former {
+            // The option wins over the environment.
+            command.arg("--control").arg(&socket).env("VDPAD_SOCKET", dir.path().join("other.sock"));
+        } else {
+            command.env("VDPAD_SOCKET", &socket);
+        }
+        let child = start(&mut command);
+        assert!(Client::new(&socket).unwrap().version().is_ok());
+        assert_eq!(end(child, Signal::TERM).code, Some(0));
+    }
+    let help = support::run(Command::new(env!("CARGO_BIN_EXE_vdpad")).arg("--help"));
+    assert!(help.stdout.contains("--socket") && !help.stdout.contains("--control"), "{help:?}");
+}
+
+#[test]
+fn the_service_manager_is_notified() {
     let dir = tempfile::tempdir().unwrap();
     let notify = dir.path().join("notify");
     let manager = UnixDatagram::bind(&notify).unwrap();
     manager.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     let mut command = vdpad(dir.path());
     let child = start(command.env("NOTIFY_SOCKET", &notify));
-    let mut news = [0; 32];
-    let len = manager.recv(&mut news).unwrap();
-    assert_eq!(&news[..len], b"READY=1");
+    let mut state = [0; 32];
+    let len = manager.recv(&mut state).unwrap();
+    assert_eq!(&state[..len], b"READY=1");
     end(child, Signal::TERM);
-    let len = manager.recv(&mut news).unwrap();
-    assert_eq!(&news[..len], b"STOPPING=1");
+    let len = manager.recv(&mut state).unwrap();
+    assert_eq!(&state[..len], b"STOPPING=1");
 }
 
 #[test]
@@ -114,8 +135,8 @@ fn exit_status_tells_usage_from_failure() {
     assert!(!dir.path().join("control.sock").exists());
 }
 
-/// Requests end by the daemon's time-out at the latest, so that no client hangs.
-/// Character devices are in `/dev` or nowhere, whether this machine can make any or not.
+/// Requests end at the latest with the daemon's time-out, so no client hangs.
+/// Character devices must be in `/dev`, whether this machine supports them or not.
 #[test]
 fn character_devices_elsewhere_than_in_dev_are_refused() {
     let dir = tempfile::tempdir().unwrap();

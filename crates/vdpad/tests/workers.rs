@@ -1,4 +1,4 @@
-//! Many devices on one thread: what one of them does, or suffers, is of no concern to the others.
+//! Many devices on one thread: no device affects the others, whatever it does or suffers.
 #![expect(clippy::unwrap_used, reason = "a failure is a panic here, also outside of test functions")]
 
 #[expect(dead_code, reason = "every test binary uses its own part")]
@@ -21,13 +21,13 @@ use vdpa_sys::memfd;
 
 use hanging::HangingFile;
 use support::blk::{
-    Blk, DATA, FEATURES, IOERR, MEMORY, NEXT, OK, PATIENCE, Private, WRITE, data, over_packed_rings,
+    Blk, DATA, FEATURES, IOERR, MEMORY, NEXT, OK, Private, TIMEOUT, WRITE, data, over_packed_rings,
 };
 use support::daemon::{Daemon, Disk, pattern};
 
 const DISK: usize = 1 << 20;
 
-/// A daemon with one thread for all devices.
+/// A daemon with one worker thread.
 fn one_worker() -> Daemon {
     Daemon::start_with(&["--workers", "1"])
 }
@@ -73,7 +73,7 @@ fn one_thread_serves_many_devices_and_keeps_them_apart() {
         }
         for client in &mut clients {
             for _ in 0..4 {
-                assert_eq!(client.finish(0, PATIENCE).map(|done| done.status), Some(OK));
+                assert_eq!(client.finish(0, TIMEOUT).map(|done| done.status), Some(OK));
             }
         }
     }
@@ -83,7 +83,7 @@ fn one_thread_serves_many_devices_and_keeps_them_apart() {
         }
         assert_eq!(daemon.info(&format!("d{number}")).state.queues[0].requests, 80);
     }
-    // Numbers are given again, and a client of a device that was there before is nobody.
+    // Device ids are reused, and a client of a former device has no effect.
     drop(clients.remove(3));
     daemon.wait_for("d3", "the close", |info| !info.state.open);
     daemon.delete("d3").unwrap();
@@ -124,9 +124,9 @@ fn devices_go_where_there_are_fewest_and_to_the_processors_they_ask_for() {
     }
 }
 
-/// Waits until so many requests wait at the disk.
+/// Waits until this number of requests waits at the disk.
 fn wait_for(file: &HangingFile, requests: usize) {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     while file.waiting() < requests {
         assert!(Instant::now() < deadline, "only {} requests have reached the disk", file.waiting());
         std::thread::sleep(Duration::from_millis(2));
@@ -153,7 +153,7 @@ fn a_disk_that_hangs_is_no_concern_of_its_neighbours() {
     let (disk, path) = add(&daemon, 1, &[]);
     assert_eq!(workers(&daemon).len(), 1);
     let begin = Instant::now();
-    // Every kind of request and of command, also those that wait for requests.
+    // Every kind of request and of command, including those that wait for requests.
     let mut neighbour = Blk::start(&path);
     for round in 0..50 {
         assert_eq!(neighbour.write(0, 8 * round, &pattern(1 << 40, 4096)), OK);
@@ -173,17 +173,17 @@ fn a_disk_that_hangs_is_no_concern_of_its_neighbours() {
     drop(neighbour);
     daemon.wait_for("d1", "the close", |info| !info.state.open);
     daemon.delete("d1").unwrap();
-    assert!(begin.elapsed() < PATIENCE, "{:?}", begin.elapsed());
+    assert!(begin.elapsed() < TIMEOUT, "{:?}", begin.elapsed());
     assert_eq!(file.waiting(), tokens.len(), "nothing of this has waited for the disk that hangs");
 
     file.recover();
     let mut done: Vec<u64> =
-        (0..STUCK).map(|i| stuck.finish((i % 4) as u16, PATIENCE).unwrap().token).collect();
+        (0..STUCK).map(|i| stuck.finish((i % 4) as u16, TIMEOUT).unwrap().token).collect();
     done.sort_unstable();
     assert_eq!(done, tokens);
 }
 
-/// The kernel has four threads for each processor for what may block on a file, unless it is told to make more.
+/// The kernel has four threads per CPU for operations on files that may block, unless it is told to create more.
 #[test]
 fn flushes_of_disks_that_hang_leave_a_thread_to_their_neighbour() {
     let processors = std::fs::read_to_string("/proc/cpuinfo").unwrap().matches("processor\t:").count();
@@ -206,11 +206,11 @@ fn flushes_of_disks_that_hang_leave_a_thread_to_their_neighbour() {
     for (file, blk) in &mut stuck {
         assert_eq!(file.waiting(), 1);
         file.recover();
-        assert_eq!(blk.finish(0, PATIENCE).map(|done| done.status), Some(OK));
+        assert_eq!(blk.finish(0, TIMEOUT).map(|done| done.status), Some(OK));
     }
 }
 
-/// What was answered after a flush of the disk began is not sure to be covered by it: it takes one more, and one is enough
+/// A write that was answered after a flush of the disk began need not be covered by it: one more flush is needed, and is enough
 /// for all.
 #[test]
 fn flushes_that_arrive_during_a_flush_share_the_next_one() {
@@ -222,13 +222,13 @@ fn flushes_that_arrive_during_a_flush_share_the_next_one() {
     wait_for(&file, 1);
     assert_eq!(blk.finish(0, Duration::ZERO), None, "nothing is stable yet");
     file.recover();
-    let done: Vec<_> = tokens.iter().map(|_| blk.finish(0, PATIENCE).unwrap()).collect();
+    let done: Vec<_> = tokens.iter().map(|_| blk.finish(0, TIMEOUT).unwrap()).collect();
     assert!(done.iter().all(|done| done.status == OK), "{done:?}");
     assert_eq!(done.iter().map(|done| done.token).collect::<Vec<_>>(), tokens);
     assert_eq!(file.flushes(), 2);
 }
 
-/// Its name is free at once; its file, and the rest of its requests, when the disk has answered.
+/// Its name is free at once; its file is free, and its other requests end, when the disk has answered.
 #[test]
 fn a_device_whose_disk_hangs_is_deleted_by_force() {
     let daemon = one_worker();
@@ -247,7 +247,7 @@ fn a_device_whose_disk_hangs_is_deleted_by_force() {
     assert!(locked.contains("is locked by another program or device"), "{locked}");
 
     file.recover();
-    assert_eq!(stuck.finish(0, PATIENCE).map(|done| done.status), Some(OK));
+    assert_eq!(stuck.finish(0, TIMEOUT).map(|done| done.status), Some(OK));
     assert_eq!(stuck.write(0, 0, &[1; 512]), IOERR);
     daemon.try_add("d1", "blk", &attrs).unwrap();
 }
@@ -257,7 +257,7 @@ fn is_set(event: &EventFd) -> bool {
     poll(&mut [PollFd::new(event, PollFlags::IN)], Some(&time)).unwrap() == 1
 }
 
-/// Whether a write to it waits is for its owner to say, at any time.
+/// The owner of an eventfd can make writes to it block, at any time.
 #[test]
 fn a_driver_that_fills_the_counter_of_its_call_is_no_concern_of_its_neighbours() {
     let daemon = one_worker();
@@ -271,7 +271,7 @@ fn a_driver_that_fills_the_counter_of_its_call_is_no_concern_of_its_neighbours()
     for done in 1..4 {
         hostile.submit(0, kind::IN, 8, &[], &[data(0, 512)]);
         hostile.notify(0);
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         while ring.used() != done {
             assert!(Instant::now() < deadline, "{} requests are done", ring.used());
             std::thread::sleep(Duration::from_millis(1));
@@ -281,7 +281,7 @@ fn a_driver_that_fills_the_counter_of_its_call_is_no_concern_of_its_neighbours()
     assert_eq!(ring.call.drain(), full);
 }
 
-/// Requests whose data have to be copied need memory of the daemon while they wait for the disk.
+/// Requests whose data must be copied need memory of the daemon while they wait for the disk.
 #[test]
 fn requests_that_need_copies_take_a_bounded_amount_of_memory() {
     const LARGE: usize = 32 << 20;
@@ -311,21 +311,21 @@ fn requests_that_need_copies_take_a_bounded_amount_of_memory() {
         if now > most {
             (most, since) = (now, Instant::now());
         }
-        assert!(since.elapsed() < PATIENCE, "the requests have not begun");
+        assert!(since.elapsed() < TIMEOUT, "the requests have not begun");
         std::thread::sleep(Duration::from_millis(2));
     }
-    // Three, and what the allocator has of its own.
+    // Three, and the overhead of the allocator.
     assert!(most - before < COUNT / 2 * LARGE, "{} bytes for requests that wait", most - before);
     file.recover();
     for _ in 0..COUNT {
-        let done = blk.finish(0, PATIENCE).unwrap();
+        let done = blk.finish(0, TIMEOUT).unwrap();
         assert_eq!((done.status, done.len as usize), (OK, LARGE + 1));
     }
     assert!(private.get(0, LARGE).iter().all(|byte| *byte == 0));
 }
 
-/// Where the driver has asked for order, and nowhere else: a slow request holds the answers behind it, and one used
-/// element stands for all of them.
+/// With IN_ORDER and only then, a slow request delays the later answers, and one used
+/// element is written for all of them.
 #[test]
 fn answers_come_in_order_where_the_driver_has_accepted_that() {
     let daemon = one_worker();
@@ -348,7 +348,7 @@ fn answers_come_in_order_where_the_driver_has_accepted_that() {
             ring.entry(position, head);
         }
         ring.available(3);
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         while file.waiting() == 0 || blk.status(2) != OK {
             assert!(Instant::now() < deadline, "the requests have not begun");
             std::thread::sleep(Duration::from_millis(1));
@@ -369,7 +369,7 @@ fn answers_come_in_order_where_the_driver_has_accepted_that() {
     }
 }
 
-/// What was answered before the ring broke is seen, also in the same turn.
+/// Answers from before the ring broke are published, even those of the same pass.
 #[test]
 fn answers_before_a_broken_request_are_not_lost() {
     let daemon = one_worker();
@@ -378,28 +378,28 @@ fn answers_before_a_broken_request_are_not_lost() {
     assert_eq!(blk.read(0, 8, 512), Ok(pattern(4096, 512)));
     let config = EventFd::new().unwrap();
     blk.session.ops().set_config_call(Some(&config)).unwrap();
-    // Without a kick: both requests come in one turn, and the first, of no data, is answered in it.
+    // Without a kick: both requests are in one pass, and the first, which has no data, is answered in it.
     blk.submit(0, kind::IN, 8, &[], &[]);
     let ring = blk.by_hand(0);
     ring.entry(2, 200);
     ring.available(3);
-    assert!(config.wait(Some(PATIENCE)), "no config interrupt");
+    assert!(config.wait(Some(TIMEOUT)), "no config interrupt");
     assert!(blk.session.ops().status().unwrap().contains(Status::NEEDS_RESET));
     assert_eq!(ring.used(), 2);
 }
 
-/// The driver has something to do while the second half is done.
+/// The driver has work while the second half is served.
 #[test]
 fn half_of_many_requests_is_shown_before_the_other_half_is_done() {
     let daemon = Daemon::start_with(&["--workers", "1", "--poll-us", "0"]);
     let (_disk, path) = add(&daemon, 0, &[]);
     let mut blk = Blk::start(&path);
     for (requests, publications, total) in [(32, 2, 32), (16, 1, 48)] {
-        // Of no data, so that each is done as soon as it is seen.
+        // Without data, so that each is answered as soon as it is taken.
         (0..requests).for_each(|_| _ = blk.submit(0, kind::IN, 8, &[], &[]));
         blk.notify(0);
         let ring = blk.by_hand(0);
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         while ring.used() != total {
             assert!(Instant::now() < deadline, "{} requests are done", ring.used());
             std::thread::sleep(Duration::from_millis(1));
@@ -408,13 +408,13 @@ fn half_of_many_requests_is_shown_before_the_other_half_is_done() {
         blk.session.ops().suspend().unwrap();
         assert_eq!(ring.call.drain(), publications, "{requests} requests");
         for _ in 0..requests {
-            assert_eq!(blk.finish(0, PATIENCE).map(|done| done.status), Some(OK));
+            assert_eq!(blk.finish(0, TIMEOUT).map(|done| done.status), Some(OK));
         }
         blk.session.ops().resume().unwrap();
     }
 }
 
-/// A ring that breaks while a request is being taken from it: what was taken is answered.
+/// A ring that breaks while a request is taken from it: requests taken before are answered.
 #[test]
 fn what_was_taken_is_answered_whenever_the_ring_breaks() {
     let daemon = one_worker();
@@ -432,7 +432,7 @@ fn what_was_taken_is_answered_whenever_the_ring_breaks() {
         ring.available(1);
         (0..round * 7 % 6000).for_each(|_| std::hint::spin_loop());
         ring.available(1000);
-        assert!(config.wait(Some(PATIENCE)), "no config interrupt");
+        assert!(config.wait(Some(TIMEOUT)), "no config interrupt");
         let _ = config.drain();
         blk.session.ops().suspend().unwrap();
         let base = blk.session.ops().vring_base(QueueIndex(0)).unwrap();
@@ -446,7 +446,7 @@ fn what_was_taken_is_answered_whenever_the_ring_breaks() {
     println!("{taken} requests were taken");
 }
 
-/// The driver is told that it has to reset the device, and then it can go on.
+/// The driver is told to reset the device, and can continue after that.
 fn a_broken_ring_needs_a_reset() {
     let daemon = one_worker();
     let (_disk, path) = add(&daemon, 0, &[("queues", "2")]);
@@ -462,7 +462,7 @@ fn a_broken_ring_needs_a_reset() {
     let ring = blk.by_hand(0);
     for index in 0..64_u16 {
         let (flags, next) = if packed { (0, NEXT | 1 << 7) } else { (NEXT, (index + 1) % 64) };
-        // What is available next comes last; the ring is three descriptors into its first lap.
+        // The next available descriptor is written last; the ring is three descriptors into its first lap.
         let index = (66 - index) % 64;
         let next = if packed { next } else { (index + 1) % 64 };
         ring.descriptor(index, data(0, 16), flags, next);
@@ -473,7 +473,7 @@ fn a_broken_ring_needs_a_reset() {
         ring.entry(1, 0);
         ring.available(2);
     }
-    assert!(config.wait(Some(PATIENCE)), "no config interrupt");
+    assert!(config.wait(Some(TIMEOUT)), "no config interrupt");
     assert!(status(&blk).contains(Status::NEEDS_RESET));
     assert_eq!(blk.read(1, 8, 512), Ok(pattern(4096, 512)), "its other queue is sound");
     assert_eq!(neighbour.read(0, 8, 512), Ok(pattern(4096, 512)));
@@ -501,7 +501,7 @@ fn a_broken_packed_ring_needs_a_reset() {
     over_packed_rings(a_broken_ring_needs_a_reset);
 }
 
-/// A device that is given more than it can do takes its turns, and so do the others.
+/// A device with more work than it can do is served in turn with the others.
 #[test]
 fn a_busy_device_leaves_turns_to_its_neighbours() {
     let daemon = one_worker();

@@ -1,4 +1,4 @@
-//! Whether what a driver has written is stable when it is answered: VIRTIO_BLK_F_FLUSH and VIRTIO_BLK_F_CONFIG_WCE.
+//! Whether a write is stable when it is answered: VIRTIO_BLK_F_FLUSH and VIRTIO_BLK_F_CONFIG_WCE.
 #![expect(clippy::unwrap_used, reason = "a failure is a panic here, also outside of test functions")]
 
 #[expect(dead_code, reason = "every test binary uses its own part")]
@@ -21,7 +21,7 @@ use support::daemon::Daemon;
 const DISK: u64 = 1 << 20;
 const WITH_WCE: Features = FEATURES.with(Features::BLK_CONFIG_WCE);
 
-/// A disk that counts how often it is made stable.
+/// A disk that counts flushes.
 fn setup(attrs: &[(&str, &str)]) -> (Daemon, HangingFile, PathBuf) {
     let daemon = Daemon::start();
     let file = HangingFile::new(&daemon.dir().join("counting"), DISK);
@@ -30,7 +30,7 @@ fn setup(attrs: &[(&str, &str)]) -> (Daemon, HangingFile, PathBuf) {
     (daemon, file, path)
 }
 
-/// How often the disk is made stable by one write, by one write-zeroes, and by one flush.
+/// The number of flushes of the disk for one write, one write-zeroes, and one flush.
 #[track_caller]
 fn syncs(blk: &mut Blk, file: &HangingFile) -> [usize; 3] {
     let mut before = file.flushes();
@@ -70,7 +70,7 @@ fn the_driver_switches_the_cache_at_once() {
         set_writeback(&blk, 1);
         assert_eq!((config(&blk).wce, syncs(&mut blk, &file)), (1, WRITE_BACK));
     }
-    // It stays as long as the device is not reset, and with what replaces the program in front of it.
+    // The mode is kept until the device is reset, even when the client is replaced.
     set_writeback(&blk, 0);
     blk.session.ops().suspend().unwrap();
     blk.session.ops().resume().unwrap();
@@ -98,14 +98,14 @@ fn nothing_else_can_be_written() {
     assert_eq!((config(&blk), syncs(&mut blk, &file)), (before, WRITE_BACK));
 }
 
-/// What drivers that know nothing of the field have always had.
+/// The behaviour for drivers that do not use the field.
 #[test]
 fn without_the_feature_the_flush_command_decides() {
     let (daemon, file, path) = setup(&[]);
     for (features, expected) in [
         (FEATURES, WRITE_BACK),
         (FEATURES.without(Features::BLK_FLUSH), WRITE_THROUGH),
-        // It cannot flush, so it gets what needs none, until it asks for something else.
+        // It cannot flush, so it gets write-through, until it requests the other mode.
         (WITH_WCE.without(Features::BLK_FLUSH), WRITE_THROUGH),
     ] {
         let mut blk = Blk::with(&path, features, 1);
@@ -124,7 +124,7 @@ fn without_the_feature_the_flush_command_decides() {
     }
 }
 
-/// The driver, a guest, hears nothing of the second program that opens the device.
+/// The driver in the guest does not notice the second program that opens the device.
 #[test]
 fn a_second_open_finds_the_cache_as_the_driver_has_set_it() {
     let (_daemon, file, path) = setup(&[("handover", "open")]);

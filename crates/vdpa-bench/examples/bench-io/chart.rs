@@ -1,5 +1,5 @@
-//! The medians as a picture: IOPS above, CPU time of the server per request below, both on logarithmic scales, since
-//! workloads differ by factors of a thousand.
+//! Draws the medians: IOPS above, CPU time of the server per request below. Both scales are logarithmic, since workloads differ by
+//! factors of a thousand.
 
 use std::path::Path;
 
@@ -7,7 +7,7 @@ use plotters::coord::Shift;
 use plotters::prelude::*;
 
 use crate::client::Result;
-use crate::plan::Who;
+use crate::plan::Target;
 use crate::report::Row;
 
 pub(crate) fn draw(file: &Path, medians: &[Row]) -> Result<()> {
@@ -33,7 +33,7 @@ fn bars(
     workloads.dedup();
     let count = f64::from(u32::try_from(workloads.len())?.max(1));
     let measured = || medians.iter().map(&value).filter(|value| *value > 0.0);
-    // Room for the legend above, and for the smallest bar to be seen.
+    // Leaves room for the legend, and keeps the smallest bar visible.
     let (bottom, top) = (measured().fold(1.0, f64::min) / 2.0, measured().fold(1.0, f64::max) * 4.0);
     let mut chart = ChartBuilder::on(area)
         .margin(10)
@@ -51,8 +51,8 @@ fn bars(
         .x_label_style(("sans-serif", 9))
         .draw()
         .map_err(text)?;
-    for (who, at) in Who::ALL.into_iter().zip(0u32..) {
-        let color = color(who);
+    for (target, at) in Target::ALL.into_iter().zip(0u32..) {
+        let color = color(target);
         let left = 0.1 + 0.2 * f64::from(at);
         let bar = |row: &Row| {
             let place = workloads.iter().position(|name| *name == row.workload)?;
@@ -61,9 +61,9 @@ fn bars(
             Some(Rectangle::new([(x, bottom), (x + 0.18, value)], color.filled()))
         };
         chart
-            .draw_series(medians.iter().filter(|row| row.server == who.name()).filter_map(bar))
+            .draw_series(medians.iter().filter(|row| row.server == target.name()).filter_map(bar))
             .map_err(text)?
-            .label(who.name())
+            .label(target.name())
             .legend(move |(x, y)| Rectangle::new([(x, y - 5), (x + 15, y + 5)], color.filled()));
     }
     chart
@@ -75,11 +75,11 @@ fn bars(
         .map_err(text)
 }
 
-const fn color(who: Who) -> RGBColor {
-    match who {
-        Who::Vdpad => RGBColor(0, 150, 60),
-        Who::Qemu => RGBColor(210, 0, 30),
-        Who::Floor => RGBColor(90, 90, 90),
-        Who::Fio => RGBColor(0, 90, 200),
+const fn color(target: Target) -> RGBColor {
+    match target {
+        Target::Vdpad => RGBColor(0, 150, 60),
+        Target::Qemu => RGBColor(210, 0, 30),
+        Target::Floor => RGBColor(90, 90, 90),
+        Target::Fio => RGBColor(0, 90, 200),
     }
 }

@@ -1,4 +1,4 @@
-//! The client: the crate `virtio-driver` as published, the same code on every server.
+//! The client: the published crate `virtio-driver`, the same code for every server.
 
 use std::collections::HashSet;
 use std::error::Error;
@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use hdrhistogram::Histogram;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use vdpa_bench::block::{Pattern, Stamp};
+use vdpa_bench::block::{SplitMix64, Stamp};
 use vdpa_sys::clock::monotonic_ns;
 use vdpa_sys::memfd;
 use vdpa_sys::mmap::{Prot, SharedMap};
@@ -36,10 +36,10 @@ const QUEUE_SIZE: u16 = 512;
 /// Writes between two flushes of the mixed workload.
 const WRITES_PER_FLUSH: u32 = 32;
 
-/// How long a completion may take.
-const PATIENCE: Timespec = Timespec { tv_sec: 20, tv_nsec: 0 };
+/// Time for a completion.
+const COMPLETION_TIMEOUT: Timespec = Timespec { tv_sec: 20, tv_nsec: 0 };
 
-/// How to reach a server.
+/// Where to connect to a server.
 #[derive(Clone, Debug)]
 pub(crate) enum Address {
     /// A vhost-vdpa device file.
@@ -48,7 +48,7 @@ pub(crate) enum Address {
     User(std::path::PathBuf),
 }
 
-/// What one turn has found out.
+/// Result of one measurement.
 #[derive(Debug)]
 pub(crate) struct Sample {
     pub(crate) requests: u64,
@@ -57,11 +57,11 @@ pub(crate) struct Sample {
     pub(crate) latency: Histogram<u64>,
     /// CPU time of this thread in ns.
     pub(crate) client_ns: u64,
-    /// Blocks read and found right, with verification.
+    /// Blocks that were read and are correct, with verification.
     pub(crate) verified: u64,
 }
 
-/// What a request in flight does.
+/// A request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Request {
     Read(u64),
@@ -70,7 +70,7 @@ enum Request {
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Flying {
+struct InFlight {
     begun_ns: u64,
     request: Request,
 }
@@ -79,33 +79,33 @@ struct Queue {
     ring: VirtioBlkQueue<'static, usize>,
     notifier: Box<dyn QueueNotifier>,
     completed: Arc<EventFd>,
-    /// Where the data of slot 0 begin.
+    /// Offset of the data of slot 0 in memory.
     base: usize,
-    flying: Vec<Flying>,
+    in_flight: Vec<InFlight>,
     free: Vec<usize>,
 }
 
-/// Blocks that carry stamps, and what each should hold.
-struct Ledger {
+/// The expected sequence number of every block, for verification.
+struct Journal {
     sequences: Vec<u64>,
     busy: HashSet<u64>,
     verified: u64,
 }
 
-/// A device, connected, under one workload.
+/// A connection to a device, which runs one workload.
 pub(crate) struct Client {
     workload: Workload,
-    // Before the transport, whose memory they use.
+    // Dropped before the transport, whose memory they use.
     queues: Vec<Queue>,
     memory: SharedMap,
     _memory_fd: OwnedFd,
     _transport: Box<VirtioBlkTransport>,
-    /// Blocks of the workload's size that are used.
+    /// Number of blocks, of the workload's block size.
     blocks: u64,
-    chance: Pattern,
+    rng: SplitMix64,
     next: u64,
     writes: u32,
-    ledger: Option<Ledger>,
+    journal: Option<Journal>,
 }
 
 impl Client {
@@ -131,13 +131,13 @@ impl Client {
                 notifier: transport.get_submission_notifier(index),
                 completed: transport.get_completion_fd(index),
                 base: index * part,
-                flying: vec![Flying { begun_ns: 0, request: Request::Flush }; workload.depth],
+                in_flight: vec![InFlight { begun_ns: 0, request: Request::Flush }; workload.depth],
                 free: (0..workload.depth).rev().collect(),
             }
         };
         let queues = rings.into_iter().enumerate().map(queue).collect();
         let blocks = (bytes / workload.block as u64).max(1);
-        let ledger = verify.then(|| Ledger {
+        let journal = verify.then(|| Journal {
             sequences: vec![0; usize::try_from(blocks).unwrap_or(0)],
             busy: HashSet::new(),
             verified: 0,
@@ -149,17 +149,17 @@ impl Client {
             _memory_fd: memory_fd,
             _transport: transport,
             blocks,
-            chance: Pattern(1),
+            rng: SplitMix64(1),
             next: 0,
             writes: 0,
-            ledger,
+            journal,
         })
     }
 
-    /// Runs the workload for so long.
+    /// Runs the workload for `length`.
     pub(crate) fn run(&mut self, length: Duration) -> Result<Sample> {
         let mut latency = Histogram::new_with_bounds(1, 60_000_000_000, 3)?;
-        let before = self.ledger.as_ref().map_or(0, |ledger| ledger.verified);
+        let before = self.journal.as_ref().map_or(0, |journal| journal.verified);
         let client_before = cpu::this_thread_ns();
         let begin = monotonic_ns();
         let end = begin + u64::try_from(length.as_nanos())?;
@@ -178,7 +178,7 @@ impl Client {
             now = monotonic_ns();
             if seconds.is_none() {
                 requests += done;
-                // A rate needs one at least.
+                // The rate needs at least one request.
                 if now >= end && requests > 0 {
                     seconds = Some(secs(now - begin));
                 }
@@ -190,7 +190,7 @@ impl Client {
             }
         }
         let client_ns = cpu::this_thread_ns() - client_before;
-        let verified = self.ledger.as_ref().map_or(0, |ledger| ledger.verified) - before;
+        let verified = self.journal.as_ref().map_or(0, |journal| journal.verified) - before;
         Ok(Sample { requests, seconds: seconds.unwrap_or(0.0), latency, client_ns, verified })
     }
 
@@ -199,9 +199,9 @@ impl Client {
         self.sweep(Request::Write)
     }
 
-    /// Reads every block and checks it; how many were right.
+    /// Reads and verifies every block. Returns how many are correct.
     pub(crate) fn read_all(&mut self) -> Result<u64> {
-        let verified = |client: &Self| client.ledger.as_ref().map_or(0, |ledger| ledger.verified);
+        let verified = |client: &Self| client.journal.as_ref().map_or(0, |journal| journal.verified);
         let before = verified(self);
         self.sweep(Request::Read)?;
         Ok(verified(self) - before)
@@ -225,12 +225,12 @@ impl Client {
     }
 
     fn is_idle(&self) -> bool {
-        self.queues.iter().all(|queue| queue.free.len() == queue.flying.len())
+        self.queues.iter().all(|queue| queue.free.len() == queue.in_flight.len())
     }
 
-    /// Takes what has completed.
+    /// Takes completions.
     fn reap(&mut self, index: usize, latency: &mut Histogram<u64>) -> Result<u64> {
-        let Self { queues, memory, ledger, workload, .. } = self;
+        let Self { queues, memory, journal, workload, .. } = self;
         let queue = queues.get_mut(index).ok_or("no such queue")?;
         let mut now = 0;
         let mut done = 0;
@@ -239,14 +239,14 @@ impl Client {
                 now = monotonic_ns();
             }
             let slot = completion.context;
-            let flying = queue.flying.get(slot).ok_or("a completion of nothing")?;
+            let in_flight = queue.in_flight.get(slot).ok_or("a completion of nothing")?;
             if completion.ret != 0 {
-                return Err(format!("{:?} failed with {}", flying.request, completion.ret).into());
+                return Err(format!("{:?} failed with {}", in_flight.request, completion.ret).into());
             }
-            latency.saturating_record(now.saturating_sub(flying.begun_ns));
-            if let Some(ledger) = ledger {
-                ledger.completed(
-                    flying.request,
+            latency.saturating_record(now.saturating_sub(in_flight.begun_ns));
+            if let Some(journal) = journal {
+                journal.request_completed(
+                    in_flight.request,
                     memory,
                     queue.base + slot * workload.block,
                     workload.block,
@@ -264,7 +264,7 @@ impl Client {
             return Ok(());
         }
         let now = monotonic_ns();
-        // Not before there is a slot for it: when all blocks are busy there is nothing to choose.
+        // A request is chosen only if a slot is free: with all blocks busy the choice would not end.
         while self.queues.get(index).is_some_and(|queue| !queue.free.is_empty()) {
             let request = self.choose();
             self.start(index, request, now)?;
@@ -291,17 +291,17 @@ impl Client {
                     self.next = (self.next + 1) % self.blocks;
                     self.next
                 }
-                _ => self.chance.below(self.blocks),
+                _ => self.rng.below(self.blocks),
             };
-            // What overlaps has no order; virtio gives none.
-            if self.ledger.as_ref().is_none_or(|ledger| !ledger.busy.contains(&block)) {
+            // Verification needs blocks without overlapping requests, since virtio does not order them.
+            if self.journal.as_ref().is_none_or(|journal| !journal.busy.contains(&block)) {
                 break block;
             }
         };
         let write = match self.workload.kind {
             Kind::RandomRead | Kind::SequentialRead => false,
             Kind::RandomWrite => true,
-            Kind::Mixed => self.chance.next() & 1 == 0,
+            Kind::Mixed => self.rng.next() & 1 == 0,
         };
         if write {
             self.writes += 1;
@@ -311,15 +311,15 @@ impl Client {
         }
     }
 
-    /// Queues a request; `false` when all slots are taken.
+    /// Queues a request; `false` when no slot is free.
     fn start(&mut self, index: usize, request: Request, now: u64) -> Result<bool> {
-        let Self { queues, memory, ledger, workload, .. } = self;
+        let Self { queues, memory, journal, workload, .. } = self;
         let queue = queues.get_mut(index).ok_or("no such queue")?;
         let Some(slot) = queue.free.pop() else { return Ok(false) };
         let size = workload.block;
         let at = queue.base + slot * size;
-        if let Some(ledger) = ledger {
-            ledger.starts(request, memory, at, size)?;
+        if let Some(journal) = journal {
+            journal.request_started(request, memory, at, size)?;
         }
         let offset = |block: u64| block * size as u64;
         let data = std::ptr::with_exposed_provenance_mut::<u8>(memory.addr() + at);
@@ -331,21 +331,21 @@ impl Client {
             Request::Write(block) => unsafe { queue.ring.write_raw(offset(block), data, size, slot) }?,
             Request::Flush => queue.ring.flush(slot)?,
         }
-        if let Some(flying) = queue.flying.get_mut(slot) {
-            *flying = Flying { begun_ns: now, request };
+        if let Some(in_flight) = queue.in_flight.get_mut(slot) {
+            *in_flight = InFlight { begun_ns: now, request };
         }
         Ok(true)
     }
 
-    /// Sleeps until a server has signalled. By poll, as programs do that wait for more than one thing; QEMU makes the
-    /// eventfds it is given non-blocking anyway.
+    /// Waits until the server signals. With poll(2), as programs do that wait for several things. QEMU makes the eventfds that it
+    /// receives non-blocking in any case.
     fn wait(&self) -> Result<()> {
         let mut fds: Vec<_> = self
             .queues
             .iter()
             .map(|queue| PollFd::from_borrowed_fd(queue.completed.as_fd(), PollFlags::IN))
             .collect();
-        if poll(&mut fds, Some(&PATIENCE))? == 0 {
+        if poll(&mut fds, Some(&COMPLETION_TIMEOUT))? == 0 {
             return Err("no completion within 20 s".into());
         }
         for (fd, queue) in fds.iter().zip(&self.queues) {
@@ -357,28 +357,40 @@ impl Client {
     }
 }
 
-impl Ledger {
-    fn starts(&mut self, request: Request, memory: &SharedMap, at: usize, size: usize) -> Result<()> {
+impl Journal {
+    fn request_started(
+        &mut self,
+        request: Request,
+        memory: &SharedMap,
+        at: usize,
+        size: usize,
+    ) -> Result<()> {
         let mut bytes = vec![0xa5; size];
         let (Request::Read(block) | Request::Write(block)) = request else { return Ok(()) };
         self.busy.insert(block);
         if let Request::Write(_) = request {
             let sequence = self.sequences.get_mut(usize::try_from(block)?).ok_or("no such block")?;
             *sequence += 1;
-            Stamp { block, sequence: *sequence, tenant: 1 }.write(&mut bytes);
+            Stamp { block, sequence: *sequence, client: 1 }.write(&mut bytes);
         }
         memory.write(at, &bytes).map_err(|_| "the memory is gone")?;
         Ok(())
     }
 
-    fn completed(&mut self, request: Request, memory: &SharedMap, at: usize, size: usize) -> Result<()> {
+    fn request_completed(
+        &mut self,
+        request: Request,
+        memory: &SharedMap,
+        at: usize,
+        size: usize,
+    ) -> Result<()> {
         let (Request::Read(block) | Request::Write(block)) = request else { return Ok(()) };
         self.busy.remove(&block);
         if let Request::Read(_) = request {
             let mut bytes = vec![0; size];
             memory.read(at, &mut bytes).map_err(|_| "the memory is gone")?;
             let sequence = *self.sequences.get(usize::try_from(block)?).ok_or("no such block")?;
-            Stamp { block, sequence, tenant: 1 }.verify(&bytes, None)?;
+            Stamp { block, sequence, client: 1 }.verify(&bytes, None)?;
             self.verified += 1;
         }
         Ok(())

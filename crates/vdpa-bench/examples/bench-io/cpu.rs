@@ -1,4 +1,4 @@
-//! CPUs: where threads run, and how long they have run.
+//! CPU affinity and CPU time of threads.
 
 use std::fs;
 
@@ -7,12 +7,12 @@ use rustix::time::{ClockId, clock_gettime};
 
 use crate::client::Result;
 
-/// The process whose time counts: all of its threads, those of the kernel's io_uring workers too.
+/// The process whose CPU time is measured: all of its threads, including the io_uring workers of the kernel.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Runner(pub(crate) u32);
+pub(crate) struct ServerProcess(pub(crate) u32);
 
-impl Runner {
-    /// Time on a CPU so far, in ns. A thread that has ended counts no more.
+impl ServerProcess {
+    /// CPU time so far, in ns, without threads that have ended.
     pub(crate) fn ns(self) -> Result<u64> {
         let threads = fs::read_dir(format!("/proc/{}/task", self.0))?.flatten();
         let times = threads.map(|thread| {
@@ -35,7 +35,7 @@ pub(crate) fn allowed() -> Result<Vec<usize>> {
     Ok((0..CpuSet::MAX_CPU).filter(|&cpu| set.is_set(cpu)).collect())
 }
 
-/// Keeps this thread, and what it starts from now on, on these CPUs.
+/// Restricts this thread, and the threads and processes that it starts later, to these CPUs.
 pub(crate) fn pin(cpus: &[usize]) -> Result<()> {
     let mut set = CpuSet::new();
     cpus.iter().for_each(|&cpu| set.set(cpu));

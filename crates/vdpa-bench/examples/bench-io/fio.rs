@@ -1,4 +1,4 @@
-//! fio on the bare file: what the kernel gives to a program that has no client.
+//! fio on the file itself: what the kernel provides to a program without a device and a client.
 
 use std::path::Path;
 use std::process::Command;
@@ -50,7 +50,7 @@ pub(crate) fn run(
     let number = |value: &Value| value.as_f64().unwrap_or(0.0);
     let iops = number(&side["iops"]);
     let latency = |name: &str| number(&side["lat_ns"]["percentile"][name]) / 1e3;
-    // fio knows the share of a CPU, in percent of the time that it ran.
+    // fio reports CPU time in percent of its run time.
     let busy = (number(&job["usr_cpu"]) + number(&job["sys_cpu"])) / 100.0;
     let cpu = if iops > 0.0 { busy / iops * 1e9 } else { 0.0 };
     Ok(Row::fio(workload.name, iops, [latency("50.000000"), latency("99.000000"), latency("99.900000")], cpu))

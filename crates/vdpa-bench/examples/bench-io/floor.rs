@@ -1,9 +1,9 @@
-//! The floor: the least that serves these requests, to know what the hardware and the kernel allow.
+//! The floor: the smallest server for these requests, as a measure of what the hardware and the kernel allow.
 //!
-//! It trusts its client, which is the same program in a process of its own, as the other servers have one: no index and no length is checked, three descriptors make a request,
-//! and there is nothing beside reads, writes and one queue. Reads are io_uring with fixed
-//! buffers and a registered file, writes `pwrite` (io_uring hands writes to buffered files to a thread of its own).
-//! Without a file only the ring is worked.
+//! It trusts its client, which is the same program. It checks no index and no length, requires three descriptors per request, and
+//! supports only reads, writes and one queue. Like the other servers it is a process of its own. Reads use io_uring with
+//! registered buffers and a registered file; writes use `pwrite`, since io_uring hands writes to buffered files to a thread.
+//! Without a file it answers requests without carrying them out.
 
 use std::fs::File;
 use std::io::{IoSliceMut, Write as _};
@@ -21,14 +21,14 @@ use virtio_driver::VirtioFeatureFlags;
 
 use crate::client::Result;
 
-/// The last one says that the protocol has features of its own.
+/// The last bit is VHOST_USER_F_PROTOCOL_FEATURES.
 const FEATURES: u64 =
     VirtioFeatureFlags::VERSION_1.bits() | VirtioFeatureFlags::RING_EVENT_IDX.bits() | 1 << 30;
 const ENTRIES: u32 = 256;
 const KICK: u64 = u64::MAX;
-const GONE: u64 = u64::MAX - 1;
+const DISCONNECTED: u64 = u64::MAX - 1;
 
-/// Serves one client after the other, without end.
+/// Serves one client after the other, for ever.
 pub(crate) fn serve(socket: &Path, disk: Option<&File>) -> Result<()> {
     for stream in UnixListener::bind(socket)?.incoming() {
         let served = stream.map_err(Into::into).and_then(|stream| Session::new(stream).run(disk));
@@ -53,7 +53,7 @@ impl Session {
         Self { stream, memory: Memory::default(), ring: Ring::default(), kick: None, call: None }
     }
 
-    /// Answers messages until the first kick, and serves from then on.
+    /// Answers vhost-user messages until the first kick, and then serves the ring.
     fn run(mut self, disk: Option<&File>) -> Result<()> {
         loop {
             let mut fds = vec![PollFd::new(&self.stream, PollFlags::IN)];
@@ -69,7 +69,7 @@ impl Session {
         }
     }
 
-    /// One message; `false` when the client is gone. Those of virtio-driver, in whichever order.
+    /// Handles one message; `false` when the client has disconnected. Supports the messages that virtio-driver sends, in any order.
     fn message(&mut self) -> Result<bool> {
         let mut header = [0; 12];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
@@ -103,10 +103,10 @@ impl Session {
             15 => value = Some(1 << 3 | 1 << 9 | 1 << 15),
             36 => value = Some(32),
             8 => self.ring.size = usize::try_from(word(0) >> 32)?,
-            9 => self.ring.place([1, 3, 2].map(|at| self.memory.local(word(at)))),
+            9 => self.ring.set_areas([1, 3, 2].map(|at| self.memory.local(word(at)))),
             12 => self.kick = fd,
             13 => self.call = fd,
-            // Padding, address there, size, address in the client, offset.
+            // Padding, guest address, size, address in the client, offset.
             37 => {
                 let fd = fd.ok_or("memory without a descriptor")?;
                 let map = SharedMap::map(&fd, word(4), usize::try_from(word(2))?, Prot::RW, true)?;
@@ -134,9 +134,9 @@ impl Session {
             // is made.
             unsafe { uring.submitter().register_buffers(&regions) }?;
         }
-        let kick = self.kick.take().ok_or("kicked without a kick")?;
-        let call = self.call.take().ok_or("no call")?;
-        for (fd, token) in [(kick.as_raw_fd(), KICK), (self.stream.as_raw_fd(), GONE)] {
+        let kick = self.kick.take().ok_or("no kick eventfd")?;
+        let call = self.call.take().ok_or("no call eventfd")?;
+        for (fd, token) in [(kick.as_raw_fd(), KICK), (self.stream.as_raw_fd(), DISCONNECTED)] {
             let entry = opcode::PollAdd::new(types::Fd(fd), 1).multi(true).build().user_data(token);
             // SAFETY: a poll uses no memory.
             unsafe { uring.submission().push(&entry) }?;
@@ -145,15 +145,15 @@ impl Session {
         let mut in_flight = 0usize;
         loop {
             while let Some(request) = self.ring.pop(&self.memory) {
-                in_flight += usize::from(self.begin(&mut uring, disk, &request, &mut status)?);
+                in_flight += usize::from(self.start(&mut uring, disk, &request, &mut status)?);
             }
             self.ring.publish(&call)?;
-            let idle = in_flight == 0 && self.ring.sleep();
+            let idle = in_flight == 0 && self.ring.enable_kick();
             uring.submit_and_wait(usize::from(idle || in_flight > 0))?;
             for completion in uring.completion() {
                 match completion.user_data() {
                     KICK => {}
-                    GONE => return Ok(()),
+                    DISCONNECTED => return Ok(()),
                     head => {
                         in_flight -= 1;
                         let head = usize::try_from(head)?;
@@ -166,8 +166,8 @@ impl Session {
         }
     }
 
-    /// Begins or does a request; whether it is in flight now.
-    fn begin(
+    /// Starts or completes a request. Returns whether it is in flight.
+    fn start(
         &mut self,
         uring: &mut IoUring,
         disk: Option<&File>,
@@ -209,16 +209,16 @@ struct Request {
     sector: u64,
     write: bool,
     data: usize,
-    /// Which region has the data.
+    /// Index of the region with the data.
     region: usize,
     len: u32,
     status: usize,
 }
 
-/// The client's memory, mapped here.
+/// The client's memory, mapped into this process.
 #[derive(Default)]
 struct Memory {
-    /// With the address in the client.
+    /// The address in the client, and the mapping.
     regions: Vec<(u64, SharedMap)>,
 }
 
@@ -230,7 +230,7 @@ impl Memory {
                 return (index, map.addr() + offset);
             }
         }
-        // Nothing is checked here: a wrong client gets what it deserves, which is the end of this program.
+        // Unchecked by design: an invalid address of the client crashes this process.
         (0, 0)
     }
 
@@ -243,7 +243,7 @@ fn iovec(map: &SharedMap) -> libc::iovec {
     libc::iovec { iov_base: std::ptr::with_exposed_provenance_mut(map.addr()), iov_len: map.len() }
 }
 
-/// A split ring by address, without a check of anything.
+/// A split ring by address, without any check.
 #[derive(Default)]
 struct Ring {
     size: usize,
@@ -256,11 +256,11 @@ struct Ring {
 }
 
 impl Ring {
-    fn place(&mut self, areas: [usize; 3]) {
+    fn set_areas(&mut self, areas: [usize; 3]) {
         [self.desc, self.avail, self.used] = areas;
     }
 
-    /// Reads something the client has written.
+    /// Reads a value that the client has written.
     fn read<T: Copy>(addr: usize) -> T {
         // SAFETY: the client, which is this program, gave the addresses of its rings and headers; they are in mappings
         // of the session, and it wrote these bytes before it published the index that led here.
@@ -295,7 +295,7 @@ impl Ring {
         let (region, data) = memory.find(data);
         Some(Request {
             head,
-            // The header is packed: nothing says that it is aligned.
+            // The header need not be aligned.
             sector: u64::from_le_bytes(Self::read(header + 8)),
             write: Self::read::<u8>(header) == 1,
             data,
@@ -312,7 +312,7 @@ impl Ring {
         self.next = self.next.wrapping_add(1);
     }
 
-    /// Shows what was completed, and signals where the client asked for it.
+    /// Publishes the completed requests, and signals the client if it requested that.
     fn publish(&mut self, call: &OwnedFd) -> Result<()> {
         if self.next == self.published {
             return Ok(());
@@ -328,8 +328,8 @@ impl Ring {
         Ok(())
     }
 
-    /// Asks for a kick; whether there is still nothing to do.
-    fn sleep(&self) -> bool {
+    /// Enables kicks. Returns whether the ring is still empty.
+    fn enable_kick(&self) -> bool {
         Self::index(self.used + 4 + self.size * 8).store(self.last, Ordering::Relaxed);
         fence(Ordering::SeqCst);
         Self::index(self.avail + 2).load(Ordering::Acquire) == self.last

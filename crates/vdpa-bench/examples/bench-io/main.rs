@@ -1,9 +1,9 @@
-//! `just bench-io`: our block device, qemu-storage-daemon's, and the floors under both, in turn, by the same client.
+//! `just bench-io`: compares the block device of vdpad, qemu-storage-daemon, and the floors under both, with the same client.
 //!
-//! Each workload runs on each server for a moment, round after round, each round beginning with another one, so that
-//! whatever else the machine does meets all of them. Servers are pinned to one CPU, the client to another one, or both
-//! to one where the workload's name says "same". A connection is made anew for each turn.
-#![expect(unsafe_code, reason = "virtio-driver takes pointers; the floor is a loop without any safety")]
+//! In each round, every workload runs on every server for a short time. Each round begins with another server, so that other load
+//! on the machine affects all of them alike. Servers are pinned to one CPU and the client to another one, or both to the same one for
+//! workloads whose name contains "same". Each measurement uses a new connection.
+#![expect(unsafe_code, reason = "virtio-driver takes pointers; the floor is a loop without checks")]
 
 mod chart;
 mod client;
@@ -27,8 +27,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 use vdpa_core::host::PAGE_SIZE;
 
 use client::{Client, Result, Sample};
-use cpu::Runner;
-use plan::{Backend, Kind, WORKLOADS, Who, Workload};
+use cpu::ServerProcess;
+use plan::{Backend, Kind, Target, WORKLOADS, Workload};
 use report::{Outcome, Row};
 use servers::{All, Floors, Qemu, Vdpad};
 
@@ -36,10 +36,10 @@ use servers::{All, Floors, Qemu, Vdpad};
 #[derive(Debug, Parser)]
 #[command(name = "bench-io")]
 struct Options {
-    /// Rounds; each server has its turn once in each
+    /// Rounds; each server is measured once in each
     #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
-    /// Seconds of each turn
+    /// Seconds of each measurement
     #[arg(long, default_value_t = 1.0)]
     seconds: f64,
     /// Only workloads whose name contains one of these
@@ -48,10 +48,10 @@ struct Options {
     /// Only these servers
     #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
     servers: Vec<String>,
-    /// MiB of the file
+    /// Size of the file in MiB
     #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u64).range(1..))]
     size: u64,
-    /// Where the file is made
+    /// Directory of the file
     #[arg(long, value_name = "DIR")]
     directory: Option<PathBuf>,
     /// CPU of the servers and CPU of the client [default: the last and the first allowed]
@@ -60,7 +60,7 @@ struct Options {
     /// The daemon to measure
     #[arg(long, value_name = "PATH", default_value = "target/release/vdpad")]
     vdpad: PathBuf,
-    /// Further attributes of its devices
+    /// Additional attributes of its devices
     #[arg(long, value_name = "NAME=VALUE")]
     attr: Vec<String>,
     /// QEMU's storage daemon
@@ -69,16 +69,16 @@ struct Options {
     /// fio
     #[arg(long, value_name = "PATH", default_value = "fio")]
     fio: PathBuf,
-    /// Write checksummed blocks, check every block read, and measure nothing of worth
+    /// Write checksummed blocks and verify every block read; the figures are meaningless then
     #[arg(long)]
     verify: bool,
     /// Use the null device for everything: verification must fail
     #[arg(long, hide = true)]
     wrong_device: bool,
-    /// Be the floor, on this socket
+    /// Serve as the floor on this socket
     #[arg(long, hide = true)]
     serve_floor: Option<PathBuf>,
-    /// The file of the floor; without one it reads and writes nothing
+    /// File of the floor; without one it answers requests without carrying them out
     #[arg(long, hide = true, requires = "serve_floor")]
     file: Option<PathBuf>,
     /// Print JSON
@@ -121,34 +121,34 @@ fn main() -> ExitCode {
     if good && !(options.strict && missed) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// The CPUs of the two sides.
-struct Places {
+/// The CPUs of server and client.
+struct CpuPlacement {
     server: usize,
     client: usize,
 }
 
-fn places(options: &Options) -> Result<Places> {
+fn placement(options: &Options) -> Result<CpuPlacement> {
     let allowed = cpu::allowed()?;
     match (&options.cpus[..], &allowed[..]) {
-        ([server, client], _) => Ok(Places { server: *server, client: *client }),
-        (_, [first, .., last]) => Ok(Places { server: *last, client: *first }),
-        (_, [only]) => Ok(Places { server: *only, client: *only }),
+        ([server, client], _) => Ok(CpuPlacement { server: *server, client: *client }),
+        (_, [first, .., last]) => Ok(CpuPlacement { server: *last, client: *first }),
+        (_, [only]) => Ok(CpuPlacement { server: *only, client: *only }),
         (_, []) => Err("no CPU is allowed".into()),
     }
 }
 
 fn run(options: &Options) -> Result<Outcome> {
-    let places = places(options)?;
+    let placement = placement(options)?;
     let parent = options.directory.clone().unwrap_or_else(std::env::temp_dir);
     let directory = tempfile::Builder::new().prefix("bench-io-").tempdir_in(parent)?;
     let file = directory.path().join("disk");
     let bytes = options.size << 20;
-    make(&file, bytes)?;
-    // What this thread starts runs where it does.
-    cpu::pin(&[places.server])?;
+    create_file(&file, bytes)?;
+    // The processes that this thread starts inherit its CPUs.
+    cpu::pin(&[placement.server])?;
     let mut left_out = Vec::new();
     let (servers, names) = start(options, directory.path(), &file, &mut left_out)?;
-    cpu::pin(&[places.client])?;
+    cpu::pin(&[placement.client])?;
     let mut outcome = Outcome {
         rounds: options.rounds,
         seconds: options.seconds,
@@ -166,20 +166,21 @@ fn run(options: &Options) -> Result<Outcome> {
             options.filter.is_empty() || options.filter.iter().any(|text| workload.name.contains(&**text))
         })
         .collect();
-    let asked = |who: &Who| options.servers.is_empty() || options.servers.iter().any(|n| n == who.name());
-    let has_fio = !options.verify && is_there(&options.fio) && asked(&Who::Fio);
+    let requested =
+        |target: &Target| options.servers.is_empty() || options.servers.iter().any(|n| n == target.name());
+    let has_fio = !options.verify && is_installed(&options.fio) && requested(&Target::Fio);
     if !has_fio && !options.verify {
         leave_out(
             &mut outcome.left_out,
-            format!("fio: {} is not there, or was not asked for", options.fio.display()),
+            format!("fio: {} is not installed, or was not requested", options.fio.display()),
         );
     }
-    let run = Run { options, servers: &servers, places, file: &file, bytes, has_fio };
+    let run = Run { options, servers: &servers, placement, file: &file, bytes, has_fio };
     let bar = progress(u64::from(options.rounds) * workloads.len() as u64);
     for round in 0..options.rounds {
         for workload in &workloads {
             bar.set_message(workload.name);
-            run.turn(workload, round, &mut outcome)?;
+            run.measure_all(workload, round, &mut outcome)?;
             bar.inc(1);
         }
     }
@@ -199,32 +200,33 @@ fn serve_floor(socket: &Path, file: Option<&Path>) -> ExitCode {
     }
 }
 
-/// Starts the servers that are here and asked for.
+/// Starts the requested servers that are installed.
 fn start(
     options: &Options,
     directory: &Path,
     file: &Path,
     left_out: &mut Vec<String>,
 ) -> Result<(All, Vec<String>)> {
-    let asked = |who: Who| options.servers.is_empty() || options.servers.iter().any(|n| n == who.name());
+    let requested =
+        |target: Target| options.servers.is_empty() || options.servers.iter().any(|n| n == target.name());
     let mut servers: All = Vec::new();
     let mut names = Vec::new();
-    if asked(Who::Vdpad) {
+    if requested(Target::Vdpad) {
         let pair = |text: &String| text.split_once('=').map(|(k, v)| (k.to_owned(), v.to_owned()));
         let attrs = options.attr.iter().map(pair).collect::<Option<Vec<_>>>().ok_or("--attr NAME=VALUE")?;
-        servers.push((Who::Vdpad, Box::new(Vdpad::start(&options.vdpad, directory, file, &attrs)?)));
+        servers.push((Target::Vdpad, Box::new(Vdpad::start(&options.vdpad, directory, file, &attrs)?)));
         names.push(format!("vdpad {}", env!("CARGO_PKG_VERSION")));
     }
-    if asked(Who::Qemu) {
-        if is_there(&options.qemu) {
+    if requested(Target::Qemu) {
+        if is_installed(&options.qemu) {
             names.push(Qemu::version(&options.qemu)?);
-            servers.push((Who::Qemu, Box::new(Qemu::start(&options.qemu, directory, file)?)));
+            servers.push((Target::Qemu, Box::new(Qemu::start(&options.qemu, directory, file)?)));
         } else {
-            leave_out(left_out, format!("qemu: {} is not there", options.qemu.display()));
+            leave_out(left_out, format!("qemu: {} is not installed", options.qemu.display()));
         }
     }
-    if asked(Who::Floor) {
-        servers.push((Who::Floor, Box::new(Floors::start(directory, file)?)));
+    if requested(Target::Floor) {
+        servers.push((Target::Floor, Box::new(Floors::start(directory, file)?)));
     }
     Ok((servers, names))
 }
@@ -232,24 +234,24 @@ fn start(
 struct Run<'a> {
     options: &'a Options,
     servers: &'a All,
-    places: Places,
+    placement: CpuPlacement,
     file: &'a Path,
     bytes: u64,
     has_fio: bool,
 }
 
 impl Run<'_> {
-    /// Every server, one after the other, beginning with another one in each round.
-    fn turn(&self, workload: &Workload, round: u32, outcome: &mut Outcome) -> Result<()> {
-        let mut who: Vec<Who> = self.servers.iter().map(|(who, _)| *who).collect();
-        who.extend(self.has_fio.then_some(Who::Fio));
-        let count = who.len().max(1);
-        who.rotate_left(round as usize % count);
-        for who in who.into_iter().filter(|who| workload.suits(*who)) {
-            let failed = |error| format!("{} of {}: {error}", workload.name, who.name());
-            let row = match who {
-                Who::Fio => self.fio(workload).map_err(failed)?,
-                _ => self.serve(who, workload, &mut outcome.verified).map_err(failed)?,
+    /// Measures a workload on every server. Each round begins with another server.
+    fn measure_all(&self, workload: &Workload, round: u32, outcome: &mut Outcome) -> Result<()> {
+        let mut target: Vec<Target> = self.servers.iter().map(|(target, _)| *target).collect();
+        target.extend(self.has_fio.then_some(Target::Fio));
+        let count = target.len().max(1);
+        target.rotate_left(round as usize % count);
+        for target in target.into_iter().filter(|target| workload.suits(*target)) {
+            let failed = |error| format!("{} of {}: {error}", workload.name, target.name());
+            let row = match target {
+                Target::Fio => self.fio(workload).map_err(failed)?,
+                _ => self.serve(target, workload, &mut outcome.verified).map_err(failed)?,
             };
             outcome.rows.push(Row { round, ..row });
         }
@@ -260,9 +262,9 @@ impl Run<'_> {
         if workload.kind == Kind::RandomWrite {
             dirty(self.file)?;
         }
-        cpu::pin(&[self.places.server])?;
+        cpu::pin(&[self.placement.server])?;
         let row = fio::run(&self.options.fio, workload, self.file, self.bytes, self.length());
-        cpu::pin(&[self.places.client])?;
+        cpu::pin(&[self.placement.client])?;
         row
     }
 
@@ -270,29 +272,28 @@ impl Run<'_> {
         Duration::from_secs_f64(self.options.seconds)
     }
 
-    /// One server, from a thread of its own, which can be given up.
-    fn serve(&self, who: Who, workload: &Workload, verified: &mut u64) -> Result<Row> {
-        let (_, server) = self.servers.iter().find(|(w, _)| *w == who).ok_or("no such server")?;
+    /// Measures one server, on a thread of its own, so that a server that hangs times out.
+    fn serve(&self, target: Target, workload: &Workload, verified: &mut u64) -> Result<Row> {
+        let (_, server) = self.servers.iter().find(|(w, _)| *w == target).ok_or("no such server")?;
         let backend = if self.options.wrong_device { Backend::Null } else { workload.backend };
-        let (address, runner) = (server.address(backend), server.runner(backend));
+        let (address, process) = (server.address(backend), server.process(backend));
         let length = self.length();
         if matches!(workload.kind, Kind::RandomWrite | Kind::Mixed) && !self.options.verify {
             dirty(self.file)?;
         }
         let verify = self.options.verify && workload.backend == Backend::File;
-        // What is checked is also written and read as a whole.
+        // Verification also writes and reads the whole disk, so a part of the file is used.
         let bytes = if verify { self.bytes.min(16 << 20) } else { self.bytes };
-        let cpu = if workload.same_cpu { self.places.server } else { self.places.client };
+        let cpu = if workload.same_cpu { self.placement.server } else { self.placement.client };
         let (send, receive) = sync_channel(1);
         let job = *workload;
         std::thread::Builder::new().name("client".into()).spawn(move || {
-            let _ = send.send(measure(&address, &job, runner, cpu, bytes, verify, length));
+            let _ = send.send(measure(&address, &job, process, cpu, bytes, verify, length));
         })?;
-        let (sample, server_ns) = receive
-            .recv_timeout(length * 3 + Duration::from_secs(60))
-            .map_err(|_| "no answer, given up")??;
+        let (sample, server_ns) =
+            receive.recv_timeout(length * 3 + Duration::from_secs(60)).map_err(|_| "no answer in time")??;
         *verified += sample.verified;
-        Ok(Row::new(workload, who, &sample, server_ns))
+        Ok(Row::new(workload, target, &sample, server_ns))
     }
 }
 
@@ -300,7 +301,7 @@ impl Run<'_> {
 fn measure(
     address: &client::Address,
     workload: &Workload,
-    runner: Runner,
+    process: ServerProcess,
     cpu: usize,
     bytes: u64,
     verify: bool,
@@ -312,29 +313,29 @@ fn measure(
         client.fill()?;
     }
     client.run(length / 8)?;
-    let before = runner.ns()?;
+    let before = process.ns()?;
     let mut sample = client.run(length)?;
-    let server_ns = runner.ns()?.saturating_sub(before);
+    let server_ns = process.ns()?.saturating_sub(before);
     if verify {
         sample.verified += client.read_all()?;
     }
     Ok((sample, server_ns))
 }
 
-/// The file, written as a whole, so that nothing of it is a hole and all of it is in memory. In pieces of a page: a file
-/// system may keep what is written at once in one large folio, and then a write of 4 KiB costs it ten times as much.
-fn make(path: &Path, bytes: u64) -> Result<()> {
+/// Creates the file and writes all of it, so that it has no holes and is in the page cache. Writes single pages: a file system can keep
+/// the data of one larger write in a large folio, and then a write of 4 KiB costs ten times as much.
+fn create_file(path: &Path, bytes: u64) -> Result<()> {
     let file = File::create_new(path)?;
-    let mut chance = vdpa_bench::block::Pattern(1);
-    let page: Vec<u8> = (0..PAGE_SIZE / 8).flat_map(|_| chance.next().to_le_bytes()).collect();
+    let mut rng = vdpa_bench::block::SplitMix64(1);
+    let page: Vec<u8> = (0..PAGE_SIZE / 8).flat_map(|_| rng.next().to_le_bytes()).collect();
     for at in (0..bytes).step_by(page.len()) {
         file.write_all_at(&page, at)?;
     }
     Ok(file.sync_all()?)
 }
 
-/// Writes the file anew: the first write to a clean page costs a file system more than all the rest of a request, and how
-/// many pages are clean is a matter of chance.
+/// Rewrites the file, so that all of its pages are dirty. The first write to a clean page costs a file system more than the rest of
+/// a request, and the number of clean pages is random.
 fn dirty(path: &Path) -> Result<()> {
     let file = File::options().read(true).write(true).open(path)?;
     let mut page = vec![0; usize::try_from(PAGE_SIZE)?];
@@ -345,7 +346,7 @@ fn dirty(path: &Path) -> Result<()> {
     Ok(())
 }
 
-fn is_there(program: &Path) -> bool {
+fn is_installed(program: &Path) -> bool {
     let tried = Command::new(program).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
     tried.is_ok_and(|status| status.success())
 }
@@ -355,12 +356,12 @@ fn leave_out(left_out: &mut Vec<String>, what: String) {
     left_out.push(what);
 }
 
-/// A bar on terminals, and nothing elsewhere.
-fn progress(turns: u64) -> ProgressBar {
+/// A progress bar if standard error is a terminal.
+fn progress(steps: u64) -> ProgressBar {
     if !std::io::stderr().is_terminal() {
         return ProgressBar::hidden();
     }
-    let bar = ProgressBar::new(turns);
+    let bar = ProgressBar::new(steps);
     if let Ok(style) = ProgressStyle::with_template("{msg:24} [{wide_bar}] {pos}/{len} {elapsed} left {eta}")
     {
         bar.set_style(style);

@@ -1,6 +1,6 @@
-//! What is measured: the workloads, and the goals for them.
+//! The workloads, and the goals for them.
 
-/// What the requests of a workload do.
+/// Kind of the requests of a workload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     RandomRead,
@@ -10,27 +10,27 @@ pub(crate) enum Kind {
     Mixed,
 }
 
-/// What the requests go to.
+/// Storage behind the requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Backend {
-    /// A file whose pages are in memory.
+    /// A file in the page cache.
     File,
-    /// Nothing: requests are answered without being carried out.
+    /// None: requests are answered without being carried out.
     Null,
 }
 
-/// Who serves.
+/// What is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Who {
+pub(crate) enum Target {
     Vdpad,
     Qemu,
-    /// The least loop that does the work, in this program; see `floor`.
+    /// The smallest loop that serves the requests, in this program; see `floor`.
     Floor,
-    /// The file without any device.
+    /// The file without a device.
     Fio,
 }
 
-impl Who {
+impl Target {
     pub(crate) const ALL: [Self; 4] = [Self::Vdpad, Self::Qemu, Self::Floor, Self::Fio];
 
     pub(crate) const fn name(self) -> &'static str {
@@ -74,14 +74,14 @@ impl Workload {
         Self { queues: 2, ..self }
     }
 
-    /// Whether this one can do it.
-    pub(crate) fn suits(&self, who: Who) -> bool {
-        match who {
-            Who::Vdpad | Who::Qemu => true,
-            // It knows reads, writes and one queue.
-            Who::Floor => self.queues == 1 && self.kind != Kind::Mixed,
-            // One job on one CPU: what has no client has no second CPU either.
-            Who::Fio => self.backend == Backend::File && self.queues == 1 && self.kind != Kind::Mixed,
+    /// Whether `target` supports this workload.
+    pub(crate) fn suits(&self, target: Target) -> bool {
+        match target {
+            Target::Vdpad | Target::Qemu => true,
+            // It supports reads, writes and one queue.
+            Target::Floor => self.queues == 1 && self.kind != Kind::Mixed,
+            // One job on one CPU: without a client there is no second CPU.
+            Target::Fio => self.backend == Backend::File && self.queues == 1 && self.kind != Kind::Mixed,
         }
     }
 }
@@ -106,7 +106,7 @@ pub(crate) const WORKLOADS: [Workload; 15] = [
     Workload::new("null-4k-qd128", Kind::RandomRead, KIB4, 128).null(),
 ];
 
-/// What of a measurement a goal is about.
+/// The figure of a measurement that a goal is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Figure {
     /// Requests per second.
@@ -127,12 +127,12 @@ impl Figure {
     }
 }
 
-/// Our figure over another's.
+/// A goal: vdpad's figure divided by another's.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Goal {
     pub(crate) workload: &'static str,
     pub(crate) figure: Figure,
-    pub(crate) against: Who,
+    pub(crate) against: Target,
     pub(crate) limit: f64,
 }
 
@@ -147,19 +147,19 @@ impl Goal {
     }
 }
 
-const fn goal(workload: &'static str, figure: Figure, against: Who, limit: f64) -> Goal {
+const fn goal(workload: &'static str, figure: Figure, against: Target, limit: f64) -> Goal {
     Goal { workload, figure, against, limit }
 }
 
 pub(crate) const GOALS: [Goal; 10] = [
-    goal("randread-4k-qd32", Figure::Iops, Who::Qemu, 2.2),
-    goal("randread-4k-qd128", Figure::Iops, Who::Qemu, 2.2),
-    goal("randread-4k-qd32", Figure::ServerCpu, Who::Floor, 1.15),
-    goal("randread-4k-qd128", Figure::ServerCpu, Who::Floor, 1.15),
-    goal("randread-4k-qd1-same", Figure::P50, Who::Qemu, 0.75),
-    goal("randread-4k-qd1-split", Figure::P50, Who::Qemu, 0.65),
-    goal("null-4k-qd32", Figure::ServerCpu, Who::Floor, 1.3),
-    goal("randwrite-4k-qd32", Figure::Iops, Who::Qemu, 1.5),
-    goal("seqread-64k-qd16", Figure::Iops, Who::Fio, 0.95),
-    goal("seqread-1m-qd4", Figure::Iops, Who::Fio, 0.95),
+    goal("randread-4k-qd32", Figure::Iops, Target::Qemu, 2.2),
+    goal("randread-4k-qd128", Figure::Iops, Target::Qemu, 2.2),
+    goal("randread-4k-qd32", Figure::ServerCpu, Target::Floor, 1.15),
+    goal("randread-4k-qd128", Figure::ServerCpu, Target::Floor, 1.15),
+    goal("randread-4k-qd1-same", Figure::P50, Target::Qemu, 0.75),
+    goal("randread-4k-qd1-split", Figure::P50, Target::Qemu, 0.65),
+    goal("null-4k-qd32", Figure::ServerCpu, Target::Floor, 1.3),
+    goal("randwrite-4k-qd32", Figure::Iops, Target::Qemu, 1.5),
+    goal("seqread-64k-qd16", Figure::Iops, Target::Fio, 0.95),
+    goal("seqread-1m-qd4", Figure::Iops, Target::Fio, 0.95),
 ];

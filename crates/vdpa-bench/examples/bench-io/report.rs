@@ -1,13 +1,13 @@
-//! Rows, medians, ratios and goals.
+//! The result: rows, medians, ratios and goals.
 
 use std::fmt::Write as _;
 
 use serde::Serialize;
 
 use crate::client::Sample;
-use crate::plan::{Figure, GOALS, Goal, Who, Workload};
+use crate::plan::{Figure, GOALS, Goal, Target, Workload};
 
-/// One server under one workload in one round.
+/// One measurement: a server, a workload and a round.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Row {
     pub(crate) workload: &'static str,
@@ -19,18 +19,18 @@ pub(crate) struct Row {
     pub(crate) p999_us: f64,
     /// CPU time of the server per request.
     pub(crate) server_ns: f64,
-    /// That of the client; 0 where there is none.
+    /// CPU time of the client per request; 0 without a client.
     pub(crate) client_ns: f64,
 }
 
 impl Row {
     #[expect(clippy::cast_precision_loss, reason = "counts and times far below 2^52")]
-    pub(crate) fn new(workload: &Workload, who: Who, sample: &Sample, server_ns: u64) -> Self {
+    pub(crate) fn new(workload: &Workload, target: Target, sample: &Sample, server_ns: u64) -> Self {
         let at = |quantile| sample.latency.value_at_quantile(quantile) as f64 / 1e3;
         let requests = (sample.requests as f64).max(1.0);
         Self {
             workload: workload.name,
-            server: who.name(),
+            server: target.name(),
             round: 0,
             iops: sample.requests as f64 / sample.seconds.max(1e-9),
             p50_us: at(0.5),
@@ -43,7 +43,7 @@ impl Row {
 
     pub(crate) fn fio(workload: &'static str, iops: f64, latency_us: [f64; 3], server_ns: f64) -> Self {
         let [p50_us, p99_us, p999_us] = latency_us;
-        let server = Who::Fio.name();
+        let server = Target::Fio.name();
         Self { workload, server, round: 0, iops, p50_us, p99_us, p999_us, server_ns, client_ns: 0.0 }
     }
 
@@ -56,13 +56,13 @@ impl Row {
     }
 }
 
-/// One of ours over one of theirs.
+/// A figure of vdpad divided by that of another server.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Ratio {
     workload: &'static str,
     figure: &'static str,
     against: &'static str,
-    /// The median of the ratios of the rounds: what disturbs a round disturbs both.
+    /// The median of the ratios of the rounds, because a disturbance of a round affects both figures.
     ratio: f64,
     least: f64,
     most: f64,
@@ -78,7 +78,7 @@ impl Ratio {
     }
 }
 
-/// What a run has found out.
+/// The result of a run.
 #[derive(Debug, Serialize)]
 pub(crate) struct Outcome {
     pub(crate) rounds: u32,
@@ -86,7 +86,7 @@ pub(crate) struct Outcome {
     pub(crate) file_bytes: u64,
     pub(crate) servers: Vec<String>,
     pub(crate) left_out: Vec<String>,
-    /// Blocks found right, with `--verify`.
+    /// Blocks that were read and are correct, with `--verify`.
     pub(crate) verified: u64,
     pub(crate) medians: Vec<Row>,
     pub(crate) ratios: Vec<Ratio>,
@@ -94,7 +94,7 @@ pub(crate) struct Outcome {
 }
 
 impl Outcome {
-    /// Medians and ratios of the rows.
+    /// Computes medians and ratios of the rows.
     pub(crate) fn summarise(&mut self) {
         let mut seen: Vec<(&str, &str)> = Vec::new();
         for row in &self.rows {
@@ -105,7 +105,7 @@ impl Outcome {
         self.medians = seen.iter().filter_map(|&(workload, server)| self.median(workload, server)).collect();
         self.ratios = seen
             .iter()
-            .filter(|(_, server)| *server != Who::Vdpad.name())
+            .filter(|(_, server)| *server != Target::Vdpad.name())
             .flat_map(|&(workload, server)| {
                 [Figure::Iops, Figure::ServerCpu, Figure::P50].map(|figure| (workload, server, figure))
             })
@@ -133,7 +133,7 @@ impl Outcome {
 
     fn ratio(&self, workload: &'static str, against: &'static str, figure: Figure) -> Option<Ratio> {
         let mut ratios = Vec::new();
-        for ours in self.of(workload, Who::Vdpad.name()) {
+        for ours in self.of(workload, Target::Vdpad.name()) {
             let theirs = self.of(workload, against).find(|row| row.round == ours.round)?;
             ratios.push(ours.figure(figure) / theirs.figure(figure).max(1e-9));
         }
@@ -156,7 +156,7 @@ impl Outcome {
         })
     }
 
-    /// The tables for a terminal.
+    /// The result as tables.
     pub(crate) fn text(&self) -> String {
         let mut text = String::new();
         let _ = writeln!(
@@ -205,8 +205,8 @@ impl Outcome {
         });
         match found {
             Some(Ratio { ratio, least, most, met, .. }) => {
-                let verdict = if *met == Some(true) { "met" } else { "MISSED" };
-                format!("  {what:<58} {limit:>8}  {ratio:>6.2} [{least:.2} to {most:.2}]  {verdict}")
+                let outcome = if *met == Some(true) { "met" } else { "MISSED" };
+                format!("  {what:<58} {limit:>8}  {ratio:>6.2} [{least:.2} to {most:.2}]  {outcome}")
             }
             None => format!("  {what:<58} {limit:>8}  not measured"),
         }

@@ -1,41 +1,41 @@
-//! Those that are compared, each started once and pinned to the servers' CPU.
+//! The servers that are compared. Each is started once and pinned to the servers' CPU.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use vdpa_bench::peer::PrivateDaemon;
+use vdpa_bench::process::PrivateDaemon;
 use vdpa_control::Front;
 use vdpa_control::api::{AddRequest, Attrs};
 use vdpa_control::client::Client;
 use vdpa_sys::exec::terminate_with_parent;
 
 use crate::client::{Address, Result};
-use crate::cpu::Runner;
-use crate::plan::{Backend, Who};
+use crate::cpu::ServerProcess;
+use crate::plan::{Backend, Target};
 
-/// Bytes of the disk that is none.
+/// Size of the disk without storage, in bytes.
 const NULL_BYTES: u64 = 1 << 30;
-/// How long a server may take to begin.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// Time for a server to start.
+const START_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Something that serves the file and nothing.
+/// A server with two disks: one on the file, one without storage.
 pub(crate) trait Server {
-    /// Where to connect for this backend.
+    /// Where to connect for a backend.
     fn address(&self, backend: Backend) -> Address;
-    /// Whose CPU time counts; asked while connected.
-    fn runner(&self, backend: Backend) -> Runner;
+    /// The process whose CPU time is measured. Called while a client is connected.
+    fn process(&self, backend: Backend) -> ServerProcess;
 }
 
-/// Our daemon.
+/// vdpad.
 pub(crate) struct Vdpad {
     daemon: PrivateDaemon,
     client: Client,
 }
 
 impl Vdpad {
-    /// Starts it beside `directory`'s other contents. `attrs` are added to both devices.
+    /// Starts it, with its socket in `directory`. `attrs` are added to both devices.
     pub(crate) fn start(
         program: &Path,
         directory: &Path,
@@ -49,7 +49,7 @@ impl Vdpad {
         for (name, key, value) in [("file", "path", path), ("null", "null", &size)] {
             let mut all = Attrs::new();
             all.insert(key, value)?;
-            // The client is this program, whose own limit is no part of what is compared.
+            // The client is this program, whose RLIMIT_MEMLOCK must not affect the comparison.
             all.insert("memlock", "unlimited")?;
             for (key, value) in attrs {
                 all.insert(key.clone(), value.clone())?;
@@ -70,8 +70,8 @@ impl Server for Vdpad {
         Address::Vdpa(path.unwrap_or_default())
     }
 
-    fn runner(&self, _backend: Backend) -> Runner {
-        Runner(self.daemon.pid())
+    fn process(&self, _backend: Backend) -> ServerProcess {
+        ServerProcess(self.daemon.pid())
     }
 }
 
@@ -101,12 +101,12 @@ impl Qemu {
             .stdout(Stdio::null())
             .spawn()?;
         let qemu = Self { child, directory: directory.into() };
-        // The exports are made in order.
+        // Exports are created in order, so the last one is waited for.
         wait_for(&directory.join("qemu-null.sock"), "qemu-storage-daemon")?;
         Ok(qemu)
     }
 
-    /// What it calls itself.
+    /// Its name and version.
     pub(crate) fn version(program: &Path) -> Result<String> {
         let output = Command::new(program).arg("--version").output()?;
         let text = String::from_utf8_lossy(&output.stdout);
@@ -123,8 +123,8 @@ impl Server for Qemu {
         Address::User(self.directory.join(format!("qemu-{node}.sock")))
     }
 
-    fn runner(&self, _backend: Backend) -> Runner {
-        Runner(self.child.id())
+    fn process(&self, _backend: Backend) -> ServerProcess {
+        ServerProcess(self.child.id())
     }
 }
 
@@ -135,7 +135,7 @@ impl Drop for Qemu {
     }
 }
 
-/// A process of this program for each backend.
+/// The floor, with a process of this program for each backend.
 pub(crate) struct Floors {
     file: Floor,
     null: Floor,
@@ -162,8 +162,8 @@ impl Server for Floors {
         Address::User(self.of(backend).socket.clone())
     }
 
-    fn runner(&self, backend: Backend) -> Runner {
-        Runner(self.of(backend).child.id())
+    fn process(&self, backend: Backend) -> ServerProcess {
+        ServerProcess(self.of(backend).child.id())
     }
 }
 
@@ -193,16 +193,16 @@ impl Drop for Floor {
 }
 
 /// Waits until a server listens.
-fn wait_for(socket: &Path, who: &str) -> Result<()> {
+fn wait_for(socket: &Path, name: &str) -> Result<()> {
     let begin = Instant::now();
     while !socket.exists() {
-        if begin.elapsed() > PATIENCE {
-            return Err(format!("{who} makes no socket").into());
+        if begin.elapsed() > START_TIMEOUT {
+            return Err(format!("{name} has not created its socket").into());
         }
         sleep(Duration::from_millis(10));
     }
     Ok(())
 }
 
-/// Those that could be started.
-pub(crate) type All = Vec<(Who, Box<dyn Server>)>;
+/// The servers that were started.
+pub(crate) type All = Vec<(Target, Box<dyn Server>)>;

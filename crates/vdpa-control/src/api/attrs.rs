@@ -1,21 +1,21 @@
-//! [`Attrs`]: the free-form attributes of a new device.
+//! [`Attrs`]: the attributes of a new device, as names and values.
 
 use std::fmt;
 
 use serde::de::{Error as _, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// Names and values in the order in which they were given; a name occurs once.
+/// Names and values in the order in which they were given; every name occurs once.
 ///
-/// In JSON an object. A value may be a string, a number or a boolean there, and is a string here: numbers in
-/// decimal, booleans as `on` and `off`.
+/// An object in JSON, whose values may be strings, numbers or booleans. They become strings: numbers in decimal, booleans `on`
+/// and `off`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Attrs(Vec<(String, String)>);
 
-/// Why an attribute was not accepted.
+/// Why an attribute was refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AttrError {
-    /// The name was there already.
+    /// The name was given before.
     #[error("attribute \"{name}\" is given twice; give it once")]
     Twice {
         /// Name of the attribute.
@@ -26,19 +26,19 @@ pub enum AttrError {
     Switch {
         /// Name of the attribute.
         name: String,
-        /// Value found.
+        /// Its value.
         value: String,
     },
-    /// The value of a number is none, or is out of range.
+    /// The value is not a number, or is out of range.
     #[error("attribute \"{name}\" is \"{value}\"; a number from {min} to {max} is right")]
     Number {
         /// Name of the attribute.
         name: String,
-        /// Value found.
+        /// Its value.
         value: String,
-        /// Least value.
+        /// Smallest valid value.
         min: u64,
-        /// Greatest value.
+        /// Largest valid value.
         max: u64,
     },
 }
@@ -53,7 +53,7 @@ impl Attrs {
     /// Adds an attribute.
     ///
     /// # Errors
-    /// [`AttrError::Twice`] when the name is there already.
+    /// [`AttrError::Twice`] when the name was added before.
     pub fn insert(&mut self, name: impl Into<String>, value: impl Into<String>) -> Result<(), AttrError> {
         let name = name.into();
         if self.get(&name).is_some() {
@@ -105,7 +105,7 @@ impl Attrs {
         self.0.iter().map(|(name, value)| (name.as_str(), value.as_str()))
     }
 
-    /// Whether there is none.
+    /// Whether there are no attributes.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
@@ -142,7 +142,7 @@ impl<'de> Visitor<'de> for AttrsVisitor {
     }
 }
 
-/// One value of the object, as the string it stands for.
+/// One value of the object, converted to a string.
 struct Scalar(String);
 
 impl<'de> Deserialize<'de> for Scalar {

@@ -1,4 +1,4 @@
-//! Feature words as `"0x308830028"`.
+//! Serialises feature words as `"0x308830028"`.
 
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serializer};

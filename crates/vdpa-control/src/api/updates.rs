@@ -1,10 +1,10 @@
-//! Updates of clients, as the control interface shows them.
+//! Updates of clients, as the control API reports them.
 
 use serde::{Deserialize, Serialize};
 
 use super::Owner;
 
-/// Who owns a device, and how that came to be.
+/// The owner of a device, and the updates of its clients.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UpdateInfo {
     /// Device name.
@@ -12,21 +12,21 @@ pub struct UpdateInfo {
     /// The address space that owns it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub owner: Option<Owner>,
-    /// How often the owner was changed (`VHOST_NEW_OWNER`) since the device was created.
+    /// Number of changes of the owner (`VHOST_NEW_OWNER`) since the device was created.
     pub owner_changes: u64,
-    /// When it was changed last, in seconds since 1970-01-01 UTC.
+    /// Time of the last change of the owner, in seconds since 1970-01-01 UTC.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub owner_changed: Option<u64>,
     /// Updates that clients have reported as done. A client need not report any.
     pub updates: u64,
     /// Updates that clients have reported as rolled back.
     pub rolled_back: u64,
-    /// The last one reported.
+    /// The update that was reported last.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last: Option<LastUpdate>,
 }
 
-/// An update as its client has reported it: nothing in it was checked but its form.
+/// An update as its client has reported it. The daemon checks the format of a report, not its contents.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LastUpdate {
     /// When it was reported, in seconds since 1970-01-01 UTC.
@@ -44,14 +44,14 @@ pub struct LastUpdate {
     pub predecessor: i32,
     /// Process that has it.
     pub successor: i32,
-    /// How long no driver was there, in ns.
+    /// Downtime: how long no process drove the device, in ns.
     pub total_ns: u64,
-    /// How long preparing took, in ns.
+    /// Duration of the preparation, in ns.
     pub prepare_ns: u64,
-    /// Each phase of the switch by name, in ns, in the order in which they happen.
+    /// Phases of the switch in the order in which they happen: name, and duration in ns.
     pub phases_ns: Vec<(String, u64)>,
-    /// Mappings the device has.
+    /// Mappings of the device.
     pub mappings: u32,
-    /// Virtqueues it has.
+    /// Virtqueues of the device.
     pub queues: u32,
 }

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use vdpa_core::features::Features;
 
-/// Whether writes of a block device have to be stable when they are answered (virtio 1.2 section 5.2.5.2).
+/// Cache mode of a block device (virtio 1.2 section 5.2.5.2). Write-through: a write is stable when it is answered.
 #[derive(Debug, Default)]
 pub(crate) struct WriteCache(AtomicU8);
 
@@ -13,19 +13,19 @@ impl WriteCache {
     const WRITE_THROUGH: u8 = 1;
     const WRITE_BACK: u8 = 2;
 
-    /// What the driver has written into the field `writeback`: for every request that it makes from now on.
+    /// Stores what the driver has written into the configuration field `writeback`. Applies to requests that start later.
     pub(crate) fn set(&self, write_back: bool) {
         let mode = if write_back { Self::WRITE_BACK } else { Self::WRITE_THROUGH };
         self.0.store(mode, Ordering::Release);
     }
 
-    /// The driver has written nothing.
+    /// Forgets what the driver has written: the mode follows from the negotiated features again.
     pub(crate) fn reset(&self) {
         self.0.store(Self::AS_NEGOTIATED, Ordering::Release);
     }
 
-    /// Whether a write may be answered before it is stable, by a driver that has accepted `features`. One that has a flush
-    /// command is taken to use it until it says otherwise.
+    /// Whether a write may be answered before it is stable, for a driver that has accepted `features`. One that has
+    /// accepted the flush command is taken to use it until it writes `writeback`.
     pub(crate) fn is_write_back(&self, features: Features) -> bool {
         let mode = if features.has(Features::BLK_CONFIG_WCE) {
             self.0.load(Ordering::Acquire)

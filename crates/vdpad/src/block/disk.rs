@@ -1,4 +1,4 @@
-//! [`Disk`]: what a block device makes of requests, as operations of the kernel.
+//! [`Disk`]: what a kind of disk implements. It turns each request into I/O operations of the kernel.
 
 use std::sync::Arc;
 
@@ -9,54 +9,54 @@ use vdpa_sys::uring::{AlignedBuf, Buffers, FixedPiece, Op, OwnedBuf, Registrar};
 
 use vdpa_backend::worker::MemoryView;
 
-use super::claims::Claim;
+use super::range_lock::RangeLock;
 
-/// What a request comes to.
+/// The next step of a request.
 #[derive(Debug)]
-pub(crate) enum Verdict {
-    /// Answered: `written` bytes of data are in the client's buffers.
-    Done {
+pub(crate) enum Step {
+    /// Answer the request; `written` bytes of data are in the client's buffers.
+    Complete {
         /// The status byte.
         status: Status,
-        /// Bytes.
+        /// Bytes of data, without the status byte.
         written: u32,
     },
-    /// The kernel is to do this first.
-    Io {
-        /// What.
+    /// Submit an I/O operation, and continue when it has completed.
+    Submit {
+        /// The operation.
         op: Op,
-        /// What then.
-        after: After,
+        /// What to do with its result.
+        then: Continuation,
     },
-    /// As [`Io`](Self::Io), once no other request changes these bytes of the disk. The request has them to itself, as far
-    /// as it needs that, until it is answered or only waits for a flush.
-    Claimed(Box<Claimed>),
-    /// Client memory is out of reach: the request goes back, and the queue rests until the next kick.
+    /// As [`Submit`](Self::Submit), once the range of the disk is locked. The request holds the lock until it is answered
+    /// or only waits for a flush.
+    SubmitLocked(Box<LockedIo>),
+    /// Client memory is not mapped: put the request back, and leave the queue alone until the next kick.
     Unreachable,
-    /// No request at all: completed with length 0 and no status.
-    Misshapen {
-        /// Whether the client is told.
+    /// The chain is not a request: return it with length 0 and without a status.
+    Malformed {
+        /// Whether to signal the driver.
         notify: bool,
     },
 }
 
-/// See [`Verdict::Claimed`].
+/// See [`Step::SubmitLocked`].
 #[derive(Debug)]
-pub(crate) struct Claimed {
-    /// Which bytes.
-    pub(crate) claim: Claim,
-    /// What.
+pub(crate) struct LockedIo {
+    /// The lock that the operation needs.
+    pub(crate) lock: RangeLock,
+    /// The operation.
     pub(crate) op: Op,
-    /// What then.
-    pub(crate) after: After,
+    /// What to do with its result.
+    pub(crate) then: Continuation,
 }
 
-impl Verdict {
-    /// Bytes of the buffers that come with it.
+impl Step {
+    /// Bytes of bounce buffers that the step holds.
     pub(super) fn bounced(&self) -> u32 {
-        let (op, after) = match self {
-            Self::Io { op, after } => (op, after),
-            Self::Claimed(claimed) => (&claimed.op, &claimed.after),
+        let (op, then) = match self {
+            Self::Submit { op, then } => (op, then),
+            Self::SubmitLocked(io) => (&io.op, &io.then),
             _ => return 0,
         };
         let moved = match op {
@@ -64,145 +64,152 @@ impl Verdict {
             | Op::Write { buffers: Buffers::Owned(buffer), .. } => buffer.len(),
             _ => 0,
         };
-        let patched = if let After::Patch(patch) = after { patch.blocks.len() } else { 0 };
-        u32::try_from(moved + patched).unwrap_or(u32::MAX)
+        let modified = if let Continuation::ReadModifyWrite(io) = then { io.blocks.len() } else { 0 };
+        u32::try_from(moved + modified).unwrap_or(u32::MAX)
     }
 }
 
-/// What follows a completed I/O.
+/// What to do with the result of an I/O operation.
 #[derive(Debug)]
-pub(crate) enum After {
-    /// `len` bytes must have been moved; `written` of them into the client's memory.
+pub(crate) enum Continuation {
+    /// Data moved between the disk and the client's memory: check that it was `len` bytes.
     Transfer {
-        /// Expected.
+        /// Bytes expected.
         len: u32,
-        /// For the used element.
+        /// Bytes of them in the client's memory, for the used element.
         written: u32,
-        /// Make them stable before answering (write-through).
+        /// Make the data stable before the request is answered (write-through).
         sync: bool,
     },
-    /// `len` bytes that were copied from the client before must have been written.
-    CopiedIn {
-        /// Expected.
+    /// A bounce buffer was written, whose data came from the client earlier: check that it was `len` bytes.
+    BounceWrite {
+        /// Bytes expected.
         len: u32,
-        /// Make them stable before answering (write-through).
+        /// Make the data stable before the request is answered (write-through).
         sync: bool,
     },
-    /// The bytes from `skip` on go from a bounce buffer, which must have been filled, to the client.
-    CopyOut {
-        /// Destination.
+    /// A bounce buffer was read: check that it is full, and copy the bytes from `skip` on to the client.
+    BounceRead {
+        /// The client's buffers.
         to: Vec<Buffer>,
-        /// Bytes before those that were asked for.
+        /// Bytes of the buffer in front of those that were requested.
         skip: u32,
-        /// Bytes.
+        /// Bytes that were requested.
         len: u32,
     },
-    /// A block of the disk is completed: what was read is written back with changes.
-    Patch(Box<Patch>),
-    /// Nothing more than success counts.
-    Success {
-        /// Make it stable before answering.
+    /// A block of the disk was read, of which a part is to be overwritten: merge the two, then write them.
+    ReadModifyWrite(Box<ReadModifyWrite>),
+    /// Check that the operation has succeeded.
+    Check {
+        /// Make the data stable before the request is answered.
         sync: bool,
     },
-    /// A discard is a hint: a file system that cannot do it is no error.
-    Hint,
-    /// A part of a range is zero.
-    Zero(Box<Zero>),
+    /// A discard. It is a hint, so a file system that does not support it is not an error.
+    Discard,
+    /// A part of a range was zeroed: continue with the next part.
+    Zero(Box<ZeroRange>),
 }
 
-/// Bytes that are to be written in whole blocks of the disk, of which the first and the last are not known as a whole.
+/// Data that must be written in whole blocks of the disk, while its first and its last block are covered in part only. What is
+/// missing is read from the disk first.
 #[derive(Debug)]
-pub(crate) struct Patch {
-    /// The blocks, with what is to be written in its place.
+pub(crate) struct ReadModifyWrite {
+    /// The blocks, with the new data in its place.
     pub(crate) blocks: AlignedBuf,
-    /// Where they are on the disk, in bytes.
+    /// Offset of the blocks on the disk, in bytes.
     pub(crate) offset: u64,
-    /// What of them is known: bytes from here on ...
+    /// The bytes of `blocks` that are valid begin here ...
     pub(crate) first: usize,
-    /// ... up to here.
+    /// ... and end before this one.
     pub(crate) end: usize,
-    /// What follows when they are written.
-    pub(crate) then: After,
+    /// What to do with the result of the write.
+    pub(crate) then: Continuation,
 }
 
-/// How far a range has been zeroed.
+/// Progress of zeroing a range.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Zero {
+pub(crate) struct ZeroRange {
     /// First byte that the operation in flight zeroes.
     pub(crate) at: u64,
-    /// First byte behind those.
+    /// First byte behind that operation.
     pub(crate) next: u64,
-    /// What the operation is to report.
+    /// The result that the operation must report.
     pub(crate) expected: u32,
     /// First byte behind the range.
     pub(crate) end: u64,
-    /// How the file system does it (`FALLOC_FL_*`); `None` where it cannot, and zeros are written.
+    /// The mode of fallocate(2), `FALLOC_FL_*`; `None` where the file system does not support it, and zeros are written.
     pub(crate) mode: Option<i32>,
-    /// Make it stable before answering.
+    /// Make the zeros stable before the request is answered.
     pub(crate) sync: bool,
 }
 
-impl After {
-    /// Bytes in the client's buffers, if a request that has come to this result is over.
-    pub(super) fn ends(&self, result: Result<u32>) -> Option<u32> {
+impl Continuation {
+    /// The number of bytes in the client's buffers, if the request is complete with this result and needs no further step.
+    pub(super) fn completes(&self, result: Result<u32>) -> Option<u32> {
         match *self {
             Self::Transfer { len, written, sync: false } if result == Ok(len) => Some(written),
             _ => None,
         }
     }
 
-    /// Whether the client's buffers are in use until then.
-    pub(super) const fn moves_data(&self) -> bool {
-        matches!(self, Self::Transfer { .. } | Self::CopyOut { .. })
+    /// Whether the client's data buffers are accessed until then.
+    pub(super) const fn uses_data(&self) -> bool {
+        matches!(self, Self::Transfer { .. } | Self::BounceRead { .. })
     }
 }
 
-/// A read of a registered file into registered memory. Handed on by itself, not as a [`Verdict`]: it is what most requests
-/// come to, and copying what is many things costs as much as the rest of its start.
+/// A read of a registered file into registered memory (`IORING_OP_READ_FIXED`). Most requests are such reads. It is not a
+/// [`Step`], because moving that large enum costs as much as the rest of starting the request.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Direct {
+pub(crate) struct FixedRead {
     /// Slot of the file.
     pub(crate) file: u32,
-    /// Where the bytes go.
+    /// Where to put the data.
     pub(crate) to: FixedPiece,
-    /// Where they are, in bytes.
+    /// Offset in the file, in bytes.
     pub(crate) offset: u64,
 }
 
-/// What else there is to know when a request begins.
+/// What a disk must know when a request starts, beside the request.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Moment {
-    /// The driver asks for a flush where it needs one.
+pub(crate) struct RequestContext {
+    /// The driver sends a flush where it needs one (write-back), so writes need not be stable when they are answered.
     pub(crate) write_back: bool,
-    /// No other request waits in its queue.
+    /// No other request of this queue is waiting.
     pub(crate) alone: bool,
 }
 
-/// A disk as the worker uses it. Called from the worker's thread only.
+/// A kind of disk. Called on the worker's thread only; must not block for long.
 pub(crate) trait Disk: Send + 'static {
-    /// Before the first request: what is to be registered with the ring of the thread that serves the disk.
+    /// Registers files with the ring of the thread that serves the disk. Called once, before the first request.
     fn register(&mut self, _registrar: &Registrar) {}
 
-    /// The disk goes while some of its operations have not ended: nobody else may get what they use by its number.
+    /// Keeps the slots of registered files from being used again. Called when the disk is dropped while operations of it are in
+    /// flight, which still refer to these slots.
     fn abandon(&mut self) {}
 
-    /// What a request comes to, if it is no more than that read.
-    fn direct(&self, _request: &BlkRequest<'_>, _view: &MemoryView, _moment: Moment) -> Option<Direct> {
+    /// The read that carries out `request`, if one [`FixedRead`] is all that it needs.
+    fn fixed_read(
+        &self,
+        _request: &BlkRequest<'_>,
+        _view: &MemoryView,
+        _context: RequestContext,
+    ) -> Option<FixedRead> {
         None
     }
 
-    /// Looks at a request that is not [`direct`](Self::direct) and starts it.
-    fn begin(&mut self, request: &BlkRequest<'_>, view: &Arc<MemoryView>, moment: Moment) -> Verdict;
+    /// Starts a request for which [`fixed_read`](Self::fixed_read) has returned `None`.
+    fn start(&mut self, request: &BlkRequest<'_>, view: &Arc<MemoryView>, context: RequestContext) -> Step;
 
-    /// A chain that is no request.
-    fn misshapen(&mut self, error: &FramingError) -> Verdict;
+    /// Decides what to do with a chain that is not a request.
+    fn malformed(&mut self, error: &FramingError) -> Step;
 
-    /// An I/O of a request has completed. Disks that never answer [`Verdict::Io`] are never called.
-    fn proceed(
+    /// Continues a request whose I/O operation has completed. Never called for disks that submit none.
+    fn io_completed(
         &mut self,
-        after: After,
+        then: Continuation,
         result: Result<u32>,
         buffer: Option<OwnedBuf>,
         view: &Arc<MemoryView>,
-    ) -> Verdict;
+    ) -> Step;
 }

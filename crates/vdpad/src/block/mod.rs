@@ -1,20 +1,22 @@
-//! What the block devices have in common: requests of the driver, carried out by a [`Disk`] as operations of the kernel.
+//! What the block devices share: the driver's requests, which a [`Disk`] turns into I/O operations of the kernel.
 //!
 //! | module | what it does |
 //! |---|---|
 //! | `requests` | [`Requests`], the queue handler of a block device: from the ring to the disk and back |
-//! | `disk` | [`Disk`], what each kind of disk makes of a request |
+//! | `disk` | [`Disk`], what a kind of disk implements: the I/O operations of each request |
 //! | `pending` | a request in flight |
-//! | `claims` | bytes of the disk that operations in flight change |
-//! | `cache` | whether writes are to be stable when they are answered |
+//! | `range_lock` | locks on the bytes of the disk that operations in flight change |
+//! | `cache` | whether a write must be stable before it is answered |
 
 mod cache;
-mod claims;
 mod disk;
 mod pending;
+mod range_lock;
 mod requests;
 
 pub(crate) use cache::WriteCache;
-pub(crate) use claims::Claim;
-pub(crate) use disk::{After, Claimed, Direct, Disk, Moment, Patch, Verdict, Zero};
+pub(crate) use disk::{
+    Continuation, Disk, FixedRead, LockedIo, ReadModifyWrite, RequestContext, Step, ZeroRange,
+};
+pub(crate) use range_lock::RangeLock;
 pub(crate) use requests::Requests;

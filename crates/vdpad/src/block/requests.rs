@@ -1,6 +1,6 @@
-//! Serving a block device: every queue for itself, each request through a [`Disk`].
+//! [`Requests`]: the queue handler of a block device. Queues are served independently, each request by a [`Disk`].
 
-mod turn;
+mod batch;
 
 use std::sync::Arc;
 
@@ -11,38 +11,38 @@ use vdpa_core::types::{Asid, Result};
 use vdpa_sys::uring::{Op, OwnedBuf};
 
 use super::cache::WriteCache;
-use super::claims::{Claim, Claims};
-use super::disk::{After, Claimed, Direct, Disk, Moment, Verdict};
-use super::pending::{Data, Pending};
+use super::disk::{Continuation, Disk, FixedRead, LockedIo, RequestContext, Step};
+use super::pending::{DataBuffers, Pending};
+use super::range_lock::{RangeLock, RangeLocks};
 
-/// Operations in flight of one device. The kernel gives an operation that may block a thread, of which a worker's ring has
-/// [`IOWQ_WORKERS_MAX`](vdpa_backend::worker::IOWQ_WORKERS_MAX): a disk that hangs must leave some to its neighbours.
+/// Operations in flight of one device at most. The kernel runs operations that may block on threads, of which the ring of a
+/// worker has [`IOWQ_WORKERS_MAX`](vdpa_backend::worker::IOWQ_WORKERS_MAX): a disk that hangs must leave some to the other devices.
 const IN_FLIGHT_MAX: usize = 256;
 
-/// Bytes of bounce buffers of one device beyond which it takes no further requests. Each may need as many as a transfer has
-/// at most, and a client may make all of its requests need them.
+/// Bytes of bounce buffers of one device from which on it takes no further requests. A request may need as many as the largest
+/// transfer has, and a client can make every request need them.
 const BOUNCED_MAX: usize = 64 << 20;
 
-/// What an operation is for.
+/// The requests that an operation in flight belongs to.
 enum InFlight {
-    One((Pending, After)),
-    /// A flush, for all of these.
-    Flush(Vec<(Pending, After)>),
+    Single((Pending, Continuation)),
+    /// A flush, which several requests share.
+    Flush(Vec<(Pending, Continuation)>),
 }
 
-/// A request whose next operation is known, and is not to be started yet.
+/// A request with its next operation, which is not submitted yet.
 struct Ready {
     pending: Pending,
     op: Op,
-    after: After,
+    then: Continuation,
 }
 
-/// The answer to a request for a disk that is gone.
-const GONE: Verdict = Verdict::Done { status: Status::IoErr, written: 0 };
+/// The answer to a request whose disk was removed ([`QueueHandler::fail`]).
+const DISK_REMOVED: Step = Step::Complete { status: Status::IoErr, written: 0 };
 
-/// The logic of a block device.
+/// The queue handler of a block device.
 pub(crate) struct Requests<D: Disk> {
-    /// `None` once it was taken away.
+    /// `None` once the disk was removed.
     disk: Option<D>,
     cache: Arc<WriteCache>,
     registered: bool,
@@ -50,24 +50,23 @@ pub(crate) struct Requests<D: Disk> {
     free: Vec<u32>,
     /// A flush of the disk is in flight.
     flushing: bool,
-    /// Requests that wait for the next one: what was written before the present one began is all that it is sure to
-    /// cover.
-    waiting: Vec<(Pending, After)>,
-    /// It.
+    /// Requests that wait for the next flush: the one in flight covers only what was written before it was submitted.
+    waiting: Vec<(Pending, Continuation)>,
+    /// The operation of the next flush, if requests wait for one.
     next_flush: Option<Op>,
-    /// Bytes of the disk that are being changed, and requests that wait for some.
-    claims: Claims<Ready>,
-    /// Requests that have waited for bytes of the disk and can go on.
+    /// Locks on bytes of the disk, and the requests that wait for one.
+    locks: RangeLocks<Ready>,
+    /// Requests that have waited for a lock and hold it now.
     ready: Vec<Ready>,
-    /// Bytes of the bounce buffers of all of these.
+    /// Bytes of bounce buffers that all requests hold.
     bounced: usize,
-    /// Where requests are taken to.
+    /// Where chains are popped to; kept to reuse their memory.
     chains: [Chain; 2],
 }
 
 impl<D: Disk> QueueHandler for Requests<D> {
     fn retry_on_map_change(&self) -> bool {
-        // A request that was put back because its memory was out of reach may be in reach now.
+        // A request that was put back because its memory was not mapped may succeed now.
         true
     }
 
@@ -83,7 +82,7 @@ impl<D: Disk> QueueHandler for Requests<D> {
                 let more = match self.serve_queue(queues, index, &mut queue) {
                     Ok(more) => more,
                     Err(error) => {
-                        // What was answered before is to be seen; a ring that is not to be had any more has nothing.
+                        // Publish the answers so far. An error of a ring that cannot be accessed any more is the one below.
                         let _ = queues.publish(&mut queue);
                         queues.ring_failed(index, &mut queue, error)
                     }
@@ -96,26 +95,26 @@ impl<D: Disk> QueueHandler for Requests<D> {
     }
 
     fn complete(&mut self, queues: &mut Queues, slot: u32, result: Result<u32>, buffer: Option<OwnedBuf>) {
-        let Some(place) = self.pending.get_mut(slot as usize) else { return };
-        if let Some(InFlight::One((pending, after))) = place
-            && let Some(written) = after.ends(result)
-            && pending.has_nothing()
+        let Some(entry) = self.pending.get_mut(slot as usize) else { return };
+        if let Some(InFlight::Single((pending, then))) = entry
+            && let Some(written) = then.completes(result)
+            && pending.holds_no_resources()
             && self.disk.is_some()
         {
-            // Where it lies: moving it costs as much as the rest.
-            answer_request(queues, None, pending, Status::Ok, written);
-            *place = None;
+            // Completed in its slot, because moving the request out of it costs as much as the rest of this path.
+            complete_request(queues, None, pending, Status::Ok, written);
+            *entry = None;
             self.free.push(slot);
             return;
         }
-        let Some(ended) = place.take() else { return };
+        let Some(ended) = entry.take() else { return };
         self.free.push(slot);
         match ended {
-            InFlight::One((pending, after)) => self.go_on(queues, pending, after, result, buffer),
+            InFlight::Single((pending, then)) => self.continue_request(queues, pending, then, result, buffer),
             InFlight::Flush(all) => {
                 self.flushing = false;
-                for (pending, after) in all {
-                    self.go_on(queues, pending, after, result, None);
+                for (pending, then) in all {
+                    self.continue_request(queues, pending, then, result, None);
                 }
                 if let Some(op) = self.next_flush.take_if(|_| !self.flushing) {
                     let all = std::mem::take(&mut self.waiting);
@@ -128,30 +127,29 @@ impl<D: Disk> QueueHandler for Requests<D> {
 
     fn has_room(&self) -> bool {
         self.bounced < BOUNCED_MAX
-            && self.in_flight() + self.claims.waiting_len() + self.ready.len() < IN_FLIGHT_MAX
+            && self.in_flight() + self.locks.waiting_len() + self.ready.len() < IN_FLIGHT_MAX
     }
 
     fn uses(&self, queues: &Queues, invalidation: &Invalidation) -> bool {
         let in_flight = self.pending.iter().flatten().flat_map(|in_flight| match in_flight {
-            InFlight::One(one) => std::slice::from_ref(one),
+            InFlight::Single(one) => std::slice::from_ref(one),
             InFlight::Flush(all) => all,
         });
-        let not_started =
-            self.claims.waiting().chain(&self.ready).map(|ready| (&ready.pending, &ready.after));
-        let started = in_flight.chain(&self.waiting).map(|(pending, after)| (pending, after));
-        started.chain(not_started).any(|(pending, after)| {
+        let not_started = self.locks.waiting().chain(&self.ready).map(|ready| (&ready.pending, &ready.then));
+        let started = in_flight.chain(&self.waiting).map(|(pending, then)| (pending, then));
+        started.chain(not_started).any(|(pending, then)| {
             queues.asid(pending.queue) == Some(invalidation.asid())
                 && !Arc::ptr_eq(&pending.view, invalidation.view())
-                && pending.uses(after, invalidation.removed())
+                && pending.uses(then, invalidation.removed())
         })
     }
 
     fn replace_views(&mut self, queues: &Queues, asid: Asid, view: &Arc<MemoryView>) {
         let in_flight = self.pending.iter_mut().flatten().flat_map(|in_flight| match in_flight {
-            InFlight::One(one) => std::slice::from_mut(one),
+            InFlight::Single(one) => std::slice::from_mut(one),
             InFlight::Flush(all) => all,
         });
-        let not_started = self.claims.waiting_mut().chain(&mut self.ready).map(|ready| &mut ready.pending);
+        let not_started = self.locks.waiting_mut().chain(&mut self.ready).map(|ready| &mut ready.pending);
         in_flight
             .chain(&mut self.waiting)
             .map(|(pending, _)| pending)
@@ -181,7 +179,7 @@ impl<D: Disk> Requests<D> {
         self.pending.len() - self.free.len()
     }
 
-    /// `cache` is what the device's configuration space says of its write cache.
+    /// `cache` is shared with the configuration space of the device.
     pub(crate) fn new(disk: D, cache: Arc<WriteCache>) -> Self {
         Self {
             disk: Some(disk),
@@ -192,16 +190,16 @@ impl<D: Disk> Requests<D> {
             flushing: false,
             waiting: Vec::new(),
             next_flush: None,
-            claims: Claims::default(),
+            locks: RangeLocks::default(),
             ready: Vec::new(),
             bounced: 0,
             chains: Default::default(),
         }
     }
 
-    /// Starts one request, `alone` if no other one waits. One that cannot be served as a request is left to the caller, with
-    /// what is wrong with it.
-    fn begin(
+    /// Starts one request; `alone` if no other one is waiting. Returns [`Step::Unreachable`] or [`Step::Malformed`] for a
+    /// chain that cannot be started and that the caller must return.
+    fn start_request(
         &mut self,
         queues: &mut Queues,
         index: u16,
@@ -209,152 +207,149 @@ impl<D: Disk> Requests<D> {
         view: &Arc<MemoryView>,
         chain: &Chain,
         alone: bool,
-    ) -> Option<Verdict> {
+    ) -> Option<Step> {
         let request = match BlkRequest::parse(view.snapshot(), chain) {
             Ok(request) => request,
             Err(error) => {
-                let verdict = match (&mut self.disk, &error) {
-                    (Some(disk), _) => disk.misshapen(&error),
-                    (None, FramingError::Fault(_)) => Verdict::Unreachable,
-                    (None, _) => Verdict::Misshapen { notify: true },
+                let step = match (&mut self.disk, &error) {
+                    (Some(disk), _) => disk.malformed(&error),
+                    (None, FramingError::Fault(_)) => Step::Unreachable,
+                    (None, _) => Step::Malformed { notify: true },
                 };
                 queues.log_error(index, &error);
-                return Some(verdict);
+                return Some(step);
             }
         };
-        let moment = Moment { write_back: self.cache.is_write_back(queue.setup().features), alone };
-        if let Some(direct) = self.disk.as_ref().and_then(|disk| disk.direct(&request, view, moment)) {
-            let pending = Pending::new(index, chain.head, &request, Data::of(&request), view);
-            self.read(queues, queue, pending, direct);
+        let context = RequestContext { write_back: self.cache.is_write_back(queue.setup().features), alone };
+        if let Some(read) = self.disk.as_ref().and_then(|disk| disk.fixed_read(&request, view, context)) {
+            let data = DataBuffers::of(&request);
+            let pending = Pending::new(index, chain.head, &request, data, view);
+            self.submit_fixed_read(queues, queue, pending, read);
             return None;
         }
-        let verdict = match &mut self.disk {
-            Some(disk) => disk.begin(&request, view, moment),
-            None => GONE,
+        let step = match &mut self.disk {
+            Some(disk) => disk.start(&request, view, context),
+            None => DISK_REMOVED,
         };
-        if matches!(verdict, Verdict::Unreachable | Verdict::Misshapen { .. }) {
-            return Some(verdict);
+        if matches!(step, Step::Unreachable | Step::Malformed { .. }) {
+            return Some(step);
         }
         queue.request_started();
-        let data = match verdict {
-            Verdict::Io { .. } | Verdict::Claimed(_) => Data::of(&request),
-            _ => Data::default(),
+        let data = match step {
+            Step::Submit { .. } | Step::SubmitLocked(_) => DataBuffers::of(&request),
+            _ => DataBuffers::default(),
         };
         let mut pending = Pending::new(index, chain.head, &request, data, view);
-        pending.bounced = verdict.bounced();
+        pending.bounced = step.bounced();
         self.bounced += pending.bounced as usize;
-        self.carry_out(queues, Some(queue), pending, verdict);
+        self.run_step(queues, Some(queue), pending, step);
         None
     }
 
-    /// Follows a verdict: answers the request or starts its next I/O. `queue` is given while it is out of its
-    /// place.
-    fn carry_out(
-        &mut self,
-        queues: &mut Queues,
-        queue: Option<&mut Queue>,
-        mut pending: Pending,
-        verdict: Verdict,
-    ) {
-        let (status, written) = match verdict {
-            Verdict::Io { op: op @ Op::Fsync { .. }, after } => {
-                // The bytes are changed; they only have to become stable.
+    /// Carries out a step: answers the request or submits its next I/O. `queue` is the request's queue if the caller has
+    /// taken it out of `queues`.
+    fn run_step(&mut self, queues: &mut Queues, queue: Option<&mut Queue>, mut pending: Pending, step: Step) {
+        let (status, written) = match step {
+            Step::Submit { op: op @ Op::Fsync { .. }, then } => {
+                // The bytes are changed and only have to become stable, which needs no lock.
                 self.release(&mut pending);
                 if self.flushing {
-                    self.waiting.push((pending, after));
+                    self.waiting.push((pending, then));
                     self.next_flush = Some(op);
                 } else {
-                    self.flush(queues, queue, op, vec![(pending, after)]);
+                    self.flush(queues, queue, op, vec![(pending, then)]);
                 }
                 return;
             }
-            Verdict::Io { op, after } => return self.start(queues, queue, Ready { pending, op, after }),
-            Verdict::Claimed(claimed) => {
-                let Claimed { claim, op, after } = *claimed;
-                if let Some(ready) = self.claim(claim, Ready { pending, op, after }) {
-                    self.start(queues, queue, ready);
+            Step::Submit { op, then } => return self.submit_io(queues, queue, Ready { pending, op, then }),
+            Step::SubmitLocked(io) => {
+                let LockedIo { lock, op, then } = *io;
+                if let Some(ready) = self.lock(lock, Ready { pending, op, then }) {
+                    self.submit_io(queues, queue, ready);
                 }
                 return;
             }
-            Verdict::Done { status, written } => (status, written),
-            Verdict::Unreachable | Verdict::Misshapen { .. } => (Status::IoErr, 0),
+            Step::Complete { status, written } => (status, written),
+            Step::Unreachable | Step::Malformed { .. } => (Status::IoErr, 0),
         };
         self.release(&mut pending);
-        answer_request(queues, queue, &pending, status, written);
+        complete_request(queues, queue, &pending, status, written);
     }
 
-    /// Starts the next operation of a request.
+    /// Submits the next operation of a request.
     #[inline]
-    fn start(&mut self, queues: &mut Queues, queue: Option<&mut Queue>, ready: Ready) {
-        let Ready { pending, op, after } = ready;
-        if let Some(InFlight::One((mut back, _))) = self.submit(queues, op, InFlight::One((pending, after))) {
+    fn submit_io(&mut self, queues: &mut Queues, queue: Option<&mut Queue>, ready: Ready) {
+        let Ready { pending, op, then } = ready;
+        if let Some(InFlight::Single((mut back, _))) =
+            self.submit(queues, op, InFlight::Single((pending, then)))
+        {
             self.release(&mut back);
-            answer_request(queues, queue, &back, Status::IoErr, 0);
+            complete_request(queues, queue, &back, Status::IoErr, 0);
         }
     }
 
-    /// Starts what has waited for bytes of the disk and can go on. All queues are in their places.
+    /// Submits the operations of requests that have waited for a lock. All queues must be in `queues`.
     fn start_ready(&mut self, queues: &mut Queues) {
         while let Some(ready) = self.ready.pop() {
-            self.start(queues, None, ready);
+            self.submit_io(queues, None, ready);
         }
     }
 
-    /// Gives a request the bytes of the disk that it is going to change; `None` if it has to wait for them.
-    fn claim(&mut self, claim: Claim, ready: Ready) -> Option<Ready> {
-        let (id, mut ready) = self.claims.ask(claim, ready)?;
-        ready.pending.claim = Some(id);
+    /// Locks the bytes of the disk that a request is going to change; `None` if the request has to wait for them.
+    fn lock(&mut self, lock: RangeLock, ready: Ready) -> Option<Ready> {
+        let (id, mut ready) = self.locks.acquire(lock, ready)?;
+        ready.pending.lock = Some(id);
         Some(ready)
     }
 
-    /// A request needs no bounce buffers and changes no bytes of the disk any more. What has waited for those is started
-    /// later, not from here: that may go on in the same way for ever.
+    /// Releases the bounce buffers and the lock of a request. Requests that have waited for the lock become ready. They are
+    /// not started from here: one that fails at once would release its own lock, and so on, in unbounded recursion.
     fn release(&mut self, pending: &mut Pending) {
         self.bounced -= std::mem::take(&mut pending.bounced) as usize;
-        let Some(id) = pending.claim.take() else { return };
-        for (id, mut ready) in self.claims.release(id) {
-            ready.pending.claim = Some(id);
+        let Some(id) = pending.lock.take() else { return };
+        for (id, mut ready) in self.locks.release(id) {
+            ready.pending.lock = Some(id);
             self.ready.push(ready);
         }
     }
 
-    /// Goes on with a request whose I/O has ended.
-    fn go_on(
+    /// Continues a request whose I/O has completed.
+    fn continue_request(
         &mut self,
         queues: &mut Queues,
         pending: Pending,
-        after: After,
+        then: Continuation,
         result: Result<u32>,
         buffer: Option<OwnedBuf>,
     ) {
         if let Err(error) = result {
             queues.log_error(pending.queue, &error);
         }
-        let verdict = match &mut self.disk {
-            Some(disk) => disk.proceed(after, result, buffer, &pending.view),
-            None => GONE,
+        let step = match &mut self.disk {
+            Some(disk) => disk.io_completed(then, result, buffer, &pending.view),
+            None => DISK_REMOVED,
         };
-        self.carry_out(queues, None, pending, verdict);
+        self.run_step(queues, None, pending, step);
     }
 
-    /// Starts a flush for all of these.
+    /// Submits one flush for all of these requests.
     fn flush(
         &mut self,
         queues: &mut Queues,
         mut queue: Option<&mut Queue>,
         op: Op,
-        all: Vec<(Pending, After)>,
+        all: Vec<(Pending, Continuation)>,
     ) {
         self.flushing = true;
         if let Some(InFlight::Flush(all)) = self.submit(queues, op, InFlight::Flush(all)) {
             self.flushing = false;
             for (pending, _) in all {
-                answer_request(queues, queue.as_deref_mut(), &pending, Status::IoErr, 0);
+                complete_request(queues, queue.as_deref_mut(), &pending, Status::IoErr, 0);
             }
         }
     }
 
-    /// A slot for an operation.
+    /// Allocates a slot for an operation.
     fn slot(&mut self) -> u32 {
         self.free.pop().unwrap_or_else(|| {
             self.pending.push(None);
@@ -362,43 +357,50 @@ impl<D: Disk> Requests<D> {
         })
     }
 
-    /// Starts a read of which nothing else is to be kept.
+    /// Submits a read for which nothing but the request itself must be kept.
     #[inline]
-    fn read(&mut self, queues: &mut Queues, queue: &mut Queue, pending: Pending, direct: Direct) {
+    fn submit_fixed_read(
+        &mut self,
+        queues: &mut Queues,
+        queue: &mut Queue,
+        pending: Pending,
+        read: FixedRead,
+    ) {
         queue.request_started();
         let slot = self.slot();
-        if let Err(error) = queues.read_fixed(direct.file, direct.to, direct.offset, slot) {
+        if let Err(error) = queues.read_fixed(read.file, read.to, read.offset, slot) {
             self.free.push(slot);
             queues.log_error(pending.queue, &error);
-            return answer_request(queues, Some(queue), &pending, Status::IoErr, 0);
+            return complete_request(queues, Some(queue), &pending, Status::IoErr, 0);
         }
-        let len = u32::try_from(direct.to.piece.len).unwrap_or(u32::MAX);
-        if let Some(place) = self.pending.get_mut(slot as usize) {
-            *place = Some(InFlight::One((pending, After::Transfer { len, written: len, sync: false })));
+        let len = u32::try_from(read.to.piece.len).unwrap_or(u32::MAX);
+        if let Some(entry) = self.pending.get_mut(slot as usize) {
+            *entry =
+                Some(InFlight::Single((pending, Continuation::Transfer { len, written: len, sync: false })));
         }
     }
 
-    /// Hands an operation to the ring; gives back what it is for when it is not taken.
-    fn submit(&mut self, queues: &mut Queues, op: Op, what: InFlight) -> Option<InFlight> {
+    /// Submits an operation to io_uring. Returns `owner`, the requests that it belongs to, if that fails.
+    fn submit(&mut self, queues: &mut Queues, op: Op, owner: InFlight) -> Option<InFlight> {
         let slot = self.slot();
         if let Err(error) = queues.submit(op, slot) {
             self.free.push(slot);
-            let queue = match &what {
-                InFlight::One((pending, _)) => pending.queue,
+            let queue = match &owner {
+                InFlight::Single((pending, _)) => pending.queue,
                 InFlight::Flush(all) => all.first().map_or(0, |(pending, _)| pending.queue),
             };
             queues.log_error(queue, &error);
-            return Some(what);
+            return Some(owner);
         }
-        if let Some(place) = self.pending.get_mut(slot as usize) {
-            *place = Some(what);
+        if let Some(entry) = self.pending.get_mut(slot as usize) {
+            *entry = Some(owner);
         }
         None
     }
 }
 
-/// Writes the status and the used element of a request. The driver sees them with the next publication.
-fn answer_request(
+/// Writes the status byte and the used element of a request. The driver sees them when the used index is published next.
+fn complete_request(
     queues: &mut Queues,
     queue: Option<&mut Queue>,
     pending: &Pending,
@@ -407,14 +409,14 @@ fn answer_request(
 ) {
     let data_out = if status == Status::Ok { pending.data_out } else { 0 };
     queues.count_request(pending.queue, u64::from(data_out) + u64::from(written), status != Status::Ok);
-    let told = pending.view.snapshot().write(pending.status, &[status.byte()]);
+    let status_written = pending.view.snapshot().write(pending.status, &[status.byte()]);
     let queue = match queue {
         Some(queue) => Some(queue),
         None => queues.get_mut(pending.queue),
     };
     let Some(queue) = queue else { return };
     queue.request_ended();
-    let len = if told.is_ok() { written.saturating_add(1) } else { 0 };
+    let len = if status_written.is_ok() { written.saturating_add(1) } else { 0 };
     let pushed = match queue.resolved() {
         Some(ring) => ring.push_used(pending.head, len),
         None => Ok(()),

@@ -1,4 +1,4 @@
-//! [`Backend`]: what answers the control interface.
+//! [`Backend`]: the operations of the control API.
 
 use std::fmt::Debug;
 
@@ -7,22 +7,22 @@ use vdpa_control::api::{
 };
 use vdpa_control::config::DevConfig;
 
-/// Answers the control interface; the bus implements it.
+/// The operations of the control API. The bus implements them.
 ///
-/// Called from several threads at once, never from the one that serves the socket, so every method may block.
-/// A caller that waits longer than [`Limits::backend`](super::server::Limits::backend) is told so, while the
-/// method runs on: whatever it does must be complete or undone when it returns, whether or not anybody listens.
+/// Called from several threads at once, but never from the thread that serves the socket, so every method may block.
+/// After [`Limits::backend`](super::server::Limits::backend) the caller gets `ETIMEDOUT` while the method runs on, so a method
+/// must complete or undo what it does even if nobody gets its result.
 pub trait Backend: Debug + Send + Sync + 'static {
     /// Every management device, in a stable order.
     ///
     /// # Errors
-    /// What keeps the backend from answering at all.
+    /// None at present: no device is asked.
     fn mgmtdevs(&self) -> Result<Vec<MgmtDev>, CtlError>;
 
     /// Every device, in order of creation.
     ///
     /// # Errors
-    /// What keeps the backend from answering at all.
+    /// `EBUSY` when a device does not answer in time.
     fn devices(&self) -> Result<Vec<DevInfo>, CtlError>;
 
     /// One device.
@@ -31,8 +31,7 @@ pub trait Backend: Debug + Send + Sync + 'static {
     /// `ENODEV` for an unknown name: [`CtlError::no_device`].
     fn device(&self, name: &str) -> Result<DevInfo, CtlError>;
 
-    /// The configuration of one device. Must not write the device's features, unlike a client's `GET_CONFIG`
-    /// (uapi-spec 7.3).
+    /// The configuration of one device. Must not change the device's features, as a client's `GET_CONFIG` does (uapi-spec 7.3).
     ///
     /// # Errors
     /// `ENODEV`; `EOPNOTSUPP` for a device that is neither network nor block.
@@ -41,17 +40,17 @@ pub trait Backend: Debug + Send + Sync + 'static {
     /// Vendor statistics of one queue.
     ///
     /// # Errors
-    /// In this order (uapi-spec 7.3): `ENODEV`; `EOPNOTSUPP` for a device that is not a network device; `ERANGE` for
-    /// an index above [`VSTATS_INDEX_MAX`](vdpa_control::api::VSTATS_INDEX_MAX); `EAGAIN` before FEATURES_OK; what the parent says.
+    /// Checked in this order (uapi-spec 7.3): `ENODEV`; `EOPNOTSUPP` for a device that is not a network device; `ERANGE` for an
+    /// index above [`VSTATS_INDEX_MAX`](vdpa_control::api::VSTATS_INDEX_MAX); `EAGAIN` before FEATURES_OK; the errno of the parent.
     fn vstats(&self, name: &str, queue_index: u32) -> Result<QueueVstats, CtlError>;
 
-    /// Who owns each device, and what is known of its updates, in order of creation.
+    /// The owner of each device and the updates of its clients, in order of creation.
     ///
     /// # Errors
-    /// What keeps the backend from answering at all.
+    /// `EBUSY` when a device does not answer in time.
     fn updates(&self) -> Result<Vec<UpdateInfo>, CtlError>;
 
-    /// The same of one device.
+    /// The owner of one device and the updates of its clients.
     ///
     /// # Errors
     /// `ENODEV`.
@@ -61,21 +60,21 @@ pub trait Backend: Debug + Send + Sync + 'static {
     ///
     /// # Errors
     /// As the kernel's DEV_NEW (uapi-spec 7.3): `ENODEV` for an unknown management device, `EOPNOTSUPP` for an
-    /// attribute it does not know, `EINVAL` for a bad value, `EEXIST` for a name in use.
+    /// attribute it does not know, `EINVAL` for an invalid value, `EEXIST` for a name in use.
     fn add(&self, request: AddRequest) -> Result<(), CtlError>;
 
-    /// Changes attributes of a device. One of a management device without network devices is left as it is, with a
+    /// Changes attributes of a device. If its management device has no network devices, nothing changes and the answer has a
     /// warning, as in the kernel.
     ///
     /// # Errors
-    /// As the kernel's DEV_ATTR_SET (uapi-spec 7.3): `ENODEV`; `EOPNOTSUPP` without an address, for one that no device
-    /// can have, and for a device that cannot change its own.
+    /// As the kernel's DEV_ATTR_SET (uapi-spec 7.3): `ENODEV`; `EOPNOTSUPP` without an address, for an invalid address, and for a
+    /// device whose address cannot be changed.
     fn set(&self, name: &str, request: SetRequest) -> Result<SetAnswer, CtlError>;
 
-    /// Removes a device. A device that a client holds open is `EBUSY` unless `force`, which takes it away. When its disk does not
-    /// answer within 5 s that is `ETIMEDOUT`: the device is gone, and what is behind it is free when the disk has answered.
+    /// Deletes a device. With `force`, a device that a client holds open is revoked from it.
     ///
     /// # Errors
-    /// `ENODEV`, `EBUSY`.
+    /// `ENODEV`; `EBUSY` for a device that is open, without `force`; `ETIMEDOUT` when its disk does not answer within 5 s: the
+    /// device is deleted then, and its backing file is released when the disk has answered.
     fn delete(&self, name: &str, force: bool) -> Result<(), CtlError>;
 }

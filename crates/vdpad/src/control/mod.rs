@@ -1,4 +1,4 @@
-//! The control interface: HTTP and JSON on a Unix socket (docs/control-api.md). Its types are in [`vdpa_control`].
+//! The server of the control API: HTTP and JSON on a Unix socket (docs/control-api.md). The types are in [`vdpa_control`].
 //!
 //! ```text
 //!  control.sock --> Server --> dyn Backend (the bus)

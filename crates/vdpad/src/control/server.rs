@@ -1,7 +1,7 @@
-//! [`Server`]: the control interface on its socket.
+//! [`Server`]: serves the control API on its socket.
 //!
-//! The server has one thread for all connections; the backend's methods run on other threads, so a slow one
-//! (removing a device may wait for its requests) holds up nobody but its caller.
+//! One thread serves all connections. The methods of the backend run on other threads, so a slow one delays its caller only
+//! (deleting a device can wait for its requests).
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -23,20 +23,20 @@ mod socket;
 pub use socket::BindError;
 use socket::SocketFile;
 
-/// What one request or connection may cost the daemon.
+/// Limits on requests and connections.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Time for the head of a request, and so for an idle connection.
+    /// Time for the head of a request; an idle connection is closed after it.
     pub head: Duration,
     /// Time for the body of a request.
     pub body: Duration,
-    /// Bytes of the body of a request.
+    /// Most bytes of the body of a request.
     pub body_bytes: usize,
-    /// Time for the backend to answer; the caller then gets `ETIMEDOUT` and the backend goes on.
+    /// Time for a call of the backend; after it the caller gets `ETIMEDOUT`, and the call runs on.
     pub backend: Duration,
-    /// Connections at a time; further ones wait.
+    /// Most connections at a time; further ones wait.
     pub connections: usize,
-    /// Calls of the backend at a time; further ones wait.
+    /// Most calls of the backend at a time; further ones wait.
     pub calls: usize,
     /// Time for requests in progress when the server shuts down.
     pub shutdown: Duration,
@@ -67,7 +67,7 @@ pub struct Server {
 /// Why the server did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// The socket could not be had.
+    /// The socket could not be bound.
     #[error(transparent)]
     Bind(#[from] BindError),
     /// The system refused a thread, an epoll instance or the like.
@@ -78,11 +78,11 @@ pub enum StartError {
 impl Server {
     /// Serves `backend` on a Unix socket at `path`, under [`Limits::default`].
     ///
-    /// The socket file has mode 0600; one that a dead daemon left is replaced. When this returns, clients can
+    /// The socket file has mode 0600. The socket of a daemon that has ended is replaced. When this returns, clients can
     /// connect.
     ///
     /// # Errors
-    /// [`StartError`]; a socket on which somebody answers is [`BindError::InUse`].
+    /// [`StartError`]; a socket on which a daemon listens is [`BindError::InUse`].
     pub fn start(path: &Path, backend: Arc<dyn Backend>) -> Result<Self, StartError> {
         Self::start_limited(path, backend, Limits::default())
     }
@@ -108,7 +108,7 @@ impl Server {
             .name("ctl".into())
             .spawn(move || {
                 runtime.block_on(serve(listener, file, backend, limits, stopped));
-                // A call that hangs in the backend must not hang the shutdown.
+                // Does not wait for calls of the backend, which may hang.
                 runtime.shutdown_background();
             })
             .map_err(StartError::Thread)?;
@@ -121,14 +121,13 @@ impl Server {
         &self.path
     }
 
-    /// Accepts no more requests, waits at most [`Limits::shutdown`] for those in progress, and removes the
-    /// socket file.
+    /// Stops accepting requests, removes the socket file, and waits at most [`Limits::shutdown`] for requests in progress.
     pub fn shutdown(mut self) {
         self.join();
     }
 
     fn join(&mut self) {
-        // Dropping the sender is the signal; the thread may be gone already.
+        // Dropping the sender is the signal to stop; the thread may have ended already.
         drop(self.stop.take());
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
@@ -171,7 +170,7 @@ async fn serve(
                 });
             }
             Err(error) => {
-                // Out of descriptors, most likely: they come back when connections end.
+                // Most likely out of file descriptors, which become available when connections end.
                 tracing::warn!(%error, "cannot accept a control connection");
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }

@@ -1,4 +1,4 @@
-//! The devices this daemon can make, and the management devices that make them.
+//! The devices that this daemon can create, and the management devices that create them.
 
 pub(crate) mod blk;
 mod net_attrs;
@@ -15,26 +15,61 @@ use vdpa_control::api::{Attrs, CtlError, MgmtDev};
 
 pub(crate) use net_attrs::{NetAttr, NetAttrs};
 
-/// Makes devices of one kind: the place of the kernel's `vdpa_mgmt_dev`.
+/// Creates devices of one kind, as `vdpa_mgmt_dev` does in the kernel.
 pub(crate) trait MgmtDevice: Debug + Send + Sync {
-    /// What `mgmtdev show` tells.
+    /// What `mgmtdev show` reports.
     fn describe(&self) -> MgmtDev;
 
-    /// Which of the attributes that the kernel's netlink family knows can be given to its devices.
+    /// The attributes of the kernel's netlink family that its devices take.
     fn net_attrs(&self) -> &'static [NetAttr] {
         &[]
     }
 
-    /// Makes a device called `name`, whose rings are served by a thread of `pool`. May block on files and threads; nothing is left behind on an error.
+    /// Creates a device called `name`, whose rings are served by a thread of `pool`. May block on files and threads. Leaves nothing
+    /// behind on an error.
     ///
     /// # Errors
-    /// `EOPNOTSUPP` for an unknown attribute, `EINVAL` for a bad value, else what the device needs and could not
-    /// get.
+    /// `EOPNOTSUPP` for an unknown attribute, `EINVAL` for an invalid value, else the errno of the file or thread that the device
+    /// needs and did not get.
     fn create(&self, name: &str, attrs: &Attrs, pool: &WorkerPool) -> Result<AnyParent, CtlError>;
 }
 
-/// All management devices, in the order in which they are shown.
+/// All management devices, in the order in which `mgmtdev show` lists them.
 #[must_use]
 pub(crate) fn mgmt_devices() -> Vec<Box<dyn MgmtDevice>> {
     vec![Box::new(blk::BlkMgmt), Box::new(sim_blk::SimBlkMgmt), Box::new(sim_net::SimNetMgmt)]
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    /// In docs/vdpactl.md, the table of attributes: the names, and the devices that take each.
+    #[test]
+    fn every_attribute_is_documented() {
+        let document = include_str!("../../../../docs/vdpactl.md");
+        let rows = document.lines().skip_while(|line| !line.starts_with("| Attribute | Devices |")).skip(2);
+        let documented: BTreeSet<_> = rows
+            .take_while(|line| line.starts_with('|'))
+            .flat_map(|row| {
+                let mut cells = row.trim_start_matches("| `").split([' ', '`']);
+                let (name, rest) = (cells.next().unwrap(), row.split(" | ").nth(1).unwrap());
+                let kinds: Vec<_> = match rest {
+                    "all" => vec!["blk", "sim-blk", "sim-net"],
+                    some => some.split(", ").map(|kind| kind.trim_matches('`')).collect(),
+                };
+                kinds.into_iter().map(move |kind| (kind, name))
+            })
+            .collect();
+        let names = |kind, known: &[(&'static str, &str)]| -> Vec<(&'static str, &'static str)> {
+            known.iter().map(|(name, _)| (kind, *name)).collect()
+        };
+        let mut known = names("blk", &super::blk::KNOWN);
+        known.push(("blk", "handover"));
+        known.extend(names("sim-blk", &super::sim::KNOWN));
+        known.extend(names("sim-net", &super::sim::KNOWN));
+        known.extend(names("sim-net", &super::sim_net::KNOWN));
+        known.extend(["blk", "sim-blk", "sim-net"].map(|kind| (kind, "device_file")));
+        assert_eq!(documented, known.into_iter().collect());
+    }
 }

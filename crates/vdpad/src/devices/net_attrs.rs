@@ -1,4 +1,4 @@
-//! [`NetAttrs`]: the attributes of a new device that the kernel's netlink family knows, and its checks of them.
+//! [`NetAttrs`]: the attributes of a new device that the kernel's netlink family defines, with the checks that the kernel makes.
 
 use vdpa_core::Errno;
 use vdpa_core::features::{Bit, Features};
@@ -7,13 +7,13 @@ use super::MgmtDevice;
 use vdpa_control::api::{Attrs, CtlError, ID_NET, MgmtDev};
 use vdpa_control::config::MacAddr;
 
-/// Least MTU the kernel's policy lets pass, in bytes.
+/// The smallest MTU that the kernel's netlink policy accepts, in bytes.
 const MTU_MIN: u16 = 68;
 
-/// Bits that mean something else in each class of devices: `VIRTIO_DEVICE_F_MASK`.
+/// Feature bits whose meaning depends on the class of the device: `VIRTIO_DEVICE_F_MASK`.
 const PER_CLASS: Features = Features(0xFFFF_F800_0FFF_FFFF);
 
-/// One such attribute.
+/// An attribute of the netlink family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum NetAttr {
     /// `mac`: the Ethernet address.
@@ -22,14 +22,14 @@ pub(crate) enum NetAttr {
     MaxVqp,
     /// `mtu`: the largest packet.
     Mtu,
-    /// `device_features`: what is offered; of any class of device.
+    /// `device_features`: the features offered; for every class of device.
     Features,
 }
 
 impl NetAttr {
     const ALL: [Self; 4] = [Self::Mac, Self::MaxVqp, Self::Mtu, Self::Features];
 
-    /// The name it has in requests.
+    /// Its name in requests.
     const fn name(self) -> &'static str {
         match self {
             Self::Mac => "mac",
@@ -50,7 +50,7 @@ impl NetAttr {
     }
 }
 
-/// Their values; `None` for one that was not given.
+/// The values of these attributes; `None` for one that was not given.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct NetAttrs {
     /// Ethernet address.
@@ -59,16 +59,16 @@ pub(crate) struct NetAttrs {
     pub(crate) max_vqp: Option<u16>,
     /// Bytes of the largest packet, at least 68.
     pub(crate) mtu: Option<u16>,
-    /// What the device is to offer.
+    /// Features that the device is to offer.
     pub(crate) features: Option<Features>,
 }
 
 impl NetAttrs {
-    /// Reads them out of a request, with the checks that need no management device (uapi-spec 7.1; 7.3, DEV_NEW 2
-    /// and 3).
+    /// Reads the attributes of a request, with the checks that do not depend on the management device (uapi-spec 7.1; 7.3,
+    /// DEV_NEW 2 and 3).
     ///
     /// # Errors
-    /// `EINVAL` for a malformed value, no pair of queues, or features that lack what an attribute needs; `ERANGE` for
+    /// `EINVAL` for a malformed value, for `max_vqp` 0, and for features without one that a given attribute needs; `ERANGE` for
     /// an MTU below 68.
     pub(crate) fn parse(attrs: &Attrs) -> Result<Self, CtlError> {
         let this = Self {
@@ -97,10 +97,10 @@ impl NetAttrs {
         Ok(this)
     }
 
-    /// Checks them against a management device (uapi-spec 7.3, DEV_NEW 6 to 8).
+    /// Checks the attributes against a management device (uapi-spec 7.3, DEV_NEW 6 to 8).
     ///
     /// # Errors
-    /// `EOPNOTSUPP` for an attribute that cannot be set there; `EINVAL` for one that needs another class of device.
+    /// `EOPNOTSUPP` for an attribute that its devices do not take; `EINVAL` for one that needs another class of device.
     pub(crate) fn check(self, on: &dyn MgmtDevice) -> Result<(), CtlError> {
         let mask = |attrs: &[NetAttr]| attrs.iter().fold(0, |mask, attr| mask | attr.mask());
         let (given, settable) = (mask(&self.given()), mask(on.net_attrs()));
@@ -108,7 +108,7 @@ impl NetAttrs {
         if given & !settable != 0 {
             let names: Vec<_> = on.net_attrs().iter().map(|attr| attr.name()).collect();
             let right = if names.is_empty() { "none of these".into() } else { names.join(", ") };
-            // The mask is all that was given, as in the kernel.
+            // The mask has all attributes that were given, as in the kernel.
             return Err(CtlError::new(
                 Errno::OPNOTSUPP,
                 format!("Some provided attributes are not supported: {given:#x}"),
@@ -142,7 +142,7 @@ impl NetAttrs {
         NetAttr::ALL.into_iter().filter(present).collect()
     }
 
-    /// What a device must offer for the attributes to mean anything.
+    /// Features without which the attributes have no meaning.
     fn needed_features(self) -> Features {
         let needs: [(bool, Bit); 3] = [
             (self.mac.is_some(), Features::NET_MAC),
@@ -165,7 +165,7 @@ fn number(attrs: &Attrs, name: &str) -> Result<Option<u16>, CtlError> {
     attrs.get(name).map(|text| text.parse().map_err(|_| invalid(text))).transpose()
 }
 
-/// Hexadecimal, as in iproute2 and everywhere in the control interface.
+/// Parses a feature word: hexadecimal, as in iproute2 and everywhere in the control API.
 fn features(text: &str) -> Result<Features, CtlError> {
     let digits = text.strip_prefix("0x").unwrap_or(text);
     let word = u64::from_str_radix(digits, 16).ok().filter(|_| !digits.starts_with('+'));
@@ -180,14 +180,14 @@ mod tests {
     use super::*;
     use vdpa_backend::front::vhost::AnyParent;
 
-    /// A management device that makes nothing.
+    /// A management device that creates nothing.
     #[derive(Debug)]
-    struct Maker(&'static [u32], &'static [NetAttr]);
+    struct FakeMgmt(&'static [u32], &'static [NetAttr]);
 
-    impl MgmtDevice for Maker {
+    impl MgmtDevice for FakeMgmt {
         fn describe(&self) -> MgmtDev {
             MgmtDev {
-                name: "maker".into(),
+                name: "fake".into(),
                 bus: None,
                 supported_classes: self.0.into(),
                 max_supported_vqs: 0,
@@ -205,7 +205,7 @@ mod tests {
             _: &Attrs,
             _: &vdpa_backend::worker::WorkerPool,
         ) -> Result<AnyParent, CtlError> {
-            Err(CtlError::new(Errno::IO, "nothing is made here"))
+            Err(CtlError::new(Errno::IO, "this management device creates nothing"))
         }
     }
 
@@ -223,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn values_are_read() {
+    fn values_are_parsed() {
         let all = [("mac", "2:0:0:0:0:1"), ("mtu", "68"), ("max_vqp", "1"), ("device_features", "300000028")];
         assert_eq!(
             NetAttrs::parse(&attrs(&all)).unwrap(),
@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn values_are_refused_in_the_kernels_words() {
+    fn values_are_refused_with_the_kernels_messages() {
         assert_eq!(refused(&[("mtu", "67")]).0, Errno::RANGE);
         assert_eq!(refused(&[("mtu", "65536")]).0, Errno::INVAL);
         assert_eq!(refused(&[("mac", "1:2")]).0, Errno::INVAL);
@@ -264,28 +264,28 @@ mod tests {
     }
 
     #[test]
-    fn a_management_device_takes_what_it_can() {
-        let check = |on: &Maker, pairs: &[(&str, &str)]| {
+    fn attributes_are_checked_against_the_management_device() {
+        let check = |on: &FakeMgmt, pairs: &[(&str, &str)]| {
             let result = NetAttrs::parse(&attrs(pairs)).unwrap().check(on);
             result.map_err(|error| (error.errno, error.message))
         };
         let mac = [("mac", "2:0:0:0:0:1")];
-        let net = Maker(&[1], &[NetAttr::Mac, NetAttr::Mtu, NetAttr::Features]);
+        let net = FakeMgmt(&[1], &[NetAttr::Mac, NetAttr::Mtu, NetAttr::Features]);
         assert_eq!(check(&net, &mac), Ok(()));
         assert_eq!(
             check(&net, &[mac[0], ("max_vqp", "1")]),
             Err((Errno::OPNOTSUPP, "Some provided attributes are not supported: 0x1400".into()))
         );
-        let none = Maker(&[2], &[]);
+        let none = FakeMgmt(&[2], &[]);
         assert_eq!(
             check(&none, &mac),
             Err((Errno::OPNOTSUPP, "Some provided attributes are not supported: 0x400".into()))
         );
-        assert_eq!(check(&none, &[("path", "/x")]), Ok(()), "of no concern here");
-        let block = Maker(&[2], &[NetAttr::Mac, NetAttr::Features]);
+        assert_eq!(check(&none, &[("path", "/x")]), Ok(()), "not an attribute of the netlink family");
+        let block = FakeMgmt(&[2], &[NetAttr::Mac, NetAttr::Features]);
         assert!(check(&block, &mac).unwrap_err().1.starts_with("Network class attributes provided"));
         assert_eq!(check(&block, &[("device_features", "1")]), Ok(()));
-        let both = Maker(&[1, 2], &[NetAttr::Mac, NetAttr::Features]);
+        let both = FakeMgmt(&[1, 2], &[NetAttr::Mac, NetAttr::Features]);
         assert!(
             check(&both, &[("device_features", "20")]).unwrap_err().1.ends_with("specified are ambiguous")
         );

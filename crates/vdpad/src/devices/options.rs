@@ -1,4 +1,4 @@
-//! Attributes that several kinds of devices take.
+//! Device attributes that several kinds of devices share.
 
 use vdpa_core::Errno;
 use vdpa_core::host::PAGE_SIZE;
@@ -7,7 +7,7 @@ use vdpa_core::parent::{CompatReset, PinLimit};
 use vdpa_backend::worker::{InvalidCpuList, Placement};
 use vdpa_control::api::{Attrs, CtlError};
 
-/// Refuses attributes that are not among `known`, which has their names and what they take.
+/// Refuses attributes that are not among `known`: names, and descriptions of the value for the error message.
 pub(super) fn reject_unknown(kind: &str, attrs: &Attrs, known: &[(&str, &str)]) -> Result<(), CtlError> {
     match attrs.iter().find(|(name, _)| known.iter().all(|(known, _)| known != name)) {
         None => Ok(()),
@@ -19,7 +19,7 @@ pub(super) fn reject_unknown(kind: &str, attrs: &Attrs, known: &[(&str, &str)]) 
     }
 }
 
-/// What a reset does to the device's translation unless the client has acknowledged IOTLB_PERSIST.
+/// Parses `compat_reset`: whether a reset clears the IOTLB of a client that has not acknowledged IOTLB_PERSIST.
 pub(super) fn compat_reset(attrs: &Attrs, default: CompatReset) -> Result<CompatReset, CtlError> {
     match attrs.get("compat_reset") {
         None => Ok(default),
@@ -30,10 +30,10 @@ pub(super) fn compat_reset(attrs: &Attrs, default: CompatReset) -> Result<Compat
     }
 }
 
-/// Name of the attribute [`queue_size`] and what it takes.
+/// Name and value of the attribute that [`queue_size`] parses.
 pub(super) const QUEUE_SIZE_ATTR: (&str, &str) = ("queue_size", "2-32768, a power of two");
 
-/// Entries of the largest ring.
+/// Parses `queue_size`: entries of the largest ring.
 pub(super) fn queue_size(attrs: &Attrs, default: u16) -> Result<u16, CtlError> {
     let given = attrs.number("queue_size", 2, 32768).map_err(invalid)?;
     let size = given.map_or(default, |size| u16::try_from(size).unwrap_or(default));
@@ -44,10 +44,10 @@ pub(super) fn queue_size(attrs: &Attrs, default: u16) -> Result<u16, CtlError> {
         .with_hint("A power of two from 2 to 32768 is right."))
 }
 
-/// Name of the attribute [`pin_limit`] and what it takes.
+/// Name and value of the attribute that [`pin_limit`] parses.
 pub(super) const MEMLOCK_ATTR: (&str, &str) = ("memlock", "rlimit|unlimited|BYTES");
 
-/// The limit on pinned memory: the owner's own unless the operator sets one for the device.
+/// Parses `memlock`: the limit on pinned memory. The owner's RLIMIT_MEMLOCK unless the operator sets one for the device.
 pub(super) fn pin_limit(attrs: &Attrs) -> Result<PinLimit, CtlError> {
     match attrs.get("memlock") {
         None | Some("rlimit") => Ok(PinLimit::Rlimit),
@@ -59,13 +59,13 @@ pub(super) fn pin_limit(attrs: &Attrs) -> Result<PinLimit, CtlError> {
     }
 }
 
-/// Name of the attribute [`placement`] and what it takes.
+/// Name and value of one attribute that [`placement`] parses.
 pub(super) const CPUS_ATTR: (&str, &str) = ("cpus", "LIST of processors, for example 2,4-7");
 
-/// The other attribute that [`placement`] reads, and what it takes.
+/// Name and value of the other attribute that [`placement`] parses.
 pub(super) const WORKER_ATTR: (&str, &str) = ("worker", "shared|own");
 
-/// Where the rings of the device are served.
+/// Parses `cpus` and `worker`: which thread serves the rings of the device.
 pub(super) fn placement(attrs: &Attrs) -> Result<Placement, CtlError> {
     let refuse = |name, text: &str, hint: String| {
         Err(CtlError::new(Errno::INVAL, format!("{name} is \"{text}\"")).with_hint(hint))
@@ -85,7 +85,7 @@ pub(super) fn placement(attrs: &Attrs) -> Result<Placement, CtlError> {
     }
 }
 
-/// Why a device has no thread that serves it.
+/// The error for a device whose worker thread could not be started.
 pub(super) fn no_worker(name: &str, placement: &Placement, errno: Errno) -> CtlError {
     let error = CtlError::new(errno, format!("cannot start the worker of {name}: {errno}"));
     match &placement.cpus {
@@ -97,7 +97,7 @@ pub(super) fn no_worker(name: &str, placement: &Placement, errno: Errno) -> CtlE
     }
 }
 
-/// A value that is not what its attribute takes.
+/// The error for an invalid value of an attribute.
 pub(super) fn invalid(error: impl std::fmt::Display) -> CtlError {
     CtlError::new(Errno::INVAL, error.to_string())
 }

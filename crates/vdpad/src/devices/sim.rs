@@ -1,9 +1,9 @@
-//! What the simulators have in common: the module parameters of the kernel's `vdpa_sim`, as attributes of a device.
+//! [`Simulator`]: what the simulators share. The module parameters of the kernel's `vdpa_sim` are attributes of a device here.
 //!
 //! | `use_va` | `batch_mapping` | reaches client memory by | backend features of the live-update series |
 //! |---|---|---|---|
 //! | on | on | owner addresses, whole tables | NEW_OWNER, IOTLB_REMAP |
-//! | on | off | owner addresses, single mappings | none: REMAP would be required and cannot be had |
+//! | on | off | owner addresses, single mappings | none: REMAP would be required and is unavailable |
 //! | off | either | pinned pages | NEW_OWNER |
 //!
 //! Source: uapi-spec 6.1, 8.6.
@@ -34,7 +34,7 @@ use vdpa_control::api::{Attrs, CtlError};
 /// Entries of the largest ring, as in the kernel's simulators (`VDPASIM_QUEUE_MAX`).
 pub(super) const QUEUE_SIZE: u16 = 256;
 
-/// Names of the attributes every simulator has, and what they take.
+/// The attributes of every simulator: name, and description of the value.
 pub(super) const KNOWN: [(&str, &str); 10] = [
     ("use_va", "on|off"),
     ("batch_mapping", "on|off"),
@@ -51,28 +51,28 @@ pub(super) const KNOWN: [(&str, &str); 10] = [
 /// How a simulator treats mappings and owners.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Options {
-    /// Reach client memory by the owner's addresses, else by pinned pages.
+    /// Access client memory by the owner's addresses, else by pinned pages.
     pub(super) use_va: bool,
-    /// Take whole tables, else single mappings.
+    /// Take a whole IOTLB at a time (`set_map`), else single mappings (`dma_map`).
     pub(super) batch_mapping: bool,
-    /// Entries of the simulator's own table, per address space. That of the interface has its own limit.
+    /// Most entries of the simulator's own table, per address space. The IOTLB of the interface has its own limit.
     pub(super) max_iotlb_entries: usize,
-    /// What a reset without IOTLB_PERSIST does to the simulator's table.
+    /// Whether a reset clears the simulator's table when the client has not acknowledged IOTLB_PERSIST.
     pub(super) compat_reset: CompatReset,
-    /// Refuse REMAP to other memory.
+    /// Refuse a REMAP to memory other than that of the mapping.
     pub(super) verify_remap: bool,
-    /// Let RESET_OWNER work.
+    /// Support RESET_OWNER.
     pub(super) reset_owner: bool,
-    /// Entries of the largest ring. The kernel's simulators have no such parameter.
+    /// Entries of the largest ring. The kernel's simulators have no parameter for it.
     pub(super) queue_size: u16,
-    /// How much may be pinned for one owner.
+    /// The limit on memory pinned for one owner.
     pub(super) pin_limit: PinLimit,
-    /// Where the rings are served.
+    /// Which thread serves the rings.
     pub(super) placement: Placement,
 }
 
 impl Default for Options {
-    /// The kernel's defaults, and a REMAP that is checked: the contract demands the same memory.
+    /// The kernel's defaults. REMAP is checked in addition, since its contract demands the same memory.
     fn default() -> Self {
         Self {
             use_va: true,
@@ -89,7 +89,7 @@ impl Default for Options {
 }
 
 impl Options {
-    /// Reads the attributes of a device of `kind`, which has those in `own` besides.
+    /// Parses the attributes of a device of `kind`, which takes those in `own` in addition to [`KNOWN`].
     pub(super) fn parse(kind: &str, attrs: &Attrs, own: &[(&str, &str)]) -> Result<Self, CtlError> {
         reject_unknown(kind, attrs, &[own, &KNOWN].concat())?;
         let default = Self::default();
@@ -110,7 +110,7 @@ impl Options {
         })
     }
 
-    /// `base`, a [`Profile::simulator`], with everything that depends on the options.
+    /// `base`, a [`Profile::simulator`], with the changes that the options make.
     fn apply(&self, base: Profile) -> Profile {
         let live: &[_] = match (self.use_va, self.batch_mapping) {
             (true, true) => &[BackendFeatures::NEW_OWNER, BackendFeatures::IOTLB_REMAP],
@@ -136,7 +136,7 @@ impl Options {
         }
     }
 
-    /// Whether a table of that many entries fits.
+    /// Checks that a table may have `entries` entries.
     ///
     /// # Errors
     /// `ENOSPC`.
@@ -145,7 +145,7 @@ impl Options {
     }
 }
 
-/// The table of one address space of a simulator that takes single mappings.
+/// The table of one address space, for a simulator that takes single mappings.
 #[derive(Debug, Default)]
 struct SingleMappings(BTreeMap<u64, Mapping<GuestMemory>>);
 
@@ -165,13 +165,13 @@ impl SingleMappings {
         self.0.retain(|_, mapping| !range.contains(mapping.range));
     }
 
-    /// All of them.
+    /// The mappings as a table.
     fn table(&self) -> Table<GuestMemory> {
         self.0.values().cloned().collect()
     }
 }
 
-/// What one simulator has that others have not.
+/// What differs between the simulators.
 pub(super) trait Model: Debug + Send {
     /// See [`Parent::read_config`].
     fn read_config(&self, offset: u32, out: &mut [u8]);
@@ -198,7 +198,7 @@ pub(super) trait Model: Debug + Send {
     }
 }
 
-/// A simulator: what it is, its model, and the worker that serves its queues.
+/// A simulator: its profile, its model, and the worker that serves its queues.
 #[derive(Debug)]
 pub(super) struct Simulator<M> {
     profile: Profile,
@@ -283,7 +283,7 @@ impl<M: Model> Parent for Simulator<M> {
     }
 }
 
-/// The part of a simulator that reaches client memory: its worker, and what the worker is shown of each address space.
+/// The part of a simulator that accesses client memory: its worker, and the table of each address space.
 #[derive(Debug)]
 struct Mappings {
     worker: QueueControl,
@@ -293,38 +293,38 @@ struct Mappings {
 }
 
 impl Mappings {
-    /// Gives the worker a table. Requests are answered before the next command is looked at, so there is never one
-    /// in flight, and a invalidation only makes the queues look their rings up again.
-    fn show(&self, asid: Asid, table: &Table<GuestMemory>) -> Result<()> {
+    /// Makes `table` the worker's table of an address space. Simulators answer requests before they process the next command,
+    /// so no request is in flight, and all that an invalidation does is to make the queues translate their rings again.
+    fn set_table(&self, asid: Asid, table: &Table<GuestMemory>) -> Result<()> {
         self.worker.set_view(asid, Arc::new(MemoryView::new(table)), Removed::everything())
     }
 
-    fn show_single(&self, asid: Asid) -> Result<()> {
-        self.show(asid, &self.single.get(&asid).map(SingleMappings::table).unwrap_or_default())
+    fn set_single(&self, asid: Asid) -> Result<()> {
+        self.set_table(asid, &self.single.get(&asid).map(SingleMappings::table).unwrap_or_default())
     }
 }
 
 impl SetMap<LinuxHost> for Mappings {
     fn set_map(&mut self, asid: Asid, table: &Table<GuestMemory>) -> Result<()> {
         if let Err(full) = self.options.check_room(table.len()) {
-            // As in the kernel, where filling the table has begun by emptying it.
-            self.show(asid, &Table::default())?;
+            // As in the kernel, which empties the table before it fills it.
+            self.set_table(asid, &Table::default())?;
             return Err(full);
         }
-        self.show(asid, table)
+        self.set_table(asid, table)
     }
 }
 
 impl DmaMap<LinuxHost> for Mappings {
     fn dma_map(&mut self, asid: Asid, mapping: &Mapping<GuestMemory>) -> Result<()> {
         self.single.entry(asid).or_default().insert(mapping, &self.options)?;
-        self.show_single(asid)
+        self.set_single(asid)
     }
 
     fn dma_unmap(&mut self, asid: Asid, range: IovaRange) {
         self.single.entry(asid).or_default().remove(range);
-        if let Err(errno) = self.show_single(asid) {
-            tracing::error!("the worker is gone, nothing uses its mappings any more: {errno}");
+        if let Err(errno) = self.set_single(asid) {
+            tracing::error!("the worker has ended, so its mappings are not in use any more: {errno}");
         }
     }
 }
@@ -344,7 +344,7 @@ mod tests {
     }
 
     #[test]
-    fn the_backend_bits_follow_the_translation() {
+    fn backend_features_follow_the_address_mode() {
         for (pairs, own, size) in [
             (&[][..], 0x640, false),
             (&[("batch_mapping", "off")], 0x040, true),
@@ -364,7 +364,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_named() {
+    fn errors_name_the_attribute() {
         for (name, value, errno) in [
             ("use_va", "yes", Errno::INVAL),
             ("max_iotlb_entries", "1", Errno::INVAL),

@@ -1,4 +1,4 @@
-//! `sim-blk`: the kernel's block simulator (`vdpa_sim_blk`) with its constants and its quirks, in RAM.
+//! `sim-blk`: a model of the kernel's block simulator (`vdpa_sim_blk`), with its constants and its quirks. The disk is in RAM.
 
 use std::sync::Arc;
 
@@ -16,9 +16,9 @@ use vdpa_backend::front::vhost::AnyParent;
 use vdpa_backend::worker::{MemoryView, QueueControl, Size, WorkerPool};
 use vdpa_control::api::{Attrs, CtlError, ID_BLOCK, MgmtDev};
 
-use crate::block::{After, Disk, Moment, Requests, Verdict};
+use crate::block::{Continuation, Disk, RequestContext, Requests, Step};
 
-/// SIZE_MAX, SEG_MAX, BLK_SIZE, FLUSH, TOPOLOGY, MQ, DISCARD, WRITE_ZEROES and those all simulators have.
+/// SIZE_MAX, SEG_MAX, BLK_SIZE, FLUSH, TOPOLOGY, MQ, DISCARD, WRITE_ZEROES and the features that all simulators have.
 const FEATURES: Features = Features(0x3_0800_7646);
 
 /// Sectors of the disk: 128 MiB.
@@ -83,7 +83,7 @@ impl Model for Blk {
     }
 
     fn write_config(&self, _offset: u32, _data: &[u8]) {
-        // The block is rebuilt on every read.
+        // Ignored, since the contents are built anew for every read.
     }
 
     fn fail(&self, worker: &QueueControl) -> Result<()> {
@@ -101,12 +101,12 @@ struct RamDisk {
 
 impl RamDisk {
     fn new() -> Self {
-        // Zeroed by the kernel page by page, as it is touched.
+        // The kernel zeroes each page when it is touched first.
         Self { bytes: vec![0; usize::try_from(CAPACITY * SECTOR).unwrap_or(0)] }
     }
 
-    /// The bytes of a transfer. The kernel checks whole sectors only and lets a length that is no multiple of 512
-    /// reach past the check; here the bytes count.
+    /// The bytes of a transfer; `None` where it exceeds the disk. The kernel's simulator checks whole sectors only, so a
+    /// length that is not a multiple of 512 can exceed its buffer; here every byte is checked.
     fn range(&mut self, sector: u64, len: u64) -> Option<&mut [u8]> {
         if sector >= CAPACITY || len.div_ceil(SECTOR) > SECTORS_MAX.min(CAPACITY - sector) {
             return None;
@@ -116,7 +116,7 @@ impl RamDisk {
         self.bytes.get_mut(from..)?.get_mut(..len)
     }
 
-    fn discard_or_zero(&mut self, request: &BlkRequest<'_>, view: &MemoryView) -> Option<Verdict> {
+    fn discard_or_zero(&mut self, request: &BlkRequest<'_>, view: &MemoryView) -> Option<Step> {
         let mut raw = [0; Segment::BYTES];
         if request.data_out.len() != raw.len() as u64 {
             return Some(done(Status::IoErr));
@@ -140,8 +140,8 @@ impl RamDisk {
         Some(done(Status::Ok))
     }
 
-    /// `None` when client memory is out of reach.
-    fn serve(&mut self, request: &BlkRequest<'_>, view: &MemoryView) -> Option<Verdict> {
+    /// `None` when client memory is not mapped.
+    fn serve(&mut self, request: &BlkRequest<'_>, view: &MemoryView) -> Option<Step> {
         let header = request.header;
         if header.sector != 0 && !matches!(header.kind, kind::IN | kind::OUT) {
             return Some(done(Status::IoErr));
@@ -153,7 +153,7 @@ impl RamDisk {
                 };
                 request.data_in.write(view.snapshot(), bytes).ok()?;
                 let written = u32::try_from(bytes.len()).ok()?;
-                Some(Verdict::Done { status: Status::Ok, written })
+                Some(Step::Complete { status: Status::Ok, written })
             }
             kind::OUT => {
                 let Some(bytes) = self.range(header.sector, request.data_out.len()) else {
@@ -163,13 +163,14 @@ impl RamDisk {
                 Some(done(Status::Ok))
             }
             kind::FLUSH => Some(done(Status::Ok)),
-            // With less room the kernel's id overruns the status byte: completed without one and in silence.
+            // With a smaller buffer, the kernel's simulator overwrites the status byte with the id: the request is completed
+            // without a status, and the driver is not signalled.
             kind::GET_ID if request.data_in.len() < ID.len() as u64 => {
-                Some(Verdict::Misshapen { notify: false })
+                Some(Step::Malformed { notify: false })
             }
             kind::GET_ID => {
                 request.data_in.write(view.snapshot(), ID).ok()?;
-                Some(Verdict::Done { status: Status::Ok, written: 20 })
+                Some(Step::Complete { status: Status::Ok, written: 20 })
             }
             kind::DISCARD | kind::WRITE_ZEROES => self.discard_or_zero(request, view),
             _ => Some(done(Status::IoErr)),
@@ -177,23 +178,29 @@ impl RamDisk {
     }
 }
 
-const fn done(status: Status) -> Verdict {
-    Verdict::Done { status, written: 0 }
+const fn done(status: Status) -> Step {
+    Step::Complete { status, written: 0 }
 }
 
 impl Disk for RamDisk {
-    fn begin(&mut self, request: &BlkRequest<'_>, view: &Arc<MemoryView>, _moment: Moment) -> Verdict {
-        self.serve(request, view).unwrap_or(Verdict::Unreachable)
+    fn start(&mut self, request: &BlkRequest<'_>, view: &Arc<MemoryView>, _context: RequestContext) -> Step {
+        self.serve(request, view).unwrap_or(Step::Unreachable)
     }
 
-    fn misshapen(&mut self, error: &FramingError) -> Verdict {
+    fn malformed(&mut self, error: &FramingError) -> Step {
         match error {
-            FramingError::Fault(_) => Verdict::Unreachable,
-            _ => Verdict::Misshapen { notify: false },
+            FramingError::Fault(_) => Step::Unreachable,
+            _ => Step::Malformed { notify: false },
         }
     }
 
-    fn proceed(&mut self, _: After, _: Result<u32>, _: Option<OwnedBuf>, _: &Arc<MemoryView>) -> Verdict {
+    fn io_completed(
+        &mut self,
+        _: Continuation,
+        _: Result<u32>,
+        _: Option<OwnedBuf>,
+        _: &Arc<MemoryView>,
+    ) -> Step {
         done(Status::IoErr)
     }
 }

@@ -1,5 +1,5 @@
-//! `sim-net`: the kernel's network simulator (`vdpa_sim_net`) with its constants and its quirks. What is sent is
-//! received again.
+//! `sim-net`: a model of the kernel's network simulator (`vdpa_sim_net`), with its constants and its quirks. Every packet that
+//! is sent is received again.
 
 use std::sync::Arc;
 
@@ -22,11 +22,11 @@ use vdpa_control::api::{Attrs, CtlError, ID_NET, MgmtDev};
 
 const ADDRESS_SPACES: u32 = 2;
 
-/// The MTU of a device that was given none, in bytes.
+/// Default MTU, in bytes.
 const MTU: u16 = 1500;
 
-/// Attributes of its own, and what they take.
-const KNOWN: [(&str, &str); 3] = [("mac", "MAC"), ("mtu", "68-65535"), ("device_features", "HEX")];
+/// The attributes that only this simulator has: name, and description of the value.
+pub(super) const KNOWN: [(&str, &str); 3] = [("mac", "MAC"), ("mtu", "68-65535"), ("device_features", "HEX")];
 
 /// The management device `sim-net`.
 #[derive(Debug)]
@@ -74,7 +74,7 @@ impl MgmtDevice for SimNetMgmt {
 fn profile(features: Features) -> Profile {
     let config_size = u32::try_from(size_of::<NetConfig>()).unwrap_or(0);
     Profile {
-        // The control queue may have an address space of its own, which a hypervisor keeps from the guest.
+        // The control queue can have an address space of its own, which a hypervisor does not share with the guest.
         queue_groups: vec![GroupIndex(0), GroupIndex(0), GroupIndex(1)],
         groups: 2,
         address_spaces: ADDRESS_SPACES,
@@ -113,11 +113,11 @@ struct Handler(Loopback);
 
 impl QueueHandler for Handler {
     fn retry_on_map_change(&self) -> bool {
-        // The kernel's simulator looks at its rings when it is kicked.
+        // The kernel's simulator processes its rings only when it is kicked.
         false
     }
 
-    /// One pass over all queues, whichever was kicked: the kernel's device has one work item.
+    /// Serves all queues, whichever was kicked, because the kernel's simulator has one work item for all.
     fn serve(&mut self, queues: &mut Queues) {
         if !queues.has_work() {
             return;
@@ -147,7 +147,7 @@ impl QueueHandler for Handler {
     }
 }
 
-/// A queue that was taken out of its place.
+/// A running queue that was taken out of [`Queues`].
 struct Running<'a> {
     queues: &'a Queues,
     index: u16,

@@ -1,4 +1,4 @@
-//! [`Blk`]: a block driver for tests, which makes right requests and wrong ones.
+//! [`Blk`]: a block driver for tests, which makes valid and invalid requests.
 
 use std::cell::Cell;
 use std::os::fd::OwnedFd;
@@ -20,15 +20,15 @@ use vdpa_sys::mmap::SharedMap;
 use vdpa_sys::vhost_vdpa::VhostVdpaFd;
 
 /// Longest time a request may take.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// `VIRTIO_BLK_S_OK`, `_IOERR` and `_UNSUPP`, and what stands in a status byte that nobody has written.
+/// `VIRTIO_BLK_S_OK`, `_IOERR` and `_UNSUPP`, and the initial value of a status byte.
 pub(crate) const OK: u8 = 0;
 pub(crate) const IOERR: u8 = 1;
 pub(crate) const UNSUPP: u8 = 2;
 pub(crate) const UNWRITTEN: u8 = 0xee;
 
-/// Everything a `blk` device can do for this driver.
+/// All features of a `blk` device that this driver supports.
 pub(crate) const FEATURES: Features = Features::of(&[
     Features::BLK_FLUSH,
     Features::BLK_MQ,
@@ -46,7 +46,7 @@ pub(crate) const MEMORY: u64 = 4 << 20;
 const RING: u64 = 8192;
 const HEADERS: u64 = 256 << 10;
 const HEADER: u64 = 64;
-/// Where the data begin.
+/// Offset of the data.
 pub(crate) const DATA: u64 = 1 << 20;
 const STATUS: u64 = 48;
 
@@ -61,7 +61,7 @@ pub(crate) fn over_packed_rings(test: impl FnOnce()) {
     PACKED.set(false);
 }
 
-/// How a request ended: status byte, and the length in its used element.
+/// Result of a request: status byte, and the length in its used element.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Done {
     pub(crate) token: u64,
@@ -129,7 +129,7 @@ impl Blk {
         bytes
     }
 
-    /// Writes a header; returns it and the status byte as buffers, both in the place of `token`.
+    /// Writes a header. Returns it and the status byte as buffers, both in the slot of `token`.
     pub(crate) fn frame(&self, token: u64, kind: u32, sector: u64) -> (Buffer, Buffer) {
         let at = HEADERS + token % 1024 * HEADER;
         self.put(at, &RequestHeader { kind, ioprio: 0, sector }.encode());
@@ -142,7 +142,7 @@ impl Blk {
         self.get(HEADERS + token % 1024 * HEADER + STATUS, 1)[0]
     }
 
-    /// Submits a request with these data buffers, without telling the device.
+    /// Submits a request with these data buffers, without a kick.
     pub(crate) fn submit(
         &mut self,
         queue: u16,
@@ -164,21 +164,21 @@ impl Blk {
         self.session.queue_mut(QueueIndex(queue)).unwrap().notify().unwrap();
     }
 
-    /// The next completion; `None` when it does not come within `patience`.
-    pub(crate) fn finish(&mut self, queue: u16, patience: Duration) -> Option<Done> {
+    /// The next completion; `None` when it does not come within `timeout`.
+    pub(crate) fn finish(&mut self, queue: u16, timeout: Duration) -> Option<Done> {
         let ring = self.session.queue_mut(QueueIndex(queue)).unwrap();
         loop {
             if let Some(completion) = ring.reap().unwrap() {
                 let token = completion.token;
                 return Some(Done { token, status: self.status(token), len: completion.len });
             }
-            if !ring.wait(Some(patience)).unwrap() {
+            if !ring.wait(Some(timeout)).unwrap() {
                 return None;
             }
         }
     }
 
-    /// One request from start to end.
+    /// Makes a request and waits for its result.
     #[track_caller]
     pub(crate) fn io(
         &mut self,
@@ -190,7 +190,7 @@ impl Blk {
     ) -> Done {
         let token = self.submit(queue, kind, sector, readable, writable);
         self.notify(queue);
-        let Some(done) = self.finish(queue, PATIENCE) else { panic!("request {kind} has not been answered") };
+        let Some(done) = self.finish(queue, TIMEOUT) else { panic!("request {kind} has not been answered") };
         assert_eq!(done.token, token);
         done
     }
@@ -202,7 +202,7 @@ impl Blk {
         self.io(queue, kind::OUT, sector, &[data(0, bytes.len())], &[]).status
     }
 
-    /// Reads `len` bytes; the length in the used element must agree.
+    /// Reads `len` bytes; the length in the used element must match.
     #[track_caller]
     pub(crate) fn read(&mut self, queue: u16, sector: u64, len: usize) -> Result<Vec<u8>, u8> {
         self.put(DATA, &vec![0xa5; len]);
@@ -222,8 +222,8 @@ impl Blk {
         self.io(0, kind, 0, &[data(0, Segment::BYTES)], &[]).status
     }
 
-    /// Adds queue 0 with a ring that nothing but the test knows, for features that the library's driver has not, and lets
-    /// the device run.
+    /// Adds queue 0 with a ring that only the test uses, for features that the library's driver does not support, and starts
+    /// the device.
     pub(crate) fn run_by_hand(&mut self) -> HandRing {
         let layout = RingLayout::at(0, SIZE);
         let [kick, call] = [EventFd::new().unwrap(), EventFd::new().unwrap()];
@@ -238,7 +238,7 @@ impl Blk {
         HandRing { map: self.memory().clone(), layout, kick, call }
     }
 
-    /// Takes the ring of `queue` into one's own hands: nothing else may use it from now on.
+    /// Returns the ring of `queue` for direct access. Nothing else may use it from now on.
     pub(crate) fn by_hand(&self, queue: u16) -> HandRing {
         let queue = self.session.queue(QueueIndex(queue)).unwrap();
         HandRing {
@@ -260,7 +260,7 @@ pub(crate) const NEXT: u16 = 1;
 pub(crate) const WRITE: u16 = 2;
 pub(crate) const INDIRECT: u16 = 4;
 
-/// A ring written word by word (virtio 1.2 section 2.7), so that it can be wrong.
+/// A ring that is written field by field (virtio 1.2 section 2.7), so that it can be invalid.
 pub(crate) struct HandRing {
     map: SharedMap,
     layout: RingLayout,
@@ -275,13 +275,13 @@ impl HandRing {
         self.map.write(to_usize(at), &descriptor(buffer, flags, next)).unwrap();
     }
 
-    /// Makes the chain from `head` available as entry `position`, without telling.
+    /// Makes the chain from `head` available as entry `position`, without a kick.
     pub(crate) fn entry(&self, position: u16, head: u16) {
         let at = self.layout.avail + 4 + u64::from(position % self.layout.size) * 2;
         self.map.store_u16(to_usize(at), head).unwrap();
     }
 
-    /// Says that everything below `index` is available, and kicks.
+    /// Publishes the available index `index`, and kicks.
     pub(crate) fn available(&self, index: u16) {
         self.map.store_u16(to_usize(self.layout.avail + 2), index).unwrap();
         self.kick.signal();
@@ -300,10 +300,10 @@ impl HandRing {
         (u32::from_le_bytes(raw[0]), u32::from_le_bytes(raw[1]))
     }
 
-    /// Waits until the used index is `index`; whether that came.
+    /// Waits until the used index is `index`. Returns whether that happened.
     pub(crate) fn wait_used(&self, index: u16) -> bool {
         while self.used() != index {
-            if !self.call.wait(Some(PATIENCE)) {
+            if !self.call.wait(Some(TIMEOUT)) {
                 return self.used() == index;
             }
             let _ = self.call.drain();
@@ -326,7 +326,7 @@ fn to_usize(offset: u64) -> usize {
     usize::try_from(offset).unwrap()
 }
 
-/// Private memory, of which the compiler knows that others change it.
+/// Private memory that other processes change, accessed by volatile operations.
 pub(crate) struct Private(Vec<AtomicU8>);
 
 impl Private {

@@ -1,6 +1,6 @@
 //! [`over_both_rings`].
 
-/// Tests that are run over a split ring and over a packed one.
+/// Tests that run with a split ring and with a packed one.
 macro_rules! over_both_rings {
     ($($test:ident),+ $(,)?) => {
         mod split {

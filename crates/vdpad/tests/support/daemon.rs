@@ -1,4 +1,4 @@
-//! [`Daemon`]: a vdpad of the test's own.
+//! [`Daemon`]: a vdpad for one test.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
@@ -15,7 +15,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use vdpa_control::api::{AddRequest, Attrs, DevInfo};
 use vdpa_control::client::{Client, ClientError};
 
-/// Longest life of a daemon; then it is killed, which frees every client that waits for it in the kernel.
+/// Longest lifetime of a daemon. It is killed then, which releases every client that waits for it in the kernel.
 const LIFE: Duration = Duration::from_secs(60);
 
 /// A running daemon with a directory of its own. Killed when dropped.
@@ -28,12 +28,12 @@ pub(crate) struct Daemon {
 }
 
 impl Daemon {
-    /// Starts one, in a temporary directory, and waits until it serves.
+    /// Starts one in a temporary directory and waits until it is ready.
     pub(crate) fn start() -> Self {
         Self::start_with(&[])
     }
 
-    /// Starts one with further options.
+    /// Starts one with additional options.
     pub(crate) fn start_with(options: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let mut command = Command::new(super::programs::program("vdpad"));
@@ -44,7 +44,7 @@ impl Daemon {
         let mut child = command
             .env_remove("NOTIFY_SOCKET")
             .env_remove("VDPAD_LOG")
-            .arg("--control")
+            .arg("--socket")
             .arg(dir.path().join("control.sock"))
             .args(["--request-timeout", "8", "--watchdog-timeout", "5", "--log", "debug"])
             .args(options)
@@ -58,14 +58,14 @@ impl Daemon {
         let (done, ended) = mpsc::channel();
         guard(pidfd.try_clone().unwrap(), ended);
         let mut line = String::new();
-        // Ends when the daemon does, at the latest.
+        // Returns at the latest when the daemon ends.
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
         let daemon = Self { child, pidfd, dir, _done: done };
         assert_eq!(line, "ready\n", "{}", daemon.log());
         daemon
     }
 
-    /// A place for files that lives as long as the daemon.
+    /// A directory for files that exists as long as the daemon.
     pub(crate) fn dir(&self) -> &Path {
         self.dir.path()
     }
@@ -98,7 +98,7 @@ impl Daemon {
         self.add(name, "blk", &all)
     }
 
-    /// Takes a device away, in use or not.
+    /// Deletes a device, in use or not.
     pub(crate) fn delete(&self, name: &str) -> Result<(), ClientError> {
         self.client().delete(name, true)
     }
@@ -112,7 +112,7 @@ impl Daemon {
         self.client().device(name).unwrap()
     }
 
-    /// Waits until `wanted` of the device is so.
+    /// Waits until `wanted` is true of the device.
     pub(crate) fn wait_for(&self, name: &str, what: &str, wanted: impl Fn(&DevInfo) -> bool) {
         let deadline = Instant::now() + Duration::from_secs(10);
         while !wanted(&self.info(name)) {
@@ -121,7 +121,7 @@ impl Daemon {
         }
     }
 
-    /// What the daemon has logged.
+    /// The log of the daemon.
     pub(crate) fn log(&self) -> String {
         fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
     }
@@ -146,7 +146,7 @@ impl Drop for Daemon {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
-        // Its watchdog may not have come to it yet, and a mount is in the way of removing the directory.
+        // Its watchdog may not have unmounted it yet, and the directory cannot be removed with a mount in it.
         let _ = vdpa_sys::fuse::unmount(&self.dir.path().canonicalize().unwrap_or_default().join("dev"));
         if thread::panicking() {
             eprintln!("---- log of the daemon\n{}----", self.log());
@@ -164,14 +164,14 @@ fn guard(pidfd: OwnedFd, ended: Receiver<()>) {
     });
 }
 
-/// The file behind a `blk` device, looked at from outside.
+/// The backing file of a `blk` device.
 pub(crate) struct Disk {
     pub(crate) path: PathBuf,
     file: File,
 }
 
 impl Disk {
-    /// Makes the file; every sector has contents of its own.
+    /// Creates the file, with different contents in every sector.
     pub(crate) fn new(path: PathBuf, bytes: usize) -> Self {
         fs::write(&path, pattern(0, bytes)).unwrap();
         let file = File::options().read(true).write(true).open(&path).unwrap();
@@ -189,7 +189,7 @@ impl Disk {
     }
 }
 
-/// What a [`Disk`] has from byte `offset` on: 8-byte words that tell their place.
+/// Contents of a [`Disk`] from byte `offset` on: 8-byte words with their own offsets.
 pub(crate) fn pattern(offset: u64, len: usize) -> Vec<u8> {
     let words = (offset / 8..).map(|word| word.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
     words.flat_map(u64::to_le_bytes).take(len).collect()

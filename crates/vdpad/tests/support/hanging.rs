@@ -1,5 +1,5 @@
-//! [`HangingFile`]: a file whose reads, writes and flushes wait until they are allowed, as those of a disk that has gone
-//! away.
+//! [`HangingFile`]: a file whose reads, writes and flushes block until they are released, as those of a disk that has been
+//! disconnected.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use vdpa_sys::uapi::fuse::{Attr, AttrOut, OpenOut, ROOT_ID, WriteOut, open_flags
 use zerocopy::IntoBytes;
 
 const S_IFREG: u32 = 0o100_000;
-/// `FUSE_FSYNC`, which the daemon's own files have no use for.
+/// `FUSE_FSYNC`, which the daemon's own files do not support.
 const FSYNC: u32 = 20;
 
 /// A file of zeros, served by a thread of this process, mounted over a file.
@@ -40,9 +40,9 @@ struct Held {
     answer: Answer,
 }
 
-/// What to answer.
+/// The answer.
 enum Answer {
-    /// So many bytes.
+    /// This number of bytes.
     Read(usize),
     /// A count of bytes.
     Written(u32),
@@ -62,7 +62,7 @@ impl Held {
 }
 
 impl HangingFile {
-    /// Makes the file `path` of `size` bytes. It hangs from the beginning.
+    /// Creates the file `path` with `size` bytes. Its requests block from the beginning.
     pub(crate) fn new(path: &Path, size: u64) -> Self {
         File::create(path).unwrap();
         let options =
@@ -85,17 +85,17 @@ impl HangingFile {
         self.state.waiting.load(Ordering::SeqCst)
     }
 
-    /// Flushes (fsync, fdatasync) that have arrived, those that wait among them.
+    /// Flushes (fsync, fdatasync) that have arrived, including those that wait.
     pub(crate) fn flushes(&self) -> usize {
         self.state.flushes.load(Ordering::SeqCst)
     }
 
-    /// Answers what waits at byte `offset` of the file, from now on too.
+    /// Answers the requests at byte `offset` of the file, now and later.
     pub(crate) fn release(&self, offset: u64) {
         self.state.released.lock().unwrap().push(offset);
     }
 
-    /// Answers all requests, from now on too.
+    /// Answers all requests, now and later.
     pub(crate) fn recover(&self) {
         self.state.hangs.store(false, Ordering::SeqCst);
     }

@@ -1,4 +1,4 @@
-//! A bus made of constants, the real server in front of it, and the real binaries as callers; and, in modules of
+//! A bus with constant answers, the real server in front of it, and the real programs as its clients; and, in modules of
 //! their own, the real daemon and clients of its devices.
 #![expect(dead_code, reason = "every test binary uses its own part")]
 
@@ -26,13 +26,13 @@ use vdpa_core::features::{Bit, Features, Status};
 use vdpad::control::Backend;
 use vdpad::control::{Limits, Server};
 
-/// Longest a process may take; nothing here should come near.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// Longest time for a process; far more than any should need.
+const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What the kernel's network simulator offers.
+/// Features of the kernel's network simulator.
 pub(crate) const SIM_NET: Features = Features(0x3_0883_0028);
 
-/// A bus whose answers are its fields.
+/// A bus that answers with its fields.
 #[derive(Debug, Default)]
 pub(crate) struct Fixture {
     pub(crate) mgmtdevs: Vec<MgmtDev>,
@@ -40,7 +40,7 @@ pub(crate) struct Fixture {
     pub(crate) vstats: Vec<QueueVstats>,
     /// Requests that reached it, in order.
     pub(crate) log: Mutex<Vec<String>>,
-    /// While a test holds this, creating a device named `slow` waits.
+    /// While a test holds this lock, creating a device named `slow` blocks.
     pub(crate) hold: Mutex<()>,
 }
 
@@ -133,7 +133,7 @@ impl Fixture {
         self
     }
 
-    /// A file-system device, of which the kernel shows no configuration.
+    /// A file-system device, whose configuration the kernel does not show.
     pub(crate) fn with_fs(mut self) -> Self {
         let refusal = CtlError::new(Errno::OPNOTSUPP, "unsupported device class");
         self.devices.push((info("fs0", 26, "vdpasim_fs", 2), Err(refusal)));
@@ -294,7 +294,7 @@ impl Setup {
         Self { fixture, socket, server, _dir: dir }
     }
 
-    /// Runs vdpactl with the words of `line`.
+    /// Runs vdpactl with the arguments in `line`.
     pub(crate) fn vdpactl(&self, line: &str) -> Outcome {
         vdpactl(&self.socket, line)
     }
@@ -302,7 +302,7 @@ impl Setup {
     /// Sends `bytes` and returns everything that comes back.
     pub(crate) fn raw(&self, bytes: &[u8]) -> String {
         let mut stream = UnixStream::connect(&self.socket).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
         stream.write_all(bytes).unwrap();
         let mut answer = Vec::new();
         stream.read_to_end(&mut answer).unwrap();
@@ -333,7 +333,7 @@ impl Setup {
     }
 }
 
-/// What a process left.
+/// Exit status and output of a process.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Outcome {
     pub(crate) stdout: String,
@@ -368,13 +368,13 @@ pub(crate) fn vdpactl(socket: &Path, line: &str) -> Outcome {
     run(&mut command)
 }
 
-/// Runs a command to its end, which must come within [`PATIENCE`].
+/// Runs a command to its end, which must come within [`TIMEOUT`].
 pub(crate) fn run(command: &mut Command) -> Outcome {
     let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     finish(child)
 }
 
-/// Waits for a child's end; kills it and panics if that takes longer than [`PATIENCE`].
+/// Waits until a child ends; kills it and panics if that takes longer than [`TIMEOUT`].
 pub(crate) fn finish(mut child: Child) -> Outcome {
     let drain = |pipe: Option<Box<dyn Read + Send>>| {
         std::thread::spawn(move || {
@@ -385,14 +385,14 @@ pub(crate) fn finish(mut child: Child) -> Outcome {
     };
     let stdout = drain(child.stdout.take().map(|pipe| Box::new(pipe) as _));
     let stderr = drain(child.stderr.take().map(|pipe| Box::new(pipe) as _));
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     let status = loop {
         if let Some(status) = child.try_wait().unwrap() {
             break status;
         }
         if Instant::now() > deadline {
             child.kill().unwrap();
-            panic!("{child:?} has not ended within {PATIENCE:?}");
+            panic!("{child:?} has not ended within {TIMEOUT:?}");
         }
         std::thread::sleep(Duration::from_millis(2));
     };

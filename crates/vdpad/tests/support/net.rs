@@ -20,13 +20,13 @@ pub(crate) const RX: u16 = 0;
 pub(crate) const TX: u16 = 1;
 pub(crate) const CONTROL: u16 = 2;
 
-/// Everything the simulator offers.
+/// All features of the simulator.
 pub(crate) const FEATURES: Features = Features(0x3_0883_0028);
 /// Bytes of the packet header with `VERSION_1`.
 pub(crate) const HEADER: usize = 12;
-/// Longest time anything may take.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
-/// How long to wait for what should not come.
+/// Longest time for anything.
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(10);
+/// How long to wait for an event that must not happen.
 const SILENCE: Duration = Duration::from_millis(100);
 /// Entries of each ring.
 const SIZE: u16 = 64;
@@ -36,7 +36,7 @@ pub(crate) const IOVA: u64 = 0x1_0000_0000;
 pub(crate) const MEMORY: u64 = 1 << 20;
 const RUNNING: Status = Status(0xf);
 
-/// Memory in one address space; buffers are given away from the end of the rings on and never come back.
+/// Memory in one address space; buffers are allocated behind the rings and never freed.
 pub(crate) struct Space {
     pub(crate) map: SharedMap,
     pub(crate) asid: Asid,
@@ -51,7 +51,7 @@ impl Space {
         Self { map, asid, iova, next: 0 }
     }
 
-    /// Fresh bytes, as a buffer.
+    /// Allocates bytes as a buffer.
     pub(crate) fn allocate(&mut self, len: usize) -> Buffer {
         let iova = self.iova + self.next;
         self.next += (len as u64).next_multiple_of(64);
@@ -81,7 +81,7 @@ impl Space {
     }
 }
 
-/// One queue as its driver has it.
+/// The driver's state of a queue.
 pub(crate) struct Queue {
     index: QueueIndex,
     pub(crate) ring: SplitDriver<MapArea>,
@@ -107,7 +107,7 @@ impl Queue {
         }
     }
 
-    /// Tells the device everything about the queue, from `base` on.
+    /// Sets up the queue in the device, to start at `base`.
     fn set_up(&self, device: &VhostVdpaFd, base: u32) {
         device.set_vring_num(self.index, SIZE.into()).unwrap();
         device.set_vring_base(self.index, base).unwrap();
@@ -127,7 +127,7 @@ impl Queue {
     /// The next completion, which must come.
     #[track_caller]
     pub(crate) fn completion(&mut self) -> Completion {
-        let Some(completion) = self.wait(PATIENCE) else { panic!("queue {} completes nothing", self.index) };
+        let Some(completion) = self.wait(TIMEOUT) else { panic!("queue {} completes nothing", self.index) };
         completion
     }
 
@@ -137,13 +137,13 @@ impl Queue {
         assert_eq!(self.wait(SILENCE), None, "queue {}", self.index);
     }
 
-    fn wait(&mut self, patience: Duration) -> Option<Completion> {
+    fn wait(&mut self, timeout: Duration) -> Option<Completion> {
         loop {
             if let Some(completion) = self.ring.pop_used().unwrap() {
                 return Some(completion);
             }
             let _ = self.call.drain();
-            if !self.ring.enable_interrupts().unwrap() && !self.call.wait(Some(patience)) {
+            if !self.ring.enable_interrupts().unwrap() && !self.call.wait(Some(timeout)) {
                 return self.ring.pop_used().unwrap();
             }
         }
@@ -209,7 +209,7 @@ impl Net {
         self.device.set_status(Status::ACKNOWLEDGE | Status::DRIVER | Status::FEATURES_OK).unwrap();
     }
 
-    /// From FEATURES_OK to DRIVER_OK, the queues going on at `bases`.
+    /// From FEATURES_OK to DRIVER_OK; the queues continue at `bases`.
     pub(crate) fn run(&self, bases: [u32; 3]) {
         self.device.set_group_asid(GroupIndex(1), self.control.asid).unwrap();
         for (queue, base) in self.queues.iter().zip(bases) {
@@ -279,7 +279,7 @@ impl Net {
     }
 }
 
-/// What the simulator offers, live update included.
+/// Backend features of the simulator, including live update.
 pub(crate) fn all_backend_features() -> BackendFeatures {
     BackendFeatures(0x77e)
 }

@@ -1,7 +1,7 @@
-//! [`Peer`]: another process that uses device files: this test binary again, doing what it is told.
+//! [`Peer`]: another process that uses device files. It is this test program again, and executes commands.
 //!
 //! It branches off before `main`, so that it has one thread and may fork. Its standard input is a device file that
-//! it inherits, its standard output the socket on which it is told what to do.
+//! it inherits, its standard output the socket on which it receives commands.
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::fd::OwnedFd;
@@ -53,9 +53,9 @@ impl Peer {
         self.child.id()
     }
 
-    /// Has it carry out one command of [`obey`]; returns what that came to.
+    /// Sends one command of [`execute`] and returns its result.
     #[track_caller]
-    pub(crate) fn tell(&mut self, command: &str) -> Result<(), Errno> {
+    pub(crate) fn send(&mut self, command: &str) -> Result<(), Errno> {
         writeln!(self.line.get_mut(), "{command}").unwrap();
         let mut answer = String::new();
         self.line.read_line(&mut answer).unwrap();
@@ -66,7 +66,7 @@ impl Peer {
         }
     }
 
-    /// Ends it; returns when it has gone.
+    /// Ends the process and waits for it.
     pub(crate) fn kill(mut self) {
         self.end();
     }
@@ -89,13 +89,13 @@ static BEFORE_MAIN: extern "C" fn() = {
     extern "C" fn branch_off() {
         if std::env::var_os(ROLE).is_some() {
             vdpa_sys::exec::set_parent_death_signal(libc::SIGKILL).unwrap();
-            obey();
+            execute();
         }
     }
     branch_off
 };
 
-/// What the process has.
+/// State of the process.
 struct State {
     devices: Vec<VhostVdpaFd>,
     /// The one in use.
@@ -103,8 +103,8 @@ struct State {
     memory: Vec<SharedMap>,
 }
 
-/// Carries out commands until there are no more.
-fn obey() -> ! {
+/// Executes commands until there are no more.
+fn execute() -> ! {
     let socket = UnixStream::from(rustix::stdio::stdout().try_clone_to_owned().unwrap());
     let inherited = VhostVdpaFd::from_fd(rustix::stdio::stdin().try_clone_to_owned().unwrap());
     let mut state = State { devices: vec![inherited], device: 0, memory: Vec::new() };
@@ -158,7 +158,7 @@ impl State {
             ["num"] => device().set_vring_num(QueueIndex(0), 8),
             ["base"] => device().vring_base(QueueIndex(0)).map(drop),
             ["enable"] => device().set_vring_enable(QueueIndex(0), false),
-            // Fresh memory of so many pages.
+            // Allocates this number of pages.
             ["map", iova, pages] => {
                 let size = parse(pages) * 4096;
                 let fd = memfd::create(c"peer", size as u64, None)?;
@@ -179,7 +179,7 @@ impl State {
                 let exe = std::env::current_exe().unwrap().into_os_string().into_encoded_bytes();
                 let exe = std::ffi::CString::new(exe).unwrap();
                 let env = [std::ffi::CString::new(format!("{ROLE}=1")).unwrap()];
-                // The new image does not know that an answer is owed.
+                // Answered here, since the new image does not know of the command.
                 let socket = UnixStream::from(rustix::stdio::stdout().try_clone_to_owned().unwrap());
                 answer(&socket, Ok(()));
                 execve(Program::Path(&exe), std::slice::from_ref(&exe), &env).map(|never| match never {})
@@ -188,7 +188,7 @@ impl State {
         }
     }
 
-    /// Has a forked child carry out a command.
+    /// Executes a command in a forked child.
     fn fork(&mut self, words: &[&str]) -> Result<(), Errno> {
         // SAFETY: this process has one thread, so its child is in no lock's way and may do whatever it does.
         let child = unsafe { libc::fork() };

@@ -1,4 +1,4 @@
-//! The real daemon under rough treatment: its processes, what they hold, and clients that are processes of their own.
+//! A real daemon for tests that kill and stop processes: its resources, and clients that are processes of their own.
 #![expect(dead_code, reason = "every test binary uses its own part")]
 
 #[path = "robust_disk.rs"]
@@ -25,10 +25,10 @@ use vdpa_control::client::Client;
 use vdpa_sys::fuse::{FS_TYPE, fs_type_at, unmount};
 use vdpa_sys::vhost_vdpa::VhostVdpaFd;
 
-/// For everything that happens soon or never.
+/// Time for everything that happens soon or never.
 pub(crate) const SOON: Duration = Duration::from_secs(10);
 
-/// Ends a test that hangs: a client in the kernel is freed by nothing but the end of the connection.
+/// Ends a test that hangs: a client that blocks in the kernel is released only by the end of the connection.
 struct Guard(Option<(mpsc::Sender<()>, thread::JoinHandle<()>)>);
 
 impl Guard {
@@ -77,7 +77,7 @@ impl Vdpad {
         vdpad
     }
 
-    /// Starts it in a directory that stays when it is gone.
+    /// Starts it in a directory that is kept when it ends.
     pub(crate) fn start_at(dir: &Path, limit: Duration, args: &[&str]) -> Self {
         let log = File::options().create(true).append(true).open(dir.join("log")).unwrap();
         let mut command = command_at(dir);
@@ -131,7 +131,7 @@ impl Vdpad {
         self.client().device(name).unwrap()
     }
 
-    /// Runs vdpactl with the words of `line`.
+    /// Runs vdpactl with the arguments in `line`.
     pub(crate) fn ctl(&self, line: &str) -> Output {
         run(vdpactl(&self.dir).args(line.split_whitespace()))
     }
@@ -166,7 +166,7 @@ impl Vdpad {
         path
     }
 
-    /// Waits until nobody has the device open and asserts that nothing of its last client is left.
+    /// Waits until nobody has the device open, and asserts that no resource of its last client is left.
     #[track_caller]
     pub(crate) fn is_released(&self, name: &str) {
         let info = eventually("the device is released", || Some(self.info(name)).filter(|i| !i.state.open));
@@ -190,7 +190,7 @@ impl Drop for Vdpad {
         let _ = self.child.wait();
         let mount = self.mount();
         if fs_type_at(&mount).is_ok_and(|kind| kind.as_deref() == Some(FS_TYPE)) {
-            // The watchdog does the same at the same time.
+            // The watchdog may do the same concurrently.
             let _ = unmount(&mount);
         }
     }
@@ -204,7 +204,7 @@ pub(crate) fn command_at(dir: &Path) -> Command {
         Some(front) => command.arg("--front").arg(front),
         None => command.arg("--dir").arg(dir.join("dev")),
     };
-    command.arg("--control").arg(dir.join("control.sock"));
+    command.arg("--socket").arg(dir.join("control.sock"));
     command
 }
 
@@ -215,7 +215,7 @@ pub(crate) fn vdpactl(dir: &Path) -> Command {
     command
 }
 
-/// What a process left.
+/// Exit status and output of a process.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Output {
     pub(crate) code: Option<i32>,
@@ -237,7 +237,7 @@ impl Output {
     }
 }
 
-/// Runs a command to its end, which must come soon.
+/// Runs a command, which must end soon.
 pub(crate) fn run(command: &mut Command) -> Output {
     let mut child =
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
@@ -263,7 +263,7 @@ pub(crate) fn run(command: &mut Command) -> Output {
     Output { code: status.code(), stdout: stdout.join().unwrap(), stderr: stderr.join().unwrap() }
 }
 
-/// Asks again and again until there is an answer.
+/// Calls `ask` repeatedly until it returns a value.
 #[track_caller]
 pub(crate) fn eventually<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + SOON;
@@ -276,10 +276,10 @@ pub(crate) fn eventually<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T
     }
 }
 
-/// What a process holds.
+/// Resources of a process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Resources {
-    /// Open descriptors by what they are.
+    /// Open descriptors by kind.
     pub(crate) fds: BTreeMap<String, usize>,
     /// Threads but the kernel's workers for io_uring and vdpad's for control requests, which come when needed and go when
     /// idle.
@@ -303,7 +303,7 @@ impl Resources {
         let mut registered = 0;
         for entry in fs::read_dir(proc.join("fd")).unwrap() {
             let entry = entry.unwrap();
-            // It may be closed in this moment: then it is not held.
+            // It may have been closed just now.
             let Ok(target) = fs::read_link(entry.path()) else { continue };
             let target = target.to_string_lossy();
             if target.contains("io_uring") {
@@ -331,7 +331,7 @@ impl Resources {
         }
     }
 
-    /// Asserts that no more is held than `before`; memory may have grown by 8 MiB.
+    /// Asserts that there are no more resources than `before`; memory may have grown by 8 MiB.
     #[track_caller]
     pub(crate) fn are_back_to(&self, before: &Self) {
         assert_eq!((self.pinned_kib, self.registered, self.memfds), (0, 0, 0), "{self:?}");
@@ -351,7 +351,7 @@ fn is_lasting(task: &std::io::Result<fs::DirEntry>) -> bool {
 /// Bytes of the registered buffers of an io_uring, from its file in `/proc/PID/fdinfo`: a line `UserBufs: N` and
 /// then `INDEX: ADDRESS/LENGTH` for each, or `INDEX: <none>`.
 fn registered_bytes(fdinfo: &Path) -> u64 {
-    // While the ring is being changed the kernel leaves the list out.
+    // The kernel omits the list while the ring is being changed.
     let info = eventually("the ring is described", || {
         fs::read_to_string(fdinfo).ok().filter(|info| info.contains("UserBufs"))
     });
@@ -362,30 +362,30 @@ fn registered_bytes(fdinfo: &Path) -> u64 {
         .sum()
 }
 
-/// Names the part that this instance of the test program plays.
-const PART: &str = "VDPA_TEST_PART";
+/// Environment variable with the role of this instance of the test program.
+const ROLE: &str = "VDPA_TEST_PART";
 
-/// Whether this process plays `part`. A test run that comes here is no player: nobody has left it a device, and that
-/// is what it checks.
-pub(crate) fn plays(part: &str) -> bool {
-    let plays = std::env::var(PART).is_ok_and(|playing| playing == part);
-    if !plays {
+/// Whether this process has the role `part`. A test that is run normally has none; it checks that there is no saved state to
+/// restore.
+pub(crate) fn has_role(part: &str) -> bool {
+    let found = std::env::var(ROLE).is_ok_and(|role| role == part);
+    if !found {
         assert!(update::restore::<VhostVdpaFd>().unwrap().is_none(), "a first start has nothing to restore");
     }
-    plays
+    found
 }
 
-/// Another instance of the test program, playing a part: a test that is run alone and told so.
-pub(crate) struct Player {
+/// Another instance of the test program with a role: a single test, started with [`ROLE`].
+pub(crate) struct RoleProcess {
     child: Child,
     lines: BufReader<std::process::ChildStdout>,
 }
 
-impl Player {
-    /// Starts this program as `part`, with environment variables.
+impl RoleProcess {
+    /// Starts this program with the role `part` and environment variables.
     pub(crate) fn start(part: &str, variables: &[(&str, &str)]) -> Self {
         let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args([part, "--exact", "--nocapture"]).env(PART, part).envs(variables.iter().copied());
+        command.args([part, "--exact", "--nocapture"]).env(ROLE, part).envs(variables.iter().copied());
         Self::spawn(&mut command)
     }
 
@@ -399,22 +399,22 @@ impl Player {
         Pid::from_child(&self.child)
     }
 
-    /// What it says next with [`say`], which must begin with the word `topic`; the rest is returned.
+    /// Receives the next line that it has sent with [`send_line`]. It must begin with the word `topic`; the rest is returned.
     #[track_caller]
-    pub(crate) fn hear(&mut self, topic: &str) -> String {
+    pub(crate) fn receive(&mut self, topic: &str) -> String {
         loop {
             let mut line = String::new();
             let len = self.lines.read_line(&mut line).unwrap();
-            assert!(len > 0, "the player ended ({:?}) before it said \"{topic}\"", self.child.wait());
-            // The test runner's own words are before the mark.
-            let Some((_, said)) = line.split_once('@') else { continue };
-            let (word, rest) = said.trim_end().split_once(' ').unwrap_or((said.trim_end(), ""));
-            assert_eq!(word, topic, "{said}");
+            assert!(len > 0, "the process ended ({:?}) before it sent \"{topic}\"", self.child.wait());
+            // The output of the test runner precedes the mark.
+            let Some((_, received)) = line.split_once('@') else { continue };
+            let (word, rest) = received.trim_end().split_once(' ').unwrap_or((received.trim_end(), ""));
+            assert_eq!(word, topic, "{received}");
             return rest.to_owned();
         }
     }
 
-    pub(crate) fn tell(&mut self, line: &str) {
+    pub(crate) fn send(&mut self, line: &str) {
         writeln!(self.child.stdin.as_mut().unwrap(), "{line}").unwrap();
     }
 
@@ -423,10 +423,10 @@ impl Player {
         self.child.wait().unwrap();
     }
 
-    /// Waits for the end of all programs that write where it wrote: its successors.
+    /// Waits for the end of all programs with the same standard output: its successors.
     pub(crate) fn end_of_all(&mut self) {
         self.lines.read_to_end(&mut Vec::new()).unwrap();
-        // It may be collected already, where this process collects what its children leave.
+        // An error is ignored, since a process that waits for its orphaned descendants may have waited for it already.
         let _ = self.child.wait();
     }
 
@@ -440,21 +440,21 @@ impl Player {
     }
 }
 
-impl Drop for Player {
+impl Drop for RoleProcess {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// For players: a line that [`Player::hear`] reads.
-pub(crate) fn say(line: &str) {
+/// In a role: sends a line to [`RoleProcess::receive`].
+pub(crate) fn send_line(line: &str) {
     let mut stdout = std::io::stdout().lock();
     writeln!(stdout, "@{line}").and_then(|()| stdout.flush()).unwrap();
 }
 
-/// For players: a line that [`Player::tell`] wrote. Not buffered, so that an exec loses nothing.
-pub(crate) fn listen() -> String {
+/// In a role: receives a line of [`RoleProcess::send`]. Not buffered, so that an exec loses nothing.
+pub(crate) fn receive_line() -> String {
     let (mut line, mut byte) = (Vec::new(), [0]);
     while rustix::io::read(std::io::stdin(), &mut byte).unwrap() == 1 && byte != *b"\n" {
         line.extend(byte);
@@ -462,12 +462,14 @@ pub(crate) fn listen() -> String {
     String::from_utf8(line).unwrap()
 }
 
-/// For players: a variable that must be there.
+/// In a role: an environment variable that must be set.
 pub(crate) fn variable(name: &str) -> String {
-    std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set: a part played by another test only"))
+    std::env::var(name).unwrap_or_else(|_| {
+        panic!("{name} is not set: this test runs only in a role, started by another test")
+    })
 }
 
-/// Lets another user enter.
+/// Gives another user access.
 pub(crate) fn open_to_all(path: &Path) {
     fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
 }

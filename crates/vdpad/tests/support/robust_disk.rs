@@ -1,4 +1,4 @@
-//! A small block driver that checks everything it reads.
+//! A small block driver that verifies everything that it reads.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -17,15 +17,15 @@ use vdpa_sys::vhost_vdpa::VhostVdpaFd;
 use vdpa_sys::{memfd, rlimit};
 
 pub(crate) const Q0: QueueIndex = QueueIndex(0);
-/// Where the device sees the memory.
+/// I/O virtual address of the memory.
 pub(crate) const IOVA: u64 = 0x1_0000_0000;
 /// Entries of the ring.
 pub(crate) const RING: u16 = 256;
-/// Requests that fit: three descriptors each.
+/// Most requests in flight, with three descriptors each.
 pub(crate) const SLOTS: u64 = 64;
 /// Bytes of data in a request.
 pub(crate) const DATA: u32 = 4096;
-/// Bytes of memory that are needed at least.
+/// Smallest size of memory in bytes.
 pub(crate) const MEMORY_MIN: u64 = 1 << 20;
 
 const HEADERS_AT: u64 = 0x8000;
@@ -43,7 +43,7 @@ pub(crate) struct Disk {
     pub(crate) flying: BTreeMap<u64, Flight>,
 }
 
-/// Opens and negotiates; waits while a dead client is still being taken down, and tells for how long.
+/// Opens and negotiates. Waits while the kernel tears down a killed client, and returns for how long.
 pub(crate) fn open(path: &Path) -> (Session<VhostVdpaFd>, Duration) {
     let begin = Instant::now();
     let device = loop {
@@ -62,7 +62,7 @@ pub(crate) fn open(path: &Path) -> (Session<VhostVdpaFd>, Duration) {
     (session, waited)
 }
 
-/// Set for programs that are to use packed rings.
+/// Environment variable of programs that use packed rings.
 pub(crate) const PACKED: &str = "TEST_PACKED";
 
 /// As much of `wanted` bytes as this process can have pinned: raises its limit on locked memory where that is
@@ -82,13 +82,13 @@ impl Disk {
         Self::start_timed(path, memory).0
     }
 
-    /// Tells also how long the device was busy.
+    /// Also returns how long the device was busy.
     pub(crate) fn start_timed(path: &Path, memory: u64) -> (Self, Duration) {
         pinnable(memory);
         Self::set_up(path, memory)
     }
 
-    /// Leaves the limit on locked memory as it is.
+    /// Without changing RLIMIT_MEMLOCK.
     pub(crate) fn start_within_limit(path: &Path, memory: u64) -> Self {
         Self::set_up(path, memory).0
     }
@@ -106,7 +106,7 @@ impl Disk {
         self.session.region("ram").unwrap().map().unwrap()
     }
 
-    /// Puts a request into its slot; the device sees it with [`kick`](Self::kick).
+    /// Queues a request in its slot; [`kick`](Self::kick) shows it to the device.
     pub(crate) fn submit(&mut self, slot: u64, (kind, block, seed): Flight) {
         let header = usize::try_from(HEADERS_AT + slot * 64).unwrap();
         let mut bytes = [0; 16];
@@ -133,7 +133,7 @@ impl Disk {
         self.session.queue_mut(Q0).unwrap().notify().unwrap();
     }
 
-    /// Takes what is complete and judges it; returns the slots.
+    /// Takes completions and verifies them. Returns their slots.
     pub(crate) fn reap(&mut self) -> Vec<u64> {
         let mut slots = Vec::new();
         while let Some(done) = self.session.queue_mut(Q0).unwrap().reap().unwrap() {
@@ -160,7 +160,7 @@ impl Disk {
         assert!(self.session.queue_mut(Q0).unwrap().wait(Some(LIMIT)).unwrap(), "{:?}", self.flying);
     }
 
-    /// Waits until nothing is in flight; returns the slots in the order in which they came.
+    /// Waits until nothing is in flight. Returns the slots in order of completion.
     pub(crate) fn settle(&mut self) -> Vec<u64> {
         let mut slots = self.reap();
         while !self.flying.is_empty() {
@@ -170,14 +170,14 @@ impl Disk {
         slots
     }
 
-    /// One request from beginning to end.
+    /// Makes a request and waits for its completion.
     pub(crate) fn one(&mut self, flight: Flight) {
         self.submit(0, flight);
         self.kick();
         self.settle();
     }
 
-    /// What a block holds; nothing else may be in flight.
+    /// Reads a block. Nothing else may be in flight.
     pub(crate) fn read_block(&mut self, block: u64) -> Vec<u8> {
         self.submit(0, (kind::IN, block, 0));
         self.flying.clear();
@@ -201,7 +201,7 @@ impl Disk {
     }
 }
 
-/// What a block written with `seed` holds; all different.
+/// Contents of a block written with `seed`, different for each seed.
 pub(crate) fn pattern(block: u64, seed: u64) -> Vec<u8> {
     let mut word = block.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ seed;
     let words = (0..DATA / 8).flat_map(|_| {

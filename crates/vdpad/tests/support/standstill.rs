@@ -1,4 +1,4 @@
-//! Stopping a process, for tests of what others see of it then.
+//! Stops a process, for tests of the effect on other processes.
 
 use std::fs;
 use std::thread;

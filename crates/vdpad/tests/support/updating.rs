@@ -1,4 +1,4 @@
-//! Programs that update themselves, each a part of the test program: what they do to their disks before, and how they
+//! Programs that update themselves, as roles of the test program: what they do with their disks before an update, and how they
 //! prove afterwards that nothing is lost.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -19,21 +19,21 @@ use vdpa_core::blk::kind;
 use vdpa_sys::vhost_vdpa::VhostVdpaFd;
 
 use super::robust::disk::{self, Disk, Flight, Q0};
-use super::robust::{SOON, eventually, listen, say, variable};
+use super::robust::{SOON, eventually, receive_line, send_line, variable};
 
-/// Blocks that hold data from before the update on.
+/// Blocks with data from before the update.
 pub(crate) const OLD: std::ops::Range<u64> = 100..108;
 pub(crate) const OLD_SEED: u64 = 1;
 /// First of the blocks that are written when the update begins; one for each slot of the lower half.
 pub(crate) const NEW: u64 = 2;
 /// Requests in flight over the update: writes in the lower half, reads of old blocks in the upper.
 pub(crate) const FLYING: u64 = 16;
-/// Requests that a survivor makes on each disk to see that all is well.
+/// Requests that a survivor makes on each disk to check that it works.
 pub(crate) const CHECKS: u64 = FLYING / 2 + (OLD.end - OLD.start) + 2;
 
 const LATE: &str = "test/flying";
 
-/// What is to happen at a point.
+/// The fault at a point.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Action {
     /// SIGKILL.
@@ -42,7 +42,7 @@ pub(crate) enum Action {
     Stop,
 }
 
-/// One fault: at the `nth` time (from 1 on) that a process comes by the point.
+/// A fault, when a process passes the point for the `nth` time (from 1 on).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Fault {
     pub(crate) point: Checkpoint,
@@ -64,12 +64,12 @@ impl Fault {
     }
 }
 
-/// Variables that tell a program what to do.
+/// Environment variables that control a program.
 pub(crate) const DISKS: &str = "TEST_DISKS";
 pub(crate) const WAY: &str = "TEST_WAY";
 pub(crate) const FAULT: &str = "TEST_FAULT";
 pub(crate) const REACHED: &str = "TEST_REACHED";
-/// File beside that, without which a process that has stopped does not go on.
+/// File beside it. A stopped process continues only if it exists.
 pub(crate) const GO_ON: &str = "go-on";
 /// Where the successor of a hand-over listens; a program with [`WAITS`] is the successor.
 pub(crate) const SOCKET: &str = "TEST_SOCKET";
@@ -83,7 +83,7 @@ fn pid() -> i32 {
     getpid().as_raw_nonzero().get()
 }
 
-/// Writes down every point that this process comes by, and dies or stops at the one it was told.
+/// Records every point that this process passes, and kills or stops it at the point of the fault.
 fn watch() {
     let log = File::options().append(true).open(variable(REACHED)).unwrap();
     let fault = Fault::parse(&variable(FAULT));
@@ -106,7 +106,7 @@ fn watch() {
     });
 }
 
-/// The program under test: starts as predecessor, or is somebody's successor.
+/// The program under test: a predecessor, or the successor of one.
 pub(crate) fn program() {
     watch();
     if std::env::var_os(WAITS).is_some() {
@@ -141,7 +141,7 @@ pub(crate) fn start(path: &Path) -> Disk {
     disk
 }
 
-/// Puts requests in flight, the second half of them not yet shown to the device.
+/// Makes requests, the second half of them without a kick.
 pub(crate) fn fly(disk: &mut Disk, seed: u64) {
     for slot in 0..FLYING / 2 {
         disk.submit(slot, (kind::OUT, NEW + slot, seed));
@@ -152,7 +152,7 @@ pub(crate) fn fly(disk: &mut Disk, seed: u64) {
     }
 }
 
-/// All that was in flight comes, each once and right, and everything is where it was.
+/// Every request in flight completes once and correctly, and all data is as before.
 pub(crate) fn prove(disk: &mut Disk, seed: u64) {
     let flying: BTreeSet<u64> = disk.flying.keys().copied().collect();
     disk.kick();
@@ -202,7 +202,7 @@ fn predecessor() {
         Err(error) => Err(Box::new(update::Failed { error, devices, lost: Vec::new() })),
     };
     match switched {
-        Ok(_) => say("departed"),
+        Ok(_) => send_line("departed"),
         Err(failed) => {
             assert!(failed.lost.is_empty(), "{:?}", failed.lost.iter().map(|e| text(e)).collect::<Vec<_>>());
             survives("went-on", failed.devices, flying, seed, &text(&failed.error));
@@ -215,7 +215,7 @@ const DEADLINE: Duration = Duration::from_secs(2);
 
 const GRACE: Duration = Duration::from_millis(200);
 
-/// A successor that stops before it is ready is waited for until somebody cancels.
+/// The predecessor waits for a successor that stops before it is ready until the update is cancelled.
 fn cancel_after(fault: Fault, cancel: &Cancel) {
     if !matches!(fault.point, Checkpoint::Entered | Checkpoint::Received | Checkpoint::Loaded) {
         return;
@@ -230,7 +230,7 @@ fn cancel_after(fault: Fault, cancel: &Cancel) {
     });
 }
 
-/// The successor of a hand-over may not listen yet.
+/// Connects to the successor of a hand-over, which may not listen yet.
 pub(crate) fn connect(path: &Path) -> UnixStream {
     let begin = Instant::now();
     loop {
@@ -252,11 +252,11 @@ fn successor(incoming: Result<Incoming<VhostVdpaFd>, UpdateError>) {
             let (seed, flying): (u64, Flying) = section.parse(1).unwrap();
             survives("took-over", devices, flying, seed, report.way.name());
         }
-        Err(error) => say(&format!("gave-up {} {}", pid(), text(&error))),
+        Err(error) => send_line(&format!("gave-up {} {}", pid(), text(&error))),
     }
 }
 
-/// Has the devices: proves it, tells it and waits until it may end.
+/// Has the devices: checks them, reports that, and waits until it may end.
 fn survives(what: &str, devices: Devices<VhostVdpaFd>, mut flying: Flying, seed: u64, how: &str) {
     let mut disks = Vec::new();
     for (name, session) in devices {
@@ -265,6 +265,6 @@ fn survives(what: &str, devices: Devices<VhostVdpaFd>, mut flying: Flying, seed:
         disks.push(disk);
     }
     assert!(flying.is_empty());
-    say(&format!("{what} {} {seed} {how}", pid()));
-    listen();
+    send_line(&format!("{what} {} {seed} {how}", pid()));
+    receive_line();
 }

@@ -1,4 +1,4 @@
-//! Requests to [`Backend`] calls, and its errors to HTTP.
+//! The routes: turns HTTP requests into calls of the [`Backend`], and its errors into HTTP responses.
 
 use std::sync::Arc;
 
@@ -105,7 +105,7 @@ async fn add(State(app): State<App>, request: Request) -> Result<Response, Failu
     let location = format!("/v1/devs/{}", request.name);
     app.call(move |backend| backend.add(request)).await?;
     let mut response = StatusCode::CREATED.into_response();
-    // A name that no header can carry is the backend's to refuse; here it only costs the header.
+    // The backend refuses names that a header cannot carry.
     if let Ok(location) = location.parse() {
         response.headers_mut().insert(header::LOCATION, location);
     }
@@ -169,7 +169,7 @@ struct VstatsQuery {
 type QueryOf<T> = Result<Query<T>, axum::extract::rejection::QueryRejection>;
 
 impl App {
-    /// Runs a call of the backend where it may block.
+    /// Runs a call of the backend on a thread where it may block.
     async fn call<T: Send + 'static>(
         &self,
         call: impl FnOnce(&dyn Backend) -> Result<T, CtlError> + Send + 'static,
@@ -196,12 +196,12 @@ impl App {
     }
 }
 
-/// A success with a body.
+/// A successful response with a body.
 fn ok<T: Serialize>(value: T) -> Response {
     Json(value).into_response()
 }
 
-/// Reads a body; `example` is one that would be right.
+/// Reads and parses a body; `example` is a valid one for the error message.
 async fn read_json<T: for<'de> Deserialize<'de>>(
     body: Body,
     limits: &Limits,
@@ -234,7 +234,7 @@ async fn read_json<T: for<'de> Deserialize<'de>>(
     })
 }
 
-/// An answer that is not a success.
+/// A response that is not a success.
 struct Failure {
     status: StatusCode,
     error: CtlError,

@@ -1,4 +1,4 @@
-//! The socket file: whose it is, who may connect.
+//! The socket file: its owner, and who may connect.
 
 use std::fs;
 use std::io;
@@ -10,17 +10,17 @@ use vdpa_core::Errno;
 
 use vdpa_control::api::CtlError;
 
-/// Why the control socket could not be had.
+/// Why the control socket could not be bound.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
-    /// Another daemon answers on it.
-    #[error("{} is in use by a running vdpad; stop that one or choose another path with --control", path.display())]
+    /// A daemon listens on it.
+    #[error("{} is in use by a running vdpad; stop that one or choose another path with --socket", path.display())]
     InUse {
         /// Path of the socket.
         path: PathBuf,
     },
-    /// Something that is no socket is in its place.
-    #[error("{} exists and is not a socket; remove it or choose another path with --control", path.display())]
+    /// The path exists and is not a socket.
+    #[error("{} exists and is not a socket; remove it or choose another path with --socket", path.display())]
     NotASocket {
         /// Path of the file.
         path: PathBuf,
@@ -28,17 +28,17 @@ pub enum BindError {
     /// The system refused a step.
     #[error("cannot {step} {}", path.display())]
     Io {
-        /// What was tried.
+        /// The step that failed.
         step: &'static str,
-        /// With which file.
+        /// Path of the file.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the system call.
         #[source]
         source: io::Error,
     },
 }
 
-/// A socket file of ours; removed when dropped, unless somebody has put another in its place.
+/// The socket file of this daemon. Dropping it removes the file, unless another file has replaced it.
 #[derive(Debug)]
 pub(super) struct SocketFile {
     path: PathBuf,
@@ -64,13 +64,13 @@ fn identity(file: &fs::Metadata) -> (u64, u64) {
     (file.dev(), file.ino())
 }
 
-/// Listens at `path`, non-blocking, mode 0600, creating its directory if need be.
+/// Binds a non-blocking listener to `path`, with mode 0600. Creates the directory if there is none.
 pub(super) fn bind(path: &Path) -> Result<(UnixListener, SocketFile), BindError> {
     let failed = |step, path: &Path| {
         let path = path.to_path_buf();
         move |source| BindError::Io { step, path, source }
     };
-    refuse_living(path)?;
+    check_not_in_use(path)?;
     if let Some(directory) = path.parent().filter(|directory| !directory.as_os_str().is_empty()) {
         fs::DirBuilder::new()
             .recursive(true)
@@ -78,30 +78,30 @@ pub(super) fn bind(path: &Path) -> Result<(UnixListener, SocketFile), BindError>
             .create(directory)
             .map_err(failed("create", directory))?;
     }
-    // Under a name of its own until the mode is right, then moved into place: nobody ever sees the socket open
-    // to others, and a stale one is replaced without an instant in which there is none.
+    // The socket has a temporary name until its mode is set, and is then renamed: others cannot connect in between, and there is
+    // always a socket at `path` while a stale one is replaced.
     let mut name = path.as_os_str().to_owned();
     name.push(format!(".{}", std::process::id()));
-    let unready = PathBuf::from(name);
-    let listener = UnixListener::bind(&unready).map_err(failed("bind", &unready))?;
+    let temporary = PathBuf::from(name);
+    let listener = UnixListener::bind(&temporary).map_err(failed("bind", &temporary))?;
     let finish = || {
-        fs::set_permissions(&unready, fs::Permissions::from_mode(0o600))?;
+        fs::set_permissions(&temporary, fs::Permissions::from_mode(0o600))?;
         listener.set_nonblocking(true)?;
-        let identity = identity(&fs::symlink_metadata(&unready)?);
-        fs::rename(&unready, path)?;
+        let identity = identity(&fs::symlink_metadata(&temporary)?);
+        fs::rename(&temporary, path)?;
         Ok(identity)
     };
     match finish() {
         Ok(identity) => Ok((listener, SocketFile { path: path.into(), identity })),
         Err(source) => {
-            // Best effort: the first error is the one to report.
-            let _ = fs::remove_file(&unready);
+            // An error of this cleanup is ignored: the first error is the one to report.
+            let _ = fs::remove_file(&temporary);
             Err(failed("put in place", path)(source))
         }
     }
 }
 
-fn refuse_living(path: &Path) -> Result<(), BindError> {
+fn check_not_in_use(path: &Path) -> Result<(), BindError> {
     let failed = |source| BindError::Io { step: "examine", path: path.into(), source };
     match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -114,19 +114,19 @@ fn refuse_living(path: &Path) -> Result<(), BindError> {
     match UnixStream::connect(path) {
         Ok(_) => Err(BindError::InUse { path: path.into() }),
         Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound) => {
-            tracing::info!(path = %path.display(), "replacing the control socket of a daemon that is gone");
+            tracing::info!(path = %path.display(), "replacing the control socket of a daemon that has ended");
             Ok(())
         }
         Err(error) => Err(failed(error)),
     }
 }
 
-/// Whether the process at the other end may use the interface: the daemon's user and root may.
+/// Checks that the peer may use the control API: only root and the daemon's user may.
 ///
-/// The mode of the file says the same; this holds even where the file has been made accessible since.
+/// The mode of the socket file says the same, but can be changed by others; this check cannot.
 pub(super) fn authorised(stream: &tokio::net::UnixStream) -> Result<(), CtlError> {
     let peer = stream.peer_cred().map_err(|error| {
-        CtlError::new(Errno::PERM, format!("the credentials of the caller are not known: {error}"))
+        CtlError::new(Errno::PERM, format!("the credentials of the caller are unknown: {error}"))
     })?;
     let own = rustix::process::geteuid().as_raw();
     if permitted(peer.uid(), own) {
@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stale_socket_is_replaced_and_a_living_one_is_not() {
+    fn a_stale_socket_is_replaced_and_one_in_use_is_not() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("run/control.sock");
         let (listener, file) = bind(&path).unwrap();

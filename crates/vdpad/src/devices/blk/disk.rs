@@ -1,4 +1,4 @@
-//! Requests of a block device as operations on its file.
+//! [`FileDisk`]: a disk on a file or a block device.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -12,41 +12,41 @@ use vdpa_sys::uring::{
     Registrar, Wait, transfer_now,
 };
 
-use super::file::{Backing, Reads};
-use super::pace::Pace;
+use super::backoff::Backoff;
+use super::file::{Backing, ReadMode};
 use vdpa_backend::worker::MemoryView;
 
-use crate::block::{After, Direct, Disk, Moment, Verdict};
+use crate::block::{Continuation, Disk, FixedRead, RequestContext, Step};
 
-/// Bytes of the largest transfer. A driver has no reason to ask for more, and a hostile one could make the daemon
-/// allocate bounce buffers of any size.
+/// Bytes of the largest transfer. No driver needs more, and without a limit a hostile one could make the daemon allocate
+/// bounce buffers of any size.
 const TRANSFER_MAX: u64 = 64 << 20;
 
-pub(super) const IO_ERROR: Verdict = Verdict::Done { status: Status::IoErr, written: 0 };
-pub(super) const UNSUPPORTED: Verdict = Verdict::Done { status: Status::Unsupp, written: 0 };
-pub(super) const OK: Verdict = Verdict::Done { status: Status::Ok, written: 0 };
+pub(super) const IO_ERROR: Step = Step::Complete { status: Status::IoErr, written: 0 };
+pub(super) const UNSUPPORTED: Step = Step::Complete { status: Status::Unsupp, written: 0 };
+pub(super) const OK: Step = Step::Complete { status: Status::Ok, written: 0 };
 
-/// A disk on a file.
+/// A disk on a file or a block device.
 pub(super) struct FileDisk {
     pub(super) backing: Backing,
     file: Arc<OwnedFd>,
-    /// The file as registered with the ring, if it could be.
+    /// The file's slot in the io_uring of the worker; `None` if it could not be registered.
     slot: Option<FileSlot>,
-    pace: Pace,
+    backoff: Backoff,
     serial: [u8; ID_BYTES],
 }
 
-/// Where the bytes of a transfer are.
-enum Places {
-    /// In one piece of memory that the kernel can use.
-    One(IoPiece),
-    /// In several.
-    Many(Vec<IoPiece>),
-    /// Where they can only be copied.
+/// Client memory that a transfer uses.
+enum DataMemory {
+    /// One piece that the kernel can access.
+    Single(IoPiece),
+    /// Several of them.
+    Vectored(Vec<IoPiece>),
+    /// Memory that can only be copied, through a bounce buffer.
     Bounce,
 }
 
-/// A checked transfer.
+/// The part of the disk that a request is about, checked against the size of the disk.
 #[derive(Clone, Copy)]
 pub(super) struct Transfer {
     /// First byte on the disk.
@@ -57,7 +57,7 @@ pub(super) struct Transfer {
 
 impl FileDisk {
     pub(super) fn new(backing: Backing, serial: [u8; ID_BYTES]) -> Self {
-        Self { file: Arc::clone(&backing.file), backing, slot: None, pace: Pace::default(), serial }
+        Self { file: Arc::clone(&backing.file), backing, slot: None, backoff: Backoff::default(), serial }
     }
 
     pub(super) fn file(&self) -> File {
@@ -73,7 +73,7 @@ impl FileDisk {
         sector.checked_add(count).is_some_and(|end| end <= self.backing.sectors)
     }
 
-    /// Bounds of a read or write; `None` for one that must fail.
+    /// The part of the disk that a read or write is about; `None` if the request must fail.
     fn transfer(&self, sector: u64, bytes: BufferSlice<'_>) -> Option<Transfer> {
         let len = bytes.len();
         if !len.is_multiple_of(SECTOR) || len > TRANSFER_MAX || !self.contains(sector, len / SECTOR) {
@@ -82,61 +82,62 @@ impl FileDisk {
         Some(Transfer { offset: sector * SECTOR, len: u32::try_from(len).ok()? })
     }
 
-    /// Whether the kernel can use a piece of memory as it is.
-    fn fits(&self, piece: &IoPiece) -> bool {
+    /// Whether a piece of memory is aligned as O_DIRECT requires.
+    fn is_usable(&self, piece: &IoPiece) -> bool {
         let aligned = |value: usize, to: u32| (value as u64).is_multiple_of(to.into());
         !self.backing.direct
             || aligned(piece.addr, self.backing.memory_align) && aligned(piece.len, self.backing.block_size)
     }
 
-    /// The client's buffers as the kernel can use them.
-    fn in_place(&self, bytes: BufferSlice<'_>, perm: Perm, view: &MemoryView) -> Result<Places> {
-        if let Some(place) = view.piece(bytes, perm) {
-            return Ok(if self.fits(&place) { Places::One(place) } else { Places::Bounce });
+    /// How the kernel can access the client's buffers.
+    fn data_memory(&self, bytes: BufferSlice<'_>, perm: Perm, view: &MemoryView) -> Result<DataMemory> {
+        if let Some(piece) = view.piece(bytes, perm) {
+            return Ok(if self.is_usable(&piece) { DataMemory::Single(piece) } else { DataMemory::Bounce });
         }
-        let places = view.pieces(bytes, perm).map_err(|_| Errno::FAULT)?;
-        let places =
-            places.filter(|places| places.len() <= MAX_PIECES && places.iter().all(|place| self.fits(place)));
-        Ok(places.map_or(Places::Bounce, Places::Many))
+        let pieces = view.pieces(bytes, perm).map_err(|_| Errno::FAULT)?;
+        let pieces = pieces
+            .filter(|pieces| pieces.len() <= MAX_PIECES && pieces.iter().all(|piece| self.is_usable(piece)));
+        Ok(pieces.map_or(DataMemory::Bounce, DataMemory::Vectored))
     }
 
-    /// Does a transfer at once, if that is the best way now. `alone`: no other request waits.
-    fn now(
+    /// Does a transfer on this thread, without io_uring, where that is faster; `None` where it is not. `alone`: no other request
+    /// is waiting.
+    fn transfer_inline(
         &mut self,
         direction: Direction,
         alone: bool,
-        places: &Places,
+        memory: &DataMemory,
         view: &MemoryView,
         Transfer { offset, len }: Transfer,
     ) -> Option<Result<u32>> {
         let wait = match (direction, self.backing.reads) {
-            (Direction::Read, Reads::Now) => Wait::Allowed,
-            (Direction::Read, Reads::AloneNow) if alone => Wait::Refused,
-            (Direction::Write, _) if self.backing.writes_now => Wait::Allowed,
+            (Direction::Read, ReadMode::Inline) => Wait::Allowed,
+            (Direction::Read, ReadMode::InlineIfOnly) if alone => Wait::Refused,
+            (Direction::Write, _) if self.backing.inline_writes => Wait::Allowed,
             _ => return None,
         };
-        let pieces = match places {
-            Places::One(place) => std::slice::from_ref(place),
-            Places::Many(places) => places,
-            Places::Bounce => return None,
+        let pieces = match memory {
+            DataMemory::Single(piece) => std::slice::from_ref(piece),
+            DataMemory::Vectored(pieces) => pieces,
+            DataMemory::Bounce => return None,
         };
         let file = &self.file;
         let transfer = || transfer_now(file, direction, wait, pieces, view.memory(), offset);
         let moved = match wait {
-            // What is not there, or only in part, is a matter for the kernel's own ways.
+            // Data that is not in the page cache, or only in part, is read by io_uring.
             Wait::Refused => transfer().ok().filter(|moved| *moved == len as usize).map(Ok)?,
-            Wait::Allowed if self.pace.allows() => self.pace.time(transfer),
+            Wait::Allowed if self.backoff.is_over() => self.backoff.measure(transfer),
             Wait::Allowed => return None,
         };
         Some(moved.and_then(|moved| u32::try_from(moved).map_err(|_| Errno::INVAL)))
     }
 
-    pub(super) fn bounce(&self, len: u32) -> Result<AlignedBuf> {
+    pub(super) fn bounce_buffer(&self, len: u32) -> Result<AlignedBuf> {
         let align = usize::try_from(self.backing.memory_align.max(64)).map_err(|_| Errno::INVAL)?;
         AlignedBuf::new(usize::try_from(len).map_err(|_| Errno::INVAL)?, align)
     }
 
-    fn read(&mut self, request: &BlkRequest<'_>, view: &Arc<MemoryView>, alone: bool) -> Result<Verdict> {
+    fn read(&mut self, request: &BlkRequest<'_>, view: &Arc<MemoryView>, alone: bool) -> Result<Step> {
         let Some(transfer) = self.transfer(request.header.sector, request.data_in) else {
             return Ok(IO_ERROR);
         };
@@ -144,31 +145,31 @@ impl FileDisk {
         if len == 0 {
             return Ok(OK);
         }
-        if !self.is_whole(transfer) {
-            return self.read_around(request, transfer);
+        if !self.is_aligned(transfer) {
+            return self.read_unaligned(request, transfer);
         }
         let file = self.file();
-        let after = After::Transfer { len, written: len, sync: false };
-        let places = self.in_place(request.data_in, Perm::WO, view)?;
-        if let Some(moved) = self.now(Direction::Read, alone, &places, view, transfer) {
+        let then = Continuation::Transfer { len, written: len, sync: false };
+        let memory = self.data_memory(request.data_in, Perm::WO, view)?;
+        if let Some(moved) = self.transfer_inline(Direction::Read, alone, &memory, view, transfer) {
             return Ok(self.transferred(moved, len, len, false));
         }
-        let op = match places {
-            Places::One(place) => match view.fixed(place) {
+        let op = match memory {
+            DataMemory::Single(piece) => match view.fixed(piece) {
                 Some(to) => Op::ReadFixed { file, to, offset },
-                None => Op::Read { file, buffers: guest(vec![place], view)?, offset },
+                None => Op::Read { file, buffers: guest(vec![piece], view)?, offset },
             },
-            Places::Many(places) => Op::Read { file, buffers: guest(places, view)?, offset },
-            Places::Bounce => {
-                let buffers = Buffers::Owned(OwnedBuf::Aligned(self.bounce(len)?));
-                let after = After::CopyOut { to: request.data_in.iter().collect(), skip: 0, len };
-                return Ok(Verdict::Io { op: Op::Read { file, buffers, offset }, after });
+            DataMemory::Vectored(pieces) => Op::Read { file, buffers: guest(pieces, view)?, offset },
+            DataMemory::Bounce => {
+                let buffers = Buffers::Owned(OwnedBuf::Aligned(self.bounce_buffer(len)?));
+                let then = Continuation::BounceRead { to: request.data_in.iter().collect(), skip: 0, len };
+                return Ok(Step::Submit { op: Op::Read { file, buffers, offset }, then });
             }
         };
-        Ok(Verdict::Io { op, after })
+        Ok(Step::Submit { op, then })
     }
 
-    fn write(&mut self, request: &BlkRequest<'_>, view: &Arc<MemoryView>, sync: bool) -> Result<Verdict> {
+    fn write(&mut self, request: &BlkRequest<'_>, view: &Arc<MemoryView>, sync: bool) -> Result<Step> {
         let Some(transfer) = self.transfer(request.header.sector, request.data_out) else {
             return Ok(IO_ERROR);
         };
@@ -179,51 +180,51 @@ impl FileDisk {
         if len == 0 {
             return Ok(OK);
         }
-        if !self.is_whole(transfer) {
-            return self.write_around(request, transfer, view, sync);
+        if !self.is_aligned(transfer) {
+            return self.write_unaligned(request, transfer, view, sync);
         }
         let file = self.file();
-        let places = self.in_place(request.data_out, Perm::RO, view)?;
-        if let Some(moved) = self.now(Direction::Write, false, &places, view, transfer) {
+        let memory = self.data_memory(request.data_out, Perm::RO, view)?;
+        if let Some(moved) = self.transfer_inline(Direction::Write, false, &memory, view, transfer) {
             return Ok(self.transferred(moved, len, 0, sync));
         }
-        let after = After::Transfer { len, written: 0, sync };
-        let op = match places {
-            Places::One(place) => match view.fixed(place) {
+        let then = Continuation::Transfer { len, written: 0, sync };
+        let op = match memory {
+            DataMemory::Single(piece) => match view.fixed(piece) {
                 Some(from) => Op::WriteFixed { file, from, offset },
-                None => Op::Write { file, buffers: guest(vec![place], view)?, offset },
+                None => Op::Write { file, buffers: guest(vec![piece], view)?, offset },
             },
-            Places::Many(places) => Op::Write { file, buffers: guest(places, view)?, offset },
-            Places::Bounce => {
-                let mut buffer = self.bounce(len)?;
+            DataMemory::Vectored(pieces) => Op::Write { file, buffers: guest(pieces, view)?, offset },
+            DataMemory::Bounce => {
+                let mut buffer = self.bounce_buffer(len)?;
                 request.data_out.read(view.snapshot(), &mut buffer).map_err(|_| Errno::FAULT)?;
                 let buffers = Buffers::Owned(OwnedBuf::Aligned(buffer));
-                let after = After::CopiedIn { len, sync };
-                return Ok(self.changes(transfer, Op::Write { file, buffers, offset }, after));
+                let then = Continuation::BounceWrite { len, sync };
+                return Ok(self.submit_write(transfer, Op::Write { file, buffers, offset }, then));
             }
         };
-        Ok(self.changes(transfer, op, after))
+        Ok(self.submit_write(transfer, op, then))
     }
 
-    /// Goes on after a read or a write of `len` bytes.
-    fn transferred(&self, result: Result<u32>, len: u32, written: u32, sync: bool) -> Verdict {
+    /// Continues after a read or a write that was to move `len` bytes.
+    fn transferred(&self, result: Result<u32>, len: u32, written: u32, sync: bool) -> Step {
         match result {
-            Ok(moved) if moved == len => match self.stable(sync) {
-                Verdict::Done { status, .. } => Verdict::Done { status, written },
+            Ok(moved) if moved == len => match self.flush_if(sync) {
+                Step::Complete { status, .. } => Step::Complete { status, written },
                 sync => sync,
             },
             _ => IO_ERROR,
         }
     }
 
-    /// Ends a request that has changed the disk: at once, or after a flush when the driver relies on it.
-    pub(super) fn stable(&self, sync: bool) -> Verdict {
+    /// Completes a request that has changed the disk: after a flush if `sync`, which write-through needs, else at once.
+    pub(super) fn flush_if(&self, sync: bool) -> Step {
         if !sync {
             return OK;
         }
-        Verdict::Io {
+        Step::Submit {
             op: Op::Fsync { file: self.file(), data_only: true },
-            after: After::Success { sync: false },
+            then: Continuation::Check { sync: false },
         }
     }
 }
@@ -235,7 +236,7 @@ impl Disk for FileDisk {
         }
         match registrar.add_file(&self.file) {
             Ok(slot) => self.slot = Some(slot),
-            // Slower, and nothing else.
+            // Operations on it are slower, but work.
             Err(error) => tracing::debug!("a disk's file is not registered: {error}"),
         }
     }
@@ -247,94 +248,97 @@ impl Disk for FileDisk {
     }
 
     #[inline]
-    fn direct(&self, request: &BlkRequest<'_>, view: &MemoryView, moment: Moment) -> Option<Direct> {
-        let now = match self.backing.reads {
-            Reads::Queued => false,
-            Reads::AloneNow => moment.alone,
-            Reads::Now => true,
+    fn fixed_read(
+        &self,
+        request: &BlkRequest<'_>,
+        view: &MemoryView,
+        context: RequestContext,
+    ) -> Option<FixedRead> {
+        let inline = match self.backing.reads {
+            ReadMode::Queued => false,
+            ReadMode::InlineIfOnly => context.alone,
+            ReadMode::Inline => true,
         };
-        if now || request.header.kind != kind::IN {
+        if inline || request.header.kind != kind::IN {
             return None;
         }
         let file = self.slot.as_ref()?.number();
         let transfer = self.transfer(request.header.sector, request.data_in)?;
-        if !self.is_whole(transfer) {
+        if !self.is_aligned(transfer) {
             return None;
         }
-        let place = view.piece(request.data_in, Perm::WO).filter(|place| self.fits(place))?;
-        Some(Direct { file, to: view.fixed(place)?, offset: transfer.offset })
+        let piece = view.piece(request.data_in, Perm::WO).filter(|piece| self.is_usable(piece))?;
+        Some(FixedRead { file, to: view.fixed(piece)?, offset: transfer.offset })
     }
 
-    fn begin(&mut self, request: &BlkRequest<'_>, view: &Arc<MemoryView>, moment: Moment) -> Verdict {
-        let Moment { write_back, alone } = moment;
-        let verdict = match request.header.kind {
+    fn start(&mut self, request: &BlkRequest<'_>, view: &Arc<MemoryView>, context: RequestContext) -> Step {
+        let RequestContext { write_back, alone } = context;
+        let step = match request.header.kind {
             kind::IN => self.read(request, view, alone),
             kind::OUT => self.write(request, view, !write_back),
-            kind::FLUSH => Ok(self.stable(true)),
+            kind::FLUSH => Ok(self.flush_if(true)),
             kind::GET_ID => get_id(&self.serial, request, view),
             kind::DISCARD => self.discard(request, view),
             kind::WRITE_ZEROES => self.write_zeroes(request, view, !write_back),
             _ => Ok(UNSUPPORTED),
         };
-        // Buffers the device cannot reach are the driver's mistake, and an answer is better than silence.
-        verdict.unwrap_or(IO_ERROR)
+        // Unmapped data buffers are an error of the driver. It gets an answer, rather than none.
+        step.unwrap_or(IO_ERROR)
     }
 
-    fn misshapen(&mut self, error: &FramingError) -> Verdict {
-        misshapen(error)
+    fn malformed(&mut self, error: &FramingError) -> Step {
+        malformed(error)
     }
 
-    fn proceed(
+    fn io_completed(
         &mut self,
-        after: After,
+        then: Continuation,
         result: Result<u32>,
         buffer: Option<OwnedBuf>,
         view: &Arc<MemoryView>,
-    ) -> Verdict {
-        match (after, result) {
-            (After::Transfer { len, written, sync }, result) => self.transferred(result, len, written, sync),
-            (After::CopiedIn { len, sync }, result) => self.transferred(result, len, 0, sync),
-            (After::CopyOut { to, skip, len }, Ok(moved)) => {
+    ) -> Step {
+        match (then, result) {
+            (Continuation::Transfer { len, written, sync }, result) => {
+                self.transferred(result, len, written, sync)
+            }
+            (Continuation::BounceWrite { len, sync }, result) => self.transferred(result, len, 0, sync),
+            (Continuation::BounceRead { to, skip, len }, Ok(moved)) => {
                 let bytes = buffer.as_deref().filter(|bytes| bytes.len() == moved as usize);
                 let skip = skip as usize;
-                let asked = bytes.and_then(|bytes| bytes.get(skip..skip + len as usize));
-                match asked.map(|bytes| BufferSlice::new(&to).write(view.snapshot(), bytes)) {
-                    Some(Ok(true)) => Verdict::Done { status: Status::Ok, written: len },
+                let requested = bytes.and_then(|bytes| bytes.get(skip..skip + len as usize));
+                match requested.map(|bytes| BufferSlice::new(&to).write(view.snapshot(), bytes)) {
+                    Some(Ok(true)) => Step::Complete { status: Status::Ok, written: len },
                     _ => IO_ERROR,
                 }
             }
-            (After::Patch(patch), Ok(moved)) => {
+            (Continuation::ReadModifyWrite(io), Ok(moved)) => {
                 let block = buffer.as_deref().filter(|block| block.len() == moved as usize);
-                block.and_then(|block| self.complete(*patch, block)).unwrap_or(IO_ERROR)
+                block.and_then(|block| self.merge(*io, block)).unwrap_or(IO_ERROR)
             }
-            (After::Success { sync }, Ok(_)) => self.stable(sync),
-            (After::Hint, Ok(_) | Err(Errno::OPNOTSUPP)) => OK,
-            (After::Zero(zero), result) => self.zeroed(*zero, result),
+            (Continuation::Check { sync }, Ok(_)) => self.flush_if(sync),
+            (Continuation::Discard, Ok(_) | Err(Errno::OPNOTSUPP)) => OK,
+            (Continuation::Zero(zero), result) => self.zeroed(*zero, result),
             _ => IO_ERROR,
         }
     }
 }
 
-/// Answers GET_ID, with as much of the id as the driver has room for.
-pub(super) fn get_id(
-    serial: &[u8; ID_BYTES],
-    request: &BlkRequest<'_>,
-    view: &MemoryView,
-) -> Result<Verdict> {
+/// Answers GET_ID. The id is cut to the length of the driver's buffers.
+pub(super) fn get_id(serial: &[u8; ID_BYTES], request: &BlkRequest<'_>, view: &MemoryView) -> Result<Step> {
     let len = request.data_in.len().min(ID_BYTES as u64);
     let id = serial.get(..usize::try_from(len).map_err(|_| Errno::INVAL)?).ok_or(Errno::INVAL)?;
     request.data_in.write(view.snapshot(), id).map_err(|_| Errno::FAULT)?;
-    Ok(Verdict::Done { status: Status::Ok, written: u32::try_from(len).unwrap_or(0) })
+    Ok(Step::Complete { status: Status::Ok, written: u32::try_from(len).unwrap_or(0) })
 }
 
-/// A chain that is no request: one whose header is out of reach may be tried again.
-pub(super) const fn misshapen(error: &FramingError) -> Verdict {
+/// What to do with a chain that is not a request: one whose header is not mapped is put back, since it may be mapped later.
+pub(super) const fn malformed(error: &FramingError) -> Step {
     match error {
-        FramingError::Fault(_) => Verdict::Unreachable,
-        _ => Verdict::Misshapen { notify: true },
+        FramingError::Fault(_) => Step::Unreachable,
+        _ => Step::Malformed { notify: true },
     }
 }
 
-fn guest(places: Vec<IoPiece>, view: &MemoryView) -> Result<Buffers> {
-    GuestPieces::new(places, Arc::clone(view.memory())).map(Buffers::Guest)
+fn guest(pieces: Vec<IoPiece>, view: &MemoryView) -> Result<Buffers> {
+    GuestPieces::new(pieces, Arc::clone(view.memory())).map(Buffers::Guest)
 }

@@ -14,43 +14,47 @@ use vdpa_core::blk::SECTOR;
 use super::options::Options;
 use vdpa_control::api::CtlError;
 
-/// Alignment of O_DIRECT transfers that any file system accepts, where the kernel does not tell.
+/// Alignment of O_DIRECT transfers where the kernel does not report one: every file system accepts it.
 const DIRECT_ALIGN: u32 = 4096;
 
-/// How the thread that serves a disk reads.
+/// How the thread that serves a disk reads from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Reads {
+pub(super) enum ReadMode {
     /// By io_uring.
     Queued,
-    /// By io_uring, which takes what is in the page cache without waiting. But one read that comes alone costs more to
-    /// queue than to do, if it is there.
-    AloneNow,
-    /// Itself: the kernel would need another thread.
-    Now,
+    /// By io_uring, which reads the page cache without blocking. The exception is a read that is the only request: queueing it
+    /// costs more than reading it, if the data is in the page cache.
+    InlineIfOnly,
+    /// On the thread itself: io_uring would use another thread for each read.
+    Inline,
 }
 
-/// An opened backing file and what its owner must know of it.
+/// An open backing file and its properties.
 #[derive(Clone, Debug)]
 pub(super) struct Backing {
     pub(super) file: Arc<OwnedFd>,
     /// Whole sectors of 512 bytes.
     pub(super) sectors: u64,
-    /// Logical block size in bytes: transfers smaller than this are not possible with O_DIRECT.
+    /// Logical block size in bytes: the unit of transfers with O_DIRECT.
     pub(super) block_size: u32,
-    /// O_DIRECT: the alignment of memory, in bytes.
+    /// Alignment of memory for O_DIRECT, in bytes.
     pub(super) memory_align: u32,
     pub(super) direct: bool,
     pub(super) read_only: bool,
-    /// Its file system may keep whoever asks it waiting, also one who asks not to: FUSE, and others that are not known.
+    /// Its file system may block a caller that requests not to block (`IOCB_NOWAIT`): FUSE, and every type that is not known.
     pub(super) may_block: bool,
-    /// How reads are best done.
-    pub(super) reads: Reads,
-    /// Writes are best done by the thread that serves the disk, as long as none takes long.
-    pub(super) writes_now: bool,
+    /// The fastest way to read.
+    pub(super) reads: ReadMode,
+    /// The thread that serves the disk writes itself, as long as no write is slow.
+    pub(super) inline_writes: bool,
 }
 
 impl Backing {
-    /// Opens and locks the file; every refusal names the file and what would be right.
+    /// Opens and locks the file.
+    ///
+    /// # Errors
+    /// The errno of open(2); `EINVAL` for anything but a file or block device of at least one sector; `EBUSY` for a file that is
+    /// locked. Each error names the file and what would be right.
     pub(super) fn open(file: &Path, options: &Options) -> Result<Self, CtlError> {
         let path = file.display();
         let refuse = |errno, what: String, hint: &str| Err(CtlError::new(errno, what).with_hint(hint));
@@ -88,20 +92,20 @@ impl Backing {
         } else {
             FlockOperation::NonBlockingLockExclusive
         };
-        if !locks_soon(&file, operation) {
+        if !lock_with_retry(&file, operation) {
             return refuse(
                 Errno::BUSY,
                 format!("{path} is locked by another program or device"),
                 "A disk has one writer, or readers only (readonly on).",
             );
         }
-        let may_block = !is_block && !answers_at_once(&file);
-        let reads = match (options.direct || may_block, !is_block && in_memory(&file)) {
-            (true, _) => Reads::Queued,
-            (false, true) => Reads::Now,
-            (false, false) => Reads::AloneNow,
+        let may_block = !is_block && !supports_nowait(&file);
+        let reads = match (options.direct || may_block, !is_block && is_tmpfs(&file)) {
+            (true, _) => ReadMode::Queued,
+            (false, true) => ReadMode::Inline,
+            (false, false) => ReadMode::InlineIfOnly,
         };
-        let writes_now = !options.direct && !may_block;
+        let inline_writes = !options.direct && !may_block;
         let (block_size, memory_align) = alignment(&file, is_block, options.direct);
         Ok(Self {
             file: Arc::new(file.into()),
@@ -112,7 +116,7 @@ impl Backing {
             read_only: options.read_only,
             may_block,
             reads,
-            writes_now,
+            inline_writes,
         })
     }
 }
@@ -141,10 +145,10 @@ fn alignment(file: &File, is_block: bool, direct: bool) -> (u32, u32) {
         return (logical, 1);
     }
     // STATX_DIOALIGN, Linux 6.1.
-    let told = statx(file, "", rustix::fs::AtFlags::EMPTY_PATH, StatxFlags::from_bits_retain(0x2000))
+    let reported = statx(file, "", rustix::fs::AtFlags::EMPTY_PATH, StatxFlags::from_bits_retain(0x2000))
         .ok()
         .filter(|stat| stat.stx_mask & 0x2000 != 0 && stat.stx_dio_offset_align > 0);
-    match told {
+    match reported {
         Some(stat) => (stat.stx_dio_offset_align.max(sector), stat.stx_dio_mem_align.max(1)),
         None => (logical.max(DIRECT_ALIGN), DIRECT_ALIGN),
     }
@@ -152,37 +156,37 @@ fn alignment(file: &File, is_block: bool, direct: bool) -> (u32, u32) {
 
 const TMPFS: u32 = 0x0102_1994;
 
-/// Locks the file. Waits for a moment: a daemon that was killed holds its disks until the kernel has taken its io_uring apart,
-/// which it does later, and rightly so, since operations may be in flight until then.
-fn locks_soon(file: &File, operation: FlockOperation) -> bool {
-    const PATIENCE: Duration = Duration::from_secs(1);
-    const PAUSE: Duration = Duration::from_millis(5);
-    let deadline = Instant::now() + PATIENCE;
+/// Locks the file; `false` if it stays locked by others. Retries for a second: a daemon that was killed keeps its locks until
+/// the kernel has torn down its io_uring, which happens asynchronously, since operations may be in flight until then.
+fn lock_with_retry(file: &File, operation: FlockOperation) -> bool {
+    const LOCK_TIMEOUT: Duration = Duration::from_secs(1);
+    const RETRY_INTERVAL: Duration = Duration::from_millis(5);
+    let deadline = Instant::now() + LOCK_TIMEOUT;
     while flock(file, operation).is_err() {
         if Instant::now() >= deadline {
             return false;
         }
-        std::thread::sleep(PAUSE);
+        std::thread::sleep(RETRY_INTERVAL);
     }
     true
 }
 
-/// Whether the file system is known to answer at once, one way or the other, when it is asked not to wait (`IOCB_NOWAIT`).
-/// A write to one of these goes to the page cache and is over, nearly always.
-fn answers_at_once(file: &File) -> bool {
+/// Whether the file system is known to honour `IOCB_NOWAIT`: it completes or refuses a request without blocking. A write to such
+/// a file system nearly always ends in the page cache.
+fn supports_nowait(file: &File) -> bool {
     /// ext2 to ext4, XFS, btrfs, tmpfs, F2FS: `statfs(2)`.
     const KNOWN: [u32; 5] = [0xef53, 0x5846_5342, 0x9123_683e, TMPFS, 0xf2f5_2010];
-    is_one_of(file, &KNOWN)
+    has_fs_type(file, &KNOWN)
 }
 
-/// tmpfs, which has no disk behind it. io_uring does not read it at once, as it does with what other file systems have in
-/// memory, but hands every read to a thread of its own.
-fn in_memory(file: &File) -> bool {
-    is_one_of(file, &[TMPFS])
+/// Whether the file is on tmpfs. io_uring hands every read of tmpfs to a thread, while it reads the page cache of other file
+/// systems inline.
+fn is_tmpfs(file: &File) -> bool {
+    has_fs_type(file, &[TMPFS])
 }
 
-fn is_one_of(file: &File, types: &[u32]) -> bool {
-    // The type of the field is another one for each C library.
+fn has_fs_type(file: &File, types: &[u32]) -> bool {
+    // The type of `f_type` differs between C libraries.
     fstatfs(file).is_ok_and(|stat| u32::try_from(stat.f_type).is_ok_and(|kind| types.contains(&kind)))
 }
 

@@ -1,21 +1,21 @@
 //! `blk`: a virtio block device on a file or block device.
 
+mod backoff;
 mod disk;
-mod edges;
 mod file;
 mod null;
 mod options;
-mod pace;
 mod range;
+mod unaligned;
 
 use std::mem::offset_of;
 use std::sync::Arc;
 
 use vdpa_core::Errno;
 use vdpa_core::blk::BlkConfig;
-use vdpa_core::features::{BackendFeatures, Features};
-use vdpa_core::parent::{AddressMode, Dma, Parent, PrivateMemory, Profile, QueueStats};
-use vdpa_core::types::{IovaRange, QueueIndex, Result};
+use vdpa_core::features::Features;
+use vdpa_core::parent::{AddressMode, Dma, Parent, Profile, QueueStats};
+use vdpa_core::types::{QueueIndex, Result};
 use vdpa_core::vq::{QueueSetup, QueueState};
 use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::guest::LinuxHost;
@@ -33,7 +33,10 @@ use vdpa_control::api::{Attrs, CtlError, ID_BLOCK, MgmtDev};
 
 use crate::block::{Disk, Requests, WriteCache};
 
-/// Segments of data in one request.
+#[cfg(test)]
+pub(super) use self::options::KNOWN;
+
+/// Most data segments of a request.
 const SEG_MAX: u32 = 126;
 
 /// Sectors of the largest discard: 1 GiB, so that one request does not occupy the disk for long.
@@ -95,12 +98,12 @@ fn features(read_only: bool, packed: bool, in_order: bool) -> Features {
     if read_only { offered.with(Features::BLK_RO) } else { offered }
 }
 
-/// What the driver is told of a disk.
+/// The properties of a disk that configuration space reports.
 #[derive(Clone, Copy)]
 struct Geometry {
-    /// Of 512 bytes.
+    /// Size in sectors of 512 bytes.
     sectors: u64,
-    /// Logical, in bytes.
+    /// Logical block size, in bytes.
     block_size: u32,
     read_only: bool,
 }
@@ -109,7 +112,7 @@ struct Geometry {
 struct Blk {
     profile: Profile,
     config: BlkConfig,
-    /// What the driver has accepted.
+    /// Features that the driver has accepted.
     accepted: Features,
     cache: Arc<WriteCache>,
     memory: ClientMemory,
@@ -158,36 +161,16 @@ fn config(options: &Options, geometry: Geometry) -> BlkConfig {
 }
 
 fn profile(options: &Options, geometry: Geometry) -> Profile {
+    let features = features(geometry.read_only, options.packed, options.in_order);
     Profile {
-        device_id: ID_BLOCK,
-        vendor_id: 0,
-        features: features(geometry.read_only, options.packed, options.in_order),
-        backend_features: BackendFeatures::of(&[
-            BackendFeatures::ENABLE_AFTER_DRIVER_OK,
-            BackendFeatures::NEW_OWNER,
-        ]),
-        queues: options.queues,
         queue_size_max: options.queue_size,
-        queue_groups: Vec::new(),
-        groups: 1,
-        address_spaces: 1,
-        iova_range: IovaRange::ALL,
         config_size: u32::try_from(size_of::<BlkConfig>()).unwrap_or(0),
-        suspend: true,
-        resume: true,
-        vring_size: true,
-        reset_map: true,
         compat_reset: options.compat_reset,
         address_mode: if options.pin { AddressMode::Pinned } else { AddressMode::Objects },
         pin_limit: options.pin_limit,
-        private_memory: PrivateMemory::Copy,
-        max_iotlb_entries: 2048,
-        verify_remap: true,
-        identity_map: false,
         reset_owner: options.reset_owner,
         strict_new_owner: options.strict_new_owner,
-        status_unsuspends: false,
-        report_batch_errors: true,
+        ..Profile::on_objects(ID_BLOCK, features, options.queues)
     }
 }
 
@@ -199,14 +182,14 @@ impl Parent for Blk {
     }
 
     fn read_config(&self, offset: u32, out: &mut [u8]) {
-        // Before the features are agreed on, what a driver with a flush command will find.
+        // Before negotiation: the value that a driver which accepts all features will read.
         let features = if self.accepted == Features::NONE { self.profile.features } else { self.accepted };
         let wce = self.cache.is_write_back(features).into();
         copy_config(&BlkConfig { wce, ..self.config }, offset, out);
     }
 
     fn write_config(&mut self, offset: u32, data: &[u8]) {
-        // The field `writeback` is all that is the driver's to write (virtio 1.2 section 5.2.5), if it has accepted that.
+        // A driver may write `writeback` only (virtio 1.2 section 5.2.5), and only after it has accepted CONFIG_WCE.
         let at = u32::try_from(offset_of!(BlkConfig, wce)).ok().and_then(|wce| wce.checked_sub(offset));
         if self.accepted.has(Features::BLK_CONFIG_WCE)
             && let Some(wce) = at.and_then(|at| data.get(usize::try_from(at).ok()?))
@@ -263,7 +246,7 @@ impl Parent for Blk {
     }
 }
 
-/// Copies a part of configuration space; the range was checked.
+/// Copies a part of configuration space. Leaves `out` as it is if the range exceeds it, which the caller has checked.
 pub(super) fn copy_config(config: &BlkConfig, offset: u32, out: &mut [u8]) {
     let bytes = config.as_bytes();
     let from = usize::try_from(offset).unwrap_or(usize::MAX);

@@ -1,4 +1,4 @@
-//! A disk that is none, to measure everything but a disk.
+//! [`NullDisk`]: a disk without storage, to measure everything except storage.
 
 use std::sync::Arc;
 
@@ -7,13 +7,13 @@ use vdpa_core::blk::{BlkRequest, FramingError, ID_BYTES, SECTOR, Status, kind};
 use vdpa_core::types::Result;
 use vdpa_sys::uring::OwnedBuf;
 
-use super::disk::{get_id, misshapen};
+use super::disk::{get_id, malformed};
 use vdpa_backend::worker::MemoryView;
 
-use crate::block::{After, Disk, Moment, Verdict};
+use crate::block::{Continuation, Disk, RequestContext, Step};
 
-/// Answers every request that a disk of this size could carry out, and carries out none: reads leave the driver's
-/// buffers as they are, writes are forgotten.
+/// Answers every request as a disk of this size would, without moving data: reads leave the driver's buffers as they are,
+/// and writes are dropped.
 pub(super) struct NullDisk {
     sectors: u64,
     serial: [u8; ID_BYTES],
@@ -25,19 +25,19 @@ impl NullDisk {
         Self { sectors, serial }
     }
 
-    fn transfer(&self, sector: u64, len: u64, read: bool) -> Verdict {
+    fn transfer(&self, sector: u64, len: u64, read: bool) -> Step {
         let end = sector.checked_add(len / SECTOR);
         let fits = len.is_multiple_of(SECTOR) && end.is_some_and(|end| end <= self.sectors);
         match u32::try_from(len) {
-            Ok(len) if fits => Verdict::Done { status: Status::Ok, written: if read { len } else { 0 } },
-            _ => Verdict::Done { status: Status::IoErr, written: 0 },
+            Ok(len) if fits => Step::Complete { status: Status::Ok, written: if read { len } else { 0 } },
+            _ => Step::Complete { status: Status::IoErr, written: 0 },
         }
     }
 }
 
 impl Disk for NullDisk {
-    fn begin(&mut self, request: &BlkRequest<'_>, view: &Arc<MemoryView>, _moment: Moment) -> Verdict {
-        let done = |status| Verdict::Done { status, written: 0 };
+    fn start(&mut self, request: &BlkRequest<'_>, view: &Arc<MemoryView>, _context: RequestContext) -> Step {
+        let done = |status| Step::Complete { status, written: 0 };
         match request.header.kind {
             kind::IN => self.transfer(request.header.sector, request.data_in.len(), true),
             kind::OUT => self.transfer(request.header.sector, request.data_out.len(), false),
@@ -47,17 +47,17 @@ impl Disk for NullDisk {
         }
     }
 
-    fn misshapen(&mut self, error: &FramingError) -> Verdict {
-        misshapen(error)
+    fn malformed(&mut self, error: &FramingError) -> Step {
+        malformed(error)
     }
 
-    fn proceed(
+    fn io_completed(
         &mut self,
-        _: After,
+        _: Continuation,
         _: Result<u32, Errno>,
         _: Option<OwnedBuf>,
         _: &Arc<MemoryView>,
-    ) -> Verdict {
-        Verdict::Done { status: Status::IoErr, written: 0 }
+    ) -> Step {
+        Step::Complete { status: Status::IoErr, written: 0 }
     }
 }

@@ -1,4 +1,4 @@
-//! Attributes of `vdpactl dev add ... mgmtdev blk`.
+//! [`Options`]: the attributes of `vdpactl dev add ... mgmtdev blk`.
 
 use std::path::PathBuf;
 
@@ -13,12 +13,12 @@ use crate::devices::options::{
 use vdpa_backend::worker::Placement;
 use vdpa_control::api::{Attrs, CtlError};
 
-/// Entries of a ring at most. QEMU 10.0.13, and whatever else has its fix, offers guests 1024 in every virtio device and
-/// fails to start a vhost-vdpa device that takes less.
+/// Default size of the largest ring, in entries. QEMU 10.0.13, and every version with the same fix, offers guests 1024 entries
+/// for all virtio devices, and fails to start a vhost-vdpa device that takes fewer.
 const QUEUE_SIZE: u16 = 1024;
 
-/// Names of the attributes and what they take, for the error that lists them.
-const KNOWN: [(&str, &str); 16] = [
+/// The attributes: name, and description of the value for the error that lists them.
+pub(in crate::devices) const KNOWN: [(&str, &str); 16] = [
     ("path", "FILE"),
     ("null", "BYTES"),
     ("readonly", "on|off"),
@@ -37,16 +37,16 @@ const KNOWN: [(&str, &str); 16] = [
     WORKER_ATTR,
 ];
 
-/// Where the data are.
+/// Where the data of a disk is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Source {
     /// In this file or block device.
     File(PathBuf),
-    /// Nowhere: so many sectors of 512 bytes that hold nothing, for measuring.
+    /// Nowhere: a disk of this many sectors of 512 bytes without storage, for measuring.
     Null(u64),
 }
 
-/// What a block device is made of.
+/// The attributes of a block device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Options {
     pub(super) source: Source,
@@ -55,29 +55,32 @@ pub(super) struct Options {
     pub(super) direct: bool,
     /// Pin guest memory by registering it with io_uring.
     pub(super) pin: bool,
-    /// How much may be pinned for one owner.
+    /// The limit on memory pinned for one owner.
     pub(super) pin_limit: PinLimit,
     pub(super) queues: u16,
     pub(super) queue_size: u16,
-    /// Offer packed rings. Not by default: clients that pass features on to a guest unseen, and set the base of each ring
-    /// to 0 whatever its format, would have a guest that is never served (Cloud Hypervisor).
+    /// Offer packed rings. Not by default, because of clients such as Cloud Hypervisor: they pass the feature on to the guest
+    /// and set the base of each ring to 0, which is wrong for a packed ring, so the guest's requests would not be served.
     pub(super) packed: bool,
-    /// Offer to answer requests in order. Not by default: drivers take it whenever it is offered, and one slow request would
-    /// then hold back the answers to all that came after it.
+    /// Offer IN_ORDER. Not by default: drivers accept it whenever it is offered, and then a slow request delays the answers to
+    /// all later ones.
     pub(super) in_order: bool,
     /// The device id, padded with zeros.
     pub(super) serial: [u8; ID_BYTES],
-    /// What a reset without IOTLB_PERSIST does to the translation.
+    /// Whether a reset clears the IOTLB when the client has not acknowledged IOTLB_PERSIST.
     pub(super) compat_reset: CompatReset,
-    /// Let RESET_OWNER work.
+    /// Support RESET_OWNER.
     pub(super) reset_owner: bool,
     pub(super) strict_new_owner: bool,
-    /// Where the rings are served.
+    /// Which thread serves the rings.
     pub(super) placement: Placement,
 }
 
 impl Options {
-    /// Reads the attributes; `name` is the default serial.
+    /// Parses the attributes; `name` is the default serial.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` for an unknown attribute, `EINVAL` for an invalid value and for anything but one of `path` and `null`.
     pub(super) fn parse(name: &str, attrs: &Attrs) -> Result<Self, CtlError> {
         reject_unknown("blk", attrs, &KNOWN)?;
         let number = |key, min, max, default: u16| -> Result<u16, CtlError> {
@@ -104,20 +107,20 @@ impl Options {
     }
 }
 
-/// A path, or the size of a disk that is none.
+/// Parses `path` or `null`, exactly one of which must be given.
 fn source(attrs: &Attrs) -> Result<Source, CtlError> {
     let path = attrs.get("path").filter(|path| !path.is_empty());
     match (path, attrs.number("null", SECTOR, 1 << 60).map_err(invalid)?) {
         (Some(path), None) => Ok(Source::File(path.into())),
         (None, Some(bytes)) => Ok(Source::Null(bytes / SECTOR)),
         (Some(_), Some(_)) => Err(CtlError::new(Errno::INVAL, "blk takes one of path and null")
-            .with_hint("null is a disk without data, for measuring: leave it out.")),
+            .with_hint("null is a disk without storage, for measuring: leave it out.")),
         (None, None) => Err(CtlError::new(Errno::INVAL, "blk needs the attribute path")
             .with_hint("Give the file or block device that holds the data: path /srv/disk.img")),
     }
 }
 
-/// The id: as given, or the device's name cut to fit.
+/// The device id: as given, or the device's name cut to 20 bytes.
 fn serial(given: Option<&str>, name: &str) -> Result<[u8; ID_BYTES], CtlError> {
     let text = match given {
         Some(text) if text.len() > ID_BYTES => {
@@ -173,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_named_with_what_would_be_right() {
+    fn errors_name_the_attribute() {
         for (pairs, errno, word) in [
             (&[][..], Errno::INVAL, "path"),
             (&[("path", "/d"), ("queues", "0")], Errno::INVAL, "queues"),

@@ -1,4 +1,4 @@
-//! Requests about ranges of the disk that carry no data: discard and write-zeroes.
+//! Requests that name a range of the disk and carry no data: discard and write-zeroes.
 
 use vdpa_core::Errno;
 use vdpa_core::blk::{BlkRequest, SECTOR, Segment};
@@ -8,9 +8,9 @@ use vdpa_sys::uring::{Buffers, Op, OwnedBuf};
 use super::disk::{FileDisk, IO_ERROR, OK, Transfer, UNSUPPORTED};
 use vdpa_backend::worker::MemoryView;
 
-use crate::block::{After, Verdict, Zero};
+use crate::block::{Continuation, Step, ZeroRange};
 
-/// Bytes of zeros written at a time where a file system cannot zero ranges itself.
+/// Bytes of zeros that are written at a time where the file system does not support zeroing ranges.
 const ZEROS: u64 = 1 << 20;
 
 const FALLOC_KEEP_SIZE: i32 = 0x1;
@@ -18,14 +18,14 @@ const FALLOC_PUNCH_HOLE: i32 = 0x2;
 const FALLOC_ZERO_RANGE: i32 = 0x10;
 
 impl FileDisk {
-    /// The one segment of a discard or write-zeroes request, in bytes; the verdict when there is none that can be carried
-    /// out.
+    /// The segment of a discard or write-zeroes request, as a part of the disk and as the driver gave it; `Err` with the
+    /// answer when it is empty or cannot be carried out. `flags` are those that the request may have.
     fn segment(
         &self,
         request: &BlkRequest<'_>,
         flags: u32,
         view: &MemoryView,
-    ) -> Result<std::result::Result<(Transfer, Segment), Verdict>> {
+    ) -> Result<std::result::Result<(Transfer, Segment), Step>> {
         let mut raw = [0; Segment::BYTES];
         if request.data_out.len() != raw.len() as u64 {
             return Ok(Err(IO_ERROR));
@@ -50,12 +50,12 @@ impl FileDisk {
         }
     }
 
-    pub(super) fn discard(&self, request: &BlkRequest<'_>, view: &MemoryView) -> Result<Verdict> {
+    pub(super) fn discard(&self, request: &BlkRequest<'_>, view: &MemoryView) -> Result<Step> {
         let (range, _) = match self.segment(request, 0, view)? {
             Ok(found) => found,
-            Err(verdict) => return Ok(verdict),
+            Err(step) => return Ok(step),
         };
-        // A hint: of blocks that are meant in part nothing can be discarded.
+        // A discard is a hint, so blocks that it covers in part are left as they are.
         let block = u64::from(self.backing.block_size);
         let end = range.offset + u64::from(range.len);
         let (offset, end) = (range.offset.next_multiple_of(block), end - end % block);
@@ -63,7 +63,7 @@ impl FileDisk {
             return Ok(OK);
         }
         let op = self.fallocate(offset, end, FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE);
-        Ok(self.changes(range, op, After::Hint))
+        Ok(self.submit_write(range, op, Continuation::Discard))
     }
 
     pub(super) fn write_zeroes(
@@ -71,17 +71,17 @@ impl FileDisk {
         request: &BlkRequest<'_>,
         view: &MemoryView,
         sync: bool,
-    ) -> Result<Verdict> {
+    ) -> Result<Step> {
         let (range, segment) = match self.segment(request, Segment::UNMAP, view)? {
             Ok(found) => found,
-            Err(verdict) => return Ok(verdict),
+            Err(step) => return Ok(step),
         };
         let unmap = segment.flags & Segment::UNMAP != 0;
         let mode = if unmap { FALLOC_PUNCH_HOLE } else { FALLOC_ZERO_RANGE } | FALLOC_KEEP_SIZE;
         let end = range.offset + u64::from(range.len);
         Ok(match self.zero(range.offset, end, Some(mode), sync) {
-            Verdict::Io { op, after } => self.changes(range, op, after),
-            verdict => verdict,
+            Step::Submit { op, then } => self.submit_write(range, op, then),
+            step => step,
         })
     }
 
@@ -89,37 +89,37 @@ impl FileDisk {
         Op::Fallocate { file: self.file(), mode, offset, len: end - offset }
     }
 
-    /// Zeroes the next part of `[at, end)`: what is left of a block, or whole blocks.
-    fn zero(&self, at: u64, end: u64, mode: Option<i32>, sync: bool) -> Verdict {
+    /// Zeroes the next part of `[at, end)`: the rest of a block, or whole blocks.
+    fn zero(&self, at: u64, end: u64, mode: Option<i32>, sync: bool) -> Step {
         if at >= end {
-            return self.stable(sync);
+            return self.flush_if(sync);
         }
         let block = u64::from(self.backing.block_size);
         let whole_end = end - end % block;
-        let zero = |next, expected| Box::new(Zero { at, next, expected, end, mode, sync });
+        let zero = |next, expected| Box::new(ZeroRange { at, next, expected, end, mode, sync });
         let whole = at.is_multiple_of(block) && at < whole_end;
         if let (true, Some(mode)) = (whole, mode) {
             let op = self.fallocate(at, whole_end, mode);
-            return Verdict::Io { op, after: After::Zero(zero(whole_end, 0)) };
+            return Step::Submit { op, then: Continuation::Zero(zero(whole_end, 0)) };
         }
         let next = if whole { whole_end.min(at + ZEROS) } else { end.min(at - at % block + block) };
         let Ok(len) = u32::try_from(next - at) else { return IO_ERROR };
         let range = Transfer { offset: at, len };
-        let verdict = if self.is_whole(range) {
-            self.bounce(len).map(|zeros| {
+        let step = if self.is_aligned(range) {
+            self.bounce_buffer(len).map(|zeros| {
                 let buffers = Buffers::Owned(OwnedBuf::Aligned(zeros));
                 let op = Op::Write { file: self.file(), buffers, offset: at };
-                Verdict::Io { op, after: After::Zero(zero(next, len)) }
+                Step::Submit { op, then: Continuation::Zero(zero(next, len)) }
             })
         } else {
-            self.patch(range, |_| Ok(()), |written| After::Zero(zero(next, written)))
+            self.read_modify_write(range, |_| Ok(()), |written| Continuation::Zero(zero(next, written)))
         };
-        verdict.unwrap_or(IO_ERROR)
+        step.unwrap_or(IO_ERROR)
     }
 
-    /// Goes on after a part of a range has been zeroed, or not.
-    pub(super) fn zeroed(&self, zero: Zero, result: Result<u32>) -> Verdict {
-        let Zero { at, next, expected, end, mode, sync } = zero;
+    /// Continues after the operation that zeroes a part of a range.
+    pub(super) fn zeroed(&self, zero: ZeroRange, result: Result<u32>) -> Step {
+        let ZeroRange { at, next, expected, end, mode, sync } = zero;
         match result {
             Ok(moved) if moved == expected => self.zero(next, end, mode, sync),
             Err(Errno::OPNOTSUPP) if mode.is_some() => self.zero(at, end, None, sync),

@@ -1,4 +1,4 @@
-//! The turn of one queue: which requests are taken from its ring, and how many.
+//! Which requests are taken from a ring in one pass over it, and how many.
 
 use std::sync::Arc;
 
@@ -7,23 +7,23 @@ use vdpa_core::ring::{Chain, Ring, RingError};
 use vdpa_sys::snapshot::GuestArea;
 
 use super::Requests;
-use crate::block::disk::{Disk, Verdict};
+use crate::block::disk::{Disk, Step};
 
-/// Requests taken from one queue before the others have their turn.
+/// Requests taken from one queue before the others are served.
 const BUDGET: usize = 64;
 
-/// Waiting requests that are counted: of more, a turn has its budget anyway.
-const COUNTED: u16 = 128;
-const _: () = assert!(COUNTED as usize == 2 * BUDGET);
+/// Waiting requests are counted up to this number: a pass takes [`BUDGET`] of them at most, whatever is behind.
+const COUNT_MAX: u16 = 128;
+const _: () = assert!(COUNT_MAX as usize == 2 * BUDGET);
 
-/// Requests for which a turn is not divided: a signal costs as much as one or two of them.
-const UNDIVIDED: usize = 16;
+/// The smallest batch. Smaller ones do not pay: a signal costs as much as one or two requests.
+const BATCH_MIN: usize = 16;
 
-/// Bytes of requests after which a turn ends: what is in the page cache, or has to be copied, is moved by this thread.
+/// Bytes of requests after which a pass ends: data in the page cache, and data that must be copied, is moved by this thread.
 const BUDGET_BYTES: u64 = 1 << 20;
 
 impl<D: Disk> Requests<D> {
-    /// Takes requests of one queue up to the budget; whether there may be more.
+    /// Takes requests of one queue up to the budget. Returns whether there may be more.
     pub(super) fn serve_queue(
         &mut self,
         queues: &mut Queues,
@@ -36,8 +36,8 @@ impl<D: Disk> Requests<D> {
         more
     }
 
-    /// As [`serve_queue`](Self::serve_queue). Each request is taken before the one in front of it is begun: what the driver has
-    /// written is in its processor's cache, and comes while the other one is worked on.
+    /// As [`serve_queue`](Self::serve_queue). Each request is popped before the previous one is started: the header was
+    /// written by another processor, and its cache line is fetched while the previous request is worked on.
     fn serve_requests(
         &mut self,
         queues: &mut Queues,
@@ -47,8 +47,8 @@ impl<D: Disk> Requests<D> {
     ) -> Result<bool, RingError> {
         let view = queues.view(queue);
         queue.ring(&view)?.disable_kick()?;
-        let waiting = queue.ring(&view)?.waiting(COUNTED)?;
-        let most = share(queue.typical_depth(waiting));
+        let waiting = queue.ring(&view)?.waiting(COUNT_MAX)?;
+        let most = batch_size(queue.typical_depth(waiting));
         let mut bytes = 0;
         let mut following = None;
         for number in 1..=most {
@@ -57,7 +57,7 @@ impl<D: Disk> Requests<D> {
                     std::mem::swap(chain, next);
                     found
                 }
-                None => take(queue.ring(&view)?, &view, chain),
+                None => pop(queue.ring(&view)?, &view, chain),
             };
             if !found? {
                 queues.publish(queue)?;
@@ -69,14 +69,14 @@ impl<D: Disk> Requests<D> {
             }
             bytes += chain.readable().len() + chain.writable().len();
             if number < most && bytes < BUDGET_BYTES {
-                following = Some(take(queue.ring(&view)?, &view, next));
+                following = Some(pop(queue.ring(&view)?, &view, next));
             }
             let alone = number == 1 && following == Some(Ok(false));
-            if let Some(verdict) = self.begin(queues, index, queue, &view, chain, alone) {
+            if let Some(step) = self.start_request(queues, index, queue, &view, chain, alone) {
                 if following.take() == Some(Ok(true)) {
                     queue.ring(&view)?.abandon(next)?;
                 }
-                if !unusual(queue, &view, chain, &verdict)? {
+                if !return_chain(queue, &view, chain, &step)? {
                     queues.publish(queue)?;
                     return Ok(false);
                 }
@@ -90,15 +90,16 @@ impl<D: Disk> Requests<D> {
     }
 }
 
-/// How many requests are done in a turn, of a driver that has `depth` of them: half of them, so that it sees answers, and
-/// makes new requests of them, while the other half is done. All at once, driver and device would wait for each other.
-fn share(depth: u16) -> usize {
-    usize::from(depth).div_ceil(2).clamp(UNDIVIDED, BUDGET)
+/// Requests of one pass, for a driver that keeps `depth` of them in the ring. Half of them: the driver then sees answers, and
+/// makes new requests, while the device works on the other half. With all of them, driver and device would wait for each
+/// other.
+fn batch_size(depth: u16) -> usize {
+    usize::from(depth).div_ceil(2).clamp(BATCH_MIN, BUDGET)
 }
 
-/// Takes the next request of a ring, and has its header fetched.
+/// Pops the next chain of a ring, and prefetches its header.
 #[inline]
-fn take(ring: &mut Ring<GuestArea>, view: &MemoryView, chain: &mut Chain) -> Result<bool, RingError> {
+fn pop(ring: &mut Ring<GuestArea>, view: &MemoryView, chain: &mut Chain) -> Result<bool, RingError> {
     let found = ring.pop(view.snapshot(), chain)?;
     if found && let Some(header) = chain.readable.first() {
         view.snapshot().prefetch(header.iova);
@@ -106,18 +107,19 @@ fn take(ring: &mut Ring<GuestArea>, view: &MemoryView, chain: &mut Chain) -> Res
     Ok(found)
 }
 
-/// A chain that is not served as a request; whether the queue goes on, and does not rest until the next kick.
-fn unusual(
+/// Disposes of a chain that was not started: one with memory out of reach goes back to the available ring, a malformed one
+/// to the used ring. Returns whether to continue with the queue; if not, it is left alone until the next kick.
+fn return_chain(
     queue: &mut Queue,
     view: &Arc<MemoryView>,
     chain: &Chain,
-    verdict: &Verdict,
+    step: &Step,
 ) -> Result<bool, RingError> {
     let call = queue.setup().call.clone();
     let ring = queue.ring(view)?;
-    let Verdict::Misshapen { notify } = verdict else {
+    let Step::Malformed { notify } = step else {
         ring.abandon(chain)?;
-        // The driver must kick again once its memory is back.
+        // The driver must kick again once its memory is mapped.
         ring.enable_kick()?;
         return Ok(false);
     };

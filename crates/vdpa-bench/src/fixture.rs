@@ -1,4 +1,4 @@
-//! What a load runs on: a private daemon with one disk.
+//! [`Fixture`]: a private daemon with one disk, for a load to run on.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use vdpa_core::host::PAGE_SIZE;
 use vdpa_sys::rlimit;
 
 use super::engine::LoadError;
-use super::peer::{PeerError, PrivateDaemon};
+use super::process::{PrivateDaemon, ProcessError};
 use vdpa_control::Front;
 use vdpa_control::api::{AddRequest, AttrError, Attrs};
 use vdpa_control::client::{Client, ClientError};
@@ -17,9 +17,9 @@ use vdpa_control::client::{Client, ClientError};
 const DEVICE: &str = "demo0";
 const GIB: u64 = 1 << 30;
 
-/// What the stage is made of.
+/// Options of the fixture.
 #[derive(Clone, Debug, clap::Args)]
-#[group(id = "stage")]
+#[group(id = "fixture")]
 pub struct Options {
     /// Guest memory, for example 512M or 8G [default: a quarter of free memory, at most 8G]
     #[arg(long, value_name = "SIZE", value_parser = size)]
@@ -39,12 +39,13 @@ pub struct Options {
     /// The program that is updated [default: vdpa-tenant beside this program]
     #[arg(long, value_name = "PATH")]
     pub tenant: Option<PathBuf>,
-    /// Directory for the disk file and the sockets, removed at the end [default: the system's for temporary files]
+    /// Directory in which the disk file and the sockets are created; they are removed at the end [default: the system's for
+    /// temporary files]
     #[arg(long, value_name = "DIR")]
     pub directory: Option<PathBuf>,
 }
 
-/// A number of bytes, in whole pages.
+/// Parses a number of bytes, with an optional suffix K, M, G or T. Must be a multiple of the page size.
 pub(super) fn size(text: &str) -> Result<u64, String> {
     let (digits, shift) = match text.strip_suffix(['K', 'M', 'G', 'T']) {
         Some(digits) => (digits, 10 * (1 + "KMGT".find(|c| text.ends_with(c)).unwrap_or(0))),
@@ -56,51 +57,51 @@ pub(super) fn size(text: &str) -> Result<u64, String> {
         .ok_or_else(|| "a multiple of 4096 bytes is right, for example 64M or 8G".to_owned())
 }
 
-/// Why a load could not be run.
+/// Why a load could not run.
 #[derive(Debug, Error)]
-pub enum StageError {
-    /// Something about files or processes of this machine.
+pub enum FixtureError {
+    /// A system call failed.
     #[error("cannot {action}")]
     System {
-        /// What was being done.
+        /// The operation.
         action: &'static str,
-        /// Why it failed.
+        /// Its error.
         source: io::Error,
     },
-    /// The daemon or the tenant.
+    /// The process of the daemon or of the client.
     #[error(transparent)]
-    Peer(#[from] PeerError),
-    /// The daemon's answer.
+    Process(#[from] ProcessError),
+    /// A request to the daemon.
     #[error(transparent)]
     Client(#[from] ClientError),
-    /// A path that cannot be an attribute.
+    /// An attribute of the device.
     #[error(transparent)]
     Attr(#[from] AttrError),
-    /// Ledger, timeline or disk.
+    /// Journal, timeline or disk.
     #[error(transparent)]
     Load(#[from] LoadError),
-    /// The tenant answered something else than was asked.
-    #[error("the tenant answered {got} when {expected} was due")]
+    /// The client sent an unexpected event.
+    #[error("the client sent {got} where {expected} was expected")]
     Unexpected {
-        /// What was due.
+        /// The event expected.
         expected: &'static str,
-        /// What came.
+        /// The event received.
         got: String,
     },
 }
 
-pub(super) fn system<E: Into<io::Error>>(action: &'static str) -> impl Fn(E) -> StageError {
-    move |source| StageError::System { action, source: source.into() }
+pub(super) fn system<E: Into<io::Error>>(action: &'static str) -> impl Fn(E) -> FixtureError {
+    move |source| FixtureError::System { action, source: source.into() }
 }
 
-pub(super) fn errno(action: &'static str) -> impl Fn(Errno) -> StageError {
-    move |source| StageError::System { action, source: io::Error::from_raw_os_error(source.raw()) }
+pub(super) fn errno(action: &'static str) -> impl Fn(Errno) -> FixtureError {
+    move |source| FixtureError::System { action, source: io::Error::from_raw_os_error(source.raw()) }
 }
 
 /// A private daemon with one disk. Dropping it ends the daemon and removes the disk.
 #[derive(Debug)]
-pub struct Stage {
-    /// Guest memory to use, in bytes.
+pub struct Fixture {
+    /// Size of guest memory, in bytes.
     pub memory: u64,
     /// The device file.
     pub device: PathBuf,
@@ -110,17 +111,17 @@ pub struct Stage {
     pub disk_bytes: u64,
     client: Client,
     directory: PathBuf,
-    // The order of the fields is the order in which things end.
+    // Fields are dropped in this order.
     _daemon: PrivateDaemon,
     _directory: tempfile::TempDir,
 }
 
-impl Stage {
-    /// Starts the daemon and makes the disk, in a directory of their own.
+impl Fixture {
+    /// Starts the daemon and creates the disk, in a directory of their own.
     ///
     /// # Errors
-    /// [`StageError`]; nothing is left behind.
-    pub fn set(options: &Options) -> Result<Self, StageError> {
+    /// [`FixtureError`]; nothing is left behind.
+    pub fn start(options: &Options) -> Result<Self, FixtureError> {
         let memory = match options.memory {
             Some(memory) => memory,
             None => default_memory()?,
@@ -152,7 +153,7 @@ impl Stage {
         })
     }
 
-    /// A directory for what belongs to this stage.
+    /// The directory of this fixture.
     #[must_use]
     pub fn directory(&self) -> &Path {
         &self.directory
@@ -161,23 +162,23 @@ impl Stage {
     /// Pages of 4096 bytes that the device has pinned.
     ///
     /// # Errors
-    /// [`StageError::Client`].
-    pub fn pinned_pages(&self) -> Result<u64, StageError> {
+    /// [`FixtureError::Client`].
+    pub fn pinned_pages(&self) -> Result<u64, FixtureError> {
         Ok(self.client.device(DEVICE)?.state.pinned_pages)
     }
 }
 
-/// What to create. Where the client's limit on locked memory cannot be raised, the device sets one; where the daemon
-/// may not pin at all, pages are not pinned.
-fn device(disk: &Path, memory: u64, packed: bool) -> Result<AddRequest, StageError> {
+/// The request that creates the device. Where RLIMIT_MEMLOCK of the client cannot be raised, the device sets a limit of its own;
+/// where that is not permitted either, the device does not pin.
+fn device(disk: &Path, memory: u64, packed: bool) -> Result<AddRequest, FixtureError> {
     let mut attrs = Attrs::default();
-    // A tenant uses what the device offers.
+    // The client accepts packed rings if the device offers them.
     attrs.insert("packed", if packed { "on" } else { "off" })?;
     let path = disk
         .to_str()
         .ok_or_else(|| system("use a directory whose name is not UTF-8")(io::ErrorKind::InvalidInput))?;
     attrs.insert("path", path)?;
-    // Inherited by the client, which is charged for its guest memory and nothing else.
+    // The client inherits the limit. It is charged for its guest memory only.
     if rlimit::raise_memlock(Some(memory)).is_err() {
         if rlimit::memlock_exempt() {
             attrs.insert("memlock", "unlimited")?;
@@ -189,8 +190,8 @@ fn device(disk: &Path, memory: u64, packed: bool) -> Result<AddRequest, StageErr
     Ok(AddRequest { name: DEVICE.to_owned(), mgmtdev: "blk".to_owned(), attrs })
 }
 
-/// A quarter of the memory that is free, at most 8 GiB.
-fn default_memory() -> Result<u64, StageError> {
+/// Default size of guest memory: a quarter of free memory, at most 8 GiB.
+fn default_memory() -> Result<u64, FixtureError> {
     Ok(free_memory()?.map_or(GIB / 2, quarter))
 }
 
@@ -199,8 +200,8 @@ const fn quarter(free: u64) -> u64 {
     quarter & !(PAGE_SIZE - 1)
 }
 
-/// Bytes that can be allocated without swapping, if the kernel says.
-pub(super) fn free_memory() -> Result<Option<u64>, StageError> {
+/// Bytes that can be allocated without swapping; `None` if the kernel does not report it.
+pub(super) fn free_memory() -> Result<Option<u64>, FixtureError> {
     let text = std::fs::read_to_string("/proc/meminfo").map_err(system("read /proc/meminfo"))?;
     Ok(available(&text))
 }

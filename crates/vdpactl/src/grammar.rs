@@ -1,28 +1,28 @@
-//! The grammar of iproute2: abbreviated words, and `name value` pairs.
+//! The grammar of iproute2: abbreviated commands, and `name value` pairs.
 
 use vdpa_control::api::{AddRequest, Attrs, SetRequest};
 use vdpa_control::config::MacAddr;
 
 use crate::failure::Failure;
 
-/// Whether `word` is `full` or an abbreviation of it.
+/// Whether `word` is `full` or a prefix of it.
 pub(crate) fn matches(word: &str, full: &str) -> bool {
     !word.is_empty() && full.starts_with(word)
 }
 
-/// The failure for a command that does not exist.
+/// The failure for an unknown command.
 pub(crate) fn no_command(word: &str) -> Failure {
-    Failure::Words(format!("Command \"{word}\" not found"))
+    Failure::Usage(format!("Command \"{word}\" not found"))
 }
 
-/// Runs a command of an object that can be shown and nothing else: `show`, which is meant without words too, `list`, or
-/// `help`. `show` gets the words that follow.
+/// Runs a command of an object that can only be shown: `show` (the default), `list` or `help`. Calls `show` with the arguments that
+/// follow.
 pub(crate) fn show_only(
     help: &str,
-    words: &[String],
+    args: &[String],
     show: impl FnOnce(&[String]) -> Result<(), Failure>,
 ) -> Result<(), Failure> {
-    match words {
+    match args {
         [] => show(&[]),
         [word, ..] if matches(word, "help") => {
             eprint!("{help}");
@@ -33,29 +33,29 @@ pub(crate) fn show_only(
     }
 }
 
-/// The only word, for commands that take one: `DEV`, `NAME`.
-pub(crate) fn only(words: &[String]) -> Result<&str, Failure> {
-    match words {
-        [] => Err(Failure::Words("String parameter expected".into())),
+/// The only argument, for commands that take one: `DEV`, `NAME`.
+pub(crate) fn only(args: &[String]) -> Result<&str, Failure> {
+    match args {
+        [] => Err(Failure::Usage("String parameter expected".into())),
         [word] => Ok(word),
         [_, extra, ..] => Err(unknown_option(extra)),
     }
 }
 
-/// The failure for a word with which no pair begins.
+/// The failure for a word that is not the name of a pair.
 pub(crate) fn unknown_option(word: &str) -> Failure {
-    Failure::Words(format!("Unknown option \"{word}\""))
+    Failure::Usage(format!("Unknown option \"{word}\""))
 }
 
 /// Checks the handle of a management device: `NAME` or `BUS/NAME`.
-pub(crate) fn handle(words: &[String]) -> Result<&str, Failure> {
-    let Some(word) = words.first() else {
-        return Err(Failure::Words(
+pub(crate) fn handle(args: &[String]) -> Result<&str, Failure> {
+    let Some(word) = args.first() else {
+        return Err(Failure::Usage(
             "vdpa identification (\"mgmtdev_bus_name/mgmtdev_name\") expected".into(),
         ));
     };
     if word.matches('/').count() > 1 {
-        return Err(Failure::Words(
+        return Err(Failure::Usage(
             "Wrong vdpa mgmtdev identification string format\n\
              Expected \"mgmtdev_bus_name/mgmtdev_name\"\n\
              Expected \"mgmtdev_name\""
@@ -65,15 +65,15 @@ pub(crate) fn handle(words: &[String]) -> Result<&str, Failure> {
     Ok(word)
 }
 
-/// Reads the pairs of `dev add`.
+/// Parses the pairs of `dev add`.
 ///
-/// The attributes that iproute2 knows are checked as it does; any other pair is passed on, for the daemon's
-/// management devices have attributes of their own.
-pub(crate) fn add_request(mut words: &[String]) -> Result<AddRequest, Failure> {
+/// Checks the attributes of iproute2 as iproute2 does. Passes on any other pair, because the management devices of the daemon have
+/// more attributes.
+pub(crate) fn add_request(mut args: &[String]) -> Result<AddRequest, Failure> {
     let (mut name, mut mgmtdev, mut attrs) = (None, None, Attrs::new());
-    while let [word, rest @ ..] = words {
-        words = rest.get(1..).unwrap_or_default();
-        // iproute2's order, which decides what an ambiguous abbreviation means.
+    while let [word, rest @ ..] = args {
+        args = rest.get(1..).unwrap_or_default();
+        // The order of iproute2, which decides what an ambiguous abbreviation means.
         let (attr, value) = match word.as_str() {
             word if matches(word, "name") => {
                 name = Some(value(rest)?.to_owned());
@@ -90,7 +90,7 @@ pub(crate) fn add_request(mut words: &[String]) -> Result<AddRequest, Failure> {
             "readonly" => {
                 let switch = rest.first().filter(|value| matches!(value.as_str(), "on" | "off"));
                 if switch.is_none() {
-                    words = rest;
+                    args = rest;
                 }
                 ("readonly", switch.cloned().unwrap_or_else(|| "on".into()))
             }
@@ -99,51 +99,51 @@ pub(crate) fn add_request(mut words: &[String]) -> Result<AddRequest, Failure> {
                 (word, value.clone())
             }
         };
-        attrs.insert(attr, value).map_err(|error| Failure::Words(error.to_string()))?;
+        attrs.insert(attr, value).map_err(|error| Failure::Usage(error.to_string()))?;
     }
-    let mgmtdev = mgmtdev.ok_or_else(|| Failure::Words("management device handle not set.".into()))?;
-    let name = name.ok_or_else(|| Failure::Words("device name is not set.".into()))?;
+    let mgmtdev = mgmtdev.ok_or_else(|| Failure::Usage("management device handle not set.".into()))?;
+    let name = name.ok_or_else(|| Failure::Usage("device name is not set.".into()))?;
     Ok(AddRequest { name, mgmtdev, attrs })
 }
 
-/// Reads the pairs of `dev set`: the name of a device, and what to change.
-pub(crate) fn set_request(mut words: &[String]) -> Result<(String, SetRequest), Failure> {
+/// Parses the pairs of `dev set`: the name of a device, and the changes.
+pub(crate) fn set_request(mut args: &[String]) -> Result<(String, SetRequest), Failure> {
     let (mut name, mut request) = (None, SetRequest::default());
-    while let [word, rest @ ..] = words {
-        words = rest.get(1..).unwrap_or_default();
+    while let [word, rest @ ..] = args {
+        args = rest.get(1..).unwrap_or_default();
         match word.as_str() {
             word if matches(word, "name") => name = Some(value(rest)?.to_owned()),
             "mac" => request.mac = Some(mac_addr(value(rest)?)?),
             word => return Err(unknown_option(word)),
         }
     }
-    let name = name.ok_or_else(|| Failure::Words("device name is not set.".into()))?;
+    let name = name.ok_or_else(|| Failure::Usage("device name is not set.".into()))?;
     Ok((name, request))
 }
 
 fn value(rest: &[String]) -> Result<&str, Failure> {
-    rest.first().map(String::as_str).ok_or_else(|| Failure::Words("String parameter expected".into()))
+    rest.first().map(String::as_str).ok_or_else(|| Failure::Usage("String parameter expected".into()))
 }
 
 fn mac_addr(text: &str) -> Result<MacAddr, Failure> {
-    text.parse::<MacAddr>().map_err(|error| Failure::Words(error.to_string()))
+    text.parse::<MacAddr>().map_err(|error| Failure::Usage(error.to_string()))
 }
 
 fn u16_text(rest: &[String]) -> Result<String, Failure> {
-    let text = rest.first().ok_or_else(|| Failure::Words("number expected".into()))?;
+    let text = rest.first().ok_or_else(|| Failure::Usage("number expected".into()))?;
     text.parse::<u16>()
         .map(|number| number.to_string())
-        .map_err(|_| Failure::Words(format!("\"{text}\" is not a number from 0 to 65535")))
+        .map_err(|_| Failure::Usage(format!("\"{text}\" is not a number from 0 to 65535")))
 }
 
-/// Features are hexadecimal with or without `0x`, as in iproute2.
+/// Parses features: hexadecimal with or without `0x`, as in iproute2.
 fn hexadecimal(text: &str) -> Result<String, Failure> {
     let digits = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")).unwrap_or(text);
     u64::from_str_radix(digits, 16)
         .ok()
         .filter(|_| !digits.starts_with('+'))
         .map(|features| format!("{features:#x}"))
-        .ok_or_else(|| Failure::Words(format!("\"{text}\" is not a feature word; 0x300000000 would be one")))
+        .ok_or_else(|| Failure::Usage(format!("\"{text}\" is not a feature word; 0x300000000 would be one")))
 }
 
 #[cfg(test)]
@@ -151,9 +151,9 @@ mod tests {
     use super::*;
 
     fn request(text: &str) -> Result<AddRequest, String> {
-        let words: Vec<_> = text.split(' ').map(str::to_owned).collect();
-        add_request(&words).map_err(|failure| match failure {
-            Failure::Words(text) => text,
+        let args: Vec<_> = text.split(' ').map(str::to_owned).collect();
+        add_request(&args).map_err(|failure| match failure {
+            Failure::Usage(text) => text,
             other => format!("{other:?}"),
         })
     }
@@ -188,9 +188,9 @@ mod tests {
     #[test]
     fn a_device_is_named_and_its_new_address() {
         let set = |text: &str| {
-            let words: Vec<_> = text.split(' ').map(str::to_owned).collect();
-            set_request(&words).map_err(|failure| match failure {
-                Failure::Words(text) => text,
+            let args: Vec<_> = text.split(' ').map(str::to_owned).collect();
+            set_request(&args).map_err(|failure| match failure {
+                Failure::Usage(text) => text,
                 other => format!("{other:?}"),
             })
         };
@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn wrong_words_are_named() {
+    fn errors_name_the_argument() {
         let error = |text| request(text).unwrap_err();
         assert_eq!(error("name v0"), "management device handle not set.");
         assert_eq!(error("mgmtdev m"), "device name is not set.");

@@ -1,4 +1,4 @@
-//! The processes an orchestrator starts: a private daemon and a tenant.
+//! The child processes of an orchestrator: a private daemon and a client.
 
 use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::os::fd::OwnedFd;
@@ -11,39 +11,39 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_s
 use thiserror::Error;
 use vdpa_sys::exec::terminate_with_parent;
 
-use super::wire::{Command, Event, TenantConfig};
+use super::wire::{ClientConfig, Command, Event};
 use vdpa_control::Front;
 
-/// How long a daemon may take to start and to stop.
-const DAEMON_LIMIT: Duration = Duration::from_secs(30);
-/// How long a tenant may take to stop.
-const TENANT_LIMIT: Duration = Duration::from_secs(2);
+/// Time for a daemon to start and to stop.
+const DAEMON_TIMEOUT: Duration = Duration::from_secs(30);
+/// Time for a client to stop.
+const CLIENT_STOP_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Why a process cannot be used.
 #[derive(Debug, Error)]
-pub enum PeerError {
-    /// It does not start.
+pub enum ProcessError {
+    /// It could not be started.
     #[error("cannot start {}", program.display())]
     Start {
-        /// What was to be started.
+        /// The program.
         program: PathBuf,
-        /// Why not.
+        /// The error.
         source: io::Error,
     },
-    /// It ended or said nothing that makes sense.
+    /// It has ended, does not respond, or does not follow the protocol.
     #[error("the {who} {problem}")]
     Unusable {
-        /// `daemon` or `tenant`.
+        /// `daemon` or `client`.
         who: &'static str,
-        /// What happened.
+        /// What is wrong.
         problem: String,
     },
-    /// It stopped listening.
-    #[error("the tenant does not take commands any more")]
-    Deaf(#[source] io::Error),
+    /// A command could not be sent.
+    #[error("cannot send a command to the client")]
+    Send(#[source] io::Error),
 }
 
-/// A child whose lines of output arrive in a channel, so that waiting for one has a limit.
+/// A child process. A thread forwards its lines of output to a channel, so that waiting for one can time out.
 #[derive(Debug)]
 struct Process {
     who: &'static str,
@@ -52,10 +52,10 @@ struct Process {
 }
 
 impl Process {
-    fn start(who: &'static str, program: &mut Program) -> Result<Self, PeerError> {
+    fn start(who: &'static str, program: &mut Program) -> Result<Self, ProcessError> {
         let spawned = program.stdout(Stdio::piped()).spawn();
-        let mut child =
-            spawned.map_err(|source| PeerError::Start { program: program.get_program().into(), source })?;
+        let mut child = spawned
+            .map_err(|source| ProcessError::Start { program: program.get_program().into(), source })?;
         let (send, lines) = mpsc::channel();
         if let Some(stdout) = child.stdout.take() {
             std::thread::spawn(move || forward(stdout, &send));
@@ -63,20 +63,20 @@ impl Process {
         Ok(Self { who, child, lines })
     }
 
-    fn line(&mut self, limit: Duration) -> Result<String, PeerError> {
+    fn line(&mut self, limit: Duration) -> Result<String, ProcessError> {
         let problem = match self.lines.recv_timeout(limit) {
             Ok(line) => return Ok(line),
-            Err(RecvTimeoutError::Timeout) => format!("has said nothing for {} s", limit.as_secs()),
+            Err(RecvTimeoutError::Timeout) => format!("has written nothing for {} s", limit.as_secs()),
             Err(RecvTimeoutError::Disconnected) => match self.child.wait() {
                 Ok(status) => format!("has ended ({status})"),
                 Err(e) => format!("has ended ({e})"),
             },
         };
-        Err(PeerError::Unusable { who: self.who, problem })
+        Err(ProcessError::Unusable { who: self.who, problem })
     }
 
-    /// Waits until nobody is left who could say something; whether that is so within `limit`.
-    fn is_silent_within(&self, limit: Duration) -> bool {
+    /// Waits until every process that has the output open has ended. Returns whether that happened within `limit`.
+    fn output_ends_within(&self, limit: Duration) -> bool {
         let begin = Instant::now();
         loop {
             match self.lines.recv_timeout(limit.saturating_sub(begin.elapsed())) {
@@ -87,8 +87,8 @@ impl Process {
         }
     }
 
-    /// Waits for the end, and enforces it after `limit`.
-    fn end(&mut self, limit: Duration) {
+    /// Waits until it has ended, and kills it after `limit`.
+    fn wait_or_kill(&mut self, limit: Duration) {
         let begin = Instant::now();
         while begin.elapsed() < limit {
             if !matches!(self.child.try_wait(), Ok(None)) {
@@ -110,8 +110,7 @@ fn forward(stdout: ChildStdout, lines: &mpsc::Sender<String>) {
     }
 }
 
-/// A daemon with a socket and a directory of its own. Dropping it ends it, and so does the end of the thread that has
-/// started it.
+/// A daemon with a socket and a directory of its own. It is stopped when this is dropped, or when the thread that started it ends.
 #[derive(Debug)]
 pub struct PrivateDaemon {
     process: Process,
@@ -119,21 +118,21 @@ pub struct PrivateDaemon {
 }
 
 impl PrivateDaemon {
-    /// Starts `vdpad` in `directory` and waits until it serves; its device files are there as well, unless they are
+    /// Starts `vdpad` and waits until it is ready. Its socket is in `directory`, and so are its device files unless they are
     /// character devices.
     ///
     /// # Errors
-    /// [`PeerError`].
-    pub fn start(vdpad: &Path, directory: &Path, front: Front) -> Result<Self, PeerError> {
+    /// [`ProcessError`].
+    pub fn start(vdpad: &Path, directory: &Path, front: Front) -> Result<Self, ProcessError> {
         let socket = directory.join("control.sock");
         let mut program = Program::new(vdpad);
         match front {
             Front::Cuse => program.args(["--front", "cuse"]),
             Front::Auto | Front::Fuse => program.arg("--dir").arg(directory.join("dev")),
         };
-        program.arg("--control").arg(&socket).args(["--log", "warn"]).stdin(Stdio::null());
+        program.arg("--socket").arg(&socket).args(["--log", "warn"]).stdin(Stdio::null());
         let mut process = Process::start("daemon", terminate_with_parent(&mut program))?;
-        while process.line(DAEMON_LIMIT)? != "ready" {}
+        while process.line(DAEMON_TIMEOUT)? != "ready" {}
         Ok(Self { process, socket })
     }
 
@@ -153,83 +152,85 @@ impl PrivateDaemon {
 impl Drop for PrivateDaemon {
     fn drop(&mut self) {
         let pid = i32::try_from(self.process.child.id()).ok().and_then(Pid::from_raw);
-        // Not after it was waited for: the number could be somebody else's.
+        // Only while it is running: after it was waited for, its process id can be reused.
         if let (Some(pid), Ok(None)) = (pid, self.process.child.try_wait()) {
             let _ = kill_process(pid, Signal::TERM);
         }
-        self.process.end(DAEMON_LIMIT);
+        self.process.wait_or_kill(DAEMON_TIMEOUT);
     }
 }
 
-/// A tenant, whichever process is it. Dropping it ends it.
+/// A client, over all processes that it consists of in turn. Dropping it stops the client.
 #[derive(Debug)]
-pub struct TenantProcess {
-    /// The first one.
+pub struct ClientProcess {
+    /// The first process.
     process: Process,
     commands: Option<ChildStdin>,
-    /// The present one, if it is not the first.
+    /// The present process, if it is not the first one.
     successor: Option<OwnedFd>,
 }
 
-impl TenantProcess {
-    /// Starts `vdpa-tenant` with descriptors that the configuration names and that are inheritable.
+impl ClientProcess {
+    /// Starts the client. The descriptors that the configuration names must be inheritable.
     ///
     /// # Errors
-    /// [`PeerError::Start`].
-    pub fn start(program: &Path, config: &TenantConfig) -> Result<Self, PeerError> {
+    /// [`ProcessError::Start`].
+    pub fn start(program: &Path, config: &ClientConfig) -> Result<Self, ProcessError> {
         let config = serde_json::to_string(config)
-            .map_err(|e| PeerError::Start { program: program.into(), source: e.into() })?;
+            .map_err(|e| ProcessError::Start { program: program.into(), source: e.into() })?;
         let mut program = Program::new(program);
         program.arg(config).stdin(Stdio::piped());
-        let mut process = Process::start("tenant", &mut program)?;
+        let mut process = Process::start("client", &mut program)?;
         let commands = process.child.stdin.take();
         Ok(Self { process, commands, successor: None })
     }
 
-    /// Says something to it.
+    /// Sends a command.
     ///
     /// # Errors
-    /// [`PeerError::Deaf`].
-    pub fn tell(&mut self, command: Command) -> Result<(), PeerError> {
-        let line = serde_json::to_string(&command).map_err(|e| PeerError::Deaf(e.into()))?;
-        let closed = || PeerError::Deaf(io::ErrorKind::BrokenPipe.into());
-        writeln!(self.commands.as_ref().ok_or_else(closed)?, "{line}").map_err(PeerError::Deaf)
+    /// [`ProcessError::Send`].
+    pub fn send(&mut self, command: Command) -> Result<(), ProcessError> {
+        let line = serde_json::to_string(&command).map_err(|e| ProcessError::Send(e.into()))?;
+        let closed = || ProcessError::Send(io::ErrorKind::BrokenPipe.into());
+        writeln!(self.commands.as_ref().ok_or_else(closed)?, "{line}").map_err(ProcessError::Send)
     }
 
-    /// Its next event.
+    /// Receives the next event.
     ///
     /// # Errors
-    /// [`PeerError::Unusable`] when there is none within `limit`, or the tenant has ended.
-    pub fn event(&mut self, limit: Duration) -> Result<Event, PeerError> {
+    /// [`ProcessError::Unusable`] when there is none within `limit`, or the client has ended.
+    pub fn event(&mut self, limit: Duration) -> Result<Event, ProcessError> {
         let line = self.process.line(limit)?;
-        let event = serde_json::from_str(&line)
-            .map_err(|e| PeerError::Unusable { who: "tenant", problem: format!("says \"{line}\": {e}") })?;
+        let event = serde_json::from_str(&line).map_err(|e| ProcessError::Unusable {
+            who: "client",
+            problem: format!("has sent \"{line}\": {e}"),
+        })?;
         if let Event::Update { report, .. } = &event
             && report.successor != report.predecessor
         {
-            // It listens and cannot have ended. Without a pidfd (ancient kernels) it is only asked to end, later.
+            // It cannot have ended yet. On kernels without pidfds it is not killed if it does not stop by itself.
             self.successor =
                 Pid::from_raw(report.successor).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
         }
         Ok(event)
     }
 
-    /// Its next event that is not about progress. `limit` is for each event.
+    /// Receives the next event that is not [`Event::Progress`], within `limit`.
     ///
     /// # Errors
-    /// As [`event`](Self::event); also when the tenant says that it has failed.
-    pub fn answer(&mut self, limit: Duration) -> Result<Event, PeerError> {
+    /// As [`event`](Self::event), and for [`Event::Failed`].
+    pub fn response(&mut self, limit: Duration) -> Result<Event, ProcessError> {
         let begin = Instant::now();
         loop {
             match self.event(limit)? {
                 Event::Progress(_) if begin.elapsed() < limit => {}
                 Event::Progress(_) => {
                     let problem = format!("has not answered within {} s", limit.as_secs());
-                    return Err(PeerError::Unusable { who: "tenant", problem });
+                    return Err(ProcessError::Unusable { who: "client", problem });
                 }
                 Event::Failed { error, .. } => {
-                    return Err(PeerError::Unusable {
-                        who: "tenant",
+                    return Err(ProcessError::Unusable {
+                        who: "client",
                         problem: format!("has failed: {error}"),
                     });
                 }
@@ -239,15 +240,15 @@ impl TenantProcess {
     }
 }
 
-impl Drop for TenantProcess {
+impl Drop for ClientProcess {
     fn drop(&mut self) {
-        // The end of its input is the sign to stop.
+        // The client stops at the end of its input.
         drop(self.commands.take());
-        if !self.process.is_silent_within(TENANT_LIMIT)
+        if !self.process.output_ends_within(CLIENT_STOP_TIMEOUT)
             && let Some(successor) = &self.successor
         {
             let _ = pidfd_send_signal(successor, Signal::KILL);
         }
-        self.process.end(TENANT_LIMIT);
+        self.process.wait_or_kill(CLIENT_STOP_TIMEOUT);
     }
 }

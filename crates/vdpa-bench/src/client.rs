@@ -1,4 +1,4 @@
-//! The tenant: a process that drives a block device and replaces itself on command.
+//! The client: a process that drives a block device and updates itself on command.
 
 use std::io::{self, Write as _};
 use std::os::fd::{AsFd, OwnedFd};
@@ -16,87 +16,87 @@ use vdpa_sys::vhost_vdpa::VhostVdpaFd;
 use vdpa_sys::{inherit, rlimit};
 
 use super::engine::{Engine, LoadError};
-use super::replace::{self, Arrived, Preparing, SECTION, Saved, Shared, Successor};
-use super::wire::{Command, Event, TenantConfig, Totals, chain};
+use super::replace::{self, Preparing, SECTION, Saved, Shared, Startup, Successor};
+use super::wire::{ClientConfig, Command, Event, Totals, chain};
 
-/// Longest line accepted as a command.
+/// Bytes of the longest command.
 const LINE_LIMIT: usize = 4096;
-/// How often commands are looked for while completions keep coming.
+/// Interval at which commands are polled while there are completions.
 const COMMAND_INTERVAL_NS: u64 = 1_000_000;
-/// How long a wait may last before deadlines and progress are looked at.
-const IDLE: Duration = Duration::from_millis(20);
+/// Longest wait for a completion or a command, so that deadlines and progress are checked.
+const WAIT_MAX: Duration = Duration::from_millis(20);
 
-/// Runs a tenant with a configuration in JSON: the whole of its process. With `standby` it waits for its predecessor
-/// behind that socket. Exit status 0 when every request was answered once and right, or somebody else goes on.
+/// Runs a client, configured by JSON, to the end of the process. With `standby` it connects to that socket and waits for its
+/// predecessor. Exit status 0 when every request was completed once and correctly, or when another process continues.
 #[must_use]
 pub fn main(config: &str, standby: Option<&Path>) -> ExitCode {
-    let config: TenantConfig = match serde_json::from_str(config) {
+    let config: ClientConfig = match serde_json::from_str(config) {
         Ok(config) => config,
         Err(e) => {
-            let _ = writeln!(io::stderr(), "tenant: its argument is no configuration: {e}");
+            let _ = writeln!(io::stderr(), "client: the argument is not a configuration: {e}");
             return ExitCode::from(2);
         }
     };
-    let ended = match Tenant::<VhostVdpaFd>::begin(config, standby) {
-        Ok(Some(tenant)) => tenant.run(),
-        Ok(None) => Ok(End::Elsewhere),
+    let ended = match LoadClient::<VhostVdpaFd>::begin(config, standby) {
+        Ok(Some(client)) => client.run(),
+        Ok(None) => Ok(End::Replaced),
         Err(e) => Err(e),
     };
     match ended {
-        Ok(End::Clean | End::Elsewhere) => ExitCode::SUCCESS,
+        Ok(End::Clean | End::Replaced) => ExitCode::SUCCESS,
         Ok(End::Unclean) => ExitCode::FAILURE,
         Err(e) => {
-            let _ = tell(&Event::Failed { error: chain(&e), totals: Totals::default() });
+            let _ = send_event(&Event::Failed { error: chain(&e), totals: Totals::default() });
             ExitCode::FAILURE
         }
     }
 }
 
-/// How a process of a tenant ends.
+/// How a process of the client ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum End {
-    /// Every request was answered once and right.
+    /// Every request was completed once and correctly.
     Clean,
-    /// Something was lost, damaged, answered twice or failed.
+    /// A request was lost, corrupt, completed twice, or failed.
     Unclean,
-    /// Another process goes on.
-    Elsewhere,
+    /// Another process continues.
+    Replaced,
 }
 
-/// What the tenant is doing.
+/// State of the client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum Mode {
-    /// Nothing is issued and nothing in flight.
+    /// No requests are issued, and none are in flight.
     Idle,
     /// Requests are issued.
     Running,
-    /// Waiting for what is in flight, to quiesce.
+    /// Quiescing: waits for the requests in flight.
     Draining,
-    /// Waiting for the flush, to quiesce.
+    /// Quiescing: waits for the flush.
     Flushing,
 }
 
-/// An update of which the first completion is still to come.
+/// An update that is reported when its first completion arrives.
 #[derive(Debug)]
-struct Arrival {
+struct PendingReport {
     report: Report,
     last_before_ns: u64,
     in_flight: u64,
 }
 
 #[derive(Debug)]
-pub(super) struct Tenant<D> {
-    pub(super) config: TenantConfig,
+pub(super) struct LoadClient<D> {
+    pub(super) config: ClientConfig,
     pub(super) engine: Engine<D>,
-    /// The descriptors of ledger and timeline, for the next image.
+    /// Descriptors of journal and timeline, for the next image.
     pub(super) shared: [OwnedFd; 2],
     pub(super) mode: Mode,
     pub(super) stopping: bool,
     pub(super) input: Vec<u8>,
-    arrival: Option<Arrival>,
-    /// Maps all of guest memory again after an update, so that each update finds a process with all of it
-    /// mapped, as that of a guest that has run for a while.
+    pending_report: Option<PendingReport>,
+    /// Populates the page tables of guest memory after an update, so that each update starts with all of it mapped, like
+    /// that of a guest that has run for a while.
     populating: Option<JoinHandle<()>>,
     /// The update that is being prepared while requests are driven.
     pub(super) preparing: Option<Preparing>,
@@ -104,29 +104,29 @@ pub(super) struct Tenant<D> {
     next_progress_ns: u64,
 }
 
-impl<D: DeviceFile> Tenant<D> {
-    /// Starts, or goes on in place of a predecessor. `None` when that one goes on, and has been told why.
-    fn begin(config: TenantConfig, standby: Option<&Path>) -> Result<Option<Self>, LoadError> {
-        match replace::arrive(&config, standby)? {
-            Arrived::Successor(arrival) => Self::resume(config, *arrival).map(Some),
-            Arrived::Nothing => Self::start(config).map(Some),
-            Arrived::NotNeeded => Ok(None),
+impl<D: DeviceFile> LoadClient<D> {
+    /// Starts a new client, or continues as a successor. `None` when the update failed and the predecessor continues.
+    fn begin(config: ClientConfig, standby: Option<&Path>) -> Result<Option<Self>, LoadError> {
+        match replace::startup(&config, standby)? {
+            Startup::Successor(pending_report) => Self::resume(config, *pending_report).map(Some),
+            Startup::First => Self::start(config).map(Some),
+            Startup::Aborted => Ok(None),
         }
     }
 
-    fn start(config: TenantConfig) -> Result<Self, LoadError> {
+    fn start(config: ClientConfig) -> Result<Self, LoadError> {
         let take = |number| {
             inherit::take(number)
                 .map_err(|source| LoadError::System { action: "adopt shared memory", source })
         };
-        let shared = Shared::open([take(config.ledger_fd)?, take(config.timeline_fd)?])?;
-        let Shared { fds: shared, ledger, timeline } = shared;
-        // Pinned pages count against this limit. Where it cannot be raised the device may refuse the memory.
+        let shared = Shared::open([take(config.journal_fd)?, take(config.timeline_fd)?])?;
+        let Shared { fds: shared, journal, timeline } = shared;
+        // Pinned pages count against RLIMIT_MEMLOCK. Where it cannot be raised, the device may refuse the memory.
         let memlock_raised = rlimit::raise_memlock(None).is_ok();
-        let engine = Engine::new(&config, ledger, timeline)?;
+        let engine = Engine::new(&config, journal, timeline)?;
         let session = engine.session();
         let offered = session.offered_backend_features();
-        tell(&Event::Started {
+        send_event(&Event::Started {
             backend_features: offered.0,
             features: session.features().0,
             best: Strategy::pick(offered),
@@ -135,7 +135,7 @@ impl<D: DeviceFile> Tenant<D> {
         Ok(Self::new(config, shared, engine))
     }
 
-    pub(super) fn new(config: TenantConfig, shared: [OwnedFd; 2], engine: Engine<D>) -> Self {
+    pub(super) fn new(config: ClientConfig, shared: [OwnedFd; 2], engine: Engine<D>) -> Self {
         Self {
             config,
             engine,
@@ -143,7 +143,7 @@ impl<D: DeviceFile> Tenant<D> {
             mode: Mode::Idle,
             stopping: false,
             input: Vec::new(),
-            arrival: None,
+            pending_report: None,
             populating: None,
             preparing: None,
             next_command_ns: 0,
@@ -151,27 +151,27 @@ impl<D: DeviceFile> Tenant<D> {
         }
     }
 
-    fn resume(config: TenantConfig, successor: Successor<D>) -> Result<Self, LoadError> {
-        let Successor { restored, shared: Shared { fds, ledger, timeline } } = successor;
+    fn resume(config: ClientConfig, successor: Successor<D>) -> Result<Self, LoadError> {
+        let Successor { restored, shared: Shared { fds, journal, timeline } } = successor;
         let unreadable = |what: String| LoadError::Config { what };
         let (session, mut sections, report) =
             restored.into_one().map_err(|_| unreadable("more than one device was handed over".to_owned()))?;
         let section = sections
             .take(SECTION.0)
-            .ok_or_else(|| unreadable("the saved state is not one of a tenant".to_owned()))?;
+            .ok_or_else(|| unreadable("the saved state has no section of a client".to_owned()))?;
         let saved: Saved = section.parse(SECTION.1).map_err(|e| unreadable(e.to_string()))?;
         sections.ensure_consumed().map_err(|e| unreadable(e.to_string()))?;
-        let engine = Engine::restore(&config, session, (ledger, timeline), saved.engine)?;
+        let engine = Engine::restore(&config, session, (journal, timeline), saved.engine)?;
         let in_flight = engine.in_flight() as u64;
-        let arrival = Arrival { report, last_before_ns: engine.last_completion_ns(), in_flight };
-        let mut tenant = Self::new(config, fds, engine);
-        tenant.mode = saved.mode;
-        tenant.stopping = saved.stopping;
-        tenant.input = saved.input;
-        tenant.arrival = Some(arrival);
-        // Nothing is told before the first completion.
-        tenant.next_progress_ns = monotonic_ns() + tenant.config.progress_ms.max(1) * 1_000_000;
-        Ok(tenant)
+        let pending_report = PendingReport { report, last_before_ns: engine.last_completion_ns(), in_flight };
+        let mut client = Self::new(config, fds, engine);
+        client.mode = saved.mode;
+        client.stopping = saved.stopping;
+        client.input = saved.input;
+        client.pending_report = Some(pending_report);
+        // No progress is sent before the first completion.
+        client.next_progress_ns = monotonic_ns() + client.config.progress_ms.max(1) * 1_000_000;
+        Ok(client)
     }
 
     fn run(mut self) -> Result<End, LoadError> {
@@ -180,20 +180,20 @@ impl<D: DeviceFile> Tenant<D> {
                 Ok(reaped) => reaped,
                 Err(e) => {
                     let totals = self.engine.totals().clone();
-                    tell(&Event::Failed { error: chain(&e), totals })?;
+                    send_event(&Event::Failed { error: chain(&e), totals })?;
                     return Ok(End::Unclean);
                 }
             };
             if self.stopping && self.mode == Mode::Idle {
                 let totals = self.engine.totals().clone();
-                tell(&Event::Finished(totals.clone()))?;
+                send_event(&Event::Finished(totals.clone()))?;
                 return Ok(if totals.clean() { End::Clean } else { End::Unclean });
             }
             let now = monotonic_ns();
             if now >= self.next_progress_ns {
                 self.next_progress_ns = now + self.config.progress_ms.max(1) * 1_000_000;
                 self.engine.check_deadline(Duration::from_millis(self.config.deadline_ms));
-                tell(&Event::Progress(self.engine.totals().clone()))?;
+                send_event(&Event::Progress(self.engine.totals().clone()))?;
             }
             if reaped == 0 || now >= self.next_command_ns {
                 self.next_command_ns = now + COMMAND_INTERVAL_NS;
@@ -202,22 +202,22 @@ impl<D: DeviceFile> Tenant<D> {
                 }
             }
             while let Some(command) = self.next_command()? {
-                self.obey(command)?;
+                self.execute(command)?;
             }
             if let Some(preparing) = self.preparing.take_if(|preparing| preparing.is_finished()) {
                 match self.switch(preparing)? {
-                    Some(tenant) => self = tenant,
-                    None => return Ok(End::Elsewhere),
+                    Some(client) => self = client,
+                    None => return Ok(End::Replaced),
                 }
             }
         }
     }
 
-    /// Takes completions and issues requests; returns how many completions there were.
+    /// Takes completions and issues requests. Returns the number of completions.
     fn step(&mut self) -> Result<u64, LoadError> {
         let reaped = self.engine.reap()?;
         if reaped > 0 {
-            self.announce()?;
+            self.report_update()?;
         }
         match self.mode {
             Mode::Idle => {}
@@ -229,7 +229,7 @@ impl<D: DeviceFile> Tenant<D> {
                         self.quiesced()?;
                     }
                 } else if self.engine.totals().lost > 0 {
-                    // What is lost will not come.
+                    // Lost requests will not complete.
                     self.quiesced()?;
                 }
             }
@@ -244,20 +244,22 @@ impl<D: DeviceFile> Tenant<D> {
 
     fn quiesced(&mut self) -> Result<(), LoadError> {
         self.mode = Mode::Idle;
-        tell(&Event::Quiesced(self.engine.totals().clone()))
+        send_event(&Event::Quiesced(self.engine.totals().clone()))
     }
 
-    /// The first completion after an update has come.
-    fn announce(&mut self) -> Result<(), LoadError> {
-        let Some(Arrival { report, last_before_ns, in_flight }) = self.arrival.take() else { return Ok(()) };
+    /// Reports an update whose first completion has arrived.
+    fn report_update(&mut self) -> Result<(), LoadError> {
+        let Some(PendingReport { report, last_before_ns, in_flight }) = self.pending_report.take() else {
+            return Ok(());
+        };
         let at_ns = self.engine.batch_ns();
         let blackout_us = at_ns.saturating_sub(last_before_ns) / 1000;
         let ram = self.engine.ram().clone();
-        // Memory that cannot be mapped shows up at the access that needs it.
+        // An error is ignored: the access that needs the page reports it.
         self.populating = Some(std::thread::spawn(move || {
             let _ = ram.populate();
         }));
-        tell(&Event::Update {
+        send_event(&Event::Update {
             strategy: report.devices.first().map_or(Strategy::Live, |d| d.strategy),
             way: report.way,
             report,
@@ -267,9 +269,9 @@ impl<D: DeviceFile> Tenant<D> {
         })
     }
 
-    /// Waits for a completion or a command, or only looks for a command; returns whether there is one.
+    /// Waits for a completion or a command, or only polls for a command if `may_wait` is unset. Returns whether there is a command.
     fn wait(&mut self, may_wait: bool) -> Result<bool, LoadError> {
-        let timeout = if may_wait && !self.engine.arm()? { IDLE } else { Duration::ZERO };
+        let timeout = if may_wait && !self.engine.arm()? { WAIT_MAX } else { Duration::ZERO };
         let timeout = Timespec::try_from(timeout).ok();
         let stdin = io::stdin();
         let mut fds =
@@ -282,10 +284,10 @@ impl<D: DeviceFile> Tenant<D> {
         Ok(!commands.revents().is_empty())
     }
 
-    /// Reads what there is. The end of standard input means that the orchestrator is gone: stop.
+    /// Reads the available input. Its end means that the orchestrator has ended, and is taken as the command to stop.
     fn read_input(&mut self) -> Result<(), LoadError> {
         let mut bytes = [0; LINE_LIMIT];
-        // Unbuffered: what is read here is carried over, what a buffer of the library held would not be.
+        // Read without the buffer of `Stdin`, whose contents would be lost in an update; `input` is handed over.
         match rustix::io::read(io::stdin().as_fd(), &mut bytes) {
             Ok(0) if self.stopping => Ok(()),
             Ok(0) => {
@@ -302,12 +304,12 @@ impl<D: DeviceFile> Tenant<D> {
     }
 
     fn next_command(&mut self) -> Result<Option<Command>, LoadError> {
-        // One command at a time: the next one waits until this one is done.
+        // One command at a time: the next one waits until the previous one is done.
         let populating = self.populating.as_ref().is_some_and(|thread| !thread.is_finished());
         if populating
             || self.preparing.is_some()
             || matches!(self.mode, Mode::Draining | Mode::Flushing)
-            || self.arrival.is_some()
+            || self.pending_report.is_some()
         {
             return Ok(None);
         }
@@ -319,11 +321,11 @@ impl<D: DeviceFile> Tenant<D> {
         };
         let line: Vec<u8> = self.input.drain(..=end).collect();
         serde_json::from_slice(&line).map(Some).map_err(|e| LoadError::Config {
-            what: format!("\"{}\" is no command: {e}", String::from_utf8_lossy(&line).trim_end()),
+            what: format!("\"{}\" is not a command: {e}", String::from_utf8_lossy(&line).trim_end()),
         })
     }
 
-    fn obey(&mut self, command: Command) -> Result<(), LoadError> {
+    fn execute(&mut self, command: Command) -> Result<(), LoadError> {
         match command {
             Command::Go => self.mode = Mode::Running,
             Command::Quiesce => self.mode = Mode::Draining,
@@ -337,12 +339,12 @@ impl<D: DeviceFile> Tenant<D> {
     }
 }
 
-pub(super) fn tell(event: &Event) -> Result<(), LoadError> {
+pub(super) fn send_event(event: &Event) -> Result<(), LoadError> {
     let mut line = serde_json::to_vec(event).map_err(|e| LoadError::Config { what: e.to_string() })?;
     line.push(b'\n');
     let mut out = io::stdout().lock();
     out.write_all(&line).and_then(|()| out.flush()).map_err(|e| LoadError::System {
-        action: "tell what happened",
+        action: "send an event",
         source: vdpa_core::Errno::from_raw(e.raw_os_error().unwrap_or(0)),
     })
 }
