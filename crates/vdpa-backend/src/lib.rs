@@ -81,6 +81,7 @@
 
 pub mod device;
 pub mod front;
+pub mod persist;
 mod rate;
 pub mod service;
 pub mod worker;

@@ -90,6 +90,13 @@ pub trait DeviceFile: Send + Sync {
     /// Passed to the client unchanged; numbers of 512 and above become `EIO`.
     fn write(&self, handle: u64, tid: u32, data: &[u8]) -> Result<u32, Errno>;
 
+    /// Called before each request, on the same thread, with the number that the kernel gave it. `resent`: a process that died
+    /// had read it and not replied. Returns what that process returned for it, if it had executed it: then the request is not
+    /// executed again. Does not block.
+    fn begin_request(&self, _unique: u64, _resent: bool) -> Option<Completed> {
+        None
+    }
+
     /// The `POLL*` events that are set now. vhost-vdpa is always ready for both directions, which is the default. Must not
     /// block.
     fn poll(&self) -> u32 {
@@ -101,3 +108,19 @@ pub trait DeviceFile: Send + Sync {
 pub const POLLIN: u32 = 0x1;
 /// `POLLOUT` of `poll(2)`: writable.
 pub const POLLOUT: u32 = 0x4;
+
+/// The result of a request that an earlier process had executed: see [`DeviceFile::begin_request`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Completed {
+    /// An open succeeded, with this handle.
+    Open {
+        /// As [`Opener::handle`].
+        handle: u64,
+    },
+    /// An ioctl succeeded.
+    Ioctl(IoctlReply),
+    /// A write succeeded with this count.
+    Write(u32),
+    /// A release was executed.
+    Release,
+}

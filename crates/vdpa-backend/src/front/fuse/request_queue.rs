@@ -19,10 +19,10 @@ use parking_lot::{Condvar, Mutex};
 use tracing::{debug, error, warn};
 use vdpa_core::Errno;
 use vdpa_sys::fuse::Connection;
-use vdpa_sys::uapi::fuse::{IoctlIn, IoctlOut, OpenOut, PollOut, WriteOut, open_flags};
+use vdpa_sys::uapi::fuse::{IoctlIn, IoctlOut, OpenOut, PollOut, UNIQUE_RESEND, WriteOut, open_flags};
 use zerocopy::IntoBytes;
 
-use super::device::{DeviceFile, IoctlCall, Opener};
+use super::device::{Completed, DeviceFile, IoctlCall, Opener};
 use super::is_past;
 
 /// The thread of a device that is not open ends after this time. A close that is followed by an open keeps the thread.
@@ -95,9 +95,15 @@ impl ReplyToken {
 /// A request in the queue.
 #[derive(Debug)]
 struct QueuedRequest {
-    /// `None` for a RELEASE, which the reader has answered.
+    /// `None` for a RELEASE that the reader has answered.
     token: Option<Arc<ReplyToken>>,
     op: DeviceOp,
+}
+
+impl QueuedRequest {
+    const fn is_release(&self) -> bool {
+        matches!(self.op, DeviceOp::Release { .. })
+    }
 }
 
 /// The call that the thread is in.
@@ -125,7 +131,7 @@ impl State {
     /// Removes the requests that need a reply from the queue and returns them; releases stay.
     fn take_unanswered(&mut self) -> Vec<QueuedRequest> {
         let (refused, kept): (Vec<_>, Vec<_>) =
-            self.requests.drain(..).partition(|request| request.token.is_some());
+            self.requests.drain(..).partition(|request| request.token.is_some() && !request.is_release());
         self.requests = VecDeque::from(kept);
         refused
     }
@@ -173,7 +179,7 @@ impl RequestQueue {
 
     fn enqueue(self: &Arc<Self>, request: QueuedRequest) {
         let mut state = self.state.lock();
-        if (state.hung || state.ended) && request.token.is_some() {
+        if (state.hung || state.ended) && request.token.is_some() && !request.is_release() {
             drop(state);
             return self.reject(&request);
         }
@@ -232,12 +238,19 @@ impl RequestQueue {
     }
 
     fn execute(&self, request: &QueuedRequest) {
+        if let Some(token) = &request.token {
+            let (unique, resent) = (token.unique & !UNIQUE_RESEND, token.unique & UNIQUE_RESEND != 0);
+            if let Some(completed) = self.file.begin_request(unique, resent) {
+                return self.reply_completed(request, &completed);
+            }
+        }
         match &request.op {
             DeviceOp::Open(opener) => self.open(request, opener),
             DeviceOp::Release { fh } => {
                 if self.state.lock().opens.remove(fh) {
                     self.release(*fh);
                 }
+                self.reply(request, Ok(&[]));
             }
             DeviceOp::Ioctl { tid, args, input } => {
                 let (handle, tid, cmd, out_size) = (args.fh, *tid, args.cmd, args.out_size);
@@ -284,6 +297,35 @@ impl RequestQueue {
                 };
             }
         }
+    }
+
+    /// Replies to a request that an earlier process had executed.
+    fn reply_completed(&self, request: &QueuedRequest, completed: &Completed) {
+        match completed {
+            Completed::Open { handle } => {
+                let out = OpenOut { fh: *handle, open_flags: OPEN_FLAGS, backing_id: 0 };
+                self.state.lock().opens.insert(*handle);
+                self.reply(request, Ok(&[out.as_bytes()]))
+            }
+            Completed::Ioctl(reply) => {
+                let out = IoctlOut { result: reply.result, ..IoctlOut::default() };
+                self.reply(request, Ok(&[out.as_bytes(), &reply.out]))
+            }
+            Completed::Write(size) => {
+                self.reply(request, Ok(&[WriteOut { size: *size, padding: 0 }.as_bytes()]))
+            }
+            Completed::Release => {
+                if let DeviceOp::Release { fh } = &request.op {
+                    self.state.lock().opens.remove(fh);
+                }
+                self.reply(request, Ok(&[]))
+            }
+        };
+    }
+
+    /// Marks `handles` as open: for a device that was opened in a process that has died.
+    pub(super) fn restore_opens(&self, handles: &[u64]) {
+        self.state.lock().opens.extend(handles);
     }
 
     fn open(&self, request: &QueuedRequest, opener: &Opener) {
@@ -372,7 +414,7 @@ impl RequestQueue {
     pub(super) fn end(self: &Arc<Self>) {
         let mut state = self.state.lock();
         state.ended = true;
-        state.requests.retain(|request| request.token.is_none());
+        state.requests.retain(|request| request.is_release());
         let opens: Vec<_> = state.opens.iter().copied().collect();
         drop(state);
         for fh in opens {

@@ -56,6 +56,9 @@ pub(super) struct Session {
     /// cannot have them, because a FORGET may overtake a RELEASE (`fuse_dev_do_read()` prefers it).
     queues: Mutex<HashMap<u64, Weak<RequestQueue>>>,
     next_handle: AtomicU64,
+    /// The state outlives this process. A RELEASE is answered when it was executed, so that the kernel sends it again to a
+    /// successor.
+    outlives: AtomicBool,
     closing: AtomicBool,
     count: RequestCount,
 }
@@ -63,7 +66,8 @@ pub(super) struct Session {
 impl Session {
     fn new(connection: Connection, endpoint: Endpoint, tree: Tree, count: RequestCount) -> Self {
         let (queues, next_handle, closing) = (Mutex::default(), AtomicU64::new(1), AtomicBool::new(false));
-        Self { connection, endpoint, tree: Mutex::new(tree), queues, next_handle, closing, count }
+        let outlives = AtomicBool::new(false);
+        Self { connection, endpoint, tree: Mutex::new(tree), queues, next_handle, outlives, closing, count }
     }
 
     /// A session for an empty directory.
@@ -218,7 +222,41 @@ impl Session {
         queue.push(header.unique, DeviceOp::Open(Opener { handle, uid: header.uid, tid: header.pid, flags }));
     }
 
+    /// The state of this session is kept for a successor of this process, which is the `generation`-th to serve it.
+    pub(super) fn outlive(&self, generation: u64) {
+        self.outlives.store(true, Ordering::Release);
+        // No handle of an earlier process is given out again.
+        self.next_handle.fetch_max((generation << 40) | 1, Ordering::AcqRel);
+    }
+
+    /// Adds a device that an earlier process had served as the node `id`, with the handles that are open.
+    pub(super) fn restore(
+        &self,
+        id: u64,
+        name: &str,
+        file: Arc<dyn DeviceFile>,
+        attributes: FileAttributes,
+        opens: &[u64],
+    ) -> Result<(), AddError> {
+        let queue = RequestQueue::new(name, file, self.connection.clone(), self.count.clone());
+        queue.restore_opens(opens);
+        let weak = Arc::downgrade(&queue);
+        self.tree.lock().restore(id, queue, attributes)?;
+        self.queues.lock().insert(id, weak);
+        Ok(())
+    }
+
+    /// The node id of a name.
+    pub(super) fn node(&self, name: &str) -> Option<u64> {
+        self.tree.lock().lookup(name.as_bytes()).map(|attr| attr.ino)
+    }
+
     fn release(&self, header: &InHeader, fh: u64) {
+        if self.outlives.load(Ordering::Acquire)
+            && let Some(queue) = self.queue_for(header)
+        {
+            return queue.push(header.unique, DeviceOp::Release { fh });
+        }
         self.reply(header.unique, Ok(&[]));
         if let Some(queue) = self.queue_for(header) {
             queue.push_release(fh);

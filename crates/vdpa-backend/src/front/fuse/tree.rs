@@ -132,6 +132,26 @@ impl Tree {
         Ok(id)
     }
 
+    /// Adds a file that an earlier process had as the node `id`, which the kernel may know.
+    pub(super) fn restore(
+        &mut self,
+        id: u64,
+        queue: Arc<RequestQueue>,
+        attributes: FileAttributes,
+    ) -> Result<(), AddError> {
+        let name = queue.name().to_owned();
+        if self.names.contains_key(&name) || self.nodes.contains_key(&id) || id < FIRST_NODE {
+            return Err(AddError::Exists { name });
+        }
+        self.next = self.next.max(id.saturating_add(1));
+        let attr = attr(id, S_IFREG, 1, attributes);
+        self.names.insert(name.clone(), id);
+        // How often the kernel has looked it up is not known: its node stays as long as this process.
+        let lookups = u64::from(u32::MAX);
+        self.nodes.insert(id, Node { name, attr, queue, lookups, linked: true });
+        Ok(())
+    }
+
     pub(super) fn remove(&mut self, name: &str) -> bool {
         let Some(id) = self.names.remove(name) else { return false };
         if let Some(node) = self.nodes.get_mut(&id) {

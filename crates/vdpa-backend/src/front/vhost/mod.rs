@@ -4,6 +4,7 @@
 //! vhost-vdpa's behaviour in Linux.
 
 mod opens;
+mod saved;
 mod update_history;
 mod vring;
 mod wire;
@@ -11,7 +12,7 @@ mod wire;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
 use vdpa_core::device::Device;
@@ -30,11 +31,13 @@ use vdpa_sys::uapi::report::UpdateReport;
 use vdpa_sys::uapi::vhost as uapi;
 use zerocopy::IntoBytes;
 
-use crate::front::fuse::{DeviceFile, IoctlCall, IoctlReply, Opener};
+use crate::front::fuse::{Completed, DeviceFile, IoctlCall, IoctlReply, Opener};
+use crate::persist::{DeviceFront, DeviceLog, LogError};
 use crate::rate::RateLimit;
 
 use self::opens::Opens;
 pub use self::opens::PendingSuccessor;
+use self::saved::Saved;
 pub use self::update_history::UpdateHistory;
 
 /// The decoders, for fuzz targets.
@@ -119,6 +122,7 @@ pub struct VhostVdpaFile {
     last_refused: Mutex<Option<OwnerSpace>>,
     /// The previous owner, which is dropped after the reply to NEW_OWNER was sent, so that the client does not wait for it.
     previous_owner: Mutex<Option<OwnerSpace>>,
+    saved: Saved,
 }
 
 impl fmt::Debug for VhostVdpaFile {
@@ -144,7 +148,37 @@ impl VhostVdpaFile {
             private_memory_logged: AtomicBool::new(false),
             last_refused: Mutex::default(),
             previous_owner: Mutex::default(),
+            saved: Saved::default(),
         }
+    }
+
+    /// Writes every change of the device into `log`, before the request that made it is answered. Not together with
+    /// [`with_handover`](Self::with_handover).
+    ///
+    /// # Errors
+    /// As [`DeviceLog::commit`].
+    pub fn with_log(self, log: DeviceLog) -> Result<Self, LogError> {
+        let this = Self { saved: Saved::new(log, None), ..self };
+        this.save_all()?;
+        Ok(this)
+    }
+
+    /// Continues a device that an earlier process had served: `front` is what its log says of the file.
+    #[must_use]
+    pub fn restored(self, log: DeviceLog, front: &DeviceFront) -> Self {
+        let owned_since = (front.owned_since_ns > 0)
+            .then(|| SystemTime::UNIX_EPOCH + Duration::from_nanos(front.owned_since_ns));
+        Self {
+            opens: Mutex::new(Opens::restored(front.opener)),
+            owned_since: Mutex::new(owned_since),
+            saved: Saved::new(log, front.last.clone()),
+            ..self
+        }
+    }
+
+    /// Has nothing of the device held any more: it is deleted.
+    pub fn forget_log(&self) {
+        self.saved.forget();
     }
 
     /// Allows a successor to open the device while its predecessor has it open. The parent of the device must be a handle of
@@ -420,11 +454,18 @@ fn process(tid: u32) -> Result<Caller> {
 
 impl DeviceFile for VhostVdpaFile {
     fn open(&self, opener: &Opener) -> Result<()> {
-        self.open_as(opener)
+        let result = self.open_as(opener);
+        self.save(result.is_ok().then_some(Completed::Open { handle: opener.handle }));
+        result
     }
 
     fn release(&self, handle: u64) {
         self.close(handle);
+        self.save(Some(Completed::Release));
+    }
+
+    fn begin_request(&self, unique: u64, resent: bool) -> Option<Completed> {
+        self.saved.begin(unique, resent)
     }
 
     fn ioctl(&self, call: &IoctlCall<'_>) -> Result<IoctlReply> {
@@ -439,6 +480,7 @@ impl DeviceFile for VhostVdpaFile {
             number = format_args!("{:#x}", call.cmd),
             ?result,
         );
+        self.save(result.as_ref().ok().cloned().map(Completed::Ioctl));
         result
     }
 
@@ -447,7 +489,7 @@ impl DeviceFile for VhostVdpaFile {
     }
 
     fn write(&self, handle: u64, tid: u32, data: &[u8]) -> Result<u32> {
-        self.with_open(handle, |device| {
+        let result = self.with_open(handle, |device| {
             let (asid, mut msg) = wire::iotlb_message(data, device.acked_backend_features())?;
             msg.kind = self.numbers.message_from_wire(msg.kind);
             let process = process(tid)?;
@@ -461,6 +503,8 @@ impl DeviceFile for VhostVdpaFile {
                 self.log_refusal(tid, asid, &error);
                 error.errno()
             })
-        })
+        });
+        self.save(result.ok().map(Completed::Write));
+        result
     }
 }

@@ -53,6 +53,16 @@ pub struct PendingSuccessor {
 }
 
 impl Opens {
+    /// The open of a client, in an earlier process.
+    pub(super) fn restored(present: Option<Opener>) -> Self {
+        Self { current: present, ..Self::default() }
+    }
+
+    /// The client that has the device open.
+    pub(super) const fn present(&self) -> Option<Opener> {
+        self.current
+    }
+
     pub(super) fn new(handover: Option<Handover<AnyParent>>) -> Self {
         Self { handover, ..Self::default() }
     }

@@ -1,0 +1,71 @@
+//! What of a device file outlives this process.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::SystemTime;
+
+use parking_lot::Mutex;
+
+use super::VhostVdpaFile;
+use crate::front::fuse::Completed;
+use crate::persist::{DeviceFront, DeviceLog, LogError};
+
+/// The log of a device file, and what is needed to write it.
+#[derive(Debug, Default)]
+pub(super) struct Saved {
+    /// `None` for a device that does not outlive this process.
+    log: Mutex<Option<DeviceLog>>,
+    /// Number of the request in progress.
+    unique: AtomicU64,
+    /// The last request that an earlier process had executed, with its result.
+    last: Option<(u64, Completed)>,
+}
+
+impl Saved {
+    pub(super) fn new(log: DeviceLog, last: Option<(u64, Completed)>) -> Self {
+        Self { log: Mutex::new(Some(log)), unique: AtomicU64::new(0), last }
+    }
+
+    /// A request begins. Returns the result of one that was executed by an earlier process.
+    pub(super) fn begin(&self, unique: u64, resent: bool) -> Option<Completed> {
+        self.unique.store(unique, Ordering::Relaxed);
+        let (last, completed) = self.last.as_ref()?;
+        (resent && *last == unique).then(|| completed.clone())
+    }
+
+    /// Has nothing held any more.
+    pub(super) fn forget(&self) {
+        if let Some(mut log) = self.log.lock().take() {
+            log.remove();
+        }
+    }
+}
+
+impl VhostVdpaFile {
+    /// Writes what the request in progress has changed, with its result, which is not given for one that failed: that one
+    /// fails again. A log that cannot be written is given up: the device then ends with this process.
+    pub(super) fn save(&self, completed: Option<Completed>) {
+        let last = completed.map(|completed| (self.saved.unique.load(Ordering::Relaxed), completed));
+        if let Err(error) = self.write_log(last, false) {
+            tracing::error!(device = %self.name, %error, "the device will not outlive this process");
+            self.saved.forget();
+        }
+    }
+
+    /// Writes the whole state.
+    pub(super) fn save_all(&self) -> Result<(), LogError> {
+        self.write_log(None, true)
+    }
+
+    fn write_log(&self, last: Option<(u64, Completed)>, always: bool) -> Result<(), LogError> {
+        let mut log = self.saved.log.lock();
+        let Some(log) = &mut *log else { return Ok(()) };
+        let opener = self.opens.lock().present();
+        let owned_since =
+            self.owned_since().and_then(|since| since.duration_since(SystemTime::UNIX_EPOCH).ok());
+        let owned_since_ns = owned_since.map_or(0, |since| u64::try_from(since.as_nanos()).unwrap_or(0));
+        let front = DeviceFront { opener, owned_since_ns, last };
+        let Some(device) = self.device.lock().clone() else { return Ok(()) };
+        let mut device = device.lock();
+        if always { log.commit_front(&mut device, &front) } else { log.commit(&mut device, &front).map(drop) }
+    }
+}
