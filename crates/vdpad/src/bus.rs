@@ -1,6 +1,6 @@
 //! [`Bus`]: the devices of this daemon, by name.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use parking_lot::{Mutex, MutexGuard};
 use vdpa_core::Errno;
 use vdpa_core::device::Device;
+use vdpa_core::error::chain;
 use vdpa_core::features::{Features, Status};
 use vdpa_core::handover::Handover;
 use vdpa_core::host::PAGE_SIZE;
@@ -21,8 +22,10 @@ use zerocopy::IntoBytes;
 
 use crate::control::Backend;
 use crate::devices::{MgmtDevice, NetAttrs, mgmt_devices};
-use vdpa_backend::front::fuse::{AddError, DeviceFile, DeviceFiles};
+use crate::survival::{Identity, Survival};
+use vdpa_backend::front::fuse::{AddError, DeviceFile, DeviceFiles, FileAttributes};
 use vdpa_backend::front::vhost::{AnyParent, PendingSuccessor, SharedDevice, VhostVdpaFile};
+use vdpa_backend::persist::{DeviceLog, Held, Reopened};
 use vdpa_backend::worker::WorkerPool;
 use vdpa_control::api::{
     AddRequest, Attrs, CtlError, DevInfo, DevState, ID_NET, LastUpdate, MgmtDev, Owner, QueueInfo,
@@ -44,6 +47,8 @@ pub struct Bus {
     pool: WorkerPool,
     spaces: Spaces,
     devices: Mutex<Vec<Arc<Entry>>>,
+    /// `None` without a holder: the devices end with this process.
+    survival: Option<Arc<Survival>>,
 }
 
 #[derive(Debug)]
@@ -59,6 +64,8 @@ struct Entry {
     path: PathBuf,
     /// Front end that serves it: `cuse` or `fuse`.
     front: &'static str,
+    /// Its number at the holder; `None` if it ends with this process.
+    held: Option<u32>,
 }
 
 /// Attribute of every device: the path of its device file.
@@ -74,9 +81,59 @@ impl Bus {
     /// Creates a bus whose device files are served by `files`. At most `workers` threads serve the devices that have no
     /// attribute `cpus`; each busy-polls its rings for up to `poll` before it sleeps, while that pays.
     #[must_use]
-    pub fn new(files: Arc<DeviceFiles>, workers: usize, poll: Duration) -> Self {
+    pub fn new(
+        files: Arc<DeviceFiles>,
+        workers: usize,
+        poll: Duration,
+        survival: Option<Arc<Survival>>,
+    ) -> Self {
         let pool = WorkerPool::new(workers, poll);
-        Self { mgmt: mgmt_devices(), files, pool, spaces: Spaces::new(), devices: Mutex::default() }
+        let (mgmt, spaces, devices) = (mgmt_devices(), Spaces::new(), Mutex::default());
+        Self { mgmt, files, pool, spaces, devices, survival }
+    }
+
+    /// Makes the devices of a predecessor again, with their clients. One that cannot be restored is given up: its client gets
+    /// errors.
+    pub(crate) fn restore(&self, legacy: BTreeMap<u32, (Identity, Vec<Held>)>) {
+        for (held, (identity, items)) in legacy {
+            let name = identity.request.name.clone();
+            match self.restore_device(held, identity, items) {
+                Ok(()) => tracing::info!(device = %name, "device restored"),
+                Err(error) => {
+                    tracing::error!(device = %name, "the device cannot be restored: {}", chain(&*error))
+                }
+            }
+        }
+    }
+
+    fn restore_device(
+        &self,
+        held: u32,
+        identity: Identity,
+        items: Vec<Held>,
+    ) -> Result<(), Box<dyn std::error::Error>> {
+        let survival = self.survival.as_ref().ok_or("there is no holder")?;
+        let attributes = identity.attributes();
+        let Identity { number, node, request, .. } = identity;
+        let AddRequest { name, mgmtdev, attrs } = request;
+        let mgmt = self.mgmt.iter().find(|mgmt| mgmt.describe().handle() == mgmtdev);
+        let mgmt = mgmt.ok_or_else(|| format!("there is no management device {mgmtdev}"))?;
+        let parent = mgmt.create(&name, &attrs, &self.pool)?;
+        let profile = parent.profile().clone();
+        let Reopened { mut log, records, front, .. } =
+            DeviceLog::reopen(held, survival.store(), items, &survival.spaces, &self.spaces)?;
+        let mut device = Device::restore(parent, &records, log.source())?;
+        device.resume_queues(&[])?;
+        let device: SharedDevice = Arc::new(Mutex::new(device));
+        let file = VhostVdpaFile::new(name.clone(), Arc::clone(&device), self.spaces.clone());
+        let file = Arc::new(file.restored(log, &front));
+        let opens: Vec<u64> = front.opener.iter().map(|opener| opener.handle).collect();
+        let file_name = file_name(number);
+        let path = self.files.restore(&file_name, Arc::clone(&file) as _, node, attributes, &opens)?;
+        let front = self.files.front();
+        let entry = Entry { name, number, mgmtdev, profile, device, file, path, front, held: Some(held) };
+        self.devices.lock().push(Arc::new(entry));
+        Ok(())
     }
 
     /// Revokes every device from its clients and removes it.
@@ -87,6 +144,16 @@ impl Bus {
                 tracing::error!(device = %entry.name, "the request that it is busy with has not ended");
             }
         }
+    }
+
+    /// Has held what a new device is.
+    fn hold(&self, survival: &Survival, held: u32, number: u32, request: &AddRequest) -> Result<(), Errno> {
+        let name = file_name(number);
+        let FileAttributes { mode, uid, gid } =
+            self.files.attributes(&name).unwrap_or_else(FileAttributes::private);
+        let node = self.files.node(&name).unwrap_or(0);
+        let identity = Identity { number, node, mode, uid, gid, request: request.clone() };
+        survival.hold_identity(held, &identity)
     }
 
     /// Creates the device file under the first free number; `taken` are the numbers of this bus.
@@ -406,14 +473,29 @@ impl Backend for Bus {
         let profile = parent.profile().clone();
         let (parent, handover) = if handover { shared(parent)? } else { (parent, None) };
         let device: SharedDevice = Arc::new(Mutex::new(Device::new(parent)));
-        let file = VhostVdpaFile::new(request.name.clone(), Arc::clone(&device), self.spaces.clone())
-            .with_handover(handover);
+        let file = VhostVdpaFile::new(request.name.clone(), Arc::clone(&device), self.spaces.clone());
+        let survives = handover.is_none() && path.is_none();
+        let held = self.survival.as_ref().filter(|_| survives).map(|survival| survival.new_device());
+        let file = match (&self.survival, held) {
+            (Some(survival), Some(held)) => {
+                DeviceLog::create(held, survival.store()).and_then(|log| file.with_log(log)).map_err(
+                    |error| CtlError::new(Errno::IO, format!("the device would not survive: {error}")),
+                )?
+            }
+            _ => file.with_handover(handover),
+        };
         let file = Arc::new(file);
         let taken: BTreeSet<u32> = devices.iter().map(|entry| entry.number).collect();
         let front = if path.is_some() { "fuse" } else { self.files.front() };
         let (number, path) = self.add_file(&taken, path.as_deref(), &file)?;
+        if let (Some(survival), Some(held)) = (&self.survival, held) {
+            self.hold(survival, held, number, &request).map_err(|errno| {
+                self.files.remove(&file_name(number));
+                CtlError::new(errno, "the device would not survive: the holder refuses it")
+            })?;
+        }
         let AddRequest { name, mgmtdev, .. } = request;
-        let entry = Entry { name, number, mgmtdev, profile, device, file, path, front };
+        let entry = Entry { name, number, mgmtdev, profile, device, file, path, front, held };
         tracing::info!(device = %entry.name, mgmtdev = %entry.mgmtdev, file = %entry.path.display(), front, "device added");
         devices.push(Arc::new(entry));
         Ok(())
@@ -453,6 +535,10 @@ impl Backend for Bus {
             && errno != Errno::TIMEDOUT
         {
             return Err(CtlError::new(errno, format!("device {name} is busy with a request of its client")));
+        }
+        if let (Some(survival), Some(held)) = (&self.survival, entry.held) {
+            survival.release_identity(held);
+            entry.file.forget_log();
         }
         self.devices.lock().retain(|other| !Arc::ptr_eq(other, &entry));
         tracing::info!(device = %name, force, waits = taken.is_err(), "device deleted");

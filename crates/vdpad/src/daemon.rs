@@ -7,10 +7,13 @@ use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
 
+use vdpa_core::Errno;
+use vdpa_sys::mm_reaper::MmReaper;
 use vdpa_sys::rlimit;
 
 use crate::bus::Bus;
 use crate::control::{self, Backend as _, Server};
+use crate::survival::{Legacy, Survival};
 use vdpa_backend::front::fuse::{DeviceFiles, Options, ServeError, cuse};
 use vdpa_backend::front::watchdog::{self, Watchdog};
 use vdpa_control::Front;
@@ -47,12 +50,22 @@ pub struct Daemon {
     control: Server,
     bus: Arc<Bus>,
     files: Arc<DeviceFiles>,
-    watchdog: Watchdog,
+    /// `None` with a holder.
+    watchdog: Option<Watchdog>,
+    survival: Option<Arc<Survival>>,
 }
 
 /// Why the daemon did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
+    /// The holder does not do what it should.
+    #[error("cannot {action}: {errno}")]
+    Holder {
+        /// What was asked of it.
+        action: &'static str,
+        /// The reason.
+        errno: Errno,
+    },
     /// The machine lacks something that no option can replace.
     #[error("{what}")]
     Environment {
@@ -101,7 +114,8 @@ impl Daemon {
     ///
     /// # Errors
     /// [`StartError`].
-    pub fn start(config: &Config) -> Result<Self, StartError> {
+    pub fn start(config: &Config, survival: Option<Survival>) -> Result<Self, StartError> {
+        let survival = survival.map(Arc::new);
         let place = choose(config, cuse::available)?;
         if let Place::Mount(_) = place {
             vdpa_sys::userns::fuse_available().map_err(|error| StartError::environment(&error))?;
@@ -111,25 +125,54 @@ impl Daemon {
         if let Err(error) = rlimit::raise_memlock(None) {
             tracing::debug!("RLIMIT_MEMLOCK stays as it is: {error}");
         }
-        let exe = std::env::current_exe().map_err(StartError::Watchdog)?;
-        let mut watchdog = watchdog::spawn(&exe, config.watchdog_timeout).map_err(StartError::Watchdog)?;
+        // A holder looks after the daemon itself, and its mounts must not end with the daemon.
+        let mut watchdog = match &survival {
+            Some(_) => None,
+            None => {
+                let exe = std::env::current_exe().map_err(StartError::Watchdog)?;
+                Some(watchdog::spawn(&exe, config.watchdog_timeout).map_err(StartError::Watchdog)?)
+            }
+        };
         let options = Options {
             request_timeout: config.request_timeout,
-            heartbeat: watchdog.take_heartbeat(),
+            heartbeat: watchdog.as_mut().and_then(Watchdog::take_heartbeat),
             heartbeat_interval: config.watchdog_timeout / 5,
             ..Options::default()
         };
-        let files = match &place {
-            Place::Dev(dir) => DeviceFiles::cuse(dir, options)?,
-            Place::Mount(dir) => DeviceFiles::mount(dir, options)?,
+        let holder = |action| move |errno| StartError::Holder { action, errno };
+        let mut legacy = match &survival {
+            Some(survival) => survival.legacy().map_err(holder("take back what is held"))?,
+            None => Legacy::default(),
         };
-        let bus = Arc::new(Bus::new(Arc::clone(&files), config.workers, config.poll));
-        for device in &config.devices {
+        let adopted = legacy.mount.take();
+        let continues = adopted.is_some();
+        let files = match (&place, &survival, adopted) {
+            (_, Some(survival), Some(mount)) => survival.adopt(mount, options)?,
+            (Place::Dev(dir), _, _) => DeviceFiles::cuse(dir, options)?,
+            (Place::Mount(dir), _, _) => DeviceFiles::mount(dir, options)?,
+        };
+        if let Some(survival) = survival.as_ref().filter(|_| !continues) {
+            survival.hold_mount(&files).map_err(holder("have the mount held"))?;
+        }
+        let bus = Arc::new(Bus::new(Arc::clone(&files), config.workers, config.poll, survival.clone()));
+        if continues {
+            bus.restore(std::mem::take(&mut legacy.devices));
+            files.resume()?;
+        }
+        for device in config.devices.iter().filter(|device| !continues || bus.device(&device.name).is_err()) {
             bus.add(device.clone())
                 .map_err(|source| StartError::Device { name: device.name.clone(), source })?;
         }
         let control = Server::start(&config.socket, Arc::clone(&bus) as _)?;
-        Ok(Self { control, bus, files, watchdog })
+        if let Some(survival) = &survival {
+            survival.ready().map_err(holder("tell the holder that this daemon serves"))?;
+            // Shares the address space: a crash is noticed before gigabytes of page tables are freed.
+            match MmReaper::spawn() {
+                Ok(reaper) => std::mem::forget(reaper),
+                Err(errno) => tracing::warn!(%errno, "a crash of this daemon will be noticed late"),
+            }
+        }
+        Ok(Self { control, bus, files, watchdog, survival })
     }
 
     /// Blocks until SIGTERM or SIGINT, or until the device files are ended from outside. Calls `ready` and notifies the service
@@ -163,10 +206,15 @@ impl Daemon {
 
     /// Closes the control socket, then revokes the devices from their clients and removes their files.
     pub fn stop(self) {
+        if let Some(survival) = &self.survival {
+            survival.stopping();
+        }
         self.control.shutdown();
         self.bus.shutdown();
         self.files.shutdown();
-        if let Err(error) = self.watchdog.wait() {
+        if let Some(watchdog) = self.watchdog
+            && let Err(error) = watchdog.wait()
+        {
             tracing::warn!("cannot wait for the watchdog process: {error}");
         }
     }

@@ -14,3 +14,4 @@ pub mod bus;
 pub mod control;
 pub mod daemon;
 mod devices;
+pub mod survival;

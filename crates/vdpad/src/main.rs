@@ -2,9 +2,12 @@
 #![forbid(unsafe_code)]
 
 use std::error::Error;
+use std::fs::File;
 use std::io::{self, Write};
+use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
@@ -12,8 +15,11 @@ use tracing_subscriber::EnvFilter;
 use vdpa_backend::front::watchdog::{self, Ended};
 use vdpa_control::api::AddRequest;
 use vdpa_control::{Front, SOCKET_ENV};
+use vdpa_holder::holder::{self, Outcome, Program};
+use vdpa_holder::protocol::Role;
 use vdpa_sys::uapi::live::{self, Numbers};
 use vdpad::daemon::{self, Config, Daemon, StartError};
+use vdpad::survival::Survival;
 
 /// The daemon failed.
 const EXIT_RUNTIME: u8 = 1;
@@ -72,6 +78,15 @@ struct Serve {
     #[arg(long, value_name = "NUMBERS", env = live::ENV, default_value = "")]
     live_numbers: Numbers,
 
+    /// Run below a holder process, which starts the daemon again after a crash: its devices and their clients go on. For files
+    /// (--front fuse) and root
+    #[arg(long)]
+    holder: bool,
+
+    /// Crashes within a minute that the holder tolerates; after one more it gives up
+    #[arg(long, value_name = "N", default_value = "5", requires = "holder")]
+    crash_limit: u16,
+
     /// What to log to standard error: error, warn, info, debug, trace, or filters in the syntax of RUST_LOG
     #[arg(long, value_name = "FILTER", env = "VDPAD_LOG", default_value = "info")]
     log: String,
@@ -124,7 +139,8 @@ fn main() -> ExitCode {
     }
     match cli.command {
         Some(Command::Watchdog { source, timeout }) => watch(&source, timeout),
-        None => serve(cli.serve),
+        None if cli.serve.holder => hold(cli.serve),
+        None => serve(cli.serve, None),
     }
 }
 
@@ -137,7 +153,57 @@ fn plant_fault() -> Result<(), std::ffi::OsString> {
     fault.map(drop).ok_or(name)
 }
 
-fn serve(options: Serve) -> ExitCode {
+/// The main process with `--holder`: the holder, or the daemon that it has started.
+fn hold(options: Serve) -> ExitCode {
+    match Survival::from_env() {
+        Err(errno) => {
+            eprintln!("vdpad: cannot speak with the holder: {errno}");
+            ExitCode::from(EXIT_RUNTIME)
+        }
+        Ok(Some(survival)) if survival.role() == Role::Failed => {
+            survival.log_crash();
+            tracing::error!("the daemon has crashed too often: its devices are given up");
+            survival.stopping();
+            ExitCode::from(EXIT_RUNTIME)
+        }
+        Ok(Some(survival)) => {
+            survival.log_crash();
+            serve(options, Some(survival))
+        }
+        Ok(None) if !rustix::process::geteuid().is_root() => {
+            eprintln!("vdpad: --holder needs root");
+            ExitCode::from(2)
+        }
+        Ok(None) => run_holder(&options),
+    }
+}
+
+fn run_holder(options: &Serve) -> ExitCode {
+    let file = match File::open("/proc/self/exe") {
+        Ok(file) => Arc::new(file.into()),
+        Err(error) => {
+            eprintln!("vdpad: cannot open its own program: {error}");
+            return ExitCode::from(EXIT_RUNTIME);
+        }
+    };
+    let args = std::env::args_os().map(OsStringExt::into_vec).collect();
+    let limits = holder::Options { crash_limit: options.crash_limit.into(), ..holder::Options::default() };
+    match holder::run(Program { file, args }, limits) {
+        Ok(Outcome::Stopped(end)) if end.signal == 0 => {
+            ExitCode::from(u8::try_from(end.status).unwrap_or(EXIT_RUNTIME))
+        }
+        Ok(Outcome::Stopped(end) | Outcome::GaveUp(end)) => {
+            eprintln!("vdpad: the daemon has ended: signal {}, status {}", end.signal, end.status);
+            ExitCode::from(EXIT_RUNTIME)
+        }
+        Err(error) => {
+            report(&error);
+            ExitCode::from(EXIT_RUNTIME)
+        }
+    }
+}
+
+fn serve(options: Serve, survival: Option<Survival>) -> ExitCode {
     if let Err(error) = live::configure(options.live_numbers) {
         eprintln!("vdpad: --live-numbers: {error}");
         return ExitCode::from(2);
@@ -166,7 +232,8 @@ fn serve(options: Serve) -> ExitCode {
         workers: options.workers.map_or_else(processors, usize::from),
         devices: options.devices,
     };
-    let daemon = match Daemon::start(&config) {
+    let first = survival.as_ref().is_none_or(|survival| survival.generation() <= 1);
+    let daemon = match Daemon::start(&config, survival) {
         Ok(daemon) => daemon,
         Err(error) => {
             report(&error);
@@ -176,7 +243,12 @@ fn serve(options: Serve) -> ExitCode {
             });
         }
     };
-    let outcome = daemon.run(print_ready);
+    // Scripts wait for the first one only.
+    let outcome = daemon.run(|| {
+        if first {
+            print_ready();
+        }
+    });
     daemon.stop();
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

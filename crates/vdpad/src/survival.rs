@@ -1,0 +1,242 @@
+//! [`Survival`]: what this daemon has held for its successor, and what it finds of its predecessor.
+//!
+//! With `--holder` the main process of the service is the holder of `vdpa-holder`, and the daemon is its child. The daemon
+//! has its mount, the journal of each device, and what the journals name held there. After a crash the holder starts the
+//! daemon again, which finds all of that, and goes on.
+
+use std::collections::BTreeMap;
+use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+use vdpa_backend::front::fuse::{DeviceFiles, FileAttributes, Options, ServeError};
+use vdpa_backend::persist::{Held, Kind, RestoredSpaces, Store, key, split_key};
+use vdpa_control::api::AddRequest;
+use vdpa_core::Errno;
+use vdpa_holder::client::{Client, Start};
+use vdpa_holder::protocol::{Role, Status};
+use vdpa_sys::fuse::Negotiated;
+use vdpa_sys::memfd;
+
+/// Items that belong to no device.
+const MOUNT: u32 = 1;
+const MOUNT_DIR: u32 = 2;
+/// The item of a device that says what was added.
+const IDENTITY: u32 = 2;
+/// Bytes of the longest identity: a request to add a device is at most that long.
+const IDENTITY_MAX: u64 = 1 << 20;
+
+/// The connection to the holder.
+#[derive(Debug)]
+pub struct Survival {
+    client: Arc<Mutex<Client>>,
+    start: Start,
+    next_device: AtomicU32,
+    /// Address spaces of the devices that are restored.
+    pub(crate) spaces: RestoredSpaces,
+}
+
+/// What was added, to make the device again.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Identity {
+    /// The N of `vhost-vdpa-N`.
+    pub(crate) number: u32,
+    /// Node id of the device file in the mount.
+    pub(crate) node: u64,
+    /// Mode, owner and group of the file when it was added.
+    pub(crate) mode: u32,
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
+    /// As it was asked for.
+    pub(crate) request: AddRequest,
+}
+
+impl Identity {
+    pub(crate) const fn attributes(&self) -> FileAttributes {
+        FileAttributes { mode: self.mode, uid: self.uid, gid: self.gid }
+    }
+}
+
+/// What a predecessor has left.
+#[derive(Debug, Default)]
+pub(crate) struct Legacy {
+    /// The mount: its connection, what INIT agreed on, and where it is.
+    pub(crate) mount: Option<(OwnedFd, Negotiated, PathBuf)>,
+    /// Devices by their number: what they are, and everything that is held of them.
+    pub(crate) devices: BTreeMap<u32, (Identity, Vec<Held>)>,
+}
+
+impl Survival {
+    /// The connection to the holder that has started this process; `None` without one. To be called first, before other files
+    /// are opened.
+    ///
+    /// # Errors
+    /// Of the inherited socket.
+    pub fn from_env() -> Result<Option<Self>, Errno> {
+        let Some(client) = Client::from_env()? else { return Ok(None) };
+        let start = client.start();
+        let client = Arc::new(Mutex::new(client));
+        Ok(Some(Self { client, start, next_device: AtomicU32::new(1), spaces: RestoredSpaces::default() }))
+    }
+
+    /// What this process is to be.
+    #[must_use]
+    pub const fn role(&self) -> Role {
+        self.start.role
+    }
+
+    /// How often a daemon was started for this service, this one included.
+    #[must_use]
+    pub const fn generation(&self) -> u64 {
+        self.start.status.generation
+    }
+
+    /// Tells the log how the daemon before this one ended.
+    pub fn log_crash(&self) {
+        if let Some(end) = self.start.crash {
+            tracing::error!(
+                pid = end.pid,
+                signal = end.signal,
+                status = end.status,
+                core = end.core,
+                hung = end.hung,
+                crashes = self.start.status.crashes,
+                "the daemon before this one has crashed"
+            );
+        }
+    }
+
+    /// Where descriptors are held.
+    pub(crate) fn store(&self) -> Arc<dyn Store> {
+        Arc::clone(&self.client) as Arc<dyn Store>
+    }
+
+    /// What the holder says of itself.
+    ///
+    /// # Errors
+    /// `EPIPE` without a holder.
+    pub fn status(&self) -> Result<Status, Errno> {
+        self.client.lock().status()
+    }
+
+    /// Says that this process serves.
+    ///
+    /// # Errors
+    /// `EPIPE` without a holder.
+    pub fn ready(&self) -> Result<(), Errno> {
+        self.client.lock().ready()
+    }
+
+    /// Says that the service ends with this process.
+    pub fn stopping(&self) {
+        if let Err(errno) = self.client.lock().stopping() {
+            tracing::warn!(%errno, "the holder does not know that the service ends");
+        }
+    }
+
+    /// A number for one more device.
+    pub(crate) fn new_device(&self) -> u32 {
+        self.next_device.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Has a new mount held.
+    ///
+    /// # Errors
+    /// Those of [`Store::hold`].
+    pub(crate) fn hold_mount(&self, files: &DeviceFiles) -> Result<(), Errno> {
+        let Some((connection, negotiated)) = files.outlive(self.generation()) else {
+            tracing::warn!("character devices do not survive a crash of this daemon");
+            return Ok(());
+        };
+        let store = self.store();
+        let dir = text(&files.dir().to_string_lossy())?;
+        store.hold(key(0, MOUNT_DIR), Kind::Memory, dir.as_fd(), &[])?;
+        store.hold(key(0, MOUNT), Kind::Fuse, connection.as_fd(), &negotiated.to_bytes())
+    }
+
+    /// Has held what a device is. The device can be restored from then on.
+    ///
+    /// # Errors
+    /// Those of [`Store::hold`].
+    pub(crate) fn hold_identity(&self, device: u32, identity: &Identity) -> Result<(), Errno> {
+        let json = serde_json::to_string(identity).map_err(|_| Errno::INVAL)?;
+        self.store().hold(key(device, IDENTITY), Kind::Memory, text(&json)?.as_fd(), &[])
+    }
+
+    /// The device is deleted: what is held of it beside its log is released.
+    pub(crate) fn release_identity(&self, device: u32) {
+        if let Err(errno) = self.store().release(key(device, IDENTITY)) {
+            tracing::warn!(device, %errno, "a deleted device is still held");
+        }
+    }
+
+    /// What a predecessor has left. Whatever belongs to no device that can be restored is released.
+    ///
+    /// # Errors
+    /// Those of the holder's connection.
+    pub(crate) fn legacy(&self) -> Result<Legacy, Errno> {
+        let mut legacy = Legacy::default();
+        let (mut connection, mut dir) = (None, None);
+        let mut items: BTreeMap<u32, Vec<Held>> = BTreeMap::new();
+        for held in self.client.lock().list()? {
+            match split_key(held.key) {
+                (0, MOUNT) => connection = Some(held),
+                (0, MOUNT_DIR) => dir = read(held.fd),
+                (0, item) => tracing::warn!(item, "something unknown is held"),
+                (device, _) => items.entry(device).or_default().push(held),
+            }
+        }
+        if let (Some(held), Some(dir)) = (connection, dir)
+            && let Some(negotiated) = Negotiated::from_bytes(&held.record)
+        {
+            legacy.mount = Some((held.fd, negotiated, dir.into()));
+        }
+        self.next_device.fetch_max(items.keys().next_back().map_or(1, |last| last + 1), Ordering::Relaxed);
+        for (device, mut items) in items {
+            let at = items.iter().position(|held| split_key(held.key).1 == IDENTITY);
+            let identity = at.map(|at| items.swap_remove(at)).and_then(|held| read(held.fd));
+            match identity.and_then(|json| serde_json::from_str(&json).ok()) {
+                Some(identity) => drop(legacy.devices.insert(device, (identity, items))),
+                // It was being added, or deleted.
+                None => items.iter().for_each(|held| {
+                    let _ = self.store().release(held.key);
+                }),
+            }
+        }
+        Ok(legacy)
+    }
+
+    /// The device files of a predecessor.
+    ///
+    /// # Errors
+    /// As [`DeviceFiles::adopt`].
+    pub(crate) fn adopt(
+        &self,
+        mount: (OwnedFd, Negotiated, PathBuf),
+        options: Options,
+    ) -> Result<Arc<DeviceFiles>, ServeError> {
+        let (connection, negotiated, dir) = mount;
+        DeviceFiles::adopt(&dir, options, connection, negotiated, self.generation())
+    }
+}
+
+/// A memory file with this text.
+fn text(text: &str) -> Result<OwnedFd, Errno> {
+    let fd = memfd::create(c"vdpad", 0, None)?;
+    let mut file = std::fs::File::from(fd);
+    file.write_all(text.as_bytes()).map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(5)))?;
+    Ok(file.into())
+}
+
+/// The text of such a file.
+fn read(fd: OwnedFd) -> Option<String> {
+    let mut file = std::fs::File::from(fd);
+    file.seek(SeekFrom::Start(0)).ok()?;
+    let mut text = String::new();
+    file.take(IDENTITY_MAX).read_to_string(&mut text).ok()?;
+    Some(text)
+}
