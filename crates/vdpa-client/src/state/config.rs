@@ -21,19 +21,19 @@ pub struct Written {
 }
 
 /// Adds the section, if a device needs it.
-pub(super) fn put(rest: &[v2::AtRest], sections: &mut Sections) -> Result<(), StateError> {
-    if rest.iter().any(|device| device.writeback.is_some()) {
-        let writeback = rest.iter().map(|device| device.writeback).collect();
+pub(super) fn put(devices: &[v2::DeviceState], sections: &mut Sections) -> Result<(), StateError> {
+    if devices.iter().any(|device| device.writeback.is_some()) {
+        let writeback = devices.iter().map(|device| device.writeback).collect();
         sections.push(Section::json(WRITTEN, VERSION, &Written { writeback })?.optional());
     }
     Ok(())
 }
 
 /// Takes the section out, into the devices it is about. What is about devices that do not exist is dropped.
-pub(super) fn take(rest: &mut [v2::AtRest], sections: &mut Sections) -> Result<(), StateError> {
+pub(super) fn take(devices: &mut [v2::DeviceState], sections: &mut Sections) -> Result<(), StateError> {
     if let Some(section) = sections.take(WRITTEN) {
         let written: Written = section.parse(VERSION)?;
-        for (device, writeback) in rest.iter_mut().zip(written.writeback) {
+        for (device, writeback) in devices.iter_mut().zip(written.writeback) {
             device.writeback = writeback;
         }
     }

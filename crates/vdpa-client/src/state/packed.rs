@@ -102,9 +102,9 @@ pub(super) fn take_announcement(sections: &mut Sections) -> Result<(), StateErro
 }
 
 /// Adds the driver sides of packed rings, if there are any.
-pub(super) fn put(rest: &[v2::AtRest], sections: &mut Sections) -> Result<(), StateError> {
-    if rest.iter().any(|device| !device.packed_drivers.is_empty()) {
-        let devices = rest.iter().map(|device| device.packed_drivers.clone()).collect();
+pub(super) fn put(devices: &[v2::DeviceState], sections: &mut Sections) -> Result<(), StateError> {
+    if devices.iter().any(|device| !device.packed_drivers.is_empty()) {
+        let devices = devices.iter().map(|device| device.packed_drivers.clone()).collect();
         sections.push_json(DRIVERS, VERSION, &Drivers { devices })?;
     }
     Ok(())
@@ -112,10 +112,10 @@ pub(super) fn put(rest: &[v2::AtRest], sections: &mut Sections) -> Result<(), St
 
 /// Takes the driver sides of packed rings out, into the devices they belong to. Those of devices that do not exist are
 /// dropped.
-pub(super) fn take(rest: &mut [v2::AtRest], sections: &mut Sections) -> Result<(), StateError> {
+pub(super) fn take(devices: &mut [v2::DeviceState], sections: &mut Sections) -> Result<(), StateError> {
     if let Some(section) = sections.take(DRIVERS) {
         let drivers: Drivers = section.parse(VERSION)?;
-        for (device, drivers) in rest.iter_mut().zip(drivers.devices) {
+        for (device, drivers) in devices.iter_mut().zip(drivers.devices) {
             device.packed_drivers = drivers;
         }
     }

@@ -196,8 +196,8 @@ impl<D: DeviceFile> LoadedDevice<D> {
 
     /// Restores the driver side of the rings at the positions of the predecessor. Returns the vring bases; empty for a device
     /// that keeps its own.
-    pub(super) fn adopt(&mut self, rest: v2::AtRest) -> Result<Vec<u32>, Cause> {
-        let v2::AtRest { suspend_ns: _, bases, drivers, packed_drivers, writeback } = rest;
+    pub(super) fn adopt(&mut self, state: v2::DeviceState) -> Result<Vec<u32>, Cause> {
+        let v2::DeviceState { suspend_ns: _, bases, drivers, packed_drivers, writeback } = state;
         self.setup.writeback = writeback;
         let drivers: Vec<_> = drivers
             .into_iter()
