@@ -16,7 +16,7 @@ use super::predecessor::Predecessor;
 use super::takeover::TakeOver;
 use super::{
     Cause, Devices, PID_VARIABLE, Phase, Report, SOCKET_VARIABLE, STATE_VARIABLE, StateFileError, Strategy,
-    UpdateError, Way, keeper, steps,
+    UpdateError, Way, reaper, steps,
 };
 use crate::device::DeviceFile;
 use crate::session::Session;
@@ -111,7 +111,7 @@ pub fn incoming<D: DeviceFile>() -> Result<Option<Incoming<D>>, UpdateError> {
         return Ok(None);
     }
     checkpoint(Checkpoint::Entered);
-    keeper::adopt();
+    reaper::adopt();
     let read = || -> Result<Sections, Cause> {
         let number = value
             .to_str()
@@ -319,7 +319,7 @@ impl<D: DeviceFile> Incoming<D> {
                 takeover.become_owner(&mut report)?;
                 let devices = takeover.start_rest(&mut report)?;
                 report.total = monotonic_ns().saturating_sub(begun_ns);
-                keeper::collect();
+                reaper::collect();
                 devices
             }
             Origin::Process(mut predecessor) => {

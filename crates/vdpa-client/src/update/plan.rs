@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use vdpa_core::Errno;
 use vdpa_sys::exec::spawn;
 
-use super::{Cancel, Cause, PID_VARIABLE, SOCKET_VARIABLE, STATE_VARIABLE, Strategy, keeper, steps};
+use super::{Cancel, Cause, PID_VARIABLE, SOCKET_VARIABLE, STATE_VARIABLE, Strategy, reaper, steps};
 use crate::state::{Section, Sections, v2};
 
 /// Default of [`Plan::deadline`].
@@ -109,7 +109,7 @@ impl Image {
     /// The file `path`, with the arguments and the environment of this process. The variables of this library are left out.
     #[must_use]
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        let own = [STATE_VARIABLE, PID_VARIABLE, SOCKET_VARIABLE, keeper::VARIABLE];
+        let own = [STATE_VARIABLE, PID_VARIABLE, SOCKET_VARIABLE, reaper::VARIABLE];
         Self {
             path: path.into(),
             args: std::env::args_os().collect(),
