@@ -1,4 +1,4 @@
-//! Virtqueue requests and their arguments.
+//! Cases about virtqueue requests and their arguments.
 
 use std::os::fd::AsFd;
 
