@@ -401,7 +401,7 @@ fn a_guests_rings_and_shared_memory_are_carried_over() {
 }
 
 #[test]
-fn strangers_and_other_files_are_refused() {
+fn peers_of_another_protocol_and_other_sockets_are_refused() {
     let disk = Disk::new(&ALL);
     let devices = disk.devices();
     let (ours, theirs) = UnixStream::pair().unwrap();

@@ -82,8 +82,8 @@ impl BlkDriver {
     /// Sets status and features up to FEATURES_OK.
     pub(crate) fn negotiate(&self, ctx: &Ctx<'_>) -> Result<(), Stop> {
         let features = match self.ring.format() {
-            Format::Split => ctx.plain_features(),
-            Format::Packed => ctx.plain_features().with(Features::RING_PACKED),
+            Format::Split => ctx.base_features(),
+            Format::Packed => ctx.base_features().with(Features::RING_PACKED),
         };
         negotiate(&self.device, features)
     }

@@ -179,7 +179,7 @@ impl<'a> Ctx<'a> {
     }
 
     /// The features that every client of the transport acknowledges, if the device offers them.
-    pub(crate) fn plain_features(&self) -> Features {
+    pub(crate) fn base_features(&self) -> Features {
         self.probe.features & Features::of(&[Features::VERSION_1, Features::ACCESS_PLATFORM])
     }
 

@@ -151,7 +151,7 @@ pub struct Section {
     pub name: String,
     /// Version of the payload's layout.
     pub version: u32,
-    /// Whether a program that does not know the section may go on without it.
+    /// Whether a program that does not know the section may ignore it.
     pub optional: bool,
     /// Contents.
     pub payload: Vec<u8>,

@@ -383,7 +383,8 @@ impl AsFd for Connection {
     }
 }
 
-/// Who may take part. The messages carry descriptors of devices and memory: whoever has these has the devices.
+/// Whether a peer with this user id may take part in an update. The messages carry descriptors of devices and memory, which
+/// give full access to the devices.
 fn may_take_part(uid: u32, own: u32, allowed: Option<u32>) -> bool {
     uid == 0 || uid == own || allowed == Some(uid)
 }

@@ -123,7 +123,8 @@ pub fn incoming<D: DeviceFile>() -> Result<Option<Incoming<D>>, UpdateError> {
     Incoming::from_image(read().map_err(at_load)?, entered).map(Some)
 }
 
-/// [`incoming`](incoming()) and [`Incoming::take_over`] in one, for a program that need not look before.
+/// [`incoming`](incoming()) and [`Incoming::take_over`] in one call, for a program that makes no checks of its own between
+/// them.
 ///
 /// The first completions may have arrived already: reap before waiting.
 ///

@@ -259,8 +259,8 @@ fn setup(device: &v2::Device) -> Setup {
     }
 }
 
-/// The device behind `fd`, if it still offers what was negotiated. A file that was open before the exec is not asked again:
-/// a request to a device file in user space costs two context switches between processes.
+/// Makes a device of `fd` and checks that it still offers what was negotiated. For a file that was open before the exec, it
+/// does not request this again, since a request to a device file in user space costs two context switches between processes.
 fn open<D: DeviceFile>(
     fd: OwnedFd,
     device: &v2::Device,

@@ -384,7 +384,7 @@ pub mod fuzzing {
         super::load::check_numbers(state).map_err(|e| e.to_string())
     }
 
-    /// The driver side of a ring as it is given to be adopted.
+    /// Converts the saved driver side of a ring to the state that the ring restores.
     #[must_use]
     pub fn adopt_driver(driver: v1::Driver, size: u16, features: Features) -> DriverState {
         driver.restore(size, features)

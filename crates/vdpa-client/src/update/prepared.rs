@@ -25,7 +25,7 @@ use crate::state::{self, Sections, v2};
 /// An update that is ready for the switch. Everything that can be done without stopping a device has been done; the devices
 /// run and may be driven.
 ///
-/// Dropping it aborts the update: the successor is told, and a child is killed after the grace period.
+/// Dropping it aborts the update: the successor gets a message, and a child is killed after the grace period.
 #[derive(Debug)]
 pub struct Prepared {
     plan: Plan,

@@ -37,7 +37,7 @@ pub enum Unsupported {
     /// A backend feature is missing.
     #[error("strategy {strategy} needs backend feature {name} (bit {}), which the device does not offer ({offered})", .bit.0)]
     Missing {
-        /// What was asked for.
+        /// The requested strategy.
         strategy: Strategy,
         /// Name of the feature, without its prefix `VHOST_BACKEND_F_`.
         name: &'static str,

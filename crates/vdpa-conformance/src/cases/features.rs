@@ -114,17 +114,17 @@ fn offered(ctx: &mut Ctx<'_>) -> Outcome {
 fn access_platform(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open()?;
     check("SET_FEATURES 0", device.set_features(Features::NONE), Err(Errno::INVAL))?;
-    check("SET_FEATURES with ACCESS_PLATFORM", device.set_features(ctx.plain_features()), Ok(()))
+    check("SET_FEATURES with ACCESS_PLATFORM", device.set_features(ctx.base_features()), Ok(()))
 }
 
 fn unoffered_bit(ctx: &mut Ctx<'_>) -> Outcome {
-    let features = Features(ctx.plain_features().0 | 1 << 63);
+    let features = Features(ctx.base_features().0 | 1 << 63);
     check("SET_FEATURES with bit 63", ctx.open()?.set_features(features), Ok(()))
 }
 
 fn fixed(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open()?;
-    let features = ctx.plain_features();
+    let features = ctx.base_features();
     prepare("VHOST_SET_FEATURES", device.set_features(features))?;
     check("SET_FEATURES again before FEATURES_OK", device.set_features(features), Ok(()))?;
     prepare("VHOST_VDPA_SET_STATUS", device.set_status(Status::FEATURES_OK))?;

@@ -178,7 +178,7 @@ fn needed(ctx: &mut Ctx<'_>) -> Outcome {
 fn not_needed(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open()?;
     check("GET_FEATURES", device.get(Request::GET_FEATURES), Ok(ctx.probe().features.0.to_ne_bytes()))?;
-    check("SET_FEATURES", device.set_features(ctx.plain_features()), Ok(()))?;
+    check("SET_FEATURES", device.set_features(ctx.base_features()), Ok(()))?;
     check("SET_STATUS", device.set_status(Status::ACKNOWLEDGE), Ok(()))?;
     check("SUSPEND", device.call(Request::SUSPEND), Ok(()))?;
     check("RESUME", device.call(Request::RESUME), Ok(()))?;

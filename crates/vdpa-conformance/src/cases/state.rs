@@ -38,7 +38,7 @@ pub(super) fn open_in(ctx: &Ctx<'_>, state: DeviceState) -> Result<Device, Stop>
     if state == DeviceState::Negotiating {
         return Ok(device);
     }
-    prepare("VHOST_SET_FEATURES", device.set_features(ctx.plain_features()))?;
+    prepare("VHOST_SET_FEATURES", device.set_features(ctx.base_features()))?;
     prepare("VHOST_VDPA_SET_STATUS", device.set_status(features_ok))?;
     if state == DeviceState::FeaturesOk {
         return Ok(device);
@@ -60,7 +60,7 @@ macro_rules! row {
 
 pub(super) const CASES: &[Case] = &[
     row!("state.set-features", Request::SET_FEATURES, |ctx| {
-        let features = ctx.plain_features();
+        let features = ctx.base_features();
         let refused = Err(Errno::BUSY);
         matrix(ctx, [Ok(()), refused, refused, refused], |device| device.set_features(features))
     }),
@@ -153,7 +153,7 @@ pub(super) const CASES: &[Case] = &[
     row!("state.reset-clears-suspended", Request::SET_STATUS, |ctx| {
         let device = open_in(ctx, DeviceState::Suspended)?;
         prepare("VHOST_VDPA_SET_STATUS", device.set_status(Status::RESET))?;
-        prepare("VHOST_SET_FEATURES", device.set_features(ctx.plain_features()))?;
+        prepare("VHOST_SET_FEATURES", device.set_features(ctx.base_features()))?;
         prepare("VHOST_VDPA_SET_STATUS", device.set_status(Status::FEATURES_OK | Status::DRIVER_OK))?;
         let base = device.set_vring(Request::SET_VRING_BASE, 0, 1);
         check("SET_VRING_BASE, running after SUSPEND and reset", base, Err(Errno::INVAL))

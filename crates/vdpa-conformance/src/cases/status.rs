@@ -93,7 +93,7 @@ fn free_bits(ctx: &mut Ctx<'_>) -> Outcome {
 
 fn one_step(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open_owned()?;
-    prepare("VHOST_SET_FEATURES", device.set_features(ctx.plain_features()))?;
+    prepare("VHOST_SET_FEATURES", device.set_features(ctx.base_features()))?;
     let running = Status::ACKNOWLEDGE | Status::DRIVER | Status::FEATURES_OK | Status::DRIVER_OK;
     check("SET_STATUS 0xf from 0", device.set_status(running), Ok(()))?;
     check("GET_STATUS", device.status(), Ok(running.0))
@@ -101,7 +101,7 @@ fn one_step(ctx: &mut Ctx<'_>) -> Outcome {
 
 fn reset(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open_owned()?;
-    prepare("VHOST_SET_FEATURES", device.set_features(ctx.plain_features()))?;
+    prepare("VHOST_SET_FEATURES", device.set_features(ctx.base_features()))?;
     prepare("VHOST_SET_VRING_BASE", device.set_vring(Request::SET_VRING_BASE, 0, 5))?;
     prepare("VHOST_VDPA_SET_STATUS", device.set_status(Status::FEATURES_OK))?;
     check("SET_STATUS 0", device.set_status(Status::RESET), Ok(()))?;
