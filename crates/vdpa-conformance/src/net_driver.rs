@@ -270,17 +270,18 @@ impl NetDriver {
     }
 
     fn expect_completion(&mut self, queue: u16) -> Result<(u32, usize), Stop> {
-        let late = || Stop::Failed(format!("queue {queue} completed nothing in {} s", TIMEOUT.as_secs()));
-        self.completion(queue, TIMEOUT)?.ok_or_else(late)
+        let timed_out =
+            || Stop::Failed(format!("queue {queue} completed nothing in {} s", TIMEOUT.as_secs()));
+        self.completion(queue, TIMEOUT)?.ok_or_else(timed_out)
     }
 
     /// Waits for the next completion. Returns its length and the offset of its buffer.
     fn completion(&mut self, queue: u16, timeout: Duration) -> Result<Option<(u32, usize)>, Stop> {
         let (queue, region, _, _) = self.queue_parts(queue)?;
         let Some((head, len)) = queue.ring.completion(region, timeout)? else { return Ok(None) };
-        let strange = || Stop::Failed(format!("request {head} was completed, which is not in flight"));
-        let place = queue.buffers.iter().position(|(id, _)| *id == head).ok_or_else(strange)?;
-        Ok(Some((len, queue.buffers.remove(place).1)))
+        let not_in_flight = || Stop::Failed(format!("request {head} was completed, which is not in flight"));
+        let index = queue.buffers.iter().position(|(id, _)| *id == head).ok_or_else(not_in_flight)?;
+        Ok(Some((len, queue.buffers.remove(index).1)))
     }
 
     fn bytes(&mut self, queue: u16, at: usize, len: u32) -> Result<Vec<u8>, Stop> {

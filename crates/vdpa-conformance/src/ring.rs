@@ -142,9 +142,9 @@ impl Ring {
 
     /// Writes a request into the descriptors from `head` on and makes it available, without a kick.
     pub(crate) fn submit(&mut self, region: &Region, head: u16, segments: &[Segment]) -> Result<(), Stop> {
-        if let Some(place) = &mut self.packed {
+        if let Some(position) = &mut self.packed {
             self.avail_idx = self.avail_idx.wrapping_add(1);
-            return place.submit(region, self.at + DESC, self.size, segments);
+            return position.submit(region, self.at + DESC, self.size, segments);
         }
         let last = segments.len().saturating_sub(1);
         for ((index, slot), segment) in (0..).zip(head..).zip(segments) {
@@ -215,7 +215,7 @@ impl Ring {
     pub(crate) fn wait_all_used(&self, region: &Region, timeout: Duration) -> Result<bool, Stop> {
         match &self.packed {
             None => self.wait(region, timeout, |used| used == self.avail_idx),
-            Some(place) => self.wait_until(timeout, || place.all_used(region, self.at + DESC)),
+            Some(position) => self.wait_until(timeout, || position.all_used(region, self.at + DESC)),
         }
     }
 

@@ -129,7 +129,7 @@ pub fn incoming<D: DeviceFile>() -> Result<Option<Incoming<D>>, UpdateError> {
 /// The first completions may have arrived already: reap before waiting.
 ///
 /// # Errors
-/// As both.
+/// Errors of [`incoming`](incoming()) and of [`Incoming::take_over`].
 pub fn restore<D: DeviceFile>() -> Result<Option<Restored<D>>, UpdateError> {
     incoming()?.map(Incoming::take_over).transpose()
 }

@@ -70,7 +70,7 @@ impl std::str::FromStr for Way {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("\"{name}\" is no way to update; there are exec, fork and hand-over")]
 pub struct UnknownWay {
-    /// What was given.
+    /// The text that is no way.
     pub name: String,
 }
 
@@ -181,7 +181,7 @@ fn variable(name: &OsStr, value: &OsStr) -> Vec<u8> {
     [name.as_bytes(), b"=", value.as_bytes()].concat()
 }
 
-/// What an update carries, and how.
+/// What an update passes to the successor, and how.
 ///
 /// ```
 /// use std::time::Duration;

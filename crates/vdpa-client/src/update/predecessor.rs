@@ -19,7 +19,7 @@ pub(super) struct Predecessor {
     connection: Connection,
     /// Pidfd of the predecessor, from its first message on.
     process: Option<OwnedFd>,
-    /// Whether both sides know the outcome: nothing more is sent.
+    /// Whether both processes know the outcome, so that no more messages are sent.
     finished: bool,
 }
 

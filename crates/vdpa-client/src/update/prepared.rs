@@ -87,7 +87,7 @@ impl Completed {
 /// An update that failed in the switch.
 #[derive(Debug)]
 pub struct Failed<D> {
-    /// What failed.
+    /// The error because of which the update failed.
     pub error: UpdateError,
     /// The devices that were rolled back; they work as before.
     pub devices: Devices<D>,

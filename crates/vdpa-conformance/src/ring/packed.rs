@@ -28,8 +28,8 @@ impl Position {
     }
 
     pub(super) fn vring_base(&self) -> u32 {
-        let place = u32::from(self.index) | u32::from(self.wrap) << 15;
-        place | place << 16
+        let index = u32::from(self.index) | u32::from(self.wrap) << 15;
+        index | index << 16
     }
 
     /// Writes a request and makes it available. It writes the flags of the first descriptor last, since these make the request
@@ -71,7 +71,7 @@ impl Position {
     }
 
     /// Whether the device has used the last request. If so, AVAIL and USED both equal the request's wrap counter, in the flags
-    /// at the place of its first descriptor.
+    /// of the descriptor at its first index.
     pub(super) fn all_used(&self, region: &Region, table: usize) -> Result<bool, Stop> {
         let Some((index, wrap)) = self.last else { return Ok(true) };
         let flags = u16::from_le_bytes(region.read(table + 16 * usize::from(index) + FLAGS)?);
