@@ -1,7 +1,7 @@
-//! A program that drives a disk and replaces itself by exec, with requests in flight each time.
+//! A program that drives a disk and replaces itself by exec, each time with requests in flight.
 //!
-//! `cargo run -p vdpa-client --example driver -- /run/vdpa/dev/vhost-vdpa-0 5`: five updates; each image writes eight
-//! blocks and leaves it to the next one to hear that they are written. The disk is overwritten.
+//! `cargo run -p vdpa-client --example driver -- /run/vdpa/dev/vhost-vdpa-0 5` makes five updates. Each image submits writes
+//! of eight blocks, and the next image receives their completions. The disk is overwritten.
 
 #[path = "support/blk.rs"]
 mod blk;
@@ -12,7 +12,7 @@ use vdpa_sys::vhost_vdpa::VhostVdpaFd;
 
 use blk::{BLOCK, Disk, Result, SLOTS};
 
-/// What this program carries over itself: how many updates were made.
+/// Section with the program's own state: the number of updates made.
 const SECTION: &str = "example/driver";
 
 fn main() -> Result<()> {
@@ -22,7 +22,7 @@ fn main() -> Result<()> {
 
     let (mut disk, made) = match update::restore::<VhostVdpaFd>()? {
         None => (Disk::<VhostVdpaFd>::open(&path)?, 0),
-        Some(restored) => go_on(restored)?,
+        Some(restored) => resume(restored)?,
     };
     if made == wanted {
         println!("{made} updates, nothing lost");
@@ -32,20 +32,20 @@ fn main() -> Result<()> {
     for slot in 0..SLOTS {
         disk.begin_write(slot, slot, &[made; BLOCK])?;
     }
-    // From here to the next image nobody drives the disk, and it goes on by itself.
+    // From here until the next image starts, no program drives the disk; the device continues with the submitted requests.
     let devices = Devices::one("disk", disk.session);
     let plan = Plan::new().section(Section::json(SECTION, 1, &made)?);
     let failed =
         plan.prepare(&devices, Via::Exec(Image::new("/proc/self/exe")))?.switch(devices, Sections::new());
     match failed {
         Ok(_) => Err("an exec does not return".into()),
-        // A real program would go on with `failed.devices`, which work as before.
+        // A real program would continue with `failed.devices`, which work as before.
         Err(failed) => Err(failed.error.into()),
     }
 }
 
-/// The first thing a new image does: hears what was in flight, and looks whether it is all there.
-fn go_on(restored: update::Restored<VhostVdpaFd>) -> Result<(Disk<VhostVdpaFd>, u8)> {
+/// Takes the disk over in a new image: receives the completions of the requests in flight and checks that none is missing.
+fn resume(restored: update::Restored<VhostVdpaFd>) -> Result<(Disk<VhostVdpaFd>, u8)> {
     let (session, mut sections, report) = restored.into_one().map_err(|_| "there is one disk")?;
     let made: u8 = sections.take(SECTION).ok_or("no section of this program")?.parse(1)?;
     sections.ensure_consumed()?;
@@ -60,7 +60,7 @@ fn go_on(restored: update::Restored<VhostVdpaFd>) -> Result<(Disk<VhostVdpaFd>, 
             return Err(format!("block {block} is not as it was written").into());
         }
     }
-    // Now that the disk is driven again, whoever looks after the daemon may know.
+    // Reports the update to the daemon. The disk is driven again by now, so the report does not add to the downtime.
     let _ = report.report_to_server("disk", &disk.session);
     println!("{report}");
     Ok((disk, made + 1))

@@ -1,8 +1,8 @@
-//! A server with connected clients that is replaced by its next version without anybody noticing.
+//! A server that is replaced by its next version while clients are connected, without the clients noticing.
 //!
-//! It serves a disk on a Unix socket, a line at a time: `write BLOCK TEXT`, `read BLOCK`, `version`. A second one that is
-//! started with `--take-over` connects to the control socket of the first, is given the disk, the listening socket and
-//! every connection, and goes on where that one was, in the middle of a line if need be.
+//! It serves a disk on a Unix socket with a protocol of lines: `write BLOCK TEXT`, `read BLOCK`, `version`. A second server,
+//! started with `--take-over`, connects to the control socket of the first one. It receives the disk, the listening socket
+//! and all connections, and continues where the first one stopped, even in the middle of a line.
 //!
 //! ```text
 //! upgrade_server 1 /run/vdpa/dev/vhost-vdpa-0 /tmp/disk.sock &
@@ -26,8 +26,8 @@ use blk::{BLOCK, Disk, Result};
 
 const SECTION: &str = "example/server";
 
-/// What the next version is told: for each client what it has sent of an unfinished line. Version 1 of the section is that
-/// of all versions of this program so far.
+/// State for the next version: for each client, the incomplete line it has sent so far. All versions of this program so far
+/// use version 1 of the section.
 #[derive(Default, Serialize, Deserialize)]
 struct Saved {
     unfinished: Vec<String>,
@@ -42,7 +42,7 @@ struct Server {
     version: String,
     disk: Disk<VhostVdpaFd>,
     listener: UnixListener,
-    /// Where successors ask.
+    /// The socket to which successors connect.
     control: UnixListener,
     clients: Vec<Client>,
 }
@@ -74,10 +74,10 @@ fn bind(path: &str) -> Result<UnixListener> {
     Ok(listener)
 }
 
-/// The successor's side.
+/// Takes over from a running server: the successor's part of a hand-over.
 fn take_over(version: &str, path: &str) -> Result<Server> {
     let incoming = Incoming::<VhostVdpaFd>::receive(UnixStream::connect(control(path))?)?;
-    // Should this version not know what the other one has to say, it says so now, and nothing has happened.
+    // If this version cannot read the state of the other one, it refuses here, before anything was changed.
     let restored = incoming.understands(&[(SECTION, 1..=1)])?.take_over()?;
     restored.report_to_server();
     let Restored { mut devices, mut sections, mut descriptors, report } = restored;
@@ -117,7 +117,7 @@ impl Server {
         }
     }
 
-    /// Until there is something to do.
+    /// Blocks until a socket is readable.
     fn wait(&self) -> Result<()> {
         let streams = self.clients.iter().map(|client| client.stream.as_fd());
         let fds: Vec<BorrowedFd<'_>> =
@@ -127,7 +127,7 @@ impl Server {
         Ok(())
     }
 
-    /// Answers every whole line; returns whether the client is still there.
+    /// Answers every complete line. Returns whether the client is still connected.
     fn serve(&mut self, client: &mut Client) -> Result<bool> {
         let mut bytes = [0; 4096];
         let there = match client.stream.read(&mut bytes) {
@@ -164,7 +164,7 @@ impl Server {
         }
     }
 
-    /// The predecessor's side: nothing if it is done, this server if it has to go on.
+    /// Hands over to a successor: the predecessor's part. Returns `None` on success, or this server if it has to continue.
     fn hand_over(self, successor: UnixStream) -> Result<Option<Self>> {
         let Self { version, disk, listener, control, clients } = self;
         let devices = Devices::one("disk", disk.session);

@@ -1,12 +1,12 @@
-//! A machine monitor in small: it knows where a guest's ring is, and nothing of what is in it. The guest, a thread that
-//! stands for a virtual CPU, drives the ring itself and does not notice that the program around it is replaced.
+//! A minimal virtual machine monitor. It knows where a guest's ring is, but not its contents. The guest, a thread in place of
+//! a virtual CPU, drives the ring itself and does not notice that the monitor is replaced.
 //!
-//! `cargo run -p vdpa-client --example vmm -- /run/vdpa/dev/vhost-vdpa-0 5`: the monitor starts its successor as a child
-//! five times. The disk is overwritten.
+//! `cargo run -p vdpa-client --example vmm -- /run/vdpa/dev/vhost-vdpa-0 5`: the monitor is replaced five times, each time by
+//! a successor that it starts as a child. The disk is overwritten.
 //!
-//! What is left out of a real one: KVM. There the guest's registers would be read from the virtual CPU, and a new virtual
-//! machine would be made around the same memory, since KVM's belong to the address space that made them. The events stay:
-//! bind them anew as irqfd and ioeventfd.
+//! The example has no KVM. A real monitor would read the guest's registers from the virtual CPU and create a new virtual
+//! machine with the same memory, since a KVM machine belongs to the address space that created it. The eventfds remain; the
+//! successor binds them again as irqfd and ioeventfd.
 
 use std::error::Error;
 use std::sync::Arc;
@@ -35,17 +35,17 @@ type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 const SIZE: u64 = 1 << 20;
 const QUEUE: QueueIndex = QueueIndex(0);
 const RING: u16 = 64;
-/// Where the guest has put its ring and its buffers, as the machine's physical addresses.
+/// Guest-physical addresses of the ring; [`BUFFERS`] is that of the buffers.
 const PLACE: GuestRing = GuestRing { size: RING, desc: 0x1000, driver: 0x2000, device: 0x3000 };
 const BUFFERS: u64 = 0x1_0000;
 const BLOCK: u64 = 4096;
 
-/// The monitor's own state: known before, so that a successor can refuse it in time.
+/// Section with the monitor's own state. It is known before the switch, so that a successor can refuse it in time.
 const MACHINE: &str = "example/machine";
-/// The guest's registers: known only when it is stopped.
+/// Section with the guest's registers, which are known only once the guest is stopped.
 const CPU: &str = "example/cpu";
 
-/// What a virtual CPU is to this monitor.
+/// The saved state of the virtual CPU.
 #[derive(Serialize, Deserialize)]
 struct Cpu {
     rounds: u64,
@@ -77,7 +77,7 @@ impl Guest {
         let map = self.memory.as_map().cloned().ok_or("the monitor has mapped it")?;
         let at = |offset: u64, len: u32| Buffer { iova: BUFFERS + offset, len };
         while !stop.load(Ordering::Relaxed) {
-            // A write is begun in one round and heard of in the next, so that there always is one in flight.
+            // A write is submitted in one round and completed in a later one, so that one is nearly always in flight.
             if self.ring.in_flight() == 0 {
                 self.rounds += 1;
                 let pattern = [u8::try_from(self.rounds % 251)?; 4096];
@@ -121,7 +121,7 @@ impl Vcpu {
         Self { stop, thread: thread::spawn(move || guest.run(&flag)) }
     }
 
-    /// Stops it wherever it is; requests stay in flight.
+    /// Stops the virtual CPU at any point. Its requests remain in flight.
     fn pause(self) -> Result<Cpu> {
         self.stop.store(true, Ordering::Relaxed);
         self.thread.join().map_err(|_| "the guest has crashed")?
@@ -136,7 +136,7 @@ fn main() -> Result<()> {
         None => power_on(&path)?,
         Some(incoming) => {
             let restored = incoming.understands(&[(MACHINE, 1..=1), (CPU, 1..=1)])?.take_over()?;
-            go_on(restored)?
+            resume(restored)?
         }
     };
     thread::sleep(Duration::from_millis(50));
@@ -145,25 +145,25 @@ fn main() -> Result<()> {
         println!("{made} updates, the guest wrote {} blocks and lost none", cpu.rounds);
         return Ok(());
     }
-    // The guest runs while the successor starts, looks at everything and maps the memory.
+    // The guest runs while the successor starts, checks the state and maps the memory.
     let plan = Plan::new().section(Section::json(MACHINE, 1, &made)?).late_section(CPU, 1, false);
     let prepared = plan.prepare(&devices, Via::Fork(Image::new("/proc/self/exe")))?;
     let cpu = vcpu.pause()?;
     let late = Sections::from_iter([Section::json(CPU, 1, &cpu)?]);
     match prepared.switch(devices, late) {
-        // The terminal waits for the first program; so this one waits for the second.
+        // The shell waits for the first program only, so each program waits for its successor.
         Ok(departed) => match departed.child.map(|mut child| child.wait()).transpose()? {
             Some(status) if !status.success() => Err(format!("the successor: {status}").into()),
             _ => Ok(()),
         },
-        // A real program would let the guest go on with `failed.devices`.
+        // A real monitor would let the guest continue with `failed.devices`.
         Err(failed) => Err(failed.error.into()),
     }
 }
 
 type Machine = (Devices<VhostVdpaFd>, Vcpu, u64);
 
-/// A machine that begins: the guest's firmware finds the disk and places its ring.
+/// Starts a machine: the guest's firmware finds the disk and sets up its ring.
 fn power_on(path: &str) -> Result<Machine> {
     let memory = Memory::map("ram", memfd::create(c"ram", SIZE, None)?, 0, SIZE, false)?;
     let mut disk = Device::<VhostVdpaFd>::open(path)?.negotiate(Features::NONE)?;
@@ -177,8 +177,8 @@ fn power_on(path: &str) -> Result<Machine> {
     Ok((Devices::one("disk", disk), Vcpu::start(guest), 0))
 }
 
-/// A machine that goes on in this process.
-fn go_on(mut restored: Restored<VhostVdpaFd>) -> Result<Machine> {
+/// Continues the machine in this process.
+fn resume(mut restored: Restored<VhostVdpaFd>) -> Result<Machine> {
     let mut section = |name: &str| restored.sections.take(name).ok_or(format!("no section {name}"));
     let made: u64 = section(MACHINE)?.parse(1)?;
     let cpu: Cpu = section(CPU)?.parse(1)?;

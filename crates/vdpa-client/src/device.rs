@@ -24,7 +24,7 @@ pub trait DeviceFile: VdpaOps<Event = EventFd> + Sized {
     /// Opens the device at `path`, close-on-exec. Blocks until the server of the file answers.
     ///
     /// # Errors
-    /// Those of `open(2)`; `EBUSY` while another process has it open.
+    /// Errors of `open(2)`; `EBUSY` while another process has the device open.
     fn open(path: &Path) -> Result<Self, Errno>;
 
     /// Uses a device that is open already. Makes no request.
@@ -45,7 +45,7 @@ pub trait DeviceFile: VdpaOps<Event = EventFd> + Sized {
     /// request; an implementation that needs none makes none.
     ///
     /// # Errors
-    /// Those of [`from_fd`](Self::from_fd) and of `VHOST_SET_BACKEND_FEATURES`.
+    /// Errors of [`from_fd`](Self::from_fd) and of `VHOST_SET_BACKEND_FEATURES`.
     fn from_acknowledged(fd: OwnedFd, features: BackendFeatures) -> Result<Self, Errno> {
         let device = Self::from_fd(fd)?;
         device.set_backend_features(features)?;

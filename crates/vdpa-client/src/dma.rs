@@ -39,8 +39,8 @@ pub enum Backing {
     Memory(Arc<Memory>, u64),
     /// Memory without an object, which the caller keeps mapped at this address while the session lives.
     ///
-    /// It ends with the program, so a session with such a region cannot be updated. For an object that the caller has
-    /// mapped itself, use [`Memory::from_mapping`].
+    /// This memory ends with the program, so a session with such a region cannot be updated. For an object that the caller
+    /// has mapped itself, use [`Memory::from_mapping`].
     HostAddress(u64),
 }
 
@@ -77,7 +77,7 @@ impl Region {
         Ok(Self { name, range, perm, asid: Asid(0), memory, offset })
     }
 
-    /// Its name.
+    /// Name of the region.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name

@@ -1,4 +1,4 @@
-//! Errors of driving a device.
+//! Errors of a session with a device.
 
 use std::path::PathBuf;
 
@@ -9,15 +9,15 @@ use vdpa_core::types::{IovaRange, QueueIndex};
 
 pub use vdpa_core::error::chain;
 
-/// What went wrong while a session was set up or used.
+/// Errors of setting up or using a session.
 #[derive(Debug, Error)]
 pub enum Error {
     /// The device file cannot be opened. `EBUSY` means that another process has it open.
     #[error("cannot open device {}", path.display())]
     Open {
-        /// Its path.
+        /// Path of the device file.
         path: PathBuf,
-        /// Why.
+        /// Error of open(2).
         source: Errno,
     },
     /// A request to the device or the kernel failed.
@@ -25,31 +25,31 @@ pub enum Error {
     Request {
         /// Name of the request, as in the kernel's header, or of the system call.
         request: &'static str,
-        /// The answer.
+        /// Error of the request.
         source: Errno,
     },
-    /// The device is older than virtio 1.
+    /// The device is a legacy device, older than virtio 1.
     #[error(
         "the device offers features {offered} without VERSION_1 (bit 32); legacy devices are not supported"
     )]
     Legacy {
-        /// What it offers.
+        /// Features that the device offers.
         offered: Features,
     },
-    /// The device did not keep FEATURES_OK (virtio 1.2 section 3.1.1).
+    /// The device does not accept the features: it cleared FEATURES_OK (virtio 1.2 section 3.1.1).
     #[error("the device refused features {features}: its status is {status} without features_ok")]
     FeaturesRefused {
-        /// What was asked for.
+        /// Features that were requested.
         features: Features,
-        /// What it answered.
+        /// Status of the device afterwards.
         status: Status,
     },
-    /// Memory that cannot be mapped as asked.
+    /// A region cannot be mapped as requested.
     #[error("region \"{name}\" {problem}")]
     Region {
         /// Name of the region.
         name: String,
-        /// What is wrong with it.
+        /// The reason.
         problem: RegionProblem,
     },
     /// The device refused a mapping.
@@ -57,17 +57,17 @@ pub enum Error {
     Map {
         /// Name of the region.
         name: String,
-        /// Its I/O virtual addresses.
+        /// I/O virtual addresses of the mapping.
         range: IovaRange,
-        /// The device's answer.
+        /// Error of the device.
         source: Errno,
     },
-    /// A queue that cannot be set up as asked.
+    /// A queue cannot be set up or used as requested.
     #[error("queue {index} {problem}")]
     Queue {
-        /// Which queue.
+        /// Index of the queue.
         index: QueueIndex,
-        /// What is wrong.
+        /// The reason.
         problem: QueueProblem,
     },
 }
@@ -78,68 +78,68 @@ impl Error {
     }
 }
 
-/// What is wrong with a region.
+/// Why a region cannot be mapped or used.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum RegionProblem {
-    /// There is one of that name already.
+    /// The session has a region of that name already.
     #[error("exists already")]
     Exists,
-    /// There is none of that name.
+    /// The session has no region of that name.
     #[error("does not exist")]
     Unknown,
-    /// Size or address is not a whole number of pages, or the range wraps.
+    /// Size or address is not a multiple of the page size, or the range exceeds 2^64.
     #[error(
         "has iova {iova:#x} and size {size:#x}; both must be multiples of 4096, the size not 0, and the end below 2^64"
     )]
     Alignment {
-        /// I/O virtual address.
+        /// First I/O virtual address.
         iova: u64,
-        /// Bytes.
+        /// Size in bytes.
         size: u64,
     },
-    /// Outside what the device can address.
+    /// The region is outside the addresses that the device can use.
     #[error("lies at {range}, outside the {usable} that the device can address")]
     OutOfRange {
-        /// The region.
+        /// Addresses of the region.
         range: IovaRange,
-        /// What the device can do.
+        /// Addresses that the device can use.
         usable: IovaRange,
     },
-    /// It overlaps another one.
+    /// The region overlaps another one.
     #[error("overlaps region \"{other}\"")]
     Overlap {
-        /// The other region.
+        /// Name of the other region.
         other: String,
     },
-    /// Not within the memory it is to be a part of.
+    /// The region is not within the memory of which it is a part.
     #[error(
         "begins at byte {offset:#x} and has {size} bytes, which is not within the {memory} bytes of its memory, or \
          does not begin at a multiple of 4096"
     )]
     Outside {
-        /// Where it begins in the memory.
+        /// Offset of the region in the memory, in bytes.
         offset: u64,
-        /// Bytes of the region.
+        /// Size of the region in bytes.
         size: u64,
-        /// Bytes of the memory.
+        /// Size of the memory in bytes.
         memory: u64,
     },
     /// The memory object is shorter than the region.
     #[error("has {size} bytes from byte {offset} of its memory object on, which has only {object}")]
     Short {
-        /// Where it begins in the object.
+        /// Offset of the region in the object, in bytes.
         offset: u64,
-        /// Bytes of the region.
+        /// Size of the region in bytes.
         size: u64,
-        /// Bytes of the object.
+        /// Size of the object in bytes.
         object: u64,
     },
 }
 
-/// Why memory would not be the same for the next image.
+/// Why the next image could not map the same memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum MemoryProblem {
-    /// It belongs to this address space alone.
+    /// The memory is private to this address space.
     #[error(
         "is private memory, which ends with this program: map it shared from a memfd, a hugetlb memfd or a file \
          (Backing::Object, Memory::map, Memory::from_mapping)"
@@ -148,84 +148,84 @@ pub enum MemoryProblem {
     /// Nothing is mapped there.
     #[error("is not mapped at {uaddr:#x}, where the caller said it is")]
     Hole {
-        /// The address.
+        /// Virtual address in this process.
         uaddr: u64,
     },
-    /// Another object or another offset is mapped there.
+    /// Another object, or another offset of the object, is mapped there.
     #[error("is something else at {uaddr:#x} than the object and the offset that the caller gave")]
     Other {
-        /// The first address where it differs.
+        /// First virtual address at which the mapping differs.
         uaddr: u64,
     },
     /// The mappings of this process cannot be read.
     #[error("cannot be looked up among the mappings of this process: {source}")]
     Unreadable {
-        /// Why not.
+        /// Error of reading them.
         source: Errno,
     },
 }
 
-/// What is wrong with a queue.
+/// Why a queue cannot be set up or used.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum QueueProblem {
-    /// It was set up already.
+    /// The queue was set up already.
     #[error("is set up already")]
     Exists,
     /// The session has no such queue.
     #[error("is not set up")]
     Unknown,
-    /// The device is running.
+    /// The device is running, and queues can be set up only before that.
     #[error("cannot be set up: the device runs already")]
     Running,
-    /// Larger than the device can do, or not a size that such a ring can have.
+    /// The size exceeds the device's maximum, or the ring format does not allow it.
     #[error(
         "cannot have {size} entries; a {} to {max} is possible",
         if *.power_of_two { "power of two from 2" } else { "number from 1" }
     )]
     Size {
-        /// What was asked for.
+        /// Requested number of entries.
         size: u16,
-        /// Whether it has to be a power of two: not for the packed ring of a guest.
+        /// Whether the size must be a power of two. This is not so for a guest's packed ring.
         power_of_two: bool,
-        /// The device's limit.
+        /// Largest size that the device supports.
         max: u16,
     },
-    /// It does not fit where it was placed.
+    /// The ring does not fit into its region at the given offset.
     #[error(
         "needs {needed} bytes at a multiple of 16, but was given offset {offset:#x} of a region of {size} bytes"
     )]
     Placement {
-        /// Offset in the region.
+        /// Offset of the ring in the region, in bytes.
         offset: u64,
-        /// Bytes of ring needed.
+        /// Size of the ring in bytes.
         needed: u64,
-        /// Bytes of the region.
+        /// Size of the region in bytes.
         size: u64,
     },
-    /// It is set up as the other kind.
+    /// The queue was set up for the other kind of driver (this program, or a guest).
     #[error("is a ring of {owner}, not of {asked}")]
     Kind {
-        /// Whose ring it is.
+        /// Who drives the ring.
         owner: &'static str,
-        /// Who was asked for.
+        /// The kind of driver that the caller expected.
         asked: &'static str,
     },
-    /// An area of a guest's ring that no mapping of the session covers.
+    /// No mapping of the session covers an area of a guest's ring, or the area is not aligned.
     #[error(
         "has its {area} at I/O virtual address {iova:#x}, which is in no region or not aligned to {align}"
     )]
     Area {
-        /// Which area, in virtio's words.
+        /// Name of the area in the virtio specification.
         area: &'static str,
-        /// Where it was said to be.
+        /// I/O virtual address that the caller gave.
         iova: u64,
-        /// Its alignment in bytes.
+        /// Required alignment in bytes.
         align: u64,
     },
-    /// The driver side could not be set up or adopted.
+    /// The driver side of the ring could not be set up or restored.
     #[error("has no usable driver state: {reason}")]
     Driver {
-        /// What the ring said.
+        /// Error message of the ring.
         reason: String,
     },
 }

@@ -1,8 +1,8 @@
 //! Devices inside this process that can be opened, handed over and taken over like device files.
 //!
 //! For examples, and for tests of programs that use updates: they need no daemon, kernel module or privileges. A memfd
-//! represents the open file, so an update passes real descriptors. A [`Side`] represents a process; each open and each
-//! take-over makes a new one. An exec cannot be simulated, since the devices end with the process image.
+//! represents the open file, so an update passes real descriptors. A [`SimulatedProcess`] represents a process; each open
+//! and each take-over creates a new one. An exec cannot be simulated, since the devices end with the process image.
 //!
 //! A driver that hands its disk over with a request in flight, and the successor that reaps the completion:
 //!
@@ -11,7 +11,7 @@
 //! use std::thread;
 //!
 //! use vdpa_client::device::Device;
-//! use vdpa_client::inprocess::{self, Side};
+//! use vdpa_client::inprocess::{self, SimulatedProcess};
 //! use vdpa_client::state::{Section, Sections};
 //! use vdpa_client::update::{Devices, Incoming, Plan, Strategy, Via};
 //! use vdpa_core::blk::{RequestHeader, kind};
@@ -23,7 +23,7 @@
 //! use vdpa_sys::guest::LinuxHost;
 //! use vdpa_sys::memfd;
 //!
-//! type Disk = InProcess<RamBlk<LinuxHost>, Side>;
+//! type Disk = InProcess<RamBlk<LinuxHost>, SimulatedProcess>;
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let node = Node::new(RamBlk::on_host(64));
@@ -33,14 +33,14 @@
 //! session.map_memfd("ram", memfd::create(c"ram", 0x4000, None)?, 0x10_0000, 0x4000, Perm::RW)?;
 //! session.add_queue(QueueIndex(0), 16, "ram", 0)?;
 //! session.start()?;
-//! let ram = session.region("ram").and_then(|region| region.map()).cloned().ok_or("not ours")?;
+//! let ram = session.region("ram").and_then(|region| region.map()).cloned().ok_or("not mapped")?;
 //! ram.write(0x2000, &RequestHeader { kind: kind::IN, ioprio: 0, sector: 0 }.encode())?;
 //! let at = |offset: u64, len| Buffer { iova: 0x10_0000 + offset, len };
 //! let queue = session.queue_mut(QueueIndex(0))?;
 //! queue.submit(&[at(0x2000, 16)], &[at(0x3000, 512), at(0x2010, 1)], 7)?;
 //! queue.notify()?;
 //!
-//! // The other side, which another process would be, waits at the other end of a socket.
+//! // The successor, normally another process, waits at the other end of a socket.
 //! let (ours, theirs) = UnixStream::pair()?;
 //! let successor = thread::spawn(move || {
 //!     Incoming::<Disk>::receive(theirs)?.understands(&[("my-driver", 1..=2)])?.take_over()
@@ -48,16 +48,16 @@
 //! let devices = Devices::one("disk", session);
 //! let plan = Plan::new().section(Section::new("my-driver", 2, b"anything".to_vec()));
 //! let prepared = plan.prepare(&devices, Via::HandOver(ours))?;
-//! // This device uses addresses of its owner, so it stands still for a moment.
+//! // This device uses addresses of its owner, so it has to be suspended for a moment.
 //! assert_eq!(prepared.strategy("disk"), Some(Strategy::Resume));
 //! let departed = prepared.switch(devices, Sections::new()).map_err(|failed| failed.error)?;
 //! println!("{}", departed.report);
 //!
-//! let mut restored = successor.join().map_err(|_| "it has panicked")??;
+//! let mut restored = successor.join().map_err(|_| "the successor has panicked")??;
 //! assert_eq!(restored.sections.take("my-driver").map(|s| s.payload), Some(b"anything".to_vec()));
-//! node.with(|device| device.parent_mut().serve()); // A device file waits for the kick itself.
+//! node.with(|device| device.parent_mut().serve()); // A device file would handle the kick itself.
 //! let session = restored.devices.get_mut("disk").ok_or("no disk")?;
-//! let done = session.queue_mut(QueueIndex(0))?.reap()?.ok_or("not answered")?;
+//! let done = session.queue_mut(QueueIndex(0))?.reap()?.ok_or("not completed")?;
 //! assert_eq!(done.token, 7);
 //! # Ok(())
 //! # }
@@ -80,18 +80,18 @@ use vdpa_sys::process::{OwnerSpace, ThisProcess};
 
 use crate::device::DeviceFile;
 
-/// A simulated process: it can become the owner of a device that another `Side` owns.
+/// A simulated process. It can become the owner of a device that another simulated process owns.
 #[derive(Clone, Debug)]
-pub struct Side {
+pub struct SimulatedProcess {
     process: ThisProcess,
     id: u64,
-    /// Id of the side that became the owner last.
+    /// Id of the process that became the owner last.
     owner: Arc<AtomicU64>,
     /// The memfd that represents the open file; its inode identifies it.
     file: Arc<OwnedFd>,
 }
 
-impl Side {
+impl SimulatedProcess {
     fn new(owner: Arc<AtomicU64>, file: OwnedFd) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let id = NEXT.fetch_add(1, Ordering::Relaxed);
@@ -99,7 +99,7 @@ impl Side {
     }
 }
 
-impl Caller<LinuxHost> for Side {
+impl Caller<LinuxHost> for SimulatedProcess {
     fn is(&self, owner: &OwnerSpace) -> bool {
         self.owner.load(Ordering::Relaxed) == self.id && self.process.is(owner)
     }
@@ -146,7 +146,7 @@ fn inode(fd: impl AsFd) -> Result<u64, Errno> {
     rustix::fs::fstat(fd).map(|stat| stat.st_ino).map_err(|e| Errno::from_raw(e.raw_os_error()))
 }
 
-impl<P> DeviceFile for InProcess<P, Side>
+impl<P> DeviceFile for InProcess<P, SimulatedProcess>
 where
     P: Parent<Host = LinuxHost> + Send + 'static,
 {
@@ -160,9 +160,9 @@ where
         });
         let token = memfd::create(c"device-of-this-process", 0, None)?;
         let inode = inode(&token)?;
-        let side = Side::new(Arc::default(), token);
-        let owner = Arc::clone(&side.owner);
-        let device = node.ok_or(Errno::NOENT)?.open(side)?;
+        let process = SimulatedProcess::new(Arc::default(), token);
+        let owner = Arc::clone(&process.owner);
+        let device = node.ok_or(Errno::NOENT)?.open(process)?;
         let open = Open { file: device.downgrade(), owner };
         with_tables(|tables| tables.files.insert(inode, Box::new(open)));
         Ok(device)
@@ -175,6 +175,6 @@ where
             Some((open.file.upgrade(())?, Arc::clone(&open.owner)))
         });
         let (device, owner) = known.ok_or(Errno::BADF)?;
-        Ok(device.for_caller(Side::new(owner, fd)))
+        Ok(device.for_caller(SimulatedProcess::new(owner, fd)))
     }
 }

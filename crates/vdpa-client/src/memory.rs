@@ -84,19 +84,19 @@ impl Memory {
         Arc::new(Self { name: name.to_owned(), size, backing: Backed::Anonymous { uaddr } })
     }
 
-    /// Its name, for errors and reports.
+    /// Name of the memory, for errors and reports.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Bytes.
+    /// Size in bytes.
     #[must_use]
     pub const fn size(&self) -> u64 {
         self.size
     }
 
-    /// Its address in this process.
+    /// Virtual address of the memory in this process.
     #[must_use]
     pub fn uaddr(&self) -> u64 {
         match &self.backing {

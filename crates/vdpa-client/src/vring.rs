@@ -1,4 +1,4 @@
-//! The set-up of one virtqueue on the device, whoever drives its ring.
+//! The set-up of one virtqueue on the device, both for rings of this program and for rings of a guest.
 
 use vdpa_core::ops::VdpaOps;
 use vdpa_core::types::{QueueIndex, VringAddr};

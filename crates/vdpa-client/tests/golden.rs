@@ -1,4 +1,4 @@
-//! Saved states of every released version are understood for ever.
+//! States saved by every released version remain readable.
 
 #![expect(clippy::unwrap_used, reason = "a test: every failure is a panic")]
 
@@ -7,7 +7,7 @@ use vdpa_client::state::{Section, Sections, StateError, decode, encode, packed, 
 
 const V1: &[u8] = include_bytes!("golden/v1.state");
 const V2: &[u8] = include_bytes!("golden/v2.state");
-/// Version 2 with the sections about packed rings.
+/// Version 2 with the sections for packed rings.
 const PACKED: &[u8] = include_bytes!("golden/v2-packed.state");
 
 #[test]
@@ -31,7 +31,7 @@ fn version_1() {
     assert!(v2::take(&mut decode(V1).unwrap()).is_ok());
 }
 
-/// What the file of version 2 says.
+/// The contents of the version-2 file.
 fn current() -> (v2::Prepared, v2::Switch) {
     let memory = |name: &str, fd, offset, size| v2::Memory { name: name.to_owned(), fd, offset, size };
     let mapping = |name: &str, memory, offset, iova, size, perm| v2::Mapping {
@@ -105,11 +105,11 @@ fn current() -> (v2::Prepared, v2::Switch) {
         saved_ns: 5_000,
         prepare_ns: 123_456,
         save_ns: 1_000,
-        devices: vec![v2::AtRest {
+        devices: vec![v2::DeviceState {
             suspend_ns: 3_000,
             bases: vec![65535, 17],
             drivers: vec![driver],
-            ..v2::AtRest::default()
+            ..v2::DeviceState::default()
         }],
     };
     (prepared, switch)
@@ -124,7 +124,7 @@ fn written((prepared, switch): (v2::Prepared, v2::Switch)) -> Vec<u8> {
     encode(&sections).unwrap()
 }
 
-/// What is written today is the same as when it was released, byte for byte, and read as it was meant.
+/// The state written today equals the released file byte for byte, and reading it gives the original values.
 #[test]
 fn version_2() {
     if let Some(path) = std::env::var_os("VDPA_WRITE_GOLDEN") {
@@ -137,14 +137,14 @@ fn version_2() {
     sections.ensure_consumed().unwrap();
 }
 
-/// The same device with RING_PACKED.
+/// The same state with RING_PACKED negotiated.
 fn current_packed() -> (v2::Prepared, v2::Switch) {
     let (mut prepared, mut switch) = current();
     prepared.devices.devices[0].features |= 1 << 34;
-    let rest = &mut switch.devices[0];
-    rest.bases = vec![0x8011_0011, 0x8000_8000];
-    rest.drivers.clear();
-    rest.packed_drivers = vec![packed::Driver {
+    let state = &mut switch.devices[0];
+    state.bases = vec![0x8011_0011, 0x8000_8000];
+    state.drivers.clear();
+    state.packed_drivers = vec![packed::Driver {
         next_avail: 0x0016,
         published: 0x0015,
         last_used: 0x8011,
@@ -165,7 +165,7 @@ fn version_2_with_packed_rings() {
     let mut sections = decode(PACKED).unwrap();
     assert_eq!(v2::take(&mut sections).unwrap(), current_packed());
     assert!(sections.iter().all(|section| section.name.starts_with("vmm/")));
-    // Whoever does not know of packed rings must not go on without: neither when it is offered, nor when it is switched.
+    // A program that does not know packed rings must refuse the state, both at the offer and at the switch.
     let sections = decode(PACKED).unwrap();
     for name in [packed::ANNOUNCEMENT, packed::DRIVERS] {
         assert!(!sections.get(name).unwrap().optional, "{name}");
@@ -176,11 +176,11 @@ fn version_2_with_packed_rings() {
         let refused = v2::take(&mut newer).unwrap_err().to_string();
         assert!(refused.contains(&format!("section \"{name}\" has version 2")), "{refused}");
     }
-    assert!(decode(V2).unwrap().get(packed::ANNOUNCEMENT).is_none(), "split rings are no news");
+    assert!(decode(V2).unwrap().get(packed::ANNOUNCEMENT).is_none(), "split rings are not announced");
 }
 
-/// A state of a later version of this library, which says more in sections of its own. Those it marks optional do not keep
-/// this version from reading it (a downgrade); others do, by name.
+/// A later version of this library may add sections. This version still reads the state (a downgrade) if the sections that it
+/// does not know are optional, and otherwise refuses the state, naming the section.
 #[test]
 fn what_a_newer_library_adds_is_skipped_if_it_is_optional() {
     let with = |extra: Section| {
@@ -188,7 +188,7 @@ fn what_a_newer_library_adds_is_skipped_if_it_is_optional() {
         sections.push(extra);
         let mut sections = decode(&encode(&sections).unwrap()).unwrap();
         let taken = v2::take(&mut sections)?;
-        // What is left is the caller's, who may carry it over again.
+        // The remaining sections are the caller's, who may pass them on again.
         assert!(sections.iter().all(|s| s.name.starts_with("vmm/")));
         Ok::<_, StateError>(taken)
     };
@@ -199,7 +199,7 @@ fn what_a_newer_library_adds_is_skipped_if_it_is_optional() {
         matches!(&refused, StateError::Unknown { name, version: 1 } if name == "vdpa/dirty-log"),
         "{refused}"
     );
-    // Of a section that this library knows, another version or a field it does not know is an error.
+    // In a section that this library knows, another version or an unknown field is an error.
     let mut sections = decode(V2).unwrap();
     let mut newer = sections.take(v2::SWITCH).unwrap();
     newer.version = 3;
@@ -215,9 +215,10 @@ fn what_a_newer_library_adds_is_skipped_if_it_is_optional() {
     assert!(v2::take(&mut sections).unwrap_err().to_string().contains("surprise"));
 }
 
-/// With `VDPA_WRITE_SEEDS` these begin the corpus of the fuzz target `saved_state`.
+/// Each section of a state is a valid state of its own. With `VDPA_WRITE_SEEDS` they are written as seeds for the corpus of
+/// the fuzz target `saved_state`.
 #[test]
-fn parts_of_a_state_are_whole_states() {
+fn each_section_of_a_state_is_a_state() {
     let mut seeds = vec![("v1".to_owned(), V1.to_vec()), ("v2".to_owned(), V2.to_vec())];
     seeds.push(("v2-packed".to_owned(), PACKED.to_vec()));
     for (version, bytes) in [("v1", V1), ("v2", V2), ("v2-packed", PACKED)] {

@@ -1,10 +1,11 @@
-//! Sessions that another process takes over, against a device file that writes down every request. Most tests have both
-//! sides in one process, on two threads: what matters is who says what, and the device does not know.
+//! Hand-overs of sessions to another process, with a device file that records every request. Most tests run predecessor and
+//! successor as two threads of one process: the tests check the messages and requests, and the device does not distinguish
+//! processes.
 
 #![expect(clippy::unwrap_used, reason = "a test: every failure is a panic")]
 
-#[path = "support/notes.rs"]
-mod notes;
+#[path = "support/recording.rs"]
+mod recording;
 
 use std::fs::File;
 use std::os::unix::net::UnixStream;
@@ -26,11 +27,11 @@ use vdpa_core::types::{Perm, QueueIndex};
 use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::memfd;
 
-use notes::{Notes, Q0, complete_first, offered, session, started};
+use recording::{Q0, RecordingDevice, complete_first, offered, session, started};
 
 const ALL: [Bit; 3] = [B::NEW_OWNER, B::SUSPEND, B::RESUME];
 
-/// A device file in a directory of its own.
+/// A device file in its own directory.
 struct Disk {
     _directory: tempfile::TempDir,
     path: PathBuf,
@@ -44,26 +45,26 @@ impl Disk {
         Self { _directory: directory, path }
     }
 
-    fn devices(&self) -> Devices<Notes> {
+    fn devices(&self) -> Devices<RecordingDevice> {
         Devices::one("disk0", session(&self.path))
     }
 
-    /// Requests from the update on.
-    fn notes(&self) -> String {
+    /// Returns the requests since the update began.
+    fn log(&self) -> String {
         let text = std::fs::read_to_string(&self.path).unwrap();
         text.split_once("--- update\n").unwrap().1.lines().collect::<Vec<_>>().join(", ")
     }
 }
 
-type Switched = Result<Completed, Box<Failed<Notes>>>;
+type Switched = Result<Completed, Box<Failed<RecordingDevice>>>;
 
-/// Hands over within this process.
+/// Hands the devices over to a thread of this process.
 fn hand_over(
-    devices: Devices<Notes>,
+    devices: Devices<RecordingDevice>,
     plan: Plan,
     late: Sections,
-    successor: impl FnOnce(Incoming<Notes>) -> Result<Restored<Notes>, UpdateError> + Send,
-) -> (Switched, Result<Restored<Notes>, UpdateError>) {
+    successor: impl FnOnce(Incoming<RecordingDevice>) -> Result<Restored<RecordingDevice>, UpdateError> + Send,
+) -> (Switched, Result<Restored<RecordingDevice>, UpdateError>) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     thread::scope(|scope| {
         let taken = scope.spawn(|| successor(Incoming::receive(theirs)?));
@@ -75,16 +76,17 @@ fn hand_over(
     })
 }
 
-/// The requests without the one by which the successor makes itself known, which must be the first.
+/// Removes the successor's GET_VRING_BASE from the requests. It must be the first one: by it the device's server learns of
+/// the successor.
 #[track_caller]
-fn introduced(notes: &str, strategy: Strategy) -> &str {
+fn without_first_get_base(log: &str, strategy: Strategy) -> &str {
     match strategy {
-        Strategy::Reopen => notes,
-        _ => notes.strip_prefix("get_base, ").unwrap(),
+        Strategy::Reopen => log,
+        _ => log.strip_prefix("get_base, ").unwrap(),
     }
 }
 
-fn works(devices: &mut Devices<Notes>) {
+fn works(devices: &mut Devices<RecordingDevice>) {
     let session = devices.get_mut("disk0").unwrap();
     complete_first(session);
     assert_eq!(session.queue_mut(Q0).unwrap().in_flight(), 2);
@@ -111,10 +113,10 @@ fn every_strategy_and_its_requests() {
         let (left, taken) =
             hand_over(disk.devices(), Plan::new().strategy(strategy), Sections::new(), Incoming::take_over);
         let report = left.unwrap().report;
-        let notes = disk.notes();
-        let notes = introduced(&notes, strategy);
-        // The predecessor's descriptor is a copy of the same file; what it closes is noted, in any order.
-        assert_eq!(notes.replace(", close", "").replace("get_base, open", "get_base, close, open"), requests);
+        let log = disk.log();
+        let log = without_first_get_base(&log, strategy);
+        // Predecessor and successor each close their descriptor of the file, in any order, and the file records both.
+        assert_eq!(log.replace(", close", "").replace("get_base, open", "get_base, close, open"), requests);
         let mut restored = taken.unwrap();
         works(&mut restored.devices);
         let device = restored.report.device("disk0").unwrap();
@@ -125,7 +127,7 @@ fn every_strategy_and_its_requests() {
     }
 }
 
-/// A guest that has switched its disk to write-through does not hear that the device was reset.
+/// A guest that has set its disk to write-through does not notice that the device was reset.
 #[test]
 fn the_write_cache_is_as_the_driver_has_set_it() {
     const WRITEBACK: u32 = 32;
@@ -139,12 +141,13 @@ fn the_write_cache_is_as_the_driver_has_set_it() {
     ];
     for (strategy, fails, requests) in cases {
         let disk = Disk::new(&ALL);
-        let session = started(Device::<Notes>::open(&disk.path).unwrap().negotiate(features).unwrap());
+        let session =
+            started(Device::<RecordingDevice>::open(&disk.path).unwrap().negotiate(features).unwrap());
         session.ops().set_config(WRITEBACK, &[0]).unwrap();
         let devices = Devices::one("disk0", session);
         let (left, taken) = hand_over(devices, Plan::new().strategy(strategy), Sections::new(), |incoming| {
             if fails {
-                Notes::at(&disk.path).fail_next("new_owner");
+                RecordingDevice::at(&disk.path).fail_next("new_owner");
             }
             incoming.take_over()
         });
@@ -152,8 +155,8 @@ fn the_write_cache_is_as_the_driver_has_set_it() {
         let mut byte = [7];
         devices.get("disk0").unwrap().ops().config(WRITEBACK, &mut byte).unwrap();
         assert_eq!(byte, [0], "{strategy:?}");
-        let notes = disk.notes().replace(", close", "");
-        let again = notes.split_once("config 32: 0, ").unwrap().1;
+        let log = disk.log().replace(", close", "");
+        let again = log.split_once("config 32: 0, ").unwrap().1;
         match requests {
             Some(requests) => assert!(again.ends_with(requests), "{strategy:?}: {again}"),
             None => assert!(!again.contains("config"), "{strategy:?}: {again}"),
@@ -208,11 +211,11 @@ fn a_section_that_is_not_understood_is_found_while_the_device_runs() {
         assert!(text.contains("failed in phase load: ") && text.contains(reason), "{text}");
         assert!(taken.unwrap_err().source.to_string().contains(reason.trim_start_matches("refused: ")));
         works(&mut failed.devices);
-        assert!(!disk.notes().contains("suspend"), "{}", disk.notes());
+        assert!(!disk.log().contains("suspend"), "{}", disk.log());
     }
 }
 
-/// Each request of the successor fails once; the predecessor goes on and says where it failed.
+/// Each request of the successor fails once. The predecessor continues with its device and reports which phase failed.
 #[test]
 fn what_fails_in_the_successor_is_rolled_back() {
     let handshake = "status 0, status 1, status 3, features, status 11";
@@ -243,7 +246,7 @@ fn what_fails_in_the_successor_is_rolled_back() {
         let disk = Disk::new(&ALL);
         let (left, taken) =
             hand_over(disk.devices(), Plan::new().strategy(strategy), Sections::new(), |incoming| {
-                Notes::at(&disk.path).fail_next(request);
+                RecordingDevice::at(&disk.path).fail_next(request);
                 incoming.take_over()
             });
         let mut failed = left.unwrap_err();
@@ -252,22 +255,23 @@ fn what_fails_in_the_successor_is_rolled_back() {
         assert_eq!(taken.unwrap_err().phase, phase);
         assert!(failed.lost.is_empty());
         works(&mut failed.devices);
-        assert_eq!(introduced(&disk.notes().replace(", close", ""), strategy), requests);
+        assert_eq!(without_first_get_base(&disk.log().replace(", close", ""), strategy), requests);
     }
 }
 
-/// The device that does not come to rest and the one that has are told that their update was rolled back, and why.
+/// The device whose SUSPEND fails and the device that was suspended already both get a report that the update was rolled
+/// back, with the reason.
 #[test]
 fn what_fails_before_the_successor_is_asked_is_reported_too() {
     let disks = [Disk::new(&ALL), Disk::new(&ALL)];
     let mut devices = Devices::new();
     for (name, disk) in ["disk0", "disk1"].into_iter().zip(&disks) {
-        let mut session = notes::negotiated(&disk.path);
+        let mut session = recording::negotiated(&disk.path);
         session.start().unwrap();
-        session.ops().note("--- update").unwrap();
+        session.ops().record("--- update").unwrap();
         devices.push(name, session);
     }
-    Notes::at(&disks[1].path).fail_next("suspend");
+    RecordingDevice::at(&disks[1].path).fail_next("suspend");
     let plan = Plan::new().strategy(Strategy::Resume);
     let (left, taken) = hand_over(devices, plan, Sections::new(), Incoming::take_over);
     let failed = left.unwrap_err();
@@ -279,11 +283,11 @@ fn what_fails_before_the_successor_is_asked_is_reported_too() {
         let reports = std::fs::read_to_string(disk.path.with_extension("reports")).unwrap();
         assert!(reports.starts_with(why) && reports.lines().count() == 1, "{reports:?}");
     }
-    // The successor's copy is closed besides.
-    assert_eq!(disks[0].notes().replace(", close", ""), "suspend, resume");
+    // The log also has the close of the successor's descriptor.
+    assert_eq!(disks[0].log().replace(", close", ""), "suspend, resume");
 }
 
-/// A successor that does not answer in time is called off, lets go, and hears why.
+/// If the successor does not answer in time, the update is aborted: the successor drops its devices and gets the reason.
 #[test]
 fn a_successor_that_is_late_is_called_off() {
     for strategy in [Strategy::Live, Strategy::Resume, Strategy::Reset] {
@@ -291,7 +295,7 @@ fn a_successor_that_is_late_is_called_off() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let devices = disk.devices();
         thread::scope(|scope| {
-            let taken = scope.spawn(|| Incoming::<Notes>::receive(theirs)?.take_over());
+            let taken = scope.spawn(|| Incoming::<RecordingDevice>::receive(theirs)?.take_over());
             let plan = Plan::new().strategy(strategy).deadline(Duration::from_millis(20));
             let prepared = plan.prepare(&devices, Via::HandOver(ours)).unwrap();
             std::fs::write(disk.path.with_extension("stall"), "new_owner").unwrap();
@@ -310,9 +314,9 @@ fn a_successor_that_is_late_is_called_off() {
             let error = taken.join().unwrap().unwrap_err();
             assert!(matches!(error.source, Cause::Aborted), "{error:?}");
         });
-        let notes = disk.notes();
-        // The successor's, and then the predecessor's again.
-        assert_eq!(notes.matches("new_owner").count(), 2, "{notes}");
+        let log = disk.log();
+        // One by the successor, then one by the predecessor, which takes the device back.
+        assert_eq!(log.matches("new_owner").count(), 2, "{log}");
     }
 }
 
@@ -336,15 +340,16 @@ fn a_prepare_can_be_cancelled_and_dropped() {
 
     let (ours, theirs) = UnixStream::pair().unwrap();
     let error = thread::scope(|scope| {
-        let taken = scope.spawn(|| Incoming::<Notes>::receive(theirs)?.take_over());
+        let taken = scope.spawn(|| Incoming::<RecordingDevice>::receive(theirs)?.take_over());
         drop(Plan::new().prepare(&devices, Via::HandOver(ours)).unwrap());
         taken.join().unwrap().unwrap_err()
     });
     assert!(matches!(error.source, Cause::Aborted), "{error:?}");
-    assert!(!disk.notes().contains("new_owner"), "{}", disk.notes());
+    assert!(!disk.log().contains("new_owner"), "{}", disk.log());
 }
 
-/// A virtual machine monitor: two devices, one memory, rings that belong to a guest, and one that is the program's own.
+/// A virtual machine monitor with two devices that share one memory. Of the rings of each device, the guest drives one and
+/// the program itself the other.
 #[test]
 fn a_guests_rings_and_shared_memory_are_carried_over() {
     let disks = [Disk::new(&ALL), Disk::new(&[B::SUSPEND])];
@@ -358,7 +363,7 @@ fn a_guests_rings_and_shared_memory_are_carried_over() {
     };
     let ring = GuestRing { size: 128, desc: 0x1000, driver: 0x2000, device: 0x3000 };
     for ((name, disk), events) in ["disk0", "disk1"].into_iter().zip(&disks).zip(events.chunks(2)) {
-        let mut session = notes::negotiated(&disk.path);
+        let mut session = recording::negotiated(&disk.path);
         session.map_memory("low", &memory, 0, 0, 0x8_0000, Perm::RW).unwrap();
         session.map_memory("high", &memory, 0x8_0000, 0x1_0000_0000, 0x8_0000, Perm::RW).unwrap();
         let (kick, call) = (copy(&events[0]), copy(&events[1]));
@@ -367,7 +372,7 @@ fn a_guests_rings_and_shared_memory_are_carried_over() {
         let error = session.queue_mut(Q0).unwrap_err().to_string();
         assert_eq!(error, "queue 0 is a ring of a guest, not of this program");
         session.start().unwrap();
-        session.ops().note("--- update").unwrap();
+        session.ops().record("--- update").unwrap();
         devices.push(name, session);
     }
     let (left, taken) = hand_over(devices, Plan::new(), Sections::new(), Incoming::take_over);
@@ -396,7 +401,7 @@ fn a_guests_rings_and_shared_memory_are_carried_over() {
 }
 
 #[test]
-fn strangers_and_other_files_are_refused() {
+fn peers_of_another_protocol_and_other_sockets_are_refused() {
     let disk = Disk::new(&ALL);
     let devices = disk.devices();
     let (ours, theirs) = UnixStream::pair().unwrap();
@@ -413,14 +418,17 @@ fn strangers_and_other_files_are_refused() {
     assert!(error.source.to_string().contains("does not speak this protocol"), "{error:?}");
 }
 
-/// The program that [`a_child_takes_over`] and its like start; libtest's arguments choose this test.
+/// The program that [`a_child_takes_over`] and similar tests start. They select this test by libtest's arguments.
 #[test]
 fn child() {
     let Ok(part) = std::env::var("PART") else {
-        assert!(update::incoming::<Notes>().unwrap().is_none(), "nobody has left anything to this process");
+        assert!(
+            update::incoming::<RecordingDevice>().unwrap().is_none(),
+            "nobody has left anything to this process"
+        );
         return;
     };
-    let incoming = update::incoming::<Notes>();
+    let incoming = update::incoming::<RecordingDevice>();
     let taken = match part.as_str() {
         "take" => incoming.unwrap().unwrap().take_over(),
         "refuse" => Err(incoming.unwrap().unwrap().refuse("not this one")),
@@ -434,7 +442,7 @@ fn child() {
     if let Ok(mut restored) = taken {
         assert_eq!(restored.report.way, Way::Fork);
         works(&mut restored.devices);
-        restored.devices.get("disk0").unwrap().ops().note("--- served").unwrap();
+        restored.devices.get("disk0").unwrap().ops().record("--- served").unwrap();
     }
 }
 
@@ -448,17 +456,17 @@ fn image(part: &str) -> Image {
 fn a_child_takes_over() {
     let disk = Disk::new(&ALL);
     let devices = disk.devices();
-    // As a program does whose devices are driven meanwhile.
+    // Prepares on another thread, as a program does that drives its devices meanwhile.
     let described = Plan::new().describe(&devices).unwrap();
     let prepared = thread::spawn(|| described.prepare(Via::Fork(image("take"))));
     let prepared = prepared.join().unwrap().unwrap();
     assert_ne!(prepared.successor(), i32::try_from(std::process::id()).unwrap());
-    assert_eq!(disk.notes(), "get_base", "nothing but the question that makes the successor known");
+    assert_eq!(disk.log(), "get_base", "only the request by which the server learns of the successor");
     let mut departed = prepared.switch(devices, Sections::new()).unwrap();
     assert!(departed.child.as_mut().unwrap().wait().unwrap().success());
     assert_eq!(departed.report.way, Way::Fork);
-    let notes = disk.notes().replace(", close", "");
-    assert_eq!(introduced(&notes, Strategy::Live), "new_owner, --- served");
+    let log = disk.log().replace(", close", "");
+    assert_eq!(without_first_get_base(&log, Strategy::Live), "new_owner, --- served");
 }
 
 #[test]
@@ -472,12 +480,12 @@ fn a_child_that_fails_leaves_everything_here() {
         let mut devices = disk.devices();
         let error = Plan::new().prepare(&devices, Via::Fork(image(part))).unwrap_err();
         let text = error.source.to_string();
-        // A process that exits does not drop what it has: the socket just closes.
+        // A process that calls exit runs no destructors, so the successor may send nothing before its socket is closed.
         let gone = part == "die ready" && text == "the other side is gone";
         assert!(text.contains(reason) || gone, "{part}: {text}");
         works(&mut devices);
-        // The child closes its copy.
-        assert_eq!(disk.notes().replace("close", ""), "", "{part}");
+        // The log may have the close of the child's descriptor.
+        assert_eq!(disk.log().replace("close", ""), "", "{part}");
     }
     let disk = Disk::new(&ALL);
     let devices = disk.devices();
@@ -485,9 +493,9 @@ fn a_child_that_fails_leaves_everything_here() {
     assert!(error.source.to_string().contains("/bin/nothing cannot be run"), "{error:?}");
 }
 
-/// A rehearsal finds out what an exec would find out too late, and changes nothing.
+/// A dry run finds errors that would otherwise occur only after the exec, and changes nothing.
 #[test]
-fn a_rehearsal_asks_the_new_image_before_the_exec() {
+fn a_dry_run_asks_the_new_image_before_the_exec() {
     let disk = Disk::new(&ALL);
     let mut devices = disk.devices();
     let error = Plan::new().dry_run().prepare(&devices, Via::Exec(image("refuse"))).unwrap_err();
@@ -495,12 +503,12 @@ fn a_rehearsal_asks_the_new_image_before_the_exec() {
     let prepared = Plan::new().dry_run().prepare(&devices, Via::Exec(image("take"))).unwrap();
     drop(prepared);
     works(&mut devices);
-    assert_eq!(disk.notes().replace("close", "").replace(", ", ""), "");
+    assert_eq!(disk.log().replace("close", "").replace(", ", ""), "");
     let prepared = Plan::new().prepare(&devices, Via::Exec(Image::new(Path::new("/bin/true")))).unwrap();
     assert_eq!(prepared.strategy("disk0"), Some(Strategy::Live));
 }
 
-/// The two ends of a connection may have been made by a third process, which is none of the two that talk.
+/// A third process may have created the socket pair. The process that is killed is nevertheless the one that answers.
 #[test]
 fn the_process_that_answers_is_the_one_that_is_killed() {
     use std::os::fd::{AsRawFd, OwnedFd};
@@ -516,7 +524,7 @@ fn the_process_that_answers_is_the_one_that_is_killed() {
     command.env(update::SOCKET_VARIABLE, format!("{}:{inode}", theirs.as_raw_fd()));
     let mut child = vdpa_sys::exec::spawn(&mut command, vec![theirs]).unwrap();
     drop(command);
-    Notes::at(&disk.path).fail_next("new_owner stops");
+    RecordingDevice::at(&disk.path).fail_next("new_owner stops");
     let plan = Plan::new().deadline(Duration::from_millis(500)).grace(Duration::from_millis(50));
     let prepared = plan.prepare(&devices, Via::HandOver(ours)).unwrap();
     assert_eq!(prepared.successor().unsigned_abs(), child.id());
@@ -531,7 +539,8 @@ fn the_process_that_answers_is_the_one_that_is_killed() {
     assert_eq!(child.wait().unwrap().signal(), Some(9));
 }
 
-/// What an update asks of devices: one request for each mapping, and the same number for each device whatever its size.
+/// An update makes one request for each mapping, and besides those the same number of requests for each device, whatever its
+/// size.
 #[test]
 fn requests_are_linear_in_devices_and_mappings() {
     let remap = [B::NEW_OWNER, B::SUSPEND, B::RESUME, B::IOTLB_REMAP];
@@ -540,23 +549,23 @@ fn requests_are_linear_in_devices_and_mappings() {
         let size = mappings * 4096;
         let memory = Memory::map("ram", memfd::create(c"ram", size, None).unwrap(), 0, size, false).unwrap();
         let device = |(number, disk): (usize, &Disk)| {
-            let mut session = notes::negotiated(&disk.path);
+            let mut session = recording::negotiated(&disk.path);
             for at in 0..mappings {
                 let name = format!("part{at}");
                 session.map_memory(&name, &memory, at * 4096, at * 8192, 4096, Perm::RW).unwrap();
             }
             session.start().unwrap();
-            session.ops().note("--- update").unwrap();
+            session.ops().record("--- update").unwrap();
             (format!("disk{number}"), session)
         };
-        let devices: Devices<Notes> = disks.iter().enumerate().map(device).collect();
+        let devices: Devices<RecordingDevice> = disks.iter().enumerate().map(device).collect();
         let plan = Plan::new().strategy(strategy);
         let (left, taken) = hand_over(devices, plan, Sections::new(), Incoming::take_over);
         left.unwrap();
         assert_eq!(taken.unwrap().devices.len(), count);
         let requests = |disk: &Disk| {
-            let notes = disk.notes();
-            let requests: Vec<_> = notes.split(", ").filter(|line| *line != "close").collect();
+            let log = disk.log();
+            let requests: Vec<_> = log.split(", ").filter(|line| *line != "close").collect();
             let per_mapping = if strategy == Strategy::Reopen { "update" } else { "remap" };
             assert_eq!(requests.iter().filter(|line| **line == per_mapping).count() as u64, mappings);
             requests.len() as u64

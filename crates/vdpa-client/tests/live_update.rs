@@ -1,9 +1,9 @@
-//! Sessions carried over a real exec, against a device file that writes down every request.
+//! Updates by a real exec, with a device file that records every request.
 
 #![expect(clippy::unwrap_used, reason = "a test: every failure is a panic")]
 
-#[path = "support/notes.rs"]
-mod notes;
+#[path = "support/recording.rs"]
+mod recording;
 
 use std::fs::File;
 use std::path::Path;
@@ -17,18 +17,22 @@ use vdpa_core::features::{BackendFeatures, Status};
 use vdpa_core::types::Perm;
 use vdpa_sys::memfd;
 
-use notes::{Notes, Q0, complete_first, offered, session};
+use recording::{Q0, RecordingDevice, complete_first, offered, session};
 
-/// Both images of the program that the tests below run; the arguments of libtest stay, the variables say more.
+/// The program that the tests below run, as previous and as new image. The arguments select this test in both; environment
+/// variables tell which of the two it is.
 #[test]
 fn image() {
-    let Some(path) = std::env::var_os("NOTES") else {
-        // A test run that comes here plays no part: nobody has left it a device.
-        assert!(update::restore::<Notes>().unwrap().is_none(), "a first start has nothing to restore");
+    let Some(path) = std::env::var_os("DEVICE_FILE") else {
+        // An ordinary run of this test, in which there is no device to take over.
+        assert!(
+            update::restore::<RecordingDevice>().unwrap().is_none(),
+            "a first start has nothing to restore"
+        );
         return;
     };
     let strategy: Strategy = std::env::var("STRATEGY").unwrap().parse().unwrap();
-    let Some(incoming) = update::incoming::<Notes>().unwrap() else {
+    let Some(incoming) = update::incoming::<RecordingDevice>().unwrap() else {
         let devices = Devices::one("disk0", session(Path::new(&path)));
         let mine = Section::new("mine", 1, b"x".to_vec());
         let plan = Plan::new().strategy(strategy).section(mine).late_section("late", 2, false);
@@ -66,29 +70,29 @@ fn image() {
     let queue = session.queue_mut(Q0).unwrap();
     assert_eq!(queue.reap().unwrap().unwrap().token, 11);
     assert_eq!(queue.reap().unwrap(), None);
-    session.ops().note("--- served").unwrap();
-    assert!(update::restore::<Notes>().is_err(), "the state was adopted already");
+    session.ops().record("--- served").unwrap();
+    assert!(update::restore::<RecordingDevice>().is_err(), "the state was adopted already");
 }
 
-/// Runs both images and returns the requests from the update on.
+/// Runs both images and returns the requests since the update began.
 fn run(strategy: Strategy, offered: BackendFeatures) -> String {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join(format!("{:x}", offered.0));
     File::create(&path).unwrap();
     let output = Command::new(std::env::current_exe().unwrap())
         .args(["image", "--exact", "--nocapture"])
-        .env("NOTES", &path)
+        .env("DEVICE_FILE", &path)
         .env("STRATEGY", strategy.name())
-        // Left over from a parent that was updated: not meant for this process, and not in its way.
+        // Variables inherited from a parent that was updated. They are not meant for this process, which must ignore them.
         .env(update::STATE_VARIABLE, "99")
         .env(update::PID_VARIABLE, "1")
         .output()
         .unwrap();
-    let notes = std::fs::read_to_string(&path).unwrap();
-    assert!(output.status.success(), "{}\n{notes}", String::from_utf8_lossy(&output.stderr));
-    // An open file stays the same one over an exec: the new image does not ask what it is.
+    let log = std::fs::read_to_string(&path).unwrap();
+    assert!(output.status.success(), "{}\n{log}", String::from_utf8_lossy(&output.stderr));
+    // An exec keeps the open file, so the new image need not request again what the device is.
     assert_eq!(std::fs::read_to_string(path.with_extension("asked")).unwrap(), "device_id\n");
-    let (_, update) = notes.split_once("--- update\n").unwrap();
+    let (_, update) = log.split_once("--- update\n").unwrap();
     let (update, _) = update.split_once("--- served\n").unwrap();
     update.lines().collect::<Vec<_>>().join(", ")
 }
@@ -127,7 +131,7 @@ fn reopen_does_everything_again() {
     assert_eq!(run(Strategy::Reopen, offered(&[BackendFeatures::SUSPEND])), all);
 }
 
-/// A failed execve (`ENOEXEC`: the file is no program) with everything undone.
+/// Makes execve fail (`ENOEXEC`: the file is no program), checks that everything was undone, and returns the requests.
 fn fail(strategy: Strategy, bits: &[vdpa_core::features::Bit]) -> String {
     use std::os::unix::fs::PermissionsExt as _;
     let directory = tempfile::tempdir().unwrap();
@@ -143,8 +147,8 @@ fn fail(strategy: Strategy, bits: &[vdpa_core::features::Bit]) -> String {
     assert!(failed.error.source.to_string().contains("execve"), "{:?}", failed.error);
     let mut devices = failed.devices;
     let mut session = devices.take("disk0").unwrap();
-    let notes = std::fs::read_to_string(&path).unwrap();
-    let (_, update) = notes.split_once("--- update\n").unwrap();
+    let log = std::fs::read_to_string(&path).unwrap();
+    let (_, update) = log.split_once("--- update\n").unwrap();
 
     complete_first(&session);
     assert_eq!(session.queue_mut(Q0).unwrap().reap().unwrap().unwrap().token, 11);
@@ -162,9 +166,9 @@ fn a_failed_exec_is_undone() {
     let handshake = "status 0, status 1, status 3, features, status 11";
     let reset = format!("suspend, get_base, status 0, {handshake}, base 1, enable, status 15");
     assert_eq!(fail(Strategy::Reset, &[B::NEW_OWNER, B::SUSPEND]), reset);
-    let notes = fail(Strategy::Reopen, &[B::SUSPEND]);
-    assert!(notes.starts_with("suspend, get_base, close, open, set_owner"), "{notes}");
-    assert!(notes.ends_with("update, end, base 1, enable, status 15"), "{notes}");
+    let log = fail(Strategy::Reopen, &[B::SUSPEND]);
+    assert!(log.starts_with("suspend, get_base, close, open, set_owner"), "{log}");
+    assert!(log.ends_with("update, end, base 1, enable, status 15"), "{log}");
 }
 
 #[test]
@@ -172,7 +176,7 @@ fn what_cannot_work_is_refused_before_the_device_is_touched() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join(format!("{:x}", offered(&[BackendFeatures::NEW_OWNER]).0));
     File::create(&path).unwrap();
-    let refused = |devices: &Devices<Notes>, plan: Plan, image: &str| {
+    let refused = |devices: &Devices<RecordingDevice>, plan: Plan, image: &str| {
         let error = plan.prepare(devices, Via::Exec(Image::new(image))).unwrap_err();
         assert_eq!(error.phase, Phase::Prepare);
         error.source
@@ -195,7 +199,7 @@ fn what_cannot_work_is_refused_before_the_device_is_touched() {
             format!("strategy {strategy} needs backend feature NEW_OWNER (bit 9), which the device does not");
         assert!(cause.to_string().starts_with(&text), "{cause}");
     }
-    let text = Notes::at(&old).text();
+    let text = RecordingDevice::at(&old).text();
     assert!(text.ends_with("--- update\n"), "{text}");
     let cause = refused(&devices, Plan::new().strategy(Strategy::Reopen), "/bin/true");
     assert!(matches!(cause, Cause::InFlight { in_flight: 2 }), "{cause}");
@@ -220,8 +224,8 @@ fn what_cannot_work_is_refused_before_the_device_is_touched() {
     devices.get_mut("disk0").unwrap().map(vec![spec]).unwrap();
     let cause = refused(&devices, Plan::new(), "/bin/true");
     assert!(cause.to_string().contains("\"heap\"") && cause.to_string().contains("memfd"), "{cause}");
-    let notes = devices.get("disk0").unwrap().ops().text();
-    assert!(notes.ends_with("--- update\nbegin\nupdate\nend\n"), "{notes}");
+    let log = devices.get("disk0").unwrap().ops().text();
+    assert!(log.ends_with("--- update\nbegin\nupdate\nend\n"), "{log}");
 }
 
 #[test]
@@ -230,7 +234,7 @@ fn a_session_that_changes_after_prepare_is_prepared_again() {
     let path = directory.path().join(format!("{:x}", offered(&[BackendFeatures::NEW_OWNER]).0));
     File::create(&path).unwrap();
     let mut devices = Devices::one("disk0", session(&path));
-    let prepare = |devices: &Devices<Notes>, plan: Plan| {
+    let prepare = |devices: &Devices<RecordingDevice>, plan: Plan| {
         plan.prepare(devices, Via::Exec(Image::new("/bin/true"))).unwrap()
     };
     let prepared = prepare(&devices, Plan::new());
@@ -266,9 +270,9 @@ fn a_deadline_that_is_over_keeps_the_program_here() {
     assert!(text.ends_with("--- update\nsuspend\nresume\n"), "{text}");
 }
 
-/// The caller's own view of a request that the device refuses in the middle of bringing two devices to rest.
+/// The second of two devices refuses SUSPEND after the first one was stopped: what the caller gets.
 #[test]
-fn devices_that_are_at_rest_already_go_on_when_the_next_one_fails() {
+fn devices_that_are_stopped_already_continue_when_the_next_one_fails() {
     use BackendFeatures as B;
     let bits = [B::NEW_OWNER, B::SUSPEND, B::RESUME];
     let directories = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
@@ -294,7 +298,8 @@ fn devices_that_are_at_rest_already_go_on_when_the_next_one_fails() {
     assert_eq!(tail("first"), format!("suspend, get_base, status 0, {handshake}, base 1, enable, status 15"));
 }
 
-/// A device that stands still and does not say where: one that knows RESUME goes on, another is lost, and that is said.
+/// The device is suspended, but GET_VRING_BASE fails. A device with RESUME continues. One without is lost, and the error says
+/// so.
 #[test]
 fn a_device_that_cannot_be_brought_back_is_not_given_back() {
     use BackendFeatures as B;
@@ -314,17 +319,20 @@ fn a_device_that_cannot_be_brought_back_is_not_given_back() {
         if let Some(lost) = failed.lost.first() {
             assert_eq!(lost.to_string(), "update failed in phase resume of device disk0");
         }
-        let text = Notes::at(&path).text();
+        let text = RecordingDevice::at(&path).text();
         let end = if back { "suspend\nget_base fails\nresume\n" } else { "suspend\nget_base fails\nclose\n" };
         assert!(text.ends_with(end), "{text}");
     }
 }
 
-/// Both images of a program whose memory object has become too short for what is mapped of it.
+/// Both images of a program whose memory object was truncated to less than what is mapped of it.
 #[test]
 fn image_that_cannot_restore() {
-    let Some(path) = std::env::var_os("SHRINKING_NOTES") else {
-        assert!(update::restore::<Notes>().unwrap().is_none(), "a first start has nothing to restore");
+    let Some(path) = std::env::var_os("SHRINKING_DEVICE_FILE") else {
+        assert!(
+            update::restore::<RecordingDevice>().unwrap().is_none(),
+            "a first start has nothing to restore"
+        );
         return;
     };
     if std::env::var_os(update::STATE_VARIABLE).is_none() {
@@ -334,7 +342,7 @@ fn image_that_cannot_restore() {
         rustix::fs::ftruncate(ram.unwrap(), 4096).unwrap();
         panic!("not replaced: {:?}", prepared.switch(devices, Sections::new()).unwrap_err().error);
     }
-    let error = update::incoming::<Notes>().unwrap_err();
+    let error = update::incoming::<RecordingDevice>().unwrap_err();
     assert_eq!(error.phase, Phase::Load);
     assert!(
         error
@@ -358,7 +366,7 @@ fn an_image_that_cannot_restore_leaves_no_device_open() {
     File::create(&path).unwrap();
     let output = Command::new(std::env::current_exe().unwrap())
         .args(["image_that_cannot_restore", "--exact", "--nocapture"])
-        .env("SHRINKING_NOTES", &path)
+        .env("SHRINKING_DEVICE_FILE", &path)
         .output()
         .unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

@@ -1,4 +1,4 @@
-//! [`Case`]: one statement of the specification, and what its check is given.
+//! [`Case`]: one check of one statement of the specification, and [`Ctx`], the context in which it runs.
 
 use std::fmt::Debug;
 use std::path::Path;
@@ -15,58 +15,58 @@ use crate::probe::Probe;
 use crate::request::Request;
 use crate::vstats::{self, Counters, Vstats};
 
-/// What a check came to: `Ok` when the device did what the specification says.
+/// Outcome of a check: `Ok` if the device behaved as the specification says.
 pub type Outcome = Result<(), Stop>;
 
-/// Why a check ended early.
+/// Why a check ended before its end.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum Stop {
-    /// The device did something else.
+    /// The device did not behave as the specification says.
     #[error("{0}")]
     Failed(String),
-    /// This machine lacks something the check needs, apart from the device.
+    /// The machine, and not the device, lacks something that the check needs.
     #[error("cannot run: {0}")]
     CannotRun(String),
 }
 
 impl Stop {
-    /// A failure to prepare the check: the device refused `action`, which is not what is being checked.
+    /// A failure to prepare the check: the device refused `action`, which is not itself the subject of the check.
     pub(crate) fn setup(action: &str, errno: Errno) -> Self {
         Self::Failed(format!("set-up: {action}: {errno}"))
     }
 }
 
-/// Something a device must have for a case to mean anything. Probed from the device.
+/// A precondition of a case. The suite probes the device for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Need {
-    /// It offers this backend feature.
+    /// The device offers this backend feature.
     Backend(Bit),
-    /// It does not offer this backend feature.
+    /// The device does not offer this backend feature.
     NoBackend(Bit),
-    /// It offers this device feature.
+    /// The device offers this device feature.
     Feature(Bit),
-    /// It has this virtio device id.
+    /// The device has this virtio device id.
     DeviceId(u32),
-    /// It has at least this many virtqueues.
+    /// The device has at least this many virtqueues.
     Queues(u32),
-    /// It has at least this many groups of virtqueues.
+    /// The device has at least this many groups of virtqueues.
     Groups(u32),
-    /// It has at least this many address spaces.
+    /// The device has at least this many address spaces.
     AddressSpaces(u32),
-    /// Its largest ring has at least this many entries.
+    /// The device's largest ring has at least this many entries.
     RingSize(u16),
-    /// A second process can be started: the program of the suite is there.
+    /// A second process can be started: the suite's program was found.
     Child,
-    /// There is a way to learn what the device counts; see [`Vstats`].
+    /// The device's statistics can be read; see [`Vstats`].
     Vstats,
-    /// It can be opened a second time while somebody has it open.
+    /// The device can be opened a second time while it is open.
     SecondOpen,
-    /// The device is a file: the case is about its system calls, or about arguments as they lie in memory.
+    /// The device is a file: the case checks system calls of the file, or request arguments in the caller's memory.
     DeviceFile,
 }
 
 impl Need {
-    /// Why this need is not met; `None` when it is.
+    /// Why the device or the resources do not meet this need; `None` if they do.
     #[must_use]
     pub fn missing(self, probe: &Probe, resources: Resources<'_>) -> Option<String> {
         let (met, why) = match self {
@@ -114,28 +114,28 @@ fn backend_name(bit: Bit) -> String {
 /// One check.
 #[derive(Clone, Copy, Debug)]
 pub struct Case {
-    /// Stable name, `group.what`; expectation files refer to it.
+    /// Stable name, `group.what`, which expectation files use.
     pub id: &'static str,
     /// Section of the interface specification (uapi-spec), and the vector of its section 9.4 if there is one.
     pub spec: &'static str,
-    /// The requests whose behaviour it checks; the source of `docs/uapi.md`.
+    /// The requests whose behaviour the case checks. `docs/uapi.md` is generated from these.
     pub covers: &'static [Request],
-    /// What the device must have.
+    /// Preconditions.
     pub needs: &'static [Need],
-    /// The check. It opens the device itself and leaves it closed.
+    /// The check. It opens the device itself, and the device is closed when it returns.
     pub run: fn(&mut Ctx<'_>) -> Outcome,
 }
 
-/// What there is for a run besides the device.
+/// What a run has besides the device.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Resources<'a> {
-    /// The program to start for a second process (`vdpa-conform` itself); without it such cases are skipped.
+    /// The program to start as a second process (`vdpa-conform` itself); without it, cases that need one are skipped.
     pub child: Option<&'a Path>,
-    /// How to learn what the device counts; without it such cases are skipped.
+    /// How to read the device's statistics; without it, cases that need them are skipped.
     pub vstats: Option<&'a Vstats>,
 }
 
-/// What a check is given.
+/// The context of a check: the device and the resources of the run.
 #[derive(Debug)]
 pub struct Ctx<'a> {
     target: Target<'a>,
@@ -148,7 +148,7 @@ impl<'a> Ctx<'a> {
         Self { target, probe, resources }
     }
 
-    /// What the device is.
+    /// What the device reports about itself.
     pub(crate) fn probe(&self) -> &'a Probe {
         self.probe
     }
@@ -158,7 +158,7 @@ impl<'a> Ctx<'a> {
         Device::open(self.target)
     }
 
-    /// Opens the device file in some mode.
+    /// Opens the device file with this access mode.
     pub(crate) fn open_as(&self, mode: OFlags) -> Result<Device, Stop> {
         let Target::File(path) = self.target else {
             return Err(Stop::CannotRun("there is no device file".to_owned()));
@@ -166,7 +166,7 @@ impl<'a> Ctx<'a> {
         Device::open_as(path, mode).map_err(|errno| Stop::setup("open", errno))
     }
 
-    /// Opens the device; no owner, status 0.
+    /// Opens the device. It has no owner, and its status is 0.
     pub(crate) fn open(&self) -> Result<Device, Stop> {
         self.try_open().map_err(|errno| Stop::setup("open", errno))
     }
@@ -178,23 +178,23 @@ impl<'a> Ctx<'a> {
         Ok(device)
     }
 
-    /// The features every transport client acknowledges, as far as the device offers them.
-    pub(crate) fn plain_features(&self) -> Features {
+    /// The features that every client of the transport acknowledges, if the device offers them.
+    pub(crate) fn base_features(&self) -> Features {
         self.probe.features & Features::of(&[Features::VERSION_1, Features::ACCESS_PLATFORM])
     }
 
-    /// What `device` counts for a queue.
+    /// Reads the statistics of a queue of `device`.
     pub(crate) fn counters(&self, device: &Device, queue: u16) -> Result<Counters, Stop> {
         vstats::counters(self.resources.vstats, device, queue)
     }
 
-    /// Forks a child that holds `device` too.
-    #[expect(clippy::unused_self, reason = "beside `child`, as the other kind of second process")]
+    /// Forks a child, which inherits `device`.
+    #[expect(clippy::unused_self, reason = "a method, since `child` starts the other kind of second process")]
     pub(crate) fn fork(&self, device: &Device) -> Result<Forked, Stop> {
         Forked::start(device)
     }
 
-    /// Starts a second process that holds `device` too.
+    /// Starts a second process and passes `device` to it.
     pub(crate) fn child(&self, device: &Device) -> Result<Child, Stop> {
         let program = self
             .resources
@@ -204,12 +204,12 @@ impl<'a> Ctx<'a> {
     }
 }
 
-/// Compares what came with what the specification says.
+/// Compares the result `got` with `want`, the result that the specification requires.
 pub(crate) fn check<T: PartialEq + Debug>(what: &str, got: T, want: T) -> Outcome {
     if got == want { Ok(()) } else { Err(Stop::Failed(format!("{what}: got {got:?}, should be {want:?}"))) }
 }
 
-/// Prepares a check; an error means that the check could not be made.
+/// Converts the error of a step that prepares a check: the check could not be made.
 pub(crate) fn prepare<T>(action: &str, result: Result<T, Errno>) -> Result<T, Stop> {
     result.map_err(|errno| Stop::setup(action, errno))
 }
@@ -234,7 +234,7 @@ mod tests {
         let file = Probe { is_file: true, ..probe };
         assert!(Need::Vstats.missing(&file, child).unwrap().contains("--vstats"));
         assert!(Need::Vstats.missing(&file, Resources { vstats: Some(&"vdpa".into()), ..none }).is_none());
-        assert!(Need::Vstats.missing(&probe, none).is_none(), "it is asked itself");
+        assert!(Need::Vstats.missing(&probe, none).is_none(), "a device in this process is asked directly");
     }
 
     #[test]

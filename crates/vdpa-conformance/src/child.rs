@@ -1,7 +1,7 @@
-//! A second process that holds the same open device: what a forked child or a successor would be.
+//! A second process that has the same open device, in place of a client's child or successor.
 //!
-//! The suite starts its own program with `--child`. The device is the child's standard input, since a descriptor
-//! can be passed there without unsafe code; a socket is its standard output. Requests and answers are lines:
+//! The suite starts its own program with `--child`. The device is the child's standard input, since a descriptor can be
+//! passed there without unsafe code. A socket is its standard output. Commands and answers are lines:
 //!
 //! ```text
 //! ioctl NUMBER HEX|null      ok HEX | error ERRNO      the bytes after the call
@@ -24,16 +24,16 @@ use vdpa_sys::vhost_vdpa::RawArg;
 
 use crate::case::Stop;
 use crate::device::Device;
-use crate::inprocess::Local;
+use crate::inprocess::LocalFile;
 use crate::memory::{PAGE, Region};
 use crate::request::Request;
 
 const PROGRAM: &str = "vdpa-conform";
-/// How long the child may take to answer: below the limit of a case, so that the case can say what happened.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// How long the child may take to answer. It is shorter than the timeout of a case, so that the case can report the cause.
+const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// The program to start as a second process: this one, or `vdpa-conform` beside it or one directory up (where cargo
-/// puts it for a test).
+/// Finds the program to start as a second process: this program itself, or `vdpa-conform` in its directory or in the parent
+/// of that (where cargo puts it for a test).
 #[must_use]
 pub fn program() -> Option<PathBuf> {
     let own = std::env::current_exe().ok()?;
@@ -43,20 +43,20 @@ pub fn program() -> Option<PathBuf> {
     own.ancestors().skip(1).take(2).map(|directory| directory.join(PROGRAM)).find(|program| program.is_file())
 }
 
-/// The second process, seen from the suite. Ends when it is dropped.
+/// The suite's handle of the second process, which ends when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Child {
     process: std::process::Child,
     lines: Option<BufReader<UnixStream>>,
-    /// A device in the suite's process, in the hands of the child: requests are made there on its behalf.
-    local: Option<Local>,
+    /// For a device in the suite's process: the device, with the child as caller. The suite makes the child's requests.
+    local: Option<LocalFile>,
 }
 
 impl Child {
     /// Starts `program` with a duplicate of the device's descriptor.
     pub(crate) fn start(program: &Path, device: &Device) -> io::Result<Self> {
         let (ours, theirs) = UnixStream::pair()?;
-        ours.set_read_timeout(Some(PATIENCE))?;
+        ours.set_read_timeout(Some(TIMEOUT))?;
         let input = match device.file() {
             Ok(file) => Stdio::from(file.as_fd().try_clone_to_owned()?),
             Err(_) => Stdio::null(),
@@ -66,25 +66,25 @@ impl Child {
             .stdin(input)
             .stdout(Stdio::from(OwnedFd::from(theirs)))
             .spawn()?;
-        let local = device.local().map(|local| local.by(process.id()));
+        let local = device.local().map(|local| local.for_process(process.id()));
         let mut child = Self { process, lines: Some(BufReader::new(ours)), local };
-        // Not before its exec is complete is it the process it will be.
+        // An answer means that the exec is complete. Before that, the child does not have its final address space.
         child.exchange("ready").map(|_| child)
     }
 
-    /// Limits the memory that may be locked for the child.
+    /// Sets the child's RLIMIT_MEMLOCK.
     pub(crate) fn limit_memlock(&self, pages: u64) -> Result<(), Stop> {
         let pid = i32::try_from(self.process.id()).unwrap_or(0);
         vdpa_sys::rlimit::set_memlock_of(pid, pages * PAGE)
             .map_err(|errno| Stop::CannotRun(format!("RLIMIT_MEMLOCK of a second process: {errno}")))
     }
 
-    /// A request without an argument, made by the child.
+    /// Has the child make a request without an argument.
     pub(crate) fn call(&mut self, request: Request) -> Result<Result<(), Errno>, Stop> {
         self.ioctl(request, None)
     }
 
-    /// A request that reads these bytes, made by the child.
+    /// Has the child make a request whose argument is `bytes`.
     pub(crate) fn set(&mut self, request: Request, bytes: &[u8]) -> Result<Result<(), Errno>, Stop> {
         self.ioctl(request, Some(bytes))
     }
@@ -96,42 +96,44 @@ impl Child {
         }
         let number = request.wire_number().unwrap_or(0);
         let argument = bytes.map_or_else(|| "null".to_owned(), hex);
-        Ok(self.ask(&format!("ioctl {number} {argument}"))?.map(drop))
+        Ok(self.execute(&format!("ioctl {number} {argument}"))?.map(drop))
     }
 
-    /// Writes bytes to the device in the child.
+    /// Has the child write bytes to the device.
     pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<Result<usize, Errno>, Stop> {
         if let Some(local) = &self.local {
             return Ok(local.write(bytes));
         }
-        let answer = self.ask(&format!("write {}", hex(bytes)))?;
-        answer.map(|text| text.parse().map_err(|_| garbled(&text))).map_or_else(|e| Ok(Err(e)), |n| n.map(Ok))
+        let answer = self.execute(&format!("write {}", hex(bytes)))?;
+        answer
+            .map(|text| text.parse().map_err(|_| malformed_answer(&text)))
+            .map_or_else(|e| Ok(Err(e)), |n| n.map(Ok))
     }
 
-    /// Maps `region` in the child; returns its address there.
+    /// Has the child map `region`, and returns its address there.
     pub(crate) fn map(&mut self, region: &Region) -> Result<u64, Stop> {
-        let answer = self.ask(&format!("map {}", region.path()))?;
+        let answer = self.execute(&format!("map {}", region.path()))?;
         let text =
             answer.map_err(|errno| Stop::CannotRun(format!("mapping in a second process: {errno}")))?;
-        text.parse().map_err(|_| garbled(&text))
+        text.parse().map_err(|_| malformed_answer(&text))
     }
 
-    fn ask(&mut self, question: &str) -> Result<Result<String, Errno>, Stop> {
+    fn execute(&mut self, command: &str) -> Result<Result<String, Errno>, Stop> {
         let line =
-            self.exchange(question).map_err(|e| Stop::Failed(format!("second process: {question}: {e}")))?;
+            self.exchange(command).map_err(|e| Stop::Failed(format!("second process: {command}: {e}")))?;
         match line.trim_end_matches('\n').split_once(' ') {
             Some(("ok", rest)) => Ok(Ok(rest.to_owned())),
             Some(("error", number)) => match number.parse() {
                 Ok(number) => Ok(Err(Errno::from_raw(number))),
-                Err(_) => Err(garbled(&line)),
+                Err(_) => Err(malformed_answer(&line)),
             },
-            _ => Err(garbled(&line)),
+            _ => Err(malformed_answer(&line)),
         }
     }
 
-    fn exchange(&mut self, question: &str) -> io::Result<String> {
+    fn exchange(&mut self, command: &str) -> io::Result<String> {
         let lines = self.lines.as_mut().ok_or(io::ErrorKind::NotConnected)?;
-        writeln!(lines.get_mut(), "{question}")?;
+        writeln!(lines.get_mut(), "{command}")?;
         let mut line = String::new();
         if lines.read_line(&mut line)? == 0 {
             return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "it ended without an answer"));
@@ -142,28 +144,28 @@ impl Child {
 
 impl Drop for Child {
     fn drop(&mut self) {
-        // The end of its input ends the child; waiting makes sure that its descriptor is closed.
+        // The child ends at the end of its input. After waiting for it, its descriptor of the device is closed.
         drop(self.lines.take());
         let _ = self.process.wait();
     }
 }
 
-fn garbled(text: &str) -> Stop {
+fn malformed_answer(text: &str) -> Stop {
     Stop::Failed(format!("second process: cannot read its answer {text:?}"))
 }
 
-/// The child's side: answers requests until there are no more. Called by `vdpa-conform --child`.
+/// Executes commands until the end of input: the main loop of the child, which `vdpa-conform --child` calls.
 ///
 /// # Errors
-/// When the descriptors it was started with are not those of a child, or the suite is gone.
+/// If standard input and output are not those of a child, or if the suite has ended.
 pub fn serve() -> io::Result<()> {
     let device = Device::from_fd(rustix::stdio::stdin().try_clone_to_owned()?);
     let socket = UnixStream::from(rustix::stdio::stdout().try_clone_to_owned()?);
     let mut answers = socket.try_clone()?;
-    // Mappings stay until the end, as those of a real successor would.
+    // Mappings remain until the child ends, as those of a real successor do.
     let mut regions = Vec::new();
     for line in BufReader::new(socket).lines() {
-        let answer = match answer(&device, &line?, &mut regions) {
+        let answer = match execute(&device, &line?, &mut regions) {
             Ok(text) => format!("ok {text}"),
             Err(errno) => format!("error {}", errno.raw()),
         };
@@ -172,7 +174,7 @@ pub fn serve() -> io::Result<()> {
     Ok(())
 }
 
-fn answer(device: &Device, line: &str, regions: &mut Vec<Region>) -> Result<String, Errno> {
+fn execute(device: &Device, line: &str, regions: &mut Vec<Region>) -> Result<String, Errno> {
     let words: Vec<_> = line.split(' ').collect();
     match words.as_slice() {
         ["ready"] => Ok(String::new()),
@@ -217,7 +219,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bytes_survive_the_way_to_the_child() {
+    fn bytes_are_the_same_after_encoding_and_decoding() {
         let bytes: Vec<u8> = (0..=255).collect();
         assert_eq!(unhex(&hex(&bytes)).unwrap(), bytes);
         assert_eq!(unhex("0"), None);
@@ -226,15 +228,15 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_is_the_devices() {
+    fn a_command_returns_the_result_of_the_device() {
         let device = Device::from_fd(std::fs::File::open("/dev/null").unwrap().into());
         let mut regions = Vec::new();
-        assert_eq!(answer(&device, "ioctl 44801 null", &mut regions), Err(Errno::NOTTY));
-        assert_eq!(answer(&device, "write 00", &mut regions), Err(Errno::BADF));
-        assert_eq!(answer(&device, "dance", &mut regions), Err(Errno::NOSYS));
+        assert_eq!(execute(&device, "ioctl 44801 null", &mut regions), Err(Errno::NOTTY));
+        assert_eq!(execute(&device, "write 00", &mut regions), Err(Errno::BADF));
+        assert_eq!(execute(&device, "dance", &mut regions), Err(Errno::NOSYS));
         let region = Region::new(1).unwrap();
         let uaddr: u64 =
-            answer(&device, &format!("map {}", region.path()), &mut regions).unwrap().parse().unwrap();
+            execute(&device, &format!("map {}", region.path()), &mut regions).unwrap().parse().unwrap();
         assert!(uaddr != 0 && uaddr != region.uaddr());
     }
 }

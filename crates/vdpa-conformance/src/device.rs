@@ -1,4 +1,4 @@
-//! [`Device`]: raw access to a device, request by request.
+//! [`Device`]: an open device, with raw access to its requests.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -11,23 +11,23 @@ use vdpa_sys::uapi::live;
 use vdpa_sys::vhost_vdpa::{RawArg, VhostVdpaFd};
 
 use crate::case::Stop;
-use crate::inprocess::{Local, LocalDevice};
+use crate::inprocess::{LocalDevice, LocalFile};
 use crate::memory::Region;
 use crate::request::Request;
 
-/// What a successful write of an IOTLB message returns, whatever its length (uapi-spec 2.2).
-pub(crate) const WRITTEN: usize = 72;
+/// Size of an IOTLB message in bytes. A successful write returns it, whatever the length of the write (uapi-spec 2.2).
+pub(crate) const MESSAGE_SIZE: usize = 72;
 /// A message of version 1, `VHOST_IOTLB_MSG`.
 pub(crate) const V1: u32 = 1;
 /// A message of version 2, `VHOST_IOTLB_MSG_V2`.
 pub(crate) const V2: u32 = 2;
 
-/// Where a device is.
+/// The device under test.
 #[derive(Clone, Copy, Debug)]
 pub enum Target<'a> {
     /// A device file.
     File(&'a Path),
-    /// In this process.
+    /// A device in this process.
     InProcess(&'a LocalDevice),
 }
 
@@ -43,7 +43,7 @@ impl<'a> From<&'a LocalDevice> for Target<'a> {
     }
 }
 
-/// An open device. Nothing is checked or remembered on this side: what is asked for is what the device sees.
+/// An open device. It checks no arguments and keeps no state, so the device receives exactly the requests that a case makes.
 #[derive(Debug)]
 pub struct Device {
     transport: Transport,
@@ -53,19 +53,19 @@ pub struct Device {
 #[derive(Debug)]
 enum Transport {
     File(VhostVdpaFd),
-    InProcess(Local),
+    InProcess(LocalFile),
 }
 
-/// An error number of a system call made through rustix.
+/// Converts the error number of a system call made through rustix.
 pub(crate) fn errno(error: rustix::io::Errno) -> Errno {
     Errno::from_raw(error.raw_os_error())
 }
 
 impl Device {
-    /// Opens it for reading and writing.
+    /// Opens a device for reading and writing.
     ///
     /// # Errors
-    /// What open(2) reports.
+    /// Errors of open(2).
     pub fn open<'a>(target: impl Into<Target<'a>>) -> Result<Self, Errno> {
         match target.into() {
             Target::File(path) => Self::open_as(path, OFlags::RDWR),
@@ -73,7 +73,7 @@ impl Device {
         }
     }
 
-    const fn from_local(local: Local) -> Self {
+    const fn from_local(local: LocalFile) -> Self {
         Self { transport: Transport::InProcess(local) }
     }
 
@@ -81,13 +81,13 @@ impl Device {
         rustix::fs::open(path, mode | OFlags::CLOEXEC, Mode::empty()).map(Self::from_fd).map_err(errno)
     }
 
-    /// Adopts a descriptor.
+    /// Makes a device of the descriptor of its open file.
     #[must_use]
     pub fn from_fd(fd: OwnedFd) -> Self {
         Self { transport: Transport::File(VhostVdpaFd::from_fd(fd)) }
     }
 
-    /// The file, for its system calls.
+    /// The device file, for its system calls.
     pub(crate) fn file(&self) -> Result<&VhostVdpaFd, Stop> {
         match &self.transport {
             Transport::File(fd) => Ok(fd),
@@ -95,8 +95,8 @@ impl Device {
         }
     }
 
-    /// The device in this process, if it is there.
-    pub(crate) const fn local(&self) -> Option<&Local> {
+    /// The device in this process, unless the device is a file.
+    pub(crate) const fn local(&self) -> Option<&LocalFile> {
         match &self.transport {
             Transport::File(_) => None,
             Transport::InProcess(local) => Some(local),
@@ -114,28 +114,29 @@ impl Device {
         }
     }
 
-    /// To be called after a kick: a device in this process has no thread that waits for the eventfd.
-    pub(crate) fn kicked(&self) {
+    /// Makes a device in this process serve its queues. It must be called after a kick, since such a device has no thread
+    /// that waits for the eventfd.
+    pub(crate) fn process_kick(&self) {
         if let Some(local) = self.local() {
-            local.kicked();
+            local.process_kick();
         }
     }
 
-    /// Any ioctl number with any argument.
+    /// Makes an ioctl with any number and any argument.
     pub(crate) fn raw(&self, number: u32, argument: RawArg<'_>) -> Result<(), Errno> {
         match &self.transport {
             Transport::File(fd) => fd.raw_ioctl(number, argument).map(drop),
-            // A number without a name is one that only a file can answer.
+            // A device in this process has no ioctl numbers.
             Transport::InProcess(_) => Err(Errno::NOSYS),
         }
     }
 
-    /// A request with any argument.
+    /// Makes a request with any argument.
     pub(crate) fn request(&self, request: Request, argument: RawArg<'_>) -> Result<(), Errno> {
         if let Some(local) = self.local() {
             return local.request(request, argument);
         }
-        // Requests that are no ioctl have no number; `INVAL` marks the mistake in the case that made it.
+        // A request that is no ioctl has no number. A case that makes it here is wrong and fails with `INVAL`.
         let number = request.wire_number().ok_or(Errno::INVAL)?;
         match (request, argument) {
             (Request::GET_BACKEND_FEATURES, RawArg::Bytes(bytes)) => {
@@ -151,33 +152,33 @@ impl Device {
         }
     }
 
-    /// A request without an argument.
+    /// Makes a request without an argument.
     pub(crate) fn call(&self, request: Request) -> Result<(), Errno> {
         self.request(request, RawArg::Null)
     }
 
-    /// A request with a pointer that cannot be followed.
+    /// Makes a request whose argument is an invalid pointer.
     pub(crate) fn bad_pointer(&self, request: Request) -> Result<(), Errno> {
         self.request(request, RawArg::BadPointer)
     }
 
-    /// A request that fills `N` bytes; those the device leaves alone are 0.
+    /// Makes a request that returns `N` bytes. Bytes that the device does not write are 0.
     pub(crate) fn get<const N: usize>(&self, request: Request) -> Result<[u8; N], Errno> {
         let mut bytes = [0; N];
         self.request(request, RawArg::Bytes(&mut bytes)).map(|()| bytes)
     }
 
-    /// A request that reads these bytes.
+    /// Makes a request whose argument is `bytes`.
     pub(crate) fn set(&self, request: Request, bytes: &[u8]) -> Result<(), Errno> {
         self.request(request, RawArg::Bytes(&mut bytes.to_vec()))
     }
 
-    /// A request that reads a u64.
+    /// Makes a request whose argument is a u64.
     pub(crate) fn set_u64(&self, request: Request, value: u64) -> Result<(), Errno> {
         self.set(request, &value.to_ne_bytes())
     }
 
-    /// A request with `struct vhost_vring_state`; returns its `num` afterwards.
+    /// Makes a request with a `struct vhost_vring_state` and returns the struct's `num` after it.
     pub(crate) fn vring(&self, request: Request, index: u32, num: u32) -> Result<u32, Errno> {
         let mut bytes = pair(index, num);
         self.request(request, RawArg::Bytes(&mut bytes))?;
@@ -185,12 +186,12 @@ impl Device {
         Ok(u32::from_ne_bytes([a, b, c, d]))
     }
 
-    /// As [`vring`](Self::vring), when nothing comes back.
+    /// As [`vring`](Self::vring), for a request that returns nothing.
     pub(crate) fn set_vring(&self, request: Request, index: u32, num: u32) -> Result<(), Errno> {
         self.vring(request, index, num).map(drop)
     }
 
-    /// A request with `struct vhost_vring_file`; -1 unbinds.
+    /// Makes a request with a `struct vhost_vring_file`. `None` is -1, which removes the descriptor.
     pub(crate) fn set_fd(
         &self,
         request: Request,
@@ -229,7 +230,7 @@ impl Device {
         self.set_u64(Request::SET_BACKEND_FEATURES, features.0)
     }
 
-    /// `VHOST_VDPA_GET_CONFIG` of `len` bytes, the header's idea of it; the buffer is as long.
+    /// `VHOST_VDPA_GET_CONFIG` with `len` both in the header and as the length of the buffer.
     pub(crate) fn config(&self, offset: u32, len: u32) -> Result<Vec<u8>, Errno> {
         let mut bytes = pair(offset, len).to_vec();
         bytes.resize(8 + usize::try_from(len).unwrap_or(0), 0);
@@ -244,7 +245,7 @@ impl Device {
         self.set(Request::SET_CONFIG, &bytes)
     }
 
-    /// Writes bytes.
+    /// Writes bytes to the device.
     pub(crate) fn write(&self, bytes: &[u8]) -> Result<usize, Errno> {
         match &self.transport {
             Transport::File(fd) => fd.raw_write(bytes),
@@ -257,8 +258,8 @@ impl Device {
         self.write(&encode(V2, asid, &message))
     }
 
-    /// A message without fields.
-    pub(crate) fn plain(&self, asid: u32, kind: u8) -> Result<usize, Errno> {
+    /// Writes a message of this type whose other fields are 0.
+    pub(crate) fn message_of_type(&self, asid: u32, kind: u8) -> Result<usize, Errno> {
         self.message(asid, IotlbMsg { kind, ..IotlbMsg::default() })
     }
 
@@ -274,32 +275,32 @@ impl Device {
     }
 }
 
-/// Changes a word that crosses the interface.
+/// Replaces the u64 at the start of `bytes`.
 fn translate(bytes: &mut [u8], change: impl FnOnce(u64) -> u64) {
     if let Some(word) = bytes.first_chunk_mut() {
         *word = change(u64::from_ne_bytes(*word)).to_ne_bytes();
     }
 }
 
-/// Two words, as most arguments begin.
+/// Encodes two u32, with which most arguments begin.
 pub(crate) fn pair(first: u32, second: u32) -> [u8; 8] {
     let ([a, b, c, d], [e, f, g, h]) = (first.to_ne_bytes(), second.to_ne_bytes());
     [a, b, c, d, e, f, g, h]
 }
 
-/// `struct vhost_vring_file` with any number for the descriptor.
+/// Encodes a `struct vhost_vring_file` with any number as descriptor.
 pub(crate) fn vring_file(index: u32, fd: i32) -> [u8; 8] {
     pair(index, u32::from_ne_bytes(fd.to_ne_bytes()))
 }
 
-/// A message as it is written: `struct vhost_msg` or `struct vhost_msg_v2`, 72 bytes (uapi-spec 2.1).
+/// Encodes a message as `struct vhost_msg` or `struct vhost_msg_v2`, 72 bytes (uapi-spec 2.1).
 pub(crate) fn encode(version: u32, asid: u32, message: &IotlbMsg) -> Vec<u8> {
     let mut bytes = pair(version, asid).to_vec();
     for word in [message.iova, message.size, message.uaddr] {
         bytes.extend_from_slice(&word.to_ne_bytes());
     }
     bytes.extend_from_slice(&[message.perm.0, live::configured().message_to_wire(message.kind)]);
-    bytes.resize(WRITTEN, 0);
+    bytes.resize(MESSAGE_SIZE, 0);
     bytes
 }
 

@@ -1,13 +1,13 @@
-//! Expectation files: what is known of one device, each line with its reason.
+//! Expectation files: the known deviations of one device, each with its reason.
 //!
 //! ```text
-//! file.epoll: a FUSE file can always be polled             it deviates in this case
-//! n/a net.*: it is a block device                          these cases, or one, cannot be run on it
-//! not-run data.read-only-memory: it ends the daemon        is not tried
+//! file.epoll: a FUSE file can always be polled             the device deviates in this case
+//! n/a net.*: it is a block device                          these cases, or this case, cannot be run on the device
+//! not-run data.read-only-memory: it ends the daemon        this case must not be tried
 //! ```
 //!
-//! A line that is no longer true is an error of the run (what deviates or is not applicable must be so), except that
-//! a group line is for those of its cases that cannot be run.
+//! The run fails if a line is no longer true: a case listed as deviating must deviate, and a case listed as `n/a` must be
+//! impossible to run. A `n/a` line of a group is an exception: it applies to those of the group's cases that cannot be run.
 //!
 //! ```
 //! use vdpa_conformance::expect::Expectations;
@@ -21,49 +21,49 @@ use std::collections::BTreeMap;
 
 use thiserror::Error;
 
-/// What is known of a device: reasons by case.
+/// The known deviations of a device: for each case, the reason.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Expectations {
     deviations: BTreeMap<String, String>,
-    /// Cases, and groups by their names with the dot.
+    /// By case, or by group with its dot.
     inapplicable: BTreeMap<String, String>,
     not_run: BTreeMap<String, String>,
 }
 
-/// What is wrong with an expectation file. Lines count from 1.
+/// Errors of an expectation file. Lines are counted from 1.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum ParseError {
     /// A line is not `case-id: reason`, with or without `n/a` or `not-run` before it.
     #[error("line {line}: not of the form `[n/a |not-run ]case-id: reason`: {text:?}")]
     Form {
-        /// The line.
+        /// Number of the line.
         line: usize,
-        /// What it says.
+        /// Text of the line.
         text: String,
     },
     /// A line names a case that does not exist.
     #[error("line {line}: there is no case {id:?}; `vdpa-conform --list` shows them")]
     UnknownCase {
-        /// The line.
+        /// Number of the line.
         line: usize,
-        /// The name.
+        /// Name of the case.
         id: String,
     },
     /// A case is listed twice.
     #[error("line {line}: case {id:?} is listed before")]
     Repeated {
-        /// The line.
+        /// Number of the second line.
         line: usize,
-        /// The case.
+        /// Name of the case.
         id: String,
     },
 }
 
 impl Expectations {
-    /// Reads a file; empty lines and those beginning with `#` are left out.
+    /// Parses the text of a file. Empty lines and lines that begin with `#` are ignored.
     ///
     /// # Errors
-    /// [`ParseError`], also for a case that is not among `known`: a file must not outlive what it speaks of.
+    /// [`ParseError`], also for a case that is not in `known`, so that no line remains after its case was removed.
     pub fn parse(text: &str, known: &[&str]) -> Result<Self, ParseError> {
         let mut expected = Self::default();
         for (index, text) in text.lines().enumerate() {
@@ -98,7 +98,7 @@ impl Expectations {
         }
     }
 
-    /// These and those of another file, which wins where both speak of a case.
+    /// Adds the expectations of another file. If both have a line for a case, that of the other file applies.
     #[must_use]
     pub fn and(mut self, more: Self) -> Self {
         self.deviations.extend(more.deviations);
@@ -107,31 +107,31 @@ impl Expectations {
         self
     }
 
-    /// Why the device deviates in this case; `None` when it should not.
+    /// Why the device deviates in this case; `None` if it must not deviate.
     #[must_use]
     pub fn deviation(&self, id: &str) -> Option<&str> {
         self.deviations.get(id).map(String::as_str)
     }
 
-    /// Every deviation: case and reason, by name.
+    /// All deviations as case and reason, sorted by case.
     pub fn deviations(&self) -> impl Iterator<Item = (&str, &str)> {
         self.deviations.iter().map(|(id, reason)| (id.as_str(), reason.as_str()))
     }
 
-    /// Why this case cannot be run on the device; `None` when it should be.
+    /// Why this case cannot be run on the device; `None` if it must be run.
     #[must_use]
     pub fn inapplicable(&self, id: &str) -> Option<&str> {
         let group = id.split_inclusive('.').next()?;
         self.inapplicable.get(id).or_else(|| self.inapplicable.get(group)).map(String::as_str)
     }
 
-    /// Whether this very case, not only its group, is said to be inapplicable.
+    /// Whether a line names this case, and not only its group, as inapplicable.
     #[must_use]
     pub(crate) fn names_inapplicable(&self, id: &str) -> bool {
         self.inapplicable.contains_key(id)
     }
 
-    /// Why this case must not be tried on the device; `None` when it may.
+    /// Why this case must not be tried on the device; `None` if it may be tried.
     #[must_use]
     pub fn not_run(&self, id: &str) -> Option<&str> {
         self.not_run.get(id).map(String::as_str)
@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn a_group_excuses_what_cannot_be_run_only() {
+    fn a_group_applies_only_to_cases_that_cannot_be_run() {
         let known = ["data.read", "data.write", "file.open"];
         let expected = Expectations::parse(
             "n/a data.*: no disk\nn/a data.read: why\nnot-run file.open: ends it",
@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_what_could_rot() {
+    fn unknown_repeated_and_malformed_lines_are_refused() {
         let known = ["a.b"];
         assert_eq!(
             Expectations::parse("a.b: x\na.c: y", &known),

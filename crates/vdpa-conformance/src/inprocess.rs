@@ -1,8 +1,9 @@
-//! The device in this process: the requests of a device file as calls, so that the suite needs no kernel and no daemon.
+//! Devices in this process: the requests of a device file are function calls, so that the suite needs neither a kernel
+//! module nor a daemon.
 //!
-//! Memory, eventfds and processes are real: addresses are resolved, descriptors fetched and owners recognised as a
-//! server of device files does it. What the file itself does (arguments at bad addresses, read, poll, mmap, lengths of
-//! messages) is not here; cases about that say so with [`Need::DeviceFile`](crate::Need::DeviceFile).
+//! Memory, eventfds and processes are real: this module resolves addresses, fetches descriptors and recognises owners as a
+//! server of device files does. It does not have what the file itself does (arguments at bad addresses, read, poll, mmap,
+//! lengths of messages). Cases that check this have [`Need::DeviceFile`](crate::Need::DeviceFile).
 
 use vdpa_core::Errno;
 use vdpa_core::device::Device;
@@ -18,36 +19,36 @@ use vdpa_sys::process::{Caller, OwnerSpace, ProcessCaller, Spaces};
 use vdpa_sys::uapi::live;
 use vdpa_sys::vhost_vdpa::RawArg;
 
-use crate::device::{V1, V2, WRITTEN, pair};
+use crate::device::{MESSAGE_SIZE, V1, V2, pair};
 use crate::request::Request;
 
-/// What marks a request that only a device file has, in a case that does not say that it needs one.
-const NO_FILE: Errno = Errno::NOSYS;
+/// Error of a request that only a device file has. A case that gets it should have the need for a device file.
+const NEEDS_FILE: Errno = Errno::NOSYS;
 
-/// A device that serves its queues when it is told to.
-trait Served: Parent<Host = LinuxHost> {
-    /// A queue was kicked.
+/// A device that serves its queues when it is called, instead of in a thread.
+trait ServeOnKick: Parent<Host = LinuxHost> {
+    /// Serves all queues. Called after a kick.
     fn serve(&mut self);
 }
 
-impl Served for RamBlk<LinuxHost> {
+impl ServeOnKick for RamBlk<LinuxHost> {
     fn serve(&mut self) {
         Self::serve(self);
     }
 }
 
-impl Served for RamNet<LinuxHost> {
+impl ServeOnKick for RamNet<LinuxHost> {
     fn serve(&mut self) {
         Self::serve(self);
     }
 }
 
-type AnyServed = Box<dyn Served>;
+type AnyDevice = Box<dyn ServeOnKick>;
 
-/// A device in this process, to be opened by cases.
+/// A device in this process, which cases open.
 #[derive(Clone, Debug)]
 pub struct LocalDevice {
-    node: Node<AnyServed>,
+    node: Node<AnyDevice>,
     spaces: Spaces,
 }
 
@@ -58,48 +59,48 @@ impl Default for LocalDevice {
 }
 
 impl LocalDevice {
-    /// A block device with the translation and the backend features of the kernel's simulator.
+    /// A block device with the address translation and the backend features of the kernel's simulator.
     #[must_use]
     pub fn new() -> Self {
         Self::with(RamBlk::on_host(64))
     }
 
-    /// As the simulator with `use_va=0`: pinned pages.
+    /// A block device as the simulator with `use_va=0`: it pins pages.
     #[must_use]
     pub fn pinned() -> Self {
         Self::with(RamBlk::on_host(64).with(|profile| {
             profile.address_mode = AddressMode::PinnedPages;
             profile.private_memory = PrivateMemory::Copy;
-            // The limit of the account the suite runs under is not what is checked.
+            // A fixed limit, so that the result does not depend on the limit of the user who runs the suite.
             profile.pin_limit = PinLimit::Pages(1 << 20);
         }))
     }
 
-    /// As the simulator with `batch_mapping=0`: owner addresses, by single mappings.
+    /// A block device as the simulator with `batch_mapping=0`: it uses addresses of its owner and gets single mappings.
     #[must_use]
     pub fn single_mappings() -> Self {
         Self::with(RamBlk::on_host(64).with_single_mappings())
     }
 
-    /// The kernel's network simulator.
+    /// A network device as the kernel's network simulator.
     #[must_use]
     pub fn net() -> Self {
         Self::with(RamNet::new())
     }
 
-    fn with(device: impl Served + 'static) -> Self {
+    fn with(device: impl ServeOnKick + 'static) -> Self {
         Self { node: Node::new(Box::new(device)), spaces: Spaces::new() }
     }
 
-    pub(crate) fn open(&self) -> Result<Local> {
-        self.node.open(Process { pid: None, spaces: self.spaces.clone() }).map(Local)
+    pub(crate) fn open(&self) -> Result<LocalFile> {
+        self.node.open(Process { pid: None, spaces: self.spaces.clone() }).map(LocalFile)
     }
 }
 
-/// A process as the device sees it.
+/// The process that makes a request.
 #[derive(Clone, Debug)]
 struct Process {
-    /// `None`: the thread that makes the request.
+    /// Its process id; `None` for the calling thread.
     pid: Option<i32>,
     spaces: Spaces,
 }
@@ -125,29 +126,29 @@ impl vdpa_core::host::Caller<LinuxHost> for Process {
     }
 }
 
-/// The device, open, in the hands of one process.
+/// A descriptor of an open device in this process, with the process that makes requests on it.
 #[derive(Clone, Debug)]
-pub(crate) struct Local(InProcess<AnyServed, Process>);
+pub(crate) struct LocalFile(InProcess<AnyDevice, Process>);
 
-impl Local {
-    /// The same open device in the hands of the process `pid`.
-    pub(crate) fn by(&self, pid: u32) -> Self {
+impl LocalFile {
+    /// The same open device with the process `pid` as caller.
+    pub(crate) fn for_process(&self, pid: u32) -> Self {
         let spaces = self.0.caller().spaces.clone();
         Self(self.0.for_caller(Process { pid: i32::try_from(pid).ok(), spaces }))
     }
 
-    /// The queue was kicked.
-    pub(crate) fn kicked(&self) {
+    /// Makes the device serve its queues, after a kick.
+    pub(crate) fn process_kick(&self) {
         self.0.with(|device, _| device.parent_mut().serve());
     }
 
-    /// What the device counts for a queue.
+    /// Reads the statistics of a queue.
     pub(crate) fn vendor_stats(&self, index: QueueIndex) -> Result<Vec<(String, u64)>> {
         let counters = self.0.with(|device, _| device.parent().vendor_stats(index))?;
         Ok(counters.into_iter().map(|(name, value)| (name.to_owned(), value)).collect())
     }
 
-    /// One IOTLB message, decoded as in uapi-spec 2.2.
+    /// Writes one IOTLB message, which is decoded as in uapi-spec 2.2.
     pub(crate) fn write(&self, bytes: &[u8]) -> Result<usize> {
         let word = |at: usize| -> Result<u32> {
             let word = bytes.get(at..).and_then(|rest| rest.first_chunk()).ok_or(Errno::INVAL)?;
@@ -170,23 +171,23 @@ impl Local {
             };
             device.iotlb(caller, Asid(asid), &message).map_err(|error| error.errno())
         })?;
-        Ok(WRITTEN)
+        Ok(MESSAGE_SIZE)
     }
 
-    /// A request with its argument as bytes.
+    /// Makes a request. Its argument is given as bytes.
     pub(crate) fn request(&self, request: Request, argument: RawArg<'_>) -> Result<()> {
         match argument {
-            RawArg::Null => self.plain(request),
+            RawArg::Null => self.without_argument(request),
             RawArg::Bytes(bytes) => match self.get(request) {
                 Some(value) => put(bytes, &value?),
                 None => self.set(request, bytes),
             },
-            RawArg::Int(_) | RawArg::BadPointer => Err(NO_FILE),
+            RawArg::Int(_) | RawArg::BadPointer => Err(NEEDS_FILE),
         }
     }
 
-    /// Requests without an argument.
-    fn plain(&self, request: Request) -> Result<()> {
+    /// Makes a request without an argument.
+    fn without_argument(&self, request: Request) -> Result<()> {
         let device = &self.0;
         match request {
             Request::SET_OWNER => device.set_owner(),
@@ -194,11 +195,11 @@ impl Local {
             Request::RESET_OWNER => device.reset_owner(),
             Request::SUSPEND => device.suspend(),
             Request::RESUME => device.resume(),
-            _ => Err(NO_FILE),
+            _ => Err(NEEDS_FILE),
         }
     }
 
-    /// Requests that only give something; `None` for others.
+    /// Makes a request that only returns a value; `None` for other requests.
     fn get(&self, request: Request) -> Option<Result<Vec<u8>>> {
         let device = &self.0;
         let long = |value: u64| value.to_ne_bytes().to_vec();
@@ -221,7 +222,7 @@ impl Local {
         })
     }
 
-    /// Requests that read their argument, and perhaps write it too.
+    /// Makes a request that reads its argument and may write to it too.
     fn set(&self, request: Request, bytes: &mut [u8]) -> Result<()> {
         let device = &self.0;
         match request {
@@ -245,9 +246,9 @@ impl Local {
     fn config(&self, request: Request, bytes: &mut [u8]) -> Result<()> {
         let [offset, len] = words(bytes)?;
         let data = bytes.get_mut(8..).unwrap_or_default();
-        // What the header says and what there is are two things on a file only.
+        // The length in the header can differ from that of the buffer only for a file.
         if data.len() as u64 != u64::from(len) {
-            return Err(NO_FILE);
+            return Err(NEEDS_FILE);
         }
         match request {
             Request::GET_CONFIG => self.0.config(offset, data),
@@ -255,7 +256,7 @@ impl Local {
         }
     }
 
-    /// Requests of the owner: its check, the index, the rest (uapi-spec 1.1).
+    /// Makes a request of the owner. The checks are in the kernel's order: owner, index, rest (uapi-spec 1.1).
     fn vring(&self, request: Request, bytes: &mut [u8]) -> Result<()> {
         self.0.with(|device, caller| device.check_owner(caller))?;
         let [first, num] = words(bytes)?;
@@ -291,7 +292,7 @@ impl Local {
         }
     }
 
-    /// Fetches an eventfd from the caller's table, as a server does.
+    /// Fetches an eventfd from the caller's descriptor table, as a server of device files does.
     fn event(&self, fd: i32) -> Result<Option<EventFd>> {
         if fd == -1 {
             return Ok(None);
@@ -301,9 +302,9 @@ impl Local {
     }
 }
 
-/// Requests that give a number for a queue.
+/// Makes a request that returns a number for a queue.
 fn vring_answer(
-    device: &mut Device<AnyServed>,
+    device: &mut Device<AnyDevice>,
     caller: &Process,
     request: Request,
     index: QueueIndex,
@@ -314,7 +315,7 @@ fn vring_answer(
         Request::GET_VRING_GROUP => device.vring_group(caller, index).map(|group| group.0),
         Request::GET_VRING_DESC_GROUP => device.vring_desc_group(caller, index).map(|group| group.0),
         Request::GET_VRING_SIZE => device.vring_size(caller, index),
-        _ => Err(NO_FILE),
+        _ => Err(NEEDS_FILE),
     }
 }
 

@@ -1,12 +1,11 @@
-//! Conformance suite for vhost-vdpa devices: the kernel's, those of `vdpad`, anyone's.
+//! Conformance suite for vhost-vdpa devices: those of the kernel, of `vdpad` and of any other implementation.
 //!
-//! A [`Case`] checks one statement of the interface specification on a device that it opens afresh: a device file, or
-//! a [`LocalDevice`] without one. What it
-//! needs from the device (features, backend bits, device class, number of queues) is probed, never derived from
-//! a kernel version. [`run`](runner::run) executes cases and compares the outcomes with the
-//! [`Expectations`](expect::Expectations) for the device, where each deviation has its reason.
+//! A [`Case`] checks one statement of the interface specification. Each case opens the device again: a device file, or a
+//! [`LocalDevice`] in this process. The suite probes the device for what a case needs (features, backend bits, device class,
+//! number of queues) and never derives it from a kernel version. [`run`](runner::run) executes cases and compares the
+//! outcomes with the [`Expectations`](expect::Expectations) for the device, which give a reason for each deviation.
 //!
-//! The suite resets the device and takes its ownership: it must have the device for itself.
+//! The suite resets the device and becomes its owner, so nothing else may use the device meanwhile.
 #![forbid(unsafe_code)]
 
 mod blk_driver;

@@ -84,7 +84,7 @@ const NO_DEVICE: u8 = 3;
 const HUNG: u8 = 4;
 const SKIPPED: u8 = 5;
 
-/// An error that ends the program, with its exit code.
+/// An error that ends the program: exit code and message.
 struct Fatal(u8, String);
 
 impl Fatal {

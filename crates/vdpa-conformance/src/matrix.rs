@@ -1,7 +1,7 @@
-//! The matrix of `docs/uapi.md`: what each device does with each request.
+//! The matrix of `docs/uapi.md`: how each device handles each request.
 //!
-//! The device columns come from the expectation files, and those from runs: a run fails when a case does otherwise than
-//! its file says, in either direction.
+//! The device columns are made from the expectation files. Runs of the suite keep these files true: a run fails if a case
+//! deviates unexpectedly, and also if it passes although its file lists a deviation.
 
 mod choices;
 
@@ -12,7 +12,8 @@ use crate::case::Case;
 use crate::expect::{Expectations, ParseError};
 use crate::request::Request;
 
-/// A column: devices, each with its files, the later ones winning.
+/// A column of the matrix: several devices, each with its expectation files. A line in a later file replaces one in an earlier
+/// file.
 struct Column {
     title: &'static str,
     devices: &'static [&'static [&'static str]],
@@ -66,10 +67,10 @@ const COLUMNS: [Column; 6] = [
 const HEAD: &str = include_str!("matrix/head.md");
 const TAIL: &str = include_str!("matrix/tail.md");
 
-/// The document, from the table of requests, what the cases say they cover, and the expectation files.
+/// Generates the document from the table of requests, the requests that the cases cover, and the expectation files.
 ///
 /// # Errors
-/// [`ParseError`] of an expectation file.
+/// [`ParseError`] if an expectation file is malformed.
 pub fn render(cases: &[Case]) -> Result<String, ParseError> {
     let known: Vec<_> = cases.iter().map(|case| case.id).collect();
     let mut columns = Vec::new();
@@ -113,7 +114,7 @@ fn row(request: &Request, cases: &[Case], columns: &[(&str, Vec<Expectations>)])
     format!("| {name} | {number} | {spec} | {effect} | {} | {ids} |\n", cells.join(" | "))
 }
 
-/// What devices do in these cases.
+/// The cell of a request: how the devices of a column behave in the cases that cover the request.
 fn cell(cases: &[&'static str], devices: &[Expectations]) -> String {
     let differs: BTreeSet<_> = devices
         .iter()
@@ -152,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cell_tells_what_differs_from_what_is_not_tried() {
+    fn a_cell_distinguishes_deviations_from_cases_that_are_not_run() {
         let known = ["a.x", "a.y"];
         let cell = |cases: &[&'static str], text| cell(cases, &[Expectations::parse(text, &known).unwrap()]);
         assert_eq!(cell(&known, "a.x: why"), "differs: `a.x`");

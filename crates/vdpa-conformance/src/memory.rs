@@ -1,4 +1,4 @@
-//! [`Region`]: memory that a case gives to the device.
+//! [`Region`]: memory that a case maps for the device.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
@@ -14,7 +14,7 @@ use crate::device::errno;
 /// Bytes of a page on the machines the suite runs on.
 pub(crate) const PAGE: u64 = 4096;
 
-/// A memfd and its mapping: shared memory, which every device can reach.
+/// A memfd and its mapping: shared memory, which every device can access.
 #[derive(Debug)]
 pub(crate) struct Region {
     file: OwnedFd,
@@ -29,7 +29,7 @@ impl Region {
         Ok(Self { file, map })
     }
 
-    /// Two pages of zeros that are two mappings for the kernel, of one file, one after the other.
+    /// Two pages of zeros, adjacent in memory and in one file, which the kernel holds as two mappings (VMAs).
     pub(crate) fn in_two_mappings() -> Result<Self, Stop> {
         let region = Self::new(2)?;
         let page = rustix::param::page_size();
@@ -37,14 +37,14 @@ impl Region {
         Ok(region)
     }
 
-    /// Two pages of which only the first is shared. The second was cut off its file, so that a first look at it has put
-    /// a page of this process in its place.
+    /// Two pages of which only the first is shared. The file was truncated to one page, and a read of the second page has put
+    /// a page private to this process in its place ([`SharedMap::map_guest`]).
     pub(crate) fn with_private_page() -> Result<Self, Stop> {
         let file = prepare("memfd_create", memfd::create(c"vdpa-conform", 2 * PAGE, None))?;
         let page = rustix::param::page_size();
         let map = prepare("mmap", SharedMap::map_guest(&file, 0, 2 * page, Prot::RW, false))?;
         prepare("ftruncate", rustix::fs::ftruncate(&file, PAGE).map_err(errno))?;
-        // Not `read`: a copy that nobody looks at is left out by the compiler, and so is the fault.
+        // Not `read`: the compiler would remove a copy whose result is not used, and with it the page fault.
         let shared = map.load_u32(page).is_ok();
         if shared {
             Err(Stop::Failed("set-up: a page beyond the file's end".to_owned()))
@@ -53,7 +53,7 @@ impl Region {
         }
     }
 
-    /// The memory behind a [`path`](Self::path) of another process, mapped here.
+    /// Maps the memory of another process's region, given by its [`path`](Self::path).
     pub(crate) fn of_path(path: &Path) -> Result<Self, Errno> {
         let file = std::fs::OpenOptions::new().read(true).write(true).open(path);
         let io = |error: std::io::Error| Errno::from_raw(error.raw_os_error().unwrap_or(0));
@@ -69,29 +69,29 @@ impl Region {
         SharedMap::map(file, 0, len, Prot::RW, false)
     }
 
-    /// Where another process finds it while this one lives.
+    /// Path by which another process can open the memory while this process runs.
     pub(crate) fn path(&self) -> String {
         format!("/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd())
     }
 
-    /// Its address in this process.
+    /// Virtual address in this process.
     pub(crate) fn uaddr(&self) -> u64 {
         self.map.addr() as u64
     }
 
-    /// Its bytes.
+    /// Size in bytes.
     pub(crate) fn size(&self) -> u64 {
         self.map.len() as u64
     }
 
-    /// Copies out.
+    /// Copies bytes out of the region.
     pub(crate) fn read<const N: usize>(&self, offset: usize) -> Result<[u8; N], Stop> {
         let mut bytes = [0; N];
         self.map.read(offset, &mut bytes).map_err(outside)?;
         Ok(bytes)
     }
 
-    /// Copies in.
+    /// Copies bytes into the region.
     pub(crate) fn write(&self, offset: usize, bytes: &[u8]) -> Result<(), Stop> {
         self.map.write(offset, bytes).map_err(outside)
     }

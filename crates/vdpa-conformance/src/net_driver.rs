@@ -1,19 +1,19 @@
-//! [`NetDriver`]: a driver of a network device that receives what it sends.
+//! [`NetDriver`]: a driver of a network device that loops packets back: it receives each packet that is sent.
 //!
-//! Three rings in one region, the control queue's in a region of its own when it has an address space of its own; both
-//! are at the same addresses then.
+//! The driver's three rings are in one region. If the control queue has its own address space, its ring is in a region of its
+//! own; both regions are then mapped at the same I/O virtual addresses.
 
 use std::time::Duration;
 
 use vdpa_core::features::{BackendFeatures, Features, Status};
 use vdpa_core::types::{IotlbMsg, Perm, iotlb_type};
 
-use crate::blk_driver::{go, negotiate};
+use crate::blk_driver::{negotiate, set_driver_ok};
 use crate::case::{Ctx, Stop, check, prepare};
-use crate::device::{Device, WRITTEN};
+use crate::device::{Device, MESSAGE_SIZE};
 use crate::memory::{PAGE, Region};
 use crate::request::Request;
-use crate::ring::{IOVA, PATIENCE, Part, RING_PAGES, Ring, SILENCE};
+use crate::ring::{IOVA, QUIET_TIME, RING_PAGES, Ring, Segment, TIMEOUT};
 
 /// The receive queue.
 pub(crate) const RX: u16 = 0;
@@ -22,53 +22,53 @@ pub(crate) const TX: u16 = 1;
 /// The control queue.
 pub(crate) const CONTROL: u16 = 2;
 
-/// Bytes of the header of a packet with VERSION_1.
+/// Bytes of a packet's header with VERSION_1.
 pub(crate) const HEADER: usize = 12;
-/// The address the device is given.
+/// The MAC address that the driver sets.
 pub(crate) const MAC: [u8; 6] = [0x52, 0x54, 0x11, 0x12, 0x34, 0x56];
-/// Bytes of an answer of the control queue that the device has not written.
-pub(crate) const UNANSWERED: u8 = 0xee;
+/// The first byte of a writable buffer before the device writes it; the control queue never answers with it.
+pub(crate) const UNWRITTEN: u8 = 0xee;
 
 /// Entries of each ring.
 const SIZE: u16 = 64;
-/// Pages of a region: the rings, then buffers that are given away once.
+/// Pages of a region: the rings, then buffers, each of which is used once.
 const PAGES: u64 = 64;
-/// The group of the control queue.
+/// Virtqueue group of the control queue.
 const CONTROL_GROUP: u32 = 1;
 
-/// A ring with the region it is in.
+/// A ring and the region that contains it.
 #[derive(Debug)]
 struct Queue {
     ring: Ring,
-    /// Which of the driver's regions.
+    /// Index of the region in [`NetDriver::regions`].
     region: usize,
     /// Next free descriptor.
     head: u16,
-    /// Offsets of the buffers of the requests that are not completed, by head.
+    /// The requests in flight: head, and offset of the buffer.
     buffers: Vec<(u16, usize)>,
 }
 
-/// A driver of a network device, set up and running. When it goes, the device has the address it had before.
+/// A driver of a network device, set up and running. Dropping it resets the device and restores its MAC address.
 #[derive(Debug)]
 pub(crate) struct NetDriver {
     pub(crate) device: Device,
     features: Features,
     regions: Vec<Region>,
-    /// Next free byte of each region.
+    /// Offset of the first free byte of each region.
     free: Vec<usize>,
     queues: [Queue; 3],
     mac_before: Vec<u8>,
 }
 
 impl NetDriver {
-    /// Opens the device, becomes its owner, gives it the address [`MAC`], maps memory and starts all queues, with all
+    /// Opens the device, becomes its owner, sets its MAC address to [`MAC`], maps memory and starts all queues, with all
     /// features.
     pub(crate) fn start(ctx: &Ctx<'_>) -> Result<Self, Stop> {
-        Self::with(ctx, ctx.probe().features, 0)
+        Self::start_with(ctx, ctx.probe().features, 0)
     }
 
     /// As [`start`](Self::start), with these features and the control queue in address space `asid`.
-    pub(crate) fn with(ctx: &Ctx<'_>, features: Features, asid: u32) -> Result<Self, Stop> {
+    pub(crate) fn start_with(ctx: &Ctx<'_>, features: Features, asid: u32) -> Result<Self, Stop> {
         let device = ctx.open_owned()?;
         let acknowledged = BackendFeatures::of(&[BackendFeatures::IOTLB_ASID]);
         prepare("VHOST_SET_BACKEND_FEATURES", device.set_backend(acknowledged))?;
@@ -94,13 +94,13 @@ impl NetDriver {
         Ok(driver)
     }
 
-    /// Negotiates and starts all queues from 0, as after a reset.
+    /// Negotiates features and starts all queues at vring base 0, as after a reset.
     fn run(&self) -> Result<(), Stop> {
         negotiate(&self.device, self.features)?;
         for queue in &self.queues {
             queue.ring.set_up(&self.device, 0)?;
         }
-        go(&self.device)
+        set_driver_ok(&self.device)
     }
 
     fn update(&self, region: usize, asid: u32) -> Result<usize, vdpa_core::Errno> {
@@ -110,23 +110,23 @@ impl NetDriver {
         self.device.message(asid, update)
     }
 
-    /// Maps the memory of the data queues, and of the control queue unless that has its own.
+    /// Maps the memory of the data queues, which is also that of the control queue unless it has its own.
     pub(crate) fn map_data(&self) -> Result<(), Stop> {
-        check("UPDATE of the rings' memory", self.update(0, 0), Ok(WRITTEN))
+        check("UPDATE of the rings' memory", self.update(0, 0), Ok(MESSAGE_SIZE))
     }
 
     /// Maps the control queue's own memory.
     pub(crate) fn map_control(&self, asid: u32) -> Result<(), Stop> {
-        check("UPDATE of the control queue's memory", self.update(1, asid), Ok(WRITTEN))
+        check("UPDATE of the control queue's memory", self.update(1, asid), Ok(MESSAGE_SIZE))
     }
 
-    /// Takes all mappings of an address space away.
+    /// Removes all mappings of an address space.
     pub(crate) fn unmap(&self, asid: u32) -> Result<(), Stop> {
         let everything = IotlbMsg { kind: iotlb_type::INVALIDATE, ..IotlbMsg::default() };
-        check("INVALIDATE of everything", self.device.message(asid, everything), Ok(WRITTEN))
+        check("INVALIDATE of everything", self.device.message(asid, everything), Ok(MESSAGE_SIZE))
     }
 
-    fn parts(&mut self, queue: u16) -> Result<(&mut Queue, &Region, &mut usize, &Device), Stop> {
+    fn queue_parts(&mut self, queue: u16) -> Result<(&mut Queue, &Region, &mut usize, &Device), Stop> {
         let missing = || Stop::Failed(format!("set-up: the driver has no queue {queue}"));
         let queue = self.queues.get_mut(usize::from(queue)).ok_or_else(missing)?;
         let region = self.regions.get(queue.region).ok_or_else(missing)?;
@@ -134,134 +134,134 @@ impl NetDriver {
         Ok((queue, region, free, &self.device))
     }
 
-    /// Makes a request available, without a kick: `readable` bytes, then room for as many as `writable` says. Empty
-    /// parts are left out.
-    pub(crate) fn put(&mut self, queue: u16, readable: &[u8], writable: u32) -> Result<(), Stop> {
-        let (queue, region, free, _) = self.parts(queue)?;
+    /// Makes a request available, without a kick. It has a segment with the bytes `readable` and a writable segment of
+    /// `writable` bytes; an empty segment is left out.
+    pub(crate) fn add_request(&mut self, queue: u16, readable: &[u8], writable: u32) -> Result<(), Stop> {
+        let (queue, region, free, _) = self.queue_parts(queue)?;
         let mut take = |len: usize| {
             let at = *free;
             *free += len.next_multiple_of(64);
             at
         };
-        let mut parts = Vec::new();
+        let mut segments = Vec::new();
         if !readable.is_empty() {
             let at = take(readable.len());
             region.write(at, readable)?;
-            parts.push(Part::readable(at, u32::try_from(readable.len()).unwrap_or(u32::MAX)));
+            segments.push(Segment::readable(at, u32::try_from(readable.len()).unwrap_or(u32::MAX)));
         }
         let at = take(usize::try_from(writable).unwrap_or(0));
         if writable > 0 {
-            region.write(at, &[UNANSWERED])?;
-            parts.push(Part::writable(at, writable));
+            region.write(at, &[UNWRITTEN])?;
+            segments.push(Segment::writable(at, writable));
         }
-        Self::submit(queue, region, &parts, at)
+        Self::submit(queue, region, &segments, at)
     }
 
-    /// Makes a receive buffer available that is not mapped.
-    pub(crate) fn offer_unmapped(&mut self, len: u32) -> Result<(), Stop> {
-        let (queue, region, _, _) = self.parts(RX)?;
-        // Behind the region.
+    /// Makes a receive buffer available whose addresses are not mapped.
+    pub(crate) fn add_unmapped_receive_buffer(&mut self, len: u32) -> Result<(), Stop> {
+        let (queue, region, _, _) = self.queue_parts(RX)?;
+        // After the end of the region.
         let at = usize::try_from(region.size()).unwrap_or(0);
-        Self::submit(queue, region, &[Part::writable(at, len)], at)
+        Self::submit(queue, region, &[Segment::writable(at, len)], at)
     }
 
-    fn submit(queue: &mut Queue, region: &Region, parts: &[Part], at: usize) -> Result<(), Stop> {
+    fn submit(queue: &mut Queue, region: &Region, segments: &[Segment], at: usize) -> Result<(), Stop> {
         let head = queue.head;
         queue.buffers.push((head, at));
-        queue.ring.submit(region, head, parts)?;
-        queue.head = (head + u16::try_from(parts.len()).unwrap_or(0)) % SIZE;
+        queue.ring.submit(region, head, segments)?;
+        queue.head = (head + u16::try_from(segments.len()).unwrap_or(0)) % SIZE;
         Ok(())
     }
 
     /// Kicks a queue.
     pub(crate) fn kick(&mut self, queue: u16) -> Result<(), Stop> {
-        let (queue, _, _, device) = self.parts(queue)?;
+        let (queue, _, _, device) = self.queue_parts(queue)?;
         queue.ring.kick(device);
         Ok(())
     }
 
-    /// Offers a receive buffer; no kick, which the device would ignore.
-    pub(crate) fn offer(&mut self, len: u32) -> Result<(), Stop> {
-        self.put(RX, &[], len)
+    /// Makes a receive buffer available, without a kick, since the device ignores kicks of this queue.
+    pub(crate) fn add_receive_buffer(&mut self, len: u32) -> Result<(), Stop> {
+        self.add_request(RX, &[], len)
     }
 
-    /// Sends a packet, header included.
+    /// Submits a packet that includes its header, and kicks.
     pub(crate) fn send(&mut self, packet: &[u8]) -> Result<(), Stop> {
-        self.put(TX, packet, 0)?;
+        self.add_request(TX, packet, 0)?;
         self.kick(TX)
     }
 
-    /// Sends a packet; it must be completed, with the length 0 as nothing was written.
+    /// Sends a packet and expects its completion.
     pub(crate) fn transmit(&mut self, packet: &[u8]) -> Result<(), Stop> {
         self.send(packet)?;
-        self.transmitted()
+        self.expect_sent()
     }
 
-    /// The next packet sent must be completed.
-    pub(crate) fn transmitted(&mut self) -> Result<(), Stop> {
-        let (len, _) = self.completed(TX)?;
+    /// Waits for the completion of a packet that was sent. Its length must be 0, since the device writes nothing.
+    pub(crate) fn expect_sent(&mut self) -> Result<(), Stop> {
+        let (len, _) = self.expect_completion(TX)?;
         check("length of the completion of a packet sent", len, 0)
     }
 
-    /// The next packet, which must come.
+    /// Waits for the next received packet and returns it. Fails if there is none in time.
     pub(crate) fn receive(&mut self) -> Result<Vec<u8>, Stop> {
-        let (len, at) = self.completed(RX)?;
+        let (len, at) = self.expect_completion(RX)?;
         self.bytes(RX, at, len)
     }
 
-    /// A packet that is sent comes back as it is.
-    pub(crate) fn loops(&mut self, what: &str, packet: &[u8]) -> Result<(), Stop> {
-        self.offer(2048)?;
+    /// Sends a packet and expects to receive the same bytes.
+    pub(crate) fn expect_loopback(&mut self, what: &str, packet: &[u8]) -> Result<(), Stop> {
+        self.add_receive_buffer(2048)?;
         self.transmit(packet)?;
         check(what, self.receive()?, packet.to_vec())
     }
 
-    /// A packet that is sent goes no further, though there is a buffer for it.
-    pub(crate) fn drops(&mut self, what: &str, packet: &[u8]) -> Result<(), Stop> {
+    /// Sends a packet and expects to receive nothing, although a receive buffer is available.
+    pub(crate) fn expect_dropped(&mut self, what: &str, packet: &[u8]) -> Result<(), Stop> {
         self.transmit(packet)?;
-        self.stays_silent(RX, what)
+        self.expect_no_completion(RX, what)
     }
 
-    /// Gives a command to the control queue; returns the byte of the answer.
+    /// Sends a command on the control queue and returns its ack byte.
     pub(crate) fn command(&mut self, command: &[u8]) -> Result<u8, Stop> {
-        self.put(CONTROL, command, 1)?;
+        self.add_request(CONTROL, command, 1)?;
         self.kick(CONTROL)?;
-        self.answer()
+        self.next_ack()
     }
 
-    /// The next answer of the control queue, which must come.
-    pub(crate) fn answer(&mut self) -> Result<u8, Stop> {
-        let (len, at) = self.completed(CONTROL)?;
+    /// Waits for the next completion of the control queue and returns its ack byte. Fails if there is none in time.
+    pub(crate) fn next_ack(&mut self) -> Result<u8, Stop> {
+        let (len, at) = self.expect_completion(CONTROL)?;
         check("length of the answer to a command", len, 1)?;
-        Ok(self.bytes(CONTROL, at, 1)?.into_iter().next().unwrap_or(UNANSWERED))
+        Ok(self.bytes(CONTROL, at, 1)?.into_iter().next().unwrap_or(UNWRITTEN))
     }
 
-    /// Nothing completes on a queue.
-    pub(crate) fn stays_silent(&mut self, queue: u16, what: &str) -> Result<(), Stop> {
-        match self.completion(queue, SILENCE)? {
+    /// Fails if a request of the queue completes within [`QUIET_TIME`].
+    pub(crate) fn expect_no_completion(&mut self, queue: u16, what: &str) -> Result<(), Stop> {
+        match self.completion(queue, QUIET_TIME)? {
             None => Ok(()),
             Some(_) => Err(Stop::Failed(format!("{what}: queue {queue} completed something"))),
         }
     }
 
-    /// How often the device has called since this was asked last.
-    pub(crate) fn calls(&mut self, queue: u16) -> Result<u64, Stop> {
-        Ok(self.parts(queue)?.0.ring.call_count())
+    /// Reads the counter of the queue's call eventfd, which resets it to 0.
+    pub(crate) fn read_call_counter(&mut self, queue: u16) -> Result<u64, Stop> {
+        Ok(self.queue_parts(queue)?.0.ring.read_call_counter())
     }
 
-    /// The device must call.
-    pub(crate) fn called(&mut self, queue: u16, what: &str) -> Result<(), Stop> {
-        let called = self.parts(queue)?.0.ring.wait_call(PATIENCE);
+    /// Waits for a call. Fails if the device does not call in time.
+    pub(crate) fn expect_call(&mut self, queue: u16, what: &str) -> Result<(), Stop> {
+        let called = self.queue_parts(queue)?.0.ring.wait_call(TIMEOUT);
         if called { Ok(()) } else { Err(Stop::Failed(format!("{what}: queue {queue} did not call"))) }
     }
 
-    /// Wants to be called for completions, or not.
-    pub(crate) fn want_calls(&mut self, queue: u16, want: bool) -> Result<(), Stop> {
-        let (queue, region, _, _) = self.parts(queue)?;
-        queue.ring.want_calls(region, want)
+    /// Tells the device whether the driver wants calls for completions.
+    pub(crate) fn enable_calls(&mut self, queue: u16, enable: bool) -> Result<(), Stop> {
+        let (queue, region, _, _) = self.queue_parts(queue)?;
+        queue.ring.enable_calls(region, enable)
     }
 
-    /// Indices of all queues.
+    /// Reads the vring bases of all queues.
     pub(crate) fn bases(&self) -> Result<[u32; 3], Stop> {
         let base = |queue: u16| {
             prepare("VHOST_GET_VRING_BASE", self.device.vring(Request::GET_VRING_BASE, queue.into(), 0))
@@ -269,22 +269,23 @@ impl NetDriver {
         Ok([base(RX)?, base(TX)?, base(CONTROL)?])
     }
 
-    fn completed(&mut self, queue: u16) -> Result<(u32, usize), Stop> {
-        let late = || Stop::Failed(format!("queue {queue} completed nothing in {} s", PATIENCE.as_secs()));
-        self.completion(queue, PATIENCE)?.ok_or_else(late)
+    fn expect_completion(&mut self, queue: u16) -> Result<(u32, usize), Stop> {
+        let timed_out =
+            || Stop::Failed(format!("queue {queue} completed nothing in {} s", TIMEOUT.as_secs()));
+        self.completion(queue, TIMEOUT)?.ok_or_else(timed_out)
     }
 
-    /// The next completion: its length, and where its buffer is.
-    fn completion(&mut self, queue: u16, patience: Duration) -> Result<Option<(u32, usize)>, Stop> {
-        let (queue, region, _, _) = self.parts(queue)?;
-        let Some((head, len)) = queue.ring.completion(region, patience)? else { return Ok(None) };
-        let strange = || Stop::Failed(format!("request {head} was completed, which is not in flight"));
-        let place = queue.buffers.iter().position(|(id, _)| *id == head).ok_or_else(strange)?;
-        Ok(Some((len, queue.buffers.remove(place).1)))
+    /// Waits for the next completion. Returns its length and the offset of its buffer.
+    fn completion(&mut self, queue: u16, timeout: Duration) -> Result<Option<(u32, usize)>, Stop> {
+        let (queue, region, _, _) = self.queue_parts(queue)?;
+        let Some((head, len)) = queue.ring.completion(region, timeout)? else { return Ok(None) };
+        let not_in_flight = || Stop::Failed(format!("request {head} was completed, which is not in flight"));
+        let index = queue.buffers.iter().position(|(id, _)| *id == head).ok_or_else(not_in_flight)?;
+        Ok(Some((len, queue.buffers.remove(index).1)))
     }
 
     fn bytes(&mut self, queue: u16, at: usize, len: u32) -> Result<Vec<u8>, Stop> {
-        let (_, region, _, _) = self.parts(queue)?;
+        let (_, region, _, _) = self.queue_parts(queue)?;
         (at..)
             .take(usize::try_from(len).unwrap_or(0))
             .map(|at| region.read::<1>(at).map(|[byte]| byte))
@@ -299,12 +300,12 @@ impl Drop for NetDriver {
     }
 }
 
-/// A packet to `destination` of `len` bytes behind the address.
+/// A packet to `destination` with `len` bytes after the destination address.
 pub(crate) fn packet(destination: [u8; 6], len: usize) -> Vec<u8> {
     packet_with(HEADER, destination, len)
 }
 
-/// As [`packet`], with a header of `header` bytes.
+/// As [`packet`], with a virtio header of `header` bytes.
 pub(crate) fn packet_with(header: usize, destination: [u8; 6], len: usize) -> Vec<u8> {
     let mut packet = vec![0; header];
     packet.extend_from_slice(&destination);

@@ -1,4 +1,4 @@
-//! [`Probe`]: what a device says about itself.
+//! [`Probe`]: what a device reports about itself.
 
 use thiserror::Error;
 use vdpa_core::Errno;
@@ -7,12 +7,12 @@ use vdpa_core::features::{BackendFeatures, Features};
 use crate::device::{Device, Target};
 use crate::request::Request;
 
-/// What a device says about itself; needs are decided by it.
+/// What a device reports about itself. The [`Need`](crate::Need)s of cases are checked against it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Probe {
-    /// It is a file.
+    /// Whether the device is a file.
     pub is_file: bool,
-    /// It can be opened a second time while somebody has it open.
+    /// Whether the device can be opened a second time while it is open.
     pub second_open: bool,
     /// Virtio device id.
     pub device_id: u32,
@@ -32,45 +32,45 @@ pub struct Probe {
     pub config_size: u32,
 }
 
-/// Why a device could not be examined.
+/// Why a device could not be probed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum ProbeError {
-    /// It could not be opened.
+    /// The device could not be opened.
     #[error("cannot open the device: {0}")]
     Open(Errno),
-    /// It refused a question that every device answers.
+    /// A request failed that every device supports.
     #[error("{request} failed: {errno}; is this a vhost-vdpa device?")]
     Refused {
-        /// The request.
+        /// Name of the request.
         request: &'static str,
-        /// Its error.
+        /// Error of the request.
         errno: Errno,
     },
 }
 
 impl Probe {
-    /// Opens the device, asks, and closes it.
+    /// Opens the device, reads what it reports, and closes it.
     ///
     /// # Errors
-    /// [`ProbeError`].
+    /// [`ProbeError`] if the device cannot be opened or refuses a request.
     pub fn of<'a>(target: impl Into<Target<'a>>) -> Result<Self, ProbeError> {
         let target = target.into();
         let device = Device::open(target).map_err(ProbeError::Open)?;
         Ok(Self {
             is_file: matches!(target, Target::File(_)),
             second_open: Device::open(target).is_ok(),
-            device_id: u32::from_ne_bytes(ask(&device, Request::GET_DEVICE_ID)?),
-            features: Features(u64::from_ne_bytes(ask(&device, Request::GET_FEATURES)?)),
-            backend: BackendFeatures(u64::from_ne_bytes(ask(&device, Request::GET_BACKEND_FEATURES)?)),
-            queues: u32::from_ne_bytes(ask(&device, Request::GET_VQS_COUNT)?),
-            groups: u32::from_ne_bytes(ask(&device, Request::GET_GROUP_NUM)?),
-            address_spaces: u32::from_ne_bytes(ask(&device, Request::GET_AS_NUM)?),
-            ring_size: u16::from_ne_bytes(ask(&device, Request::GET_VRING_NUM)?),
-            config_size: u32::from_ne_bytes(ask(&device, Request::GET_CONFIG_SIZE)?),
+            device_id: u32::from_ne_bytes(read(&device, Request::GET_DEVICE_ID)?),
+            features: Features(u64::from_ne_bytes(read(&device, Request::GET_FEATURES)?)),
+            backend: BackendFeatures(u64::from_ne_bytes(read(&device, Request::GET_BACKEND_FEATURES)?)),
+            queues: u32::from_ne_bytes(read(&device, Request::GET_VQS_COUNT)?),
+            groups: u32::from_ne_bytes(read(&device, Request::GET_GROUP_NUM)?),
+            address_spaces: u32::from_ne_bytes(read(&device, Request::GET_AS_NUM)?),
+            ring_size: u16::from_ne_bytes(read(&device, Request::GET_VRING_NUM)?),
+            config_size: u32::from_ne_bytes(read(&device, Request::GET_CONFIG_SIZE)?),
         })
     }
 }
 
-fn ask<const N: usize>(device: &Device, request: Request) -> Result<[u8; N], ProbeError> {
+fn read<const N: usize>(device: &Device, request: Request) -> Result<[u8; N], ProbeError> {
     device.get(request).map_err(|errno| ProbeError::Refused { request: request.name, errno })
 }

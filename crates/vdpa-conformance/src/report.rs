@@ -1,4 +1,4 @@
-//! Results as text, JSON and JUnit.
+//! Reports of the results as text, JSON and JUnit XML.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -7,23 +7,23 @@ use serde_json::{Value, json};
 
 use crate::runner::{Finding, Verdict};
 
-/// How many cases ended in which way.
+/// Number of cases by verdict.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Summary {
-    /// As the specification says.
+    /// Cases in which the device behaved as the specification says.
     pub passed: usize,
-    /// Unexpected failures, and expected ones that passed.
+    /// Cases that failed unexpectedly, or passed although a deviation was expected.
     pub failed: usize,
-    /// Known deviations.
+    /// Cases with a known deviation.
     pub deviated: usize,
-    /// Not run, as the expectation file says.
+    /// Cases that were not run, as the expectation file says.
     pub not_applicable: usize,
-    /// Not run, unexpectedly.
+    /// Cases that were not run although no expectation file says so.
     pub skipped: usize,
 }
 
 impl Summary {
-    /// Counts.
+    /// Counts the verdicts.
     #[must_use]
     pub fn of(findings: &[Finding]) -> Self {
         let mut summary = Self::default();
@@ -53,8 +53,8 @@ impl std::fmt::Display for Summary {
     }
 }
 
-/// The word for a verdict and the sentence that goes with it.
-fn words(verdict: &Verdict) -> (&'static str, Option<String>) {
+/// The name of a verdict and its explanation.
+fn describe(verdict: &Verdict) -> (&'static str, Option<String>) {
     match verdict {
         Verdict::Passed => ("passed", None),
         Verdict::Failed { what } => ("failed", Some(what.clone())),
@@ -67,10 +67,10 @@ fn words(verdict: &Verdict) -> (&'static str, Option<String>) {
     }
 }
 
-/// One line, as it is printed when the case has ended.
+/// The text that is printed when a case has ended.
 #[must_use]
 pub fn line(finding: &Finding) -> String {
-    let (word, text) = words(&finding.verdict);
+    let (word, text) = describe(&finding.verdict);
     let mut line = format!("{word:<8} {:<36} {}", finding.case.id, finding.case.spec);
     if let Some(text) = text {
         let _ = write!(line, "\n         {text}");
@@ -78,14 +78,14 @@ pub fn line(finding: &Finding) -> String {
     line
 }
 
-/// All of it as one JSON value: `device`, `summary` and `cases`, in the order of the run.
+/// All results as one JSON object with `device`, `summary` and `cases`; the cases are in the order of the run.
 #[must_use]
 pub fn json(device: &Path, findings: &[Finding]) -> Value {
     let summary = Summary::of(findings);
     let cases: Vec<_> = findings
         .iter()
         .map(|finding| {
-            let (word, text) = words(&finding.verdict);
+            let (word, text) = describe(&finding.verdict);
             json!({
                 "id": finding.case.id,
                 "spec": finding.case.spec,
@@ -108,7 +108,7 @@ pub fn json(device: &Path, findings: &[Finding]) -> Value {
     })
 }
 
-/// All of it as a JUnit XML document. Known deviations count as passed there, with their text in `system-out`.
+/// All results as a JUnit XML document. Known deviations count as passed there, with their text in `system-out`.
 #[must_use]
 pub fn junit(device: &Path, findings: &[Finding]) -> String {
     let summary = Summary::of(findings);
@@ -128,7 +128,7 @@ pub fn junit(device: &Path, findings: &[Finding]) -> String {
             escape(finding.case.id),
             finding.duration.as_secs_f64()
         );
-        let (_, text) = words(&finding.verdict);
+        let (_, text) = describe(&finding.verdict);
         let text = escape(&text.unwrap_or_default());
         let _ = match finding.verdict {
             Verdict::Passed => Ok(()),

@@ -1,8 +1,7 @@
-//! The requests of the interface: names and numbers, and who serves them.
+//! The requests of the interface: names, numbers, and what a device does with them.
 //!
-//! The numbers are written down once more here and not taken from `vdpa-sys`: a suite that shared them with what it
-//! checks could not see a wrong one. Only where a program was told other numbers for the live-update series
-//! ([`live::ENV`]) they are those.
+//! The suite has its own table of numbers and does not use that of `vdpa-sys`: with shared numbers, it could not find a wrong
+//! one. The exception are the requests of the live-update series if other numbers are configured for them ([`live::ENV`]).
 
 use vdpa_sys::uapi::live::{self, Numbers};
 
@@ -15,7 +14,7 @@ pub struct Request {
     pub number: Option<u32>,
     /// Section of the interface specification (uapi-spec).
     pub spec: &'static str,
-    /// What a device of vdpad makes of it, where that is not what its name says.
+    /// How a device of vdpad handles the request, for the matrix.
     pub effect: &'static str,
 }
 
@@ -28,10 +27,11 @@ impl Request {
         Self { name, number: None, spec, effect: "served" }
     }
 
-    /// The ioctl number with which this program makes it: of the live-update series another one may be set.
+    /// The ioctl number that this program uses. It differs from `number` if another one is configured for a request of the
+    /// live-update series.
     pub(crate) fn wire_number(self) -> Option<u32> {
         let set = live::configured().new_owner;
-        // As long as none is set, the suite's own number counts.
+        // If none is configured, the suite's own number is used, so that a wrong one in vdpa-sys is found.
         if self == Self::NEW_OWNER && set != Numbers::POSTED.new_owner { Some(set) } else { self.number }
     }
 

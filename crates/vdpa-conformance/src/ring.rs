@@ -1,6 +1,6 @@
 //! [`Ring`]: the driver side of a ring, for the drivers of the suite.
 //!
-//! Written out here and not taken from the library of rings, which is among the things checked.
+//! The suite has its own implementation and does not use the one of vdpa-core, since that is part of what it checks.
 
 mod packed;
 
@@ -16,7 +16,7 @@ use crate::device::Device;
 use crate::memory::Region;
 use crate::request::Request;
 
-/// Where memory is mapped for the device.
+/// I/O virtual address at which memory is mapped for the device.
 pub(crate) const IOVA: u64 = 0x10_0000;
 /// Pages of a ring: one for each area.
 pub(crate) const RING_PAGES: u64 = 3;
@@ -28,35 +28,35 @@ const USED: usize = 0x2000;
 
 const DESC_F_NEXT: u16 = 1;
 const DESC_F_WRITE: u16 = 2;
-/// A flag of the available ring: no call is wanted.
+/// A flag of the available ring: the driver wants no calls.
 const NO_INTERRUPT: u16 = 1;
 
-/// How long a device that works may take for one request.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
-/// How long to wait for what should not come.
-pub(crate) const SILENCE: Duration = Duration::from_millis(300);
-/// How long to wait for a call before looking again: there may be none.
-const TICK: Duration = Duration::from_millis(20);
+/// How long a working device may take for one request.
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(5);
+/// How long to wait before concluding that an event that must not occur does not occur.
+pub(crate) const QUIET_TIME: Duration = Duration::from_millis(300);
+/// How long to wait for a call before reading the ring again. A device need not call.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// What a ring looks like.
+/// Format of a ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Format {
     Split,
     Packed,
 }
 
-/// A part of a request: bytes of the region.
+/// A segment of a request, for which the ring gets one descriptor: consecutive bytes of the region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Part {
+pub(crate) struct Segment {
     /// Offset into the region.
     pub(crate) offset: usize,
-    /// Bytes.
+    /// Length in bytes.
     pub(crate) len: u32,
-    /// Whether the device writes them.
+    /// Whether it is writable for the device, and not readable.
     pub(crate) write: bool,
 }
 
-impl Part {
+impl Segment {
     pub(crate) const fn readable(offset: usize, len: u32) -> Self {
         Self { offset, len, write: false }
     }
@@ -66,7 +66,7 @@ impl Part {
     }
 }
 
-/// A ring in the memory of some region that is mapped at [`IOVA`], in whichever address space.
+/// A ring in a region that is mapped at [`IOVA`] in some address space of the device.
 #[derive(Debug)]
 pub(crate) struct Ring {
     queue: u32,
@@ -76,43 +76,42 @@ pub(crate) struct Ring {
     at: usize,
     kick: EventFd,
     call: EventFd,
-    /// Requests made available so far.
-    submitted: u16,
-    /// Completions seen so far.
-    seen: u16,
-    /// Where it goes on, if it is packed.
-    packed: Option<packed::Place>,
+    /// Free-running number of requests made available.
+    avail_idx: u16,
+    /// Free-running number of completions read.
+    used_idx: u16,
+    /// Position in a packed ring; `None` for a split ring.
+    packed: Option<packed::Position>,
 }
 
 impl Ring {
     pub(crate) fn new(queue: u32, size: u16, at: usize) -> Result<Self, Stop> {
         let (kick, call) = (prepare("eventfd", EventFd::new())?, prepare("eventfd", EventFd::new())?);
-        Ok(Self { queue, size, at, kick, call, submitted: 0, seen: 0, packed: None })
+        Ok(Self { queue, size, at, kick, call, avail_idx: 0, used_idx: 0, packed: None })
     }
 
-    /// The same ring in the format given; nothing has been submitted.
+    /// Returns the same ring in the given format. No request may have been submitted.
     pub(crate) fn in_format(self, format: Format) -> Self {
-        Self { packed: (format == Format::Packed).then(packed::Place::start), ..self }
+        Self { packed: (format == Format::Packed).then(packed::Position::start), ..self }
     }
 
-    /// Which format it has.
+    /// Format of the ring.
     pub(crate) fn format(&self) -> Format {
         if self.packed.is_some() { Format::Packed } else { Format::Split }
     }
 
-    /// Where a device is that has completed everything, as GET_VRING_BASE tells it.
-    pub(crate) fn base(&self) -> u32 {
-        self.packed.as_ref().map_or_else(|| self.submitted.into(), packed::Place::base)
+    /// The result of GET_VRING_BASE for a device that has completed every request.
+    pub(crate) fn vring_base(&self) -> u32 {
+        self.packed.as_ref().map_or_else(|| self.avail_idx.into(), packed::Position::vring_base)
     }
 
-    /// Where its areas are for the device.
+    /// I/O virtual addresses of the ring's areas.
     pub(crate) fn addr(&self) -> VringAddr {
         let at = |area: usize| IOVA + (self.at + area) as u64;
         VringAddr { flags: 0, desc: at(DESC), used: at(USED), avail: at(AVAIL), log: 0 }
     }
 
-    /// Tells the device all about the queue, which begins at `base`, and enables it. Made by this process, which must be
-    /// the owner.
+    /// Sets the queue up with vring base `base` and enables it. This process makes the requests, so it must be the owner.
     pub(crate) fn set_up(&self, device: &Device, base: u32) -> Result<(), Stop> {
         let Self { queue, .. } = *self;
         prepare("VHOST_SET_VRING_NUM", device.set_vring(Request::SET_VRING_NUM, queue, self.size.into()))?;
@@ -124,16 +123,16 @@ impl Ring {
         prepare("VHOST_VDPA_SET_VRING_ENABLE", device.set_vring(Request::SET_VRING_ENABLE, queue, 1))
     }
 
-    /// Makes the device listen to the kicks.
+    /// Installs the kick eventfd.
     pub(crate) fn install_kick(&self, device: &Device) -> Result<(), Stop> {
         let kick = Some(self.kick.as_fd());
         prepare("VHOST_SET_VRING_KICK", device.set_fd(Request::SET_VRING_KICK, self.queue, kick))
     }
 
-    /// As at its start; what was submitted is forgotten.
-    pub(crate) fn clear(&mut self, region: &Region) -> Result<(), Stop> {
-        (self.submitted, self.seen) = (0, 0);
-        self.packed = self.packed.take().map(|_| packed::Place::start());
+    /// Empties the ring: indices and areas are as at the start.
+    pub(crate) fn reset(&mut self, region: &Region) -> Result<(), Stop> {
+        (self.avail_idx, self.used_idx) = (0, 0);
+        self.packed = self.packed.take().map(|_| packed::Position::start());
         let _ = self.call.drain();
         for area in [DESC, AVAIL, USED] {
             region.write(self.at + area, &[0; AVAIL - DESC])?;
@@ -141,96 +140,97 @@ impl Ring {
         Ok(())
     }
 
-    /// Writes a request into the descriptors from `head` on, and makes it available. No kick.
-    pub(crate) fn submit(&mut self, region: &Region, head: u16, parts: &[Part]) -> Result<(), Stop> {
-        if let Some(place) = &mut self.packed {
-            self.submitted = self.submitted.wrapping_add(1);
-            return place.submit(region, self.at + DESC, self.size, parts);
+    /// Writes a request into the descriptors from `head` on and makes it available, without a kick.
+    pub(crate) fn submit(&mut self, region: &Region, head: u16, segments: &[Segment]) -> Result<(), Stop> {
+        if let Some(position) = &mut self.packed {
+            self.avail_idx = self.avail_idx.wrapping_add(1);
+            return position.submit(region, self.at + DESC, self.size, segments);
         }
-        let last = parts.len().saturating_sub(1);
-        for ((index, slot), part) in (0..).zip(head..).zip(parts) {
+        let last = segments.len().saturating_sub(1);
+        for ((index, slot), segment) in (0..).zip(head..).zip(segments) {
             let (slot, next) = (slot % self.size, (slot + 1) % self.size);
             let more = if index < last { DESC_F_NEXT } else { 0 };
-            let flags = more | if part.write { DESC_F_WRITE } else { 0 };
+            let flags = more | if segment.write { DESC_F_WRITE } else { 0 };
             let mut bytes = Vec::with_capacity(16);
-            bytes.extend_from_slice(&(IOVA + part.offset as u64).to_le_bytes());
-            bytes.extend_from_slice(&part.len.to_le_bytes());
+            bytes.extend_from_slice(&(IOVA + segment.offset as u64).to_le_bytes());
+            bytes.extend_from_slice(&segment.len.to_le_bytes());
             bytes.extend_from_slice(&flags.to_le_bytes());
             bytes.extend_from_slice(&next.to_le_bytes());
             region.write(self.at + DESC + 16 * usize::from(slot), &bytes)?;
         }
-        let slot = usize::from(self.submitted % self.size);
+        let slot = usize::from(self.avail_idx % self.size);
         region.write(self.at + AVAIL + 4 + 2 * slot, &(head % self.size).to_le_bytes())?;
-        self.submitted = self.submitted.wrapping_add(1);
+        self.avail_idx = self.avail_idx.wrapping_add(1);
         fence(Ordering::SeqCst);
-        region.write(self.at + AVAIL + 2, &self.submitted.to_le_bytes())?;
+        region.write(self.at + AVAIL + 2, &self.avail_idx.to_le_bytes())?;
         fence(Ordering::SeqCst);
         Ok(())
     }
 
-    /// Kicks.
+    /// Kicks the queue.
     pub(crate) fn kick(&self, device: &Device) {
         self.kick.signal();
-        device.kicked();
+        device.process_kick();
     }
 
-    /// The counter of the kick eventfd, which is set to 0 by that.
-    pub(crate) fn kick_count(&self) -> u64 {
+    /// Reads the counter of the kick eventfd, which resets it to 0.
+    pub(crate) fn read_kick_counter(&self) -> u64 {
         self.kick.drain()
     }
 
-    /// The counter of the call eventfd, which is set to 0 by that.
-    pub(crate) fn call_count(&self) -> u64 {
+    /// Reads the counter of the call eventfd, which resets it to 0.
+    pub(crate) fn read_call_counter(&self) -> u64 {
         self.call.drain()
     }
 
-    /// Waits for a call; whether it came.
-    pub(crate) fn wait_call(&self, patience: Duration) -> bool {
-        self.call.wait(Some(patience))
+    /// Waits for a call. Returns whether the device called in time.
+    pub(crate) fn wait_call(&self, timeout: Duration) -> bool {
+        self.call.wait(Some(timeout))
     }
 
-    /// Wants calls, or none.
-    pub(crate) fn want_calls(&self, region: &Region, want: bool) -> Result<(), Stop> {
-        let flags = if want { 0 } else { NO_INTERRUPT };
+    /// Tells the device in the available ring's flags whether the driver wants calls.
+    pub(crate) fn enable_calls(&self, region: &Region, enable: bool) -> Result<(), Stop> {
+        let flags = if enable { 0 } else { NO_INTERRUPT };
         region.write(self.at + AVAIL, &flags.to_le_bytes())
     }
 
-    /// The next completion, head and length, if it comes in time. Leaves the call eventfd alone unless it has to wait.
+    /// Waits for the next completion and returns its head and length, or `None` if there is none in time. Resets the call
+    /// eventfd only if it has to wait.
     pub(crate) fn completion(
         &mut self,
         region: &Region,
-        patience: Duration,
+        timeout: Duration,
     ) -> Result<Option<(u16, u32)>, Stop> {
-        if !self.wait(region, patience, |used| used != self.seen)? {
+        if !self.wait(region, timeout, |used| used != self.used_idx)? {
             return Ok(None);
         }
-        let slot = usize::from(self.seen % self.size);
+        let slot = usize::from(self.used_idx % self.size);
         let element: [u8; 8] = region.read(self.at + USED + 4 + 8 * slot)?;
         let [a, b, _, _, len @ ..] = element;
-        self.seen = self.seen.wrapping_add(1);
+        self.used_idx = self.used_idx.wrapping_add(1);
         Ok(Some((u16::from_le_bytes([a, b]), u32::from_le_bytes(len))))
     }
 
-    /// Waits until everything submitted was used; whether it was.
-    pub(crate) fn wait_all(&self, region: &Region, patience: Duration) -> Result<bool, Stop> {
+    /// Waits until the device has used every request. Returns whether it has in time.
+    pub(crate) fn wait_all_used(&self, region: &Region, timeout: Duration) -> Result<bool, Stop> {
         match &self.packed {
-            None => self.wait(region, patience, |used| used == self.submitted),
-            Some(place) => self.wait_until(patience, || place.all_used(region, self.at + DESC)),
+            None => self.wait(region, timeout, |used| used == self.avail_idx),
+            Some(position) => self.wait_until(timeout, || position.all_used(region, self.at + DESC)),
         }
     }
 
-    /// Waits until the used index is what is waited for; whether it is.
-    fn wait(&self, region: &Region, patience: Duration, done: impl Fn(u16) -> bool) -> Result<bool, Stop> {
-        self.wait_until(patience, || Ok(done(u16::from_le_bytes(region.read(self.at + USED + 2)?))))
+    /// Waits until `done` returns true for the used index. Returns whether it has in time.
+    fn wait(&self, region: &Region, timeout: Duration, done: impl Fn(u16) -> bool) -> Result<bool, Stop> {
+        self.wait_until(timeout, || Ok(done(u16::from_le_bytes(region.read(self.at + USED + 2)?))))
     }
 
-    /// Waits until something is so; whether it is.
+    /// Waits until `done` returns true. Returns whether it has in time.
     fn wait_until(
         &self,
-        patience: Duration,
+        timeout: Duration,
         mut done: impl FnMut() -> Result<bool, Stop>,
     ) -> Result<bool, Stop> {
-        let deadline = Instant::now() + patience;
+        let deadline = Instant::now() + timeout;
         loop {
             if done()? {
                 fence(Ordering::SeqCst);
@@ -240,7 +240,7 @@ impl Ring {
             if left.is_zero() {
                 return Ok(false);
             }
-            if self.call.wait(Some(left.min(TICK))) {
+            if self.call.wait(Some(left.min(POLL_INTERVAL))) {
                 let _ = self.call.drain();
             }
         }

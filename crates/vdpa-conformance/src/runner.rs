@@ -1,4 +1,4 @@
-//! Runs cases and judges their outcomes.
+//! Runs cases and compares their outcomes with the expectations.
 
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
@@ -9,50 +9,50 @@ use crate::device::Target;
 use crate::expect::Expectations;
 use crate::probe::Probe;
 
-/// How to run.
+/// Parameters of a run.
 #[derive(Debug)]
 pub struct Config<'a> {
-    /// The device.
+    /// The device to check.
     pub device: Target<'a>,
-    /// What there is besides it.
+    /// What the run has besides the device.
     pub resources: Resources<'a>,
     /// Longest time for one case.
     pub limit: Duration,
-    /// Called on another thread when a case exceeds the limit. A request that hangs in the kernel cannot be
-    /// taken back, so this had better end the process.
+    /// Called on another thread if a case exceeds the limit. It should end the process, since a request that hangs in the
+    /// kernel cannot be cancelled.
     pub on_hang: fn(case: &str, limit: Duration),
 }
 
-/// How a case ended, compared with what was expected.
+/// How a case ended, compared with the expectation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// It did what the specification says.
+    /// The device behaved as the specification says.
     Passed,
-    /// It did not, unexpectedly.
+    /// The device did not behave as the specification says, unexpectedly.
     Failed {
-        /// What it did.
+        /// What the device did.
         what: String,
     },
-    /// It did not, as expected.
+    /// The device did not behave as the specification says, as expected.
     Deviated {
-        /// What it did.
+        /// What the device did.
         what: String,
-        /// Why that is accepted.
+        /// Reason from the expectation file.
         reason: String,
     },
-    /// It passed although a deviation was expected: the expectation file is out of date.
+    /// The case passed although the expectation file lists it: the file is out of date.
     UnexpectedPass {
-        /// Why it was expected to fail.
+        /// Reason from the expectation file.
         reason: String,
     },
-    /// It could not be run, as expected.
+    /// The case could not be run, as expected.
     NotApplicable {
         /// What is missing.
         why: String,
-        /// Why that is accepted.
+        /// Reason from the expectation file.
         reason: String,
     },
-    /// It could not be run.
+    /// The case could not be run, unexpectedly.
     Skipped {
         /// What is missing.
         why: String,
@@ -90,13 +90,13 @@ impl Verdict {
 pub struct Finding {
     /// The case.
     pub case: Case,
-    /// How it ended.
+    /// How the case ended.
     pub verdict: Verdict,
-    /// How long it took.
+    /// How long the case took.
     pub duration: Duration,
 }
 
-/// Runs `cases` one after the other, calling `each` when one has ended.
+/// Runs `cases` one after the other. Calls `each` when a case has ended.
 pub fn run(
     config: &Config<'_>,
     probe: &Probe,
@@ -117,7 +117,7 @@ pub fn run(
         let missing = case.needs.iter().find_map(|need| need.missing(probe, config.resources));
         let outcome = match missing {
             Some(why) => Err(Stop::CannotRun(why)),
-            None => guarded(case.id, config.limit, config.on_hang, || {
+            None => with_watchdog(case.id, config.limit, config.on_hang, || {
                 (case.run)(&mut Ctx::new(config.device, probe, config.resources))
             }),
         };
@@ -129,8 +129,13 @@ pub fn run(
     findings
 }
 
-/// Runs `body` under a watchdog.
-fn guarded<T>(id: &'static str, limit: Duration, on_hang: fn(&str, Duration), body: impl FnOnce() -> T) -> T {
+/// Runs `body` with a watchdog thread, which calls `on_hang` if `body` does not return within `limit`.
+fn with_watchdog<T>(
+    id: &'static str,
+    limit: Duration,
+    on_hang: fn(&str, Duration),
+    body: impl FnOnce() -> T,
+) -> T {
     let (done, ended) = mpsc::channel::<()>();
     let watchdog = thread::spawn(move || {
         if ended.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
@@ -139,7 +144,7 @@ fn guarded<T>(id: &'static str, limit: Duration, on_hang: fn(&str, Duration), bo
     });
     let result = body();
     drop(done);
-    // It ends at once, since its channel is gone; a panic in it has been printed already.
+    // The watchdog ends at once, since its channel is closed. A panic in it was printed already.
     let _ = watchdog.join();
     result
 }
@@ -182,7 +187,7 @@ mod tests {
             case("e", |_| Err(Stop::CannotRun("no memory".to_owned()))),
             Case { needs: &[Need::Backend(BackendFeatures::SUSPEND)], ..case("f", |_| Ok(())) },
             case("g", |_| Ok(())),
-            case("h", |_| panic!("it is not tried")),
+            case("h", |_| panic!("the case must not be run")),
         ];
         let text = "b: why b\nd: why d\nn/a e: why e\nn/a g: why g\nnot-run h: why h";
         let expected = Expectations::parse(text, &["b", "d", "e", "g", "h"]).unwrap();
@@ -215,12 +220,12 @@ mod tests {
             assert_eq!(id, "slow");
             HUNG.fetch_add(1, Ordering::SeqCst);
         };
-        guarded("slow", Duration::ZERO, on_hang, || {
+        with_watchdog("slow", Duration::ZERO, on_hang, || {
             while HUNG.load(Ordering::SeqCst) == 0 {
                 thread::yield_now();
             }
         });
-        guarded("fast", Duration::from_secs(60), on_hang, || ());
+        with_watchdog("fast", Duration::from_secs(60), on_hang, || ());
         assert_eq!(HUNG.load(Ordering::SeqCst), 1);
     }
 }

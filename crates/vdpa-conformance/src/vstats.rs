@@ -1,4 +1,5 @@
-//! [`Vstats`]: how the suite learns what a device counts. No request of the device file tells; the management side does.
+//! [`Vstats`]: how the suite reads a device's statistics. No request of the device file returns them, so a command of the
+//! management interface does.
 
 use std::process::{Command, Stdio};
 
@@ -12,15 +13,15 @@ use crate::device::Device;
 /// Names and values, in the device's order.
 pub(crate) type Counters = Vec<(String, u64)>;
 
-/// A command that prints the vendor statistics of one queue of the device as JSON, when `qidx` and the number of the queue
-/// are appended to it: `vdpa -j dev vstats show NAME`, or vdpactl's.
+/// A command that prints the vendor statistics of one queue of the device as JSON if `qidx` and the queue's number are
+/// appended to it: `vdpa -j dev vstats show NAME`, or the same command of vdpactl.
 #[derive(Clone, Debug)]
 pub struct Vstats {
     words: Vec<String>,
 }
 
 impl Vstats {
-    /// The command with these words; the first one is the program.
+    /// The command with these words, of which the first one is the program.
     #[must_use]
     pub fn new(words: impl IntoIterator<Item = String>) -> Self {
         Self { words: words.into_iter().collect() }
@@ -43,13 +44,13 @@ impl Vstats {
 }
 
 impl From<&str> for Vstats {
-    /// Words separated by blanks.
+    /// Splits a command line at whitespace.
     fn from(line: &str) -> Self {
         Self::new(line.split_whitespace().map(str::to_owned))
     }
 }
 
-/// What `device` counts for a queue: asked by `vstats`, or of the device itself where it is in this process.
+/// Reads the statistics of a queue: with the command `vstats`, or directly if the device is in this process.
 pub(crate) fn counters(vstats: Option<&Vstats>, device: &Device, queue: u16) -> Result<Counters, Stop> {
     if let Some(local) = device.local() {
         let refused = |errno: Errno| Stop::Failed(format!("vendor statistics of queue {queue}: {errno}"));
@@ -58,10 +59,10 @@ pub(crate) fn counters(vstats: Option<&Vstats>, device: &Device, queue: u16) -> 
     vstats.ok_or_else(|| Stop::CannotRun(MISSING.to_owned()))?.counters(queue)
 }
 
-/// Why a case that needs statistics is left out.
+/// Why a case that needs statistics is skipped.
 pub(crate) const MISSING: &str = "no command that shows vendor statistics was given (--vstats)";
 
-/// The numbers of `{"vstats":{NAME:{...}}}`; what is no number is left out.
+/// Parses the numbers of `{"vstats":{NAME:{...}}}`. Values that are not numbers are ignored.
 fn parse(text: &[u8]) -> Option<Counters> {
     let root: Value = serde_json::from_slice(text).ok()?;
     let mut devices = root.get("vstats")?.as_object()?.values();
@@ -86,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn a_command_that_fails_is_named_with_what_it_said() {
+    fn the_error_of_a_command_has_its_name_and_its_output() {
         let counters = |line: &str| Vstats::from(line).counters(0).unwrap_err().to_string();
         assert!(counters("/nonexistent -j show").starts_with("/nonexistent -j show: "), "{}", counters("/x"));
         assert!(counters("ls /no/such/file").contains("/no/such/file"));

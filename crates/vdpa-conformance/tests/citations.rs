@@ -1,18 +1,19 @@
-//! Every section of the specification that code or documents cite exists: "uapi-spec 2.4" is in docs/uapi-spec.md.
+//! Checks that every section of the specification that code or documents cite exists: for "uapi-spec 2.4", docs/uapi-spec.md
+//! must have a section 2.4.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// How a citation begins.
+/// The text with which a citation begins.
 const WORD: &str = "uapi-spec ";
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().unwrap()
 }
 
-/// Numbers of the sections of the specification: of "### 1.6a Ownership", 1.6a.
+/// The section numbers of the specification, for example 1.6a of the heading "### 1.6a Ownership".
 fn sections(specification: &str) -> BTreeSet<String> {
     let headings = specification.lines().filter_map(|line| line.trim_start_matches('#').strip_prefix(' '));
     let numbers = headings.filter_map(|heading| heading.split_whitespace().next());
@@ -23,17 +24,17 @@ fn sections(specification: &str) -> BTreeSet<String> {
         .collect()
 }
 
-/// The section number with which a text begins, if it begins with one, and the rest.
+/// Splits a text into the section number with which it begins and the rest; `None` if it begins with no section number.
 fn section(text: &str) -> Option<(&str, &str)> {
     let end = text.find(|c: char| !c.is_ascii_digit() && c != '.' && c != 'a').unwrap_or(text.len());
     let (number, _) = text.split_at(end);
-    // The stop of the sentence, and the letter of a word.
+    // A dot at the end belongs to the sentence and not to the number.
     let number = number.trim_end_matches('.');
     let starts = number.starts_with(|first: char| first.is_ascii_digit());
     starts.then(|| (number, text.split_at(number.len()).1))
 }
 
-/// The sections that a line cites: of "uapi-spec 3.2, 3.3 and 4.5 to 4.7" all five numbers that stand there.
+/// The sections that a line cites. For "uapi-spec 3.2, 3.3 and 4.5 to 4.7" these are the four numbers in the text.
 fn citations(line: &str) -> Vec<&str> {
     let mut found = Vec::new();
     for (at, _) in line.match_indices(WORD) {
@@ -48,7 +49,7 @@ fn citations(line: &str) -> Vec<&str> {
     found
 }
 
-/// Source files and documents of the repository below `dir`.
+/// Collects the source files and documents below `dir`.
 fn files(dir: &Path, found: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
@@ -75,7 +76,7 @@ fn every_cited_section_exists() {
     let mut cited = 0;
     let mut wrong = Vec::new();
     for path in paths {
-        // This file cites sections that do not exist.
+        // This file has citations of sections that do not exist.
         if path.ends_with("tests/citations.rs") {
             continue;
         }

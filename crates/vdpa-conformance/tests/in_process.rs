@@ -1,4 +1,4 @@
-//! The suite against a device in this process: the core, without kernel and daemon.
+//! Runs the suite against devices in this process: the core, without kernel module and daemon.
 #![expect(clippy::unwrap_used, reason = "a suite that cannot be prepared fails")]
 
 use std::path::Path;

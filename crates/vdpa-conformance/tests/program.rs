@@ -1,4 +1,4 @@
-//! The program `vdpa-conform` as a user runs it: options, exit codes, files.
+//! Runs the program `vdpa-conform` as a user does and checks options, exit codes and files.
 
 use std::path::Path;
 use std::process::{Command, Output};
@@ -44,7 +44,7 @@ fn a_filter_that_matches_nothing_is_an_error() {
 }
 
 #[test]
-fn what_is_no_device_is_said_to_be_none() {
+fn a_file_that_is_no_device_is_an_error() {
     for (path, what) in [("/nonexistent", "cannot open"), ("/dev/null", "is this a vhost-vdpa device?")] {
         let output = conform(&[path]);
         assert_eq!(output.status.code(), Some(3), "{path}");

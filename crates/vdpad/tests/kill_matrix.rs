@@ -61,7 +61,7 @@ fn path_of(way: Way, strategy: Strategy) -> Vec<Checkpoint> {
         Some(P::Ready),
         Some(P::Switching),
         with(P::Suspended, strategy != Strategy::Live),
-        Some(P::AtRest),
+        Some(P::Stopped),
         Some(P::Saved),
         with(P::BeforeExec, exec),
         with(P::Sent, !exec),
@@ -574,7 +574,7 @@ fn mixed_devices() {
             cases.push(Case { way, strategies: strategies.clone(), fault, outcome, packed: false });
         };
         (1..=3).for_each(|nth| fault(P::Suspended, nth, Outcome::Closed));
-        (1..=4).for_each(|nth| fault(P::AtRest, nth, Outcome::Closed));
+        (1..=4).for_each(|nth| fault(P::Stopped, nth, Outcome::Closed));
         (1..=4).for_each(|nth| fault(P::Owned, nth, Outcome::WentOn));
         fault(P::Vrings, 1, Outcome::WentOn);
         (1..=3).for_each(|nth| fault(P::Remapped, nth, Outcome::WentOn));

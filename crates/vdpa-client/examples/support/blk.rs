@@ -19,7 +19,7 @@ pub(crate) const SLOTS: u64 = 8;
 
 const QUEUE: QueueIndex = QueueIndex(0);
 const IOVA: u64 = 0x10_0000;
-/// Where the slots begin in memory: after the ring. Each has its data, then header and status.
+/// Offset of the slots in memory, after the ring. Each slot has the data, then the header and the status byte.
 const SLOTS_AT: u64 = 0x4000;
 const SLOT: u64 = 2 * BLOCK as u64;
 
@@ -39,7 +39,7 @@ impl<D: DeviceFile> Disk<D> {
         Ok(Self { session })
     }
 
-    /// Begins to write `data` to a block, from a slot that is not in use.
+    /// Submits a write of `data` to a block, using a free slot.
     pub(crate) fn begin_write(&mut self, slot: u64, block: u64, data: &[u8; BLOCK]) -> Result<()> {
         self.copy_in(slot, 0, data)?;
         let (header, status) = self.request(slot, kind::OUT, block)?;
@@ -55,7 +55,7 @@ impl<D: DeviceFile> Disk<D> {
         Ok(queue.notify()?)
     }
 
-    /// Waits for the next request that is done and returns its slot.
+    /// Waits for the next completion and returns its slot.
     pub(crate) fn next_done(&mut self) -> Result<u64> {
         loop {
             let queue = self.session.queue_mut(QUEUE)?;

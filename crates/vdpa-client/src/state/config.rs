@@ -1,7 +1,7 @@
-//! The optional section about configuration space, in addition to those of version 2. It exists only if a block device with
-//! `CONFIG_WCE` is reset or opened again.
+//! The optional section for configuration space, in addition to those of version 2. A state has it only if a block device
+//! with `CONFIG_WCE` is reset or opened again.
 //!
-//! A program that does not know it leaves such a device with the default of its features.
+//! If the new program does not know the section, the write cache of such a device has the default of the negotiated features.
 
 use serde::{Deserialize, Serialize};
 
@@ -12,7 +12,7 @@ pub const VERSION: u32 = 1;
 /// Name of the section that holds [`Written`].
 pub const WRITTEN: &str = "vdpa/config";
 
-/// What drivers have written into configuration space, of devices that forget it in the update.
+/// What drivers have written into the configuration space of devices that lose it in the update.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Written {
@@ -21,19 +21,19 @@ pub struct Written {
 }
 
 /// Adds the section, if a device needs it.
-pub(super) fn put(rest: &[v2::AtRest], sections: &mut Sections) -> Result<(), StateError> {
-    if rest.iter().any(|device| device.writeback.is_some()) {
-        let writeback = rest.iter().map(|device| device.writeback).collect();
+pub(super) fn put(devices: &[v2::DeviceState], sections: &mut Sections) -> Result<(), StateError> {
+    if devices.iter().any(|device| device.writeback.is_some()) {
+        let writeback = devices.iter().map(|device| device.writeback).collect();
         sections.push(Section::json(WRITTEN, VERSION, &Written { writeback })?.optional());
     }
     Ok(())
 }
 
-/// Takes the section out, into the devices it is about. What is about devices that do not exist is dropped.
-pub(super) fn take(rest: &mut [v2::AtRest], sections: &mut Sections) -> Result<(), StateError> {
+/// Removes the section and stores each entry in its device. Entries for devices that do not exist are dropped.
+pub(super) fn take(devices: &mut [v2::DeviceState], sections: &mut Sections) -> Result<(), StateError> {
     if let Some(section) = sections.take(WRITTEN) {
         let written: Written = section.parse(VERSION)?;
-        for (device, writeback) in rest.iter_mut().zip(written.writeback) {
+        for (device, writeback) in devices.iter_mut().zip(written.writeback) {
             device.writeback = writeback;
         }
     }

@@ -50,13 +50,13 @@ const FLAG_OPTIONAL: u16 = 1;
 /// Why bytes are not a saved state that this library can restore.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum StateError {
-    /// Too short for a header.
+    /// The bytes are too few for a header.
     #[error("saved state has {len} bytes, fewer than the {HEADER_LEN} of its header")]
     Truncated {
-        /// Bytes there are.
+        /// Number of bytes.
         len: usize,
     },
-    /// It does not begin with [`MAGIC`].
+    /// The bytes do not begin with [`MAGIC`].
     #[error("this is not saved state: it begins with {found:02x?} and not with \"VDPALIVE\"")]
     BadMagic {
         /// The first eight bytes.
@@ -72,10 +72,10 @@ pub enum StateError {
         /// The version in the header.
         found: u32,
     },
-    /// Longer than anything the library writes.
+    /// The sections are longer than the library accepts or writes.
     #[error("saved state claims {len} bytes of sections; at most {MAX_PAYLOAD} are accepted")]
     TooLong {
-        /// Length claimed or to be written.
+        /// Length in the header, or length of the sections to be written.
         len: u64,
     },
     /// The length in the header and the bytes present differ.
@@ -83,7 +83,7 @@ pub enum StateError {
     Length {
         /// Length in the header.
         claimed: u64,
-        /// Bytes after the header.
+        /// Number of bytes after the header.
         present: u64,
     },
     /// The checksum does not match the contents.
@@ -91,23 +91,23 @@ pub enum StateError {
     Checksum {
         /// Checksum in the header.
         stored: u32,
-        /// Checksum of what is there.
+        /// Checksum of the contents.
         computed: u32,
     },
     /// The header of a section is malformed.
     #[error("saved state, byte {offset} of the sections: {what}")]
     Section {
-        /// Where the section begins, from the end of the header.
+        /// Offset of the section from the end of the header, in bytes.
         offset: usize,
-        /// What is wrong.
+        /// Why the header is malformed.
         what: &'static str,
     },
-    /// A section that the program does not know and that is not optional.
+    /// The state has a section that the program does not know and that is not optional.
     #[error("saved state has a section \"{name}\" (version {version}) that this program does not know")]
     Unknown {
         /// Name of the section.
         name: String,
-        /// Its version.
+        /// Version of the section.
         version: u32,
     },
     /// A required section is missing.
@@ -121,25 +121,25 @@ pub enum StateError {
     SectionVersion {
         /// Name of the section.
         name: String,
-        /// The version found.
+        /// Version of the section.
         found: u32,
-        /// The newest version that can be read.
+        /// Newest version that the program can read.
         supported: u32,
     },
-    /// The payload of a section does not parse.
+    /// The payload of a section cannot be decoded.
     #[error("section \"{name}\" cannot be read: {reason}")]
     Payload {
         /// Name of the section.
         name: String,
-        /// What the parser said.
+        /// Error message of the parser.
         reason: String,
     },
-    /// The caller used a name of the library, used a name twice, or one that does not fit.
+    /// The caller used a name that is reserved for the library, a name twice, or a name of wrong length.
     #[error("section name \"{name}\" cannot be used: {reason}")]
     Name {
-        /// The name.
+        /// Name of the section.
         name: String,
-        /// Why not.
+        /// Why it cannot be used.
         reason: &'static str,
     },
 }
@@ -151,7 +151,7 @@ pub struct Section {
     pub name: String,
     /// Version of the payload's layout.
     pub version: u32,
-    /// Whether a program that does not know the section may go on without it.
+    /// Whether a program that does not know the section may ignore it.
     pub optional: bool,
     /// Contents.
     pub payload: Vec<u8>,

@@ -1,7 +1,7 @@
-//! Sections about packed rings, beside those of version 2: states without packed rings do not have them.
+//! The sections for packed rings, in addition to those of version 2. A state without packed rings does not have them.
 //!
-//! Neither is optional, so a program that does not know them refuses the update. In a fork or hand-over it refuses before a
-//! device stops, because [`ANNOUNCEMENT`] is sent before the switch.
+//! Neither section is optional, so a program that does not know them refuses the update. In a fork or hand-over it refuses
+//! before a device is stopped, since [`ANNOUNCEMENT`] is sent before the switch.
 
 use serde::{Deserialize, Serialize};
 use vdpa_core::features::Features;
@@ -16,11 +16,11 @@ pub const ANNOUNCEMENT: &str = "vdpa/packed";
 /// Name of the section that holds [`Drivers`].
 pub const DRIVERS: &str = "vdpa/packed-drivers";
 
-/// Which devices have packed rings that the program drives.
+/// The devices with packed rings whose driver is the program.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Announcement {
-    /// Their names, for error messages only: the features of a device decide the format of its rings.
+    /// Names of the devices, for error messages only. The features of a device decide the format of its rings.
     pub devices: Vec<String>,
 }
 
@@ -28,19 +28,19 @@ pub struct Announcement {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Drivers {
-    /// In the order of [`v2::Devices::devices`]; those of a device in the order of its queues.
+    /// One list for each of [`v2::Devices::devices`], with one entry for each of its queues, in the same order.
     pub devices: Vec<Vec<Driver>>,
 }
 
-/// The driver side of a packed ring; its size and features are those of the queue and the device.
+/// The driver side of a packed ring. Its size is that of the queue, its features are those of the device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Driver {
-    /// Next descriptor to fill, with its wrap counter in bit 15.
+    /// Index of the next descriptor to fill, with its wrap counter in bit 15.
     pub next_avail: u16,
-    /// First descriptor that is not published to the device, with its wrap counter in bit 15.
+    /// Index of the first descriptor that is not yet available to the device, with its wrap counter in bit 15.
     pub published: u16,
-    /// Next descriptor to take as used, with its wrap counter in bit 15.
+    /// Index of the next descriptor to read as used, with its wrap counter in bit 15.
     pub last_used: u16,
     /// Requests in flight, in any order.
     pub in_flight: Vec<InFlight>,
@@ -50,13 +50,13 @@ pub struct Driver {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct InFlight {
-    /// The submitter's token.
+    /// The token with which the request was submitted.
     pub token: u64,
-    /// Buffer id.
+    /// Buffer ID (virtio 1.2 section 2.8).
     pub id: u16,
-    /// Descriptors of the ring.
+    /// Number of descriptors of the ring that the request occupies.
     pub descriptors: u16,
-    /// Bytes the device may write.
+    /// Number of bytes that the device may write.
     pub writable: u32,
 }
 
@@ -71,7 +71,7 @@ impl Driver {
         Self { next_avail, published, last_used, in_flight: in_flight.into_iter().map(one).collect() }
     }
 
-    /// Unchecked; adopting it checks.
+    /// Converts without any check. [`driver::PackedDriver::adopt`] checks the result.
     pub(crate) fn restore(self, size: u16, features: Features) -> driver::PackedDriverState {
         let Self { next_avail, published, last_used, in_flight } = self;
         let one = |request| {
@@ -102,20 +102,20 @@ pub(super) fn take_announcement(sections: &mut Sections) -> Result<(), StateErro
 }
 
 /// Adds the driver sides of packed rings, if there are any.
-pub(super) fn put(rest: &[v2::AtRest], sections: &mut Sections) -> Result<(), StateError> {
-    if rest.iter().any(|device| !device.packed_drivers.is_empty()) {
-        let devices = rest.iter().map(|device| device.packed_drivers.clone()).collect();
+pub(super) fn put(devices: &[v2::DeviceState], sections: &mut Sections) -> Result<(), StateError> {
+    if devices.iter().any(|device| !device.packed_drivers.is_empty()) {
+        let devices = devices.iter().map(|device| device.packed_drivers.clone()).collect();
         sections.push_json(DRIVERS, VERSION, &Drivers { devices })?;
     }
     Ok(())
 }
 
-/// Takes the driver sides of packed rings out, into the devices they belong to. Those of devices that do not exist are
-/// dropped.
-pub(super) fn take(rest: &mut [v2::AtRest], sections: &mut Sections) -> Result<(), StateError> {
+/// Removes the section with the driver sides of packed rings and stores each in its device. Entries for devices that do not
+/// exist are dropped.
+pub(super) fn take(devices: &mut [v2::DeviceState], sections: &mut Sections) -> Result<(), StateError> {
     if let Some(section) = sections.take(DRIVERS) {
         let drivers: Drivers = section.parse(VERSION)?;
-        for (device, drivers) in rest.iter_mut().zip(drivers.devices) {
+        for (device, drivers) in devices.iter_mut().zip(drivers.devices) {
             device.packed_drivers = drivers;
         }
     }

@@ -1,8 +1,8 @@
 //! Version 1 of the library's own sections.
 //!
-//! These types are the format: they are never changed once released and never used outside saving and
-//! restoring, even where a runtime type looks the same today. A later version adds its own module and
-//! converts from these. Numbers of file descriptors are those of the process that saved; exec keeps them.
+//! These types are the format. After a release they never change, and only saving and restoring use them, even where a
+//! runtime type has the same fields today. A later version adds its own module and converts from these types. File
+//! descriptors have the numbers they had in the process that saved, which exec keeps.
 
 use serde::{Deserialize, Serialize};
 use vdpa_core::features::Features;
@@ -21,29 +21,29 @@ pub const MEMORY: &str = "vdpa/memory";
 /// Name of the section that holds [`Queues`].
 pub const QUEUES: &str = "vdpa/queues";
 
-/// How and when the old image left.
+/// How the previous image was replaced, and when.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Update {
     /// `live`, `resume`, `reset` or `reopen`.
     pub strategy: String,
-    /// Process that saved; an exec keeps it.
+    /// Process id of the process that saved; an exec does not change it.
     pub pid: i32,
-    /// Time that suspending took, in ns.
+    /// How long suspending the device took, in ns.
     pub suspend_ns: u64,
-    /// Time that collecting the state took, in ns.
+    /// How long collecting the state took, in ns.
     pub save_ns: u64,
     /// `CLOCK_MONOTONIC` when the state was complete, in ns.
     pub exec_begin_ns: u64,
 }
 
-/// The device and what was negotiated with it.
+/// The device and the features negotiated with it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Session {
-    /// The device's open file; `None` if it was closed (reopen).
+    /// Descriptor of the device's open file; `None` if it was closed (reopen).
     pub device_fd: Option<i32>,
-    /// Where the device can be opened again, if known.
+    /// Path at which the device can be opened again, if known.
     pub path: Option<String>,
     /// Virtio device id.
     pub device_id: u32,
@@ -59,7 +59,7 @@ pub struct Session {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Memory {
-    /// One entry per UPDATE.
+    /// One entry for each UPDATE message.
     pub regions: Vec<Region>,
 }
 
@@ -69,15 +69,15 @@ pub struct Memory {
 pub struct Region {
     /// Name, unique in the session.
     pub name: String,
-    /// The memory object.
+    /// Descriptor of the memory object.
     pub fd: i32,
     /// First I/O virtual address.
     pub iova: u64,
-    /// Bytes.
+    /// Size in bytes.
     pub size: u64,
-    /// Access for the device: `VHOST_ACCESS_*`.
+    /// What the device may do: `VHOST_ACCESS_*`.
     pub perm: u8,
-    /// Address space.
+    /// Identifier of the address space.
     pub asid: u32,
 }
 
@@ -85,11 +85,11 @@ pub struct Region {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Queues {
-    /// One entry per vring.
+    /// One entry for each vring.
     pub queues: Vec<Queue>,
 }
 
-/// One vring and where its driver side stands.
+/// One vring and the state of its driver side.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Queue {
@@ -97,33 +97,33 @@ pub struct Queue {
     pub index: u16,
     /// Entries of the ring.
     pub size: u16,
-    /// Name of the region it lies in.
+    /// Name of the region that contains the ring.
     pub region: String,
     /// Offset of the descriptor area in the region, in bytes.
     pub desc: u64,
-    /// Offset of the driver area.
+    /// Offset of the driver area (available ring) in the region, in bytes.
     pub avail: u64,
-    /// Offset of the device area.
+    /// Offset of the device area (used ring) in the region, in bytes.
     pub used: u64,
     /// The kick eventfd.
     pub kick_fd: i32,
     /// The call eventfd.
     pub call_fd: i32,
-    /// Where the device goes on (`VHOST_GET_VRING_BASE`), if it was stopped.
+    /// The vring base (`VHOST_GET_VRING_BASE`), at which the device continues; `None` if it was not stopped.
     pub base: Option<u32>,
     /// The driver side of the ring.
     pub driver: Driver,
 }
 
-/// The driver side of a split ring; its size and features are those of the queue and the session.
+/// The driver side of a split ring. Its size is that of the queue, its features are those of the session.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Driver {
-    /// The next entry of the available ring to fill, free running.
+    /// Free-running index of the next entry of the available ring to fill.
     pub avail_index: u16,
-    /// The next entry of the used ring to take, free running.
+    /// Free-running index of the next entry of the used ring to read.
     pub last_used_index: u16,
-    /// Descriptors not in flight.
+    /// Number of descriptors that are not in flight.
     pub free: u16,
     /// Requests in flight, in any order.
     pub in_flight: Vec<InFlight>,
@@ -133,11 +133,11 @@ pub struct Driver {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct InFlight {
-    /// The submitter's token.
+    /// The token with which the request was submitted.
     pub token: u64,
-    /// Its descriptors, in order.
+    /// Indices of its descriptors, in the order of the chain.
     pub descriptors: Vec<u16>,
-    /// Bytes the device may write.
+    /// Number of bytes that the device may write.
     pub writable: u32,
 }
 
@@ -156,7 +156,7 @@ impl Driver {
         Self { avail_index, last_used_index, free, in_flight }
     }
 
-    /// Unchecked; adopting it checks.
+    /// Converts without any check. [`driver::SplitDriver::adopt`] checks the result.
     pub(crate) fn restore(self, size: u16, features: Features) -> driver::DriverState {
         let Self { avail_index, last_used_index, free, in_flight } = self;
         let in_flight = in_flight
@@ -171,7 +171,7 @@ impl Driver {
     }
 }
 
-/// The library's sections together.
+/// All sections of the library.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct State {
     /// See [`Update`].
@@ -185,10 +185,10 @@ pub struct State {
 }
 
 impl State {
-    /// Adds the library's sections to the caller's.
+    /// Adds the library's sections to `sections`, which has those of the caller.
     ///
     /// # Errors
-    /// [`StateError::Name`] when a caller's section has a name of the library.
+    /// [`StateError::Name`] if a section of the caller has a name that is reserved for the library.
     pub fn put(&self, sections: &mut Sections) -> Result<(), StateError> {
         sections.check_names()?;
         sections.push_json(UPDATE, VERSION, &self.update)?;
@@ -198,11 +198,11 @@ impl State {
         Ok(())
     }
 
-    /// Takes the library's sections out; the caller's stay.
+    /// Removes the library's sections from `sections` and decodes them. The caller's sections remain.
     ///
     /// # Errors
-    /// [`StateError`]: missing, of another version, unreadable, or a section of the library that is not
-    /// known and not optional.
+    /// [`StateError`] if a section is missing, has another version or cannot be decoded, or if there is an unknown section
+    /// of the library that is not optional.
     pub fn take(sections: &mut Sections) -> Result<Self, StateError> {
         let state = Self {
             update: sections.require_json(UPDATE, VERSION)?,

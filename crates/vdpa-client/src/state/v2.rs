@@ -1,8 +1,8 @@
-//! Version 2 of the library's own sections: any number of devices, by any way.
+//! Version 2 of the library's own sections: any number of devices, and every way of an update.
 //!
-//! As in [`v1`], these types are the format. What is known before the device is touched is [`Prepared`], in four
-//! sections; what is known only when it is at rest is [`Switch`], in one. Numbers of file descriptors are those of the
-//! process that saved, for an exec, and places in the list that was sent along, for a hand-over.
+//! As in [`v1`], these types are the format. [`Prepared`] has what is known while the devices still run, in four sections.
+//! [`Switch`] has what is known only once they are stopped, in one section. In an exec, a file descriptor is given as its
+//! number in the process that saved; in a hand-over, as its index in the list of descriptors that are sent along.
 
 use serde::{Deserialize, Serialize};
 
@@ -26,7 +26,8 @@ pub const FILES: &str = "vdpa/files";
 /// Version of that section.
 pub const FILES_VERSION: u32 = 1;
 
-/// What an exec need not ask of devices again, since their open files are the same. Older readers do without.
+/// Answers of the devices that are still valid after an exec, since the open files are the same; they save the new image
+/// requests. The section is optional: a version that does not know it asks the devices again.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Files {
@@ -34,24 +35,24 @@ pub struct Files {
     pub files: Vec<DeviceFile>,
 }
 
-/// The open file of a device, and what it had answered.
+/// The identity of a device's open file, and what the device has answered.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DeviceFile {
-    /// Device number of its file system, as stat(2) packs it.
+    /// Device number of the file system that the file is in, as stat(2) packs it.
     pub dev: u64,
-    /// Its inode there.
+    /// Inode number of the file in that file system.
     pub inode: u64,
     /// Backend features offered.
     pub backend_features: u64,
-    /// First I/O virtual address it can translate.
+    /// First I/O virtual address that the device can translate.
     pub iova_first: u64,
-    /// Last one.
+    /// Last I/O virtual address that the device can translate.
     pub iova_last: u64,
 }
 
 impl Files {
-    /// Adds its section.
+    /// Adds its section to `sections`.
     ///
     /// # Errors
     /// [`StateError::Payload`], which this type does not cause.
@@ -60,7 +61,8 @@ impl Files {
         Ok(())
     }
 
-    /// Takes its section out; empty when there is none, or one of another version.
+    /// Removes its section from `sections` and decodes it. Returns an empty value if there is no such section, or if it has
+    /// another version.
     ///
     /// # Errors
     /// [`StateError::Payload`].
@@ -78,31 +80,31 @@ impl Files {
 pub struct Update {
     /// `exec`, `fork` or `hand-over`.
     pub way: String,
-    /// The process that saved; an exec keeps it.
+    /// Process id of the process that saved; an exec does not change it.
     pub predecessor: i32,
-    /// When the update was begun, in ns since 1970-01-01 UTC.
+    /// When the update began, in ns since 1970-01-01 UTC.
     pub begun_unix_ns: u64,
-    /// The caller's sections that come with the switch.
+    /// The caller's sections that are sent with the switch.
     pub late: Vec<Late>,
 }
 
-/// A section of the caller that is announced before its contents are known.
+/// A section of the caller that is announced before its contents are known, so that the successor can refuse it in time.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Late {
-    /// Its name.
+    /// Name of the section.
     pub name: String,
-    /// Its version.
+    /// Version of the section.
     pub version: u32,
-    /// Whether a program that does not know it may go on.
+    /// Whether a successor that does not know the section may take the devices over.
     pub optional: bool,
 }
 
-/// All memory, each piece once.
+/// All memory that the devices use, each piece once.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Memories {
-    /// Mappings name them by their place here.
+    /// A mapping refers to its memory by the index in this list.
     pub memories: Vec<Memory>,
 }
 
@@ -110,13 +112,13 @@ pub struct Memories {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Memory {
-    /// Its name, for people.
+    /// Name, used only in messages.
     pub name: String,
-    /// The memory object.
+    /// Descriptor of the memory object.
     pub fd: i32,
-    /// Where it begins in the object, in bytes.
+    /// Offset of the memory in the object, in bytes.
     pub offset: u64,
-    /// Bytes.
+    /// Size in bytes.
     pub size: u64,
 }
 
@@ -128,7 +130,7 @@ pub struct Devices {
     pub devices: Vec<Device>,
 }
 
-/// One device, what was negotiated with it, its mappings and its rings.
+/// One device with its negotiated features, its mappings and its rings.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Device {
@@ -136,9 +138,9 @@ pub struct Device {
     pub name: String,
     /// `live`, `resume`, `reset` or `reopen`.
     pub strategy: String,
-    /// The device's open file; `None` if it is closed (reopen).
+    /// Descriptor of the device's open file; `None` if the predecessor closes it (reopen).
     pub fd: Option<i32>,
-    /// Where the device can be opened again, if known.
+    /// Path at which the device can be opened again, if known.
     pub path: Option<String>,
     /// Virtio device id.
     pub device_id: u32,
@@ -148,11 +150,11 @@ pub struct Device {
     pub backend_features: u64,
     /// Whether the device was running (DRIVER_OK).
     pub running: bool,
-    /// One entry per UPDATE, in their order.
+    /// One entry for each UPDATE message, in the order in which they were sent.
     pub mappings: Vec<Mapping>,
-    /// Rings that the program drives.
+    /// Rings whose driver is the program.
     pub queues: Vec<Queue>,
-    /// Rings that a guest drives.
+    /// Rings whose driver is a guest.
     pub guest_queues: Vec<GuestQueue>,
 }
 
@@ -162,21 +164,21 @@ pub struct Device {
 pub struct Mapping {
     /// Name, unique in the session.
     pub name: String,
-    /// Which of [`Memories::memories`] it is a part of.
+    /// Index in [`Memories::memories`] of the memory that is mapped.
     pub memory: u32,
-    /// Where it begins there, in bytes.
+    /// Offset of the mapping in that memory, in bytes.
     pub offset: u64,
     /// First I/O virtual address.
     pub iova: u64,
-    /// Bytes.
+    /// Size in bytes.
     pub size: u64,
-    /// Access for the device: `VHOST_ACCESS_*`.
+    /// What the device may do: `VHOST_ACCESS_*`.
     pub perm: u8,
-    /// Address space.
+    /// Identifier of the address space.
     pub asid: u32,
 }
 
-/// One vring that the program drives.
+/// One vring whose driver is the program.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Queue {
@@ -184,13 +186,13 @@ pub struct Queue {
     pub index: u16,
     /// Entries of the ring.
     pub size: u16,
-    /// Name of the mapping it lies in.
+    /// Name of the mapping that contains the ring.
     pub region: String,
     /// Offset of the descriptor area in the mapping, in bytes.
     pub desc: u64,
-    /// Offset of the driver area.
+    /// Offset of the driver area (available ring) in the mapping, in bytes.
     pub avail: u64,
-    /// Offset of the device area.
+    /// Offset of the device area (used ring) in the mapping, in bytes.
     pub used: u64,
     /// The kick eventfd.
     pub kick_fd: i32,
@@ -198,7 +200,7 @@ pub struct Queue {
     pub call_fd: i32,
 }
 
-/// One vring that a guest drives; its areas are I/O virtual addresses.
+/// One vring whose driver is a guest. Its areas are given as I/O virtual addresses.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GuestQueue {
@@ -218,25 +220,25 @@ pub struct GuestQueue {
     pub call_fd: i32,
 }
 
-/// Descriptors of the caller, by name.
+/// The caller's own file descriptors, each with a name.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Descriptors {
-    /// In the order in which they were given.
+    /// In the order in which the caller added them to its plan.
     pub descriptors: Vec<Descriptor>,
 }
 
-/// One descriptor of the caller.
+/// One file descriptor of the caller.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Descriptor {
     /// Name, unique in the update.
     pub name: String,
-    /// Its number.
+    /// The descriptor.
     pub fd: i32,
 }
 
-/// What is known when the devices are at rest, or, with `live`, when nobody drives them.
+/// What is known once the devices are stopped. With the strategy `live` they run, and only their drivers are stopped.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Switch {
@@ -249,21 +251,21 @@ pub struct Switch {
     /// How long collecting the state took, in ns.
     pub save_ns: u64,
     /// In the order of [`Devices::devices`].
-    pub devices: Vec<AtRest>,
+    pub devices: Vec<DeviceState>,
 }
 
-/// One device at rest.
+/// The state of one stopped device and of the driver side of its rings.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct AtRest {
-    /// How long bringing it to rest took, in ns.
+pub struct DeviceState {
+    /// How long stopping the device took, in ns.
     pub suspend_ns: u64,
-    /// Where it goes on in each ring (`VHOST_GET_VRING_BASE`), first the queues, then those of a guest; empty if it was
-    /// not stopped.
+    /// The vring base of each ring (`VHOST_GET_VRING_BASE`), at which the device continues: first of [`Device::queues`], then
+    /// of [`Device::guest_queues`]. Empty if the device was not stopped.
     pub bases: Vec<u32>,
-    /// The driver side of each split ring that the program drives.
+    /// The driver side of each split ring whose driver is the program.
     pub drivers: Vec<v1::Driver>,
-    /// That of each packed ring, from the section [`packed::DRIVERS`].
+    /// The driver side of each packed ring whose driver is the program, from the section [`packed::DRIVERS`].
     #[serde(skip)]
     pub packed_drivers: Vec<packed::Driver>,
     /// What the driver has written into the field `writeback`, from the section [`config::WRITTEN`].
@@ -271,7 +273,7 @@ pub struct AtRest {
     pub writeback: Option<u8>,
 }
 
-/// What is known before any device is touched.
+/// What is known before any device is stopped.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Prepared {
     /// See [`Update`].
@@ -285,10 +287,10 @@ pub struct Prepared {
 }
 
 impl Prepared {
-    /// Adds its sections to those of the caller.
+    /// Adds its sections to `sections`, which has those of the caller.
     ///
     /// # Errors
-    /// [`StateError::Name`] when a caller's section has a name of the library.
+    /// [`StateError::Name`] if a section of the caller has a name that is reserved for the library.
     pub fn put(&self, sections: &mut Sections) -> Result<(), StateError> {
         sections.check_names()?;
         sections.push_json(UPDATE, VERSION, &self.update)?;
@@ -298,10 +300,10 @@ impl Prepared {
         packed::announce(&self.devices, sections)
     }
 
-    /// Takes its sections out.
+    /// Removes its sections from `sections` and decodes them.
     ///
     /// # Errors
-    /// [`StateError`]: missing, of another version, unreadable.
+    /// [`StateError`] if a section is missing, has another version or cannot be decoded.
     pub fn take(sections: &mut Sections) -> Result<Self, StateError> {
         packed::take_announcement(sections)?;
         Ok(Self {
@@ -314,7 +316,7 @@ impl Prepared {
 }
 
 impl Switch {
-    /// Adds its section.
+    /// Adds its section to `sections`.
     ///
     /// # Errors
     /// [`StateError::Payload`], which this type does not cause.
@@ -324,10 +326,10 @@ impl Switch {
         config::put(&self.devices, sections)
     }
 
-    /// Takes its section out.
+    /// Removes its section from `sections` and decodes it.
     ///
     /// # Errors
-    /// [`StateError`]: missing, of another version, unreadable.
+    /// [`StateError`] if the section is missing, has another version or cannot be decoded.
     pub fn take(sections: &mut Sections) -> Result<Self, StateError> {
         let mut switch: Self = sections.require_json(SWITCH, VERSION)?;
         packed::take(&mut switch.devices, sections)?;
@@ -336,11 +338,12 @@ impl Switch {
     }
 }
 
-/// The library's sections of a complete state, of this version or an older one. The caller's stay.
+/// Removes the library's sections of a complete state, of this version or of version 1, and decodes them. The caller's
+/// sections remain.
 ///
 /// # Errors
-/// [`StateError`]: missing, of a newer version, unreadable, or a section of the library that is not known and not
-/// optional.
+/// [`StateError`] if a section is missing, has a newer version or cannot be decoded, or if there is an unknown section of
+/// the library that is not optional.
 pub fn take(sections: &mut Sections) -> Result<(Prepared, Switch), StateError> {
     let old = sections.iter().any(|s| s.name == UPDATE && s.version == v1::VERSION);
     if old {
@@ -351,7 +354,7 @@ pub fn take(sections: &mut Sections) -> Result<(Prepared, Switch), StateError> {
     Ok(taken)
 }
 
-/// Name of the device of a state that had no names.
+/// Name that the device of a version-1 state gets, since version 1 has no names of devices.
 pub const V1_DEVICE: &str = "device";
 
 fn from_v1(state: v1::State) -> (Prepared, Switch) {
@@ -363,13 +366,13 @@ fn from_v1(state: v1::State) -> (Prepared, Switch) {
         memories.push(Memory { name: name.clone(), fd, offset: 0, size });
         mappings.push(Mapping { name, memory: at, offset: 0, iova, size, perm, asid });
     }
-    let mut rest = AtRest { suspend_ns: update.suspend_ns, ..AtRest::default() };
+    let mut device_state = DeviceState { suspend_ns: update.suspend_ns, ..DeviceState::default() };
     let mut rings = Vec::new();
     for queue in queues.queues {
         let v1::Queue { index, size, region, desc, avail, used, kick_fd, call_fd, base, driver } = queue;
         rings.push(Queue { index, size, region, desc, avail, used, kick_fd, call_fd });
-        rest.bases.extend(base);
-        rest.drivers.push(driver);
+        device_state.bases.extend(base);
+        device_state.drivers.push(driver);
     }
     let device = Device {
         name: V1_DEVICE.to_owned(),
@@ -401,7 +404,7 @@ fn from_v1(state: v1::State) -> (Prepared, Switch) {
         saved_ns: update.exec_begin_ns,
         prepare_ns: 0,
         save_ns: update.save_ns,
-        devices: vec![rest],
+        devices: vec![device_state],
     };
     (prepared, switch)
 }

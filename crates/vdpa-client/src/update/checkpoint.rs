@@ -18,7 +18,7 @@ pub enum Checkpoint {
     /// Predecessor: a device was suspended.
     Suspended,
     /// Predecessor: a device is stopped as its strategy says; with `live` it runs.
-    AtRest,
+    Stopped,
     /// Predecessor: the state is complete.
     Saved,
     /// Predecessor: the next step is execve.
@@ -66,7 +66,7 @@ impl Checkpoint {
         Self::Ready,
         Self::Switching,
         Self::Suspended,
-        Self::AtRest,
+        Self::Stopped,
         Self::Saved,
         Self::BeforeExec,
         Self::Sent,

@@ -81,7 +81,7 @@ pub enum ConnectionError {
     /// The peer sent something that this version of the protocol does not allow.
     #[error("the other side does not speak this protocol: {what}")]
     Protocol {
-        /// What is wrong.
+        /// How the message violates the protocol.
         what: String,
     },
     /// The kernel dropped descriptors of a message (`MSG_CTRUNC`), usually because of RLIMIT_NOFILE.
@@ -90,9 +90,9 @@ pub enum ConnectionError {
     /// A system call failed.
     #[error("cannot {action}")]
     System {
-        /// What was being done.
+        /// The action for which it was made.
         action: &'static str,
-        /// The error.
+        /// Error of the system call.
         source: Errno,
     },
 }
@@ -383,7 +383,8 @@ impl AsFd for Connection {
     }
 }
 
-/// Who may take part. The messages carry descriptors of devices and memory: whoever has these has the devices.
+/// Whether a peer with this user id may take part in an update. The messages carry descriptors of devices and memory, which
+/// give full access to the devices.
 fn may_take_part(uid: u32, own: u32, allowed: Option<u32>) -> bool {
     uid == 0 || uid == own || allowed == Some(uid)
 }

@@ -12,7 +12,7 @@ use vdpa_sys::mm_reaper::MmReaper;
 
 use super::checkpoint::{Checkpoint, checkpoint};
 use super::stopped::StoppedDevice;
-use super::{Cause, Image, PID_VARIABLE, Phase, Plan, STATE_VARIABLE, UpdateError, keeper, steps};
+use super::{Cause, Image, PID_VARIABLE, Phase, Plan, STATE_VARIABLE, UpdateError, reaper, steps};
 use crate::device::DeviceFile;
 use crate::state::{self, Sections, v2};
 
@@ -20,8 +20,8 @@ use crate::state::{self, Sections, v2};
 pub(super) struct ExecSwitch<'a> {
     pub(super) image: &'a Image,
     pub(super) plan: &'a Plan,
-    /// The process that frees the page tables of this image after the exec; without it the exec does.
-    pub(super) keeper: Option<&'a MmReaper>,
+    /// Frees the page tables of this image after the exec. If there is none, the exec frees them.
+    pub(super) reaper: Option<&'a MmReaper>,
     pub(super) sections: Sections,
     pub(super) late: Sections,
     pub(super) switch: v2::Switch,
@@ -30,9 +30,9 @@ pub(super) struct ExecSwitch<'a> {
 
 impl ExecSwitch<'_> {
     /// Writes the state and execs. Returns only on failure, with the reason; close-on-exec flags are restored then.
-    pub(super) fn run<D: DeviceFile>(self, resting: &[StoppedDevice<D>]) -> UpdateError {
+    pub(super) fn run<D: DeviceFile>(self, stopped: &[StoppedDevice<D>]) -> UpdateError {
         let at = |phase| move |source| UpdateError { phase, device: None, source };
-        let Self { image, plan, keeper: address_space, mut sections, late, switch, until } = self;
+        let Self { image, plan, reaper: mm_reaper, mut sections, late, switch, until } = self;
         sections.append(late);
         let mut write = || -> Result<_, Cause> {
             switch.put(&mut sections)?;
@@ -45,7 +45,7 @@ impl ExecSwitch<'_> {
         };
         let exec = || -> Result<std::convert::Infallible, Cause> {
             let mut open = Open::default();
-            for device in resting {
+            for device in stopped {
                 device.ops.iter().try_for_each(|ops| open.inherit(ops.fd()))?;
                 let regions = device.setup.regions.list().iter().filter_map(|r| r.object());
                 let events = device.setup.vrings().flat_map(|v| [v.kick.as_fd(), v.call.as_fd()]);
@@ -54,12 +54,12 @@ impl ExecSwitch<'_> {
             plan.descriptors.iter().try_for_each(|(_, fd)| open.inherit(fd.as_fd()))?;
             open.inherit(file.as_fd())?;
             let (path, args, mut env) = image.strings()?;
-            let collected = keeper::leave(address_space);
-            let numbers: Vec<String> = collected.iter().map(|fd| fd.as_raw_fd().to_string()).collect();
+            let pidfds = reaper::inheritable(mm_reaper);
+            let numbers: Vec<String> = pidfds.iter().map(|fd| fd.as_raw_fd().to_string()).collect();
             let variables = [
                 (STATE_VARIABLE, file.as_raw_fd().to_string()),
                 (PID_VARIABLE, steps::own_pid().to_string()),
-                (keeper::VARIABLE, numbers.join(",")),
+                (reaper::VARIABLE, numbers.join(",")),
             ];
             for (name, value) in variables {
                 let variable = CString::new(format!("{name}={value}"));

@@ -16,7 +16,7 @@ use super::predecessor::Predecessor;
 use super::takeover::TakeOver;
 use super::{
     Cause, Devices, PID_VARIABLE, Phase, Report, SOCKET_VARIABLE, STATE_VARIABLE, StateFileError, Strategy,
-    UpdateError, Way, keeper, steps,
+    UpdateError, Way, reaper, steps,
 };
 use crate::device::DeviceFile;
 use crate::session::Session;
@@ -111,7 +111,7 @@ pub fn incoming<D: DeviceFile>() -> Result<Option<Incoming<D>>, UpdateError> {
         return Ok(None);
     }
     checkpoint(Checkpoint::Entered);
-    keeper::adopt();
+    reaper::adopt();
     let read = || -> Result<Sections, Cause> {
         let number = value
             .to_str()
@@ -123,12 +123,13 @@ pub fn incoming<D: DeviceFile>() -> Result<Option<Incoming<D>>, UpdateError> {
     Incoming::from_image(read().map_err(at_load)?, entered).map(Some)
 }
 
-/// [`incoming`](incoming()) and [`Incoming::take_over`] in one, for a program that need not look before.
+/// [`incoming`](incoming()) and [`Incoming::take_over`] in one call, for a program that makes no checks of its own between
+/// them.
 ///
 /// The first completions may have arrived already: reap before waiting.
 ///
 /// # Errors
-/// As both.
+/// Errors of [`incoming`](incoming()) and of [`Incoming::take_over`].
 pub fn restore<D: DeviceFile>() -> Result<Option<Restored<D>>, UpdateError> {
     incoming()?.map(Incoming::take_over).transpose()
 }
@@ -319,7 +320,7 @@ impl<D: DeviceFile> Incoming<D> {
                 takeover.become_owner(&mut report)?;
                 let devices = takeover.start_rest(&mut report)?;
                 report.total = monotonic_ns().saturating_sub(begun_ns);
-                keeper::collect();
+                reaper::collect();
                 devices
             }
             Origin::Process(mut predecessor) => {

@@ -196,8 +196,8 @@ impl<D: DeviceFile> LoadedDevice<D> {
 
     /// Restores the driver side of the rings at the positions of the predecessor. Returns the vring bases; empty for a device
     /// that keeps its own.
-    pub(super) fn adopt(&mut self, rest: v2::AtRest) -> Result<Vec<u32>, Cause> {
-        let v2::AtRest { suspend_ns: _, bases, drivers, packed_drivers, writeback } = rest;
+    pub(super) fn adopt(&mut self, state: v2::DeviceState) -> Result<Vec<u32>, Cause> {
+        let v2::DeviceState { suspend_ns: _, bases, drivers, packed_drivers, writeback } = state;
         self.setup.writeback = writeback;
         let drivers: Vec<_> = drivers
             .into_iter()
@@ -259,8 +259,8 @@ fn setup(device: &v2::Device) -> Setup {
     }
 }
 
-/// The device behind `fd`, if it still offers what was negotiated. A file that was open before the exec is not asked again:
-/// a request to a device file in user space costs two context switches between processes.
+/// Makes a device of `fd` and checks that it still offers what was negotiated. For a file that was open before the exec, it
+/// does not request this again, since a request to a device file in user space costs two context switches between processes.
 fn open<D: DeviceFile>(
     fd: OwnedFd,
     device: &v2::Device,

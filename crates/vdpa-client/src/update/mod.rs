@@ -50,11 +50,11 @@ mod devices;
 mod exec;
 mod identity;
 mod incoming;
-mod keeper;
 mod load;
 mod plan;
 mod predecessor;
 mod prepared;
+mod reaper;
 mod report;
 mod save;
 mod steps;
@@ -161,7 +161,7 @@ pub enum Cause {
     Memory {
         /// Name of the region.
         name: String,
-        /// What is wrong with it.
+        /// The reason.
         problem: MemoryProblem,
     },
     /// A name that must be unique is not.
@@ -175,31 +175,31 @@ pub enum Cause {
     /// The plan has a strategy for a device that is not among the devices.
     #[error("a strategy is given for device \"{name}\"; there are: {present}")]
     UnknownDevice {
-        /// The name given.
+        /// Name in the plan.
         name: String,
-        /// Those there are.
+        /// Names of the devices, separated by commas.
         present: String,
     },
     /// A descriptor of the caller could not be copied.
     #[error("descriptor \"{name}\" cannot be copied")]
     Descriptor {
-        /// Its name.
+        /// Name of the descriptor.
         name: String,
-        /// Why not.
+        /// Error of duplicating it.
         source: Errno,
     },
     /// A section given to [`Prepared::switch`] differs from its announcement by [`Plan::late_section`].
     #[error("section \"{name}\" {problem}")]
     Late {
-        /// Its name.
+        /// Name of the section.
         name: String,
-        /// What is wrong.
+        /// How it differs.
         problem: &'static str,
     },
     /// The devices given to [`Prepared::switch`] differ from those that were prepared.
     #[error("the session {problem} since the update was prepared; prepare again")]
     Changed {
-        /// What is different.
+        /// How the session differs.
         problem: &'static str,
     },
     /// The deadline of the switch passed before the successor could begin.
@@ -211,13 +211,13 @@ pub enum Cause {
     /// The successor refused the devices or failed to take them over.
     #[error("the successor (process {pid}) failed in phase {phase}{}: {reason}", of_device(.device.as_deref()))]
     Successor {
-        /// Its process id.
+        /// Process id of the successor.
         pid: i32,
-        /// Where it failed.
+        /// Phase in which it failed.
         phase: Phase,
-        /// With which device, if it was one.
+        /// Name of the device with which it failed, if the failure concerns a single device.
         device: Option<String>,
-        /// The reason it sent.
+        /// Reason that the successor sent.
         reason: String,
     },
     /// The successor neither answers nor can be killed (a process in an uninterruptible wait), so it may still drive the
@@ -226,7 +226,7 @@ pub enum Cause {
         "the successor (process {pid}) neither answers nor can be killed: the devices are left to it, since two processes must not drive one"
     )]
     Unresponsive {
-        /// Its process id.
+        /// Process id of the successor.
         pid: i32,
     },
     /// The predecessor aborted the update and keeps the devices.
@@ -238,23 +238,23 @@ pub enum Cause {
     /// This program refused the update ([`Incoming::refuse`]).
     #[error("refused: {reason}")]
     Refused {
-        /// Why.
+        /// Reason given to [`Incoming::refuse`].
         reason: String,
     },
     /// A system call failed.
     #[error("cannot {action}")]
     Io {
-        /// What was being done.
+        /// The action for which it was made.
         action: &'static str,
-        /// The error.
+        /// Error of the system call.
         source: io::Error,
     },
     /// The new image does not exist or cannot be executed.
     #[error("the new image {} cannot be run", path.display())]
     Image {
-        /// Its path.
+        /// Path of the image.
         path: PathBuf,
-        /// Why.
+        /// Error of opening or starting it.
         source: io::Error,
     },
     /// An argument or variable with a NUL byte.
@@ -269,7 +269,7 @@ pub enum Cause {
          before updating with strategy reopen"
     )]
     InFlight {
-        /// How many.
+        /// Number of requests in flight.
         in_flight: usize,
     },
     /// A guest may have requests in flight on a device that cannot be suspended, and `reopen` would lose them.
@@ -284,9 +284,9 @@ pub enum Cause {
     /// A system call failed.
     #[error("cannot {action}")]
     System {
-        /// What was being done.
+        /// The action for which it was made.
         action: &'static str,
-        /// The error.
+        /// Error of the system call.
         source: Errno,
     },
     /// The saved state cannot be found or read.
@@ -295,25 +295,25 @@ pub enum Cause {
     /// Saved state that contradicts itself or this process.
     #[error("saved {what} cannot be restored: {reason}")]
     Invalid {
-        /// Which part.
+        /// Part of the state.
         what: String,
-        /// What is wrong with it.
+        /// Why it cannot be restored.
         reason: String,
     },
     /// The device does not offer a feature that the previous image had negotiated.
     #[error("the device offers features {present}, but the saved session uses {saved}")]
     Features {
-        /// Negotiated by the previous image.
+        /// Features that the previous image had negotiated.
         saved: Features,
-        /// Offered now.
+        /// Features that the device offers now.
         present: Features,
     },
     /// The device does not offer a backend feature that the previous image had acknowledged.
     #[error("the device offers backend features {present}, but the saved session uses {saved}")]
     BackendFeatures {
-        /// Acknowledged by the previous image.
+        /// Backend features that the previous image had acknowledged.
         saved: BackendFeatures,
-        /// Offered now.
+        /// Backend features that the device offers now.
         present: BackendFeatures,
     },
 }
@@ -329,41 +329,41 @@ impl Cause {
     }
 }
 
-/// What is wrong with the descriptor that [`STATE_VARIABLE`] names.
+/// Why the descriptor that [`STATE_VARIABLE`] names has no saved state.
 #[derive(Debug, Error)]
 pub enum StateFileError {
-    /// Not a number.
+    /// The variable is not a number.
     #[error("{STATE_VARIABLE} is \"{value}\", not the number of a descriptor")]
     NotANumber {
-        /// Its value.
+        /// Value of the variable.
         value: String,
     },
-    /// No such descriptor was inherited.
+    /// This process has inherited no such descriptor.
     #[error("descriptor {number}, named by {STATE_VARIABLE}, was not inherited")]
     NotInherited {
-        /// Its number.
+        /// Number of the descriptor.
         number: i32,
-        /// The reason.
+        /// Error of using it.
         source: Errno,
     },
-    /// It is not a memfd.
+    /// The descriptor is not that of a memfd.
     #[error("descriptor {number}, named by {STATE_VARIABLE}, is not a memfd")]
     NotMemfd {
-        /// Its number.
+        /// Number of the descriptor.
         number: i32,
     },
-    /// It is not sealed, so another process could still change it.
+    /// The memfd is not sealed, so another process could still change it.
     #[error("the memfd with the saved state (descriptor {number}) is not sealed")]
     NotSealed {
-        /// Its number.
+        /// Number of the descriptor.
         number: i32,
     },
-    /// Reading failed.
+    /// The memfd cannot be read.
     #[error("the memfd with the saved state (descriptor {number}) cannot be read: {reason}")]
     Unreadable {
-        /// Its number.
+        /// Number of the descriptor.
         number: i32,
-        /// Why.
+        /// Error of reading it.
         reason: String,
     },
 }
@@ -384,7 +384,7 @@ pub mod fuzzing {
         super::load::check_numbers(state).map_err(|e| e.to_string())
     }
 
-    /// The driver side of a ring as it is given to be adopted.
+    /// Converts the saved driver side of a ring to the state that the ring restores.
     #[must_use]
     pub fn adopt_driver(driver: v1::Driver, size: u16, features: Features) -> DriverState {
         driver.restore(size, features)

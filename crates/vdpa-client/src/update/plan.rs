@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use vdpa_core::Errno;
 use vdpa_sys::exec::spawn;
 
-use super::{Cancel, Cause, PID_VARIABLE, SOCKET_VARIABLE, STATE_VARIABLE, Strategy, keeper, steps};
+use super::{Cancel, Cause, PID_VARIABLE, SOCKET_VARIABLE, STATE_VARIABLE, Strategy, reaper, steps};
 use crate::state::{Section, Sections, v2};
 
 /// Default of [`Plan::deadline`].
@@ -70,7 +70,7 @@ impl std::str::FromStr for Way {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("\"{name}\" is no way to update; there are exec, fork and hand-over")]
 pub struct UnknownWay {
-    /// What was given.
+    /// The text that is no way.
     pub name: String,
 }
 
@@ -109,7 +109,7 @@ impl Image {
     /// The file `path`, with the arguments and the environment of this process. The variables of this library are left out.
     #[must_use]
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        let own = [STATE_VARIABLE, PID_VARIABLE, SOCKET_VARIABLE, keeper::VARIABLE];
+        let own = [STATE_VARIABLE, PID_VARIABLE, SOCKET_VARIABLE, reaper::VARIABLE];
         Self {
             path: path.into(),
             args: std::env::args_os().collect(),
@@ -181,7 +181,7 @@ fn variable(name: &OsStr, value: &OsStr) -> Vec<u8> {
     [name.as_bytes(), b"=", value.as_bytes()].concat()
 }
 
-/// What an update carries, and how.
+/// What an update passes to the successor, and how.
 ///
 /// ```
 /// use std::time::Duration;

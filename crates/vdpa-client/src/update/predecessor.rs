@@ -19,7 +19,7 @@ pub(super) struct Predecessor {
     connection: Connection,
     /// Pidfd of the predecessor, from its first message on.
     process: Option<OwnedFd>,
-    /// Whether both sides know the outcome: nothing more is sent.
+    /// Whether both processes know the outcome, so that no more messages are sent.
     finished: bool,
 }
 
@@ -34,7 +34,7 @@ impl Predecessor {
         Ok(self.connection.send(kind, payload, &[], Wait::default())?)
     }
 
-    /// Waits for a message of `kind`, without a limit: only the predecessor decides when to go on.
+    /// Waits for a message of `kind`, without a timeout, since only the predecessor decides when the update continues.
     ///
     /// # Errors
     /// [`Cause::Aborted`] for [`Kind::Abort`]; [`Cause::Connection`] for any other kind or a closed connection.
@@ -91,8 +91,8 @@ impl Predecessor {
         }
     }
 
-    /// Sends the reason of a failure as a message of `kind`, and ends the exchange. An error is ignored: the peer is gone
-    /// then.
+    /// Sends the reason of a failure as a message of `kind`, and ends the exchange. An error of sending is ignored, since it
+    /// means that the peer has closed the connection.
     pub(super) fn reject(&mut self, kind: Kind, error: &UpdateError) {
         if self.finished {
             return;

@@ -25,7 +25,7 @@ use crate::state::{self, Sections, v2};
 /// An update that is ready for the switch. Everything that can be done without stopping a device has been done; the devices
 /// run and may be driven.
 ///
-/// Dropping it aborts the update: the successor is told, and a child is killed after the grace period.
+/// Dropping it aborts the update: the successor gets a message, and a child is killed after the grace period.
 #[derive(Debug)]
 pub struct Prepared {
     plan: Plan,
@@ -39,7 +39,7 @@ pub struct Prepared {
 
 #[derive(Debug)]
 enum Target {
-    /// The keeper frees the page tables of this image after the exec, so that the exec does not wait for that. Starting it
+    /// The mm reaper frees the page tables of this image after the exec, so that the exec does not wait for that. Starting it
     /// takes longer than the rest of a switch, so prepare starts it. Without it the update is slower and otherwise the same.
     Exec(Image, Option<MmReaper>),
     Process(Way, Successor),
@@ -87,7 +87,7 @@ impl Completed {
 /// An update that failed in the switch.
 #[derive(Debug)]
 pub struct Failed<D> {
-    /// What failed.
+    /// The error because of which the update failed.
     pub error: UpdateError,
     /// The devices that were rolled back; they work as before.
     pub devices: Devices<D>,
@@ -313,16 +313,16 @@ impl Prepared {
         if let Target::Process(_, successor) = &self.to {
             successor.announce_switch();
         }
-        let mut resting: Vec<StoppedDevice<D>> = Vec::with_capacity(devices.len());
+        let mut stopped: Vec<StoppedDevice<D>> = Vec::with_capacity(devices.len());
         let mut waiting = devices.into_iter().zip(&self.chosen);
         while let Some(((name, session), chosen)) = waiting.next() {
             match StoppedDevice::stop(name.clone(), session, chosen.strategy) {
-                Ok(device) => resting.push(device),
+                Ok(device) => stopped.push(device),
                 Err(failed) => {
                     let (error, undone) = *failed;
                     let rest = waiting.map(|((name, session), _)| (name, Ok(session)));
                     let others = std::iter::once((name, undone)).chain(rest);
-                    let failed = roll_back(error, resting, StoppedDevice::undo, others);
+                    let failed = roll_back(error, stopped, StoppedDevice::undo, others);
                     return Err(report_roll_back(self.to.way(), self.begun_unix_ns, failed, &self.chosen));
                 }
             }
@@ -334,22 +334,22 @@ impl Prepared {
             saved_ns: 0,
             prepare_ns,
             save_ns: 0,
-            devices: resting.iter().map(StoppedDevice::saved).collect(),
+            devices: stopped.iter().map(StoppedDevice::saved).collect(),
         };
         switch.saved_ns = monotonic_ns();
         switch.save_ns = switch.saved_ns.saturating_sub(save_begin);
         checkpoint(Checkpoint::Saved);
         match to {
-            Target::Exec(image, keeper) => {
-                let keeper = keeper.as_ref();
-                let exec = ExecSwitch { image: &image, plan: &plan, keeper, sections, late, switch, until };
-                let error = exec.run(&resting);
-                let failed = roll_back(error, resting, StoppedDevice::undo, std::iter::empty());
+            Target::Exec(image, reaper) => {
+                let reaper = reaper.as_ref();
+                let exec = ExecSwitch { image: &image, plan: &plan, reaper, sections, late, switch, until };
+                let error = exec.run(&stopped);
+                let failed = roll_back(error, stopped, StoppedDevice::undo, std::iter::empty());
                 Err(report_roll_back(Way::Exec, begun_unix_ns, failed, &chosen))
             }
             Target::Process(way, successor) => {
                 let begun = Begun { way, unix_ns: begun_unix_ns, ns: begun_ns };
-                hand_over(successor, resting, &switch, late, until, begun)
+                hand_over(successor, stopped, &switch, late, until, begun)
                     .map_err(|failed| report_roll_back(way, begun_unix_ns, failed, &chosen))
             }
         }
@@ -386,12 +386,12 @@ impl Prepared {
 /// Rolls a failed update back: `how` starts each stopped device again, the last one first. `others` were not stopped.
 fn roll_back<D: DeviceFile>(
     error: UpdateError,
-    resting: Vec<StoppedDevice<D>>,
+    stopped: Vec<StoppedDevice<D>>,
     how: impl Fn(StoppedDevice<D>) -> super::stopped::RollBack<D>,
     others: impl Iterator<Item = (String, super::stopped::RollBack<D>)>,
 ) -> Box<Failed<D>> {
     let mut all: Vec<_> =
-        resting.into_iter().rev().map(|device| (device.name.clone(), how(device))).collect();
+        stopped.into_iter().rev().map(|device| (device.name.clone(), how(device))).collect();
     all.reverse();
     let mut lost = Vec::new();
     let mut devices = Devices::new();
@@ -430,7 +430,7 @@ struct Begun {
 /// Sends the devices' state to another process and commits.
 fn hand_over<D: DeviceFile>(
     mut successor: Successor,
-    resting: Vec<StoppedDevice<D>>,
+    stopped: Vec<StoppedDevice<D>>,
     switch: &v2::Switch,
     mut late: Sections,
     until: Option<Instant>,
@@ -453,15 +453,15 @@ fn hand_over<D: DeviceFile>(
         let error = successor_error(source);
         match successor.abort() {
             Ok(AbortOutcome::Released) => {
-                return Err(roll_back(error, resting, StoppedDevice::take_back, std::iter::empty()));
+                return Err(roll_back(error, stopped, StoppedDevice::take_back, std::iter::empty()));
             }
             // The confirmation was sent before the abort arrived.
             Ok(AbortOutcome::Committed) => {}
-            Err(unresponsive) => return Err(lost(error, &unresponsive, &resting)),
+            Err(unresponsive) => return Err(lost(error, &unresponsive, &stopped)),
         }
     }
     // Closes every descriptor of the devices, so this process cannot access them any more.
-    drop(resting);
+    drop(stopped);
     checkpoint(Checkpoint::Released);
     let mut report = successor.take_report().unwrap_or_else(|| Report::new(begun.way));
     let now = monotonic_ns();
@@ -476,14 +476,14 @@ fn hand_over<D: DeviceFile>(
 fn lost<D: DeviceFile>(
     error: UpdateError,
     unresponsive: &Cause,
-    resting: &[StoppedDevice<D>],
+    stopped: &[StoppedDevice<D>],
 ) -> Box<Failed<D>> {
     let lost = |device: &StoppedDevice<D>| UpdateError {
         phase: Phase::Commit,
         device: Some(device.name.clone()),
         source: unresponsive.repeat(),
     };
-    Box::new(Failed { error, devices: Devices::new(), lost: resting.iter().map(lost).collect() })
+    Box::new(Failed { error, devices: Devices::new(), lost: stopped.iter().map(lost).collect() })
 }
 
 /// Takes phase and device from the successor, if the successor failed.

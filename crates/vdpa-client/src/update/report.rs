@@ -58,7 +58,7 @@ pub struct Report {
 /// The times of one device, in ns.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceReport {
-    /// Its name.
+    /// Name of the device.
     pub name: String,
     /// The strategy used.
     pub strategy: Strategy,

@@ -52,7 +52,7 @@ impl<D: DeviceFile> StoppedDevice<D> {
         device.suspend_ns = monotonic_ns().saturating_sub(begin);
         match stopped {
             Ok(()) => {
-                checkpoint(Checkpoint::AtRest);
+                checkpoint(Checkpoint::Stopped);
                 Ok(device)
             }
             Err(e) => {
@@ -178,19 +178,19 @@ impl<D: DeviceFile> StoppedDevice<D> {
     }
 
     /// The part of the state that depends on the device being stopped.
-    pub(super) fn saved(&self) -> v2::AtRest {
-        let mut rest = v2::AtRest {
+    pub(super) fn saved(&self) -> v2::DeviceState {
+        let mut state = v2::DeviceState {
             suspend_ns: self.suspend_ns,
             bases: self.bases.clone(),
             writeback: self.setup.writeback,
-            ..v2::AtRest::default()
+            ..v2::DeviceState::default()
         };
         for queue in &self.setup.queues {
             match queue.saved() {
-                SavedDriver::Split(driver) => rest.drivers.push(driver),
-                SavedDriver::Packed(driver) => rest.packed_drivers.push(driver),
+                SavedDriver::Split(driver) => state.drivers.push(driver),
+                SavedDriver::Packed(driver) => state.packed_drivers.push(driver),
             }
         }
-        rest
+        state
     }
 }

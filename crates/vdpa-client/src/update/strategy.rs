@@ -37,13 +37,13 @@ pub enum Unsupported {
     /// A backend feature is missing.
     #[error("strategy {strategy} needs backend feature {name} (bit {}), which the device does not offer ({offered})", .bit.0)]
     Missing {
-        /// What was asked for.
+        /// The requested strategy.
         strategy: Strategy,
         /// Name of the feature, without its prefix `VHOST_BACKEND_F_`.
         name: &'static str,
-        /// Its bit.
+        /// Bit number of the feature.
         bit: Bit,
-        /// What the device offers.
+        /// Backend features that the device offers.
         offered: BackendFeatures,
     },
     /// The device uses owner addresses, which are stale from NEW_OWNER until REMAP.
@@ -120,7 +120,7 @@ impl FromStr for Strategy {
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error("\"{name}\" is no strategy; there are live, resume, reset and reopen")]
 pub struct UnknownStrategy {
-    /// What was given.
+    /// The text that is no strategy.
     pub name: String,
 }
 

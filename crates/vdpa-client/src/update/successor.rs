@@ -26,15 +26,15 @@ pub(super) struct Successor {
     pidfd: Option<OwnedFd>,
     child: Option<Child>,
     grace: Duration,
-    /// Whether it may access the devices: from the switch on.
+    /// Whether the successor may access the devices, which it may from the switch on.
     may_act: bool,
-    /// Whether both sides know the outcome: nothing more is sent.
+    /// Whether both processes know the outcome, so that no more messages are sent.
     finished: bool,
-    /// The report that it sent with [`Kind::Done`].
+    /// The report that the successor sent with [`Kind::Done`].
     report: Option<Report>,
 }
 
-/// Who has the devices after an abort.
+/// Which process has the devices after an abort.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum AbortOutcome {
     /// The successor has released them, or has ended: they can be taken back.

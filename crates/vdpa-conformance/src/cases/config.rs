@@ -1,4 +1,4 @@
-//! Configuration space.
+//! Cases about configuration space.
 
 use vdpa_core::Errno;
 

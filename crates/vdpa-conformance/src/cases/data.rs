@@ -1,4 +1,4 @@
-//! What the device does with its memory: shown with reads of a block device.
+//! Cases about the data path: how a block device accesses memory, shown with reads.
 
 use vdpa_core::Errno;
 use vdpa_core::features::{BackendFeatures, Features, Status};
@@ -6,17 +6,17 @@ use vdpa_core::types::{Perm, iotlb_type};
 
 use crate::blk_driver::BlkDriver;
 use crate::case::{Case, Ctx, Need, Outcome, check, prepare};
-use crate::device::WRITTEN;
+use crate::device::MESSAGE_SIZE;
 use crate::request::Request;
-use crate::ring::{Format, IOVA, SILENCE};
+use crate::ring::{Format, IOVA, QUIET_TIME};
 
-/// A block device with a ring large enough for the driver.
+/// A block device whose ring is large enough for the driver.
 const BLK: [Need; 2] = [Need::DeviceId(2), Need::RingSize(8)];
 const SUSPEND: Need = Need::Backend(BackendFeatures::SUSPEND);
 const RESUME: Need = Need::Backend(BackendFeatures::RESUME);
 const PERSIST: Need = Need::Backend(BackendFeatures::IOTLB_PERSIST);
 
-/// The cases, in a constant for each format of rings: name, section, requests, further needs, check.
+/// Defines the cases once for each ring format. A line has name, section, requests, further needs and check.
 macro_rules! cases {
     ($($name:literal, $spec:literal, [$($request:ident),+], [$($need:expr),*], $run:ident;)+) => {
         pub(super) const CASES: &[Case] = &[$(Case {
@@ -53,138 +53,142 @@ cases! {
 }
 
 fn read(ctx: &mut Ctx<'_>, format: Format) -> Outcome {
-    let mut driver = BlkDriver::start_over(ctx, format, BackendFeatures::NONE)?;
+    let mut driver = BlkDriver::start_with_format(ctx, format, BackendFeatures::NONE)?;
     for round in 0..20 {
-        driver.works(&format!("read number {round}"))?;
+        driver.read_sector(&format!("read number {round}"))?;
     }
-    let base = driver.base();
+    let base = driver.vring_base();
     check("GET_VRING_BASE when idle", driver.device.vring(Request::GET_VRING_BASE, 0, 0), Ok(base))
 }
 
 fn kick_counter(ctx: &mut Ctx<'_>, format: Format) -> Outcome {
-    let mut driver = BlkDriver::start_over(ctx, format, BackendFeatures::NONE)?;
-    let _ = driver.kick_count();
+    let mut driver = BlkDriver::start_with_format(ctx, format, BackendFeatures::NONE)?;
+    let _ = driver.read_kick_counter();
     for round in 1..=3 {
-        driver.works(&format!("read number {round}"))?;
+        driver.read_sector(&format!("read number {round}"))?;
     }
-    check("counter of the kick eventfd after three kicks", driver.kick_count(), 3)
+    check("counter of the kick eventfd after three kicks", driver.read_kick_counter(), 3)
 }
 
 fn kick_before_install(ctx: &mut Ctx<'_>, format: Format) -> Outcome {
-    let mut driver = BlkDriver::start_over(ctx, format, BackendFeatures::NONE)?;
-    driver.works("before")?;
+    let mut driver = BlkDriver::start_with_format(ctx, format, BackendFeatures::NONE)?;
+    driver.read_sector("before")?;
     let remove = driver.device.set_fd(Request::SET_VRING_KICK, 0, None);
     prepare("VHOST_SET_VRING_KICK", remove)?;
     driver.submit()?;
-    driver.stays_silent("no kick eventfd installed")?;
+    driver.expect_no_completion("no kick eventfd installed")?;
     driver.install_kick()?;
-    driver.completes("an eventfd installed that had been written")
+    driver.expect_completion("an eventfd installed that had been written")
 }
 
 fn disabled_queue(ctx: &mut Ctx<'_>, format: Format) -> Outcome {
-    let mut driver = BlkDriver::start_over(ctx, format, BackendFeatures::NONE)?;
-    driver.works("before")?;
+    let mut driver = BlkDriver::start_with_format(ctx, format, BackendFeatures::NONE)?;
+    driver.read_sector("before")?;
     let enable = |num| driver.device.set_vring(Request::SET_VRING_ENABLE, 0, num);
     prepare("VHOST_VDPA_SET_VRING_ENABLE", enable(0))?;
-    // Who serves the queue may still be looking at its ring after the request before: the server of a VDUSE device is not
-    // told of this, it is only kicked no more.
-    std::thread::sleep(SILENCE);
+    // The server of the queue may still poll its ring for a while after the previous request: the server of a VDUSE device is
+    // not notified that the queue was disabled, it only gets no more kicks.
+    std::thread::sleep(QUIET_TIME);
     driver.submit()?;
-    driver.stays_silent("queue disabled")
+    driver.expect_no_completion("queue disabled")
 }
 
 fn invalidate(ctx: &mut Ctx<'_>, format: Format) -> Outcome {
-    let mut driver = BlkDriver::start_over(ctx, format, BackendFeatures::NONE)?;
-    driver.works("mapped")?;
-    check("INVALIDATE", driver.device.unmap(IOVA, driver.region.size()), Ok(WRITTEN))?;
+    let mut driver = BlkDriver::start_with_format(ctx, format, BackendFeatures::NONE)?;
+    driver.read_sector("mapped")?;
+    check("INVALIDATE", driver.device.unmap(IOVA, driver.region.size()), Ok(MESSAGE_SIZE))?;
     driver.submit()?;
-    driver.stays_silent("not mapped")?;
-    check("UPDATE", driver.device.map(IOVA, &driver.region, Perm::RW), Ok(WRITTEN))?;
+    driver.expect_no_completion("not mapped")?;
+    check("UPDATE", driver.device.map(IOVA, &driver.region, Perm::RW), Ok(MESSAGE_SIZE))?;
     check("status: an unmapped ring is no reason to reset", driver.device.status(), Ok(0xf))?;
     driver.kick();
-    driver.completes("mapped again and kicked")
+    driver.expect_completion("mapped again and kicked")
 }
 
 fn read_only(ctx: &mut Ctx<'_>, format: Format) -> Outcome {
-    let mut driver = BlkDriver::start_over(ctx, format, BackendFeatures::NONE)?;
-    check("INVALIDATE", driver.device.unmap(IOVA, driver.region.size()), Ok(WRITTEN))?;
-    check("UPDATE, device may only read", driver.device.map(IOVA, &driver.region, Perm::RO), Ok(WRITTEN))?;
+    let mut driver = BlkDriver::start_with_format(ctx, format, BackendFeatures::NONE)?;
+    check("INVALIDATE", driver.device.unmap(IOVA, driver.region.size()), Ok(MESSAGE_SIZE))?;
+    check(
+        "UPDATE, device may only read",
+        driver.device.map(IOVA, &driver.region, Perm::RO),
+        Ok(MESSAGE_SIZE),
+    )?;
     driver.submit()?;
-    driver.stays_silent("memory the device may not write")
+    driver.expect_no_completion("memory the device may not write")
 }
 
 fn suspend(ctx: &mut Ctx<'_>, format: Format) -> Outcome {
-    let mut driver = BlkDriver::start_over(ctx, format, BackendFeatures::NONE)?;
-    driver.works("before SUSPEND")?;
+    let mut driver = BlkDriver::start_with_format(ctx, format, BackendFeatures::NONE)?;
+    driver.read_sector("before SUSPEND")?;
     check("SUSPEND", driver.device.call(Request::SUSPEND), Ok(()))?;
-    let base = driver.base();
+    let base = driver.vring_base();
     driver.submit()?;
-    driver.stays_silent("suspended, kicked")?;
+    driver.expect_no_completion("suspended, kicked")?;
     check("GET_VRING_BASE, suspended", driver.device.vring(Request::GET_VRING_BASE, 0, 0), Ok(base))?;
     check("RESUME", driver.device.call(Request::RESUME), Ok(()))?;
-    driver.completes("the kick while suspended, after RESUME")?;
-    driver.works("after RESUME")
+    driver.expect_completion("the kick while suspended, after RESUME")?;
+    driver.read_sector("after RESUME")
 }
 
 fn suspend_enable(ctx: &mut Ctx<'_>, format: Format) -> Outcome {
-    let mut driver = BlkDriver::start_over(ctx, format, BackendFeatures::NONE)?;
+    let mut driver = BlkDriver::start_with_format(ctx, format, BackendFeatures::NONE)?;
     check("SUSPEND", driver.device.call(Request::SUSPEND), Ok(()))?;
     driver.submit()?;
     let enable = driver.device.set_vring(Request::SET_VRING_ENABLE, 0, 1);
     check("SET_VRING_ENABLE, suspended", enable, Ok(()))?;
     driver.kick();
-    driver.stays_silent("suspended, enabled, kicked")
+    driver.expect_no_completion("suspended, enabled, kicked")
 }
 
 fn base_continues(ctx: &mut Ctx<'_>, format: Format) -> Outcome {
-    let mut driver = BlkDriver::start_over(ctx, format, ctx.probe().backend)?;
+    let mut driver = BlkDriver::start_with_format(ctx, format, ctx.probe().backend)?;
     for round in 0..3 {
-        driver.works(&format!("read number {round}"))?;
+        driver.read_sector(&format!("read number {round}"))?;
     }
     check("SUSPEND", driver.device.call(Request::SUSPEND), Ok(()))?;
     let base = prepare("VHOST_GET_VRING_BASE", driver.device.vring(Request::GET_VRING_BASE, 0, 0))?;
-    check("GET_VRING_BASE", base, driver.base())?;
+    check("GET_VRING_BASE", base, driver.vring_base())?;
     prepare("SET_STATUS 0", driver.device.set_status(Status::RESET))?;
     driver.set_up_at(ctx, base)?;
-    driver.go()?;
-    driver.works("continued at its base")?;
-    check("GET_VRING_BASE", driver.device.vring(Request::GET_VRING_BASE, 0, 0), Ok(driver.base()))
+    driver.set_driver_ok()?;
+    driver.read_sector("continued at its base")?;
+    check("GET_VRING_BASE", driver.device.vring(Request::GET_VRING_BASE, 0, 0), Ok(driver.vring_base()))
 }
 
 fn reset_stops(ctx: &mut Ctx<'_>, format: Format) -> Outcome {
-    let mut driver = BlkDriver::start_over(ctx, format, ctx.probe().backend)?;
-    driver.works("before the reset")?;
+    let mut driver = BlkDriver::start_with_format(ctx, format, ctx.probe().backend)?;
+    driver.read_sector("before the reset")?;
     check("SET_STATUS 0", driver.device.set_status(Status::RESET), Ok(()))?;
     driver.set_up(ctx)?;
     driver.submit()?;
-    driver.stays_silent("set up, enabled and kicked, without DRIVER_OK")?;
-    driver.go()?;
+    driver.expect_no_completion("set up, enabled and kicked, without DRIVER_OK")?;
+    driver.set_driver_ok()?;
     driver.kick();
-    driver.completes("DRIVER_OK and a kick")
+    driver.expect_completion("DRIVER_OK and a kick")
 }
 
 fn reset_persist(ctx: &mut Ctx<'_>, format: Format) -> Outcome {
     let persist = BackendFeatures::of(&[BackendFeatures::IOTLB_PERSIST]);
-    let mut driver = BlkDriver::start_over(ctx, format, persist)?;
-    driver.works("before the reset")?;
+    let mut driver = BlkDriver::start_with_format(ctx, format, persist)?;
+    driver.read_sector("before the reset")?;
     check("SET_STATUS 0", driver.device.set_status(Status::RESET), Ok(()))?;
     driver.set_up(ctx)?;
-    driver.go()?;
-    driver.works("after a reset with PERSIST, nothing mapped again")
+    driver.set_driver_ok()?;
+    driver.read_sector("after a reset with PERSIST, nothing mapped again")
 }
 
 fn reset_clean_map(ctx: &mut Ctx<'_>, format: Format) -> Outcome {
-    let mut driver = BlkDriver::start_over(ctx, format, BackendFeatures::NONE)?;
-    driver.works("before the reset")?;
+    let mut driver = BlkDriver::start_with_format(ctx, format, BackendFeatures::NONE)?;
+    driver.read_sector("before the reset")?;
     check("SET_STATUS 0", driver.device.set_status(Status::RESET), Ok(()))?;
     let again = driver.device.map(IOVA, &driver.region, Perm::RW);
     check("UPDATE after a reset without PERSIST", again, Err(Errno::FAULT))?;
     driver.set_up(ctx)?;
-    driver.go()?;
+    driver.set_driver_ok()?;
     driver.submit()?;
-    driver.stays_silent("after a reset without PERSIST")?;
-    check("BATCH_BEGIN", driver.device.plain(0, iotlb_type::BATCH_BEGIN), Ok(WRITTEN))?;
-    check("BATCH_END", driver.device.plain(0, iotlb_type::BATCH_END), Ok(WRITTEN))?;
+    driver.expect_no_completion("after a reset without PERSIST")?;
+    check("BATCH_BEGIN", driver.device.message_of_type(0, iotlb_type::BATCH_BEGIN), Ok(MESSAGE_SIZE))?;
+    check("BATCH_END", driver.device.message_of_type(0, iotlb_type::BATCH_END), Ok(MESSAGE_SIZE))?;
     driver.kick();
-    driver.completes("after an empty batch")
+    driver.expect_completion("after an empty batch")
 }

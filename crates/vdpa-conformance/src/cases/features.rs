@@ -1,4 +1,4 @@
-//! Device features, backend features and what the device says about itself.
+//! Cases about device features, backend features and the numbers that the device reports about itself.
 
 use vdpa_core::Errno;
 use vdpa_core::features::{BackendFeatures, Bit, Features, Status};
@@ -6,7 +6,7 @@ use vdpa_sys::mmap::{Prot, SharedMap};
 use vdpa_sys::uapi::live;
 use vdpa_sys::vhost_vdpa::RawArg;
 
-use super::state::{Stage, reach};
+use super::state::{DeviceState, open_in};
 use crate::case::{Case, Ctx, Need, Outcome, Stop, check, prepare};
 use crate::request::Request;
 
@@ -96,7 +96,7 @@ pub(super) const CASES: &[Case] = &[
     },
 ];
 
-/// A kick carries data.
+/// VIRTIO_F_NOTIFICATION_DATA: a kick carries data.
 const NOTIFICATION_DATA: Bit = Bit(38);
 
 fn offered(ctx: &mut Ctx<'_>) -> Outcome {
@@ -104,7 +104,7 @@ fn offered(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open()?;
     let offered = Features(u64::from_ne_bytes(prepare("GET_FEATURES", device.get(Request::GET_FEATURES))?));
     check("VERSION_1 and ACCESS_PLATFORM offered", offered & needed, needed)?;
-    // An eventfd cannot carry it, and DPDK ends when there is no page to write it to.
+    // An eventfd cannot carry the data, and DPDK ends if there is no doorbell page to which it can write the data.
     let write = Prot { read: false, write: true };
     let doorbell = device.file().is_ok_and(|file| SharedMap::map(file, 0, 4096, write, false).is_ok());
     let data = offered.has(NOTIFICATION_DATA);
@@ -114,17 +114,17 @@ fn offered(ctx: &mut Ctx<'_>) -> Outcome {
 fn access_platform(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open()?;
     check("SET_FEATURES 0", device.set_features(Features::NONE), Err(Errno::INVAL))?;
-    check("SET_FEATURES with ACCESS_PLATFORM", device.set_features(ctx.plain_features()), Ok(()))
+    check("SET_FEATURES with ACCESS_PLATFORM", device.set_features(ctx.base_features()), Ok(()))
 }
 
 fn unoffered_bit(ctx: &mut Ctx<'_>) -> Outcome {
-    let features = Features(ctx.plain_features().0 | 1 << 63);
+    let features = Features(ctx.base_features().0 | 1 << 63);
     check("SET_FEATURES with bit 63", ctx.open()?.set_features(features), Ok(()))
 }
 
 fn fixed(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open()?;
-    let features = ctx.plain_features();
+    let features = ctx.base_features();
     prepare("VHOST_SET_FEATURES", device.set_features(features))?;
     check("SET_FEATURES again before FEATURES_OK", device.set_features(features), Ok(()))?;
     prepare("VHOST_VDPA_SET_STATUS", device.set_status(Status::FEATURES_OK))?;
@@ -161,7 +161,7 @@ fn backend_refused(ctx: &mut Ctx<'_>) -> Outcome {
         (0x80, Errno::INVAL),
         (0x88, Errno::OPNOTSUPP),
     ] {
-        // Unless that bit was given a meaning here.
+        // Skips a bit that is configured for a feature of the live-update series.
         if live::configured().features_from_wire(word) != BackendFeatures(word) {
             continue;
         }
@@ -199,7 +199,7 @@ fn backend_unoffered_remap(ctx: &mut Ctx<'_>) -> Outcome {
 fn backend_any_time(ctx: &mut Ctx<'_>) -> Outcome {
     let offered = ctx.probe().backend;
     check("SET_BACKEND_FEATURES, all offered, without an owner", ctx.open()?.set_backend(offered), Ok(()))?;
-    let device = reach(ctx, Stage::Running)?;
+    let device = open_in(ctx, DeviceState::Running)?;
     check("SET_BACKEND_FEATURES, all offered, while running", device.set_backend(offered), Ok(()))?;
     check("SET_BACKEND_FEATURES 0 while running", device.set_backend(BackendFeatures::NONE), Ok(()))
 }

@@ -1,4 +1,4 @@
-//! The device file: open, close, and the system calls that are not ioctls.
+//! Cases about the device file: open, close, and the other system calls except ioctl.
 
 use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
 use rustix::fs::{OFlags, SeekFrom};
@@ -8,7 +8,7 @@ use vdpa_core::types::{IotlbMsg, Perm, iotlb_type};
 use vdpa_sys::mmap::{Prot, SharedMap};
 
 use crate::case::{Case, Ctx, Need, Outcome, check, prepare};
-use crate::device::{V2, WRITTEN, encode, errno};
+use crate::device::{MESSAGE_SIZE, V2, encode, errno};
 use crate::memory::Region;
 use crate::request::Request;
 
@@ -109,12 +109,20 @@ fn open_modes(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open_as(OFlags::WRONLY)?;
     check("GET_STATUS, open for writing only", device.status(), Ok(0))?;
     prepare("VHOST_SET_OWNER", device.call(Request::SET_OWNER))?;
-    check("message, open for writing only", device.plain(0, iotlb_type::BATCH_BEGIN), Ok(WRITTEN))?;
+    check(
+        "message, open for writing only",
+        device.message_of_type(0, iotlb_type::BATCH_BEGIN),
+        Ok(MESSAGE_SIZE),
+    )?;
     drop(device);
     let device = ctx.open_as(OFlags::RDONLY)?;
     check("GET_STATUS, open for reading only", device.status(), Ok(0))?;
     prepare("VHOST_SET_OWNER", device.call(Request::SET_OWNER))?;
-    check("message, open for reading only", device.plain(0, iotlb_type::BATCH_BEGIN), Err(Errno::BADF))
+    check(
+        "message, open for reading only",
+        device.message_of_type(0, iotlb_type::BATCH_BEGIN),
+        Err(Errno::BADF),
+    )
 }
 
 fn close_forgets(ctx: &mut Ctx<'_>) -> Outcome {
@@ -122,7 +130,7 @@ fn close_forgets(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open_owned()?;
     let asid = BackendFeatures::of(&[BackendFeatures::IOTLB_ASID]);
     prepare("VHOST_SET_BACKEND_FEATURES", device.set_backend(asid))?;
-    check("UPDATE", device.map(0x1000, &region, Perm::RW), Ok(WRITTEN))?;
+    check("UPDATE", device.map(0x1000, &region, Perm::RW), Ok(MESSAGE_SIZE))?;
     prepare("VHOST_VDPA_SET_STATUS", device.set_status(Status::ACKNOWLEDGE))?;
     drop(device);
 
@@ -130,7 +138,7 @@ fn close_forgets(ctx: &mut Ctx<'_>) -> Outcome {
     check("GET_STATUS after another open", device.status(), Ok(0))?;
     check("SET_OWNER after another open", device.call(Request::SET_OWNER), Ok(()))?;
     check("INVALIDATE: no table any more", device.unmap(0x1000, 1), Err(Errno::FAULT))?;
-    // Without IOTLB_ASID the number in the message means nothing.
+    // Without IOTLB_ASID acknowledged, the device ignores the ASID in a message.
     let update = IotlbMsg {
         iova: 0x1000,
         size: region.size(),
@@ -138,7 +146,11 @@ fn close_forgets(ctx: &mut Ctx<'_>) -> Outcome {
         perm: Perm::RW,
         kind: iotlb_type::UPDATE,
     };
-    check("UPDATE with a foreign ASID: it is not acknowledged", device.message(0xffff, update), Ok(WRITTEN))
+    check(
+        "UPDATE with a foreign ASID: it is not acknowledged",
+        device.message(0xffff, update),
+        Ok(MESSAGE_SIZE),
+    )
 }
 
 fn reopen_at_once(ctx: &mut Ctx<'_>) -> Outcome {
@@ -150,13 +162,13 @@ fn reopen_at_once(ctx: &mut Ctx<'_>) -> Outcome {
 
 fn read(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open()?;
-    let mut bytes = [0; WRITTEN];
+    let mut bytes = [0; MESSAGE_SIZE];
     check("read", rustix::io::read(device.file()?, &mut bytes).map_err(errno), Err(Errno::INVAL))
 }
 
 fn read_write_only(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open_as(OFlags::WRONLY)?;
-    let mut bytes = [0; WRITTEN];
+    let mut bytes = [0; MESSAGE_SIZE];
     check(
         "read, open for writing only",
         rustix::io::read(device.file()?, &mut bytes).map_err(errno),
@@ -168,7 +180,7 @@ fn pwrite(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open_owned()?;
     let begin = IotlbMsg { kind: iotlb_type::BATCH_BEGIN, ..IotlbMsg::default() };
     let written = rustix::io::pwrite(device.file()?, &encode(V2, 0, &begin), 4096).map_err(errno);
-    check("pwrite of a message at some offset", written, Ok(WRITTEN))
+    check("pwrite of a message at some offset", written, Ok(MESSAGE_SIZE))
 }
 
 fn lseek(ctx: &mut Ctx<'_>) -> Outcome {

@@ -1,4 +1,5 @@
-//! A device with the attribute `handover open`: a second open, by a successor. The kernel has no such devices.
+//! Cases about a device with the attribute `handover open`: a successor can open it a second time. The kernel has no such
+//! devices.
 
 use std::mem;
 
@@ -8,11 +9,11 @@ use vdpa_core::types::Perm;
 
 use crate::blk_driver::BlkDriver;
 use crate::case::{Case, Ctx, Need, Outcome, Stop, check, prepare};
-use crate::device::{Device, WRITTEN};
+use crate::device::{Device, MESSAGE_SIZE};
 use crate::request::Request;
 use crate::ring::IOVA;
 
-/// A block device with a ring large enough for the driver, and two opens.
+/// A block device whose ring is large enough for the driver, and that can be opened twice.
 const NEEDS: &[Need] = &[
     Need::SecondOpen,
     Need::DeviceId(2),
@@ -65,19 +66,19 @@ fn second_open(ctx: &mut Ctx<'_>) -> Outcome {
     check("an open after the second was closed", ctx.try_open().map(drop), Ok(()))
 }
 
-/// A driver at work, and the second open of its device with the driver's memory mapped.
-fn two(ctx: &Ctx<'_>) -> Result<(BlkDriver, Device), Stop> {
+/// Starts a driver, and opens its device a second time with the driver's memory mapped.
+fn driver_and_second_open(ctx: &Ctx<'_>) -> Result<(BlkDriver, Device), Stop> {
     let mut driver = BlkDriver::start(ctx, BackendFeatures::NONE)?;
-    driver.works("before the second open")?;
+    driver.read_sector("before the second open")?;
     let second = ctx.open_owned()?;
-    check("UPDATE by the second", second.map(IOVA, &driver.region, Perm::RW), Ok(WRITTEN))?;
+    check("UPDATE by the second", second.map(IOVA, &driver.region, Perm::RW), Ok(MESSAGE_SIZE))?;
     Ok((driver, second))
 }
 
 fn takes_over(ctx: &mut Ctx<'_>) -> Outcome {
-    let (mut driver, second) = two(ctx)?;
-    driver.works("with a successor that has mapped memory")?;
-    let base = driver.base();
+    let (mut driver, second) = driver_and_second_open(ctx)?;
+    driver.read_sector("with a successor that has mapped memory")?;
+    let base = driver.vring_base();
     let first = mem::replace(&mut driver.device, second);
     driver.set_up_at(ctx, base)?;
     let running = Status::ACKNOWLEDGE | Status::DRIVER | Status::FEATURES_OK | Status::DRIVER_OK;
@@ -86,32 +87,32 @@ fn takes_over(ctx: &mut Ctx<'_>) -> Outcome {
     check("GET_STATUS of the first", first.status(), Ok(running.0))?;
     check("SUSPEND by the first", first.call(Request::SUSPEND), Ok(()))?;
     check("GET_VRING_BASE of the first", first.vring(Request::GET_VRING_BASE, 0, 0), Ok(base))?;
-    driver.go()?;
-    driver.works("taken over")?;
+    driver.set_driver_ok()?;
+    driver.read_sector("taken over")?;
     check("GET_STATUS of the first", first.status().map(drop), Err(Errno::IO))?;
     check("RESUME by the first", first.call(Request::RESUME), Err(Errno::IO))?;
     drop(first);
-    driver.works("after the first was closed")
+    driver.read_sector("after the first was closed")
 }
 
 fn gives_up(ctx: &mut Ctx<'_>) -> Outcome {
-    let (mut driver, second) = two(ctx)?;
+    let (mut driver, second) = driver_and_second_open(ctx)?;
     drop(second);
-    driver.works("after the second was closed")?;
+    driver.read_sector("after the second was closed")?;
     let second = ctx.open()?;
     check("SUSPEND by the first", driver.device.call(Request::SUSPEND), Ok(()))?;
     driver.submit()?;
     drop(second);
-    driver.stays_silent("suspended, the second was closed")?;
+    driver.expect_no_completion("suspended, the second was closed")?;
     check("RESUME by the first", driver.device.call(Request::RESUME), Ok(()))?;
-    driver.completes("after RESUME")
+    driver.expect_completion("after RESUME")
 }
 
 fn first_closes(ctx: &mut Ctx<'_>) -> Outcome {
-    let (mut driver, second) = two(ctx)?;
+    let (mut driver, second) = driver_and_second_open(ctx)?;
     drop(mem::replace(&mut driver.device, second));
     check("GET_STATUS of the second", driver.device.status(), Ok(0))?;
-    driver.set_up_at(ctx, driver.base())?;
-    driver.go()?;
-    driver.works("after the first was closed")
+    driver.set_up_at(ctx, driver.vring_base())?;
+    driver.set_driver_ok()?;
+    driver.read_sector("after the first was closed")
 }

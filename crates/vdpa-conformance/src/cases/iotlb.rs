@@ -1,15 +1,15 @@
-//! IOTLB messages.
+//! Cases about IOTLB messages.
 
 use vdpa_core::Errno;
 use vdpa_core::features::BackendFeatures;
 use vdpa_core::types::{IotlbMsg, Perm, iotlb_type};
 
 use crate::case::{Case, Ctx, Need, Outcome, Stop, check, prepare};
-use crate::device::{Device, V1, V2, WRITTEN, encode, errno};
+use crate::device::{Device, MESSAGE_SIZE, V1, V2, encode, errno};
 use crate::memory::{PAGE, Region};
 use crate::request::Request;
 
-const MAPPED: Result<usize, Errno> = Ok(WRITTEN);
+const MAPPED: Result<usize, Errno> = Ok(MESSAGE_SIZE);
 const REFUSED: Result<usize, Errno> = Err(Errno::FAULT);
 
 macro_rules! case {
@@ -76,7 +76,7 @@ fn update(iova: u64, size: u64, uaddr: u64, perm: Perm) -> IotlbMsg {
     IotlbMsg { iova, size, uaddr, perm, kind: iotlb_type::UPDATE }
 }
 
-/// Whether something is mapped at the page `iova`: an UPDATE there is refused.
+/// Whether the page at `iova` is mapped, in which case an UPDATE there is refused.
 fn is_mapped(device: &Device, iova: u64) -> Result<bool, Stop> {
     let region = Region::new(1)?;
     match device.map(iova, &region, Perm::RW) {
@@ -86,7 +86,7 @@ fn is_mapped(device: &Device, iova: u64) -> Result<bool, Stop> {
     }
 }
 
-/// Whether the device holds the memory it pins against `RLIMIT_MEMLOCK` of its owner (uapi-spec 3.3).
+/// Whether the device limits the memory it pins by the owner's `RLIMIT_MEMLOCK` (uapi-spec 3.3).
 fn counts_pins(ctx: &Ctx<'_>) -> Result<bool, Stop> {
     let device = ctx.open()?;
     let region = Region::new(2)?;
@@ -100,7 +100,7 @@ fn counts_pins(ctx: &Ctx<'_>) -> Result<bool, Stop> {
 fn invalidate_first(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open_owned()?;
     check("INVALIDATE before any UPDATE", device.unmap(0, PAGE), REFUSED)?;
-    check("BATCH_END before any UPDATE", device.plain(0, iotlb_type::BATCH_END), REFUSED)
+    check("BATCH_END before any UPDATE", device.message_of_type(0, iotlb_type::BATCH_END), REFUSED)
 }
 
 fn update_size_0(ctx: &mut Ctx<'_>) -> Outcome {
@@ -155,11 +155,12 @@ fn permissions(ctx: &mut Ctx<'_>) -> Outcome {
 }
 
 fn fragments(ctx: &mut Ctx<'_>) -> Outcome {
-    // Where memory is pinned an entry is a run of adjacent pages, and those of two mappings are adjacent now and then.
+    // If the device pins memory, an entry is a run of physically adjacent pages, and the pages of two mappings are sometimes
+    // adjacent.
     let tries = if counts_pins(ctx)? { 16 } else { 1 };
     let device = ctx.open_owned()?;
     let mut second = Ok(false);
-    // Kept, so that the next one has other pages.
+    // The regions are kept, so that the next one gets other pages.
     let mut regions = Vec::new();
     for iova in (1..=tries).map(|number| number * 0x10_000) {
         let region = Region::in_two_mappings()?;
@@ -210,7 +211,7 @@ fn private_memory(ctx: &mut Ctx<'_>) -> Outcome {
 }
 
 fn invalidate_whole_entry(ctx: &mut Ctx<'_>) -> Outcome {
-    // Where memory is pinned an entry is a run of adjacent pages, however long it happens to be.
+    // If the device pins memory, an entry is a run of physically adjacent pages, whose length is not known.
     let pages: &[u64] = if counts_pins(ctx)? { &[0x18_000] } else { &[0x10_000, 0x18_000, 0x1f_000] };
     let device = ctx.open_owned()?;
     let region = Region::new(16)?;
@@ -293,7 +294,7 @@ fn version_1(ctx: &mut Ctx<'_>) -> Outcome {
     prepare("VHOST_SET_BACKEND_FEATURES", device.set_backend(offered))?;
     let region = Region::new(1)?;
     let message = update(0x1000, region.size(), region.uaddr(), Perm::RW);
-    // The hole after the version holds anything.
+    // The padding after the version may have any value.
     check("UPDATE, version 1", device.write(&encode(V1, 0xdead, &message)), MAPPED)?;
     check("it is in address space 0", is_mapped(&device, 0x1000), Ok(true))?;
     let message = IotlbMsg { kind: iotlb_type::INVALIDATE, ..message };
@@ -303,8 +304,8 @@ fn version_1(ctx: &mut Ctx<'_>) -> Outcome {
 
 fn types(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open_owned()?;
-    check("BATCH_BEGIN, to have a table", device.plain(0, iotlb_type::BATCH_BEGIN), MAPPED)?;
-    check("BATCH_END", device.plain(0, iotlb_type::BATCH_END), MAPPED)?;
+    check("BATCH_BEGIN, to have a table", device.message_of_type(0, iotlb_type::BATCH_BEGIN), MAPPED)?;
+    check("BATCH_END", device.message_of_type(0, iotlb_type::BATCH_END), MAPPED)?;
     let remap = iotlb_type::REMAP;
     for kind in [iotlb_type::MISS, iotlb_type::ACCESS_FAIL, remap, 0, 8, 200] {
         let message = IotlbMsg { iova: 0x1000, size: PAGE, uaddr: 0x1000, kind, ..IotlbMsg::default() };
@@ -338,11 +339,12 @@ fn reset_keeps(ctx: &mut Ctx<'_>) -> Outcome {
 fn limit(ctx: &mut Ctx<'_>) -> Outcome {
     /// Default of the parameter `max_iotlb_entries`.
     const ENTRIES: u64 = 2048;
-    // It is the table that is to be full. Where this is refused, pinned memory is counted by somebody else.
+    // The case checks the limit of the table and not that of pinned memory. If raising RLIMIT_MEMLOCK is refused, the device
+    // must count pinned memory against another limit.
     let _ = vdpa_sys::rlimit::raise_memlock(Some(4 * ENTRIES * PAGE));
     let device = ctx.open_owned()?;
     let region = Region::new(1)?;
-    // Every other page, so that no two entries could be merged.
+    // Every second page, so that no two entries can be merged.
     for entry in 0..ENTRIES {
         check(&format!("UPDATE number {entry}"), device.map(2 * entry * PAGE, &region, Perm::RO), MAPPED)?;
     }
@@ -360,47 +362,51 @@ fn batch_asid(ctx: &mut Ctx<'_>) -> Outcome {
     let acknowledged = BackendFeatures::of(&[BackendFeatures::IOTLB_ASID]);
     prepare("VHOST_SET_BACKEND_FEATURES", device.set_backend(acknowledged))?;
     let region = Region::new(1)?;
-    check("BATCH_BEGIN of 0", device.plain(0, iotlb_type::BATCH_BEGIN), MAPPED)?;
+    check("BATCH_BEGIN of 0", device.message_of_type(0, iotlb_type::BATCH_BEGIN), MAPPED)?;
     let message = update(0x1000, region.size(), region.uaddr(), Perm::RW);
     check("UPDATE of 1", device.message(1, message), REFUSED)?;
-    check("BATCH_BEGIN of 1", device.plain(1, iotlb_type::BATCH_BEGIN), REFUSED)?;
-    check("BATCH_END of 1", device.plain(1, iotlb_type::BATCH_END), REFUSED)?;
-    check("BATCH_END of 0", device.plain(0, iotlb_type::BATCH_END), MAPPED)
+    check("BATCH_BEGIN of 1", device.message_of_type(1, iotlb_type::BATCH_BEGIN), REFUSED)?;
+    check("BATCH_END of 1", device.message_of_type(1, iotlb_type::BATCH_END), REFUSED)?;
+    check("BATCH_END of 0", device.message_of_type(0, iotlb_type::BATCH_END), MAPPED)
 }
 
 fn batch_end(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open_owned()?;
     check("UPDATE", device.map(0x1000, &Region::new(1)?, Perm::RW), MAPPED)?;
-    check("BATCH_END without BATCH_BEGIN", device.plain(0, iotlb_type::BATCH_END), MAPPED)
+    check("BATCH_END without BATCH_BEGIN", device.message_of_type(0, iotlb_type::BATCH_END), MAPPED)
 }
 
 fn batch_survives_reset(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open_owned()?;
     let acknowledged = BackendFeatures::of(&[BackendFeatures::IOTLB_ASID]);
     prepare("VHOST_SET_BACKEND_FEATURES", device.set_backend(acknowledged))?;
-    check("BATCH_BEGIN", device.plain(0, iotlb_type::BATCH_BEGIN), MAPPED)?;
+    check("BATCH_BEGIN", device.message_of_type(0, iotlb_type::BATCH_BEGIN), MAPPED)?;
     prepare("SET_STATUS 0", device.set_status(vdpa_core::features::Status::RESET))?;
     let other = if ctx.probe().address_spaces > 1 { 1 } else { 0 };
-    // Only a second address space shows it: its messages are refused while the batch of the first is open.
+    // Only a device with a second address space shows this: it refuses messages for it while a batch of the first is open.
     let want = if other == 1 { REFUSED } else { MAPPED };
     check(
         "BATCH_BEGIN of the last address space after a reset",
-        device.plain(other, iotlb_type::BATCH_BEGIN),
+        device.message_of_type(other, iotlb_type::BATCH_BEGIN),
         want,
     )?;
     drop(device);
     let device = ctx.open_owned()?;
     prepare("VHOST_SET_BACKEND_FEATURES", device.set_backend(acknowledged))?;
-    check("BATCH_BEGIN of it after another open", device.plain(other, iotlb_type::BATCH_BEGIN), MAPPED)
+    check(
+        "BATCH_BEGIN of it after another open",
+        device.message_of_type(other, iotlb_type::BATCH_BEGIN),
+        MAPPED,
+    )
 }
 
 fn batch_begin_again(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open_owned()?;
     for round in ["first", "second"] {
-        check(&format!("{round} BATCH_BEGIN"), device.plain(0, iotlb_type::BATCH_BEGIN), MAPPED)?;
+        check(&format!("{round} BATCH_BEGIN"), device.message_of_type(0, iotlb_type::BATCH_BEGIN), MAPPED)?;
     }
     for round in ["first", "second"] {
-        check(&format!("{round} BATCH_END"), device.plain(0, iotlb_type::BATCH_END), MAPPED)?;
+        check(&format!("{round} BATCH_END"), device.message_of_type(0, iotlb_type::BATCH_END), MAPPED)?;
     }
     Ok(())
 }
@@ -408,11 +414,11 @@ fn batch_begin_again(ctx: &mut Ctx<'_>) -> Outcome {
 fn batch_no_rollback(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open_owned()?;
     let region = Region::new(1)?;
-    check("BATCH_BEGIN", device.plain(0, iotlb_type::BATCH_BEGIN), MAPPED)?;
+    check("BATCH_BEGIN", device.message_of_type(0, iotlb_type::BATCH_BEGIN), MAPPED)?;
     check("UPDATE", device.map(0x1000, &region, Perm::RW), MAPPED)?;
     check("the same again, refused", device.map(0x1000, &region, Perm::RW), REFUSED)?;
     check("UPDATE after a refusal", device.map(0x3000, &region, Perm::RW), MAPPED)?;
-    check("BATCH_END", device.plain(0, iotlb_type::BATCH_END), MAPPED)?;
+    check("BATCH_END", device.message_of_type(0, iotlb_type::BATCH_END), MAPPED)?;
     for iova in [0x1000, 0x3000] {
         check(&format!("page {iova:#x} is mapped"), is_mapped(&device, iova), Ok(true))?;
     }

@@ -1,8 +1,8 @@
-//! Live update: NEW_OWNER and REMAP.
+//! Cases about live update: NEW_OWNER and REMAP.
 //!
-//! A second process is either a program of its own, with other addresses, as after an exec; or a fork, where the old
-//! addresses are valid. Whether a device counts pinned memory it does not say: those cases find out, and cannot be run
-//! where it does not.
+//! A second process is either a new program with other virtual addresses, as after an exec, or a forked child, in which the
+//! old addresses are valid. A device does not report whether it counts pinned memory. The cases that need this find it out,
+//! and cannot be run on a device that does not count.
 
 use vdpa_core::Errno;
 use vdpa_core::features::{BackendFeatures, Status};
@@ -11,7 +11,7 @@ use vdpa_core::types::{IotlbMsg, Perm, iotlb_type};
 use crate::blk_driver::{BlkDriver, remap_message};
 use crate::case::{Case, Ctx, Need, Outcome, Stop, check, prepare};
 use crate::child::Child;
-use crate::device::{Device, V2, WRITTEN, encode, pair};
+use crate::device::{Device, MESSAGE_SIZE, V2, encode, pair};
 use crate::memory::{PAGE, Region};
 use crate::request::Request;
 use crate::ring::IOVA;
@@ -23,7 +23,7 @@ const BLK: Need = Need::DeviceId(2);
 const RING: Need = Need::RingSize(8);
 const SUSPEND: Need = Need::Backend(BackendFeatures::SUSPEND);
 const RESUME: Need = Need::Backend(BackendFeatures::RESUME);
-const MAPPED: Result<usize, Errno> = Ok(WRITTEN);
+const MAPPED: Result<usize, Errno> = Ok(MESSAGE_SIZE);
 const REFUSED: Result<usize, Errno> = Err(Errno::FAULT);
 
 macro_rules! case {
@@ -107,7 +107,7 @@ fn new_owner(ctx: &mut Ctx<'_>) -> Outcome {
 }
 
 fn keeps_state(ctx: &mut Ctx<'_>) -> Outcome {
-    let device = super::state::reach(ctx, super::state::Stage::Suspended)?;
+    let device = super::state::open_in(ctx, super::state::DeviceState::Suspended)?;
     let region = Region::new(1)?;
     check("UPDATE", device.map(0x1000, &region, Perm::RW), MAPPED)?;
     prepare("VHOST_SET_VRING_BASE", device.set_vring(Request::SET_VRING_BASE, 0, 9))?;
@@ -154,11 +154,11 @@ fn remap(ctx: &mut Ctx<'_>) -> Outcome {
 
 fn remap_refused(ctx: &mut Ctx<'_>) -> Outcome {
     let mut driver = BlkDriver::start(ctx, BackendFeatures::NONE)?;
-    driver.works("before")?;
+    driver.read_sector("before")?;
     // Above the last mapping of any process.
     let message = remap_message(0xffff_8000_0000_0000, driver.region.size());
     check("REMAP to an address where nothing is mapped", driver.device.message(0, message), REFUSED)?;
-    driver.works("after a REMAP that was refused")
+    driver.read_sector("after a REMAP that was refused")
 }
 
 fn remap_batch(ctx: &mut Ctx<'_>) -> Outcome {
@@ -168,12 +168,12 @@ fn remap_batch(ctx: &mut Ctx<'_>) -> Outcome {
     for iova in iovas {
         check("UPDATE", device.map(iova, &region, Perm::RW), MAPPED)?;
     }
-    check("BATCH_BEGIN", device.plain(0, iotlb_type::BATCH_BEGIN), MAPPED)?;
+    check("BATCH_BEGIN", device.message_of_type(0, iotlb_type::BATCH_BEGIN), MAPPED)?;
     for iova in iovas {
         let message = IotlbMsg { iova, ..remap_message(region.uaddr(), PAGE) };
         check("REMAP in a batch", device.message(0, message), MAPPED)?;
     }
-    check("BATCH_END", device.plain(0, iotlb_type::BATCH_END), MAPPED)
+    check("BATCH_END", device.message_of_type(0, iotlb_type::BATCH_END), MAPPED)
 }
 
 fn remap_by_old(ctx: &mut Ctx<'_>) -> Outcome {
@@ -194,14 +194,14 @@ fn remap_unsupported(ctx: &mut Ctx<'_>) -> Outcome {
     check("REMAP", device.message(0, remap_message(region.uaddr(), PAGE)), REFUSED)
 }
 
-/// The child, which is the owner, maps `region` and gives its address to the device.
+/// Has the child, which is the owner, map `region` and send a REMAP with its address there.
 fn remap_in(child: &mut Child, region: &Region) -> Outcome {
     let uaddr = child.map(region)?;
     let message = encode(V2, 0, &remap_message(uaddr, region.size()));
     check("REMAP by the new owner", child.write(&message)?, MAPPED)
 }
 
-/// A device whose owner is a second process that has mapped a ring's memory.
+/// Opens a device whose owner is a second process, which has mapped a ring's memory for it.
 fn owned_by_child(ctx: &Ctx<'_>) -> Result<(Device, Region, Child), Stop> {
     let device = ctx.open()?;
     let region = BlkDriver::memory()?;
@@ -217,26 +217,26 @@ fn owned_by_child(ctx: &Ctx<'_>) -> Result<(Device, Region, Child), Stop> {
 fn stale(ctx: &mut Ctx<'_>) -> Outcome {
     let (device, region, child) = owned_by_child(ctx)?;
     check("NEW_OWNER", device.call(Request::NEW_OWNER), Ok(()))?;
-    let mut driver = BlkDriver::over(device, region)?;
+    let mut driver = BlkDriver::new(device, region)?;
     driver.set_up(ctx)?;
-    driver.go()?;
+    driver.set_driver_ok()?;
     driver.submit()?;
-    driver.stays_silent("between NEW_OWNER and REMAP")?;
+    driver.expect_no_completion("between NEW_OWNER and REMAP")?;
     let message = remap_message(driver.region.uaddr(), driver.region.size());
     check("REMAP", driver.device.message(0, message), MAPPED)?;
     driver.kick();
-    driver.completes("after REMAP and a kick")?;
+    driver.expect_completion("after REMAP and a kick")?;
     drop(child);
-    driver.works("after the old owner ended")
+    driver.read_sector("after the old owner ended")
 }
 
 fn reset(ctx: &mut Ctx<'_>) -> Outcome {
     let (device, region, child) = owned_by_child(ctx)?;
     let acknowledged = ctx.probe().backend.without(BackendFeatures::IOTLB_PERSIST);
     prepare("VHOST_SET_BACKEND_FEATURES", device.set_backend(acknowledged))?;
-    let mut driver = BlkDriver::over(device, region)?;
+    let mut driver = BlkDriver::new(device, region)?;
     driver.negotiate(ctx)?;
-    driver.go()?;
+    driver.set_driver_ok()?;
     check("SUSPEND", driver.device.call(Request::SUSPEND), Ok(()))?;
     check("SET_STATUS 0", driver.device.set_status(Status::RESET), Ok(()))?;
     drop(child);
@@ -246,8 +246,8 @@ fn reset(ctx: &mut Ctx<'_>) -> Outcome {
         let message = remap_message(driver.region.uaddr(), driver.region.size());
         check("REMAP", driver.device.message(0, message), MAPPED)?;
     }
-    driver.go()?;
-    driver.works("after the sequence with a reset")
+    driver.set_driver_ok()?;
+    driver.read_sector("after the sequence with a reset")
 }
 
 fn fork_new_owner(ctx: &mut Ctx<'_>) -> Outcome {
@@ -263,19 +263,19 @@ fn fork_new_owner(ctx: &mut Ctx<'_>) -> Outcome {
 
 fn fork_stale(ctx: &mut Ctx<'_>) -> Outcome {
     let mut driver = BlkDriver::start(ctx, BackendFeatures::NONE)?;
-    driver.works("before")?;
+    driver.read_sector("before")?;
     let child = ctx.fork(&driver.device)?;
     check("NEW_OWNER by a forked child", child.call(Request::NEW_OWNER)?, Ok(()))?;
     driver.submit()?;
-    driver.stays_silent("between NEW_OWNER and REMAP, the old address valid")?;
+    driver.expect_no_completion("between NEW_OWNER and REMAP, the old address valid")?;
     let message = encode(V2, 0, &remap_message(driver.region.uaddr(), driver.region.size()));
     check("REMAP by the child, to the same address", child.write(&message)?, MAPPED)?;
     driver.kick();
-    driver.completes("after REMAP and a kick")
+    driver.expect_completion("after REMAP and a kick")
 }
 
-/// A device owned by a second process that may lock `pages` and has mapped as many for the device, with the memory and
-/// its address there. Cannot be had where the device does not count.
+/// Opens a device whose owner is a second process with a limit of `pages` locked pages, and has it map as many. Returns also
+/// the memory and its address in that process. Fails with [`Stop::CannotRun`] if the device does not count pinned memory.
 fn at_the_limit(ctx: &Ctx<'_>, pages: u64) -> Result<(Device, Child, Region, u64), Stop> {
     let device = ctx.open()?;
     let mut child = ctx.child(&device)?;
@@ -323,7 +323,8 @@ fn remap_fragments(ctx: &mut Ctx<'_>) -> Outcome {
     check("REMAP of one and a bit", device.message(0, straddling), REFUSED)
 }
 
-/// What another UPDATE has put where the first one has nothing is not a part of the first one.
+/// The first UPDATE leaves a gap, since private memory is skipped, and a second UPDATE maps other memory there. A REMAP of
+/// the first UPDATE must not affect the mapping of the second.
 fn remap_gap(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open_owned()?;
     let (region, other) = (Region::with_private_page()?, Region::new(1)?);
@@ -349,25 +350,25 @@ fn remap_pinned(ctx: &mut Ctx<'_>) -> Outcome {
 
 fn unoffered(ctx: &mut Ctx<'_>) -> Outcome {
     let refused = ctx.open_owned()?.call(Request::NEW_OWNER);
-    // A kernel that never heard of it treats it as any unknown ioctl of argument 0.
+    // A kernel without the live-update series handles the request as an unknown ioctl with argument 0.
     let known = refused == Err(Errno::OPNOTSUPP) || refused == Err(Errno::FAULT);
     check(&format!("NEW_OWNER {refused:?} is EOPNOTSUPP or EFAULT"), known, true)
 }
 
 fn keeps_running(ctx: &mut Ctx<'_>) -> Outcome {
     let mut driver = BlkDriver::start(ctx, BackendFeatures::NONE)?;
-    driver.works("before")?;
+    driver.read_sector("before")?;
     let mut child = ctx.child(&driver.device)?;
     check("NEW_OWNER", child.call(Request::NEW_OWNER)?, Ok(()))?;
     if ctx.probe().backend.has(BackendFeatures::IOTLB_REMAP) {
         remap_in(&mut child, &driver.region)?;
     }
-    driver.works("running on, with another owner")
+    driver.read_sector("running on, with another owner")
 }
 
 fn resume(ctx: &mut Ctx<'_>) -> Outcome {
     let mut driver = BlkDriver::start(ctx, BackendFeatures::NONE)?;
-    driver.works("before")?;
+    driver.read_sector("before")?;
     check("SUSPEND", driver.device.call(Request::SUSPEND), Ok(()))?;
     driver.submit()?;
     let mut child = ctx.child(&driver.device)?;
@@ -376,6 +377,6 @@ fn resume(ctx: &mut Ctx<'_>) -> Outcome {
         remap_in(&mut child, &driver.region)?;
     }
     check("RESUME by the new owner", child.call(Request::RESUME)?, Ok(()))?;
-    driver.completes("what was submitted while suspended")?;
-    driver.works("after RESUME")
+    driver.expect_completion("what was submitted while suspended")?;
+    driver.read_sector("after RESUME")
 }

@@ -1,4 +1,4 @@
-//! The cases, by part of the interface.
+//! The cases, in one module for each part of the interface.
 
 mod config;
 mod data;
@@ -18,7 +18,7 @@ mod vring;
 
 use crate::case::Case;
 
-/// Every case, in the order in which they run: what others build on comes first.
+/// Every case, in the order in which they run. Cases whose subject others rely on come first.
 #[must_use]
 pub fn all() -> Vec<Case> {
     [

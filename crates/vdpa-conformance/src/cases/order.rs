@@ -1,16 +1,16 @@
-//! The order of checks: which error wins when several apply.
+//! Cases about the order of checks: which error a request returns if several apply.
 
 use vdpa_core::Errno;
 use vdpa_core::features::Status;
 use vdpa_sys::vhost_vdpa::RawArg;
 
 use super::owned;
-use super::state::{Stage, reach};
+use super::state::{DeviceState, open_in};
 use crate::case::{Case, Ctx, Need, Outcome, check, prepare};
 use crate::device::pair;
 use crate::request::Request;
 
-/// Requests of other vhost devices: owner, index, then refused (uapi-spec 1.1). Large enough for any of them.
+/// Requests of other vhost devices. The kernel checks owner and index, then refuses them (uapi-spec 1.1).
 const REFUSED: &[Request] = &[
     Request::NEW_WORKER,
     Request::FREE_WORKER,
@@ -104,7 +104,7 @@ pub(super) const CASES: &[Case] = &[
         covers: &[Request::SET_GROUP_ASID],
         needs: &[],
         run: |ctx| {
-            let device = reach(ctx, Stage::Running)?;
+            let device = open_in(ctx, DeviceState::Running)?;
             let asid = ctx.probe().address_spaces;
             let set = |group, asid| device.set_vring(Request::SET_GROUP_ASID, group, asid);
             check("SET_GROUP_ASID, bad ASID, while running", set(0, asid), Err(Errno::INVAL))?;
@@ -144,7 +144,8 @@ fn unknown(ctx: &mut Ctx<'_>) -> Outcome {
 fn other_vhost(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open()?;
     let queues = ctx.probe().queues;
-    // A features array has its count in the first word, and so many u64 after it.
+    // The argument is large enough for each of the requests: a features array has its count in the first word, followed by
+    // that many u64.
     let argument = |word: u32| {
         let mut bytes = pair(word, 0).to_vec();
         bytes.resize(16 + 8 * usize::try_from(word).unwrap_or(0), 0);

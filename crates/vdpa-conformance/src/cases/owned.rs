@@ -1,4 +1,4 @@
-//! The requests of the owner, for the cases about who may make them and about the order of their checks.
+//! The requests that only the owner may make, for the cases that check this and the order of checks.
 
 use vdpa_core::Errno;
 use vdpa_core::types::VringAddr;
@@ -6,7 +6,7 @@ use vdpa_core::types::VringAddr;
 use crate::device::{Device, pair, vring_file};
 use crate::request::Request;
 
-/// All of them. Those of one queue come first.
+/// All requests of the owner. Those of one queue come first.
 pub(super) const ALL: &[Request] = &[
     Request::SET_VRING_NUM,
     Request::SET_VRING_ADDR,
@@ -26,21 +26,22 @@ pub(super) const ALL: &[Request] = &[
     Request::IOTLB_BATCH_BEGIN,
 ];
 
-/// Those whose argument begins with the index of a queue, or is checked as one.
+/// The requests whose argument begins with a queue index, or with a number that is checked as one.
 pub(super) const VRING: &[Request] = ALL.split_at(13).0;
 
-/// Makes one of [`VRING`] for queue `index`, with a sound argument or one of which everything else is wrong.
-pub(super) fn vring(device: &Device, request: Request, index: u32, sound: bool) -> Result<(), Errno> {
+/// Makes a request of [`VRING`] for queue `index`. If `valid`, the rest of the argument is valid, otherwise all of it is
+/// wrong.
+pub(super) fn vring(device: &Device, request: Request, index: u32, valid: bool) -> Result<(), Errno> {
     match request {
-        Request::SET_VRING_ADDR if sound => device.set_addr(index, &VringAddr::default()),
+        Request::SET_VRING_ADDR if valid => device.set_addr(index, &VringAddr::default()),
         Request::SET_VRING_ADDR => {
             device.set_addr(index, &VringAddr { flags: 2, used: 1, ..VringAddr::default() })
         }
         Request::SET_VRING_KICK | Request::SET_VRING_CALL | Request::SET_VRING_ERR => {
-            device.set(request, &vring_file(index, if sound { -1 } else { 999_999 }))
+            device.set(request, &vring_file(index, if valid { -1 } else { 999_999 }))
         }
-        _ if sound => device.set(request, &pair(index, 0)),
-        // No size, and no base or address space that there is.
+        _ if valid => device.set(request, &pair(index, 0)),
+        // 0 is no valid size, and u32::MAX is no valid base or address space.
         Request::SET_VRING_NUM => device.set_vring(request, index, 0),
         _ => device.set_vring(request, index, u32::MAX),
     }

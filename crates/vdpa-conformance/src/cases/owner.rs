@@ -1,4 +1,4 @@
-//! Ownership: who may do what, and what an owner is.
+//! Cases about ownership: which process is the owner, and which requests only the owner may make.
 
 use vdpa_core::Errno;
 use vdpa_core::features::Status;
@@ -7,7 +7,7 @@ use vdpa_core::types::{IotlbMsg, Perm, iotlb_type};
 use super::owned;
 use crate::case::{Case, Ctx, Need, Outcome, Stop, check, prepare};
 use crate::child::Child;
-use crate::device::{Device, V2, WRITTEN, encode, pair};
+use crate::device::{Device, MESSAGE_SIZE, V2, encode, pair};
 use crate::forked::{Forked, vfork_set};
 use crate::memory::Region;
 use crate::request::Request;
@@ -108,7 +108,7 @@ pub(super) const CASES: &[Case] = &[
     },
 ];
 
-/// A second process that holds the device: one that has exec'd, or a forked child.
+/// A second process that has the device open: another program, or a forked child.
 trait SecondProcess {
     fn call(&mut self, request: Request) -> Result<Result<(), Errno>, Stop>;
     fn set(&mut self, request: Request, bytes: &[u8]) -> Result<Result<(), Errno>, Stop>;
@@ -172,13 +172,13 @@ fn needed(ctx: &mut Ctx<'_>) -> Outcome {
     check("VHOST_SET_MEM_TABLE", device.set(Request::SET_MEM_TABLE, &pair(0, 0)), refused)?;
     let region = Region::new(1)?;
     check("UPDATE", device.map(0x1000, &region, Perm::RW), Err(Errno::FAULT))?;
-    check("BATCH_BEGIN", device.plain(0, iotlb_type::BATCH_BEGIN), Err(Errno::FAULT))
+    check("BATCH_BEGIN", device.message_of_type(0, iotlb_type::BATCH_BEGIN), Err(Errno::FAULT))
 }
 
 fn not_needed(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open()?;
     check("GET_FEATURES", device.get(Request::GET_FEATURES), Ok(ctx.probe().features.0.to_ne_bytes()))?;
-    check("SET_FEATURES", device.set_features(ctx.plain_features()), Ok(()))?;
+    check("SET_FEATURES", device.set_features(ctx.base_features()), Ok(()))?;
     check("SET_STATUS", device.set_status(Status::ACKNOWLEDGE), Ok(()))?;
     check("SUSPEND", device.call(Request::SUSPEND), Ok(()))?;
     check("RESUME", device.call(Request::RESUME), Ok(()))?;
@@ -197,13 +197,13 @@ fn fork_refused(ctx: &mut Ctx<'_>) -> Outcome {
     refused(&device, child)
 }
 
-/// Requests of the owner, made by a second process while this process is the owner.
+/// Checks that requests of the owner are refused if a second process makes them while this process is the owner.
 fn refused(device: &Device, mut child: impl SecondProcess) -> Outcome {
     check("SET_VRING_NUM", child.set(Request::SET_VRING_NUM, &pair(0, 1))?, Err(Errno::PERM))?;
     check("SET_OWNER", child.call(Request::SET_OWNER)?, Err(Errno::BUSY))?;
     let begin = IotlbMsg { kind: iotlb_type::BATCH_BEGIN, ..IotlbMsg::default() };
     check("BATCH_BEGIN", child.write(&encode(V2, 0, &begin))?, Err(Errno::FAULT))?;
-    check("BATCH_BEGIN by the owner", device.plain(0, iotlb_type::BATCH_BEGIN), Ok(WRITTEN))
+    check("BATCH_BEGIN by the owner", device.message_of_type(0, iotlb_type::BATCH_BEGIN), Ok(MESSAGE_SIZE))
 }
 
 fn child_allowed(ctx: &mut Ctx<'_>) -> Outcome {
@@ -218,7 +218,7 @@ fn fork_allowed(ctx: &mut Ctx<'_>) -> Outcome {
     allowed(&device, child)
 }
 
-/// Requests that need no ownership, made by a second process while this process is the owner.
+/// Checks that requests without ownership succeed if a second process makes them while this process is the owner.
 fn allowed(device: &Device, mut child: impl SecondProcess) -> Outcome {
     prepare("VHOST_VDPA_SET_STATUS", device.set_status(Status::ACKNOWLEDGE))?;
     check("SET_STATUS 0", child.set(Request::SET_STATUS, &[0])?, Ok(()))?;

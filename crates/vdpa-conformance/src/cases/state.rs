@@ -1,5 +1,5 @@
-//! The state matrix (uapi-spec 1.7): what each request does before FEATURES_OK, after it, with DRIVER_OK, and
-//! suspended.
+//! The state matrix (uapi-spec 1.7): the result of each request before FEATURES_OK, after FEATURES_OK, with DRIVER_OK, and
+//! while suspended.
 
 use std::os::fd::AsFd;
 
@@ -9,14 +9,14 @@ use vdpa_core::types::{Perm, VringAddr};
 use vdpa_sys::eventfd::EventFd;
 
 use crate::case::{Case, Ctx, Need, Outcome, Stop, check, prepare};
-use crate::device::{Device, WRITTEN};
+use crate::device::{Device, MESSAGE_SIZE};
 use crate::memory::Region;
 use crate::request::Request;
 
-/// A column of the matrix.
+/// A state of the device: a column of the matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Stage {
-    /// S0: features not settled.
+pub(super) enum DeviceState {
+    /// S0: before FEATURES_OK.
     Negotiating,
     /// S1: FEATURES_OK.
     FeaturesOk,
@@ -26,25 +26,25 @@ pub(super) enum Stage {
     Suspended,
 }
 
-impl Stage {
+impl DeviceState {
     const WITHOUT_SUSPEND: &[Self] = &[Self::Negotiating, Self::FeaturesOk, Self::Running];
     const ALL: &[Self] = &[Self::Negotiating, Self::FeaturesOk, Self::Running, Self::Suspended];
 }
 
-/// A freshly opened and owned device in that stage. No queue is set up.
-pub(super) fn reach(ctx: &Ctx<'_>, stage: Stage) -> Result<Device, Stop> {
+/// Opens the device, becomes its owner and brings it into `state`. Sets up no queue.
+pub(super) fn open_in(ctx: &Ctx<'_>, state: DeviceState) -> Result<Device, Stop> {
     let device = ctx.open_owned()?;
     let features_ok = Status::ACKNOWLEDGE | Status::DRIVER | Status::FEATURES_OK;
-    if stage == Stage::Negotiating {
+    if state == DeviceState::Negotiating {
         return Ok(device);
     }
-    prepare("VHOST_SET_FEATURES", device.set_features(ctx.plain_features()))?;
+    prepare("VHOST_SET_FEATURES", device.set_features(ctx.base_features()))?;
     prepare("VHOST_VDPA_SET_STATUS", device.set_status(features_ok))?;
-    if stage == Stage::FeaturesOk {
+    if state == DeviceState::FeaturesOk {
         return Ok(device);
     }
     prepare("VHOST_VDPA_SET_STATUS", device.set_status(features_ok | Status::DRIVER_OK))?;
-    if stage == Stage::Suspended {
+    if state == DeviceState::Suspended {
         prepare("VHOST_VDPA_SUSPEND", device.call(Request::SUSPEND))?;
     }
     Ok(device)
@@ -60,7 +60,7 @@ macro_rules! row {
 
 pub(super) const CASES: &[Case] = &[
     row!("state.set-features", Request::SET_FEATURES, |ctx| {
-        let features = ctx.plain_features();
+        let features = ctx.base_features();
         let refused = Err(Errno::BUSY);
         matrix(ctx, [Ok(()), refused, refused, refused], |device| device.set_features(features))
     }),
@@ -130,7 +130,7 @@ pub(super) const CASES: &[Case] = &[
         needs: &[Need::Backend(BackendFeatures::SUSPEND), Need::Backend(BackendFeatures::RESUME)],
         run: |ctx| {
             always(ctx, |device| device.call(Request::RESUME))?;
-            let device = reach(ctx, Stage::Suspended)?;
+            let device = open_in(ctx, DeviceState::Suspended)?;
             prepare("VHOST_VDPA_RESUME", device.call(Request::RESUME))?;
             let base = device.set_vring(Request::SET_VRING_BASE, 0, 1);
             check("SET_VRING_BASE after RESUME", base, Err(Errno::INVAL))
@@ -144,16 +144,16 @@ pub(super) const CASES: &[Case] = &[
         })
     }),
     row!("state.suspended-survives-status", Request::SET_STATUS, |ctx| {
-        let device = reach(ctx, Stage::Suspended)?;
+        let device = open_in(ctx, DeviceState::Suspended)?;
         let status = prepare("VHOST_VDPA_GET_STATUS", device.status())?;
         prepare("VHOST_VDPA_SET_STATUS", device.set_status(Status(status)))?;
         let base = device.set_vring(Request::SET_VRING_BASE, 0, 1);
         check("SET_VRING_BASE, suspended, after the status was written again", base, Ok(()))
     }),
     row!("state.reset-clears-suspended", Request::SET_STATUS, |ctx| {
-        let device = reach(ctx, Stage::Suspended)?;
+        let device = open_in(ctx, DeviceState::Suspended)?;
         prepare("VHOST_VDPA_SET_STATUS", device.set_status(Status::RESET))?;
-        prepare("VHOST_SET_FEATURES", device.set_features(ctx.plain_features()))?;
+        prepare("VHOST_SET_FEATURES", device.set_features(ctx.base_features()))?;
         prepare("VHOST_VDPA_SET_STATUS", device.set_status(Status::FEATURES_OK | Status::DRIVER_OK))?;
         let base = device.set_vring(Request::SET_VRING_BASE, 0, 1);
         check("SET_VRING_BASE, running after SUSPEND and reset", base, Err(Errno::INVAL))
@@ -163,7 +163,7 @@ pub(super) const CASES: &[Case] = &[
         always(ctx, |device| {
             device.map(0x1000, &region, Perm::RW)?;
             device.unmap(0x1000, region.size()).and_then(|written| match written {
-                WRITTEN => Ok(()),
+                MESSAGE_SIZE => Ok(()),
                 _ => Err(Errno::MSGSIZE),
             })
         })
@@ -189,29 +189,29 @@ pub(super) const CASES: &[Case] = &[
     },
 ];
 
-/// The request succeeds in every stage.
+/// Checks that the request succeeds in every state.
 fn always(ctx: &Ctx<'_>, request: impl Fn(&Device) -> Result<(), Errno>) -> Outcome {
     matrix(ctx, [Ok(()); 4], request)
 }
 
-/// The request gives `want` in the four stages, each time on a fresh device.
+/// Checks that the request gives `want` in the four states, each time with a new open of the device.
 fn matrix(
     ctx: &Ctx<'_>,
     want: [Result<(), Errno>; 4],
     request: impl Fn(&Device) -> Result<(), Errno>,
 ) -> Outcome {
-    for (&stage, want) in Stage::ALL.iter().zip(want) {
-        check(&format!("{stage:?}"), request(&reach(ctx, stage)?), want)?;
+    for (&state, want) in DeviceState::ALL.iter().zip(want) {
+        check(&format!("{state:?}"), request(&open_in(ctx, state)?), want)?;
     }
     Ok(())
 }
 
 fn without_suspend(ctx: &mut Ctx<'_>) -> Outcome {
     let size = u32::from(ctx.probe().ring_size);
-    for &stage in Stage::WITHOUT_SUSPEND {
-        let running = stage == Stage::Running;
-        let device = reach(ctx, stage)?;
-        let when = |request| format!("{stage:?}: {request}");
+    for &state in DeviceState::WITHOUT_SUSPEND {
+        let running = state == DeviceState::Running;
+        let device = open_in(ctx, state)?;
+        let when = |request| format!("{state:?}: {request}");
         check(&when("SET_VRING_NUM"), device.set_vring(Request::SET_VRING_NUM, 0, size), Ok(()))?;
         let want = if running { Err(Errno::INVAL) } else { Ok(()) };
         check(&when("SET_VRING_BASE"), device.set_vring(Request::SET_VRING_BASE, 0, 1), want)?;

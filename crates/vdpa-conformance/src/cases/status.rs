@@ -1,9 +1,9 @@
-//! The status register, reset, SUSPEND and RESUME before DRIVER_OK.
+//! Cases about the status register, reset, SUSPEND and RESUME.
 
 use vdpa_core::Errno;
 use vdpa_core::features::{BackendFeatures, Status};
 
-use super::state::{Stage, reach};
+use super::state::{DeviceState, open_in};
 use crate::case::{Case, Ctx, Need, Outcome, check, prepare};
 use crate::request::Request;
 
@@ -93,7 +93,7 @@ fn free_bits(ctx: &mut Ctx<'_>) -> Outcome {
 
 fn one_step(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open_owned()?;
-    prepare("VHOST_SET_FEATURES", device.set_features(ctx.plain_features()))?;
+    prepare("VHOST_SET_FEATURES", device.set_features(ctx.base_features()))?;
     let running = Status::ACKNOWLEDGE | Status::DRIVER | Status::FEATURES_OK | Status::DRIVER_OK;
     check("SET_STATUS 0xf from 0", device.set_status(running), Ok(()))?;
     check("GET_STATUS", device.status(), Ok(running.0))
@@ -101,7 +101,7 @@ fn one_step(ctx: &mut Ctx<'_>) -> Outcome {
 
 fn reset(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open_owned()?;
-    prepare("VHOST_SET_FEATURES", device.set_features(ctx.plain_features()))?;
+    prepare("VHOST_SET_FEATURES", device.set_features(ctx.base_features()))?;
     prepare("VHOST_SET_VRING_BASE", device.set_vring(Request::SET_VRING_BASE, 0, 5))?;
     prepare("VHOST_VDPA_SET_STATUS", device.set_status(Status::FEATURES_OK))?;
     check("SET_STATUS 0", device.set_status(Status::RESET), Ok(()))?;
@@ -117,7 +117,7 @@ fn suspend_before_driver_ok(ctx: &mut Ctx<'_>) -> Outcome {
 }
 
 fn suspend_repeated(ctx: &mut Ctx<'_>) -> Outcome {
-    let device = reach(ctx, Stage::Running)?;
+    let device = open_in(ctx, DeviceState::Running)?;
     check("RESUME without SUSPEND", device.call(Request::RESUME), Ok(()))?;
     for round in ["first", "second"] {
         check(&format!("{round} SUSPEND"), device.call(Request::SUSPEND), Ok(()))?;
@@ -129,9 +129,9 @@ fn suspend_repeated(ctx: &mut Ctx<'_>) -> Outcome {
 }
 
 fn resume_unsupported(ctx: &mut Ctx<'_>) -> Outcome {
-    check("RESUME", reach(ctx, Stage::Running)?.call(Request::RESUME), Err(Errno::OPNOTSUPP))
+    check("RESUME", open_in(ctx, DeviceState::Running)?.call(Request::RESUME), Err(Errno::OPNOTSUPP))
 }
 
 fn suspend_unsupported(ctx: &mut Ctx<'_>) -> Outcome {
-    check("SUSPEND", reach(ctx, Stage::Running)?.call(Request::SUSPEND), Err(Errno::OPNOTSUPP))
+    check("SUSPEND", open_in(ctx, DeviceState::Running)?.call(Request::SUSPEND), Err(Errno::OPNOTSUPP))
 }

@@ -1,4 +1,4 @@
-//! Virtqueue requests and their arguments.
+//! Cases about virtqueue requests and their arguments.
 
 use std::os::fd::AsFd;
 
@@ -118,7 +118,7 @@ fn addr(ctx: &mut Ctx<'_>) -> Outcome {
 
 fn base(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open_owned()?;
-    prepare("VHOST_SET_FEATURES", device.set_features(ctx.plain_features()))?;
+    prepare("VHOST_SET_FEATURES", device.set_features(ctx.base_features()))?;
     for base in [0, 5, 65_535] {
         check(&format!("SET_VRING_BASE {base}"), device.set_vring(Request::SET_VRING_BASE, 0, base), Ok(()))?;
         check("GET_VRING_BASE", device.vring(Request::GET_VRING_BASE, 0, 0), Ok(base))?;

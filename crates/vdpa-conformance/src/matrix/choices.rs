@@ -1,8 +1,8 @@
-//! Where the kernel has a quirk, or the live-update series an open question, and what was chosen.
+//! The table of design choices: places where the kernel has a quirk, or where the live-update series leaves a question open.
 
 use std::fmt::Write as _;
 
-/// A place where the kernel has a quirk, or the series an open question, and a choice was made.
+/// A place where the kernel has a quirk or the series leaves a question open, and the behaviour that was chosen.
 struct Choice {
     section: &'static str,
     what: &'static str,
@@ -209,7 +209,7 @@ const CHOICES: &[Choice] = &[
     choice("8.2 O3", "the numbers of the series", "none", "as posted, or others", "`vdpad --live-numbers`"),
 ];
 
-/// The choices as a section of docs/uapi.md.
+/// Appends the table of choices, a section of docs/uapi.md.
 pub(super) fn render(text: &mut String) {
     text.push_str(NOTES);
     for Choice { section, what, kernel, here, setting } in CHOICES {

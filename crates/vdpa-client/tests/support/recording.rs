@@ -1,5 +1,6 @@
-//! A device that is an ordinary file: what it offers is its name, what was asked of it its contents. So every process sees
-//! the same device, and the whole sequence of an update can be compared with the one documented.
+//! A device whose device file is an ordinary file. The file's name is the backend features it offers, in hexadecimal; the
+//! file's contents are the requests it has received. Several processes can therefore share one device, and a test can compare
+//! all requests of an update with the documented sequence.
 #![expect(clippy::unwrap_used, reason = "a test: every failure is a panic")]
 #![expect(unreachable_pub, reason = "shared by tests, each of which is a crate")]
 
@@ -22,12 +23,12 @@ use vdpa_sys::uapi::report::UpdateReport;
 
 pub const Q0: QueueIndex = QueueIndex(0);
 
-/// A device that notes requests in its file.
+/// A device that records each request in its file.
 #[derive(Debug)]
-pub struct Notes(File);
+pub struct RecordingDevice(File);
 
-impl Notes {
-    /// The device file at `path`, looked at from outside: nothing is noted.
+impl RecordingDevice {
+    /// Accesses the device file at `path` without recording an open or a close.
     pub fn at(path: &Path) -> std::mem::ManuallyDrop<Self> {
         std::mem::ManuallyDrop::new(Self(OpenOptions::new().append(true).open(path).unwrap()))
     }
@@ -41,13 +42,13 @@ impl Notes {
         std::fs::read_to_string(self.path()).unwrap()
     }
 
-    /// The next request of this name fails, once.
+    /// Makes the next request of this name fail, once.
     pub fn fail_next(&self, request: &str) {
         std::fs::write(self.path().with_extension("fail"), request).unwrap();
     }
 
     fn may_fail(&self, request: &str) -> Result<()> {
-        // A test that wants a request to wait writes its name there, and removes it.
+        // A test that wants a request to block writes the request's name to this file, and removes the file to unblock it.
         let stall = self.path().with_extension("stall");
         while std::fs::read_to_string(&stall).is_ok_and(|name| name == request) {
             std::thread::yield_now();
@@ -56,30 +57,30 @@ impl Notes {
         if std::fs::read_to_string(&order).is_ok_and(|name| name == format!("{request} stops")) {
             std::fs::remove_file(&order).unwrap();
             rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::STOP).unwrap();
-            // Another thread may take the signal and stop this one a moment later.
+            // The signal may be delivered to another thread, which stops this one only a moment later.
             std::thread::sleep(std::time::Duration::from_secs(60));
         }
         if std::fs::read_to_string(&order).is_ok_and(|name| name == request) {
             std::fs::remove_file(order).unwrap();
-            self.note(&format!("{request} fails"))?;
+            self.record(&format!("{request} fails"))?;
             return Err(Errno::IO);
         }
         Ok(())
     }
 
-    pub fn note(&self, line: &str) -> Result<()> {
+    pub fn record(&self, line: &str) -> Result<()> {
         writeln!(&self.0, "{line}").unwrap();
         Ok(())
     }
 }
 
-impl Drop for Notes {
+impl Drop for RecordingDevice {
     fn drop(&mut self) {
-        let _ = self.note("close");
+        let _ = self.record("close");
     }
 }
 
-impl DeviceFile for Notes {
+impl DeviceFile for RecordingDevice {
     fn fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
@@ -87,7 +88,7 @@ impl DeviceFile for Notes {
     fn open(path: &Path) -> Result<Self> {
         let file = OpenOptions::new().append(true).open(path).map_err(|_| Errno::NOENT)?;
         let device = Self(file);
-        device.note("open")?;
+        device.record("open")?;
         Ok(device)
     }
 
@@ -95,7 +96,7 @@ impl DeviceFile for Notes {
         Ok(Self(File::from(fd)))
     }
 
-    /// Beside the requests, outcome and reason in a line: a device file of the kernel knows no such request.
+    /// Writes outcome and reason as one line to a file of their own, since device files of the kernel have no such request.
     fn report_update(&self, report: &UpdateReport) -> Result<()> {
         let reports = self.path().with_extension("reports");
         let mut reports = OpenOptions::new().append(true).create(true).open(reports).unwrap();
@@ -104,7 +105,7 @@ impl DeviceFile for Notes {
     }
 }
 
-impl VdpaOps for Notes {
+impl VdpaOps for RecordingDevice {
     type Event = EventFd;
 
     fn device_id(&self) -> Result<u32> {
@@ -120,7 +121,7 @@ impl VdpaOps for Notes {
     }
     fn set_status(&self, status: Status) -> Result<()> {
         self.may_fail("status")?;
-        self.note(&format!("status {}", status.0))
+        self.record(&format!("status {}", status.0))
     }
     fn features(&self) -> Result<Features> {
         Ok(Features::of(&[
@@ -131,7 +132,7 @@ impl VdpaOps for Notes {
         ]))
     }
     fn set_features(&self, _: Features) -> Result<()> {
-        self.note("features")
+        self.record("features")
     }
     fn backend_features(&self) -> Result<BackendFeatures> {
         let path = self.path();
@@ -156,7 +157,7 @@ impl VdpaOps for Notes {
     fn config_size(&self) -> Result<u32> {
         Ok(0)
     }
-    /// The byte that was written to the same place since the last reset, or 1.
+    /// Reads the byte that was last written to this offset since the last reset, or 1 if there is none.
     fn config(&self, offset: u32, out: &mut [u8]) -> Result<()> {
         let text = self.text();
         let written = text.lines().rev().take_while(|line| *line != "status 0");
@@ -165,7 +166,7 @@ impl VdpaOps for Notes {
         Ok(())
     }
     fn set_config(&self, offset: u32, data: &[u8]) -> Result<()> {
-        data.iter().try_for_each(|byte| self.note(&format!("config {offset}: {byte}")))
+        data.iter().try_for_each(|byte| self.record(&format!("config {offset}: {byte}")))
     }
     fn set_config_call(&self, _: Option<&EventFd>) -> Result<()> {
         Ok(())
@@ -174,14 +175,14 @@ impl VdpaOps for Notes {
         Ok(256)
     }
     fn set_owner(&self) -> Result<()> {
-        self.note("set_owner")
+        self.record("set_owner")
     }
     fn reset_owner(&self) -> Result<()> {
         Err(Errno::FAULT)
     }
     fn new_owner(&self) -> Result<()> {
         self.may_fail("new_owner")?;
-        self.note("new_owner")
+        self.record("new_owner")
     }
     fn set_vring_num(&self, _: QueueIndex, _: u32) -> Result<()> {
         Ok(())
@@ -190,15 +191,15 @@ impl VdpaOps for Notes {
         Ok(())
     }
     fn set_vring_base(&self, _: QueueIndex, num: u32) -> Result<()> {
-        self.note(&format!("base {num}"))
+        self.record(&format!("base {num}"))
     }
     fn vring_base(&self, _: QueueIndex) -> Result<u32> {
         self.may_fail("get_base")?;
-        self.note("get_base")?;
+        self.record("get_base")?;
         Ok(1)
     }
     fn set_vring_enable(&self, _: QueueIndex, _: bool) -> Result<()> {
-        self.note("enable")
+        self.record("enable")
     }
     fn set_vring_kick(&self, _: QueueIndex, _: Option<&EventFd>) -> Result<()> {
         Ok(())
@@ -220,14 +221,14 @@ impl VdpaOps for Notes {
     }
     fn suspend(&self) -> Result<()> {
         self.may_fail("suspend")?;
-        self.note("suspend")
+        self.record("suspend")
     }
     fn resume(&self) -> Result<()> {
         self.may_fail("resume")?;
-        self.note("resume")
+        self.record("resume")
     }
     fn iotlb(&self, _: Asid, msg: &IotlbMsg) -> Result<()> {
-        self.note(match msg.kind {
+        self.record(match msg.kind {
             iotlb_type::UPDATE => "update",
             iotlb_type::REMAP => "remap",
             iotlb_type::BATCH_BEGIN => "begin",
@@ -243,16 +244,16 @@ pub fn offered(bits: &[vdpa_core::features::Bit]) -> BackendFeatures {
     BASE | BackendFeatures::of(bits)
 }
 
-pub fn negotiated(path: &Path) -> vdpa_client::Session<Notes> {
-    Device::<Notes>::open(path).unwrap().negotiate(Features::NONE).unwrap()
+pub fn negotiated(path: &Path) -> vdpa_client::Session<RecordingDevice> {
+    Device::<RecordingDevice>::open(path).unwrap().negotiate(Features::NONE).unwrap()
 }
 
-pub fn session(path: &Path) -> vdpa_client::Session<Notes> {
+pub fn session(path: &Path) -> vdpa_client::Session<RecordingDevice> {
     started(negotiated(path))
 }
 
-/// A device that was negotiated, with two requests in flight.
-pub fn started(mut session: vdpa_client::Session<Notes>) -> vdpa_client::Session<Notes> {
+/// Starts a negotiated device and submits two requests to it.
+pub fn started(mut session: vdpa_client::Session<RecordingDevice>) -> vdpa_client::Session<RecordingDevice> {
     let ram = memfd::create(c"ram", 1 << 16, None).unwrap();
     session.map_memfd("ram", ram, 0x10_0000, 1 << 16, Perm::RW).unwrap();
     session.add_queue(Q0, 8, "ram", 0).unwrap();
@@ -263,12 +264,12 @@ pub fn started(mut session: vdpa_client::Session<Notes>) -> vdpa_client::Session
     }
     queue.notify().unwrap();
     session.region("ram").unwrap().map().unwrap().write(0x8000, b"guest memory").unwrap();
-    session.ops().note("--- update").unwrap();
+    session.ops().record("--- update").unwrap();
     session
 }
 
-/// What a device does with the first request.
-pub fn complete_first(session: &vdpa_client::Session<Notes>) {
+/// Completes the first request in the used ring, as a device does.
+pub fn complete_first(session: &vdpa_client::Session<RecordingDevice>) {
     let layout = session.queue(Q0).unwrap().layout();
     let map = session.region("ram").unwrap().map().unwrap();
     let used = usize::try_from(layout.used).unwrap();
