@@ -219,6 +219,53 @@ pub struct Version {
     pub pid: u32,
 }
 
+/// The answer to `GET /v1/daemon`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DaemonInfo {
+    /// Version of the daemon.
+    pub version: String,
+    /// Its process id.
+    pub pid: u32,
+    /// When it was started, in seconds since 1970.
+    pub since: u64,
+    /// The process that starts it again; absent without `--holder`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub holder: Option<HolderInfo>,
+}
+
+/// What a daemon's holder says of itself.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct HolderInfo {
+    /// Its process id, which is that of the service.
+    pub pid: u32,
+    /// Daemons that it has started, the present one included.
+    pub generation: u64,
+    /// How many of them have crashed.
+    pub crashes: u64,
+    /// Descriptors that it holds.
+    pub held: u64,
+    /// How the daemon before the present one has ended, if that was a crash.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_crash: Option<CrashInfo>,
+}
+
+/// A crash of the daemon.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CrashInfo {
+    /// Process id of the daemon that crashed.
+    pub pid: u32,
+    /// The signal that ended it; 0 if it exited.
+    pub signal: i32,
+    /// Its exit status; 0 if a signal ended it.
+    pub status: i32,
+    /// Whether a core was dumped.
+    pub core: bool,
+    /// Whether the holder had killed it because it made no progress.
+    pub hung: bool,
+    /// Milliseconds from the moment at which the holder noticed the crash to that at which the next daemon served.
+    pub recovery_ms: f64,
+}
+
 /// Why a request was refused.
 ///
 /// Displayed as the message alone; the errno and the hint go to their own lines or fields.

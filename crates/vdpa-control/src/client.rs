@@ -14,8 +14,8 @@ use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
 
 use super::api::{
-    AddRequest, CtlError, DevInfo, ErrorBody, MgmtDev, QueueVstats, SetAnswer, SetRequest, UpdateInfo,
-    Version,
+    AddRequest, CtlError, DaemonInfo, DevInfo, ErrorBody, MgmtDev, QueueVstats, SetAnswer, SetRequest,
+    UpdateInfo, Version,
 };
 use super::config::DevConfig;
 
@@ -112,6 +112,14 @@ impl Client {
     /// [`ClientError`].
     pub fn version(&self) -> Result<Version, ClientError> {
         self.get("/v1/version")
+    }
+
+    /// The daemon, and the holder that starts it again.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn daemon(&self) -> Result<DaemonInfo, ClientError> {
+        self.get("/v1/daemon")
     }
 
     /// Every management device.

@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 mod config;
+mod daemon;
 mod dev;
 mod failure;
 mod features;
@@ -96,6 +97,11 @@ enum Object {
         /// Command and its arguments; "help" lists them
         args: Vec<String>,
     },
+    /// The daemon itself, and the holder that starts it again after a crash
+    Daemon {
+        /// Command and its arguments; "help" lists them
+        args: Vec<String>,
+    },
     /// Shows the downtime of updates of a running client, and that nothing is lost
     Demo(Box<demo::Options>),
     /// Measures devices
@@ -178,6 +184,7 @@ fn run(Cli { options, object }: Cli) -> Result<(), Failure> {
         Some(Object::Mgmtdev { args }) => mgmtdev::run(&session, &args),
         Some(Object::Dev { args, force }) => dev::run(&session, &args, force),
         Some(Object::Update { args }) => update::run(&session, &args),
+        Some(Object::Daemon { args }) => daemon::run(&session, &args),
         None | Some(Object::Help | Object::Demo(_) | Object::Bench { .. }) => {
             eprint!("{HELP}");
             Ok(())
@@ -190,7 +197,7 @@ fn run(Cli { options, object }: Cli) -> Result<(), Failure> {
 
 const HELP: &str = "\
 Usage: vdpactl [ OPTIONS ] OBJECT { COMMAND | help }
-where  OBJECT := { mgmtdev | dev | update | demo | bench }
+where  OBJECT := { mgmtdev | dev | update | daemon | demo | bench }
        OPTIONS := { -V[ersion] | -n[o-nice-names] | -j[son] | -p[retty] |
                     -s[tatistics] | --socket PATH }
 ";

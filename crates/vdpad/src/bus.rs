@@ -28,8 +28,8 @@ use vdpa_backend::front::vhost::{AnyParent, PendingSuccessor, SharedDevice, Vhos
 use vdpa_backend::persist::{DeviceLog, Held, Reopened};
 use vdpa_backend::worker::WorkerPool;
 use vdpa_control::api::{
-    AddRequest, Attrs, CtlError, DevInfo, DevState, ID_NET, LastUpdate, MgmtDev, Owner, QueueInfo,
-    QueueVstats, SetAnswer, SetRequest, Successor, UpdateInfo, VSTATS_INDEX_MAX,
+    AddRequest, Attrs, CtlError, DaemonInfo, DevInfo, DevState, ID_NET, LastUpdate, MgmtDev, Owner,
+    QueueInfo, QueueVstats, SetAnswer, SetRequest, Successor, UpdateInfo, VSTATS_INDEX_MAX,
 };
 use vdpa_control::config::DevConfig;
 
@@ -49,6 +49,7 @@ pub struct Bus {
     devices: Mutex<Vec<Arc<Entry>>>,
     /// `None` without a holder: the devices end with this process.
     survival: Option<Arc<Survival>>,
+    since: SystemTime,
 }
 
 #[derive(Debug)]
@@ -89,7 +90,8 @@ impl Bus {
     ) -> Self {
         let pool = WorkerPool::new(workers, poll);
         let (mgmt, spaces, devices) = (mgmt_devices(), Spaces::new(), Mutex::default());
-        Self { mgmt, files, pool, spaces, devices, survival }
+        let since = SystemTime::now();
+        Self { mgmt, files, pool, spaces, devices, survival, since }
     }
 
     /// Makes the devices of a predecessor again, with their clients. One that cannot be restored is given up: its client gets
@@ -372,6 +374,22 @@ fn check_name(name: &str) -> Result<(), CtlError> {
 }
 
 impl Backend for Bus {
+    fn daemon(&self) -> Result<DaemonInfo, CtlError> {
+        let holder = match &self.survival {
+            Some(survival) => Some(survival.info().map_err(|errno| {
+                CtlError::new(errno, "the holder does not answer")
+                    .with_hint("The service is not protected; see its log.")
+            })?),
+            None => None,
+        };
+        Ok(DaemonInfo {
+            version: env!("CARGO_PKG_VERSION").into(),
+            pid: std::process::id(),
+            since: unix(self.since),
+            holder,
+        })
+    }
+
     fn mgmtdevs(&self) -> Result<Vec<MgmtDev>, CtlError> {
         Ok(self.mgmt.iter().map(|mgmt| mgmt.describe()).collect())
     }

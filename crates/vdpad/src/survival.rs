@@ -9,16 +9,18 @@ use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use vdpa_backend::front::fuse::{DeviceFiles, FileAttributes, Options, ServeError};
 use vdpa_backend::persist::{Held, Kind, RestoredSpaces, Store, key, split_key};
-use vdpa_control::api::AddRequest;
+use vdpa_control::api::{AddRequest, CrashInfo, HolderInfo};
 use vdpa_core::Errno;
 use vdpa_holder::client::{Client, Start};
 use vdpa_holder::protocol::{Role, Status};
+use vdpa_sys::clock::monotonic_ns;
 use vdpa_sys::fuse::Negotiated;
 use vdpa_sys::memfd;
 
@@ -36,6 +38,8 @@ pub struct Survival {
     client: Arc<Mutex<Client>>,
     start: Start,
     next_device: AtomicU32,
+    /// When this process began to serve: `CLOCK_MONOTONIC` in ns.
+    served_ns: AtomicU64,
     /// Address spaces of the devices that are restored.
     pub(crate) spaces: RestoredSpaces,
 }
@@ -80,7 +84,13 @@ impl Survival {
         let Some(client) = Client::from_env()? else { return Ok(None) };
         let start = client.start();
         let client = Arc::new(Mutex::new(client));
-        Ok(Some(Self { client, start, next_device: AtomicU32::new(1), spaces: RestoredSpaces::default() }))
+        Ok(Some(Self {
+            client,
+            start,
+            next_device: AtomicU32::new(1),
+            served_ns: AtomicU64::new(0),
+            spaces: RestoredSpaces::default(),
+        }))
     }
 
     /// What this process is to be.
@@ -115,12 +125,22 @@ impl Survival {
         Arc::clone(&self.client) as Arc<dyn Store>
     }
 
-    /// What the holder says of itself.
+    /// What `daemon show` tells of the holder.
     ///
     /// # Errors
     /// `EPIPE` without a holder.
-    pub fn status(&self) -> Result<Status, Errno> {
-        self.client.lock().status()
+    pub(crate) fn info(&self) -> Result<HolderInfo, Errno> {
+        let Status { pid, generation, crashes, held, .. } = self.client.lock().status()?;
+        let served_ns = self.served_ns.load(Ordering::Relaxed);
+        let last_crash = self.start.crash.map(|end| CrashInfo {
+            pid: end.pid.unsigned_abs(),
+            signal: end.signal,
+            status: end.status,
+            core: end.core,
+            hung: end.hung,
+            recovery_ms: Duration::from_nanos(served_ns.saturating_sub(end.heard_ns)).as_secs_f64() * 1e3,
+        });
+        Ok(HolderInfo { pid: pid.unsigned_abs(), generation, crashes, held, last_crash })
     }
 
     /// Says that this process serves.
@@ -128,6 +148,7 @@ impl Survival {
     /// # Errors
     /// `EPIPE` without a holder.
     pub fn ready(&self) -> Result<(), Errno> {
+        self.served_ns.store(monotonic_ns(), Ordering::Relaxed);
         self.client.lock().ready()
     }
 

@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 
 use vdpa_control::api::{
-    AddRequest, CtlError, DevInfo, MgmtDev, QueueVstats, SetAnswer, SetRequest, UpdateInfo,
+    AddRequest, CtlError, DaemonInfo, DevInfo, MgmtDev, QueueVstats, SetAnswer, SetRequest, UpdateInfo,
 };
 use vdpa_control::config::DevConfig;
 
@@ -13,6 +13,12 @@ use vdpa_control::config::DevConfig;
 /// After [`Limits::backend`](super::server::Limits::backend) the caller gets `ETIMEDOUT` while the method runs on, so a method
 /// must complete or undo what it does even if nobody gets its result.
 pub trait Backend: Debug + Send + Sync + 'static {
+    /// The daemon itself.
+    ///
+    /// # Errors
+    /// When its holder does not answer.
+    fn daemon(&self) -> Result<DaemonInfo, CtlError>;
+
     /// Every management device, in a stable order.
     ///
     /// # Errors

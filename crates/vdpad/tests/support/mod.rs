@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use vdpa_control::api::UpdateInfo;
 use vdpa_control::api::{
-    AddRequest, CtlError, DevInfo, DevState, MgmtDev, Owner, QueueInfo, QueueVstats, SetAnswer, SetRequest,
+    AddRequest, CtlError, DaemonInfo, DevInfo, DevState, MgmtDev, Owner, QueueInfo, QueueVstats, SetAnswer, SetRequest,
     Successor, VSTATS_INDEX_MAX,
 };
 use vdpa_control::config::{
@@ -183,6 +183,10 @@ fn info(name: &str, device_id: u32, mgmtdev: &str, max_vqs: u32) -> DevInfo {
 }
 
 impl Backend for Fixture {
+    fn daemon(&self) -> Result<DaemonInfo, CtlError> {
+        Ok(DaemonInfo { version: "1.2.3".into(), pid: 42, since: 0, holder: None })
+    }
+
     fn mgmtdevs(&self) -> Result<Vec<MgmtDev>, CtlError> {
         Ok(self.mgmtdevs.clone())
     }

@@ -29,6 +29,7 @@ struct App {
 pub(super) fn router(backend: Arc<dyn Backend>, limits: Limits, caller: Result<(), CtlError>) -> Router {
     Router::new()
         .route("/v1/version", get(version))
+        .route("/v1/daemon", get(daemon))
         .route("/v1/mgmtdevs", get(mgmtdevs))
         .route("/v1/devs", get(devices).post(add))
         .route("/v1/devs/{name}", get(device).patch(set).delete(delete))
@@ -56,6 +57,10 @@ async fn version() -> Json<Version> {
         version: env!("CARGO_PKG_VERSION").into(),
         pid: std::process::id(),
     })
+}
+
+async fn daemon(State(app): State<App>) -> Result<Response, Failure> {
+    app.call(|backend| backend.daemon()).await.map(ok)
 }
 
 async fn mgmtdevs(State(app): State<App>) -> Result<Response, Failure> {
