@@ -10,12 +10,17 @@ use vdpa_core::types::{QueueIndex, Result};
 use vdpa_core::vq::{QueueSetup, QueueState};
 use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::guest::LinuxHost;
+use vdpa_sys::shared_words::SharedWords;
 use vdpa_sys::snapshot::Snapshot;
 
-use crate::worker::{ClientMemory, Placement, Queue, QueueHandler, Queues, Size, WorkerPool};
+use crate::worker::{ClientMemory, Placement, Popped, Queue, QueueHandler, Queues, Size, WorkerPool};
 
 /// Requests taken from one queue before the next queue, and the next device of the thread, is served.
 const BUDGET: usize = 64;
+
+/// What is logged of a request that is [`Popped::Poison`].
+const POISON: &str =
+    "a request that was begun by two processes, which have died, is answered without being done";
 
 /// What a device does with one request.
 ///
@@ -23,7 +28,8 @@ const BUDGET: usize = 64;
 /// No method may block or compute for long: other devices share the thread. A device that has to wait for something
 /// implements [`QueueHandler`] instead, which submits operations to the thread's io_uring.
 pub trait RequestHandler: Send + 'static {
-    /// Answers a request of queue `queue`.
+    /// Answers a request of queue `queue`. If the device keeps [logs](SimpleDevice::set_logs), it may be one that an earlier
+    /// process had begun; one that two had begun is answered with length 0 instead.
     ///
     /// # Errors
     /// [`Fault`] when client memory that the request names is not mapped, as [`Request`]'s methods return it. The request
@@ -107,6 +113,17 @@ impl SimpleDevice {
         let size = Size { queues: profile.queues, address_spaces };
         let queues = pool.add(name, size, placement, Adapter { handler, chain: Chain::new() })?;
         Ok(Self { profile, config: config.to_vec(), memory: ClientMemory::new(name, queues, false) })
+    }
+}
+
+impl SimpleDevice {
+    /// Has the requests in flight logged, so that a successor of this process can continue the rings: see
+    /// [`QueueControl::set_logs`](crate::worker::QueueControl::set_logs).
+    ///
+    /// # Errors
+    /// As there.
+    pub fn set_logs(&self, logs: Vec<SharedWords>, recover: bool) -> Result<()> {
+        self.memory.queues().set_logs(logs, recover)
     }
 }
 
@@ -211,9 +228,18 @@ impl<H: RequestHandler> Adapter<H> {
         let view = queues.view(queue);
         queue.ring(&view)?.disable_kick()?;
         for _ in 0..BUDGET {
-            if !queue.ring(&view)?.pop(view.snapshot(), &mut self.chain)? {
-                queues.publish(queue)?;
-                return queues.wait_for_kick(queue, &view);
+            match queue.ring(&view)?.pop(view.snapshot(), &mut self.chain)? {
+                Popped::None => {
+                    queues.publish(queue)?;
+                    return queues.wait_for_kick(queue, &view);
+                }
+                Popped::Poison => {
+                    queues.log_error(index, &POISON);
+                    queue.ring(&view)?.push_used(self.chain.head, 0)?;
+                    queues.count_request(index, 0, true);
+                    continue;
+                }
+                Popped::Request => {}
             }
             let request = Request { chain: &self.chain, memory: view.snapshot() };
             let outcome = self.handler.handle(index, &request);

@@ -23,6 +23,7 @@ mod prefetch;
 pub mod priority;
 pub mod process;
 pub mod rlimit;
+pub mod shared_words;
 pub mod sigbus;
 pub mod signals;
 pub mod snapshot;

@@ -8,10 +8,12 @@ use vdpa_core::types::{Asid, QueueIndex, Result};
 use vdpa_core::vq::{QueueSetup, QueueState};
 use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::guest::LinuxHost;
+use vdpa_sys::shared_words::SharedWords;
 use vdpa_sys::uring::OwnedBuf;
 
 use super::queue::Queue;
 use super::queues::Queues;
+use super::ring::clear_log;
 use super::{Command, Invalidation, QueueHandler, Reply};
 
 /// A device as its worker thread has it: the queues, the handler, and commands that wait for requests in flight.
@@ -28,14 +30,28 @@ pub(super) struct LocalDevice {
     failing: Vec<Reply<()>>,
     /// A REMOVE command, answered when nothing is in flight any more and the device was dropped.
     removing: Option<Reply<()>>,
-    /// By queue: the position at which it stopped, and how many requests it had popped and will never complete. A queue
-    /// that starts again at that position, without a reset in between, has the same requests missing.
-    unanswered: Vec<Option<(QueueState, u16)>>,
+    /// By queue: where it stopped. A queue that starts again at that position, without a reset in between, has the same
+    /// requests missing, or to be repeated.
+    stopped: Vec<Option<Stopped>>,
+    /// By queue: memory of its in-flight log; empty for a device without logs.
+    logs: Vec<SharedWords>,
+    /// By queue: the first start continues from the log.
+    recover: Vec<bool>,
+}
+
+/// Where a queue stopped.
+#[derive(Clone, Copy, Debug)]
+struct Stopped {
+    state: QueueState,
+    /// Requests that it had popped and will never complete.
+    unanswered: u16,
+    /// Requests that are to be repeated are still in its log.
+    recover: bool,
 }
 
 impl LocalDevice {
     pub(super) fn new(queues: Queues, handler: Box<dyn QueueHandler>) -> Self {
-        let unanswered = vec![None; queues.count().into()];
+        let count = usize::from(queues.count());
         Self {
             queues,
             handler,
@@ -44,7 +60,9 @@ impl LocalDevice {
             invalidations: Vec::new(),
             failing: Vec::new(),
             removing: None,
-            unanswered,
+            stopped: vec![None; count],
+            logs: Vec::new(),
+            recover: vec![false; count],
         }
     }
 
@@ -56,6 +74,7 @@ impl LocalDevice {
                 let result = self.start(index, setup, state);
                 send_reply(&reply, result);
             }
+            Command::SetLogs { logs, recover, reply } => send_reply(&reply, self.set_logs(logs, recover)),
             Command::Stop { index, reply } => self.stop(index, reply),
             Command::SetView { invalidation, reply } => {
                 self.queues.set_view(&invalidation);
@@ -64,7 +83,8 @@ impl LocalDevice {
             }
             Command::Fail { reply } => self.failing.push(reply),
             Command::Reset => {
-                self.unanswered.fill(None);
+                self.stopped.fill(None);
+                self.forget_logs();
                 self.handler.reset();
             }
             Command::Remove { reply } => {
@@ -75,7 +95,8 @@ impl LocalDevice {
     }
 
     fn start(&mut self, index: QueueIndex, setup: QueueSetup<LinuxHost>, state: QueueState) -> Result<()> {
-        let place = self.unanswered.get(usize::from(index.0)).ok_or(Errno::INVAL)?;
+        let at = usize::from(index.0);
+        let stopped = self.stopped.get(at).ok_or(Errno::INVAL)?.filter(|stopped| stopped.state == state);
         if self.queues.get_mut(index.0).is_some() {
             return Ok(());
         }
@@ -84,17 +105,42 @@ impl LocalDevice {
         }
         let generation = self.queues.next_generation();
         let mut queue = Queue::new(setup, state, generation)?;
-        queue.unanswered = place.filter(|(before, _)| *before == state).map_or(0, |(_, count)| count);
+        queue.unanswered = stopped.map_or(0, |stopped| stopped.unanswered);
         if let Some(kick) = &queue.setup.kick {
             self.queues.poll(duplicate(kick)?, index.0, generation)?;
+        }
+        if let Some(log) = self.logs.get(at) {
+            let first = self.recover.get_mut(at).is_some_and(std::mem::take);
+            queue.set_log(log.clone(), first || stopped.is_some_and(|stopped| stopped.recover));
         }
         self.queues.put(index.0, queue);
         Ok(())
     }
 
+    fn set_logs(&mut self, logs: Vec<SharedWords>, recover: bool) -> Result<()> {
+        if logs.len() != usize::from(self.queues.count()) {
+            return Err(Errno::INVAL);
+        }
+        if !self.logs.is_empty() || self.queues.iter_mut().next().is_some() {
+            return Err(Errno::BUSY);
+        }
+        self.logs = logs;
+        self.recover.fill(recover);
+        Ok(())
+    }
+
+    /// The queues, which are all stopped, do not continue from what is in their logs.
+    fn forget_logs(&mut self) {
+        self.recover.fill(false);
+        self.logs.iter().for_each(clear_log);
+    }
+
     fn stop(&mut self, index: QueueIndex, reply: Reply<Result<Option<QueueState>>>) {
         match self.queues.get_mut(index.0) {
-            Some(queue) if queue.stopping.is_none() => queue.stopping = Some(reply),
+            Some(queue) if queue.stopping.is_none() => {
+                queue.stopping = Some(reply);
+                queue.stop_taking();
+            }
             Some(_) => send_reply(&reply, Err(Errno::BUSY)),
             None => send_reply(&reply, Ok(None)),
         }
@@ -124,6 +170,7 @@ impl LocalDevice {
     /// Publishes used descriptors, answers commands that are done, and serves the queues that have work; whether they have
     /// more work.
     pub(super) fn service(&mut self) -> bool {
+        self.queues.recover_rings();
         self.queues.publish_all();
         self.finish_commands();
         if !self.takes_requests() {
@@ -172,7 +219,8 @@ impl LocalDevice {
     /// Answers STOP, SET_VIEW and FAIL once what they wait for is done. Used descriptors are published.
     fn finish_commands(&mut self) {
         for index in 0..self.queues.count() {
-            let Some(mut queue) = self.queues.take_stopped(index) else { continue };
+            let now = !self.takes_requests();
+            let Some(mut queue) = self.queues.take_stopped(index, now) else { continue };
             self.queues.cancel_poll(index, &queue);
             // With kicks enabled, the driver notifies whoever serves the ring next, which checks it for requests first.
             if let Err(error) = queue.enable_kick() {
@@ -182,8 +230,10 @@ impl LocalDevice {
             if let Err(error) = self.queues.publish(&mut queue) {
                 self.queues.log_error(index, &error);
             }
-            if let Some(place) = self.unanswered.get_mut(usize::from(index)) {
-                *place = Some((queue.state(), queue.unanswered()));
+            queue.forget_in_flight();
+            if let Some(place) = self.stopped.get_mut(usize::from(index)) {
+                let (unanswered, recover) = (queue.unanswered(), queue.is_to_recover());
+                *place = Some(Stopped { state: queue.state(), unanswered, recover });
             }
             if let Some(reply) = queue.stopping.take() {
                 send_reply(&reply, Ok(Some(queue.state())));
@@ -212,12 +262,15 @@ impl LocalDevice {
                 self.handler.replace_views(&self.queues, invalidation.asid, &invalidation.view);
             }
             self.map_changed(invalidation.asid);
+            self.queues.recover_rings();
             send_reply(&reply, ());
         }
     }
 
     /// Requests that named unmapped memory are tried again, for a handler that asks for that.
     fn map_changed(&mut self, asid: Asid) {
+        let concerned = self.queues.iter_mut().filter(|queue| queue.setup.asid == asid && queue.recovering);
+        concerned.for_each(|queue| queue.pending = true);
         if self.handler.retry_on_map_change() {
             let concerned =
                 self.queues.iter_mut().filter(|queue| queue.setup.asid == asid && queue.setup.kick.is_some());

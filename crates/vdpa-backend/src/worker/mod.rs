@@ -13,7 +13,7 @@
 //! |---|---|---|
 //! | [`WorkerPool`], [`Placement`] | the program, to create devices | any |
 //! | [`QueueControl`], [`ClientMemory`] | the device's `Parent` implementation | the one that holds the device's lock |
-//! | [`QueueHandler`], [`Queues`], [`Queue`] | the device, to serve requests | its worker thread |
+//! | [`QueueHandler`], [`Queues`], [`Queue`], [`DeviceRing`] | the device, to serve requests | its worker thread |
 //! | [`MemoryView`] | both sides | any: it is immutable |
 
 mod buffers;
@@ -25,6 +25,7 @@ mod poll;
 mod pool;
 mod queue;
 mod queues;
+mod ring;
 mod view;
 
 use std::fmt;
@@ -41,6 +42,7 @@ use vdpa_core::types::{Asid, QueueIndex, Result};
 use vdpa_core::vq::{QueueSetup, QueueState};
 use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::guest::LinuxHost;
+use vdpa_sys::shared_words::SharedWords;
 use vdpa_sys::uring::OwnedBuf;
 
 use buffers::Buffers;
@@ -49,6 +51,7 @@ use pool::WorkerThread;
 pub use pool::{CpuList, InvalidCpuList, Placement, WorkerPool};
 pub use queue::Queue;
 pub use queues::Queues;
+pub use ring::{DeviceRing, Popped, log_words};
 pub use view::MemoryView;
 
 /// Upper limit of the io-wq workers of one io_uring (`IORING_REGISTER_IOWQ_MAX_WORKERS`): the kernel threads that run
@@ -71,7 +74,7 @@ const REMOVE_TIMEOUT: Duration = Duration::from_secs(30);
 /// A panic ends the thread, and with it all devices on it.
 ///
 /// ```
-/// use vdpa_backend::worker::{Queue, QueueHandler, Queues};
+/// use vdpa_backend::worker::{Popped, Queue, QueueHandler, Queues};
 /// use vdpa_core::ring::{Chain, RingError};
 ///
 /// /// Completes each request at once, without data.
@@ -84,7 +87,8 @@ const REMOVE_TIMEOUT: Duration = Duration::from_secs(30);
 ///     fn serve_queue(&mut self, queues: &Queues, index: u16, queue: &mut Queue) -> Result<bool, RingError> {
 ///         let view = queues.view(queue);
 ///         for _ in 0..64 {
-///             if !queue.ring(&view)?.pop(view.snapshot(), &mut self.chain)? {
+///             // One that is poison is discarded as well, which cannot do any harm.
+///             if queue.ring(&view)?.pop(view.snapshot(), &mut self.chain)? == Popped::None {
 ///                 queues.publish(queue)?;
 ///                 return queues.wait_for_kick(queue, &view);
 ///             }
@@ -264,6 +268,7 @@ type Reply<T> = SyncSender<T>;
 /// sender that the device or its thread is gone.
 enum Command {
     Start { index: QueueIndex, setup: QueueSetup<LinuxHost>, state: QueueState, reply: Reply<Result<()>> },
+    SetLogs { logs: Vec<SharedWords>, recover: bool, reply: Reply<Result<()>> },
     Stop { index: QueueIndex, reply: Reply<Result<Option<QueueState>>> },
     SetView { invalidation: Invalidation, reply: Reply<()> },
     Reset,
@@ -314,6 +319,22 @@ impl QueueControl {
     /// versa; `EIO`; those of duplicating the kick eventfd (`EMFILE`) and of submitting its poll.
     pub fn start(&self, index: QueueIndex, setup: &QueueSetup<LinuxHost>, state: QueueState) -> Result<()> {
         self.call(|reply| Command::Start { index, setup: setup.clone(), state, reply })?
+    }
+
+    /// Has the worker thread keep an in-flight log of each queue in `logs`, in the order of the queues and of at least
+    /// [`log_words`] each, from which a successor of this process can continue. Called once, before any queue is started;
+    /// without it the device keeps no logs. Does not wait for requests.
+    ///
+    /// With `recover`, `logs` are those of a process that has died. The first [`start`](Self::start) of each queue continues
+    /// from its log, whatever position is given, and does its requests in flight again; if there is no log (the first word
+    /// is 0) it starts at that position. Queues that did not run need not be continued: clear the first word of theirs. A log
+    /// that is damaged or of a ring with another size or format breaks the queue: [`needs_reset`](Self::needs_reset).
+    /// A [`reset`](Self::reset) ends all logs.
+    ///
+    /// # Errors
+    /// `EINVAL` for another number of logs than queues; `EBUSY` when the device has logs already or a queue runs; `EIO`.
+    pub fn set_logs(&self, logs: Vec<SharedWords>, recover: bool) -> Result<()> {
+        self.call(|reply| Command::SetLogs { logs, recover, reply })?
     }
 
     /// Stops a queue and returns its position; `None` when it does not run. Blocks until its requests in flight are

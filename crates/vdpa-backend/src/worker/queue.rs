@@ -6,13 +6,15 @@ use std::sync::Arc;
 use vdpa_core::Errno;
 use vdpa_core::features::Features;
 use vdpa_core::iotlb::Removed;
-use vdpa_core::ring::{Memory, Ring, RingError, area_sizes};
-use vdpa_core::types::{Perm, Result};
+use vdpa_core::ring::inflight::LogError;
+use vdpa_core::ring::{Fault, RingError, area_sizes};
+use vdpa_core::types::Result;
 use vdpa_core::vq::{QueueSetup, QueueState};
 use vdpa_sys::guest::LinuxHost;
-use vdpa_sys::snapshot::GuestArea;
+use vdpa_sys::shared_words::SharedWords;
 
-use super::{MemoryView, Reply};
+use super::ring::clear_log;
+use super::{DeviceRing, MemoryView, Reply};
 
 /// A virtqueue that runs: the ring, and what its device's worker thread knows of it.
 ///
@@ -21,7 +23,11 @@ use super::{MemoryView, Reply};
 pub struct Queue {
     pub(super) setup: QueueSetup<LinuxHost>,
     /// The ring, once its memory was resolved: a client may map it later than it starts the queue.
-    ring: Option<Ring<GuestArea>>,
+    ring: Option<DeviceRing>,
+    /// Memory of the in-flight log, if the device keeps logs.
+    log: Option<SharedWords>,
+    /// The ring is to be continued from the log, as soon as its memory can be resolved: see [`recover`](Self::recover).
+    pub(super) recovering: bool,
     /// The position of the queue while `ring` is `None`.
     state: QueueState,
     /// The ring may hold requests that were not popped.
@@ -67,6 +73,8 @@ impl Queue {
         Ok(Self {
             setup,
             ring: None,
+            log: None,
+            recovering: false,
             state,
             // The driver may have kicked before the start. Without an eventfd it cannot have.
             pending,
@@ -81,16 +89,82 @@ impl Queue {
         })
     }
 
+    /// Gives the queue memory for its log. With `recover` it is to be continued from the log that is in there; without, that
+    /// one ends.
+    pub(super) fn set_log(&mut self, log: SharedWords, recover: bool) {
+        if recover {
+            (self.recovering, self.pending) = (true, true);
+        } else {
+            // A crash before the ring is resolved starts the queue where it is started now.
+            clear_log(&log);
+        }
+        self.log = Some(log);
+    }
+
+    /// Continues the ring from its log if that is to be done; then publishes and signals, since a notification may have been
+    /// lost. After a fault the ring stays to be continued, after any other error the queue is broken.
+    ///
+    /// # Errors
+    /// [`LogError`], but not [`LogError::Absent`]: then the queue starts at the position given.
+    pub(super) fn recover(&mut self, view: &MemoryView) -> Result<(), LogError> {
+        let Some(log) = self.log.as_ref().filter(|_| self.recovering) else { return Ok(()) };
+        match DeviceRing::recover(&self.setup, log, view) {
+            Ok(ring) => {
+                self.pending = self.setup.kick.is_some() || ring.repeats() > 0;
+                self.ring = Some(ring);
+                if self.stopping.is_some() {
+                    self.stop_taking();
+                }
+            }
+            Err(LogError::Absent) => self.pending = self.setup.kick.is_some(),
+            Err(error) => {
+                let is_fault = matches!(error, LogError::Ring(error) if error.is_fault());
+                (self.recovering, self.broken, self.pending) = (is_fault, !is_fault, false);
+                return Err(error);
+            }
+        }
+        self.recovering = false;
+        self.publish().map_err(LogError::Ring)
+    }
+
+    /// Whether the ring must be continued from its log when the queue is started again at the same position: requests that
+    /// are to be repeated are still in it.
+    pub(super) fn is_to_recover(&self) -> bool {
+        self.recovering || self.ring.as_ref().is_some_and(|ring| ring.repeats() > 0)
+    }
+
+    /// The queue is being stopped: requests to be repeated are still done, and no others are taken.
+    pub(super) fn stop_taking(&mut self) {
+        if let Some(ring) = &mut self.ring {
+            ring.stop();
+        }
+    }
+
+    /// The queue was stopped. Requests in flight that nobody completes are not repeated by a successor.
+    pub(super) fn forget_in_flight(&mut self) {
+        if !self.is_to_recover()
+            && let Some(ring) = &mut self.ring
+        {
+            ring.forget_in_flight();
+        }
+    }
+
     /// What the client has set up: size, ring addresses, eventfds, negotiated features.
     #[must_use]
     pub const fn setup(&self) -> &QueueSetup<LinuxHost> {
         &self.setup
     }
 
-    /// Whether the queue [runs](Self::is_running) and its ring may hold requests.
+    /// Whether the queue [runs](Self::is_running) and its ring may hold requests. Also `true` while a stop waits for requests
+    /// that are repeated after a crash.
     #[must_use]
-    pub const fn has_work(&self) -> bool {
-        self.pending && self.is_running()
+    pub fn has_work(&self) -> bool {
+        self.pending && (self.is_running() || self.stopping.is_some() && self.has_repeats())
+    }
+
+    /// Whether there are requests to be repeated that can be popped now.
+    fn has_repeats(&self) -> bool {
+        !self.broken && !self.ring_removed && self.ring.as_ref().is_some_and(|ring| ring.repeats() > 0)
     }
 
     /// Sets whether the ring may hold more requests. With `true` the device is served again without a kick, after the other
@@ -120,10 +194,10 @@ impl Queue {
         self.depth
     }
 
-    /// Whether requests may be popped: the driver has not broken the protocol, no stop is in progress, and the memory of the
-    /// ring was not removed.
+    /// Whether requests may be popped: the driver has not broken the protocol, no stop is in progress, the memory of the
+    /// ring was not removed, and the ring was continued from its log if it has to be.
     pub const fn is_running(&self) -> bool {
-        !self.broken && !self.ring_removed && self.stopping.is_none()
+        !self.broken && !self.ring_removed && !self.recovering && self.stopping.is_none()
     }
 
     /// Whether the ring is resolved and is in removed memory.
@@ -140,36 +214,43 @@ impl Queue {
     /// [`RingError`]: a fault when a part of the ring is not mapped in `view`; hand it to
     /// [`Queues::ring_failed`](super::Queues::ring_failed).
     #[inline]
-    pub fn ring(&mut self, view: &Arc<MemoryView>) -> Result<&mut Ring<GuestArea>, RingError> {
+    pub fn ring(&mut self, view: &Arc<MemoryView>) -> Result<&mut DeviceRing, RingError> {
         match &mut self.ring {
             Some(ring) => Ok(ring),
-            none => Ok(none.insert(resolve(&self.setup, self.state, self.unanswered, view)?)),
+            // Only `recover` may resolve it: a new log would end the one that is to be continued.
+            None if self.recovering => Err(Fault { addr: self.setup.desc }.into()),
+            none => {
+                let log = self.log.as_ref();
+                Ok(none.insert(DeviceRing::new(&self.setup, self.state, self.unanswered, log, view)?))
+            }
         }
     }
 
     /// The ring, if it is resolved. Always the case while a request is in flight.
     #[inline]
-    pub fn resolved(&mut self) -> Option<&mut Ring<GuestArea>> {
+    pub fn resolved(&mut self) -> Option<&mut DeviceRing> {
         self.ring.as_mut()
     }
 
     /// Releases the ring's memory, because the translation has changed, and keeps the position. No request may be in flight.
+    /// A ring with a log is continued from it: there is no moment at which a crash finds no log.
     pub(super) fn release_ring(&mut self) {
         debug_assert_eq!(self.in_flight, 0);
         (self.busy_polled, self.ring_removed) = (false, false);
         if let Some(ring) = self.ring.take() {
             (self.state, self.unanswered) = (ring.state(), ring.in_flight());
+            self.recovering = ring.has_log();
         }
     }
 
     /// The position of the queue: next available and used descriptor.
     pub(super) fn state(&self) -> QueueState {
-        self.ring.as_ref().map_or(self.state, Ring::state)
+        self.ring.as_ref().map_or(self.state, DeviceRing::state)
     }
 
     /// Number of requests that were popped and will never be completed; valid while `in_flight` is 0.
     pub(super) fn unanswered(&self) -> u16 {
-        self.ring.as_ref().map_or(self.unanswered, Ring::in_flight)
+        self.ring.as_ref().map_or(self.unanswered, DeviceRing::in_flight)
     }
 
     /// Whether a ring that is busy-polled has a request.
@@ -201,45 +282,5 @@ impl Queue {
             call.signal();
         }
         Ok(())
-    }
-}
-
-/// Resolves the ring's areas through `view`.
-fn resolve(
-    setup: &QueueSetup<LinuxHost>,
-    state: QueueState,
-    unanswered: u16,
-    view: &MemoryView,
-) -> Result<Ring<GuestArea>, RingError> {
-    let packed = setup.features.has(Features::RING_PACKED);
-    let sizes = area_sizes(setup.size, setup.features);
-    let memory = view.snapshot();
-    // The device of a packed ring writes used descriptors into the descriptor area (virtio 1.2 section 2.8).
-    let perm = if packed { Perm::RW } else { Perm::RO };
-    let desc = memory.area(setup.desc, sizes.desc as u64, perm)?;
-    let avail = memory.area(setup.avail, sizes.avail as u64, Perm::RO)?;
-    let used = memory.area(setup.used, sizes.used as u64, Perm::RW)?;
-    let state = if unanswered == 0 { without_in_flight(state, setup.size) } else { state };
-    let ring = Ring::new(setup.size, setup.features, desc, avail, used, state)?;
-    Ok(ring.with_in_flight(unanswered))
-}
-
-/// Corrects a packed base that says that a whole lap of the ring is in flight: DPDK sets only the available half at the
-/// start (1 << 15). The device knows of no request in flight, so the used half is set equal to the available half.
-fn without_in_flight(state: QueueState, size: u16) -> QueueState {
-    match state {
-        QueueState::Packed { last_avail_idx, last_avail_wrap, last_used_idx, last_used_wrap }
-            if last_avail_idx == last_used_idx
-                && last_avail_wrap != last_used_wrap
-                && last_avail_idx < size =>
-        {
-            QueueState::Packed {
-                last_avail_idx,
-                last_avail_wrap,
-                last_used_idx: last_avail_idx,
-                last_used_wrap: last_avail_wrap,
-            }
-        }
-        state => state,
     }
 }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use vdpa_core::iotlb::Table;
 use vdpa_core::ring::RingError;
+use vdpa_core::ring::inflight::LogError;
 use vdpa_core::types::{Asid, Result};
 use vdpa_sys::uring::{FixedPiece, Op, Registrar, Ring, SubmitError};
 
@@ -150,9 +151,12 @@ impl Queues {
         self.slots.get_mut(usize::from(index)).and_then(Option::as_mut)
     }
 
-    /// Takes a queue out of its slot whose stop can be answered: none of its requests is in flight.
-    pub(super) fn take_stopped(&mut self, index: u16) -> Option<Queue> {
-        let stopped = |queue: &mut Queue| queue.stopping.is_some() && queue.in_flight == 0;
+    /// Takes a queue out of its slot whose stop can be answered: none of its requests is in flight, and none is to be
+    /// repeated that can be; `now` does not wait for the latter.
+    pub(super) fn take_stopped(&mut self, index: u16, now: bool) -> Option<Queue> {
+        let stopped = |queue: &mut Queue| {
+            queue.stopping.is_some() && queue.in_flight == 0 && (now || !queue.has_work())
+        };
         self.slots.get_mut(usize::from(index)).and_then(|slot| slot.take_if(stopped))
     }
 
@@ -206,6 +210,26 @@ impl Queues {
             }
         }
         all_released
+    }
+
+    /// Continues the rings from their logs for which that is to be done and that were not tried in vain since the last event.
+    pub(super) fn recover_rings(&mut self) {
+        for index in (0..self.slots.len()).map(to_u16) {
+            let wanted = |queue: &mut Queue| queue.recovering && queue.pending;
+            let slot = self.slots.get_mut(usize::from(index));
+            let Some(mut queue) = slot.and_then(|slot| slot.take_if(wanted)) else { continue };
+            let view = self.view(&queue);
+            match queue.recover(&view) {
+                Ok(()) => {}
+                Err(LogError::Ring(error)) if error.is_fault() => self.log_error(index, &error),
+                Err(error) => {
+                    tracing::error!(device = %self.name, queue = index, "cannot continue the queue: {error}");
+                    self.count_request(index, 0, true);
+                    self.shared.set_needs_reset();
+                }
+            }
+            self.put(index, queue);
+        }
     }
 
     /// The address space of a running queue that is in its slot.

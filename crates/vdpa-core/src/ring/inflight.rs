@@ -241,13 +241,13 @@ impl<M: LogMemory> Log<M> {
         }
     }
 
-    /// Notes that one more process has begun the request `name`; `false` when it is not in flight.
-    pub(super) fn begin_again(&mut self, name: u16) -> bool {
+    /// Notes that `attempts` processes have begun the request `name`; `false` when it is not in flight.
+    pub(super) fn set_attempts(&mut self, name: u16, attempts: u8) -> bool {
         let slot = self.slot(name);
         if !self.is_taken(name) {
             return false;
         }
-        self.set(name, State::Taken, slot.attempts.saturating_add(1), slot.position);
+        self.set(name, State::Taken, attempts, slot.position);
         true
     }
 

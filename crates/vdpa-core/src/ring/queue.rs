@@ -104,7 +104,8 @@ impl<A: Area, M: LogMemory> Ring<A, Log<M>> {
         }
     }
 
-    /// Reads a request to be repeated into `chain` and counts this process among those that have begun it.
+    /// Reads a request to be repeated into `chain` and counts this process among those that have begun it, once however
+    /// often it is called.
     ///
     /// # Errors
     /// [`RingError::NotInFlight`] for one that was answered. A fault: call again later. All others are violations of
@@ -116,6 +117,15 @@ impl<A: Area, M: LogMemory> Ring<A, Log<M>> {
         chain: &mut Chain,
     ) -> Result<(), RingError> {
         either!(self, queue => queue.retake(repeat, memory, chain))
+    }
+
+    /// Takes a [`retake`](Self::retake) back: this process has not begun the request. It stays in flight and can be
+    /// retaken.
+    ///
+    /// # Errors
+    /// [`RingError::NotInFlight`] for one that was answered.
+    pub fn put_back(&mut self, repeat: Repeat) -> Result<(), RingError> {
+        either!(self, queue => queue.put_back(repeat))
     }
 }
 

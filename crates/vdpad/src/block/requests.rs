@@ -210,15 +210,7 @@ impl<D: Disk> Requests<D> {
     ) -> Option<Step> {
         let request = match BlkRequest::parse(view.snapshot(), chain) {
             Ok(request) => request,
-            Err(error) => {
-                let step = match (&mut self.disk, &error) {
-                    (Some(disk), _) => disk.malformed(&error),
-                    (None, FramingError::Fault(_)) => Step::Unreachable,
-                    (None, _) => Step::Malformed { notify: true },
-                };
-                queues.log_error(index, &error);
-                return Some(step);
-            }
+            Err(error) => return Some(self.malformed(queues, index, &error)),
         };
         let context = RequestContext { write_back: self.cache.is_write_back(queue.setup().features), alone };
         if let Some(read) = self.disk.as_ref().and_then(|disk| disk.fixed_read(&request, view, context)) {
@@ -244,6 +236,48 @@ impl<D: Disk> Requests<D> {
         self.bounced += pending.bounced as usize;
         self.run_step(queues, Some(queue), pending, step);
         None
+    }
+
+    /// Answers a request that the earlier processes did not survive with an error, without doing anything of it. Returns what
+    /// [`start_request`](Self::start_request) does.
+    #[cold]
+    fn refuse_request(
+        &mut self,
+        queues: &mut Queues,
+        index: u16,
+        queue: &mut Queue,
+        view: &Arc<MemoryView>,
+        chain: &Chain,
+    ) -> Option<Step> {
+        let request = match BlkRequest::parse(view.snapshot(), chain) {
+            Ok(request) => request,
+            Err(error) => return Some(self.malformed(queues, index, &error)),
+        };
+        let (kind, sector) = (request.header.kind, request.header.sector);
+        let bytes = request.data_in.len() + request.data_out.len();
+        queues.log_error(
+            index,
+            &format_args!(
+                "two processes have died with the request of type {kind}, sector {sector}, {bytes} bytes: it is answered \
+                 with an I/O error and not tried again"
+            ),
+        );
+        queue.request_started();
+        let pending = Pending::new(index, chain.head, &request, DataBuffers::default(), view);
+        complete_request(queues, Some(queue), &pending, Status::IoErr, 0);
+        None
+    }
+
+    /// What to do with a chain that is no request of this device type.
+    #[cold]
+    fn malformed(&mut self, queues: &Queues, index: u16, error: &FramingError) -> Step {
+        let step = match (&mut self.disk, error) {
+            (Some(disk), _) => disk.malformed(error),
+            (None, FramingError::Fault(_)) => Step::Unreachable,
+            (None, _) => Step::Malformed { notify: true },
+        };
+        queues.log_error(index, error);
+        step
     }
 
     /// Carries out a step: answers the request or submits its next I/O. `queue` is the request's queue if the caller has

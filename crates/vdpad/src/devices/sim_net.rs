@@ -17,7 +17,7 @@ use super::net_attrs::{NetAttr, NetAttrs};
 use super::options::no_worker;
 use super::sim::{Model, Options, Simulator};
 use vdpa_backend::front::vhost::AnyParent;
-use vdpa_backend::worker::{MemoryView, Queue, QueueControl, QueueHandler, Queues, Size, WorkerPool};
+use vdpa_backend::worker::{MemoryView, Popped, Queue, QueueControl, QueueHandler, Queues, Size, WorkerPool};
 use vdpa_control::api::{Attrs, CtlError, ID_NET, MgmtDev};
 
 const ADDRESS_SPACES: u32 = 2;
@@ -161,6 +161,20 @@ impl<'a> Running<'a> {
         Self { queues, index, queue, view }
     }
 
+    fn pop_request(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
+        loop {
+            match self.queue.ring(&self.view)?.pop(self.view.snapshot(), chain)? {
+                Popped::None => return Ok(false),
+                Popped::Request => return Ok(true),
+                Popped::Poison => {
+                    self.queues
+                        .log_error(self.index, &"two processes have died with a packet: it is dropped");
+                    self.use_chain(chain.head, 0)?;
+                }
+            }
+        }
+    }
+
     fn use_chain(&mut self, head: u16, len: usize) -> Result<(), RingError> {
         // A packet has at most 4096 bytes.
         let len = u32::try_from(len).unwrap_or(u32::MAX);
@@ -181,9 +195,7 @@ impl LoopbackQueue for Running<'_> {
     }
 
     fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
-        let ring = self.queue.ring(&self.view);
-        let found = ring.and_then(|ring| ring.pop(self.view.snapshot(), chain));
-        found.inspect_err(|error| self.queues.log_error(self.index, error))
+        self.pop_request(chain).inspect_err(|error| self.queues.log_error(self.index, error))
     }
 
     fn complete(&mut self, head: u16, len: usize, notify: Notify) {

@@ -59,8 +59,20 @@ impl<A: Area, M: LogMemory> SplitQueue<A, Log<M>> {
         if let Some(order) = &mut self.order {
             order.set_writable(head, chain.writable().len());
         }
-        self.log.begin_again(head);
+        self.log.set_attempts(head, repeat.attempts.saturating_add(1));
         Ok(())
+    }
+
+    /// As [`Ring::put_back`](crate::ring::Ring::put_back), for a split ring.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn put_back(&mut self, repeat: Repeat) -> Result<(), RingError> {
+        if self.log.set_attempts(repeat.head, repeat.attempts) {
+            Ok(())
+        } else {
+            Err(RingError::NotInFlight { head: repeat.head })
+        }
     }
 }
 

@@ -2,9 +2,8 @@
 
 use std::sync::Arc;
 
-use vdpa_backend::worker::{MemoryView, Queue, QueueHandler, Queues};
-use vdpa_core::ring::{Chain, Ring, RingError};
-use vdpa_sys::snapshot::GuestArea;
+use vdpa_backend::worker::{DeviceRing, MemoryView, Popped, Queue, QueueHandler, Queues};
+use vdpa_core::ring::{Chain, RingError};
 
 use super::Requests;
 use crate::block::disk::{Disk, Step};
@@ -59,7 +58,8 @@ impl<D: Disk> Requests<D> {
                 }
                 None => pop(queue.ring(&view)?, &view, chain),
             };
-            if !found? {
+            let found = found?;
+            if found == Popped::None {
                 queues.publish(queue)?;
                 return queues.wait_for_kick(queue, &view);
             }
@@ -71,9 +71,14 @@ impl<D: Disk> Requests<D> {
             if number < most && bytes < BUDGET_BYTES {
                 following = Some(pop(queue.ring(&view)?, &view, next));
             }
-            let alone = number == 1 && following == Some(Ok(false));
-            if let Some(step) = self.start_request(queues, index, queue, &view, chain, alone) {
-                if following.take() == Some(Ok(true)) {
+            let alone = number == 1 && following == Some(Ok(Popped::None));
+            let step = if found == Popped::Poison {
+                self.refuse_request(queues, index, queue, &view, chain)
+            } else {
+                self.start_request(queues, index, queue, &view, chain, alone)
+            };
+            if let Some(step) = step {
+                if matches!(following.take(), Some(Ok(Popped::Request | Popped::Poison))) {
                     queue.ring(&view)?.abandon(next)?;
                 }
                 if !return_chain(queue, &view, chain, &step)? {
@@ -99,9 +104,11 @@ fn batch_size(depth: u16) -> usize {
 
 /// Pops the next chain of a ring, and prefetches its header.
 #[inline]
-fn pop(ring: &mut Ring<GuestArea>, view: &MemoryView, chain: &mut Chain) -> Result<bool, RingError> {
+fn pop(ring: &mut DeviceRing, view: &MemoryView, chain: &mut Chain) -> Result<Popped, RingError> {
     let found = ring.pop(view.snapshot(), chain)?;
-    if found && let Some(header) = chain.readable.first() {
+    if found != Popped::None
+        && let Some(header) = chain.readable.first()
+    {
         view.snapshot().prefetch(header.iova);
     }
     Ok(found)

@@ -1,0 +1,374 @@
+//! [`DeviceRing`]: the ring of a queue, with the in-flight log if its device keeps one.
+
+use std::collections::VecDeque;
+
+use vdpa_core::features::Features;
+use vdpa_core::ring::inflight::{Log, LogError, LogMemory, Repeat, log_size};
+use vdpa_core::ring::{Chain, Memory, Ring, RingError, area_sizes};
+use vdpa_core::types::Perm;
+use vdpa_core::vq::{QueueSetup, QueueState};
+use vdpa_sys::guest::LinuxHost;
+use vdpa_sys::shared_words::SharedWords;
+use vdpa_sys::snapshot::GuestArea;
+
+use super::MemoryView;
+
+/// A request that this many processes had begun before is not begun by another one: it may be what ends them.
+const ATTEMPTS_MAX: u8 = 2;
+
+/// Words that the in-flight log of one queue needs at most, whichever format and size, up to `queue_size_max` entries, the
+/// client chooses. For [`QueueControl::set_logs`](super::QueueControl::set_logs).
+#[must_use]
+pub const fn log_words(queue_size_max: u16) -> usize {
+    // A packed ring needs more than a split one of the same size.
+    log_size(queue_size_max, Features::of(&[Features::RING_PACKED])).div_ceil(size_of::<u64>())
+}
+
+/// Makes the memory of a log one in which there is no log ([`LogError::Absent`]), for a queue that does not run.
+pub(super) fn clear_log(log: &SharedWords) {
+    log.store(0, 0);
+}
+
+/// What [`DeviceRing::pop`] has found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Popped {
+    /// No request is available.
+    None,
+    /// A request, which the device does.
+    Request,
+    /// A request that two processes had begun, and both have died since. The device must not do it, and answers it with an
+    /// error: it may be the cause.
+    Poison,
+}
+
+/// The device side of a queue's ring: a [`Ring`], with an in-flight log if the device
+/// [has logs](super::QueueControl::set_logs).
+///
+/// After a crash it first returns the requests that the earlier process had taken and not answered, so a handler need not
+/// know whether there is a log.
+#[derive(Debug)]
+pub struct DeviceRing(Kind);
+
+#[derive(Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "the one without a log, which is accessed without a pointer in between"
+)]
+enum Kind {
+    Plain(Ring<GuestArea>),
+    Logged(Box<Logged>),
+}
+
+/// A ring with a log.
+#[derive(Debug)]
+struct Logged {
+    ring: Ring<GuestArea, Log<SharedWords>>,
+    /// Requests to be repeated that were not popped, in order.
+    repeats: VecDeque<Repeat>,
+    /// Those that were popped and not completed.
+    repeated: Vec<Repeat>,
+    /// The queue is being stopped: only what is to be repeated is popped.
+    stopping: bool,
+}
+
+macro_rules! either {
+    ($ring:expr, $inner:ident => $result:expr) => {
+        match $ring {
+            Kind::Plain($inner) => $result,
+            Kind::Logged(logged) => {
+                let $inner = &logged.ring;
+                $result
+            }
+        }
+    };
+    (mut $ring:expr, $inner:ident => $result:expr) => {
+        match $ring {
+            Kind::Plain($inner) => $result,
+            Kind::Logged(logged) => {
+                let $inner = &mut logged.ring;
+                $result
+            }
+        }
+    };
+}
+
+impl DeviceRing {
+    /// Starts a ring at `state`, of which `unanswered` requests were popped before and are never completed, with an empty
+    /// log if there is memory for one.
+    pub(super) fn new(
+        setup: &QueueSetup<LinuxHost>,
+        state: QueueState,
+        unanswered: u16,
+        log: Option<&SharedWords>,
+        view: &MemoryView,
+    ) -> Result<Self, RingError> {
+        let [desc, avail, used] = areas(setup, view)?;
+        let state = if unanswered == 0 { without_in_flight(state, setup.size) } else { state };
+        let ring = Ring::new(setup.size, setup.features, desc, avail, used, state)?;
+        let ring = ring.with_in_flight(unanswered);
+        let Some(log) = log else { return Ok(Self(Kind::Plain(ring))) };
+        let ring = ring.with_log(log.clone(), setup.features).map_err(|error| match error {
+            LogError::Ring(error) => error,
+            _ => RingError::AreaSize {
+                area: "in-flight log",
+                size: log.words() * size_of::<u64>(),
+                needed: log_size(setup.size, setup.features),
+            },
+        })?;
+        Ok(Self::logged(ring, Vec::new()))
+    }
+
+    /// Continues a ring from its log. To be published and signalled at once.
+    pub(super) fn recover(
+        setup: &QueueSetup<LinuxHost>,
+        log: &SharedWords,
+        view: &MemoryView,
+    ) -> Result<Self, LogError> {
+        let areas = areas(setup, view)?;
+        let (ring, repeats) = Ring::recover(setup.size, setup.features, areas, log.clone())?;
+        Ok(Self::logged(ring, repeats))
+    }
+
+    fn logged(ring: Ring<GuestArea, Log<SharedWords>>, repeats: Vec<Repeat>) -> Self {
+        let (repeats, repeated) = (repeats.into(), Vec::new());
+        Self(Kind::Logged(Box::new(Logged { ring, repeats, repeated, stopping: false })))
+    }
+
+    /// Whether it has a log.
+    pub(super) const fn has_log(&self) -> bool {
+        matches!(self.0, Kind::Logged(_))
+    }
+
+    /// Number of requests to be repeated that were not popped, or were returned.
+    pub(super) fn repeats(&self) -> usize {
+        match &self.0 {
+            Kind::Plain(_) => 0,
+            Kind::Logged(logged) => logged.repeats.len(),
+        }
+    }
+
+    /// From here on only requests to be repeated are popped.
+    pub(super) fn stop(&mut self) {
+        if let Kind::Logged(logged) = &mut self.0 {
+            logged.stopping = true;
+        }
+    }
+
+    /// Makes the log empty at the present position if requests are in flight that are never completed: a successor does not
+    /// repeat them.
+    pub(super) fn forget_in_flight(&mut self) {
+        if let Kind::Logged(logged) = &mut self.0
+            && logged.ring.in_flight() > 0
+        {
+            logged.ring.restart_log();
+        }
+    }
+
+    /// Pops the next request into `chain`: first those to be repeated, in the order in which they were taken, then those
+    /// that are available.
+    ///
+    /// # Errors
+    /// As [`Ring::pop`]. After a fault the same request is the next one.
+    #[inline]
+    pub fn pop<M: Memory>(&mut self, memory: &M, chain: &mut Chain) -> Result<Popped, RingError> {
+        match &mut self.0 {
+            Kind::Plain(ring) => ring.pop(memory, chain).map(found),
+            Kind::Logged(logged) => logged.pop(memory, chain),
+        }
+    }
+
+    /// Returns the last popped request to the ring; it is the next one to be popped.
+    ///
+    /// # Errors
+    /// As [`Ring::abandon`].
+    pub fn abandon(&mut self, chain: &Chain) -> Result<(), RingError> {
+        match &mut self.0 {
+            Kind::Plain(ring) => ring.abandon(chain),
+            Kind::Logged(logged) => logged.abandon(chain),
+        }
+    }
+
+    /// Completes the request that was popped as `head`, with `len` bytes written.
+    ///
+    /// # Errors
+    /// As [`Ring::push_used`].
+    #[inline]
+    pub fn push_used(&mut self, head: u16, len: u32) -> Result<(), RingError> {
+        match &mut self.0 {
+            Kind::Plain(ring) => ring.push_used(head, len),
+            Kind::Logged(logged) => logged.push_used(head, len),
+        }
+    }
+
+    /// As [`Ring::publish`].
+    ///
+    /// # Errors
+    /// As there.
+    #[inline]
+    pub fn publish(&mut self) -> Result<bool, RingError> {
+        either!(mut &mut self.0, ring => ring.publish())
+    }
+
+    /// As [`Ring::enable_kick`]; a request to be repeated counts as available.
+    ///
+    /// # Errors
+    /// As there.
+    #[inline]
+    pub fn enable_kick(&mut self) -> Result<bool, RingError> {
+        let available = either!(mut &mut self.0, ring => ring.enable_kick())?;
+        Ok(self.filter(available))
+    }
+
+    /// As [`Ring::disable_kick`].
+    ///
+    /// # Errors
+    /// As there.
+    #[inline]
+    pub fn disable_kick(&mut self) -> Result<(), RingError> {
+        either!(mut &mut self.0, ring => ring.disable_kick())
+    }
+
+    /// As [`Ring::has_request`]; a request to be repeated counts as available.
+    ///
+    /// # Errors
+    /// As there.
+    #[inline]
+    pub fn has_request(&mut self) -> Result<bool, RingError> {
+        let available = either!(mut &mut self.0, ring => ring.has_request())?;
+        Ok(self.filter(available))
+    }
+
+    /// As [`Ring::waiting`]; requests to be repeated count.
+    ///
+    /// # Errors
+    /// As there.
+    #[inline]
+    pub fn waiting(&mut self, most: u16) -> Result<u16, RingError> {
+        let waiting = either!(mut &mut self.0, ring => ring.waiting(most))?;
+        match &self.0 {
+            Kind::Plain(_) => Ok(waiting),
+            Kind::Logged(logged) => Ok(logged.waiting(waiting).min(most)),
+        }
+    }
+
+    /// As [`Ring::state`].
+    #[must_use]
+    pub fn state(&self) -> QueueState {
+        either!(&self.0, ring => ring.state())
+    }
+
+    /// As [`Ring::in_flight`]. Requests to be repeated are in flight.
+    #[must_use]
+    #[inline]
+    pub fn in_flight(&self) -> u16 {
+        either!(&self.0, ring => ring.in_flight())
+    }
+
+    /// As [`Ring::unpublished`].
+    #[must_use]
+    #[inline]
+    pub fn unpublished(&self) -> u16 {
+        either!(&self.0, ring => ring.unpublished())
+    }
+
+    /// As [`Ring::size`].
+    #[must_use]
+    pub fn size(&self) -> u16 {
+        either!(&self.0, ring => ring.size())
+    }
+
+    /// Whether `pop` finds a request, where the ring says that.
+    #[inline]
+    fn filter(&self, available: bool) -> bool {
+        match &self.0 {
+            Kind::Plain(_) => available,
+            Kind::Logged(logged) => !logged.repeats.is_empty() || available && !logged.stopping,
+        }
+    }
+}
+
+impl Logged {
+    #[inline]
+    fn pop<M: Memory>(&mut self, memory: &M, chain: &mut Chain) -> Result<Popped, RingError> {
+        if !self.repeats.is_empty() {
+            return self.pop_repeat(memory, chain);
+        }
+        if self.stopping { Ok(Popped::None) } else { self.ring.pop(memory, chain).map(found) }
+    }
+
+    #[cold]
+    fn pop_repeat<M: Memory>(&mut self, memory: &M, chain: &mut Chain) -> Result<Popped, RingError> {
+        let Some(&repeat) = self.repeats.front() else { return Ok(Popped::None) };
+        // As for a new request: a driver that has broken the protocol gets nothing done any more.
+        if let Some(violation) = self.ring.broken() {
+            return Err(violation);
+        }
+        self.ring.retake(repeat, memory, chain)?;
+        self.repeats.pop_front();
+        self.repeated.push(repeat);
+        Ok(if repeat.attempts >= ATTEMPTS_MAX { Popped::Poison } else { Popped::Request })
+    }
+
+    fn abandon(&mut self, chain: &Chain) -> Result<(), RingError> {
+        let Some(place) = self.repeated.iter().position(|repeat| repeat.head == chain.head) else {
+            return self.ring.abandon(chain);
+        };
+        let repeat = self.repeated.swap_remove(place);
+        self.ring.put_back(repeat)?;
+        self.repeats.push_front(repeat);
+        Ok(())
+    }
+
+    #[inline]
+    fn push_used(&mut self, head: u16, len: u32) -> Result<(), RingError> {
+        self.ring.push_used(head, len)?;
+        if !self.repeated.is_empty() {
+            self.repeated.retain(|repeat| repeat.head != head);
+        }
+        Ok(())
+    }
+
+    fn waiting(&self, available: u16) -> u16 {
+        let repeats = u16::try_from(self.repeats.len()).unwrap_or(u16::MAX);
+        if self.stopping { repeats } else { available.saturating_add(repeats) }
+    }
+}
+
+#[inline]
+const fn found(found: bool) -> Popped {
+    if found { Popped::Request } else { Popped::None }
+}
+
+/// Resolves the ring's areas through `view`.
+fn areas(setup: &QueueSetup<LinuxHost>, view: &MemoryView) -> Result<[GuestArea; 3], RingError> {
+    let packed = setup.features.has(Features::RING_PACKED);
+    let sizes = area_sizes(setup.size, setup.features);
+    let memory = view.snapshot();
+    // The device of a packed ring writes used descriptors into the descriptor area (virtio 1.2 section 2.8).
+    let perm = if packed { Perm::RW } else { Perm::RO };
+    let desc = memory.area(setup.desc, sizes.desc as u64, perm)?;
+    let avail = memory.area(setup.avail, sizes.avail as u64, Perm::RO)?;
+    let used = memory.area(setup.used, sizes.used as u64, Perm::RW)?;
+    Ok([desc, avail, used])
+}
+
+/// Corrects a packed base that says that a whole lap of the ring is in flight: DPDK sets only the available half at the
+/// start (1 << 15). The device knows of no request in flight, so the used half is set equal to the available half.
+fn without_in_flight(state: QueueState, size: u16) -> QueueState {
+    match state {
+        QueueState::Packed { last_avail_idx, last_avail_wrap, last_used_idx, last_used_wrap }
+            if last_avail_idx == last_used_idx
+                && last_avail_wrap != last_used_wrap
+                && last_avail_idx < size =>
+        {
+            QueueState::Packed {
+                last_avail_idx,
+                last_avail_wrap,
+                last_used_idx: last_avail_idx,
+                last_used_wrap: last_avail_wrap,
+            }
+        }
+        state => state,
+    }
+}
