@@ -26,7 +26,7 @@ use crate::survival::{Identity, Survival};
 use vdpa_backend::front::fuse::{AddError, DeviceFile, DeviceFiles, FileAttributes};
 use vdpa_backend::front::vhost::{AnyParent, PendingSuccessor, SharedDevice, VhostVdpaFile};
 use vdpa_backend::persist::{DeviceLog, Held, Reopened};
-use vdpa_backend::worker::WorkerPool;
+use vdpa_backend::worker::{QueueLogs, WorkerPool};
 use vdpa_control::api::{
     AddRequest, Attrs, CtlError, DaemonInfo, DevInfo, DevState, ID_NET, LastUpdate, MgmtDev, Owner,
     QueueInfo, QueueVstats, SetAnswer, SetRequest, Successor, UpdateInfo, VSTATS_INDEX_MAX,
@@ -35,6 +35,9 @@ use vdpa_control::config::DevConfig;
 
 /// How long a control request waits for a device that is busy with a request of its client; then it fails with `EBUSY`.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Queues of a device at most, for its in-flight logs.
+const QUEUES_MAX: u16 = 64;
 
 /// Bytes of the longest device name: what a file name can have.
 const NAME_MAX: usize = 255;
@@ -120,11 +123,16 @@ impl Bus {
         let AddRequest { name, mgmtdev, attrs } = request;
         let mgmt = self.mgmt.iter().find(|mgmt| mgmt.describe().handle() == mgmtdev);
         let mgmt = mgmt.ok_or_else(|| format!("there is no management device {mgmtdev}"))?;
-        let parent = mgmt.create(&name, &attrs, &self.pool)?;
-        let profile = parent.profile().clone();
-        let Reopened { mut log, records, front, .. } =
+        let Reopened { mut log, records, front, logs } =
             DeviceLog::reopen(held, survival.store(), items, &survival.spaces, &self.spaces)?;
+        let logs = logs.map(QueueLogs::reopen).transpose()?.ok_or("its in-flight logs are not held")?;
+        let parent = mgmt.create(&name, &attrs, &self.pool.with_logs(logs.clone()))?;
+        let profile = parent.profile().clone();
         let mut device = Device::restore(parent, &records, log.source())?;
+        let running: BTreeSet<QueueIndex> =
+            device.stopped_queues().into_iter().map(|(index, _)| index).collect();
+        let indices = (0..profile.queues).map(QueueIndex);
+        indices.filter(|index| !running.contains(index)).for_each(|index| logs.forget(index));
         device.resume_queues(&[])?;
         let device: SharedDevice = Arc::new(Mutex::new(device));
         let file = VhostVdpaFile::new(name.clone(), Arc::clone(&device), self.spaces.clone());
@@ -487,19 +495,29 @@ impl Backend for Bus {
             return Err(CtlError::new(Errno::EXIST, format!("device {} exists already", request.name))
                 .with_hint("Choose another name, or delete it first with \"vdpactl dev del\"."));
         }
-        let parent = mgmt.create(&request.name, &request.attrs, &self.pool)?;
+        let survives = !handover && path.is_none();
+        let survival = self.survival.as_ref().filter(|_| survives);
+        let logs = survival.map(|_| QueueLogs::create(QUEUES_MAX)).transpose().map_err(|errno| {
+            CtlError::new(errno, format!("no memory for the in-flight logs of {}: {errno}", request.name))
+        })?;
+        let parent = match &logs {
+            Some((_, logs)) => {
+                mgmt.create(&request.name, &request.attrs, &self.pool.with_logs(logs.clone()))?
+            }
+            None => mgmt.create(&request.name, &request.attrs, &self.pool)?,
+        };
         let profile = parent.profile().clone();
         let (parent, handover) = if handover { shared(parent)? } else { (parent, None) };
         let device: SharedDevice = Arc::new(Mutex::new(Device::new(parent)));
         let file = VhostVdpaFile::new(request.name.clone(), Arc::clone(&device), self.spaces.clone());
-        let survives = handover.is_none() && path.is_none();
-        let held = self.survival.as_ref().filter(|_| survives).map(|survival| survival.new_device());
-        let file = match (&self.survival, held) {
-            (Some(survival), Some(held)) => {
-                DeviceLog::create(held, survival.store()).and_then(|log| file.with_log(log)).map_err(
-                    |error| CtlError::new(Errno::IO, format!("the device would not survive: {error}")),
-                )?
-            }
+        let held = survival.map(|survival| survival.new_device());
+        let file = match (survival, held, logs) {
+            (Some(survival), Some(held), Some((memory, _))) => DeviceLog::create(held, survival.store())
+                .and_then(|log| log.hold_logs(memory).map(|()| log))
+                .and_then(|log| file.with_log(log))
+                .map_err(|error| {
+                    CtlError::new(Errno::IO, format!("the device would not survive: {error}"))
+                })?,
             _ => file.with_handover(handover),
         };
         let file = Arc::new(file);

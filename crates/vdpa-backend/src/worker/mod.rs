@@ -48,7 +48,7 @@ use vdpa_sys::uring::OwnedBuf;
 use buffers::Buffers;
 pub use memory::ClientMemory;
 use pool::WorkerThread;
-pub use pool::{CpuList, InvalidCpuList, Placement, WorkerPool};
+pub use pool::{CpuList, InvalidCpuList, Placement, QueueLogs, WorkerPool};
 pub use queue::Queue;
 pub use queues::Queues;
 pub use ring::{DeviceRing, Popped, log_words};

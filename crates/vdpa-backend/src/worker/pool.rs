@@ -12,11 +12,14 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use rustix::thread::{CpuSet, sched_setaffinity};
 use vdpa_core::Errno;
-use vdpa_core::types::Result;
+use vdpa_core::ring::inflight::LogMemory as _;
+use vdpa_core::types::{QueueIndex, Result};
 use vdpa_sys::eventfd::EventFd;
+use vdpa_sys::shared_words::SharedWords;
 use vdpa_sys::uring::{Registrar, Ring};
 
 use super::event_loop::{EventLoop, Message, Registration};
+use super::log_words;
 use super::{Buffers, Command, IOWQ_WORKERS_MAX, QueueControl, QueueHandler, Shared, Size};
 
 /// Entries of a submission queue: operations that are submitted with one `io_uring_enter(2)`.
@@ -81,6 +84,9 @@ pub struct Placement {
     pub dedicated: bool,
 }
 
+/// Entries of the largest ring (virtio 1.2 section 2.7).
+const LARGEST_RING: u16 = 32768;
+
 /// The worker threads of a program, which normally has one pool.
 ///
 /// Any thread but a worker may call it. A thread starts when a device needs it; without a [`Placement`] it then runs for as
@@ -91,7 +97,56 @@ pub struct WorkerPool {
     workers: usize,
     /// Busy-poll budget.
     poll: Duration,
-    threads: Mutex<Threads>,
+    threads: Arc<Mutex<Threads>>,
+    /// For the next device.
+    logs: Mutex<Option<QueueLogs>>,
+}
+
+/// Memory for the in-flight logs of one device, which a successor of this process continues from.
+#[derive(Clone, Debug)]
+pub struct QueueLogs {
+    memory: SharedWords,
+    recover: bool,
+}
+
+impl QueueLogs {
+    /// Words for each queue: enough for the largest ring there is. What is not used takes no memory.
+    fn stride() -> usize {
+        log_words(LARGEST_RING)
+    }
+
+    /// Memory for `queues` logs, which are empty.
+    ///
+    /// # Errors
+    /// `EINVAL` without queues; of memfd_create(2) and mmap(2).
+    pub fn create(queues: u16) -> Result<(OwnedFd, Self)> {
+        let (fd, memory) = SharedWords::create(c"vdpa-in-flight", Self::stride() * usize::from(queues))?;
+        Ok((fd, Self { memory, recover: false }))
+    }
+
+    /// The logs of a process that has died.
+    ///
+    /// # Errors
+    /// As [`SharedWords::map`].
+    pub fn reopen(fd: impl AsFd) -> Result<Self> {
+        Ok(Self { memory: SharedWords::map(fd)?, recover: true })
+    }
+
+    /// The queue did not run when the process died: it starts at the position that it is given, and not from its log.
+    pub fn forget(&self, index: QueueIndex) {
+        if let Some(log) = self.log(index.0) {
+            log.store(0, 0);
+        }
+    }
+
+    fn log(&self, index: u16) -> Option<SharedWords> {
+        self.memory.slice(usize::from(index) * Self::stride(), Self::stride())
+    }
+
+    /// One for each of `queues` queues.
+    fn split(&self, queues: u16) -> Result<Vec<SharedWords>> {
+        (0..queues).map(|index| self.log(index).ok_or(Errno::INVAL)).collect()
+    }
 }
 
 #[derive(Debug, Default)]
@@ -106,7 +161,14 @@ impl WorkerPool {
     /// A pool with at most `workers` threads (0 counts as 1) for devices with the default placement. It starts no thread yet.
     /// `poll` is how long a thread may busy-poll its rings before it sleeps; it does so only while that pays. 0 is never.
     pub fn new(workers: usize, poll: Duration) -> Self {
-        Self { workers: workers.max(1), poll, threads: Mutex::default() }
+        Self { workers: workers.max(1), poll, threads: Arc::default(), logs: Mutex::default() }
+    }
+
+    /// The same threads, for one device that keeps its in-flight logs in `logs`.
+    #[must_use]
+    pub fn with_logs(&self, logs: QueueLogs) -> Self {
+        let threads = Arc::clone(&self.threads);
+        Self { workers: self.workers, poll: self.poll, threads, logs: Mutex::new(Some(logs)) }
     }
 
     /// Adds a device: `handler` is called on a thread that `placement` selects. All queues are stopped and nothing is mapped.
@@ -138,13 +200,17 @@ impl WorkerPool {
             thread.wake.signal();
             receiver.recv().map_err(|_| Errno::IO)?
         });
-        match added {
-            Ok(device) => Ok(QueueControl { thread, device, shared }),
+        let control = match added {
+            Ok(device) => QueueControl { thread, device, shared },
             Err(error) => {
                 thread.device_removed();
-                Err(error)
+                return Err(error);
             }
+        };
+        if let Some(logs) = self.logs.lock().take() {
+            control.set_logs(logs.split(size.queues)?, logs.recover)?;
         }
+        Ok(control)
     }
 
     /// The thread for one more device, which it counts.

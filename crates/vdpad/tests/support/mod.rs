@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 
 use vdpa_control::api::UpdateInfo;
 use vdpa_control::api::{
-    AddRequest, CtlError, DaemonInfo, DevInfo, DevState, MgmtDev, Owner, QueueInfo, QueueVstats, SetAnswer, SetRequest,
-    Successor, VSTATS_INDEX_MAX,
+    AddRequest, CtlError, DaemonInfo, DevInfo, DevState, MgmtDev, Owner, QueueInfo, QueueVstats, SetAnswer,
+    SetRequest, Successor, VSTATS_INDEX_MAX,
 };
 use vdpa_control::config::{
     BlockConfig, BlockTopology, ClassConfig, DevConfig, DiscardLimits, MacAddr, NetConfig,
