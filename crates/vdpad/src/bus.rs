@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use parking_lot::{Mutex, MutexGuard};
 use vdpa_core::Errno;
@@ -78,6 +78,9 @@ const DEVICE_FILE_ATTR: &str = "device_file";
 /// Attribute of every device: whether a successor may open it while it is in use.
 const HANDOVER_ATTR: &str = "handover";
 
+/// How long a restored device waits for the requests that its former daemon had handed to the kernel.
+const IN_FLIGHT_TIMEOUT: Duration = Duration::from_secs(60);
+
 /// How many names of device files are tried: the kernel's devices have names of the same form.
 const NUMBERS_TRIED: usize = 4096;
 
@@ -126,7 +129,7 @@ impl Bus {
         let Reopened { mut log, records, front, logs } =
             DeviceLog::reopen(held, survival.store(), items, &survival.spaces, &self.spaces)?;
         let logs = logs.map(QueueLogs::reopen).transpose()?.ok_or("its in-flight logs are not held")?;
-        let parent = mgmt.create(&name, &attrs, &self.pool.with_logs(logs.clone()))?;
+        let parent = create_again(&**mgmt, &name, &attrs, &self.pool.with_logs(logs.clone()))?;
         let profile = parent.profile().clone();
         let mut device = Device::restore(parent, &records, log.source())?;
         let running: BTreeSet<QueueIndex> =
@@ -249,6 +252,25 @@ impl Entry {
     fn busy(&self, client: &str) -> CtlError {
         CtlError::new(Errno::BUSY, format!("device {} is busy with a request of {client}", self.name))
             .with_hint("Its disk may hang; see the daemon's log. Try again later.")
+    }
+}
+
+/// Makes a device of the former daemon again. Its disk stays locked until the kernel has no request of that daemon in flight: no
+/// request may be repeated before.
+fn create_again(
+    mgmt: &dyn MgmtDevice,
+    name: &str,
+    attrs: &Attrs,
+    pool: &WorkerPool,
+) -> Result<AnyParent, CtlError> {
+    let deadline = Instant::now() + IN_FLIGHT_TIMEOUT;
+    loop {
+        match mgmt.create(name, attrs, pool) {
+            Err(error) if error.errno == Errno::BUSY && Instant::now() < deadline => {
+                tracing::warn!(device = %name, "requests of the former daemon are still in flight");
+            }
+            result => return result,
+        }
     }
 }
 
@@ -495,8 +517,15 @@ impl Backend for Bus {
             return Err(CtlError::new(Errno::EXIST, format!("device {} exists already", request.name))
                 .with_hint("Choose another name, or delete it first with \"vdpactl dev del\"."));
         }
-        let survives = !handover && path.is_none();
-        let survival = self.survival.as_ref().filter(|_| survives);
+        let lost = match (handover, &path) {
+            (true, _) => Some("it can be opened by a successor (handover open)"),
+            (_, Some(_)) => Some("its file is a mount of its own (device_file)"),
+            _ => mgmt.lost_in_crash(&request.attrs),
+        };
+        let survival = self.survival.as_ref().filter(|_| lost.is_none());
+        if let (Some(_), Some(why)) = (&self.survival, lost) {
+            tracing::warn!(device = %request.name, why, "the device ends with this daemon");
+        }
         let logs = survival.map(|_| QueueLogs::create(QUEUES_MAX)).transpose().map_err(|errno| {
             CtlError::new(errno, format!("no memory for the in-flight logs of {}: {errno}", request.name))
         })?;
@@ -555,6 +584,7 @@ impl Backend for Bus {
             .parent_mut()
             .set_mac(mac.0)
             .map_err(|errno| CtlError::new(errno, "Operation not supported by the device"))?;
+        entry.file.log_change();
         tracing::info!(device = %name, %mac, "attribute set");
         Ok(SetAnswer::default())
     }

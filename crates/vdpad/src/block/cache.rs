@@ -24,6 +24,20 @@ impl WriteCache {
         self.0.store(Self::AS_NEGOTIATED, Ordering::Release);
     }
 
+    /// The mode, for [`restore`](Self::restore).
+    pub(crate) fn save(&self) -> u8 {
+        self.0.load(Ordering::Acquire)
+    }
+
+    /// Sets the mode that [`save`](Self::save) has returned; `false` for another number.
+    pub(crate) fn restore(&self, mode: u8) -> bool {
+        let known = matches!(mode, Self::AS_NEGOTIATED | Self::WRITE_THROUGH | Self::WRITE_BACK);
+        if known {
+            self.0.store(mode, Ordering::Release);
+        }
+        known
+    }
+
     /// Whether a write may be answered before it is stable, for a driver that has accepted `features`. One that has
     /// accepted the flush command is taken to use it until it writes `writeback`.
     pub(crate) fn is_write_back(&self, features: Features) -> bool {

@@ -32,6 +32,11 @@ pub(crate) trait MgmtDevice: Debug + Send + Sync {
     /// `EOPNOTSUPP` for an unknown attribute, `EINVAL` for an invalid value, else the errno of the file or thread that the device
     /// needs and did not get.
     fn create(&self, name: &str, attrs: &Attrs, pool: &WorkerPool) -> Result<AnyParent, CtlError>;
+
+    /// Why a device with these attributes cannot go on in a new daemon after a crash; `None` if it can.
+    fn lost_in_crash(&self, _attrs: &Attrs) -> Option<&'static str> {
+        None
+    }
 }
 
 /// All management devices, in the order in which `mgmtdev show` lists them.

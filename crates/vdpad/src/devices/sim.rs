@@ -192,6 +192,16 @@ pub(super) trait Model: Debug + Send {
         Err(Errno::OPNOTSUPP)
     }
 
+    /// See [`Parent::save_state`].
+    fn save_state(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    /// See [`Parent::restore_state`].
+    fn restore_state(&self, state: &[u8]) -> Result<()> {
+        if state.is_empty() { Ok(()) } else { Err(Errno::INVAL) }
+    }
+
     /// See [`Parent::set_mac`].
     fn set_mac(&self, _mac: [u8; MAC_BYTES]) -> Result<()> {
         Err(Errno::OPNOTSUPP)
@@ -276,6 +286,14 @@ impl<M: Model> Parent for Simulator<M> {
 
     fn vendor_stats(&self, index: QueueIndex) -> Result<Vec<(&'static str, u64)>> {
         self.model.vendor_stats(index)
+    }
+
+    fn save_state(&self) -> Vec<u8> {
+        self.model.save_state()
+    }
+
+    fn restore_state(&mut self, state: &[u8]) -> Result<()> {
+        self.model.restore_state(state)
     }
 
     fn set_mac(&mut self, mac: [u8; MAC_BYTES]) -> Result<()> {

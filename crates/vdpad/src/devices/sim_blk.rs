@@ -54,6 +54,10 @@ impl MgmtDevice for SimBlkMgmt {
         let profile = Profile::simulator(ID_BLOCK, FEATURES, 1, config_size);
         Ok(Box::new(Simulator::new(profile, options, Blk, worker)))
     }
+
+    fn lost_in_crash(&self, _attrs: &Attrs) -> Option<&'static str> {
+        Some("its disk is in the memory of the daemon")
+    }
 }
 
 fn config() -> BlkConfig {

@@ -102,6 +102,14 @@ impl Model for Net {
         self.0.stats.vendor(index)
     }
 
+    fn save_state(&self) -> Vec<u8> {
+        self.0.save_state()
+    }
+
+    fn restore_state(&self, state: &[u8]) -> Result<()> {
+        self.0.restore_state(state)
+    }
+
     fn set_mac(&self, mac: [u8; MAC_BYTES]) -> Result<()> {
         self.0.config().mac = mac;
         Ok(())

@@ -176,6 +176,11 @@ impl VhostVdpaFile {
         }
     }
 
+    /// Writes what was changed by another than the client, for example an administrator.
+    pub fn log_change(&self) {
+        self.save(None);
+    }
+
     /// Has nothing of the device held any more: it is deleted.
     pub fn forget_log(&self) {
         self.saved.forget();

@@ -76,6 +76,13 @@ impl MgmtDevice for BlkMgmt {
         };
         Ok(Box::new(blk))
     }
+
+    /// A restored disk waits for the exclusive lock on its file: the kernel releases it when no request of the old daemon is in
+    /// flight. The lock of a read-only disk is shared, and tells nothing of its reads, which write guest memory.
+    fn lost_in_crash(&self, attrs: &Attrs) -> Option<&'static str> {
+        (attrs.get("readonly") == Some("on"))
+            .then_some("nothing tells when reads of the old daemon have ended (readonly on)")
+    }
 }
 
 fn features(read_only: bool, packed: bool, in_order: bool) -> Features {
@@ -239,6 +246,17 @@ impl Parent for Blk {
 
     fn set_config_call(&mut self, event: Option<&EventFd>) {
         self.queues().set_config_call(event);
+    }
+
+    fn save_state(&self) -> Vec<u8> {
+        vec![self.cache.save()]
+    }
+
+    fn restore_state(&mut self, state: &[u8]) -> Result<()> {
+        match state {
+            [mode] if self.cache.restore(*mode) => Ok(()),
+            _ => Err(Errno::INVAL),
+        }
     }
 
     fn queue_stats(&self, index: QueueIndex) -> QueueStats {

@@ -1,0 +1,306 @@
+//! A daemon below a holder (`--holder`) that is killed while clients use its devices: the next daemon goes on.
+#![expect(clippy::unwrap_used, reason = "a test fails where it stands")]
+
+#[path = "support/robust.rs"]
+mod robust;
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use vdpa_control::api::{DaemonInfo, HolderInfo};
+use vdpa_core::Errno;
+use vdpa_core::blk::kind;
+use vdpa_core::features::Status;
+use vdpa_core::ops::VdpaOps;
+use vdpa_sys::vhost_vdpa::VhostVdpaFd;
+
+use robust::disk::{self, Disk};
+use robust::{Vdpad, eventually, run, vdpactl};
+
+const LIMIT: Duration = Duration::from_secs(120);
+/// The errors of clients whose device is gone.
+const GONE: [i32; 4] = [libc::ECONNABORTED, libc::ENOTCONN, libc::ENODEV, libc::ENOENT];
+
+fn start(args: &[&str]) -> Vdpad {
+    Vdpad::start_with(LIMIT, &[&["--holder", "--front", "fuse"], args].concat())
+}
+
+fn daemon(vdpad: &Vdpad) -> DaemonInfo {
+    vdpad.client().daemon().unwrap()
+}
+
+fn holder(vdpad: &Vdpad) -> HolderInfo {
+    daemon(vdpad).holder.unwrap()
+}
+
+fn kill(vdpad: &Vdpad) {
+    let pid = daemon(vdpad).pid;
+    assert_ne!(pid, vdpad.pid().as_raw_nonzero().get().unsigned_abs(), "the daemon is a child of the holder");
+    kill_process(Pid::from_raw(pid.cast_signed()).unwrap(), Signal::KILL).unwrap();
+}
+
+/// Kills the daemon, and waits until the next one serves.
+fn replace(vdpad: &Vdpad) {
+    let before = holder(vdpad).generation;
+    kill(vdpad);
+    eventually("the next daemon serves", || {
+        vdpad.client().daemon().ok().and_then(|daemon| daemon.holder).filter(|now| now.generation > before)
+    });
+}
+
+#[track_caller]
+fn is_gone<T: std::fmt::Debug>(result: Result<T, Errno>) {
+    assert!(result.as_ref().is_err_and(|errno| GONE.contains(&errno.raw())), "{result:?}");
+}
+
+/// What the client sees, and what an administrator sees of the client, is as before; requests on its rings are served.
+#[test]
+fn a_client_keeps_its_device() {
+    let vdpad = start(&[]);
+    let device = vdpad.add_any("disk0", "blk");
+    let mut disk = Disk::start(&device, disk::MEMORY_MIN);
+    disk.check(1);
+    let before = vdpad.info("disk0");
+    for seed in 2..6 {
+        kill(&vdpad);
+        // Answered by the next daemon.
+        assert_eq!(disk.session.ops().status().unwrap(), before.state.status);
+        assert!(VhostVdpaFd::open(&device).is_err_and(|errno| errno == Errno::BUSY), "the device is in use");
+        disk.check(seed);
+        let now = vdpad.info("disk0");
+        assert_eq!(now.state.owner.as_ref().unwrap().pid, std::process::id());
+        let shared = |info: &vdpa_control::api::DevInfo| {
+            let state = &info.state;
+            let queues: Vec<_> =
+                state.queues.iter().map(|queue| (queue.size, queue.enabled, queue.running)).collect();
+            let DevStateParts { status, features, pages, mappings } = DevStateParts {
+                status: state.status,
+                features: state.negotiated_features,
+                pages: state.pinned_pages,
+                mappings: state.mappings,
+            };
+            (status, features, pages, mappings, queues, info.path.clone())
+        };
+        assert_eq!(shared(&now), shared(&before));
+    }
+    let HolderInfo { crashes, generation, last_crash, .. } = holder(&vdpad);
+    assert_eq!((crashes, generation), (4, 5));
+    let crash = last_crash.unwrap();
+    assert_eq!((crash.signal, crash.hung), (libc::SIGKILL, false));
+    assert!(crash.recovery_ms > 0.0 && crash.recovery_ms < 30_000.0, "{crash:?}");
+    // The client can leave, and another one gets the device.
+    drop(disk);
+    vdpad.is_released("disk0");
+    Disk::start(&device, disk::MEMORY_MIN).check(7);
+}
+
+struct DevStateParts<S, F> {
+    status: S,
+    features: F,
+    pages: u64,
+    mappings: u64,
+}
+
+/// Devices that were added, deleted and opened by nobody.
+#[test]
+fn devices_stay_as_they_were_added() {
+    let vdpad = start(&[]);
+    let disk0 = vdpad.add_any("disk0", "blk");
+    vdpad.add_any("disk1", "blk");
+    let net = vdpad.add("net0", "sim-net", "mac 02:00:00:00:00:07");
+    vdpad.ctl("dev del disk1").succeeds();
+    vdpad.ctl("dev set net0 mac 02:00:00:00:00:08").succeeds();
+    replace(&vdpad);
+    let names: Vec<_> = vdpad.client().devices().unwrap().into_iter().map(|info| info.name).collect();
+    assert_eq!(names, ["disk0", "net0"]);
+    let show = vdpad.ctl("dev config show net0");
+    show.succeeds();
+    assert!(show.stdout.contains("02:00:00:00:00:08"), "{show:?}");
+    assert!(VhostVdpaFd::open(&net).is_ok());
+    // A name that has become free, and one more crash.
+    let disk1 = vdpad.add_any("disk1", "blk");
+    let mut first = Disk::start(&disk0, disk::MEMORY_MIN);
+    let mut second = Disk::start(&disk1, disk::MEMORY_MIN);
+    first.check(1);
+    replace(&vdpad);
+    first.check(2);
+    second.check(3);
+    vdpad.ctl("dev del disk0").fails(1, &vdpad.ctl("dev del disk0").stderr);
+    vdpad.ctl("dev del disk0 --force").succeeds();
+    is_gone(first.session.ops().status());
+    replace(&vdpad);
+    let names: Vec<_> = vdpad.client().devices().unwrap().into_iter().map(|info| info.name).collect();
+    assert_eq!(names, ["net0", "disk1"]);
+    second.check(4);
+}
+
+/// Its memory was the only copy: the client must get errors, not an empty disk.
+#[test]
+fn a_disk_in_the_memory_of_the_daemon_is_gone() {
+    let vdpad = start(&[]);
+    let ram = vdpad.add_any("ram0", "sim-blk");
+    let file = vdpad.add_any("disk0", "blk");
+    assert!(vdpad.log().contains("the device ends with this daemon"), "{}", vdpad.log());
+    let mut ram = Disk::start(&ram, disk::MEMORY_MIN);
+    ram.check(1);
+    let mut disk = Disk::start(&file, disk::MEMORY_MIN);
+    replace(&vdpad);
+    is_gone(ram.session.ops().status());
+    drop(ram);
+    disk.check(2);
+    vdpad.add_any("ram0", "sim-blk");
+}
+
+/// A request in progress is executed exactly once, whenever the daemon dies: `SET_OWNER` succeeds once.
+#[test]
+fn a_request_in_progress_is_executed_once() {
+    let vdpad = start(&["--crash-limit", "1000"]);
+    let device = vdpad.add_any("disk0", "blk");
+    for round in 0..20_u64 {
+        let client = eventually("the device is free", || VhostVdpaFd::open(&device).ok());
+        let pid = Pid::from_raw(daemon(&vdpad).pid.cast_signed()).unwrap();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                thread::sleep(Duration::from_micros(round * 50));
+                kill_process(pid, Signal::KILL).unwrap();
+            });
+            client.set_owner().unwrap();
+            let wanted = Status::ACKNOWLEDGE | Status::DRIVER;
+            client.set_status(Status::ACKNOWLEDGE).unwrap();
+            client.set_status(wanted).unwrap();
+            assert_eq!(client.status().unwrap(), wanted);
+            assert_eq!(client.set_owner(), Err(Errno::BUSY));
+        });
+        drop(client);
+    }
+    assert_eq!(holder(&vdpad).crashes, 20);
+}
+
+/// Writes and reads that are verified, with at most `depth` in flight, while the daemon is killed `kills` times.
+fn killed_under_load(depth: u32, kills: u32, more: &str) {
+    let vdpad = start(&["--crash-limit", "1000"]);
+    let device = vdpad.add_any("disk0", "blk");
+    let line = format!("-j bench io --seconds 12 --memory 16M --queue-depth {depth} --read 50 {more} --device");
+    let mut command = vdpactl(vdpad.dir());
+    command.args(line.split_whitespace()).arg(&device);
+    let load = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    for _ in 0..kills {
+        thread::sleep(Duration::from_millis(250));
+        replace(&vdpad);
+    }
+    assert_eq!(holder(&vdpad).crashes, kills.into());
+    let output = load.wait_with_output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{text}\n{}", String::from_utf8_lossy(&output.stderr));
+    let result: Value = serde_json::from_str(&text).unwrap();
+    println!("queue depth {depth}, {kills} kills, {more}: {result}");
+    has_lost_nothing(&result);
+}
+
+/// Every count of a fault in the result of `bench io` is 0, and there was work.
+fn has_lost_nothing(result: &Value) {
+    let found = find(result, "requests").unwrap();
+    assert!(found.as_u64().unwrap() > 100, "{result}");
+    for count in ["lost", "duplicate", "corrupt", "errors"] {
+        let found = find(result, count).unwrap_or_else(|| panic!("no {count} in {result}"));
+        assert_eq!(found.as_u64(), Some(0), "{count}: {result}");
+    }
+}
+
+/// The value of the first key with this name, at any depth.
+fn find<'a>(value: &'a Value, name: &str) -> Option<&'a Value> {
+    match value {
+        Value::Object(map) => map.get(name).or_else(|| map.values().find_map(|inner| find(inner, name))),
+        Value::Array(list) => list.iter().find_map(|inner| find(inner, name)),
+        _ => None,
+    }
+}
+
+mod heavy {
+    use super::*;
+
+    #[test]
+    fn nothing_is_lost_at_queue_depth_1() {
+        killed_under_load(1, 15, "");
+    }
+
+    #[test]
+    fn nothing_is_lost_at_queue_depth_32() {
+        killed_under_load(32, 15, "");
+    }
+
+    #[test]
+    fn nothing_is_lost_on_a_packed_ring() {
+        killed_under_load(128, 15, "--packed");
+    }
+}
+
+#[test]
+fn a_daemon_that_crashes_too_often_is_given_up() {
+    let mut vdpad = start(&["--crash-limit", "2"]);
+    let device = vdpad.add_any("disk0", "blk");
+    let disk = Disk::start(&device, disk::MEMORY_MIN);
+    replace(&vdpad);
+    replace(&vdpad);
+    kill(&vdpad);
+    assert_eq!(vdpad.wait().code(), Some(1), "{}", vdpad.log());
+    assert!(vdpad.log().contains("crashed too often"), "{}", vdpad.log());
+    is_gone(disk.session.ops().status());
+    eventually("the mount is removed", || (!vdpad.is_mounted()).then_some(()));
+}
+
+/// The service ends in order by a signal to its main process, also after a crash.
+#[test]
+fn sigterm_ends_the_service() {
+    let mut vdpad = start(&[]);
+    let device = vdpad.add_any("disk0", "blk");
+    let disk = Disk::start(&device, disk::MEMORY_MIN);
+    replace(&vdpad);
+    vdpad.signal(Signal::TERM);
+    assert_eq!(vdpad.wait().code(), Some(0), "{}", vdpad.log());
+    is_gone(disk.session.ops().status());
+    assert!(!vdpad.is_mounted());
+}
+
+/// Without its holder the daemon could not be started again: it ends, and its clients get errors.
+#[test]
+fn a_killed_holder_ends_the_service() {
+    let mut vdpad = start(&[]);
+    let device = vdpad.add_any("disk0", "blk");
+    let disk = Disk::start(&device, disk::MEMORY_MIN);
+    let pid = daemon(&vdpad).pid;
+    vdpad.signal(Signal::KILL);
+    vdpad.wait();
+    let begin = Instant::now();
+    is_gone(disk.session.ops().status());
+    eventually("the daemon ends", || (!Path::new(&format!("/proc/{pid}/fd")).exists()).then_some(()));
+    assert!(begin.elapsed() < robust::SOON);
+}
+
+#[test]
+fn daemon_show_tells_of_the_holder() {
+    let vdpad = start(&[]);
+    replace(&vdpad);
+    let show = vdpad.ctl("daemon show");
+    show.succeeds();
+    for text in ["holder pid", "crashes 1", "signal 9"] {
+        assert!(show.stdout.contains(text), "{text}: {show:?}");
+    }
+    let plain = Vdpad::start(LIMIT);
+    let show = plain.ctl("daemon show");
+    show.succeeds();
+    assert!(show.stdout.contains("holder none"), "{show:?}");
+}
+
+#[test]
+fn options_that_cannot_survive_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut command: Command = robust::command_at(dir.path());
+    let output = run(command.args(["--crash-limit", "3"]));
+    assert_eq!(output.code, Some(2), "{output:?}");
+    assert!(output.stderr.contains("--holder"), "{output:?}");
+}
