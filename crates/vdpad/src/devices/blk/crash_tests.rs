@@ -24,7 +24,7 @@ use vdpa_sys::uring::OwnedBuf;
 use super::*;
 use crate::block::{Continuation, RequestContext, Step};
 
-/// Set for the device: features, descriptors and path, separated by spaces.
+/// Set for the device: features, descriptors, attribute `direct` and path, separated by spaces.
 const DEVICE: &str = "VDPAD_TEST_CRASH_DEVICE";
 
 /// Bytes of client memory, and where in it the ring and the requests are.
@@ -53,6 +53,8 @@ struct Slot {
 
 struct Bench {
     features: Features,
+    /// Attribute `direct` of the device.
+    direct: &'static str,
     path: PathBuf,
     memory: SharedMap,
     driver: Driver<MapArea>,
@@ -66,7 +68,7 @@ struct Bench {
 }
 
 impl Bench {
-    fn new(features: Features, path: &Path) -> Self {
+    fn new(features: Features, direct: &'static str, path: &Path) -> Self {
         let file = vdpa_sys::memfd::create(c"client", MEMORY, None).unwrap();
         let memory = SharedMap::map(&file, 0, usize::try_from(MEMORY).unwrap(), Prot::RW, false).unwrap();
         let (log, _) = SharedWords::create(c"log", log_words(SIZE)).unwrap();
@@ -80,6 +82,7 @@ impl Bench {
         let (desc, avail, used) = (area(desc, sizes.desc), area(avail, sizes.avail), area(used, sizes.used));
         Self {
             features,
+            direct,
             path: path.to_owned(),
             driver: Driver::new(SIZE, features, desc, avail, used).unwrap(),
             memory,
@@ -99,7 +102,7 @@ impl Bench {
         let fds = [memory.as_fd(), log.as_fd(), self.kick.as_fd(), self.call.as_fd()].map(number).join(" ");
         let child = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "devices::blk::crash_tests::device_process", "--nocapture", "--quiet"])
-            .env(DEVICE, format!("{} {fds} {}", self.features.0, self.path.display()))
+            .env(DEVICE, format!("{} {fds} {} {}", self.features.0, self.direct, self.path.display()))
             .stdout(std::process::Stdio::null())
             .spawn();
         Device(child.unwrap())
@@ -196,7 +199,7 @@ impl Drop for Device {
     }
 }
 
-fn killed(more: &[vdpa_core::features::Bit]) {
+fn killed(more: &[vdpa_core::features::Bit], direct: &'static str) {
     const KILLS: u64 = 30;
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk");
@@ -204,7 +207,7 @@ fn killed(more: &[vdpa_core::features::Bit]) {
     std::fs::write(&path, vec![0; BLOCK * slots]).unwrap();
     let features = Features::of(&[Features::VERSION_1, Features::ACCESS_PLATFORM]);
     let features = more.iter().fold(features, |all, &bit| all.with(bit));
-    let mut bench = Bench::new(features, &path);
+    let mut bench = Bench::new(features, direct, &path);
     (0..DEPTH).for_each(|token| bench.add(token));
     bench.publish();
     for number in 0..KILLS {
@@ -228,18 +231,24 @@ fn killed(more: &[vdpa_core::features::Bit]) {
 
 #[test]
 fn a_split_ring_survives_the_death_of_its_process() {
-    killed(&[Features::BLK_FLUSH]);
+    killed(&[Features::BLK_FLUSH], "off");
 }
 
 #[test]
 fn a_packed_ring_survives_the_death_of_its_process() {
-    killed(&[Features::BLK_FLUSH, Features::RING_PACKED, Features::RING_EVENT_IDX]);
+    killed(&[Features::BLK_FLUSH, Features::RING_PACKED, Features::RING_EVENT_IDX], "off");
+}
+
+/// Without the page cache, operations are in flight in the kernel when their process is killed.
+#[test]
+fn operations_of_a_dead_process_change_nothing_later() {
+    killed(&[], "on");
 }
 
 #[test]
 fn a_request_that_ends_two_processes_is_answered_with_an_error() {
     let features = Features::of(&[Features::VERSION_1, Features::ACCESS_PLATFORM]);
-    let mut bench = Bench::new(features, Path::new("deadly"));
+    let mut bench = Bench::new(features, "off", Path::new("deadly"));
     bench.add(3);
     bench.publish();
     for _ in 0..2 {
@@ -264,7 +273,9 @@ fn a_request_that_ends_two_processes_is_answered_with_an_error() {
 fn device_process() {
     let Ok(words) = std::env::var(DEVICE) else { return };
     set_parent_process_death_signal(Some(Signal::KILL)).unwrap();
-    let [features, fds @ .., path] = &words.split(' ').collect::<Vec<_>>()[..] else { panic!("{words}") };
+    let [features, fds @ .., direct, path] = &words.split(' ').collect::<Vec<_>>()[..] else {
+        panic!("{words}")
+    };
     let take = |fd: &&str| vdpa_sys::inherit::take(fd.parse().unwrap()).unwrap();
     let fds: Vec<OwnedFd> = fds.iter().map(take).collect();
     let [memory, log, kick, call] = <[OwnedFd; 4]>::try_from(fds).unwrap();
@@ -284,6 +295,7 @@ fn device_process() {
     let options = |source: &str, value: &str| {
         let mut attrs = Attrs::default();
         attrs.insert("packed", "on").unwrap();
+        attrs.insert("direct", *direct).unwrap();
         attrs.insert("queues", "1").unwrap();
         attrs.insert(source, value).unwrap();
         Options::parse("disk", &attrs).unwrap()
