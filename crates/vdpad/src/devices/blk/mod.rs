@@ -1,6 +1,8 @@
 //! `blk`: a virtio block device on a file or block device.
 
 mod backoff;
+#[cfg(test)]
+mod crash_tests;
 mod disk;
 mod file;
 mod null;
