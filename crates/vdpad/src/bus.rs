@@ -149,6 +149,14 @@ impl Bus {
         Ok(())
     }
 
+    /// Whether such a device ends with this process. An invalid request is like one that does.
+    pub(crate) fn is_lost_in_crash(&self, request: &AddRequest) -> bool {
+        let mgmt = self.mgmt.iter().find(|mgmt| mgmt.describe().handle() == request.mgmtdev);
+        let handover = request.attrs.get(HANDOVER_ATTR) == Some("open");
+        let own_mount = request.attrs.get(DEVICE_FILE_ATTR).is_some();
+        mgmt.is_none_or(|mgmt| lost_in_crash(&**mgmt, handover, own_mount, &request.attrs).is_some())
+    }
+
     /// Revokes every device from its clients and removes it.
     pub fn shutdown(&self) {
         for entry in std::mem::take(&mut *self.devices.lock()) {
@@ -252,6 +260,20 @@ impl Entry {
     fn busy(&self, client: &str) -> CtlError {
         CtlError::new(Errno::BUSY, format!("device {} is busy with a request of {client}", self.name))
             .with_hint("Its disk may hang; see the daemon's log. Try again later.")
+    }
+}
+
+/// Why a device ends with this process; `None` if it goes on in the next one.
+fn lost_in_crash(
+    mgmt: &dyn MgmtDevice,
+    handover: bool,
+    own_mount: bool,
+    attrs: &Attrs,
+) -> Option<&'static str> {
+    match (handover, own_mount) {
+        (true, _) => Some("it can be opened by a successor (handover open)"),
+        (_, true) => Some("its file is a mount of its own (device_file)"),
+        _ => mgmt.lost_in_crash(attrs),
     }
 }
 
@@ -517,11 +539,7 @@ impl Backend for Bus {
             return Err(CtlError::new(Errno::EXIST, format!("device {} exists already", request.name))
                 .with_hint("Choose another name, or delete it first with \"vdpactl dev del\"."));
         }
-        let lost = match (handover, &path) {
-            (true, _) => Some("it can be opened by a successor (handover open)"),
-            (_, Some(_)) => Some("its file is a mount of its own (device_file)"),
-            _ => mgmt.lost_in_crash(&request.attrs),
-        };
+        let lost = lost_in_crash(&**mgmt, handover, path.is_some(), &request.attrs);
         let survival = self.survival.as_ref().filter(|_| lost.is_none());
         if let (Some(_), Some(why)) = (&self.survival, lost) {
             tracing::warn!(device = %request.name, why, "the device ends with this daemon");

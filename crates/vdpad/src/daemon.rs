@@ -159,7 +159,8 @@ impl Daemon {
             bus.restore(std::mem::take(&mut legacy.devices));
             files.resume()?;
         }
-        for device in config.devices.iter().filter(|device| !continues || bus.device(&device.name).is_err()) {
+        // After a crash, those that had to end with the former daemon. The others were restored, or deleted before.
+        for device in config.devices.iter().filter(|device| !continues || bus.is_lost_in_crash(device)) {
             bus.add(device.clone())
                 .map_err(|source| StartError::Device { name: device.name.clone(), source })?;
         }

@@ -163,7 +163,7 @@ fn hold(options: Serve) -> ExitCode {
         Ok(Some(survival)) if survival.role() == Role::Failed => {
             survival.log_crash();
             tracing::error!("the daemon has crashed too often: its devices are given up");
-            survival.stopping();
+            survival.give_up();
             ExitCode::from(EXIT_RUNTIME)
         }
         Ok(Some(survival)) => {

@@ -21,7 +21,7 @@ use vdpa_core::Errno;
 use vdpa_holder::client::{Client, Start};
 use vdpa_holder::protocol::{Role, Status};
 use vdpa_sys::clock::monotonic_ns;
-use vdpa_sys::fuse::Negotiated;
+use vdpa_sys::fuse::{Negotiated, unmount};
 use vdpa_sys::memfd;
 
 /// Items that belong to no device.
@@ -157,6 +157,20 @@ impl Survival {
         if let Err(errno) = self.client.lock().stopping() {
             tracing::warn!(%errno, "the holder does not know that the service ends");
         }
+    }
+
+    /// Ends the mount that a predecessor has left, if any: clients get `ECONNABORTED`, those that wait too.
+    pub fn give_up(&self) {
+        let mount = self.legacy().map(|legacy| legacy.mount);
+        let ended = match mount {
+            Ok(Some((_, _, dir))) => unmount(&dir).map_err(|error| error.to_string()),
+            Ok(None) => Ok(()),
+            Err(errno) => Err(errno.to_string()),
+        };
+        if let Err(error) = ended {
+            tracing::error!(error, "the mount of the device files is left behind");
+        }
+        self.stopping();
     }
 
     /// A number for one more device.

@@ -277,7 +277,8 @@ impl Session {
     fn forward(&self, header: &InHeader, op: DeviceOp) {
         match self.queue_for(header) {
             Some(queue) => queue.push(header.unique, op),
-            None => self.reply(header.unique, Err(Errno::BADF)),
+            // A device that was deleted, or that ended with a former process.
+            None => self.reply(header.unique, Err(Errno::NODEV)),
         }
     }
 
