@@ -1,4 +1,4 @@
-//! Rings full of rubbish, split and packed: no panic, bounded work, and an end.
+//! Split and packed rings with arbitrary content: the ring code does not panic, its work is bounded, and it terminates.
 
 use std::cell::Cell;
 
@@ -38,7 +38,7 @@ impl Memory for Counting<'_> {
     }
 }
 
-/// A descriptor that is often almost right: near the ring's memory, with small lengths and known flags.
+/// A descriptor that is often nearly valid: near the ring's memory, with small lengths and known flags.
 fn descriptor() -> impl Strategy<Value = [u8; 16]> {
     let addr = prop_oneof![
         3 => (Pair::BASE..Pair::BASE + 0x800).prop_map(|addr| addr & !15),
@@ -151,7 +151,7 @@ proptest! {
             while let Ok(Some(done)) = pair.driver.pop_used() {
                 prop_assert!(done.len <= 10);
                 let seen = &mut seen[usize::try_from(done.token).unwrap()];
-                prop_assert!(!std::mem::replace(seen, true), "token {} came twice", done.token);
+                prop_assert!(!std::mem::replace(seen, true), "token {} completed twice", done.token);
             }
         }
         let completed = seen.iter().filter(|&&seen| seen).count();
@@ -159,7 +159,7 @@ proptest! {
     }
 
     #[test]
-    fn a_state_adopted_is_sound_whatever_it_was(
+    fn a_driver_that_adopts_any_state_is_sound(
         state in state(),
         table in prop::collection::vec(descriptor(), 8),
         index in 0..10u16,
@@ -249,7 +249,7 @@ proptest! {
             pair.memory.poke(pair.ring.desc, table.as_flattened());
             while let Ok(Some(done)) = pair.driver.pop_used() {
                 let seen = &mut seen[usize::try_from(done.token).unwrap()];
-                prop_assert!(!std::mem::replace(seen, true), "token {} came twice", done.token);
+                prop_assert!(!std::mem::replace(seen, true), "token {} completed twice", done.token);
                 prop_assert!(done.len <= 20);
                 completed += 1;
             }
@@ -259,7 +259,7 @@ proptest! {
     }
 
     #[test]
-    fn a_packed_state_adopted_is_sound_whatever_it_was(
+    fn a_packed_driver_that_adopts_any_state_is_sound(
         state in packed_state(),
         table in prop::collection::vec(packed_descriptor(), 8),
     ) {
