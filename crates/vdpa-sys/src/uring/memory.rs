@@ -326,7 +326,7 @@ mod tests {
     use super::*;
 
     struct Fake(usize, usize);
-    // SAFETY: never given to the kernel, only to the arithmetic.
+    // SAFETY: its addresses are never passed to the kernel, only compared.
     unsafe impl StableMemory for Fake {
         fn base(&self) -> usize {
             self.0
@@ -337,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn a_set_covers_what_lies_in_one_mapping() {
+    fn a_set_covers_ranges_within_one_mapping() {
         let set = MemorySet::new(
             [Fake(0x3000, 0x1000), Fake(0x1000, 0x1000), Fake(usize::MAX, 1), Fake(5, 0)]
                 .map(|fake| Arc::new(fake) as Arc<dyn StableMemory>),
@@ -352,7 +352,7 @@ mod tests {
     }
 
     #[test]
-    fn aligned_buffers_are_aligned_and_refuse_nonsense() {
+    fn aligned_buffers_are_aligned_and_refuse_invalid_sizes() {
         let mut buffer = AlignedBuf::new(8192, 4096).unwrap();
         assert_eq!(buffer.as_ptr().addr() % 4096, 0);
         buffer[8191] = 7;
