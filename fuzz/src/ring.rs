@@ -1,4 +1,4 @@
-//! The parts that the targets of both ring formats share: a driver that writes anywhere in its memory, and a device that
+//! Code that the targets of both ring formats share: a driver that writes anywhere in its memory, and a device that
 //! records the requests in flight.
 
 use vdpa_core::ring::{Chain, Ring, RingError};
@@ -46,7 +46,7 @@ pub fn protect(memory: &TestMemory, bytes: u64, at: u16, pages: u8, perm: u8) {
 
 /// The requests in flight on the device side.
 #[derive(Default)]
-pub struct Taken {
+pub struct InFlight {
     chain: Chain,
     /// Head of the request popped last, while it can be abandoned.
     last: Option<u16>,
@@ -54,7 +54,7 @@ pub struct Taken {
     pub heads: Vec<u16>,
 }
 
-impl Taken {
+impl InFlight {
     /// Pops a request and returns its head. Checks that a failure changes nothing, and that a violation stops the ring for good.
     pub fn pop(&mut self, queue: &mut Ring<TestArea>, memory: &TestMemory) -> Option<u16> {
         let before = (queue.in_flight(), queue.state());
