@@ -4,7 +4,7 @@ use std::fmt;
 
 use parking_lot::Mutex;
 use vdpa_core::types::Result;
-use vdpa_sys::uring::{IoPiece, MemorySet, Registrar};
+use vdpa_sys::uring::{IoVec, MemorySet, Registrar};
 
 /// Registered buffers of one ring: as many as the kernel allows.
 const SLOTS: u16 = 16384;
@@ -36,14 +36,14 @@ impl Buffers {
         Self { registrar, slots: Mutex::default() }
     }
 
-    /// Pins a piece of `memory`; `None` when there is no slot left. Blocks while pages are pinned, and so does the thread
+    /// Pins a range of `memory`; `None` when there is no slot left. Blocks while pages are pinned, and so does the thread
     /// when it is about to submit.
     ///
     /// # Errors
     /// As [`Registrar::set_buffer`].
-    pub fn pin(&self, piece: IoPiece, memory: &MemorySet) -> Result<Option<u16>> {
+    pub fn pin(&self, iovec: IoVec, memory: &MemorySet) -> Result<Option<u16>> {
         let Some(slot) = self.take()? else { return Ok(None) };
-        let pinned = self.registrar.set_buffer(slot, piece, memory);
+        let pinned = self.registrar.set_buffer(slot, iovec, memory);
         if pinned.is_err() {
             self.slots.lock().free.push(slot);
         }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use vdpa_core::iotlb::Table;
 use vdpa_core::ring::RingError;
 use vdpa_core::types::{Asid, Result};
-use vdpa_sys::uring::{FixedPiece, Op, Registrar, Ring, SubmitError};
+use vdpa_sys::uring::{FixedIoVec, Op, Registrar, Ring, SubmitError};
 
 use super::queue::Queue;
 use super::{Invalidation, MemoryView, Shared, Size};
@@ -225,7 +225,7 @@ impl Queues {
     pub fn read_fixed(
         &mut self,
         file: u32,
-        to: FixedPiece,
+        to: FixedIoVec,
         offset: u64,
         slot: u32,
     ) -> Result<(), SubmitError> {

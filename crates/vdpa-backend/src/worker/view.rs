@@ -7,7 +7,7 @@ use vdpa_core::ring::{BufferSlice, Fault};
 use vdpa_core::types::Perm;
 use vdpa_sys::guest::GuestMemory;
 use vdpa_sys::snapshot::Snapshot;
-use vdpa_sys::uring::{FixedPiece, IoPiece, MemorySet};
+use vdpa_sys::uring::{FixedIoVec, IoVec, MemorySet};
 
 /// A run of addresses that is pinned as a registered buffer of the worker's ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,8 +58,8 @@ impl MemoryView {
     ///
     /// # Errors
     /// [`Fault`] when a byte is unmapped or forbidden.
-    pub fn places(&self, bytes: BufferSlice<'_>, perm: Perm) -> Result<Option<Vec<IoPiece>>, Fault> {
-        let mut places: Vec<IoPiece> = Vec::with_capacity(1);
+    pub fn places(&self, bytes: BufferSlice<'_>, perm: Perm) -> Result<Option<Vec<IoVec>>, Fault> {
+        let mut places: Vec<IoVec> = Vec::with_capacity(1);
         let mut direct = true;
         for buffer in bytes {
             for piece in self.snapshot.translate(buffer.iova, buffer.len.into(), perm) {
@@ -70,7 +70,7 @@ impl MemoryView {
                     None => direct = false,
                     Some(addr) => match places.last_mut() {
                         Some(last) if last.addr + last.len == addr => last.len += len,
-                        _ => places.push(IoPiece { addr, len }),
+                        _ => places.push(IoVec { addr, len }),
                     },
                 }
             }
@@ -81,19 +81,19 @@ impl MemoryView {
     /// As [`places`](Self::places), for what nearly every request has: one buffer in one piece of memory; `None` for
     /// anything else. Allocates nothing.
     #[inline]
-    pub fn place(&self, bytes: BufferSlice<'_>, perm: Perm) -> Option<IoPiece> {
+    pub fn place(&self, bytes: BufferSlice<'_>, perm: Perm) -> Option<IoVec> {
         let buffer = bytes.iter().next().filter(|buffer| u64::from(buffer.len) == bytes.len())?;
         let piece = self.snapshot.whole(buffer.iova, buffer.len.into(), perm)?;
         let addr = piece.memory.host_addr(piece.offset)?;
-        Some(IoPiece { addr, len: buffer.len as usize })
+        Some(IoVec { addr, len: buffer.len as usize })
     }
 
     /// The registered buffer that holds all of `piece`.
     #[inline]
-    pub fn fixed(&self, piece: IoPiece) -> Option<FixedPiece> {
+    pub fn fixed(&self, piece: IoVec) -> Option<FixedIoVec> {
         let after = self.pins.partition_point(|pin| pin.addr <= piece.addr);
         let pin = self.pins.get(after.checked_sub(1)?)?;
         let inside = piece.addr - pin.addr <= pin.len && piece.len <= pin.len - (piece.addr - pin.addr);
-        inside.then_some(FixedPiece { slot: pin.slot, piece })
+        inside.then_some(FixedIoVec { slot: pin.slot, iovec: piece })
     }
 }

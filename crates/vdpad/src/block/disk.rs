@@ -5,7 +5,7 @@ use std::sync::Arc;
 use vdpa_core::blk::{BlkRequest, FramingError, Status};
 use vdpa_core::ring::Buffer;
 use vdpa_core::types::Result;
-use vdpa_sys::uring::{AlignedBuf, Buffers, FixedPiece, Op, OwnedBuf, Registrar};
+use vdpa_sys::uring::{AlignedBuf, Buffers, FixedIoVec, Op, OwnedBuf, Registrar};
 
 use vdpa_backend::worker::MemoryView;
 
@@ -164,7 +164,7 @@ pub(crate) struct Direct {
     /// Slot of the file.
     pub(crate) file: u32,
     /// Where the bytes go.
-    pub(crate) to: FixedPiece,
+    pub(crate) to: FixedIoVec,
     /// Where they are, in bytes.
     pub(crate) offset: u64,
 }

@@ -372,7 +372,7 @@ impl<D: Disk> Requests<D> {
             queues.log_error(pending.queue, &error);
             return answer_request(queues, Some(queue), &pending, Status::IoErr, 0);
         }
-        let len = u32::try_from(direct.to.piece.len).unwrap_or(u32::MAX);
+        let len = u32::try_from(direct.to.iovec.len).unwrap_or(u32::MAX);
         if let Some(place) = self.pending.get_mut(slot as usize) {
             *place = Some(InFlight::One((pending, After::Transfer { len, written: len, sync: false })));
         }

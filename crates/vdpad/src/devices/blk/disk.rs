@@ -8,8 +8,8 @@ use vdpa_core::blk::{BlkRequest, FramingError, ID_BYTES, SECTOR, Status, kind};
 use vdpa_core::ring::BufferSlice;
 use vdpa_core::types::{Perm, Result};
 use vdpa_sys::uring::{
-    AlignedBuf, Buffers, Direction, File, FileSlot, GuestPieces, IoPiece, MAX_PIECES, Op, OwnedBuf,
-    Registrar, Wait, transfer_now,
+    AlignedBuf, Buffers, Direction, File, FileSlot, GuestIoVecs, IoVec, MAX_IOVECS, Op, OwnedBuf, Registrar,
+    Wait, transfer_now,
 };
 
 use super::file::{Backing, Reads};
@@ -39,9 +39,9 @@ pub(super) struct FileDisk {
 /// Where the bytes of a transfer are.
 enum Places {
     /// In one piece of memory that the kernel can use.
-    One(IoPiece),
+    One(IoVec),
     /// In several.
-    Many(Vec<IoPiece>),
+    Many(Vec<IoVec>),
     /// Where they can only be copied.
     Bounce,
 }
@@ -83,7 +83,7 @@ impl FileDisk {
     }
 
     /// Whether the kernel can use a piece of memory as it is.
-    fn fits(&self, piece: &IoPiece) -> bool {
+    fn fits(&self, piece: &IoVec) -> bool {
         let aligned = |value: usize, to: u32| (value as u64).is_multiple_of(to.into());
         !self.backing.direct
             || aligned(piece.addr, self.backing.memory_align) && aligned(piece.len, self.backing.block_size)
@@ -96,7 +96,7 @@ impl FileDisk {
         }
         let places = view.places(bytes, perm).map_err(|_| Errno::FAULT)?;
         let places =
-            places.filter(|places| places.len() <= MAX_PIECES && places.iter().all(|place| self.fits(place)));
+            places.filter(|places| places.len() <= MAX_IOVECS && places.iter().all(|place| self.fits(place)));
         Ok(places.map_or(Places::Bounce, Places::Many))
     }
 
@@ -335,6 +335,6 @@ pub(super) const fn misshapen(error: &FramingError) -> Verdict {
     }
 }
 
-fn guest(places: Vec<IoPiece>, view: &MemoryView) -> Result<Buffers> {
-    GuestPieces::new(places, Arc::clone(view.memory())).map(Buffers::Guest)
+fn guest(places: Vec<IoVec>, view: &MemoryView) -> Result<Buffers> {
+    GuestIoVecs::new(places, Arc::clone(view.memory())).map(Buffers::Guest)
 }
