@@ -390,7 +390,7 @@ type Tables = Vec<(Asid, u64, u64, u64, bool)>;
 
 fuzz_target!(|input: Input| {
     let mut state = State::new(&input);
-    state.device.open().expect("nobody has it open");
+    state.device.open().expect("the device is closed");
     for op in input.ops.iter().take(300) {
         state.apply(op);
         state.check();

@@ -45,7 +45,7 @@ fuzz_target!(|ops: Vec<Op>| {
     let device = Arc::new(Mutex::new(Device::new(device)));
     let file = VhostVdpaFile::new("fuzz".into(), Arc::clone(&device), Spaces::new());
     let opener = Opener { handle: 1, uid: 0, tid: 0, flags: 0 };
-    file.open(&opener).expect("nobody has it open");
+    file.open(&opener).expect("the device is closed");
     let mut scratch = vec![0_u64; 1024];
     let tid = std::process::id();
     for op in ops.iter().take(40) {
