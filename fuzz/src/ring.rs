@@ -41,7 +41,7 @@ pub fn poke(memory: &TestMemory, bytes: u64, at: u16, raw: [u8; 4]) {
 pub fn protect(memory: &TestMemory, bytes: u64, at: u16, pages: u8, perm: u8) {
     let first = Pair::BASE + u64::from(at) % bytes;
     let range = IovaRange::from_size(first, u64::from(pages).max(1) * TEST_PAGE);
-    memory.protect(range.expect("far from the end"), Perm(perm & 3));
+    memory.protect(range.expect("the range does not wrap"), Perm(perm & 3));
 }
 
 /// The requests in flight on the device side.
@@ -55,7 +55,7 @@ pub struct InFlight {
 }
 
 impl InFlight {
-    /// Pops a request and returns its head. Checks that a failure changes nothing, and that a violation stops the ring for good.
+    /// Pops a request and returns its head. Checks that a failure changes nothing, and that a violation stops the ring permanently.
     pub fn pop(&mut self, queue: &mut Ring<TestArea>, memory: &TestMemory) -> Option<u16> {
         let before = (queue.in_flight(), queue.state());
         self.last = None;

@@ -446,7 +446,7 @@ fn o15_the_alignment_of_the_address_is_not_checked() {
 }
 
 #[test]
-fn o16_remap_of_a_running_device() {
+fn o16_a_running_device_can_be_remapped() {
     let rig = owner_addresses();
     let mut driver = drive(&rig);
     assert!(driver.read(&rig));

@@ -14,7 +14,7 @@ const REQUESTS: u64 = 100_000;
 
 type Outcome = Result<(), Box<dyn Error + Send + Sync>>;
 
-/// An event that counts as an eventfd does: several signals end one wait.
+/// An event that works as an eventfd: signals that no wait has consumed are merged into one.
 fn event() -> (SyncSender<()>, Receiver<()>) {
     sync_channel(1)
 }

@@ -53,7 +53,7 @@ fn enter_and_mount() {
     let connection = vdpa_sys::fuse::mount(dir, &MountOptions::default()).unwrap();
     connection.handshake(Duration::from_secs(5)).unwrap();
     assert_eq!(fs_type_at(dir).unwrap().as_deref(), Some(FS_TYPE));
-    // The abort mechanism of the watchdog works here too.
+    // Unmounting works inside the namespace, too.
     unmount(dir).unwrap();
     assert_eq!(fs_type_at(dir).unwrap(), None);
 }

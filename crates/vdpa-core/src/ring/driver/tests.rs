@@ -91,8 +91,8 @@ fn a_state_with_any_invalid_field_is_refused() {
     for free in (0..=u16::MAX).filter(|&free| free != good.free) {
         refused("free", &|state| state.free = free);
     }
-    refused("request lost", &|state| drop(state.in_flight.pop()));
-    refused("request doubled", &|state| state.in_flight.push(state.in_flight[0].clone()));
+    refused("request missing", &|state| drop(state.in_flight.pop()));
+    refused("request duplicated", &|state| state.in_flight.push(state.in_flight[0].clone()));
     for (request, entry) in [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)] {
         let right = good.in_flight[request].descriptors[entry];
         for index in (0..=u16::MAX).filter(|&index| index != right) {

@@ -259,7 +259,7 @@ fn no_request_and_no_notification_is_lost_whichever_access_fails() {
     }
 }
 
-/// Serves three requests, repeating what faults; returns how many notifications were asked for.
+/// Serves three requests and repeats calls that fault. Returns the number of notifications that the queue requested.
 fn serve_through_faults(pair: &mut Pair) -> usize {
     let mut chain = Chain::new();
     let mut served = 0;
@@ -315,7 +315,7 @@ fn enabling_kicks_reports_requests_that_are_available_already() {
             pair.driver.add(&[buffer(0, 1)], &[], 0).unwrap();
             pair.driver.publish().unwrap()
         };
-        assert!(add(&mut pair), "the first kick is always asked for");
+        assert!(add(&mut pair), "the first kick is always requested");
         pair.queue.disable_kick().unwrap();
         assert!(!add(&mut pair), "the device does not wait for a kick");
         assert!(pair.queue.enable_kick().unwrap(), "two requests are available already");
@@ -331,7 +331,7 @@ fn a_ring_continues_where_it_stopped_and_counts_undelivered_requests() {
     for round in 0..3 {
         pair.driver.add(&[buffer(0, 1)], &[], round).unwrap();
         pair.driver.publish().unwrap();
-        assert!(pair.serve(|_, _| 0).unwrap(), "the first notification after a start is certain");
+        assert!(pair.serve(|_, _| 0).unwrap(), "the first publication after a start always notifies");
         pair.restart_queue();
         assert_eq!(pair.queue.undelivered(), 0);
         assert_eq!(pair.driver.pop_used().unwrap().unwrap().token, round);
