@@ -1,10 +1,12 @@
-//! Bodies of the control socket, as the daemon and its tool read them.
+//! JSON bodies of the control API, which the daemon and its tool parse.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use vdpa_control::api::{AddRequest, DevInfo, ErrorBody, MgmtDev, QueueVstats, SetAnswer, SetRequest, Version};
+use vdpa_control::api::{
+    AddRequest, DevInfo, ErrorBody, MgmtDev, QueueVstats, SetAnswer, SetRequest, Version,
+};
 use vdpa_control::config::DevConfig;
 
 fuzz_target!(|data: &[u8]| {
@@ -19,7 +21,7 @@ fuzz_target!(|data: &[u8]| {
     round_trip::<DevConfig>(data);
 });
 
-/// What was understood is written so that it is understood the same.
+/// Checks that a parsed value is unchanged after it was written and parsed again.
 fn round_trip<T: Serialize + DeserializeOwned + PartialEq + std::fmt::Debug>(data: &[u8]) {
     let Ok(value) = serde_json::from_slice::<T>(data) else { return };
     let text = serde_json::to_vec(&value).expect("it was read from JSON");

@@ -1,4 +1,4 @@
-//! Any requests by processes that fork, exec and lose their limits, against the invariants of ARCHITECTURE.md.
+//! Requests of two processes that fork, exec and change their limits, checked against the invariants of ARCHITECTURE.md.
 #![no_main]
 
 use std::sync::Arc;
@@ -10,20 +10,20 @@ use vdpa_core::features::{BackendFeatures, Features, Status};
 use vdpa_core::host::{PAGE_SIZE, PinAccount};
 use vdpa_core::parent::{AddressMode, CompatReset, PinLimit, PrivateMemory, Profile};
 use vdpa_core::types::{Asid, GroupIndex, IotlbMsg, IovaRange, Perm, QueueIndex, VringAddr, iotlb_type};
-use vdpa_fuzz::parent::{FuzzParent, Way};
-use vdpa_fuzz::process::{BASE, Bell, Process, Vma};
+use vdpa_fuzz::parent::{DmaKind, FuzzParent};
+use vdpa_fuzz::process::{BASE, FuzzEvent, Process, Vma};
 
 #[derive(Arbitrary, Debug)]
 struct Input {
-    kind: Kind,
+    config: Config,
     first: [Vma; 4],
     second: [Vma; 4],
     ops: Vec<Op>,
 }
 
 #[derive(Arbitrary, Debug)]
-struct Kind {
-    way: Way,
+struct Config {
+    dma_kind: DmaKind,
     mode: u8,
     live: bool,
     suspend: bool,
@@ -43,7 +43,7 @@ struct Kind {
     own_limit: Option<u8>,
 }
 
-/// Who acts: one of two processes.
+/// Which of the two processes makes the request.
 type Who = bool;
 
 #[derive(Arbitrary, Debug)]
@@ -63,17 +63,17 @@ enum Op {
     Status(u8),
     /// All status bits a running driver has set.
     DriverOk,
-    /// Everything it takes to run a queue.
-    BringUp(Who, u8),
+    /// All requests that start a queue.
+    StartQueue(Who, u8),
     Features(u64),
-    GoodFeatures,
+    ValidFeatures,
     Backend(u16),
     Suspend,
     Resume,
     Num(Who, u8, u32),
-    GoodNum(Who, u8, u8),
+    ValidNum(Who, u8, u8),
     Addr(Who, u8, [u64; 4], u8),
-    GoodAddr(Who, u8),
+    ValidAddr(Who, u8),
     Base(Who, u8, u32),
     GetBase(Who, u8),
     Enable(Who, u8, bool),
@@ -86,7 +86,7 @@ enum Op {
     Config(u32, u8),
     SetConfig(u32, u8),
     ConfigCall(bool),
-    /// A message about few pages, so that ranges meet.
+    /// A message about few pages, so that ranges overlap often.
     Pages {
         who: Who,
         asid: bool,
@@ -96,7 +96,7 @@ enum Op {
         at: u8,
         perm: u8,
     },
-    /// A message about bytes anywhere.
+    /// A message with any addresses and sizes.
     Bytes {
         who: Who,
         asid: u32,
@@ -124,21 +124,21 @@ impl Op {
     }
 }
 
-fn profile(kind: &Kind) -> Profile {
-    let address_mode = match kind.mode % 4 {
+fn profile(config: &Config) -> Profile {
+    let address_mode = match config.mode % 4 {
         0 => AddressMode::OwnerAddresses,
         1 => AddressMode::Objects,
         2 => AddressMode::Pinned,
         _ => AddressMode::PinnedPages,
     };
     let mut backend_features = BackendFeatures::of(&[BackendFeatures::ENABLE_AFTER_DRIVER_OK]);
-    if kind.live {
+    if config.live {
         backend_features = backend_features.with(BackendFeatures::NEW_OWNER);
         if address_mode == AddressMode::OwnerAddresses {
             backend_features = backend_features.with(BackendFeatures::IOTLB_REMAP);
         }
     }
-    let groups = 1 + u32::from(kind.two_groups);
+    let groups = 1 + u32::from(config.two_groups);
     Profile {
         device_id: 2,
         vendor_id: 0,
@@ -149,29 +149,29 @@ fn profile(kind: &Kind) -> Profile {
         queue_groups: vec![GroupIndex(0), GroupIndex(groups - 1)],
         groups,
         address_spaces: 2,
-        iova_range: kind.last_page.map_or(IovaRange::ALL, |last| {
+        iova_range: config.last_page.map_or(IovaRange::ALL, |last| {
             IovaRange::new(0, (u64::from(last) + 1) * PAGE_SIZE - 1).expect("not empty")
         }),
         config_size: 60,
-        suspend: kind.suspend,
-        resume: kind.resume,
+        suspend: config.suspend,
+        resume: config.resume,
         vring_size: true,
-        reset_map: kind.reset_map,
-        compat_reset: if kind.clean { CompatReset::Clean } else { CompatReset::Keep },
+        reset_map: config.reset_map,
+        compat_reset: if config.clean { CompatReset::Clean } else { CompatReset::Keep },
         address_mode,
-        pin_limit: kind.own_limit.map_or(PinLimit::Rlimit, |limit| PinLimit::Pages(limit.into())),
-        private_memory: if kind.skip_private { PrivateMemory::Skip } else { PrivateMemory::Copy },
-        max_iotlb_entries: usize::from(kind.entries % 16) + 1,
-        verify_remap: kind.verify_remap,
-        strict_new_owner: kind.strict_new_owner,
-        status_unsuspends: kind.status_unsuspends,
-        report_batch_errors: kind.report_batch_errors,
-        identity_map: kind.identity_map,
-        reset_owner: kind.reset_owner,
+        pin_limit: config.own_limit.map_or(PinLimit::Rlimit, |limit| PinLimit::Pages(limit.into())),
+        private_memory: if config.skip_private { PrivateMemory::Skip } else { PrivateMemory::Copy },
+        max_iotlb_entries: usize::from(config.entries % 16) + 1,
+        verify_remap: config.verify_remap,
+        strict_new_owner: config.strict_new_owner,
+        status_unsuspends: config.status_unsuspends,
+        report_batch_errors: config.report_batch_errors,
+        identity_map: config.identity_map,
+        reset_owner: config.reset_owner,
     }
 }
 
-struct World {
+struct State {
     device: Device<FuzzParent>,
     processes: [Process; 2],
     next_id: u32,
@@ -180,30 +180,30 @@ struct World {
     at_begin: Option<Tables>,
 }
 
-impl World {
+impl State {
     fn new(input: &Input) -> Self {
         let processes = [Process::new(0, &input.first), Process::new(1, &input.second)];
         let accounts = processes.iter().map(|process| Arc::clone(&process.space.account)).collect();
-        let parent = FuzzParent::new(profile(&input.kind), input.kind.way);
+        let parent = FuzzParent::new(profile(&input.config), input.config.dma_kind);
         Self { device: Device::new(parent), processes, next_id: 2, accounts, at_begin: None }
     }
 
-    fn become_new(&mut self, who: Who, make: impl FnOnce(u32) -> Process) {
+    fn replace_process(&mut self, who: Who, make: impl FnOnce(u32) -> Process) {
         let process = make(self.next_id);
         self.next_id += 1;
         self.accounts.push(Arc::clone(&process.space.account));
         self.processes[usize::from(who)] = process;
     }
 
-    /// Carries out one operation; whatever it answers is right as long as the invariants hold.
+    /// Makes one request. Its result is not checked, only the invariants afterwards.
     fn apply(&mut self, op: &Op) {
-        // A device that is closed has no file through which a request could come.
+        // Without an open file there are no requests.
         if !self.device.is_open() && !op.needs_no_file() {
             return;
         }
         let Self { device, processes, .. } = self;
         let caller = |who: Who| &processes[usize::from(who)];
-        let bell = |some: bool| some.then_some(Bell);
+        let event = |some: bool| some.then_some(FuzzEvent);
         let q = |index: u8| QueueIndex(u16::from(index % 4));
         match *op {
             Op::Open => drop(device.open()),
@@ -212,16 +212,16 @@ impl World {
             Op::ResetOwner(who) => drop(device.reset_owner(caller(who))),
             Op::NewOwner(who) => self.new_owner(who),
             Op::ForkFromOwner(value) => drop(device.set_fork_from_owner(value)),
-            Op::Exec(who, ref vmas) => self.become_new(who, |id| Process::new(id, vmas)),
+            Op::Exec(who, ref vmas) => self.replace_process(who, |id| Process::new(id, vmas)),
             Op::Fork(who) => {
                 let parent = caller(who).clone();
-                self.become_new(!who, |id| parent.fork(id));
+                self.replace_process(!who, |id| parent.fork(id));
             }
             Op::Limit(who, pages) => processes[usize::from(who)].limit = pages.into(),
             Op::Hide(who, hidden) => processes[usize::from(who)].hidden = hidden,
             Op::Status(status) => drop(device.set_status(Status(status))),
             Op::DriverOk => drop(device.set_status(Status(0xf))),
-            Op::BringUp(who, index) => {
+            Op::StartQueue(who, index) => {
                 let _ = device.set_owner(caller(who));
                 let _ = device.set_features(Features(0x3_0000_0000));
                 let _ = device.set_vring_num(caller(who), q(index), 64);
@@ -231,7 +231,7 @@ impl World {
                 let _ = device.set_status(Status(0xf));
             }
             Op::Features(word) => drop(device.set_features(Features(word))),
-            Op::GoodFeatures => drop(device.set_features(Features(0x3_0000_0000))),
+            Op::ValidFeatures => drop(device.set_features(Features(0x3_0000_0000))),
             Op::Backend(word) => drop(device.set_backend_features(BackendFeatures(word.into()))),
             Op::Suspend => {
                 if device.suspend().is_ok() && device.status().contains(Status::DRIVER_OK) {
@@ -240,14 +240,14 @@ impl World {
             }
             Op::Resume => drop(device.resume()),
             Op::Num(who, index, num) => drop(device.set_vring_num(caller(who), q(index), num)),
-            Op::GoodNum(who, index, log) => {
+            Op::ValidNum(who, index, log) => {
                 let _ = device.set_vring_num(caller(who), q(index), 1 << (log % 9));
             }
             Op::Addr(who, index, [desc, avail, used, log], flags) => {
                 let addr = VringAddr { flags: flags.into(), desc, avail, used, log };
                 let _ = device.set_vring_addr(caller(who), q(index), &addr);
             }
-            Op::GoodAddr(who, index) => {
+            Op::ValidAddr(who, index) => {
                 let addr = VringAddr { desc: 0x1000, avail: 0x2000, used: 0x3000, ..VringAddr::default() };
                 let _ = device.set_vring_addr(caller(who), q(index), &addr);
             }
@@ -261,9 +261,9 @@ impl World {
             }
             Op::GetBase(who, index) => drop(device.vring_base(caller(who), q(index))),
             Op::Enable(who, index, enable) => drop(device.set_vring_enable(caller(who), q(index), enable)),
-            Op::Kick(who, index, some) => drop(device.set_vring_kick(caller(who), q(index), bell(some))),
-            Op::Call(who, index, some) => drop(device.set_vring_call(caller(who), q(index), bell(some))),
-            Op::Error(who, index, some) => drop(device.set_vring_err(caller(who), q(index), bell(some))),
+            Op::Kick(who, index, some) => drop(device.set_vring_kick(caller(who), q(index), event(some))),
+            Op::Call(who, index, some) => drop(device.set_vring_call(caller(who), q(index), event(some))),
+            Op::Error(who, index, some) => drop(device.set_vring_err(caller(who), q(index), event(some))),
             Op::Size(who, index) => drop(device.vring_size(caller(who), q(index))),
             Op::Group(who, index) => drop(device.vring_group(caller(who), q(index))),
             Op::GroupAsid(who, group, asid) => {
@@ -272,7 +272,7 @@ impl World {
             }
             Op::Config(offset, len) => drop(device.config(offset, &mut vec![0; len.into()])),
             Op::SetConfig(offset, len) => drop(device.set_config(offset, &vec![0; len.into()])),
-            Op::ConfigCall(some) => device.set_config_call(bell(some)),
+            Op::ConfigCall(some) => device.set_config_call(event(some)),
             Op::Pages { who, asid, kind, iova, pages, at, perm } => {
                 let msg = IotlbMsg {
                     iova: u64::from(iova % 32) * PAGE_SIZE,
@@ -294,7 +294,7 @@ impl World {
         }
     }
 
-    /// One IOTLB message: one that is refused leaves every table as it was, and so does a refused batch of REMAPs.
+    /// Sends one IOTLB message. A refused message, and a refused batch of REMAPs, change no table.
     fn message(&mut self, who: Who, asid: Asid, msg: &IotlbMsg) {
         let before = self.tables();
         let pinned = self.device.pinned_pages();
@@ -337,9 +337,9 @@ impl World {
             assert_eq!(self.device.owner().map(|owner| owner.id), owner);
         } else {
             self.at_begin = None;
-            let places =
+            let addresses =
                 |tables: &Tables| tables.iter().map(|&(a, f, l, u, _)| (a, f, l, u)).collect::<Vec<_>>();
-            assert_eq!(places(&after), places(&before));
+            assert_eq!(addresses(&after), addresses(&before));
         }
     }
 
@@ -352,22 +352,22 @@ impl World {
     fn check(&self) {
         let Self { device, accounts, .. } = self;
         assert_eq!(device.check_invariants(), Ok(()));
-        // What is charged is charged to the owner and to nobody else.
+        // All pinned pages are charged to the owner.
         let charged: u64 = accounts.iter().map(|account| account.pages()).sum();
         assert_eq!(charged, device.pinned_pages());
         if let Some(owner) = device.owner() {
             assert_eq!(owner.account.pages(), device.pinned_pages());
         }
-        // The parent runs what the device thinks it runs.
-        let believed: Vec<_> = device.vring_infos().map(|info| info.running).collect();
-        assert_eq!(device.parent().running, believed);
+        // The parent runs the same queues as the device.
+        let expected: Vec<_> = device.vring_infos().map(|info| info.running).collect();
+        assert_eq!(device.parent().running, expected);
         self.check_translation();
     }
 
-    /// The parent never reaches more than the table says. Inside a batch, and after a refusal, it may lag behind.
+    /// The parent has no entry that the table has not. Inside a batch, and after a refusal, its table may be outdated.
     fn check_translation(&self) {
         let parent = self.device.parent();
-        if parent.way == Way::Platform || self.device.in_batch_for_fuzzing() {
+        if parent.dma_kind == DmaKind::Platform || self.device.in_batch_for_fuzzing() {
             return;
         }
         let tables = self.device.tables_for_fuzzing();
@@ -378,7 +378,7 @@ impl World {
                     entry.range.first() == *first
                         && entry.range.last() == *last
                         && entry.memory == *memory
-                        && (parent.way == Way::DmaMap || entry.stale == *stale)
+                        && (parent.dma_kind == DmaKind::DmaMap || entry.stale == *stale)
                 });
                 assert!(same, "the parent still reaches {first:#x} of address space {asid}: {entry:?}");
             }
@@ -389,15 +389,15 @@ impl World {
 type Tables = Vec<(Asid, u64, u64, u64, bool)>;
 
 fuzz_target!(|input: Input| {
-    let mut world = World::new(&input);
-    world.device.open().expect("nobody has it open");
+    let mut state = State::new(&input);
+    state.device.open().expect("the device is closed");
     for op in input.ops.iter().take(300) {
-        world.apply(op);
-        world.check();
+        state.apply(op);
+        state.check();
     }
-    world.device.parent_mut().refuse_stop = false;
-    world.device.release();
-    world.check();
-    assert_eq!(world.device.mapped().entries, 0);
-    assert!(world.accounts.iter().all(|account| account.pages() == 0), "a charge is left behind");
+    state.device.parent_mut().refuse_stop = false;
+    state.device.release();
+    state.check();
+    assert_eq!(state.device.mapped().entries, 0);
+    assert!(state.accounts.iter().all(|account| account.pages() == 0), "pages are still charged");
 });

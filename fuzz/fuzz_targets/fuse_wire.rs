@@ -1,4 +1,4 @@
-//! Bytes read from `/dev/fuse`.
+//! FUSE requests, as bytes read from `/dev/fuse`.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -6,7 +6,7 @@ use vdpa_sys::fuse::{Operation, Request};
 
 fuzz_target!(|data: &[u8]| {
     check(data);
-    // The length in the header is hard to guess; the kernel always gets it right.
+    // The header's length is hard to guess: try again with the right one, which the kernel always sends.
     let mut bytes = data.to_vec();
     if let (Some(length), Ok(len)) = (bytes.get_mut(..4), u32::try_from(data.len())) {
         length.copy_from_slice(&len.to_ne_bytes());
@@ -26,7 +26,7 @@ fn check(bytes: &[u8]) {
                 _ => {}
             }
         }
-        // Whoever waits for an answer gets one.
+        // Every request with a complete header gets an answer.
         Err(error) => {
             assert_eq!(error.unique().is_some(), bytes.len() >= 40);
             assert!(!error.to_string().is_empty());

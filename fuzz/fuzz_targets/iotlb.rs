@@ -1,4 +1,4 @@
-//! Operations of one translation table against a plain list of ranges.
+//! Operations on one translation table, compared with a plain list of ranges.
 #![no_main]
 
 use arbitrary::Arbitrary;
@@ -14,7 +14,7 @@ enum Op {
         last: u8,
         cuts: [u8; 3],
     },
-    /// The same with addresses anywhere.
+    /// An UPDATE in one fragment with any addresses.
     UpdateWide {
         first: u64,
         last: u64,
@@ -27,7 +27,7 @@ enum Op {
         first: u64,
         last: u64,
     },
-    /// What REMAP does: a record, or one entry of it, is taken and filled again in other fragments.
+    /// As a REMAP: removes a record, or one entry of it, and inserts other fragments in its place.
     Refill {
         iova: u8,
         whole: bool,
@@ -85,13 +85,13 @@ fn update(table: &mut RecordTable, model: &mut Vec<(u64, u64)>, first: u64, last
     let free = !model.iter().any(|&(f, l)| f <= last && first <= l);
     assert_eq!(table.table.overlapping(range).is_empty(), free);
     if free {
-        let pieces = ranges(first, last, cuts);
-        table.update(range, &pieces);
-        model.extend(pieces.iter().map(|r| (r.first(), r.last())));
+        let fragments = ranges(first, last, cuts);
+        table.update(range, &fragments);
+        model.extend(fragments.iter().map(|r| (r.first(), r.last())));
     }
 }
 
-/// The interval tree's rule holds for inverted intervals too.
+/// Removes overlapping entries by the rule of the kernel's interval tree, also for inverted intervals.
 fn remove(table: &mut RecordTable, model: &mut Vec<(u64, u64)>, first: u64, last: u64) {
     let before = model.len();
     model.retain(|&(f, l)| !(f <= last && first <= l));

@@ -9,7 +9,7 @@ use vdpa_core::ring::{Buffer, Ring, RingError};
 use vdpa_core::testing::RingPair;
 use vdpa_core::types::{IovaRange, Perm};
 use vdpa_core::vq::QueueState;
-use vdpa_fuzz::ring::{Taken, descriptor, memory_bytes, poke, protect, write_descriptor, write_indirect};
+use vdpa_fuzz::ring::{InFlight, descriptor, memory_bytes, poke, protect, write_descriptor, write_indirect};
 
 #[derive(Arbitrary, Debug)]
 struct Input {
@@ -19,6 +19,7 @@ struct Input {
     refuse_indirect: bool,
     /// Position at which the device starts, in the encoding of `VHOST_SET_VRING_BASE`.
     base: u32,
+    /// Requests in flight from before the start.
     lost: u16,
     ops: Vec<Op>,
 }
@@ -37,7 +38,7 @@ enum Op {
         len: u16,
         id: u8,
         flags: u8,
-        lap: u8,
+        wrap: u8,
     },
     /// Writes a descriptor of an indirect table in the buffers.
     Indirect {
@@ -57,6 +58,7 @@ enum Op {
         pages: u8,
         perm: u8,
     },
+    /// Lets one memory access fail, after this many that succeed.
     Fail(u8),
     Pop,
     Abandon,
@@ -64,19 +66,20 @@ enum Op {
         which: u8,
         len: u32,
     },
+    /// Completes a head that may not be in flight.
     PushWrong(u16),
     Publish,
     EnableKick,
     DisableKick,
     Waiting {
-        most: u8,
+        limit: u8,
     },
     Add {
         readable: u8,
         writable: u8,
     },
     DriverPublish,
-    TakeUsed,
+    DriverPopUsed,
     EnableInterrupts,
     DisableInterrupts,
     RestartDriver,
@@ -86,7 +89,7 @@ enum Op {
 struct State {
     pair: RingPair,
     size: u16,
-    taken: Taken,
+    in_flight: InFlight,
     /// Requests in flight from before the start, and the number of their descriptors.
     lost: (u16, u16),
     /// By token: whether it was completed.
@@ -110,7 +113,7 @@ impl State {
         assert_eq!(queue.state(), state);
         let lost = (queue.in_flight(), queue.undelivered());
         pair.queue = if input.refuse_indirect { queue.refuse_unnegotiated_indirect(features) } else { queue };
-        Some(Self { pair, size, taken: Taken::default(), lost, tokens: Vec::new() })
+        Some(Self { pair, size, in_flight: InFlight::default(), lost, tokens: Vec::new() })
     }
 
     fn memory(&mut self, op: &Op) {
@@ -118,9 +121,9 @@ impl State {
         let (buffers, bytes) = (pair.buffers(), memory_bytes(pair));
         match *op {
             Op::Poke { at, bytes: raw } => poke(&pair.memory, bytes, at, raw),
-            Op::Descriptor { index, at, len, id, flags, lap } => {
-                let lap = [1 << 7, 1 << 15, 0, 1 << 7 | 1 << 15][usize::from(lap % 4)];
-                let flags = u16::from(flags & 7) | lap;
+            Op::Descriptor { index, at, len, id, flags, wrap } => {
+                let wrap = [1 << 7, 1 << 15, 0, 1 << 7 | 1 << 15][usize::from(wrap % 4)];
+                let flags = u16::from(flags & 7) | wrap;
                 let raw = descriptor(buffers + u64::from(at), len.into(), id.into(), flags);
                 write_descriptor(pair, size, index, &raw);
             }
@@ -139,24 +142,24 @@ impl State {
         let (queue, memory) = (&mut self.pair.queue, &self.pair.memory);
         match *op {
             Op::Pop => {
-                let (before, broken) = (self.taken.heads.len(), queue.broken());
-                if let Some(head) = self.taken.pop(queue, memory) {
-                    assert!(head < self.size && !self.taken.heads[..before].contains(&head));
+                let (before, broken) = (self.in_flight.heads.len(), queue.broken());
+                if let Some(head) = self.in_flight.pop(queue, memory) {
+                    assert!(head < self.size && !self.in_flight.heads[..before].contains(&head));
                     assert_eq!(broken, None);
                 }
             }
-            Op::Abandon => self.taken.abandon(queue),
-            Op::Push { which, len } => self.taken.push(queue, which, len),
+            Op::Abandon => self.in_flight.abandon(queue),
+            Op::Push { which, len } => self.in_flight.push(queue, which, len),
             Op::PushWrong(head) => {
-                if !self.taken.heads.contains(&head) {
+                if !self.in_flight.heads.contains(&head) {
                     assert_eq!(queue.push_used(head, 0), Err(RingError::NotInFlight { head }));
                 }
             }
             Op::Publish => drop(queue.publish()),
             Op::EnableKick => drop(queue.enable_kick()),
             Op::DisableKick => drop(queue.disable_kick()),
-            Op::Waiting { most } => {
-                assert!(queue.waiting(most.into()).unwrap_or(0) <= self.size.min(most.into()));
+            Op::Waiting { limit } => {
+                assert!(queue.waiting(limit.into()).unwrap_or(0) <= self.size.min(limit.into()));
             }
             _ => {}
         }
@@ -174,9 +177,10 @@ impl State {
                 }
             }
             Op::DriverPublish => drop(driver.publish()),
-            Op::TakeUsed => {
+            Op::DriverPopUsed => {
                 if let Ok(Some(done)) = driver.pop_used() {
-                    let completed = &mut self.tokens[usize::try_from(done.token).expect("a token of ours")];
+                    let completed =
+                        &mut self.tokens[usize::try_from(done.token).expect("a token that was added")];
                     assert!(!std::mem::replace(completed, true), "completed twice");
                     assert!(done.len <= 70);
                 }
@@ -206,11 +210,11 @@ impl State {
         let (queue, driver) = (&self.pair.queue, &self.pair.driver);
         assert_eq!(
             usize::from(queue.in_flight()),
-            self.taken.heads.len() + usize::from(self.lost.0),
+            self.in_flight.heads.len() + usize::from(self.lost.0),
             "after {op:?}"
         );
         assert!(
-            self.taken.heads.len() + usize::from(queue.unpublished()) <= usize::from(self.size),
+            self.in_flight.heads.len() + usize::from(queue.unpublished()) <= usize::from(self.size),
             "after {op:?}"
         );
         assert_eq!(queue.undelivered(), self.lost.1, "after {op:?}");

@@ -9,7 +9,7 @@ use vdpa_core::features::Features;
 use vdpa_core::ring::Ring;
 use vdpa_core::testing::RingPair;
 use vdpa_core::vq::QueueState;
-use vdpa_fuzz::ring::{Taken, descriptor, memory_bytes, poke, protect, write_descriptor, write_indirect};
+use vdpa_fuzz::ring::{InFlight, descriptor, memory_bytes, poke, protect, write_descriptor, write_indirect};
 
 #[derive(Arbitrary, Debug)]
 struct Input {
@@ -50,16 +50,17 @@ enum Op {
         bytes: [u8; 16],
     },
     /// Makes the chain that starts at `head` available.
-    Offer {
+    MakeAvailable {
         head: u16,
     },
     /// Stores any available index.
-    Index(u16),
+    SetAvailIndex(u16),
     Protect {
         at: u16,
         pages: u8,
         perm: u8,
     },
+    /// Lets one memory access fail, after this many that succeed.
     Fail(u8),
     Pop,
     Abandon,
@@ -67,6 +68,7 @@ enum Op {
         which: u8,
         len: u32,
     },
+    /// Completes a head that may not be in flight.
     PushWrong(u16),
     Publish,
     EnableKick,
@@ -86,11 +88,11 @@ fuzz_target!(|input: Input| {
     let bytes = memory_bytes(&pair);
     let [desc, avail, used] = pair.areas();
     let state = QueueState::Split { avail_index: input.start };
-    let queue = Ring::new(size, features, desc, avail, used, state).expect("a ring in place");
+    let queue = Ring::new(size, features, desc, avail, used, state).expect("the areas have the right sizes");
     pair.queue = if input.refuse_indirect { queue.refuse_unnegotiated_indirect(features) } else { queue };
 
-    let mut taken = Taken::default();
-    let mut offered = input.start;
+    let mut in_flight = InFlight::default();
+    let mut avail_index = input.start;
     for op in input.ops.iter().take(400) {
         match *op {
             Op::Poke { at, bytes: raw } => poke(&pair.memory, bytes, at, raw),
@@ -103,25 +105,25 @@ fuzz_target!(|input: Input| {
                 write_indirect(&pair, table, index, &raw);
             }
             Op::Raw { index, bytes } => write_descriptor(&pair, size, index, &bytes),
-            Op::Offer { head } => {
-                let at = pair.ring.avail + 4 + u64::from(offered % size) * 2;
+            Op::MakeAvailable { head } => {
+                let at = pair.ring.avail + 4 + u64::from(avail_index % size) * 2;
                 pair.memory.poke(at, &head.to_le_bytes());
-                offered = offered.wrapping_add(1);
-                pair.memory.poke(pair.ring.avail + 2, &offered.to_le_bytes());
+                avail_index = avail_index.wrapping_add(1);
+                pair.memory.poke(pair.ring.avail + 2, &avail_index.to_le_bytes());
             }
-            Op::Index(index) => {
-                offered = index;
+            Op::SetAvailIndex(index) => {
+                avail_index = index;
                 pair.memory.poke(pair.ring.avail + 2, &index.to_le_bytes());
             }
             Op::Protect { at, pages, perm } => protect(&pair.memory, bytes, at, pages, perm),
             Op::Fail(accesses) => pair.memory.fail_after(accesses.into()),
             Op::Pop => {
                 let broken = pair.queue.broken();
-                let head = taken.pop(&mut pair.queue, &pair.memory);
+                let head = in_flight.pop(&mut pair.queue, &pair.memory);
                 assert!(head.is_none_or(|head| head < size && broken.is_none()));
             }
-            Op::Abandon => taken.abandon(&mut pair.queue),
-            Op::Push { which, len } => taken.push(&mut pair.queue, which, len),
+            Op::Abandon => in_flight.abandon(&mut pair.queue),
+            Op::Push { which, len } => in_flight.push(&mut pair.queue, which, len),
             Op::PushWrong(head) => {
                 if head >= size {
                     assert!(pair.queue.push_used(head, 0).is_err());
@@ -136,7 +138,7 @@ fuzz_target!(|input: Input| {
             Op::DisableKick => drop(pair.queue.disable_kick()),
             Op::Waiting => assert!(pair.queue.waiting(u16::MAX).unwrap_or(0) <= size),
         }
-        assert_eq!(usize::from(pair.queue.in_flight()), taken.heads.len(), "after {op:?}");
+        assert_eq!(usize::from(pair.queue.in_flight()), in_flight.heads.len(), "after {op:?}");
         assert!(pair.queue.in_flight() + pair.queue.unpublished() <= size, "after {op:?}");
     }
 });

@@ -1,4 +1,4 @@
-//! Saved state: the envelope, the sections, and what a restore checks before it touches a device.
+//! Saved state: the envelope, the sections, and the checks of a restore before it accesses a device.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -29,7 +29,7 @@ fn check(bytes: &[u8]) {
         Err(error) => return assert!(!error.to_string().is_empty()),
     };
     assert!(sections.iter().map(|s| s.payload.len() + s.name.len()).sum::<usize>() <= bytes.len());
-    assert_eq!(state::encode(&sections).as_deref(), Ok(bytes), "what is read is written the same");
+    assert_eq!(state::encode(&sections).as_deref(), Ok(bytes), "encoding gives the decoded bytes");
     let mut again = sections.clone();
     if let Ok(state) = v1::State::take(&mut again) {
         state.put(&mut again).expect("its names were just taken");
@@ -56,7 +56,7 @@ fn adopt(features: Features, size: u16, driver: v1::Driver) {
     let ring = features & Features::of(&[Features::RING_EVENT_IDX]);
     let pair = Pair::new(size, ring);
     let driver = adopt_driver(driver, size, ring);
-    // What is in flight lies in the tables, as far as the state says so.
+    // Write the descriptors of the requests in flight to the table, as far as the state describes them.
     for request in &driver.in_flight {
         for (at, index) in request.descriptors.iter().enumerate().filter(|(_, index)| **index < size) {
             let next = request.descriptors.get(at + 1);
@@ -74,7 +74,7 @@ fn adopt(features: Features, size: u16, driver: v1::Driver) {
         let in_flight = driver.in_flight();
         let free = driver.free();
         for _ in 0..free {
-            driver.add(&[Buffer { iova: 0, len: 1 }], &[], 0).expect("it said that it has room");
+            driver.add(&[Buffer { iova: 0, len: 1 }], &[], 0).expect("there are free descriptors");
         }
         assert_eq!((driver.free(), driver.in_flight()), (0, in_flight + free));
     }

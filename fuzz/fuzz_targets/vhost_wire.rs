@@ -1,4 +1,4 @@
-//! Ioctl arguments and IOTLB messages, alone and as requests of this process on a device file.
+//! Ioctl arguments and IOTLB messages: parsed alone, and as requests of this process on a device file.
 #![no_main]
 
 use std::sync::Arc;
@@ -6,6 +6,8 @@ use std::sync::Arc;
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
 use parking_lot::Mutex;
+use vdpa_backend::front::fuse::{DeviceFile, IoctlCall, Opener};
+use vdpa_backend::front::vhost::{VhostVdpaFile, fuzzing};
 use vdpa_core::Errno;
 use vdpa_core::device::Device;
 use vdpa_core::features::{BackendFeatures, Features};
@@ -16,45 +18,45 @@ use vdpa_core::vq::{QueueSetup, QueueState};
 use vdpa_sys::guest::{GuestMemory, LinuxHost};
 use vdpa_sys::process::Spaces;
 use vdpa_sys::uapi::vhost as uapi;
-use vdpa_backend::front::fuse::{DeviceFile, IoctlCall, Opener};
-use vdpa_backend::front::vhost::{VhostVdpaFile, fuzzing};
 
 #[derive(Arbitrary, Debug)]
 enum Op {
-    Known { request: u8, argument: Vec<u8>, place: Place },
-    Any { cmd: u32, argument: Vec<u8>, place: Place },
+    KnownIoctl { request: u8, argument: Vec<u8>, address: Address },
+    AnyIoctl { cmd: u32, argument: Vec<u8>, address: Address },
     Write(Vec<u8>),
-    Message { version: u8, asid: u8, iova: u32, size: u16, uaddr: Place, perm: u8, kind: u8 },
+    Message { version: u8, asid: u8, iova: u32, size: u16, uaddr: Address, perm: u8, kind: u8 },
     Reopen,
 }
 
 /// An address in this process.
 #[derive(Arbitrary, Clone, Copy, Debug)]
-enum Place {
-    /// Memory for answers.
+enum Address {
+    /// Memory of this process that holds the argument and takes the answer.
     Scratch,
     Null,
     /// The last byte of the 64-bit space.
     Top,
-    /// Where no process has memory.
-    Nowhere,
+    /// An address that no process can map.
+    Unmapped,
 }
 
 fuzz_target!(|ops: Vec<Op>| {
-    let device: Box<dyn Parent<Host = LinuxHost>> = Box::new(Idle::new());
+    let device: Box<dyn Parent<Host = LinuxHost>> = Box::new(IdleParent::new());
     let device = Arc::new(Mutex::new(Device::new(device)));
     let file = VhostVdpaFile::new("fuzz".into(), Arc::clone(&device), Spaces::new());
     let opener = Opener { handle: 1, uid: 0, tid: 0, flags: 0 };
-    file.open(&opener).expect("nobody has it open");
+    file.open(&opener).expect("the device is closed");
     let mut scratch = vec![0_u64; 1024];
     let tid = std::process::id();
     for op in ops.iter().take(40) {
         match op {
-            Op::Known { request, argument, place } => {
+            Op::KnownIoctl { request, argument, address } => {
                 let (_, cmd) = uapi::REQUESTS[usize::from(*request) % uapi::REQUESTS.len()];
-                ioctl(&file, tid, cmd, argument, *place, &mut scratch);
+                ioctl(&file, tid, cmd, argument, *address, &mut scratch);
             }
-            Op::Any { cmd, argument, place } => ioctl(&file, tid, *cmd, argument, *place, &mut scratch),
+            Op::AnyIoctl { cmd, argument, address } => {
+                ioctl(&file, tid, *cmd, argument, *address, &mut scratch)
+            }
             Op::Write(data) => write(&file, tid, data),
             Op::Message { version, asid, iova, size, uaddr, perm, kind } => {
                 let mut bytes = vec![0; 72];
@@ -62,7 +64,7 @@ fuzz_target!(|ops: Vec<Op>| {
                 bytes[4..8].copy_from_slice(&u32::from(*asid).to_ne_bytes());
                 bytes[8..16].copy_from_slice(&u64::from(*iova).to_ne_bytes());
                 bytes[16..24].copy_from_slice(&u64::from(*size).to_ne_bytes());
-                bytes[24..32].copy_from_slice(&uaddr.address(&mut scratch).to_ne_bytes());
+                bytes[24..32].copy_from_slice(&uaddr.resolve(&mut scratch).to_ne_bytes());
                 bytes[32] = *perm;
                 bytes[33] = *kind;
                 write(&file, tid, &bytes);
@@ -79,19 +81,19 @@ fuzz_target!(|ops: Vec<Op>| {
     assert_eq!(device.lock().mapped().entries, 0);
 });
 
-impl Place {
-    fn address(self, scratch: &mut [u64]) -> u64 {
+impl Address {
+    fn resolve(self, scratch: &mut [u64]) -> u64 {
         match self {
             Self::Scratch => scratch.as_mut_ptr().expose_provenance() as u64,
             Self::Null => 0,
             Self::Top => u64::MAX,
-            Self::Nowhere => 0xffff_8000_0000_0000,
+            Self::Unmapped => 0xffff_8000_0000_0000,
         }
     }
 }
 
-/// As the kernel passes an ioctl on: with as many bytes of the argument as the number says.
-fn ioctl(file: &VhostVdpaFile, tid: u32, cmd: u32, argument: &[u8], place: Place, scratch: &mut [u64]) {
+/// Makes an ioctl as the kernel passes it on: the argument has the size and direction that the request number says.
+fn ioctl(file: &VhostVdpaFile, tid: u32, cmd: u32, argument: &[u8], address: Address, scratch: &mut [u64]) {
     fuzzing::arguments(argument);
     let size = (cmd >> 16 & 0x3fff) as usize;
     let mut input = vec![0; if cmd >> 30 & 1 != 0 { size } else { 0 }];
@@ -105,7 +107,7 @@ fn ioctl(file: &VhostVdpaFile, tid: u32, cmd: u32, argument: &[u8], place: Place
     }
     let out_size = if cmd >> 31 != 0 { size } else { 0 };
     let out_size = u32::try_from(out_size).expect("14 bits");
-    let call = IoctlCall { handle: 1, tid, cmd, arg: place.address(scratch), input: &input, out_size };
+    let call = IoctlCall { handle: 1, tid, cmd, arg: address.resolve(scratch), input: &input, out_size };
     if let Ok(reply) = file.ioctl(&call) {
         assert!(reply.result >= 0);
         assert!(reply.out.len() <= out_size as usize, "{cmd:#x} answers {} bytes", reply.out.len());
@@ -126,12 +128,12 @@ fn write(file: &VhostVdpaFile, tid: u32, data: &[u8]) {
 
 /// A parent that does nothing, with two queues and two address spaces.
 #[derive(Debug)]
-struct Idle {
+struct IdleParent {
     profile: Profile,
     running: [bool; 2],
 }
 
-impl Idle {
+impl IdleParent {
     fn new() -> Self {
         let profile = Profile {
             device_id: 2,
@@ -169,7 +171,7 @@ impl Idle {
     }
 }
 
-impl Parent for Idle {
+impl Parent for IdleParent {
     type Host = LinuxHost;
 
     fn profile(&self) -> &Profile {
@@ -201,7 +203,7 @@ impl Parent for Idle {
     }
 }
 
-impl SetMap<LinuxHost> for Idle {
+impl SetMap<LinuxHost> for IdleParent {
     fn set_map(&mut self, _asid: Asid, _table: &Table<GuestMemory>) -> Result<()> {
         Ok(())
     }

@@ -1,5 +1,5 @@
-//! What the targets need: for `device` an in-memory platform, with processes whose address spaces change and a parent that
-//! refuses and keeps book; for those of the rings what does not depend on the format.
+//! Code that the fuzz targets share: for `device` an in-memory platform with processes whose address spaces change, and a
+//! parent that records and refuses calls; for the ring targets everything that does not depend on the ring format.
 
 pub mod parent;
 pub mod process;

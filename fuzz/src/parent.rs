@@ -1,4 +1,4 @@
-//! A parent that keeps book of what it was told and refuses when asked to.
+//! A parent that records the calls of the device and refuses them on request.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -9,43 +9,43 @@ use vdpa_core::parent::{Dma, DmaMap, Parent, Profile, SetMap};
 use vdpa_core::types::{Asid, IovaRange, QueueIndex, Result};
 use vdpa_core::vq::{QueueSetup, QueueState};
 
-use crate::process::{FuzzHost, Piece, Space};
+use crate::process::{FuzzHost, FuzzMemory, Space};
 
-/// Which of the three ways of translation the parent takes part in.
+/// How the device passes translations to the parent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, arbitrary::Arbitrary)]
-pub enum Way {
+pub enum DmaKind {
     SetMap,
     DmaMap,
     Platform,
 }
 
-/// An entry as the parent knows it: last address, memory, and whether it is waiting for its REMAP.
-pub type Entry = (u64, Piece, bool);
+/// An entry as the parent received it: last address, memory, and whether it is stale.
+pub type Entry = (u64, FuzzMemory, bool);
 
 #[derive(Debug)]
 pub struct FuzzParent {
     pub profile: Profile,
-    pub way: Way,
-    /// The last translation taken, by address space and first address.
+    pub dma_kind: DmaKind,
+    /// The translation accepted last, by address space and first address.
     pub tables: BTreeMap<Asid, BTreeMap<u64, Entry>>,
     pub running: Vec<bool>,
-    /// Bases handed out on a stop; a start must go on from there or from what the client set.
+    /// Position that the last stop returned.
     pub position: u16,
-    /// Translations to refuse next.
+    /// Number of the next translations to refuse.
     pub refuse: u8,
     pub refuse_owner: bool,
     pub refuse_start: bool,
     pub refuse_stop: bool,
-    /// Address spaces whose last table was refused, so that what the parent has may be out of date.
+    /// Address spaces whose last table was refused, so that the parent's table may be outdated.
     pub refused: BTreeSet<Asid>,
 }
 
 impl FuzzParent {
-    pub fn new(profile: Profile, way: Way) -> Self {
+    pub fn new(profile: Profile, dma_kind: DmaKind) -> Self {
         let running = vec![false; usize::from(profile.queues)];
         Self {
             profile,
-            way,
+            dma_kind,
             tables: BTreeMap::new(),
             running,
             position: 0,
@@ -64,7 +64,7 @@ impl FuzzParent {
     }
 }
 
-fn entry(mapping: &Mapping<Piece>) -> (u64, Entry) {
+fn entry(mapping: &Mapping<FuzzMemory>) -> (u64, Entry) {
     (mapping.range.first(), (mapping.range.last(), mapping.memory.clone(), mapping.stale))
 }
 
@@ -118,10 +118,10 @@ impl Parent for FuzzParent {
     }
 
     fn dma(&mut self) -> Dma<'_, FuzzHost> {
-        match self.way {
-            Way::SetMap => Dma::SetMap(self),
-            Way::DmaMap => Dma::DmaMap(self),
-            Way::Platform => Dma::Platform,
+        match self.dma_kind {
+            DmaKind::SetMap => Dma::SetMap(self),
+            DmaKind::DmaMap => Dma::DmaMap(self),
+            DmaKind::Platform => Dma::Platform,
         }
     }
 
@@ -135,7 +135,7 @@ impl Parent for FuzzParent {
 }
 
 impl SetMap<FuzzHost> for FuzzParent {
-    fn set_map(&mut self, asid: Asid, table: &Table<Piece>) -> Result<()> {
+    fn set_map(&mut self, asid: Asid, table: &Table<FuzzMemory>) -> Result<()> {
         if self.refuses() {
             self.refused.insert(asid);
             return Err(Errno::NOSPC);
@@ -147,7 +147,7 @@ impl SetMap<FuzzHost> for FuzzParent {
 }
 
 impl DmaMap<FuzzHost> for FuzzParent {
-    fn dma_map(&mut self, asid: Asid, mapping: &Mapping<Piece>) -> Result<()> {
+    fn dma_map(&mut self, asid: Asid, mapping: &Mapping<FuzzMemory>) -> Result<()> {
         if self.refuses() {
             return Err(Errno::NOSPC);
         }

@@ -1,4 +1,4 @@
-//! Processes made of a few pages, so that ranges meet often.
+//! Processes with few pages, so that ranges often overlap or adjoin.
 
 use std::sync::Arc;
 
@@ -6,7 +6,7 @@ use vdpa_core::Errno;
 use vdpa_core::host::{AddressSpace, Caller, Event, Fragment, Host, MemoryObject, PAGE_SIZE, PinAccount};
 use vdpa_core::types::{Perm, Result};
 
-/// Where the first mapping of every process begins.
+/// Address of the first mapping of every process.
 pub const BASE: u64 = 0x10_0000;
 
 #[derive(Clone, Debug)]
@@ -14,18 +14,18 @@ pub struct FuzzHost;
 
 impl Host for FuzzHost {
     type AddressSpace = Space;
-    type Memory = Piece;
-    type Event = Bell;
+    type Memory = FuzzMemory;
+    type Event = FuzzEvent;
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Bell;
+pub struct FuzzEvent;
 
-impl Event for Bell {
+impl Event for FuzzEvent {
     fn signal(&self) {}
 }
 
-/// One VMA.
+/// A VMA of a process, or with `hole` a gap between two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, arbitrary::Arbitrary)]
 pub struct Vma {
     pages: u8,
@@ -36,9 +36,9 @@ pub struct Vma {
     writable: bool,
 }
 
-/// A piece of an object; the bytes do not exist.
+/// A range of a memory object. It has no content.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Piece {
+pub struct FuzzMemory {
     object: u8,
     offset: u64,
     size: u64,
@@ -46,7 +46,7 @@ pub struct Piece {
     space: u32,
 }
 
-impl MemoryObject for Piece {
+impl MemoryObject for FuzzMemory {
     fn is_shared(&self) -> bool {
         self.shared
     }
@@ -56,9 +56,9 @@ impl MemoryObject for Piece {
     }
 
     fn same_object(&self, offset: u64, other: &Self, other_offset: u64) -> bool {
-        let same_place = self.offset + offset == other.offset + other_offset;
+        let same_offset = self.offset + offset == other.offset + other_offset;
         let same_space = self.shared || self.space == other.space;
-        self.object == other.object && self.shared == other.shared && same_space && same_place
+        self.object == other.object && self.shared == other.shared && same_space && same_offset
     }
 }
 
@@ -70,9 +70,9 @@ pub struct Space {
 }
 
 impl AddressSpace for Space {
-    type Memory = Piece;
+    type Memory = FuzzMemory;
 
-    fn resolve(&self, uaddr: u64, size: u64, perm: Perm) -> Result<Vec<Fragment<Piece>>> {
+    fn resolve(&self, uaddr: u64, size: u64, perm: Perm) -> Result<Vec<Fragment<FuzzMemory>>> {
         let end = uaddr.checked_add(size).ok_or(Errno::FAULT)?;
         let mut fragments = Vec::new();
         let mut at = uaddr;
@@ -86,7 +86,7 @@ impl AddressSpace for Space {
                 let size = stop.min(end) - at;
                 let offset = u64::from(vma.offset) * PAGE_SIZE + at - start;
                 let memory =
-                    Piece { object: vma.object % 4, offset, size, shared: vma.shared, space: self.id };
+                    FuzzMemory { object: vma.object % 4, offset, size, shared: vma.shared, space: self.id };
                 fragments.push(Fragment { size, memory });
                 at += size;
             }
@@ -100,7 +100,7 @@ impl AddressSpace for Space {
     }
 }
 
-/// A process. What an exec or a fork makes of it has another identity and another account.
+/// A process. After an exec, and in a forked child, the address space and its account are new ones.
 #[derive(Clone, Debug)]
 pub struct Process {
     pub space: Space,
@@ -114,7 +114,7 @@ impl Process {
         Self { space: Space { id, vmas: vmas.into(), account: Arc::default() }, limit: 64, hidden: false }
     }
 
-    /// A child: the same memory behind the same addresses, in a space of its own.
+    /// A child that has the same memory at the same addresses, in an address space of its own.
     pub fn fork(&self, id: u32) -> Self {
         let space = Space { id, vmas: Arc::clone(&self.space.vmas), account: Arc::default() };
         Self { space, limit: self.limit, hidden: false }

@@ -1,4 +1,4 @@
-//! The parts that the targets of both ring formats share: a driver that writes anywhere in its memory, and a device that
+//! Code that the targets of both ring formats share: a driver that writes anywhere in its memory, and a device that
 //! records the requests in flight.
 
 use vdpa_core::ring::{Chain, Ring, RingError};
@@ -41,12 +41,12 @@ pub fn poke(memory: &TestMemory, bytes: u64, at: u16, raw: [u8; 4]) {
 pub fn protect(memory: &TestMemory, bytes: u64, at: u16, pages: u8, perm: u8) {
     let first = Pair::BASE + u64::from(at) % bytes;
     let range = IovaRange::from_size(first, u64::from(pages).max(1) * TEST_PAGE);
-    memory.protect(range.expect("far from the end"), Perm(perm & 3));
+    memory.protect(range.expect("the range does not wrap"), Perm(perm & 3));
 }
 
 /// The requests in flight on the device side.
 #[derive(Default)]
-pub struct Taken {
+pub struct InFlight {
     chain: Chain,
     /// Head of the request popped last, while it can be abandoned.
     last: Option<u16>,
@@ -54,8 +54,8 @@ pub struct Taken {
     pub heads: Vec<u16>,
 }
 
-impl Taken {
-    /// Pops a request and returns its head. Checks that a failure changes nothing, and that a violation stops the ring for good.
+impl InFlight {
+    /// Pops a request and returns its head. Checks that a failure changes nothing, and that a violation stops the ring permanently.
     pub fn pop(&mut self, queue: &mut Ring<TestArea>, memory: &TestMemory) -> Option<u16> {
         let before = (queue.in_flight(), queue.state());
         self.last = None;

@@ -340,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_is_the_same_however_it_is_cut() {
+    fn a_request_is_the_same_whatever_its_buffer_boundaries() {
         let memory = TestMemory::new(0x1000, 0x400);
         let header = RequestHeader { kind: kind::OUT, ioprio: 0, sector: 77 };
         memory.poke(0x1000, &header.encode());

@@ -11,7 +11,7 @@ pub struct RecordTable {
 }
 
 impl RecordTable {
-    /// Adds one record in pieces that lie within `range`, in order and without overlap.
+    /// Adds one record with fragments within `range`, in order and without overlap.
     pub fn update(&mut self, range: IovaRange, pieces: &[IovaRange]) {
         let record = self.table.open_record(range);
         pieces.iter().for_each(|&piece| self.table.insert(mapping(piece, record)));

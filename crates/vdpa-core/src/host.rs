@@ -143,7 +143,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_account_refuses_what_exceeds_the_limit_and_keeps_the_rest() {
+    fn an_account_refuses_charges_beyond_the_limit_and_keeps_earlier_ones() {
         let account = PinAccount::default();
         account.charge(10, 10).unwrap();
         assert_eq!(account.charge(1, 10), Err(Errno::NOMEM));

@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn groups_are_told_by_the_lowest_bit_of_the_first_byte() {
+    fn groups_have_the_lowest_bit_of_the_first_byte_set() {
         assert!(is_multicast([0xff; 6]) && is_multicast([1, 0, 0x5e, 0, 0, 1]));
         assert!(!is_multicast([2, 1, 1, 1, 1, 1]));
         assert!(is_valid_address([2, 1, 1, 1, 1, 1]) && is_valid_address([0, 0, 0, 0, 0, 1]));

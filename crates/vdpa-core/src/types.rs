@@ -238,10 +238,10 @@ mod tests {
         assert!(IovaRange::from_size(u64::MAX, 2).is_none());
         assert!(IovaRange::from_size(0, 0).is_none());
         assert_eq!(IovaRange::ALL.size(), u64::MAX);
-        assert!(serde_json_free_roundtrip(range));
+        assert!(round_trips(range));
     }
 
-    fn serde_json_free_roundtrip(range: IovaRange) -> bool {
+    fn round_trips(range: IovaRange) -> bool {
         IovaRange::try_from(<(u64, u64)>::from(range)) == Ok(range) && IovaRange::try_from((2, 1)).is_err()
     }
 

@@ -1,8 +1,8 @@
-//! Batches against a naive model: UPDATE, INVALIDATE and REMAP in any order, in and out of batches, with a parent that
-//! refuses now and then.
+//! Batches compared with a naive model: UPDATE, INVALIDATE and REMAP in any order, inside and outside of batches, with a
+//! parent that refuses some of the tables.
 //!
-//! The model knows pages only: a slot is four pages, each of which belongs to a fragment or to none. A REMAP may map
-//! less than before, or more, as private memory is left out.
+//! The model works on pages: a slot has four pages, each of which belongs to a fragment or to none. A REMAP may map fewer
+//! or more pages than before, because private memory is skipped.
 #![expect(clippy::unwrap_used, reason = "a test that cannot set up its device must fail")]
 
 use std::collections::BTreeMap;
@@ -18,8 +18,8 @@ const PAGE: u64 = 4096;
 const SLOTS: u64 = 2;
 const A0: Asid = Asid(0);
 
-/// First page, pages, and at which of the addresses of the object. Of address 1 the halves are two mappings; of address
-/// 2 the high one is private, and of address 3 the low one.
+/// First page, number of pages, and index of the user address at which the object is mapped: 0 is one mapping, 1 has a
+/// mapping for each half, at 2 the high half is private, and at 3 the low half.
 type Fragment = (u64, u64, usize);
 
 #[derive(Clone, Copy, Debug)]
@@ -28,7 +28,7 @@ enum Op {
     End,
     /// Maps a part of a slot from one of the addresses.
     Update(u64, Part, usize),
-    /// Removes what overlaps one page.
+    /// Removes the fragments that contain one page.
     Invalidate(u64, u64),
     /// Remaps a part of a slot to one of the addresses.
     Remap(u64, Part, usize),
@@ -65,7 +65,7 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
-/// One UPDATE: its slot and pages, what is left of it, and whether an INVALIDATE has taken a part.
+/// One UPDATE: its slot and pages, the fragments that are left, and whether an INVALIDATE removed a part.
 #[derive(Clone, Debug)]
 struct Record {
     slot: u64,
@@ -81,10 +81,10 @@ struct Model {
     table: bool,
     records: Records,
     next: u32,
-    /// In a batch, from its first REMAP on: what there would be without its REMAPs.
+    /// `Some` in a batch. From the first REMAP of the batch on: the records as they would be without its REMAPs.
     batch: Option<Option<Records>>,
     refuse: u32,
-    /// What the parent was given last.
+    /// The table that the parent accepted last.
     parent: Vec<(u64, Fragment)>,
 }
 
@@ -117,20 +117,20 @@ fn overlaps(fragments: &[Fragment], taken: &[u64]) -> bool {
     fragments.iter().flat_map(pages).any(|page| taken.contains(&page))
 }
 
-/// Removes each fragment that has one of the pages, and returns all the pages these had.
+/// Removes the fragments that contain one of the pages, and returns all pages of these fragments.
 fn take(records: &mut Records, slot: u64, taken: &[u64]) -> Vec<u64> {
-    let mut gone = Vec::new();
+    let mut removed = Vec::new();
     for record in records.values_mut().filter(|record| record.slot == slot) {
         let (out, left) = record.fragments.iter().partition(|fragment| overlaps(&[**fragment], taken));
         record.fragments = left;
         record.broken |= !Vec::is_empty(&out);
-        gone.extend(out.iter().flat_map(pages));
+        removed.extend(out.iter().flat_map(pages));
     }
     records.retain(|_, record| !record.fragments.is_empty());
-    gone
+    removed
 }
 
-/// Copies fragments that have one of the pages to where there is nothing.
+/// Copies the fragments of `from` that contain one of the pages and do not overlap a fragment of `to`.
 fn copy(from: &Records, to: &mut Records, slot: u64, wanted: &[u64]) {
     for (id, record) in from.iter().filter(|(_, record)| record.slot == slot) {
         for fragment in record.fragments.iter().filter(|fragment| overlaps(&[**fragment], wanted)) {
@@ -144,7 +144,7 @@ fn copy(from: &Records, to: &mut Records, slot: u64, wanted: &[u64]) {
 }
 
 impl Model {
-    fn tell(&mut self) -> Result<(), Errno> {
+    fn set_map(&mut self) -> Result<(), Errno> {
         if self.refuse > 0 {
             self.refuse -= 1;
             return Err(Errno::FAULT);
@@ -163,11 +163,11 @@ impl Model {
             Op::Update(slot, part, at) => return self.update(slot, part, at),
             _ if !self.table => return Err(Errno::FAULT),
             Op::Invalidate(slot, page) => {
-                let mut gone = take(&mut self.records, slot, &[page]);
-                gone.push(page);
-                self.follow(slot, &gone, &[]);
+                let mut removed = take(&mut self.records, slot, &[page]);
+                removed.push(page);
+                self.update_rollback(slot, &removed, &[]);
                 if self.batch.is_none() {
-                    let _ = self.tell();
+                    let _ = self.set_map();
                 }
             }
             Op::Remap(slot, part, at) => return self.remap(slot, part, at),
@@ -176,8 +176,9 @@ impl Model {
         Ok(())
     }
 
-    /// What END would go back to loses these pages, and has what is there now in place of what it lost.
-    fn follow(&mut self, slot: u64, taken: &[u64], added: &[u64]) {
+    /// Updates the records that a failed END restores: they lose the fragments with these pages, and get the present
+    /// fragments in their place.
+    fn update_rollback(&mut self, slot: u64, taken: &[u64], added: &[u64]) {
         if let Some(Some(other)) = &mut self.batch {
             let lost = take(other, slot, taken);
             copy(&self.records, other, slot, &[&lost, added].concat());
@@ -198,10 +199,10 @@ impl Model {
         }
         let added: Vec<_> = fragments.iter().flat_map(pages).collect();
         self.records.insert(id, Record { slot, pages: part.pages(), fragments, broken: false });
-        self.follow(slot, &added, &added);
-        if self.batch.is_none() && self.tell().is_err() {
+        self.update_rollback(slot, &added, &added);
+        if self.batch.is_none() && self.set_map().is_err() {
             self.records.remove(&id);
-            let _ = self.tell();
+            let _ = self.set_map();
             return Err(Errno::FAULT);
         }
         Ok(())
@@ -219,7 +220,7 @@ impl Model {
                 .find(move |(_, record)| record.slot == slot && record.fragments.contains(&hit))
         };
         let is_whole = |record: &Record| record.pages == part.pages() && !record.broken;
-        // Two records may have the same range, each in the gaps of the other: that of the lower entry is meant.
+        // Two records may have the same range, each in the gaps of the other. REMAP means the one with the lower entry.
         let by_range = hits.iter().copied().filter_map(of).find(|(_, record)| is_whole(record));
         let hit = hits.first().copied().filter(|hit| (hit.0, hit.1) == part.pages());
         let found = by_range.or_else(|| of(hit?));
@@ -242,23 +243,23 @@ impl Model {
                 other.get_or_insert(before);
                 Ok(())
             }
-            None => self.tell().inspect_err(|_| {
+            None => self.set_map().inspect_err(|_| {
                 self.records = before;
-                let _ = self.tell();
+                let _ = self.set_map();
             }),
         }
     }
 
     fn end(&mut self) -> Result<(), Errno> {
         let Some(other) = self.batch.take() else { return Ok(()) };
-        if self.tell().is_ok() {
+        if self.set_map().is_ok() {
             return Ok(());
         }
         let remapped = other.is_some();
         if let Some(other) = other {
             self.records = other;
         }
-        let _ = self.tell();
+        let _ = self.set_map();
         if remapped { Err(Errno::FAULT) } else { Ok(()) }
     }
 }

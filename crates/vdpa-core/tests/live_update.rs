@@ -22,7 +22,7 @@ const LIVE: BackendFeatures =
     BackendFeatures::of(&[BackendFeatures::NEW_OWNER, BackendFeatures::IOTLB_REMAP]);
 
 /// An open device with an owner that has mapped `object`, 8 pages, at [`IOVA`].
-struct Bench {
+struct Rig {
     node: Node<RamBlk>,
     device: InProcess<RamBlk, TestProcess>,
     owner: TestProcess,
@@ -30,23 +30,23 @@ struct Bench {
     uaddr: u64,
 }
 
-fn unmapped(blk: RamBlk) -> Bench {
+fn unmapped(blk: RamBlk) -> Rig {
     let node = Node::new(blk);
     let (owner, object) = (TestProcess::new(), TestObject::new(8 * PAGE));
     let uaddr = owner.map(&object);
     let device = node.open(owner.clone()).unwrap();
     device.set_owner().unwrap();
-    Bench { node, device, owner, object, uaddr }
+    Rig { node, device, owner, object, uaddr }
 }
 
-fn bench(blk: RamBlk) -> Bench {
-    let bench = unmapped(blk);
-    bench.device.dma_map(A0, IOVA, 8 * PAGE, bench.uaddr, Perm::RW).unwrap();
-    bench
+fn rig(blk: RamBlk) -> Rig {
+    let rig = unmapped(blk);
+    rig.device.dma_map(A0, IOVA, 8 * PAGE, rig.uaddr, Perm::RW).unwrap();
+    rig
 }
 
-fn addresses() -> Bench {
-    bench(RamBlk::new(8))
+fn owner_addresses() -> Rig {
+    rig(RamBlk::new(8))
 }
 
 fn mode(mode: AddressMode) -> RamBlk {
@@ -56,21 +56,21 @@ fn mode(mode: AddressMode) -> RamBlk {
     })
 }
 
-fn pinned() -> Bench {
-    bench(mode(AddressMode::PinnedPages))
+fn pinned() -> Rig {
+    rig(mode(AddressMode::PinnedPages))
 }
 
 /// Another process, which has the object mapped elsewhere.
-fn successor(bench: &Bench) -> (InProcess<RamBlk, TestProcess>, u64) {
+fn successor(rig: &Rig) -> (InProcess<RamBlk, TestProcess>, u64) {
     let process = TestProcess::new();
     let _ = process.map_new(64 * PAGE);
-    let uaddr = process.map(&bench.object);
-    (bench.device.for_caller(process), uaddr)
+    let uaddr = process.map(&rig.object);
+    (rig.device.for_caller(process), uaddr)
 }
 
-impl Bench {
-    fn parent<R>(&self, look: impl FnOnce(&mut RamBlk) -> R) -> R {
-        self.node.with(|device| look(device.parent_mut()))
+impl Rig {
+    fn parent<R>(&self, access: impl FnOnce(&mut RamBlk) -> R) -> R {
+        self.node.with(|device| access(device.parent_mut()))
     }
 
     fn mappings(&self) -> Vec<(u64, u64, u64)> {
@@ -86,15 +86,15 @@ impl Bench {
     }
 }
 
-/// Queue 0 and its driver, in the object of a bench.
+/// Queue 0 and its driver, in the object of a [`Rig`].
 struct Driver {
     ring: SplitDriver<TableArea<TestPiece>>,
     call: TestEvent,
     memory: TableMemory<TestPiece>,
 }
 
-fn drive(bench: &Bench) -> Driver {
-    let (device, call) = (&bench.device, TestEvent::default());
+fn drive(rig: &Rig) -> Driver {
+    let (device, call) = (&rig.device, TestEvent::default());
     let features = Features::of(&[Features::VERSION_1, Features::ACCESS_PLATFORM]);
     device.set_features(features).unwrap();
     device.set_status(Status(11)).unwrap();
@@ -105,7 +105,7 @@ fn drive(bench: &Bench) -> Driver {
     device.set_vring_call(Q0, Some(&call)).unwrap();
     device.set_vring_enable(Q0, true).unwrap();
     device.set_status(Status(15)).unwrap();
-    let memory = view_of(&bench.object);
+    let memory = view_of(&rig.object);
     let area = |at, size| memory.area(at, size, Perm::RW).unwrap();
     let ring =
         SplitDriver::new(8, features, area(IOVA, 128), area(IOVA + PAGE, 22), area(IOVA + 2 * PAGE, 70));
@@ -125,224 +125,224 @@ fn view_of(object: &TestObject) -> TableMemory<TestPiece> {
 }
 
 impl Driver {
-    /// Submits a read of sector 0 and kicks; whether it completed.
-    fn read(&mut self, bench: &Bench) -> bool {
+    /// Submits a read of sector 0 and kicks. Returns whether it completed.
+    fn read(&mut self, rig: &Rig) -> bool {
         let header = RequestHeader { kind: kind::IN, ioprio: 0, sector: 0 };
         self.memory.write(IOVA + 3 * PAGE, &header.encode()).unwrap();
         let buffer = |at, len| Buffer { iova: IOVA + at, len };
         let writable = [buffer(4 * PAGE, 512), buffer(5 * PAGE, 1)];
         self.ring.add(&[buffer(3 * PAGE, 16)], &writable, 1).unwrap();
         self.ring.publish().unwrap();
-        self.kick(bench)
+        self.kick(rig)
     }
 
-    fn kick(&mut self, bench: &Bench) -> bool {
-        bench.parent(RamBlk::serve);
+    fn kick(&mut self, rig: &Rig) -> bool {
+        rig.parent(RamBlk::serve);
         self.ring.pop_used().unwrap().is_some()
     }
 }
 
 #[test]
-fn n1_the_owner_is_told_before_its_pages_are_counted_twice() {
-    let bench = pinned();
-    bench.owner.set_memlock_pages(8);
-    assert_eq!(bench.device.new_owner(), Err(Errno::BUSY));
+fn n1_the_owner_itself_is_refused_before_its_pages_are_charged() {
+    let rig = pinned();
+    rig.owner.set_memlock_pages(8);
+    assert_eq!(rig.device.new_owner(), Err(Errno::BUSY));
 }
 
 #[test]
-fn n2_a_parent_that_refuses_the_heir_changes_nothing() {
-    let bench = pinned();
-    let (successor, _) = successor(&bench);
-    bench.parent(|blk| blk.refuse_owner(true));
+fn n2_a_new_owner_that_the_parent_refuses_changes_nothing() {
+    let rig = pinned();
+    let (successor, _) = successor(&rig);
+    rig.parent(|blk| blk.refuse_owner(true));
     assert_eq!(successor.new_owner(), Err(Errno::IO));
-    assert_eq!((bench.owner.pinned_pages(), successor.caller().pinned_pages()), (8, 0));
-    assert_eq!(bench.device.set_vring_num(Q0, 8), Ok(()));
-    bench.parent(|blk| blk.refuse_owner(false));
+    assert_eq!((rig.owner.pinned_pages(), successor.caller().pinned_pages()), (8, 0));
+    assert_eq!(rig.device.set_vring_num(Q0, 8), Ok(()));
+    rig.parent(|blk| blk.refuse_owner(false));
     successor.new_owner().unwrap();
 }
 
 #[test]
-fn n3_a_parent_without_a_word_offers_neither() {
-    let bench = bench(RamBlk::new(8).with(|p| p.backend_features = BackendFeatures::NONE));
-    assert_eq!(bench.device.backend_features().unwrap() & LIVE, BackendFeatures::NONE);
-    assert_eq!(successor(&bench).0.new_owner(), Err(Errno::OPNOTSUPP));
-    assert_eq!(bench.device.dma_remap(A0, IOVA, 8 * PAGE, bench.uaddr), Err(Errno::FAULT));
+fn n3_a_parent_without_backend_features_offers_neither() {
+    let rig = rig(RamBlk::new(8).with(|p| p.backend_features = BackendFeatures::NONE));
+    assert_eq!(rig.device.backend_features().unwrap() & LIVE, BackendFeatures::NONE);
+    assert_eq!(successor(&rig).0.new_owner(), Err(Errno::OPNOTSUPP));
+    assert_eq!(rig.device.dma_remap(A0, IOVA, 8 * PAGE, rig.uaddr), Err(Errno::FAULT));
 }
 
 #[test]
-fn n4_the_old_owner_may_live_on_and_has_lost_its_rights() {
-    let bench = addresses();
-    let (successor, _) = successor(&bench);
+fn n4_the_old_owner_may_keep_running_and_loses_its_rights() {
+    let rig = owner_addresses();
+    let (successor, _) = successor(&rig);
     successor.new_owner().unwrap();
-    assert_eq!(bench.device.set_vring_num(Q0, 8), Err(Errno::PERM));
-    assert_eq!(bench.device.dma_unmap(A0, IOVA, 1), Err(Errno::FAULT));
-    assert_eq!(bench.device.status(), Ok(Status::RESET), "what needs no owner still works");
+    assert_eq!(rig.device.set_vring_num(Q0, 8), Err(Errno::PERM));
+    assert_eq!(rig.device.dma_unmap(A0, IOVA, 1), Err(Errno::FAULT));
+    assert_eq!(rig.device.status(), Ok(Status::RESET), "requests that need no owner still work");
 }
 
 #[test]
-fn n5_the_limit_is_the_heirs_soft_memlock() {
-    let bench = pinned();
-    let (successor, _) = successor(&bench);
+fn n5_the_limit_is_the_new_owners_soft_memlock() {
+    let rig = pinned();
+    let (successor, _) = successor(&rig);
     successor.caller().set_memlock_pages(7);
     assert_eq!(successor.new_owner(), Err(Errno::NOMEM));
-    assert_eq!(bench.device.set_vring_num(Q0, 8), Ok(()), "ownership is unchanged");
+    assert_eq!(rig.device.set_vring_num(Q0, 8), Ok(()), "ownership is unchanged");
     successor.caller().set_memlock_pages(8);
     successor.new_owner().unwrap();
-    assert_eq!((bench.owner.pinned_pages(), successor.caller().pinned_pages(), bench.pins()), (0, 8, 8));
+    assert_eq!((rig.owner.pinned_pages(), successor.caller().pinned_pages(), rig.pins()), (0, 8, 8));
 }
 
 #[test]
-fn r1_the_parent_is_given_the_new_address() {
-    let bench = addresses();
-    let (successor, uaddr) = successor(&bench);
+fn r1_the_parent_gets_the_new_address() {
+    let rig = owner_addresses();
+    let (successor, uaddr) = successor(&rig);
     successor.new_owner().unwrap();
     successor.dma_remap(A0, IOVA, 8 * PAGE, uaddr).unwrap();
-    assert_eq!(bench.mappings(), bench.whole(uaddr));
-    bench.parent(|blk| blk.refuse_mappings(1));
+    assert_eq!(rig.mappings(), rig.whole(uaddr));
+    rig.parent(|blk| blk.refuse_mappings(1));
     assert_eq!(
-        successor.dma_remap(A0, IOVA, 8 * PAGE, successor.caller().map(&bench.object)),
+        successor.dma_remap(A0, IOVA, 8 * PAGE, successor.caller().map(&rig.object)),
         Err(Errno::FAULT)
     );
-    assert_eq!(bench.mappings(), bench.whole(uaddr), "a refusal restores the address");
+    assert_eq!(rig.mappings(), rig.whole(uaddr), "a refusal restores the address");
 }
 
 /// An owner with the object in two adjoining mappings of 3 and 5 pages, mapped for the device by one UPDATE.
-fn in_two_fragments() -> (Bench, u64) {
-    let bench = unmapped(RamBlk::new(8));
-    let uaddr = bench.owner.map_part(&bench.object, 0, 3 * PAGE, true);
-    let _ = bench.owner.map_next(&bench.object, 3 * PAGE, 5 * PAGE, true);
-    bench.device.dma_map(A0, IOVA, 8 * PAGE, uaddr, Perm::RW).unwrap();
-    assert_eq!(bench.mappings().len(), 2);
-    (bench, uaddr)
+fn in_two_fragments() -> (Rig, u64) {
+    let rig = unmapped(RamBlk::new(8));
+    let uaddr = rig.owner.map_part(&rig.object, 0, 3 * PAGE, true);
+    let _ = rig.owner.map_next(&rig.object, 3 * PAGE, 5 * PAGE, true);
+    rig.device.dma_map(A0, IOVA, 8 * PAGE, uaddr, Perm::RW).unwrap();
+    assert_eq!(rig.mappings().len(), 2);
+    (rig, uaddr)
 }
 
 #[test]
 fn r2_o4_remap_names_a_whole_update_or_one_fragment() {
-    let (bench, uaddr) = in_two_fragments();
+    let (rig, uaddr) = in_two_fragments();
     let remap =
-        |at: u64, pages: u64| bench.device.dma_remap(A0, IOVA + at * PAGE, pages * PAGE, uaddr + at * PAGE);
+        |at: u64, pages: u64| rig.device.dma_remap(A0, IOVA + at * PAGE, pages * PAGE, uaddr + at * PAGE);
     assert_eq!(remap(0, 8), Ok(()), "the UPDATE");
     assert_eq!((remap(0, 3), remap(3, 5)), (Ok(()), Ok(())), "each fragment");
     for (at, pages) in [(0, 4), (0, 2), (1, 7), (0, 9)] {
         assert_eq!(remap(at, pages), Err(Errno::FAULT), "{at} {pages}");
     }
-    bench.device.dma_unmap(A0, IOVA, 1).unwrap();
+    rig.device.dma_unmap(A0, IOVA, 1).unwrap();
     assert_eq!(remap(0, 8), Err(Errno::FAULT), "the record is broken");
-    assert_eq!(remap(3, 5), Ok(()), "what survives can be named alone");
+    assert_eq!(remap(3, 5), Ok(()), "the fragment that is left can be named");
 }
 
 #[test]
 fn r3_pinned_pages_are_never_remapped_whatever_the_parent_claims() {
     for mode_ in [AddressMode::PinnedPages, AddressMode::Pinned, AddressMode::Objects] {
-        let bench = bench(mode(mode_));
-        assert_eq!(bench.device.backend_features().unwrap() & LIVE, BackendFeatures(0x200));
-        let pins = bench.pins();
-        assert_eq!(bench.device.dma_remap(A0, IOVA, 8 * PAGE, bench.uaddr), Err(Errno::FAULT));
-        let (successor, _) = successor(&bench);
+        let rig = rig(mode(mode_));
+        assert_eq!(rig.device.backend_features().unwrap() & LIVE, BackendFeatures(0x200));
+        let pins = rig.pins();
+        assert_eq!(rig.device.dma_remap(A0, IOVA, 8 * PAGE, rig.uaddr), Err(Errno::FAULT));
+        let (successor, _) = successor(&rig);
         successor.new_owner().unwrap();
-        assert_eq!((bench.pins(), bench.mappings().len()), (pins, 1), "nothing is stale");
+        assert_eq!((rig.pins(), rig.mappings().len()), (pins, 1), "nothing is stale");
     }
 }
 
 #[test]
 fn r4_fragments_follow_the_new_address_space() {
-    let (bench, _) = in_two_fragments();
-    let (successor, uaddr) = successor(&bench);
+    let (rig, _) = in_two_fragments();
+    let (successor, uaddr) = successor(&rig);
     successor.new_owner().unwrap();
     successor.dma_remap(A0, IOVA, 8 * PAGE, uaddr).unwrap();
-    assert_eq!(bench.mappings(), bench.whole(uaddr), "two became one");
+    assert_eq!(rig.mappings(), rig.whole(uaddr), "two fragments became one");
 
-    let bench = bench_unverified();
-    let partly = bench.owner.map_part(&bench.object, 0, 3 * PAGE, true);
-    let _ = bench.owner.map_next(&bench.object, 3 * PAGE, 5 * PAGE, false);
-    bench.device.dma_remap(A0, IOVA, 8 * PAGE, partly).unwrap();
-    assert_eq!(bench.mappings(), [(IOVA, IOVA + 3 * PAGE - 1, partly)], "the private part stays unmapped");
-    let private = bench.owner.map_part(&bench.object, 0, 8 * PAGE, false);
+    let rig = unverified();
+    let partly = rig.owner.map_part(&rig.object, 0, 3 * PAGE, true);
+    let _ = rig.owner.map_next(&rig.object, 3 * PAGE, 5 * PAGE, false);
+    rig.device.dma_remap(A0, IOVA, 8 * PAGE, partly).unwrap();
+    assert_eq!(rig.mappings(), [(IOVA, IOVA + 3 * PAGE - 1, partly)], "the private part stays unmapped");
+    let private = rig.owner.map_part(&rig.object, 0, 8 * PAGE, false);
     assert_eq!(
-        bench.device.dma_remap(A0, IOVA, 8 * PAGE, private),
+        rig.device.dma_remap(A0, IOVA, 8 * PAGE, private),
         Err(Errno::FAULT),
-        "nothing would be left"
+        "no page would be mapped"
     );
 }
 
-fn bench_unverified() -> Bench {
-    bench(RamBlk::new(8).with(|profile| profile.verify_remap = false))
+fn unverified() -> Rig {
+    rig(RamBlk::new(8).with(|profile| profile.verify_remap = false))
 }
 
 #[test]
 fn r5_o6_end_reports_the_parent_only_after_a_remap() {
     for remaps in [false, true] {
-        let bench = addresses();
-        bench.device.batch_begin(A0).unwrap();
+        let rig = owner_addresses();
+        rig.device.batch_begin(A0).unwrap();
         if remaps {
-            bench.device.dma_remap(A0, IOVA, 8 * PAGE, bench.uaddr).unwrap();
+            rig.device.dma_remap(A0, IOVA, 8 * PAGE, rig.uaddr).unwrap();
         }
-        bench.device.dma_map(A0, 0, PAGE, bench.uaddr, Perm::RW).unwrap();
-        bench.parent(|blk| blk.refuse_mappings(1));
+        rig.device.dma_map(A0, 0, PAGE, rig.uaddr, Perm::RW).unwrap();
+        rig.parent(|blk| blk.refuse_mappings(1));
         let expected = if remaps { Err(Errno::FAULT) } else { Ok(()) };
-        assert_eq!(bench.device.batch_end(A0), expected);
+        assert_eq!(rig.device.batch_end(A0), expected);
     }
 }
 
 #[test]
-fn r6_a_failed_end_takes_back_the_remaps_and_nothing_else() {
-    let bench = addresses();
+fn r6_a_failed_end_reverts_the_remaps_and_nothing_else() {
+    let rig = owner_addresses();
     let second = IOVA + (1 << 20);
-    bench.device.dma_map(A0, second, 8 * PAGE, bench.uaddr, Perm::RW).unwrap();
-    let elsewhere = bench.owner.map(&bench.object);
-    bench.device.batch_begin(A0).unwrap();
-    bench.device.dma_remap(A0, IOVA, 8 * PAGE, elsewhere).unwrap();
-    bench.device.dma_map(A0, 0, PAGE, bench.uaddr, Perm::RW).unwrap();
-    bench.device.dma_unmap(A0, second, 1).unwrap();
-    bench.parent(|blk| blk.refuse_mappings(1));
-    assert_eq!(bench.device.batch_end(A0), Err(Errno::FAULT));
-    let kept = [(0, PAGE - 1, bench.uaddr), (IOVA, IOVA + 8 * PAGE - 1, bench.uaddr)];
-    assert_eq!(bench.mappings(), kept);
+    rig.device.dma_map(A0, second, 8 * PAGE, rig.uaddr, Perm::RW).unwrap();
+    let elsewhere = rig.owner.map(&rig.object);
+    rig.device.batch_begin(A0).unwrap();
+    rig.device.dma_remap(A0, IOVA, 8 * PAGE, elsewhere).unwrap();
+    rig.device.dma_map(A0, 0, PAGE, rig.uaddr, Perm::RW).unwrap();
+    rig.device.dma_unmap(A0, second, 1).unwrap();
+    rig.parent(|blk| blk.refuse_mappings(1));
+    assert_eq!(rig.device.batch_end(A0), Err(Errno::FAULT));
+    let kept = [(0, PAGE - 1, rig.uaddr), (IOVA, IOVA + 8 * PAGE - 1, rig.uaddr)];
+    assert_eq!(rig.mappings(), kept);
 }
 
 #[test]
-fn r6_what_the_batch_has_invalidated_does_not_come_back() {
-    let bench = addresses();
-    let split = bench.owner.map_part(&bench.object, 0, 3 * PAGE, true);
-    let _ = bench.owner.map_next(&bench.object, 3 * PAGE, 5 * PAGE, true);
-    bench.device.batch_begin(A0).unwrap();
-    bench.device.dma_remap(A0, IOVA, 8 * PAGE, split).unwrap();
-    bench.device.dma_unmap(A0, IOVA, 1).unwrap();
-    bench.device.dma_map(A0, IOVA, PAGE, bench.uaddr + 7 * PAGE, Perm::RW).unwrap();
-    bench.parent(|blk| blk.refuse_mappings(1));
-    assert_eq!(bench.device.batch_end(A0), Err(Errno::FAULT));
+fn r6_mappings_invalidated_in_the_batch_are_not_restored() {
+    let rig = owner_addresses();
+    let split = rig.owner.map_part(&rig.object, 0, 3 * PAGE, true);
+    let _ = rig.owner.map_next(&rig.object, 3 * PAGE, 5 * PAGE, true);
+    rig.device.batch_begin(A0).unwrap();
+    rig.device.dma_remap(A0, IOVA, 8 * PAGE, split).unwrap();
+    rig.device.dma_unmap(A0, IOVA, 1).unwrap();
+    rig.device.dma_map(A0, IOVA, PAGE, rig.uaddr + 7 * PAGE, Perm::RW).unwrap();
+    rig.parent(|blk| blk.refuse_mappings(1));
+    assert_eq!(rig.device.batch_end(A0), Err(Errno::FAULT));
     let rest = (IOVA + 3 * PAGE, IOVA + 8 * PAGE - 1, split + 3 * PAGE);
-    assert_eq!(bench.mappings(), [(IOVA, IOVA + PAGE - 1, bench.uaddr + 7 * PAGE), rest]);
+    assert_eq!(rig.mappings(), [(IOVA, IOVA + PAGE - 1, rig.uaddr + 7 * PAGE), rest]);
 }
 
 #[test]
-fn r7_o8_after_new_owner_a_mapping_is_as_unmapped_until_it_is_remapped() {
-    let bench = addresses();
-    let mut driver = drive(&bench);
-    assert!(driver.read(&bench));
-    // A forked child has the old address mapped too, and it counts for nothing.
-    let child = bench.device.for_caller(bench.owner.fork());
+fn r7_o8_after_new_owner_a_mapping_counts_as_unmapped_until_remap() {
+    let rig = owner_addresses();
+    let mut driver = drive(&rig);
+    assert!(driver.read(&rig));
+    // A forked child has the same address mapped, but the mapping is stale all the same.
+    let child = rig.device.for_caller(rig.owner.fork());
     child.new_owner().unwrap();
-    assert!(bench.mappings().is_empty() && !driver.read(&bench));
-    assert_eq!(child.dma_map(A0, IOVA, PAGE, bench.uaddr, Perm::RW), Err(Errno::FAULT), "the range is taken");
-    child.dma_remap(A0, IOVA, 8 * PAGE, bench.uaddr).unwrap();
-    assert!(driver.kick(&bench), "the request is served after all");
-    bench.device.new_owner().unwrap();
-    bench.device.dma_unmap(A0, IOVA, 1).unwrap();
-    bench.device.dma_map(A0, IOVA, 8 * PAGE, bench.uaddr, Perm::RW).unwrap();
-    assert!(driver.read(&bench), "a removal clears the mark as well");
+    assert!(rig.mappings().is_empty() && !driver.read(&rig));
+    assert_eq!(child.dma_map(A0, IOVA, PAGE, rig.uaddr, Perm::RW), Err(Errno::FAULT), "the range is taken");
+    child.dma_remap(A0, IOVA, 8 * PAGE, rig.uaddr).unwrap();
+    assert!(driver.kick(&rig), "the request is served after the REMAP");
+    rig.device.new_owner().unwrap();
+    rig.device.dma_unmap(A0, IOVA, 1).unwrap();
+    rig.device.dma_map(A0, IOVA, 8 * PAGE, rig.uaddr, Perm::RW).unwrap();
+    assert!(driver.read(&rig), "a new mapping is not stale");
 }
 
 #[test]
-fn r8_the_bit_tells_and_not_the_error() {
-    let refused = |bench: &Bench, kind| {
-        let msg = IotlbMsg { iova: IOVA, size: 8 * PAGE, uaddr: bench.uaddr, kind, ..IotlbMsg::default() };
-        bench.device.iotlb(A0, &msg)
+fn r8_the_feature_bit_shows_support_for_remap_and_the_error_does_not() {
+    let refused = |rig: &Rig, kind| {
+        let msg = IotlbMsg { iova: IOVA, size: 8 * PAGE, uaddr: rig.uaddr, kind, ..IotlbMsg::default() };
+        rig.device.iotlb(A0, &msg)
     };
-    let without = bench(mode(AddressMode::Objects));
+    let without = rig(mode(AddressMode::Objects));
     assert_eq!(refused(&without, iotlb_type::REMAP), refused(&without, 200));
     assert!(!without.device.backend_features().unwrap().has(BackendFeatures::IOTLB_REMAP));
-    let with = addresses();
+    let with = owner_addresses();
     assert_eq!(refused(&with, iotlb_type::REMAP), Ok(()));
     assert!(with.device.backend_features().unwrap().has(BackendFeatures::IOTLB_REMAP));
 }
@@ -359,24 +359,24 @@ fn r9_o5_the_bits_follow_the_translation() {
     assert_eq!(offered(mode(AddressMode::PinnedPages)).0, 0x200, "pinned: NEW_OWNER");
     let half = |profile: &mut Profile| profile.backend_features = BackendFeatures(0x200);
     assert_eq!(offered(RamBlk::new(8).with(half)).0, 0, "owner addresses: both or neither");
-    let single = bench(RamBlk::new(8).with_single_mappings());
+    let single = rig(RamBlk::new(8).with_single_mappings());
     assert_eq!(single.device.dma_remap(A0, IOVA, 8 * PAGE, single.uaddr), Err(Errno::FAULT));
     assert_eq!(successor(&single).0.new_owner(), Err(Errno::OPNOTSUPP));
     assert_eq!(single.device.set_backend_features(LIVE), Err(Errno::OPNOTSUPP));
 }
 
 #[test]
-fn o1_o2_whoever_holds_the_device_may_take_it_while_it_runs() {
-    let bench = addresses();
-    let _driver = drive(&bench);
-    successor(&bench).0.new_owner().unwrap();
+fn o1_o2_any_process_with_the_device_may_become_owner_while_it_runs() {
+    let rig = owner_addresses();
+    let _driver = drive(&rig);
+    successor(&rig).0.new_owner().unwrap();
 }
 
 #[test]
-fn o2_strict_mode_wants_it_suspended() {
-    let bench = bench(RamBlk::new(8).with(|profile| profile.strict_new_owner = true));
-    let _driver = drive(&bench);
-    let (successor, _) = successor(&bench);
+fn o2_strict_mode_requires_a_suspended_device() {
+    let rig = rig(RamBlk::new(8).with(|profile| profile.strict_new_owner = true));
+    let _driver = drive(&rig);
+    let (successor, _) = successor(&rig);
     assert_eq!(successor.new_owner(), Err(Errno::BUSY));
     successor.suspend().unwrap();
     successor.new_owner().unwrap();
@@ -385,31 +385,31 @@ fn o2_strict_mode_wants_it_suspended() {
 #[test]
 fn o7_new_owner_acknowledged_implies_persist() {
     for (acknowledged, kept) in [(0x000, false), (0x100, true), (0x600, true)] {
-        let bench = addresses();
-        bench.device.set_backend_features(BackendFeatures(acknowledged)).unwrap();
-        let before = bench.mappings();
-        bench.device.set_status(Status::RESET).unwrap();
-        // What is not kept makes room for the addresses of the owner as they are (uapi-spec 6.1).
+        let rig = owner_addresses();
+        rig.device.set_backend_features(BackendFeatures(acknowledged)).unwrap();
+        let before = rig.mappings();
+        rig.device.set_status(Status::RESET).unwrap();
+        // Mappings that are not kept are replaced by the identity map (uapi-spec 6.1).
         let after = if kept { before } else { vec![(0, u64::MAX, 0)] };
-        assert_eq!(bench.mappings(), after, "{acknowledged:#x}");
+        assert_eq!(rig.mappings(), after, "{acknowledged:#x}");
     }
 }
 
 #[test]
 fn o9_eventfds_of_the_old_process_keep_working() {
-    let bench = bench(mode(AddressMode::Objects));
-    let mut driver = drive(&bench);
-    successor(&bench).0.new_owner().unwrap();
+    let rig = rig(mode(AddressMode::Objects));
+    let mut driver = drive(&rig);
+    successor(&rig).0.new_owner().unwrap();
     let _ = driver.call.take();
-    assert!(driver.read(&bench));
+    assert!(driver.read(&rig));
     assert_eq!(driver.call.take(), 1);
 }
 
 #[test]
-fn o10_o11_o12_who_is_refused() {
-    let bench = addresses();
-    assert_eq!(bench.device.new_owner(), Err(Errno::BUSY), "O10");
-    let (successor, _) = successor(&bench);
+fn o10_o11_o12_owners_and_devices_without_owner_are_refused() {
+    let rig = owner_addresses();
+    assert_eq!(rig.device.new_owner(), Err(Errno::BUSY), "O10");
+    let (successor, _) = successor(&rig);
     assert_eq!(successor.set_owner(), Err(Errno::BUSY), "O12");
     let unowned = Node::new(RamBlk::new(8));
     assert_eq!(unowned.open(TestProcess::new()).unwrap().new_owner(), Err(Errno::INVAL), "O11");
@@ -417,56 +417,56 @@ fn o10_o11_o12_who_is_refused() {
 
 #[test]
 fn o13_new_owner_is_for_all_address_spaces_and_remap_for_one() {
-    let bench = bench(RamBlk::new(8).with(|profile| profile.address_spaces = 2));
-    bench.device.set_backend_features(BackendFeatures(0x60e)).unwrap();
-    bench.device.dma_map(Asid(1), IOVA, 8 * PAGE, bench.uaddr, Perm::RW).unwrap();
-    let (successor, uaddr) = successor(&bench);
+    let rig = rig(RamBlk::new(8).with(|profile| profile.address_spaces = 2));
+    rig.device.set_backend_features(BackendFeatures(0x60e)).unwrap();
+    rig.device.dma_map(Asid(1), IOVA, 8 * PAGE, rig.uaddr, Perm::RW).unwrap();
+    let (successor, uaddr) = successor(&rig);
     successor.new_owner().unwrap();
     successor.dma_remap(Asid(1), IOVA, 8 * PAGE, uaddr).unwrap();
-    assert!(bench.mappings().is_empty(), "address space 0 still waits");
-    assert_eq!(bench.parent(|blk| blk.mappings(Asid(1))), bench.whole(uaddr));
+    assert!(rig.mappings().is_empty(), "address space 0 is still stale");
+    assert_eq!(rig.parent(|blk| blk.mappings(Asid(1))), rig.whole(uaddr));
 }
 
 #[test]
-fn o14_remap_wants_permission_0() {
-    let bench = addresses();
+fn o14_remap_requires_permission_0() {
+    let rig = owner_addresses();
     for perm in [Perm::RW, Perm::RO] {
-        let msg = IotlbMsg { iova: IOVA, size: 8 * PAGE, uaddr: bench.uaddr, perm, kind: iotlb_type::REMAP };
-        assert_eq!(bench.device.iotlb(A0, &msg), Err(Errno::FAULT), "{perm:?}");
+        let msg = IotlbMsg { iova: IOVA, size: 8 * PAGE, uaddr: rig.uaddr, perm, kind: iotlb_type::REMAP };
+        assert_eq!(rig.device.iotlb(A0, &msg), Err(Errno::FAULT), "{perm:?}");
     }
 }
 
 #[test]
 fn o15_the_alignment_of_the_address_is_not_checked() {
-    let bench = bench_unverified();
+    let rig = unverified();
     let object = TestObject::new(16 * PAGE);
-    let uaddr = bench.owner.map(&object) + 0x123;
-    bench.device.dma_remap(A0, IOVA, 8 * PAGE, uaddr).unwrap();
-    assert_eq!(bench.mappings(), bench.whole(uaddr));
+    let uaddr = rig.owner.map(&object) + 0x123;
+    rig.device.dma_remap(A0, IOVA, 8 * PAGE, uaddr).unwrap();
+    assert_eq!(rig.mappings(), rig.whole(uaddr));
 }
 
 #[test]
-fn o16_remap_of_a_running_device() {
-    let bench = addresses();
-    let mut driver = drive(&bench);
-    assert!(driver.read(&bench));
-    bench.device.dma_remap(A0, IOVA, 8 * PAGE, bench.owner.map(&bench.object)).unwrap();
-    assert!(driver.read(&bench));
+fn o16_a_running_device_can_be_remapped() {
+    let rig = owner_addresses();
+    let mut driver = drive(&rig);
+    assert!(driver.read(&rig));
+    rig.device.dma_remap(A0, IOVA, 8 * PAGE, rig.owner.map(&rig.object)).unwrap();
+    assert!(driver.read(&rig));
 }
 
 #[test]
-fn o17_the_account_of_a_process_that_is_gone_is_uncharged() {
-    let bench = pinned();
-    let old = bench.owner.space();
-    bench.owner.exec();
-    assert_eq!(bench.device.set_vring_num(Q0, 8), Err(Errno::PERM), "another address space");
-    bench.device.new_owner().unwrap();
+fn o17_the_account_of_the_image_before_an_exec_is_uncharged() {
+    let rig = pinned();
+    let old = rig.owner.space();
+    rig.owner.exec();
+    assert_eq!(rig.device.set_vring_num(Q0, 8), Err(Errno::PERM), "another address space");
+    rig.device.new_owner().unwrap();
     use vdpa_core::host::AddressSpace as _;
-    assert_eq!((old.account().pages(), bench.owner.pinned_pages()), (0, 8));
+    assert_eq!((old.account().pages(), rig.owner.pinned_pages()), (0, 8));
 }
 
 #[test]
-fn o18_fork_from_owner_has_no_part_in_it() {
+fn o18_new_owner_ignores_fork_from_owner() {
     let node = Node::new(RamBlk::new(8));
     let device = node.open(TestProcess::new()).unwrap();
     device.with(|device, _| device.set_fork_from_owner(0)).unwrap();
@@ -477,15 +477,15 @@ fn o18_fork_from_owner_has_no_part_in_it() {
 
 #[test]
 fn reset_owner_leaves_an_open_device_without_owner_and_mappings() {
-    let kernel = addresses();
+    let kernel = owner_addresses();
     assert_eq!(kernel.device.reset_owner(), Err(Errno::FAULT));
-    let bench = bench(mode(AddressMode::PinnedPages).with(|profile| profile.reset_owner = true));
-    let mut driver = drive(&bench);
-    assert!(driver.read(&bench));
-    assert_eq!(successor(&bench).0.reset_owner(), Err(Errno::PERM));
-    bench.device.reset_owner().unwrap();
-    assert_eq!((bench.pins(), bench.owner.pinned_pages(), bench.mappings()), (0, 0, vec![]));
-    assert_eq!(bench.device.status(), Ok(Status::RESET));
-    assert!(bench.node.open(TestProcess::new()).is_err(), "it is still open");
-    successor(&bench).0.set_owner().unwrap();
+    let rig = rig(mode(AddressMode::PinnedPages).with(|profile| profile.reset_owner = true));
+    let mut driver = drive(&rig);
+    assert!(driver.read(&rig));
+    assert_eq!(successor(&rig).0.reset_owner(), Err(Errno::PERM));
+    rig.device.reset_owner().unwrap();
+    assert_eq!((rig.pins(), rig.owner.pinned_pages(), rig.mappings()), (0, 0, vec![]));
+    assert_eq!(rig.device.status(), Ok(Status::RESET));
+    assert!(rig.node.open(TestProcess::new()).is_err(), "the device is still open");
+    successor(&rig).0.set_owner().unwrap();
 }

@@ -1,4 +1,5 @@
-//! Ownership against a naive model: two processes that hold one device take it, map, exec and let go in any order.
+//! Ownership compared with a naive model: two processes that have one device open become its owner, map memory, exec and
+//! close in any order.
 #![expect(clippy::unwrap_used, reason = "a test that cannot set up its device must fail")]
 
 use std::collections::BTreeMap;
@@ -43,7 +44,7 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
-/// What is known of the device and its two holders. An address space is a number.
+/// The state of the device and of its two processes. An address space is a number.
 #[derive(Debug)]
 struct Model {
     spaces: [usize; 2],
@@ -60,7 +61,7 @@ impl Model {
         (0..SLOTS).filter(|&slot| self.mapped[slot]).map(pages).sum()
     }
 
-    fn forget(&mut self) {
+    fn clear_owner(&mut self) {
         if let Some(owner) = self.owner.take() {
             *self.charged.entry(owner).or_default() -= self.pins();
         }
@@ -68,42 +69,42 @@ impl Model {
     }
 
     fn step(&mut self, who: usize, op: Op) -> Result<(), Errno> {
-        let me = self.spaces[who];
-        let mine = self.owner == Some(me);
+        let caller = self.spaces[who];
+        let is_owner = self.owner == Some(caller);
         let fits = |charge: u64| {
-            charge == 0 || self.charged.get(&me).copied().unwrap_or(0) + charge <= self.limits[who]
+            charge == 0 || self.charged.get(&caller).copied().unwrap_or(0) + charge <= self.limits[who]
         };
         match op {
             Op::SetOwner if self.owner.is_some() => return Err(Errno::BUSY),
-            Op::SetOwner => self.owner = Some(me),
+            Op::SetOwner => self.owner = Some(caller),
             Op::NewOwner => {
                 let old = self.owner.ok_or(Errno::INVAL)?;
-                if mine {
+                if is_owner {
                     return Err(Errno::BUSY);
                 }
                 if !fits(self.pins()) {
                     return Err(Errno::NOMEM);
                 }
                 *self.charged.entry(old).or_default() -= self.pins();
-                *self.charged.entry(me).or_default() += self.pins();
-                self.owner = Some(me);
+                *self.charged.entry(caller).or_default() += self.pins();
+                self.owner = Some(caller);
             }
-            Op::ResetOwner | Op::VringNum if !mine => return Err(Errno::PERM),
-            Op::ResetOwner => self.forget(),
+            Op::ResetOwner | Op::VringNum if !is_owner => return Err(Errno::PERM),
+            Op::ResetOwner => self.clear_owner(),
             Op::VringNum => {}
-            Op::Map(_) | Op::Unmap(_) if !mine => return Err(Errno::FAULT),
+            Op::Map(_) | Op::Unmap(_) if !is_owner => return Err(Errno::FAULT),
             Op::Map(slot) => {
                 self.table = true;
                 if self.mapped[slot] || !fits(pages(slot)) {
                     return Err(Errno::FAULT);
                 }
                 self.mapped[slot] = true;
-                *self.charged.entry(me).or_default() += pages(slot);
+                *self.charged.entry(caller).or_default() += pages(slot);
             }
             Op::Unmap(_) if !self.table => return Err(Errno::FAULT),
             Op::Unmap(slot) => {
                 if std::mem::take(&mut self.mapped[slot]) {
-                    *self.charged.entry(me).or_default() -= pages(slot);
+                    *self.charged.entry(caller).or_default() -= pages(slot);
                 }
             }
             Op::Limit(limit) => self.limits[who] = limit,
@@ -111,7 +112,7 @@ impl Model {
                 self.spaces[who] = self.next;
                 self.next += 1;
             }
-            Op::Reopen => self.forget(),
+            Op::Reopen => self.clear_owner(),
         }
         Ok(())
     }
@@ -125,7 +126,7 @@ fn iova(slot: usize) -> u64 {
     (slot as u64) << 20
 }
 
-/// The real thing.
+/// The device under test and its two processes.
 struct Real {
     node: Node<RamBlk>,
     processes: [TestProcess; 2],

@@ -1,9 +1,9 @@
-//! The barriers between a side's own store and its look at the other side, in every interleaving and with every
-//! reordering that the memory model allows.
+//! The memory barriers between a side's store and its load of the other side's store, in every interleaving and with
+//! every reordering that the memory model allows.
 //!
-//! One request is on its way while the side that waits for it goes to sleep. If it sleeps and the other side did not
-//! want to notify, the wake-up is lost. Without the barrier of either side that must happen in some execution, or this
-//! test would notice nothing.
+//! One side publishes a request while the other enables notifications and decides whether to sleep. The wake-up is lost
+//! if the second side sleeps and the first does not notify. Without one of the two barriers this must happen in some
+//! execution; otherwise the test could not detect a missing barrier.
 #![expect(clippy::unwrap_used, reason = "a test that cannot set up its ring must fail")]
 
 use loom::sync::atomic::{AtomicU16, Ordering, fence};
@@ -19,8 +19,8 @@ use vdpa_core::vq::QueueState;
 
 const SIZE: u16 = 2;
 
-/// A ring area. The words by which the two sides talk are known to the model checker; what they only point to would
-/// multiply its work and is not what is tested.
+/// A ring area. The model checker tracks the words that synchronise the two sides. The other words are plain, because
+/// they would multiply its work and are not tested here.
 #[derive(Clone)]
 struct ModelArea {
     words: Arc<[Word]>,
@@ -96,7 +96,7 @@ impl Area for ModelArea {
     }
 }
 
-/// The requests have no buffers that anybody looks at.
+/// Memory without content: neither side accesses the buffers of a request.
 struct NoMemory;
 
 impl Memory for NoMemory {
@@ -122,8 +122,8 @@ struct Setup {
     device_fenced: bool,
 }
 
-/// A ring that has served one request, so that both sides have had their first notification; the next is added, or
-/// also popped, as `in_flight` says. Both sides have asked for silence.
+/// A ring that has served one request, so that both sides have had their first notification. Both sides have disabled
+/// notifications. A second request is added; with `in_flight` it is also published, popped and completed.
 fn ring(setup: Setup, in_flight: bool) -> (Driver<ModelArea>, Ring<ModelArea>) {
     let Setup { features, driver_fenced, device_fenced } = setup;
     let packed = features.has(Features::RING_PACKED);
@@ -157,8 +157,8 @@ fn ring(setup: Setup, in_flight: bool) -> (Driver<ModelArea>, Ring<ModelArea>) {
     (driver, queue)
 }
 
-/// Runs `race`, which returns whether the one side sleeps and the other notifies, in all executions; returns whether
-/// a wake-up is lost in one of them.
+/// Runs `race` in all executions; it returns whether one side sleeps and whether the other notifies. Returns whether a
+/// wake-up is lost in at least one execution.
 fn loses(race: impl Fn() -> (bool, bool) + Send + Sync + 'static) -> bool {
     let lost = Arc::new(AtomicBool::new(false));
     let seen = Arc::clone(&lost);
@@ -212,15 +212,15 @@ macro_rules! each_format {
             #[test]
             fn no_kick_is_lost_with_both_barriers_and_only_then() {
                 assert!(!loses_kick(setup(BITS)));
-                assert!(loses_kick(without_driver(BITS)), "the driver's is needed");
-                assert!(loses_kick(without_device(BITS)), "the device's is needed");
+                assert!(loses_kick(without_driver(BITS)), "the barrier of the driver is needed");
+                assert!(loses_kick(without_device(BITS)), "the barrier of the device is needed");
             }
 
             #[test]
             fn no_call_is_lost_with_both_barriers_and_only_then() {
                 assert!(!loses_call(setup(BITS)));
-                assert!(loses_call(without_driver(BITS)), "the driver's is needed");
-                assert!(loses_call(without_device(BITS)), "the device's is needed");
+                assert!(loses_call(without_driver(BITS)), "the barrier of the driver is needed");
+                assert!(loses_call(without_device(BITS)), "the barrier of the device is needed");
             }
         })*
     };

@@ -1,4 +1,4 @@
-//! A device that promises completion in order and completes in any, against a driver that reads the ring as the
+//! A device with VIRTIO_F_IN_ORDER whose requests complete in any order, and a driver that reads the ring as the
 //! specification says (virtio 1.2 sections 2.7.9 and 2.8.13).
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot set up its ring must fail")]
 
@@ -32,10 +32,11 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
-/// What a driver that negotiated the feature knows: requests in order, each with its name in the ring.
+/// A driver that negotiated VIRTIO_F_IN_ORDER.
 struct InOrderDriver {
     packed: bool,
     pair: RingPair,
+    /// Requests in order: head (split) or buffer id (packed), descriptors, token.
     in_flight: VecDeque<(u16, u16, u64)>,
     /// Next descriptor to use; the table of a split ring is used in ring order, as the feature demands.
     next: u16,
@@ -117,9 +118,9 @@ impl InOrderDriver {
         u16::from_le_bytes(self.pair.memory.peek(at, 2).try_into().unwrap())
     }
 
-    /// The name and length in the next used element, if there is one.
+    /// The id and length in the next used element, if there is one.
     fn used_element(&self) -> Option<(u16, u32)> {
-        let (at, name_at, len_at) = if self.packed {
+        let (at, id_at, len_at) = if self.packed {
             let at = self.pair.ring.desc + u64::from(self.used) * 16;
             let expected = if self.used_wrap { 0x8080 } else { 0 };
             if self.in_flight.is_empty() || self.peek_u16(at + 14) & 0x8080 != expected {
@@ -133,16 +134,16 @@ impl InOrderDriver {
             (self.pair.ring.used + 4 + u64::from(self.used % SIZE) * 8, 0, 4)
         };
         let len = self.pair.memory.peek(at + len_at, 4).try_into().unwrap();
-        Some((self.peek_u16(at + name_at), u32::from_le_bytes(len)))
+        Some((self.peek_u16(at + id_at), u32::from_le_bytes(len)))
     }
 
-    /// Everything completed, with the lengths as the driver must take them.
-    fn take(&mut self) -> Vec<(u64, u32)> {
+    /// Pops all completed requests. Those without a used element of their own count as written in full.
+    fn pop_all_used(&mut self) -> Vec<(u64, u32)> {
         let mut done = Vec::new();
-        while let Some((name, len)) = self.used_element() {
+        while let Some((id, len)) = self.used_element() {
             loop {
-                let (head, descriptors, token) = self.in_flight.pop_front().expect("the name is in flight");
-                let last = head == name;
+                let (head, descriptors, token) = self.in_flight.pop_front().expect("the id is in flight");
+                let last = head == id;
                 done.push((token, if last { len } else { u32::from(descriptors) * 10 }));
                 if self.packed {
                     self.used += descriptors;
@@ -206,8 +207,12 @@ fn run(packed: bool, ops: &[Op]) -> Result<(), TestCaseError> {
             Op::Publish => {
                 driver.pair.queue.publish().unwrap();
                 let ready = (completed..).take_while(|token| lengths.contains_key(token)).count();
-                let done = driver.take();
-                prop_assert_eq!(done.len(), ready, "exactly what has nothing undone before it");
+                let done = driver.pop_all_used();
+                prop_assert_eq!(
+                    done.len(),
+                    ready,
+                    "exactly the requests with no incomplete request before them"
+                );
                 for (token, len) in done {
                     prop_assert_eq!((token, Some(&len)), (completed, lengths.get(&token)));
                     completed += 1;
@@ -225,19 +230,19 @@ proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(512) })]
 
     #[test]
-    fn a_split_ring_shows_completions_in_order(ops in prop::collection::vec(op(), 1..200)) {
+    fn a_split_ring_publishes_completions_in_order(ops in prop::collection::vec(op(), 1..200)) {
         run(false, &ops)?;
     }
 
     #[test]
-    fn a_packed_ring_shows_completions_in_order(ops in prop::collection::vec(op(), 1..200)) {
+    fn a_packed_ring_publishes_completions_in_order(ops in prop::collection::vec(op(), 1..200)) {
         run(true, &ops)?;
     }
 }
 
-/// A driver that offers a request again before it got it back would make two of one name.
+/// If a driver makes a head available again before it was used, two requests have the same id.
 #[test]
-fn the_same_head_twice_breaks_a_split_ring_in_order() {
+fn the_same_head_twice_breaks_an_in_order_split_ring() {
     let mut driver = InOrderDriver::new(false, Features::of(&[Features::IN_ORDER]));
     assert!(driver.add(1));
     driver.pair.memory.poke(driver.pair.ring.avail + 6, &[0, 0]);
@@ -246,15 +251,15 @@ fn the_same_head_twice_breaks_a_split_ring_in_order() {
     assert_eq!(driver.pair.queue.pop(&driver.pair.memory, &mut chain), Ok(true));
     assert_eq!(driver.pair.queue.pop(&driver.pair.memory, &mut chain), Err(RingError::Again { head: 0 }));
     driver.pair.queue.push_used(0, 10).unwrap();
-    assert_eq!(driver.pair.queue.in_flight(), 0, "the first one is still answered");
+    assert_eq!(driver.pair.queue.in_flight(), 0, "the first request can still be completed");
     driver.pair.queue.publish().unwrap();
-    assert_eq!(driver.take(), [(0, 10)]);
+    assert_eq!(driver.pop_all_used(), [(0, 10)]);
 }
 
-/// What was taken before the start and is never answered holds back everything behind it: a driver would take it for
-/// done.
+/// A request that was popped before the start and is never completed holds back all later ones: with a later used
+/// element the driver would count it as completed.
 #[test]
-fn nothing_passes_a_request_that_was_lost() {
+fn no_request_is_published_before_a_lost_one() {
     for packed in [false, true] {
         let mut features = Features::of(&[Features::IN_ORDER]);
         if packed {
@@ -270,6 +275,6 @@ fn nothing_passes_a_request_that_was_lost() {
         assert_eq!(driver.pair.queue.pop(&driver.pair.memory, &mut chain), Ok(true));
         driver.pair.queue.push_used(chain.head, 10).unwrap();
         assert_eq!(driver.pair.queue.publish(), Ok(false));
-        assert_eq!((driver.take(), driver.pair.queue.unpublished()), (vec![], 1));
+        assert_eq!((driver.pop_all_used(), driver.pair.queue.unpublished()), (vec![], 1));
     }
 }

@@ -1,5 +1,5 @@
-//! Both sides of a ring, split or packed, against queues of tokens: nothing is lost or doubled, and no one who waits is left
-//! waiting.
+//! Both sides of a split or packed ring compared with queues of tokens: no request is lost or duplicated, and a side that
+//! waits is notified.
 
 use std::collections::VecDeque;
 use std::fmt::Debug;
@@ -20,8 +20,8 @@ enum Op {
     DevicePop,
     DeviceComplete { position: prop::sample::Index },
     DevicePublish,
-    TakeUsed,
-    Look,
+    DriverPopUsed,
+    CheckAvailable,
     EnableKick,
     DisableKick,
     EnableInterrupts,
@@ -37,8 +37,8 @@ fn op() -> impl Strategy<Value = Op> {
         4 => Just(Op::DevicePop),
         3 => any::<prop::sample::Index>().prop_map(|position| Op::DeviceComplete { position }),
         2 => Just(Op::DevicePublish),
-        4 => Just(Op::TakeUsed),
-        1 => Just(Op::Look),
+        4 => Just(Op::DriverPopUsed),
+        1 => Just(Op::CheckAvailable),
         1 => Just(Op::EnableKick),
         1 => Just(Op::DisableKick),
         1 => Just(Op::EnableInterrupts),
@@ -48,15 +48,15 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
-/// What one side has told the other about notifications, and what the other may do.
+/// What a side must do about a notification when it publishes, according to the other side's settings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Wish {
-    /// It waits: the next publication must notify.
-    Waiting,
-    /// It asked for silence: no publication may notify, except the first after a start.
-    Silent,
+enum Notification {
+    /// The other side waits: the next publication must notify.
+    Required,
+    /// The other side disabled notifications: no publication may notify, except the first after a start.
+    Forbidden,
     /// Both are allowed.
-    Either,
+    Optional,
 }
 
 struct Model {
@@ -64,15 +64,15 @@ struct Model {
     size: u16,
     event_idx: bool,
     packed: bool,
-    /// Requests where they are, in ring order; in flight with their head and writable bytes.
+    /// Requests by state, in ring order; those in flight have their head.
     added: VecDeque<Request>,
     available: VecDeque<Request>,
     in_flight: Vec<(u16, Request)>,
     pushed: VecDeque<Completion>,
     used: VecDeque<Completion>,
     next_token: u64,
-    device_waits: Wish,
-    driver_waits: Wish,
+    kick: Notification,
+    call: Notification,
     first_kick: bool,
     first_call: bool,
 }
@@ -101,15 +101,15 @@ impl Model {
             pushed: VecDeque::new(),
             used: VecDeque::new(),
             next_token: 0,
-            device_waits: Wish::Either,
-            driver_waits: Wish::Either,
+            kick: Notification::Optional,
+            call: Notification::Optional,
             first_kick: true,
             first_call: true,
         }
     }
 
-    /// Where all requests are, and what the driver may still add.
-    fn shape(&self) -> (Vec<u64>, Vec<u64>, Vec<u64>, Vec<Completion>, u16) {
+    /// Tokens of the requests in each state, and the driver's free descriptors.
+    fn requests(&self) -> (Vec<u64>, Vec<u64>, Vec<u64>, Vec<Completion>, u16) {
         let tokens = |list: &VecDeque<Request>| list.iter().map(|request| request.token).collect();
         let in_flight = self.in_flight.iter().map(|(_, request)| request.token).collect();
         let done = self.pushed.iter().chain(&self.used).copied().collect();
@@ -129,36 +129,36 @@ impl Model {
             Op::DevicePop => self.device_pop(),
             Op::DeviceComplete { position } => self.device_complete(position),
             Op::DevicePublish => self.device_publish(),
-            Op::TakeUsed => self.take_used(),
-            Op::Look => {
+            Op::DriverPopUsed => self.driver_pop_used(),
+            Op::CheckAvailable => {
                 let more = self.pair.queue.has_request().map_err(failed)?;
                 prop_assert_eq!(more, !self.available.is_empty());
-                for most in [0, 2, u16::MAX] {
-                    let waiting = self.pair.queue.waiting(most).map_err(failed)?;
-                    prop_assert_eq!(usize::from(waiting), self.available.len().min(most.into()));
+                for limit in [0, 2, u16::MAX] {
+                    let waiting = self.pair.queue.waiting(limit).map_err(failed)?;
+                    prop_assert_eq!(usize::from(waiting), self.available.len().min(limit.into()));
                 }
                 Ok(())
             }
             Op::EnableKick => {
                 let more = self.pair.queue.enable_kick().map_err(failed)?;
                 prop_assert_eq!(more, !self.available.is_empty());
-                self.device_waits = if more { Wish::Either } else { Wish::Waiting };
+                self.kick = if more { Notification::Optional } else { Notification::Required };
                 Ok(())
             }
             Op::DisableKick => {
-                // With the event index of a split ring the last event asked for stays, and may still be ahead.
-                let silent = self.packed || !self.event_idx;
-                self.device_waits = if silent { Wish::Silent } else { Wish::Either };
+                // With the event index of a split ring the last requested event stays set and may still be ahead.
+                let disabled = self.packed || !self.event_idx;
+                self.kick = if disabled { Notification::Forbidden } else { Notification::Optional };
                 self.pair.queue.disable_kick().map_err(failed)
             }
             Op::EnableInterrupts => {
                 let more = self.pair.driver.enable_interrupts().map_err(failed)?;
                 prop_assert_eq!(more, !self.used.is_empty());
-                self.driver_waits = if more { Wish::Either } else { Wish::Waiting };
+                self.call = if more { Notification::Optional } else { Notification::Required };
                 Ok(())
             }
             Op::DisableInterrupts => {
-                self.driver_waits = Wish::Silent;
+                self.call = Notification::Forbidden;
                 self.pair.driver.disable_interrupts().map_err(failed)
             }
             Op::RestartDriver => {
@@ -186,7 +186,7 @@ impl Model {
         };
         let request = Request { token, readable: list(readable, 0), writable: list(writable, 1) };
         let needed = readable + writable;
-        // Descriptors come back when the driver takes the completion.
+        // Descriptors are free again when the driver pops the completion.
         let free = self.pair.driver.free();
         match self.pair.driver.add(&request.readable, &request.writable, token) {
             Ok(()) => {
@@ -203,13 +203,13 @@ impl Model {
 
     fn driver_publish(&mut self) -> Result<(), TestCaseError> {
         let any = !self.added.is_empty();
-        let kick = self.pair.driver.publish().map_err(failed)?;
-        let wish = if any { self.device_waits } else { Wish::Either };
-        check(wish, kick, self.first_kick)?;
+        let kicked = self.pair.driver.publish().map_err(failed)?;
+        let expected = if any { self.kick } else { Notification::Optional };
+        check(expected, kicked, self.first_kick)?;
         if any {
             self.first_kick = false;
-            if self.event_idx && self.device_waits == Wish::Waiting {
-                self.device_waits = Wish::Either;
+            if self.event_idx && self.kick == Notification::Required {
+                self.kick = Notification::Optional;
             }
         }
         self.available.append(&mut self.added);
@@ -244,27 +244,27 @@ impl Model {
 
     fn device_publish(&mut self) -> Result<(), TestCaseError> {
         let any = !self.pushed.is_empty();
-        let call = self.pair.queue.publish().map_err(failed)?;
-        prop_assert!(any || !call, "nothing to notify of");
-        let wish = if any { self.driver_waits } else { Wish::Either };
-        check(wish, call, self.first_call)?;
+        let called = self.pair.queue.publish().map_err(failed)?;
+        prop_assert!(any || !called, "nothing to notify of");
+        let expected = if any { self.call } else { Notification::Optional };
+        check(expected, called, self.first_call)?;
         if any {
             self.first_call = false;
-            if self.event_idx && self.driver_waits == Wish::Waiting {
-                self.driver_waits = Wish::Either;
+            if self.event_idx && self.call == Notification::Required {
+                self.call = Notification::Optional;
             }
         }
         self.used.append(&mut self.pushed);
         Ok(())
     }
 
-    fn take_used(&mut self) -> Result<(), TestCaseError> {
+    fn driver_pop_used(&mut self) -> Result<(), TestCaseError> {
         let completion = self.pair.driver.pop_used().map_err(failed)?;
         prop_assert_eq!(completion, self.used.pop_front());
         Ok(())
     }
 
-    /// Brings everything to rest.
+    /// Completes all requests.
     fn drain(&mut self) -> Result<(), TestCaseError> {
         self.driver_publish()?;
         while !self.available.is_empty() {
@@ -275,19 +275,21 @@ impl Model {
         }
         self.device_publish()?;
         while !self.used.is_empty() {
-            self.take_used()?;
+            self.driver_pop_used()?;
         }
-        self.take_used()?;
+        self.driver_pop_used()?;
         prop_assert_eq!((self.pair.driver.in_flight(), self.pair.driver.free()), (0, self.size));
         Ok(())
     }
 }
 
-fn check(wish: Wish, notified: bool, first: bool) -> Result<(), TestCaseError> {
-    match wish {
-        Wish::Waiting => prop_assert!(notified, "a side that waits was not notified"),
-        Wish::Silent => prop_assert!(!notified || first, "a side that asked for silence was notified"),
-        Wish::Either => {}
+fn check(expected: Notification, notified: bool, first: bool) -> Result<(), TestCaseError> {
+    match expected {
+        Notification::Required => prop_assert!(notified, "a side that waits was not notified"),
+        Notification::Forbidden => {
+            prop_assert!(!notified || first, "a side that disabled notifications was notified")
+        }
+        Notification::Optional => {}
     }
     Ok(())
 }
@@ -296,7 +298,7 @@ proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(512) })]
 
     #[test]
-    fn the_ring_is_a_pair_of_queues(
+    fn a_split_ring_agrees_with_the_model(
         event_idx: bool,
         index: u16,
         ops in prop::collection::vec(op(), 1..200),
@@ -305,9 +307,9 @@ proptest! {
         run(Model::new(SIZE, features(event_idx, false), state), &ops)?;
     }
 
-    /// Of any size: a packed ring need not have a power of two.
+    /// The size of a packed ring need not be a power of two.
     #[test]
-    fn the_packed_ring_is_a_pair_of_queues(
+    fn a_packed_ring_agrees_with_the_model(
         event_idx: bool,
         size in 1..=SIZE,
         index in 0..SIZE,
@@ -324,23 +326,23 @@ proptest! {
         run(Model::new(size, features(event_idx, true), state), &ops)?;
     }
 
-    /// The same requests through either format: the device sees the same buffers, the driver the same answers.
+    /// With the same requests in both formats the device gets the same buffers and the driver the same completions.
     #[test]
-    fn both_formats_carry_the_same_stream(
+    fn both_formats_give_the_same_results(
         event_idx: bool,
         ops in prop::collection::vec(op(), 1..200),
     ) {
-        let mut streams = [false, true].map(|packed| {
+        let mut runs = [false, true].map(|packed| {
             let features = features(event_idx, packed);
             (Model::new(SIZE, features, QueueState::initial(features)), Vec::new())
         });
         for op in ops {
-            for (model, stream) in &mut streams {
+            for (model, results) in &mut runs {
                 model.step(op)?;
-                stream.push(model.shape());
+                results.push(model.requests());
             }
         }
-        prop_assert_eq!(&streams[0].1, &streams[1].1);
+        prop_assert_eq!(&runs[0].1, &runs[1].1);
     }
 }
 

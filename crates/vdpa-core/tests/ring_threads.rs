@@ -1,4 +1,4 @@
-//! A driver and a device on two threads that sleep whenever they may: a lost notification is a time-out.
+//! A driver and a device on two threads that wait whenever the ring allows it, so that a lost notification is a timeout.
 
 use std::error::Error;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -14,15 +14,15 @@ const REQUESTS: u64 = 100_000;
 
 type Outcome = Result<(), Box<dyn Error + Send + Sync>>;
 
-/// An event as an eventfd: signals that nobody has waited for yet are one.
+/// An event that works as an eventfd: signals that no wait has consumed are merged into one.
 fn event() -> (SyncSender<()>, Receiver<()>) {
     sync_channel(1)
 }
 
-fn wait(event: &Receiver<()>, who: &str) -> Outcome {
+fn wait(event: &Receiver<()>, side: &str) -> Outcome {
     event
         .recv_timeout(Duration::from_secs(20))
-        .map_err(|error| format!("{who}: lost wake-up: {error}").into())
+        .map_err(|error| format!("{side}: lost wake-up: {error}").into())
 }
 
 fn drive(mut driver: Driver<TestArea>, kick: &SyncSender<()>, call: &Receiver<()>) -> Outcome {
@@ -95,7 +95,7 @@ fn no_wake_up_is_lost_with_flags() -> Outcome {
 }
 
 #[test]
-fn no_wake_up_is_lost_with_event_indices() -> Outcome {
+fn no_wake_up_is_lost_with_event_idx() -> Outcome {
     run(Features::of(&[Features::RING_EVENT_IDX]))
 }
 
@@ -105,6 +105,6 @@ fn no_wake_up_is_lost_in_a_packed_ring() -> Outcome {
 }
 
 #[test]
-fn no_wake_up_is_lost_in_a_packed_ring_with_event_places() -> Outcome {
+fn no_wake_up_is_lost_in_a_packed_ring_with_event_idx() -> Outcome {
     run(Features::of(&[Features::RING_PACKED, Features::RING_EVENT_IDX]))
 }

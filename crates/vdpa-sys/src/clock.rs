@@ -13,7 +13,7 @@ pub fn monotonic_ns() -> u64 {
 #[cfg(test)]
 mod tests {
     #[test]
-    fn never_goes_back() {
+    fn the_clock_never_goes_back() {
         let first = super::monotonic_ns();
         assert!(first > 0 && super::monotonic_ns() >= first);
     }

@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn a_child_inherits_what_it_is_given_under_its_number() {
+    fn a_child_inherits_the_given_descriptors_under_their_numbers() {
         let given = crate::memfd::sealed(c"given", b"hello").unwrap();
         let kept = crate::memfd::sealed(c"kept", b"secret").unwrap();
         let (given_number, kept_number) = (given.as_raw_fd(), kept.as_raw_fd());

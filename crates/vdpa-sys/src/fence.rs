@@ -87,7 +87,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bytes_end_where_memory_does() {
+    fn bytes_end_at_the_end_of_the_mapping() {
         let fence = Fence::new(&[1, 2, 3]).unwrap();
         assert!((fence.start() + 3).is_multiple_of(rustix::param::page_size()));
         let mut out = [0; 3];

@@ -46,7 +46,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_was_inherited_and_only_once() {
+    fn only_inherited_descriptors_are_taken_and_only_once() {
         let ours = crate::memfd::create(c"ours", 0, None).unwrap();
         assert_eq!(take(ours.as_raw_fd()).unwrap_err(), Errno::BADF);
         assert_eq!(take(1).unwrap_err(), Errno::BADF);

@@ -140,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_without_a_name_or_out_of_shape() {
+    fn lines_without_a_name_are_parsed_and_malformed_lines_are_not() {
         let vma = parse("7f00-8000 rw-s 00001000 00:0f 0").unwrap();
         assert_eq!((vma.start, vma.end, vma.dev, vma.inode, vma.shared), (0x7f00, 0x8000, (0, 15), 0, true));
         for line in ["", "12", "1-2 rw", "1-2 rwxs 0 0:0 x", "x-2 rwxs 0 0:0 1"] {

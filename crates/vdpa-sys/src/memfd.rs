@@ -110,7 +110,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sealed_bytes_come_back_and_stay() {
+    fn sealed_bytes_can_be_read_and_not_changed() {
         let fd = sealed(c"state", b"twelve bytes").unwrap();
         assert_eq!(read_all(&fd, 12).unwrap(), b"twelve bytes");
         assert!(matches!(read_all(&fd, 11), Err(ReadError::TooLarge { size: 12, limit: 11 })));

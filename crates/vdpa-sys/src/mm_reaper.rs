@@ -206,7 +206,7 @@ mod tests {
         let pid = reaper.pid();
         assert!(matches!(state(pid), Some('S' | 'R')), "{:?}", state(pid));
         assert_eq!(std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count(), 2);
-        // The same memory and not a copy of it: what is written after the start is seen through the reaper.
+        // The reaper shares the memory and has no copy: a write after its start is visible through it.
         *counter = 0x1234_5678_9abc_def0;
         let mem = std::fs::File::open(format!("/proc/{pid}/mem")).unwrap();
         let mut bytes = [0; 8];
@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn the_program_notices_nothing() {
+    fn a_reaper_leaves_no_descriptor_and_no_child() {
         let fds = || std::fs::read_dir("/proc/self/fd").unwrap().count();
         let before = fds();
         for _ in 0..50 {

@@ -375,7 +375,7 @@ mod tests {
     }
 
     #[test]
-    fn a_piece_left_out_of_dumps_is_a_mapping_of_its_own() {
+    fn a_range_left_out_of_dumps_becomes_a_separate_mapping() {
         let fd = crate::memfd::create(c"map", 8192, None).unwrap();
         let map = SharedMap::map(&fd, 0, 8192, Prot::RW, false).unwrap();
         let line = format!("{:x}-", map.addr() + 4096);

@@ -28,11 +28,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_thread_can_be_made_to_wait() {
+    fn a_thread_can_be_set_to_run_when_idle() {
         let policy = || {
             let thread = rustix::thread::gettid().as_raw_nonzero();
             let stat = std::fs::read_to_string(format!("/proc/self/task/{thread}/stat")).unwrap();
-            // Field 41, counted behind the name.
+            // Field 41, the policy, counted from after the name.
             stat.rsplit_once(") ").unwrap().1.split(' ').nth(38).unwrap().parse::<i32>().unwrap()
         };
         std::thread::spawn(move || {

@@ -257,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn this_thread_as_a_caller() {
+    fn a_caller_is_found_by_its_thread() {
         let caller = this_thread();
         assert_eq!(caller.pid().unwrap(), i32::try_from(std::process::id()).unwrap());
         assert_eq!(caller.tgid_by_status(), caller.pid());
@@ -268,25 +268,29 @@ mod tests {
     }
 
     #[test]
-    fn memory_of_a_caller() {
+    fn the_memory_of_a_caller_is_read_and_written() {
         let caller = this_thread();
-        let mut there = [1_u8, 2, 3];
-        let addr = there.as_mut_ptr().expose_provenance() as u64;
-        let mut here = [0; 3];
-        caller.read_mem(addr, &mut here).unwrap();
-        assert_eq!(here, [1, 2, 3]);
+        let mut memory = [1_u8, 2, 3];
+        let addr = memory.as_mut_ptr().expose_provenance() as u64;
+        let mut buffer = [0; 3];
+        caller.read_mem(addr, &mut buffer).unwrap();
+        assert_eq!(buffer, [1, 2, 3]);
         caller.write_mem(addr + 1, &[9]).unwrap();
-        assert_eq!(std::hint::black_box(&there), &[1, 9, 3]);
+        assert_eq!(std::hint::black_box(&memory), &[1, 9, 3]);
         for addr in [0, 8, u64::MAX] {
-            assert_eq!(caller.read_mem(addr, &mut here), Err(Errno::FAULT));
-            assert_eq!(caller.write_mem(addr, &here), Err(Errno::FAULT));
+            assert_eq!(caller.read_mem(addr, &mut buffer), Err(Errno::FAULT));
+            assert_eq!(caller.write_mem(addr, &buffer), Err(Errno::FAULT));
         }
         let read_only = "text".as_ptr().addr() as u64;
-        assert_eq!(caller.write_mem(read_only, &[0]), Err(Errno::FAULT), "protection counts");
+        assert_eq!(
+            caller.write_mem(read_only, &[0]),
+            Err(Errno::FAULT),
+            "the protection of the caller applies"
+        );
     }
 
     #[test]
-    fn descriptors_of_a_caller() {
+    fn descriptors_of_a_caller_are_duplicated() {
         let caller = this_thread();
         let memory = crate::memfd::create(c"mine", 0, None).unwrap();
         let copy = caller.get_fd(memory.as_raw_fd()).unwrap();
@@ -296,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn auxiliary_vectors_of_both_widths() {
+    fn auxiliary_vectors_of_both_widths_are_parsed() {
         let wide: Vec<u8> =
             [6_u64, 4096, 25, 0x1234, 0, 0].iter().flat_map(|word| word.to_ne_bytes()).collect();
         let narrow: Vec<u8> =

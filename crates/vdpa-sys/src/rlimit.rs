@@ -98,7 +98,7 @@ mod tests {
     }
 
     #[test]
-    fn own_limit_by_both_ways_and_never_lowered() {
+    fn both_ways_give_the_own_limit_and_it_is_never_lowered() {
         let pid = i32::try_from(std::process::id()).unwrap();
         assert_eq!(memlock_of(pid).unwrap(), memlock());
         let before = memlock();

@@ -205,11 +205,11 @@ mod tests {
         assert_eq!(area.load_u16(0), Err(Fault { addr: 0 }), "the offset is the area's");
         assert!(map.poisoned() && !neighbour.poisoned());
         assert!(map.write(12288, b"lost").is_err(), "a second page is covered too");
-        assert!(map.read(0, &mut [0; 4]).is_err(), "what is there still counts as gone");
+        assert!(map.read(0, &mut [0; 4]).is_err(), "pages that the file still has fault as well");
         neighbour.write(0, b"fine").unwrap();
         drop((map, area));
         let fresh = SharedMap::map_guest(&other, 0, 4096, Prot::RO, false).unwrap();
-        assert!(!fresh.poisoned(), "a slot is clean when it is used again");
+        assert!(!fresh.poisoned(), "a reused slot is not poisoned");
     }
 
     #[test]

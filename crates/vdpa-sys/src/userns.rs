@@ -128,7 +128,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_switch_that_forbids_is_named() {
+    fn the_sysctl_that_forbids_namespaces_is_named() {
         let only = |name: &'static str, value| move |asked: &str| (asked == name).then_some(value);
         assert!(matches!(diagnose(only("user/max_user_namespaces", 0)), Some(UserNsError::Disabled)));
         assert!(matches!(

@@ -485,17 +485,17 @@ mod tests {
 
     #[test]
     fn a_short_write_is_an_error() {
-        // A file that may not grow takes what still fits in its last page.
+        // A file that may not grow accepts only the bytes that fit in its last page.
         let file = crate::memfd::create(c"full", 4096, None).unwrap();
         rustix::fs::fcntl_add_seals(&file, rustix::fs::SealFlags::GROW).unwrap();
         rustix::fs::seek(&file, rustix::fs::SeekFrom::Start(4096 - 40)).unwrap();
         let device = VhostVdpaFd::from_fd(file);
         assert_eq!(device.batch_begin(Asid(0)), Err(Errno::IO));
-        assert_eq!(rustix::fs::tell(&device), Ok(4096), "a part was written");
+        assert_eq!(rustix::fs::tell(&device), Ok(4096), "a part of the message was written");
     }
 
     #[test]
-    fn other_files_do_not_know_the_requests() {
+    fn requests_on_other_files_fail() {
         let device = VhostVdpaFd::from_fd(crate::memfd::create(c"no-device", 0, None).unwrap());
         assert_eq!(device.device_id(), Err(Errno::NOTTY));
         assert_eq!(device.config(0, &mut [0; 8]), Err(Errno::NOTTY));
@@ -504,14 +504,14 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_open_says_what_is_wrong() {
+    fn a_failed_open_gives_the_reason() {
         let missing = VhostVdpaFd::open("/dev/no-such-device").unwrap_err();
         assert!(matches!(missing, OpenError::NotFound { .. }));
         assert!(missing.to_string().starts_with("/dev/no-such-device: no such device"), "{missing}");
     }
 
     #[test]
-    fn nothing_after_a_raw_buffer_can_be_written() {
+    fn the_kernel_cannot_write_past_a_raw_buffer() {
         const FIONREAD: u32 = 0x541b;
         let (reader, writer) = rustix::pipe::pipe().unwrap();
         rustix::io::write(&writer, &[0; 5]).unwrap();

@@ -1,4 +1,4 @@
-//! Guest memory: what the addresses of a client resolve to.
+//! Guest memory: the objects to which the addresses of a client resolve.
 #![expect(unsafe_code, reason = "maps memory in every way a client may")]
 #![expect(clippy::unwrap_used, reason = "a failure is a panic here, also outside of test functions")]
 
@@ -60,7 +60,7 @@ fn resolve_one(addr: u64, size: u64, perm: Perm) -> GuestMemory {
     fragments.remove(0).memory
 }
 
-/// Asserts that bytes go both ways between the memory and `addr`.
+/// Asserts that `memory` and the memory at `addr` have the same bytes after writes to either.
 fn assert_same_bytes(memory: &GuestMemory, addr: u64) {
     let mut byte = [0];
     poke(addr + 1, &[0xa5]);
@@ -139,10 +139,10 @@ fn secret_memory_is_refused() {
 
 #[test]
 fn holes_and_overflows_fault() {
-    // Not in this process, where the mapping of the first page would fill the hole.
+    // In another process, because here the mapping made for the first page could be placed in the hole.
     let mut subject = Subject::start();
     let space = Spaces::new().adopt(&Caller::new(subject.tid).unwrap()).unwrap();
-    let addr = subject.tell("map with a hole");
+    let addr = subject.run("map with a hole");
     assert_eq!(space.resolve(addr, 3 * PAGE, Perm::RW).unwrap_err(), Errno::FAULT);
     assert_eq!(space.resolve(addr + PAGE, PAGE, Perm::RO).unwrap_err(), Errno::FAULT);
     assert_eq!(space.resolve(u64::MAX - 10, 11, Perm::RO).unwrap_err(), Errno::FAULT);
@@ -151,7 +151,7 @@ fn holes_and_overflows_fault() {
 }
 
 #[test]
-fn protection_of_the_client_binds_the_device() {
+fn the_protection_of_the_client_applies_to_the_device() {
     let addr = map_fd(memfd(1), 1, ProtFlags::READ, MapFlags::SHARED);
     let space = this_space();
     assert_eq!(space.resolve(addr, PAGE, Perm::RW).unwrap_err(), Errno::FAULT);
@@ -164,7 +164,7 @@ fn protection_of_the_client_binds_the_device() {
 }
 
 #[test]
-fn odd_ranges_begin_and_end_where_they_should() {
+fn unaligned_ranges_have_the_requested_bounds() {
     let addr = map_fd(memfd(3), 3, RW, MapFlags::SHARED);
     let memory = assert_mapped(addr + PAGE + 100, 5000);
     assert_eq!(memory.pin_pages(), 2);
@@ -202,7 +202,7 @@ fn a_split_object_gives_fragments_of_one_object() {
 }
 
 #[test]
-fn shared_and_private_neighbours_resolve_each_their_own_way() {
+fn adjacent_shared_and_private_mappings_resolve_separately() {
     let addr = map_anonymous(2, MapFlags::PRIVATE);
     let fd = memfd(1);
     // SAFETY: replaces a page of a mapping made above, into which there are no references.
@@ -215,13 +215,13 @@ fn shared_and_private_neighbours_resolve_each_their_own_way() {
 #[test]
 fn a_device_file_is_not_opened() {
     let zero = std::fs::File::options().read(true).write(true).open("/dev/zero").unwrap();
-    // A private mapping of it is anonymous memory; a shared one is an object in memory and not the device.
+    // A private mapping of /dev/zero is anonymous memory; a shared one is a shmem object and not the device.
     assert_copied(map_fd(&zero, 1, RW, MapFlags::PRIVATE), PAGE);
     assert_mapped(map_fd(&zero, 1, RW, MapFlags::SHARED), PAGE);
 }
 
 #[test]
-fn without_the_right_to_map_files_a_descriptor_of_the_client_serves() {
+fn without_access_to_map_files_a_descriptor_of_the_client_is_used() {
     use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
     let fd = memfd(1);
     let with_fd = map_fd(&fd, 1, RW, MapFlags::SHARED);
@@ -246,14 +246,14 @@ fn shared_memory_outlives_its_process_and_private_memory_does_not() {
     for end in ["exec", "kill"] {
         let mut subject = Subject::start();
         let space = Spaces::new().adopt(&Caller::new(subject.tid).unwrap()).unwrap();
-        let (shared, private) = (subject.tell("map shared"), subject.tell("map private"));
+        let (shared, private) = (subject.run("map shared"), subject.run("map private"));
         let resolve = |addr| space.resolve(addr, 8192, Perm::RW).unwrap().remove(0).memory;
         let (shared, private) = (resolve(shared), resolve(private));
         let mut bytes = [0; 7];
         private.read(0, &mut bytes).unwrap();
         assert_eq!(&bytes, b"subject");
         match end {
-            "exec" => assert_eq!(subject.tell_id("exec"), subject.tid),
+            "exec" => assert_eq!(subject.run_id("exec"), subject.tid),
             _ => subject.kill(),
         }
         bytes = [0; 7];
@@ -276,7 +276,7 @@ fn a_saved_object_is_mapped_again() {
 }
 
 #[test]
-fn a_truncated_object_faults_and_the_process_lives() {
+fn a_truncated_object_faults_and_the_process_survives() {
     let fd = memfd(2);
     let memory = assert_mapped(map_fd(&fd, 2, RW, MapFlags::SHARED), 2 * PAGE);
     ftruncate(&fd, 0).unwrap();
@@ -287,10 +287,10 @@ fn a_truncated_object_faults_and_the_process_lives() {
 #[test]
 fn only_guest_mappings_survive_sigbus() {
     let mut subject = Subject::start();
-    assert_eq!(subject.tell("lose a guest mapping"), 1);
-    assert_eq!(subject.tell("lose a guest mapping"), 1);
-    assert_eq!(subject.tell_deadly("lose another mapping"), Some(libc::SIGBUS));
-    assert_eq!(Subject::start().tell_deadly("send itself SIGBUS"), Some(libc::SIGBUS));
+    assert_eq!(subject.run("truncate a guest mapping"), 1);
+    assert_eq!(subject.run("truncate a guest mapping"), 1);
+    assert_eq!(subject.run_fatal("truncate another mapping"), Some(libc::SIGBUS));
+    assert_eq!(Subject::start().run_fatal("send itself SIGBUS"), Some(libc::SIGBUS));
 }
 
 #[test]

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use vdpa_sys::journal::{self, Journal};
 use vdpa_sys::mmap::{Prot, SharedMap};
-use vdpa_sys::uring::{AdoptError, File, FixedPiece, IoPiece, MemorySet, Op, Ring, RingRecord};
+use vdpa_sys::uring::{AdoptError, File, FixedIoVec, IoVec, MemorySet, Op, Ring, RingRecord};
 use vdpa_sys::{exec, inherit, memfd};
 
 const PART: &str = "VDPA_SYS_SUCCESSOR_PART";
@@ -105,11 +105,11 @@ fn part_ring() {
     let mut ring = Ring::new(8).unwrap();
     ring.registrar().reserve_buffers(2).unwrap();
     let slot = ring.registrar().add_file(&file).unwrap();
-    ring.registrar().set_buffer(1, IoPiece { addr: map.addr(), len: MEMORY }, &set).unwrap();
+    ring.registrar().set_buffer(1, IoVec { addr: map.addr(), len: MEMORY }, &set).unwrap();
     let pipe = Arc::new(pipe);
     ring.submit(Op::PollMultishot { fd: Arc::clone(&pipe) }, 1).unwrap();
     ring.submit(Op::Read { file: File::Fd(pipe), buffers: vec![0; 16].into(), offset: 0 }, 2).unwrap();
-    let to = FixedPiece { slot: 1, piece: IoPiece { addr: map.addr(), len: 4096 } };
+    let to = FixedIoVec { slot: 1, iovec: IoVec { addr: map.addr(), len: 4096 } };
     ring.submit(Op::ReadFixed { file: slot.file(), to, offset: 0 }, 33).unwrap();
     ring.submit_and_wait(0, None).unwrap();
     // Queued and never submitted.
@@ -166,13 +166,13 @@ fn the_ring_of_a_killed_process_is_used_on_with_its_pinned_memory() {
 
     let mut ring = adopted.ring;
     let file = Arc::new(file);
-    let to = FixedPiece { slot: 1, piece: IoPiece { addr: addr + MEMORY - 4096, len: 4096 } };
+    let to = FixedIoVec { slot: 1, iovec: IoVec { addr: addr + MEMORY - 4096, len: 4096 } };
     ring.submit(Op::ReadFixed { file: File::Fd(Arc::clone(&file)), to, offset: 0 }, 1).unwrap();
     let slot = ring.registrar().add_file(&file).unwrap();
     ring.submit(
         Op::ReadFixed {
             file: slot.file(),
-            to: FixedPiece { piece: IoPiece { addr: addr + 8192, len: 512 }, ..to },
+            to: FixedIoVec { iovec: IoVec { addr: addr + 8192, len: 512 }, ..to },
             offset: 0,
         },
         2,

@@ -1,4 +1,4 @@
-//! Numbers and layouts against those compiled from the kernel's headers.
+//! Numbers and layouts compared with those compiled from the kernel's headers.
 #![expect(clippy::unwrap_used, reason = "a failure is a panic here, also outside of test functions")]
 
 use std::mem::offset_of;
@@ -95,7 +95,7 @@ fn constants_are_those_of_the_headers() {
     assert_eq!(i64::from(vhost::VHOST_VIRTIO), constant("VHOST_VIRTIO"));
 }
 
-/// Compares a structure with the headers' one: its size, and the place of every field that both have.
+/// Compares a structure with that of the headers: its size, and the offset of each of `fields`.
 fn check(data: &Value, name: &str, bytes: usize, fields: &[(&str, usize)]) {
     let expected = &data["structs"][name];
     assert_eq!(bytes as u64, expected["size"], "{name}");
@@ -117,7 +117,7 @@ macro_rules! check {
             &[$((stringify!($field), offset_of!($module::$type, $field))),+],
         );)+
         let mut missing = $data["structs"].as_object().unwrap().clone();
-        // Read and written field by field, or a part of another: their tests are beside the code.
+        // These are encoded field by field or are part of another structure. Their tests are next to the code.
         for name in ["virtio_blk_geometry", "virtio_blk_outhdr", "virtio_blk_discard_write_zeroes"] {
             missing.remove(name);
         }

@@ -4,7 +4,7 @@ use std::fmt;
 
 use parking_lot::Mutex;
 use vdpa_core::types::Result;
-use vdpa_sys::uring::{IoPiece, MemorySet, Registrar};
+use vdpa_sys::uring::{IoVec, MemorySet, Registrar};
 
 /// Slots of one io_uring: the kernel's limit (`IORING_MAX_REG_BUFFERS`).
 const SLOTS: u16 = 16384;
@@ -42,7 +42,7 @@ impl Buffers {
     ///
     /// # Errors
     /// As [`Registrar::set_buffer`].
-    pub(super) fn pin(&self, piece: IoPiece, memory: &MemorySet) -> Result<Option<u16>> {
+    pub(super) fn pin(&self, piece: IoVec, memory: &MemorySet) -> Result<Option<u16>> {
         let Some(slot) = self.take()? else { return Ok(None) };
         let pinned = self.registrar.set_buffer(slot, piece, memory);
         if pinned.is_err() {

@@ -7,7 +7,7 @@ use vdpa_core::host::MemoryObject;
 use vdpa_core::iotlb::{Mapping, Table};
 use vdpa_core::types::Result;
 use vdpa_sys::guest::GuestMemory;
-use vdpa_sys::uring::{IoPiece, MemorySet};
+use vdpa_sys::uring::{IoVec, MemorySet};
 
 use super::buffers::Buffers;
 use super::view::PinnedRange;
@@ -73,7 +73,7 @@ impl Pins {
             .filter_map(|(addr, _)| self.regions.get_key_value(&addr))
             .flat_map(|(&addr, region)| {
                 let place =
-                    |(piece, &slot): (IoPiece, &u16)| PinnedRange { addr: piece.addr, len: piece.len, slot };
+                    |(piece, &slot): (IoVec, &u16)| PinnedRange { addr: piece.addr, len: piece.len, slot };
                 pieces(addr, region.len).zip(&region.slots).map(place)
             })
             .collect();
@@ -135,8 +135,8 @@ fn pinnable(entry: &Mapping<GuestMemory>) -> Option<(usize, usize)> {
     Some((entry.memory.host_addr(0)?, usize::try_from(entry.range.size()).ok()?))
 }
 
-fn pieces(addr: usize, len: usize) -> impl Iterator<Item = IoPiece> {
+fn pieces(addr: usize, len: usize) -> impl Iterator<Item = IoVec> {
     (0..len)
         .step_by(PIECE_BYTES)
-        .map(move |offset| IoPiece { addr: addr + offset, len: PIECE_BYTES.min(len - offset) })
+        .map(move |offset| IoVec { addr: addr + offset, len: PIECE_BYTES.min(len - offset) })
 }

@@ -10,7 +10,7 @@ use vdpa_core::iotlb::Table;
 use vdpa_core::ring::RingError;
 use vdpa_core::ring::inflight::LogError;
 use vdpa_core::types::{Asid, Result};
-use vdpa_sys::uring::{FixedPiece, Op, Registrar, Ring, SubmitError};
+use vdpa_sys::uring::{FixedIoVec, Op, Registrar, Ring, SubmitError};
 
 use super::queue::Queue;
 use super::{Invalidation, MemoryView, Shared, Size};
@@ -263,7 +263,7 @@ impl Queues {
     pub fn read_fixed(
         &mut self,
         file: u32,
-        to: FixedPiece,
+        to: FixedIoVec,
         offset: u64,
         slot: u32,
     ) -> Result<(), SubmitError> {

@@ -7,7 +7,7 @@ use vdpa_core::ring::{BufferSlice, Fault};
 use vdpa_core::types::Perm;
 use vdpa_sys::guest::GuestMemory;
 use vdpa_sys::snapshot::Snapshot;
-use vdpa_sys::uring::{FixedPiece, IoPiece, MemorySet};
+use vdpa_sys::uring::{FixedIoVec, IoVec, MemorySet};
 
 /// A range of addresses that is pinned as one registered buffer of the thread's io_uring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,8 +69,8 @@ impl MemoryView {
     ///
     /// # Errors
     /// [`Fault`] when a byte is not mapped, or is mapped without `perm`.
-    pub fn pieces(&self, bytes: BufferSlice<'_>, perm: Perm) -> Result<Option<Vec<IoPiece>>, Fault> {
-        let mut pieces: Vec<IoPiece> = Vec::with_capacity(1);
+    pub fn pieces(&self, bytes: BufferSlice<'_>, perm: Perm) -> Result<Option<Vec<IoVec>>, Fault> {
+        let mut pieces: Vec<IoVec> = Vec::with_capacity(1);
         let mut direct = true;
         for buffer in bytes {
             for piece in self.snapshot.translate(buffer.iova, buffer.len.into(), perm) {
@@ -81,7 +81,7 @@ impl MemoryView {
                     None => direct = false,
                     Some(addr) => match pieces.last_mut() {
                         Some(last) if last.addr + last.len == addr => last.len += len,
-                        _ => pieces.push(IoPiece { addr, len }),
+                        _ => pieces.push(IoVec { addr, len }),
                     },
                 }
             }
@@ -92,21 +92,21 @@ impl MemoryView {
     /// As [`pieces`](Self::pieces), for the usual case of one buffer in one piece of memory; `None` for
     /// anything else, which includes memory that is not mapped. Does not allocate.
     #[inline]
-    pub fn piece(&self, bytes: BufferSlice<'_>, perm: Perm) -> Option<IoPiece> {
+    pub fn piece(&self, bytes: BufferSlice<'_>, perm: Perm) -> Option<IoVec> {
         let buffer = bytes.iter().next().filter(|buffer| u64::from(buffer.len) == bytes.len())?;
         let piece = self.snapshot.whole(buffer.iova, buffer.len.into(), perm)?;
         let addr = piece.memory.host_addr(piece.offset)?;
-        Some(IoPiece { addr, len: buffer.len as usize })
+        Some(IoVec { addr, len: buffer.len as usize })
     }
 
     /// The registered buffer that holds all of `piece`, for `IORING_OP_READ_FIXED` and `IORING_OP_WRITE_FIXED`; `None` when it
     /// is not pinned as a whole.
     #[inline]
-    pub fn fixed(&self, piece: IoPiece) -> Option<FixedPiece> {
+    pub fn fixed(&self, piece: IoVec) -> Option<FixedIoVec> {
         let after = self.pinned.partition_point(|range| range.addr <= piece.addr);
         let range = self.pinned.get(after.checked_sub(1)?)?;
         let inside =
             piece.addr - range.addr <= range.len && piece.len <= range.len - (piece.addr - range.addr);
-        inside.then_some(FixedPiece { slot: range.slot, piece })
+        inside.then_some(FixedIoVec { slot: range.slot, iovec: piece })
     }
 }

@@ -1,4 +1,4 @@
-//! The range that an address is in.
+//! Lookup of the range that contains an address.
 
 use std::collections::BTreeMap;
 use std::hint::black_box;
@@ -10,15 +10,15 @@ use vdpa_core::types::IovaRange;
 
 use crate::measure::{Contender, Make};
 
-/// Addresses looked up over and over; more than the processor learns by heart.
+/// Number of addresses that are looked up again and again: more than the branch predictor can learn.
 const ADDRESSES: usize = 1 << 16;
 
 #[derive(Clone, Copy)]
 enum Layout {
-    /// As a guest behind a virtual IOMMU leaves them: 4 to 64 KiB, gaps of up to as much.
+    /// Ranges of 4 to 64 KiB with gaps of up to the same size, as a guest behind a virtual IOMMU maps them.
     Spread,
-    /// Four such crowds, terabytes apart, as a program that maps its own addresses.
-    Crowds,
+    /// Four clusters of such ranges, terabytes apart, as a program maps its own addresses.
+    Clusters,
 }
 
 #[derive(Clone, Copy)]
@@ -43,7 +43,7 @@ fn ranges(count: u64, layout: Layout) -> Vec<IovaRange> {
     let mut random = Random(count + 1);
     let mut at = 0x10_0000;
     let range = |i: u64| {
-        if matches!(layout, Layout::Crowds) && i > 0 && i.is_multiple_of(count.div_ceil(4)) {
+        if matches!(layout, Layout::Clusters) && i > 0 && i.is_multiple_of(count.div_ceil(4)) {
             at += 0x200_0000_0000;
         }
         let pages = 1 + random.next() % 16;
@@ -127,7 +127,7 @@ pub(crate) fn tables() -> Vec<(String, Make)> {
     for count in [32, 256, 4096, 65_536] {
         for (text, layout, order) in [
             ("random", Layout::Spread, Order::Random),
-            ("random, crowded", Layout::Crowds, Order::Random),
+            ("random, clustered", Layout::Clusters, Order::Random),
             ("sequential", Layout::Spread, Order::Sequential),
         ] {
             let make = Box::new(move || contenders(count, layout, order));

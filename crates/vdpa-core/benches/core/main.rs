@@ -1,11 +1,11 @@
-//! Nanoseconds of the core's hot paths beside the crates that others use for the same work.
+//! Measures the hot paths of vdpa-core, in nanoseconds, next to other crates that do the same work.
 //!
-//! `just bench-core` runs it: all contenders of a table in turn, in as many rounds as asked for, so that whatever else
-//! the machine does meets them all. Prints the median of the rounds and its ratio to ours, and writes
+//! `just bench-core` runs it. In each round all contenders of a table run in turn, so that other load on the machine
+//! affects all of them. The benchmark prints the median of the rounds and its ratio to that of vdpa-core, and writes
 //! `target/bench-core.json`.
 //!
-//! An own loop, because neither criterion nor divan runs contenders in turn: they measure one after the other, and on a
-//! shared machine the ratio of two such figures is mostly noise.
+//! It has a measuring loop of its own, because criterion and divan measure one contender after the other. On a shared
+//! machine the ratio of two such figures is mostly noise.
 #![expect(
     clippy::unwrap_used,
     clippy::expect_used,

@@ -1,4 +1,4 @@
-//! Contenders in turn.
+//! Runs the contenders of a table in turn.
 
 use std::fmt;
 use std::time::Duration;
@@ -6,16 +6,16 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 pub(crate) struct Settings {
-    /// Times every contender runs.
+    /// Number of rounds; every contender runs once per round.
     pub(crate) rounds: u64,
-    /// Time for one of them, setting up left out.
+    /// Milliseconds that a contender runs in a round, without its setup.
     pub(crate) millis: u64,
 }
 
-/// Something that does the same work as its neighbours.
+/// One of the implementations that a table compares.
 pub(crate) struct Contender {
     pub(crate) name: &'static str,
-    /// Does the work so many times; returns the time taken, without what only prepares it.
+    /// Does the work the given number of times. Returns the time taken, without preparation.
     pub(crate) run: Box<dyn FnMut(u64) -> Duration>,
 }
 
@@ -25,7 +25,7 @@ impl Contender {
     }
 }
 
-/// Makes the contenders of a table, when it is their turn.
+/// Creates the contenders of a table just before they run.
 pub(crate) type Make = Box<dyn FnOnce() -> Vec<Contender>>;
 
 pub(crate) struct Table {
@@ -34,8 +34,8 @@ pub(crate) struct Table {
     rows: Vec<(&'static str, Vec<f64>)>,
 }
 
-/// Parts of a round, whose median is the round's figure: a part that another process interrupts is not among the
-/// middle ones.
+/// Parts of a round. The figure of a round is the median of its parts, so a part that another process interrupts does
+/// not affect it.
 const SLICES: u32 = 25;
 
 /// Runs a table.
@@ -46,9 +46,9 @@ pub(crate) fn run(name: &str, mut contenders: Vec<Contender>, settings: &Setting
     let mut rows: Vec<_> = contenders.iter().map(|contender| (contender.name, Vec::new())).collect();
     let count = contenders.len();
     for round in 0..settings.rounds {
-        for turn in 0..count {
-            // Nobody always comes after the same neighbour's caches.
-            let at = (usize::try_from(round).unwrap() + turn) % count;
+        for position in 0..count {
+            // The order rotates, so that no contender always runs with the caches that the same other one has filled.
+            let at = (usize::try_from(round).unwrap() + position) % count;
             let slice = |_| (contenders[at].run)(times[at]).as_nanos() as f64 / times[at] as f64;
             let slices: Vec<f64> = (0..SLICES).map(slice).collect();
             rows[at].1.push(median(&slices));
@@ -57,7 +57,7 @@ pub(crate) fn run(name: &str, mut contenders: Vec<Contender>, settings: &Setting
     Table { name: name.to_owned(), rows }
 }
 
-/// How often a contender does its work in `target`; warms it up on the way.
+/// Returns how often a contender does its work in `target`. This also warms it up.
 fn calibrate(contender: &mut Contender, target: Duration) -> u64 {
     let mut times = 256;
     loop {

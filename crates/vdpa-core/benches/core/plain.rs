@@ -1,4 +1,4 @@
-//! Ring memory with nothing around it: what the core costs when reaching memory costs as little as it can.
+//! Ring memory without a platform: shows the cost of the core when memory accesses are as cheap as possible.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
@@ -7,8 +7,8 @@ use vdpa_core::iotlb::Lookup;
 use vdpa_core::ring::{Area, Buffer, Fault, Memory};
 use vdpa_core::types::{IovaRange, Perm};
 
-/// An area of a split ring. Words, descriptors and used elements are kept apart, since safe code cannot have them in one
-/// place; which of them an access means follows from its length.
+/// An area of a split ring. Words, descriptors and used elements are stored separately, because safe code cannot access
+/// the same memory in several widths. The length of an access selects one of them.
 #[derive(Clone)]
 pub(crate) struct PlainArea {
     size: usize,
@@ -94,7 +94,7 @@ impl Area for PlainArea {
     }
 }
 
-/// Regions by address, and where each would be in this process.
+/// Memory regions by address, with a made-up host address for each.
 pub(crate) struct PlainTable {
     lookup: Lookup<Perm>,
 }
@@ -104,7 +104,7 @@ impl PlainTable {
         Self { lookup: Lookup::new(ranges.into_iter().map(|range| (range, Perm::RW)).collect()) }
     }
 
-    /// Where a buffer is and how much of it is there in one piece.
+    /// Returns the host address of a buffer and how many of its bytes are contiguous there.
     #[inline]
     pub(crate) fn translate(&self, buffer: Buffer, perm: Perm) -> Option<(u64, u64)> {
         let &(range, allowed) = self.lookup.find(buffer.iova)?;

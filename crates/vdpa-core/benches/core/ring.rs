@@ -1,4 +1,4 @@
-//! The device's side of a request: three descriptors read and translated, one used element written.
+//! The device side of a request: it reads and translates three descriptors and writes one used element.
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -24,12 +24,12 @@ use crate::plain::{PlainArea, PlainTable};
 const SIZE: u16 = 256;
 /// Requests the driver makes available at once.
 const BATCH: u64 = 64;
-/// Bytes of a region; there is as much room behind each that belongs to nobody.
+/// Bytes of a region. An unmapped gap of the same size follows each region.
 const REGION: u64 = 1 << 20;
 /// Address of the first region, which begins with the ring.
 const BASE: u64 = 0x1_0000_0000;
 
-/// The three buffers of each request of a batch, in regions all over: header, data, status, as of a block device.
+/// The three buffers of each request of a batch, scattered over the regions: header, data and status, as of a block device.
 fn requests(regions: u64) -> Vec<[Buffer; 3]> {
     let place = |n: u64| {
         // The multiplier scatters neighbours over the regions.
@@ -40,7 +40,7 @@ fn requests(regions: u64) -> Vec<[Buffer; 3]> {
     (0..BATCH).map(|i| [buffer(3 * i, 16), buffer(3 * i + 1, 4096), buffer(3 * i + 2, 1)]).collect()
 }
 
-/// Client memory as a device has it: objects mapped in this process, and a snapshot of the table over them.
+/// Client memory as a device maps it: objects mapped in this process, and a snapshot of the table over them.
 fn snapshot(regions: u64) -> Snapshot {
     let mapping = |i: u64| {
         let file = Arc::new(vdpa_sys::memfd::create(c"bench-core", REGION, None).unwrap());
@@ -60,18 +60,18 @@ fn areas(memory: &Snapshot, features: Features) -> [GuestArea; 3] {
         .map(|(iova, size)| memory.area(iova, size as u64, Perm::RW).unwrap())
 }
 
-/// Where buffers are in this process, as an iovec would have it.
+/// Translates buffers to host addresses, as for an iovec.
 #[inline]
 fn translate(memory: &Snapshot, buffers: &[Buffer], perm: Perm) {
     for buffer in buffers {
-        for piece in memory.translate(buffer.iova, buffer.len.into(), perm) {
-            let piece = piece.unwrap();
-            black_box((piece.memory.host_addr(piece.offset).unwrap(), piece.len));
+        for segment in memory.translate(buffer.iova, buffer.len.into(), perm) {
+            let segment = segment.unwrap();
+            black_box((segment.memory.host_addr(segment.offset).unwrap(), segment.len));
         }
     }
 }
 
-/// As a device does it: client memory mapped with a guard against files that shrink.
+/// vdpa-core with client memory as a device maps it, protected against files that shrink.
 fn mapped(name: &'static str, features: Features, regions: u64) -> Contender {
     let memory = snapshot(regions);
     let areas = areas(&memory, features);
@@ -89,7 +89,7 @@ fn logged(name: &'static str, features: Features, regions: u64) -> Contender {
     serve(name, driver, queue, memory, regions, translate)
 }
 
-/// The core without a platform.
+/// vdpa-core with plain memory.
 fn plain(regions: u64) -> Contender {
     let sizes = area_sizes(SIZE, Features::NONE);
     let areas = [sizes.desc, sizes.avail, sizes.used].map(PlainArea::new);
@@ -160,7 +160,7 @@ where
     })
 }
 
-/// Of whole batches, what `times` requests took.
+/// The share of `times` requests in the whole batches that were run.
 #[expect(clippy::cast_precision_loss, reason = "counts far below 2^52")]
 fn scale(times: u64) -> f64 {
     times as f64 / (times.div_ceil(BATCH) * BATCH) as f64

@@ -1,4 +1,4 @@
-//! Tests of the device over an in-memory platform: no operating system, every transition.
+//! Tests of the device on an in-memory platform, without an operating system.
 
 mod arguments;
 mod mappings;
@@ -19,8 +19,8 @@ use crate::vq::{QueueSetup, QueueState};
 
 const PAGE: u64 = 4096;
 
-/// A process with these mappings: address, pages, number of the object, page of the object, shared. A number means the same
-/// object everywhere in a test.
+/// A process with these mappings: address, pages, number of the object, page of the object, shared. Within a test,
+/// equal numbers are the same object.
 fn process(vmas: &[(u64, u64, usize, u64, bool)]) -> TestProcess {
     thread_local! {
         static OBJECTS: [TestObject; 10] = std::array::from_fn(|_| TestObject::new(16 * PAGE));
@@ -34,17 +34,19 @@ fn process(vmas: &[(u64, u64, usize, u64, bool)]) -> TestProcess {
     process
 }
 
-/// A process with nothing mapped that may pin `pages` pages.
+/// A process without mappings that may pin `pages` pages.
 fn limited(pages: u64) -> TestProcess {
     let process = TestProcess::new();
     process.set_memlock_pages(pages);
     process
 }
 
-/// What the parent saw: (first, last, uaddr, stale) of each table it was given, and whether to refuse.
+/// What the device passed to the test parent, and which calls the parent fails.
 #[derive(Debug, Default)]
-struct Seen {
+struct ParentState {
+    /// Each table that was set, as rows of (first, last, uaddr, stale).
     tables: Vec<Vec<(u64, u64, u64, bool)>>,
+    /// Number of the next tables to refuse.
     refuse: usize,
     running: Vec<bool>,
     index: u16,
@@ -55,7 +57,7 @@ struct Seen {
 #[derive(Debug)]
 struct TestParent {
     profile: Profile,
-    seen: Arc<Mutex<Seen>>,
+    state: Arc<Mutex<ParentState>>,
 }
 
 impl Parent for TestParent {
@@ -71,50 +73,50 @@ impl Parent for TestParent {
     fn negotiate(&mut self, features: Features) -> Result<Features> {
         self.profile.mask_features(features)
     }
-    fn start_queue(&mut self, index: QueueIndex, _: &QueueSetup<TestHost>, state: QueueState) -> Result<()> {
-        let mut seen = self.seen.lock().unwrap();
-        seen.running[usize::from(index.0)] = true;
-        let QueueState::Split { avail_index } = state else { return Err(Errno::INVAL) };
-        seen.index = avail_index;
+    fn start_queue(&mut self, index: QueueIndex, _: &QueueSetup<TestHost>, start: QueueState) -> Result<()> {
+        let mut state = self.state.lock().unwrap();
+        state.running[usize::from(index.0)] = true;
+        let QueueState::Split { avail_index } = start else { return Err(Errno::INVAL) };
+        state.index = avail_index;
         Ok(())
     }
     fn stop_queue(&mut self, index: QueueIndex) -> Result<Option<QueueState>> {
-        let mut seen = self.seen.lock().unwrap();
-        if seen.stop_fails {
+        let mut state = self.state.lock().unwrap();
+        if state.stop_fails {
             return Err(Errno::IO);
         }
-        let ran = std::mem::take(&mut seen.running[usize::from(index.0)]);
-        Ok(ran.then_some(QueueState::Split { avail_index: seen.index }))
+        let ran = std::mem::take(&mut state.running[usize::from(index.0)]);
+        Ok(ran.then_some(QueueState::Split { avail_index: state.index }))
     }
     fn dma(&mut self) -> Dma<'_, TestHost> {
         Dma::SetMap(self)
     }
     fn bind_owner(&mut self, owner: Option<&TestSpace>) -> Result<()> {
-        if owner.is_some() && self.seen.lock().unwrap().refuse_owner { Err(Errno::IO) } else { Ok(()) }
+        if owner.is_some() && self.state.lock().unwrap().refuse_owner { Err(Errno::IO) } else { Ok(()) }
     }
 }
 
 impl SetMap<TestHost> for TestParent {
     fn set_map(&mut self, _asid: Asid, table: &Table<TestPiece>) -> Result<()> {
-        let mut seen = self.seen.lock().unwrap();
-        if seen.refuse > 0 {
-            seen.refuse -= 1;
+        let mut state = self.state.lock().unwrap();
+        if state.refuse > 0 {
+            state.refuse -= 1;
             return Err(Errno::NOSPC);
         }
         let row = |e: &Mapping<TestPiece>| (e.range.first(), e.range.last(), e.uaddr, e.stale);
-        seen.tables.push(table.iter().map(row).collect());
+        state.tables.push(table.iter().map(row).collect());
         Ok(())
     }
 }
 
 fn profile(mode: AddressMode) -> Profile {
-    let mut live = BackendFeatures::NONE.with(BackendFeatures::NEW_OWNER);
+    let mut backend_features = BackendFeatures::NONE.with(BackendFeatures::NEW_OWNER);
     if mode == AddressMode::OwnerAddresses {
-        live = live.with(BackendFeatures::IOTLB_REMAP);
+        backend_features = backend_features.with(BackendFeatures::IOTLB_REMAP);
     }
     let features = Features::of(&[Features::VERSION_1, Features::ACCESS_PLATFORM]);
     Profile {
-        backend_features: live.with(BackendFeatures::ENABLE_AFTER_DRIVER_OK),
+        backend_features: backend_features.with(BackendFeatures::ENABLE_AFTER_DRIVER_OK),
         address_spaces: 2,
         compat_reset: CompatReset::Keep,
         address_mode: mode,
@@ -128,7 +130,7 @@ fn profile(mode: AddressMode) -> Profile {
 /// An opened device with `owner` as its owner.
 struct Rig {
     device: Device<TestParent>,
-    seen: Arc<Mutex<Seen>>,
+    parent: Arc<Mutex<ParentState>>,
     owner: TestProcess,
 }
 
@@ -140,32 +142,33 @@ impl Rig {
     }
 
     fn with(profile: Profile, owner: TestProcess) -> Self {
-        let seen = Arc::new(Mutex::new(Seen { running: vec![false; 2], ..Seen::default() }));
-        let mut device = Device::new(TestParent { profile, seen: Arc::clone(&seen) });
+        let parent = ParentState { running: vec![false; 2], ..ParentState::default() };
+        let parent = Arc::new(Mutex::new(parent));
+        let mut device = Device::new(TestParent { profile, state: Arc::clone(&parent) });
         device.open().unwrap();
         device.set_owner(&owner).unwrap();
-        Self { device, seen, owner }
+        Self { device, parent, owner }
     }
 
-    fn send(
+    fn send_as(
         &mut self,
-        who: &TestProcess,
+        caller: &TestProcess,
         kind: u8,
         iova: u64,
         size: u64,
         uaddr: u64,
     ) -> Result<(), IotlbError> {
         let perm = if kind == iotlb_type::UPDATE { Perm::RW } else { Perm::NONE };
-        self.device.iotlb(who, A0, &IotlbMsg { iova, size, uaddr, perm, kind })
+        self.device.iotlb(caller, A0, &IotlbMsg { iova, size, uaddr, perm, kind })
     }
 
-    fn own(&mut self, kind: u8, iova: u64, size: u64, uaddr: u64) -> Result<(), IotlbError> {
+    fn send(&mut self, kind: u8, iova: u64, size: u64, uaddr: u64) -> Result<(), IotlbError> {
         let owner = self.owner.clone();
-        self.send(&owner, kind, iova, size, uaddr)
+        self.send_as(&owner, kind, iova, size, uaddr)
     }
 
     fn last_table(&self) -> Vec<(u64, u64, u64, bool)> {
-        self.seen.lock().unwrap().tables.last().cloned().unwrap_or_default()
+        self.parent.lock().unwrap().tables.last().cloned().unwrap_or_default()
     }
 
     fn start_queue_0(&mut self) {
@@ -181,6 +184,6 @@ impl Rig {
     }
 
     fn running(&self) -> bool {
-        self.seen.lock().unwrap().running[0]
+        self.parent.lock().unwrap().running[0]
     }
 }

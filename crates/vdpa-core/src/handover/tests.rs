@@ -1,4 +1,4 @@
-//! Two devices on one parent, on a platform whose memory knows how often it was looked up.
+//! Tests of two devices on one parent. The memory of the test platform has the number of the lookup that returned it.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,30 +14,30 @@ const A0: Asid = Asid(0);
 const Q0: QueueIndex = QueueIndex(0);
 
 #[derive(Clone, Debug)]
-struct Here;
+struct CountingHost;
 
-impl Host for Here {
-    type AddressSpace = Space;
-    type Memory = Piece;
-    type Event = Silence;
+impl Host for CountingHost {
+    type AddressSpace = Process;
+    type Memory = CountedMemory;
+    type Event = NoEvent;
 }
 
 #[derive(Clone, Debug)]
-struct Silence;
+struct NoEvent;
 
-impl Event for Silence {
+impl Event for NoEvent {
     fn signal(&self) {}
 }
 
-/// Memory of an object; two look-ups differ in `lookup` only.
+/// Memory of an object. The results of two lookups differ in `lookup` only.
 #[derive(Clone, Debug)]
-struct Piece {
+struct CountedMemory {
     object: u64,
     offset: u64,
     lookup: u64,
 }
 
-impl MemoryObject for Piece {
+impl MemoryObject for CountedMemory {
     fn is_shared(&self) -> bool {
         true
     }
@@ -49,19 +49,19 @@ impl MemoryObject for Piece {
     }
 }
 
-/// A process: the upper half of an address is the number of the object there.
+/// A process. The upper 32 bits of a user address are the number of the object that is mapped there.
 #[derive(Clone, Debug)]
-struct Space(Arc<PinAccount>);
+struct Process(Arc<PinAccount>);
 
-impl AddressSpace for Space {
-    type Memory = Piece;
+impl AddressSpace for Process {
+    type Memory = CountedMemory;
 
-    fn resolve(&self, uaddr: u64, size: u64, _perm: Perm) -> Result<Vec<Fragment<Piece>>> {
+    fn resolve(&self, uaddr: u64, size: u64, _perm: Perm) -> Result<Vec<Fragment<CountedMemory>>> {
         static LOOKUPS: AtomicU64 = AtomicU64::new(0);
         let lookup = LOOKUPS.fetch_add(1, Ordering::Relaxed);
         Ok(vec![Fragment {
             size,
-            memory: Piece { object: uaddr >> 32, offset: uaddr & 0xffff_ffff, lookup },
+            memory: CountedMemory { object: uaddr >> 32, offset: uaddr & 0xffff_ffff, lookup },
         }])
     }
     fn account(&self) -> &PinAccount {
@@ -69,7 +69,7 @@ impl AddressSpace for Space {
     }
 }
 
-impl Caller<Here> for Space {
+impl Caller<CountingHost> for Process {
     fn is(&self, owner: &Self) -> bool {
         Arc::ptr_eq(&self.0, &owner.0)
     }
@@ -81,30 +81,32 @@ impl Caller<Here> for Space {
     }
 }
 
-/// What the parent has: (first address, object, look-up) of its entries, where its queue is, what it negotiated.
+/// The state of the test parent.
 #[derive(Debug, Default)]
-struct Seen {
+struct ParentState {
+    /// First address, object and lookup of each entry.
     table: Vec<(u64, u64, u64)>,
-    told: usize,
+    tables_set: usize,
     refuse: usize,
+    /// Position of the queue, if it runs.
     running: Option<u16>,
     negotiated: Features,
-    /// Bytes of configuration space, until a reset.
+    /// Bytes written to the configuration space since the last reset.
     written: BTreeMap<u32, u8>,
-    owner: Option<Space>,
+    owner: Option<Process>,
 }
 
 #[derive(Debug)]
-struct Below(Profile, Arc<Mutex<Seen>>);
+struct TestParent(Profile, Arc<Mutex<ParentState>>);
 
-impl Below {
-    fn seen(&self) -> MutexGuard<'_, Seen> {
+impl TestParent {
+    fn state(&self) -> MutexGuard<'_, ParentState> {
         self.1.lock().unwrap()
     }
 }
 
-impl Parent for Below {
-    type Host = Here;
+impl Parent for TestParent {
+    type Host = CountingHost;
 
     fn profile(&self) -> &Profile {
         &self.0
@@ -113,55 +115,55 @@ impl Parent for Below {
         out.fill(7);
     }
     fn write_config(&mut self, offset: u32, data: &[u8]) {
-        self.seen().written.extend((offset..).zip(data.iter().copied()));
+        self.state().written.extend((offset..).zip(data.iter().copied()));
     }
     fn reset(&mut self) {
-        self.seen().written.clear();
+        self.state().written.clear();
     }
     fn negotiate(&mut self, features: Features) -> Result<Features> {
-        self.seen().negotiated = features;
+        self.state().negotiated = features;
         Ok(features)
     }
-    fn start_queue(&mut self, _: QueueIndex, _: &QueueSetup<Here>, state: QueueState) -> Result<()> {
+    fn start_queue(&mut self, _: QueueIndex, _: &QueueSetup<CountingHost>, state: QueueState) -> Result<()> {
         let QueueState::Split { avail_index } = state else { return Err(Errno::INVAL) };
-        assert_eq!(self.seen().running.replace(avail_index), None, "two drive one queue");
+        assert_eq!(self.state().running.replace(avail_index), None, "the queue runs already");
         Ok(())
     }
     fn stop_queue(&mut self, _: QueueIndex) -> Result<Option<QueueState>> {
-        // It has served ten requests.
-        Ok(self.seen().running.take().map(|index| QueueState::Split { avail_index: index + 10 }))
+        // The queue has served ten requests.
+        Ok(self.state().running.take().map(|index| QueueState::Split { avail_index: index + 10 }))
     }
-    fn dma(&mut self) -> Dma<'_, Here> {
+    fn dma(&mut self) -> Dma<'_, CountingHost> {
         Dma::SetMap(self)
     }
-    fn bind_owner(&mut self, owner: Option<&Space>) -> Result<()> {
-        self.seen().owner = owner.cloned();
+    fn bind_owner(&mut self, owner: Option<&Process>) -> Result<()> {
+        self.state().owner = owner.cloned();
         Ok(())
     }
 }
 
-impl SetMap<Here> for Below {
-    fn set_map(&mut self, _asid: Asid, table: &Table<Piece>) -> Result<()> {
-        let mut seen = self.seen();
-        if let Some(left) = seen.refuse.checked_sub(1) {
-            seen.refuse = left;
+impl SetMap<CountingHost> for TestParent {
+    fn set_map(&mut self, _asid: Asid, table: &Table<CountedMemory>) -> Result<()> {
+        let mut state = self.state();
+        if let Some(left) = state.refuse.checked_sub(1) {
+            state.refuse = left;
             return Err(Errno::NOMEM);
         }
-        seen.told += 1;
-        seen.table = table.iter().map(|e| (e.range.first(), e.memory.object, e.memory.lookup)).collect();
+        state.tables_set += 1;
+        state.table = table.iter().map(|e| (e.range.first(), e.memory.object, e.memory.lookup)).collect();
         Ok(())
     }
 }
 
 /// One client: its device and its process.
 struct Client {
-    device: Device<Handle<Below>>,
-    space: Space,
+    device: Device<Handle<TestParent>>,
+    space: Process,
 }
 
 struct Rig {
-    handover: Handover<Below>,
-    seen: Arc<Mutex<Seen>>,
+    handover: Handover<TestParent>,
+    parent: Arc<Mutex<ParentState>>,
 }
 
 fn profile() -> Profile {
@@ -177,20 +179,21 @@ fn profile() -> Profile {
 
 impl Rig {
     fn new() -> Self {
-        let seen = Arc::new(Mutex::new(Seen::default()));
-        let handover = Handover::new(Below(profile(), Arc::clone(&seen))).unwrap();
-        Self { handover, seen }
+        let parent = Arc::new(Mutex::new(ParentState::default()));
+        let handover = Handover::new(TestParent(profile(), Arc::clone(&parent))).unwrap();
+        Self { handover, parent }
     }
 
     fn open(&self) -> Client {
         let mut device = Device::new(self.handover.handle());
         device.open().unwrap();
-        let space = Space(Arc::default());
+        let space = Process(Arc::default());
         device.set_owner(&space).unwrap();
         Client { device, space }
     }
 
-    /// One client at work since position 0, with these objects page after page, and another one that has the device open.
+    /// A client whose queue runs from position 0 and that has mapped these objects, one page each, and a second client that
+    /// has the device open.
     fn with_successor(objects: &[u64]) -> (Self, Client, Client) {
         let rig = Self::new();
         let mut old = rig.open();
@@ -202,12 +205,12 @@ impl Rig {
         (rig, old, new)
     }
 
-    fn seen(&self) -> MutexGuard<'_, Seen> {
-        self.seen.lock().unwrap()
+    fn parent(&self) -> MutexGuard<'_, ParentState> {
+        self.parent.lock().unwrap()
     }
 
     fn running(&self) -> Option<u16> {
-        self.seen().running
+        self.parent().running
     }
 }
 
@@ -223,7 +226,7 @@ impl Client {
         self.device.iotlb(&self.space, A0, &msg).unwrap();
     }
 
-    /// Everything up to DRIVER_OK, whose answer is returned.
+    /// Makes all requests up to DRIVER_OK and returns the result of that one.
     fn start(&mut self, base: u32) -> Result<()> {
         let (device, space) = (&mut self.device, &self.space);
         device.set_features(Features::of(&[Features::ACCESS_PLATFORM, Features::VERSION_1])).unwrap();
@@ -241,54 +244,58 @@ impl Client {
 }
 
 #[test]
-fn alone_a_handle_is_the_parent() {
+fn a_single_handle_passes_every_call_to_the_parent() {
     let rig = Rig::new();
     let mut client = rig.open();
     client.map(0, 1).unwrap();
-    assert_eq!(rig.seen().table.len(), 1, "an UPDATE reaches the parent at once");
-    rig.seen().refuse = 1;
-    assert!(client.map(PAGE, 2).is_err(), "and its refusal the client");
+    assert_eq!(rig.parent().table.len(), 1, "an UPDATE reaches the parent at once");
+    rig.parent().refuse = 1;
+    assert!(client.map(PAGE, 2).is_err(), "a refusal of the parent reaches the client");
     client.start(5).unwrap();
     assert_eq!(rig.running(), Some(5));
     client.device.suspend().unwrap();
     assert_eq!((rig.running(), client.base()), (None, 15));
     client.device.resume().unwrap();
     client.unmap(0);
-    assert!(rig.seen().table.is_empty());
+    assert!(rig.parent().table.is_empty());
     client.device.release();
     assert_eq!(rig.running(), None);
-    assert!(rig.seen().owner.is_none());
+    assert!(rig.parent().owner.is_none());
     assert_eq!(client.space.0.pages(), 0);
 }
 
 #[test]
-fn the_successor_waits_for_the_rest_of_the_predecessor() {
+fn the_successor_cannot_start_while_the_predecessor_runs() {
     let (rig, mut old, mut new) = Rig::with_successor(&[1]);
     new.map(0, 1).unwrap();
-    let told = rig.seen().told;
+    let tables_set = rig.parent().tables_set;
     assert_eq!(new.start(15), Err(Errno::BUSY));
     assert_eq!(new.device.status(), Status(11), "a refused status is not set");
-    assert_eq!((rig.running(), rig.seen().told), (Some(0), told), "the predecessor has noticed nothing");
+    assert_eq!(
+        (rig.running(), rig.parent().tables_set),
+        (Some(0), tables_set),
+        "the predecessor is not affected"
+    );
     old.device.suspend().unwrap();
     let base = old.base();
     new.device.set_vring_base(&new.space, Q0, base).unwrap();
     new.device.set_status(Status(15)).unwrap();
-    assert_eq!(rig.running(), Some(10), "where the predecessor has stopped, not where it was");
-    assert!(new.space.is(rig.seen().owner.as_ref().unwrap()));
+    assert_eq!(rig.running(), Some(10), "the position at which the predecessor stopped");
+    assert!(new.space.is(rig.parent().owner.as_ref().unwrap()));
 }
 
-/// A guest has written configuration space, and does not hear of the change.
+/// The guest has written the configuration space. It does not notice the new client and does not write it again.
 #[test]
 fn the_successor_has_the_configuration_that_the_driver_has_written() {
     let rig = Rig::new();
-    let written = || rig.seen().written.clone().into_iter().collect::<Vec<_>>();
+    let written = || rig.parent().written.clone().into_iter().collect::<Vec<_>>();
     let mut old = rig.open();
     old.start(0).unwrap();
     old.device.set_config(3, &[1, 2]).unwrap();
     let mut new = rig.open();
     new.device.set_config(4, &[9]).unwrap();
-    assert_eq!(written(), [(3, 1), (4, 2)], "what a successor writes before its time waits");
-    // As QEMU does it: a reset at the end, and another one with the close.
+    assert_eq!(written(), [(3, 1), (4, 2)], "writes of the successor wait until it starts");
+    // As QEMU does: the predecessor resets the device at its end, and again when it closes it.
     old.device.suspend().unwrap();
     old.device.set_status(Status(0)).unwrap();
     old.device.release();
@@ -299,7 +306,7 @@ fn the_successor_has_the_configuration_that_the_driver_has_written() {
     new.device.set_status(Status(0)).unwrap();
     assert_eq!(written(), []);
 
-    // A reset by the driver itself, while somebody waits: it is to start again with nothing.
+    // The driver itself resets the device while a successor waits: the configuration starts empty again.
     new.start(0).unwrap();
     new.device.set_config(5, &[5]).unwrap();
     let mut next = rig.open();
@@ -311,113 +318,117 @@ fn the_successor_has_the_configuration_that_the_driver_has_written() {
 }
 
 #[test]
-fn the_same_bytes_at_the_same_address_are_not_pinned_again() {
+fn the_same_memory_at_the_same_address_is_not_pinned_again() {
     let (rig, mut old, mut new) = Rig::with_successor(&[1, 2]);
-    let before = rig.seen().table.clone();
-    // As QEMU does it: the predecessor takes everything back before the successor maps anything.
+    let before = rig.parent().table.clone();
+    // As QEMU does: the predecessor removes all its mappings before the successor maps memory.
     old.device.set_status(Status(0)).unwrap();
     old.unmap(0);
     old.unmap(PAGE);
     assert_eq!(old.space.0.pages(), 0, "its account is not charged any more");
-    assert_eq!(rig.seen().table, before, "the parent keeps what it had for the successor");
+    assert_eq!(rig.parent().table, before, "the parent keeps the old entries for the successor");
     new.map(0, 1).unwrap();
     new.map(PAGE, 3).unwrap();
     new.start(10).unwrap();
-    let after = rig.seen().table.clone();
-    assert_eq!(after.first(), before.first(), "the same memory is the parent's old one");
-    assert_eq!(after.get(1).map(|entry| entry.1), Some(3), "other memory is what the successor has mapped");
+    let after = rig.parent().table.clone();
+    assert_eq!(after.first(), before.first(), "the same memory keeps its old entry");
+    assert_eq!(after.get(1).map(|entry| entry.1), Some(3), "other memory has the entry of the successor");
     new.unmap(0);
-    assert_eq!(rig.seen().table.len(), 1);
+    assert_eq!(rig.parent().table.len(), 1);
 }
 
 #[test]
-fn a_predecessor_is_one_for_ever_and_its_end_touches_nothing() {
+fn a_predecessor_never_runs_again_and_its_close_changes_nothing() {
     let (rig, mut old, mut new) = Rig::with_successor(&[1]);
     new.map(0, 1).unwrap();
     old.device.suspend().unwrap();
     new.start(10).unwrap();
-    let table = rig.seen().table.clone();
-    let told = rig.seen().told;
+    let table = rig.parent().table.clone();
+    let tables_set = rig.parent().tables_set;
     assert_eq!(old.device.resume(), Err(Errno::IO));
     old.unmap(0);
     old.device.set_status(Status(0)).unwrap();
     assert_eq!(old.start(10), Err(Errno::IO));
     new.device.suspend().unwrap();
-    assert_eq!(old.device.resume(), Ok(()), "without DRIVER_OK a RESUME does nothing, as ever");
-    assert_eq!(old.device.set_status(Status(15)), Err(Errno::IO), "also while the successor rests");
+    assert_eq!(old.device.resume(), Ok(()), "without DRIVER_OK a RESUME has no effect");
+    assert_eq!(old.device.set_status(Status(15)), Err(Errno::IO), "also while the successor is suspended");
     old.device.release();
     drop(old);
     new.device.resume().unwrap();
-    assert_eq!((rig.running(), rig.seen().told), (Some(20), told));
-    assert_eq!(rig.seen().table, table);
-    // And the successor has a successor.
+    assert_eq!((rig.running(), rig.parent().tables_set), (Some(20), tables_set));
+    assert_eq!(rig.parent().table, table);
+    // The successor can have a successor.
     let mut next = rig.open();
     next.map(0, 1).unwrap();
     new.device.release();
     drop(new);
     next.start(30).unwrap();
-    assert_eq!((rig.running(), rig.seen().table.clone()), (Some(30), table));
+    assert_eq!((rig.running(), rig.parent().table.clone()), (Some(30), table));
 }
 
 #[test]
-fn a_successor_that_goes_without_having_driven_leaves_everything_as_it_was() {
+fn a_successor_that_closes_without_a_start_changes_nothing() {
     let (rig, mut old, mut new) = Rig::with_successor(&[1, 1]);
     new.map(0, 2).unwrap();
     old.device.suspend().unwrap();
     old.unmap(PAGE);
-    assert_eq!(rig.seen().table.len(), 2);
+    assert_eq!(rig.parent().table.len(), 2);
     new.device.release();
     drop(new);
-    assert_eq!(rig.seen().table.iter().map(|e| (e.0, e.1)).collect::<Vec<_>>(), [(0, 1)]);
+    assert_eq!(rig.parent().table.iter().map(|e| (e.0, e.1)).collect::<Vec<_>>(), [(0, 1)]);
     old.device.resume().unwrap();
     assert_eq!(rig.running(), Some(10));
 }
 
 #[test]
-fn the_predecessor_may_go_on_until_the_successor_drives() {
+fn the_predecessor_may_resume_until_the_successor_starts() {
     let (rig, mut old, mut new) = Rig::with_successor(&[1]);
     new.map(0, 2).unwrap();
     new.device.set_features(Features::of(&[Features::ACCESS_PLATFORM])).unwrap();
-    assert!(rig.seen().negotiated.has(Features::VERSION_1), "the running device keeps what it negotiated");
+    assert!(rig.parent().negotiated.has(Features::VERSION_1), "the running device keeps what it negotiated");
     old.device.suspend().unwrap();
     old.map(PAGE, 1).unwrap();
-    assert_eq!(rig.seen().table.len(), 1, "while both are there, mappings at rest wait");
+    assert_eq!(
+        rig.parent().table.len(),
+        1,
+        "new mappings of a suspended device wait while two clients have it open"
+    );
     old.device.resume().unwrap();
     assert_eq!(rig.running(), Some(10));
-    assert_eq!(rig.seen().table.iter().map(|e| (e.0, e.1)).collect::<Vec<_>>(), [(0, 1), (PAGE, 1)]);
+    assert_eq!(rig.parent().table.iter().map(|e| (e.0, e.1)).collect::<Vec<_>>(), [(0, 1), (PAGE, 1)]);
 }
 
 #[test]
-fn a_take_over_that_the_parent_refuses_gives_the_predecessor_everything_back() {
+fn a_start_that_the_parent_refuses_restores_the_predecessor() {
     let (rig, mut old, mut new) = Rig::with_successor(&[1]);
     new.map(0, 2).unwrap();
     old.device.suspend().unwrap();
-    let before = rig.seen().table.clone();
-    rig.seen().refuse = 1;
+    let before = rig.parent().table.clone();
+    rig.parent().refuse = 1;
     assert_eq!(new.start(10), Err(Errno::NOMEM));
-    assert_eq!(rig.seen().table, before);
-    assert!(old.space.is(rig.seen().owner.as_ref().unwrap()));
+    assert_eq!(rig.parent().table, before);
+    assert!(old.space.is(rig.parent().owner.as_ref().unwrap()));
     old.device.resume().unwrap();
-    assert_eq!((rig.running(), rig.seen().table.clone()), (Some(10), before));
+    assert_eq!((rig.running(), rig.parent().table.clone()), (Some(10), before));
     old.device.suspend().unwrap();
     new.device.set_status(Status(15)).unwrap();
     assert_eq!(rig.running(), Some(10));
-    assert_eq!(rig.seen().table.first().map(|e| e.1), Some(2));
+    assert_eq!(rig.parent().table.first().map(|e| e.1), Some(2));
 }
 
 #[test]
-fn what_nobody_took_over_is_unpinned_when_the_last_one_closes() {
+fn mappings_that_no_successor_took_over_are_unpinned_at_the_last_close() {
     let (rig, mut old, mut new) = Rig::with_successor(&[1]);
     old.device.release();
     drop(old);
-    assert_eq!((rig.running(), rig.seen().table.len()), (None, 1));
+    assert_eq!((rig.running(), rig.parent().table.len()), (None, 1));
     new.device.release();
-    assert!(rig.seen().table.is_empty());
-    // The device is there for the next one.
+    assert!(rig.parent().table.is_empty());
+    // The device can be opened again.
     new.device.open().unwrap();
     new.device.set_owner(&new.space).unwrap();
     new.map(0, 3).unwrap();
-    assert_eq!(rig.seen().table.len(), 1);
+    assert_eq!(rig.parent().table.len(), 1);
     new.start(1).unwrap();
     assert_eq!(rig.running(), Some(1));
 }
@@ -425,5 +436,5 @@ fn what_nobody_took_over_is_unpinned_when_the_last_one_closes() {
 #[test]
 fn a_parent_that_uses_addresses_of_its_owner_cannot_be_shared() {
     let profile = Profile { address_mode: AddressMode::OwnerAddresses, ..profile() };
-    assert_eq!(Handover::new(Below(profile, Arc::default())).map(drop), Err(Errno::OPNOTSUPP));
+    assert_eq!(Handover::new(TestParent(profile, Arc::default())).map(drop), Err(Errno::OPNOTSUPP));
 }

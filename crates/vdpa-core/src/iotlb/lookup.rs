@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn few_ranges_and_the_ends_of_the_space() {
+    fn few_ranges_and_the_ends_of_the_space_are_found() {
         check(&[]);
         check(&[IovaRange::ALL]);
         check(&ranges([(0, 0), (u64::MAX, u64::MAX)]));
@@ -223,16 +223,16 @@ mod tests {
     }
 
     #[test]
-    fn crowds_far_apart() {
-        let crowd = |base: u64| (0..300u64).map(move |i| (base + i * 0x3000, base + i * 0x3000 + 0xfff));
-        let mut all: Vec<_> = crowd(0x1000).chain(crowd(0x7f00_0000_0000)).collect();
-        all.extend(crowd(0xffff_0000_0000_0000));
+    fn clusters_far_apart_are_found() {
+        let cluster = |base: u64| (0..300u64).map(move |i| (base + i * 0x3000, base + i * 0x3000 + 0xfff));
+        let mut all: Vec<_> = cluster(0x1000).chain(cluster(0x7f00_0000_0000)).collect();
+        all.extend(cluster(0xffff_0000_0000_0000));
         check(&ranges(all));
     }
 
     /// The worst case: each directory separates only its last few ranges, down to the largest depth.
     #[test]
-    fn distances_that_double() {
+    fn ranges_with_doubling_distances_are_found() {
         let mut all = vec![(0, 0)];
         for power in 0..=60 {
             let base = 1u64 << power;

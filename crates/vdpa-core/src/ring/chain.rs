@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn a_chain_holds_4_gib_and_not_a_byte_more() {
+    fn a_chain_has_at_most_4_gib() {
         let half = Descriptor { addr: 0, len: 1 << 31, flags: 0, next: 0 };
         let mut chain = Chain::new();
         chain.push(half).unwrap();

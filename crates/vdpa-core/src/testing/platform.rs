@@ -71,7 +71,7 @@ impl TestObject {
     }
 }
 
-/// The object or address space that a piece of memory is part of.
+/// The object or address space that memory is part of.
 #[derive(Clone, Debug)]
 enum Backing {
     Object(TestObject),

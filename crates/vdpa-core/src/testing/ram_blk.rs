@@ -95,7 +95,8 @@ impl<H: Host> RamBlk<H> {
         self.received
     }
 
-    fn hear(&mut self) -> Result<()> {
+    /// Counts a table or mapping, and refuses it if that was asked for.
+    fn receive(&mut self) -> Result<()> {
         self.received += 1;
         match self.refuse_mappings.checked_sub(1) {
             None => Ok(()),
@@ -249,14 +250,14 @@ impl<H: Host<Memory: Bytes> + Send> Parent for RamBlk<H> {
 
 impl<H: Host> SetMap<H> for RamBlk<H> {
     fn set_map(&mut self, asid: Asid, table: &Table<H::Memory>) -> Result<()> {
-        self.hear()?;
+        self.receive()?;
         self.maps.set_map(asid, table)
     }
 }
 
 impl<H: Host> DmaMap<H> for RamBlk<H> {
     fn dma_map(&mut self, asid: Asid, mapping: &Mapping<H::Memory>) -> Result<()> {
-        self.hear()?;
+        self.receive()?;
         self.maps.dma_map(asid, mapping)
     }
 

@@ -7,7 +7,7 @@ use crate::ring::{Area, Buffer, Ring};
 use crate::vq::QueueState;
 
 /// A driver and a device on one ring in the format that the features say, at the start of a [`TestMemory`]; as
-/// [`Pair`] for code that does not care about the format.
+/// [`Pair`] for code that handles both formats.
 #[derive(Debug)]
 pub struct RingPair {
     /// The memory of both sides; it begins at [`Pair::BASE`].
@@ -71,7 +71,7 @@ impl RingPair {
         Buffer { iova: self.buffers + at % Pair::BUFFER_BYTES, len }
     }
 
-    /// Replaces the device side by one that starts at its position, with other features.
+    /// Replaces the device side by one that starts at its position.
     ///
     /// # Panics
     /// When requests are in flight.
@@ -99,7 +99,7 @@ impl RingPair {
     }
 }
 
-/// A driver of an empty ring at `state`, with the memory that its earlier laps would have left.
+/// A driver of an empty ring at `state`. The ring memory is as earlier laps would have left it.
 fn moved(
     driver: Driver<TestArea>,
     state: QueueState,
@@ -117,10 +117,10 @@ fn moved(
         }
         (Driver::Packed(driver), QueueState::Packed { last_avail_idx: index, last_avail_wrap: wrap, .. }) => {
             let mut state = driver.state();
-            let place = index | u16::from(wrap) << 15;
-            (state.next_avail, state.published, state.last_used) = (place, place, place);
+            let position = index | u16::from(wrap) << 15;
+            (state.next_avail, state.published, state.last_used) = (position, position, position);
             for entry in 0..state.size {
-                // What the last lap has used: both flags equal its wrap counter.
+                // As the previous lap has used it: both flags equal its wrap counter.
                 let flags = if (entry < index) == wrap { 1 << 7 | 1 << 15 } else { 0 };
                 desc.store_u16(usize::from(entry) * 16 + 14, flags).expect("a ring");
             }

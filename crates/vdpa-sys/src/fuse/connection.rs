@@ -347,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn init_asks_for_resend_and_never_for_io_uring_or_no_open() {
+    fn init_requests_resend_and_never_io_uring_or_no_open() {
         let (connection, mut kernel) = pair();
         send_init(&mut kernel, 7, 99);
         let negotiated = connection.handshake(Duration::from_secs(5)).unwrap();
@@ -365,7 +365,7 @@ mod tests {
         let mut answer = [0; 80];
         kernel.read_exact(&mut answer).unwrap();
         assert_eq!(answer[..16], [80, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0]);
-        // flags2 lies at byte 32 of fuse_init_out: bit 39 is HAS_RESEND.
+        // flags2 is at byte 32 of fuse_init_out: bit 39 is HAS_RESEND.
         assert_eq!(answer[16 + 32], 0x80);
     }
 
@@ -381,7 +381,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_the_kernel_would_not_take_become_eio() {
+    fn errors_that_the_kernel_would_refuse_become_eio() {
         let (connection, mut kernel) = pair();
         for (error, sent) in [(Errno::BUSY, -16), (Errno::NOTSUPP, -5)] {
             connection.reply(9, Err(error)).unwrap();
@@ -392,7 +392,7 @@ mod tests {
     }
 
     #[test]
-    fn a_silent_kernel_is_reported() {
+    fn a_handshake_without_init_times_out() {
         let (connection, _kernel) = pair();
         let error = connection.handshake(Duration::from_millis(10)).unwrap_err();
         assert!(matches!(error, HandshakeError::Silent { .. }));

@@ -274,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_other_than_cuse_init_is_none() {
+    fn a_request_other_than_cuse_init_is_refused() {
         let (ours, mut kernel) = UnixStream::pair().unwrap();
         let connection = Connection::new(ours.into()).unwrap();
         let header = InHeader { len: 40, opcode: opcode::STATFS, unique: 2, ..InHeader::default() };
@@ -284,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_those_the_kernel_takes_as_they_are() {
+    fn only_names_that_the_kernel_keeps_unchanged_are_accepted() {
         let long = "v".repeat(63);
         for good in ["vhost-vdpa-0", "vhost-vdpa/blk.0", "a_b", long.as_str()] {
             assert!(check_name(good).is_ok(), "{good}");
@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn a_slash_is_a_directory_in_dev_and_no_slash_in_sysfs() {
+    fn a_slash_is_a_directory_in_dev_and_an_exclamation_mark_in_sysfs() {
         assert_eq!(node("vhost-vdpa/0"), Path::new("/dev/vhost-vdpa/0"));
         assert_eq!(sysfs("vhost-vdpa/0"), Path::new("/sys/class/cuse/vhost-vdpa!0"));
     }
@@ -310,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_there_is_not_aborted() {
+    fn a_missing_device_cannot_be_aborted() {
         let error = abort("no-such-device", NUMBER).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
     }

@@ -212,7 +212,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_topmost_mount_counts() {
+    fn the_topmost_mount_is_found() {
         let table = "1 0 8:1 / / rw - ext4 /dev/sda rw\n\
                      2 1 0:5 / /run/vdpa\\040x rw shared:7 - tmpfs tmpfs rw\n\
                      3 2 0:6 / /run/vdpa\\040x rw - fuse.vdpad vdpad rw,user_id=0\n";
@@ -227,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_cannot_smuggle_options() {
+    fn a_name_cannot_contain_options() {
         let options = MountOptions { fsname: "x,allow_other".into(), ..MountOptions::default() };
         assert!(matches!(mount(Path::new("/"), &options), Err(MountError::Text { .. })));
     }

@@ -221,7 +221,7 @@ mod tests {
         [header.as_bytes(), &body].concat()
     }
 
-    /// A SET_STATUS ioctl byte by byte, so that a slip in the structures cannot cancel itself out.
+    /// A SET_STATUS ioctl byte by byte, so that a mistake in the structures cannot hide in the test as well.
     #[test]
     fn an_ioctl_is_read_byte_by_byte() {
         let bytes: [u8; 73] = {
@@ -276,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_of_forgets_is_as_long_as_it_says() {
+    fn a_batch_forget_has_as_many_entries_as_its_count() {
         let one = [5u64, 1, 6, 2];
         let bytes = message(opcode::BATCH_FORGET, &[[2u32, 0].as_bytes(), one.as_bytes()]);
         let Operation::BatchForget(forgets) = Request::decode(&bytes).unwrap().operation else { panic!() };
@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn a_false_length_is_refused_and_the_number_is_known() {
+    fn a_wrong_length_is_refused_with_the_unique_number() {
         let mut bytes = message(opcode::STATFS, &[]);
         bytes[0] = 41;
         let error = Request::decode(&bytes).unwrap_err();
@@ -304,7 +304,7 @@ mod tests {
         assert_eq!(Request::decode(&bytes[..39]), Err(DecodeError::NoHeader { got: 39 }));
     }
 
-    /// One message of each kind: with `VDPA_WRITE_SEEDS` they begin the corpus of the fuzz target `fuse_wire`.
+    /// One message of each kind. With `VDPA_WRITE_SEEDS` they are written as seeds of the fuzz target `fuse_wire`.
     #[test]
     fn every_known_request_is_decoded() {
         let ioctl = IoctlIn { cmd: 0x4008_af00, in_size: 8, ..IoctlIn::default() };
@@ -340,7 +340,7 @@ mod tests {
 
     /// Every opcode with every body length, filled with the bytes most likely to overflow a sum.
     #[test]
-    fn no_bytes_make_it_panic() {
+    fn no_bytes_make_decode_panic() {
         for code in 0..64 {
             for len in 0..160 {
                 for fill in [0, 1, 0x7f, 0xff] {

@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn text_names_what_differs() {
+    fn the_text_lists_the_numbers_that_differ() {
         let text = "new_owner=0xaf2f, remap=9,new_owner_bit=20,remap_bit=0x15,report=240";
         assert_eq!(text.parse(), Ok(MOVED));
         assert_eq!("".parse(), Ok(Numbers::POSTED));

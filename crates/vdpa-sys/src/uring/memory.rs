@@ -29,19 +29,19 @@ pub unsafe trait StableMemory: Send + Sync {
     }
 }
 
-/// A piece of memory by address in this process; laid out as `struct iovec`.
+/// A range of memory by address in this process; laid out as `struct iovec`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct IoPiece {
+pub struct IoVec {
     /// First byte.
     pub addr: usize,
     /// Bytes.
     pub len: usize,
 }
 
-const _: () = assert!(size_of::<IoPiece>() == size_of::<libc::iovec>());
-const _: () = assert!(align_of::<IoPiece>() == align_of::<libc::iovec>());
-const _: () = assert!(std::mem::offset_of!(IoPiece, len) == std::mem::offset_of!(libc::iovec, iov_len));
+const _: () = assert!(size_of::<IoVec>() == size_of::<libc::iovec>());
+const _: () = assert!(align_of::<IoVec>() == align_of::<libc::iovec>());
+const _: () = assert!(std::mem::offset_of!(IoVec, len) == std::mem::offset_of!(libc::iovec, iov_len));
 
 /// Mappings that are kept alive together, such as those of one snapshot of an IOTLB. A request keeps all of them by one
 /// clone of an `Arc`.
@@ -71,12 +71,12 @@ impl MemorySet {
         Self { regions: regions.into() }
     }
 
-    /// Whether all bytes of `piece` lie in one mapping of the set. An empty piece does.
+    /// Whether all bytes of `iovec` lie in one mapping of the set. An empty one does.
     #[must_use]
-    pub fn covers(&self, piece: IoPiece) -> bool {
-        let Some(more) = piece.len.checked_sub(1) else { return true };
-        let Some(last) = piece.addr.checked_add(more) else { return false };
-        let after = self.regions.partition_point(|region| region.base <= piece.addr);
+    pub fn covers(&self, iovec: IoVec) -> bool {
+        let Some(more) = iovec.len.checked_sub(1) else { return true };
+        let Some(last) = iovec.addr.checked_add(more) else { return false };
+        let after = self.regions.partition_point(|region| region.base <= iovec.addr);
         after.checked_sub(1).and_then(|at| self.regions.get(at)).is_some_and(|region| last <= region.last)
     }
 
@@ -94,34 +94,34 @@ impl fmt::Debug for MemorySet {
 
 /// A scatter-gather list over mappings that it keeps alive.
 #[derive(Debug)]
-pub struct GuestPieces {
-    pub(super) pieces: Box<[IoPiece]>,
+pub struct GuestIoVecs {
+    pub(super) iovecs: Box<[IoVec]>,
     pub(super) _memory: Arc<MemorySet>,
 }
 
-/// Largest number of pieces of one request: `UIO_MAXIOV`.
-pub const MAX_PIECES: usize = 1024;
+/// Largest number of ranges of one request: `UIO_MAXIOV`.
+pub const MAX_IOVECS: usize = 1024;
 
-impl GuestPieces {
-    /// The list of `pieces`, each inside one mapping of `memory`.
+impl GuestIoVecs {
+    /// The list of `iovecs`, each inside one mapping of `memory`.
     ///
     /// # Errors
-    /// `EFAULT` for a piece outside of `memory`, `EINVAL` for more than [`MAX_PIECES`].
-    pub fn new(pieces: impl Into<Box<[IoPiece]>>, memory: Arc<MemorySet>) -> Result<Self, Errno> {
-        let pieces = pieces.into();
-        if pieces.len() > MAX_PIECES {
+    /// `EFAULT` for a range outside of `memory`, `EINVAL` for more than [`MAX_IOVECS`].
+    pub fn new(iovecs: impl Into<Box<[IoVec]>>, memory: Arc<MemorySet>) -> Result<Self, Errno> {
+        let iovecs = iovecs.into();
+        if iovecs.len() > MAX_IOVECS {
             return Err(Errno::INVAL);
         }
-        if !pieces.iter().all(|&piece| memory.covers(piece)) {
+        if !iovecs.iter().all(|&iovec| memory.covers(iovec)) {
             return Err(Errno::FAULT);
         }
-        Ok(Self { pieces, _memory: memory })
+        Ok(Self { iovecs, _memory: memory })
     }
 
-    /// Bytes of all pieces.
+    /// Bytes of all ranges.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.pieces.iter().map(|piece| piece.len).fold(0, usize::saturating_add)
+        self.iovecs.iter().map(|iovec| iovec.len).fold(0, usize::saturating_add)
     }
 
     /// Whether it has no bytes.
@@ -149,34 +149,34 @@ pub enum Wait {
     Refused,
 }
 
-/// Moves bytes between byte `offset` of a file and `pieces` of mappings, in the calling thread. Returns the
+/// Moves bytes between byte `offset` of a file and the ranges `iovecs` of mappings, in the calling thread. Returns the
 /// number of bytes, which may be less than requested if it must not block.
 ///
 /// # Errors
-/// As [`GuestPieces::new`]; those of `preadv2(2)` and `pwritev2(2)`: `EAGAIN` when it would block and must not,
+/// As [`GuestIoVecs::new`]; those of `preadv2(2)` and `pwritev2(2)`: `EAGAIN` when it would block and must not,
 /// `EOPNOTSUPP` for files that do not support that.
 pub fn transfer_now(
     file: impl AsFd,
     direction: Direction,
     wait: Wait,
-    pieces: &[IoPiece],
+    iovecs: &[IoVec],
     memory: &MemorySet,
     offset: u64,
 ) -> Result<usize, Errno> {
-    if pieces.len() > MAX_PIECES {
+    if iovecs.len() > MAX_IOVECS {
         return Err(Errno::INVAL);
     }
-    if !pieces.iter().all(|&piece| memory.covers(piece)) {
+    if !iovecs.iter().all(|&iovec| memory.covers(iovec)) {
         return Err(Errno::FAULT);
     }
-    let (fd, iov) = (file.as_fd().as_raw_fd(), pieces.as_ptr().cast::<libc::iovec>());
-    let count = libc::c_int::try_from(pieces.len()).map_err(|_| Errno::INVAL)?;
+    let (fd, iov) = (file.as_fd().as_raw_fd(), iovecs.as_ptr().cast::<libc::iovec>());
+    let count = libc::c_int::try_from(iovecs.len()).map_err(|_| Errno::INVAL)?;
     let at = i64::try_from(offset).map_err(|_| Errno::INVAL)?;
     loop {
-        // SAFETY: `pieces` is laid out as an array of `count` iovecs, and each lies inside a `StableMemory`, which allows
-        // the kernel to access it at any time and which exists during this call. One piece needs no list.
+        // SAFETY: `iovecs` is laid out as an array of `count` iovecs, and each lies inside a `StableMemory`, which allows
+        // the kernel to access it at any time and which exists during this call. A single range needs no list.
         let moved = unsafe {
-            match (direction, wait, pieces) {
+            match (direction, wait, iovecs) {
                 (Direction::Read, Wait::Allowed, [one]) => libc::pread(fd, pointer(one), one.len, at),
                 (Direction::Write, Wait::Allowed, [one]) => libc::pwrite(fd, pointer(one), one.len, at),
                 (Direction::Read, Wait::Allowed, _) => libc::preadv(fd, iov, count, at),
@@ -195,8 +195,8 @@ pub fn transfer_now(
     }
 }
 
-fn pointer(piece: &IoPiece) -> *mut libc::c_void {
-    std::ptr::with_exposed_provenance_mut(piece.addr)
+fn pointer(iovec: &IoVec) -> *mut libc::c_void {
+    std::ptr::with_exposed_provenance_mut(iovec.addr)
 }
 
 /// A zeroed buffer at an address that `O_DIRECT` accepts.
@@ -267,13 +267,13 @@ pub enum OwnedBuf {
 }
 
 impl OwnedBuf {
-    pub(super) fn piece(&mut self) -> IoPiece {
+    pub(super) fn iovec(&mut self) -> IoVec {
         // as_mut_ptr and not as_ptr: the kernel may write through the address.
         let (addr, len) = match self {
             Self::Vec(bytes) => (bytes.as_mut_ptr(), bytes.len()),
             Self::Aligned(bytes) => (bytes.start.as_ptr(), bytes.layout.size()),
         };
-        IoPiece { addr: addr.expose_provenance(), len }
+        IoVec { addr: addr.expose_provenance(), len }
     }
 }
 
@@ -304,14 +304,14 @@ impl From<AlignedBuf> for OwnedBuf {
 #[derive(Debug)]
 pub enum Buffers {
     /// Guest memory.
-    Guest(GuestPieces),
+    Guest(GuestIoVecs),
     /// A buffer that the request owns.
     Owned(OwnedBuf),
 }
 
-impl From<GuestPieces> for Buffers {
-    fn from(pieces: GuestPieces) -> Self {
-        Self::Guest(pieces)
+impl From<GuestIoVecs> for Buffers {
+    fn from(iovecs: GuestIoVecs) -> Self {
+        Self::Guest(iovecs)
     }
 }
 
@@ -326,7 +326,7 @@ mod tests {
     use super::*;
 
     struct Fake(usize, usize);
-    // SAFETY: never given to the kernel, only to the arithmetic.
+    // SAFETY: its addresses are never passed to the kernel, only compared.
     unsafe impl StableMemory for Fake {
         fn base(&self) -> usize {
             self.0
@@ -337,22 +337,22 @@ mod tests {
     }
 
     #[test]
-    fn a_set_covers_what_lies_in_one_mapping() {
+    fn a_set_covers_ranges_within_one_mapping() {
         let set = MemorySet::new(
             [Fake(0x3000, 0x1000), Fake(0x1000, 0x1000), Fake(usize::MAX, 1), Fake(5, 0)]
                 .map(|fake| Arc::new(fake) as Arc<dyn StableMemory>),
         );
-        let covers = |addr, len| set.covers(IoPiece { addr, len });
+        let covers = |addr, len| set.covers(IoVec { addr, len });
         assert!(covers(0x1000, 0x1000) && covers(0x3fff, 1) && covers(usize::MAX, 1));
         assert!(!covers(0xfff, 1) && !covers(0x1fff, 2) && !covers(0x2000, 1) && !covers(5, 1));
         assert!(!covers(usize::MAX, 2), "the sum passes the end of the address space");
         assert!(covers(0, 0));
-        let outside = vec![IoPiece { addr: 0x1000, len: 1 }, IoPiece { addr: 0x2000, len: 1 }];
-        assert_eq!(GuestPieces::new(outside, Arc::new(set)).unwrap_err(), Errno::FAULT);
+        let outside = vec![IoVec { addr: 0x1000, len: 1 }, IoVec { addr: 0x2000, len: 1 }];
+        assert_eq!(GuestIoVecs::new(outside, Arc::new(set)).unwrap_err(), Errno::FAULT);
     }
 
     #[test]
-    fn aligned_buffers_are_aligned_and_refuse_nonsense() {
+    fn aligned_buffers_are_aligned_and_refuse_invalid_sizes() {
         let mut buffer = AlignedBuf::new(8192, 4096).unwrap();
         assert_eq!(buffer.as_ptr().addr() % 4096, 0);
         buffer[8191] = 7;

@@ -17,9 +17,9 @@ mod tests;
 
 pub use adopt::{AdoptError, Adopted, Leftover, RingRecord};
 pub use memory::{
-    AlignedBuf, Buffers, Direction, GuestPieces, IoPiece, MAX_PIECES, MemorySet, OwnedBuf, StableMemory,
-    Wait, transfer_now,
+    AlignedBuf, Buffers, Direction, GuestIoVecs, IoVec, MAX_IOVECS, MemorySet, OwnedBuf, StableMemory, Wait,
+    transfer_now,
 };
-pub use op::{File, FixedPiece, Op};
+pub use op::{File, FixedIoVec, Op};
 pub use registrar::{FileSlot, Registrar};
 pub use ring::{Completion, Ring, SubmitError};

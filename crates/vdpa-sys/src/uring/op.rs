@@ -7,7 +7,7 @@ use io_uring::squeue::{Entry, Flags};
 use io_uring::{opcode, types};
 use vdpa_core::Errno;
 
-use super::{Buffers, IoPiece, OwnedBuf};
+use super::{Buffers, IoVec, OwnedBuf};
 
 /// A file of a request.
 #[derive(Clone, Debug)]
@@ -24,12 +24,12 @@ pub enum File {
 /// A part of a registered buffer. The request owns nothing for it: the pages are pinned, and the kernel keeps a registered
 /// buffer while requests use it, even if its slot is emptied or its mapping is removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FixedPiece {
+pub struct FixedIoVec {
     /// Slot of the registered buffer.
     pub slot: u16,
     /// The bytes, by the address the buffer was registered with. The kernel reports `EFAULT` for bytes outside
     /// the buffer. It uses the pinned pages and not the address space.
-    pub piece: IoPiece,
+    pub iovec: IoVec,
 }
 
 /// One request.
@@ -58,7 +58,7 @@ pub enum Op {
         /// File.
         file: File,
         /// Destination.
-        to: FixedPiece,
+        to: FixedIoVec,
         /// Byte position.
         offset: u64,
     },
@@ -67,7 +67,7 @@ pub enum Op {
         /// File.
         file: File,
         /// Source.
-        from: FixedPiece,
+        from: FixedIoVec,
         /// Byte position.
         offset: u64,
     },
@@ -206,13 +206,13 @@ impl Op {
 fn transfer(file: File, buffers: Buffers, offset: u64, write: bool) -> Result<(Entry, Resources), Errno> {
     match buffers {
         Buffers::Guest(guest) => {
-            if let [piece] = *guest.pieces {
-                // A list of one piece costs the kernel an additional copy.
-                let entry = plain(&file, piece, offset, write)?;
+            if let [iovec] = *guest.iovecs {
+                // A list of one range costs the kernel an additional copy.
+                let entry = plain(&file, iovec, offset, write)?;
                 return Ok((entry, Resources::Other { _keep: (Some(Buffers::Guest(guest)), Some(file)) }));
             }
-            let count = u32::try_from(guest.pieces.len()).map_err(|_| Errno::INVAL)?;
-            let iov = guest.pieces.as_ptr().cast::<libc::iovec>();
+            let count = u32::try_from(guest.iovecs.len()).map_err(|_| Errno::INVAL)?;
+            let iov = guest.iovecs.as_ptr().cast::<libc::iovec>();
             let entry = with_file!(&file, |fd| if write {
                 opcode::Writev::new(fd, iov, count).offset(offset).build()
             } else {
@@ -221,16 +221,16 @@ fn transfer(file: File, buffers: Buffers, offset: u64, write: bool) -> Result<(E
             Ok((entry, Resources::Other { _keep: (Some(Buffers::Guest(guest)), Some(file)) }))
         }
         Buffers::Owned(mut buffer) => {
-            let entry = plain(&file, buffer.piece(), offset, write)?;
+            let entry = plain(&file, buffer.iovec(), offset, write)?;
             Ok((entry, Resources::Owned { buffer, _file: file }))
         }
     }
 }
 
-/// A transfer of one piece that is not registered.
-fn plain(file: &File, piece: IoPiece, offset: u64, write: bool) -> Result<Entry, Errno> {
-    let len = u32::try_from(piece.len).map_err(|_| Errno::INVAL)?;
-    let at = std::ptr::with_exposed_provenance_mut(piece.addr);
+/// A transfer of one range that is not registered.
+fn plain(file: &File, iovec: IoVec, offset: u64, write: bool) -> Result<Entry, Errno> {
+    let len = u32::try_from(iovec.len).map_err(|_| Errno::INVAL)?;
+    let at = std::ptr::with_exposed_provenance_mut(iovec.addr);
     Ok(with_file!(file, |fd| if write {
         opcode::Write::new(fd, at, len).offset(offset).build()
     } else {
@@ -238,7 +238,7 @@ fn plain(file: &File, piece: IoPiece, offset: u64, write: bool) -> Result<Entry,
     }))
 }
 
-fn fixed(fixed: &FixedPiece) -> Result<(*mut u8, u32), Errno> {
-    let len = u32::try_from(fixed.piece.len).map_err(|_| Errno::INVAL)?;
-    Ok((std::ptr::with_exposed_provenance_mut(fixed.piece.addr), len))
+fn fixed(fixed: &FixedIoVec) -> Result<(*mut u8, u32), Errno> {
+    let len = u32::try_from(fixed.iovec.len).map_err(|_| Errno::INVAL)?;
+    Ok((std::ptr::with_exposed_provenance_mut(fixed.iovec.addr), len))
 }

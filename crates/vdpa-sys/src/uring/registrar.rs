@@ -9,7 +9,7 @@ use io_uring::IoUring;
 use vdpa_core::Errno;
 
 use super::ring::errno;
-use super::{File, IoPiece, MemorySet};
+use super::{File, IoVec, MemorySet};
 
 /// Changes the registered buffers and files of a ring, from any thread, even while its worker blocks in the ring.
 ///
@@ -97,7 +97,7 @@ impl Registrar {
         self.ring.submitter().register_buffers_sparse(slots).map_err(|error| errno(&error))
     }
 
-    /// Pins `piece`, at most 1 GiB inside one mapping of `memory`, as buffer `slot`; replaces what was there.
+    /// Pins `iovec`, at most 1 GiB inside one mapping of `memory`, as buffer `slot`; replaces what was there.
     ///
     /// The pages stay pinned until the slot is replaced or emptied, or the ring is closed, even if the mapping is
     /// removed. Populate the mapping first: pinning page by page is five times as slow.
@@ -106,11 +106,11 @@ impl Registrar {
     /// `EFAULT` for bytes outside of `memory`, or that cannot be accessed for writing; `ENOMEM` when
     /// `RLIMIT_MEMLOCK` forbids it; `EOPNOTSUPP` for memory that cannot be pinned (file systems other than tmpfs
     /// and hugetlbfs); `EINVAL` for a slot out of range.
-    pub fn set_buffer(&self, slot: u16, piece: IoPiece, memory: &MemorySet) -> Result<(), Errno> {
-        if !memory.covers(piece) {
+    pub fn set_buffer(&self, slot: u16, iovec: IoVec, memory: &MemorySet) -> Result<(), Errno> {
+        if !memory.covers(iovec) {
             return Err(Errno::FAULT);
         }
-        self.update_buffer(slot, piece)
+        self.update_buffer(slot, iovec)
     }
 
     /// Empties buffer `slot`; its pages are unpinned when the last request that uses them has completed.
@@ -118,13 +118,13 @@ impl Registrar {
     /// # Errors
     /// `EINVAL` for a slot out of range, `ENXIO` when no buffers were reserved.
     pub fn clear_buffer(&self, slot: u16) -> Result<(), Errno> {
-        self.update_buffer(slot, IoPiece { addr: 0, len: 0 })
+        self.update_buffer(slot, IoVec { addr: 0, len: 0 })
     }
 
-    fn update_buffer(&self, slot: u16, piece: IoPiece) -> Result<(), Errno> {
+    fn update_buffer(&self, slot: u16, iovec: IoVec) -> Result<(), Errno> {
         let iov =
-            [libc::iovec { iov_base: std::ptr::with_exposed_provenance_mut(piece.addr), iov_len: piece.len }];
-        // SAFETY: the piece is empty, or lies inside a `StableMemory`, which allows the kernel to access it at any
+            [libc::iovec { iov_base: std::ptr::with_exposed_provenance_mut(iovec.addr), iov_len: iovec.len }];
+        // SAFETY: the range is empty, or lies inside a `StableMemory`, which allows the kernel to access it at any
         // time and which exists during this call; after it the kernel holds references to the pages and does not
         // use the address. Pages that stay pinned when the mapping is gone are never given out by anybody else.
         unsafe { self.ring.submitter().register_buffers_update(slot.into(), &iov, None) }

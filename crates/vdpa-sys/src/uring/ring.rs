@@ -15,7 +15,7 @@ use vdpa_core::Errno;
 
 use super::op::Resources;
 use super::registrar::Files;
-use super::{File, FixedPiece, IoPiece, Op, OwnedBuf, Registrar};
+use super::{File, FixedIoVec, IoVec, Op, OwnedBuf, Registrar};
 
 /// How long the drop of a ring waits for requests in flight. Requests that have not ended then are leaked, not freed.
 const DROP_TIMEOUT: Duration = Duration::from_secs(30);
@@ -165,11 +165,11 @@ impl Ring {
     pub fn read_fixed(
         &mut self,
         file: u32,
-        to: FixedPiece,
+        to: FixedIoVec,
         offset: u64,
         token: u64,
     ) -> Result<(), SubmitError> {
-        let FixedPiece { slot, piece: IoPiece { addr, len } } = to;
+        let FixedIoVec { slot, iovec: IoVec { addr, len } } = to;
         let len = u32::try_from(len).map_err(|_| SubmitError::Request { errno: Errno::INVAL })?;
         let at = std::ptr::with_exposed_provenance_mut(addr);
         let entry = opcode::ReadFixed::new(types::Fixed(file), at, len, slot).offset(offset).build();

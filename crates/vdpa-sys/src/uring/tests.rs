@@ -14,11 +14,11 @@ use super::*;
 
 const TIMEOUT: Option<Duration> = Some(Duration::from_secs(10));
 
-/// Anonymous memory, and a mark that tells when it was unmapped.
+/// Anonymous memory, and a flag that is set when it is unmapped.
 struct Anon {
     base: usize,
     len: usize,
-    gone: Arc<AtomicBool>,
+    unmapped: Arc<AtomicBool>,
 }
 
 // SAFETY: mapped in `new`, unmapped in `drop`, and only accessed through raw pointers.
@@ -33,11 +33,11 @@ unsafe impl StableMemory for Anon {
 
 impl Anon {
     fn new(len: usize) -> (Arc<Self>, Arc<AtomicBool>) {
-        let gone = Arc::new(AtomicBool::new(false));
+        let unmapped = Arc::new(AtomicBool::new(false));
         let (prot, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED);
         // SAFETY: a new mapping at an address of the kernel's choice.
         let base = unsafe { mmap_anonymous(std::ptr::null_mut(), len, prot, flags) }.unwrap();
-        (Arc::new(Self { base: base.expose_provenance(), len, gone: Arc::clone(&gone) }), gone)
+        (Arc::new(Self { base: base.expose_provenance(), len, unmapped: Arc::clone(&unmapped) }), unmapped)
     }
 
     fn fill(&self, byte: u8) {
@@ -54,7 +54,7 @@ impl Anon {
 
 impl Drop for Anon {
     fn drop(&mut self) {
-        self.gone.store(true, Ordering::SeqCst);
+        self.unmapped.store(true, Ordering::SeqCst);
         // SAFETY: mapped in `new` with this length; the last reference is gone.
         unsafe { munmap(std::ptr::with_exposed_provenance_mut(self.base), self.len) }.unwrap();
     }
@@ -80,18 +80,18 @@ fn none(ring: &mut Ring) {
 }
 
 #[test]
-fn guest_pieces_are_scattered_and_gathered() {
+fn ranges_of_guest_memory_are_scattered_and_gathered() {
     let mut ring = Ring::new(8).unwrap();
     let fd = temp();
     let (memory, _) = Anon::new(8192);
     memory.fill(7);
-    let pieces = |at: [(usize, usize); 2]| {
-        let pieces = at.map(|(at, len)| IoPiece { addr: memory.base + at, len });
-        GuestPieces::new(pieces, set(&memory)).unwrap()
+    let iovecs = |at: [(usize, usize); 2]| {
+        let iovecs = at.map(|(at, len)| IoVec { addr: memory.base + at, len });
+        GuestIoVecs::new(iovecs, set(&memory)).unwrap()
     };
     let write = Op::Write {
         file: File::Fd(Arc::clone(&fd)),
-        buffers: pieces([(0, 100), (5000, 411)]).into(),
+        buffers: iovecs([(0, 100), (5000, 411)]).into(),
         offset: 1,
     };
     ring.submit(write, 42).unwrap();
@@ -99,7 +99,7 @@ fn guest_pieces_are_scattered_and_gathered() {
     let done = one(&mut ring);
     assert_eq!((done.token, done.result, done.more), (42, Ok(511), false));
     memory.fill(0);
-    let read = Op::Read { file: File::Fd(fd), buffers: pieces([(8191, 1), (10, 600)]).into(), offset: 1 };
+    let read = Op::Read { file: File::Fd(fd), buffers: iovecs([(8191, 1), (10, 600)]).into(), offset: 1 };
     ring.submit(read, 43).unwrap();
     assert_eq!(one(&mut ring).result, Ok(511));
     assert_eq!(ring.in_flight(), 0);
@@ -108,7 +108,7 @@ fn guest_pieces_are_scattered_and_gathered() {
 }
 
 #[test]
-fn an_owned_buffer_comes_back() {
+fn an_owned_buffer_is_returned_with_its_completion() {
     let mut ring = Ring::new(8).unwrap();
     let fd = temp();
     ring.submit(
@@ -145,23 +145,23 @@ fn registered_buffers_move_bytes_and_keep_their_bounds() {
     registrar.reserve_buffers(4).unwrap();
     let (memory, _) = Anon::new(8192);
     memory.fill(5);
-    let whole = IoPiece { addr: memory.base, len: 4096 };
+    let whole = IoVec { addr: memory.base, len: 4096 };
     // From another thread, as the control thread does.
     let (from_thread, kept) = (registrar.clone(), set(&memory));
     std::thread::spawn(move || from_thread.set_buffer(2, whole, &kept)).join().unwrap().unwrap();
     let fd = temp();
     let op = |slot, addr| {
-        let from = FixedPiece { slot, piece: IoPiece { addr, len: 512 } };
+        let from = FixedIoVec { slot, iovec: IoVec { addr, len: 512 } };
         Op::WriteFixed { file: File::Fd(Arc::clone(&fd)), from, offset: 0 }
     };
     ring.submit(op(2, memory.base + 3584), 1).unwrap();
     assert_eq!(one(&mut ring).result, Ok(512));
     ring.submit(op(2, memory.base + 3585), 2).unwrap();
-    assert_eq!(one(&mut ring).result, Err(Errno::FAULT), "beyond the registered piece");
+    assert_eq!(one(&mut ring).result, Err(Errno::FAULT), "beyond the registered range");
     ring.submit(op(1, memory.base), 3).unwrap();
     assert_eq!(one(&mut ring).result, Err(Errno::FAULT), "an empty slot");
     memory.fill(0);
-    let to = FixedPiece { slot: 2, piece: whole };
+    let to = FixedIoVec { slot: 2, iovec: whole };
     ring.submit(Op::ReadFixed { file: File::Fd(Arc::clone(&fd)), to, offset: 0 }, 4).unwrap();
     assert_eq!(one(&mut ring).result, Ok(512));
     assert_eq!((memory.byte(511), memory.byte(512)), (5, 0));
@@ -169,7 +169,7 @@ fn registered_buffers_move_bytes_and_keep_their_bounds() {
     ring.submit(op(2, memory.base), 5).unwrap();
     assert_eq!(one(&mut ring).result, Err(Errno::FAULT), "a cleared slot");
     assert_eq!(registrar.set_buffer(4, whole, &set(&memory)), Err(Errno::INVAL), "no such slot");
-    let outside = IoPiece { addr: memory.base + 8000, len: 4096 };
+    let outside = IoVec { addr: memory.base + 8000, len: 4096 };
     assert_eq!(registrar.set_buffer(0, outside, &set(&memory)), Err(Errno::FAULT));
 }
 
@@ -181,7 +181,7 @@ fn registered_files_are_used_by_slot() {
     registrar.set_file(1, Some(&temp())).unwrap();
     let write = |slot| Op::Write { file: File::Registered(slot), buffers: b"x".to_vec().into(), offset: 0 };
     ring.submit(write(1), 1).unwrap();
-    assert_eq!(one(&mut ring).result, Ok(1), "the descriptor was closed, the file is there");
+    assert_eq!(one(&mut ring).result, Ok(1), "the descriptor is closed, but the file is registered");
     ring.submit(write(0), 2).unwrap();
     assert_eq!(one(&mut ring).result, Err(Errno::BADF));
     registrar.set_file(1, None).unwrap();
@@ -236,7 +236,7 @@ fn an_eventfd_signalled_before_completes_at_once() {
 }
 
 #[test]
-fn waiting_ends_when_the_time_is_up() {
+fn waiting_ends_at_the_timeout() {
     let mut ring = Ring::new(8).unwrap();
     let begin = Instant::now();
     ring.submit_and_wait(1, Some(Duration::from_millis(30))).unwrap();
@@ -262,16 +262,16 @@ fn more_requests_than_entries_are_taken() {
     assert_eq!(seen, (0..50).collect::<Vec<_>>());
 }
 
-/// A read of an empty pipe stays in flight for ever: its memory must be there until the ring has cancelled it.
+/// A read of an empty pipe never completes by itself: its memory must stay mapped until the ring has cancelled it.
 #[test]
-fn dropping_a_ring_waits_for_what_is_in_flight() {
+fn dropping_a_ring_waits_for_requests_in_flight() {
     let mut ring = Ring::new(8).unwrap();
     let (pipe, mut writer) = std::io::pipe().unwrap();
     let fd = Arc::new(OwnedFd::from(pipe));
-    let (memory, gone) = Anon::new(4096);
-    let pieces = GuestPieces::new([IoPiece { addr: memory.base, len: 4096 }], set(&memory)).unwrap();
+    let (memory, unmapped) = Anon::new(4096);
+    let iovecs = GuestIoVecs::new([IoVec { addr: memory.base, len: 4096 }], set(&memory)).unwrap();
     drop(memory);
-    ring.submit(Op::Read { file: File::Fd(Arc::clone(&fd)), buffers: pieces.into(), offset: u64::MAX }, 1)
+    ring.submit(Op::Read { file: File::Fd(Arc::clone(&fd)), buffers: iovecs.into(), offset: u64::MAX }, 1)
         .unwrap();
     ring.submit(
         Op::Read { file: File::Fd(Arc::clone(&fd)), buffers: vec![0; 64].into(), offset: u64::MAX },
@@ -279,30 +279,30 @@ fn dropping_a_ring_waits_for_what_is_in_flight() {
     )
     .unwrap();
     none(&mut ring);
-    assert_eq!((ring.in_flight(), gone.load(Ordering::SeqCst)), (2, false));
+    assert_eq!((ring.in_flight(), unmapped.load(Ordering::SeqCst)), (2, false));
     assert_eq!(Arc::strong_count(&fd), 3);
     drop(ring);
-    assert!(gone.load(Ordering::SeqCst), "memory released once nothing was in flight");
+    assert!(unmapped.load(Ordering::SeqCst), "memory released once nothing was in flight");
     assert_eq!(Arc::strong_count(&fd), 1);
     std::io::Write::write_all(&mut writer, b"still there").unwrap();
     let mut rest = [0; 11];
     std::io::Read::read_exact(&mut StdFile::from(Arc::into_inner(fd).unwrap()), &mut rest).unwrap();
-    assert_eq!(&rest, b"still there", "no cancelled read took it");
+    assert_eq!(&rest, b"still there", "no cancelled read consumed it");
 }
 
 #[test]
-fn a_request_that_holds_nothing_counts_and_comes_back_by_its_name() {
+fn a_request_without_resources_is_counted_and_keeps_its_token() {
     let mut ring = Ring::new(8).unwrap();
     let registrar = ring.registrar();
     registrar.reserve_buffers(1).unwrap();
     let (memory, _) = Anon::new(4096);
     memory.fill(9);
-    let whole = IoPiece { addr: memory.base, len: 4096 };
+    let whole = IoVec { addr: memory.base, len: 4096 };
     registrar.set_buffer(0, whole, &set(&memory)).unwrap();
     let (fd, other) = (temp(), temp());
     let slot = registrar.add_file(&fd).unwrap();
-    let op = |file| Op::WriteFixed { file, from: FixedPiece { slot: 0, piece: whole }, offset: 0 };
-    // Names of all kinds, those that collide with the marks of the ring too.
+    let op = |file| Op::WriteFixed { file, from: FixedIoVec { slot: 0, iovec: whole }, offset: 0 };
+    // Tokens of all kinds, including those that collide with values that the ring uses itself.
     for token in [0, 7, 1 << 62, (1 << 63) - 2, (1 << 63) - 1, 1 << 63, u64::MAX] {
         ring.submit(op(slot.file()), token).unwrap();
         assert_eq!(ring.in_flight(), 1);
@@ -313,7 +313,7 @@ fn a_request_that_holds_nothing_counts_and_comes_back_by_its_name() {
     let mut found = [0; 4];
     rustix::io::pread(&fd, &mut found, 4092).unwrap();
     assert_eq!(found, [9; 4]);
-    // A slot that was dropped serves another file; one that was retired nobody.
+    // A dropped slot is used for another file; a retired slot is not used again.
     let File::Registered(number) = slot.file() else { panic!("{slot:?}") };
     drop(slot);
     ring.submit(op(File::Registered(number)), 1).unwrap();
@@ -328,48 +328,48 @@ fn a_request_that_holds_nothing_counts_and_comes_back_by_its_name() {
 }
 
 #[test]
-fn a_transfer_by_the_caller_moves_bytes_inside_of_its_memory_only() {
+fn a_transfer_by_the_caller_moves_bytes_within_its_memory_only() {
     let (memory, _) = Anon::new(8192);
     memory.fill(5);
     let (fd, kept) = (temp(), set(&memory));
-    let piece = |offset: usize, len| IoPiece { addr: memory.base + offset, len };
-    let now = |direction, pieces: &[IoPiece], offset| {
-        transfer_now(&fd, direction, Wait::Allowed, pieces, &kept, offset)
+    let iovec = |offset: usize, len| IoVec { addr: memory.base + offset, len };
+    let now = |direction, iovecs: &[IoVec], offset| {
+        transfer_now(&fd, direction, Wait::Allowed, iovecs, &kept, offset)
     };
-    assert_eq!(now(Direction::Write, &[piece(0, 512)], 0), Ok(512));
-    assert_eq!(now(Direction::Write, &[piece(100, 100), piece(300, 300)], 512), Ok(400));
+    assert_eq!(now(Direction::Write, &[iovec(0, 512)], 0), Ok(512));
+    assert_eq!(now(Direction::Write, &[iovec(100, 100), iovec(300, 300)], 512), Ok(400));
     memory.fill(0);
-    assert_eq!(now(Direction::Read, &[piece(0, 4096)], 0), Ok(912), "no more is there");
+    assert_eq!(now(Direction::Read, &[iovec(0, 4096)], 0), Ok(912), "the file has no more");
     assert_eq!((memory.byte(911), memory.byte(912)), (5, 0));
-    assert_eq!(now(Direction::Read, &[piece(4096, 4), piece(8000, 4)], 0), Ok(8));
+    assert_eq!(now(Direction::Read, &[iovec(4096, 4), iovec(8000, 4)], 0), Ok(8));
     assert_eq!((memory.byte(8003), memory.byte(8004)), (5, 0));
-    assert_eq!(now(Direction::Read, &[piece(8000, 4096)], 0), Err(Errno::FAULT), "outside");
-    assert_eq!(now(Direction::Read, &vec![piece(0, 1); MAX_PIECES + 1], 0), Err(Errno::INVAL));
-    assert_eq!(now(Direction::Write, &[piece(0, 1)], u64::MAX), Err(Errno::INVAL));
+    assert_eq!(now(Direction::Read, &[iovec(8000, 4096)], 0), Err(Errno::FAULT), "outside");
+    assert_eq!(now(Direction::Read, &vec![iovec(0, 1); MAX_IOVECS + 1], 0), Err(Errno::INVAL));
+    assert_eq!(now(Direction::Write, &[iovec(0, 1)], u64::MAX), Err(Errno::INVAL));
 }
 
-/// What is read without waiting is right, or it is not read: not in memory, or of a file that cannot do that.
+/// A read that may not wait gives the right bytes, or it fails: the page is not cached, or the file does not support it.
 #[test]
-fn a_transfer_that_may_not_wait_says_so() {
+fn a_transfer_that_may_not_wait_succeeds_or_reports_why() {
     let (memory, _) = Anon::new(8192);
     let kept = set(&memory);
-    let piece = IoPiece { addr: memory.base, len: 4096 };
+    let iovec = IoVec { addr: memory.base, len: 4096 };
     let mut file = tempfile::tempfile().unwrap();
     std::io::Write::write_all(&mut file, &[7; 4096]).unwrap();
     file.sync_all().unwrap();
-    for there in [true, false] {
-        if !there {
+    for cached in [true, false] {
+        if !cached {
             rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
         }
         memory.fill(0);
-        match transfer_now(&file, Direction::Read, Wait::Refused, &[piece], &kept, 0) {
+        match transfer_now(&file, Direction::Read, Wait::Refused, &[iovec], &kept, 0) {
             Ok(moved) => assert_eq!((moved, memory.byte(4095)), (4096, 7)),
             Err(error) => assert!([Errno::AGAIN, Errno::OPNOTSUPP].contains(&error), "{error}"),
         }
-        assert_eq!(transfer_now(&file, Direction::Read, Wait::Allowed, &[piece], &kept, 0), Ok(4096));
+        assert_eq!(transfer_now(&file, Direction::Read, Wait::Allowed, &[iovec], &kept, 0), Ok(4096));
         assert_eq!((memory.byte(0), memory.byte(4095)), (7, 7));
     }
     let (pipe, _other) = rustix::pipe::pipe().unwrap();
-    let refused = transfer_now(&pipe, Direction::Read, Wait::Refused, &[piece], &kept, 0);
+    let refused = transfer_now(&pipe, Direction::Read, Wait::Refused, &[iovec], &kept, 0);
     assert_eq!(refused, Err(Errno::from_raw(libc::ESPIPE)));
 }

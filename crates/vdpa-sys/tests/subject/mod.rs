@@ -1,6 +1,7 @@
-//! A process to look at: this test binary again, doing what it is told by lines on its standard input.
+//! A process under test: this test binary again. It executes the commands that it reads from its standard input, one per
+//! line.
 //!
-//! It branches off before `main`, so that its first thread is the only one and under its control.
+//! It does so before `main`, so that the thread that executes them is the process's first and only one.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::OwnedFd;
@@ -32,23 +33,23 @@ impl Subject {
         let input = child.stdin.take().unwrap();
         let output = BufReader::new(child.stdout.take().unwrap());
         let mut subject = Self { child, input, output, tid: 0 };
-        subject.tid = i32::try_from(subject.answer()).unwrap();
+        subject.tid = i32::try_from(subject.read_reply()).unwrap();
         subject
     }
 
-    /// Has it do something and returns the number it answers.
-    pub(crate) fn tell(&mut self, command: &str) -> u64 {
+    /// Executes a command in the process and returns the number that it replies.
+    pub(crate) fn run(&mut self, command: &str) -> u64 {
         writeln!(self.input, "{command}").unwrap();
-        self.answer()
+        self.read_reply()
     }
 
-    /// As [`tell`](Self::tell), for commands that answer with a thread or process id.
-    pub(crate) fn tell_id(&mut self, command: &str) -> i32 {
-        i32::try_from(self.tell(command)).unwrap()
+    /// As [`run`](Self::run), for commands that reply with a thread or process id.
+    pub(crate) fn run_id(&mut self, command: &str) -> i32 {
+        i32::try_from(self.run(command)).unwrap()
     }
 
-    /// Has it do something that ends it; returns the signal that did.
-    pub(crate) fn tell_deadly(&mut self, command: &str) -> Option<i32> {
+    /// Executes a command that ends the process. Returns the signal that ended it.
+    pub(crate) fn run_fatal(&mut self, command: &str) -> Option<i32> {
         writeln!(self.input, "{command}").unwrap();
         std::os::unix::process::ExitStatusExt::signal(&self.child.wait().unwrap())
     }
@@ -58,10 +59,10 @@ impl Subject {
         self.child.wait().unwrap();
     }
 
-    fn answer(&mut self) -> u64 {
+    fn read_reply(&mut self) -> u64 {
         let mut line = String::new();
         self.output.read_line(&mut line).unwrap();
-        line.trim().parse().unwrap_or_else(|_| panic!("the subject answered {line:?}"))
+        line.trim().parse().unwrap_or_else(|_| panic!("the subject replied {line:?}"))
     }
 }
 
@@ -75,15 +76,15 @@ impl Drop for Subject {
 #[used]
 #[unsafe(link_section = ".init_array")]
 static BEFORE_MAIN: extern "C" fn() = {
-    extern "C" fn branch_off() {
+    extern "C" fn run_as_subject() {
         if std::env::var_os(ROLE).is_some() {
             // SAFETY: prctl with a signal number has no precondition.
             unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
             reply(tid());
-            obey();
+            execute_commands();
         }
     }
-    branch_off
+    run_as_subject
 };
 
 fn tid() -> i32 {
@@ -95,7 +96,7 @@ fn reply(number: impl std::fmt::Display) {
     writeln!(out, "{number}").and_then(|()| out.flush()).unwrap();
 }
 
-fn obey() -> ! {
+fn execute_commands() -> ! {
     let mut input = BufReader::new(std::io::stdin());
     loop {
         let mut line = String::new();
@@ -114,11 +115,11 @@ fn obey() -> ! {
                 thread::spawn(exec);
                 park();
             }
-            "leave" => {
+            "exit the first thread" => {
                 thread::spawn(|| {
-                    wait_for_dead_leader();
+                    wait_until_first_thread_is_zombie();
                     reply(tid());
-                    obey();
+                    execute_commands();
                 });
                 // SAFETY: ends this thread alone; nothing on its stack is used by another.
                 unsafe { libc::syscall(libc::SYS_exit, 0) };
@@ -129,10 +130,10 @@ fn obey() -> ! {
             "undumpable" => reply(unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0) }),
             "map shared" => reply(map(libc::MAP_SHARED).addr()),
             "map private" => reply(map(libc::MAP_PRIVATE).addr()),
-            "lose a guest mapping" => reply(u8::from(lose(&guest_map()))),
-            "lose another mapping" => {
+            "truncate a guest mapping" => reply(u8::from(truncate_and_access(&guest_map()))),
+            "truncate another mapping" => {
                 let _handler = guest_map();
-                lose(&plain_map());
+                truncate_and_access(&plain_map());
             }
             "send itself SIGBUS" => {
                 let _handler = guest_map();
@@ -146,7 +147,7 @@ fn obey() -> ! {
                 unsafe { libc::munmap(addr.byte_add(4096), 4096) };
                 reply(addr.addr());
             }
-            other => panic!("the subject does not know {other:?}"),
+            other => panic!("unknown command {other:?}"),
         }
     }
 }
@@ -182,13 +183,13 @@ fn plain_map() -> Mapping {
     (fd, map)
 }
 
-/// Truncates the file and accesses the mapping; whether that was reported.
-fn lose((fd, map): &Mapping) -> bool {
+/// Truncates the file and accesses the mapping. Returns whether the access failed.
+fn truncate_and_access((fd, map): &Mapping) -> bool {
     rustix::fs::ftruncate(fd, 0).unwrap();
     map.write(0, b"x").is_err()
 }
 
-fn wait_for_dead_leader() {
+fn wait_until_first_thread_is_zombie() {
     let path = format!("/proc/self/task/{}/stat", std::process::id());
     while !std::fs::read_to_string(&path).unwrap().contains(") Z ") {
         thread::yield_now();

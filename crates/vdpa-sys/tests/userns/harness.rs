@@ -1,6 +1,6 @@
 //! Harness of the test programs that start processes of an ordinary user. Shared with the tests of vdpad.
 //!
-//! Such a program has its own `main`: with an argument that names a part it runs as one of the processes of a test, and
+//! Such a program has its own `main`: with an argument that names a role it runs as one of the processes of a test, and
 //! without one it runs the tests.
 
 use std::fs;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use vdpa_core::blk::{BlkRequest, FramingError, Status};
 use vdpa_core::ring::Buffer;
 use vdpa_core::types::Result;
-use vdpa_sys::uring::{AlignedBuf, Buffers, FixedPiece, Op, OwnedBuf, Registrar};
+use vdpa_sys::uring::{AlignedBuf, Buffers, FixedIoVec, Op, OwnedBuf, Registrar};
 
 use vdpa_backend::worker::MemoryView;
 
@@ -165,7 +165,7 @@ pub(crate) struct FixedRead {
     /// Slot of the file.
     pub(crate) file: u32,
     /// Where to put the data.
-    pub(crate) to: FixedPiece,
+    pub(crate) to: FixedIoVec,
     /// Offset in the file, in bytes.
     pub(crate) offset: u64,
 }

@@ -407,7 +407,7 @@ impl<D: Disk> Requests<D> {
             queues.log_error(pending.queue, &error);
             return complete_request(queues, Some(queue), &pending, Status::IoErr, 0);
         }
-        let len = u32::try_from(read.to.piece.len).unwrap_or(u32::MAX);
+        let len = u32::try_from(read.to.iovec.len).unwrap_or(u32::MAX);
         if let Some(entry) = self.pending.get_mut(slot as usize) {
             *entry =
                 Some(InFlight::Single((pending, Continuation::Transfer { len, written: len, sync: false })));

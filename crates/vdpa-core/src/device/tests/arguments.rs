@@ -1,4 +1,4 @@
-//! What requests may ask for, whatever the state (uapi-spec 1.4 to 1.6).
+//! Arguments that requests check in every state (uapi-spec 1.4 to 1.6).
 
 use super::*;
 
@@ -43,7 +43,7 @@ fn backend_features_are_acknowledged_as_the_kernel_checks_them() {
 }
 
 #[test]
-fn config_requests_are_bounded_and_the_first_read_negotiates_nothing() {
+fn config_requests_are_bounded_and_the_first_read_negotiates_no_features() {
     let mut rig = Rig::new(AddressMode::Objects);
     let mut out = [0; 61];
     for (offset, len) in [(60, 1), (61, 1), (0, 61), (0, 0)] {

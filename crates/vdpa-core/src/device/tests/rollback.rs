@@ -1,4 +1,4 @@
-//! What a refused REMAP or a failed END leaves behind (uapi-spec 8.5, R2 to R7).
+//! The table after a refused REMAP or a failed BATCH_END (uapi-spec 8.5, R2 to R7).
 
 use super::{PAGE, Profile, Table};
 use crate::errno::Errno;
@@ -10,14 +10,14 @@ use crate::types::{Asid, Perm};
 const A0: Asid = Asid(0);
 const REFUSED: Result<(), Errno> = Err(Errno::FAULT);
 
-/// Where an owner has four pages of one object. The same in every test.
+/// User addresses at which the owner has mapped the same four pages of one object.
 #[derive(Clone, Copy)]
 struct Addresses {
-    /// In one mapping.
+    /// One shared mapping.
     whole: u64,
-    /// Every page a mapping.
+    /// One shared mapping per page.
     split: u64,
-    /// The same, but the last page is private.
+    /// One mapping per page; the last page is private.
     most: u64,
     /// The first page is shared, the others private.
     first: u64,
@@ -28,9 +28,9 @@ struct Addresses {
 impl Addresses {
     fn of(process: &TestProcess) -> Self {
         let object = TestObject::new(4 * PAGE);
-        let map = |pieces: &[(u64, bool)]| {
+        let map = |parts: &[(u64, bool)]| {
             let (mut start, mut offset) = (None, 0);
-            for &(pages, shared) in pieces {
+            for &(pages, shared) in parts {
                 let size = pages * PAGE;
                 let at = match start {
                     None => process.map_part(&object, offset, size, shared),
@@ -52,7 +52,7 @@ impl Addresses {
 }
 
 /// An open device that skips private memory, and its owner.
-struct Bench {
+struct Rig {
     node: Node<RamBlk>,
     device: InProcess<RamBlk, TestProcess>,
     at: Addresses,
@@ -61,7 +61,7 @@ struct Bench {
 /// First page, pages, address.
 type Row = (u64, u64, u64);
 
-impl Bench {
+impl Rig {
     fn new(change: impl FnOnce(&mut Profile)) -> Self {
         let node = Node::new(RamBlk::new(1).with(|profile| {
             profile.identity_map = false;
@@ -74,13 +74,13 @@ impl Bench {
         Self { node, device, at }
     }
 
-    /// A device that believes what it is told.
+    /// A device that does not check whether REMAP names the same object.
     fn unverified() -> Self {
         Self::new(|profile| profile.verify_remap = false)
     }
 
-    /// Such a device with a small table.
-    fn tight(entries: usize) -> Self {
+    /// Such a device whose table has at most `entries` entries.
+    fn with_table_limit(entries: usize) -> Self {
         Self::new(|profile| {
             profile.verify_remap = false;
             profile.max_iotlb_entries = entries;
@@ -107,14 +107,14 @@ impl Bench {
         self.node.with(|device| device.parent_mut().refuse_mappings(1));
     }
 
-    /// What the parent translates with now.
+    /// The table with which the parent translates.
     fn rows(&self) -> Vec<Row> {
         assert_eq!(self.node.with(|device| device.check_invariants()), Ok(()));
         let row = |(first, last, uaddr): (u64, u64, u64)| (first / PAGE, (last + 1 - first) / PAGE, uaddr);
         self.node.with(|device| device.parent().mappings(A0)).into_iter().map(row).collect()
     }
 
-    /// An END that the parent refuses: what it is given then.
+    /// Ends the batch while the parent refuses its table; returns the table that the parent has afterwards.
     fn failed_end(&self) -> Vec<Row> {
         self.refuse_next();
         assert_eq!(self.device.batch_end(A0), REFUSED);
@@ -122,158 +122,158 @@ impl Bench {
     }
 }
 
-/// A REMAP may map less than before, or more: what is private has no entry.
+/// A REMAP may map fewer or more pages than before, because private pages have no entry.
 #[test]
 fn a_refused_remap_that_maps_less_or_more_leaves_the_table_as_it_was() {
-    let at = Bench::unverified().at;
+    let at = Rig::unverified().at;
     let addresses = [at.whole, at.split, at.most, at.first, at.rest];
     for (from, to) in addresses.iter().flat_map(|from| addresses.map(|to| (*from, to))) {
         for batch in [false, true] {
-            let bench = Bench::unverified();
-            bench.update(0, 4, from).unwrap();
-            let before = bench.rows();
+            let rig = Rig::unverified();
+            rig.update(0, 4, from).unwrap();
+            let before = rig.rows();
             if batch {
-                bench.begin();
-                bench.remap(0, 4, to).unwrap();
-                assert_eq!(bench.failed_end(), before, "{from:#x} {to:#x}");
+                rig.begin();
+                rig.remap(0, 4, to).unwrap();
+                assert_eq!(rig.failed_end(), before, "{from:#x} {to:#x}");
             } else {
-                bench.refuse_next();
-                assert_eq!(bench.remap(0, 4, to), REFUSED);
-                assert_eq!(bench.rows(), before, "{from:#x} {to:#x}");
+                rig.refuse_next();
+                assert_eq!(rig.remap(0, 4, to), REFUSED);
+                assert_eq!(rig.rows(), before, "{from:#x} {to:#x}");
             }
-            assert_eq!(bench.remap(0, 4, to), Ok(()), "the UPDATE is still one");
+            assert_eq!(rig.remap(0, 4, to), Ok(()), "the record of the UPDATE is still whole");
         }
     }
 }
 
-/// The page is not mapped at that moment, so that nothing is removed; but the old entry has it.
+/// INVALIDATE removes no entry, because the page is unmapped at that moment. The entry before the REMAP contains it.
 #[test]
-fn a_failed_end_does_not_bring_back_what_was_invalidated_while_out_of_the_table() {
-    let bench = Bench::unverified();
-    bench.update(0, 2, bench.at.split).unwrap();
-    bench.begin();
-    bench.remap(0, 2, bench.at.first).unwrap();
-    bench.invalidate(1);
-    assert_eq!(bench.failed_end(), [(0, 1, bench.at.split)]);
-    assert_eq!(bench.remap(0, 2, bench.at.split), REFUSED, "a part of the UPDATE is gone");
-    assert_eq!(bench.remap(0, 1, bench.at.first), Ok(()));
+fn a_failed_end_does_not_restore_a_page_invalidated_while_unmapped() {
+    let rig = Rig::unverified();
+    rig.update(0, 2, rig.at.split).unwrap();
+    rig.begin();
+    rig.remap(0, 2, rig.at.first).unwrap();
+    rig.invalidate(1);
+    assert_eq!(rig.failed_end(), [(0, 1, rig.at.split)]);
+    assert_eq!(rig.remap(0, 2, rig.at.split), REFUSED, "a part of the UPDATE was removed");
+    assert_eq!(rig.remap(0, 1, rig.at.first), Ok(()));
 }
 
-/// One page is named; the entry that goes has two.
+/// INVALIDATE names one page of an entry of two pages.
 #[test]
-fn a_failed_end_brings_back_nothing_of_an_entry_that_was_invalidated() {
-    let bench = Bench::unverified();
-    bench.update(0, 2, bench.at.split).unwrap();
-    bench.begin();
-    bench.remap(0, 2, bench.at.whole).unwrap();
-    bench.invalidate(0);
-    assert_eq!(bench.failed_end(), []);
+fn a_failed_end_restores_nothing_of_an_invalidated_entry() {
+    let rig = Rig::unverified();
+    rig.update(0, 2, rig.at.split).unwrap();
+    rig.begin();
+    rig.remap(0, 2, rig.at.whole).unwrap();
+    rig.invalidate(0);
+    assert_eq!(rig.failed_end(), []);
 }
 
-/// All that the REMAP has left of an UPDATE is invalidated; the rest of it comes back.
+/// After the REMAP only one page of the UPDATE is mapped. It is invalidated; END restores the other page.
 #[test]
-fn a_failed_end_brings_back_the_rest_of_a_record_that_was_gone() {
-    let bench = Bench::unverified();
-    bench.update(0, 2, bench.at.split).unwrap();
-    bench.begin();
-    bench.remap(0, 2, bench.at.first).unwrap();
-    bench.invalidate(0);
-    assert_eq!(bench.failed_end(), [(1, 1, bench.at.split + PAGE)]);
+fn a_failed_end_restores_the_rest_of_a_removed_record() {
+    let rig = Rig::unverified();
+    rig.update(0, 2, rig.at.split).unwrap();
+    rig.begin();
+    rig.remap(0, 2, rig.at.first).unwrap();
+    rig.invalidate(0);
+    assert_eq!(rig.failed_end(), [(1, 1, rig.at.split + PAGE)]);
 }
 
 #[test]
-fn an_update_where_a_remap_has_made_room_stays_after_a_failed_end() {
-    let at = Bench::unverified().at;
+fn an_update_in_a_gap_left_by_a_remap_survives_a_failed_end() {
+    let at = Rig::unverified().at;
     for (from, kept) in [(at.split, at.split), (at.whole, at.first)] {
-        let bench = Bench::unverified();
-        bench.update(0, 2, from).unwrap();
-        bench.begin();
-        bench.remap(0, 2, bench.at.first).unwrap();
-        bench.update(1, 1, bench.at.whole).unwrap();
-        assert_eq!(bench.failed_end(), [(0, 1, kept), (1, 1, bench.at.whole)], "{from:#x}");
-        assert_eq!(bench.remap(1, 1, bench.at.split), Ok(()));
+        let rig = Rig::unverified();
+        rig.update(0, 2, from).unwrap();
+        rig.begin();
+        rig.remap(0, 2, rig.at.first).unwrap();
+        rig.update(1, 1, rig.at.whole).unwrap();
+        assert_eq!(rig.failed_end(), [(0, 1, kept), (1, 1, rig.at.whole)], "{from:#x}");
+        assert_eq!(rig.remap(1, 1, rig.at.split), Ok(()));
     }
 }
 
 #[test]
-fn entries_that_a_failed_end_brings_back_wait_for_the_owner_of_now() {
-    let bench = Bench::unverified();
-    bench.update(0, 2, bench.at.whole).unwrap();
-    bench.begin();
-    bench.remap(0, 2, bench.at.split).unwrap();
-    let successor = bench.device.for_caller(TestProcess::new());
+fn entries_restored_by_a_failed_end_are_stale_after_a_change_of_owner() {
+    let rig = Rig::unverified();
+    rig.update(0, 2, rig.at.whole).unwrap();
+    rig.begin();
+    rig.remap(0, 2, rig.at.split).unwrap();
+    let successor = rig.device.for_caller(TestProcess::new());
     successor.new_owner().unwrap();
-    bench.refuse_next();
+    rig.refuse_next();
     assert_eq!(successor.batch_end(A0), REFUSED);
-    assert_eq!(bench.rows(), [], "the address is the old owner's");
-    assert_eq!(bench.node.with(|device| device.mapped().stale), 1);
+    assert_eq!(rig.rows(), [], "the address is the old owner's");
+    assert_eq!(rig.node.with(|device| device.mapped().stale), 1);
 }
 
 #[test]
-fn a_failed_end_fills_no_table_beyond_its_limit() {
-    let bench = Bench::tight(4);
-    bench.update(0, 2, bench.at.split).unwrap();
-    bench.update(2, 2, bench.at.split).unwrap();
-    bench.begin();
-    bench.remap(0, 2, bench.at.whole).unwrap();
-    assert_eq!(bench.update(4, 1, bench.at.whole), REFUSED, "3 entries now, 4 when END fails");
-    assert_eq!(bench.failed_end().len(), 4);
+fn a_failed_end_keeps_the_table_within_its_limit() {
+    let rig = Rig::with_table_limit(4);
+    rig.update(0, 2, rig.at.split).unwrap();
+    rig.update(2, 2, rig.at.split).unwrap();
+    rig.begin();
+    rig.remap(0, 2, rig.at.whole).unwrap();
+    assert_eq!(rig.update(4, 1, rig.at.whole), REFUSED, "3 entries now, 4 when END fails");
+    assert_eq!(rig.failed_end().len(), 4);
 
-    // What is left of an old entry may be more entries than that was.
-    let bench = Bench::tight(6);
-    bench.update(0, 4, bench.at.whole).unwrap();
-    bench.update(4, 4, bench.at.split).unwrap();
-    bench.update(8, 1, bench.at.whole).unwrap();
-    bench.begin();
-    bench.remap(4, 4, bench.at.first).unwrap();
-    bench.remap(0, 4, bench.at.split).unwrap();
-    bench.invalidate(0);
-    assert_eq!(bench.failed_end().len(), 6, "one of three pages has no room");
+    // Several entries may be needed to restore a part of one old entry.
+    let rig = Rig::with_table_limit(6);
+    rig.update(0, 4, rig.at.whole).unwrap();
+    rig.update(4, 4, rig.at.split).unwrap();
+    rig.update(8, 1, rig.at.whole).unwrap();
+    rig.begin();
+    rig.remap(4, 4, rig.at.first).unwrap();
+    rig.remap(0, 4, rig.at.split).unwrap();
+    rig.invalidate(0);
+    assert_eq!(rig.failed_end().len(), 6, "one of three pages has no room");
 }
 
-/// Nothing of what is no longer mapped is held until END, however long the batch is.
+/// A batch of any length needs no memory for mappings that are no longer in the table.
 #[test]
-fn a_batch_remembers_nothing_that_is_gone() {
-    let bench = Bench::unverified();
-    bench.begin();
+fn a_batch_keeps_no_state_of_removed_mappings() {
+    let rig = Rig::unverified();
+    rig.begin();
     for _ in 0..3 {
-        bench.update(0, 2, bench.at.whole).unwrap();
-        bench.remap(0, 2, bench.at.first).unwrap();
-        bench.invalidate(0);
-        let remembered = bench.node.with(|device| {
+        rig.update(0, 2, rig.at.whole).unwrap();
+        rig.remap(0, 2, rig.at.first).unwrap();
+        rig.invalidate(0);
+        let kept = rig.node.with(|device| {
             let batch = device.batch.as_ref();
             batch.and_then(|batch| batch.without_remaps.as_ref()).map(Table::len)
         });
-        assert_eq!(remembered, Some(0));
+        assert_eq!(kept, Some(0));
     }
 }
 
-/// What another UPDATE has put where a record has nothing is not the record's, even when it comes first.
+/// Entries that another UPDATE mapped in a gap of the record do not belong to it, even at lower addresses.
 #[test]
-fn a_remap_leaves_alone_what_was_mapped_into_a_gap_of_its_record() {
-    let at = Bench::new(|_| ()).at;
+fn a_remap_keeps_mappings_of_another_update_in_a_gap_of_its_record() {
+    let at = Rig::new(|_| ()).at;
     for (from, gap, entry) in [
         (at.first, 1, (0, 1, at.first)),
         (at.first, 3, (0, 1, at.first)),
         (at.rest, 0, (1, 3, at.rest + PAGE)),
     ] {
-        let bench = Bench::new(|_| ());
-        bench.update(0, 4, from).unwrap();
-        bench.update(gap, 1, at.whole).unwrap();
-        assert_eq!(bench.remap(0, 4, from), Ok(()), "{from:#x}");
+        let rig = Rig::new(|_| ());
+        rig.update(0, 4, from).unwrap();
+        rig.update(gap, 1, at.whole).unwrap();
+        assert_eq!(rig.remap(0, 4, from), Ok(()), "{from:#x}");
         let mut rows = [entry, (gap, 1, at.whole)];
         rows.sort_unstable();
-        assert_eq!(bench.rows(), rows);
+        assert_eq!(rig.rows(), rows);
     }
 }
 
 #[test]
-fn a_remap_fills_no_table_beyond_its_limit() {
-    let bench = Bench::tight(4);
-    bench.update(0, 4, bench.at.first).unwrap();
-    bench.update(3, 1, bench.at.whole).unwrap();
-    bench.update(4, 1, bench.at.whole).unwrap();
-    let before = bench.rows();
-    assert_eq!(bench.remap(0, 4, bench.at.most), REFUSED, "it would have 3 of 5");
-    assert_eq!(bench.rows(), before);
+fn a_remap_keeps_the_table_within_its_limit() {
+    let rig = Rig::with_table_limit(4);
+    rig.update(0, 4, rig.at.first).unwrap();
+    rig.update(3, 1, rig.at.whole).unwrap();
+    rig.update(4, 1, rig.at.whole).unwrap();
+    let before = rig.rows();
+    assert_eq!(rig.remap(0, 4, rig.at.most), REFUSED, "the record would have 3 of 5 entries");
+    assert_eq!(rig.rows(), before);
 }

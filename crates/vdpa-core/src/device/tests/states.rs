@@ -1,9 +1,9 @@
-//! Which requests a state allows, and which state a failure leaves (uapi-spec 1.7, 1.8).
+//! Requests that each state allows, and the state after a failure (uapi-spec 1.7, 1.8).
 
 use super::*;
 
 #[test]
-fn the_state_matrix() {
+fn each_state_allows_its_requests() {
     let mut rig = Rig::new(AddressMode::Objects);
     rig.start_queue_0();
     assert!(rig.running());
@@ -15,7 +15,7 @@ fn the_state_matrix() {
     assert_eq!(device.set_group_asid(&owner, GroupIndex(0), A0), Err(Errno::BUSY));
     assert_eq!(device.set_vring_num(&owner, q, 64), Ok(()));
     assert_eq!(device.vring_base(&owner, q), Ok(5));
-    assert_eq!(device.set_status(Status(7)), Err(Errno::INVAL), "a bit may not go");
+    assert_eq!(device.set_status(Status(7)), Err(Errno::INVAL), "a status bit may not be cleared");
     device.suspend().unwrap();
     device.set_vring_enable(&owner, q, true).unwrap();
     device.set_status(Status(15)).unwrap();
@@ -24,7 +24,7 @@ fn the_state_matrix() {
     assert_eq!(rig.device.vring_base(&owner, q), Ok(77));
     assert_eq!(rig.device.set_group_asid(&owner, GroupIndex(0), A0), Err(Errno::BUSY));
     rig.device.resume().unwrap();
-    assert!(rig.running() && rig.seen.lock().unwrap().index == 77);
+    assert!(rig.running() && rig.parent.lock().unwrap().index == 77);
     rig.device.set_status(Status::RESET).unwrap();
     assert!(!rig.running());
     assert_eq!(rig.device.vring_base(&owner, q), Ok(0));
@@ -35,15 +35,15 @@ fn the_state_matrix() {
 fn a_suspend_that_fails_leaves_the_device_running() {
     let mut rig = Rig::new(AddressMode::Objects);
     rig.start_queue_0();
-    rig.seen.lock().unwrap().stop_fails = true;
+    rig.parent.lock().unwrap().stop_fails = true;
     assert_eq!(rig.device.suspend(), Err(Errno::IO));
     assert!(!rig.device.suspended() && rig.running());
-    rig.seen.lock().unwrap().stop_fails = false;
+    rig.parent.lock().unwrap().stop_fails = false;
     rig.device.suspend().unwrap();
     assert!(rig.device.suspended() && !rig.running());
 }
 
-/// A status write has started the queues again, as in the simulator, while SUSPEND is still in force.
+/// A status write has started the queues again, as in the simulator, while the device is still suspended.
 #[test]
 fn a_second_suspend_that_fails_leaves_the_device_running() {
     let profile = Profile { status_unsuspends: true, ..profile(AddressMode::Objects) };
@@ -52,25 +52,29 @@ fn a_second_suspend_that_fails_leaves_the_device_running() {
     rig.device.suspend().unwrap();
     rig.device.set_status(Status(15)).unwrap();
     assert!(rig.device.suspended() && rig.running());
-    rig.seen.lock().unwrap().stop_fails = true;
+    rig.parent.lock().unwrap().stop_fails = true;
     assert_eq!(rig.device.suspend(), Err(Errno::IO));
-    assert_eq!(rig.device.check_invariants(), Ok(()), "not at rest while a queue runs");
-    rig.seen.lock().unwrap().stop_fails = false;
+    assert_eq!(
+        rig.device.check_invariants(),
+        Ok(()),
+        "a device with a running queue does not count as stopped"
+    );
+    rig.parent.lock().unwrap().stop_fails = false;
     rig.device.suspend().unwrap();
     assert!(!rig.running());
 }
 
 #[test]
-fn a_queue_that_does_not_come_to_rest_is_not_forgotten() {
+fn a_queue_that_fails_to_stop_is_stopped_before_the_next_open() {
     let mut rig = Rig::new(AddressMode::Objects);
     let owner = rig.owner.clone();
     rig.start_queue_0();
-    rig.seen.lock().unwrap().stop_fails = true;
+    rig.parent.lock().unwrap().stop_fails = true;
     assert_eq!(rig.device.set_vring_enable(&owner, QueueIndex(0), false), Err(Errno::IO));
     assert_eq!(rig.device.check_invariants(), Ok(()), "a queue that runs is enabled");
     rig.device.release();
     assert_eq!(rig.device.open(), Err(Errno::IO), "the queue of the last client still runs");
-    rig.seen.lock().unwrap().stop_fails = false;
+    rig.parent.lock().unwrap().stop_fails = false;
     rig.device.open().unwrap();
     assert!(!rig.running());
     assert_eq!(rig.device.check_invariants(), Ok(()));

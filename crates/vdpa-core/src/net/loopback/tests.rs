@@ -1,4 +1,4 @@
-//! Every rule of a pass, on rings in the test's own memory.
+//! Tests of each rule of a pass, on rings in test memory.
 
 use crate::ring::Buffer;
 use crate::testing::{Pair, TestMemory};
@@ -10,21 +10,21 @@ const FEATURES: Features = Features::of(&[Features::VERSION_1, Features::ACCESS_
 const MAC: [u8; 6] = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
 const HEADER: usize = 12;
 
-/// One queue with both its sides.
+/// One queue with its driver side and its device side.
 struct Queue {
     pair: Pair,
     features: Features,
-    /// Notifications the driver got.
-    told: usize,
+    /// Notifications that the driver received.
+    notified: usize,
     token: u64,
 }
 
 impl Queue {
     fn new() -> Self {
-        Self { pair: Pair::new(16, FEATURES), features: FEATURES, told: 0, token: 0 }
+        Self { pair: Pair::new(16, FEATURES), features: FEATURES, notified: 0, token: 0 }
     }
 
-    /// The driver makes a chain available.
+    /// Makes a chain available and returns its token.
     fn add(&mut self, readable: &[Buffer], writable: &[Buffer]) -> u64 {
         self.token += 1;
         self.pair.driver.add(readable, writable, self.token).unwrap();
@@ -33,17 +33,17 @@ impl Queue {
     }
 
     fn send(&mut self, bytes: &[u8]) -> u64 {
-        let buffer = self.holding(bytes);
+        let buffer = self.buffer_with(bytes);
         self.add(&[buffer], &[])
     }
 
-    fn offer(&mut self, len: u32) -> Buffer {
+    fn add_receive_buffer(&mut self, len: u32) -> Buffer {
         let buffer = self.pair.allocate(len);
         self.add(&[], &[buffer]);
         buffer
     }
 
-    fn holding(&mut self, bytes: &[u8]) -> Buffer {
+    fn buffer_with(&mut self, bytes: &[u8]) -> Buffer {
         let buffer = self.pair.allocate(u32::try_from(bytes.len()).unwrap());
         self.pair.memory.write(buffer.iova, bytes).unwrap();
         buffer
@@ -55,7 +55,7 @@ impl Queue {
         bytes
     }
 
-    /// Tokens and lengths of what was completed.
+    /// Tokens and lengths of the completed requests.
     fn used(&mut self) -> Vec<(u64, u32)> {
         std::iter::from_fn(|| self.pair.driver.pop_used().unwrap())
             .map(|done| (done.token, done.len))
@@ -86,7 +86,7 @@ impl LoopbackQueue for Queue {
     fn complete(&mut self, head: u16, len: usize, notify: Notify) {
         self.pair.queue.push_used(head, u32::try_from(len).unwrap()).unwrap();
         if self.pair.queue.publish().unwrap() || notify == Notify::Always {
-            self.told += 1;
+            self.notified += 1;
         }
     }
 }
@@ -117,10 +117,10 @@ impl Device {
         all.into_iter().map(|(_, value)| value).collect()
     }
 
-    /// A command with `body`; returns the place of its answer.
+    /// Makes a command with `body` available and returns the buffer of its answer.
     fn command(&mut self, body: &[u8]) -> Buffer {
-        let command = self.control.holding(body);
-        let answer = self.control.holding(&[0xee]);
+        let command = self.control.buffer_with(body);
+        let answer = self.control.buffer_with(&[0xee]);
         self.control.add(&[command], &[answer]);
         answer
     }
@@ -136,29 +136,29 @@ fn packet(to: [u8; 6], payload: usize) -> Vec<u8> {
 fn a_packet_comes_back_as_it_was_sent() {
     let mut device = Device::new();
     let sent = packet(MAC, 100);
-    let (first, second) = (device.tx.holding(&sent[..20]), device.tx.holding(&sent[20..]));
+    let (first, second) = (device.tx.buffer_with(&sent[..20]), device.tx.buffer_with(&sent[20..]));
     let token = device.tx.add(&[first, second], &[]);
-    let room = device.rx.offer(200);
+    let room = device.rx.add_receive_buffer(200);
     assert!(!device.pass());
     assert_eq!(device.tx.used(), [(token, 0)]);
     assert_eq!(device.rx.used(), [(1, 118)]);
     assert_eq!(device.rx.read(room)[..118], sent);
-    assert_eq!((device.tx.told, device.rx.told), (1, 1));
+    assert_eq!((device.tx.notified, device.rx.notified), (1, 1));
     assert_eq!(device.counters(0), [1, 118, 0, 0, 0]);
     assert_eq!(device.counters(1), [1, 118, 0, 0]);
 }
 
 #[test]
-fn the_filter_takes_its_own_address_groups_and_what_looks_like_its_own() {
+fn the_filter_accepts_groups_and_addresses_that_strncmp_takes_for_its_own() {
     let passes = |to: [u8; 6], mac: [u8; 6]| accepts(&packet(to, 0), HEADER, &mac);
     assert!(passes(MAC, MAC) && passes([0xff; 6], MAC) && passes([1, 0, 0x5e, 0, 0, 1], MAC));
-    // 52:54:00 is all that is compared.
+    // Only 52:54:00 is compared, because strncmp stops at the zero byte.
     assert!(passes([0x52, 0x54, 0, 9, 9, 9], MAC));
     assert!(!passes([0x52, 0x54, 1, 0x12, 0x34, 0x56], MAC));
     assert!(!passes([0x52, 0x56, 0, 0x12, 0x34, 0x56], MAC));
     let full = [0x52, 0x54, 1, 2, 3, 4];
     assert!(passes(full, full) && !passes([0x52, 0x54, 1, 2, 3, 5], full));
-    // An address that begins with 00, which the default does, is everybody's that begins so.
+    // If the address begins with 00, as the default does, all destinations that begin with 00 are accepted.
     assert!(passes([0, 1, 2, 3, 4, 5], [0; 6]) && !passes([2, 0, 0, 0, 0, 0], [0; 6]));
 }
 
@@ -169,7 +169,7 @@ fn a_packet_needs_a_header_and_a_destination() {
     assert!(accepts(&whole[2..], header_len(Features::NONE), &MAC));
     let mut device = Device::new();
     let tokens = [device.tx.send(&whole[..17]), device.tx.send(&whole)];
-    device.rx.offer(64);
+    device.rx.add_receive_buffer(64);
     device.pass();
     assert_eq!(device.tx.used(), tokens.map(|token| (token, 0)));
     assert_eq!(device.counters(0), [1, 18, 0, 0, 1]);
@@ -177,18 +177,18 @@ fn a_packet_needs_a_header_and_a_destination() {
     // Without VERSION_1 the header is shorter.
     device.tx.features = Features::NONE;
     device.tx.send(&whole[2..]);
-    device.rx.offer(64);
+    device.rx.add_receive_buffer(64);
     device.pass();
     assert_eq!(device.counters(0), [2, 34, 0, 0, 1]);
 }
 
 #[test]
-fn what_does_not_fit_is_cut_off() {
+fn a_packet_that_does_not_fit_is_truncated() {
     let mut device = Device::new();
     device.tx.send(&packet(MAC, 5000));
-    let room = device.rx.offer(5000);
+    let room = device.rx.add_receive_buffer(5000);
     device.tx.send(&packet(MAC, 100));
-    device.rx.offer(30);
+    device.rx.add_receive_buffer(30);
     device.pass();
     assert_eq!(device.rx.used(), [(1, 4096), (2, 30)]);
     assert_eq!(device.rx.read(room)[4090..4100], [&packet(MAC, 5000)[4090..4096], &[0; 4]].concat());
@@ -197,14 +197,14 @@ fn what_does_not_fit_is_cut_off() {
 }
 
 #[test]
-fn without_room_a_packet_is_lost_and_the_pass_ends() {
+fn without_a_receive_buffer_a_packet_is_dropped_and_the_pass_ends() {
     let mut device = Device::new();
     let tokens = [device.tx.send(&packet(MAC, 1)), device.tx.send(&packet(MAC, 2))];
     assert!(!device.pass());
     assert_eq!(device.tx.used(), [(tokens[0], 0)]);
     assert_eq!(device.counters(0), [0, 0, 0, 1, 0]);
-    // A chain with something to read is no room, and stays with the device.
-    let readable = device.rx.holding(&[0; 64]);
+    // A chain with a readable buffer is no receive buffer and stays with the device.
+    let readable = device.rx.buffer_with(&[0; 64]);
     device.rx.add(&[readable], &[]);
     assert!(!device.pass());
     assert_eq!(device.tx.used(), [(tokens[1], 0)]);
@@ -212,9 +212,9 @@ fn without_room_a_packet_is_lost_and_the_pass_ends() {
 }
 
 #[test]
-fn room_that_cannot_be_written_keeps_both_chains() {
+fn a_receive_buffer_that_cannot_be_written_keeps_both_chains() {
     let mut device = Device::new();
-    let room = device.rx.offer(256);
+    let room = device.rx.add_receive_buffer(256);
     device.rx.unmap(room);
     device.tx.send(&packet(MAC, 1));
     assert!(!device.pass());
@@ -224,20 +224,20 @@ fn room_that_cannot_be_written_keeps_both_chains() {
     assert!(!device.pass());
     assert_eq!((device.tx.used(), device.rx.used()), (vec![], vec![]));
     assert_eq!(device.counters(0), [0, 0, 2, 0, 0]);
-    // The next ones have nothing to do with it.
-    device.rx.offer(64);
+    // Later chains are not affected.
+    device.rx.add_receive_buffer(64);
     let token = device.tx.send(&packet(MAC, 3));
     device.pass();
     assert_eq!((device.tx.used(), device.rx.used()), (vec![(token, 0)], vec![(3, 21)]));
 }
 
 #[test]
-fn what_cannot_be_read_is_no_packet() {
+fn packets_that_cannot_be_read_are_counted_as_errors() {
     let mut device = Device::new();
     let lost = device.tx.pair.allocate(256);
     device.tx.unmap(lost);
     let tokens = [device.tx.add(&[lost], &[]), device.tx.send(&[]), device.tx.send(&packet(MAC, 0))];
-    device.rx.offer(64);
+    device.rx.add_receive_buffer(64);
     assert!(!device.pass());
     assert_eq!(device.tx.used(), tokens.map(|token| (token, 0)));
     assert_eq!(device.counters(1), [1, 18, 2, 0]);
@@ -245,12 +245,12 @@ fn what_cannot_be_read_is_no_packet() {
 }
 
 #[test]
-fn a_transmit_chain_to_be_written_ends_the_pass() {
+fn a_transmit_chain_with_a_writable_buffer_ends_the_pass() {
     let mut device = Device::new();
-    let (sent, written) = (device.tx.holding(&packet(MAC, 0)), device.tx.pair.allocate(8));
+    let (sent, written) = (device.tx.buffer_with(&packet(MAC, 0)), device.tx.pair.allocate(8));
     device.tx.add(&[sent], &[written]);
     let token = device.tx.send(&packet(MAC, 0));
-    device.rx.offer(64);
+    device.rx.add_receive_buffer(64);
     assert!(!device.pass());
     assert_eq!((device.tx.used(), device.counters(1)), (vec![], vec![0, 0, 1, 0]));
     assert!(!device.pass());
@@ -258,39 +258,39 @@ fn a_transmit_chain_to_be_written_ends_the_pass() {
 }
 
 #[test]
-fn a_pass_ends_after_a_delivery_when_it_has_had_more_than_four() {
+fn a_pass_ends_with_the_first_delivery_after_four_packets() {
     let mut device = Device::new();
     for _ in 0..7 {
         device.tx.send(&packet(MAC, 0));
-        device.rx.offer(64);
+        device.rx.add_receive_buffer(64);
     }
     assert!(device.pass());
     assert_eq!(device.rx.used().len(), 5);
     assert!(!device.pass());
     assert_eq!(device.rx.used().len(), 2);
-    // Those that are not delivered count, and do not end it.
+    // Packets that are not delivered count, but do not end the pass.
     let other = [2, 2, 2, 2, 2, 2];
     for to in [other, other, other, other, other, MAC, MAC] {
         device.tx.send(&packet(to, 0));
     }
-    device.rx.offer(64);
-    device.rx.offer(64);
+    device.rx.add_receive_buffer(64);
+    device.rx.add_receive_buffer(64);
     assert!(device.pass());
     assert_eq!((device.tx.used().len(), device.rx.used().len()), (7 + 6, 1));
 }
 
 #[test]
-fn a_driver_that_does_not_want_to_be_told_is_not_except_by_the_control_queue() {
+fn only_the_control_queue_notifies_a_driver_that_disabled_interrupts() {
     let mut device = Device::new();
     for queue in [&mut device.tx, &mut device.rx, &mut device.control] {
         queue.pair.driver.disable_interrupts().unwrap();
     }
     device.tx.send(&packet(MAC, 0));
-    device.rx.offer(64);
+    device.rx.add_receive_buffer(64);
     device.command(&[1, 0]);
     device.pass();
     device.logic.control(&mut device.control);
-    assert_eq!((device.tx.told, device.rx.told, device.control.told), (0, 0, 1));
+    assert_eq!((device.tx.notified, device.rx.notified, device.control.notified), (0, 0, 1));
     assert_eq!((device.tx.used().len(), device.rx.used().len(), device.control.used().len()), (1, 1, 1));
 }
 
@@ -302,7 +302,7 @@ fn the_control_queue_sets_the_address() {
     assert_eq!(device.control.used(), [(1, 1)]);
     assert_eq!(device.control.read(answer), [0]);
     assert_eq!(device.shared.config().mac, [2, 3, 4, 5, 6, 7]);
-    // Too short, and stored as far as it goes.
+    // A command that is too short fails, but its bytes are stored.
     let answer = device.command(&[1, 1, 9, 9]);
     device.logic.control(&mut device.control);
     assert_eq!(device.control.read(answer), [1]);
@@ -311,7 +311,7 @@ fn the_control_queue_sets_the_address() {
 }
 
 #[test]
-fn a_command_of_another_class_gets_the_answer_of_the_one_before() {
+fn a_command_of_another_class_gets_the_answer_of_the_previous_command() {
     let mut device = Device::new();
     let answers = [
         device.command(&[0, 0, 1]),
@@ -322,7 +322,7 @@ fn a_command_of_another_class_gets_the_answer_of_the_one_before() {
     ];
     device.logic.control(&mut device.control);
     assert_eq!(answers.map(|answer| device.control.read(answer)[0]), [1, 0, 0, 1, 1]);
-    // A pass begins with an error, whatever the last one ended with.
+    // The initial answer of each pass is an error, whatever the last pass ended with.
     device.command(&[1, 1, 2, 3, 4, 5, 6, 7]);
     device.logic.control(&mut device.control);
     let answer = device.command(&[0, 0]);
@@ -343,9 +343,9 @@ fn a_command_without_a_header_ends_the_pass_and_is_not_answered() {
 }
 
 #[test]
-fn a_command_without_room_for_an_answer_is_carried_out() {
+fn a_command_without_room_for_an_answer_is_executed() {
     let mut device = Device::new();
-    let command = device.control.holding(&[1, 1, 2, 3, 4, 5, 6, 7]);
+    let command = device.control.buffer_with(&[1, 1, 2, 3, 4, 5, 6, 7]);
     device.control.add(&[command], &[]);
     device.logic.control(&mut device.control);
     assert_eq!(device.control.used(), [(1, 0)]);

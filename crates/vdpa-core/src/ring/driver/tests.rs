@@ -1,4 +1,4 @@
-//! Adoption of live rings, and devices that lie.
+//! Adoption of rings in use, and devices that write invalid used elements.
 
 use super::*;
 use crate::ring::Chain;
@@ -12,8 +12,9 @@ fn buffer(iova: u64, len: u32) -> Buffer {
     Buffer { iova, len }
 }
 
-/// A request of two descriptors and one of three; one completed and not yet taken, one in flight.
-fn live_ring(index: u16, features: Features) -> (Pair, Chain) {
+/// A ring with two requests, of two and of three descriptors. The first is used and not yet popped by the driver; the
+/// second is in flight, and its chain is returned.
+fn ring_in_use(index: u16, features: Features) -> (Pair, Chain) {
     let mut pair = Pair::starting_at(SIZE, features, index);
     pair.driver.add(&[buffer(1, 1)], &[buffer(2, 5)], 20).unwrap();
     pair.driver.add(&[buffer(3, 1)], &[buffer(4, 6), buffer(5, 6)], 30).unwrap();
@@ -32,19 +33,19 @@ fn adopt(pair: &Pair, state: DriverState) -> Result<SplitDriver<TestArea>, Adopt
 }
 
 #[test]
-fn a_live_ring_is_adopted_at_every_index() {
+fn a_ring_in_use_is_adopted_at_every_index() {
     for index in (0..=64).chain(0xffc0..=0xffff).chain(0x7ff0..=0x8010u16) {
         let features = if index.is_multiple_of(2) { Features::NONE } else { EVENT_IDX };
-        let (mut pair, chain) = live_ring(index, features);
-        // Added, and not published when the image is replaced.
+        let (mut pair, chain) = ring_in_use(index, features);
+        // Added, but not published when the state is saved.
         pair.driver.add(&[buffer(6, 1)], &[], 40).unwrap();
         let state = pair.driver.state();
-        // The device completes meanwhile.
+        // The device completes a request between the save and the adoption.
         pair.queue.push_used(chain.head, 12).unwrap();
         pair.queue.publish().unwrap();
 
         pair.driver = adopt(&pair, state.clone()).unwrap();
-        assert_eq!(pair.driver.state(), state, "adopting twice gives the same");
+        assert_eq!(pair.driver.state(), state, "the adopted driver has the saved state");
         assert_eq!((pair.driver.in_flight(), pair.driver.free()), (3, 2));
         assert_eq!(pair.driver.pop_used(), Ok(Some(Completion { token: 20, len: 5 })));
         assert_eq!(pair.driver.pop_used(), Ok(Some(Completion { token: 30, len: 12 })));
@@ -64,15 +65,15 @@ fn a_live_ring_is_adopted_at_every_index() {
 }
 
 #[test]
-fn a_state_with_any_field_broken_is_refused() {
-    let (pair, _) = live_ring(0xffff, EVENT_IDX);
+fn a_state_with_any_invalid_field_is_refused() {
+    let (pair, _) = ring_in_use(0xffff, EVENT_IDX);
     let good = pair.driver.state();
     assert_eq!(good.in_flight[1].descriptors, [2, 3, 4]);
     adopt(&pair, good.clone()).unwrap();
     let refused = |name: &str, change: &dyn Fn(&mut DriverState)| {
         let mut state = good.clone();
         change(&mut state);
-        assert_ne!(state, good, "{name}: nothing was broken");
+        assert_ne!(state, good, "{name}: the state is unchanged");
         adopt(&pair, state).map(drop).expect_err(name)
     };
     for size in (0..=u16::MAX).filter(|&size| size != SIZE) {
@@ -90,8 +91,8 @@ fn a_state_with_any_field_broken_is_refused() {
     for free in (0..=u16::MAX).filter(|&free| free != good.free) {
         refused("free", &|state| state.free = free);
     }
-    refused("request lost", &|state| drop(state.in_flight.pop()));
-    refused("request doubled", &|state| state.in_flight.push(state.in_flight[0].clone()));
+    refused("request missing", &|state| drop(state.in_flight.pop()));
+    refused("request duplicated", &|state| state.in_flight.push(state.in_flight[0].clone()));
     for (request, entry) in [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)] {
         let right = good.in_flight[request].descriptors[entry];
         for index in (0..=u16::MAX).filter(|&index| index != right) {
@@ -113,8 +114,8 @@ fn a_state_with_any_field_broken_is_refused() {
 }
 
 #[test]
-fn a_state_of_another_moment_is_refused() {
-    let (mut pair, chain) = live_ring(0xfffe, EVENT_IDX);
+fn an_outdated_state_is_refused() {
+    let (mut pair, chain) = ring_in_use(0xfffe, EVENT_IDX);
     let old = pair.driver.state();
     pair.queue.push_used(chain.head, 0).unwrap();
     pair.queue.publish().unwrap();
@@ -130,17 +131,17 @@ fn a_state_of_another_moment_is_refused() {
 }
 
 #[test]
-fn a_state_survives_serialisation_and_unknown_fields_do_not() {
-    let (pair, _) = live_ring(7, EVENT_IDX);
+fn a_state_round_trips_through_json_and_unknown_fields_are_refused() {
+    let (pair, _) = ring_in_use(7, EVENT_IDX);
     let text = serde_json::to_string(&pair.driver.state()).unwrap();
     assert_eq!(serde_json::from_str::<DriverState>(&text).unwrap(), pair.driver.state());
     let extended = text.replacen('{', "{\"more\":1,", 1);
     assert!(serde_json::from_str::<DriverState>(&extended).is_err());
 }
 
-/// Lets the device write used elements of its own making behind those of [`live_ring`].
-fn lie(elements: &[(u32, u32)], advance: u16) -> Result<Vec<u64>, RingError> {
-    let (mut pair, _) = live_ring(0xffff, Features::NONE);
+/// Writes used elements (id, length) after those of [`ring_in_use`] as a device would, and pops all of them.
+fn pop_elements(elements: &[(u32, u32)], advance: u16) -> Result<Vec<u64>, RingError> {
+    let (mut pair, _) = ring_in_use(0xffff, Features::NONE);
     for (position, (id, len)) in (0..).zip(elements) {
         let at = pair.ring.used + 4 + 8 * position;
         pair.memory.poke(at, &id.to_le_bytes());
@@ -153,7 +154,7 @@ fn lie(elements: &[(u32, u32)], advance: u16) -> Result<Vec<u64>, RingError> {
             Ok(Some(done)) => tokens.push(done.token),
             Ok(None) => return Ok(tokens),
             Err(error) => {
-                assert_eq!(pair.driver.pop_used(), Err(error), "a violation stays");
+                assert_eq!(pair.driver.pop_used(), Err(error), "the error persists");
                 assert_eq!(pair.driver.enable_interrupts(), Err(error));
                 return Err(error);
             }
@@ -162,17 +163,24 @@ fn lie(elements: &[(u32, u32)], advance: u16) -> Result<Vec<u64>, RingError> {
 }
 
 #[test]
-fn a_lying_device_is_found_out() {
-    assert_eq!(lie(&[(2, 12)], 1), Ok(vec![20, 30]), "the truth");
-    assert_eq!(lie(&[(0, 0)], 1), Err(RingError::NotInFlight { head: 0 }), "completed twice");
-    assert_eq!(lie(&[(3, 0)], 1), Err(RingError::NotInFlight { head: 3 }), "in the middle of a chain");
-    assert_eq!(lie(&[(7, 0)], 1), Err(RingError::NotInFlight { head: 7 }), "never added");
+fn invalid_used_elements_are_detected() {
+    assert_eq!(pop_elements(&[(2, 12)], 1), Ok(vec![20, 30]), "a valid element");
+    assert_eq!(pop_elements(&[(0, 0)], 1), Err(RingError::NotInFlight { head: 0 }), "completed twice");
+    assert_eq!(
+        pop_elements(&[(3, 0)], 1),
+        Err(RingError::NotInFlight { head: 3 }),
+        "in the middle of a chain"
+    );
+    assert_eq!(pop_elements(&[(7, 0)], 1), Err(RingError::NotInFlight { head: 7 }), "never added");
     let outside = |index| Err(RingError::DescriptorIndex { index, entries: 8 });
-    assert_eq!(lie(&[(8, 0)], 1), outside(8));
-    assert_eq!(lie(&[(0x1_0002, 0)], 1), outside(0x1_0002), "an id is 32 bits wide");
-    assert_eq!(lie(&[(2, 13)], 1), Err(RingError::UsedLength { head: 2, len: 13, writable: 12 }));
-    assert_eq!(lie(&[(2, 0)], 2), Err(RingError::UsedIndex { index: 2, first: 0xffff, room: 2 }));
-    assert_eq!(lie(&[], 0xfffe), Err(RingError::UsedIndex { index: 0xfffe, first: 0xffff, room: 2 }));
+    assert_eq!(pop_elements(&[(8, 0)], 1), outside(8));
+    assert_eq!(pop_elements(&[(0x1_0002, 0)], 1), outside(0x1_0002), "an id is 32 bits wide");
+    assert_eq!(pop_elements(&[(2, 13)], 1), Err(RingError::UsedLength { head: 2, len: 13, writable: 12 }));
+    assert_eq!(pop_elements(&[(2, 0)], 2), Err(RingError::UsedIndex { index: 2, first: 0xffff, room: 2 }));
+    assert_eq!(
+        pop_elements(&[], 0xfffe),
+        Err(RingError::UsedIndex { index: 0xfffe, first: 0xffff, room: 2 })
+    );
 }
 
 #[test]
@@ -201,7 +209,7 @@ fn requests_that_do_not_fit_change_nothing() {
 }
 
 #[test]
-fn an_interrupt_disabled_stays_away_and_enabled_comes() {
+fn interrupts_are_sent_only_while_they_are_enabled() {
     for features in [Features::NONE, EVENT_IDX] {
         let mut pair = Pair::starting_at(SIZE, features, 0xfffe);
         let serve_one = |pair: &mut Pair| {
@@ -213,7 +221,7 @@ fn an_interrupt_disabled_stays_away_and_enabled_comes() {
         pair.driver.pop_used().unwrap().unwrap();
         pair.driver.disable_interrupts().unwrap();
         assert!(!serve_one(&mut pair));
-        assert!(pair.driver.enable_interrupts().unwrap(), "one came meanwhile");
+        assert!(pair.driver.enable_interrupts().unwrap(), "a completion is there already");
         pair.driver.pop_used().unwrap().unwrap();
         assert!(!pair.driver.enable_interrupts().unwrap());
         assert!(serve_one(&mut pair), "the driver waits");

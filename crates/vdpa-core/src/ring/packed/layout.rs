@@ -227,7 +227,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn places_go_round_in_any_size() {
+    fn positions_wrap_in_a_ring_of_any_size() {
         for size in [1, 2, 7, 8, SIZE_MAX] {
             let mut place = Place::START;
             for lap in 0..4 {
@@ -244,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn flags_mean_one_thing_in_one_lap() {
+    fn flags_have_one_meaning_in_each_lap() {
         for wrap in [false, true] {
             let place = Place { index: 3, wrap };
             let later = Place { index: 3, wrap: !wrap };
@@ -253,7 +253,11 @@ mod tests {
             {
                 assert_eq!((place.is_available(flags), place.is_used(flags)), (available, used));
             }
-            assert_eq!(later.idle(), place.used(), "what one lap has used is idle in the next");
+            assert_eq!(
+                later.idle(),
+                place.used(),
+                "the used flags of one lap are the idle flags of the next"
+            );
         }
     }
 

@@ -1,4 +1,4 @@
-//! Packed rings as a driver that follows the rules fills them, and as one that does not.
+//! Packed rings written by drivers that follow the specification, and by drivers that do not.
 
 use super::*;
 use crate::ring::layout::INDIRECT;
@@ -13,7 +13,7 @@ const SIZE: u16 = 4;
 const AVAIL_1: u16 = 1 << 7;
 const AVAIL_0: u16 = 1 << 15;
 
-/// A ring whose driver is the test.
+/// A ring whose memory the test writes in place of a driver.
 struct Raw {
     pair: RingPair,
     chain: Chain,
@@ -33,13 +33,13 @@ impl Raw {
         queue
     }
 
-    /// One descriptor of the ring: address, length, id, flags.
+    /// Writes a descriptor of the ring: address, length, id, flags.
     fn desc(&self, index: u16, (addr, len, id, flags): (u64, u32, u16, u16)) {
         let raw = layout::encode(Descriptor { addr, len, flags, next: id });
         self.pair.memory.poke(self.pair.ring.desc + u64::from(index) * 16, &raw);
     }
 
-    /// One descriptor of a table in the buffers; returns the table's address.
+    /// Writes an indirect table to the buffers and returns its address.
     fn table(&self, entries: &[(u64, u32, u16)]) -> u64 {
         let table = self.pair.buffers();
         for (i, &(addr, len, flags)) in (0..).zip(entries) {
@@ -63,7 +63,7 @@ impl Raw {
     fn expect_broken(mut self, error: RingError) {
         assert_eq!(self.pop(), Err(error));
         self.desc(0, (0, 1, 0, AVAIL_1));
-        assert_eq!(self.pop(), Err(error), "a violation stays, whatever the driver repairs");
+        assert_eq!(self.pop(), Err(error), "the error persists after the driver has repaired the ring");
         assert_eq!(self.pair.queue.enable_kick(), Err(error));
         assert_eq!((self.pair.queue.in_flight(), self.pair.queue.broken()), (0, Some(error)));
     }
@@ -82,9 +82,9 @@ fn place(avail: (u16, bool), used: (u16, bool)) -> QueueState {
     }
 }
 
-/// Whatever the driver says is available, no more is counted than it may have made available.
+/// The count is limited by the descriptors that the driver may have made available, whatever the ring contains.
 #[test]
-fn requests_that_wait_are_counted_once_around_at_most() {
+fn waiting_requests_are_counted_in_one_lap_at_most() {
     let mut raw = Raw::new();
     (0..SIZE).for_each(|index| raw.desc(index, (0, 1, index, AVAIL_1)));
     assert_eq!(raw.queue().waiting(u16::MAX), Ok(SIZE));
@@ -93,11 +93,11 @@ fn requests_that_wait_are_counted_once_around_at_most() {
     assert_eq!(
         raw.queue().waiting(u16::MAX),
         Ok(SIZE - 1),
-        "what is in flight is not the driver's to make available"
+        "the driver cannot make descriptors of a request in flight available"
     );
     raw.desc(2, (0, 1, 0, AVAIL_1 | NEXT));
-    assert_eq!(raw.queue().waiting(u16::MAX), Ok(SIZE - 2), "a request of two descriptors is one");
-    // A chain that has no end here.
+    assert_eq!(raw.queue().waiting(u16::MAX), Ok(SIZE - 2), "two descriptors are one request");
+    // A chain without a last descriptor.
     raw.desc(3, (0, 1, 0, AVAIL_1 | NEXT));
     assert_eq!(raw.queue().waiting(u16::MAX), Ok(1));
     let error = RingError::Room { head: 2, room: 2 };
@@ -106,7 +106,7 @@ fn requests_that_wait_are_counted_once_around_at_most() {
 }
 
 #[test]
-fn a_chain_goes_on_in_ring_order_and_its_last_descriptor_has_the_id() {
+fn a_chain_is_in_ring_order_and_its_last_descriptor_has_the_id() {
     let mut raw = Raw::new();
     raw.desc(1, (0x200, 0, 8, AVAIL_1 | NEXT));
     raw.desc(2, (0x300, 512, 0xfffe, AVAIL_1 | WRITE));
@@ -118,7 +118,7 @@ fn a_chain_goes_on_in_ring_order_and_its_last_descriptor_has_the_id() {
     assert_eq!(raw.pair.queue.state(), place((3, true), (0, true)));
     assert_eq!(raw.pop(), Ok(false));
     let head = raw.chain.head;
-    assert!(head < SIZE, "a name of our own, not the id");
+    assert!(head < SIZE, "a number that the device chose, not the buffer id");
     raw.pair.queue.push_used(head, 512).unwrap();
     assert_eq!(raw.pair.queue.push_used(head, 512), Err(RingError::NotInFlight { head }));
     assert!(raw.pair.queue.publish().unwrap());
@@ -127,7 +127,7 @@ fn a_chain_goes_on_in_ring_order_and_its_last_descriptor_has_the_id() {
 }
 
 #[test]
-fn a_batch_appears_with_its_first_descriptor() {
+fn a_batch_becomes_used_with_its_first_descriptor() {
     let mut raw = Raw::new();
     for index in 0..3 {
         raw.desc(index, (0x100, 1, 10 + index, AVAIL_1));
@@ -148,7 +148,7 @@ fn a_batch_appears_with_its_first_descriptor() {
 }
 
 #[test]
-fn laps_alternate_and_descriptors_of_the_last_lap_mean_nothing() {
+fn descriptors_of_the_previous_lap_are_not_available() {
     let mut raw = Raw::with(3, PACKED);
     for lap in 0..4 {
         let (available, used) = if lap % 2 == 0 { (AVAIL_1, 0x8080) } else { (AVAIL_0, 0) };
@@ -164,7 +164,7 @@ fn laps_alternate_and_descriptors_of_the_last_lap_mean_nothing() {
 }
 
 #[test]
-fn indirect_tables_are_used_whole_and_in_order() {
+fn indirect_tables_are_read_whole_and_in_order() {
     let mut raw = Raw::new();
     // NEXT, AVAIL and USED are reserved in a table.
     let mut entries: Vec<_> = (0..40u32).map(|i| (0x1000 + u64::from(i), 1, 0x8081)).collect();
@@ -178,7 +178,7 @@ fn indirect_tables_are_used_whole_and_in_order() {
 }
 
 #[test]
-fn each_violation_has_its_error_and_stays() {
+fn each_violation_has_its_own_error_and_the_error_persists() {
     let broken = |descriptors: &[(u64, u32, u16, u16)], error| {
         let raw = Raw::new();
         for (index, &descriptor) in (0..).zip(descriptors) {
@@ -220,7 +220,7 @@ fn each_violation_has_its_error_and_stays() {
 }
 
 #[test]
-fn a_driver_cannot_overrun_what_it_has_not_got_back() {
+fn a_driver_cannot_reuse_descriptors_before_they_are_used() {
     let mut raw = Raw::new();
     for index in 0..SIZE {
         raw.desc(index, (0, 1, index, AVAIL_1));
@@ -230,14 +230,14 @@ fn a_driver_cannot_overrun_what_it_has_not_got_back() {
     raw.pair.queue.push_used(raw.chain.head, 0).unwrap();
     raw.desc(0, (0, 1, 0, AVAIL_0));
     let error = RingError::Room { head: 0, room: 0 };
-    assert_eq!(raw.pop(), Err(error), "pushed, but the driver does not know");
+    assert_eq!(raw.pop(), Err(error), "completed, but not published");
     raw.pair.queue.publish().unwrap();
     assert_eq!(raw.pop(), Err(error));
 }
 
 #[test]
-fn flags_that_change_after_the_look_are_not_looked_at_again() {
-    // The first load of the flags is the check; a descriptor that is then turned into a chain does not go on.
+fn flags_that_change_after_the_check_are_not_read_again() {
+    // The flags are loaded once, for the check. NEXT, which the driver sets afterwards, does not extend the chain.
     let raw = Raw::new();
     raw.desc(0, (0x100, 1, 0, AVAIL_1 | NEXT));
     let flags = AVAIL_1;
@@ -251,7 +251,7 @@ fn flags_that_change_after_the_look_are_not_looked_at_again() {
 }
 
 #[test]
-fn only_states_of_one_lap_are_started() {
+fn only_states_within_one_lap_are_accepted() {
     let start = |size, state| {
         let pair = RingPair::new(SIZE, PACKED);
         let [desc, driver, device] = pair.areas();
@@ -279,7 +279,7 @@ fn only_states_of_one_lap_are_started() {
 }
 
 #[test]
-fn descriptors_lost_before_the_start_stay_lost() {
+fn descriptors_in_flight_before_the_start_are_not_reused() {
     let mut raw = Raw::new();
     let [desc, driver, device] = raw.pair.areas();
     raw.pair.queue =
@@ -291,13 +291,13 @@ fn descriptors_lost_before_the_start_stay_lost() {
     assert_eq!((raw.pair.queue.in_flight(), raw.pair.queue.undelivered()), (2, 2));
     raw.pair.queue.push_used(raw.chain.head, 0).unwrap();
     raw.pair.queue.publish().unwrap();
-    assert_eq!(raw.used(0), (7, 0, 0x8080), "in the first of the descriptors that are free to the device");
+    assert_eq!(raw.used(0), (7, 0, 0x8080), "written to the first descriptor that the device may use");
     assert_eq!(raw.pair.queue.state(), place((0, false), (2, true)));
     assert_eq!(raw.pair.queue.undelivered(), 2);
 }
 
 #[test]
-fn an_abandoned_request_comes_again() {
+fn an_abandoned_request_is_popped_again() {
     let mut raw = Raw::new();
     raw.desc(0, (0, 1, 0, AVAIL_1));
     raw.desc(1, (1, 1, 0, AVAIL_1 | NEXT));
@@ -345,15 +345,15 @@ fn every_access_may_fail_once_and_nothing_is_lost() {
         assert_eq!((raw.pair.queue.in_flight(), raw.pair.queue.unpublished()), (0, 0));
         while retry(raw.pair.queue.enable_kick()).is_none() {}
         if raw.pair.memory.cancel_failure() {
-            assert!(accesses > 10, "all accesses had their turn");
+            assert!(accesses > 10, "only {accesses} accesses were made to fail");
             return;
         }
     }
 }
 
 #[test]
-fn the_driver_is_notified_at_the_place_it_names() {
-    // (event place, flags), and after which of four used descriptors it is notified.
+fn the_driver_is_notified_at_its_event_offset() {
+    // (event offset and wrap counter, flags), and after which of four used descriptors the driver is notified.
     let cases: [((u16, u16), [bool; 4]); 6] = [
         ((0x8001, 2), [true, true, false, false]),
         ((0x8003, 2), [true, false, false, true]),
@@ -376,11 +376,11 @@ fn the_driver_is_notified_at_the_place_it_names() {
 }
 
 #[test]
-fn the_device_asks_for_the_place_it_looks_at() {
+fn the_device_requests_a_kick_at_its_next_position() {
     for (features, expected) in [(PACKED, [0, 0, 0, 0]), (EVENT_IDX, [1, 0x80, 2, 0])] {
         let mut raw = Raw::with(SIZE, features);
         raw.desc(0, (0, 1, 0, AVAIL_1));
-        assert_eq!(raw.pair.queue.enable_kick(), Ok(true), "there is one already");
+        assert_eq!(raw.pair.queue.enable_kick(), Ok(true), "a request is available already");
         assert_eq!(raw.pop(), Ok(true));
         assert_eq!(raw.pair.queue.enable_kick(), Ok(false));
         assert_eq!(raw.pair.memory.peek(raw.pair.ring.used, 4), expected);
@@ -390,7 +390,7 @@ fn the_device_asks_for_the_place_it_looks_at() {
 }
 
 #[test]
-fn memory_that_is_gone_is_no_violation() {
+fn memory_that_cannot_be_accessed_is_no_violation() {
     let mut raw = Raw::new();
     raw.desc(0, (0x100, 1, 0, AVAIL_1));
     let page = IovaRange::from_size(raw.pair.ring.desc, 64).unwrap();

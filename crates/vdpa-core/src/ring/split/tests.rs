@@ -1,4 +1,4 @@
-//! Rings as a driver that follows the rules fills them, and as one that does not.
+//! Split rings written by drivers that follow the specification, and by drivers that do not.
 
 use super::*;
 use crate::ring::Buffer;
@@ -8,7 +8,7 @@ use crate::types::{IovaRange, Perm};
 const EVENT_IDX: Features = Features::of(&[Features::RING_EVENT_IDX]);
 const SIZE: u16 = 8;
 
-/// A ring whose memory is written by hand, as a driver without rules does.
+/// A ring whose memory the test writes directly, as a driver that violates the specification does.
 struct Raw {
     pair: Pair,
     chain: Chain,
@@ -25,7 +25,7 @@ impl Raw {
         self.pair.memory.poke(self.pair.ring.desc + 16 * u64::from(index), &raw);
     }
 
-    /// Writes an indirect table somewhere and returns its address.
+    /// Writes an indirect table to unused memory and returns its address.
     fn table(&mut self, entries: &[(u64, u32, u16, u16)]) -> u64 {
         let at = self.pair.allocate(16 * u32::try_from(entries.len()).unwrap()).iova;
         for (position, &(addr, len, flags, next)) in (0..).zip(entries) {
@@ -46,12 +46,12 @@ impl Raw {
         self.pair.queue.pop(&self.pair.memory, &mut self.chain)
     }
 
-    /// Makes the chain at descriptor 0 available and expects a violation that stays.
+    /// Makes the chain at descriptor 0 available and expects an error that persists.
     fn expect_broken(mut self, error: RingError) {
         self.avail_index(1);
         assert_eq!(self.pop(), Err(error));
         self.desc(0, (0, 1, 0, 0));
-        assert_eq!(self.pop(), Err(error), "a violation stays, whatever the driver repairs");
+        assert_eq!(self.pop(), Err(error), "the error persists after the driver has repaired the ring");
         assert_eq!(self.pair.queue.enable_kick(), Err(error));
         assert_eq!(self.pair.queue.in_flight(), 0);
     }
@@ -62,7 +62,7 @@ fn buffer(iova: u64, len: u32) -> Buffer {
 }
 
 #[test]
-fn a_chain_has_its_buffers_in_order_and_empty_ones_too() {
+fn a_chain_has_all_its_buffers_in_order_including_empty_ones() {
     let mut raw = Raw::new();
     raw.desc(5, (0x100, 16, NEXT, 2));
     raw.desc(2, (0x200, 0, NEXT, 7));
@@ -82,7 +82,7 @@ fn indirect_tables_are_followed_in_their_own_order() {
     let mut raw = Raw::new();
     let mut entries: Vec<_> = (0..40u16).map(|i| (0x1000 + u64::from(i), 1, NEXT, i + 1)).collect();
     entries[39] = (0x2000, 4, layout::WRITE, 0);
-    // 0 -> 30 .. 38 -> 1 .. 29 -> 39: jumps out of what is read at once, both ways.
+    // 0 -> 30 .. 38 -> 1 .. 29 -> 39: jumps out of the block that is read at once, in both directions.
     (entries[0].3, entries[38].3, entries[29].3) = (30, 1, 39);
     let table = raw.table(&entries);
     raw.desc(0, (0x500, 16, NEXT, 3));
@@ -95,7 +95,7 @@ fn indirect_tables_are_followed_in_their_own_order() {
 }
 
 #[test]
-fn indirect_descriptors_can_be_tied_to_their_feature() {
+fn indirect_descriptors_can_be_refused_without_their_feature() {
     for (features, allowed) in
         [(Features::NONE, false), (Features::of(&[Features::RING_INDIRECT_DESC]), true)]
     {
@@ -113,7 +113,7 @@ fn indirect_descriptors_can_be_tied_to_their_feature() {
 }
 
 #[test]
-fn each_violation_has_its_error_and_stays() {
+fn each_violation_has_its_own_error_and_the_error_persists() {
     let broken = |descriptors: &[(u64, u32, u16, u16)], error| {
         let raw = Raw::new();
         for (index, &descriptor) in (0..).zip(descriptors) {
@@ -139,7 +139,7 @@ fn each_violation_has_its_error_and_stays() {
 }
 
 #[test]
-fn each_violation_in_an_indirect_table_has_its_error_and_stays() {
+fn each_violation_in_an_indirect_table_has_its_own_error_and_the_error_persists() {
     let broken = |entries: &[(u64, u32, u16, u16)], error| {
         let mut raw = Raw::new();
         let table = raw.table(entries);
@@ -153,7 +153,7 @@ fn each_violation_in_an_indirect_table_has_its_error_and_stays() {
     broken(&[(0, 16, INDIRECT, 0)], RingError::Indirect { head: 0, reason });
     broken(&[(0, u32::MAX, NEXT, 1), (0, 2, 0, 0)], RingError::Length { head: 0 });
 
-    // What comes before the table counts as well.
+    // Descriptors before the table count as well.
     let mut raw = Raw::new();
     let table = raw.table(&[(0, 2, 0, 0)]);
     raw.desc(0, (0, u32::MAX, NEXT, 1));
@@ -161,10 +161,10 @@ fn each_violation_in_an_indirect_table_has_its_error_and_stays() {
     raw.expect_broken(RingError::Length { head: 0 });
 }
 
-/// A ring that is found to be broken by a look at the index has requests left that were seen before.
+/// A check of the available index breaks the ring while requests of an earlier index are still available.
 #[test]
-fn nothing_is_taken_from_a_broken_ring_whatever_was_seen_before() {
-    let seen = || {
+fn no_request_is_popped_from_a_broken_ring() {
+    let ring = || {
         let mut raw = Raw::new();
         (0..SIZE).for_each(|index| raw.desc(index, (0, 1, 0, 0)));
         raw.avail_index(3);
@@ -174,14 +174,14 @@ fn nothing_is_taken_from_a_broken_ring_whatever_was_seen_before() {
     };
     let error = RingError::AvailIndex { index: 100, first: 1, room: SIZE - 1 };
     for kick in [false, true] {
-        let mut raw = seen();
+        let mut raw = ring();
         let queue = &mut raw.pair.queue;
-        let look = if kick { queue.enable_kick().map(drop) } else { queue.waiting().map(drop) };
-        assert_eq!(look, Err(error));
+        let result = if kick { queue.enable_kick().map(drop) } else { queue.waiting().map(drop) };
+        assert_eq!(result, Err(error));
         raw.avail_index(3);
         assert_eq!(raw.pop(), Err(error));
         assert_eq!(raw.pair.queue.has_request(), Err(error));
-        // Nor what is put back into it.
+        // An abandoned request is not popped either.
         raw.pair.queue.abandon(&raw.chain).unwrap();
         assert_eq!(raw.pop(), Err(error));
         assert_eq!(raw.pair.queue.has_request(), Err(error));
@@ -198,7 +198,7 @@ fn the_available_index_moves_forward_and_within_the_ring() {
         assert_eq!(queue.pop(&raw.pair.memory, &mut Chain::new()), Err(error));
         assert_eq!(queue.broken(), Some(error));
     }
-    // Requests in flight take up room, unpublished ones as well: the driver cannot have reused them.
+    // Requests in flight and unpublished requests reduce the room: the driver cannot have reused their descriptors.
     let mut raw = Raw::new();
     (0..SIZE).for_each(|index| raw.desc(index, (0, 1, 0, 0)));
     raw.avail_index(3);
@@ -206,7 +206,7 @@ fn the_available_index_moves_forward_and_within_the_ring() {
     raw.pair.queue.push_used(0, 0).unwrap();
     raw.avail_index(9);
     assert_eq!(raw.pop(), Err(RingError::AvailIndex { index: 9, first: 3, room: 5 }));
-    // Backwards, to what was popped already.
+    // Backwards, to a request that was popped already.
     let mut raw = Raw::new();
     raw.desc(0, (0, 1, 0, 0));
     raw.avail_index(2);
@@ -259,7 +259,7 @@ fn no_request_and_no_notification_is_lost_whichever_access_fails() {
     }
 }
 
-/// Serves three requests, repeating what faults; returns how many notifications were asked for.
+/// Serves three requests and repeats calls that fault. Returns the number of notifications that the queue requested.
 fn serve_through_faults(pair: &mut Pair) -> usize {
     let mut chain = Chain::new();
     let mut served = 0;
@@ -299,7 +299,7 @@ fn completions_are_visible_only_when_published_and_in_the_order_pushed() {
 }
 
 #[test]
-fn a_device_cannot_complete_more_than_it_took() {
+fn a_device_cannot_complete_more_than_it_popped() {
     let mut pair = Pair::new(SIZE, Features::NONE);
     assert_eq!(pair.queue.push_used(0, 0), Err(RingError::NotInFlight { head: 0 }));
     assert_eq!(pair.queue.push_used(8, 0), Err(RingError::DescriptorIndex { index: 8, entries: 8 }));
@@ -308,17 +308,17 @@ fn a_device_cannot_complete_more_than_it_took() {
 }
 
 #[test]
-fn enabling_kicks_reports_what_came_before() {
+fn enabling_kicks_reports_requests_that_are_available_already() {
     for features in [Features::NONE, EVENT_IDX] {
         let mut pair = Pair::starting_at(SIZE, features, 0xfffd);
         let add = |pair: &mut Pair| {
             pair.driver.add(&[buffer(0, 1)], &[], 0).unwrap();
             pair.driver.publish().unwrap()
         };
-        assert!(add(&mut pair), "the first kick is always asked for");
+        assert!(add(&mut pair), "the first kick is always requested");
         pair.queue.disable_kick().unwrap();
-        assert!(!add(&mut pair), "nobody waits");
-        assert!(pair.queue.enable_kick().unwrap(), "two are there already");
+        assert!(!add(&mut pair), "the device does not wait for a kick");
+        assert!(pair.queue.enable_kick().unwrap(), "two requests are available already");
         pair.serve(|_, _| 0).unwrap();
         assert!(!pair.queue.enable_kick().unwrap());
         assert!(add(&mut pair), "the device waits");
@@ -326,12 +326,12 @@ fn enabling_kicks_reports_what_came_before() {
 }
 
 #[test]
-fn a_ring_continues_where_it_stopped_and_says_what_is_missing() {
+fn a_ring_continues_where_it_stopped_and_counts_undelivered_requests() {
     let mut pair = Pair::starting_at(SIZE, EVENT_IDX, 0xffff);
     for round in 0..3 {
         pair.driver.add(&[buffer(0, 1)], &[], round).unwrap();
         pair.driver.publish().unwrap();
-        assert!(pair.serve(|_, _| 0).unwrap(), "the first notification after a start is certain");
+        assert!(pair.serve(|_, _| 0).unwrap(), "the first publication after a start always notifies");
         pair.restart_queue();
         assert_eq!(pair.queue.undelivered(), 0);
         assert_eq!(pair.driver.pop_used().unwrap().unwrap().token, round);
@@ -343,7 +343,7 @@ fn a_ring_continues_where_it_stopped_and_says_what_is_missing() {
 }
 
 #[test]
-fn impossible_rings_are_refused() {
+fn rings_with_invalid_sizes_features_or_states_are_refused() {
     let memory = TestMemory::new(0, 4096);
     let area = |size| memory.area(0, size, Perm::RW).unwrap();
     let state = QueueState::Split { avail_index: 0 };
@@ -371,7 +371,7 @@ fn impossible_rings_are_refused() {
 }
 
 #[test]
-fn a_ring_that_goes_on_uses_its_next_entry_and_not_one_it_owes() {
+fn a_restarted_ring_does_not_reuse_entries_of_requests_in_flight() {
     let mut pair = Pair::new(SIZE, Features::NONE);
     let buffers = [pair.allocate(16), pair.allocate(16), pair.allocate(16)];
     for (token, buffer) in (0..).zip(&buffers[..2]) {
@@ -380,16 +380,16 @@ fn a_ring_that_goes_on_uses_its_next_entry_and_not_one_it_owes() {
     pair.driver.publish().unwrap();
     let mut chain = Chain::new();
     assert_eq!(pair.queue.pop(&pair.memory, &mut chain), Ok(true));
-    // The first request is never answered, and the ring is left and taken up again.
-    let (state, owed) = (pair.queue.state(), pair.queue.in_flight());
-    assert_eq!(owed, 1);
+    // The first request is never completed, and the ring is restarted.
+    let (state, in_flight) = (pair.queue.state(), pair.queue.in_flight());
+    assert_eq!(in_flight, 1);
     let area = |at: u64, size: usize, perm| pair.memory.area(at, size as u64, perm).unwrap();
     let (ring, sizes) = (pair.ring, area_sizes(SIZE, false));
     let desc = area(ring.desc, sizes.desc, Perm::RO);
     let avail = area(ring.avail, sizes.avail, Perm::RO);
     let used = area(ring.used, sizes.used, Perm::RW);
     let queue = SplitQueue::new(SIZE, Features::NONE, desc, avail, used, state).unwrap();
-    let mut queue = queue.with_in_flight(owed);
+    let mut queue = queue.with_in_flight(in_flight);
     assert_eq!(queue.pop(&pair.memory, &mut chain), Ok(true));
     queue.push_used(chain.head, 0).unwrap();
     assert_eq!(queue.publish(), Ok(true));

@@ -8,8 +8,8 @@ use vdpa_core::blk::{BlkRequest, FramingError, ID_BYTES, SECTOR, Status, kind};
 use vdpa_core::ring::BufferSlice;
 use vdpa_core::types::{Perm, Result};
 use vdpa_sys::uring::{
-    AlignedBuf, Buffers, Direction, File, FileSlot, GuestPieces, IoPiece, MAX_PIECES, Op, OwnedBuf,
-    Registrar, Wait, transfer_now,
+    AlignedBuf, Buffers, Direction, File, FileSlot, GuestIoVecs, IoVec, MAX_IOVECS, Op, OwnedBuf, Registrar,
+    Wait, transfer_now,
 };
 
 use super::backoff::Backoff;
@@ -39,9 +39,9 @@ pub(super) struct FileDisk {
 /// Client memory that a transfer uses.
 enum DataMemory {
     /// One piece that the kernel can access.
-    Single(IoPiece),
+    Single(IoVec),
     /// Several of them.
-    Vectored(Vec<IoPiece>),
+    Vectored(Vec<IoVec>),
     /// Memory that can only be copied, through a bounce buffer.
     Bounce,
 }
@@ -83,7 +83,7 @@ impl FileDisk {
     }
 
     /// Whether a piece of memory is aligned as O_DIRECT requires.
-    fn is_usable(&self, piece: &IoPiece) -> bool {
+    fn is_usable(&self, piece: &IoVec) -> bool {
         let aligned = |value: usize, to: u32| (value as u64).is_multiple_of(to.into());
         !self.backing.direct
             || aligned(piece.addr, self.backing.memory_align) && aligned(piece.len, self.backing.block_size)
@@ -96,7 +96,7 @@ impl FileDisk {
         }
         let pieces = view.pieces(bytes, perm).map_err(|_| Errno::FAULT)?;
         let pieces = pieces
-            .filter(|pieces| pieces.len() <= MAX_PIECES && pieces.iter().all(|piece| self.is_usable(piece)));
+            .filter(|pieces| pieces.len() <= MAX_IOVECS && pieces.iter().all(|piece| self.is_usable(piece)));
         Ok(pieces.map_or(DataMemory::Bounce, DataMemory::Vectored))
     }
 
@@ -339,6 +339,6 @@ pub(super) const fn malformed(error: &FramingError) -> Step {
     }
 }
 
-fn guest(pieces: Vec<IoPiece>, view: &MemoryView) -> Result<Buffers> {
-    GuestPieces::new(pieces, Arc::clone(view.memory())).map(Buffers::Guest)
+fn guest(pieces: Vec<IoVec>, view: &MemoryView) -> Result<Buffers> {
+    GuestIoVecs::new(pieces, Arc::clone(view.memory())).map(Buffers::Guest)
 }

@@ -1,4 +1,4 @@
-//! The driver side of a packed ring against devices that lie, and saved states that do not fit.
+//! The driver side of a packed ring: devices that write invalid used descriptors, and saved states that do not match.
 
 use super::*;
 use crate::ring::driver::Driver;
@@ -20,7 +20,7 @@ impl Raw {
         Self { pair, driver }
     }
 
-    /// What a device would write: id, length, flags.
+    /// Writes a descriptor as a device does: id, length, flags.
     fn used(&self, index: u16, (id, len, flags): (u16, u32, u16)) {
         let at = self.pair.ring.desc + u64::from(index) * 16;
         self.pair.memory.poke(at + 8, &len.to_le_bytes());
@@ -44,12 +44,12 @@ fn split() -> Driver<TestArea> {
 }
 
 #[test]
-fn a_batch_appears_with_its_first_descriptor() {
+fn a_batch_becomes_available_with_its_first_descriptor() {
     let mut raw = Raw::new(4);
     raw.driver.add(&[ONE], &[ONE], 1).unwrap();
     raw.driver.add(&[], &[ONE], 2).unwrap();
     assert_eq!([0, 1, 2].map(|index| raw.flags(index)), [NEXT, 0x82, 0x82]);
-    assert!(raw.driver.publish().unwrap(), "the device enables events by a zeroed structure");
+    assert!(raw.driver.publish().unwrap(), "a zeroed event structure enables notifications");
     assert_eq!(raw.flags(0), 0x81);
     raw.driver.add(&[ONE], &[], 3).unwrap();
     assert_eq!(raw.flags(3), 0);
@@ -57,8 +57,8 @@ fn a_batch_appears_with_its_first_descriptor() {
 }
 
 #[test]
-fn each_lie_has_its_error_and_stays() {
-    let lie = |element, error| {
+fn each_invalid_used_descriptor_has_its_own_error_and_the_error_persists() {
+    let broken = |element, error| {
         let mut raw = Raw::new(4);
         raw.driver.add(&[ONE], &[], 1).unwrap();
         raw.driver.add(&[], &[ONE, ONE], 2).unwrap();
@@ -70,14 +70,14 @@ fn each_lie_has_its_error_and_stays() {
         assert_eq!(raw.driver.enable_interrupts(), Err(error));
         assert_eq!(raw.driver.in_flight(), 2);
     };
-    lie((2, 0, 0x8080), RingError::BufferId { id: 2 });
-    lie((4, 0, 0x8080), RingError::BufferId { id: 4 });
-    lie((0, 1, 0x8082), RingError::UsedLength { head: 0, len: 1, writable: 0 });
-    lie((1, 21, 0x8082), RingError::UsedLength { head: 1, len: 21, writable: 20 });
+    broken((2, 0, 0x8080), RingError::BufferId { id: 2 });
+    broken((4, 0, 0x8080), RingError::BufferId { id: 4 });
+    broken((0, 1, 0x8082), RingError::UsedLength { head: 0, len: 1, writable: 0 });
+    broken((1, 21, 0x8082), RingError::UsedLength { head: 1, len: 21, writable: 20 });
 }
 
 #[test]
-fn lengths_count_with_and_without_their_flag() {
+fn a_used_length_without_the_write_flag_counts_only_if_it_fits() {
     for (element, expected) in [((0, 10, 0x8082), 10), ((0, 10, 0x8080), 10), ((0, 11, 0x8080), 0)] {
         let mut raw = Raw::new(4);
         raw.driver.add(&[], &[ONE], 1).unwrap();
@@ -90,7 +90,7 @@ fn lengths_count_with_and_without_their_flag() {
 }
 
 #[test]
-fn what_was_not_shown_is_not_taken_back() {
+fn a_request_that_is_not_published_cannot_be_used() {
     let mut raw = Raw::new(4);
     raw.driver.add(&[ONE], &[], 1).unwrap();
     raw.used(0, (0, 0, 0x8080));
@@ -104,7 +104,7 @@ fn what_was_not_shown_is_not_taken_back() {
 }
 
 #[test]
-fn a_driver_goes_on_with_what_was_added_and_not_shown() {
+fn an_adopted_driver_keeps_requests_that_are_not_published() {
     let mut raw = Raw::new(4);
     raw.driver.add(&[ONE], &[], 1).unwrap();
     raw.driver.publish().unwrap();
@@ -123,7 +123,7 @@ fn a_driver_goes_on_with_what_was_added_and_not_shown() {
 }
 
 #[test]
-fn states_that_contradict_themselves_are_refused() {
+fn inconsistent_states_are_refused() {
     let mut raw = Raw::new(4);
     raw.driver.add(&[ONE], &[], 1).unwrap();
     raw.driver.add(&[ONE, ONE], &[], 2).unwrap();
@@ -150,8 +150,8 @@ fn states_that_contradict_themselves_are_refused() {
         state.in_flight[1].descriptors = 3;
     });
     assert_eq!(empty, Some(PackedAdoptError::Empty { token: 1 }));
-    let shown = refused(|state| state.published = 0x8001);
-    assert_eq!(shown, Some(PackedAdoptError::Published { index: 1 }));
+    let published = refused(|state| state.published = 0x8001);
+    assert_eq!(published, Some(PackedAdoptError::Published { index: 1 }));
     let size = refused(|state| state.size = 0);
     assert_eq!(size, Some(PackedAdoptError::Ring(RingError::PackedSize { size: 0 })));
     let json = serde_json::to_string(&good).unwrap();
