@@ -1,35 +1,36 @@
 //! [`Bus`]: the devices of this daemon, by name.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod describe;
+mod restore;
+
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime};
 
 use parking_lot::{Mutex, MutexGuard};
 use vdpa_core::Errno;
 use vdpa_core::device::Device;
-use vdpa_core::error::chain;
 use vdpa_core::features::{Features, Status};
 use vdpa_core::handover::Handover;
-use vdpa_core::host::PAGE_SIZE;
 use vdpa_core::net::{NetConfig, is_valid_address};
-use vdpa_core::parent::{Parent, PinLimit, Profile};
+use vdpa_core::parent::{Parent, Profile};
 use vdpa_core::types::QueueIndex;
-use vdpa_sys::process::{Caller, OwnerSpace, Spaces};
-use vdpa_sys::rlimit;
-use vdpa_sys::uapi::report::UpdateReport;
+use vdpa_sys::process::Spaces;
 use zerocopy::IntoBytes;
 
+use self::describe::{describe_owner, last_update, state, unix};
+use self::restore::lost_in_crash;
 use crate::control::Backend;
 use crate::devices::{MgmtDevice, NetAttrs, mgmt_devices};
-use crate::survival::{Identity, Survival};
-use vdpa_backend::front::fuse::{AddError, DeviceFile, DeviceFiles, FileAttributes};
-use vdpa_backend::front::vhost::{AnyParent, PendingSuccessor, SharedDevice, VhostVdpaFile};
-use vdpa_backend::persist::{DeviceLog, Held, Reopened};
+use crate::survival::Survival;
+use vdpa_backend::front::fuse::{AddError, DeviceFile, DeviceFiles};
+use vdpa_backend::front::vhost::{AnyParent, SharedDevice, VhostVdpaFile};
+use vdpa_backend::persist::DeviceLog;
 use vdpa_backend::worker::{QueueLogs, WorkerPool};
 use vdpa_control::api::{
-    AddRequest, Attrs, CtlError, DaemonInfo, DevInfo, DevState, ID_NET, LastUpdate, MgmtDev, Owner,
-    QueueInfo, QueueVstats, SetAnswer, SetRequest, Successor, UpdateInfo, VSTATS_INDEX_MAX,
+    AddRequest, Attrs, CtlError, DaemonInfo, DevInfo, DevState, ID_NET, MgmtDev, QueueVstats, SetAnswer,
+    SetRequest, UpdateInfo, VSTATS_INDEX_MAX,
 };
 use vdpa_control::config::DevConfig;
 
@@ -78,9 +79,6 @@ const DEVICE_FILE_ATTR: &str = "device_file";
 /// Attribute of every device: whether a successor may open it while it is in use.
 const HANDOVER_ATTR: &str = "handover";
 
-/// How long a restored device waits for the requests that its former daemon had handed to the kernel.
-const IN_FLIGHT_TIMEOUT: Duration = Duration::from_secs(60);
-
 /// How many names of device files are tried: the kernel's devices have names of the same form.
 const NUMBERS_TRIED: usize = 4096;
 
@@ -100,63 +98,6 @@ impl Bus {
         Self { mgmt, files, pool, spaces, devices, survival, since }
     }
 
-    /// Makes the devices of a predecessor again, with their clients. One that cannot be restored is given up: its client gets
-    /// errors.
-    pub(crate) fn restore(&self, legacy: BTreeMap<u32, (Identity, Vec<Held>)>) {
-        for (held, (identity, items)) in legacy {
-            let name = identity.request.name.clone();
-            match self.restore_device(held, identity, items) {
-                Ok(()) => tracing::info!(device = %name, "device restored"),
-                Err(error) => {
-                    tracing::error!(device = %name, "the device cannot be restored: {}", chain(&*error))
-                }
-            }
-        }
-    }
-
-    fn restore_device(
-        &self,
-        held: u32,
-        identity: Identity,
-        items: Vec<Held>,
-    ) -> Result<(), Box<dyn std::error::Error>> {
-        let survival = self.survival.as_ref().ok_or("there is no holder")?;
-        let attributes = identity.attributes();
-        let Identity { number, node, request, .. } = identity;
-        let AddRequest { name, mgmtdev, attrs } = request;
-        let mgmt = self.mgmt.iter().find(|mgmt| mgmt.describe().handle() == mgmtdev);
-        let mgmt = mgmt.ok_or_else(|| format!("there is no management device {mgmtdev}"))?;
-        let Reopened { mut log, records, front, logs } =
-            DeviceLog::reopen(held, survival.store(), items, &survival.spaces, &self.spaces)?;
-        let logs = logs.map(QueueLogs::reopen).transpose()?.ok_or("its in-flight logs are not held")?;
-        let parent = create_again(&**mgmt, &name, &attrs, &self.pool.with_logs(logs.clone()))?;
-        let profile = parent.profile().clone();
-        let mut device = Device::restore(parent, &records, log.source())?;
-        let running: BTreeSet<QueueIndex> =
-            device.stopped_queues().into_iter().map(|(index, _)| index).collect();
-        let indices = (0..profile.queues).map(QueueIndex);
-        indices.filter(|index| !running.contains(index)).for_each(|index| logs.forget(index));
-        device.resume_queues(&[])?;
-        let device: SharedDevice = Arc::new(Mutex::new(device));
-        let file = VhostVdpaFile::new(name.clone(), Arc::clone(&device), self.spaces.clone());
-        let file = Arc::new(file.restored(log, &front));
-        let opens: Vec<u64> = front.opener.iter().map(|opener| opener.handle).collect();
-        let file_name = file_name(number);
-        let path = self.files.restore(&file_name, Arc::clone(&file) as _, node, attributes, &opens)?;
-        let front = self.files.front();
-        let entry = Entry { name, number, mgmtdev, profile, device, file, path, front, held: Some(held) };
-        self.devices.lock().push(Arc::new(entry));
-        Ok(())
-    }
-
-    /// Whether such a device ends with this process. An invalid request is like one that does.
-    pub(crate) fn is_lost_in_crash(&self, request: &AddRequest) -> bool {
-        let mgmt = self.mgmt.iter().find(|mgmt| mgmt.describe().handle() == request.mgmtdev);
-        let handover = request.attrs.get(HANDOVER_ATTR) == Some("open");
-        let own_mount = request.attrs.get(DEVICE_FILE_ATTR).is_some();
-        mgmt.is_none_or(|mgmt| lost_in_crash(&**mgmt, handover, own_mount, &request.attrs).is_some())
-    }
-
     /// Revokes every device from its clients and removes it.
     pub fn shutdown(&self) {
         for entry in std::mem::take(&mut *self.devices.lock()) {
@@ -165,16 +106,6 @@ impl Bus {
                 tracing::error!(device = %entry.name, "the request that it is busy with has not ended");
             }
         }
-    }
-
-    /// Has held what a new device is.
-    fn hold(&self, survival: &Survival, held: u32, number: u32, request: &AddRequest) -> Result<(), Errno> {
-        let name = file_name(number);
-        let FileAttributes { mode, uid, gid } =
-            self.files.attributes(&name).unwrap_or_else(FileAttributes::private);
-        let node = self.files.node(&name).unwrap_or(0);
-        let identity = Identity { number, node, mode, uid, gid, request: request.clone() };
-        survival.hold_identity(held, &identity)
     }
 
     /// Creates the device file under the first free number; `taken` are the numbers of this bus.
@@ -263,39 +194,6 @@ impl Entry {
     }
 }
 
-/// Why a device ends with this process; `None` if it goes on in the next one.
-fn lost_in_crash(
-    mgmt: &dyn MgmtDevice,
-    handover: bool,
-    own_mount: bool,
-    attrs: &Attrs,
-) -> Option<&'static str> {
-    match (handover, own_mount) {
-        (true, _) => Some("it can be opened by a successor (handover open)"),
-        (_, true) => Some("its file is a mount of its own (device_file)"),
-        _ => mgmt.lost_in_crash(attrs),
-    }
-}
-
-/// Makes a device of the former daemon again. Its disk stays locked until the kernel has no request of that daemon in flight: no
-/// request may be repeated before.
-fn create_again(
-    mgmt: &dyn MgmtDevice,
-    name: &str,
-    attrs: &Attrs,
-    pool: &WorkerPool,
-) -> Result<AnyParent, CtlError> {
-    let deadline = Instant::now() + IN_FLIGHT_TIMEOUT;
-    loop {
-        match mgmt.create(name, attrs, pool) {
-            Err(error) if error.errno == Errno::BUSY && Instant::now() < deadline => {
-                tracing::warn!(device = %name, "requests of the former daemon are still in flight");
-            }
-            result => return result,
-        }
-    }
-}
-
 /// Parses `handover`: whether a successor may open the device while it is in use.
 fn handover(attrs: &mut Attrs) -> Result<bool, CtlError> {
     match attrs.take(HANDOVER_ATTR).as_deref() {
@@ -318,99 +216,6 @@ fn shared(parent: AnyParent) -> Result<(AnyParent, Option<Handover<AnyParent>>),
 
 fn file_name(number: u32) -> String {
     format!("vhost-vdpa-{number}")
-}
-
-fn state(
-    device: &Device<AnyParent>,
-    since: Option<SystemTime>,
-    successor: Option<PendingSuccessor>,
-) -> DevState {
-    let owner = device.owner();
-    let queues = device.vring_infos().zip(0..).map(|(info, index)| {
-        let stats = device.parent().queue_stats(QueueIndex(index));
-        QueueInfo {
-            index,
-            size: info.size,
-            enabled: info.enabled,
-            running: info.running,
-            requests: stats.requests,
-            bytes: stats.bytes,
-            errors: stats.errors,
-        }
-    });
-    DevState {
-        open: device.is_open(),
-        status: device.status(),
-        suspended: device.suspended(),
-        owner: owner.map(|space| describe_owner(space, since)),
-        successor: successor.map(describe_successor),
-        negotiated_features: device
-            .negotiated_features()
-            .filter(|_| device.status().contains(Status::FEATURES_OK)),
-        pinned_pages: device.pinned_pages(),
-        memlock_limit_pages: owner.and_then(|space| pin_limit(device, space)),
-        mappings: device.mapped().entries as u64,
-        queues: queues.collect(),
-    }
-}
-
-/// The limit on pages pinned for the owner; `None` without one.
-fn pin_limit(device: &Device<AnyParent>, owner: &OwnerSpace) -> Option<u64> {
-    match device.profile().pin_limit {
-        PinLimit::Pages(u64::MAX) => None,
-        PinLimit::Pages(pages) => Some(pages),
-        PinLimit::Rlimit => Some(rlimit::memlock_of(owner.pid()).ok()?.soft? / PAGE_SIZE),
-    }
-}
-
-/// Seconds since 1970.
-fn unix(at: SystemTime) -> u64 {
-    at.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
-}
-
-fn last_update(report: &UpdateReport, at: SystemTime) -> LastUpdate {
-    let name = |names: &[&str], at: u8| names.get(usize::from(at)).copied().unwrap_or("unknown").to_owned();
-    let phases = [
-        ("suspend", report.suspend),
-        ("save", report.save),
-        ("transfer", report.transfer),
-        ("load", report.load),
-        ("new_owner", report.new_owner),
-        ("vrings", report.vrings),
-        ("remap", report.remap),
-        ("resume", report.resume),
-        ("commit", report.commit),
-    ];
-    LastUpdate {
-        at: unix(at),
-        way: name(&["exec", "fork", "hand-over"], report.way),
-        strategy: name(&["live", "resume", "reset", "reopen"], report.strategy),
-        outcome: name(&["done", "rolled back"], report.outcome),
-        reason: report.reason(),
-        predecessor: report.predecessor,
-        successor: report.successor,
-        total_ns: report.total,
-        prepare_ns: report.prepare,
-        phases_ns: phases.into_iter().map(|(phase, ns)| (phase.to_owned(), ns)).collect(),
-        mappings: report.mappings,
-        queues: report.queues,
-    }
-}
-
-fn describe_owner(space: &OwnerSpace, since: Option<SystemTime>) -> Owner {
-    let comm = Caller::new(space.pid()).map(|caller| caller.comm()).unwrap_or_default();
-    Owner { pid: space.pid().unsigned_abs(), comm, since: since.map_or(0, unix) }
-}
-
-fn describe_successor(PendingSuccessor { process, since, status, mappings }: PendingSuccessor) -> Successor {
-    let (pid, comm) = process.unzip();
-    Successor {
-        pid: pid.map(i32::unsigned_abs),
-        comm: comm.unwrap_or_default(),
-        since: unix(since),
-        status,
-        mappings: mappings as u64,
-    }
 }
 
 fn check_name(name: &str) -> Result<(), CtlError> {

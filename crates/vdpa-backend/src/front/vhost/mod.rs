@@ -12,7 +12,7 @@ mod wire;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use parking_lot::Mutex;
 use vdpa_core::device::Device;
@@ -32,7 +32,6 @@ use vdpa_sys::uapi::vhost as uapi;
 use zerocopy::IntoBytes;
 
 use crate::front::fuse::{Completed, DeviceFile, IoctlCall, IoctlReply, Opener};
-use crate::persist::{DeviceFront, DeviceLog, LogError};
 use crate::rate::RateLimit;
 
 use self::opens::Opens;
@@ -150,40 +149,6 @@ impl VhostVdpaFile {
             previous_owner: Mutex::default(),
             saved: Saved::default(),
         }
-    }
-
-    /// Writes every change of the device into `log`, before the request that made it is answered. Not together with
-    /// [`with_handover`](Self::with_handover).
-    ///
-    /// # Errors
-    /// As [`DeviceLog::commit`].
-    pub fn with_log(self, log: DeviceLog) -> Result<Self, LogError> {
-        let this = Self { saved: Saved::new(log, None), ..self };
-        this.save_all()?;
-        Ok(this)
-    }
-
-    /// Continues a device that an earlier process had served: `front` is what its log says of the file.
-    #[must_use]
-    pub fn restored(self, log: DeviceLog, front: &DeviceFront) -> Self {
-        let owned_since = (front.owned_since_ns > 0)
-            .then(|| SystemTime::UNIX_EPOCH + Duration::from_nanos(front.owned_since_ns));
-        Self {
-            opens: Mutex::new(Opens::restored(front.opener)),
-            owned_since: Mutex::new(owned_since),
-            saved: Saved::new(log, front.last.clone()),
-            ..self
-        }
-    }
-
-    /// Writes what was changed by another than the client, for example an administrator.
-    pub fn log_change(&self) {
-        self.save(None);
-    }
-
-    /// Has nothing of the device held any more: it is deleted.
-    pub fn forget_log(&self) {
-        self.saved.forget();
     }
 
     /// Allows a successor to open the device while its predecessor has it open. The parent of the device must be a handle of

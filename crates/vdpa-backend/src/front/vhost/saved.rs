@@ -1,11 +1,12 @@
 //! What of a device file outlives this process.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
 
 use super::VhostVdpaFile;
+use super::opens::Opens;
 use crate::front::fuse::Completed;
 use crate::persist::{DeviceFront, DeviceLog, LogError};
 
@@ -41,6 +42,40 @@ impl Saved {
 }
 
 impl VhostVdpaFile {
+    /// Writes every change of the device into `log`, before the request that made it is answered. Not together with
+    /// [`with_handover`](Self::with_handover).
+    ///
+    /// # Errors
+    /// As [`DeviceLog::commit`].
+    pub fn with_log(self, log: DeviceLog) -> Result<Self, LogError> {
+        let this = Self { saved: Saved::new(log, None), ..self };
+        this.save_all()?;
+        Ok(this)
+    }
+
+    /// Continues a device that an earlier process had served: `front` is what its log says of the file.
+    #[must_use]
+    pub fn restored(self, log: DeviceLog, front: &DeviceFront) -> Self {
+        let owned_since = (front.owned_since_ns > 0)
+            .then(|| SystemTime::UNIX_EPOCH + Duration::from_nanos(front.owned_since_ns));
+        Self {
+            opens: Mutex::new(Opens::restored(front.opener)),
+            owned_since: Mutex::new(owned_since),
+            saved: Saved::new(log, front.last.clone()),
+            ..self
+        }
+    }
+
+    /// Writes what was changed by another than the client, for example an administrator.
+    pub fn log_change(&self) {
+        self.save(None);
+    }
+
+    /// Has nothing of the device held any more: it is deleted.
+    pub fn forget_log(&self) {
+        self.saved.forget();
+    }
+
     /// Writes what the request in progress has changed, with its result, which is not given for one that failed: that one
     /// fails again. A log that cannot be written is given up: the device then ends with this process.
     pub(super) fn save(&self, completed: Option<Completed>) {
