@@ -55,6 +55,16 @@ impl QueueState {
         if num > u16::MAX as u32 { None } else { Some(Self::Split { avail_index: num as u16 }) }
     }
 
+    /// Whether [`encode`](Self::encode) keeps all of it: positions of a packed ring have 15 bits.
+    pub(crate) const fn is_encodable(self) -> bool {
+        match self {
+            Self::Split { .. } => true,
+            Self::Packed { last_avail_idx, last_used_idx, .. } => {
+                last_avail_idx <= 0x7fff && last_used_idx <= 0x7fff
+            }
+        }
+    }
+
     /// Encodes as the `num` of `VHOST_GET_VRING_BASE`.
     #[must_use]
     pub const fn encode(self) -> u32 {

@@ -18,7 +18,7 @@ pub enum ResumeError {
         /// Its index.
         index: QueueIndex,
     },
-    /// A position that cannot be one of this queue.
+    /// A position at which this queue cannot have stopped: of the other kind of ring, or beyond 15 bits.
     #[error("queue {index} cannot be at {state:?}")]
     Position {
         /// Its index.
@@ -65,6 +65,9 @@ impl<P: Parent> Device<P> {
     /// Starts the queues that ran before [`quiesce`](Self::quiesce), or in the process the device was
     /// [restored](Self::restore) from: those in `positions` from there, the others from where they were saved.
     ///
+    /// A client can change ring size and features while a queue runs, so that a position need not fit the next start. The
+    /// parent decides about such a start; when it refuses, the queue stays stopped, as after GET_VRING_BASE.
+    ///
     /// Called by the process that takes the device over, with the positions that a log of requests in flight gives; and
     /// by the one that gave it away, with none, when it goes on after all. A device that is not quiesced is left as it
     /// is. Does not block for long.
@@ -89,6 +92,10 @@ impl<P: Parent> Device<P> {
         self.quiesced = false;
         for &(index, _) in &stopped {
             if let Err(errno) = self.try_start(index) {
+                // No attempt can start a queue whose position does not fit its ring, so that the others do not wait for it.
+                if !self.position_fits(index) {
+                    continue;
+                }
                 // What was started is stopped where it is now: it may have served requests. One that does not come to
                 // rest is stopped by the next attempt to give the device away, or by a reset.
                 let _ = self.stop_to_resume();
@@ -107,23 +114,41 @@ impl<P: Parent> Device<P> {
 
     /// The queues that [`resume_queues`](Self::resume_queues) starts, and where they are.
     pub fn stopped_queues(&self) -> Vec<(QueueIndex, QueueState)> {
-        let features = self.features.unwrap_or(Features::NONE);
+        let features = self.ring_features();
         let queues = self.queue_indices().zip(&self.vrings);
         let stopped = queues.filter(|(_, vring)| vring.resumes());
         stopped.map(|(index, vring)| (index, vring.position(features))).collect()
     }
 
+    /// Checks that a queue can have stopped at `state`. The ring size is not compared, because the client may have changed
+    /// it since the queue started; whoever uses the position for memory accesses compares it with the ring.
     fn check_position(&self, index: QueueIndex, state: QueueState) -> Result<(), ResumeError> {
         let vring = self.vrings.get(usize::from(index.0)).filter(|vring| vring.resumes());
-        let size = vring.ok_or(ResumeError::NotRunning { index })?.size();
-        let packed = self.features.is_some_and(|word| word.has(Features::RING_PACKED));
-        let possible = match state {
-            QueueState::Split { .. } => !packed,
-            QueueState::Packed { last_avail_idx, last_used_idx, .. } => {
-                packed && last_avail_idx < size && last_used_idx < size
-            }
+        let started = vring.ok_or(ResumeError::NotRunning { index })?.position(self.ring_features());
+        let possible = match (started, state) {
+            (QueueState::Split { .. }, QueueState::Split { .. }) => true,
+            // SET_VRING_BASE can express 15 bits, whatever the ring size.
+            (QueueState::Packed { .. }, QueueState::Packed { .. }) => state.is_encodable(),
+            _ => false,
         };
         if possible { Ok(()) } else { Err(ResumeError::Position { index, state }) }
+    }
+
+    /// Whether a queue's position is one of a ring of its present size and features.
+    fn position_fits(&self, index: QueueIndex) -> bool {
+        let features = self.ring_features();
+        let packed = features.has(Features::RING_PACKED);
+        self.vrings.get(usize::from(index.0)).is_some_and(|vring| match vring.position(features) {
+            QueueState::Split { .. } => !packed,
+            QueueState::Packed { last_avail_idx, last_used_idx, .. } => {
+                packed && last_avail_idx < vring.size() && last_used_idx < vring.size()
+            }
+        })
+    }
+
+    /// The features with which the next start takes place.
+    fn ring_features(&self) -> Features {
+        self.features.unwrap_or(Features::NONE)
     }
 
     /// Stops every queue, and remembers which ran. On an error those up to then are stopped.

@@ -415,8 +415,13 @@ impl<P: Parent> Device<P> {
             kick: vring.kick.clone(),
             call: vring.call.clone().filter(|_| vring.call_installed),
         };
-        let result = self.parent.start_queue(index, &setup, vring.position(features));
+        let position = vring.position(features);
+        let result = self.parent.start_queue(index, &setup, position);
         vring.running = result.is_ok();
+        if vring.running {
+            // A later SET_FEATURES must not change which kind of ring the saved position is of: the parent goes on with this.
+            vring.state = Some(position);
+        }
         self.touch(index);
         result
     }

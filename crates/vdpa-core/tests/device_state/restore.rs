@@ -316,3 +316,85 @@ fn a_network_device_keeps_its_address() {
     assert_eq!(restored.status(), Status::RESET);
     assert_eq!(restored.parent().save_state(), device.parent().save_state());
 }
+
+const PACKED: Op = Op::Features(2);
+const ADDR: Op = Op::Addr(false, 1, 0, 0);
+const ENABLE: Op = Op::Enable(false, 1, true);
+const RUN: Op = Op::Status(15);
+
+/// Requests after which queue 1 runs at a position that its ring cannot have, or could not have after a restart.
+const MISFITS: [&[Op]; 6] = [
+    // A packed position, and then features with which the ring is split.
+    &[PACKED, Op::Base(false, 1, 0), Op::BringUp(false, 1), Op::Num(false, 0, 0)],
+    // A split position, and then features with which the ring is packed.
+    &[Op::Num(false, 1, 6), Op::Base(false, 1, 7), PACKED, ADDR, ENABLE, RUN],
+    // A position, and then a ring that is smaller.
+    &[PACKED, Op::Num(false, 1, 6), Op::Base(false, 1, 0x5_8001), Op::Num(false, 1, 0), ADDR, ENABLE, RUN],
+    // A small ring, and then a position.
+    &[PACKED, Op::Num(false, 1, 0), Op::Base(false, 1, 0x5_8001), ADDR, ENABLE, RUN],
+    // A ring that becomes smaller while it runs.
+    &[PACKED, Op::Num(false, 1, 6), Op::Base(false, 1, 0x8005_8005), ADDR, ENABLE, RUN, Op::Num(false, 1, 0)],
+    // Features that change while the queue runs, as they may before FEATURES_OK.
+    &[Op::Num(false, 1, 6), ADDR, ENABLE, Op::Status(7), PACKED],
+];
+
+/// A device after `steps` of its owner.
+fn after(steps: &[Op]) -> World {
+    let mut world = World::new(&OWNER_ADDRESSES);
+    world.step(&Op::Open);
+    world.step(&Op::SetOwner(false));
+    for op in steps {
+        world.step(op);
+        world.follow_changes();
+    }
+    world
+}
+
+#[test]
+fn a_position_that_does_not_fit_its_ring_survives_an_update() {
+    for steps in MISFITS {
+        let mut world = after(steps);
+        let crashed = world.device.snapshot(&mut world.objects).unwrap();
+        let stopped = world.device.quiesce().unwrap();
+        assert_eq!(stopped.len(), 1, "{steps:?}");
+        let updated = world.device.snapshot(&mut world.objects).unwrap();
+        world.device.resume_queues(&stopped).unwrap();
+        for (records, positions) in [(&updated, &[][..]), (&updated, &stopped), (&crashed, &stopped)] {
+            let mut successor = world.restore(records).unwrap();
+            successor.device.resume_queues(positions).unwrap();
+            assert_eq!(successor.everything(), world.everything(), "{steps:?}");
+        }
+    }
+}
+
+#[test]
+fn a_queue_that_never_starts_again_does_not_stop_the_device() {
+    for steps in MISFITS {
+        let mut world = after(steps);
+        let stopped = world.device.quiesce().unwrap();
+        world.device.parent_mut().refuse_start = true;
+        world.device.resume_queues(&stopped).unwrap();
+        assert!(!world.device.is_quiesced() && world.device.parent().running.is_empty(), "{steps:?}");
+        assert!(world.device.vring_infos().all(|info| !info.running));
+    }
+}
+
+#[test]
+fn a_position_that_no_queue_can_have_is_refused() {
+    let mut world = after(&[PACKED, Op::Num(false, 1, 6), ADDR, ENABLE, RUN]);
+    world.device.quiesce().unwrap();
+    let index = QueueIndex(1);
+    let packed = |avail, used| QueueState::Packed {
+        last_avail_idx: avail,
+        last_avail_wrap: true,
+        last_used_idx: used,
+        last_used_wrap: true,
+    };
+    for state in [packed(0x8000, 0), packed(0, 0x8000), QueueState::Split { avail_index: 0 }] {
+        let refused = world.device.resume_queues(&[(index, state)]);
+        assert_eq!(refused, Err(ResumeError::Position { index, state }));
+        assert!(world.device.is_quiesced());
+    }
+    world.device.resume_queues(&[(index, packed(63, 63))]).unwrap();
+    assert_eq!(world.device.parent().running.get(&1), Some(&packed(63, 63)));
+}
