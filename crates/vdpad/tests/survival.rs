@@ -1,22 +1,27 @@
 //! A daemon below a holder (`--holder`) that is killed while clients use its devices: the next daemon goes on.
 #![expect(clippy::unwrap_used, reason = "a test fails where it stands")]
 
+#[expect(dead_code, reason = "every test binary uses its own part")]
+#[path = "support/hanging.rs"]
+mod hanging;
 #[path = "support/robust.rs"]
 mod robust;
 
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use vdpa_control::api::{DaemonInfo, HolderInfo};
 use vdpa_core::Errno;
+use vdpa_core::blk::kind;
 use vdpa_core::features::Status;
 use vdpa_core::ops::VdpaOps;
 use vdpa_sys::vhost_vdpa::VhostVdpaFd;
 
+use hanging::HangingFile;
 use robust::disk::{self, Disk};
 use robust::{Vdpad, eventually, run, vdpactl};
 
@@ -173,6 +178,30 @@ fn a_request_in_progress_is_executed_once() {
         drop(client);
     }
     assert_eq!(holder(&vdpad).crashes, 20);
+}
+
+/// A write that the dead daemon had handed to a slow disk may reach it any time. It must not overwrite anything newer: nothing is
+/// repeated, and nothing else begun, before it has ended.
+#[test]
+fn nothing_is_repeated_before_the_old_write_has_ended() {
+    let vdpad = start(&[]);
+    let slow = HangingFile::new(&vdpad.dir().join("slow.img"), 64 << 20);
+    let device = vdpad.add("disk0", "blk", &format!("path {}", slow.path.display()));
+    let mut disk = Disk::start(&device, disk::MEMORY_MIN);
+    disk.submit(0, (kind::OUT, 2, 1));
+    disk.kick();
+    eventually("the disk has the write", || (slow.waiting() == 1).then_some(()));
+    kill(&vdpad);
+    // Long enough for a daemon that does not wait.
+    let end = Instant::now() + Duration::from_secs(1);
+    while Instant::now() < end {
+        assert!(disk.reap().is_empty(), "completed while the write of the dead daemon was in flight");
+        assert_eq!(slow.waiting(), 1, "only the write of the dead daemon is at the disk");
+        thread::sleep(Duration::from_millis(5));
+    }
+    slow.recover();
+    assert_eq!(disk.settle(), [0]);
+    assert_eq!(holder(&vdpad).crashes, 1);
 }
 
 /// Writes and reads that are verified, with at most `depth` in flight, while the daemon is killed `kills` times.

@@ -202,7 +202,7 @@ impl<P: Parent> Device<P> {
     /// `VHOST_SET_VRING_BASE` (uapi-spec 1.6).
     ///
     /// # Errors
-    /// `EPERM`; `ENOBUFS`; `EINVAL` for a split-ring index over 16 bits, or while running.
+    /// `EPERM`; `ENOBUFS`; `EINVAL` for a split-ring index over 16 bits, or while running; `EIO` when the queue cannot be stopped.
     pub fn set_vring_base(
         &mut self,
         caller: &dyn Caller<P::Host>,
@@ -210,13 +210,14 @@ impl<P: Parent> Device<P> {
         num: u32,
     ) -> Result<()> {
         let (live, features) = (self.live(), self.base_features);
-        let vring = self.vring(caller, index)?;
+        self.vring(caller, index)?;
         let state = QueueState::decode(num, features).ok_or(Errno::INVAL)?;
         if live {
             return Err(Errno::INVAL);
         }
-        vring.state = Some(state);
-        Ok(())
+        // A queue of a suspended device runs after a SET_STATUS that has started it again (uapi-spec 8.7). It goes on from here, as
+        // in the kernel's simulator, whose `set_vq_state` takes effect at once.
+        self.change(index, |vring| vring.state = Some(state))
     }
 
     /// `VHOST_GET_VRING_BASE` (uapi-spec 1.6). A running queue is stopped and started again, so that the

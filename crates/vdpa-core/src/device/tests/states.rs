@@ -64,6 +64,24 @@ fn a_second_suspend_that_fails_leaves_the_device_running() {
     assert!(!rig.running());
 }
 
+/// The same state: the queue goes on from the new position at once, and the next stop does not undo it.
+#[test]
+fn a_running_queue_of_a_suspended_device_takes_a_new_base() {
+    let profile = Profile { status_unsuspends: true, ..profile(AddressMode::Objects) };
+    let mut rig = Rig::with(profile, process(&[]));
+    let owner = rig.owner.clone();
+    rig.start_queue_0();
+    rig.device.suspend().unwrap();
+    rig.device.set_status(Status(15)).unwrap();
+    rig.device.set_vring_base(&owner, QueueIndex(0), 7).unwrap();
+    assert!(rig.device.suspended() && rig.running());
+    rig.device.set_vring_enable(&owner, QueueIndex(0), false).unwrap();
+    assert_eq!(rig.device.vring_base(&owner, QueueIndex(0)), Ok(7));
+    rig.device.set_vring_enable(&owner, QueueIndex(0), true).unwrap();
+    rig.parent.lock().unwrap().stop_fails = true;
+    assert_eq!(rig.device.set_vring_base(&owner, QueueIndex(0), 8), Err(Errno::IO));
+}
+
 #[test]
 fn a_queue_that_fails_to_stop_is_stopped_before_the_next_open() {
     let mut rig = Rig::new(AddressMode::Objects);
