@@ -233,6 +233,18 @@ pub struct DaemonInfo {
     pub holder: Option<HolderInfo>,
 }
 
+/// A request to replace the running daemon by another program.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct UpgradeRequest {
+    /// Absolute path of the program; without one, what lies at the path of the running one by now.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub binary: Option<PathBuf>,
+    /// Start the program and have it check what it would take over; the daemon goes on.
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
 /// What a daemon's holder says of itself.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct HolderInfo {
@@ -240,6 +252,8 @@ pub struct HolderInfo {
     pub pid: u32,
     /// Daemons that it has started, the present one included.
     pub generation: u64,
+    /// How many of them were replaced by an upgrade.
+    pub upgrades: u64,
     /// How many of them have crashed.
     pub crashes: u64,
     /// Descriptors that it holds.

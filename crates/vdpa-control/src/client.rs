@@ -15,7 +15,7 @@ use tokio::runtime::Runtime;
 
 use super::api::{
     AddRequest, CtlError, DaemonInfo, DevInfo, ErrorBody, MgmtDev, QueueVstats, SetAnswer, SetRequest,
-    UpdateInfo, Version,
+    UpdateInfo, UpgradeRequest, Version,
 };
 use super::config::DevConfig;
 
@@ -120,6 +120,16 @@ impl Client {
     /// [`ClientError`].
     pub fn daemon(&self) -> Result<DaemonInfo, ClientError> {
         self.get("/v1/daemon")
+    }
+
+    /// Has the daemon replaced by another program. When this returns, that program is ready, and the daemon is about to end; with
+    /// [`UpgradeRequest::dry_run`] it goes on.
+    ///
+    /// # Errors
+    /// [`ClientError`]; the daemon goes on.
+    pub fn upgrade(&self, request: &UpgradeRequest) -> Result<(), ClientError> {
+        let body = serde_json::to_vec(request).unwrap_or_default();
+        self.call(Method::POST, "/v1/daemon/upgrade", body).map(drop)
     }
 
     /// Every management device.

@@ -67,6 +67,7 @@ errnos! {
     NOBUFS = 105, "No buffer space available";
     NOTCONN = 107, "Transport endpoint is not connected";
     TIMEDOUT = 110, "Connection timed out";
+    CANCELED = 125, "Operation canceled";
     NOTSUPP = 524, "Operation not supported (kernel-internal ENOTSUPP)";
 }
 

@@ -26,6 +26,7 @@ use std::process::ExitCode;
 
 use clap::{ArgAction, Parser, Subcommand};
 use vdpa_bench::{bench, blackout, demo};
+use vdpa_control::api::UpgradeRequest;
 use vdpa_control::client::Client;
 use vdpa_control::{DEFAULT_SOCKET, SOCKET_ENV};
 
@@ -101,6 +102,12 @@ enum Object {
     Daemon {
         /// Command and its arguments; "help" lists them
         args: Vec<String>,
+        /// With "upgrade": the program to go on with [default: what lies at the path of the running one]
+        #[arg(long, value_name = "PATH")]
+        binary: Option<PathBuf>,
+        /// With "upgrade": only check whether the program could go on
+        #[arg(long)]
+        dry_run: bool,
     },
     /// Shows the downtime of updates of a running client, and that nothing is lost
     Demo(Box<demo::Options>),
@@ -184,7 +191,9 @@ fn run(Cli { options, object }: Cli) -> Result<(), Failure> {
         Some(Object::Mgmtdev { args }) => mgmtdev::run(&session, &args),
         Some(Object::Dev { args, force }) => dev::run(&session, &args, force),
         Some(Object::Update { args }) => update::run(&session, &args),
-        Some(Object::Daemon { args }) => daemon::run(&session, &args),
+        Some(Object::Daemon { args, binary, dry_run }) => {
+            daemon::run(&session, &args, &UpgradeRequest { binary, dry_run })
+        }
         None | Some(Object::Help | Object::Demo(_) | Object::Bench { .. }) => {
             eprint!("{HELP}");
             Ok(())

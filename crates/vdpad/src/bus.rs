@@ -30,7 +30,7 @@ use vdpa_backend::persist::DeviceLog;
 use vdpa_backend::worker::{QueueLogs, WorkerPool};
 use vdpa_control::api::{
     AddRequest, Attrs, CtlError, DaemonInfo, DevInfo, DevState, ID_NET, MgmtDev, QueueVstats, SetAnswer,
-    SetRequest, UpdateInfo, VSTATS_INDEX_MAX,
+    SetRequest, UpdateInfo, UpgradeRequest, VSTATS_INDEX_MAX,
 };
 use vdpa_control::config::DevConfig;
 
@@ -245,6 +245,22 @@ impl Backend for Bus {
             since: unix(self.since),
             holder,
         })
+    }
+
+    fn upgrade(&self, request: UpgradeRequest) -> Result<(), CtlError> {
+        let survival = self.survival.as_ref().ok_or_else(|| {
+            CtlError::new(Errno::OPNOTSUPP, "this daemon cannot be upgraded: it has no holder")
+                .with_hint("Start it with --holder.")
+        })?;
+        let devices = self.devices.lock();
+        if let Some(lost) = devices.iter().find(|entry| entry.held.is_none()) {
+            return Err(CtlError::new(
+                Errno::BUSY,
+                format!("device {} would end with this daemon", lost.name),
+            )
+            .with_hint("Delete it first; docs/vdpad.md says which devices go on."));
+        }
+        survival.upgrade(&request)
     }
 
     fn mgmtdevs(&self) -> Result<Vec<MgmtDev>, CtlError> {

@@ -3,6 +3,9 @@
 //! With `--holder` the main process of the service is the holder of `vdpa-holder`, and the daemon is its child. The daemon
 //! has its mount, the journal of each device, and what the journals name held there. After a crash the holder starts the
 //! daemon again, which finds all of that, and goes on.
+//! An upgrade is the same with another program, which is started in advance.
+
+mod upgrade;
 
 use std::collections::BTreeMap;
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
@@ -40,6 +43,8 @@ pub struct Survival {
     next_device: AtomicU32,
     /// When this process began to serve: `CLOCK_MONOTONIC` in ns.
     served_ns: AtomicU64,
+    /// Locked during an upgrade.
+    upgrading: Mutex<()>,
     /// Address spaces of the devices that are restored.
     pub(crate) spaces: RestoredSpaces,
 }
@@ -89,6 +94,7 @@ impl Survival {
             start,
             next_device: AtomicU32::new(1),
             served_ns: AtomicU64::new(0),
+            upgrading: Mutex::default(),
             spaces: RestoredSpaces::default(),
         }))
     }
@@ -130,7 +136,7 @@ impl Survival {
     /// # Errors
     /// `EPIPE` without a holder.
     pub(crate) fn info(&self) -> Result<HolderInfo, Errno> {
-        let Status { pid, generation, crashes, held, .. } = self.client.lock().status()?;
+        let Status { pid, generation, upgrades, crashes, held, .. } = self.client.lock().status()?;
         let served_ns = self.served_ns.load(Ordering::Relaxed);
         let last_crash = self.start.crash.map(|end| CrashInfo {
             pid: end.pid.unsigned_abs(),
@@ -140,7 +146,7 @@ impl Survival {
             hung: end.hung,
             recovery_ms: Duration::from_nanos(served_ns.saturating_sub(end.heard_ns)).as_secs_f64() * 1e3,
         });
-        Ok(HolderInfo { pid: pid.unsigned_abs(), generation, crashes, held, last_crash })
+        Ok(HolderInfo { pid: pid.unsigned_abs(), generation, upgrades, crashes, held, last_crash })
     }
 
     /// Says that this process serves.

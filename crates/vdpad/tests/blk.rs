@@ -667,8 +667,8 @@ fn a_broken_ring_retires_its_queue_and_nothing_else() {
         }),
         ("an indirect table refers to itself", |blk| {
             // Not where the other queue reads to.
-            let table = Buffer { iova: DATA + 0x8000, len: 16 };
-            blk.put(table.iova, &descriptor(table, INDIRECT, 0));
+            let table = data(0x8000, 16);
+            blk.put(DATA + 0x8000, &descriptor(table, INDIRECT, 0));
             let ring = blk.by_hand(0);
             ring.descriptor(0, table, INDIRECT, 0);
             ring.entry(0, 0);

@@ -4,6 +4,7 @@ use std::fmt::Debug;
 
 use vdpa_control::api::{
     AddRequest, CtlError, DaemonInfo, DevInfo, MgmtDev, QueueVstats, SetAnswer, SetRequest, UpdateInfo,
+    UpgradeRequest,
 };
 use vdpa_control::config::DevConfig;
 
@@ -18,6 +19,13 @@ pub trait Backend: Debug + Send + Sync + 'static {
     /// # Errors
     /// When its holder does not answer.
     fn daemon(&self) -> Result<DaemonInfo, CtlError>;
+
+    /// Replaces this daemon by another program, soon after this returns.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` without a holder; `EBUSY` during another upgrade, or when devices would be lost; those of starting the program;
+    /// `ECANCELED` when it has refused.
+    fn upgrade(&self, request: UpgradeRequest) -> Result<(), CtlError>;
 
     /// Every management device, in a stable order.
     ///

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use vdpa_control::api::UpdateInfo;
 use vdpa_control::api::{
     AddRequest, CtlError, DaemonInfo, DevInfo, DevState, MgmtDev, Owner, QueueInfo, QueueVstats, SetAnswer,
-    SetRequest, Successor, VSTATS_INDEX_MAX,
+    SetRequest, Successor, UpgradeRequest, VSTATS_INDEX_MAX,
 };
 use vdpa_control::config::{
     BlockConfig, BlockTopology, ClassConfig, DevConfig, DiscardLimits, MacAddr, NetConfig,
@@ -185,6 +185,11 @@ fn info(name: &str, device_id: u32, mgmtdev: &str, max_vqs: u32) -> DevInfo {
 impl Backend for Fixture {
     fn daemon(&self) -> Result<DaemonInfo, CtlError> {
         Ok(DaemonInfo { version: "1.2.3".into(), pid: 42, since: 0, holder: None })
+    }
+
+    fn upgrade(&self, request: UpgradeRequest) -> Result<(), CtlError> {
+        self.note(format!("upgrade {request:?}"));
+        Ok(())
     }
 
     fn mgmtdevs(&self) -> Result<Vec<MgmtDev>, CtlError> {

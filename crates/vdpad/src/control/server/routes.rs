@@ -8,7 +8,7 @@ use axum::extract::{Path, Query, Request, State};
 use axum::http::{StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
+use axum::routing::{get, post};
 use axum::{Json, body};
 use http_body_util::LengthLimitError;
 use serde::Deserialize;
@@ -17,7 +17,7 @@ use vdpa_core::Errno;
 
 use super::Limits;
 use crate::control::Backend;
-use vdpa_control::api::{AddRequest, CtlError, ErrorBody, SetRequest, Version};
+use vdpa_control::api::{AddRequest, CtlError, ErrorBody, SetRequest, UpgradeRequest, Version};
 
 #[derive(Clone)]
 struct App {
@@ -30,6 +30,7 @@ pub(super) fn router(backend: Arc<dyn Backend>, limits: Limits, caller: Result<(
     Router::new()
         .route("/v1/version", get(version))
         .route("/v1/daemon", get(daemon))
+        .route("/v1/daemon/upgrade", post(upgrade))
         .route("/v1/mgmtdevs", get(mgmtdevs))
         .route("/v1/devs", get(devices).post(add))
         .route("/v1/devs/{name}", get(device).patch(set).delete(delete))
@@ -61,6 +62,13 @@ async fn version() -> Json<Version> {
 
 async fn daemon(State(app): State<App>) -> Result<Response, Failure> {
     app.call(|backend| backend.daemon()).await.map(ok)
+}
+
+async fn upgrade(State(app): State<App>, request: Request) -> Result<StatusCode, Failure> {
+    const EXAMPLE: &str = r#"{"binary":"/usr/bin/vdpad"}"#;
+    let request: UpgradeRequest = read_json(request.into_body(), &app.limits, EXAMPLE).await?;
+    app.call(move |backend| backend.upgrade(request)).await?;
+    Ok(StatusCode::ACCEPTED)
 }
 
 async fn mgmtdevs(State(app): State<App>) -> Result<Response, Failure> {
@@ -147,7 +155,7 @@ async fn delete(
 
 async fn no_such_path(request: Request) -> Failure {
     let error = CtlError::new(Errno::NOENT, format!("there is nothing at {}", request.uri().path()))
-        .with_hint("The paths are /v1/version, /v1/mgmtdevs, /v1/updates, /v1/devs and /v1/devs/NAME[/config|/vstats|/update].");
+        .with_hint("The paths are /v1/version, /v1/daemon[/upgrade], /v1/mgmtdevs, /v1/updates, /v1/devs and /v1/devs/NAME[/config|/vstats|/update].");
     Failure { status: StatusCode::NOT_FOUND, error }
 }
 
