@@ -204,8 +204,8 @@ fn nothing_is_repeated_before_the_old_write_has_ended() {
     assert_eq!(holder(&vdpad).crashes, 1);
 }
 
-/// Writes and reads that are verified, with at most `depth` in flight, while the daemon is killed `kills` times.
-fn killed_under_load(depth: u32, kills: u32, more: &str) {
+/// Writes and reads that are verified, with at most `depth` in flight, while `end` ends the daemon `times` times.
+fn under_load(depth: u32, more: &str, times: u32, end: impl Fn(&Vdpad, u32)) {
     let vdpad = start(&["--crash-limit", "1000"]);
     let device = vdpad.add_blk("disk0", 64 << 20, "packed on memlock unlimited");
     let line = format!(
@@ -214,17 +214,22 @@ fn killed_under_load(depth: u32, kills: u32, more: &str) {
     let mut command = vdpactl(vdpad.dir());
     command.args(line.split_whitespace()).arg(&device);
     let load = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    for _ in 0..kills {
+    for round in 0..times {
         thread::sleep(Duration::from_millis(250));
-        replace(&vdpad);
+        end(&vdpad, round);
     }
-    assert_eq!(holder(&vdpad).crashes, u64::from(kills));
+    let HolderInfo { crashes, upgrades, .. } = holder(&vdpad);
+    assert_eq!(crashes + upgrades, u64::from(times));
     let output = load.wait_with_output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{text}\n{}", String::from_utf8_lossy(&output.stderr));
     let result: Value = serde_json::from_str(&text).unwrap();
-    println!("queue depth {depth}, {kills} kills, {more}: {result}");
+    println!("queue depth {depth} {more}, {crashes} crashes, {upgrades} upgrades: {result}");
     has_lost_nothing(&result);
+}
+
+fn killed_under_load(depth: u32, more: &str) {
+    under_load(depth, more, 15, |vdpad, _| replace(vdpad));
 }
 
 /// Every count of a fault in the result of `bench io` is 0, and there was work.
@@ -246,22 +251,95 @@ fn find<'a>(value: &'a Value, name: &str) -> Option<&'a Value> {
     }
 }
 
+/// An upgrade to the same program, as to another: the client keeps everything.
+#[test]
+fn an_upgrade_keeps_clients() {
+    let vdpad = start(&[]);
+    let device = vdpad.add_any("disk0", "blk");
+    vdpad.add("net0", "sim-net", "");
+    let mut disk = Disk::start(&device, disk::MEMORY_MIN);
+    for round in 1..4 {
+        let before = daemon(&vdpad);
+        let output = vdpad.ctl("daemon upgrade");
+        output.succeeds();
+        assert!(output.stdout.contains(&format!("upgrades {round} crashes 0")), "{output:?}");
+        let now = daemon(&vdpad);
+        assert_ne!(now.pid, before.pid);
+        assert_eq!(now.holder.unwrap().pid, vdpad.pid().as_raw_nonzero().get().unsigned_abs());
+        disk.check(round);
+        assert_eq!(vdpad.client().devices().unwrap().len(), 2);
+    }
+    // A crash starts what was upgraded to.
+    replace(&vdpad);
+    disk.check(9);
+    let HolderInfo { upgrades, crashes, generation, .. } = holder(&vdpad);
+    assert_eq!((upgrades, crashes, generation), (3, 1, 5));
+}
+
+/// Whatever is wrong with the new program, the daemon goes on, and the answer says why.
+#[test]
+fn an_upgrade_that_fails_is_rolled_back() {
+    let vdpad = start(&[]);
+    let device = vdpad.add_any("disk0", "blk");
+    let mut disk = Disk::start(&device, disk::MEMORY_MIN);
+    let before = daemon(&vdpad).pid;
+    let text = vdpad.dir().join("text");
+    std::fs::write(&text, "no program").unwrap();
+    let attempts = [
+        ("/nonexistent/vdpad", "cannot open /nonexistent/vdpad"),
+        (text.to_str().unwrap(), "cannot start"),
+        ("/bin/false", "the candidate has refused with exit status 1"),
+        ("/bin/true", "the candidate has refused with exit status 0"),
+    ];
+    for (binary, wanted) in attempts {
+        let output = vdpad.ctl(&format!("daemon upgrade --binary {binary}"));
+        assert!(output.code == Some(1) && output.stderr.contains(wanted), "{binary}: {output:?}");
+        assert_eq!(daemon(&vdpad).pid, before);
+        disk.check(1);
+    }
+    vdpad.ctl("daemon upgrade --dry-run").succeeds();
+    assert_eq!(daemon(&vdpad).pid, before);
+    // A device that could not go on is not lost by an upgrade.
+    vdpad.add("ram0", "sim-blk", "");
+    let output = vdpad.ctl("daemon upgrade");
+    assert!(output.stderr.contains("device ram0 would end with this daemon"), "{output:?}");
+    vdpad.ctl("dev del ram0").succeeds();
+    disk.check(2);
+    vdpad.ctl("daemon upgrade").succeeds();
+    disk.check(3);
+    let plain = Vdpad::start(LIMIT);
+    let output = plain.ctl("daemon upgrade");
+    assert!(output.code == Some(1) && output.stderr.contains("it has no holder"), "{output:?}");
+}
+
 mod heavy {
     use super::*;
 
+    /// Upgrades and crashes in turn under verified load.
+    #[test]
+    fn nothing_is_lost_by_upgrades() {
+        under_load(32, "", 16, |vdpad, round| {
+            if round.is_multiple_of(4) {
+                replace(vdpad);
+            } else {
+                vdpad.ctl("daemon upgrade").succeeds();
+            }
+        });
+    }
+
     #[test]
     fn nothing_is_lost_at_queue_depth_1() {
-        killed_under_load(1, 15, "");
+        killed_under_load(1, "");
     }
 
     #[test]
     fn nothing_is_lost_at_queue_depth_32() {
-        killed_under_load(32, 15, "");
+        killed_under_load(32, "");
     }
 
     #[test]
     fn nothing_is_lost_on_a_packed_ring() {
-        killed_under_load(128, 15, "--packed");
+        killed_under_load(128, "--packed");
     }
 }
 
