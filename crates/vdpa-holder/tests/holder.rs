@@ -158,7 +158,7 @@ fn introduce(client: &Client) {
 }
 
 fn serve(client: &mut Client) {
-    let (mut kept, mut lanes, mut memory) = (Vec::<OwnedFd>::new(), Vec::new(), Vec::new());
+    let (mut kept, mut counters, mut memory) = (Vec::<OwnedFd>::new(), Vec::new(), Vec::new());
     while let Some(command) = read_command() {
         let words: Vec<_> = command.split(' ').collect();
         let number = |at: usize| words[at].parse::<u64>().unwrap();
@@ -181,9 +181,9 @@ fn serve(client: &mut Client) {
             "exit" => std::process::exit(i32::try_from(number(1)).unwrap()),
             "crash" => panic_by_signal(),
             "busy" => {
-                let mut lane = client.progress().lane(3).unwrap();
-                lane.busy();
-                lanes.push(lane);
+                let mut counter = client.progress().counter(3).unwrap();
+                counter.busy();
+                counters.push(counter);
                 Ok(())
             }
             "populate" => {

@@ -158,7 +158,7 @@ impl Case {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command
             .args(["program", "--exact", "--nocapture"])
-            .env("VDPA_TEST_PART", "program")
+            .env("VDPA_TEST_ROLE", "program")
             .env(updating::DISKS, disks.collect::<Vec<_>>().join(","))
             .env(updating::WAY, self.way.name())
             .env(updating::FAULT, self.fault.map_or_else(String::new, Fault::text))

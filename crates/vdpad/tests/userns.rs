@@ -35,7 +35,7 @@ const MUCH: u64 = 16 << 20;
 const MEMLOCK: u64 = 8 << 20;
 
 /// Starts copies of this program and of those that it tests as another user, with the given role.
-fn play(part: &str, uid: u32) {
+fn run_role(role: &str, uid: u32) {
     assert!(getuid().is_root(), "this test starts processes of another user: run it as root");
     // Other users may have no access to the build directory.
     let dir = tempfile::tempdir().unwrap();
@@ -47,16 +47,16 @@ fn play(part: &str, uid: u32) {
         open_to_all(&copy);
     }
     let mut command = Command::new(dir.path().join(this.file_name().unwrap()));
-    command.arg(part).current_dir("/").uid(uid).gid(uid).env(programs::PROGRAMS, dir.path());
+    command.arg(role).current_dir("/").uid(uid).gid(uid).env(programs::PROGRAMS, dir.path());
     let output = run(&mut command);
-    assert!(output.code == Some(0) && output.stdout.contains("PLAYED"), "{part}: {output:#?}");
+    assert!(output.code == Some(0) && output.stdout.contains("ROLE COMPLETE"), "{role}: {output:#?}");
 }
 
-/// As root: runs a part as nobody in a mount namespace in which `/dev/fuse` has this mode.
-fn play_with_fuse_mode(mode: u32, part: &str) {
+/// As root: runs a role as nobody in a mount namespace in which `/dev/fuse` has this mode.
+fn run_role_with_fuse_mode(mode: u32, role: &str) {
     with_fuse_mode(mode, || {
         lower_memlock(MEMLOCK);
-        play(part, NOBODY);
+        run_role(role, NOBODY);
     });
 }
 
@@ -68,10 +68,10 @@ fn lower_memlock(bytes: u64) {
 }
 
 /// As nobody: a client in the namespaces of the daemon `pid`.
-fn start_client(vdpad: &Vdpad, part: &str, device: &Path, memory: u64) -> RoleProcess {
+fn start_client(vdpad: &Vdpad, role: &str, device: &Path, memory: u64) -> RoleProcess {
     let mut command = Command::new(std::env::current_exe().unwrap());
     let pid = vdpad.pid().as_raw_nonzero().to_string();
-    RoleProcess::spawn(command.arg(part).arg(pid).arg(device).arg(memory.to_string()))
+    RoleProcess::spawn(command.arg(role).arg(pid).arg(device).arg(memory.to_string()))
 }
 
 fn enter_namespaces_of(pid: &str) {
@@ -184,19 +184,19 @@ fn be_without_fuse() {
 }
 
 fn an_ordinary_user_serves_in_a_namespace() {
-    play("serve", 0);
+    run_role("serve", 0);
 }
 
 fn a_daemon_that_cannot_pin_says_so() {
-    play("serve-with-little", 0);
+    run_role("serve-with-little", 0);
 }
 
 fn a_directory_of_others_is_refused() {
-    play("refused", 0);
+    run_role("refused", 0);
 }
 
 fn a_closed_dev_fuse_is_named() {
-    play("without-fuse", 0);
+    run_role("without-fuse", 0);
 }
 
 /// Named by the module of tests that run alone.
@@ -211,10 +211,10 @@ fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     match words[..] {
-        ["serve"] => play_with_fuse_mode(0o666, "user-serve"),
-        ["serve-with-little"] => play_with_fuse_mode(0o666, "user-serve-with-little"),
-        ["refused"] => play_with_fuse_mode(0o666, "user-refused"),
-        ["without-fuse"] => play_with_fuse_mode(0o600, "user-without-fuse"),
+        ["serve"] => run_role_with_fuse_mode(0o666, "user-serve"),
+        ["serve-with-little"] => run_role_with_fuse_mode(0o666, "user-serve-with-little"),
+        ["refused"] => run_role_with_fuse_mode(0o666, "user-refused"),
+        ["without-fuse"] => run_role_with_fuse_mode(0o600, "user-without-fuse"),
         ["user-serve"] => serve(),
         ["user-serve-with-little"] => serve_with_little(),
         ["user-refused"] => be_refused(),
@@ -223,5 +223,5 @@ fn main() {
         ["refused-client", pid, device, memory] => refused_client(pid, device, memory),
         _ => return run_tests(&words, &TESTS),
     }
-    println!("PLAYED");
+    println!("ROLE COMPLETE");
 }

@@ -363,7 +363,7 @@ fn registered_bytes(fdinfo: &Path) -> u64 {
 }
 
 /// Environment variable with the role of this instance of the test program.
-const ROLE: &str = "VDPA_TEST_PART";
+const ROLE: &str = "VDPA_TEST_ROLE";
 
 /// Whether this process has the role `part`. A test that is run normally has none; it checks that there is no saved state to
 /// restore.
