@@ -65,6 +65,7 @@ impl Survival {
         })?;
         let args: Vec<Vec<u8>> = std::env::args_os().map(OsStringExt::into_vec).collect();
         let args: Vec<&[u8]> = args.iter().map(Vec::as_slice).collect();
+        self.forget_events();
         let peer = self.client.lock().prepare_upgrade(program.as_fd(), &args).map_err(|errno| {
             CtlError::new(errno, format!("cannot start {}: {errno}", path.display()))
                 .with_hint("It must be a program that can be executed, for example the next vdpad.")
@@ -102,7 +103,15 @@ impl Survival {
     fn abort(&self) -> Result<(), CtlError> {
         let failed = |errno| CtlError::new(errno, "the candidate cannot be ended");
         self.client.lock().abort_upgrade().map_err(failed)?;
-        self.next_event(READY_TIMEOUT).map(drop).map_err(failed)
+        // It may have become ready just before.
+        while self.next_event(READY_TIMEOUT).map_err(failed)? == Event::CandidateReady {}
+        Ok(())
+    }
+
+    /// What became of an earlier candidate, if nobody has asked.
+    fn forget_events(&self) {
+        let mut client = self.client.lock();
+        while matches!(client.next_event(false), Ok(Event::CandidateReady | Event::RolledBack { .. })) {}
     }
 
     /// The holder's next event. Other threads may use the holder meanwhile.
