@@ -161,8 +161,14 @@ impl Daemon {
         }
         // After a crash, those that had to end with the former daemon. The others were restored, or deleted before.
         for device in config.devices.iter().filter(|device| !continues || bus.is_lost_in_crash(device)) {
-            bus.add(device.clone())
-                .map_err(|source| StartError::Device { name: device.name.clone(), source })?;
+            match bus.add(device.clone()) {
+                Ok(()) => {}
+                // Another device may have the name by now. The restored ones must not end for that.
+                Err(error) if continues => {
+                    tracing::warn!(device = %device.name, %error, "a device of --dev is not created anew");
+                }
+                Err(source) => return Err(StartError::Device { name: device.name.clone(), source }),
+            }
         }
         let control = Server::start(&config.socket, Arc::clone(&bus) as _)?;
         if let Some(survival) = &survival {

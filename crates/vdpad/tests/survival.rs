@@ -155,6 +155,28 @@ fn a_disk_in_the_memory_of_the_daemon_is_gone() {
     vdpad.add_any("ram0", "sim-blk");
 }
 
+/// What cannot be restored ends with its daemon, and does not stand in the way of what has its name later.
+#[test]
+fn a_device_that_cannot_be_restored_is_given_up_for_good() {
+    let vdpad = start(&["--dev", "name=ram0 mgmtdev=sim-blk"]);
+    // A device of --dev may have made room for another one.
+    vdpad.ctl("dev del ram0").succeeds();
+    let stays = vdpad.add_any("ram0", "blk");
+    let mut stays = Disk::start(&stays, disk::MEMORY_MIN);
+    vdpad.add_any("disk0", "blk");
+    std::fs::remove_file(vdpad.dir().join("disk0.img")).unwrap();
+    replace(&vdpad);
+    let names = || vdpad.client().devices().unwrap().into_iter().map(|info| info.name).collect::<Vec<_>>();
+    assert_eq!(names(), ["ram0"], "{}", vdpad.log());
+    stays.check(1);
+    let disk = vdpad.add_any("disk0", "blk");
+    let mut disk = Disk::start(&disk, disk::MEMORY_MIN);
+    replace(&vdpad);
+    assert_eq!(names(), ["ram0", "disk0"], "{}", vdpad.log());
+    stays.check(2);
+    disk.check(3);
+}
+
 /// A request in progress is executed exactly once, whenever the daemon dies: `SET_OWNER` succeeds once.
 #[test]
 fn a_request_in_progress_is_executed_once() {

@@ -31,7 +31,11 @@ impl Bus {
             match self.restore_device(held, identity, items) {
                 Ok(()) => tracing::info!(device = %name, "device restored"),
                 Err(error) => {
-                    tracing::error!(device = %name, "the device cannot be restored: {}", chain(&*error))
+                    tracing::error!(device = %name, "the device cannot be restored: {}", chain(&*error));
+                    // The next daemon must not find it beside a device that has its name by then.
+                    if let Some(survival) = &self.survival {
+                        survival.release_identity(held);
+                    }
                 }
             }
         }

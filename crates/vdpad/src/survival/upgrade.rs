@@ -127,7 +127,7 @@ impl Survival {
         }
     }
 
-    /// For a candidate: checks that every held device can be made again, says so, and waits until this process is the daemon and
+    /// For a candidate: checks that it has the management device of every held device, says so, and waits until this process is the daemon and
     /// the old one has ended.
     ///
     /// # Errors
