@@ -39,6 +39,7 @@ use layout::{PUBLISHED, Shape, Slot, State};
 pub(super) use scan::{Pushed, Taken};
 
 use crate::features::Features;
+use crate::ring::RingError;
 
 /// Memory of a log: 64-bit words in the byte order of the machine, since the log never leaves it.
 ///
@@ -241,14 +242,17 @@ impl<M: LogMemory> Log<M> {
         }
     }
 
-    /// Notes that `attempts` processes have begun the request `name`; `false` when it is not in flight.
-    pub(super) fn set_attempts(&mut self, name: u16, attempts: u8) -> bool {
+    /// Notes that `attempts` processes have begun the request `name`.
+    ///
+    /// # Errors
+    /// [`RingError::NotInFlight`].
+    pub(super) fn set_attempts(&mut self, name: u16, attempts: u8) -> Result<(), RingError> {
         let slot = self.slot(name);
         if !self.is_taken(name) {
-            return false;
+            return Err(RingError::NotInFlight { head: name });
         }
         self.set(name, State::Taken, attempts, slot.position);
-        true
+        Ok(())
     }
 
     /// Whether `name` was taken and not pushed.

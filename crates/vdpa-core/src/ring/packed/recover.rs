@@ -64,8 +64,7 @@ impl<A: Area, M: LogMemory> PackedQueue<A, Log<M>> {
         if let Some(order) = &mut self.order {
             order.set_writable(repeat.head, chain.writable().len());
         }
-        self.log.set_attempts(repeat.head, repeat.attempts.saturating_add(1));
-        Ok(())
+        self.log.set_attempts(repeat.head, repeat.attempts.saturating_add(1))
     }
 
     /// As [`Ring::put_back`](crate::ring::Ring::put_back), for a packed ring.
@@ -73,11 +72,7 @@ impl<A: Area, M: LogMemory> PackedQueue<A, Log<M>> {
     /// # Errors
     /// As there.
     pub fn put_back(&mut self, repeat: Repeat) -> Result<(), RingError> {
-        if self.log.set_attempts(repeat.head, repeat.attempts) {
-            Ok(())
-        } else {
-            Err(RingError::NotInFlight { head: repeat.head })
-        }
+        self.log.set_attempts(repeat.head, repeat.attempts)
     }
 
     fn walk_logged<T: Memory>(&self, memory: &T, count: u16, chain: &mut Chain) -> Result<(), RingError> {

@@ -59,8 +59,7 @@ impl<A: Area, M: LogMemory> SplitQueue<A, Log<M>> {
         if let Some(order) = &mut self.order {
             order.set_writable(head, chain.writable().len());
         }
-        self.log.set_attempts(head, repeat.attempts.saturating_add(1));
-        Ok(())
+        self.log.set_attempts(head, repeat.attempts.saturating_add(1))
     }
 
     /// As [`Ring::put_back`](crate::ring::Ring::put_back), for a split ring.
@@ -68,11 +67,7 @@ impl<A: Area, M: LogMemory> SplitQueue<A, Log<M>> {
     /// # Errors
     /// As there.
     pub fn put_back(&mut self, repeat: Repeat) -> Result<(), RingError> {
-        if self.log.set_attempts(repeat.head, repeat.attempts) {
-            Ok(())
-        } else {
-            Err(RingError::NotInFlight { head: repeat.head })
-        }
+        self.log.set_attempts(repeat.head, repeat.attempts)
     }
 }
 
