@@ -137,6 +137,27 @@ fn devices_stay_as_they_were_added() {
     second.check(4);
 }
 
+/// The memory of a client is free when it has closed the device, whatever happened before.
+#[test]
+fn the_memory_of_a_client_is_given_back() {
+    let vdpad = start(&[]);
+    let device = vdpad.add_any("disk0", "blk");
+    let pieces =
+        |of: Pid| robust::Resources::of(of).fds.get("/memfd:robust-ram (deleted)").copied().unwrap_or(0);
+    for round in 0..3 {
+        let mut disk = Disk::start(&device, disk::MEMORY_MIN);
+        disk.check(round);
+        if round == 1 {
+            replace(&vdpad);
+        }
+        assert_eq!(pieces(vdpad.pid()), 1, "it is held");
+        drop(disk);
+        vdpad.is_released("disk0");
+        let daemon = Pid::from_raw(daemon(&vdpad).pid.cast_signed()).unwrap();
+        eventually("it is free", || ((pieces(vdpad.pid()), pieces(daemon)) == (0, 0)).then_some(()));
+    }
+}
+
 /// Its memory was the only copy: the client must get errors, not an empty disk.
 #[test]
 fn a_disk_in_the_memory_of_the_daemon_is_gone() {

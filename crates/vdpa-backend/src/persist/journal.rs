@@ -149,7 +149,9 @@ impl DeviceLog {
         if records.is_empty() {
             return Ok(false);
         }
-        if self.objects.len() > self.kept + OBJECTS {
+        // The memory of a client that has closed the device is not to stay allocated until the next one has come and gone.
+        let is_closed = front.opener.is_none() && self.objects.len() > 0;
+        if is_closed || self.objects.len() > self.kept + OBJECTS {
             self.checkpoint(device, front)?;
             return Ok(true);
         }
