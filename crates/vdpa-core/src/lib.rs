@@ -14,6 +14,8 @@
 #![forbid(unsafe_code)]
 
 pub mod blk;
+#[doc(hidden)]
+pub mod crash_points;
 pub mod device;
 pub mod errno;
 pub mod error;

@@ -30,6 +30,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use crc::{CRC_32_ISCSI, Crc, Table};
 use rustix::fs::{FallocateFlags, SealFlags, fallocate, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate};
 use vdpa_core::Errno;
+use vdpa_core::crash_points::{CrashPoint, reach};
 
 use crate::mmap::{Prot, SharedMap};
 use crate::{errno, memfd};
@@ -187,8 +188,10 @@ impl Journal {
         let at = self.segment.start + self.used;
         self.write(at, &header)?;
         self.write(at + RECORD_HEADER, payload)?;
+        reach(CrashPoint::RecordWritten);
         self.store(self.segment.start + AT_COMMITTED, (self.used + needed) as u64)?;
         self.used += needed;
+        reach(CrashPoint::RecordCommitted);
         Ok(())
     }
 
@@ -214,7 +217,9 @@ impl Journal {
         let segment = self.place(image.len(), generation)?;
         let old = self.segment;
         self.write_segment(segment, &image).map_err(|errno| AppendError::Io { errno })?;
+        reach(CrashPoint::CheckpointWritten);
         self.store(AT_CURRENT, segment.start as u64)?;
+        reach(CrashPoint::CheckpointSwitched);
         self.segment = segment;
         self.used = SEGMENT_HEADER + image.len();
         if old.capacity > PUNCH_FROM {

@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime};
 
 use parking_lot::{Mutex, MutexGuard};
 use vdpa_core::Errno;
+use vdpa_core::crash_points::{CrashPoint, reach};
 use vdpa_core::device::Device;
 use vdpa_core::features::{Features, Status};
 use vdpa_core::handover::Handover;
@@ -374,6 +375,7 @@ impl Backend for Bus {
             }
             None => mgmt.create(&request.name, &request.attrs, &self.pool)?,
         };
+        reach(CrashPoint::AddCreated);
         let profile = parent.profile().clone();
         let (parent, handover) = if handover { shared(parent)? } else { (parent, None) };
         let device: SharedDevice = Arc::new(Mutex::new(Device::new(parent)));
@@ -388,20 +390,24 @@ impl Backend for Bus {
                 })?,
             _ => file.with_handover(handover),
         };
+        reach(CrashPoint::AddLogHeld);
         let file = Arc::new(file);
         let taken: BTreeSet<u32> = devices.iter().map(|entry| entry.number).collect();
         let front = if path.is_some() { "fuse" } else { self.files.front() };
         let (number, path) = self.add_file(&taken, path.as_deref(), &file)?;
+        reach(CrashPoint::AddFileMade);
         if let (Some(survival), Some(held)) = (&self.survival, held) {
             self.hold(survival, held, number, &request).map_err(|errno| {
                 self.files.remove(&file_name(number));
                 CtlError::new(errno, "the device would not survive: the holder refuses it")
             })?;
         }
+        reach(CrashPoint::AddIdentityHeld);
         let AddRequest { name, mgmtdev, .. } = request;
         let entry = Entry { name, number, mgmtdev, profile, device, file, path, front, held };
         tracing::info!(device = %entry.name, mgmtdev = %entry.mgmtdev, file = %entry.path.display(), front, "device added");
         devices.push(Arc::new(entry));
+        reach(CrashPoint::AddDone);
         Ok(())
     }
 
@@ -435,17 +441,21 @@ impl Backend for Bus {
                 .with_hint("Close its client first, or take it away with \"vdpactl dev del DEV --force\"."));
         }
         self.files.remove(&entry.file_name());
+        reach(CrashPoint::DelFileRemoved);
         let taken = entry.file.revoke(BUSY_TIMEOUT);
         if let Err(errno) = taken
             && errno != Errno::TIMEDOUT
         {
             return Err(CtlError::new(errno, format!("device {name} is busy with a request of its client")));
         }
+        reach(CrashPoint::DelRevoked);
         if let (Some(survival), Some(held)) = (&self.survival, entry.held) {
             survival.release_identity(held);
+            reach(CrashPoint::DelIdentityReleased);
             entry.file.forget_log();
         }
         self.devices.lock().retain(|other| !Arc::ptr_eq(other, &entry));
+        reach(CrashPoint::DelDone);
         tracing::info!(device = %name, force, waits = taken.is_err(), "device deleted");
         taken.map_err(|errno| {
             CtlError::new(errno, format!("device {name} is deleted, but its disk has not answered yet"))

@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 
 use vdpa_core::Errno;
+use vdpa_core::crash_points::{CrashPoint, reach};
 use vdpa_sys::mm_reaper::MmReaper;
 use vdpa_sys::rlimit;
 
@@ -144,6 +145,7 @@ impl Daemon {
             Some(survival) => survival.legacy().map_err(holder("take back what is held"))?,
             None => Legacy::default(),
         };
+        reach(CrashPoint::ItemsListed);
         let adopted = legacy.mount.take();
         let continues = adopted.is_some();
         let files = match (&place, &survival, adopted) {
@@ -151,6 +153,7 @@ impl Daemon {
             (Place::Dev(dir), _, _) => DeviceFiles::cuse(dir, options)?,
             (Place::Mount(dir), _, _) => DeviceFiles::mount(dir, options)?,
         };
+        reach(CrashPoint::ConnectionAdopted);
         if let Some(survival) = survival.as_ref().filter(|_| !continues) {
             survival.hold_mount(&files).map_err(holder("have the mount held"))?;
         }
@@ -171,8 +174,13 @@ impl Daemon {
             }
         }
         let control = Server::start(&config.socket, Arc::clone(&bus) as _)?;
+        reach(CrashPoint::ControlOpen);
         if let Some(survival) = &survival {
-            survival.ready().map_err(holder("tell the holder that this daemon serves"))?;
+            // One that has ended since is no reason to let the clients down, who are served again.
+            if let Err(errno) = survival.ready() {
+                tracing::error!(%errno, "the holder has ended: a crash of this daemon would be the end of its devices");
+            }
+            reach(CrashPoint::ReadySaid);
             // Shares the address space: a crash is noticed before gigabytes of page tables are freed.
             match MmReaper::spawn() {
                 Ok(reaper) => std::mem::forget(reaper),

@@ -7,11 +7,14 @@
 //! | `devices` | the kinds of devices, built on `vdpa-backend` |
 //! | `block` | what the block devices share: requests, their I/O operations, and locks on ranges of the disk |
 //! | [`control`] | the server of the control API, HTTP and JSON on a Unix socket |
+//! | `crash_points` | for tests only, with the feature of that name: a daemon that ends at a chosen point |
 #![forbid(unsafe_code)]
 
 mod block;
 pub mod bus;
 pub mod control;
+#[cfg(feature = "crash-points")]
+pub mod crash_points;
 pub mod daemon;
 mod devices;
 pub mod survival;

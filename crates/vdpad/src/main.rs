@@ -137,6 +137,11 @@ fn main() -> ExitCode {
         eprintln!("vdpad: VDPA_PLANTED_FAULT: there is no fault {name:?}");
         return ExitCode::from(2);
     }
+    #[cfg(feature = "crash-points")]
+    if let Err(error) = vdpad::crash_points::from_env() {
+        eprintln!("vdpad: {}: {error}", vdpad::crash_points::ENV);
+        return ExitCode::from(2);
+    }
     match cli.command {
         Some(Command::Watchdog { source, timeout }) => watch(&source, timeout),
         None if cli.serve.holder => hold(cli.serve),

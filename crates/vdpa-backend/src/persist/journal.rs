@@ -4,6 +4,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use vdpa_core::Errno;
+use vdpa_core::crash_points::{CrashPoint, reach};
 use vdpa_core::device::Device;
 use vdpa_core::device::state::{self, Record};
 use vdpa_sys::journal::{AppendError, Journal, OpenError};
@@ -119,6 +120,7 @@ impl DeviceLog {
             front = now;
             records.extend(state::decode_all(rest)?);
         }
+        reach(CrashPoint::JournalRead);
         let objects = Objects::reopen(device, Arc::clone(&store), objects, spaces, registry);
         let kept = objects.len();
         let log = Self { device, store, journal, objects, kept };
@@ -156,6 +158,7 @@ impl DeviceLog {
             return Ok(true);
         }
         let payload = payload(front, &records)?;
+        reach(CrashPoint::RecordReady);
         match self.journal.append(CHANGE, &payload) {
             Ok(()) => Ok(true),
             Err(AppendError::Full { .. }) => self.checkpoint(device, front).map(|()| true),

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use vdpa_core::Errno;
+use vdpa_core::crash_points::{CrashPoint, reach};
 use vdpa_core::device::state::{MemoryRef, StateSink, StateSource};
 use vdpa_core::types::{Perm, Result};
 use vdpa_sys::eventfd::EventFd;
@@ -144,6 +145,7 @@ impl Objects {
             if let Err(errno) = self.store.release(key(self.device, number + part)) {
                 tracing::debug!(device = self.device, number, %errno, "a held descriptor was not released");
             }
+            reach(CrashPoint::ObjectReleased);
         }
     }
 
@@ -157,7 +159,9 @@ impl Objects {
             Some(number) => number,
             None => {
                 let number = self.next;
+                reach(CrashPoint::HoldBegun);
                 let object = hold(&*self.store, key(self.device, number))?;
+                reach(CrashPoint::ObjectHeld);
                 self.next = number.checked_add(STEP).ok_or(Errno::NOSPC)?;
                 self.objects.insert(number, object);
                 number
@@ -184,6 +188,7 @@ impl StateSink<LinuxHost> for Objects {
             let fds = space.fds();
             let record = encode_space(space.record());
             store.hold(key, Kind::Other, fds.pidfd.as_fd(), &record)?;
+            reach(CrashPoint::SpaceHalfHeld);
             store.hold(key + 1, Kind::Other, fds.mem.as_fd(), &record)?;
             store.hold(key + 2, Kind::Other, fds.maps.as_fd(), &record)?;
             Ok(Object::Space(space.clone()))

@@ -10,6 +10,7 @@ use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
 use vdpa_core::Errno;
+use vdpa_core::crash_points::{CrashPoint, reach};
 use vdpa_core::types::Result;
 use vdpa_sys::uring::{Completion, Op, Ring};
 
@@ -119,7 +120,9 @@ impl EventLoop {
 
     /// Submits operations to the kernel, with `wait` blocks until there is a completion, and dispatches all completions.
     fn submit_and_reap(&mut self, wait: bool) -> Result<()> {
+        reach(CrashPoint::SubmitBegun);
         self.uring.borrow_mut().submit_and_wait(wait.into(), None)?;
+        reach(CrashPoint::Submitted);
         self.reap();
         Ok(())
     }
@@ -282,6 +285,7 @@ impl EventLoop {
                 device
             }
             Some(Token::Io { device, slot }) => {
+                reach(CrashPoint::CompletionTaken);
                 if let Some(local) = self.device(device) {
                     local.complete(slot, result, buffer);
                 }

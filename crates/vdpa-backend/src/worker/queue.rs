@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use vdpa_core::Errno;
+use vdpa_core::crash_points::{CrashPoint, reach};
 use vdpa_core::features::Features;
 use vdpa_core::iotlb::Removed;
 use vdpa_core::ring::inflight::LogError;
@@ -110,6 +111,7 @@ impl Queue {
         let Some(log) = self.log.as_ref().filter(|_| self.recovering) else { return Ok(()) };
         match DeviceRing::recover(&self.setup, log, view) {
             Ok(ring) => {
+                reach(CrashPoint::RingRecovered);
                 self.pending = self.setup.kick.is_some() || ring.repeats() > 0;
                 self.ring = Some(ring);
                 if self.stopping.is_some() {
@@ -279,7 +281,9 @@ impl Queue {
             && ring.publish()?
             && let Some(call) = &self.setup.call
         {
+            reach(CrashPoint::SignalBegun);
             call.signal();
+            reach(CrashPoint::Signalled);
         }
         Ok(())
     }

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 
+use vdpa_core::crash_points::{CrashPoint, reach};
 use vdpa_core::features::Features;
 use vdpa_core::ring::inflight::{Log, LogError, LogMemory, Repeat, log_size};
 use vdpa_core::ring::{Chain, Memory, Ring, RingError, area_sizes};
@@ -305,6 +306,7 @@ impl Logged {
             return Err(violation);
         }
         self.ring.retake(repeat, memory, chain)?;
+        reach(CrashPoint::RepeatTaken);
         self.repeats.pop_front();
         self.repeated.push(repeat);
         Ok(if repeat.attempts >= ATTEMPTS_MAX { Popped::Poison } else { Popped::Request })

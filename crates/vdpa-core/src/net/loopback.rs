@@ -18,6 +18,7 @@ pub use self::stats::Stats;
 use super::{
     Ack, ControlHeader, LINK_UP, MAC_BYTES, NetConfig, class, header_len, is_multicast, mac as mac_command,
 };
+use crate::crash_points::{CrashPoint, reach};
 use crate::errno::Errno;
 use crate::features::Features;
 use crate::ring::{BufferSlice, Chain, Fault, Memory, RingError};
@@ -242,7 +243,9 @@ impl Loopback {
             }
             stats.rx_packets.add(1);
             stats.rx_bytes.add(received);
+            reach(CrashPoint::PacketCopied);
             tx.complete(self.chain.head, 0, Notify::IfEnabled);
+            reach(CrashPoint::PacketHalfDone);
             rx.complete(self.rx_chain.head, received, Notify::IfEnabled);
             if taken > PASS {
                 return true;

@@ -9,6 +9,7 @@ use super::indirect::Window;
 use super::inflight::{MaybeLog, NoLog};
 use super::layout::{self, Descriptor, FLAGS, INDEX, INDIRECT, NEXT, SUPPRESS};
 use super::{Area, Chain, Memory, RingError};
+use crate::crash_points::{CrashPoint, reach};
 use crate::features::Features;
 use crate::vq::QueueState;
 
@@ -225,9 +226,11 @@ impl<A: Area, L: MaybeLog> SplitQueue<A, L> {
             self.used.store_u16(INDEX, written)?;
             self.published = written;
             self.undecided = true;
+            reach(CrashPoint::UsedPublished);
             if let Some(log) = self.log.get() {
                 log.publish();
             }
+            reach(CrashPoint::PublishedLogged);
         }
         if !self.undecided {
             return Ok(false);
@@ -390,12 +393,14 @@ impl<A: Area, L: MaybeLog> SplitQueue<A, L> {
         {
             return Err(RingError::Again { head });
         }
+        reach(CrashPoint::ChainWalked);
         // Before the request can have any effect, and behind all that may still fail.
         if let Some(log) = self.log.get()
             && !log.take(head, 1)
         {
             return Err(RingError::Again { head });
         }
+        reach(CrashPoint::TakenLogged);
         self.next_avail = self.next_avail.wrapping_add(1);
         Ok(())
     }

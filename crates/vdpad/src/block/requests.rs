@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use vdpa_backend::worker::{Invalidation, MemoryView, Queue, QueueHandler, Queues};
 use vdpa_core::blk::{BlkRequest, FramingError, Status};
+use vdpa_core::crash_points::{CrashPoint, reach};
 use vdpa_core::ring::{Chain, Memory};
 use vdpa_core::types::{Asid, Result};
 use vdpa_sys::uring::{Op, OwnedBuf};
@@ -444,6 +445,7 @@ fn complete_request(
     let data_out = if status == Status::Ok { pending.data_out } else { 0 };
     queues.count_request(pending.queue, u64::from(data_out) + u64::from(written), status != Status::Ok);
     let status_written = pending.view.snapshot().write(pending.status, &[status.byte()]);
+    reach(CrashPoint::StatusWritten);
     let queue = match queue {
         Some(queue) => Some(queue),
         None => queues.get_mut(pending.queue),

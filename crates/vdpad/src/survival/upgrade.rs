@@ -16,6 +16,7 @@ use parking_lot::Mutex;
 use thiserror::Error;
 use vdpa_control::api::{CtlError, UpgradeRequest};
 use vdpa_core::Errno;
+use vdpa_core::crash_points::{CrashPoint, reach};
 use vdpa_holder::client::{Client, Event};
 use vdpa_holder::protocol::{End, RollBack};
 
@@ -71,7 +72,9 @@ impl Survival {
                 .with_hint("It must be a program that can be executed, for example the next vdpad.")
         })?;
         tracing::info!(program = %path.display(), dry_run = request.dry_run, "upgrade: the candidate is started");
+        reach(CrashPoint::UpgradePrepared);
         self.wait_until_ready(&path)?;
+        reach(CrashPoint::UpgradeReady);
         if request.dry_run {
             return self.abort();
         }
@@ -134,19 +137,24 @@ impl Survival {
     /// The old daemon goes on, and this process is to end.
     pub fn take_over(&mut self) -> Result<(), TakeOverError> {
         let mut client = self.client.lock();
+        reach(CrashPoint::CandidateBegun);
         let peer = client.take_peer().ok_or(TakeOverError::Holder(Errno::BADF))?;
         for held in client.list().map_err(TakeOverError::Holder)? {
             if split_key(held.key).1 == IDENTITY && split_key(held.key).0 != 0 {
                 check(held.fd).map_err(TakeOverError::Device)?;
             }
         }
+        reach(CrashPoint::CandidateChecked);
         client.ready().map_err(TakeOverError::Holder)?;
+        reach(CrashPoint::CandidateReady);
         match client.next_event(true).map_err(TakeOverError::Holder)? {
             Event::Committed => {}
             event => return Err(TakeOverError::NotNeeded(event)),
         }
+        reach(CrashPoint::CommitReceived);
         // The last thread of the old daemon closes the other end. None of them runs from then on.
         wait_for_end(&peer).map_err(TakeOverError::Holder)?;
+        reach(CrashPoint::OldEnded);
         self.start.status = client.status().map_err(TakeOverError::Holder)?;
         drop(client);
         tracing::info!(generation = self.generation(), "this program goes on for the daemon before it");
@@ -159,9 +167,13 @@ fn commit(client: &Mutex<Client>, _peer: &OwnedFd) {
     thread::sleep(ANSWER_TIME);
     // Locked to the end: to the holder this process is not the daemon any more.
     let mut client = client.lock();
+    reach(CrashPoint::CommitBegun);
     match client.commit_upgrade() {
         #[expect(clippy::exit, reason = "no state of this process may change any more")]
-        Ok(()) => std::process::exit(0),
+        Ok(()) => {
+            reach(CrashPoint::Committed);
+            std::process::exit(0)
+        }
         Err(errno) => tracing::error!(%errno, "no upgrade: the candidate has ended at the last moment"),
     }
 }

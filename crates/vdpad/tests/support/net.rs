@@ -61,7 +61,7 @@ impl Space {
 
     pub(crate) fn holding(&mut self, bytes: &[u8]) -> Buffer {
         let buffer = self.allocate(bytes.len());
-        self.map.write(self.offset(buffer), bytes).unwrap();
+        self.write(buffer, bytes);
         buffer
     }
 
@@ -69,6 +69,10 @@ impl Space {
         let mut bytes = vec![0; len as usize];
         self.map.read(self.offset(buffer), &mut bytes).unwrap();
         bytes
+    }
+
+    pub(crate) fn write(&self, buffer: Buffer, bytes: &[u8]) {
+        self.map.write(self.offset(buffer), bytes).unwrap();
     }
 
     fn offset(&self, buffer: Buffer) -> usize {

@@ -79,9 +79,15 @@ impl Vdpad {
 
     /// Starts it in a directory that is kept when it ends.
     pub(crate) fn start_at(dir: &Path, limit: Duration, args: &[&str]) -> Self {
-        let log = File::options().create(true).append(true).open(dir.join("log")).unwrap();
         let mut command = command_at(dir);
-        command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
+        command.args(args);
+        Self::start_command(dir, limit, command)
+    }
+
+    /// Starts a command of [`command_at`].
+    pub(crate) fn start_command(dir: &Path, limit: Duration, mut command: Command) -> Self {
+        let log = File::options().create(true).append(true).open(dir.join("log")).unwrap();
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
         let mut child = command.spawn().unwrap();
         let guard = Guard::new(limit, Pid::from_child(&child), dir.join("dev"));
         let mut line = String::new();

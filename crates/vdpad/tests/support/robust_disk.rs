@@ -45,6 +45,10 @@ pub(crate) struct Disk {
 
 /// Opens and negotiates. Waits while the kernel tears down a killed client, and returns for how long.
 pub(crate) fn open(path: &Path) -> (Session<VhostVdpaFd>, Duration) {
+    open_with(path, std::env::var_os(PACKED).is_some())
+}
+
+fn open_with(path: &Path, packed: bool) -> (Session<VhostVdpaFd>, Duration) {
     let begin = Instant::now();
     let device = loop {
         match Device::<VhostVdpaFd>::open(path) {
@@ -55,7 +59,6 @@ pub(crate) fn open(path: &Path) -> (Session<VhostVdpaFd>, Duration) {
         }
     };
     let waited = begin.elapsed();
-    let packed = std::env::var_os(PACKED).is_some();
     let wanted = if packed { Features::of(&[Features::RING_PACKED]) } else { Features::NONE };
     let session = device.negotiate(wanted).unwrap();
     assert_eq!(session.features().has(Features::RING_PACKED), packed);
@@ -85,16 +88,21 @@ impl Disk {
     /// Also returns how long the device was busy.
     pub(crate) fn start_timed(path: &Path, memory: u64) -> (Self, Duration) {
         pinnable(memory);
-        Self::set_up(path, memory)
+        Self::set_up(open(path), memory)
+    }
+
+    /// With a ring of this format.
+    pub(crate) fn start_with(path: &Path, memory: u64, packed: bool) -> Self {
+        pinnable(memory);
+        Self::set_up(open_with(path, packed), memory).0
     }
 
     /// Without changing RLIMIT_MEMLOCK.
     pub(crate) fn start_within_limit(path: &Path, memory: u64) -> Self {
-        Self::set_up(path, memory).0
+        Self::set_up(open(path), memory).0
     }
 
-    fn set_up(path: &Path, memory: u64) -> (Self, Duration) {
-        let (mut session, waited) = open(path);
+    fn set_up((mut session, waited): (Session<VhostVdpaFd>, Duration), memory: u64) -> (Self, Duration) {
         let ram = memfd::create(c"robust-ram", memory, None).unwrap();
         session.map_memfd("ram", ram, IOVA, memory, Perm::RW).unwrap();
         session.add_queue(Q0, RING, "ram", 0).unwrap();
@@ -140,19 +148,28 @@ impl Disk {
             let slot = done.token;
             let flight = self.flying.remove(&slot);
             let Some((kind, block, seed)) = flight else { panic!("slot {slot} was not in flight: {done:?}") };
-            let header = usize::try_from(HEADERS_AT + slot * 64).unwrap();
-            let mut status = [0];
-            self.map().read(header + 32, &mut status).unwrap();
-            assert_eq!(status, [0], "kind {kind} of block {block}: {done:?}");
+            assert_eq!(self.answer(slot), 0, "kind {kind} of block {block}: {done:?}");
             if kind == kind::IN {
-                let data = usize::try_from(DATA_AT).unwrap() + usize::try_from(slot).unwrap() * DATA as usize;
-                let mut bytes = vec![0; DATA as usize];
-                self.map().read(data, &mut bytes).unwrap();
-                assert!(bytes == pattern(block, seed), "block {block} does not hold seed {seed}");
+                assert!(self.data(slot) == pattern(block, seed), "block {block} does not hold seed {seed}");
             }
             slots.push(slot);
         }
         slots
+    }
+
+    /// Status of the request that was in a slot.
+    pub(crate) fn answer(&self, slot: u64) -> u8 {
+        let mut status = [0];
+        self.map().read(usize::try_from(HEADERS_AT + slot * 64).unwrap() + 32, &mut status).unwrap();
+        status[0]
+    }
+
+    /// Its data.
+    pub(crate) fn data(&self, slot: u64) -> Vec<u8> {
+        let at = usize::try_from(DATA_AT).unwrap() + usize::try_from(slot).unwrap() * DATA as usize;
+        let mut bytes = vec![0; DATA as usize];
+        self.map().read(at, &mut bytes).unwrap();
+        bytes
     }
 
     /// Waits for a completion, at most 10 s.
@@ -189,9 +206,7 @@ impl Disk {
             }
         };
         assert_eq!((done.token, done.len), (0, DATA + 1), "{done:?}");
-        let mut bytes = vec![0; DATA as usize];
-        self.map().read(usize::try_from(DATA_AT).unwrap(), &mut bytes).unwrap();
-        bytes
+        self.data(0)
     }
 
     /// Writes block 1 and reads it back.

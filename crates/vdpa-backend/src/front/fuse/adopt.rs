@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use tracing::{info, warn};
+use vdpa_core::crash_points::{CrashPoint, reach};
 use vdpa_sys::fuse::{Connection, Negotiated};
 
 use super::session::Session;
@@ -73,6 +74,7 @@ impl DeviceFiles {
         {
             warn!(%errno, "requests in progress at the end of the earlier process are lost");
         }
+        reach(CrashPoint::Resent);
         *self.reader.lock() = Some(start(&self.server, &self.dir)?);
         info!(dir = %self.dir.display(), "serving device files again");
         Ok(())

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex};
 use tracing::{debug, error, warn};
 use vdpa_core::Errno;
+use vdpa_core::crash_points::{CrashPoint, reach};
 use vdpa_sys::fuse::Connection;
 use vdpa_sys::uapi::fuse::{IoctlIn, IoctlOut, OpenOut, PollOut, UNIQUE_RESEND, WriteOut, open_flags};
 use zerocopy::IntoBytes;
@@ -238,6 +239,7 @@ impl RequestQueue {
     }
 
     fn execute(&self, request: &QueuedRequest) {
+        reach(CrashPoint::RequestBegun);
         if let Some(token) = &request.token {
             let (unique, resent) = (token.unique & !UNIQUE_RESEND, token.unique & UNIQUE_RESEND != 0);
             if let Some(completed) = self.file.begin_request(unique, resent) {
@@ -372,7 +374,9 @@ impl RequestQueue {
     }
 
     fn send(&self, token: &ReplyToken, reply: Result<&[&[u8]], Errno>) -> bool {
+        reach(CrashPoint::ReplyReady);
         let sent = self.connection.reply(token.unique, reply);
+        reach(CrashPoint::ReplySent);
         if let Err(errno) = sent {
             debug!(device = %self.name, unique = token.unique, %errno, "the kernel does not wait for this reply any more");
         }

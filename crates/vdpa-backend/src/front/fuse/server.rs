@@ -11,6 +11,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::sync::Notify;
 use tracing::{error, info, warn};
 use vdpa_core::Errno;
+use vdpa_core::crash_points::{CrashPoint, reach};
 use vdpa_sys::fuse::{BUFFER_SIZE, Request};
 
 use super::is_past;
@@ -240,6 +241,7 @@ impl Server {
 /// Reads and serves one request, if there is one.
 fn read_one(session: &Session, buffer: &mut [u8]) -> Result<(), Errno> {
     let Some(len) = session.connection.read_request(buffer)? else { return Ok(()) };
+    reach(CrashPoint::RequestRead);
     match Request::decode(buffer.get(..len).unwrap_or_default()) {
         Ok(request) => session.serve(&request),
         Err(error) => {

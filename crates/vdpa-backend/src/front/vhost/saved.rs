@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
+use vdpa_core::crash_points::{CrashPoint, reach};
 
 use super::VhostVdpaFile;
 use super::opens::Opens;
@@ -79,6 +80,7 @@ impl VhostVdpaFile {
     /// Writes what the request in progress has changed, with its result, which is not given for one that failed: that one
     /// fails again. A log that cannot be written is given up: the device then ends with this process.
     pub(super) fn save(&self, completed: Option<Completed>) {
+        reach(CrashPoint::RequestExecuted);
         let last = completed.map(|completed| (self.saved.unique.load(Ordering::Relaxed), completed));
         if let Err(error) = self.write_log(last, false) {
             tracing::error!(device = %self.name, %error, "the device will not outlive this process");

@@ -2,6 +2,7 @@
 
 use super::layout::{FLAGS, LEN};
 use super::{DESCRIPTOR, INDIRECT, PackedQueue, WRITE};
+use crate::crash_points::{CrashPoint, reach};
 use crate::ring::inflight::wrong::{self, Wrong};
 use crate::ring::inflight::{DESCRIPTORS, Log, LogMemory, MaybeLog, Stored};
 use crate::ring::{Area, Buffer, Chain, RingError};
@@ -28,6 +29,7 @@ impl<A: Area, L: MaybeLog> PackedQueue<A, L> {
         table: Option<Stored>,
         chain: &Chain,
     ) {
+        reach(CrashPoint::ChainWalked);
         let Some(log) = self.log.get() else { return };
         if wrong::is(Wrong::TakenBeforeDescriptors) {
             log.take(name, descriptors);
@@ -51,9 +53,11 @@ impl<A: Area, L: MaybeLog> PackedQueue<A, L> {
             let Some(next) = next else { break };
             part = next;
         }
+        reach(CrashPoint::DescriptorsLogged);
         if !wrong::is(Wrong::TakenBeforeDescriptors) {
             log.take(name, descriptors);
         }
+        reach(CrashPoint::TakenLogged);
     }
 
     /// Writes one used descriptor that stands for `descriptors` of the ring; `name` is the last of its requests.
@@ -85,7 +89,9 @@ impl<A: Area, L: MaybeLog> PackedQueue<A, L> {
             } else {
                 // What the log calls pushed is shown to the driver by a successor, so length and id come first.
                 self.desc.write(at.offset() + LEN, &raw[..FLAGS - LEN])?;
+                reach(CrashPoint::UsedWritten);
                 log.push(name, descriptors, len > 0);
+                reach(CrashPoint::PushedLogged);
             }
             // A descriptor with its flags is seen by the driver as soon as it has seen the one before: so not before the
             // log says that the request is not to be done again.
@@ -110,11 +116,13 @@ impl<A: Area, L: MaybeLog> PackedQueue<A, L> {
             log.publish();
         }
         self.desc.store_u16(self.published.offset() + FLAGS, self.held_flags)?;
+        reach(CrashPoint::UsedPublished);
         if let Some(log) = self.log.get() {
             // Behind the flags: a successor stores them if the count says that they may be missing.
             log.publish();
             self.requests.free_pushed();
         }
+        reach(CrashPoint::PublishedLogged);
         Ok(())
     }
 

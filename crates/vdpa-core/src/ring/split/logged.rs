@@ -1,6 +1,7 @@
 //! Every store by which a split queue and its in-flight log say the same, but for those of one line.
 
 use super::SplitQueue;
+use crate::crash_points::{CrashPoint, reach};
 use crate::features::Features;
 use crate::ring::inflight::wrong::{self, Wrong};
 use crate::ring::inflight::{Log, LogError, LogMemory, MaybeLog};
@@ -73,11 +74,13 @@ impl<A: Area, L: MaybeLog> SplitQueue<A, L> {
             return self.write_used(index, head, len);
         }
         self.write_used(index, head, len)?;
+        reach(CrashPoint::UsedWritten);
         // Behind the element: what the log calls pushed is shown to the driver by a successor. Before the used index:
         // what the driver has seen must not be done again.
         if let Some(log) = self.log.get() {
             log.push(head, count, false);
         }
+        reach(CrashPoint::PushedLogged);
         Ok(())
     }
 }
