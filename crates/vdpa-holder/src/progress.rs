@@ -4,8 +4,15 @@
 //! The holder looks at the counters a few times in the time a hang may last; a counter that is odd and has not changed for that
 //! long belongs to a thread that hangs. The daemon makes no system call and needs no clock for it, and an idle daemon is
 //! never woken.
+//!
+//! A thread of the daemon calls [`watch`] when it begins, and [`idle`] and [`busy`] around each sleep. A sleep is whatever ends
+//! without the help of this process: for a client, the kernel or a disk. Otherwise a disk that does not answer would end the
+//! daemon, and all its other devices with it.
 
+use std::cell::RefCell;
+use std::marker::PhantomData;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use vdpa_core::Errno;
 use vdpa_sys::memfd;
@@ -19,13 +26,16 @@ const SIZE: usize = THREADS_MAX * STRIDE;
 
 /// The memory, as the daemon has it.
 #[derive(Clone, Debug)]
-pub struct Progress(SharedMap);
+pub struct Progress {
+    map: SharedMap,
+    used: Arc<Mutex<Vec<bool>>>,
+}
 
 /// The counter of one thread.
 #[derive(Debug)]
 pub struct Counter {
-    map: SharedMap,
-    offset: usize,
+    progress: Progress,
+    index: usize,
     count: u64,
 }
 
@@ -41,20 +51,27 @@ impl Progress {
     /// # Errors
     /// Of mmap(2).
     pub fn map(fd: impl AsFd) -> Result<Self, Errno> {
-        SharedMap::map(fd, 0, SIZE, Prot::RW, false).map(Self)
+        let map = SharedMap::map(fd, 0, SIZE, Prot::RW, false)?;
+        Ok(Self { map, used: Arc::default() })
     }
 
-    /// Counter `index`, below [`THREADS_MAX`]; each is to be had by one thread at a time.
-    ///
-    /// # Errors
-    /// `EINVAL` for a larger index.
-    pub fn counter(&self, index: usize) -> Result<Counter, Errno> {
-        let offset = index.checked_mul(STRIDE).filter(|_| index < THREADS_MAX).ok_or(Errno::INVAL)?;
-        let count = self.0.load_u64(offset).map_err(|_| Errno::INVAL)?;
-        // A thread that ended in the middle of its work hangs no more.
-        let mut counter = Counter { map: self.0.clone(), offset, count };
+    /// A counter that no other thread has; `None` when [`THREADS_MAX`] threads have one.
+    #[must_use]
+    pub fn counter(&self) -> Option<Counter> {
+        let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+        let free = used.iter().position(|used| !used);
+        let index = free.unwrap_or(used.len());
+        match used.get_mut(index) {
+            Some(used) => *used = true,
+            None if index < THREADS_MAX => used.push(true),
+            None => return None,
+        }
+        let count = self.map.load_u64(index * STRIDE).unwrap_or(0);
+        let progress = self.clone();
+        // A former thread may have ended in the middle of its work.
+        let mut counter = Counter { progress, index, count };
         counter.idle();
-        Ok(counter)
+        Some(counter)
     }
 }
 
@@ -74,14 +91,62 @@ impl Counter {
 
     fn set(&mut self, count: u64) {
         self.count = count;
-        // The offset lies in the mapping: `Progress::counter` checked it.
-        let _ = self.map.store_u64(self.offset, count);
+        // It lies in the mapping: `Progress::counter` gives out no other.
+        let _ = self.progress.map.store_u64(self.index * STRIDE, count);
     }
 }
 
 impl Drop for Counter {
     fn drop(&mut self) {
         self.idle();
+        let mut used = self.progress.used.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(used) = used.get_mut(self.index) {
+            *used = false;
+        }
+    }
+}
+
+/// The memory of this process: it has one holder at most.
+static PROGRESS: OnceLock<Progress> = OnceLock::new();
+
+thread_local! {
+    static COUNTER: RefCell<Option<Counter>> = const { RefCell::new(None) };
+}
+
+/// Has the progress of this process's threads shown in `progress`, for threads that [`watch`] from now on. Once; a second call
+/// does nothing.
+pub fn install(progress: Progress) {
+    let _ = PROGRESS.set(progress);
+}
+
+/// The calling thread is watched until this is dropped.
+#[derive(Debug)]
+pub struct Watch(PhantomData<*const ()>);
+
+/// Has the holder watch the calling thread, which is busy from now on. Does nothing without a holder.
+#[must_use]
+pub fn watch() -> Watch {
+    let counter = PROGRESS.get().and_then(Progress::counter);
+    COUNTER.with_borrow_mut(|own| *own = counter);
+    busy();
+    Watch(PhantomData)
+}
+
+/// The calling thread works, or has got on: one store. Nothing for a thread that is not watched.
+#[inline]
+pub fn busy() {
+    COUNTER.with_borrow_mut(|counter| counter.as_mut().map(Counter::busy));
+}
+
+/// The calling thread goes to sleep, for as long as it takes.
+#[inline]
+pub fn idle() {
+    COUNTER.with_borrow_mut(|counter| counter.as_mut().map(Counter::idle));
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        COUNTER.with_borrow_mut(|counter| *counter = None);
     }
 }
 
@@ -89,7 +154,7 @@ impl Drop for Counter {
 #[derive(Debug)]
 pub(crate) struct Watched {
     map: SharedMap,
-    /// Lanes that were busy, their counters, and since when those have not changed.
+    /// Counters that were odd, their values, and since when those have not changed.
     seen: Vec<(usize, u64, u64)>,
     /// The sum of all counters when it was looked at last.
     total: u64,
@@ -105,6 +170,11 @@ impl Watched {
         let count = |counter: usize| self.map.load_u64(counter * STRIDE).unwrap_or(0);
         let total = (0..THREADS_MAX).map(count).fold(0, u64::wrapping_add);
         std::mem::replace(&mut self.total, total) != total
+    }
+
+    /// Begins to look anew: what was seen is no measure any more.
+    pub(crate) fn forget(&mut self) {
+        self.seen.clear();
     }
 
     /// For how long the counter that has been busy longest without a change has been so, in ns. Allocates only while
@@ -128,11 +198,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_busy_lanes_that_do_not_change_stall() {
+    fn only_busy_threads_without_a_change_stall() {
         let (fd, mut watched) = Progress::create().unwrap();
         let progress = Progress::map(fd).unwrap();
-        let (mut a, mut b) = (progress.counter(0).unwrap(), progress.counter(THREADS_MAX - 1).unwrap());
-        assert!(progress.counter(THREADS_MAX).is_err());
+        let (mut a, mut b) = (progress.counter().unwrap(), progress.counter().unwrap());
         assert_eq!(watched.stalled_ns(1), 0);
         a.busy();
         b.busy();
@@ -146,5 +215,32 @@ mod tests {
         b.busy();
         drop(b);
         assert_eq!((watched.stalled_ns(1001), watched.stalled_ns(2000)), (0, 0));
+    }
+
+    #[test]
+    fn counters_are_given_out_once_and_again_after_their_thread() {
+        let (fd, _) = Progress::create().unwrap();
+        let progress = Progress::map(fd).unwrap();
+        let mut all: Vec<_> = (0..THREADS_MAX).map(|_| progress.counter().unwrap()).collect();
+        assert!(progress.counter().is_none());
+        let freed = all.swap_remove(17).index;
+        assert_eq!(progress.counter().unwrap().index, freed);
+    }
+
+    #[test]
+    fn a_thread_is_watched_between_watch_and_its_drop() {
+        let (fd, mut watched) = Progress::create().unwrap();
+        idle();
+        install(Progress::map(fd).unwrap());
+        busy();
+        assert_eq!((watched.stalled_ns(10), watched.stalled_ns(20)), (0, 0), "not watched yet");
+        let watch = watch();
+        assert_eq!((watched.stalled_ns(30), watched.stalled_ns(40)), (0, 10));
+        idle();
+        assert_eq!((watched.stalled_ns(50), watched.stalled_ns(60)), (0, 0));
+        busy();
+        assert_eq!((watched.stalled_ns(70), watched.stalled_ns(80)), (0, 10));
+        drop(watch);
+        assert_eq!((watched.stalled_ns(90), watched.stalled_ns(100)), (0, 0));
     }
 }

@@ -181,7 +181,7 @@ fn serve(client: &mut Client) {
             "exit" => std::process::exit(i32::try_from(number(1)).unwrap()),
             "crash" => panic_by_signal(),
             "busy" => {
-                let mut counter = client.progress().counter(3).unwrap();
+                let mut counter = client.progress().counter().unwrap();
                 counter.busy();
                 counters.push(counter);
                 Ok(())

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use vdpa_core::Errno;
 use vdpa_core::crash_points::{CrashPoint, reach};
 use vdpa_core::types::Result;
+use vdpa_holder::progress;
 use vdpa_sys::uring::{Completion, Op, Ring};
 
 use super::device::LocalDevice;
@@ -78,6 +79,7 @@ impl EventLoop {
 
     /// Runs until [`Message::Exit`], or until io_uring fails.
     pub(super) fn run(&mut self, messages: &Receiver<Message>) {
+        let _watched = progress::watch();
         loop {
             if !self.receive_messages(messages) {
                 return;
@@ -121,7 +123,12 @@ impl EventLoop {
     /// Submits operations to the kernel, with `wait` blocks until there is a completion, and dispatches all completions.
     fn submit_and_reap(&mut self, wait: bool) -> Result<()> {
         reach(CrashPoint::SubmitBegun);
+        // Only the wait: what is submitted must not block, whatever a disk does.
+        if wait {
+            progress::idle();
+        }
         self.uring.borrow_mut().submit_and_wait(wait.into(), None)?;
+        progress::busy();
         reach(CrashPoint::Submitted);
         self.reap();
         Ok(())

@@ -29,8 +29,8 @@ const SIGNALS: [Signal; 3] = [Signal::TERM, Signal::INT, Signal::HUP];
 /// Limits. All times are upper bounds of what is tolerated, not delays.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
-    /// A busy thread of the daemon without progress for this long, or an idle daemon with a request that nobody reads for
-    /// this long, makes the holder kill it. `None`: never.
+    /// The holder kills a daemon of which a busy thread makes no progress for this long, which reads no request for this long,
+    /// or which is stopped (SIGSTOP) for this long. `None`: never.
     pub hang: Option<Duration>,
     /// From the start of a process to its `Ready`.
     pub start: Duration,
@@ -148,8 +148,12 @@ struct Holder {
     served: bool,
     /// When the last crashes were.
     crashes: Vec<u64>,
-    /// Since when a request has waited without any progress, and the sum of all progress then.
+    /// Since when a request has waited without any progress.
     waiting: Option<u64>,
+    /// Since when the daemon has been stopped (SIGSTOP).
+    stopped: Option<u64>,
+    /// When the daemon's progress was looked at last.
+    looked_ns: u64,
 }
 
 impl Holder {
@@ -188,6 +192,8 @@ impl Holder {
             served: false,
             crashes: Vec::new(),
             waiting: None,
+            stopped: None,
+            looked_ns: 0,
         })
     }
 
@@ -278,7 +284,7 @@ impl Holder {
         self.role = if self.crashes.len() > self.options.crash_limit { Role::Failed } else { Role::Daemon };
         self.status.crashes += 1;
         self.status.generation += 1;
-        self.waiting = None;
+        (self.waiting, self.stopped) = (None, None);
         let start = Message::Start { role: self.role, status: self.now(), crash: Some(end) };
         let program = self.daemon.program.clone();
         self.daemon = Process::start(program, &start, None).map_err(system("start the daemon again"))?;
@@ -327,21 +333,28 @@ impl Holder {
         let now = clock::monotonic_ns();
         let stalled = if self.daemon.ready {
             let Some(hang) = self.options.hang else { return };
+            // A holder that was stopped itself, as with the whole service, knows nothing of the time.
+            if now.saturating_sub(self.looked_ns) > nanos(hang) / 2 {
+                self.daemon.watched.forget();
+                (self.waiting, self.stopped) = (None, None);
+            }
+            self.looked_ns = now;
             let waits = self.table.request_waits();
             let progress = self.daemon.watched.total_changed();
-            self.waiting = match self.waiting {
-                Some(since) if waits && !progress => Some(since),
-                _ => waits.then_some(now),
-            };
-            let waited = self.waiting.map_or(0, |since| now.saturating_sub(since));
+            self.waiting = self.waiting.filter(|_| !progress).or(Some(now)).filter(|_| waits);
+            // Its threads may all have slept, and what it has to do is not to be seen from here: kicks, for example.
+            self.stopped = self.stopped.or(Some(now)).filter(|_| self.daemon.is_stopped());
+            let since = self.waiting.into_iter().chain(self.stopped).min();
+            let waited = since.map_or(0, |since| now.saturating_sub(since));
             self.daemon.watched.stalled_ns(now).max(waited) >= nanos(hang)
         } else {
             now.saturating_sub(self.daemon.started_ns) >= nanos(self.options.start)
         };
         if stalled && !self.daemon.hung {
-            tracing::error!(pid = self.daemon.pid, "the daemon makes no progress and is killed");
+            // First: whoever reads the log may be the one that hangs.
             self.daemon.hung = true;
             self.daemon.signal(Signal::KILL);
+            tracing::error!(pid = self.daemon.pid, "the daemon makes no progress and is killed");
         }
     }
 }

@@ -77,6 +77,12 @@ impl Process {
         }
     }
 
+    /// Whether all its threads are stopped by a signal (SIGSTOP and the like, not by a debugger).
+    pub(super) fn is_stopped(&self) -> bool {
+        let look = WaitIdOptions::STOPPED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        matches!(waitid(WaitId::PidFd(self.pidfd.as_fd()), look), Ok(Some(status)) if status.stopped())
+    }
+
     /// Collects the process, which has ended or is about to.
     pub(super) fn wait(&self) -> End {
         let heard_ns = clock::monotonic_ns();

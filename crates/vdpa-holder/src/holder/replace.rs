@@ -109,6 +109,8 @@ impl Holder {
             served,
             crashes,
             waiting: None,
+            stopped: None,
+            looked_ns: 0,
         }
     }
 }

@@ -133,7 +133,7 @@ impl Holder {
         self.status.upgrades += 1;
         self.status.generation += 1;
         self.role = Role::Daemon;
-        self.waiting = None;
+        (self.waiting, self.stopped) = (None, None);
         self.daemon.send(0, &Message::Committed, &[]);
         old.send(number, &Message::Answer { errno: 0 }, &[]);
         self.leaving = Some((old, clock::monotonic_ns()));

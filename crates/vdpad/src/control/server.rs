@@ -16,6 +16,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use super::Backend;
+use vdpa_holder::progress;
 
 mod routes;
 mod socket;
@@ -97,6 +98,8 @@ impl Server {
             .enable_all()
             .max_blocking_threads(limits.calls)
             .thread_name("ctl-call")
+            .on_thread_park(progress::idle)
+            .on_thread_unpark(progress::busy)
             .build()
             .map_err(StartError::Thread)?;
         let listener = {
@@ -107,6 +110,8 @@ impl Server {
         let thread = std::thread::Builder::new()
             .name("ctl".into())
             .spawn(move || {
+                // Not the threads of calls: those wait for files and for clients, and have a limit of their own.
+                let _watched = progress::watch();
                 runtime.block_on(serve(listener, file, backend, limits, stopped));
                 // Does not wait for calls of the backend, which may hang.
                 runtime.shutdown_background();

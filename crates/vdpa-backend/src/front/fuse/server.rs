@@ -12,6 +12,7 @@ use tokio::sync::Notify;
 use tracing::{error, info, warn};
 use vdpa_core::Errno;
 use vdpa_core::crash_points::{CrashPoint, reach};
+use vdpa_holder::progress;
 use vdpa_sys::fuse::{BUFFER_SIZE, Request};
 
 use super::is_past;
@@ -147,6 +148,7 @@ impl Server {
     }
 
     fn read(&self) {
+        let _watched = progress::watch();
         let mut buffer = vec![0; BUFFER_SIZE];
         let mut sessions = Vec::new();
         let mut seen = None;
@@ -204,7 +206,10 @@ impl Server {
             .map(|session| PollFd::from_borrowed_fd(session.connection.as_fd(), PollFlags::IN))
             .collect();
         fds.push(PollFd::new(&self.wake, PollFlags::IN));
-        match poll(&mut fds, limit.as_ref()) {
+        progress::idle();
+        let ready = poll(&mut fds, limit.as_ref());
+        progress::busy();
+        match ready {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(Errno::from_raw(error.raw_os_error())),
         }
