@@ -30,18 +30,17 @@ pub struct RegionSpec {
     pub populate: bool,
 }
 
-/// Where the bytes of a region are.
+/// Where the bytes of a region are. Both own what they stand for: there is no region of an address alone, since the device
+/// would write whatever is there.
+///
+/// Memory that the caller has mapped is [`Memory::from_mapping`], memory without an object [`Memory::anonymous`].
 #[derive(Debug)]
+#[non_exhaustive]
 pub enum Backing {
     /// A memory object (memfd, hugetlb or tmpfs file), mapped shared from its first byte by this library.
     Object(OwnedFd),
     /// A part of memory that several regions or devices share, beginning at this byte offset.
     Memory(Arc<Memory>, u64),
-    /// Memory without an object, which the caller keeps mapped at this address while the session lives.
-    ///
-    /// This memory ends with the program, so a session with such a region cannot be updated. For an object that the caller
-    /// has mapped itself, use [`Memory::from_mapping`].
-    HostAddress(u64),
 }
 
 /// One mapping: a part of a memory, its I/O virtual addresses, and its address in this process.
@@ -67,7 +66,6 @@ impl Region {
             return Err(problem(&name, RegionProblem::OutOfRange { range, usable }));
         }
         let (memory, offset) = match backing {
-            Backing::HostAddress(uaddr) => (Memory::anonymous(&name, uaddr, size), 0),
             Backing::Object(fd) => (Memory::map(&name, fd, 0, size, populate)?, 0),
             Backing::Memory(memory, offset) => (memory, offset),
         };
@@ -119,8 +117,7 @@ impl Region {
         self.memory.object().map(|(fd, _)| fd)
     }
 
-    /// `size` bytes from `offset` of this region, for ring accesses of this process; `None` beyond the end and for
-    /// memory that this library has not mapped.
+    /// `size` bytes from `offset` of this region, for ring accesses of this process; `None` beyond the end.
     #[must_use]
     pub fn area(&self, offset: u64, size: u64) -> Option<MapArea> {
         let end = offset.checked_add(size)?;
@@ -131,8 +128,8 @@ impl Region {
         self.map()?.area(usize::try_from(at).ok()?, usize::try_from(size).ok()?).ok()
     }
 
-    /// The whole memory of which this region is a part, [from its offset on](Self::offset), in this process; `None` for
-    /// memory that this library has not mapped.
+    /// The whole memory of which this region is a part, [from its offset on](Self::offset), in this process; `None` in a
+    /// successor that has not mapped it yet.
     #[must_use]
     pub fn map(&self) -> Option<&SharedMap> {
         self.memory.as_map()

@@ -124,6 +124,12 @@ pub enum RegionProblem {
         /// Size of the memory in bytes.
         memory: u64,
     },
+    /// Guest memory of the crate `vm-memory` without a file.
+    #[error(
+        "has no file, so it would end with this program: make guest memory from files (a memfd), as \
+         GuestMemoryMmap::from_ranges_with_files does"
+    )]
+    NoFile,
     /// The memory object is shorter than the region.
     #[error("has {size} bytes from byte {offset} of its memory object on, which has only {object}")]
     Short {
@@ -157,6 +163,17 @@ pub enum MemoryProblem {
         /// First virtual address at which the mapping differs.
         uaddr: u64,
     },
+    /// The mapping that was brought has another size than the memory.
+    #[error("has {size} bytes, and the mapping that was brought has {mapped}")]
+    Size {
+        /// Bytes of the mapping.
+        mapped: u64,
+        /// Bytes of the memory.
+        size: u64,
+    },
+    /// The memory is mapped in this process already.
+    #[error("is mapped already: bring a mapping once, and before the devices are taken over")]
+    Mapped,
     /// The mappings of this process cannot be read.
     #[error("cannot be looked up among the mappings of this process: {source}")]
     Unreadable {

@@ -16,32 +16,33 @@
 //! ```
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use vdpa_core::Errno;
 use vdpa_sys::maps;
-use vdpa_sys::mmap::{Prot, SharedMap};
+use vdpa_sys::mmap::{PrivateMap, Prot, SharedMap};
 
 use crate::error::{Error, MemoryProblem, RegionProblem};
 
 /// A piece of memory of this process, to be mapped for any number of devices.
 ///
-/// Shared by [`Arc`]. An update carries it over once, and in the next image all its devices share it again.
+/// Shared by [`Arc`]. An update carries it over once, and in the next image all its devices share it again. It owns its mapping,
+/// so a device that writes it cannot write anything else: an address alone is not memory.
 #[derive(Debug)]
 pub struct Memory {
     name: String,
     size: u64,
-    backing: Backed,
+    /// The object and the offset in it; `None` for memory that ends with this process.
+    object: Option<(OwnedFd, u64)>,
+    /// Empty only in a successor that has not begun to take over.
+    mapped: OnceLock<Mapped>,
 }
 
 #[derive(Debug)]
-enum Backed {
-    /// Mapped by this library.
-    Library { fd: OwnedFd, offset: u64, map: SharedMap },
-    /// An object mapped by the caller, who keeps it mapped.
-    Caller { fd: OwnedFd, offset: u64, uaddr: u64 },
-    /// Without an object: it exists in this address space only.
-    Anonymous { uaddr: u64 },
+struct Mapped {
+    map: SharedMap,
+    /// Whether the caller has mapped it, so that it may be of another object.
+    by_caller: bool,
 }
 
 impl Memory {
@@ -54,16 +55,15 @@ impl Memory {
     /// # Errors
     /// [`Error::Region`] when the object is shorter; [`Error::Request`] with the errno of mmap(2).
     pub fn map(name: &str, fd: OwnedFd, offset: u64, size: u64, populate: bool) -> Result<Arc<Self>, Error> {
-        let len = checked_len(name, fd.as_fd(), offset, size)?;
-        let map = SharedMap::map(&fd, offset, len, Prot::RW, populate)
-            .map_err(Error::request("mmap of a memory object"))?;
-        Ok(Arc::new(Self { name: name.to_owned(), size, backing: Backed::Library { fd, offset, map } }))
+        let memory = Self::unmapped(name, fd, offset, size)?;
+        memory.map_here(populate)?;
+        Ok(memory)
     }
 
-    /// Memory of an object that the caller has mapped shared at `uaddr` and keeps mapped as long as this value lives. For
-    /// programs that map guest memory themselves. The next image receives the object and this library maps it there.
+    /// Memory of an object that the caller has mapped shared, from byte `offset` of the object on. For programs that map guest
+    /// memory themselves; see [`SharedMap::over`]. The next image receives the object.
     ///
-    /// The mapping is checked when an update is prepared, not here.
+    /// Whether it is that object is checked when an update is prepared, not here.
     ///
     /// # Errors
     /// [`Error::Region`] when the object is shorter.
@@ -71,17 +71,86 @@ impl Memory {
         name: &str,
         fd: OwnedFd,
         offset: u64,
-        size: u64,
-        uaddr: u64,
+        map: impl Into<SharedMap>,
     ) -> Result<Arc<Self>, Error> {
-        checked_len(name, fd.as_fd(), offset, size)?;
-        Ok(Arc::new(Self { name: name.to_owned(), size, backing: Backed::Caller { fd, offset, uaddr } }))
+        let map = map.into();
+        checked_len(name, fd.as_fd(), offset, map.len() as u64)?;
+        Ok(Self::of_caller(name, Some((fd, offset)), map))
     }
 
-    /// Memory without an object, at `uaddr`. It ends with the program, so a session that uses it cannot be updated.
+    /// Guest memory of the crate `vm-memory`: a region that was mapped shared from a file.
+    ///
+    /// # Errors
+    /// [`Error::Region`] when the region has no file, so that it would end with this program.
+    #[cfg(feature = "vm-memory")]
+    pub fn from_guest_region<B: vm_memory::bitmap::Bitmap + Send + Sync + 'static>(
+        name: &str,
+        region: &vm_memory::GuestRegionMmap<B>,
+    ) -> Result<Arc<Self>, Error> {
+        let mapping = region.get_mmap();
+        let problem = |problem| Error::Region { name: name.to_owned(), problem };
+        let file = mapping.file_offset().ok_or_else(|| problem(RegionProblem::NoFile))?;
+        let fd = file.file().as_fd().try_clone_to_owned().map_err(|e| Error::Request {
+            request: "dup of a memory object",
+            source: Errno::from_raw(e.raw_os_error().unwrap_or(0)),
+        })?;
+        Self::from_mapping(name, fd, file.start(), SharedMap::from(mapping))
+    }
+
+    /// `size` bytes of memory without an object. It ends with the program, so a session that uses it cannot be updated.
+    ///
+    /// # Errors
+    /// [`Error::Request`] with the errno of mmap(2).
+    pub fn anonymous(name: &str, size: u64) -> Result<Arc<Self>, Error> {
+        let request = Error::request("mmap of private memory");
+        let len = usize::try_from(size).map_err(|_| request(Errno::INVAL))?;
+        Ok(Self::of_caller(name, None, PrivateMap::new(len).map_err(request)?.into()))
+    }
+
+    /// Memory of the caller without an object. It ends with the program, so a session that uses it cannot be updated.
     #[must_use]
-    pub fn anonymous(name: &str, uaddr: u64, size: u64) -> Arc<Self> {
-        Arc::new(Self { name: name.to_owned(), size, backing: Backed::Anonymous { uaddr } })
+    pub fn private(name: &str, map: impl Into<SharedMap>) -> Arc<Self> {
+        Self::of_caller(name, None, map.into())
+    }
+
+    fn of_caller(name: &str, object: Option<(OwnedFd, u64)>, map: SharedMap) -> Arc<Self> {
+        let size = map.len() as u64;
+        let mapped = OnceLock::from(Mapped { map, by_caller: true });
+        Arc::new(Self { name: name.to_owned(), size, object, mapped })
+    }
+
+    /// Memory that is not mapped yet.
+    pub(crate) fn unmapped(name: &str, fd: OwnedFd, offset: u64, size: u64) -> Result<Arc<Self>, Error> {
+        checked_len(name, fd.as_fd(), offset, size)?;
+        let (name, object, mapped) = (name.to_owned(), Some((fd, offset)), OnceLock::new());
+        Ok(Arc::new(Self { name, size, object, mapped }))
+    }
+
+    /// Maps it, unless it is mapped.
+    pub(crate) fn map_here(&self, populate: bool) -> Result<(), Error> {
+        let Some((fd, offset)) = self.object.as_ref().filter(|_| self.mapped.get().is_none()) else {
+            return Ok(());
+        };
+        let len = usize::try_from(self.size).unwrap_or(usize::MAX);
+        let map = SharedMap::map(fd, *offset, len, Prot::RW, populate)
+            .map_err(Error::request("mmap of a memory object"))?;
+        // If another thread was faster, its mapping is used and this one goes.
+        let _ = self.mapped.set(Mapped { map, by_caller: false });
+        Ok(())
+    }
+
+    /// Takes `map` as the mapping of this memory in a successor, which has not mapped it yet
+    /// ([`Incoming::memories`](crate::update::Incoming::memories)). So a program that maps guest memory itself has it mapped once.
+    ///
+    /// # Errors
+    /// [`MemoryProblem`] when it is not the same object at the same offset in the same size, or is mapped already.
+    pub fn bring(&self, map: impl Into<SharedMap>) -> Result<(), MemoryProblem> {
+        let map = map.into();
+        if map.len() as u64 != self.size {
+            return Err(MemoryProblem::Size { mapped: map.len() as u64, size: self.size });
+        }
+        self.verify_map(&map)?;
+        self.mapped.set(Mapped { map, by_caller: true }).map_err(|_| MemoryProblem::Mapped)
     }
 
     /// Name of the memory, for errors and reports.
@@ -96,47 +165,43 @@ impl Memory {
         self.size
     }
 
-    /// Virtual address of the memory in this process.
+    /// Virtual address of the memory in this process; 0 in a successor that has not mapped it yet.
     #[must_use]
     pub fn uaddr(&self) -> u64 {
-        match &self.backing {
-            Backed::Library { map, .. } => map.addr() as u64,
-            Backed::Caller { uaddr, .. } | Backed::Anonymous { uaddr } => *uaddr,
-        }
+        self.as_map().map_or(0, |map| map.addr() as u64)
     }
 
     /// The object, and the offset of this memory in it in bytes; `None` for memory without an object.
     #[must_use]
     pub fn object(&self) -> Option<(BorrowedFd<'_>, u64)> {
-        match &self.backing {
-            Backed::Library { fd, offset, .. } | Backed::Caller { fd, offset, .. } => {
-                Some((fd.as_fd(), *offset))
-            }
-            Backed::Anonymous { .. } => None,
-        }
+        self.object.as_ref().map(|(fd, offset)| (fd.as_fd(), *offset))
     }
 
-    /// The memory in this process, if this library has mapped it.
+    /// The memory in this process; `None` in a successor that has not mapped it yet.
     #[must_use]
-    pub const fn as_map(&self) -> Option<&SharedMap> {
-        match &self.backing {
-            Backed::Library { map, .. } => Some(map),
-            Backed::Caller { .. } | Backed::Anonymous { .. } => None,
-        }
+    pub fn as_map(&self) -> Option<&SharedMap> {
+        self.mapped.get().map(|mapped| &mapped.map)
     }
 
     /// Whether it has an object that outlives this program.
     #[must_use]
     pub const fn survives(&self) -> bool {
-        !matches!(self.backing, Backed::Anonymous { .. })
+        self.object.is_some()
     }
 
     /// Checks that the caller has mapped this object, shared, at this offset. Otherwise the next image would see other bytes
     /// than the device. Maps the object once without touching a page, and looks up each mapping (VMA) of the range.
     pub(crate) fn verify(&self) -> Result<(), MemoryProblem> {
-        let Backed::Caller { fd, offset, uaddr } = &self.backing else {
-            return if self.survives() { Ok(()) } else { Err(MemoryProblem::Private) };
-        };
+        match self.mapped.get() {
+            _ if self.object.is_none() => Err(MemoryProblem::Private),
+            Some(mapped) if mapped.by_caller => self.verify_map(&mapped.map),
+            _ => Ok(()),
+        }
+    }
+
+    fn verify_map(&self, map: &SharedMap) -> Result<(), MemoryProblem> {
+        let Some((fd, offset)) = &self.object else { return Err(MemoryProblem::Private) };
+        let uaddr = map.addr() as u64;
         let unreadable = |source| MemoryProblem::Unreadable { source };
         let maps = maps::own().map_err(unreadable)?;
         // Take device number and inode of the object from the same table: on some file systems stat(2) reports another
@@ -146,7 +211,7 @@ impl Memory {
         let object = maps::vma_at(&maps, probe.addr() as u64).map_err(unreadable)?;
         let object = object.map(|vma| (vma.dev, vma.inode)).ok_or(unreadable(Errno::IO))?;
         let end = uaddr.saturating_add(self.size);
-        let mut at = *uaddr;
+        let mut at = uaddr;
         while at < end {
             let vma =
                 maps::vma_at(&maps, at).map_err(unreadable)?.ok_or(MemoryProblem::Hole { uaddr: at })?;
@@ -209,17 +274,30 @@ mod tests {
     fn what_the_caller_has_mapped_must_be_the_object() {
         let fd = memfd::create(c"placed", 0x4000, None).unwrap();
         let map = SharedMap::map(&fd, 0x1000, 0x3000, Prot::RW, false).unwrap();
-        let placed = |offset, uaddr| {
-            Memory::from_mapping("placed", fd.try_clone().unwrap(), offset, 0x3000, uaddr).unwrap().verify()
+        let placed = |offset, map: SharedMap| {
+            Memory::from_mapping("placed", fd.try_clone().unwrap(), offset, map).unwrap().verify()
         };
         let uaddr = map.addr() as u64;
-        assert_eq!(placed(0x1000, uaddr), Ok(()));
-        assert_eq!(placed(0, uaddr), Err(MemoryProblem::Other { uaddr }));
-        let heap = vec![0_u8; 0x8000].leak();
-        let private = placed(0, (heap.as_ptr() as u64).next_multiple_of(0x1000));
-        assert_eq!(private, Err(MemoryProblem::Private));
-        assert_eq!(placed(0, 0x1000), Err(MemoryProblem::Hole { uaddr: 0x1000 }));
-        assert_eq!(Memory::anonymous("heap", uaddr, 0x1000).verify(), Err(MemoryProblem::Private));
+        assert_eq!(placed(0x1000, map.clone()), Ok(()));
+        assert_eq!(placed(0, map), Err(MemoryProblem::Other { uaddr }));
+        assert_eq!(placed(0, PrivateMap::new(0x3000).unwrap().into()), Err(MemoryProblem::Private));
+        assert_eq!(Memory::anonymous("heap", 0x1000).unwrap().verify(), Err(MemoryProblem::Private));
+    }
+
+    #[test]
+    fn a_mapping_is_brought_once_and_must_be_of_the_object() {
+        let fd = memfd::create(c"brought", 0x4000, None).unwrap();
+        let map = |len| SharedMap::map(&fd, 0, len, Prot::RW, false).unwrap();
+        let memory = Memory::unmapped("ram", fd.try_clone().unwrap(), 0, 0x4000).unwrap();
+        assert_eq!(memory.uaddr(), 0);
+        assert_eq!(memory.bring(map(0x3000)), Err(MemoryProblem::Size { mapped: 0x3000, size: 0x4000 }));
+        let private = PrivateMap::new(0x4000).unwrap();
+        assert_eq!(memory.bring(private.into()), Err(MemoryProblem::Private));
+        let own = map(0x4000);
+        assert_eq!(memory.bring(own.clone()), Ok(()));
+        memory.map_here(false).unwrap();
+        assert_eq!(memory.uaddr(), own.addr() as u64, "it is not mapped a second time");
+        assert_eq!(memory.bring(own), Err(MemoryProblem::Mapped));
     }
 
     /// The first file of a tmpfs of its own, which nobody else sees. Needs root.
@@ -242,7 +320,7 @@ mod tests {
         let map = SharedMap::map(&mapped, 0, 0x2000, Prot::RW, false).unwrap();
         let uaddr = map.addr() as u64;
         let placed = |file: &OwnedFd| {
-            Memory::from_mapping("placed", file.try_clone().unwrap(), 0, 0x2000, uaddr).unwrap().verify()
+            Memory::from_mapping("placed", file.try_clone().unwrap(), 0, map.clone()).unwrap().verify()
         };
         assert_eq!(placed(&mapped), Ok(()));
         assert_eq!(placed(&other), Err(MemoryProblem::Other { uaddr }));

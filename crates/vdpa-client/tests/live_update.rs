@@ -11,6 +11,7 @@ use std::process::Command;
 
 use vdpa_client::device::DeviceFile;
 use vdpa_client::dma::{Backing, RegionSpec};
+use vdpa_client::memory::Memory;
 use vdpa_client::state::{Section, Sections};
 use vdpa_client::update::{self, Cause, Devices, Image, Phase, Plan, Strategy, Via, Way};
 use vdpa_core::features::{BackendFeatures, Status};
@@ -215,7 +216,7 @@ fn what_cannot_work_is_refused_before_the_device_is_touched() {
 
     let spec = RegionSpec {
         name: "heap".to_owned(),
-        backing: Backing::HostAddress(0x7000_0000),
+        backing: Backing::Memory(Memory::anonymous("heap", 4096).unwrap(), 0),
         iova: 0x4000_0000,
         size: 4096,
         perm: Perm::RO,

@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
 
 use vdpa_core::Errno;
 use vdpa_core::ring::Fault;
@@ -49,7 +50,8 @@ impl Region {
         if shared {
             Err(Stop::Failed("set-up: a page beyond the file's end".to_owned()))
         } else {
-            Ok(Self { file, map })
+            // A device may be told of it only as memory of another owner.
+            Ok(Self { file, map: SharedMap::over(Arc::new(map)) })
         }
     }
 

@@ -11,13 +11,14 @@ use vdpa_core::host::{AddressSpace, Bytes, Fragment, Host, MemoryObject, PAGE_SI
 use vdpa_core::ring::Fault;
 use vdpa_core::types::Perm;
 
+use crate::dma;
 use crate::errno;
 use crate::eventfd::EventFd;
 use crate::maps::{Vma, vma_at};
 use crate::mmap::{Prot, SharedMap};
 use crate::object;
 use crate::space::OwnerSpace;
-use crate::uring::StableMemory;
+use crate::stable::StableMemory;
 
 /// Largest number of fragments of one range: twice the entries of a kernel IOTLB. Memory in more pieces could exhaust the
 /// mappings of this process.
@@ -209,10 +210,19 @@ impl GuestMemory {
         self.check(offset, data.len())?;
         match &self.kind {
             Kind::Mapped { map, start, .. } => map.write(*start + index(offset)?, data),
-            Kind::Copied { space, uaddr } => in_full(data.len(), |done| {
-                let rest = data.get(done..).unwrap_or_default();
-                rustix::io::pwrite(space.mem(), rest, uaddr + offset + done as u64)
-            }),
+            Kind::Copied { space, uaddr } => {
+                let to = uaddr.checked_add(offset).ok_or(Fault { addr: offset })?;
+                // Kept while it is written.
+                let _own = if space.is_own() {
+                    dma::hold(to, data.len() as u64).ok_or(Fault { addr: offset })?
+                } else {
+                    Vec::new()
+                };
+                in_full(data.len(), |done| {
+                    let rest = data.get(done..).unwrap_or_default();
+                    rustix::io::pwrite(space.mem(), rest, to + done as u64)
+                })
+            }
         }
         .map_err(|_| Fault { addr: offset })
     }
@@ -292,6 +302,9 @@ impl AddressSpace for OwnerSpace {
 
     fn resolve(&self, uaddr: u64, size: u64, perm: Perm) -> Result<Vec<Fragment<GuestMemory>>, Errno> {
         let end = uaddr.checked_add(size).ok_or(Errno::FAULT)?;
+        if self.is_own() && perm.write() && dma::hold(uaddr, size).is_none() {
+            return Err(Errno::FAULT);
+        }
         let mut fragments = Vec::new();
         let mut at = uaddr;
         while at < end {

@@ -4,6 +4,7 @@
 //! they are marked `unsafe`.
 
 pub mod clock;
+mod dma;
 mod errno;
 pub mod eventfd;
 pub mod exec;
@@ -28,7 +29,10 @@ pub mod sigbus;
 pub mod signals;
 pub mod snapshot;
 pub mod space;
+pub mod stable;
 pub mod uapi;
 pub mod uring;
 pub mod userns;
 pub mod vhost_vdpa;
+#[cfg(feature = "vm-memory")]
+mod vm_memory;

@@ -1,20 +1,22 @@
-//! Shared mappings of memory that other processes write at the same time.
+//! Memory that devices and other processes write at the same time: shared mappings, and memory that others have mapped.
 //!
 //! There are no references into the memory: bytes are copied exactly once, or accessed by single atomic loads and stores.
 #![expect(unsafe_code, reason = "memory shared with other processes is accessed through raw pointers")]
 
+use std::fmt;
 use std::os::fd::AsFd;
 use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, compiler_fence};
 
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 use vdpa_core::Errno;
 use vdpa_core::ring::{Area, Fault};
 
+use crate::dma;
 use crate::errno;
 use crate::sigbus::Registration;
-use crate::uring::StableMemory;
+use crate::stable::StableMemory;
 
 const HUGETLBFS_MAGIC: u64 = 0x958458f6;
 
@@ -34,19 +36,80 @@ impl Prot {
     pub const RW: Self = Self { read: true, write: true };
 }
 
-/// A `MAP_SHARED` mapping of a piece of a file. Clones share it; the last one unmaps it.
+/// Memory that others may access at any time: a `MAP_SHARED` mapping of a piece of a file, or [memory of another
+/// owner](Self::over). Clones share it; the last one unmaps it.
+///
+/// A device may be told its address as long as it exists; see [`VhostVdpaFd`](crate::vhost_vdpa::VhostVdpaFd).
 #[derive(Clone, Debug)]
 pub struct SharedMap(Arc<Mapped>);
 
 #[derive(Debug)]
-struct Mapped {
+pub(crate) struct Mapped {
     addr: usize,
     /// Requested size in bytes.
     len: usize,
-    /// Mapped size in bytes: `len` in whole pages of the file.
-    span: usize,
     prot: Prot,
-    guard: Option<Registration>,
+    origin: Origin,
+    /// Number in the list of memory that devices may write; 0 for one that is not listed.
+    listed: u64,
+}
+
+/// Who has mapped the memory.
+enum Origin {
+    /// This module: `span` bytes, the requested size in whole pages of the file.
+    Mapped { span: usize, guard: Option<Registration> },
+    /// Somebody else, who keeps it while this value exists.
+    Other(Arc<dyn StableMemory>),
+}
+
+impl fmt::Debug for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Mapped { span, .. } => write!(f, "mapped {span}"),
+            Self::Other(memory) => write!(f, "of another owner {}", memory.len()),
+        }
+    }
+}
+
+/// Private, anonymous memory: it belongs to this process alone and ends with it. No file, so nothing of it can be handed over.
+#[derive(Debug)]
+pub struct PrivateMap {
+    addr: usize,
+    len: usize,
+}
+
+impl PrivateMap {
+    /// `len` bytes of zeros, in whole pages.
+    ///
+    /// # Errors
+    /// `ENOMEM`; `EINVAL` for `len` 0.
+    pub fn new(len: usize) -> Result<Self, Errno> {
+        let len = len.checked_next_multiple_of(rustix::param::page_size()).ok_or(Errno::INVAL)?;
+        let prot = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: without a wanted address the kernel picks one that is free, so nothing in use is replaced.
+        let addr = unsafe { mmap_anonymous(ptr::null_mut(), len, prot, MapFlags::PRIVATE) }
+            .map_err(errno::from_rustix)?;
+        Ok(Self { addr: addr.expose_provenance(), len })
+    }
+}
+
+impl Drop for PrivateMap {
+    fn drop(&mut self) {
+        // SAFETY: the range was mapped by `new`, and everything that accesses it holds this value.
+        let result = unsafe { munmap(ptr::with_exposed_provenance_mut(self.addr), self.len) };
+        debug_assert!(result.is_ok(), "unmapping what was mapped succeeds: {result:?}");
+    }
+}
+
+// SAFETY: the mapping stays where it is until the value is dropped, and there is no way to get a reference to its bytes.
+unsafe impl StableMemory for PrivateMap {
+    fn base(&self) -> usize {
+        self.addr
+    }
+
+    fn len(&self) -> usize {
+        self.len
+    }
 }
 
 impl SharedMap {
@@ -58,13 +121,49 @@ impl SharedMap {
     /// # Errors
     /// Of mmap(2): `EACCES`, `EINVAL`, `ENODEV`, `ENOMEM`, `EPERM` (sealed); `EINVAL` for `len` 0.
     pub fn map(fd: impl AsFd, offset: u64, len: usize, prot: Prot, populate: bool) -> Result<Self, Errno> {
-        let mut mapped = Mapped::new(fd.as_fd(), offset, len, prot, populate)?;
-        mapped.guard = None;
-        Ok(Self(Arc::new(mapped)))
+        Ok(Self::listed(Mapped::new(fd.as_fd(), offset, len, prot, populate)?))
+    }
+
+    /// Memory that somebody else has mapped readable and writable: of a machine monitor, for example.
+    #[must_use]
+    pub fn over(memory: Arc<dyn StableMemory>) -> Self {
+        Self::over_as(memory, Prot::RW)
+    }
+
+    pub(crate) fn over_as(memory: Arc<dyn StableMemory>, prot: Prot) -> Self {
+        let (addr, len) = (memory.base(), memory.len());
+        Self::listed(Mapped { addr, len, prot, origin: Origin::Other(memory), listed: 0 })
+    }
+
+    /// Memory by its address, for programs whose memory has no type of this project.
+    ///
+    /// # Safety
+    /// As long as this value or a clone exists, and until every device that was told the address has unmapped it or is closed,
+    /// `len` bytes from `addr` stay mapped, readable and writable, and no reference of Rust to any of them exists: devices
+    /// and other processes change them at any time.
+    #[must_use]
+    pub unsafe fn from_raw_parts(addr: usize, len: usize) -> Self {
+        Self::over(Arc::new(Raw { addr, len }))
+    }
+
+    /// Lists the mapping, so that a device may be told its address.
+    fn listed(mut mapped: Mapped) -> Self {
+        static NUMBER: AtomicU64 = AtomicU64::new(1);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        mapped.listed = number;
+        let addr = mapped.addr;
+        let map = Self(Arc::new(mapped));
+        dma::list(addr, number, Arc::downgrade(&map.0));
+        map
+    }
+
+    pub(crate) const fn from_mapped(mapped: Arc<Mapped>) -> Self {
+        Self(mapped)
     }
 
     /// As [`map`](Self::map), for a file that a client can truncate: accesses beyond its end read zeros and report
-    /// [`Fault`], and the mapping is [`poisoned`](Self::poisoned) from then on.
+    /// [`Fault`], and the mapping is [`poisoned`](Self::poisoned) from then on. For servers of devices; a device cannot be told
+    /// the address of such a mapping, unless it is given to [`over`](Self::over).
     ///
     /// # Errors
     /// As [`map`](Self::map); also `ENOMEM` when too many such mappings exist.
@@ -77,7 +176,9 @@ impl SharedMap {
     ) -> Result<Self, Errno> {
         let page = page_size(fd.as_fd())?;
         let mut mapped = Mapped::new(fd.as_fd(), offset, len, prot, populate)?;
-        mapped.guard = Some(Registration::new(mapped.addr, mapped.span, page, prot)?);
+        if let Origin::Mapped { span, guard } = &mut mapped.origin {
+            *guard = Some(Registration::new(mapped.addr, *span, page, prot)?);
+        }
         Ok(Self(Arc::new(mapped)))
     }
 
@@ -104,7 +205,10 @@ impl SharedMap {
     #[must_use]
     #[inline]
     pub fn poisoned(&self) -> bool {
-        self.0.guard.as_ref().is_some_and(Registration::poisoned)
+        match &self.0.origin {
+            Origin::Mapped { guard, .. } => guard.as_ref().is_some_and(Registration::poisoned),
+            Origin::Other(_) => false,
+        }
     }
 
     /// Populates all pages, writable if the mapping is (`MADV_POPULATE_WRITE`, Linux 5.14). Blocks as
@@ -115,7 +219,7 @@ impl SharedMap {
     pub fn populate(&self) -> Result<(), Errno> {
         let advice = if self.0.prot.write { Advice::LinuxPopulateWrite } else { Advice::LinuxPopulateRead };
         // SAFETY: the range is the whole mapping that `self` keeps alive, and populating changes no bytes.
-        unsafe { madvise(ptr::with_exposed_provenance_mut(self.0.addr), self.0.span, advice) }
+        unsafe { madvise(ptr::with_exposed_provenance_mut(self.0.addr), self.0.span(), advice) }
             .map_err(errno::from_rustix)
     }
 
@@ -190,6 +294,29 @@ unsafe impl StableMemory for SharedMap {
     }
 }
 
+/// What [`SharedMap::from_raw_parts`] was given.
+struct Raw {
+    addr: usize,
+    len: usize,
+}
+
+// SAFETY: the caller of `from_raw_parts` has promised it.
+unsafe impl StableMemory for Raw {
+    fn base(&self) -> usize {
+        self.addr
+    }
+
+    fn len(&self) -> usize {
+        self.len
+    }
+}
+
+impl From<PrivateMap> for SharedMap {
+    fn from(memory: PrivateMap) -> Self {
+        Self::over(Arc::new(memory))
+    }
+}
+
 macro_rules! atomics {
     ($($load:ident, $store:ident, $int:ty, $atomic:ty;)*) => {
         impl SharedMap {
@@ -253,7 +380,16 @@ impl Mapped {
         // SAFETY: without a wanted address the kernel picks one that is free, so nothing in use is replaced.
         let addr = unsafe { mmap(ptr::null_mut(), span, flags, MapFlags::SHARED | populate, fd, offset) }
             .map_err(errno::from_rustix)?;
-        Ok(Self { addr: addr.expose_provenance(), len, span, prot, guard: None })
+        let origin = Origin::Mapped { span, guard: None };
+        Ok(Self { addr: addr.expose_provenance(), len, prot, origin, listed: 0 })
+    }
+
+    /// Mapped size in bytes.
+    const fn span(&self) -> usize {
+        match &self.origin {
+            Origin::Mapped { span, .. } => *span,
+            Origin::Other(_) => self.len,
+        }
     }
 
     #[inline]
@@ -284,11 +420,15 @@ impl Mapped {
 
 impl Drop for Mapped {
     fn drop(&mut self) {
+        if self.listed != 0 {
+            dma::remove(self.addr, self.listed);
+        }
+        let Origin::Mapped { span, guard } = &mut self.origin else { return };
         // Removed from the table before the kernel can reuse the addresses.
-        self.guard = None;
+        *guard = None;
         // SAFETY: the range was mapped by `new`, and nobody can access it any more: every access and every
         // area holds the Arc that is being dropped.
-        let result = unsafe { munmap(ptr::with_exposed_provenance_mut(self.addr), self.span) };
+        let result = unsafe { munmap(ptr::with_exposed_provenance_mut(self.addr), *span) };
         debug_assert!(result.is_ok(), "unmapping what was mapped succeeds: {result:?}");
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
@@ -26,6 +26,8 @@ struct Space {
     account: PinAccount,
     /// The thread that was last seen in it, for lookups that need a thread id.
     thread: AtomicI32,
+    /// Whether it is that of this process, in which a device may only write memory that was made for it.
+    own: AtomicBool,
     /// Open files of its memory objects, so that mappings of one object share a descriptor.
     objects: Mutex<HashMap<ObjectKey, Weak<OwnedFd>>>,
 }
@@ -70,6 +72,7 @@ impl OwnerSpace {
             fds,
             account: PinAccount::default(),
             thread: AtomicI32::new(thread),
+            own: AtomicBool::new(false),
             objects: Mutex::default(),
         }))
     }
@@ -112,6 +115,11 @@ impl OwnerSpace {
         let mut bytes = [0; 16];
         let read = rustix::io::pread(&self.0.fds.mem, &mut bytes[..], addr).ok()?;
         (read == bytes.len()).then_some(Random { addr, bytes })
+    }
+
+    /// Whether a device in this process has it from [`ThisProcess`].
+    pub(crate) fn is_own(&self) -> bool {
+        self.0.own.load(Ordering::Relaxed)
     }
 
     pub(crate) fn set_last_thread(&self, tid: i32) {
@@ -230,7 +238,7 @@ impl vdpa_core::host::Caller<LinuxHost> for ProcessCaller<'_> {
 }
 
 /// Makes the calling thread the caller, for a device in its own process
-/// ([`vdpa_core::inprocess`]).
+/// ([`vdpa_core::inprocess`]). Such a device reaches the memory of [`SharedMap`](crate::mmap::SharedMap)s and no other.
 #[derive(Clone, Debug, Default)]
 pub struct ThisProcess {
     spaces: Spaces,
@@ -248,7 +256,9 @@ impl vdpa_core::host::Caller<LinuxHost> for ThisProcess {
     }
 
     fn address_space(&self) -> Result<OwnerSpace, Errno> {
-        self.spaces.adopt(&self.caller()?)
+        let space = self.spaces.adopt(&self.caller()?)?;
+        space.0.own.store(true, Ordering::Relaxed);
+        Ok(space)
     }
 
     fn memlock_pages(&self) -> u64 {

@@ -1,8 +1,8 @@
 //! A vhost-vdpa device file, of the kernel or of this project, as [`VdpaOps`].
 //!
-//! A device reads and writes mapped memory outside the rules of the language, as a debugger does. Map only memory that was
-//! allocated to be shared with a device ([`SharedMap`](crate::mmap::SharedMap)), never memory of Rust values. Adopt only
-//! descriptors of vhost-vdpa devices, since other vhost devices give the same requests another meaning.
+//! A device reads and writes mapped memory outside the rules of the language, as a debugger does. So only memory that was made to
+//! be shared with a device can be mapped writable: [`SharedMap`](crate::mmap::SharedMap). UPDATE and REMAP of other memory are
+//! refused with `EFAULT` before the device sees them. What is mapped is kept until the device does not have it any more.
 #![expect(
     unsafe_code,
     reason = "binds ioctl numbers to their arguments; raw requests for the conformance suite"
@@ -14,13 +14,16 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use parking_lot::Mutex;
+use rustix::fs::FileType;
 use thiserror::Error;
 use vdpa_core::Errno;
 use vdpa_core::features::{BackendFeatures, Features, Status};
 use vdpa_core::ops::VdpaOps;
-use vdpa_core::types::{Asid, GroupIndex, IotlbMsg, IovaRange, QueueIndex, Result, VringAddr};
+use vdpa_core::types::{Asid, GroupIndex, IotlbMsg, IovaRange, Perm, QueueIndex, Result, VringAddr};
 use zerocopy::IntoBytes;
 
+use crate::dma::{self, Kept, Permission};
 use crate::errno;
 use crate::eventfd::EventFd;
 use crate::fence::Fence;
@@ -136,6 +139,10 @@ pub struct VhostVdpaFd {
     /// Backend features acknowledged through this value: decides the version of IOTLB messages.
     acknowledged: AtomicU64,
     numbers: Numbers,
+    /// Memory that was mapped through this value.
+    kept: Mutex<Kept>,
+    /// Whether it is a vhost device of another kind, which takes addresses of this process where vhost-vdpa does not.
+    other_vhost: bool,
 }
 
 impl VhostVdpaFd {
@@ -160,10 +167,13 @@ impl VhostVdpaFd {
     }
 
     /// Adopts a descriptor, inherited or received. No backend feature counts as acknowledged:
-    /// see [`set_acknowledged`](Self::set_acknowledged).
+    /// see [`set_acknowledged`](Self::set_acknowledged). Requests to a file of another kind fail, those to another vhost device
+    /// (`/dev/vhost-net`) too.
     #[must_use]
     pub fn from_fd(fd: OwnedFd) -> Self {
-        Self { fd, acknowledged: AtomicU64::new(0), numbers: live::configured() }
+        let other_vhost = is_other_vhost(&fd);
+        let kept = Mutex::default();
+        Self { fd, acknowledged: AtomicU64::new(0), numbers: live::configured(), kept, other_vhost }
     }
 
     /// Uses other live-update numbers than [`live::configured`].
@@ -193,6 +203,7 @@ impl VhostVdpaFd {
     /// # Errors
     /// What the device reports; `ENOMEM` when there is no memory for the copy.
     pub fn raw_ioctl(&self, cmd: u32, arg: RawArg<'_>) -> Result<i32> {
+        self.check_kind()?;
         let address = match arg {
             RawArg::Null => 0,
             RawArg::Int(value) => value & 0xffff,
@@ -213,14 +224,28 @@ impl VhostVdpaFd {
     /// Writes any bytes to the device; returns how many it took. For tests of devices.
     ///
     /// # Errors
-    /// What the device reports.
+    /// What the device reports; `EFAULT` for a message that lets it write memory other than that of a
+    /// [`SharedMap`](crate::mmap::SharedMap).
     pub fn raw_write(&self, bytes: &[u8]) -> Result<usize> {
-        loop {
+        let (asid, message) = decode_iotlb(bytes);
+        let message = IotlbMsg { kind: self.numbers.message_from_wire(message.kind), ..message };
+        let mut kept = self.kept.lock();
+        let permission = match dma::check(&message) {
+            Permission::Refused => return Err(Errno::FAULT),
+            permission => permission,
+        };
+        let written = loop {
             match rustix::io::write(&self.fd, bytes) {
                 Err(rustix::io::Errno::INTR) => {}
-                result => return result.map_err(errno::from_rustix),
+                result => break result.map_err(errno::from_rustix)?,
             }
-        }
+        };
+        kept.accepted(asid, &message, permission);
+        Ok(written)
+    }
+
+    fn check_kind(&self) -> Result<()> {
+        if self.other_vhost { Err(Errno::NOTTY) } else { Ok(()) }
     }
 
     /// Reports the times of an update to the server of the device. May block, like every request.
@@ -364,7 +389,9 @@ impl VdpaOps for VhostVdpaFd {
     }
 
     fn reset_owner(&self) -> Result<()> {
-        RESET_OWNER.call(&self.fd)
+        RESET_OWNER.call(&self.fd)?;
+        self.kept.lock().forget();
+        Ok(())
     }
 
     fn set_vring_num(&self, index: QueueIndex, num: u32) -> Result<()> {
@@ -372,6 +399,7 @@ impl VdpaOps for VhostVdpaFd {
     }
 
     fn set_vring_addr(&self, index: QueueIndex, addr: &VringAddr) -> Result<()> {
+        self.check_kind()?;
         SET_VRING_ADDR.set(
             &self.fd,
             &uapi::VringAddr {
@@ -436,6 +464,29 @@ impl VdpaOps for VhostVdpaFd {
     }
 }
 
+/// Whether the file is a vhost device of the kernel other than vhost-vdpa. Those are misc devices; vhost-vdpa has a class of
+/// its own, and one of a server in user space is a regular file or of the class cuse.
+fn is_other_vhost(fd: &OwnedFd) -> bool {
+    let Ok(stat) = rustix::fs::fstat(fd) else { return false };
+    if FileType::from_raw_mode(stat.st_mode) != FileType::CharacterDevice {
+        return false;
+    }
+    let (major, minor) = (rustix::fs::major(stat.st_rdev), rustix::fs::minor(stat.st_rdev));
+    let link = std::fs::read_link(format!("/sys/dev/char/{major}:{minor}")).unwrap_or_default();
+    let name = link.file_name().unwrap_or_default().as_encoded_bytes();
+    name.starts_with(b"vhost-") && link.parent().is_some_and(|class| class.ends_with("misc"))
+}
+
+/// Address space and message of the bytes of a message of either version; bytes that are missing count as 0.
+fn decode_iotlb(bytes: &[u8]) -> (u32, IotlbMsg) {
+    let mut whole = [0; MSG_SIZE];
+    whole.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
+    let uapi::MsgV2 { kind, asid, iotlb, .. } = zerocopy::transmute!(whole);
+    let uapi::IotlbMsg { iova, size, uaddr, perm, kind: request, .. } = iotlb;
+    let asid = if kind == uapi::VHOST_IOTLB_MSG_V2 { asid } else { 0 };
+    (asid, IotlbMsg { iova, size, uaddr, perm: Perm(perm), kind: request })
+}
+
 /// The bytes of a message in the version that `acknowledged` calls for.
 ///
 /// # Errors
@@ -463,7 +514,7 @@ fn encode_iotlb(acknowledged: BackendFeatures, asid: Asid, msg: &IotlbMsg) -> Re
 
 #[cfg(test)]
 mod tests {
-    use vdpa_core::types::{Perm, iotlb_type};
+    use vdpa_core::types::iotlb_type;
     use zerocopy::FromBytes;
 
     use super::*;

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use vdpa_client::Session;
 use vdpa_client::dma::{Backing, RegionSpec};
+use vdpa_client::memory::Memory;
 use vdpa_client::state::{self, Section, Sections};
 use vdpa_client::update::{self, Devices, Failed, Image, Phase, Plan, Strategy, UpdateError, Via};
 use vdpa_control::api::DevState;
@@ -422,10 +423,9 @@ fn private() {
         return;
     }
     let mut disk = first_start();
-    let heap = vec![0x5a_u8; 3 * 4096].leak();
     let spec = RegionSpec {
         name: "heap".into(),
-        backing: Backing::HostAddress((heap.as_ptr() as u64).next_multiple_of(4096)),
+        backing: Backing::Memory(Memory::anonymous("heap", 4096).unwrap(), 0),
         iova: 0x1000,
         size: 4096,
         perm: Perm::RO,

@@ -35,7 +35,7 @@ pub enum Checkpoint {
     Entered,
     /// Successor: it has the offer, or the whole state for an exec.
     Received,
-    /// Successor: all memory is mapped and everything known was checked.
+    /// Successor: everything known was checked; it maps the memory next.
     Loaded,
     /// Successor: it has reported that it is ready.
     ReadySent,

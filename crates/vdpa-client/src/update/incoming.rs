@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 
 use rustix::fs::{SealFlags, fcntl_get_seals, fstat};
 use vdpa_sys::clock::monotonic_ns;
@@ -19,10 +20,11 @@ use super::{
     UpdateError, Way, reaper, steps,
 };
 use crate::device::DeviceFile;
+use crate::memory::Memory;
 use crate::session::Session;
 use crate::state::{self, Section, Sections, v2};
 
-/// An update that a predecessor offers. All memory is mapped; the devices still belong to the predecessor.
+/// An update that a predecessor offers. The devices still belong to the predecessor, and their memory is not mapped yet.
 ///
 /// Read [`sections`](Self::sections) and [`late`](Self::late), name the sections that this program
 /// [understands](Self::understands), then [`take_over`](Self::take_over). Dropping it refuses a fork or hand-over: the
@@ -252,6 +254,12 @@ impl<D> Incoming<D> {
         &mut self.all.descriptors
     }
 
+    /// The memory of all devices. It is not mapped yet: a program that maps memory itself [brings](Memory::bring) its mappings
+    /// before [`take_over`](Self::take_over), which maps the rest.
+    pub fn memories(&self) -> impl Iterator<Item = &Arc<Memory>> {
+        self.all.memories.iter()
+    }
+
     /// Names and strategies of the devices.
     pub fn devices(&self) -> impl Iterator<Item = (&str, Strategy)> {
         self.all.devices.iter().map(|d| (d.name.as_str(), d.strategy))
@@ -307,11 +315,18 @@ impl<D: DeviceFile> Incoming<D> {
     /// After an exec the devices are closed.
     pub fn take_over(self) -> Result<Restored<D>, UpdateError> {
         let Self { update, all, mut sections, origin, entered } = self;
-        let LoadedState { devices, descriptors } = all;
+        let LoadedState { memories, devices, descriptors } = all;
         let mut report = Report::new(Way::Exec);
         report.predecessor = update.predecessor;
         report.successor = steps::own_pid();
         report.begun_unix_ns = update.begun_unix_ns;
+        if let Err(source) = memories.iter().try_for_each(|memory| memory.map_here(false)) {
+            let error = UpdateError { phase: Phase::Load, device: None, source: source.into() };
+            if let Origin::Process(mut predecessor) = origin {
+                predecessor.reject(Kind::Refused, &error);
+            }
+            return Err(error);
+        }
         let devices = match origin {
             Origin::Image(switch) => {
                 report.transfer = entered.saturating_sub(switch.saved_ns);

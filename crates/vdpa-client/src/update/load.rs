@@ -45,7 +45,7 @@ impl DescriptorSource {
     }
 }
 
-/// A device whose memory is mapped in this process. It has received only requests for what it offers.
+/// A device that this process can take over. It has received only requests for what it offers.
 #[derive(Debug)]
 pub(super) struct LoadedDevice<D> {
     pub(super) name: String,
@@ -60,11 +60,13 @@ pub(super) struct LoadedDevice<D> {
 /// All devices and the caller's descriptors.
 #[derive(Debug)]
 pub(super) struct LoadedState<D> {
+    /// Not mapped yet: the caller may bring its own mappings.
+    pub(super) memories: Vec<Arc<Memory>>,
     pub(super) devices: Vec<LoadedDevice<D>>,
     pub(super) descriptors: BTreeMap<String, OwnedFd>,
 }
 
-/// Checks that the state is consistent and fits the devices, and maps all memory. `files` are the device files that were open
+/// Checks that the state is consistent and fits the devices. Maps no memory. `files` are the device files that were open
 /// before an exec. On failure every descriptor of the state is closed, so that no device stays open without a driver.
 pub(super) fn load<D: DeviceFile>(
     state: v2::Prepared,
@@ -88,7 +90,7 @@ fn load_all<D: DeviceFile>(
     let general = |source| UpdateError { phase: Phase::Load, device: None, source };
     check_numbers(&state).map_err(general)?;
     let v2::Prepared { update: _, memory, devices, descriptors } = state;
-    let memories = memory.memories.into_iter().map(|memory| map(memory, source));
+    let memories = memory.memories.into_iter().map(|memory| take_memory(memory, source));
     let memories = memories.collect::<Result<Vec<_>, _>>().map_err(general)?;
     let mut loaded: Vec<LoadedDevice<D>> = Vec::with_capacity(devices.devices.len());
     let mut names = std::collections::HashSet::new();
@@ -113,13 +115,13 @@ fn load_all<D: DeviceFile>(
             return Err(general(invalid("descriptors", format!("\"{name}\" is there twice"))));
         }
     }
-    Ok(LoadedState { devices: loaded, descriptors: named })
+    Ok(LoadedState { memories, devices: loaded, descriptors: named })
 }
 
-fn map(memory: v2::Memory, source: &mut DescriptorSource) -> Result<Arc<Memory>, Cause> {
+fn take_memory(memory: v2::Memory, source: &mut DescriptorSource) -> Result<Arc<Memory>, Cause> {
     let v2::Memory { name, fd, offset, size } = memory;
     let fd = source.take(&format!("memory \"{name}\""), fd)?;
-    Ok(Memory::map(&name, fd, offset, size, false)?)
+    Ok(Memory::unmapped(&name, fd, offset, size)?)
 }
 
 /// Numbers of all descriptors in the state, ascending.

@@ -3,6 +3,7 @@
 use vdpa_core::Errno;
 use vdpa_core::features::BackendFeatures;
 use vdpa_core::types::{IotlbMsg, Perm, iotlb_type};
+use vdpa_sys::mmap::{PrivateMap, SharedMap};
 
 use crate::case::{Case, Ctx, Need, Outcome, Stop, check, prepare};
 use crate::device::{Device, MESSAGE_SIZE, V1, V2, encode, errno};
@@ -203,9 +204,8 @@ fn pin_limit(ctx: &mut Ctx<'_>) -> Outcome {
 fn private_memory(ctx: &mut Ctx<'_>) -> Outcome {
     let pinned = counts_pins(ctx)?;
     let device = ctx.open_owned()?;
-    let private = vec![0_u8; 2 * 4096];
-    let uaddr = (private.as_ptr().expose_provenance() as u64).next_multiple_of(PAGE);
-    let message = update(0x1000, PAGE, uaddr, Perm::RW);
+    let private = SharedMap::from(prepare("mmap", PrivateMap::new(4096))?);
+    let message = update(0x1000, PAGE, private.addr() as u64, Perm::RW);
     check("UPDATE of private anonymous memory", device.message(0, message), MAPPED)?;
     check("it is mapped", is_mapped(&device, 0x1000), Ok(pinned))
 }

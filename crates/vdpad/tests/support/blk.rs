@@ -3,7 +3,6 @@
 use std::cell::Cell;
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use vdpa_client::Session;
@@ -16,7 +15,7 @@ use vdpa_core::ring::Buffer;
 use vdpa_core::types::{Perm, QueueIndex};
 use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::memfd;
-use vdpa_sys::mmap::SharedMap;
+use vdpa_sys::mmap::{PrivateMap, SharedMap};
 use vdpa_sys::vhost_vdpa::VhostVdpaFd;
 
 /// Longest time a request may take.
@@ -326,29 +325,30 @@ fn to_usize(offset: u64) -> usize {
     usize::try_from(offset).unwrap()
 }
 
-/// Private memory that other processes change, accessed by volatile operations.
-pub(crate) struct Private(Vec<AtomicU8>);
+/// Private memory that other processes change.
+pub(crate) struct Private(SharedMap);
 
 impl Private {
     pub(crate) fn new(len: usize) -> Self {
-        Self((0..len + 4096).map(|_| AtomicU8::new(0)).collect())
+        Self(PrivateMap::new(len).unwrap().into())
     }
 
-    fn skip(&self) -> usize {
-        self.0.as_ptr().align_offset(4096)
+    /// The same memory, for a session.
+    pub(crate) fn memory(&self, name: &str) -> std::sync::Arc<vdpa_client::memory::Memory> {
+        vdpa_client::memory::Memory::private(name, self.0.clone())
     }
 
     pub(crate) fn addr(&self) -> u64 {
-        self.0[self.skip()..].as_ptr().expose_provenance() as u64
+        self.0.addr() as u64
     }
 
     pub(crate) fn put(&self, offset: usize, bytes: &[u8]) {
-        let to = &self.0[self.skip() + offset..];
-        to.iter().zip(bytes).for_each(|(to, byte)| to.store(*byte, Ordering::Relaxed));
+        self.0.write(offset, bytes).unwrap();
     }
 
     pub(crate) fn get(&self, offset: usize, len: usize) -> Vec<u8> {
-        let from = &self.0[self.skip() + offset..][..len];
-        from.iter().map(|byte| byte.load(Ordering::Relaxed)).collect()
+        let mut bytes = vec![0; len];
+        self.0.read(offset, &mut bytes).unwrap();
+        bytes
     }
 }
