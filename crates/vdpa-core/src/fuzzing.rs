@@ -40,7 +40,7 @@ impl RecordTable {
     }
 }
 
-impl<M> Table<M> {
+impl<M: Clone> Table<M> {
     /// Marks every entry stale or fresh.
     pub fn mark_all_for_fuzzing(&mut self, stale: bool) {
         self.mark_all(stale);

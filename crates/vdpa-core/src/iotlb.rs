@@ -3,12 +3,15 @@
 mod log;
 mod lookup;
 mod removed;
+mod tree;
 
 pub(crate) use log::Change;
 use log::Log;
 pub use lookup::Lookup;
 pub use removed::Removed;
+pub use tree::Tree;
 
+#[cfg(any(test, fuzzing))]
 use std::collections::BTreeMap;
 
 use crate::types::{IovaRange, Perm};
@@ -70,8 +73,9 @@ impl Record {
 /// It defines what is mapped; the data path reads a snapshot made from it.
 #[derive(Debug)]
 pub struct Table<M> {
-    entries: BTreeMap<u64, Mapping<M>>,
-    records: BTreeMap<RecordId, Record>,
+    entries: Tree<Mapping<M>>,
+    /// By number.
+    records: Tree<Record>,
     next_record: u64,
     /// `None` unless somebody asked for changes.
     log: Option<Box<Log>>,
@@ -79,12 +83,12 @@ pub struct Table<M> {
 
 impl<M> Default for Table<M> {
     fn default() -> Self {
-        Self { entries: BTreeMap::new(), records: BTreeMap::new(), next_record: 0, log: None }
+        Self { entries: Tree::default(), records: Tree::default(), next_record: 0, log: None }
     }
 }
 
 /// A copy does not log its changes, as whoever follows those of the original does not know of it.
-impl<M: Clone> Clone for Table<M> {
+impl<M> Clone for Table<M> {
     fn clone(&self) -> Self {
         let Self { entries, records, next_record, log: _ } = self;
         Self { entries: entries.clone(), records: records.clone(), next_record: *next_record, log: None }
@@ -93,7 +97,7 @@ impl<M: Clone> Clone for Table<M> {
 
 /// Collects mappings that belong to no UPDATE, for parents that keep a table themselves. Of several mappings that begin at
 /// one address the last one is kept; apart from that mappings must not overlap.
-impl<M> FromIterator<Mapping<M>> for Table<M> {
+impl<M: Clone> FromIterator<Mapping<M>> for Table<M> {
     fn from_iter<I: IntoIterator<Item = Mapping<M>>>(mappings: I) -> Self {
         let entries = mappings.into_iter().map(|mapping| (mapping.range.first(), mapping)).collect();
         Self { entries, ..Self::default() }
@@ -103,7 +107,7 @@ impl<M> FromIterator<Mapping<M>> for Table<M> {
 impl<M> Table<M> {
     /// Entries in address order.
     pub fn iter(&self) -> impl DoubleEndedIterator<Item = &Mapping<M>> {
-        self.entries.values()
+        self.entries.iter().map(|(_, entry)| entry)
     }
 
     /// Number of entries.
@@ -121,7 +125,7 @@ impl<M> Table<M> {
     /// The entry that contains `iova`.
     #[must_use]
     pub fn get(&self, iova: u64) -> Option<&Mapping<M>> {
-        self.entries.range(..=iova).next_back().map(|(_, entry)| entry).filter(|e| e.range.last() >= iova)
+        self.entries.floor(iova).map(|(_, entry)| entry).filter(|entry| entry.range.last() >= iova)
     }
 
     /// Entries that overlap `range`, in address order.
@@ -135,12 +139,12 @@ impl<M> Table<M> {
     /// The record of an UPDATE; `None` once all its fragments are removed.
     #[must_use]
     pub fn record(&self, id: RecordId) -> Option<&Record> {
-        self.records.get(&id)
+        self.records.get(id.0)
     }
 
     /// Entries that came from `id`, in address order.
     pub fn fragments(&self, id: RecordId) -> impl Iterator<Item = &Mapping<M>> {
-        let range = self.records.get(&id).map(|record| record.range);
+        let range = self.record(id).map(|record| record.range);
         range
             .into_iter()
             .flat_map(|range| self.entries.range(range.first()..=range.last()))
@@ -148,25 +152,56 @@ impl<M> Table<M> {
             .filter(move |entry| entry.record == id)
     }
 
+    /// Entries touched by a possibly inverted interval, in descending order.
+    fn touching(&self, first: u64, last: u64) -> impl Iterator<Item = &Mapping<M>> {
+        self.entries
+            .range(0..=last)
+            .rev()
+            .map(|(_, entry)| entry)
+            .take_while(move |entry| entry.range.last() >= first)
+    }
+
+    /// Checks order, overlap and the entry counts of the records.
+    #[cfg(any(test, fuzzing))]
+    pub fn check(&self) -> Result<(), String> {
+        let mut end = None;
+        let mut counts: BTreeMap<u64, usize> = BTreeMap::new();
+        for (first, entry) in self.entries.iter() {
+            if first != entry.range.first() || end.is_some_and(|end| end >= first) {
+                return Err(format!("{} is out of order or overlaps what ends at {end:x?}", entry.range));
+            }
+            end = Some(entry.range.last());
+            let record = self.record(entry.record);
+            if !record.is_some_and(|record| record.range.contains(entry.range)) {
+                return Err(format!("{} is not within its record {record:?}", entry.range));
+            }
+            *counts.entry(entry.record.0).or_default() += 1;
+        }
+        let stored: BTreeMap<_, _> = self.records.iter().map(|(id, record)| (id, record.fragments)).collect();
+        if stored == counts { Ok(()) } else { Err(format!("records count {stored:?}, there are {counts:?}")) }
+    }
+}
+
+impl<M: Clone> Table<M> {
     /// Opens a record for an UPDATE of `range`; entries are added with [`insert`](Self::insert).
     pub(crate) fn open_record(&mut self, range: IovaRange) -> RecordId {
         let id = RecordId(self.next_record);
         self.next_record += 1;
-        self.records.insert(id, Record { range, broken: false, fragments: 0 });
+        self.records.insert(id.0, Record { range, broken: false, fragments: 0 });
         id
     }
 
     /// Removes a record without entries.
     pub(crate) fn close_record(&mut self, id: RecordId) {
-        if self.records.get(&id).is_some_and(|record| record.fragments == 0) {
-            self.records.remove(&id);
+        if self.record(id).is_some_and(|record| record.fragments == 0) {
+            self.records.remove(id.0);
         }
     }
 
     /// Adds an entry, which must not overlap another and must name an open record.
     pub(crate) fn insert(&mut self, mapping: Mapping<M>) {
         debug_assert!(self.overlapping(mapping.range).is_empty(), "overlap at {:?}", mapping.range);
-        if let Some(record) = self.records.get_mut(&mapping.record) {
+        if let Some(record) = self.records.get_mut(mapping.record.0) {
             record.fragments += 1;
         }
         if let Some(log) = &mut self.log {
@@ -178,7 +213,9 @@ impl<M> Table<M> {
     /// Adds an entry of another table of the same address space, which must not overlap one here, with its record.
     pub(crate) fn adopt(&mut self, record: &Record, mapping: Mapping<M>) {
         self.next_record = self.next_record.max(mapping.record.0 + 1);
-        self.records.entry(mapping.record).or_insert(Record { fragments: 0, ..*record });
+        if self.record(mapping.record).is_none() {
+            self.records.insert(mapping.record.0, Record { fragments: 0, ..*record });
+        }
         self.insert(mapping);
     }
 
@@ -188,7 +225,7 @@ impl<M> Table<M> {
     /// reaches from `last` or below to `first` or above is touched (uapi-spec 2.5).
     pub(crate) fn remove_touching(&mut self, first: u64, last: u64) -> Vec<Mapping<M>> {
         let keys: Vec<u64> = self.touching(first, last).map(|entry| entry.range.first()).collect();
-        let removed: Vec<_> = keys.iter().rev().filter_map(|key| self.entries.remove(key)).collect();
+        let removed: Vec<_> = keys.iter().rev().filter_map(|&key| self.entries.remove(key)).collect();
         if let (Some(log), Some(last), Some(first)) = (&mut self.log, keys.first(), keys.last()) {
             log.removed(*first, *last);
         }
@@ -201,19 +238,19 @@ impl<M> Table<M> {
     /// Removes all entries of a record and returns them. The record stays, for new entries.
     pub(crate) fn take_fragments(&mut self, id: RecordId) -> Vec<Mapping<M>> {
         let keys: Vec<u64> = self.fragments(id).map(|entry| entry.range.first()).collect();
-        if let Some(record) = self.records.get_mut(&id) {
+        if let Some(record) = self.records.get_mut(id.0) {
             record.fragments -= keys.len();
         }
         if let Some(log) = &mut self.log {
             keys.iter().for_each(|&key| log.removed(key, key));
         }
-        keys.iter().filter_map(|key| self.entries.remove(key)).collect()
+        keys.iter().filter_map(|&key| self.entries.remove(key)).collect()
     }
 
     /// Removes the one entry that begins at `first`; its record stays.
     pub(crate) fn take_entry(&mut self, first: u64) -> Option<Mapping<M>> {
-        let entry = self.entries.remove(&first)?;
-        if let Some(record) = self.records.get_mut(&entry.record) {
+        let entry = self.entries.remove(first)?;
+        if let Some(record) = self.records.get_mut(entry.record.0) {
             record.fragments -= 1;
         }
         if let Some(log) = &mut self.log {
@@ -224,55 +261,23 @@ impl<M> Table<M> {
 
     /// Marks every entry stale or fresh.
     pub(crate) fn mark_all(&mut self, stale: bool) {
-        for entry in self.entries.values_mut() {
-            entry.stale = stale;
-        }
+        self.entries.for_each_mut(|entry| entry.stale = stale);
         match &mut self.log {
             Some(log) if stale => log.all_stale(),
-            Some(log) => self.entries.keys().for_each(|&first| log.added(first)),
+            Some(log) => self.entries.iter().for_each(|(first, _)| log.added(first)),
             None => {}
         }
     }
 
-    /// Entries touched by a possibly inverted interval, in descending order.
-    fn touching(&self, first: u64, last: u64) -> impl Iterator<Item = &Mapping<M>> {
-        self.entries
-            .range(..=last)
-            .rev()
-            .map(|(_, entry)| entry)
-            .take_while(move |entry| entry.range.last() >= first)
-    }
-
-    /// Checks order, overlap and the entry counts of the records.
-    #[cfg(any(test, fuzzing))]
-    pub fn check(&self) -> Result<(), String> {
-        let mut end = None;
-        let mut counts: BTreeMap<RecordId, usize> = BTreeMap::new();
-        for (first, entry) in &self.entries {
-            if *first != entry.range.first() || end.is_some_and(|end| end >= *first) {
-                return Err(format!("{} is out of order or overlaps what ends at {end:x?}", entry.range));
-            }
-            end = Some(entry.range.last());
-            let record = self.records.get(&entry.record);
-            if !record.is_some_and(|record| record.range.contains(entry.range)) {
-                return Err(format!("{} is not within its record {record:?}", entry.range));
-            }
-            *counts.entry(entry.record).or_default() += 1;
-        }
-        let stored: BTreeMap<_, _> =
-            self.records.iter().map(|(id, record)| (*id, record.fragments)).collect();
-        if stored == counts { Ok(()) } else { Err(format!("records count {stored:?}, there are {counts:?}")) }
-    }
-
     fn forget_fragment(&mut self, id: RecordId) {
-        let Some(record) = self.records.get_mut(&id) else { return };
+        let Some(record) = self.records.get_mut(id.0) else { return };
         let newly = !std::mem::replace(&mut record.broken, true);
         record.fragments -= 1;
         if newly && let Some(log) = &mut self.log {
             log.broken(id, record.range);
         }
         if record.fragments == 0 {
-            self.records.remove(&id);
+            self.records.remove(id.0);
         }
     }
 }

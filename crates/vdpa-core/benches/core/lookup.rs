@@ -5,7 +5,7 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use rangemap::RangeInclusiveMap;
-use vdpa_core::iotlb::Lookup;
+use vdpa_core::iotlb::{Lookup, Tree};
 use vdpa_core::types::IovaRange;
 
 use crate::measure::{Contender, Make};
@@ -101,6 +101,8 @@ fn contenders(count: u64, layout: Layout, order: Order) -> Vec<Contender> {
     let lookup = Lookup::new(ranges.iter().copied().zip(0..).collect());
     let tree: BTreeMap<u64, (u64, usize)> =
         ranges.iter().zip(0..).map(|(range, index)| (range.first(), (range.last(), index))).collect();
+    let shared: Tree<(u64, usize)> =
+        ranges.iter().zip(0..).map(|(range, index)| (range.first(), (range.last(), index))).collect();
     let map: RangeInclusiveMap<u64, usize> =
         ranges.iter().zip(0..).map(|(range, index)| (range.first()..=range.last(), index)).collect();
     let firsts: Vec<u64> = ranges.iter().map(|range| range.first()).collect();
@@ -109,6 +111,10 @@ fn contenders(count: u64, layout: Layout, order: Order) -> Vec<Contender> {
     }
     vec![
         contender("vdpa-core Lookup", addresses.clone(), move |iova| found(&lookup, iova)),
+        contender("vdpa-core Tree", addresses.clone(), move |iova| {
+            let (_, &(last, index)) = shared.floor(iova)?;
+            (iova <= last).then_some(index)
+        }),
         contender("sorted array, binary search", addresses.clone(), move |iova| {
             let index = firsts.partition_point(|&first| first <= iova).checked_sub(1)?;
             ranges.get(index).filter(|range| iova <= range.last()).map(|_| index)

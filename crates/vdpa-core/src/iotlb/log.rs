@@ -93,13 +93,13 @@ impl<M: Clone> Table<M> {
     fn resolve(&self, entry: Entry) -> Option<Change<M>> {
         Some(match entry {
             Entry::Added(first) => {
-                let mapping = self.entries.get(&first)?;
+                let mapping = self.entries.get(first)?;
                 Change::Added(mapping.clone(), self.origin(mapping))
             }
             Entry::Removed(range) => Change::Removed(range),
             Entry::AllStale => Change::AllStale,
             // Of an UPDATE that is gone nothing is left that could be broken.
-            Entry::Broken(id, range) => self.records.get(&id).map(|_| Change::Broken(id, range))?,
+            Entry::Broken(id, range) => self.record(id).map(|_| Change::Broken(id, range))?,
         })
     }
 }
