@@ -292,7 +292,7 @@ mod tests {
         assert_eq!(memory.uaddr(), 0);
         assert_eq!(memory.bring(map(0x3000)), Err(MemoryProblem::Size { mapped: 0x3000, size: 0x4000 }));
         let private = PrivateMap::new(0x4000).unwrap();
-        assert_eq!(memory.bring(private.into()), Err(MemoryProblem::Private));
+        assert_eq!(memory.bring(private), Err(MemoryProblem::Private));
         let own = map(0x4000);
         assert_eq!(memory.bring(own.clone()), Ok(()));
         memory.map_here(false).unwrap();
