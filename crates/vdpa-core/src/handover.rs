@@ -33,6 +33,7 @@ use crate::types::{Asid, QueueIndex, Result};
 use crate::vq::{QueueSetup, QueueState};
 
 type MemoryOf<P> = <<P as Parent>::Host as Host>::Memory;
+type EventOf<P> = <<P as Parent>::Host as Host>::Event;
 type SpaceOf<P> = <<P as Parent>::Host as Host>::AddressSpace;
 type Tables<P> = BTreeMap<Asid, Table<MemoryOf<P>>>;
 
@@ -69,6 +70,8 @@ struct Shared<P: Parent> {
     /// which relies on them. Cleared when the predecessor itself starts the device again.
     previous_config: ConfigWrites,
     next_id: u64,
+    /// Counts the changes of tables, and of handles.
+    changes: u64,
 }
 
 /// What one handle has requested; the parent gets it when the handle becomes active.
@@ -77,6 +80,7 @@ struct Pending<P: Parent> {
     features: Option<Features>,
     tables: Tables<P>,
     owner: Option<SpaceOf<P>>,
+    config_call: Option<EventOf<P>>,
     /// Bytes written to configuration space that the parent has not received.
     config: ConfigWrites,
     /// The other handle has claimed the parent since.
@@ -112,6 +116,7 @@ impl<P: Parent> Handover<P> {
             config: ConfigWrites::new(),
             previous_config: ConfigWrites::new(),
             next_id: 0,
+            changes: 0,
         };
         Ok(Self { shared: Arc::new(Mutex::new(shared)) })
     }
@@ -122,10 +127,12 @@ impl<P: Parent> Handover<P> {
         let mut shared = lock(&self.shared);
         let id = shared.next_id;
         shared.next_id = id.wrapping_add(1);
+        shared.changes += 1;
         let pending = Pending {
             features: None,
             tables: BTreeMap::new(),
             owner: None,
+            config_call: None,
             config: ConfigWrites::new(),
             superseded: false,
         };
@@ -174,6 +181,7 @@ impl<P: Parent> Shared<P> {
             })
             .collect();
         map.set_map(asid, &table)?;
+        self.changes += 1;
         self.installed.insert(asid, table);
         Ok(())
     }
@@ -193,7 +201,7 @@ impl<P: Parent> Shared<P> {
     fn take_over(&mut self, id: u64) -> Result<()> {
         let Some(pending) = self.pending.get_mut(&id) else { return Err(Errno::IO) };
         let (features, owner) = (pending.features, pending.owner.clone());
-        let own = pending.config.clone();
+        let (own, config_call) = (pending.config.clone(), pending.config_call.clone());
         self.parent.reset();
         let before = self.installed.clone();
         let taken = self
@@ -206,6 +214,7 @@ impl<P: Parent> Shared<P> {
                 let before = std::mem::take(&mut self.config);
                 self.config =
                     std::mem::take(&mut self.previous_config).into_iter().chain(before).chain(own).collect();
+                self.parent.set_config_call(config_call.as_ref());
             }
             Err(_) => self.restore(before),
         }
@@ -264,6 +273,7 @@ impl<P: Parent> Shared<P> {
     /// Removes a handle that was dropped.
     fn remove(&mut self, id: u64) {
         self.pending.remove(&id);
+        self.changes += 1;
         if faults::is(Fault::GivingUpCounts) {
             self.pending.values_mut().for_each(|pending| pending.superseded = true);
         }
@@ -396,6 +406,21 @@ impl<P: Parent> Parent for Handle<P> {
         self.shared().parent.fail()
     }
 
+    fn needs_reset(&self) -> bool {
+        let shared = self.shared();
+        shared.is_of(self.id) && shared.parent.needs_reset()
+    }
+
+    fn set_config_call(&mut self, event: Option<&EventOf<P>>) {
+        let mut shared = self.shared();
+        if shared.is_of(self.id) {
+            shared.parent.set_config_call(event);
+        }
+        if let Some(pending) = shared.pending.get_mut(&self.id) {
+            pending.config_call = event.cloned();
+        }
+    }
+
     fn queue_stats(&self, index: QueueIndex) -> QueueStats {
         self.shared().parent.queue_stats(index)
     }
@@ -455,6 +480,7 @@ impl<P: Parent> SetMap<P::Host> for Handle<P> {
         if let Some(pending) = shared.pending.get_mut(&self.id) {
             shared.deferred |= !at_once && !pending.superseded;
             pending.tables.insert(asid, table.clone());
+            shared.changes += 1;
         }
         Ok(())
     }

@@ -236,6 +236,8 @@ impl<P: Parent> Device<P> {
         let in_force = self.parent.negotiate(word).map_err(|_| Errno::INVAL)?;
         self.features = Some(in_force);
         self.base_features = in_force;
+        // Queues that run go on with other features than the next start.
+        self.touch_all();
         Ok(())
     }
 

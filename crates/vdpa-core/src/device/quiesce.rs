@@ -65,8 +65,8 @@ impl<P: Parent> Device<P> {
     /// Starts the queues that ran before [`quiesce`](Self::quiesce), or in the process the device was
     /// [restored](Self::restore) from: those in `positions` from there, the others from where they were saved.
     ///
-    /// A client can change ring size and features while a queue runs, so that a position need not fit the next start. The
-    /// parent decides about such a start; when it refuses, the queue stays stopped, as after GET_VRING_BASE.
+    /// They go on with the ring they ran in, whatever the client has set meanwhile for a later start. It can change features
+    /// and position, so that a position need not fit the ring. The parent decides about such a start; when it refuses, the queue stays stopped, as after GET_VRING_BASE.
     ///
     /// Called by the process that takes the device over, with the positions that a log of requests in flight gives; and
     /// by the one that gave it away, with none, when it goes on after all. A device that is not quiesced is left as it
@@ -91,7 +91,7 @@ impl<P: Parent> Device<P> {
         }
         self.quiesced = false;
         for &(index, _) in &stopped {
-            if let Err(errno) = self.try_start(index) {
+            if let Err(errno) = self.try_go_on(index) {
                 // No attempt can start a queue whose position does not fit its ring, so that the others do not wait for it.
                 if !self.position_fits(index) {
                     continue;
@@ -114,17 +114,18 @@ impl<P: Parent> Device<P> {
 
     /// The queues that [`resume_queues`](Self::resume_queues) starts, and where they are.
     pub fn stopped_queues(&self) -> Vec<(QueueIndex, QueueState)> {
-        let features = self.ring_features();
+        let set = self.features_set();
         let queues = self.queue_indices().zip(&self.vrings);
         let stopped = queues.filter(|(_, vring)| vring.resumes());
-        stopped.map(|(index, vring)| (index, vring.position(features))).collect()
+        stopped.map(|(index, vring)| (index, vring.position(vring.features(set)))).collect()
     }
 
-    /// Checks that a queue can have stopped at `state`. The ring size is not compared, because the client may have changed
-    /// it since the queue started; whoever uses the position for memory accesses compares it with the ring.
+    /// Checks that a queue can have stopped at `state`. The ring size is not compared; whoever uses the position for memory
+    /// accesses compares it with the ring.
     fn check_position(&self, index: QueueIndex, state: QueueState) -> Result<(), ResumeError> {
         let vring = self.vrings.get(usize::from(index.0)).filter(|vring| vring.resumes());
-        let started = vring.ok_or(ResumeError::NotRunning { index })?.position(self.ring_features());
+        let vring = vring.ok_or(ResumeError::NotRunning { index })?;
+        let started = vring.position(vring.features(self.features_set()));
         let possible = match (started, state) {
             (QueueState::Split { .. }, QueueState::Split { .. }) => true,
             // SET_VRING_BASE can express 15 bits, whatever the ring size.
@@ -134,20 +135,23 @@ impl<P: Parent> Device<P> {
         if possible { Ok(()) } else { Err(ResumeError::Position { index, state }) }
     }
 
-    /// Whether a queue's position is one of a ring of its present size and features.
+    /// Whether a queue's position is one of the ring with which it goes on.
     fn position_fits(&self, index: QueueIndex) -> bool {
-        let features = self.ring_features();
-        let packed = features.has(Features::RING_PACKED);
-        self.vrings.get(usize::from(index.0)).is_some_and(|vring| match vring.position(features) {
-            QueueState::Split { .. } => !packed,
-            QueueState::Packed { last_avail_idx, last_used_idx, .. } => {
-                packed && last_avail_idx < vring.size() && last_used_idx < vring.size()
+        let set = self.features_set();
+        self.vrings.get(usize::from(index.0)).is_some_and(|vring| {
+            let features = vring.features(set);
+            let packed = features.has(Features::RING_PACKED);
+            match vring.position(features) {
+                QueueState::Split { .. } => !packed,
+                QueueState::Packed { last_avail_idx, last_used_idx, .. } => {
+                    packed && last_avail_idx < vring.size() && last_used_idx < vring.size()
+                }
             }
         })
     }
 
-    /// The features with which the next start takes place.
-    fn ring_features(&self) -> Features {
+    /// The features of the next start by the client.
+    fn features_set(&self) -> Features {
         self.features.unwrap_or(Features::NONE)
     }
 
@@ -165,7 +169,8 @@ impl<P: Parent> Device<P> {
     /// Starts the queues that a quiesce has stopped before it failed.
     fn start_stopped(&mut self) {
         for (index, _) in self.stopped_queues() {
-            self.start(index);
+            // An error cannot be reported, as in `start`.
+            let _ = self.try_go_on(index);
         }
         self.vrings.iter_mut().for_each(|vring| vring.set_resumes(false));
     }

@@ -31,8 +31,8 @@ pub use codec::{
 pub use image::{ApplyError, Image};
 pub use kind::{KINDS, Kind};
 pub use record::{
-    ConfigBytes, HandleState, HandoverState, MappingState, MemoryRef, Record, Shape, TableId, TableRole,
-    VringState,
+    ConfigBytes, HandleState, HandoverState, MappingState, MemoryRef, Record, Ring, Shape, TableId,
+    TableRole, VringState,
 };
 pub(crate) use snapshot::mapping_record;
 pub use validate::RestoreError;

@@ -1,6 +1,6 @@
 //! Vring requests, and starting and stopping queues.
 
-use crate::device::state::{StateSink, VringState};
+use crate::device::state::{Ring, StateSink, VringState};
 use crate::device::{Device, EventOf};
 use crate::errno::Errno;
 use crate::faults::{self, Fault};
@@ -29,6 +29,8 @@ pub(super) struct Vring<H: Host> {
     running: bool,
     /// It was stopped to give the device away, and runs again afterwards.
     resumes: bool,
+    /// The ring with which it was started last. A client may have set another one since, for the next start.
+    started: Option<Ring>,
 }
 
 impl<H: Host> Default for Vring<H> {
@@ -45,6 +47,7 @@ impl<H: Host> Default for Vring<H> {
             ready: false,
             running: false,
             resumes: false,
+            started: None,
         }
     }
 }
@@ -61,6 +64,7 @@ impl<H: Host> Vring<H> {
         self.call_installed = false;
         self.ready = false;
         self.resumes = false;
+        self.started = None;
     }
 
     /// Clears the client's settings. A queue that could not be stopped stays marked as started, so that the reset of the next
@@ -77,8 +81,19 @@ impl<H: Host> Vring<H> {
         self.resumes = resumes;
     }
 
-    pub(super) const fn size(&self) -> u16 {
-        self.num
+    /// Entries of the ring with which it goes on.
+    pub(super) fn size(&self) -> u16 {
+        self.started.map_or(self.num, |ring| ring.size)
+    }
+
+    /// Features with which it goes on; `set` are those of the next start.
+    pub(super) fn features(&self, set: Features) -> Features {
+        self.started.map_or(set, |ring| ring.features)
+    }
+
+    /// The ring of the next start by the client, if it is set up.
+    fn ring(&self, features: Features) -> Option<Ring> {
+        Some(Ring { size: self.num, addr: self.addr?, features })
     }
 
     /// Where the next start begins.
@@ -94,9 +109,10 @@ impl<H: Host> Vring<H> {
     pub(super) fn save(
         &self,
         index: QueueIndex,
-        group: GroupIndex,
+        (group, features): (GroupIndex, Features),
         sink: &mut dyn StateSink<H>,
     ) -> Result<VringState> {
+        let runs = self.running || self.resumes;
         let mut event = |event: &Option<H::Event>| event.as_ref().map(|event| sink.event(event)).transpose();
         Ok(VringState {
             index,
@@ -106,7 +122,8 @@ impl<H: Host> Vring<H> {
             state: self.state,
             busyloop_timeout: self.busyloop_timeout,
             enabled: self.ready,
-            running: self.running || self.resumes,
+            running: runs,
+            started: self.started.filter(|ring| runs && Some(*ring) != self.ring(features)),
             call_installed: self.call_installed,
             kick: event(&self.kick)?,
             call: event(&self.call)?,
@@ -114,8 +131,8 @@ impl<H: Host> Vring<H> {
         })
     }
 
-    /// The queue that was saved, which was checked, stopped.
-    pub(super) fn restore(saved: &VringState, events: [Option<H::Event>; 3], resumes: bool) -> Self {
+    /// The queue that was saved, which was checked, stopped. It goes on with `ring`.
+    pub(super) fn restore(saved: &VringState, events: [Option<H::Event>; 3], ring: Option<Ring>) -> Self {
         let [kick, call, err] = events;
         Self {
             kick,
@@ -128,7 +145,8 @@ impl<H: Host> Vring<H> {
             call_installed: saved.call_installed,
             ready: saved.enabled,
             running: false,
-            resumes,
+            resumes: ring.is_some(),
+            started: ring,
         }
     }
 }
@@ -220,8 +238,7 @@ impl<P: Parent> Device<P> {
         self.change(index, |vring| vring.state = Some(state))
     }
 
-    /// `VHOST_GET_VRING_BASE` (uapi-spec 1.6). A running queue is stopped and started again, so that the
-    /// value is exact. Blocks until its requests in flight are completed.
+    /// `VHOST_GET_VRING_BASE` (uapi-spec 1.6). A running queue is stopped and goes on, so that the value is exact. Blocks until its requests in flight are completed.
     ///
     /// # Errors
     /// `EPERM`; `ENOBUFS`; `EIO` when the queue cannot be stopped.
@@ -233,7 +250,7 @@ impl<P: Parent> Device<P> {
         }
         let state = self.vring(caller, index)?.state.unwrap_or_else(|| default_base(features));
         if running {
-            self.start(index);
+            self.go_on(index);
         }
         Ok(state.encode())
     }
@@ -373,7 +390,7 @@ impl<P: Parent> Device<P> {
             apply(vring);
         }
         if was_running {
-            self.start(index);
+            self.go_on(index);
         }
         Ok(())
     }
@@ -388,26 +405,40 @@ impl<P: Parent> Device<P> {
     /// Starts a queue if the device runs and the queue is enabled and set up. Otherwise it does nothing, and a later transition
     /// tries again. Errors cannot be reported: the kernel's `set_vq_ready` and `set_status` return void.
     pub(super) fn start(&mut self, index: QueueIndex) {
-        let _ = self.try_start(index);
+        let features = self.features.unwrap_or(Features::NONE);
+        if let Some(ring) = self.vrings.get(usize::from(index.0)).and_then(|vring| vring.ring(features)) {
+            let _ = self.try_start(index, ring);
+        }
     }
 
-    /// As [`start`](Self::start).
+    /// Starts a queue that was stopped only for a moment: with what it ran with. What was set meanwhile takes effect when the
+    /// client starts it.
+    fn go_on(&mut self, index: QueueIndex) {
+        let _ = self.try_go_on(index);
+    }
+
+    /// As [`go_on`](Self::go_on).
     ///
     /// # Errors
     /// What the parent reports.
-    pub(super) fn try_start(&mut self, index: QueueIndex) -> Result<()> {
+    pub(super) fn try_go_on(&mut self, index: QueueIndex) -> Result<()> {
+        let started = self.vrings.get(usize::from(index.0)).and_then(|vring| vring.started);
+        started.map_or(Ok(()), |ring| self.try_start(index, ring))
+    }
+
+    fn try_start(&mut self, index: QueueIndex, ring: Ring) -> Result<()> {
         let early = faults::is(Fault::StartEarly);
         if !(self.status.contains(Status::DRIVER_OK) || early) || self.paused || self.quiesced {
             return Ok(());
         }
         let asid = self.asid_of(index);
-        let features = self.features.unwrap_or(Features::NONE);
         let Some(vring) = self.vrings.get_mut(usize::from(index.0)) else { return Ok(()) };
-        let Some(addr) = vring.addr.filter(|_| vring.ready && !vring.running && vring.num != 0) else {
+        let Ring { size, addr, features } = ring;
+        if !vring.ready || vring.running || size == 0 {
             return Ok(());
-        };
+        }
         let setup = QueueSetup {
-            size: vring.num,
+            size,
             desc: addr.desc,
             avail: addr.avail,
             used: addr.used,
@@ -422,6 +453,7 @@ impl<P: Parent> Device<P> {
         if vring.running {
             // A later SET_FEATURES must not change which kind of ring the saved position is of: the parent goes on with this.
             vring.state = Some(position);
+            vring.started = Some(ring);
         }
         self.touch(index);
         result

@@ -13,6 +13,21 @@ use crate::parent::{Dma, Parent, Profile};
 use crate::types::Result;
 
 impl<P: Parent> Handover<P> {
+    /// Increases whenever a table of a [`snapshot`](Self::snapshot) may have changed, and when a handle comes or goes. Whoever
+    /// keeps a log compares what comes [before the tables](Self::state) by itself.
+    #[must_use]
+    pub fn changes(&self) -> u64 {
+        lock(&self.shared).changes
+    }
+
+    /// The records with which a [`snapshot`](Self::snapshot) begins: all but those of tables. Costs little, whatever is mapped.
+    ///
+    /// # Errors
+    /// What `sink` reports.
+    pub fn state(&self, sink: &mut dyn StateSink<P::Host>) -> Result<Vec<Record>> {
+        lock(&self.shared).state(sink)
+    }
+
     /// What its handles share, and what each has asked for. The devices around the handles are saved by themselves.
     ///
     /// Called by whoever saves these devices, when none of them makes requests. Costs as much as is mapped. Does not
@@ -22,24 +37,7 @@ impl<P: Parent> Handover<P> {
     /// What `sink` reports.
     pub fn snapshot(&self, sink: &mut dyn StateSink<P::Host>) -> Result<Vec<Record>> {
         let shared = lock(&self.shared);
-        let mut records = vec![Record::Handover(HandoverState {
-            shape: shape(shared.parent.profile()),
-            active: shared.active,
-            deferred: shared.deferred,
-            next_handle: shared.next_id,
-            written: config_bytes(&shared.config),
-            written_before: config_bytes(&shared.previous_config),
-            parent: shared.parent.save_state(),
-        })];
-        for (&id, pending) in &shared.pending {
-            records.push(Record::Handle(HandleState {
-                id,
-                features: pending.features,
-                owner: pending.owner.as_ref().map(|owner| sink.address_space(owner)).transpose()?,
-                superseded: pending.superseded,
-                written: config_bytes(&pending.config),
-            }));
-        }
+        let mut records = shared.state(sink)?;
         save_tables::<P>(TableRole::Installed, &shared.installed, sink, &mut records)?;
         for (&id, pending) in &shared.pending {
             save_tables::<P>(TableRole::Handle(id), &pending.tables, sink, &mut records)?;
@@ -80,6 +78,28 @@ fn restored_handle<P: Parent>(id: u64, profile: Profile, shared: &Arc<Mutex<Shar
 }
 
 impl<P: Parent> Shared<P> {
+    fn state(&self, sink: &mut dyn StateSink<P::Host>) -> Result<Vec<Record>> {
+        let mut records = vec![Record::Handover(HandoverState {
+            shape: shape(self.parent.profile()),
+            active: self.active,
+            deferred: self.deferred,
+            next_handle: self.next_id,
+            written: config_bytes(&self.config),
+            written_before: config_bytes(&self.previous_config),
+            parent: self.parent.save_state(),
+        })];
+        for (&id, pending) in &self.pending {
+            records.push(Record::Handle(HandleState {
+                id,
+                features: pending.features,
+                owner: pending.owner.as_ref().map(|owner| sink.address_space(owner)).transpose()?,
+                superseded: pending.superseded,
+                written: config_bytes(&pending.config),
+            }));
+        }
+        Ok(records)
+    }
+
     fn restore_handles(
         &mut self,
         state: &HandoverState,
@@ -99,6 +119,8 @@ impl<P: Parent> Shared<P> {
                 features: saved.features,
                 tables: BTreeMap::new(),
                 owner: owner.transpose()?,
+                // The device around the handle has it.
+                config_call: None,
                 config: written(&saved.written, &profile).unwrap_or_default(),
                 superseded: saved.superseded,
             };

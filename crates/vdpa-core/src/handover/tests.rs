@@ -19,13 +19,13 @@ struct CountingHost;
 impl Host for CountingHost {
     type AddressSpace = Process;
     type Memory = CountedMemory;
-    type Event = NoEvent;
+    type Event = NumberedEvent;
 }
 
-#[derive(Clone, Debug)]
-struct NoEvent;
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct NumberedEvent(u8);
 
-impl Event for NoEvent {
+impl Event for NumberedEvent {
     fn signal(&self) {}
 }
 
@@ -94,6 +94,9 @@ struct ParentState {
     /// Bytes written to the configuration space since the last reset.
     written: BTreeMap<u32, u8>,
     owner: Option<Process>,
+    config_call: Option<NumberedEvent>,
+    /// It had an error since the last reset.
+    broken: bool,
 }
 
 #[derive(Debug)]
@@ -119,6 +122,13 @@ impl Parent for TestParent {
     }
     fn reset(&mut self) {
         self.state().written.clear();
+        self.state().broken = false;
+    }
+    fn needs_reset(&self) -> bool {
+        self.state().broken
+    }
+    fn set_config_call(&mut self, event: Option<&NumberedEvent>) {
+        self.state().config_call = event.cloned();
     }
     fn negotiate(&mut self, features: Features) -> Result<Features> {
         self.state().negotiated = features;
@@ -241,6 +251,31 @@ impl Client {
     fn base(&mut self) -> u32 {
         self.device.vring_base(&self.space, Q0).unwrap()
     }
+}
+
+/// The event for changes of the configuration, and an error of the device, are the business of the client in charge.
+#[test]
+fn the_client_in_charge_hears_of_errors() {
+    let (rig, mut old, mut new) = Rig::with_successor(&[1]);
+    let needs_reset = |client: &Client| client.device.status().contains(Status::NEEDS_RESET);
+    old.device.set_config_call(Some(NumberedEvent(1)));
+    new.device.set_config_call(Some(NumberedEvent(2)));
+    assert_eq!(rig.parent().config_call, Some(NumberedEvent(1)));
+    rig.parent().broken = true;
+    assert!(needs_reset(&old) && !needs_reset(&new));
+    new.map(0, 1).unwrap();
+    old.device.suspend().unwrap();
+    new.start(0).unwrap();
+    assert_eq!(rig.parent().config_call, Some(NumberedEvent(2)), "of the client that has taken over");
+    rig.parent().broken = true;
+    assert!(needs_reset(&new) && !needs_reset(&old));
+    old.device.set_config_call(None);
+    assert_eq!(rig.parent().config_call, Some(NumberedEvent(2)));
+    drop(old);
+    new.device.set_config_call(Some(NumberedEvent(3)));
+    assert_eq!(rig.parent().config_call, Some(NumberedEvent(3)));
+    new.device.release();
+    assert_eq!(rig.parent().config_call, None);
 }
 
 #[test]

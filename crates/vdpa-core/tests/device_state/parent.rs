@@ -71,6 +71,8 @@ pub(crate) struct Book {
     kind: Kind,
     pub(crate) tables: BTreeMap<Asid, BTreeMap<u64, Mapping<TestPiece>>>,
     pub(crate) running: BTreeMap<u16, QueueState>,
+    /// Size and descriptor area of the queues that run.
+    pub(crate) rings: BTreeMap<u16, (u16, u64)>,
     pub(crate) features: Option<Features>,
     pub(crate) owner: Option<TestSpace>,
     pub(crate) config: [u8; CONFIG as usize],
@@ -87,6 +89,7 @@ impl Book {
             kind: *kind,
             tables: BTreeMap::new(),
             running: BTreeMap::new(),
+            rings: BTreeMap::new(),
             features: None,
             owner: None,
             config: [7; CONFIG as usize],
@@ -130,11 +133,17 @@ impl Parent for Book {
         Ok(in_force)
     }
 
-    fn start_queue(&mut self, index: QueueIndex, _: &QueueSetup<TestHost>, state: QueueState) -> Result<()> {
+    fn start_queue(
+        &mut self,
+        index: QueueIndex,
+        setup: &QueueSetup<TestHost>,
+        state: QueueState,
+    ) -> Result<()> {
         if self.refuse_start {
             return Err(Errno::FAULT);
         }
         assert!(self.running.insert(index.0, state).is_none(), "queue {index} started twice");
+        self.rings.insert(index.0, (setup.size, setup.desc));
         Ok(())
     }
 
@@ -142,6 +151,7 @@ impl Parent for Book {
         if self.refuse_stop {
             return Err(Errno::IO);
         }
+        self.rings.remove(&index.0);
         Ok(self.running.remove(&index.0).map(advanced))
     }
 

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 use vdpa_core::device::state::{
     CHECKSUM_LEN, DecodeError, HEADER_LEN, HandleState, HandoverState, Image, KINDS, MAX_PAYLOAD,
-    MappingState, MemoryRef, Record, Shape, TableId, TableRole, VringState, decode, decode_all, encode,
+    MappingState, MemoryRef, Record, Ring, Shape, TableId, TableRole, VringState, decode, decode_all, encode,
     encode_all,
 };
 use vdpa_core::features::{BackendFeatures, Features, Status};
@@ -21,7 +21,7 @@ const fn table(role: TableRole, asid: u32) -> TableId {
 }
 
 /// How many samples there are.
-const SAMPLES: usize = 29;
+const SAMPLES: usize = 30;
 
 const INTERFACE: TableId = table(TableRole::Interface, 0);
 
@@ -64,7 +64,7 @@ fn words() -> Vec<Record> {
     ]
 }
 
-fn vrings() -> [Record; 3] {
+fn vrings() -> [Record; 4] {
     let split = VringState {
         index: QueueIndex(0),
         group: GroupIndex(0),
@@ -74,6 +74,7 @@ fn vrings() -> [Record; 3] {
         busyloop_timeout: 50,
         enabled: true,
         running: true,
+        started: None,
         call_installed: true,
         kick: Some(7),
         call: Some(8),
@@ -88,7 +89,10 @@ fn vrings() -> [Record; 3] {
     let other =
         VringState { index: QueueIndex(1), state: Some(packed), running: false, kick: None, ..split.clone() };
     let fresh = VringState { index: QueueIndex(2), num: 0, addr: None, state: None, ..other.clone() };
-    [split, other, fresh].map(Record::Vring)
+    let addr = VringAddr { flags: 0, desc: 0x5000, used: 0x7000, avail: 0x6000, log: 0 };
+    let started = Some(Ring { size: 64, addr, features: Features(0x3_0000_0000) });
+    let changed = VringState { index: QueueIndex(3), started, ..split.clone() };
+    [split, other, fresh, changed].map(Record::Vring)
 }
 
 fn tables() -> Vec<Record> {

@@ -199,7 +199,7 @@ impl World {
         let charged = processes.each_ref().map(TestProcess::pinned_pages);
         let account = device.owner().map(|owner| owner.account().pages());
         let infos: Vec<_> = device.vring_infos().collect();
-        let book = (&parent.running, parent.config, parent.failed, parent.features);
+        let book = (&parent.running, &parent.rings, parent.config, parent.failed, parent.features);
         let parent = format!("{tables:#?}\n{owner:?} {charged:?} {account:?} {infos:?} {book:?}");
         format!("{records:#?}\n{parent}\n{}", self.queries())
     }

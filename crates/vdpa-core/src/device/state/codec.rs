@@ -153,7 +153,7 @@ pub fn decode(bytes: &[u8]) -> Result<(Record, &[u8]), DecodeError> {
         return Err(DecodeError::UnknownVersion { kind: kind.name, found: version, supported });
     }
     let mut reader = Reader::new(covered.get(HEADER_LEN..).unwrap_or_default());
-    let record = payload::read(kind, &mut reader)
+    let record = payload::read(kind, version, &mut reader)
         .and_then(|record| reader.end().map(|()| record))
         .map_err(|what| DecodeError::Payload { kind: kind.name, what })?;
     Ok((record, rest))

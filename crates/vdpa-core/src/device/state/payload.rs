@@ -1,9 +1,9 @@
-//! The payloads of [`Record`]s, version 1.
+//! The payloads of [`Record`]s: written in the newest version, read in all.
 
 use super::kind::{self, Kind};
 use super::record::{
-    ConfigBytes, HandleState, HandoverState, MappingState, MemoryRef, Record, Shape, TableId, TableRole,
-    VringState,
+    ConfigBytes, HandleState, HandoverState, MappingState, MemoryRef, Record, Ring, Shape, TableId,
+    TableRole, VringState,
 };
 use crate::features::{BackendFeatures, Features, Status};
 use crate::parent::AddressMode;
@@ -65,8 +65,8 @@ pub(super) fn write(record: &Record, out: &mut Vec<u8>) {
     }
 }
 
-/// Reads the payload of a record of `kind`.
-pub(super) fn read(kind: &Kind, r: &mut Reader<'_>) -> Read<Record> {
+/// Reads the payload of a record of `kind` in `version`, which is one of [`Kind::versions`].
+pub(super) fn read(kind: &Kind, version: u16, r: &mut Reader<'_>) -> Read<Record> {
     Ok(match kind.number {
         n if n == kind::DEVICE.number => Record::Device(read_shape(r)?),
         n if n == kind::OPEN.number => Record::Open { open: r.bool()?, failed: r.bool()? },
@@ -94,7 +94,7 @@ pub(super) fn read(kind: &Kind, r: &mut Reader<'_>) -> Read<Record> {
         n if n == kind::TRANSLATION.number => {
             Record::Translation { asid: Asid(r.u32()?), passthrough: r.bool()?, refused: r.bool()? }
         }
-        n if n == kind::VRING.number => Record::Vring(read_vring(r)?),
+        n if n == kind::VRING.number => Record::Vring(read_vring(version, r)?),
         n if n == kind::PARENT.number => Record::Parent { bytes: r.bytes()? },
         n if n == kind::HANDOVER.number => Record::Handover(read_handover(r)?),
         n if n == kind::HANDLE.number => Record::Handle(read_handle(r)?),
@@ -206,28 +206,36 @@ fn read_shape(r: &mut Reader<'_>) -> Read<Shape> {
     })
 }
 
+fn put_addr(out: &mut Vec<u8>, addr: VringAddr) {
+    out.extend(addr.flags.to_le_bytes());
+    [addr.desc, addr.used, addr.avail, addr.log].iter().for_each(|&address| put(out, address));
+}
+
 fn write_vring(vring: &VringState, out: &mut Vec<u8>) {
-    let addr = vring.addr.unwrap_or_default();
     out.extend(vring.index.0.to_le_bytes());
     out.extend(vring.group.0.to_le_bytes());
     out.extend(vring.num.to_le_bytes());
     out.push(vring.addr.is_some().into());
-    out.extend(addr.flags.to_le_bytes());
-    [addr.desc, addr.used, addr.avail, addr.log].iter().for_each(|&address| put(out, address));
+    put_addr(out, vring.addr.unwrap_or_default());
     put_state(out, vring.state);
     out.extend(vring.busyloop_timeout.to_le_bytes());
     out.extend([vring.enabled, vring.running, vring.call_installed].map(u8::from));
     [vring.kick, vring.call, vring.err].iter().for_each(|&event| put_option(out, event));
+    out.push(vring.started.is_some().into());
+    let Ring { size, addr, features } = vring.started.unwrap_or_default();
+    out.extend(size.to_le_bytes());
+    put_addr(out, addr);
+    put(out, features.0);
 }
 
-fn read_vring(r: &mut Reader<'_>) -> Read<VringState> {
+fn read_vring(version: u16, r: &mut Reader<'_>) -> Read<VringState> {
     let (index, group, num) = (QueueIndex(r.u16()?), GroupIndex(r.u32()?), r.u16()?);
     let has_addr = r.bool()?;
-    let addr = VringAddr { flags: r.u32()?, desc: r.u64()?, used: r.u64()?, avail: r.u64()?, log: r.u64()? };
+    let addr = r.addr()?;
     if !has_addr && addr != VringAddr::default() {
         return Err("it has addresses and says that it has none");
     }
-    Ok(VringState {
+    let mut vring = VringState {
         index,
         group,
         num,
@@ -240,7 +248,17 @@ fn read_vring(r: &mut Reader<'_>) -> Read<VringState> {
         kick: r.option()?,
         call: r.option()?,
         err: r.option()?,
-    })
+        started: None,
+    };
+    if version >= 2 {
+        let differs = r.bool()?;
+        let started = Ring { size: r.u16()?, addr: r.addr()?, features: Features(r.u64()?) };
+        if !differs && started != Ring::default() {
+            return Err("it has a ring that it runs with and says that it has none");
+        }
+        vring.started = differs.then_some(started);
+    }
+    Ok(vring)
 }
 
 fn write_mapping(mapping: &MappingState, out: &mut Vec<u8>) {
@@ -357,6 +375,16 @@ impl<'a> Reader<'a> {
 
     fn range(&mut self) -> Read<IovaRange> {
         IovaRange::new(self.u64()?, self.u64()?).ok_or("a range ends before it begins")
+    }
+
+    fn addr(&mut self) -> Read<VringAddr> {
+        Ok(VringAddr {
+            flags: self.u32()?,
+            desc: self.u64()?,
+            used: self.u64()?,
+            avail: self.u64()?,
+            log: self.u64()?,
+        })
     }
 
     fn table(&mut self) -> Read<TableId> {

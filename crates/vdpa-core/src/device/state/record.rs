@@ -211,6 +211,8 @@ pub struct VringState {
     pub enabled: bool,
     /// It ran, or would run were the device not [quiesced](crate::device::Device::quiesce).
     pub running: bool,
+    /// The ring it runs with, where another one was set since it was started. Not in version 1.
+    pub started: Option<Ring>,
     /// The call event was installed since the last reset.
     pub call_installed: bool,
     /// The kick event, as the sink has named it.
@@ -219,6 +221,17 @@ pub struct VringState {
     pub call: Option<u64>,
     /// The error event.
     pub err: Option<u64>,
+}
+
+/// What a queue is started with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ring {
+    /// Entries.
+    pub size: u16,
+    /// Where it is.
+    pub addr: VringAddr,
+    /// Features in force.
+    pub features: Features,
 }
 
 /// Names a translation table.

@@ -2,7 +2,7 @@
 
 use super::image::Image;
 use super::kind;
-use super::record::{Record, Shape, TableId, TableRole};
+use super::record::{Record, Ring, Shape, TableId, TableRole};
 use super::validate::{RestoreError, check_shape, ensure, no_stray, require};
 use super::{StateSource, VringState};
 use crate::device::parent_table::ParentTable;
@@ -50,7 +50,9 @@ impl<P: Parent> Device<P> {
         device.restore_tables(&image, source)?;
         let pages = device.check_pages(&image)?;
         device.check_owned(owner.is_some(), pages)?;
-        if !device.parent.is_restored() {
+        if device.parent.is_restored() {
+            device.parent.set_config_call(device.config_call.as_ref());
+        } else {
             device.tell_parent(owner.as_ref(), &image)?;
         }
         device.restore_failure()?;
@@ -166,20 +168,29 @@ impl<P: Parent> Device<P> {
         if saved.group != profile.group_of(index) {
             return wrong("it is in another group now");
         }
-        if saved.num > profile.queue_size_max || saved.num != 0 && !saved.num.is_power_of_two() {
+        let may_be = |size: u16| size <= profile.queue_size_max && (size == 0 || size.is_power_of_two());
+        if !may_be(saved.num) || saved.started.is_some_and(|ring| !may_be(ring.size)) {
             return wrong("its size is neither 0 nor a power of two up to the largest");
         }
-        if saved.addr.is_some_and(|addr| vring::check_addr(&addr).is_err()) {
+        let started = saved.started.as_ref();
+        let mut addresses = saved.addr.iter().chain(started.map(|ring| &ring.addr));
+        if addresses.any(|addr| vring::check_addr(addr).is_err()) {
             return wrong("its addresses have unknown flags or are misaligned");
+        }
+        let features = self.features.unwrap_or(Features::NONE);
+        let set = saved.addr.map(|addr| Ring { size: saved.num, addr, features });
+        if started.is_some_and(|ring| !saved.running || !profile.features.contains(ring.features)) {
+            return wrong("it does not run, or not with such features");
         }
         // A queue that did not come to rest in a reset or a close is at rest now: nobody counts on it.
         let resumes = saved.running && self.opened && self.num_max != 0;
-        if resumes && !(runs && saved.enabled && saved.num != 0 && saved.addr.is_some()) {
+        let ring = saved.started.or(set).filter(|ring| ring.size != 0);
+        if resumes && !(runs && saved.enabled && ring.is_some()) {
             return wrong("it ran, and the device does not run or the queue is not set up");
         }
         let events = [saved.kick, saved.call, saved.err].map(|event| event_of::<P>(event, source));
         let [kick, call, err] = events;
-        let vring = Vring::restore(saved, [kick?, call?, err?], resumes);
+        let vring = Vring::restore(saved, [kick?, call?, err?], ring.filter(|_| resumes));
         if let Some(place) = self.vrings.get_mut(usize::from(index.0)) {
             *place = vring;
         }

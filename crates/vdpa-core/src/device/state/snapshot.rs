@@ -4,6 +4,7 @@ use super::StateSink;
 use super::record::{MappingState, Record, Shape, TableId, VringState};
 use crate::device::changes::{Changes, Pending};
 use crate::device::{Device, MemoryOf};
+use crate::features::Features;
 use crate::host::Host;
 use crate::iotlb::{self, Mapping};
 use crate::parent::Parent;
@@ -137,7 +138,8 @@ impl<P: Parent> Device<P> {
     ) -> Result<Option<VringState>> {
         let group = self.parent.profile().group_of(index);
         let vring = self.vrings.get(usize::from(index.0));
-        vring.map(|vring| vring.save(index, group, sink)).transpose()
+        let features = self.features.unwrap_or(Features::NONE);
+        vring.map(|vring| vring.save(index, (group, features), sink)).transpose()
     }
 }
 
