@@ -15,14 +15,17 @@ use vdpa_core::Errno;
 use zerocopy::IntoBytes;
 
 use super::connection::MIN_MINOR;
-use super::{BUFFER_SIZE, Connection, HandshakeError, MAX_WRITE, Operation, fs_type_at};
-use crate::uapi::fuse::{CuseInitOut, KERNEL_MINOR_VERSION, KERNEL_VERSION, cuse_flags};
+use super::{BUFFER_SIZE, Connection, HandshakeError, MAX_WRITE, Negotiated, Operation, fs_type_at};
+use crate::uapi::fuse::{CuseInitOut, KERNEL_MINOR_VERSION, KERNEL_VERSION, cuse_flags, init_flags};
 
 /// The device node by which devices are created.
 pub const CONTROL: &str = "/dev/cuse";
 
 /// The directory in which the kernel lists the devices of all servers.
 const CLASS: &str = "/sys/class/cuse";
+
+/// The protocol in which `FUSE_NOTIFY_RESEND` appeared (Linux 6.9). CUSE_INIT has no flag for it.
+const RESEND_MINOR: u32 = 40;
 
 /// Largest length of a device name in bytes: the kernel's buffer for `/proc/devices`, without the NUL.
 const NAME_MAX: usize = 63;
@@ -126,9 +129,15 @@ fn open_control() -> Result<Connection, CuseError> {
 ///
 /// Blocks until the node exists. It belongs to root and has mode 0600, unless rules of udev change that.
 ///
+/// Also returns the number that it has, and what was agreed on.
+///
 /// # Errors
 /// [`CuseError`]; no device exists then.
-pub fn create(name: &str, number: Number, timeout: Duration) -> Result<(Connection, Number), CuseError> {
+pub fn create(
+    name: &str,
+    number: Number,
+    timeout: Duration,
+) -> Result<(Connection, Number, Negotiated), CuseError> {
     check_name(name)?;
     let path = node(name);
     // The kernel would create the device, but the node of the other device would stay.
@@ -136,7 +145,7 @@ pub fn create(name: &str, number: Number, timeout: Duration) -> Result<(Connecti
         return Err(CuseError::Exists { path });
     }
     let connection = open_control()?;
-    announce(&connection, name, number, timeout)?;
+    let negotiated = announce(&connection, name, number, timeout)?;
     // The kernel creates device and node before the write of the answer returns, or closes the connection.
     let made = number_of(name).ok_or_else(|| CuseError::Refused {
         name: name.into(),
@@ -145,7 +154,7 @@ pub fn create(name: &str, number: Number, timeout: Duration) -> Result<(Connecti
     let there = fs::symlink_metadata(&path).is_ok_and(|meta| {
         meta.file_type().is_char_device() && meta.rdev() == makedev(made.major, made.minor)
     });
-    if there { Ok((connection, made)) } else { Err(CuseError::NoNode { path }) }
+    if there { Ok((connection, made, negotiated)) } else { Err(CuseError::NoNode { path }) }
 }
 
 /// Answers CUSE_INIT.
@@ -154,7 +163,7 @@ fn announce(
     name: &str,
     number: Number,
     timeout: Duration,
-) -> Result<(), HandshakeError> {
+) -> Result<Negotiated, HandshakeError> {
     let io = |errno| HandshakeError::Io { errno };
     let mut buffer = vec![0; BUFFER_SIZE];
     let request = connection.first_request(&mut buffer, timeout)?;
@@ -165,9 +174,15 @@ fn announce(
         connection.reply(request.header.unique, Err(Errno::from_raw(libc::EPROTO))).map_err(io)?;
         return Err(HandshakeError::Version { major: init.major, minor: init.minor });
     }
-    let answer = CuseInitOut {
+    let negotiated = Negotiated {
         major: KERNEL_VERSION,
         minor: init.minor.min(KERNEL_MINOR_VERSION),
+        flags: if init.minor >= RESEND_MINOR { init_flags::HAS_RESEND } else { 0 },
+        max_write: MAX_WRITE,
+    };
+    let answer = CuseInitOut {
+        major: negotiated.major,
+        minor: negotiated.minor,
         flags: cuse_flags::UNRESTRICTED_IOCTL,
         max_read: MAX_WRITE,
         max_write: MAX_WRITE,
@@ -176,7 +191,8 @@ fn announce(
         ..CuseInitOut::default()
     };
     let devname = format!("DEVNAME={name}\0");
-    connection.reply(request.header.unique, Ok(&[answer.as_bytes(), devname.as_bytes()])).map_err(io)
+    connection.reply(request.header.unique, Ok(&[answer.as_bytes(), devname.as_bytes()])).map_err(io)?;
+    Ok(negotiated)
 }
 
 fn check_name(name: &str) -> Result<(), CuseError> {
@@ -238,7 +254,7 @@ mod tests {
     const NUMBER: Number = Number { major: 240, minor: 7 };
 
     /// The answer that a kernel (the other end of a socket) gets for a CUSE_INIT of this protocol version.
-    fn answer_to(minor: u32) -> (Result<(), HandshakeError>, Vec<u8>) {
+    fn answer_to(minor: u32) -> (Result<Negotiated, HandshakeError>, Vec<u8>) {
         let (ours, mut kernel) = UnixStream::pair().unwrap();
         let connection = Connection::new(ours.into()).unwrap();
         let header = InHeader { len: 56, opcode: opcode::CUSE_INIT, unique: 9, ..InHeader::default() };
@@ -254,7 +270,10 @@ mod tests {
     #[test]
     fn the_answer_to_cuse_init_byte_by_byte() {
         let (result, answer) = answer_to(41);
-        result.unwrap();
+        let negotiated = result.unwrap();
+        assert!(negotiated.minor == 41 && negotiated.has_resend());
+        assert_eq!(Negotiated::from_bytes(&negotiated.to_bytes()), Some(negotiated));
+        assert!(!answer_to(39).0.unwrap().has_resend(), "Linux 6.8 cannot send a request again");
         let words: Vec<u32> =
             answer[..88].chunks_exact(4).map(|word| u32::from_ne_bytes(word.try_into().unwrap())).collect();
         // Header: length, error, unique.

@@ -1,24 +1,54 @@
-//! A mount that an earlier process has served, or that a later one will serve.
+//! Device files that an earlier process has served, or that a later one will serve.
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
-use parking_lot::Mutex;
-use tracing::{info, warn};
+use tracing::info;
+use vdpa_core::Errno;
 use vdpa_core::crash_points::{CrashPoint, reach};
 use vdpa_sys::fuse::{Connection, Negotiated};
+use vdpa_sys::uapi::fuse::ROOT_ID;
 
-use super::session::Session;
+use super::session::{Endpoint, Link, Session};
 use super::{
-    AddError, DeviceFile, DeviceFiles, FileAttributes, FileRoot, Options, ServeError, new_server, start,
+    AddError, DeviceFile, DeviceFiles, FileAttributes, FileRoot, Options, SavedAttributes, ServeError, cuse,
+    new_server, start,
 };
+
+/// Where a device file is that has a connection of its own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// A mount over a regular file.
+    File {
+        /// Path of the file: absolute, without symbolic links.
+        path: PathBuf,
+        /// Whether the file was created for the mount, and is removed after it.
+        created: bool,
+    },
+    /// A character device in the directory of the device files.
+    Device,
+}
+
+/// What a successor needs to continue a device file that has a connection of its own: see
+/// [`DeviceFiles::own_connection`].
+#[derive(Clone, Debug)]
+pub struct OwnConnection {
+    /// The connection to the kernel, whose end is the end of the file.
+    pub connection: Connection,
+    /// What INIT has agreed on.
+    pub negotiated: Negotiated,
+    /// Where the file is.
+    pub place: Place,
+}
 
 impl DeviceFiles {
     /// Continues to serve a mount at `dir` that an earlier process had mounted and died or handed over: `connection` is its
     /// `/dev/fuse` descriptor, `negotiated` what INIT had agreed on, and `generation` a number that no process before had.
     ///
-    /// Nothing is served before [`resume`](Self::resume): first every device is [restored](Self::restore).
+    /// Nothing is served before [`resume`](Self::resume): first every device is restored, by [`restore`](Self::restore) or
+    /// [`restore_own`](Self::restore_own).
     ///
     /// # Errors
     /// [`ServeError::Start`].
@@ -35,18 +65,33 @@ impl DeviceFiles {
             dir: dir.into(),
             source: std::io::Error::from_raw_os_error(errno.raw()),
         })?;
-        let directory = Session::directory(connection, dir.to_owned());
-        directory.outlive(generation);
+        let directory = Session::directory(connection, dir.to_owned(), negotiated);
         server.attach(Arc::clone(&directory));
         let root = FileRoot::Mount { directory, negotiated };
-        let dir = dir.to_owned();
-        Ok(Arc::new(Self { dir, root, options: mount_options, server, reader: Mutex::new(None) }))
+        let this = Self::assemble((dir.to_owned(), root), mount_options, server, None);
+        this.outlive(generation);
+        Ok(this)
     }
 
-    /// Adds a device file that an earlier process had served as the node `node`, with the handles that clients have open.
+    /// As [`adopt`](Self::adopt), for the character devices in `dir`. Each has a connection of its own.
     ///
     /// # Errors
-    /// [`AddError::Exists`]; [`AddError::Create`] for character devices, which cannot be restored.
+    /// [`ServeError::NotDev`] and [`ServeError::Start`].
+    pub fn adopt_cuse(dir: &Path, options: Options, generation: u64) -> Result<Arc<Self>, ServeError> {
+        let prefix = cuse::prefix_of(dir).ok_or_else(|| ServeError::NotDev { dir: dir.into() })?;
+        let mount_options = options.mount();
+        let server = new_server(dir, options)?;
+        let root = FileRoot::Dev(cuse::NodeFactory::new(prefix));
+        let this = Self::assemble((dir.components().collect(), root), mount_options, server, None);
+        this.outlive(generation);
+        Ok(this)
+    }
+
+    /// Adds a device file that an earlier process had served as the node `node` of the mount, with the handles that clients
+    /// have open.
+    ///
+    /// # Errors
+    /// [`AddError::Exists`]; [`AddError::Create`] for character devices, which have connections of their own.
     pub fn restore(
         &self,
         name: &str,
@@ -56,37 +101,99 @@ impl DeviceFiles {
         opens: &[u64],
     ) -> Result<PathBuf, AddError> {
         let FileRoot::Mount { directory, .. } = &self.root else {
-            return Err(AddError::Create { reason: "a character device cannot be restored".into() });
+            return Err(AddError::Create { reason: "there is no mounted directory".into() });
         };
         directory.restore(node, name, file, attributes, opens)?;
         Ok(self.dir.join(name))
     }
 
-    /// Starts to serve an [adopted](Self::adopt) mount. Asks the kernel to send again every request that the earlier process
+    /// Adds a device file that an earlier process had served on a connection of its own, with the handles that clients have
+    /// open. Returns its path.
+    ///
+    /// # Errors
+    /// [`AddError::Create`] for a character device that is gone, or where there are only files.
+    pub fn restore_own(
+        &self,
+        name: &str,
+        file: Arc<dyn DeviceFile>,
+        own: OwnConnection,
+        opens: &[u64],
+    ) -> Result<PathBuf, AddError> {
+        let OwnConnection { connection, negotiated, place } = own;
+        let (path, session) = match (place, &self.root) {
+            (Place::File { path, created }, _) => {
+                let endpoint = Endpoint::File { path: path.clone(), created };
+                (path, Session::one_file(Link { connection, endpoint, negotiated }, ROOT_ID, name, file))
+            }
+            (Place::Device, FileRoot::Dev(factory)) => {
+                (self.dir.join(name), factory.adopt(name, file, connection, negotiated)?)
+            }
+            (Place::Device, FileRoot::Mount { .. }) => {
+                return Err(AddError::Create { reason: "character devices are not served".into() });
+            }
+        };
+        session.restore_opens(opens);
+        self.attach(session);
+        Ok(path)
+    }
+
+    /// Starts to serve [adopted](Self::adopt) files. Asks the kernel to send again every request that the earlier process
     /// had read and not answered; without that (before Linux 6.9) their callers wait until the connection ends.
     ///
     /// # Errors
     /// [`ServeError::Start`].
     pub fn resume(&self) -> Result<(), ServeError> {
-        if let FileRoot::Mount { directory, negotiated } = &self.root
-            && negotiated.has_resend()
-            && let Err(errno) = directory.connection.notify_resend()
-        {
-            warn!(%errno, "requests in progress at the end of the earlier process are lost");
-        }
+        self.server.sessions().iter().for_each(|session| session.resend());
         reach(CrashPoint::Resent);
         *self.reader.lock() = Some(start(&self.server, &self.dir)?);
         info!(dir = %self.dir.display(), "serving device files again");
         Ok(())
     }
 
-    /// Keeps the state of this mount for a successor of this process: its connection, and what INIT agreed on. `None` for
-    /// character devices. From now on, a RELEASE is answered when it was executed.
-    #[must_use]
+    /// Keeps the state of all files for a successor of this process, the `generation`-th to serve them. Returns the
+    /// connection of the mount, and what INIT agreed on; `None` for character devices, each of which has
+    /// [a connection of its own](Self::own_connection). From now on, a RELEASE is answered when it was executed.
     pub fn outlive(&self, generation: u64) -> Option<(Connection, Negotiated)> {
+        self.generation.store(generation, Ordering::Release);
+        self.server.sessions().iter().for_each(|session| session.outlive(generation));
         let FileRoot::Mount { directory, negotiated } = &self.root else { return None };
-        directory.outlive(generation);
         Some((directory.connection.clone(), *negotiated))
+    }
+
+    /// What a successor needs to continue the file `name`, if it has a connection of its own.
+    #[must_use]
+    pub fn own_connection(&self, name: &str) -> Option<OwnConnection> {
+        let sessions = self.server.sessions();
+        sessions.iter().filter(|session| !session.is_closing()).find_map(|session| {
+            let place = match &session.endpoint {
+                Endpoint::File { path, created } => Place::File { path: path.clone(), created: *created },
+                Endpoint::Device(_) => Place::Device,
+                Endpoint::Directory(_) => return None,
+            };
+            session.node(name)?;
+            let (connection, negotiated) = (session.connection.clone(), session.negotiated);
+            Some(OwnConnection { connection, negotiated, place })
+        })
+    }
+
+    /// Has each change of the attributes of the file `name` written to `saved` before it is answered; of the directory
+    /// itself without a name. If `saved` has attributes, of an earlier process, they are taken over. Does nothing for
+    /// character devices, whose attributes the kernel keeps.
+    ///
+    /// # Errors
+    /// `ENOENT` for a file that there is not; those of writing.
+    pub fn save_attributes(&self, name: Option<&str>, saved: SavedAttributes) -> Result<(), Errno> {
+        let Some(name) = name else {
+            let FileRoot::Mount { directory, .. } = &self.root else { return Ok(()) };
+            return directory.save_attributes(None, saved);
+        };
+        let sessions = self.server.sessions();
+        let session = sessions.iter().filter(|session| !session.is_closing());
+        let session = session.rev().find(|session| session.node(name).is_some()).ok_or(Errno::NOENT)?;
+        match session.endpoint {
+            Endpoint::Device(_) => Ok(()),
+            Endpoint::Directory(_) | Endpoint::File { .. } => session.save_attributes(Some(name), saved),
+        }
     }
 
     /// The node id of a device file in the mount.

@@ -13,10 +13,11 @@ use parking_lot::Mutex;
 use tracing::{debug, warn};
 use vdpa_core::Errno;
 use vdpa_sys::fuse::cuse::{self, CuseError, Number};
+use vdpa_sys::fuse::{Connection, Negotiated};
 use vdpa_sys::process::Caller;
 
-use super::device::{DeviceFile, IoctlCall, IoctlReply, Opener};
-use super::session::{Endpoint, Session};
+use super::device::{Completed, DeviceFile, IoctlCall, IoctlReply, Opener};
+use super::session::{Endpoint, Link, Session};
 use super::tree::AddError;
 use crate::front::watchdog::protocol::Watched;
 
@@ -116,14 +117,32 @@ impl NodeFactory {
             warn!(device = full, major = *major, "the major number is taken: asking for another one");
             created = cuse::create(&full, number(None), HANDSHAKE_TIMEOUT);
         }
-        let (connection, number) = created.map_err(|error| match error {
+        let (connection, number, negotiated) = created.map_err(|error| match error {
             CuseError::Name { name } => AddError::Name { name },
             CuseError::Exists { .. } => AddError::Exists { name: name.into() },
             other => AddError::Create { reason: other.to_string() },
         })?;
         *major = Some(number.major);
-        let place = Endpoint::Device(Node { name: full, number });
-        Ok(Session::one_file(connection, place, NODE, name, Arc::new(CopyingFile(file))))
+        let endpoint = Endpoint::Device(Node { name: full, number });
+        let link = Link { connection, endpoint, negotiated };
+        Ok(Session::one_file(link, NODE, name, Arc::new(CopyingFile(file))))
+    }
+
+    /// Continues the device `name`, which an earlier process has created.
+    pub(super) fn adopt(
+        &self,
+        name: &str,
+        file: Arc<dyn DeviceFile>,
+        connection: Connection,
+        negotiated: Negotiated,
+    ) -> Result<Arc<Session>, AddError> {
+        let full = format!("{}{name}", self.prefix);
+        let number = cuse::number_of(&full).ok_or_else(|| AddError::Create {
+            reason: format!("the character device {full} is gone"),
+        })?;
+        *self.major.lock() = Some(number.major);
+        let link = Link { connection, endpoint: Endpoint::Device(Node { name: full, number }), negotiated };
+        Ok(Session::one_file(link, NODE, name, Arc::new(CopyingFile(file))))
     }
 }
 
@@ -159,10 +178,17 @@ impl DeviceFile for CopyingFile {
             input.clear();
         }
         let reply = self.0.ioctl(&IoctlCall { input: &input, out_size, ..*call })?;
-        if !reply.out.is_empty() {
-            caller?.write_mem(call.arg, &reply.out)?;
-        }
-        Ok(IoctlReply { out: Vec::new(), ..reply })
+        copy_out(call, caller, reply)
+    }
+
+    fn begin_request(&self, unique: u64, resent: bool) -> Option<Completed> {
+        self.0.begin_request(unique, resent)
+    }
+
+    fn answer_again(&self, call: &IoctlCall<'_>, reply: IoctlReply) -> Result<IoctlReply, Errno> {
+        let (_, out_size) = sizes(call.cmd);
+        let reply = self.0.answer_again(&IoctlCall { out_size, ..*call }, reply)?;
+        copy_out(call, Caller::new(i32::try_from(call.tid).unwrap_or(0)), reply)
     }
 
     fn after_reply(&self) {
@@ -176,6 +202,18 @@ impl DeviceFile for CopyingFile {
     fn poll(&self) -> u32 {
         self.0.poll()
     }
+}
+
+/// Copies the answer to the caller's memory.
+fn copy_out(
+    call: &IoctlCall<'_>,
+    caller: Result<Caller, Errno>,
+    reply: IoctlReply,
+) -> Result<IoctlReply, Errno> {
+    if !reply.out.is_empty() {
+        caller?.write_mem(call.arg, &reply.out)?;
+    }
+    Ok(IoctlReply { out: Vec::new(), ..reply })
 }
 
 /// Bytes that FUSE would copy in and out for a request number: `_IOC_SIZE`, as its direction says.
@@ -266,6 +304,14 @@ mod tests {
             self.0.lock().push("write");
             Ok(0)
         }
+        fn begin_request(&self, _: u64, _: bool) -> Option<Completed> {
+            self.0.lock().push("begin_request");
+            Some(Completed::Release)
+        }
+        fn answer_again(&self, _: &IoctlCall<'_>, reply: IoctlReply) -> Result<IoctlReply, Errno> {
+            self.0.lock().push("answer_again");
+            Ok(reply)
+        }
         fn poll(&self) -> u32 {
             self.0.lock().push("poll");
             0
@@ -277,13 +323,32 @@ mod tests {
     fn every_call_reaches_the_device() {
         let notes = Arc::new(Notes::default());
         let file = CopyingFile(Arc::clone(&notes) as _);
+        let call = IoctlCall { handle: 1, tid: 0, cmd: 0xAF01, arg: 0, input: &[], out_size: 0 };
         file.open(&Opener { handle: 1, uid: 0, tid: 0, flags: 0 }).unwrap();
-        file.ioctl(&IoctlCall { handle: 1, tid: 0, cmd: 0xAF01, arg: 0, input: &[], out_size: 0 }).unwrap();
+        assert_eq!(file.begin_request(1, true), Some(Completed::Release));
+        file.answer_again(&call, IoctlReply::default()).unwrap();
+        file.ioctl(&call).unwrap();
         file.after_reply();
         file.write(1, 0, &[]).unwrap();
         assert_eq!(file.poll(), 0);
         file.release(1);
-        assert_eq!(*notes.0.lock(), ["open", "ioctl", "after_reply", "write", "poll", "release"]);
+        assert_eq!(*notes.0.lock(), [
+            "open", "begin_request", "answer_again", "ioctl", "after_reply", "write", "poll", "release"
+        ]);
+    }
+
+    /// The answer that a crash has kept is written to the caller's memory, as the first one would have been.
+    #[test]
+    fn an_answer_that_is_repeated_is_copied_too() {
+        let mut buffer = [0_u8; 8];
+        let arg = std::hint::black_box(&mut buffer).as_mut_ptr().expose_provenance() as u64;
+        let tid = rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs();
+        let call =
+            IoctlCall { handle: 0, tid, cmd: uapi::VHOST_GET_VRING_BASE, arg, input: &[], out_size: 0 };
+        let kept = IoctlReply { result: 3, out: (1..=8).collect() };
+        let reply = CopyingFile(Arc::new(Echo)).answer_again(&call, kept).unwrap();
+        assert_eq!(reply, IoctlReply { result: 3, out: Vec::new() });
+        assert_eq!(std::hint::black_box(&buffer), &[1, 2, 3, 4, 5, 6, 7, 8]);
     }
 
     #[test]

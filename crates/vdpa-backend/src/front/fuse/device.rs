@@ -97,6 +97,15 @@ pub trait DeviceFile: Send + Sync {
         None
     }
 
+    /// An ioctl that [`begin_request`](Self::begin_request) has found to be executed is answered, with this reply. Returns the
+    /// reply to send.
+    ///
+    /// # Errors
+    /// Passed to the client instead.
+    fn answer_again(&self, _call: &IoctlCall<'_>, reply: IoctlReply) -> Result<IoctlReply, Errno> {
+        Ok(reply)
+    }
+
     /// The `POLL*` events that are set now. vhost-vdpa is always ready for both directions, which is the default. Must not
     /// block.
     fn poll(&self) -> u32 {

@@ -7,6 +7,7 @@
 //! [`Options::request_timeout`].
 
 mod adopt;
+mod attributes;
 pub mod cuse;
 mod device;
 mod mount_point;
@@ -21,6 +22,7 @@ use std::io::PipeWriter;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -32,11 +34,13 @@ use vdpa_sys::uapi::fuse::ROOT_ID;
 
 pub use device::{Completed, DeviceFile, IoctlCall, IoctlReply, Opener, POLLIN, POLLOUT};
 pub use mount_point::prepare_dir;
-pub use tree::{AddError, FileAttributes};
+pub use adopt::{OwnConnection, Place};
+pub use attributes::{FileAttributes, SavedAttributes};
+pub use tree::AddError;
 
 use super::watchdog::protocol::{Message, WatchdogLink, Watched};
 use server::Server;
-use session::{Endpoint, Session};
+use session::{Endpoint, Link, Session};
 
 /// Time for the kernel's first request on a new mount.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -162,6 +166,8 @@ pub struct DeviceFiles {
     options: MountOptions,
     server: Arc<Server>,
     reader: Mutex<Option<JoinHandle<()>>>,
+    /// Number of this process among those that serve the files one after the other; 0 if there is no successor.
+    generation: AtomicU64,
 }
 
 impl DeviceFiles {
@@ -179,13 +185,23 @@ impl DeviceFiles {
         let connection = mount(&dir, &mount_options)?;
         let mut guard = UnmountOnDrop(Some(dir.clone()));
         let negotiated = connection.handshake(HANDSHAKE_TIMEOUT)?;
-        let directory = Session::directory(connection, dir.clone());
+        let directory = Session::directory(connection, dir.clone(), negotiated);
         server.attach(Arc::clone(&directory));
         let reader = start(&server, &dir)?;
         guard.0 = None;
         info!(dir = %dir.display(), flags = format_args!("{:#x}", negotiated.flags), "serving device files");
         let root = FileRoot::Mount { directory, negotiated };
-        Ok(Arc::new(Self { dir, root, options: mount_options, server, reader: Mutex::new(Some(reader)) }))
+        Ok(Self::assemble((dir, root), mount_options, server, Some(reader)))
+    }
+
+    fn assemble(
+        (dir, root): (PathBuf, FileRoot),
+        options: MountOptions,
+        server: Arc<Server>,
+        reader: Option<JoinHandle<()>>,
+    ) -> Arc<Self> {
+        let (reader, generation) = (Mutex::new(reader), AtomicU64::new(0));
+        Arc::new(Self { dir, root, options, server, reader, generation })
     }
 
     /// Starts the reader thread for character devices in `dir`, which is `/dev` or a directory below it. Check
@@ -201,7 +217,7 @@ impl DeviceFiles {
         info!(dir = %dir.display(), "serving device files as character devices");
         let root = FileRoot::Dev(cuse::NodeFactory::new(prefix));
         let dir = dir.components().collect();
-        Ok(Arc::new(Self { dir, root, options: mount_options, server, reader: Mutex::new(Some(reader)) }))
+        Ok(Self::assemble((dir, root), mount_options, server, Some(reader)))
     }
 
     /// Adds the device file `name` and returns its path. Its mode is 0600 and its owner this process's user; a character device
@@ -215,7 +231,7 @@ impl DeviceFiles {
             FileRoot::Dev(factory) => {
                 let session = factory.create(name, file)?;
                 self.server.watchdog.send(&Message::Watch(session.endpoint.watched()));
-                self.server.attach(session);
+                self.attach(session);
             }
         }
         Ok(self.dir.join(name))
@@ -258,18 +274,26 @@ impl DeviceFiles {
         let options = MountOptions { rootmode: mount_point::FILE_MODE, ..self.options.clone() };
         let mounted = mount(&path, &options).map_err(|error| error.to_string()).and_then(|connection| {
             let mut guard = UnmountOnDrop(Some(path.clone()));
-            connection.handshake(HANDSHAKE_TIMEOUT).map_err(|error| error.to_string())?;
+            let negotiated = connection.handshake(HANDSHAKE_TIMEOUT).map_err(|error| error.to_string())?;
             guard.0 = None;
-            Ok(connection)
+            Ok((connection, negotiated))
         });
-        let connection = mounted.map_err(|reason| {
+        let (connection, negotiated) = mounted.map_err(|reason| {
             self.server.watchdog.send(&Message::Unwatch(endpoint.watched()));
             mount_point::remove_placeholder(&path, created);
             failed(reason)
         })?;
-        self.server.attach(Session::one_file(connection, endpoint, ROOT_ID, name, file));
+        self.attach(Session::one_file(Link { connection, endpoint, negotiated }, ROOT_ID, name, file));
         info!(path = %path.display(), "serving a device file");
         Ok(path)
+    }
+
+    fn attach(&self, session: Arc<Session>) {
+        match self.generation.load(Ordering::Acquire) {
+            0 => {}
+            generation => session.outlive(generation),
+        }
+        self.server.attach(session);
     }
 
     /// Removes a device file; `false` when there is no file of that name. Later opens fail with `ENOENT`. Clients that have the

@@ -23,7 +23,7 @@ use vdpa_sys::fuse::Connection;
 use vdpa_sys::uapi::fuse::{IoctlIn, IoctlOut, OpenOut, PollOut, UNIQUE_RESEND, WriteOut, open_flags};
 use zerocopy::IntoBytes;
 
-use super::device::{Completed, DeviceFile, IoctlCall, Opener};
+use super::device::{Completed, DeviceFile, IoctlCall, IoctlReply, Opener};
 use super::is_past;
 
 /// The thread of a device that is not open ends after this time. A close that is followed by an open keeps the thread.
@@ -243,7 +243,7 @@ impl RequestQueue {
         if let Some(token) = &request.token {
             let (unique, resent) = (token.unique & !UNIQUE_RESEND, token.unique & UNIQUE_RESEND != 0);
             if let Some(completed) = self.file.begin_request(unique, resent) {
-                return self.reply_completed(request, &completed);
+                return self.reply_completed(request, completed);
             }
         }
         match &request.op {
@@ -257,23 +257,7 @@ impl RequestQueue {
             DeviceOp::Ioctl { tid, args, input } => {
                 let (handle, tid, cmd, out_size) = (args.fh, *tid, args.cmd, args.out_size);
                 let call = IoctlCall { handle, tid, cmd, arg: args.arg, input, out_size };
-                let result = self.catch_panic(&request.op, || self.file.ioctl(&call));
-                match result {
-                    Ok(reply) if reply.out.len() > args.out_size as usize => {
-                        error!(device = %self.name, request = request.op.describe(), len = reply.out.len(), room = args.out_size,
-                            "the device answers with more than the caller has room for");
-                        self.reply(request, Err(Errno::IO));
-                    }
-                    Ok(reply) => {
-                        let out = IoctlOut { result: reply.result, ..IoctlOut::default() };
-                        self.reply(request, Ok(&[out.as_bytes(), &reply.out]));
-                    }
-                    // The errno goes into the result: the header cannot carry ENOTSUPP (524).
-                    Err(errno) => {
-                        let out = IoctlOut { result: -errno.raw(), ..IoctlOut::default() };
-                        self.reply(request, Ok(&[out.as_bytes()]));
-                    }
-                }
+                self.reply_ioctl(request, args.out_size, self.catch_panic(&request.op, || self.file.ioctl(&call)));
                 // A panic was logged.
                 let _ = self.catch_panic(&request.op, || {
                     self.file.after_reply();
@@ -301,20 +285,44 @@ impl RequestQueue {
         }
     }
 
-    /// Replies to a request that an earlier process had executed.
-    fn reply_completed(&self, request: &QueuedRequest, completed: &Completed) {
-        match completed {
-            Completed::Open { handle } => {
-                let out = OpenOut { fh: *handle, open_flags: OPEN_FLAGS, backing_id: 0 };
-                self.state.lock().opens.insert(*handle);
-                self.reply(request, Ok(&[out.as_bytes()]))
+    fn reply_ioctl(&self, request: &QueuedRequest, room: u32, result: Result<IoctlReply, Errno>) -> bool {
+        match result {
+            Ok(reply) if reply.out.len() > room as usize => {
+                error!(device = %self.name, request = request.op.describe(), len = reply.out.len(), room,
+                    "the device answers with more than the caller has room for");
+                self.reply(request, Err(Errno::IO))
             }
-            Completed::Ioctl(reply) => {
+            Ok(reply) => {
                 let out = IoctlOut { result: reply.result, ..IoctlOut::default() };
                 self.reply(request, Ok(&[out.as_bytes(), &reply.out]))
             }
+            // The errno goes into the result: the header cannot carry ENOTSUPP (524).
+            Err(errno) => {
+                let out = IoctlOut { result: -errno.raw(), ..IoctlOut::default() };
+                self.reply(request, Ok(&[out.as_bytes()]))
+            }
+        }
+    }
+
+    /// Replies to a request that an earlier process had executed.
+    fn reply_completed(&self, request: &QueuedRequest, completed: Completed) {
+        match completed {
+            Completed::Open { handle } => {
+                let out = OpenOut { fh: handle, open_flags: OPEN_FLAGS, backing_id: 0 };
+                self.state.lock().opens.insert(handle);
+                self.reply(request, Ok(&[out.as_bytes()]))
+            }
+            Completed::Ioctl(reply) => {
+                let DeviceOp::Ioctl { tid, args, input } = &request.op else {
+                    return self.reject(request);
+                };
+                let (handle, tid, cmd, out_size) = (args.fh, *tid, args.cmd, args.out_size);
+                let call = IoctlCall { handle, tid, cmd, arg: args.arg, input, out_size };
+                let reply = self.catch_panic(&request.op, || self.file.answer_again(&call, reply));
+                self.reply_ioctl(request, out_size, reply)
+            }
             Completed::Write(size) => {
-                self.reply(request, Ok(&[WriteOut { size: *size, padding: 0 }.as_bytes()]))
+                self.reply(request, Ok(&[WriteOut { size, padding: 0 }.as_bytes()]))
             }
             Completed::Release => {
                 if let DeviceOp::Release { fh } = &request.op {

@@ -9,15 +9,16 @@ use std::sync::{Arc, Weak};
 use parking_lot::Mutex;
 use tracing::{debug, warn};
 use vdpa_core::Errno;
-use vdpa_sys::fuse::{Connection, Operation, Request};
+use vdpa_sys::fuse::{Connection, Negotiated, Operation, Request};
 use vdpa_sys::uapi::fuse::{
     Attr, AttrOut, EntryOut, InHeader, IoctlIn, Kstatfs, OpenOut, ROOT_ID, ReadIn, ioctl_flags,
 };
 use zerocopy::IntoBytes;
 
+use super::attributes::{FileAttributes, SavedAttributes};
 use super::device::{DeviceFile, Opener};
 use super::request_queue::{DeviceOp, RequestCount, RequestQueue};
-use super::tree::{AddError, FileAttributes, NAME_MAX, Tree};
+use super::tree::{AddError, NAME_MAX, Tree};
 use crate::front::watchdog::protocol::Watched;
 
 /// Where a connection appears in the file system.
@@ -46,11 +47,20 @@ impl Endpoint {
     }
 }
 
+/// A connection, as it was made.
+#[derive(Debug)]
+pub(super) struct Link {
+    pub(super) connection: Connection,
+    pub(super) endpoint: Endpoint,
+    pub(super) negotiated: Negotiated,
+}
+
 /// A connection with its names, nodes and devices.
 #[derive(Debug)]
 pub(super) struct Session {
     pub(super) connection: Connection,
     pub(super) endpoint: Endpoint,
+    pub(super) negotiated: Negotiated,
     tree: Mutex<Tree>,
     /// The request queue of each node id, also of removed files: while a file is open, its thread owns the queue. The tree
     /// cannot have them, because a FORGET may overtake a RELEASE (`fuse_dev_do_read()` prefers it).
@@ -64,30 +74,34 @@ pub(super) struct Session {
 }
 
 impl Session {
-    fn new(connection: Connection, endpoint: Endpoint, tree: Tree, count: RequestCount) -> Self {
-        let (queues, next_handle, closing) = (Mutex::default(), AtomicU64::new(1), AtomicBool::new(false));
-        let outlives = AtomicBool::new(false);
-        Self { connection, endpoint, tree: Mutex::new(tree), queues, next_handle, outlives, closing, count }
+    fn new(link: Link, tree: Tree, count: RequestCount) -> Self {
+        let Link { connection, endpoint, negotiated } = link;
+        Self {
+            connection,
+            endpoint,
+            negotiated,
+            tree: Mutex::new(tree),
+            queues: Mutex::default(),
+            next_handle: AtomicU64::new(1),
+            outlives: AtomicBool::new(false),
+            closing: AtomicBool::new(false),
+            count,
+        }
     }
 
     /// A session for an empty directory.
-    pub(super) fn directory(connection: Connection, dir: PathBuf) -> Arc<Self> {
-        Arc::new(Self::new(connection, Endpoint::Directory(dir), Tree::new(), RequestCount::default()))
+    pub(super) fn directory(connection: Connection, dir: PathBuf, negotiated: Negotiated) -> Arc<Self> {
+        let link = Link { connection, endpoint: Endpoint::Directory(dir), negotiated };
+        Arc::new(Self::new(link, Tree::new(), RequestCount::default()))
     }
 
     /// A session for one device, which is the node `id` of its connection.
-    pub(super) fn one_file(
-        connection: Connection,
-        endpoint: Endpoint,
-        id: u64,
-        name: &str,
-        file: Arc<dyn DeviceFile>,
-    ) -> Arc<Self> {
+    pub(super) fn one_file(link: Link, id: u64, name: &str, file: Arc<dyn DeviceFile>) -> Arc<Self> {
         let count = RequestCount::default();
-        let queue = RequestQueue::new(name, file, connection.clone(), count.clone());
+        let queue = RequestQueue::new(name, file, link.connection.clone(), count.clone());
         let weak = Arc::downgrade(&queue);
         let tree = Tree::of_one_file(id, queue, FileAttributes::private());
-        let session = Self::new(connection, endpoint, tree, count);
+        let session = Self::new(link, tree, count);
         session.queues.lock().insert(id, weak);
         Arc::new(session)
     }
@@ -156,7 +170,7 @@ impl Session {
             }
             Operation::Getattr(_) => {
                 let attr = self.tree.lock().attr(header.nodeid);
-                self.reply_attr(header, attr);
+                self.reply_attr(header, attr.ok_or(Errno::NOENT));
             }
             Operation::Setattr(change) => {
                 let attr = self.tree.lock().set_attr(header.nodeid, change);
@@ -206,11 +220,10 @@ impl Session {
         }
     }
 
-    fn reply_attr(&self, header: &InHeader, attr: Option<Attr>) {
-        let out = attr.map(|attr| AttrOut { attr, ..AttrOut::default() });
-        match &out {
-            Some(out) => self.reply(header.unique, Ok(&[out.as_bytes()])),
-            None => self.reply(header.unique, Err(Errno::NOENT)),
+    fn reply_attr(&self, header: &InHeader, attr: Result<Attr, Errno>) {
+        match attr.map(|attr| AttrOut { attr, ..AttrOut::default() }) {
+            Ok(out) => self.reply(header.unique, Ok(&[out.as_bytes()])),
+            Err(errno) => self.reply(header.unique, Err(errno)),
         }
     }
 
@@ -244,6 +257,30 @@ impl Session {
         self.tree.lock().restore(id, queue, attributes)?;
         self.queues.lock().insert(id, weak);
         Ok(())
+    }
+
+    /// Marks `handles` of the only file as open, which an earlier process had served.
+    pub(super) fn restore_opens(&self, handles: &[u64]) {
+        self.live_queues().iter().for_each(|queue| queue.restore_opens(handles));
+    }
+
+    /// See [`Tree::save_attributes`]; for the directory without a name.
+    pub(super) fn save_attributes(&self, name: Option<&str>, saved: SavedAttributes) -> Result<(), Errno> {
+        let mut tree = self.tree.lock();
+        let id = match name {
+            Some(name) => tree.lookup(name.as_bytes()).ok_or(Errno::NOENT)?.ino,
+            None => ROOT_ID,
+        };
+        tree.save_attributes(id, saved)
+    }
+
+    /// Asks the kernel to send again what an earlier process had read and not answered.
+    pub(super) fn resend(&self) {
+        if self.negotiated.has_resend()
+            && let Err(errno) = self.connection.notify_resend()
+        {
+            warn!(endpoint = ?self.endpoint, %errno, "requests in progress at the end of the earlier process are lost");
+        }
     }
 
     /// The node id of a name.

@@ -2,17 +2,16 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 
-use rustix::process::{getegid, geteuid};
-use vdpa_sys::uapi::fuse::{Attr, Dirent, ROOT_ID, SetattrIn, setattr_valid};
+use vdpa_core::Errno;
+use vdpa_sys::uapi::fuse::{Attr, Dirent, ROOT_ID, SetattrIn};
 use zerocopy::IntoBytes;
 
+use super::attributes::{self, FileAttributes, PERMISSIONS, SavedAttributes};
 use super::request_queue::RequestQueue;
 
 const S_IFDIR: u32 = 0o040_000;
 const S_IFREG: u32 = 0o100_000;
-const PERMISSIONS: u32 = 0o7777;
 const DT_DIR: u32 = 4;
 const DT_REG: u32 = 8;
 const BLOCK: u32 = 4096;
@@ -20,26 +19,6 @@ const BLOCK: u32 = 4096;
 pub(super) const NAME_MAX: u32 = 255;
 /// The first node id of a file. Node ids are also the offsets of READDIR, where 1 and 2 are those of "." and "..".
 const FIRST_NODE: u64 = 3;
-
-/// Mode and owner of a device file, which decide who may open it; the kernel checks them (`default_permissions`). `chmod` and
-/// `chown` change them; they last as long as the file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FileAttributes {
-    /// Permission bits, `0o7777`.
-    pub mode: u32,
-    /// Owner, in the user namespace of this process.
-    pub uid: u32,
-    /// Group, in the user namespace of this process.
-    pub gid: u32,
-}
-
-impl FileAttributes {
-    /// Mode 0600, owned by the effective user and group of this process.
-    #[must_use]
-    pub fn private() -> Self {
-        Self { mode: 0o600, uid: geteuid().as_raw(), gid: getegid().as_raw() }
-    }
-}
 
 /// Why a device file could not be added.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -75,12 +54,15 @@ struct Node {
     lookups: u64,
     /// Whether the name was not removed.
     linked: bool,
+    /// Where each change of the attributes is written.
+    saved: Option<SavedAttributes>,
 }
 
 /// The directory, and all nodes that the kernel has a reference to.
 #[derive(Debug)]
 pub(super) struct Tree {
     root: Attr,
+    root_saved: Option<SavedAttributes>,
     nodes: BTreeMap<u64, Node>,
     names: HashMap<String, u64>,
     next: u64,
@@ -91,6 +73,7 @@ impl Tree {
         let root = FileAttributes { mode: 0o755, ..FileAttributes::private() };
         Self {
             root: attr(ROOT_ID, S_IFDIR, 2, root),
+            root_saved: None,
             nodes: BTreeMap::new(),
             names: HashMap::new(),
             next: FIRST_NODE,
@@ -102,7 +85,7 @@ impl Tree {
         let name = queue.name().to_owned();
         let attr = attr(id, S_IFREG, 1, attributes);
         // The kernel never forgets the root of a mount.
-        let node = Node { name: name.clone(), attr, queue, lookups: 1, linked: true };
+        let node = Node { name: name.clone(), attr, queue, lookups: 1, linked: true, saved: None };
         Self { nodes: BTreeMap::from([(id, node)]), names: HashMap::from([(name, id)]), ..Self::new() }
     }
 
@@ -128,7 +111,7 @@ impl Tree {
         self.next += 1;
         let attr = attr(id, S_IFREG, 1, attributes);
         self.names.insert(name.clone(), id);
-        self.nodes.insert(id, Node { name, attr, queue, lookups: 0, linked: true });
+        self.nodes.insert(id, Node { name, attr, queue, lookups: 0, linked: true, saved: None });
         Ok(id)
     }
 
@@ -148,7 +131,7 @@ impl Tree {
         self.names.insert(name.clone(), id);
         // How often the kernel has looked it up is not known: its node stays as long as this process.
         let lookups = u64::from(u32::MAX);
-        self.nodes.insert(id, Node { name, attr, queue, lookups, linked: true });
+        self.nodes.insert(id, Node { name, attr, queue, lookups, linked: true, saved: None });
         Ok(())
     }
 
@@ -206,37 +189,36 @@ impl Tree {
         Some(FileAttributes { mode: attr.mode & PERMISSIONS, uid: attr.uid, gid: attr.gid })
     }
 
-    /// Applies a `chmod`, `chown` or `utimes` that the kernel has allowed. A size (from `O_TRUNC` or `truncate`)
-    /// is ignored, as a character device does.
-    pub(super) fn set_attr(&mut self, id: u64, change: &SetattrIn) -> Option<Attr> {
-        let attr = match self.nodes.get_mut(&id) {
-            Some(node) => &mut node.attr,
-            None if id == ROOT_ID => &mut self.root,
-            None => return None,
-        };
-        let has = |bit| change.valid & bit != 0;
-        let (now, now_ns) = now();
-        if has(setattr_valid::MODE) {
-            attr.mode = attr.mode & !PERMISSIONS | change.mode & PERMISSIONS;
+    /// Applies a `chmod`, `chown` or `utimes` that the kernel has allowed.
+    ///
+    /// # Errors
+    /// `ENOENT` for a node that does not exist; those of [`SavedAttributes::write`].
+    pub(super) fn set_attr(&mut self, id: u64, change: &SetattrIn) -> Result<Attr, Errno> {
+        let (attr, saved) = self.attr_mut(id).ok_or(Errno::NOENT)?;
+        let mut changed = *attr;
+        attributes::change(&mut changed, change);
+        if let Some(saved) = saved {
+            saved.write(&changed)?;
         }
-        if has(setattr_valid::UID) {
-            attr.uid = change.uid;
+        *attr = changed;
+        Ok(changed)
+    }
+
+    /// Has each change of the attributes of a node written to `saved`, whose attributes are taken over if it has any.
+    pub(super) fn save_attributes(&mut self, id: u64, saved: SavedAttributes) -> Result<(), Errno> {
+        let (attr, place) = self.attr_mut(id).ok_or(Errno::NOENT)?;
+        if !saved.read(attr) {
+            saved.write(attr)?;
         }
-        if has(setattr_valid::GID) {
-            attr.gid = change.gid;
+        *place = Some(saved);
+        Ok(())
+    }
+
+    fn attr_mut(&mut self, id: u64) -> Option<(&mut Attr, &mut Option<SavedAttributes>)> {
+        match self.nodes.get_mut(&id) {
+            Some(node) => Some((&mut node.attr, &mut node.saved)),
+            None => (id == ROOT_ID).then_some((&mut self.root, &mut self.root_saved)),
         }
-        if has(setattr_valid::ATIME_NOW) {
-            (attr.atime, attr.atimensec) = (now, now_ns);
-        } else if has(setattr_valid::ATIME) {
-            (attr.atime, attr.atimensec) = (change.atime, change.atimensec);
-        }
-        if has(setattr_valid::MTIME_NOW) {
-            (attr.mtime, attr.mtimensec) = (now, now_ns);
-        } else if has(setattr_valid::MTIME) {
-            (attr.mtime, attr.mtimensec) = (change.mtime, change.mtimensec);
-        }
-        (attr.ctime, attr.ctimensec) = (now, now_ns);
-        Some(*attr)
     }
 
     /// Entries after the cookie `offset`, in at most `room` bytes.
@@ -260,7 +242,7 @@ impl Tree {
 }
 
 fn attr(ino: u64, kind: u32, nlink: u32, attributes: FileAttributes) -> Attr {
-    let (now, now_ns) = now();
+    let (now, now_ns) = attributes::now();
     Attr {
         ino,
         atime: now,
@@ -276,9 +258,4 @@ fn attr(ino: u64, kind: u32, nlink: u32, attributes: FileAttributes) -> Attr {
         blksize: BLOCK,
         ..Attr::default()
     }
-}
-
-fn now() -> (u64, u32) {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    (now.as_secs(), now.subsec_nanos())
 }
