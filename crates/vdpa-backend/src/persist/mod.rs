@@ -24,8 +24,8 @@ use vdpa_core::Errno;
 use vdpa_holder::client::Client;
 use vdpa_sys::uring::RingRecord;
 
-pub use front::DeviceFront;
-pub use journal::{DeviceLog, LogError, Reopened};
+pub use front::{DeviceFront, SharedFront, SuccessorFront};
+pub use journal::{DeviceLog, LogError, Reopened, SharedDevice, SharedRecords};
 pub use objects::RestoredSpaces;
 pub use vdpa_holder::client::Held;
 pub use vdpa_holder::protocol::Kind;

@@ -58,7 +58,8 @@ impl SavedAttributes {
     /// Writes the attributes. A process that is killed meanwhile has written all or nothing: the record lies in one page.
     pub(super) fn write(&self, attr: &Attr) -> Result<(), Errno> {
         let mut bytes = [0; RECORD];
-        let words = [VERSION, attr.mode & PERMISSIONS, attr.uid, attr.gid].into_iter().flat_map(u32::to_le_bytes);
+        let words =
+            [VERSION, attr.mode & PERMISSIONS, attr.uid, attr.gid].into_iter().flat_map(u32::to_le_bytes);
         let seconds = [attr.atime, attr.mtime, attr.ctime].into_iter().flat_map(u64::to_le_bytes);
         let parts = [attr.atimensec, attr.mtimensec, attr.ctimensec].into_iter().flat_map(u32::to_le_bytes);
         bytes.iter_mut().zip(words.chain(seconds).chain(parts)).for_each(|(to, from)| *to = from);

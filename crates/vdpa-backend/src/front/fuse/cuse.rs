@@ -137,9 +137,8 @@ impl NodeFactory {
         negotiated: Negotiated,
     ) -> Result<Arc<Session>, AddError> {
         let full = format!("{}{name}", self.prefix);
-        let number = cuse::number_of(&full).ok_or_else(|| AddError::Create {
-            reason: format!("the character device {full} is gone"),
-        })?;
+        let number = cuse::number_of(&full)
+            .ok_or_else(|| AddError::Create { reason: format!("the character device {full} is gone") })?;
         *self.major.lock() = Some(number.major);
         let link = Link { connection, endpoint: Endpoint::Device(Node { name: full, number }), negotiated };
         Ok(Session::one_file(link, NODE, name, Arc::new(CopyingFile(file))))
@@ -332,9 +331,10 @@ mod tests {
         file.write(1, 0, &[]).unwrap();
         assert_eq!(file.poll(), 0);
         file.release(1);
-        assert_eq!(*notes.0.lock(), [
-            "open", "begin_request", "answer_again", "ioctl", "after_reply", "write", "poll", "release"
-        ]);
+        assert_eq!(
+            *notes.0.lock(),
+            ["open", "begin_request", "answer_again", "ioctl", "after_reply", "write", "poll", "release"]
+        );
     }
 
     /// The answer that a crash has kept is written to the caller's memory, as the first one would have been.

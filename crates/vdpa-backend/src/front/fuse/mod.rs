@@ -32,10 +32,10 @@ use tracing::{info, warn};
 use vdpa_sys::fuse::{HandshakeError, MountError, MountOptions, Negotiated, mount, unmount, unmount_lazily};
 use vdpa_sys::uapi::fuse::ROOT_ID;
 
-pub use device::{Completed, DeviceFile, IoctlCall, IoctlReply, Opener, POLLIN, POLLOUT};
-pub use mount_point::prepare_dir;
 pub use adopt::{OwnConnection, Place};
 pub use attributes::{FileAttributes, SavedAttributes};
+pub use device::{Completed, DeviceFile, IoctlCall, IoctlReply, Opener, POLLIN, POLLOUT};
+pub use mount_point::prepare_dir;
 pub use tree::AddError;
 
 use super::watchdog::protocol::{Message, WatchdogLink, Watched};

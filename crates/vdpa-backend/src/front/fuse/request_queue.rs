@@ -257,7 +257,11 @@ impl RequestQueue {
             DeviceOp::Ioctl { tid, args, input } => {
                 let (handle, tid, cmd, out_size) = (args.fh, *tid, args.cmd, args.out_size);
                 let call = IoctlCall { handle, tid, cmd, arg: args.arg, input, out_size };
-                self.reply_ioctl(request, args.out_size, self.catch_panic(&request.op, || self.file.ioctl(&call)));
+                self.reply_ioctl(
+                    request,
+                    args.out_size,
+                    self.catch_panic(&request.op, || self.file.ioctl(&call)),
+                );
                 // A panic was logged.
                 let _ = self.catch_panic(&request.op, || {
                     self.file.after_reply();
@@ -321,9 +325,7 @@ impl RequestQueue {
                 let reply = self.catch_panic(&request.op, || self.file.answer_again(&call, reply));
                 self.reply_ioctl(request, out_size, reply)
             }
-            Completed::Write(size) => {
-                self.reply(request, Ok(&[WriteOut { size, padding: 0 }.as_bytes()]))
-            }
+            Completed::Write(size) => self.reply(request, Ok(&[WriteOut { size, padding: 0 }.as_bytes()])),
             Completed::Release => {
                 if let DeviceOp::Release { fh } = &request.op {
                     self.state.lock().opens.remove(fh);

@@ -18,7 +18,6 @@ use parking_lot::Mutex;
 use vdpa_core::device::Device;
 use vdpa_core::faults::{self, Fault};
 use vdpa_core::features::{BackendFeatures, Features, Status};
-use vdpa_core::handover::Handover;
 use vdpa_core::host::Caller as _;
 use vdpa_core::parent::{Parent, PrivateMemory};
 use vdpa_core::types::{Asid, IotlbMsg, IovaRange, QueueIndex, Result, VringAddr, iotlb_type};
@@ -35,7 +34,7 @@ use crate::front::fuse::{Completed, DeviceFile, IoctlCall, IoctlReply, Opener};
 use crate::rate::RateLimit;
 
 use self::opens::Opens;
-pub use self::opens::PendingSuccessor;
+pub use self::opens::{PendingSuccessor, SharedParent};
 use self::saved::Saved;
 pub use self::update_history::UpdateHistory;
 
@@ -151,11 +150,11 @@ impl VhostVdpaFile {
         }
     }
 
-    /// Allows a successor to open the device while its predecessor has it open. The parent of the device must be a handle of
-    /// `handover`.
+    /// Allows a successor to open the device while its predecessor has it open. The parent of the device must be the handle
+    /// that `shared` names.
     #[must_use]
-    pub fn with_handover(self, handover: Option<Handover<AnyParent>>) -> Self {
-        Self { opens: Mutex::new(Opens::new(handover)), ..self }
+    pub fn with_handover(self, shared: Option<SharedParent>) -> Self {
+        Self { opens: Mutex::new(Opens::new(shared)), ..self }
     }
 
     /// When the present owner became the owner; `None` without an owner.

@@ -12,14 +12,16 @@ use vdpa_core::handover::Handover;
 use vdpa_core::types::Result;
 use vdpa_sys::process::{Caller, OwnerSpace};
 
+use super::saved::since_1970;
 use super::{AnyParent, VhostVdpaFile, process};
 use crate::front::fuse::Opener;
+use crate::persist::{DeviceFront, SharedDevice, SharedFront, SuccessorFront};
 
 /// The opens of one file.
 #[derive(Debug, Default)]
 pub(super) struct Opens {
     /// Makes the successor's device, where handover is allowed.
-    handover: Option<Handover<AnyParent>>,
+    shared: Option<SharedParent>,
     /// The open that the device belongs to.
     current: Option<Opener>,
     successor: Option<Successor>,
@@ -27,10 +29,21 @@ pub(super) struct Opens {
     superseded: BTreeSet<u64>,
 }
 
+/// What the devices of a client and its successor share.
+#[derive(Debug)]
+pub struct SharedParent {
+    /// Makes the handles.
+    pub handover: Handover<AnyParent>,
+    /// Number of the [`Handle`](vdpa_core::handover::Handle) behind the present device.
+    pub handle: u64,
+}
+
 /// A client that has opened the device to take it over.
 #[derive(Debug)]
 struct Successor {
     opener: Opener,
+    /// Number of the handle behind its device.
+    handle: u64,
     device: Device<AnyParent>,
     since: SystemTime,
     /// Id and name of the process that has opened the device, where it is visible.
@@ -53,18 +66,48 @@ pub struct PendingSuccessor {
 }
 
 impl Opens {
-    /// The open of a client, in an earlier process.
-    pub(super) fn restored(present: Option<Opener>) -> Self {
-        Self { current: present, ..Self::default() }
+    /// The opens of an earlier process, and the device of a successor.
+    pub(super) fn restored(
+        front: &DeviceFront,
+        shared: Option<SharedParent>,
+        successor: Option<Device<AnyParent>>,
+    ) -> Self {
+        let saved = front.shared.as_ref();
+        let client = saved.and_then(|saved| saved.successor.clone());
+        let successor = successor.zip(client).map(|(device, client)| {
+            let SuccessorFront { handle, opener, since_ns, process } = client;
+            let since = SystemTime::UNIX_EPOCH + Duration::from_nanos(since_ns);
+            Successor { opener, handle, device, since, process }
+        });
+        let superseded = saved.map(|saved| saved.superseded.iter().copied().collect()).unwrap_or_default();
+        Self { shared, current: front.opener, successor, superseded }
     }
 
-    /// The client that has the device open.
-    pub(super) const fn present(&self) -> Option<Opener> {
-        self.current
+    /// What is saved of the opens.
+    pub(super) fn save(&self, front: &mut DeviceFront) {
+        front.opener = self.current;
+        front.shared = self.shared.as_ref().map(|shared| SharedFront {
+            handle: shared.handle,
+            successor: self.successor.as_ref().map(|successor| SuccessorFront {
+                handle: successor.handle,
+                opener: successor.opener,
+                since_ns: since_1970(successor.since),
+                process: successor.process.clone(),
+            }),
+            superseded: self.superseded.iter().copied().collect(),
+        });
     }
 
-    pub(super) fn new(handover: Option<Handover<AnyParent>>) -> Self {
-        Self { handover, ..Self::default() }
+    /// The shared device with `present`, the current one; `None` where handover is not allowed.
+    pub(super) fn shared<'a>(&'a mut self, present: &'a mut Device<AnyParent>) -> Option<SharedDevice<'a>> {
+        let SharedParent { handover, handle } = self.shared.as_ref()?;
+        let mut devices = vec![(*handle, present)];
+        devices.extend(self.successor.as_mut().map(|successor| (successor.handle, &mut successor.device)));
+        Some(SharedDevice { handover, devices })
+    }
+
+    pub(super) fn new(shared: Option<SharedParent>) -> Self {
+        Self { shared, ..Self::default() }
     }
 
     fn is_successor(&self, handle: u64) -> bool {
@@ -198,6 +241,9 @@ impl VhostVdpaFile {
             Ok(())
         })?;
         successor.device.release();
+        if let Some(shared) = &mut opens.shared {
+            shared.handle = successor.handle;
+        }
         let before =
             opens.current.replace(successor.opener).filter(|_| !faults::is(Fault::PredecessorGoesOn));
         opens.superseded.extend(before.map(|opener| opener.handle));
@@ -209,21 +255,23 @@ impl VhostVdpaFile {
     pub(super) fn open_as(&self, opener: &Opener) -> Result<()> {
         let mut opens = self.opens.lock();
         let outcome = self.current(Device::open);
-        match (outcome, &opens.handover, opens.current) {
+        match (outcome, &opens.shared, opens.current) {
             (Ok(()), ..) => opens.current = Some(*opener),
-            (Err(Errno::BUSY), Some(handover), Some(current))
+            (Err(Errno::BUSY), Some(shared), Some(current))
                 if opens.successor.is_none()
                     && current.uid == opener.uid
                     && !self.deleted.load(Ordering::Acquire) =>
             {
-                let parent: AnyParent = Box::new(handover.handle());
+                let parent = shared.handover.handle();
+                let handle = parent.id();
+                let parent: AnyParent = Box::new(parent);
                 let mut device = Device::new(parent);
                 device.open()?;
                 let process = process(opener.tid).and_then(|caller| Ok((caller.pid()?, caller.comm()))).ok();
                 let pid = process.as_ref().map(|(pid, _)| *pid);
                 tracing::info!(device = %self.name, pid, "opened a second time, by a successor");
                 let since = SystemTime::now();
-                opens.successor = Some(Successor { opener: *opener, device, since, process });
+                opens.successor = Some(Successor { opener: *opener, handle, device, since, process });
             }
             (Err(error), ..) => return Err(error),
         }
@@ -253,6 +301,9 @@ impl VhostVdpaFile {
             if let Some(mut successor) = opens.successor.take() {
                 std::mem::swap(device, &mut successor.device);
                 opens.current = Some(successor.opener);
+                if let Some(shared) = &mut opens.shared {
+                    shared.handle = successor.handle;
+                }
                 *self.owned_since.lock() = device.owner().map(|_| SystemTime::now());
             }
             Ok(())

@@ -5,9 +5,10 @@ use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
 use vdpa_core::crash_points::{CrashPoint, reach};
+use vdpa_core::device::Device;
 
-use super::VhostVdpaFile;
-use super::opens::Opens;
+use super::opens::{Opens, SharedParent};
+use super::{AnyParent, VhostVdpaFile};
 use crate::front::fuse::Completed;
 use crate::persist::{DeviceFront, DeviceLog, LogError};
 
@@ -43,7 +44,7 @@ impl Saved {
 }
 
 impl VhostVdpaFile {
-    /// Writes every change of the device into `log`, before the request that made it is answered. Not together with
+    /// Writes every change of the device into `log`, before the request that made it is answered. Called after
     /// [`with_handover`](Self::with_handover).
     ///
     /// # Errors
@@ -54,13 +55,20 @@ impl VhostVdpaFile {
         Ok(this)
     }
 
-    /// Continues a device that an earlier process had served: `front` is what its log says of the file.
+    /// Continues a device that an earlier process had served: `front` is what its log says of the file. Where a second client
+    /// can open it, `shared` is what its devices share, and `successor` is the device of that client, if there is one.
     #[must_use]
-    pub fn restored(self, log: DeviceLog, front: &DeviceFront) -> Self {
+    pub fn restored(
+        self,
+        log: DeviceLog,
+        front: &DeviceFront,
+        shared: Option<SharedParent>,
+        successor: Option<Device<AnyParent>>,
+    ) -> Self {
         let owned_since = (front.owned_since_ns > 0)
             .then(|| SystemTime::UNIX_EPOCH + Duration::from_nanos(front.owned_since_ns));
         Self {
-            opens: Mutex::new(Opens::restored(front.opener)),
+            opens: Mutex::new(Opens::restored(front, shared, successor)),
             owned_since: Mutex::new(owned_since),
             saved: Saved::new(log, front.last.clone()),
             ..self
@@ -96,13 +104,22 @@ impl VhostVdpaFile {
     fn write_log(&self, last: Option<(u64, Completed)>, always: bool) -> Result<(), LogError> {
         let mut log = self.saved.log.lock();
         let Some(log) = &mut *log else { return Ok(()) };
-        let opener = self.opens.lock().present();
-        let owned_since =
-            self.owned_since().and_then(|since| since.duration_since(SystemTime::UNIX_EPOCH).ok());
-        let owned_since_ns = owned_since.map_or(0, |since| u64::try_from(since.as_nanos()).unwrap_or(0));
-        let front = DeviceFront { opener, owned_since_ns, last };
+        let mut opens = self.opens.lock();
+        let owned_since_ns = self.owned_since().map_or(0, since_1970);
+        let mut front = DeviceFront { owned_since_ns, last, ..DeviceFront::default() };
+        opens.save(&mut front);
         let Some(device) = self.device.lock().clone() else { return Ok(()) };
         let mut device = device.lock();
-        if always { log.commit_front(&mut device, &front) } else { log.commit(&mut device, &front).map(drop) }
+        match opens.shared(&mut device) {
+            Some(shared) => log.commit_shared(shared, &front, always),
+            None if always => log.commit_front(&mut device, &front),
+            None => log.commit(&mut device, &front).map(drop),
+        }
     }
+}
+
+/// A time in ns since 1970.
+pub(super) fn since_1970(time: SystemTime) -> u64 {
+    let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
