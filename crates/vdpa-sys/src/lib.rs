@@ -20,6 +20,7 @@ pub mod memfd;
 pub mod mm_reaper;
 pub mod mmap;
 mod object;
+pub mod open_mark;
 mod prefetch;
 pub mod priority;
 pub mod process;

@@ -21,12 +21,11 @@ use vdpa_sys::process::Spaces;
 use zerocopy::IntoBytes;
 
 use self::describe::{describe_owner, last_update, state, unix};
-use self::restore::lost_in_crash;
 use crate::control::Backend;
-use crate::devices::{MgmtDevice, NetAttrs, mgmt_devices};
-use crate::survival::Survival;
+use crate::devices::{Kept, MgmtDevice, NetAttrs, mgmt_devices};
+use crate::survival::{Identity, Survival};
 use vdpa_backend::front::fuse::{AddError, DeviceFile, DeviceFiles};
-use vdpa_backend::front::vhost::{AnyParent, SharedDevice, VhostVdpaFile};
+use vdpa_backend::front::vhost::{AnyParent, SharedDevice, SharedParent, VhostVdpaFile};
 use vdpa_backend::persist::DeviceLog;
 use vdpa_backend::worker::{QueueLogs, WorkerPool};
 use vdpa_control::api::{
@@ -70,7 +69,7 @@ struct Entry {
     path: PathBuf,
     /// Front end that serves it: `cuse` or `fuse`.
     front: &'static str,
-    /// Its number at the holder; `None` if it ends with this process.
+    /// Its number at the holder; `None` without one.
     held: Option<u32>,
 }
 
@@ -102,11 +101,24 @@ impl Bus {
     /// Revokes every device from its clients and removes it.
     pub fn shutdown(&self) {
         for entry in std::mem::take(&mut *self.devices.lock()) {
+            self.release_connection(&entry);
             self.files.remove(&entry.file_name());
             if entry.file.release_now(BUSY_TIMEOUT).is_err() {
                 tracing::error!(device = %entry.name, "the request that it is busy with has not ended");
             }
         }
+    }
+
+    /// The file of a device is about to end.
+    fn release_connection(&self, entry: &Entry) {
+        if let (Some(survival), Some(held)) = (&self.survival, entry.held) {
+            survival.release_connection(held);
+        }
+    }
+
+    /// Whether there is a device of this name.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.find(name).is_ok()
     }
 
     /// Creates the device file under the first free number; `taken` are the numbers of this bus.
@@ -206,16 +218,18 @@ fn handover(attrs: &mut Attrs) -> Result<bool, CtlError> {
 }
 
 /// Shares a parent between clients. Returns the handle of the first client, and what creates handles for successors.
-fn shared(parent: AnyParent) -> Result<(AnyParent, Option<Handover<AnyParent>>), CtlError> {
+fn shared(parent: AnyParent) -> Result<(AnyParent, Option<SharedParent>), CtlError> {
     let handover = Handover::new(parent).map_err(|errno| {
         CtlError::new(errno, "this device cannot be opened by a successor")
             .with_hint("It uses addresses of its owner. Leave handover out; blk takes it.")
     })?;
-    let first: AnyParent = Box::new(handover.handle());
-    Ok((first, Some(handover)))
+    let first = handover.handle();
+    let handle = first.id();
+    Ok((Box::new(first), Some(SharedParent { handover, handle })))
 }
 
-fn file_name(number: u32) -> String {
+/// Name of the device file with this number.
+pub(crate) fn file_name(number: u32) -> String {
     format!("vhost-vdpa-{number}")
 }
 
@@ -253,14 +267,8 @@ impl Backend for Bus {
             CtlError::new(Errno::OPNOTSUPP, "this daemon cannot be upgraded: it has no holder")
                 .with_hint("Start it with --holder.")
         })?;
-        let devices = self.devices.lock();
-        if let Some(lost) = devices.iter().find(|entry| entry.held.is_none()) {
-            return Err(CtlError::new(
-                Errno::BUSY,
-                format!("device {} would end with this daemon", lost.name),
-            )
-            .with_hint("Delete it first; docs/vdpad.md says which devices go on."));
-        }
+        // No device is added or deleted meanwhile.
+        let _devices = self.devices.lock();
         survival.upgrade(&request)
     }
 
@@ -361,25 +369,21 @@ impl Backend for Bus {
             return Err(CtlError::new(Errno::EXIST, format!("device {} exists already", request.name))
                 .with_hint("Choose another name, or delete it first with \"vdpactl dev del\"."));
         }
-        let lost = lost_in_crash(&**mgmt, handover, path.is_some(), &request.attrs);
-        let survival = self.survival.as_ref().filter(|_| lost.is_none());
-        if let (Some(_), Some(why)) = (&self.survival, lost) {
-            tracing::warn!(device = %request.name, why, "the device ends with this daemon");
-        }
-        let logs = survival.map(|_| QueueLogs::create(QUEUES_MAX)).transpose().map_err(|errno| {
+        let no_memory = |errno| {
             CtlError::new(errno, format!("no memory for the in-flight logs of {}: {errno}", request.name))
-        })?;
-        let parent = match &logs {
-            Some((_, logs)) => {
-                mgmt.create(&request.name, &request.attrs, &self.pool.with_logs(logs.clone()))?
-            }
-            None => mgmt.create(&request.name, &request.attrs, &self.pool)?,
         };
+        let survival = self.survival.as_ref();
+        let logs = survival.map(|_| QueueLogs::create(QUEUES_MAX)).transpose().map_err(no_memory)?;
+        let kept = survival.map(|_| Kept::new()).transpose().map_err(no_memory)?.unwrap_or_default();
+        let logged = logs.as_ref().map(|(_, logs)| self.pool.with_logs(logs.clone()));
+        let pool = logged.as_ref().unwrap_or(&self.pool);
+        let parent = mgmt.create(&request.name, &request.attrs, pool, &kept)?;
         reach(CrashPoint::AddCreated);
         let profile = parent.profile().clone();
-        let (parent, handover) = if handover { shared(parent)? } else { (parent, None) };
+        let (parent, shared) = if handover { shared(parent)? } else { (parent, None) };
         let device: SharedDevice = Arc::new(Mutex::new(Device::new(parent)));
         let file = VhostVdpaFile::new(request.name.clone(), Arc::clone(&device), self.spaces.clone());
+        let file = file.with_handover(shared);
         let held = survival.map(|survival| survival.new_device());
         let file = match (survival, held, logs) {
             (Some(survival), Some(held), Some((memory, _))) => DeviceLog::create(held, survival.store())
@@ -388,16 +392,21 @@ impl Backend for Bus {
                 .map_err(|error| {
                     CtlError::new(Errno::IO, format!("the device would not survive: {error}"))
                 })?,
-            _ => file.with_handover(handover),
+            _ => file,
         };
         reach(CrashPoint::AddLogHeld);
         let file = Arc::new(file);
         let taken: BTreeSet<u32> = devices.iter().map(|entry| entry.number).collect();
         let front = if path.is_some() { "fuse" } else { self.files.front() };
-        let (number, path) = self.add_file(&taken, path.as_deref(), &file)?;
+        let added = self.add_file(&taken, path.as_deref(), &file);
+        let (number, path) = added.inspect_err(|_| file.forget_log())?;
         reach(CrashPoint::AddFileMade);
-        if let (Some(survival), Some(held)) = (&self.survival, held) {
-            self.hold(survival, held, number, &request).map_err(|errno| {
+        if let (Some(survival), Some(held)) = (survival, held) {
+            let identity = Identity::new(number, &request, kept.mark(), &self.files);
+            let contents = kept.held_memory();
+            survival.hold_device(held, identity, &self.files, contents.as_deref()).map_err(|errno| {
+                survival.release_device(held);
+                file.forget_log();
                 self.files.remove(&file_name(number));
                 CtlError::new(errno, "the device would not survive: the holder refuses it")
             })?;
@@ -440,6 +449,7 @@ impl Backend for Bus {
             return Err(CtlError::new(Errno::BUSY, format!("device {name} is open"))
                 .with_hint("Close its client first, or take it away with \"vdpactl dev del DEV --force\"."));
         }
+        self.release_connection(&entry);
         self.files.remove(&entry.file_name());
         reach(CrashPoint::DelFileRemoved);
         let taken = entry.file.revoke(BUSY_TIMEOUT);
@@ -450,7 +460,7 @@ impl Backend for Bus {
         }
         reach(CrashPoint::DelRevoked);
         if let (Some(survival), Some(held)) = (&self.survival, entry.held) {
-            survival.release_identity(held);
+            survival.release_device(held);
             reach(CrashPoint::DelIdentityReleased);
             entry.file.forget_log();
         }

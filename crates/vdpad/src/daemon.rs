@@ -146,32 +146,29 @@ impl Daemon {
             None => Legacy::default(),
         };
         reach(CrashPoint::ItemsListed);
-        let adopted = legacy.mount.take();
-        let continues = adopted.is_some();
-        let files = match (&place, &survival, adopted) {
-            (_, Some(survival), Some(mount)) => survival.adopt(mount, options)?,
-            (Place::Dev(dir), _, _) => DeviceFiles::cuse(dir, options)?,
-            (Place::Mount(dir), _, _) => DeviceFiles::mount(dir, options)?,
+        let continues = legacy.files.are_served();
+        let files = match (&place, &survival) {
+            (_, Some(survival)) if continues => survival.adopt_files(&mut legacy.files, options)?,
+            (Place::Dev(dir), _) => DeviceFiles::cuse(dir, options)?,
+            (Place::Mount(dir), _) => DeviceFiles::mount(dir, options)?,
         };
         reach(CrashPoint::ConnectionAdopted);
         if let Some(survival) = survival.as_ref().filter(|_| !continues) {
-            survival.hold_mount(&files).map_err(holder("have the mount held"))?;
+            survival.hold_files(&files).map_err(holder("have the device files held"))?;
         }
         let bus = Arc::new(Bus::new(Arc::clone(&files), config.workers, config.poll, survival.clone()));
         if continues {
             bus.restore(std::mem::take(&mut legacy.devices));
             files.resume()?;
         }
-        // After a crash, those that had to end with the former daemon. The others were restored, or deleted before.
-        for device in config.devices.iter().filter(|device| !continues || bus.is_lost_in_crash(device)) {
-            match bus.add(device.clone()) {
-                Ok(()) => {}
-                // Another device may have the name by now. The restored ones must not end for that.
-                Err(error) if continues => {
-                    tracing::warn!(device = %device.name, %error, "a device of --dev is not created anew");
-                }
-                Err(source) => return Err(StartError::Device { name: device.name.clone(), source }),
-            }
+        // A former daemon may have crashed before it had added all.
+        let devices = config.devices.iter().filter(|device| !(continues && bus.has(&device.name)));
+        for device in devices.filter(|_| !legacy.files.configured) {
+            bus.add(device.clone())
+                .map_err(|source| StartError::Device { name: device.name.clone(), source })?;
+        }
+        if let Some(survival) = survival.as_ref().filter(|_| !legacy.files.configured) {
+            survival.hold_configured().map_err(holder("note that the devices of the configuration exist"))?;
         }
         let control = Server::start(&config.socket, Arc::clone(&bus) as _)?;
         reach(CrashPoint::ControlOpen);

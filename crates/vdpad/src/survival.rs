@@ -5,33 +5,31 @@
 //! daemon again, which finds all of that, and goes on.
 //! An upgrade is the same with another program, which is started in advance.
 
+mod files;
 mod upgrade;
 
 use std::collections::BTreeMap;
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
-use std::os::fd::{AsFd as _, OwnedFd};
-use std::path::PathBuf;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
-use vdpa_backend::front::fuse::{DeviceFiles, FileAttributes, Options, ServeError};
-use vdpa_backend::persist::{Held, Kind, RestoredSpaces, Store, key, split_key};
+use vdpa_backend::front::fuse::{DeviceFiles, FileAttributes};
+use vdpa_backend::persist::{Held, RestoredSpaces, Store, split_key};
 use vdpa_control::api::{AddRequest, CrashInfo, HolderInfo};
 use vdpa_core::Errno;
 use vdpa_holder::client::{Client, Start};
 use vdpa_holder::protocol::{Role, Status};
 use vdpa_sys::clock::monotonic_ns;
-use vdpa_sys::fuse::{Negotiated, unmount};
 use vdpa_sys::memfd;
 
-/// Items that belong to no device.
-const MOUNT: u32 = 1;
-const MOUNT_DIR: u32 = 2;
-/// The item of a device that says what was added.
-const IDENTITY: u32 = 2;
+pub(crate) use self::files::LegacyParts;
+use self::files::{IDENTITY, LegacyFiles, SavedPlace};
+use crate::bus::file_name;
+
 /// Bytes of the longest identity: a request to add a device is at most that long.
 const IDENTITY_MAX: u64 = 1 << 20;
 
@@ -60,21 +58,41 @@ pub(crate) struct Identity {
     pub(crate) mode: u32,
     pub(crate) uid: u32,
     pub(crate) gid: u32,
-    /// As it was asked for.
+    /// Where the file is, if it has a connection of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) place: Option<SavedPlace>,
+    /// Place of the mark on its open file, by which the next process knows that this one's requests have ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) mark: Option<u64>,
+    /// As it was asked for, without the attributes of every device.
     pub(crate) request: AddRequest,
 }
 
 impl Identity {
+    /// Of a new device, whose file is in `files`.
+    pub(crate) fn new(number: u32, request: &AddRequest, mark: Option<u64>, files: &DeviceFiles) -> Self {
+        let name = file_name(number);
+        let FileAttributes { mode, uid, gid } =
+            files.attributes(&name).unwrap_or_else(FileAttributes::private);
+        let node = files.node(&name).unwrap_or(0);
+        Self { number, node, mode, uid, gid, place: None, mark, request: request.clone() }
+    }
+
     pub(crate) const fn attributes(&self) -> FileAttributes {
         FileAttributes { mode: self.mode, uid: self.uid, gid: self.gid }
+    }
+
+    /// Name of the device file.
+    pub(crate) fn file_name(&self) -> String {
+        file_name(self.number)
     }
 }
 
 /// What a predecessor has left.
 #[derive(Debug, Default)]
 pub(crate) struct Legacy {
-    /// The mount: its connection, what INIT agreed on, and where it is.
-    pub(crate) mount: Option<(OwnedFd, Negotiated, PathBuf)>,
+    /// The device files.
+    pub(crate) files: LegacyFiles,
     /// Devices by their number: what they are, and everything that is held of them.
     pub(crate) devices: BTreeMap<u32, (Identity, Vec<Held>)>,
 }
@@ -165,16 +183,11 @@ impl Survival {
         }
     }
 
-    /// Ends the mount that a predecessor has left, if any: clients get `ECONNABORTED`, those that wait too.
+    /// Ends the device files that a predecessor has left, if any: clients get `ECONNABORTED`, those that wait too.
     pub fn give_up(&self) {
-        let mount = self.legacy().map(|legacy| legacy.mount);
-        let ended = match mount {
-            Ok(Some((_, _, dir))) => unmount(&dir).map_err(|error| error.to_string()),
-            Ok(None) => Ok(()),
-            Err(errno) => Err(errno.to_string()),
-        };
-        if let Err(error) = ended {
-            tracing::error!(error, "the mount of the device files is left behind");
+        match self.legacy() {
+            Ok(legacy) => legacy.unmount(),
+            Err(errno) => tracing::error!(%errno, "the mount of the device files is left behind"),
         }
         self.stopping();
     }
@@ -184,57 +197,22 @@ impl Survival {
         self.next_device.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Has a new mount held.
-    ///
-    /// # Errors
-    /// Those of [`Store::hold`].
-    pub(crate) fn hold_mount(&self, files: &DeviceFiles) -> Result<(), Errno> {
-        let Some((connection, negotiated)) = files.outlive(self.generation()) else {
-            tracing::warn!("character devices do not survive a crash of this daemon");
-            return Ok(());
-        };
-        let store = self.store();
-        let dir = text(&files.dir().to_string_lossy())?;
-        store.hold(key(0, MOUNT_DIR), Kind::Memory, dir.as_fd(), &[])?;
-        store.hold(key(0, MOUNT), Kind::Fuse, connection.as_fd(), &negotiated.to_bytes())
-    }
-
-    /// Has held what a device is. The device can be restored from then on.
-    ///
-    /// # Errors
-    /// Those of [`Store::hold`].
-    pub(crate) fn hold_identity(&self, device: u32, identity: &Identity) -> Result<(), Errno> {
-        let json = serde_json::to_string(identity).map_err(|_| Errno::INVAL)?;
-        self.store().hold(key(device, IDENTITY), Kind::Memory, text(&json)?.as_fd(), &[])
-    }
-
-    /// The device is deleted: what is held of it beside its log is released.
-    pub(crate) fn release_identity(&self, device: u32) {
-        if let Err(errno) = self.store().release(key(device, IDENTITY)) {
-            tracing::warn!(device, %errno, "a deleted device is still held");
-        }
-    }
-
     /// What a predecessor has left. Whatever belongs to no device that can be restored is released.
     ///
     /// # Errors
     /// Those of the holder's connection.
     pub(crate) fn legacy(&self) -> Result<Legacy, Errno> {
         let mut legacy = Legacy::default();
-        let (mut connection, mut dir) = (None, None);
         let mut items: BTreeMap<u32, Vec<Held>> = BTreeMap::new();
         for held in self.client.lock().list()? {
             match split_key(held.key) {
-                (0, MOUNT) => connection = Some(held),
-                (0, MOUNT_DIR) => dir = read(held.fd),
-                (0, item) => tracing::warn!(item, "something unknown is held"),
+                (0, item) => {
+                    if legacy.files.take(item, held).is_some() {
+                        tracing::warn!(item, "something unknown is held");
+                    }
+                }
                 (device, _) => items.entry(device).or_default().push(held),
             }
-        }
-        if let (Some(held), Some(dir)) = (connection, dir)
-            && let Some(negotiated) = Negotiated::from_bytes(&held.record)
-        {
-            legacy.mount = Some((held.fd, negotiated, dir.into()));
         }
         self.next_device.fetch_max(items.keys().next_back().map_or(1, |last| last + 1), Ordering::Relaxed);
         for (device, mut items) in items {
@@ -249,19 +227,6 @@ impl Survival {
             }
         }
         Ok(legacy)
-    }
-
-    /// The device files of a predecessor.
-    ///
-    /// # Errors
-    /// As [`DeviceFiles::adopt`].
-    pub(crate) fn adopt(
-        &self,
-        mount: (OwnedFd, Negotiated, PathBuf),
-        options: Options,
-    ) -> Result<Arc<DeviceFiles>, ServeError> {
-        let (connection, negotiated, dir) = mount;
-        DeviceFiles::adopt(&dir, options, connection, negotiated, self.generation())
     }
 }
 

@@ -44,6 +44,17 @@ const VERSIONS: [u8; 2] = [1, 2];
 const OUT_MAX: usize = 256;
 
 impl DeviceFront {
+    /// The handles of all opens that clients have.
+    #[must_use]
+    pub fn handles(&self) -> Vec<u64> {
+        let mut handles: Vec<u64> = self.opener.iter().map(|opener| opener.handle).collect();
+        if let Some(shared) = &self.shared {
+            handles.extend(shared.successor.iter().map(|successor| successor.opener.handle));
+            handles.extend(&shared.superseded);
+        }
+        handles
+    }
+
     /// The bytes that a journal keeps.
     pub(super) fn encode(&self, out: &mut Vec<u8>) {
         let [alone, shared] = VERSIONS;

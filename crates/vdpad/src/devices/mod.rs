@@ -1,6 +1,7 @@
 //! The devices that this daemon can create, and the management devices that create them.
 
 pub(crate) mod blk;
+mod kept;
 mod net_attrs;
 mod options;
 mod sim;
@@ -13,6 +14,7 @@ use vdpa_backend::front::vhost::AnyParent;
 use vdpa_backend::worker::WorkerPool;
 use vdpa_control::api::{Attrs, CtlError, MgmtDev};
 
+pub(crate) use kept::Kept;
 pub(crate) use net_attrs::{NetAttr, NetAttrs};
 
 /// Creates devices of one kind, as `vdpa_mgmt_dev` does in the kernel.
@@ -25,18 +27,19 @@ pub(crate) trait MgmtDevice: Debug + Send + Sync {
         &[]
     }
 
-    /// Creates a device called `name`, whose rings are served by a thread of `pool`. May block on files and threads. Leaves nothing
-    /// behind on an error.
+    /// Creates a device called `name`, whose rings are served by a thread of `pool` and whose contents are in `kept`, if they
+    /// are in no file. May block on files and threads. Leaves nothing behind on an error.
     ///
     /// # Errors
     /// `EOPNOTSUPP` for an unknown attribute, `EINVAL` for an invalid value, else the errno of the file or thread that the device
     /// needs and did not get.
-    fn create(&self, name: &str, attrs: &Attrs, pool: &WorkerPool) -> Result<AnyParent, CtlError>;
-
-    /// Why a device with these attributes cannot go on in a new daemon after a crash; `None` if it can.
-    fn lost_in_crash(&self, _attrs: &Attrs) -> Option<&'static str> {
-        None
-    }
+    fn create(
+        &self,
+        name: &str,
+        attrs: &Attrs,
+        pool: &WorkerPool,
+        kept: &Kept,
+    ) -> Result<AnyParent, CtlError>;
 }
 
 /// All management devices, in the order in which `mgmtdev show` lists them.

@@ -204,6 +204,7 @@ mod tests {
             _: &str,
             _: &Attrs,
             _: &vdpa_backend::worker::WorkerPool,
+            _: &crate::devices::Kept,
         ) -> Result<AnyParent, CtlError> {
             Err(CtlError::new(Errno::IO, "this management device creates nothing"))
         }

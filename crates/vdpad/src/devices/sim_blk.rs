@@ -1,17 +1,21 @@
-//! `sim-blk`: a model of the kernel's block simulator (`vdpa_sim_blk`), with its constants and its quirks. The disk is in RAM.
+//! `sim-blk`: a model of the kernel's block simulator (`vdpa_sim_blk`), with its constants and its quirks. The disk is a memory
+//! file, which the holder keeps for the next daemon.
 
 use std::sync::Arc;
 
+use vdpa_core::Errno;
 use vdpa_core::blk::{BlkConfig, BlkRequest, FramingError, SECTOR, Segment, Status, kind};
 use vdpa_core::features::Features;
 use vdpa_core::parent::{Profile, QueueStats};
+use vdpa_core::ring::BufferSlice;
 use vdpa_core::types::{QueueIndex, Result};
+use vdpa_sys::mmap::{Prot, SharedMap};
 use vdpa_sys::uring::OwnedBuf;
 
-use super::MgmtDevice;
 use super::blk::copy_config;
 use super::options::no_worker;
 use super::sim::{Model, Options, Simulator};
+use super::{Kept, MgmtDevice};
 use vdpa_backend::front::vhost::AnyParent;
 use vdpa_backend::worker::{MemoryView, QueueControl, Size, WorkerPool};
 use vdpa_control::api::{Attrs, CtlError, ID_BLOCK, MgmtDev};
@@ -44,19 +48,22 @@ impl MgmtDevice for SimBlkMgmt {
         }
     }
 
-    fn create(&self, name: &str, attrs: &Attrs, pool: &WorkerPool) -> Result<AnyParent, CtlError> {
+    fn create(
+        &self,
+        name: &str,
+        attrs: &Attrs,
+        pool: &WorkerPool,
+        kept: &Kept,
+    ) -> Result<AnyParent, CtlError> {
         let options = Options::parse("sim-blk", attrs, &[])?;
+        let disk = RamDisk::new(kept)?;
         let place = &options.placement;
         let size = Size { queues: 1, address_spaces: 1 };
-        let worker = pool.add(name, size, place, Requests::new(RamDisk::new(), Arc::default()));
+        let worker = pool.add(name, size, place, Requests::new(disk, Arc::default()));
         let worker = worker.map_err(|errno| no_worker(name, place, errno))?;
         let config_size = u32::try_from(size_of::<BlkConfig>()).unwrap_or(0);
         let profile = Profile::simulator(ID_BLOCK, FEATURES, 1, config_size);
         Ok(Box::new(Simulator::new(profile, options, Blk, worker)))
-    }
-
-    fn lost_in_crash(&self, _attrs: &Attrs) -> Option<&'static str> {
-        Some("its disk is in the memory of the daemon")
     }
 }
 
@@ -100,24 +107,71 @@ impl Model for Blk {
 }
 
 struct RamDisk {
-    bytes: Vec<u8>,
+    memory: SharedMap,
+    /// For what is copied between the disk and client memory.
+    buffer: Box<[u8]>,
 }
 
+/// Bytes copied at a time.
+const COPIED: usize = 64 << 10;
+
 impl RamDisk {
-    fn new() -> Self {
+    fn new(kept: &Kept) -> Result<Self, CtlError> {
+        let bytes = CAPACITY * SECTOR;
         // The kernel zeroes each page when it is touched first.
-        Self { bytes: vec![0; usize::try_from(CAPACITY * SECTOR).unwrap_or(0)] }
+        let file = kept.memory(c"vdpad-sim-blk", bytes)?;
+        let failed = |errno| CtlError::new(errno, format!("the disk cannot be mapped: {errno}"));
+        let len = usize::try_from(bytes).map_err(|_| failed(Errno::NOMEM))?;
+        let memory = SharedMap::map(&*file, 0, len, Prot::RW, false).map_err(failed)?;
+        // A crash must not wait until they are written into a core dump.
+        if let Err(errno) = memory.leave_out_of_dumps(0, len) {
+            tracing::debug!(%errno, "the contents of a disk are in core dumps");
+        }
+        Ok(Self { memory, buffer: vec![0; COPIED].into() })
     }
 
-    /// The bytes of a transfer; `None` where it exceeds the disk. The kernel's simulator checks whole sectors only, so a
-    /// length that is not a multiple of 512 can exceed its buffer; here every byte is checked.
-    fn range(&mut self, sector: u64, len: u64) -> Option<&mut [u8]> {
+    /// Offset and length of a transfer in bytes; `None` where it exceeds the disk. The kernel's simulator checks whole sectors
+    /// only, so a length that is not a multiple of 512 can exceed its buffer; here every byte is checked.
+    fn range(&self, sector: u64, len: u64) -> Option<(usize, usize)> {
         if sector >= CAPACITY || len.div_ceil(SECTOR) > SECTORS_MAX.min(CAPACITY - sector) {
             return None;
         }
-        let from = usize::try_from(sector * SECTOR).ok()?;
-        let len = usize::try_from(len).ok()?;
-        self.bytes.get_mut(from..)?.get_mut(..len)
+        let (from, len) = (usize::try_from(sector * SECTOR).ok()?, usize::try_from(len).ok()?);
+        (len <= self.memory.len() - from).then_some((from, len))
+    }
+
+    /// Copies `len` bytes from `from` on to the buffers; `None` when client memory is not mapped.
+    fn read(&mut self, (from, len): (usize, usize), to: BufferSlice<'_>, view: &MemoryView) -> Option<()> {
+        let mut rest = to;
+        for at in (0..len).step_by(COPIED) {
+            let piece = self.buffer.get_mut(..COPIED.min(len - at))?;
+            self.memory.read(from + at, piece).ok()?;
+            let (now, later) = rest.split_at(piece.len() as u64)?;
+            now.write(view.snapshot(), piece).ok()?;
+            rest = later;
+        }
+        Some(())
+    }
+
+    /// Copies the buffers to `len` bytes from `to` on; `None` when client memory is not mapped.
+    fn write(&mut self, from: BufferSlice<'_>, (to, len): (usize, usize), view: &MemoryView) -> Option<()> {
+        let mut rest = from;
+        for at in (0..len).step_by(COPIED) {
+            let piece = self.buffer.get_mut(..COPIED.min(len - at))?;
+            let (now, later) = rest.split_at(piece.len() as u64)?;
+            now.read(view.snapshot(), piece).ok()?;
+            self.memory.write(to + at, piece).ok()?;
+            rest = later;
+        }
+        Some(())
+    }
+
+    fn zero(&mut self, from: usize, len: usize) -> Option<()> {
+        self.buffer.fill(0);
+        for at in (0..len).step_by(COPIED) {
+            self.memory.write(from + at, self.buffer.get(..COPIED.min(len - at))?).ok()?;
+        }
+        Some(())
     }
 
     fn discard_or_zero(&mut self, request: &BlkRequest<'_>, view: &MemoryView) -> Option<Step> {
@@ -139,7 +193,7 @@ impl RamDisk {
         if zero {
             let from = usize::try_from(segment.sector * SECTOR).ok()?;
             let len = usize::try_from(sectors * SECTOR).ok()?;
-            self.bytes.get_mut(from..)?.get_mut(..len)?.fill(0);
+            self.zero(from, len)?;
         }
         Some(done(Status::Ok))
     }
@@ -152,18 +206,18 @@ impl RamDisk {
         }
         match header.kind {
             kind::IN => {
-                let Some(bytes) = self.range(header.sector, request.data_in.len()) else {
+                let Some(range) = self.range(header.sector, request.data_in.len()) else {
                     return Some(done(Status::IoErr));
                 };
-                request.data_in.write(view.snapshot(), bytes).ok()?;
-                let written = u32::try_from(bytes.len()).ok()?;
+                self.read(range, request.data_in, view)?;
+                let written = u32::try_from(range.1).ok()?;
                 Some(Step::Complete { status: Status::Ok, written })
             }
             kind::OUT => {
-                let Some(bytes) = self.range(header.sector, request.data_out.len()) else {
+                let Some(range) = self.range(header.sector, request.data_out.len()) else {
                     return Some(done(Status::IoErr));
                 };
-                request.data_out.read(view.snapshot(), bytes).ok()?;
+                self.write(request.data_out, range, view)?;
                 Some(done(Status::Ok))
             }
             kind::FLUSH => Some(done(Status::Ok)),

@@ -12,10 +12,10 @@ use vdpa_core::ring::{Chain, RingError};
 use vdpa_core::types::{GroupIndex, QueueIndex, Result};
 use vdpa_sys::snapshot::Snapshot;
 
-use super::MgmtDevice;
 use super::net_attrs::{NetAttr, NetAttrs};
 use super::options::no_worker;
 use super::sim::{Model, Options, Simulator};
+use super::{Kept, MgmtDevice};
 use vdpa_backend::front::vhost::AnyParent;
 use vdpa_backend::worker::{MemoryView, Popped, Queue, QueueControl, QueueHandler, Queues, Size, WorkerPool};
 use vdpa_control::api::{Attrs, CtlError, ID_NET, MgmtDev};
@@ -47,7 +47,13 @@ impl MgmtDevice for SimNetMgmt {
         &[NetAttr::Mac, NetAttr::Mtu, NetAttr::Features]
     }
 
-    fn create(&self, name: &str, attrs: &Attrs, pool: &WorkerPool) -> Result<AnyParent, CtlError> {
+    fn create(
+        &self,
+        name: &str,
+        attrs: &Attrs,
+        pool: &WorkerPool,
+        _kept: &Kept,
+    ) -> Result<AnyParent, CtlError> {
         let options = Options::parse("sim-net", attrs, &KNOWN)?;
         let attrs = NetAttrs::parse(attrs)?;
         let features = attrs.features.unwrap_or(FEATURES);

@@ -13,6 +13,7 @@ use vdpa_core::blk::SECTOR;
 
 use super::options::Options;
 use vdpa_control::api::CtlError;
+use vdpa_sys::open_mark;
 
 /// Alignment of O_DIRECT transfers where the kernel does not report one: every file system accepts it.
 const DIRECT_ALIGN: u32 = 4096;
@@ -50,12 +51,15 @@ pub(super) struct Backing {
 }
 
 impl Backing {
-    /// Opens and locks the file.
+    /// Opens and locks the file. The exclusive lock of a disk that is written is given to its next process only when nothing of
+    /// the former one is in flight. The lock of a disk that is read only is shared, and does not tell: there, that
+    /// process waits for the end of the [mark](open_mark) at `mark`, since a late read would overwrite memory that its client
+    /// uses for something else by then.
     ///
     /// # Errors
     /// The errno of open(2); `EINVAL` for anything but a file or block device of at least one sector; `EBUSY` for a file that is
     /// locked. Each error names the file and what would be right.
-    pub(super) fn open(file: &Path, options: &Options) -> Result<Self, CtlError> {
+    pub(super) fn open(file: &Path, options: &Options, mark: Option<u64>) -> Result<Self, CtlError> {
         let path = file.display();
         let refuse = |errno, what: String, hint: &str| Err(CtlError::new(errno, what).with_hint(hint));
         let mut open = File::options();
@@ -92,7 +96,8 @@ impl Backing {
         } else {
             FlockOperation::NonBlockingLockExclusive
         };
-        if !lock_with_retry(&file, operation) {
+        let locked = || flock(&file, operation).is_ok() && (!options.read_only || is_alone(&file, mark));
+        if !retry(locked) {
             return refuse(
                 Errno::BUSY,
                 format!("{path} is locked by another program or device"),
@@ -158,17 +163,26 @@ const TMPFS: u32 = 0x0102_1994;
 
 /// Locks the file; `false` if it stays locked by others. Retries for a second: a daemon that was killed keeps its locks until
 /// the kernel has torn down its io_uring, which happens asynchronously, since operations may be in flight until then.
-fn lock_with_retry(file: &File, operation: FlockOperation) -> bool {
+fn retry(locked: impl Fn() -> bool) -> bool {
     const LOCK_TIMEOUT: Duration = Duration::from_secs(1);
     const RETRY_INTERVAL: Duration = Duration::from_millis(5);
     let deadline = Instant::now() + LOCK_TIMEOUT;
-    while flock(file, operation).is_err() {
+    while !locked() {
         if Instant::now() >= deadline {
             return false;
         }
         std::thread::sleep(RETRY_INTERVAL);
     }
     true
+}
+
+/// Marks the file for the next process that serves this disk, if it has no mark of the former one any more.
+fn is_alone(file: &File, mark: Option<u64>) -> bool {
+    let Some(mark) = mark else { return true };
+    match open_mark::exists(file, mark) {
+        Ok(false) => open_mark::set(file, mark).is_ok(),
+        _ => false,
+    }
 }
 
 /// Whether the file system is known to honour `IOCB_NOWAIT`: it completes or refuses a request without blocking. A write to such
@@ -209,7 +223,7 @@ mod tests {
         let mut attrs = Attrs::new();
         attrs.insert("path", path.to_str().unwrap()).unwrap();
         extra.iter().for_each(|(name, value)| attrs.insert(*name, *value).unwrap());
-        Backing::open(path, &Options::parse("t", &attrs).unwrap())
+        Backing::open(path, &Options::parse("t", &attrs).unwrap(), None)
     }
 
     #[test]
@@ -241,5 +255,26 @@ mod tests {
         let reader = open(&path, &[("readonly", "on")]).unwrap();
         assert!(reader.read_only && open(&path, &[("readonly", "on")]).is_ok());
         assert_eq!(open(&path, &[]).unwrap_err().errno, Errno::BUSY);
+    }
+
+    /// As long as anything of the former process refers to the open file, as a read in flight does.
+    #[test]
+    fn a_reader_waits_for_the_former_process_and_for_nobody_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        std::fs::write(&path, vec![0; 4096]).unwrap();
+        let mut attrs = Attrs::new();
+        attrs.insert("path", path.to_str().unwrap()).unwrap();
+        attrs.insert("readonly", "on").unwrap();
+        let options = Options::parse("t", &attrs).unwrap();
+        let (one, other) = (open_mark::FIRST, open_mark::FIRST + 1);
+        let former = Backing::open(&path, &options, Some(one)).unwrap();
+        let in_flight = Arc::clone(&former.file);
+        drop(former);
+        assert_eq!(Backing::open(&path, &options, Some(one)).unwrap_err().errno, Errno::BUSY);
+        let neighbour = Backing::open(&path, &options, Some(other)).unwrap();
+        drop(in_flight);
+        assert!(Backing::open(&path, &options, Some(one)).is_ok());
+        drop(neighbour);
     }
 }

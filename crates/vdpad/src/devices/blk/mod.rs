@@ -27,8 +27,8 @@ use self::disk::FileDisk;
 use self::file::Backing;
 use self::null::NullDisk;
 use self::options::{Options, Source};
-use super::MgmtDevice;
 use super::options::no_worker;
+use super::{Kept, MgmtDevice};
 use vdpa_backend::front::vhost::AnyParent;
 use vdpa_backend::worker::{ClientMemory, QueueControl, Size, WorkerPool};
 use vdpa_control::api::{Attrs, CtlError, ID_BLOCK, MgmtDev};
@@ -59,11 +59,17 @@ impl MgmtDevice for BlkMgmt {
         }
     }
 
-    fn create(&self, name: &str, attrs: &Attrs, pool: &WorkerPool) -> Result<AnyParent, CtlError> {
+    fn create(
+        &self,
+        name: &str,
+        attrs: &Attrs,
+        pool: &WorkerPool,
+        kept: &Kept,
+    ) -> Result<AnyParent, CtlError> {
         let options = Options::parse(name, attrs)?;
         let blk = match &options.source {
             Source::File(path) => {
-                let backing = Backing::open(path, &options)?;
+                let backing = Backing::open(path, &options, kept.mark())?;
                 let geometry = Geometry {
                     sectors: backing.sectors,
                     block_size: backing.block_size,
@@ -77,13 +83,6 @@ impl MgmtDevice for BlkMgmt {
             }
         };
         Ok(Box::new(blk))
-    }
-
-    /// A restored disk waits for the exclusive lock on its file: the kernel releases it when no request of the old daemon is in
-    /// flight. The lock of a read-only disk is shared, and tells nothing of its reads, which write guest memory.
-    fn lost_in_crash(&self, attrs: &Attrs) -> Option<&'static str> {
-        (attrs.get("readonly") == Some("on"))
-            .then_some("nothing tells when reads of the old daemon have ended (readonly on)")
     }
 }
 

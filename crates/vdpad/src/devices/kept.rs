@@ -1,0 +1,105 @@
+//! [`Kept`]: what a device keeps outside of this process, beside its journal and its in-flight logs.
+
+use std::ffi::CStr;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use rustix::fs::{SealFlags, fcntl_add_seals, fcntl_get_seals, fstat};
+use rustix::rand::{GetRandomFlags, getrandom};
+use vdpa_control::api::CtlError;
+use vdpa_core::Errno;
+use vdpa_sys::{memfd, open_mark};
+
+/// Given to a device when it is made, or made again after the end of the process that had served it.
+#[derive(Debug, Default)]
+pub(crate) struct Kept {
+    /// The device is made again: what it keeps must be there.
+    restored: bool,
+    memory: Mutex<Option<Arc<OwnedFd>>>,
+    mark: Option<u64>,
+}
+
+impl Kept {
+    /// For a new device that is to outlive this process.
+    ///
+    /// # Errors
+    /// Of getrandom(2).
+    pub(crate) fn new() -> Result<Self, Errno> {
+        let mut bytes = [0; 8];
+        getrandom(&mut bytes, GetRandomFlags::empty())
+            .map_err(|error| Errno::from_raw(error.raw_os_error()))?;
+        let mark = open_mark::FIRST | u64::from_ne_bytes(bytes) >> 2;
+        Ok(Self { mark: Some(mark), ..Self::default() })
+    }
+
+    /// For a device that a predecessor of this process had served.
+    pub(crate) fn restored(mark: Option<u64>, memory: Option<OwnedFd>) -> Self {
+        Self { restored: true, memory: Mutex::new(memory.map(Arc::new)), mark }
+    }
+
+    /// The memory file in which the device has its contents: `bytes` zeros for a new device, what the former process has left for
+    /// one that is made again. It cannot be shrunk.
+    ///
+    /// # Errors
+    /// `ENOENT` and `EINVAL` if the former contents are not there; `EMFILE`, `ENOMEM`.
+    pub(crate) fn memory(&self, name: &CStr, bytes: u64) -> Result<Arc<OwnedFd>, CtlError> {
+        let failed = |errno| CtlError::new(errno, format!("no memory for the contents of a disk: {errno}"));
+        let mut memory = self.memory.lock();
+        match &*memory {
+            Some(known) if is_intact(known, bytes) => return Ok(Arc::clone(known)),
+            Some(_) => return Err(CtlError::new(Errno::INVAL, "the contents of the disk have another size")),
+            None if self.restored => {
+                return Err(CtlError::new(Errno::NOENT, "the contents of the disk are gone"));
+            }
+            None => {}
+        }
+        let new = memfd::create(name, bytes, None).map_err(failed)?;
+        fcntl_add_seals(&new, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
+            .map_err(|error| failed(Errno::from_raw(error.raw_os_error())))?;
+        Ok(Arc::clone(memory.insert(Arc::new(new))))
+    }
+
+    /// The memory that the device has asked for.
+    pub(crate) fn held_memory(&self) -> Option<Arc<OwnedFd>> {
+        self.memory.lock().clone()
+    }
+
+    /// Place of the [mark](open_mark) that an open file of this device has, the same in every process that serves it: while
+    /// another open file has it, operations of the former process are in flight. `None` for a device without a successor.
+    pub(crate) const fn mark(&self) -> Option<u64> {
+        self.mark
+    }
+}
+
+/// Whether it has this size, and cannot lose it.
+fn is_intact(memory: &OwnedFd, bytes: u64) -> bool {
+    let sealed = fcntl_get_seals(memory).is_ok_and(|seals| seals.contains(SealFlags::SHRINK));
+    sealed && fstat(memory).is_ok_and(|stat| u64::try_from(stat.st_size) == Ok(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn contents_are_made_once_and_must_be_there_the_next_time() {
+        let new = Kept::new().unwrap();
+        let memory = new.memory(c"disk", 8192).unwrap();
+        assert!(Arc::ptr_eq(&memory, &new.memory(c"disk", 8192).unwrap()));
+        assert!(Arc::ptr_eq(&memory, &new.held_memory().unwrap()));
+        rustix::io::pwrite(&memory, b"data", 100).unwrap();
+        assert!(rustix::fs::ftruncate(&memory, 0).is_err());
+        let again = Kept::restored(new.mark(), Some(memory.try_clone().unwrap()));
+        let mut bytes = [0; 4];
+        rustix::io::pread(again.memory(c"disk", 8192).unwrap(), &mut bytes, 100).unwrap();
+        assert_eq!((&bytes, again.mark()), (b"data", new.mark()));
+        assert_eq!(again.memory(c"disk", 4096).unwrap_err().errno, Errno::INVAL);
+        assert_eq!(Kept::restored(None, None).memory(c"disk", 8192).unwrap_err().errno, Errno::NOENT);
+        let loose = memfd::create(c"disk", 8192, None).unwrap();
+        assert!(Kept::restored(None, Some(loose)).memory(c"disk", 8192).is_err(), "it could be shrunk");
+        assert_ne!(new.mark(), Kept::new().unwrap().mark());
+        assert!(new.mark().unwrap() >= open_mark::FIRST && new.mark().unwrap() < 1 << 63);
+        assert_eq!(Kept::default().mark(), None);
+    }
+}

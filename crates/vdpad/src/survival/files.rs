@@ -1,0 +1,304 @@
+//! The device files, as they are held for the next daemon: mounts, character devices, and attributes.
+
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use vdpa_backend::front::fuse::{
+    AddError, DeviceFile, DeviceFiles, Options, OwnConnection, Place, SavedAttributes, ServeError,
+};
+use vdpa_backend::persist::{Held, Kind, key, split_key};
+use vdpa_core::Errno;
+use vdpa_sys::fuse::{Connection, Negotiated, unmount};
+
+use super::{Identity, Legacy, Survival, read, text};
+
+/// Items that belong to no device.
+const MOUNT: u32 = 1;
+const MOUNT_DIR: u32 = 2;
+/// Attributes of the mounted directory.
+const MOUNT_ATTRIBUTES: u32 = 4;
+/// The directory of character devices, each of which has a connection of its own.
+const DEV_DIR: u32 = 5;
+/// The devices of the configuration have been added.
+const CONFIGURED: u32 = 6;
+
+/// Items of a device. 0 and 1 are the journal and the in-flight logs, and objects that the journal names are from 16 on.
+pub(super) const IDENTITY: u32 = 2;
+/// The memory that is its disk.
+const CONTENTS: u32 = 3;
+/// The attributes of its file.
+const ATTRIBUTES: u32 = 4;
+/// The connection of its file, if it has one of its own.
+const CONNECTION: u32 = 5;
+/// All that this module holds of a device.
+const ITEMS: [u32; 4] = [IDENTITY, CONTENTS, ATTRIBUTES, CONNECTION];
+
+/// The files that a predecessor has served.
+#[derive(Debug, Default)]
+pub(crate) struct LegacyFiles {
+    /// Connection of the mount of the directory, and what INIT agreed on.
+    mount: Option<(OwnedFd, Negotiated)>,
+    mount_dir: Option<PathBuf>,
+    mount_attributes: Option<SavedAttributes>,
+    dev_dir: Option<PathBuf>,
+    /// The devices of the configuration have been added.
+    pub(crate) configured: bool,
+}
+
+/// What of a device is neither in its journal nor in its in-flight logs.
+#[derive(Debug, Default)]
+pub(crate) struct LegacyParts {
+    /// The memory that is its disk.
+    pub(crate) contents: Option<OwnedFd>,
+    attributes: Option<SavedAttributes>,
+    connection: Option<(OwnedFd, Negotiated)>,
+}
+
+/// Where a device file is that has a connection of its own, as it is saved.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum SavedPlace {
+    /// As [`Place::File`].
+    File { path: PathBuf, created: bool },
+    /// As [`Place::Device`].
+    Device,
+}
+
+impl SavedPlace {
+    fn of(place: &Place) -> Self {
+        match place {
+            Place::File { path, created } => Self::File { path: path.clone(), created: *created },
+            Place::Device => Self::Device,
+        }
+    }
+
+    fn place(&self) -> Place {
+        match self {
+            Self::File { path, created } => Place::File { path: path.clone(), created: *created },
+            Self::Device => Place::Device,
+        }
+    }
+}
+
+impl LegacyFiles {
+    /// Takes an item that belongs to no device; returns one that is not of this module.
+    pub(super) fn take(&mut self, item: u32, held: Held) -> Option<Held> {
+        match item {
+            MOUNT => self.mount = Negotiated::from_bytes(&held.record).map(|agreed| (held.fd, agreed)),
+            MOUNT_DIR => self.mount_dir = read(held.fd).map(PathBuf::from),
+            MOUNT_ATTRIBUTES => self.mount_attributes = Some(SavedAttributes::open(held.fd)),
+            DEV_DIR => self.dev_dir = read(held.fd).map(PathBuf::from),
+            CONFIGURED => self.configured = true,
+            _ => return Some(held),
+        }
+        None
+    }
+
+    /// Whether a predecessor has served any.
+    pub(crate) const fn are_served(&self) -> bool {
+        self.dev_dir.is_some() || self.mount.is_some() && self.mount_dir.is_some()
+    }
+}
+
+impl LegacyParts {
+    /// Takes the items of this module; the others stay.
+    pub(crate) fn take(items: &mut Vec<Held>) -> Self {
+        let mut parts = Self::default();
+        for held in std::mem::take(items) {
+            match split_key(held.key).1 {
+                CONTENTS => parts.contents = Some(held.fd),
+                ATTRIBUTES => parts.attributes = Some(SavedAttributes::open(held.fd)),
+                CONNECTION => {
+                    let agreed = Negotiated::from_bytes(&held.record);
+                    parts.connection = agreed.map(|agreed| (held.fd, agreed));
+                }
+                _ => items.push(held),
+            }
+        }
+        parts
+    }
+
+    /// Puts `file` in the place of the file of a device that a predecessor has served, with the handles that clients have open.
+    /// Returns its path.
+    ///
+    /// # Errors
+    /// [`AddError`].
+    pub(crate) fn restore_file(
+        &mut self,
+        files: &DeviceFiles,
+        identity: &Identity,
+        file: Arc<dyn DeviceFile>,
+        opens: &[u64],
+    ) -> Result<PathBuf, AddError> {
+        let failed = |what: &str| AddError::Create { reason: what.into() };
+        let name = identity.file_name();
+        let path = match &identity.place {
+            None => files.restore(&name, file, identity.node, identity.attributes(), opens)?,
+            Some(place) => {
+                let (fd, negotiated) =
+                    self.connection.take().ok_or_else(|| failed("the connection of its file is not held"))?;
+                let connection = Connection::new(fd);
+                let connection = connection.map_err(|_| failed("the connection of its file is closed"))?;
+                let own = OwnConnection { connection, negotiated, place: place.place() };
+                files.restore_own(&name, file, own, opens)?
+            }
+        };
+        if let Some(saved) = self.attributes.take()
+            && let Err(errno) = files.save_attributes(Some(&name), saved)
+        {
+            tracing::warn!(file = name, %errno, "changes of the attributes of the file will not survive");
+        }
+        Ok(path)
+    }
+}
+
+impl Legacy {
+    /// Ends the mounts that a predecessor has left: clients get `ECONNABORTED`, those that wait too. Character devices end when
+    /// nobody holds them.
+    pub(super) fn unmount(&self) {
+        self.devices.values().for_each(|(identity, _)| identity.unmount());
+        if let Some(dir) = &self.files.mount_dir
+            && let Err(error) = unmount(dir)
+        {
+            tracing::error!(%error, "the mount of the device files is left behind");
+        }
+    }
+}
+
+impl Identity {
+    /// The key under which it is held, for the device with the number `device`.
+    pub(crate) const fn key(&self, device: u32) -> u64 {
+        key(device, IDENTITY)
+    }
+
+    /// Name of the front end of its file.
+    pub(crate) fn front(&self, files: &DeviceFiles) -> &'static str {
+        if matches!(self.place, Some(SavedPlace::File { .. })) { "fuse" } else { files.front() }
+    }
+
+    /// Ends the mount of a device that cannot be restored, if it has one of its own.
+    pub(crate) fn unmount(&self) {
+        let Some(SavedPlace::File { path, created }) = &self.place else { return };
+        if let Err(error) = unmount(path) {
+            tracing::error!(%error, "the mount of a device file is left behind");
+        } else if *created && let Err(error) = std::fs::remove_file(path) {
+            tracing::warn!(path = %path.display(), %error, "the file below a device file stays");
+        }
+    }
+}
+
+impl Survival {
+    /// Has the new device files held: their mount, or that they are character devices.
+    ///
+    /// # Errors
+    /// Those of [`Store::hold`](vdpa_backend::persist::Store::hold), and of memory.
+    pub(crate) fn hold_files(&self, files: &DeviceFiles) -> Result<(), Errno> {
+        let store = self.store();
+        let dir = text(&files.dir().to_string_lossy())?;
+        let Some((connection, negotiated)) = files.outlive(self.generation()) else {
+            return store.hold(key(0, DEV_DIR), Kind::Memory, dir.as_fd(), &[]);
+        };
+        self.hold_directory_attributes(files)?;
+        store.hold(key(0, MOUNT_DIR), Kind::Memory, dir.as_fd(), &[])?;
+        store.hold(key(0, MOUNT), Kind::Fuse, connection.as_fd(), &negotiated.to_bytes())
+    }
+
+    fn hold_directory_attributes(&self, files: &DeviceFiles) -> Result<(), Errno> {
+        let attributes = SavedAttributes::create()?;
+        self.store().hold(key(0, MOUNT_ATTRIBUTES), Kind::Memory, attributes.as_fd(), &[])?;
+        files.save_attributes(None, attributes)
+    }
+
+    /// Continues the device files of a predecessor.
+    ///
+    /// # Errors
+    /// As [`DeviceFiles::adopt`]; [`ServeError::NotDev`] also where nothing [is served](LegacyFiles::are_served).
+    pub(crate) fn adopt_files(
+        &self,
+        legacy: &mut LegacyFiles,
+        options: Options,
+    ) -> Result<Arc<DeviceFiles>, ServeError> {
+        let generation = self.generation();
+        let (Some((connection, negotiated)), Some(dir)) = (legacy.mount.take(), legacy.mount_dir.take())
+        else {
+            return DeviceFiles::adopt_cuse(&legacy.dev_dir.take().unwrap_or_default(), options, generation);
+        };
+        let files = DeviceFiles::adopt(&dir, options, connection, negotiated, generation)?;
+        let saved = match legacy.mount_attributes.take() {
+            Some(saved) => files.save_attributes(None, saved),
+            None => self.hold_directory_attributes(&files),
+        };
+        if let Err(errno) = saved {
+            tracing::warn!(%errno, "changes of the attributes of the directory will not survive");
+        }
+        Ok(files)
+    }
+
+    /// The devices of the configuration have been added: the next daemon does not add those that are missing.
+    ///
+    /// # Errors
+    /// Those of [`Store::hold`](vdpa_backend::persist::Store::hold), and of memory.
+    pub(crate) fn hold_configured(&self) -> Result<(), Errno> {
+        self.store().hold(key(0, CONFIGURED), Kind::Memory, text("")?.as_fd(), &[])
+    }
+
+    /// Has held what a device is that is in `files`, and `contents`, if its disk is memory. The device can be restored from
+    /// then on.
+    ///
+    /// # Errors
+    /// Those of [`Store::hold`](vdpa_backend::persist::Store::hold), and of memory.
+    pub(crate) fn hold_device(
+        &self,
+        device: u32,
+        mut identity: Identity,
+        files: &DeviceFiles,
+        contents: Option<&OwnedFd>,
+    ) -> Result<(), Errno> {
+        let store = self.store();
+        let name = identity.file_name();
+        if let Some(contents) = contents {
+            store.hold(key(device, CONTENTS), Kind::Memory, contents.as_fd(), &[])?;
+        }
+        if let Some(OwnConnection { connection, negotiated, place }) = files.own_connection(&name) {
+            store.hold(key(device, CONNECTION), Kind::Fuse, connection.as_fd(), &negotiated.to_bytes())?;
+            identity.place = Some(SavedPlace::of(&place));
+        }
+        // The kernel keeps those of a character device.
+        if !matches!(identity.place, Some(SavedPlace::Device)) {
+            let attributes = SavedAttributes::create()?;
+            store.hold(key(device, ATTRIBUTES), Kind::Memory, attributes.as_fd(), &[])?;
+            files.save_attributes(Some(&name), attributes)?;
+        }
+        // Last: a device without it was being added.
+        let json = serde_json::to_string(&identity).map_err(|_| Errno::INVAL)?;
+        store.hold(key(device, IDENTITY), Kind::Memory, text(&json)?.as_fd(), &[])
+    }
+
+    /// The file of a device ends: the kernel keeps it as long as anybody holds its connection.
+    pub(crate) fn release_connection(&self, device: u32) {
+        // Most have none of their own.
+        let _ = self.store().release(key(device, CONNECTION));
+    }
+
+    /// The device is deleted: what is held of it beside its log is released.
+    pub(crate) fn release_device(&self, device: u32) {
+        for item in ITEMS {
+            match self.store().release(key(device, item)) {
+                Ok(()) | Err(Errno::NOENT) => {}
+                Err(errno) => tracing::warn!(device, %errno, "a deleted device is still held"),
+            }
+        }
+    }
+
+    /// A device of a predecessor cannot be restored: everything that is held of it is released, and its clients get errors.
+    pub(crate) fn give_up_device(&self, keys: &[u64], identity: &Identity) {
+        for key in keys {
+            if let Err(errno) = self.store().release(*key) {
+                tracing::warn!(key, %errno, "a device that cannot be restored is still held");
+            }
+        }
+        identity.unmount();
+    }
+}
