@@ -19,6 +19,7 @@ use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -307,25 +308,48 @@ fn every_kind_of_device_goes_on() {
     );
 }
 
+/// A loop device, which does not keep a process that has read from it until the read has ended.
+struct Loop(PathBuf);
+
+impl Loop {
+    fn new(file: &Path) -> Self {
+        let out = Command::new("losetup").args(["-r", "-f", "--show"]).arg(file).output().unwrap();
+        assert!(out.status.success(), "loop devices are needed: {}", String::from_utf8_lossy(&out.stderr));
+        Self(String::from_utf8(out.stdout).unwrap().trim().into())
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").arg("-d").arg(&self.0).status();
+    }
+}
+
 /// A read of the dead daemon may write client memory any time, which the client uses for something else once it has an answer.
 /// The lock of a disk that is only read is shared, and does not tell.
 #[test]
 fn a_late_read_overwrites_nothing() {
     let vdpad = start(&[]);
     let slow = HangingFile::new(&vdpad.dir().join("slow.img"), 64 << 20);
-    let path = vdpad.add("disk0", "blk", &format!("path {} readonly on", slow.path.display()));
+    slow.recover();
+    let slow_disk = Loop::new(&slow.path);
+    let attrs = format!("path {} readonly on direct on", slow_disk.0.display());
+    let path = vdpad.add("disk0", "blk", &attrs);
     // Another device has the same lock, and no part in this.
-    vdpad.add("disk1", "blk", &format!("path {} readonly on", slow.path.display()));
+    vdpad.add("disk1", "blk", &attrs);
     let mut disk = Blk::start(&path);
     let (header, status) = disk.frame(7, kind::IN, 16);
     let data = vdpa_core::ring::Buffer { iova: IOVA + blk::DATA, len: DATA };
     disk.put(blk::DATA, &[0xa5; DATA as usize]);
+    slow.hang();
     disk.session.queue_mut(QueueIndex(0)).unwrap().submit(&[header], &[data, status], 7).unwrap();
     disk.notify(0);
     eventually("the disk has the read", || (slow.waiting() == 1).then_some(()));
     kill(&vdpad);
     let end = Instant::now() + Duration::from_secs(1);
     while Instant::now() < end {
+        // A loop device would not begin another read before this one has ended.
+        assert!(!vdpad.log().contains("device restored"), "the next daemon does not wait");
         assert_eq!(slow.waiting(), 1, "only the read of the dead daemon is at the disk");
         assert!(disk.finish(0, Duration::ZERO).is_none(), "completed while that read was in flight");
         thread::sleep(Duration::from_millis(5));

@@ -95,6 +95,11 @@ impl HangingFile {
         self.state.released.lock().unwrap().push(offset);
     }
 
+    /// Lets requests block again from now on.
+    pub(crate) fn hang(&self) {
+        self.state.hangs.store(true, Ordering::SeqCst);
+    }
+
     /// Answers all requests, now and later.
     pub(crate) fn recover(&self) {
         self.state.hangs.store(false, Ordering::SeqCst);
