@@ -78,8 +78,7 @@ struct Serve {
     #[arg(long, value_name = "NUMBERS", env = live::ENV, default_value = "")]
     live_numbers: Numbers,
 
-    /// Run below a holder process, which starts the daemon again after a crash: its devices and their clients go on. For files
-    /// (--front fuse) and root
+    /// Run below a holder process, which starts the daemon again after a crash: its devices and their clients go on. For root
     #[arg(long)]
     holder: bool,
 

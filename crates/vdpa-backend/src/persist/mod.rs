@@ -9,8 +9,9 @@
 //! |---|---|
 //! | [`Store`] | where descriptors are held |
 //! | [`DeviceLog`] | the journal of one device, as the device file writes it |
-//! | [`DeviceFront`] | what the journal says beside the state of the device: the open, and the last request |
-//! | [`Reopened`] | what a successor finds |
+//! | [`DeviceFront`] | what the journal says beside the state of the device: the opens, and the last request |
+//! | [`SharedDevice`] | a device that a second client can open, as it is written |
+//! | [`Reopened`] | what a successor finds; [`SharedRecords`] of a device that a second client could open |
 
 mod front;
 mod journal;

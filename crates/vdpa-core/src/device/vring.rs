@@ -1,5 +1,7 @@
 //! Vring requests, and starting and stopping queues.
 
+mod rules;
+
 use crate::device::state::{Ring, StateSink, VringState};
 use crate::device::{Device, EventOf};
 use crate::errno::Errno;
@@ -9,6 +11,9 @@ use crate::host::{Caller, Host};
 use crate::parent::Parent;
 use crate::types::{GroupIndex, QueueIndex, Result, VringAddr};
 use crate::vq::{QueueSetup, QueueState};
+
+pub(super) use rules::check_addr;
+use rules::default_base;
 
 /// The state of one queue. The first fields are vhost's copy and survive a reset; the last ones are the parent's and do not
 /// (uapi-spec 4.5).
@@ -485,31 +490,5 @@ impl<P: Parent> Device<P> {
             }
         }
         result
-    }
-}
-
-/// Checks ring addresses as far as they can be without knowing what is mapped.
-///
-/// # Errors
-/// `EOPNOTSUPP` for flags other than bit 0; `EINVAL` for alignment.
-pub(super) const fn check_addr(addr: &VringAddr) -> Result<()> {
-    if addr.flags & !1 != 0 {
-        return Err(Errno::OPNOTSUPP);
-    }
-    let aligned = addr.avail.is_multiple_of(2) && addr.used.is_multiple_of(4) && addr.log.is_multiple_of(4);
-    if aligned { Ok(()) } else { Err(Errno::INVAL) }
-}
-
-/// The position of a queue that was never set up: all zero, also for a packed ring, as in the kernel.
-const fn default_base(features: Features) -> QueueState {
-    if features.has(Features::RING_PACKED) {
-        QueueState::Packed {
-            last_avail_idx: 0,
-            last_avail_wrap: false,
-            last_used_idx: 0,
-            last_used_wrap: false,
-        }
-    } else {
-        QueueState::Split { avail_index: 0 }
     }
 }

@@ -8,9 +8,19 @@ use vdpa_control::api::{DaemonInfo, HolderInfo};
 
 use super::robust::{Vdpad, eventually};
 
-/// Starts a daemon below a holder; the test may take two minutes from now on.
+/// Starts a daemon below a holder, whose files are of the front end in `VDPAD_TEST_FRONT`; FUSE by default. The test may take
+/// some minutes from now on.
 pub(crate) fn start(args: &[&str]) -> Vdpad {
-    Vdpad::start_with(Duration::from_secs(120), &[&["--holder", "--front", "fuse"], args].concat())
+    let front: &[&str] = if is_cuse() { &[] } else { &["--front", "fuse"] };
+    Vdpad::start_with(
+        Duration::from_secs(if is_cuse() { 600 } else { 120 }),
+        &[&["--holder"], front, args].concat(),
+    )
+}
+
+/// Whether device files are character devices.
+pub(crate) fn is_cuse() -> bool {
+    std::env::var_os("VDPAD_TEST_FRONT").is_some_and(|front| front == "cuse")
 }
 
 pub(crate) fn daemon(vdpad: &Vdpad) -> DaemonInfo {
