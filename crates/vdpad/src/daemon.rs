@@ -111,7 +111,8 @@ pub enum RunError {
 impl Daemon {
     /// Starts to serve device files, creates the devices of `config` and opens the control socket.
     ///
-    /// When this returns, devices and socket are usable. On an error nothing is left running.
+    /// When this returns, devices and socket are usable. On an error nothing is left running, but for what a daemon that goes on
+    /// for another one has taken over: this process ends, and its successor takes it over again.
     ///
     /// # Errors
     /// [`StartError`].
@@ -157,6 +158,7 @@ impl Daemon {
             survival.hold_files(&files).map_err(holder("have the device files held"))?;
         }
         let bus = Arc::new(Bus::new(Arc::clone(&files), config.workers, config.poll, survival.clone()));
+        let left = Left(continues.then(|| (Arc::clone(&files), Arc::clone(&bus))));
         if continues {
             bus.restore(std::mem::take(&mut legacy.devices));
             files.resume()?;
@@ -170,7 +172,11 @@ impl Daemon {
         if let Some(survival) = survival.as_ref().filter(|_| !legacy.files.configured) {
             survival.hold_configured().map_err(holder("note that the devices of the configuration exist"))?;
         }
-        let control = Server::start(&config.socket, Arc::clone(&bus) as _)?;
+        let control = if continues {
+            Server::replace(&config.socket, Arc::clone(&bus) as _)?
+        } else {
+            Server::start(&config.socket, Arc::clone(&bus) as _)?
+        };
         reach(CrashPoint::ControlOpen);
         if let Some(survival) = &survival {
             // One that has ended since is no reason to let the clients down, who are served again.
@@ -184,6 +190,7 @@ impl Daemon {
                 Err(errno) => tracing::warn!(%errno, "a crash of this daemon will be noticed late"),
             }
         }
+        left.keep();
         Ok(Self { control, bus, files, watchdog, survival })
     }
 
@@ -229,6 +236,22 @@ impl Daemon {
         {
             tracing::warn!("cannot wait for the watchdog process: {error}");
         }
+    }
+}
+
+/// What a daemon that goes on for another one leaves alone when it cannot: the one after it may.
+struct Left<T>(Option<T>);
+
+impl<T> Left<T> {
+    /// It is not left: this daemon goes on.
+    fn keep(mut self) {
+        drop(self.0.take());
+    }
+}
+
+impl<T> Drop for Left<T> {
+    fn drop(&mut self) {
+        std::mem::forget(self.0.take());
     }
 }
 

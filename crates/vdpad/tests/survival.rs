@@ -7,6 +7,7 @@ mod hanging;
 #[path = "support/robust.rs"]
 mod robust;
 
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
@@ -156,6 +157,49 @@ fn the_memory_of_a_client_is_given_back() {
         let daemon = Pid::from_raw(daemon(&vdpad).pid.cast_signed()).unwrap();
         eventually("it is free", || ((pieces(vdpad.pid()), pieces(daemon)) == (0, 0)).then_some(()));
     }
+}
+
+/// A copy of a descriptor of the dead daemon makes its control socket look used: it is replaced.
+#[test]
+fn a_control_socket_that_seems_to_be_in_use_is_replaced() {
+    let vdpad = start(&[]);
+    let device = vdpad.add_any("disk0", "blk");
+    let mut disk = Disk::start(&device, disk::MEMORY_MIN);
+    let _listener = UnixListener::bind(vdpad.dir().join("other")).unwrap();
+    std::fs::rename(vdpad.dir().join("other"), vdpad.dir().join("control.sock")).unwrap();
+    kill_process(child(&vdpad), Signal::KILL).unwrap();
+    // Nobody answers at the old one.
+    let client = vdpad.client().with_timeout(Duration::from_millis(500));
+    eventually("the next daemon serves", || client.daemon().ok());
+    disk.check(1);
+}
+
+/// A daemon that cannot start leaves the devices to the one after it.
+#[test]
+fn a_successor_that_fails_is_followed_by_another() {
+    let vdpad = start(&["--crash-limit", "60000"]);
+    let device = vdpad.add_any("disk0", "blk");
+    let mut disk = Disk::start(&device, disk::MEMORY_MIN);
+    let socket = vdpad.dir().join("control.sock");
+    std::fs::remove_file(&socket).unwrap();
+    std::fs::create_dir(&socket).unwrap();
+    kill_process(child(&vdpad), Signal::KILL).unwrap();
+    let failed = || (vdpad.log().matches("is not a socket").count() >= 3).then_some(());
+    eventually("three successors have failed", failed);
+    std::fs::remove_dir(&socket).unwrap();
+    let crashes =
+        eventually("the next daemon serves", || vdpad.client().daemon().ok()).holder.unwrap().crashes;
+    assert!(crashes >= 4, "{crashes}");
+    disk.check(1);
+    drop(disk);
+    vdpad.is_released("disk0");
+}
+
+/// The daemon, by the kernel: it may not answer.
+fn child(vdpad: &Vdpad) -> Pid {
+    let holder = vdpad.pid().as_raw_nonzero();
+    let children = std::fs::read_to_string(format!("/proc/{holder}/task/{holder}/children")).unwrap();
+    Pid::from_raw(children.trim().parse().unwrap()).unwrap()
 }
 
 /// What cannot be restored ends with its daemon, and does not stand in the way of what has its name later.

@@ -93,7 +93,24 @@ impl Server {
     /// # Errors
     /// As [`start`](Self::start).
     pub fn start_limited(path: &Path, backend: Arc<dyn Backend>, limits: Limits) -> Result<Self, StartError> {
-        let (listener, file) = socket::bind(path)?;
+        Self::listen(socket::bind(path)?, backend, limits)
+    }
+
+    /// As [`start`](Self::start), in the place of a daemon that this one goes on for. Copies of its descriptors may still be open,
+    /// so that the socket seems to be in use.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start), without [`BindError::InUse`].
+    pub fn replace(path: &Path, backend: Arc<dyn Backend>) -> Result<Self, StartError> {
+        Self::listen(socket::rebind(path)?, backend, Limits::default())
+    }
+
+    fn listen(
+        (listener, file): (std::os::unix::net::UnixListener, SocketFile),
+        backend: Arc<dyn Backend>,
+        limits: Limits,
+    ) -> Result<Self, StartError> {
+        let path = file.path().to_owned();
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .max_blocking_threads(limits.calls)
@@ -117,7 +134,7 @@ impl Server {
                 runtime.shutdown_background();
             })
             .map_err(StartError::Thread)?;
-        Ok(Self { path: path.into(), stop: Some(stop), thread: Some(thread) })
+        Ok(Self { path, stop: Some(stop), thread: Some(thread) })
     }
 
     /// The socket's path.

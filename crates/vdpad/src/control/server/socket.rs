@@ -66,11 +66,17 @@ fn identity(file: &fs::Metadata) -> (u64, u64) {
 
 /// Binds a non-blocking listener to `path`, with mode 0600. Creates the directory if there is none.
 pub(super) fn bind(path: &Path) -> Result<(UnixListener, SocketFile), BindError> {
+    check_not_in_use(path)?;
+    rebind(path)
+}
+
+/// As [`bind`], whether or not somebody listens on it.
+pub(super) fn rebind(path: &Path) -> Result<(UnixListener, SocketFile), BindError> {
+    check_is_socket(path)?;
     let failed = |step, path: &Path| {
         let path = path.to_path_buf();
         move |source| BindError::Io { step, path, source }
     };
-    check_not_in_use(path)?;
     if let Some(directory) = path.parent().filter(|directory| !directory.as_os_str().is_empty()) {
         fs::DirBuilder::new()
             .recursive(true)
@@ -101,15 +107,19 @@ pub(super) fn bind(path: &Path) -> Result<(UnixListener, SocketFile), BindError>
     }
 }
 
-fn check_not_in_use(path: &Path) -> Result<(), BindError> {
-    let failed = |source| BindError::Io { step: "examine", path: path.into(), source };
+/// Whether there is a socket at `path`, or nothing.
+fn check_is_socket(path: &Path) -> Result<bool, BindError> {
     match fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(failed(error)),
-        Ok(found) if !found.file_type().is_socket() => {
-            return Err(BindError::NotASocket { path: path.into() });
-        }
-        Ok(_) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(source) => Err(BindError::Io { step: "examine", path: path.into(), source }),
+        Ok(found) if !found.file_type().is_socket() => Err(BindError::NotASocket { path: path.into() }),
+        Ok(_) => Ok(true),
+    }
+}
+
+fn check_not_in_use(path: &Path) -> Result<(), BindError> {
+    if !check_is_socket(path)? {
+        return Ok(());
     }
     match UnixStream::connect(path) {
         Ok(_) => Err(BindError::InUse { path: path.into() }),
@@ -117,7 +127,7 @@ fn check_not_in_use(path: &Path) -> Result<(), BindError> {
             tracing::info!(path = %path.display(), "replacing the control socket of a daemon that has ended");
             Ok(())
         }
-        Err(error) => Err(failed(error)),
+        Err(source) => Err(BindError::Io { step: "examine", path: path.into(), source }),
     }
 }
 
