@@ -1,6 +1,8 @@
 //! Updates in which one of the two programs is killed, or stops, at a named point: for each point, way, strategy and
 //! device, which program has the disk afterwards, and that no data is lost.
 //!
+//! The same with the daemon in the place of a program: it is killed or upgraded at each point, and the update goes on.
+//!
 //! The points that an update passes are asserted as well, so that a point that is not reached is not taken for one that
 //! was survived.
 #![expect(clippy::unwrap_used, reason = "a test fails where it stands")]
@@ -119,6 +121,8 @@ struct Case {
     outcome: Outcome,
     /// With packed rings, which the simulators do not have.
     packed: bool,
+    /// The process id of the daemon's service, and its directory.
+    service: (i32, PathBuf),
 }
 
 /// Disks that one case uses at a time: name and path.
@@ -164,6 +168,8 @@ impl Case {
             .env(updating::FAULT, self.fault.map_or_else(String::new, Fault::text))
             .env(updating::REACHED, dir.join("reached"))
             .env(updating::SOCKET, dir.join("socket"))
+            .env(updating::HOLDER, self.service.0.to_string())
+            .env(updating::DAEMON_DIR, &self.service.1)
             .stdin(Stdio::from(input.try_clone().unwrap()))
             .stdout(Stdio::from(output.try_clone().unwrap()));
         if self.packed {
@@ -277,14 +283,24 @@ struct Ground {
 
 impl Ground {
     fn new() -> Self {
+        Self::with(&[])
+    }
+
+    fn with(args: &[&str]) -> Self {
         // Programs whose predecessor is killed become children of this process, which waits for their group.
         rustix::process::set_child_subreaper(Some(rustix::process::getpid())).unwrap();
-        let vdpad = Vdpad::start(Duration::from_secs(110));
+        let vdpad = Vdpad::start_with(Duration::from_secs(110), args);
         Self { vdpad, idle: Mutex::default(), longest: Mutex::default() }
     }
 
     /// Runs a case and checks its result.
     fn judge(&self, case: &Case, disks: &Disks) -> Ended {
+        let mut case = case.clone();
+        case.service = (self.vdpad.pid().as_raw_nonzero().get(), self.vdpad.dir().to_owned());
+        let case = &case;
+        if case.fault.is_some_and(|fault| fault.action.is_of_daemon()) {
+            return self.judge_daemon(case, disks);
+        }
         let served = || -> Vec<u64> {
             disks.iter().map(|(name, _)| self.vdpad.info(name).state.queues[0].requests).collect()
         };
@@ -303,6 +319,28 @@ impl Ground {
         });
         self.are_usable(disks, &ended);
         assert_eq!(ended.outcome, case.outcome, "{}: {ended:?}", case.describe());
+        ended
+    }
+
+    /// As [`judge`](Self::judge), where the daemon is killed or upgraded: its counters begin again.
+    fn judge_daemon(&self, case: &Case, disks: &Disks) -> Ended {
+        let holder =
+            || eventually("the daemon answers", || self.vdpad.client().daemon().ok()).holder.unwrap();
+        let before = holder().generation;
+        let ended = case.run(disks, |pid| {
+            // A predecessor may still be at the point when its successor has the devices.
+            eventually("the point is reached", || (holder().generation == before + 1).then_some(()));
+            for (name, _) in disks {
+                let state = self.vdpad.info(name).state;
+                assert_eq!(state.owner.as_ref().unwrap().pid, pid.unsigned_abs(), "{state:?}");
+                assert!(state.open && !state.suspended && state.queues[0].running, "{state:?}");
+                assert_eq!((state.mappings, state.queues[0].errors), (1, 0), "{state:?}");
+            }
+        });
+        self.are_usable(disks, &ended);
+        assert_eq!(ended.outcome, case.outcome, "{}: {ended:?}", case.describe());
+        let well = ended.exits.values().all(|status| status.exit_status() == Some(0));
+        assert!(well, "{}: {ended:?}", case.describe());
         ended
     }
 
@@ -456,6 +494,7 @@ fn survived(mgmtdev: &str, strategies: &[Strategy], way: Way) {
         outcome: fault.map_or(Outcome::TookOver, |f| expected(way, strategy, f.point, f.action)),
         // Either format at each point, and with each strategy.
         packed: mgmtdev == "blk" && fault.map_or(0, |f| place(f.point)) % 2 == place_of(strategy) % 2,
+        service: (0, PathBuf::new()),
     };
     let faults = |action, of: fn(Checkpoint) -> bool| -> Vec<Case> {
         let points = |&strategy: &Strategy| {
@@ -554,6 +593,55 @@ fn sim_blk_by_hand_over() {
     survived("sim-blk", &WITH_REMAP, Way::HandOver);
 }
 
+/// The daemon is killed, and upgraded, at each point of an update of its client: the update is completed all the same. Each point
+/// with one of the strategies, with `VDPA_TEST_ALL` with each.
+fn without_daemon(mgmtdev: &str, strategies: &[Strategy], way: Way) {
+    let ground = Ground::with(&["--holder", "--front", "fuse", "--crash-limit", "60000"]);
+    let disks = vec![("disk0".to_owned(), ground.vdpad.add_any("disk0", mgmtdev))];
+    let all = std::env::var_os("VDPA_TEST_ALL").is_some();
+    let begin = Instant::now();
+    let mut count = 0;
+    for (number, &strategy) in strategies.iter().enumerate() {
+        let mut points = path_of(way, strategy);
+        points.dedup();
+        for point in points {
+            for action in [Action::KillDaemon, Action::UpgradeDaemon] {
+                let turn = place(point) + usize::from(action == Action::UpgradeDaemon);
+                if !all && turn % strategies.len() != number {
+                    continue;
+                }
+                let case = Case {
+                    way,
+                    strategies: vec![strategy],
+                    fault: Some(Fault { point, nth: 1, action }),
+                    outcome: Outcome::TookOver,
+                    packed: mgmtdev == "blk" && place(point) % 2 == 0,
+                    service: (0, PathBuf::new()),
+                };
+                ground.judge(&case, &disks);
+                count += 1;
+            }
+        }
+    }
+    println!("{mgmtdev}, {way}: {count} updates completed in {:?}", begin.elapsed());
+    assert!(count > 15, "{count}");
+}
+
+#[test]
+fn blk_by_exec_without_daemon() {
+    without_daemon("blk", &Strategy::ALL, Way::Exec);
+}
+
+#[test]
+fn blk_by_fork_without_daemon() {
+    without_daemon("blk", &Strategy::ALL, Way::Fork);
+}
+
+#[test]
+fn blk_by_hand_over_without_daemon() {
+    without_daemon("blk", &Strategy::ALL, Way::HandOver);
+}
+
 /// Four disks of two kinds, each with another strategy, and a fault between any two steps of theirs.
 #[test]
 fn mixed_devices() {
@@ -571,7 +659,14 @@ fn mixed_devices() {
     for way in [Way::Fork, Way::HandOver] {
         let mut fault = |point, nth, outcome| {
             let fault = Some(Fault { point, nth, action: Action::Kill });
-            cases.push(Case { way, strategies: strategies.clone(), fault, outcome, packed: false });
+            cases.push(Case {
+                way,
+                strategies: strategies.clone(),
+                fault,
+                outcome,
+                packed: false,
+                service: (0, PathBuf::new()),
+            });
         };
         (1..=3).for_each(|nth| fault(P::Suspended, nth, Outcome::Closed));
         (1..=4).for_each(|nth| fault(P::Stopped, nth, Outcome::Closed));

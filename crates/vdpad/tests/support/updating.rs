@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Signal, getpid, kill_process};
+use rustix::process::{Pid, Signal, getpid, kill_process};
 use vdpa_client::state::{Section, Sections};
 use vdpa_client::update::checkpoint::{self, Checkpoint};
 use vdpa_client::update::{
@@ -19,7 +19,7 @@ use vdpa_core::blk::kind;
 use vdpa_sys::vhost_vdpa::VhostVdpaFd;
 
 use super::robust::disk::{self, Disk, Flight, Q0};
-use super::robust::{SOON, eventually, receive_line, send_line, variable};
+use super::robust::{SOON, eventually, receive_line, run, send_line, variable, vdpactl};
 
 /// Blocks with data from before the update.
 pub(crate) const OLD: std::ops::Range<u64> = 100..108;
@@ -40,6 +40,19 @@ pub(crate) enum Action {
     Kill,
     /// SIGSTOP.
     Stop,
+    /// The daemon is killed, and this program goes on.
+    KillDaemon,
+    /// The daemon is upgraded, and this program goes on when the next one serves.
+    UpgradeDaemon,
+}
+
+impl Action {
+    const ALL: [Self; 4] = [Self::Kill, Self::Stop, Self::KillDaemon, Self::UpgradeDaemon];
+
+    /// Whether it is done to the daemon and not to a program under test.
+    pub(crate) fn is_of_daemon(self) -> bool {
+        matches!(self, Self::KillDaemon | Self::UpgradeDaemon)
+    }
 }
 
 /// A fault, when a process passes the point for the `nth` time (from 1 on).
@@ -59,7 +72,7 @@ impl Fault {
         let mut words = text.split(' ');
         let (name, nth, action) = (words.next()?, words.next()?, words.next()?);
         let point = Checkpoint::ALL.into_iter().find(|point| point.name() == name)?;
-        let action = if action == "Kill" { Action::Kill } else { Action::Stop };
+        let action = Action::ALL.into_iter().find(|known| format!("{known:?}") == action)?;
         Some(Self { point, nth: nth.parse().ok()?, action })
     }
 }
@@ -73,6 +86,9 @@ pub(crate) const REACHED: &str = "TEST_REACHED";
 pub(crate) const GO_ON: &str = "go-on";
 /// Where the successor of a hand-over listens; a program with [`WAITS`] is the successor.
 pub(crate) const SOCKET: &str = "TEST_SOCKET";
+/// Process id of the holder, and directory of the daemon.
+pub(crate) const HOLDER: &str = "TEST_HOLDER";
+pub(crate) const DAEMON_DIR: &str = "TEST_DAEMON_DIR";
 pub(crate) const WAITS: &str = "TEST_WAITS";
 
 fn text(error: &dyn std::error::Error) -> String {
@@ -95,6 +111,9 @@ fn watch() {
         // One write for each line: two processes share the file.
         (&log).write_all(format!("{} {}\n", pid(), point.name()).as_bytes()).unwrap();
         if let Some(fault) = fault.filter(|fault| fault.point == point && fault.nth == *count) {
+            if fault.action.is_of_daemon() {
+                return end_daemon(fault.action);
+            }
             let signal = if fault.action == Action::Kill { Signal::KILL } else { Signal::STOP };
             kill_process(getpid(), signal).unwrap();
             // Another thread may take the signal and stop this one a moment later.
@@ -104,6 +123,18 @@ fn watch() {
             }
         }
     });
+}
+
+/// Kills or upgrades the daemon.
+fn end_daemon(action: Action) {
+    if action == Action::UpgradeDaemon {
+        let output = run(vdpactl(Path::new(&variable(DAEMON_DIR))).args(["daemon", "upgrade"]));
+        assert_eq!(output.code, Some(0), "{output:?}");
+        return;
+    }
+    let holder = variable(HOLDER);
+    let children = std::fs::read_to_string(format!("/proc/{holder}/task/{holder}/children")).unwrap();
+    kill_process(Pid::from_raw(children.trim().parse().unwrap()).unwrap(), Signal::KILL).unwrap();
 }
 
 /// The program under test: a predecessor, or the successor of one.
