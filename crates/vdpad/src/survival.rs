@@ -246,3 +246,24 @@ fn read(fd: OwnedFd) -> Option<String> {
     file.take(IDENTITY_MAX).read_to_string(&mut text).ok()?;
     Some(text)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a device is, as version 1 has saved it. `VDPA_WRITE_GOLDEN=1` writes it where there is none; it never changes.
+    #[test]
+    fn the_identity_of_version_1_is_read() {
+        let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/identity-v1.json");
+        let mut attrs = vdpa_control::api::Attrs::new();
+        attrs.insert("path", "/srv/disk.img").unwrap();
+        let request = AddRequest { name: "disk0".into(), mgmtdev: "blk".into(), attrs };
+        let identity = Identity { number: 3, node: 4, mode: 0o600, uid: 0, gid: 6, request };
+        let json = serde_json::to_string(&identity).unwrap();
+        if std::env::var_os("VDPA_WRITE_GOLDEN").is_some() && !path.exists() {
+            std::fs::write(&path, &json).unwrap();
+        }
+        let found: Identity = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+        assert_eq!(serde_json::to_string(&found).unwrap(), json);
+    }
+}

@@ -9,7 +9,7 @@ use vdpa_core::crash_points::{CrashPoint, reach};
 use vdpa_core::device::Device;
 use vdpa_core::device::state::{self, Record};
 use vdpa_core::handover::Handover;
-use vdpa_sys::journal::{AppendError, Journal, OpenError};
+use vdpa_sys::journal::{self, AppendError, Contents, Journal, OpenError};
 use vdpa_sys::process::Spaces;
 
 use super::objects::{FIRST_ITEM, Objects, RestoredSpaces};
@@ -165,25 +165,24 @@ impl DeviceLog {
         }
         let missing = || LogError::System { action: "find the journal", errno: Errno::NOENT };
         let (journal, contents) = Journal::open(journal.ok_or_else(missing)?, MAX)?;
-        if contents.damage.is_some() {
-            return Err(LogError::Damaged);
-        }
-        let (mut records, mut front) = (Vec::new(), DeviceFront::default());
-        let mut shared: Option<SharedRecords> = None;
-        for record in &contents.records {
-            let (now, rest) = DeviceFront::decode(&record.payload).ok_or(LogError::Damaged)?;
-            front = now;
-            match record.kind {
-                CHANGE => records.extend(state::decode_all(rest)?),
-                SHARED_CHANGE => shared.get_or_insert_default().read(rest)?,
-                kind => return Err(LogError::Kind { kind }),
-            }
-        }
+        let Contained { records, shared, front } = decode(&contents)?;
         reach(CrashPoint::JournalRead);
         let objects = Objects::reopen(device, Arc::clone(&store), objects, spaces, registry);
         let kept = objects.len();
         let log = Self { device, store, journal, objects, kept, said: None };
         Ok(Reopened { log, records, shared, front, logs })
+    }
+
+    /// Whether this program can read what is held of a device, while its daemon goes on to write it. Items that are not journals
+    /// are not looked at.
+    ///
+    /// # Errors
+    /// [`LogError`]: an upgrade to this program would lose the device.
+    pub fn check(held: &Held) -> Result<(), LogError> {
+        if split_key(held.key).1 == JOURNAL {
+            decode(&journal::read(&held.fd)?)?;
+        }
+        Ok(())
     }
 
     /// The objects that the records name, for [`Device::restore`].
@@ -390,6 +389,31 @@ impl Section {
         let (records, rest) = rest.split_at_checked(usize::try_from(u32::from_le_bytes(*len)).ok()?)?;
         Some((section, records, rest))
     }
+}
+
+/// What a journal says of its device.
+struct Contained {
+    records: Vec<Record>,
+    shared: Option<SharedRecords>,
+    front: DeviceFront,
+}
+
+fn decode(contents: &Contents) -> Result<Contained, LogError> {
+    if contents.damage.is_some() {
+        return Err(LogError::Damaged);
+    }
+    let (mut records, mut front) = (Vec::new(), DeviceFront::default());
+    let mut shared: Option<SharedRecords> = None;
+    for record in &contents.records {
+        let (now, rest) = DeviceFront::decode(&record.payload).ok_or(LogError::Damaged)?;
+        front = now;
+        match record.kind {
+            CHANGE => records.extend(state::decode_all(rest)?),
+            SHARED_CHANGE => shared.get_or_insert_default().read(rest)?,
+            kind => return Err(LogError::Kind { kind }),
+        }
+    }
+    Ok(Contained { records, shared, front })
 }
 
 fn payload(front: &DeviceFront, records: &[Record]) -> Result<Vec<u8>, LogError> {

@@ -14,6 +14,8 @@
 //! | [`Reopened`] | what a successor finds; [`SharedRecords`] of a device that a second client could open |
 
 mod front;
+#[cfg(test)]
+mod golden_tests;
 mod journal;
 mod objects;
 

@@ -29,11 +29,11 @@ pub struct RestoredSpaces(Mutex<HashMap<(i32, u64), OwnerSpace>>);
 
 /// A memory object, as it is opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct FileId {
-    dev: (u32, u32),
-    inode: u64,
-    created_ns: u64,
-    write: bool,
+pub(super) struct FileId {
+    pub(super) dev: (u32, u32),
+    pub(super) inode: u64,
+    pub(super) created_ns: u64,
+    pub(super) write: bool,
 }
 
 impl FileId {
@@ -264,12 +264,12 @@ impl StateSource<LinuxHost> for Objects {
     }
 }
 
-enum Decoded {
+pub(super) enum Decoded {
     File(FileId),
     Space(SpaceRecord),
 }
 
-fn encode_file(id: FileId) -> Vec<u8> {
+pub(super) fn encode_file(id: FileId) -> Vec<u8> {
     let mut out = vec![1, u8::from(id.write)];
     out.extend_from_slice(&id.dev.0.to_le_bytes());
     out.extend_from_slice(&id.dev.1.to_le_bytes());
@@ -278,14 +278,14 @@ fn encode_file(id: FileId) -> Vec<u8> {
     out
 }
 
-fn encode_space(record: SpaceRecord) -> Vec<u8> {
+pub(super) fn encode_space(record: SpaceRecord) -> Vec<u8> {
     let mut out = vec![2];
     out.extend_from_slice(&record.pid.to_le_bytes());
     out.extend_from_slice(&record.random_addr.to_le_bytes());
     out
 }
 
-fn decode(record: &[u8]) -> Option<Decoded> {
+pub(super) fn decode(record: &[u8]) -> Option<Decoded> {
     match record {
         [1, write, rest @ ..] => {
             let (major, rest) = rest.split_first_chunk()?;

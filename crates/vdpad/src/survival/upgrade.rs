@@ -17,10 +17,11 @@ use thiserror::Error;
 use vdpa_control::api::{CtlError, UpgradeRequest};
 use vdpa_core::Errno;
 use vdpa_core::crash_points::{CrashPoint, reach};
+use vdpa_core::error::chain;
 use vdpa_holder::client::{Client, Event};
 use vdpa_holder::protocol::{End, RollBack};
 
-use vdpa_backend::persist::split_key;
+use vdpa_backend::persist::{DeviceLog, split_key};
 
 use super::{IDENTITY, Identity, Survival, read};
 use crate::devices::mgmt_devices;
@@ -130,7 +131,7 @@ impl Survival {
         }
     }
 
-    /// For a candidate: checks that it has the management device of every held device, says so, and waits until this process is the daemon and
+    /// For a candidate: checks that it can read the journal of every held device and has its management device, says so, and waits until this process is the daemon and
     /// the old one has ended.
     ///
     /// # Errors
@@ -140,7 +141,12 @@ impl Survival {
         reach(CrashPoint::CandidateBegun);
         let peer = client.take_peer().ok_or(TakeOverError::Holder(Errno::BADF))?;
         for held in client.list().map_err(TakeOverError::Holder)? {
-            if split_key(held.key).1 == IDENTITY && split_key(held.key).0 != 0 {
+            let (device, item) = split_key(held.key);
+            if device == 0 {
+                continue;
+            }
+            DeviceLog::check(&held).map_err(|error| TakeOverError::Device(chain(&error)))?;
+            if item == IDENTITY {
                 check(held.fd).map_err(TakeOverError::Device)?;
             }
         }
