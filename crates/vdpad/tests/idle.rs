@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::time::Duration;
 
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
 
 use support::blk::{Blk, FEATURES, OK};
 use support::daemon::Daemon;
@@ -60,13 +60,59 @@ fn running() -> usize {
 mod heavy {
     #[test]
     fn a_thousand_idle_devices_cost_no_wake_up_and_little_memory() {
-        super::idle_devices();
+        super::idle_devices(&[]);
+    }
+
+    /// Neither in the daemon nor in what waits to free its memory.
+    #[test]
+    fn nor_below_a_holder() {
+        super::idle_devices(&["--holder", "--front", "fuse"]);
     }
 }
 
-fn idle_devices() {
+/// The processes of a service, which its main process does not end when it is killed.
+struct Service(Vec<u32>);
+
+impl Service {
+    /// All that have the command line of the daemon.
+    fn of(daemon: &Daemon) -> Self {
+        let command = |pid: u32| fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let wanted = command(daemon.pid());
+        let all =
+            fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+        Self(all.filter(|&pid| command(pid) == wanted).collect())
+    }
+
+    /// As [`threads`], of all.
+    fn threads(&self) -> BTreeMap<u32, (String, u64, u64)> {
+        self.0.iter().flat_map(|&pid| threads(pid)).collect()
+    }
+
+    /// Of all.
+    fn resident(&self) -> u64 {
+        // What waits to free the memory of a daemon shares it.
+        let mut sizes: Vec<u64> = self.0.iter().map(|&pid| resident(pid)).collect();
+        sizes.sort_unstable();
+        sizes.dedup();
+        sizes.into_iter().sum()
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        for &pid in &self.0 {
+            let pid = Pid::from_raw(pid.cast_signed()).unwrap();
+            let _ = kill_process(pid, Signal::KILL);
+        }
+    }
+}
+
+fn idle_devices(options: &[&str]) {
     let count = running();
-    let daemon = Daemon::start();
+    let daemon = Daemon::start_for(Duration::from_secs(200), options);
+    let service = Service::of(&daemon);
+    let (processes, below_holder) = (service.0.len(), options.contains(&"--holder"));
+    assert_eq!(processes, if below_holder { 3 } else { 1 }, "{:?}", service.0);
     let disk = |number: usize| daemon.dir().join(format!("disk{number}"));
     // The first devices start the threads of the pool and of the control socket, which all devices share.
     let add = |number: usize| {
@@ -75,16 +121,16 @@ fn idle_devices() {
         daemon.add(&format!("d{number}"), "blk", &[("path", path.to_str().unwrap()), ("pin", "off")])
     };
     let first = (0..8).map(add).collect::<Vec<_>>();
-    let before = resident(daemon.pid());
+    let before = service.resident();
     let rest = (8..DEVICES).map(add).collect::<Vec<_>>();
-    let made = resident(daemon.pid());
+    let made = service.resident();
     let mut clients: Vec<Blk> =
         first.iter().chain(&rest).take(count).map(|path| Blk::with(path, FEATURES, 1)).collect();
     // Each has made requests.
     for client in &mut clients {
         assert_eq!(client.io(0, vdpa_core::blk::kind::FLUSH, 0, &[], &[]).status, OK);
     }
-    let running = resident(daemon.pid());
+    let running = service.resident();
     let each = |from: u64, to: u64, count: usize| to.saturating_sub(from) / count as u64;
     println!(
         "{before} KiB with 8 devices; {} KiB for each more, {} KiB for each of {count} that run besides",
@@ -96,9 +142,9 @@ fn idle_devices() {
 
     // Idle threads of the control socket end after a while, and so do those of the kernel.
     std::thread::sleep(Duration::from_secs(12));
-    let before = threads(daemon.pid());
+    let before = service.threads();
     std::thread::sleep(WATCHED);
-    let after = threads(daemon.pid());
+    let after = service.threads();
     let mut woken = Vec::new();
     for (id, (name, switches, ran)) in &after {
         let (_, before_switches, before_ran) = before.get(id).cloned().unwrap_or_default();
@@ -110,12 +156,14 @@ fn idle_devices() {
             ));
         }
     }
-    println!("{} threads; woken in {WATCHED:?}: {woken:?}", after.len());
+    println!("{processes} processes, {} threads; woken in {WATCHED:?}: {woken:?}", after.len());
     assert!(after.values().any(|(name, ..)| name.starts_with("vq-")), "nothing serves these rings");
     let elsewhere = |line: &&String| {
         // The last thread that the kernel keeps for requests that may block, such as a flush, wakes up every five seconds to check
         // whether it is still needed.
+        // The holder looks for a daemon that hangs, four times in the time that it may hang.
         !line.starts_with("iou-wrk-")
+            && !(below_holder && line.starts_with(&format!("vdpad {}:", daemon.pid())))
     };
     assert_eq!(woken.iter().filter(elsewhere).collect::<Vec<_>>(), [""; 0]);
     drop(clients);

@@ -15,7 +15,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use vdpa_control::api::{AddRequest, Attrs, DevInfo};
 use vdpa_control::client::{Client, ClientError};
 
-/// Longest lifetime of a daemon. It is killed then, which releases every client that waits for it in the kernel.
+/// Longest lifetime of a daemon where a test asks for no other. It is killed then, which releases every client that waits for it in the kernel.
 const LIFE: Duration = Duration::from_secs(60);
 
 /// A running daemon with a directory of its own. Killed when dropped.
@@ -35,6 +35,11 @@ impl Daemon {
 
     /// Starts one with additional options.
     pub(crate) fn start_with(options: &[&str]) -> Self {
+        Self::start_for(LIFE, options)
+    }
+
+    /// As [`start_with`](Self::start_with), for a test that takes longer.
+    pub(crate) fn start_for(life: Duration, options: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let mut command = Command::new(super::programs::program("vdpad"));
         match std::env::var_os("VDPAD_TEST_FRONT") {
@@ -56,7 +61,7 @@ impl Daemon {
         let pid = Pid::from_child(&child);
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).unwrap();
         let (done, ended) = mpsc::channel();
-        guard(pidfd.try_clone().unwrap(), ended);
+        guard(pidfd.try_clone().unwrap(), ended, life);
         let mut line = String::new();
         // Returns at the latest when the daemon ends.
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
@@ -155,10 +160,10 @@ impl Drop for Daemon {
 }
 
 /// Kills the daemon when the test takes too long.
-fn guard(pidfd: OwnedFd, ended: Receiver<()>) {
+fn guard(pidfd: OwnedFd, ended: Receiver<()>, life: Duration) {
     thread::spawn(move || {
-        if ended.recv_timeout(LIFE) == Err(RecvTimeoutError::Timeout) {
-            eprintln!("the test takes longer than {LIFE:?}: killing its daemon");
+        if ended.recv_timeout(life) == Err(RecvTimeoutError::Timeout) {
+            eprintln!("the test takes longer than {life:?}: killing its daemon");
             let _ = pidfd_send_signal(&pidfd, Signal::KILL);
         }
     });
