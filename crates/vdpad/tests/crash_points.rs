@@ -306,6 +306,18 @@ impl Ground {
         eventually("the daemon answers", || self.vdpad.client().daemon().ok()).holder.unwrap().held
     }
 
+    /// Waits until as many descriptors are held as at the beginning.
+    #[track_caller]
+    fn holds(&self, wanted: u64, point: CrashPoint) {
+        let deadline = Instant::now() + SOON;
+        let mut now = self.held();
+        while now != wanted && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+            now = self.held();
+        }
+        assert_eq!(now, wanted, "{point:?}: descriptors are held");
+    }
+
     /// The service is as it was before the case.
     fn is_restored(&self, point: CrashPoint) {
         let client = self.vdpad.client();
@@ -340,7 +352,9 @@ fn daemon_is_killed(kind: Kind) {
     let mut ground = Ground::new(kind);
     // Whatever is made once.
     requests(&ground.other).unwrap();
-    let mut held = None;
+    ground.vdpad.is_released("other");
+    std::thread::sleep(Duration::from_millis(100));
+    let held = ground.held();
     let mut cases = BTreeMap::<_, u64>::new();
     for point in points(kind) {
         let times: &[u64] = if way(point) == Ring { &[1, 5] } else { &[1] };
@@ -357,9 +371,7 @@ fn daemon_is_killed(kind: Kind) {
             println!("{} {nth}: {:?}", point.name(), begin.elapsed());
             // Nothing of what had to be given up is held.
             requests(&ground.other).unwrap();
-            let now = ground.held();
-            let most = *held.get_or_insert(now) + 80;
-            assert!(now <= most, "{point:?}: {now} descriptors are held, {held:?} at the beginning");
+            ground.holds(held, point);
         }
     }
     println!("{}: {cases:?}, {:?}", kind.name, ground.total);

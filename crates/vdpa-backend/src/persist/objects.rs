@@ -97,8 +97,12 @@ impl Objects {
             }
         }
         for (number, (record, mut fds)) in parts {
-            let (Some(pidfd), Some(mem), Some(maps)) = (fds.remove(&0), fds.remove(&1), fds.remove(&2))
-            else {
+            let (pidfd, mem, maps) = (fds.remove(&0), fds.remove(&1), fds.remove(&2));
+            let (Some(pidfd), Some(mem), Some(maps)) = (pidfd, mem, maps) else {
+                // It was being held, or released: no record names it. The parts that are held are not known.
+                for part in 0..STEP {
+                    let _ = this.store.release(key(device, number + part));
+                }
                 continue;
             };
             let mut known = spaces.0.lock();
