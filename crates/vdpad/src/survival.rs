@@ -254,11 +254,12 @@ mod tests {
     /// What a device is, as version 1 has saved it. `VDPA_WRITE_GOLDEN=1` writes it where there is none; it never changes.
     #[test]
     fn the_identity_of_version_1_is_read() {
-        let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/identity-v1.json");
+        let path = std::path::PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/identity-v1.json");
         let mut attrs = vdpa_control::api::Attrs::new();
         attrs.insert("path", "/srv/disk.img").unwrap();
         let request = AddRequest { name: "disk0".into(), mgmtdev: "blk".into(), attrs };
-        let identity = Identity { number: 3, node: 4, mode: 0o600, uid: 0, gid: 6, request };
+        let (place, mark) = (None, None);
+        let identity = Identity { number: 3, node: 4, mode: 0o600, uid: 0, gid: 6, place, mark, request };
         let json = serde_json::to_string(&identity).unwrap();
         if std::env::var_os("VDPA_WRITE_GOLDEN").is_some() && !path.exists() {
             std::fs::write(&path, &json).unwrap();
