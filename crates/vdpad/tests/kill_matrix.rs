@@ -615,7 +615,7 @@ fn without_daemon(mgmtdev: &str, strategies: &[Strategy], way: Way) {
                     strategies: vec![strategy],
                     fault: Some(Fault { point, nth: 1, action }),
                     outcome: Outcome::TookOver,
-                    packed: mgmtdev == "blk" && place(point) % 2 == 0,
+                    packed: mgmtdev == "blk" && place(point).is_multiple_of(2),
                     service: (0, PathBuf::new()),
                 };
                 ground.judge(&case, &disks);
