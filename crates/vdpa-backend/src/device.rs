@@ -237,6 +237,7 @@ impl<H: RequestHandler> Adapter<H> {
                     queues.log_error(index, &POISON);
                     queue.ring(&view)?.push_used(self.chain.head, 0)?;
                     queues.count_request(index, 0, true);
+                    queues.count_poison(index);
                     continue;
                 }
                 Popped::Request => {}

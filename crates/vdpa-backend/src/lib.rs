@@ -84,6 +84,7 @@ pub mod front;
 pub mod persist;
 mod rate;
 pub mod service;
+mod suspect;
 pub mod worker;
 
 pub use device::{Outcome, Request, RequestHandler, SimpleDevice};

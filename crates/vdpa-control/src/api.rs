@@ -3,6 +3,7 @@
 //! They carry what the kernel's netlink family `vdpa` carries (uapi-spec 7.2, 7.3), under the names of iproute2's JSON where
 //! it has one. Feature words are hexadecimal strings, because many JSON readers lose the bits of a number above 2^53.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -157,6 +158,9 @@ pub struct QueueInfo {
     pub bytes: u64,
     /// Requests answered with an error.
     pub errors: u64,
+    /// Requests answered with an error because daemons had begun them, and died.
+    #[serde(default)]
+    pub poison: u64,
 }
 
 /// Vendor statistics of one queue (uapi-spec 7.3, DEV_VSTATS_GET).
@@ -228,9 +232,26 @@ pub struct DaemonInfo {
     pub pid: u32,
     /// When it was started, in seconds since 1970.
     pub since: u64,
+    /// What it does.
+    #[serde(default)]
+    pub role: DaemonRole,
+    /// Requests that were answered with an error because two processes or more had begun them, and died.
+    #[serde(default)]
+    pub poison: u64,
     /// The process that starts it again; absent without `--holder`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub holder: Option<HolderInfo>,
+}
+
+/// What a daemon does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DaemonRole {
+    /// It serves.
+    #[default]
+    Daemon,
+    /// It has crashed too often: it answers every request with an error.
+    Failed,
 }
 
 /// A request to replace the running daemon by another program.
@@ -258,9 +279,24 @@ pub struct HolderInfo {
     pub crashes: u64,
     /// Descriptors that it holds.
     pub held: u64,
+    /// How many of each kind.
+    #[serde(default)]
+    pub held_kinds: BTreeMap<String, u64>,
+    /// What the present daemon did before it served, if it goes on for another one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub recovery: Vec<Phase>,
     /// How the daemon before the present one has ended, if that was a crash.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_crash: Option<CrashInfo>,
+}
+
+/// A part of a recovery or an upgrade.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Phase {
+    /// What was done.
+    pub name: String,
+    /// How long it took, in milliseconds.
+    pub ms: f64,
 }
 
 /// A crash of the daemon.

@@ -25,7 +25,8 @@ const TIMEOUT: Duration = Duration::from_secs(65);
 /// Most bytes of an answer; far more than a daemon with thousands of devices sends.
 const ANSWER_BYTES: usize = 64 << 20;
 
-/// A client of the control API. Every call opens a connection and blocks until the answer is there.
+/// A client of the control API. Every call opens a connection and blocks until the answer is there. A call that only asks is made
+/// once more when the daemon ends during it: the next daemon listens on the same socket.
 #[derive(Debug)]
 pub struct Client {
     path: PathBuf,
@@ -63,7 +64,19 @@ pub enum ClientError {
     /// The daemon refused the request.
     #[error(transparent)]
     Refused(#[from] CtlError),
-    /// The connection failed or broke.
+    /// The daemon ended while it worked on the request: by a crash, after which another one goes on, or for good.
+    #[error(
+        "the daemon on {} has ended during the request, which may be done or not: ask what is there, and try again",
+        path.display()
+    )]
+    Interrupted {
+        /// Path of the socket.
+        path: PathBuf,
+        /// The error of the connection.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The connection failed.
     #[error("cannot talk to vdpad on {}", path.display())]
     Connection {
         /// Path of the socket.
@@ -219,7 +232,11 @@ impl Client {
     }
 
     fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
-        let (status, body) = self.call(Method::GET, path, Vec::new())?;
+        let answer = match self.call(Method::GET, path, Vec::new()) {
+            Err(ClientError::Interrupted { .. }) => self.call(Method::GET, path, Vec::new()),
+            answer => answer,
+        };
+        let (status, body) = answer?;
         serde_json::from_slice(&body).map_err(|error| self.protocol(status, &error))
     }
 
@@ -231,7 +248,7 @@ impl Client {
             .header(header::HOST, "vdpad")
             .header(header::CONTENT_TYPE, "application/json")
             .body(Full::new(Bytes::from(body)))
-            .map_err(|error| self.broken(error))?;
+            .map_err(|error| ClientError::Connection { path: self.path.clone(), source: error.into() })?;
         let exchange = async { tokio::time::timeout(self.timeout, self.exchange(request)).await };
         let (status, body) = self
             .runtime
@@ -247,7 +264,7 @@ impl Client {
     }
 
     async fn exchange(&self, request: Request<Full<Bytes>>) -> Result<(StatusCode, Bytes), ClientError> {
-        let stream = UnixStream::connect(&self.path).await.map_err(|error| self.unconnected(error))?;
+        let stream = self.connect().await?;
         let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
             .await
             .map_err(|error| self.broken(error))?;
@@ -258,12 +275,24 @@ impl Client {
             let body = Limited::new(answer.into_body(), ANSWER_BYTES)
                 .collect()
                 .await
-                .map_err(|source| ClientError::Connection { path: self.path.clone(), source })?;
+                .map_err(|source| ClientError::Interrupted { path: self.path.clone(), source })?;
             Ok((status, body.to_bytes()))
         };
         // Polling the connection moves the bytes. If it ends first, `exchange` ends too, with the error.
         let (answer, _) = tokio::join!(exchange, connection);
         answer
+    }
+
+    /// Connects. Many connections may wait in the socket for the next daemon: then this one waits for room.
+    async fn connect(&self) -> Result<UnixStream, ClientError> {
+        loop {
+            match UnixStream::connect(&self.path).await {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+                result => return result.map_err(|error| self.unconnected(error)),
+            }
+        }
     }
 
     fn unconnected(&self, error: io::Error) -> ClientError {
@@ -276,7 +305,7 @@ impl Client {
     }
 
     fn broken(&self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> ClientError {
-        ClientError::Connection { path: self.path.clone(), source: source.into() }
+        ClientError::Interrupted { path: self.path.clone(), source: source.into() }
     }
 
     fn protocol(&self, status: StatusCode, error: &serde_json::Error) -> ClientError {
@@ -314,6 +343,64 @@ mod tests {
         let error = client.version().unwrap_err();
         assert!(matches!(error, ClientError::NotRunning { .. }), "{error:?}");
         assert!(error.to_string().contains("/nonexistent/control.sock"), "{error}");
+    }
+
+    /// Serves connections on `listener`: closes the first after it has read the request, and answers the second.
+    fn daemon_that_ends_once(listener: std::os::unix::net::UnixListener) -> usize {
+        use std::io::{Read, Write};
+        let body = r#"{"daemon":"vdpad","version":"1","pid":7}"#;
+        let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n", body.len());
+        listener.set_nonblocking(false).unwrap();
+        let mut served = 0;
+        while let Ok((mut stream, _)) = listener.accept() {
+            served += 1;
+            let _ = stream.read(&mut [0; 4096]).unwrap();
+            if served == 2 {
+                stream.write_all(format!("{head}{body}").as_bytes()).unwrap();
+                break;
+            }
+        }
+        served
+    }
+
+    #[test]
+    fn a_question_is_asked_again_when_the_daemon_ends_and_an_order_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let client = Client::new(&path).unwrap();
+        let daemon = std::thread::spawn(move || daemon_that_ends_once(listener));
+        let interrupted = client.delete("vdpa0", false).unwrap_err();
+        assert!(matches!(interrupted, ClientError::Interrupted { .. }), "{interrupted:?}");
+        assert_eq!(client.version().unwrap().pid, 7);
+        assert_eq!(daemon.join().unwrap(), 2, "the order was not made again");
+
+        let listener = std::os::unix::net::UnixListener::bind(dir.path().join("t")).unwrap();
+        let client = Client::new(dir.path().join("t")).unwrap();
+        let daemon = std::thread::spawn(move || daemon_that_ends_once(listener));
+        assert_eq!(client.version().unwrap().pid, 7);
+        assert_eq!(daemon.join().unwrap(), 2, "the question was asked twice");
+    }
+
+    #[test]
+    fn a_socket_with_many_waiting_connections_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let client = Client::new(&path).unwrap().with_timeout(Duration::from_millis(100));
+        // Until there is no room for one more, which is told by an error of a connection that does not wait.
+        let mut waiting = Vec::new();
+        let full = client.runtime.block_on(async {
+            loop {
+                match UnixStream::connect(&path).await {
+                    Ok(stream) => waiting.push(stream),
+                    Err(error) => return error,
+                }
+            }
+        });
+        assert_eq!(full.kind(), io::ErrorKind::WouldBlock);
+        assert!(matches!(client.version(), Err(ClientError::TimedOut { .. })));
+        drop(listener);
     }
 
     #[test]

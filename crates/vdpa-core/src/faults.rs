@@ -17,6 +17,9 @@ macro_rules! faults {
             /// Every fault.
             pub const ALL: &[Self] = &[$(Self::$fault),*];
 
+            /// Those that end the process, which is for the tests of what comes after, and not for the suite.
+            pub const DEADLY: &[Self] = &[Self::DeadlySuspend, Self::DeadlyWrite];
+
             /// The name by which it is selected.
             #[must_use]
             pub const fn name(self) -> &'static str {
@@ -125,6 +128,10 @@ faults! {
     GivingUpCounts = "giving-up-counts";
     /// The close of the predecessor ends its successor too.
     CloseEndsBoth = "close-ends-both";
+    /// SUSPEND ends the process.
+    DeadlySuspend = "deadly-suspend";
+    /// A write to sector 4096 of a block device ends the process.
+    DeadlyWrite = "deadly-write";
 }
 
 /// Whether this fault is planted.

@@ -163,6 +163,8 @@ pub struct QueueStats {
     pub bytes: u64,
     /// Requests completed with an error.
     pub errors: u64,
+    /// Requests that were refused because processes had begun them, and died.
+    pub poison: u64,
 }
 
 /// How a parent receives mappings (uapi-spec 3.1).

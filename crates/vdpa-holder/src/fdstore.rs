@@ -6,8 +6,11 @@ use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use rustix::cmsg_space;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
     AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags,
     SocketType, sendmsg_addr, socket_with,
@@ -23,11 +26,16 @@ const FIRST: RawFd = 3;
 /// Longest name of a stored descriptor.
 const NAME_MAX: usize = 255;
 
+/// How long the service manager may take to read what waits in its socket, which has room for ten messages at the least. Once it has
+/// taken longer, it is not waited for until it has read something.
+const PATIENCE: Duration = Duration::from_millis(500);
+
 /// The connection to the service manager.
 #[derive(Debug)]
 pub struct Store {
     socket: OwnedFd,
     addr: SocketAddrUnix,
+    slow: AtomicBool,
 }
 
 /// A descriptor that came back from the store.
@@ -56,10 +64,12 @@ impl Store {
         };
         let addr = addr.map_err(errno)?;
         let socket = socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None);
-        Ok(Self { socket: socket.map_err(errno)?, addr })
+        let socket = socket.map_err(errno)?;
+        set_socket_timeout(&socket, Timeout::Send, Some(PATIENCE)).map_err(errno)?;
+        Ok(Self { socket, addr, slow: AtomicBool::new(false) })
     }
 
-    /// Sends a notification, such as `READY=1`. Does not wait.
+    /// Sends a notification, such as `READY=1`. Waits 0.5 s at most.
     ///
     /// # Errors
     /// `EAGAIN` when the manager is slow; `ECONNREFUSED` without one.
@@ -89,9 +99,12 @@ impl Store {
         if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
             return Err(Errno::MSGSIZE);
         }
-        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        let mut flags = SendFlags::NOSIGNAL;
+        flags.set(SendFlags::DONTWAIT, self.slow.load(Ordering::Relaxed));
         let parts = [IoSlice::new(text.as_bytes())];
-        sendmsg_addr(&self.socket, &self.addr, &parts, &mut control, flags).map(drop).map_err(errno)
+        let sent = sendmsg_addr(&self.socket, &self.addr, &parts, &mut control, flags);
+        self.slow.store(sent == Err(rustix::io::Errno::AGAIN), Ordering::Relaxed);
+        sent.map(drop).map_err(errno)
     }
 }
 
@@ -177,6 +190,30 @@ mod tests {
         {
             assert_eq!(parse_name(wrong), None, "{wrong}");
         }
+    }
+
+    #[test]
+    fn a_manager_that_reads_late_loses_nothing_and_one_that_does_not_read_is_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("notify");
+        let manager = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
+        let store = Store::at(path.into_os_string()).unwrap();
+        let mut sent = 0;
+        while store.notify("X=1").is_ok() {
+            sent += 1;
+        }
+        assert_eq!(store.notify("X=1"), Err(Errno::AGAIN));
+        assert!(store.slow.load(Ordering::Relaxed));
+        manager.recv(&mut [0; 16]).unwrap();
+        assert_eq!(store.notify("X=1"), Ok(()));
+        assert!(!store.slow.load(Ordering::Relaxed), "it has read something");
+        let reader = std::thread::spawn(move || {
+            (0..sent + 100).for_each(|_| assert_eq!(manager.recv(&mut [0; 16]).unwrap(), 3));
+        });
+        for _ in 0..100 {
+            store.notify("X=1").unwrap();
+        }
+        reader.join().unwrap();
     }
 
     #[test]

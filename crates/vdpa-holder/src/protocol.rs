@@ -44,10 +44,11 @@ impl Kind {
 }
 
 /// What a daemon process is to be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Role {
     /// Serve.
+    #[default]
     Daemon = 1,
     /// Prepare to take over from the daemon, whose socket comes with this message; begin when
     /// [`Committed`](Message::Committed) comes.
@@ -115,6 +116,12 @@ pub struct Status {
     pub replaced: u64,
     /// Items held.
     pub held: u64,
+    /// How many of each kind, in the order of [`Kind::ALL`].
+    pub kinds: [u64; Kind::ALL.len()],
+    /// What the present daemon is, or is to be.
+    pub role: Role,
+    /// Whether a service manager keeps copies of what is held: a daemon whose holder has died is to leave everything in place.
+    pub stored: bool,
 }
 
 /// A message.
@@ -348,9 +355,14 @@ impl Out {
             status.upgrades,
             status.replaced,
             status.held,
-        ] {
+        ]
+        .into_iter()
+        .chain(status.kinds)
+        {
             self.u64(value);
         }
+        self.u32(status.role as u32);
+        self.u32(status.stored.into());
     }
 
     pub(crate) fn end(&mut self, end: &End) {
@@ -416,6 +428,15 @@ impl<'a> In<'a> {
             upgrades: self.u64()?,
             replaced: self.u64()?,
             held: self.u64()?,
+            kinds: {
+                let mut kinds = [0; Kind::ALL.len()];
+                for count in &mut kinds {
+                    *count = self.u64()?;
+                }
+                kinds
+            },
+            role: role(self.u32()?)?,
+            stored: self.bool()?,
         })
     }
 
@@ -463,10 +484,16 @@ mod tests {
         ]
     }
 
+    /// With `VDPA_WRITE_SEEDS` they are written as seeds of the fuzz target `holder_wire`.
     #[test]
     fn every_message_comes_back() {
         for (number, message) in (0..).zip(all()) {
             let bytes = message.encode(number);
+            if let Some(dir) = std::env::var_os("VDPA_WRITE_SEEDS") {
+                let dir = std::path::Path::new(&dir).join("holder_wire");
+                std::fs::create_dir_all(&dir).unwrap();
+                std::fs::write(dir.join(format!("message-{number}")), &bytes).unwrap();
+            }
             assert!(bytes.len() <= MESSAGE_MAX);
             assert_eq!(Message::decode(&bytes), Ok((number, message)));
         }

@@ -31,6 +31,8 @@ pub mod signals;
 pub mod snapshot;
 pub mod space;
 pub mod stable;
+#[cfg(feature = "test-utils")]
+pub mod testing;
 pub mod uapi;
 pub mod uring;
 pub mod userns;

@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use serde_json::{Map, json};
-use vdpa_control::api::{CrashInfo, CtlError, DaemonInfo, HolderInfo, UpgradeRequest};
+use serde_json::Map;
+use vdpa_control::api::{CrashInfo, CtlError, DaemonInfo, DaemonRole, HolderInfo, Phase, UpgradeRequest};
 use vdpa_core::Errno;
 
 use crate::Session;
@@ -49,7 +49,7 @@ fn replace(session: &Session, request: &UpgradeRequest) -> Result<(), Failure> {
     }
     let deadline = Instant::now() + UPGRADE_TIMEOUT;
     loop {
-        // Meanwhile nobody listens on the socket.
+        // It waits in the socket for the next daemon.
         match session.client.daemon() {
             Ok(daemon) if daemon.pid != before.pid => return show(session, &daemon),
             _ if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(5)),
@@ -63,45 +63,48 @@ fn replace(session: &Session, request: &UpgradeRequest) -> Result<(), Failure> {
 }
 
 fn entry(daemon: &DaemonInfo) -> Entry {
-    let DaemonInfo { version, pid, since, holder } = daemon;
+    let DaemonInfo { version, pid, since, role, poison, holder } = daemon;
     let since = rfc3339(*since);
-    let mut plain = format!("vdpad: version {version} pid {pid} since {since}\n");
+    let role = match role {
+        DaemonRole::Daemon => "daemon",
+        DaemonRole::Failed => "failed",
+    };
+    let mut plain = format!("vdpad: version {version} pid {pid} since {since} role {role} poison {poison}\n");
     let mut json = Map::new();
     json.insert("version".into(), version.as_str().into());
     json.insert("pid".into(), (*pid).into());
     json.insert("since".into(), since.into());
+    json.insert("role".into(), role.into());
+    json.insert("poison".into(), (*poison).into());
     match holder {
         None => plain.push_str("  holder none: a crash ends all devices (vdpad --holder)\n"),
         Some(holder) => {
-            let HolderInfo { pid, generation, upgrades, crashes, held, last_crash } = holder;
-            put!(
-                plain,
-                "  holder pid {pid} generation {generation} upgrades {upgrades} crashes {crashes} held {held}\n"
-            );
-            let mut value = json!({
-                "pid": pid, "generation": generation, "upgrades": upgrades, "crashes": crashes, "held": held
-            });
-            if let Some(CrashInfo { pid, signal, status, core, hung, recovery_ms }) = last_crash {
-                put!(
-                    plain,
-                    "  last_crash pid {pid} signal {signal} status {status} core {} hung {} recovery_ms {recovery_ms:.3}\n",
-                    on_off(*core),
-                    on_off(*hung)
-                );
-                if let Some(object) = value.as_object_mut() {
-                    object.insert(
-                        "last_crash".into(),
-                        json!({
-                            "pid": pid, "signal": signal, "status": status, "core": core, "hung": hung,
-                            "recovery_ms": recovery_ms
-                        }),
-                    );
-                }
-            }
-            json.insert("holder".into(), value);
+            write_holder(&mut plain, holder);
+            json.insert("holder".into(), serde_json::to_value(holder).unwrap_or_default());
         }
     }
     Entry { name: "vdpad".into(), plain, json }
+}
+
+fn write_holder(plain: &mut String, holder: &HolderInfo) {
+    let HolderInfo { pid, generation, upgrades, crashes, held, held_kinds, recovery, last_crash } = holder;
+    put!(plain, "  holder pid {pid} generation {generation} upgrades {upgrades} crashes {crashes}\n");
+    put!(plain, "  held {held}");
+    held_kinds.iter().for_each(|(kind, count)| put!(plain, " {kind} {count}"));
+    plain.push('\n');
+    if let Some(CrashInfo { pid, signal, status, core, hung, recovery_ms }) = last_crash {
+        put!(
+            plain,
+            "  last_crash pid {pid} signal {signal} status {status} core {} hung {} recovery_ms {recovery_ms:.3}\n",
+            on_off(*core),
+            on_off(*hung)
+        );
+    }
+    if !recovery.is_empty() {
+        plain.push_str("  recovery");
+        recovery.iter().for_each(|Phase { name, ms }| put!(plain, " {} {ms:.3}", name.replace(' ', "_")));
+        plain.push('\n');
+    }
 }
 
 const fn on_off(value: bool) -> &'static str {

@@ -126,11 +126,11 @@ fn plain_state(text: &mut String, state: &DevState, names: Names) {
     }
     put!(text, "  mappings {}\n", state.mappings);
     for queue in &state.queues {
-        let QueueInfo { index, size, enabled, running, requests, bytes, errors } = queue;
+        let QueueInfo { index, size, enabled, running, requests, bytes, errors, poison } = queue;
         put!(
             text,
             "  queue {index} size {size} enabled {enabled} running {running} requests {requests} bytes {bytes} \
-             errors {errors}\n"
+             errors {errors} poison {poison}\n"
         );
     }
 }
@@ -165,10 +165,10 @@ fn json_state(json: &mut Map<String, Value>, state: &DevState, names: Names) {
     }
     json.insert("mappings".into(), state.mappings.into());
     let queues = state.queues.iter().map(|queue| {
-        let QueueInfo { index, size, enabled, running, requests, bytes, errors } = queue;
+        let QueueInfo { index, size, enabled, running, requests, bytes, errors, poison } = queue;
         json!({
             "index": index, "size": size, "enabled": enabled, "running": running, "requests": requests,
-            "bytes": bytes, "errors": errors,
+            "bytes": bytes, "errors": errors, "poison": poison,
         })
     });
     json.insert("queues".into(), queues.collect());

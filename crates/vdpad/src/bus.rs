@@ -29,8 +29,8 @@ use vdpa_backend::front::vhost::{AnyParent, SharedDevice, SharedParent, VhostVdp
 use vdpa_backend::persist::DeviceLog;
 use vdpa_backend::worker::{QueueLogs, WorkerPool};
 use vdpa_control::api::{
-    AddRequest, Attrs, CtlError, DaemonInfo, DevInfo, DevState, ID_NET, MgmtDev, QueueVstats, SetAnswer,
-    SetRequest, UpdateInfo, UpgradeRequest, VSTATS_INDEX_MAX,
+    AddRequest, Attrs, CtlError, DaemonInfo, DaemonRole, DevInfo, DevState, ID_NET, MgmtDev, QueueVstats,
+    SetAnswer, SetRequest, UpdateInfo, UpgradeRequest, VSTATS_INDEX_MAX,
 };
 use vdpa_control::config::DevConfig;
 
@@ -191,6 +191,14 @@ impl Entry {
         })
     }
 
+    /// Requests that were refused because daemons had begun them, and died. Without those on rings while the device is busy.
+    fn poison(&self) -> u64 {
+        let queues = self.lock().map_or(0, |device| {
+            (0..self.profile.queues).map(|index| device.parent().queue_stats(QueueIndex(index)).poison).sum()
+        });
+        queues + self.file.refused()
+    }
+
     fn lock(&self) -> Result<MutexGuard<'_, Device<AnyParent>>, CtlError> {
         self.device.try_lock_for(BUSY_TIMEOUT).ok_or_else(|| self.busy("its client"))
     }
@@ -247,19 +255,20 @@ fn check_name(name: &str) -> Result<(), CtlError> {
 
 impl Backend for Bus {
     fn daemon(&self) -> Result<DaemonInfo, CtlError> {
-        let holder = match &self.survival {
-            Some(survival) => Some(survival.info().map_err(|errno| {
-                CtlError::new(errno, "the holder does not answer")
-                    .with_hint("The service is not protected; see its log.")
-            })?),
-            None => None,
-        };
-        Ok(DaemonInfo {
-            version: env!("CARGO_PKG_VERSION").into(),
-            pid: std::process::id(),
-            since: unix(self.since),
-            holder,
-        })
+        match &self.survival {
+            Some(survival) => {
+                let poison = self.devices.lock().clone().iter().map(|entry| entry.poison()).sum();
+                survival.daemon_info(self.since).map(|info| DaemonInfo { poison, ..info })
+            }
+            None => Ok(DaemonInfo {
+                version: env!("CARGO_PKG_VERSION").into(),
+                pid: std::process::id(),
+                since: unix(self.since),
+                role: DaemonRole::Daemon,
+                poison: 0,
+                holder: None,
+            }),
+        }
     }
 
     fn upgrade(&self, request: UpgradeRequest) -> Result<(), CtlError> {
@@ -385,6 +394,7 @@ impl Backend for Bus {
         let file = VhostVdpaFile::new(request.name.clone(), Arc::clone(&device), self.spaces.clone());
         let file = file.with_handover(shared);
         let held = survival.map(|survival| survival.new_device());
+        let file = file.with_notes(logs.as_ref().and_then(|(_, logs)| logs.notes()));
         let file = match (survival, held, logs) {
             (Some(survival), Some(held), Some((memory, _))) => DeviceLog::create(held, survival.store())
                 .and_then(|log| log.hold_logs(memory).map(|()| log))

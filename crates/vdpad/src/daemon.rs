@@ -1,11 +1,13 @@
 //! [`Daemon`]: start, run and stop of the daemon.
 
+use std::convert::Infallible;
 use std::io;
-use std::path::PathBuf;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use vdpa_core::Errno;
 use vdpa_core::crash_points::{CrashPoint, reach};
@@ -13,12 +15,13 @@ use vdpa_sys::mm_reaper::MmReaper;
 use vdpa_sys::rlimit;
 
 use crate::bus::Bus;
-use crate::control::{self, Backend as _, Server};
+use crate::control::{self, Backend, ControlSocket, Server};
+use crate::failed::{self, FailedBackend};
 use crate::survival::{Legacy, Survival};
 use vdpa_backend::front::fuse::{DeviceFiles, Options, ServeError, cuse};
 use vdpa_backend::front::watchdog::{self, Watchdog};
 use vdpa_control::Front;
-use vdpa_control::api::{AddRequest, AttrError, Attrs, CtlError};
+use vdpa_control::api::{AddRequest, AttrError, Attrs, CtlError, UpgradeRequest};
 
 pub mod notify;
 
@@ -49,7 +52,9 @@ pub struct Config {
 #[derive(Debug)]
 pub struct Daemon {
     control: Server,
-    bus: Arc<Bus>,
+    backend: Arc<dyn Backend>,
+    /// `None` for one that has crashed too often.
+    bus: Option<Arc<Bus>>,
     files: Arc<DeviceFiles>,
     /// `None` with a holder.
     watchdog: Option<Watchdog>,
@@ -147,6 +152,9 @@ impl Daemon {
             None => Legacy::default(),
         };
         reach(CrashPoint::ItemsListed);
+        if let Some(survival) = &survival {
+            survival.phase("take back");
+        }
         let continues = legacy.files.are_served();
         let files = match (&place, &survival) {
             (_, Some(survival)) if continues => survival.adopt_files(&mut legacy.files, options)?,
@@ -163,6 +171,9 @@ impl Daemon {
             bus.restore(std::mem::take(&mut legacy.devices));
             files.resume()?;
         }
+        if let Some(survival) = &survival {
+            survival.phase("devices");
+        }
         // A former daemon may have crashed before it had added all.
         let devices = config.devices.iter().filter(|device| !(continues && bus.has(&device.name)));
         for device in devices.filter(|_| !legacy.files.configured) {
@@ -172,18 +183,10 @@ impl Daemon {
         if let Some(survival) = survival.as_ref().filter(|_| !legacy.files.configured) {
             survival.hold_configured().map_err(holder("note that the devices of the configuration exist"))?;
         }
-        let control = if continues {
-            Server::replace(&config.socket, Arc::clone(&bus) as _)?
-        } else {
-            Server::start(&config.socket, Arc::clone(&bus) as _)?
-        };
+        let backend = Arc::clone(&bus) as Arc<dyn Backend>;
+        let control = start_control(&config.socket, &backend, survival.as_ref(), legacy.control)?;
         reach(CrashPoint::ControlOpen);
-        if let Some(survival) = &survival {
-            // One that has ended since is no reason to let the clients down, who are served again.
-            if let Err(errno) = survival.ready() {
-                tracing::error!(%errno, "the holder has ended: a crash of this daemon would be the end of its devices");
-            }
-            reach(CrashPoint::ReadySaid);
+        if survival.is_some() {
             // Shares the address space: a crash is noticed before gigabytes of page tables are freed.
             match MmReaper::spawn() {
                 Ok(reaper) => std::mem::forget(reaper),
@@ -191,11 +194,35 @@ impl Daemon {
             }
         }
         left.keep();
-        Ok(Self { control, bus, files, watchdog, survival })
+        Ok(Self { control, backend, bus: Some(bus), files, watchdog, survival })
     }
 
-    /// Blocks until SIGTERM or SIGINT, or until the device files are ended from outside. Calls `ready` and notifies the service
-    /// manager when signals are handled, and notifies it again when the daemon stops.
+    /// As [`start`](Self::start), after too many crashes: every request of a client gets an error at once, and the control API
+    /// tells why. `None` when there is no client, because no device files are left.
+    ///
+    /// # Errors
+    /// [`StartError`].
+    pub fn start_failed(config: &Config, survival: Survival) -> Result<Option<Self>, StartError> {
+        let survival = Arc::new(survival);
+        let holder = |action| move |errno| StartError::Holder { action, errno };
+        let mut legacy = survival.legacy().map_err(holder("take back what is held"))?;
+        if !legacy.files.are_served() {
+            return Ok(None);
+        }
+        let control = legacy.control.take();
+        let options = Options { request_timeout: config.request_timeout, ..Options::default() };
+        let files = survival.adopt_files(&mut legacy.files, options)?;
+        failed::put_in_place(&files, legacy);
+        files.resume()?;
+        let since = SystemTime::now();
+        let backend: Arc<dyn Backend> = Arc::new(FailedBackend { survival: Arc::clone(&survival), since });
+        let control = start_control(&config.socket, &backend, Some(&survival), control)?;
+        Ok(Some(Self { control, backend, bus: None, files, watchdog: None, survival: Some(survival) }))
+    }
+
+    /// Blocks until SIGTERM or SIGINT, or until the device files are ended from outside. Calls `ready` and notifies the holder or
+    /// the service manager when signals are handled, and notifies it again when the daemon stops. With a holder, SIGHUP is an
+    /// upgrade to the program that lies at this one's path.
     ///
     /// # Errors
     /// [`RunError`].
@@ -205,12 +232,22 @@ impl Daemon {
         runtime.block_on(async {
             let mut terminate = signal(SignalKind::terminate()).map_err(RunError::Signals)?;
             let mut interrupt = signal(SignalKind::interrupt()).map_err(RunError::Signals)?;
+            let hangup = self.survival.as_ref().map(|_| signal(SignalKind::hangup())).transpose();
+            let hangup = hangup.map_err(RunError::Signals)?;
             // After the handlers are installed: whoever is notified may send a signal at once.
+            if let Some(survival) = &self.survival {
+                // One that has ended since is no reason to let the clients down, who are served again.
+                if let Err(errno) = survival.ready() {
+                    tracing::error!(%errno, "the holder has ended: a crash of this daemon would be the end of its devices");
+                }
+                reach(CrashPoint::ReadySaid);
+            }
             ready();
             notify::service_manager("READY=1");
             let name = tokio::select! {
                 _ = terminate.recv() => "SIGTERM",
                 _ = interrupt.recv() => "SIGINT",
+                never = self.upgrade_by_signal(hangup) => match never {},
                 // Without device files the daemon cannot serve anybody; its service manager can start another one.
                 () = self.files.ended() => {
                     notify::service_manager("STOPPING=1");
@@ -223,13 +260,37 @@ impl Daemon {
         })
     }
 
+    /// Starts an upgrade for each signal. The holder tells the service manager when it has ended.
+    async fn upgrade_by_signal(&self, signals: Option<Signal>) -> Infallible {
+        let Some(mut signals) = signals else { return std::future::pending().await };
+        loop {
+            signals.recv().await;
+            let (backend, survival) = (Arc::clone(&self.backend), self.survival.clone());
+            let upgrade = move || {
+                tracing::info!(signal = "SIGHUP", "upgrade");
+                if let Err(error) = backend.upgrade(UpgradeRequest::default()) {
+                    tracing::error!(hint = error.hint, "no upgrade: {error}");
+                    survival.iter().for_each(|survival| survival.goes_on());
+                }
+            };
+            if let Err(error) = std::thread::Builder::new().name("sighup".into()).spawn(upgrade) {
+                tracing::error!(%error, "no thread for the upgrade");
+            }
+        }
+    }
+
     /// Closes the control socket, then revokes the devices from their clients and removes their files.
     pub fn stop(self) {
-        if let Some(survival) = &self.survival {
-            survival.stopping();
+        if let Some(survival) = &self.survival
+            && !survival.stopping()
+        {
+            // The next daemon is to find everything as after a crash.
+            std::process::exit(0);
         }
         self.control.shutdown();
-        self.bus.shutdown();
+        if let Some(bus) = &self.bus {
+            bus.shutdown();
+        }
         self.files.shutdown();
         if let Some(watchdog) = self.watchdog
             && let Err(error) = watchdog.wait()
@@ -259,6 +320,24 @@ impl StartError {
     fn environment(error: &dyn std::error::Error) -> Self {
         Self::Environment { what: error.to_string() }
     }
+}
+
+/// Serves the control API, on the socket of an earlier daemon if there is one.
+fn start_control(
+    path: &Path,
+    backend: &Arc<dyn Backend>,
+    survival: Option<&Arc<Survival>>,
+    held: Option<OwnedFd>,
+) -> Result<Server, control::StartError> {
+    let socket = match survival {
+        Some(survival) => survival.control_socket(path, held)?,
+        None => ControlSocket::bind(path)?,
+    };
+    let server = Server::start_on(socket, Arc::clone(backend), control::Limits::default())?;
+    if let Some(survival) = survival {
+        survival.set_pauser(server.pauser());
+    }
+    Ok(server)
 }
 
 /// Kind and directory of the device files.

@@ -17,4 +17,5 @@ pub mod control;
 pub mod crash_points;
 pub mod daemon;
 mod devices;
+mod failed;
 pub mod survival;

@@ -19,7 +19,7 @@ use vdpa_holder::holder::{self, Outcome, Program};
 use vdpa_holder::protocol::Role;
 use vdpa_sys::uapi::live::{self, Numbers};
 use vdpad::daemon::{self, Config, Daemon, StartError};
-use vdpad::survival::Survival;
+use vdpad::survival::{self, Survival};
 
 /// The daemon failed.
 const EXIT_RUNTIME: u8 = 1;
@@ -82,9 +82,18 @@ struct Serve {
     #[arg(long)]
     holder: bool,
 
-    /// Crashes within a minute that the holder tolerates; after one more it gives up
+    /// Crashes within the time of --crash-window that the holder tolerates; after one more the daemon answers every request with
+    /// an error
     #[arg(long, value_name = "N", default_value = "5", requires = "holder")]
     crash_limit: u16,
+
+    /// Seconds for which a crash counts
+    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = seconds, requires = "holder")]
+    crash_window: Duration,
+
+    /// Seconds without progress after which the holder ends the daemon and starts it again; 0: never
+    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds_or_never, requires = "holder")]
+    hang_limit: Duration,
 
     /// What to log to standard error: error, warn, info, debug, trace, or filters in the syntax of RUST_LOG
     #[arg(long, value_name = "FILTER", env = "VDPAD_LOG", default_value = "info")]
@@ -115,6 +124,10 @@ fn seconds(text: &str) -> Result<Duration, String> {
         .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
         .filter(|duration| !duration.is_zero())
         .ok_or_else(|| "a number of seconds greater than 0 is right, for example 2.5".into())
+}
+
+fn seconds_or_never(text: &str) -> Result<Duration, String> {
+    if text.trim_matches('0').is_empty() { Ok(Duration::ZERO) } else { seconds(text) }
 }
 
 fn main() -> ExitCode {
@@ -167,8 +180,7 @@ fn hold(options: Serve) -> ExitCode {
         Ok(Some(survival)) if survival.role() == Role::Failed => {
             survival.log_crash();
             tracing::error!("the daemon has crashed too often: its devices are given up");
-            survival.give_up();
-            ExitCode::from(EXIT_RUNTIME)
+            serve(options, Some(survival))
         }
         Ok(Some(mut survival)) if survival.role() == Role::Candidate => match survival.take_over() {
             Ok(()) => serve(options, Some(survival)),
@@ -198,12 +210,24 @@ fn run_holder(options: &Serve) -> ExitCode {
         }
     };
     let args = std::env::args_os().map(OsStringExt::into_vec).collect();
-    let limits = holder::Options { crash_limit: options.crash_limit.into(), ..holder::Options::default() };
+    let limits = holder::Options {
+        crash_limit: options.crash_limit.into(),
+        crash_window: options.crash_window,
+        hang: Some(options.hang_limit).filter(|limit| !limit.is_zero()),
+        ..holder::Options::default()
+    };
     match holder::run(Program { file, args }, limits) {
         Ok(Outcome::Stopped(end)) if end.signal == 0 => {
             ExitCode::from(u8::try_from(end.status).unwrap_or(EXIT_RUNTIME))
         }
-        Ok(Outcome::Stopped(end) | Outcome::GaveUp(end)) => {
+        Ok(outcome) => {
+            let end = match outcome {
+                Outcome::Stopped(end) => end,
+                Outcome::GaveUp(end, held) => {
+                    survival::unmount_held(held);
+                    end
+                }
+            };
             eprintln!("vdpad: the daemon has ended: signal {}, status {}", end.signal, end.status);
             ExitCode::from(EXIT_RUNTIME)
         }
@@ -244,8 +268,16 @@ fn serve(options: Serve, survival: Option<Survival>) -> ExitCode {
         devices: options.devices,
     };
     let first = survival.as_ref().is_none_or(|survival| survival.generation() <= 1);
-    let daemon = match Daemon::start(&config, survival) {
-        Ok(daemon) => daemon,
+    let started = match survival {
+        Some(survival) if survival.role() == Role::Failed => Daemon::start_failed(&config, survival),
+        survival => Daemon::start(&config, survival).map(Some),
+    };
+    let daemon = match started {
+        Ok(Some(daemon)) => daemon,
+        Ok(None) => {
+            eprintln!("vdpad: the daemon has crashed too often, and no device files are left");
+            return ExitCode::from(EXIT_RUNTIME);
+        }
         Err(error) => {
             report(&error);
             return ExitCode::from(match error {

@@ -10,18 +10,21 @@ mod upgrade;
 
 use std::collections::BTreeMap;
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
-use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::Path;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use vdpa_backend::front::fuse::{DeviceFiles, FileAttributes};
-use vdpa_backend::persist::{Held, RestoredSpaces, Store, split_key};
-use vdpa_control::api::{AddRequest, CrashInfo, HolderInfo};
+use vdpa_backend::persist::{Held, Kind, RestoredSpaces, Store, key, split_key};
+use vdpa_control::api::{AddRequest, CrashInfo, CtlError, DaemonInfo, DaemonRole, HolderInfo, Phase};
 use vdpa_core::Errno;
+use vdpa_core::error::chain;
 use vdpa_holder::client::{Client, Start};
+use vdpa_holder::progress;
 use vdpa_holder::protocol::{Role, Status};
 use vdpa_sys::clock::monotonic_ns;
 use vdpa_sys::memfd;
@@ -30,6 +33,10 @@ pub(crate) use self::files::LegacyParts;
 use self::files::{IDENTITY, LegacyFiles, SavedPlace};
 use crate::bus::file_name;
 
+use crate::control::{BindError, ControlSocket, Pauser};
+
+/// The socket of the control API, which belongs to no device.
+const CONTROL: u32 = 3;
 /// Bytes of the longest identity: a request to add a device is at most that long.
 const IDENTITY_MAX: u64 = 1 << 20;
 
@@ -41,6 +48,10 @@ pub struct Survival {
     next_device: AtomicU32,
     /// When this process began to serve: `CLOCK_MONOTONIC` in ns.
     served_ns: AtomicU64,
+    /// What this process did before, each with its end: `CLOCK_MONOTONIC` in ns. The first is a beginning.
+    phases: Mutex<Vec<(&'static str, u64)>>,
+    /// Pauses the control socket.
+    pauser: OnceLock<Pauser>,
     /// Locked during an upgrade.
     upgrading: Mutex<()>,
     /// Address spaces of the devices that are restored.
@@ -93,6 +104,8 @@ impl Identity {
 pub(crate) struct Legacy {
     /// The device files.
     pub(crate) files: LegacyFiles,
+    /// The socket of the control API.
+    pub(crate) control: Option<OwnedFd>,
     /// Devices by their number: what they are, and everything that is held of them.
     pub(crate) devices: BTreeMap<u32, (Identity, Vec<Held>)>,
 }
@@ -106,12 +119,17 @@ impl Survival {
     pub fn from_env() -> Result<Option<Self>, Errno> {
         let Some(client) = Client::from_env()? else { return Ok(None) };
         let start = client.start();
+        progress::install(client.progress().clone());
+        let begin = start.crash.map_or_else(monotonic_ns, |end| end.heard_ns);
+        let phases = Mutex::new(vec![("", begin), ("start", monotonic_ns())]);
         let client = Arc::new(Mutex::new(client));
         Ok(Some(Self {
             client,
             start,
             next_device: AtomicU32::new(1),
             served_ns: AtomicU64::new(0),
+            phases,
+            pauser: OnceLock::new(),
             upgrading: Mutex::default(),
             spaces: RestoredSpaces::default(),
         }))
@@ -149,12 +167,29 @@ impl Survival {
         Arc::clone(&self.client) as Arc<dyn Store>
     }
 
-    /// What `daemon show` tells of the holder.
+    /// A part of the recovery has ended.
+    pub(crate) fn phase(&self, name: &'static str) {
+        self.phases.lock().push((name, monotonic_ns()));
+    }
+
+    /// What `daemon show` tells of this process, without what its devices know.
     ///
     /// # Errors
-    /// `EPIPE` without a holder.
-    pub(crate) fn info(&self) -> Result<HolderInfo, Errno> {
-        let Status { pid, generation, upgrades, crashes, held, .. } = self.client.lock().status()?;
+    /// When the holder does not answer.
+    pub(crate) fn daemon_info(&self, since: SystemTime) -> Result<DaemonInfo, CtlError> {
+        let holder = self.info().map_err(|errno| {
+            CtlError::new(errno, "the holder does not answer")
+                .with_hint("The service is not protected; see its log.")
+        })?;
+        let since = since.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+        let role = if self.role() == Role::Failed { DaemonRole::Failed } else { DaemonRole::Daemon };
+        let (version, pid) = (env!("CARGO_PKG_VERSION").into(), std::process::id());
+        Ok(DaemonInfo { version, pid, since, role, poison: 0, holder: Some(holder) })
+    }
+
+    /// What `daemon show` tells of the holder.
+    fn info(&self) -> Result<HolderInfo, Errno> {
+        let Status { pid, generation, upgrades, crashes, held, kinds, .. } = self.client.lock().status()?;
         let served_ns = self.served_ns.load(Ordering::Relaxed);
         let last_crash = self.start.crash.map(|end| CrashInfo {
             pid: end.pid.unsigned_abs(),
@@ -164,7 +199,17 @@ impl Survival {
             hung: end.hung,
             recovery_ms: Duration::from_nanos(served_ns.saturating_sub(end.heard_ns)).as_secs_f64() * 1e3,
         });
-        Ok(HolderInfo { pid: pid.unsigned_abs(), generation, upgrades, crashes, held, last_crash })
+        let names = Kind::ALL.map(|kind| format!("{kind:?}").to_lowercase());
+        let held_kinds = names.into_iter().zip(kinds).filter(|&(_, count)| count > 0).collect();
+        let phases = self.phases.lock();
+        let recovery = phases.windows(2).filter_map(|pair| {
+            let [(_, begin), (name, end)] = *pair else { return None };
+            let ms = Duration::from_nanos(end.saturating_sub(begin)).as_secs_f64() * 1e3;
+            (self.generation() > 1).then(|| Phase { name: name.into(), ms })
+        });
+        let recovery = recovery.collect();
+        let pid = pid.unsigned_abs();
+        Ok(HolderInfo { pid, generation, upgrades, crashes, held, held_kinds, recovery, last_crash })
     }
 
     /// Says that this process serves.
@@ -172,24 +217,60 @@ impl Survival {
     /// # Errors
     /// `EPIPE` without a holder.
     pub fn ready(&self) -> Result<(), Errno> {
+        self.phase("serve");
         self.served_ns.store(monotonic_ns(), Ordering::Relaxed);
         self.client.lock().ready()
     }
 
-    /// Says that the service ends with this process.
-    pub fn stopping(&self) {
-        if let Err(errno) = self.client.lock().stopping() {
-            tracing::warn!(%errno, "the holder does not know that the service ends");
+    /// Says that this process goes on, and there was no upgrade: whoever has asked for it by a signal may wait.
+    pub(crate) fn goes_on(&self) {
+        if let Err(errno) = self.client.lock().ready() {
+            tracing::warn!(%errno, "the holder does not know that there was no upgrade");
         }
     }
 
-    /// Ends the device files that a predecessor has left, if any: clients get `ECONNABORTED`, those that wait too.
-    pub fn give_up(&self) {
-        match self.legacy() {
-            Ok(legacy) => legacy.unmount(),
-            Err(errno) => tracing::error!(%errno, "the mount of the device files is left behind"),
+    /// Says that the service ends with this process. Returns whether it is to be ended: when the holder has died, the service
+    /// manager has what was held and starts the next one, which needs everything in its place.
+    #[must_use]
+    pub fn stopping(&self) -> bool {
+        match self.client.lock().stopping() {
+            Ok(()) => true,
+            Err(errno) => {
+                let stored = self.start.status.stored;
+                tracing::warn!(%errno, stored, "the holder has died before this daemon");
+                !stored
+            }
         }
-        self.stopping();
+    }
+
+    /// What pauses the control socket, for an upgrade.
+    pub(crate) fn set_pauser(&self, pauser: Pauser) {
+        let _ = self.pauser.set(pauser);
+    }
+
+    /// The control socket at `path`: that of a predecessor if there is one, else a new one, which is held.
+    ///
+    /// # Errors
+    /// [`BindError`].
+    pub(crate) fn control_socket(
+        &self,
+        path: &Path,
+        held: Option<OwnedFd>,
+    ) -> Result<ControlSocket, BindError> {
+        if let Some(fd) = held {
+            match ControlSocket::adopt(path, fd) {
+                Ok(socket) => return Ok(socket),
+                Err(error) => tracing::warn!("the control socket is made anew: {}", chain(&error)),
+            }
+            let _ = self.store().release(key(0, CONTROL));
+        }
+        // A former daemon may still be ending, so that its socket seems to be in use.
+        let goes_on = self.generation() > 1;
+        let socket = if goes_on { ControlSocket::rebind(path)? } else { ControlSocket::bind(path)? };
+        if let Err(errno) = self.store().hold(key(0, CONTROL), Kind::Other, socket.as_fd(), &[]) {
+            tracing::warn!(%errno, "the control socket does not survive a crash of this daemon");
+        }
+        Ok(socket)
     }
 
     /// A number for one more device.
@@ -202,10 +283,23 @@ impl Survival {
     /// # Errors
     /// Those of the holder's connection.
     pub(crate) fn legacy(&self) -> Result<Legacy, Errno> {
-        let mut legacy = Legacy::default();
+        let (legacy, last, orphans) = Legacy::of(self.client.lock().list()?);
+        self.next_device.fetch_max(last + 1, Ordering::Relaxed);
+        for key in orphans {
+            let _ = self.store().release(key);
+        }
+        Ok(legacy)
+    }
+}
+
+impl Legacy {
+    /// What these items are; with the greatest number of a device, and the keys of what belongs to none.
+    fn of(held: Vec<Held>) -> (Self, u32, Vec<u64>) {
+        let mut legacy = Self::default();
         let mut items: BTreeMap<u32, Vec<Held>> = BTreeMap::new();
-        for held in self.client.lock().list()? {
+        for held in held {
             match split_key(held.key) {
+                (0, CONTROL) => legacy.control = Some(held.fd),
                 (0, item) => {
                     if legacy.files.take(item, held).is_some() {
                         tracing::warn!(item, "something unknown is held");
@@ -214,20 +308,24 @@ impl Survival {
                 (device, _) => items.entry(device).or_default().push(held),
             }
         }
-        self.next_device.fetch_max(items.keys().next_back().map_or(1, |last| last + 1), Ordering::Relaxed);
+        let last = items.keys().next_back().copied().unwrap_or(0);
+        let mut orphans = Vec::new();
         for (device, mut items) in items {
             let at = items.iter().position(|held| split_key(held.key).1 == IDENTITY);
             let identity = at.map(|at| items.swap_remove(at)).and_then(|held| read(held.fd));
             match identity.and_then(|json| serde_json::from_str(&json).ok()) {
                 Some(identity) => drop(legacy.devices.insert(device, (identity, items))),
                 // It was being added, or deleted.
-                None => items.iter().for_each(|held| {
-                    let _ = self.store().release(held.key);
-                }),
+                None => orphans.extend(items.iter().map(|held| held.key)),
             }
         }
-        Ok(legacy)
+        (legacy, last, orphans)
     }
+}
+
+/// Ends the mounts that are among `items`, after the last daemon: their clients get an error from the kernel.
+pub fn unmount_held(items: Vec<Held>) {
+    Legacy::of(items).0.unmount();
 }
 
 /// A memory file with this text.

@@ -407,20 +407,6 @@ mod heavy {
     }
 }
 
-#[test]
-fn a_daemon_that_crashes_too_often_is_given_up() {
-    let mut vdpad = start(&["--crash-limit", "2"]);
-    let device = vdpad.add_any("disk0", "blk");
-    let disk = Disk::start(&device, disk::MEMORY_MIN);
-    replace(&vdpad);
-    replace(&vdpad);
-    kill(&vdpad);
-    assert_eq!(vdpad.wait().code(), Some(1), "{}", vdpad.log());
-    assert!(vdpad.log().contains("crashed too often"), "{}", vdpad.log());
-    is_gone(disk.session.ops().status());
-    eventually("the mount is removed", || (!vdpad.is_mounted()).then_some(()));
-}
-
 /// The service ends in order by a signal to its main process, also after a crash.
 #[test]
 fn sigterm_ends_the_service() {

@@ -136,7 +136,7 @@ blk0: type block mgmtdev vdpasim_blk vendor_id 0 max_vqs 1 max_vq_size 256
   negotiated_features FLUSH VERSION_1 bit_40
   pinned 1048576 of 2097152 pages
   mappings 12
-  queue 0 size 256 enabled true running true requests 10 bytes 40960 errors 1
+  queue 0 size 256 enabled true running true requests 10 bytes 40960 errors 1 poison 0
 ",
     );
     setup.vdpactl("-s -j -p dev show blk0").prints(
@@ -170,7 +170,8 @@ blk0: type block mgmtdev vdpasim_blk vendor_id 0 max_vqs 1 max_vq_size 256
                     "running": true,
                     "requests": 10,
                     "bytes": 40960,
-                    "errors": 1
+                    "errors": 1,
+                    "poison": 0
                 } ]
         }
     }

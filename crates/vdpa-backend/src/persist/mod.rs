@@ -17,6 +17,7 @@ mod front;
 #[cfg(test)]
 mod golden_tests;
 mod journal;
+mod notes;
 mod objects;
 
 use std::fmt::Debug;
@@ -29,6 +30,8 @@ use vdpa_sys::uring::RingRecord;
 
 pub use front::{DeviceFront, SharedFront, SuccessorFront};
 pub use journal::{DeviceLog, LogError, Reopened, SharedDevice, SharedRecords};
+pub use notes::DeviceNotes;
+pub(crate) use notes::{OWN as OWN_NOTES, WORDS as NOTES};
 pub use objects::RestoredSpaces;
 pub use vdpa_holder::client::Held;
 pub use vdpa_holder::protocol::Kind;

@@ -38,6 +38,7 @@ use parking_lot::Mutex;
 use vdpa_core::Errno;
 use vdpa_core::iotlb::Removed;
 use vdpa_core::parent::QueueStats;
+use vdpa_core::ring::inflight::LogMemory as _;
 use vdpa_core::types::{Asid, QueueIndex, Result};
 use vdpa_core::vq::{QueueSetup, QueueState};
 use vdpa_sys::eventfd::EventFd;
@@ -204,40 +205,61 @@ pub struct Size {
     pub address_spaces: usize,
 }
 
-/// Counters of one queue. A reset does not clear them.
-#[derive(Debug, Default)]
-struct Counters {
-    requests: AtomicU64,
-    bytes: AtomicU64,
-    errors: AtomicU64,
+/// Words of the counters of one queue: a cache line.
+const COUNTERS: usize = 8;
+// Counters of a queue by what they count: completed requests, bytes of data in both directions, requests completed with an
+// error, and requests that were refused as `Popped::Poison`.
+const REQUESTS: usize = 0;
+const BYTES: usize = 1;
+const ERRORS: usize = 2;
+const POISON: usize = 3;
+
+/// The counters of a device's queues. A reset does not clear them.
+#[derive(Debug)]
+enum Counters {
+    Own(Arc<[AtomicU64]>),
+    /// In memory that outlives this process.
+    Shared(SharedWords),
 }
 
 impl Counters {
-    fn count(&self, bytes: u64, failed: bool) {
-        // Only the queue's thread writes the counters: a load and a store are enough, and avoid a locked addition.
-        let add = |counter: &AtomicU64, more: u64| {
-            counter.store(counter.load(Ordering::Relaxed).wrapping_add(more), Ordering::Relaxed);
-        };
-        add(&self.requests, 1);
-        add(&self.bytes, bytes);
-        if failed {
-            add(&self.errors, 1);
+    fn own(queues: u16) -> Self {
+        Self::Own((0..usize::from(queues) * COUNTERS).map(|_| AtomicU64::new(0)).collect())
+    }
+
+    /// Only the queue's thread writes them: a load and a store are enough, and avoid a locked addition.
+    #[inline]
+    fn add(&self, queue: u16, counter: usize, more: u64) {
+        let word = usize::from(queue) * COUNTERS + counter;
+        match self {
+            Self::Own(words) => words.store(word, words.load(word).wrapping_add(more)),
+            Self::Shared(words) => words.store(word, words.load(word).wrapping_add(more)),
         }
     }
 
-    fn read(&self) -> QueueStats {
-        QueueStats {
-            requests: self.requests.load(Ordering::Relaxed),
-            bytes: self.bytes.load(Ordering::Relaxed),
-            errors: self.errors.load(Ordering::Relaxed),
+    fn count(&self, queue: u16, bytes: u64, failed: bool) {
+        self.add(queue, REQUESTS, 1);
+        self.add(queue, BYTES, bytes);
+        if failed {
+            self.add(queue, ERRORS, 1);
         }
+    }
+
+    fn read(&self, queue: u16) -> QueueStats {
+        let get = |counter| match self {
+            Self::Own(words) => words.load(usize::from(queue) * COUNTERS + counter),
+            Self::Shared(words) => words.load(usize::from(queue) * COUNTERS + counter),
+        };
+        let [requests, bytes, errors, poison] = [REQUESTS, BYTES, ERRORS, POISON].map(get);
+        QueueStats { requests, bytes, errors, poison }
     }
 }
 
 /// State that the control side of a device shares with its worker thread.
 #[derive(Debug)]
 struct Shared {
-    counters: Vec<Counters>,
+    counters: Counters,
+    queues: u16,
     /// The driver has broken the protocol of a ring (`DEVICE_NEEDS_RESET`). Cleared by a reset.
     needs_reset: AtomicBool,
     /// Signalled when `needs_reset` is set.
@@ -245,12 +267,8 @@ struct Shared {
 }
 
 impl Shared {
-    fn new(queues: u16) -> Self {
-        Self {
-            counters: (0..queues).map(|_| Counters::default()).collect(),
-            needs_reset: AtomicBool::new(false),
-            config_call: Mutex::new(None),
-        }
+    fn new(queues: u16, counters: Counters) -> Self {
+        Self { counters, queues, needs_reset: AtomicBool::new(false), config_call: Mutex::new(None) }
     }
 
     /// Sets `DEVICE_NEEDS_RESET` and signals a change of the configuration (virtio 1.2 section 2.1.2).
@@ -292,7 +310,7 @@ pub struct QueueControl {
 impl fmt::Debug for QueueControl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("QueueControl")
-            .field("queues", &self.shared.counters.len())
+            .field("queues", &self.shared.queues)
             .field("thread", &self.thread)
             .finish_non_exhaustive()
     }
@@ -307,8 +325,7 @@ impl QueueControl {
     /// The counters of a queue since the device was added; zeros for a queue that the device does not have. Does not block.
     #[must_use]
     pub fn stats(&self, index: QueueIndex) -> QueueStats {
-        let counters = self.shared.counters.get(usize::from(index.0));
-        counters.map_or_else(QueueStats::default, Counters::read)
+        if index.0 < self.shared.queues { self.shared.counters.read(index.0) } else { QueueStats::default() }
     }
 
     /// Starts a queue at `state`; does nothing when it runs already. The ring's memory may be mapped later. For

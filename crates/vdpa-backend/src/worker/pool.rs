@@ -20,7 +20,10 @@ use vdpa_sys::uring::{Registrar, Ring};
 
 use super::event_loop::{EventLoop, Message, Registration};
 use super::log_words;
-use super::{Buffers, Command, IOWQ_WORKERS_MAX, QueueControl, QueueHandler, Shared, Size};
+use super::{
+    Buffers, COUNTERS, Command, Counters, IOWQ_WORKERS_MAX, QueueControl, QueueHandler, Shared, Size,
+};
+use crate::persist::{DeviceNotes, NOTES, OWN_NOTES};
 
 /// Entries of a submission queue: operations that are submitted with one `io_uring_enter(2)`.
 const RING_ENTRIES: u32 = 512;
@@ -110,7 +113,8 @@ pub struct QueueLogs {
 }
 
 impl QueueLogs {
-    /// Words for each queue: enough for the largest ring there is. What is not used takes no memory.
+    /// Words for the log of each queue: enough for the largest ring there is. What is not used takes no memory. Behind all logs
+    /// are the counters of each queue, then the device's notes.
     fn stride() -> usize {
         log_words(LARGEST_RING)
     }
@@ -120,8 +124,28 @@ impl QueueLogs {
     /// # Errors
     /// `EINVAL` without queues; of memfd_create(2) and mmap(2).
     pub fn create(queues: u16) -> Result<(OwnedFd, Self)> {
-        let (fd, memory) = SharedWords::create(c"vdpa-in-flight", Self::stride() * usize::from(queues))?;
+        let words = (Self::stride() + COUNTERS) * usize::from(queues) + NOTES;
+        let (fd, memory) = SharedWords::create(c"vdpa-in-flight", words)?;
         Ok((fd, Self { memory, recover: false }))
+    }
+
+    /// For how many queues there are counters behind the logs; `None` for the memory of a program that had none.
+    fn queues(&self) -> Option<usize> {
+        let words = self.memory.words().checked_sub(NOTES)?;
+        words.is_multiple_of(Self::stride() + COUNTERS).then_some(words / (Self::stride() + COUNTERS))
+    }
+
+    /// The counters of `queues` queues. Those of a program that had none end with this process.
+    fn counters(&self, queues: u16) -> Option<SharedWords> {
+        let all = self.queues().filter(|&all| all >= usize::from(queues))?;
+        self.memory.slice(all * Self::stride(), usize::from(queues) * COUNTERS)
+    }
+
+    /// The notes of the device; `None` for the memory of a program that had none.
+    #[must_use]
+    pub fn notes(&self) -> Option<DeviceNotes> {
+        let at = self.queues()? * (Self::stride() + COUNTERS);
+        self.memory.slice(at, NOTES).and_then(DeviceNotes::new)
     }
 
     /// The logs of a process that has died.
@@ -164,6 +188,16 @@ impl WorkerPool {
         Self { workers: workers.max(1), poll, threads: Arc::default(), logs: Mutex::default() }
     }
 
+    /// 32 words for what the next device counts itself, which outlive this process: a device that is made again finds what it has
+    /// counted. `None` when its [logs](Self::with_logs) do not outlive this process, or are those of a program without such words.
+    #[must_use]
+    pub fn own_counters(&self) -> Option<SharedWords> {
+        let logs = self.logs.lock();
+        let logs = logs.as_ref()?;
+        let at = logs.queues()? * (QueueLogs::stride() + COUNTERS) + OWN_NOTES.start;
+        logs.memory.slice(at, OWN_NOTES.len())
+    }
+
     /// The same threads, for one device that keeps its in-flight logs in `logs`.
     #[must_use]
     pub fn with_logs(&self, logs: QueueLogs) -> Self {
@@ -187,7 +221,9 @@ impl WorkerPool {
         handler: impl QueueHandler,
     ) -> Result<QueueControl> {
         let thread = self.thread(name, placement)?;
-        let shared = Arc::new(Shared::new(size.queues));
+        let counters = self.logs.lock().as_ref().and_then(|logs| logs.counters(size.queues));
+        let counters = counters.map_or_else(|| Counters::own(size.queues), Counters::Shared);
+        let shared = Arc::new(Shared::new(size.queues, counters));
         let (reply, receiver) = sync_channel(1);
         let registration = Registration {
             name: name.to_owned(),

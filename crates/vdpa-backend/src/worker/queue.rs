@@ -184,8 +184,11 @@ impl Queue {
 
     /// Ends the count of a request that had [started](Self::request_started), whose used element was pushed.
     #[inline]
-    pub const fn request_ended(&mut self) {
+    pub fn request_ended(&mut self) {
         self.in_flight -= 1;
+        if self.in_flight == 0 && self.ring.as_mut().is_some_and(DeviceRing::take_held_back) {
+            self.pending = true;
+        }
     }
 
     /// About how many requests the driver keeps in the ring: the maximum of `waiting`, those in the ring now, and of earlier

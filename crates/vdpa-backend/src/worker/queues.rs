@@ -364,9 +364,13 @@ impl Queues {
     /// completed with an error.
     #[inline]
     pub fn count_request(&self, index: u16, bytes: u64, failed: bool) {
-        if let Some(counters) = self.shared.counters.get(usize::from(index)) {
-            counters.count(bytes, failed);
-        }
+        self.shared.counters.count(index, bytes, failed);
+    }
+
+    /// Counts a request that was refused because it is [poison](super::Popped::Poison), beside
+    /// [`count_request`](Self::count_request).
+    pub fn count_poison(&self, index: u16) {
+        self.shared.counters.add(index, super::POISON, 1);
     }
 
     /// [Publishes](Self::publish) used descriptors on every queue.

@@ -13,9 +13,13 @@ use vdpa_sys::shared_words::SharedWords;
 use vdpa_sys::snapshot::GuestArea;
 
 use super::MemoryView;
+use crate::suspect::Turn;
 
-/// A request that this many processes had begun before is not begun by another one: it may be what ends them.
-const ATTEMPTS_MAX: u8 = 2;
+/// A request that this many processes had begun, and died, may be what ends them. It is begun while nothing else is in flight in its
+/// queue, and no other such request in this process: if this process dies as well, it is known which one it was.
+const SUSPECT: u8 = 2;
+/// A request that this many processes had begun is not begun by another one. The last one had nothing else to do.
+const ATTEMPTS_MAX: u8 = 3;
 
 /// Words that the in-flight log of one queue needs at most, whichever format and size, up to `queue_size_max` entries, the
 /// client chooses. For [`QueueControl::set_logs`](super::QueueControl::set_logs).
@@ -38,8 +42,8 @@ pub enum Popped {
     None,
     /// A request, which the device does.
     Request,
-    /// A request that two processes had begun, and both have died since. The device must not do it, and answers it with an
-    /// error: it may be the cause.
+    /// A request that three processes had begun and died of, the last one while nothing else was suspected. The device must not
+    /// do it, and answers it with an error.
     Poison,
 }
 
@@ -71,6 +75,10 @@ struct Logged {
     repeated: Vec<Repeat>,
     /// The queue is being stopped: only what is to be repeated is popped.
     stopping: bool,
+    /// The suspect in flight, by name, with its turn. Nothing else is popped.
+    alone: Option<(u16, Turn)>,
+    /// A request was not popped because of one in flight.
+    held_back: bool,
 }
 
 macro_rules! either {
@@ -133,7 +141,8 @@ impl DeviceRing {
 
     fn logged(ring: Ring<GuestArea, Log<SharedWords>>, repeats: Vec<Repeat>) -> Self {
         let (repeats, repeated) = (repeats.into(), Vec::new());
-        Self(Kind::Logged(Box::new(Logged { ring, repeats, repeated, stopping: false })))
+        let (stopping, alone, held_back) = (false, None, false);
+        Self(Kind::Logged(Box::new(Logged { ring, repeats, repeated, stopping, alone, held_back })))
     }
 
     /// Whether it has a log.
@@ -175,7 +184,27 @@ impl DeviceRing {
     pub fn pop<M: Memory>(&mut self, memory: &M, chain: &mut Chain) -> Result<Popped, RingError> {
         match &mut self.0 {
             Kind::Plain(ring) => ring.pop(memory, chain).map(found),
-            Kind::Logged(logged) => logged.pop(memory, chain),
+            Kind::Logged(logged) => logged.pop(memory, chain, false),
+        }
+    }
+
+    /// As [`pop`](Self::pop), for a request that is needed to do one that was popped from another queue: those two are begun
+    /// together.
+    ///
+    /// # Errors
+    /// As [`pop`](Self::pop).
+    pub fn pop_along<M: Memory>(&mut self, memory: &M, chain: &mut Chain) -> Result<Popped, RingError> {
+        match &mut self.0 {
+            Kind::Plain(ring) => ring.pop(memory, chain).map(found),
+            Kind::Logged(logged) => logged.pop(memory, chain, true),
+        }
+    }
+
+    /// Whether a request was not popped because of one that was in flight; asked when nothing is in flight any more.
+    pub(super) fn take_held_back(&mut self) -> bool {
+        match &mut self.0 {
+            Kind::Plain(_) => false,
+            Kind::Logged(logged) => std::mem::take(&mut logged.held_back),
         }
     }
 
@@ -218,7 +247,7 @@ impl DeviceRing {
     #[inline]
     pub fn enable_kick(&mut self) -> Result<bool, RingError> {
         let available = either!(mut &mut self.0, ring => ring.enable_kick())?;
-        Ok(self.filter(available))
+        Ok(self.finds(available))
     }
 
     /// As [`Ring::disable_kick`].
@@ -237,7 +266,7 @@ impl DeviceRing {
     #[inline]
     pub fn has_request(&mut self) -> Result<bool, RingError> {
         let available = either!(mut &mut self.0, ring => ring.has_request())?;
-        Ok(self.filter(available))
+        Ok(self.finds(available))
     }
 
     /// As [`Ring::waiting`]; requests to be repeated count.
@@ -281,35 +310,82 @@ impl DeviceRing {
 
     /// Whether `pop` finds a request, where the ring says that.
     #[inline]
-    fn filter(&self, available: bool) -> bool {
-        match &self.0 {
+    fn finds(&mut self, available: bool) -> bool {
+        match &mut self.0 {
             Kind::Plain(_) => available,
-            Kind::Logged(logged) => !logged.repeats.is_empty() || available && !logged.stopping,
+            Kind::Logged(logged) => logged.finds(available),
         }
     }
 }
 
 impl Logged {
     #[inline]
-    fn pop<M: Memory>(&mut self, memory: &M, chain: &mut Chain) -> Result<Popped, RingError> {
-        if !self.repeats.is_empty() {
-            return self.pop_repeat(memory, chain);
+    fn pop<M: Memory>(&mut self, memory: &M, chain: &mut Chain, along: bool) -> Result<Popped, RingError> {
+        if !self.repeats.is_empty() || self.alone.is_some() {
+            return self.pop_repeat(memory, chain, along);
         }
         if self.stopping { Ok(Popped::None) } else { self.ring.pop(memory, chain).map(found) }
     }
 
     #[cold]
-    fn pop_repeat<M: Memory>(&mut self, memory: &M, chain: &mut Chain) -> Result<Popped, RingError> {
+    fn pop_repeat<M: Memory>(
+        &mut self,
+        memory: &M,
+        chain: &mut Chain,
+        along: bool,
+    ) -> Result<Popped, RingError> {
+        if self.must_wait() {
+            self.held_back = true;
+            return Ok(Popped::None);
+        }
         let Some(&repeat) = self.repeats.front() else { return Ok(Popped::None) };
         // As for a new request: a driver that has broken the protocol gets nothing done any more.
         if let Some(violation) = self.ring.broken() {
             return Err(violation);
         }
-        self.ring.retake(repeat, memory, chain)?;
+        let suspect = is_suspect(repeat) && !along;
+        if suspect && self.ring.unpublished() > 0 {
+            // With IN_ORDER they would count as in flight. The device publishes them now, as it finds nothing.
+            return Ok(Popped::None);
+        }
+        let turn = match suspect {
+            // Tried again soon: other queues give it back within a second.
+            true => Some(Turn::take()).filter(Option::is_some),
+            false => Some(None),
+        };
+        let Some(turn) = turn else { return Ok(Popped::None) };
+        if let Err(error) = self.ring.retake(repeat, memory, chain) {
+            turn.into_iter().for_each(Turn::give_back);
+            return Err(error);
+        }
+        self.alone = turn.map(|turn| (repeat.head, turn));
         reach(CrashPoint::RepeatTaken);
         self.repeats.pop_front();
         self.repeated.push(repeat);
         Ok(if repeat.attempts >= ATTEMPTS_MAX { Popped::Poison } else { Popped::Request })
+    }
+
+    /// Whether the next request must not be begun before one that is in flight in this queue has ended.
+    fn must_wait(&self) -> bool {
+        let begun = usize::from(self.ring.in_flight()) > self.repeats.len();
+        self.alone.is_some() || begun && self.repeats.front().is_some_and(|&repeat| is_suspect(repeat))
+    }
+
+    #[inline]
+    fn finds(&mut self, available: bool) -> bool {
+        if self.repeats.is_empty() && self.alone.is_none() {
+            return available && !self.stopping;
+        }
+        let waits = self.must_wait();
+        self.held_back |= waits;
+        !waits
+    }
+
+    /// The request `head` is in flight no more.
+    fn ended(&mut self, head: u16) {
+        if let Some((_, turn)) = self.alone.take_if(|(alone, _)| *alone == head) {
+            turn.give_back();
+        }
     }
 
     fn abandon(&mut self, chain: &Chain) -> Result<(), RingError> {
@@ -317,6 +393,7 @@ impl Logged {
             return self.ring.abandon(chain);
         };
         let repeat = self.repeated.swap_remove(place);
+        self.ended(chain.head);
         self.ring.put_back(repeat)?;
         self.repeats.push_front(repeat);
         Ok(())
@@ -327,6 +404,7 @@ impl Logged {
         self.ring.push_used(head, len)?;
         if !self.repeated.is_empty() {
             self.repeated.retain(|repeat| repeat.head != head);
+            self.ended(head);
         }
         Ok(())
     }
@@ -335,6 +413,11 @@ impl Logged {
         let repeats = u16::try_from(self.repeats.len()).unwrap_or(u16::MAX);
         if self.stopping { repeats } else { available.saturating_add(repeats) }
     }
+}
+
+/// Whether it is to be begun alone.
+const fn is_suspect(repeat: Repeat) -> bool {
+    repeat.attempts >= SUSPECT && repeat.attempts < ATTEMPTS_MAX
 }
 
 #[inline]

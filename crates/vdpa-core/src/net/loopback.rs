@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use zerocopy::{FromBytes, IntoBytes};
 
-pub use self::stats::Stats;
+pub use self::stats::{STATS_WORDS, Stats, StatsMemory};
 use super::{
     Ack, ControlHeader, LINK_UP, MAC_BYTES, NetConfig, class, header_len, is_multicast, mac as mac_command,
 };
@@ -89,6 +89,12 @@ impl Shared {
     #[must_use]
     pub fn new(config: NetConfig) -> Self {
         Self { config: Mutex::new(config), stats: Stats::default() }
+    }
+
+    /// As [`new`](Self::new), with counters in this memory.
+    #[must_use]
+    pub fn with_stats(self, memory: &StatsMemory) -> Self {
+        Self { stats: Stats::new(memory), ..self }
     }
 
     /// Configuration space, which the driver may change directly or through the control queue. The lock may block, but

@@ -1,5 +1,7 @@
 //! The holder: keeps what must outlive the daemon, and keeps a daemon running.
 
+mod counts;
+mod manager;
 mod process;
 mod replace;
 mod requests;
@@ -15,15 +17,17 @@ use vdpa_core::Errno;
 use vdpa_sys::clock;
 use vdpa_sys::signals::SignalFd;
 
+use crate::client::Held;
 use crate::fdstore::{self, Store};
 use crate::protocol::{End, Message, Role, RollBack, Status};
 use crate::socket;
+use counts::Counts;
 use process::Process;
 use table::{Entry, Table};
 
 /// Environment variable with the number of the memory file that a replaced holder leaves to the new one.
 const STATE_ENV: &str = "VDPA_HOLDER_STATE";
-/// Handed on to the daemon; the first two end the service.
+/// The first two end the daemon and the service, the last one has the daemon upgrade itself.
 const SIGNALS: [Signal; 3] = [Signal::TERM, Signal::INT, Signal::HUP];
 
 /// Limits. All times are upper bounds of what is tolerated, not delays.
@@ -71,12 +75,13 @@ pub struct Program {
 }
 
 /// How a service ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Outcome {
     /// The daemon ended after it had said so, or exited before it ever served: its status is the service's.
     Stopped(End),
-    /// The daemon of role [`Role::Failed`] ended as well.
-    GaveUp(End),
+    /// The daemon of role [`Role::Failed`] ended as well. What was held is returned: what the daemons had made outside their
+    /// processes is there still, mounts for example.
+    GaveUp(End, Vec<Held>),
 }
 
 /// Why a service could not go on.
@@ -123,6 +128,10 @@ pub fn run(program: Program, options: Options) -> Result<Outcome, HolderError> {
     loop {
         holder.wait(&signals)?;
         if let Some(outcome) = holder.look_after(&signals)? {
+            if holder.served {
+                // The next start begins anew. Before the first `Ready` it may only have had wrong options.
+                holder.table.forget(holder.store.as_ref());
+            }
             return Ok(outcome);
         }
     }
@@ -132,6 +141,8 @@ pub fn run(program: Program, options: Options) -> Result<Outcome, HolderError> {
 struct Holder {
     options: Options,
     store: Option<Store>,
+    /// With a service manager.
+    counts: Option<Counts>,
     table: Table,
     status: Status,
     daemon: Process,
@@ -154,13 +165,19 @@ struct Holder {
     stopped: Option<u64>,
     /// When the daemon's progress was looked at last.
     looked_ns: u64,
+    /// SIGHUP came while no daemon served.
+    reload_wanted: bool,
+    /// The service manager waits for the end of an upgrade.
+    reloading: bool,
 }
 
 impl Holder {
     fn begin(program: Program, options: Options, store: Option<Store>) -> Result<Self, HolderError> {
         let mut table = Table::default();
+        let mut counts = None;
         for restored in fdstore::restored().map_err(system("take descriptors of the service manager"))? {
             match restored.what {
+                Ok((counts::KEY, ..)) => counts = Counts::open(restored.fd),
                 // They are in its store already.
                 Ok((key, kind, record)) => {
                     table.0.insert(key, Entry { kind, record, fd: restored.fd });
@@ -168,18 +185,25 @@ impl Holder {
                 Err(name) => tracing::warn!(name, "an unknown descriptor of the service manager is closed"),
             }
         }
-        let status = Status {
+        let mut status = Status {
             pid: i32::try_from(std::process::id()).unwrap_or(0),
             since_ns: clock::monotonic_ns(),
             generation: 1,
-            held: table.0.len() as u64,
+            stored: store.is_some(),
             ..Status::default()
         };
-        let start = Message::Start { role: Role::Daemon, status, crash: None };
+        if let Some(counts) = &counts {
+            counts.continue_in(&mut status);
+            counts.save(&status);
+        } else if let Some(store) = &store {
+            counts = Some(Counts::create(store).map_err(system("make the memory for its counts"))?);
+        }
+        let start = Message::Start { role: Role::Daemon, status: table.count_in(status), crash: None };
         let daemon = Process::start(program, &start, None).map_err(system("start the daemon"))?;
         Ok(Self {
             options,
             store,
+            counts,
             table,
             status,
             daemon,
@@ -194,6 +218,8 @@ impl Holder {
             waiting: None,
             stopped: None,
             looked_ns: 0,
+            reload_wanted: false,
+            reloading: false,
         })
     }
 
@@ -238,7 +264,11 @@ impl Holder {
 
     fn look_after(&mut self, signals: &SignalFd) -> Result<Option<Outcome>, HolderError> {
         while let Some(number) = signals.next_signal() {
-            self.stopping |= number != Signal::HUP.as_raw();
+            if number == Signal::HUP.as_raw() {
+                self.reload();
+                continue;
+            }
+            self.stopping = true;
             if let Some(signal) = SIGNALS.into_iter().find(|signal| signal.as_raw() == number) {
                 self.daemon.signal(signal);
             }
@@ -273,10 +303,9 @@ impl Holder {
         if self.stopping || (!self.served && end.signal == 0) {
             return Ok(Some(Outcome::Stopped(end)));
         }
-        let End { pid, signal, status, core, hung, .. } = end;
-        tracing::error!(pid, signal, status, core, hung, "the daemon has crashed");
+        manager::log_crash(&end);
         if self.role == Role::Failed {
-            return Ok(Some(Outcome::GaveUp(end)));
+            return Ok(Some(Outcome::GaveUp(end, self.table.take())));
         }
         let window = u64::try_from(self.options.crash_window.as_nanos()).unwrap_or(u64::MAX);
         self.crashes.retain(|&at| end.heard_ns.saturating_sub(at) < window);
@@ -294,15 +323,7 @@ impl Holder {
 
     /// The status as of now.
     fn now(&self) -> Status {
-        Status { held: self.table.0.len() as u64, ..self.status }
-    }
-
-    fn tell_manager(&self) {
-        let Some(store) = &self.store else { return };
-        let (ready, pid, generation) =
-            (if self.served { "READY=1\n" } else { "" }, self.daemon.pid, self.status.generation);
-        // For people only; systemd has seen READY before.
-        let _ = store.notify(&format!("{ready}STATUS=daemon {pid}, generation {generation}"));
+        self.table.count_in(Status { role: self.role, ..self.status })
     }
 
     fn look_at_candidate(&mut self) {
@@ -315,6 +336,11 @@ impl Holder {
             let end = candidate.wait();
             self.candidate = None;
             self.daemon.send(0, &Message::RolledBack { why: self.why, end }, &[]);
+            let End { pid, signal, status, .. } = end;
+            tracing::warn!(pid, signal, status, why = ?self.why, "no upgrade: the candidate has ended, the daemon goes on");
+            if self.reloading {
+                self.tell_manager();
+            }
         }
     }
 

@@ -9,6 +9,7 @@ use vdpa_core::Errno;
 use vdpa_sys::exec::{self, set_close_on_exec};
 use vdpa_sys::{inherit, memfd};
 
+use super::counts::Counts;
 use super::process::Process;
 use super::table::{Entry, Table};
 use super::{Holder, HolderError, Options, Program, Role, RollBack, STATE_ENV, Status, Store};
@@ -16,7 +17,7 @@ use crate::progress::Watched;
 use crate::protocol::{ARGUMENTS_MAX, In, Kind, Message, Out};
 
 /// "VHLD" and the version of the format.
-const MAGIC: u64 = 0x1_444c_4856;
+const MAGIC: u64 = 0x2_444c_4856;
 const STATE_MAX: usize = 64 << 20;
 
 /// What the last program of this process left.
@@ -28,6 +29,7 @@ pub(super) struct State {
     status: Status,
     crashes: Vec<u64>,
     daemon: Process,
+    counts: Option<Counts>,
     table: Table,
 }
 
@@ -60,7 +62,8 @@ impl Holder {
         let daemon = &self.daemon;
         let own = [&daemon.pidfd, &daemon.progress, &*daemon.program.file].map(AsFd::as_fd);
         let held = self.table.0.values().map(|entry| entry.fd.as_fd());
-        own.into_iter().chain(daemon.socket.as_ref().map(AsFd::as_fd)).chain(held)
+        let counts = self.counts.as_ref().map(AsFd::as_fd);
+        own.into_iter().chain(daemon.socket.as_ref().map(AsFd::as_fd)).chain(counts).chain(held)
     }
 
     fn encode(&self, number: u32) -> Option<Vec<u8>> {
@@ -79,6 +82,7 @@ impl Holder {
         }
         out.u64(daemon.started_ns);
         out.u32(daemon.ready.into());
+        out.i32(self.counts.as_ref().map_or(-1, Counts::number));
         let args: Vec<u8> = daemon.program.args.join(&0);
         out.bytes(&args);
         for (&key, entry) in &self.table.0 {
@@ -92,11 +96,12 @@ impl Holder {
 
     /// Goes on where the last program of this process was, and answers the request that replaced it.
     pub(super) fn resume(state: State, options: Options, store: Option<Store>) -> Self {
-        let State { number, role, served, status, crashes, daemon, table } = state;
+        let State { number, role, served, status, crashes, daemon, counts, table } = state;
         daemon.send(number, &Message::Answer { errno: 0 }, &[]);
         Self {
             options,
             store,
+            counts,
             table,
             status,
             daemon,
@@ -111,6 +116,8 @@ impl Holder {
             waiting: None,
             stopped: None,
             looked_ns: 0,
+            reload_wanted: false,
+            reloading: false,
         }
     }
 }
@@ -136,6 +143,8 @@ fn decode(input: &mut In<'_>) -> Option<State> {
     let (pidfd, socket) = (take(input.i32()?)?, take(input.i32()?)?);
     let (progress, file) = (take(input.i32()?)?, take(input.i32()?)?);
     let (started_ns, ready) = (input.u64()?, input.bool()?);
+    let counts = input.i32()?;
+    let counts = if counts < 0 { None } else { Some(Counts::open(take(counts)?)?) };
     let args = input.bytes(ARGUMENTS_MAX)?.split(|&byte| byte == 0).map(<[u8]>::to_vec).collect();
     let daemon = Process {
         pid,
@@ -154,7 +163,7 @@ fn decode(input: &mut In<'_>) -> Option<State> {
         let fd = take(input.i32()?)?;
         table.0.insert(key, Entry { kind, record: input.record()?, fd });
     }
-    Some(State { number, role, served, status, crashes, daemon, table })
+    Some(State { number, role, served, status, crashes, daemon, counts, table })
 }
 
 fn take(number: RawFd) -> Option<OwnedFd> {

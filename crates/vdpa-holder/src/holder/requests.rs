@@ -85,6 +85,9 @@ impl Holder {
                 self.daemon.ready = true;
                 self.served = true;
                 self.tell_manager();
+                if self.reload_wanted {
+                    self.reload();
+                }
             }
             Message::Stopping => {
                 self.stopping = true;
@@ -113,6 +116,9 @@ impl Holder {
         if self.candidate.is_some() || self.leaving.is_some() || self.stopping {
             return Err(Errno::BUSY);
         }
+        if self.role == Role::Failed {
+            return Err(Errno::CANCELED);
+        }
         let (for_daemon, for_candidate) = socket::pair()?;
         let start = Message::Start { role: Role::Candidate, status: self.now(), crash: None };
         self.candidate = Some(Process::start(program, &start, Some(for_candidate))?);
@@ -125,8 +131,7 @@ impl Holder {
     fn commit(&mut self, number: u32) {
         let ready = self.candidate.take_if(|candidate| candidate.ready && !super::has_ended(candidate));
         let Some(candidate) = ready else {
-            const CANCELED: i32 = 125;
-            self.daemon.send(number, &Message::Answer { errno: CANCELED }, &[]);
+            self.daemon.send(number, &Message::Answer { errno: Errno::CANCELED.raw() }, &[]);
             return;
         };
         let old = std::mem::replace(&mut self.daemon, candidate);

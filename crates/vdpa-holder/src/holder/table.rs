@@ -7,8 +7,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vdpa_core::Errno;
 
+use crate::client::Held;
 use crate::fdstore::{self, Store};
-use crate::protocol::{ITEMS_MAX, Item, Kind};
+use crate::protocol::{ITEMS_MAX, Item, Kind, Status};
 
 /// Descriptors by key.
 #[derive(Debug, Default)]
@@ -68,6 +69,29 @@ impl Table {
             }
         }
         (items, fds, rest.next().is_some())
+    }
+
+    /// With how much is held of each kind.
+    pub(super) fn count_in(&self, mut status: Status) -> Status {
+        status.held = self.0.len() as u64;
+        status.kinds =
+            Kind::ALL.map(|kind| self.0.values().filter(|entry| entry.kind == kind).count() as u64);
+        status
+    }
+
+    /// Everything, which is held no more.
+    pub(super) fn take(&mut self) -> Vec<Held> {
+        let items = std::mem::take(&mut self.0).into_iter();
+        items.map(|(key, Entry { kind, record, fd })| Held { key, kind, record, fd }).collect()
+    }
+
+    /// Has the service manager forget everything.
+    pub(super) fn forget(&self, store: Option<&Store>) {
+        let Some(store) = store else { return };
+        let names = self.0.iter().filter_map(|(&key, entry)| fdstore::name(key, entry.kind, &entry.record));
+        for name in names.chain(fdstore::name(super::counts::KEY, Kind::Memory, &[])) {
+            let _ = store.remove(&name);
+        }
     }
 
     /// Whether a FUSE connection has a request that was not read.

@@ -5,8 +5,9 @@ mod batch;
 use std::sync::Arc;
 
 use vdpa_backend::worker::{Invalidation, MemoryView, Queue, QueueHandler, Queues};
-use vdpa_core::blk::{BlkRequest, FramingError, Status};
+use vdpa_core::blk::{BlkRequest, FramingError, Status, kind};
 use vdpa_core::crash_points::{CrashPoint, reach};
+use vdpa_core::faults::{self, Fault};
 use vdpa_core::ring::{Chain, Memory};
 use vdpa_core::types::{Asid, Result};
 use vdpa_sys::uring::{Op, OwnedBuf};
@@ -213,6 +214,10 @@ impl<D: Disk> Requests<D> {
             Ok(request) => request,
             Err(error) => return Some(self.malformed(queues, index, &error)),
         };
+        if faults::is(Fault::DeadlyWrite) && (request.header.kind, request.header.sector) == (kind::OUT, 4096)
+        {
+            std::process::abort();
+        }
         let context = RequestContext { write_back: self.cache.is_write_back(queue.setup().features), alone };
         if let Some(read) = self.disk.as_ref().and_then(|disk| disk.fixed_read(&request, view, context)) {
             let data = DataBuffers::of(&request);
@@ -259,11 +264,12 @@ impl<D: Disk> Requests<D> {
         queues.log_error(
             index,
             &format_args!(
-                "two processes have died with the request of type {kind}, sector {sector}, {bytes} bytes: it is answered \
+                "three processes have died with the request of type {kind}, sector {sector}, {bytes} bytes: it is answered \
                  with an I/O error and not tried again"
             ),
         );
         queue.request_started();
+        queues.count_poison(index);
         let pending = Pending::new(index, chain.head, &request, DataBuffers::default(), view);
         complete_request(queues, Some(queue), &pending, Status::IoErr, 0);
         None

@@ -29,6 +29,7 @@ pub(super) fn state(
             requests: stats.requests,
             bytes: stats.bytes,
             errors: stats.errors,
+            poison: stats.poison,
         }
     });
     DevState {

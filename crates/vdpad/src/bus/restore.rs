@@ -83,7 +83,7 @@ impl Bus {
         reach(CrashPoint::QueuesResumed);
         let device: SharedDevice = Arc::new(Mutex::new(device));
         let file = VhostVdpaFile::new(name.clone(), Arc::clone(&device), self.spaces.clone());
-        let file = Arc::new(file.restored(log, &front, shared, successor));
+        let file = Arc::new(file.with_notes(logs.notes()).restored(log, &front, shared, successor));
         let path = parts.restore_file(&self.files, identity, Arc::clone(&file) as _, &front.handles())?;
         reach(CrashPoint::FileRestored);
         let (name, number, mgmtdev) = (name.clone(), *number, mgmtdev.clone());

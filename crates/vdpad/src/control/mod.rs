@@ -8,4 +8,4 @@ mod backend;
 mod server;
 
 pub use backend::Backend;
-pub use server::{BindError, Limits, Server, StartError};
+pub use server::{BindError, ControlSocket, Limits, Paused, Pauser, Server, StartError};

@@ -3,6 +3,7 @@
 //! One thread serves all connections. The methods of the backend run on other threads, so a slow one delays its caller only
 //! (deleting a device can wait for its requests).
 
+use std::future::Future;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,7 +14,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use super::Backend;
 use vdpa_holder::progress;
@@ -21,8 +22,7 @@ use vdpa_holder::progress;
 mod routes;
 mod socket;
 
-pub use socket::BindError;
-use socket::SocketFile;
+pub use socket::{BindError, ControlSocket};
 
 /// Limits on requests and connections.
 #[derive(Clone, Copy, Debug)]
@@ -62,7 +62,38 @@ impl Default for Limits {
 pub struct Server {
     path: PathBuf,
     stop: Option<oneshot::Sender<()>>,
+    pauses: mpsc::UnboundedSender<Pause>,
     thread: Option<JoinHandle<()>>,
+}
+
+/// A request to accept no more connections until `resume` is dropped.
+#[derive(Debug)]
+struct Pause {
+    /// Told when the requests in progress are answered.
+    paused: oneshot::Sender<()>,
+    resume: oneshot::Receiver<()>,
+}
+
+/// Pauses a [`Server`]. Any thread outside it may use it, after the server's end too.
+#[derive(Clone, Debug)]
+pub struct Pauser(mpsc::UnboundedSender<Pause>);
+
+/// The server accepts no connections while this exists. They wait in the socket, for this process or a successor that listens on it.
+#[derive(Debug)]
+pub struct Paused(#[expect(dead_code, reason = "dropping it is the signal")] Option<oneshot::Sender<()>>);
+
+impl Pauser {
+    /// Accepts no more connections, and blocks until the requests in progress are answered, for at most [`Limits::shutdown`].
+    #[must_use]
+    pub fn pause(&self) -> Paused {
+        let (paused, wait) = oneshot::channel();
+        let (guard, resume) = oneshot::channel();
+        if self.0.send(Pause { paused, resume }).is_err() || wait.blocking_recv().is_err() {
+            // The server has ended, which is as good.
+            return Paused(None);
+        }
+        Paused(Some(guard))
+    }
 }
 
 /// Why the server did not start.
@@ -93,23 +124,19 @@ impl Server {
     /// # Errors
     /// As [`start`](Self::start).
     pub fn start_limited(path: &Path, backend: Arc<dyn Backend>, limits: Limits) -> Result<Self, StartError> {
-        Self::listen(socket::bind(path)?, backend, limits)
+        Self::start_on(ControlSocket::bind(path)?, backend, limits)
     }
 
-    /// As [`start`](Self::start), in the place of a daemon that this one goes on for. Copies of its descriptors may still be open,
-    /// so that the socket seems to be in use.
+    /// As [`start_limited`](Self::start_limited), on a socket that is bound already.
     ///
     /// # Errors
-    /// As [`start`](Self::start), without [`BindError::InUse`].
-    pub fn replace(path: &Path, backend: Arc<dyn Backend>) -> Result<Self, StartError> {
-        Self::listen(socket::rebind(path)?, backend, Limits::default())
-    }
-
-    fn listen(
-        (listener, file): (std::os::unix::net::UnixListener, SocketFile),
+    /// [`StartError::Thread`].
+    pub fn start_on(
+        socket: ControlSocket,
         backend: Arc<dyn Backend>,
         limits: Limits,
     ) -> Result<Self, StartError> {
+        let ControlSocket { listener, file } = socket;
         let path = file.path().to_owned();
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -124,23 +151,32 @@ impl Server {
             UnixListener::from_std(listener).map_err(StartError::Thread)?
         };
         let (stop, stopped) = oneshot::channel();
+        let (pauses, requests) = mpsc::unbounded_channel();
         let thread = std::thread::Builder::new()
             .name("ctl".into())
             .spawn(move || {
                 // Not the threads of calls: those wait for files and for clients, and have a limit of their own.
                 let _watched = progress::watch();
-                runtime.block_on(serve(listener, file, backend, limits, stopped));
+                let end = runtime.block_on(serve(listener, backend, limits, requests, stopped));
+                drop(file);
+                runtime.block_on(end);
                 // Does not wait for calls of the backend, which may hang.
                 runtime.shutdown_background();
             })
             .map_err(StartError::Thread)?;
-        Ok(Self { path, stop: Some(stop), thread: Some(thread) })
+        Ok(Self { path, stop: Some(stop), pauses, thread: Some(thread) })
     }
 
     /// The socket's path.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// What pauses it.
+    #[must_use]
+    pub fn pauser(&self) -> Pauser {
+        Pauser(self.pauses.clone())
     }
 
     /// Stops accepting requests, removes the socket file, and waits at most [`Limits::shutdown`] for requests in progress.
@@ -165,19 +201,28 @@ impl Drop for Server {
     }
 }
 
+/// Serves until `stopped`. Returns the end of the connections that are left, to be waited for.
 async fn serve(
     listener: UnixListener,
-    file: SocketFile,
     backend: Arc<dyn Backend>,
     limits: Limits,
+    mut pauses: mpsc::UnboundedReceiver<Pause>,
     mut stopped: oneshot::Receiver<()>,
-) {
+) -> impl Future<Output = ()> {
     let slots = Arc::new(Semaphore::new(limits.connections));
-    let connections = GracefulShutdown::new();
-    tracing::info!(path = %file.path().display(), "control socket ready");
+    let mut connections = GracefulShutdown::new();
+    tracing::info!("control socket ready");
     loop {
+        progress::busy();
         let accepted = tokio::select! {
             _ = &mut stopped => break,
+            Some(Pause { paused, resume }) = pauses.recv() => {
+                finish(std::mem::take(&mut connections), limits).await;
+                // Whoever asked may have ended; then the other end of `resume` is dropped as well.
+                let _ = paused.send(());
+                let _ = resume.await;
+                continue;
+            }
             accepted = accept(&listener, &slots) => accepted,
         };
         match accepted {
@@ -199,9 +244,13 @@ async fn serve(
         }
     }
     drop(listener);
-    drop(file);
+    finish(connections, limits)
+}
+
+/// Waits for the requests in progress, and ends their connections.
+async fn finish(connections: GracefulShutdown, limits: Limits) {
     if tokio::time::timeout(limits.shutdown, connections.shutdown()).await.is_err() {
-        tracing::warn!("control requests still in progress at shutdown");
+        tracing::warn!("control requests are still in progress");
     }
 }
 

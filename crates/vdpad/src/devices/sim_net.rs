@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use vdpa_core::Errno;
 use vdpa_core::features::Features;
-use vdpa_core::net::loopback::{CONTROL, FEATURES, Loopback, LoopbackQueue, Notify, QUEUES, RX, Shared, TX};
+use vdpa_core::net::loopback::{
+    CONTROL, FEATURES, Loopback, LoopbackQueue, Notify, QUEUES, RX, Shared, StatsMemory, TX,
+};
 use vdpa_core::net::{MAC_BYTES, NetConfig};
 use vdpa_core::parent::{Profile, QueueStats};
 use vdpa_core::ring::{Chain, RingError};
@@ -64,11 +66,15 @@ impl MgmtDevice for SimNetMgmt {
             )
             .with_hint(format!("A subset of {FEATURES} is right.")));
         }
-        let shared = Arc::new(Shared::new(NetConfig {
+        let shared = Shared::new(NetConfig {
             mac: attrs.mac.unwrap_or_default().0,
             mtu: attrs.mtu.unwrap_or(MTU).into(),
             ..NetConfig::default()
-        }));
+        });
+        let shared = Arc::new(match pool.own_counters() {
+            Some(words) => shared.with_stats(&(Arc::new(words) as StatsMemory)),
+            None => shared,
+        });
         let size = Size { queues: QUEUES, address_spaces: ADDRESS_SPACES as usize };
         let place = &options.placement;
         let worker = pool.add(name, size, place, Handler(Loopback::new(Arc::clone(&shared))));
@@ -100,8 +106,8 @@ impl Model for Net {
         self.0.write_config(offset, data);
     }
 
-    fn queue_stats(&self, _worker: &QueueControl, index: QueueIndex) -> QueueStats {
-        self.0.stats.queue(index)
+    fn queue_stats(&self, worker: &QueueControl, index: QueueIndex) -> QueueStats {
+        QueueStats { poison: worker.stats(index).poison, ..self.0.stats.queue(index) }
     }
 
     fn vendor_stats(&self, index: QueueIndex) -> Result<Vec<(&'static str, u64)>> {
@@ -177,12 +183,22 @@ impl<'a> Running<'a> {
 
     fn pop_request(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
         loop {
-            match self.queue.ring(&self.view)?.pop(self.view.snapshot(), chain)? {
+            let ring = self.queue.ring(&self.view)?;
+            // A buffer is taken for a packet that was popped before.
+            let popped = match self.index {
+                RX => ring.pop_along(self.view.snapshot(), chain)?,
+                _ => ring.pop(self.view.snapshot(), chain)?,
+            };
+            match popped {
                 Popped::None => return Ok(false),
                 Popped::Request => return Ok(true),
                 Popped::Poison => {
-                    self.queues
-                        .log_error(self.index, &"two processes have died with a packet: it is dropped");
+                    let bytes = chain.readable().len() + chain.writable().len();
+                    let what = format_args!(
+                        "three processes have died with a request of {bytes} bytes: it is not tried again"
+                    );
+                    self.queues.log_error(self.index, &what);
+                    self.queues.count_poison(self.index);
                     self.use_chain(chain.head, 0)?;
                 }
             }

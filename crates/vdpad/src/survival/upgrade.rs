@@ -20,16 +20,16 @@ use vdpa_core::crash_points::{CrashPoint, reach};
 use vdpa_core::error::chain;
 use vdpa_holder::client::{Client, Event};
 use vdpa_holder::protocol::{End, RollBack};
+use vdpa_sys::clock::monotonic_ns;
 
 use vdpa_backend::persist::{DeviceLog, split_key};
 
 use super::{IDENTITY, Identity, Survival, read};
+use crate::control::Pauser;
 use crate::devices::mgmt_devices;
 
 /// How long the candidate may take to say that it is ready.
 const READY_TIMEOUT: Duration = Duration::from_secs(20);
-/// Between the answer of the request and the end of this daemon, so that the answer gets through.
-const ANSWER_TIME: Duration = Duration::from_millis(50);
 
 /// Why a candidate does not take over.
 #[derive(Debug, Error)]
@@ -80,7 +80,8 @@ impl Survival {
             return self.abort();
         }
         let client = Arc::clone(&self.client);
-        let commit = move || commit(&client, &peer);
+        let pauser = self.pauser.get().cloned();
+        let commit = move || commit(&client, pauser.as_ref(), &peer);
         match thread::Builder::new().name("upgrade".into()).spawn(commit) {
             Ok(_) => Ok(()),
             Err(error) => {
@@ -163,14 +164,16 @@ impl Survival {
         reach(CrashPoint::OldEnded);
         self.start.status = client.status().map_err(TakeOverError::Holder)?;
         drop(client);
+        *self.phases.lock() = vec![("", monotonic_ns())];
         tracing::info!(generation = self.generation(), "this program goes on for the daemon before it");
         Ok(())
     }
 }
 
 /// Ends this process in favour of the candidate.
-fn commit(client: &Mutex<Client>, _peer: &OwnedFd) {
-    thread::sleep(ANSWER_TIME);
+fn commit(client: &Mutex<Client>, pauser: Option<&Pauser>, _peer: &OwnedFd) {
+    // Every request in progress gets its answer, the one for this upgrade too. Later ones wait in the socket.
+    let _paused = pauser.map(Pauser::pause);
     // Locked to the end: to the holder this process is not the daemon any more.
     let mut client = client.lock();
     reach(CrashPoint::CommitBegun);

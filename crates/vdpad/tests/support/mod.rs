@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 
 use vdpa_control::api::UpdateInfo;
 use vdpa_control::api::{
-    AddRequest, CtlError, DaemonInfo, DevInfo, DevState, MgmtDev, Owner, QueueInfo, QueueVstats, SetAnswer,
-    SetRequest, Successor, UpgradeRequest, VSTATS_INDEX_MAX,
+    AddRequest, CtlError, DaemonInfo, DaemonRole, DevInfo, DevState, MgmtDev, Owner, QueueInfo, QueueVstats,
+    SetAnswer, SetRequest, Successor, UpgradeRequest, VSTATS_INDEX_MAX,
 };
 use vdpa_control::config::{
     BlockConfig, BlockTopology, ClassConfig, DevConfig, DiscardLimits, MacAddr, NetConfig,
@@ -120,6 +120,7 @@ impl Fixture {
                 requests: 10,
                 bytes: 40_960,
                 errors: 1,
+                poison: 0,
             }],
         };
         self.devices.push((blk, Ok(config)));
@@ -184,7 +185,14 @@ fn info(name: &str, device_id: u32, mgmtdev: &str, max_vqs: u32) -> DevInfo {
 
 impl Backend for Fixture {
     fn daemon(&self) -> Result<DaemonInfo, CtlError> {
-        Ok(DaemonInfo { version: "1.2.3".into(), pid: 42, since: 0, holder: None })
+        Ok(DaemonInfo {
+            version: "1.2.3".into(),
+            pid: 42,
+            since: 0,
+            role: DaemonRole::Daemon,
+            poison: 0,
+            holder: None,
+        })
     }
 
     fn upgrade(&self, request: UpgradeRequest) -> Result<(), CtlError> {

@@ -77,6 +77,17 @@ impl Vdpad {
         vdpad
     }
 
+    /// As `start_with`, with an environment variable.
+    pub(crate) fn start_with_env(limit: Duration, args: &[&str], (name, value): (&str, &str)) -> Self {
+        let outer = tempfile::tempdir().unwrap();
+        let dir = fs::canonicalize(outer.path()).unwrap();
+        let mut command = command_at(&dir);
+        command.env(name, value).args(args);
+        let mut vdpad = Self::start_command(&dir, limit, command);
+        vdpad.outer = Some(outer);
+        vdpad
+    }
+
     /// Starts it in a directory that is kept when it ends.
     pub(crate) fn start_at(dir: &Path, limit: Duration, args: &[&str]) -> Self {
         let mut command = command_at(dir);

@@ -106,6 +106,15 @@ pub trait DeviceFile: Send + Sync {
         Ok(reply)
     }
 
+    /// Whether the request may be begun, which [`begin_request`](Self::begin_request) has not found to be executed. If not, the
+    /// client gets `EIO`: earlier processes had begun it, and died. May wait about a second, for those of other devices.
+    fn may_begin(&self, _unique: u64, _resent: bool) -> bool {
+        true
+    }
+
+    /// The request that was begun has ended.
+    fn request_ended(&self) {}
+
     /// The `POLL*` events that are set now. vhost-vdpa is always ready for both directions, which is the default. Must not
     /// block.
     fn poll(&self) -> u32 {

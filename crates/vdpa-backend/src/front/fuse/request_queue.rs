@@ -245,7 +245,24 @@ impl RequestQueue {
             if let Some(completed) = self.file.begin_request(unique, resent) {
                 return self.reply_completed(request, completed);
             }
+            if !self.file.may_begin(unique, resent) {
+                return self.refuse(request);
+            }
         }
+        self.execute_op(request);
+        self.file.request_ended();
+    }
+
+    /// Answers a request that is not begun again, since processes have died of it.
+    fn refuse(&self, request: &QueuedRequest) {
+        error!(device = %self.name, request = request.op.describe(), "processes have died with this request: it is not tried again");
+        if let DeviceOp::Release { fh } = &request.op {
+            self.state.lock().opens.remove(fh);
+        }
+        self.reply(request, Err(Errno::IO));
+    }
+
+    fn execute_op(&self, request: &QueuedRequest) {
         match &request.op {
             DeviceOp::Open(opener) => self.open(request, opener),
             DeviceOp::Release { fh } => {

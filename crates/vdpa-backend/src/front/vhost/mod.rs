@@ -3,6 +3,7 @@
 //! It implements [`DeviceFile`], and so works with files by FUSE and by CUSE alike. "uapi-spec" is the specification of
 //! vhost-vdpa's behaviour in Linux.
 
+mod noted;
 mod opens;
 mod saved;
 mod update_history;
@@ -33,6 +34,7 @@ use zerocopy::IntoBytes;
 use crate::front::fuse::{Completed, DeviceFile, IoctlCall, IoctlReply, Opener};
 use crate::rate::RateLimit;
 
+use self::noted::Noted;
 use self::opens::Opens;
 pub use self::opens::{PendingSuccessor, SharedParent};
 use self::saved::Saved;
@@ -121,6 +123,7 @@ pub struct VhostVdpaFile {
     /// The previous owner, which is dropped after the reply to NEW_OWNER was sent, so that the client does not wait for it.
     previous_owner: Mutex<Option<OwnerSpace>>,
     saved: Saved,
+    noted: Noted,
 }
 
 impl fmt::Debug for VhostVdpaFile {
@@ -147,6 +150,7 @@ impl VhostVdpaFile {
             last_refused: Mutex::default(),
             previous_owner: Mutex::default(),
             saved: Saved::default(),
+            noted: Noted::default(),
         }
     }
 
@@ -178,7 +182,7 @@ impl VhostVdpaFile {
             total_us = report.total / 1000,
             "update reported"
         );
-        self.updates.lock().reported(report);
+        self.change_history(|history| history.reported(report));
         Ok(IoctlReply::default())
     }
 
@@ -317,6 +321,7 @@ impl VhostVdpaFile {
                 wire::argument::<u8>(call.input).and_then(|value| done(device.set_fork_from_owner(value)))
             }
             uapi::VHOST_GET_FORK_FROM_OWNER => reply(&device.fork_from_owner()),
+            uapi::VHOST_VDPA_SUSPEND if faults::is(Fault::DeadlySuspend) => std::process::abort(),
             uapi::VHOST_VDPA_SUSPEND => done(device.suspend()),
             uapi::VHOST_VDPA_RESUME => done(device.resume()),
             _ => return None,
@@ -339,7 +344,7 @@ impl VhostVdpaFile {
                 *self.previous_owner.lock() = before;
                 self.last_refused.lock().take();
                 self.log_owner(device.owner(), "owner changed");
-                self.updates.lock().owner_changed();
+                self.change_history(UpdateHistory::owner_changed);
                 return Ok(IoctlReply::default());
             }
             // Where it is not supported it is handled like an unknown request, as in the kernel.
@@ -435,6 +440,14 @@ impl DeviceFile for VhostVdpaFile {
 
     fn begin_request(&self, unique: u64, resent: bool) -> Option<Completed> {
         self.saved.begin(unique, resent)
+    }
+
+    fn may_begin(&self, unique: u64, resent: bool) -> bool {
+        self.noted.begin(unique, resent)
+    }
+
+    fn request_ended(&self) {
+        self.noted.end();
     }
 
     fn ioctl(&self, call: &IoctlCall<'_>) -> Result<IoctlReply> {

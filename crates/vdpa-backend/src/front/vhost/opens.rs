@@ -234,7 +234,7 @@ impl VhostVdpaFile {
             std::mem::swap(device, &mut successor.device);
             *self.owned_since.lock() = Some(SystemTime::now());
             *self.last_refused.lock() = None;
-            self.updates.lock().owner_changed();
+            self.change_history(super::UpdateHistory::owner_changed);
             let (from, to) = (successor.device.owner(), device.owner());
             let (from, to) = (from.map(OwnerSpace::pid), to.map(OwnerSpace::pid));
             tracing::info!(device = %self.name, from, to, "taken over by a second open");

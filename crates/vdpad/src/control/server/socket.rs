@@ -2,6 +2,8 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -36,6 +38,59 @@ pub enum BindError {
         #[source]
         source: io::Error,
     },
+}
+
+/// The socket on which the control API is served.
+#[derive(Debug)]
+pub struct ControlSocket {
+    pub(super) listener: UnixListener,
+    pub(super) file: SocketFile,
+}
+
+impl ControlSocket {
+    /// Binds it to `path`, with mode 0600. The socket of a daemon that has ended is replaced. Clients can connect from then on.
+    ///
+    /// # Errors
+    /// [`BindError`]; a socket on which a daemon listens is [`BindError::InUse`].
+    pub fn bind(path: &Path) -> Result<Self, BindError> {
+        let (listener, file) = bind(path)?;
+        Ok(Self { listener, file })
+    }
+
+    /// As [`bind`](Self::bind), also where a daemon listens on it, which this one goes on for.
+    ///
+    /// # Errors
+    /// [`BindError`], but not [`BindError::InUse`].
+    pub fn rebind(path: &Path) -> Result<Self, BindError> {
+        let (listener, file) = rebind(path)?;
+        Ok(Self { listener, file })
+    }
+
+    /// Goes on with the socket of an earlier process, which still lies at `path`: connections that wait in it are served.
+    ///
+    /// # Errors
+    /// [`BindError::Io`] for a descriptor that is no such socket, or when something else lies at `path`.
+    pub fn adopt(path: &Path, fd: OwnedFd) -> Result<Self, BindError> {
+        let failed = |source| BindError::Io { step: "go on with", path: path.into(), source };
+        let listener = UnixListener::from(fd);
+        let own = listener.local_addr().map_err(failed)?;
+        // It was bound under a temporary name in the same directory, which has the id of the process behind the path.
+        let named = own
+            .as_pathname()
+            .is_some_and(|name| name.as_os_str().as_bytes().starts_with(path.as_os_str().as_bytes()));
+        let found = fs::symlink_metadata(path).map_err(failed)?;
+        if !named || !found.file_type().is_socket() {
+            return Err(failed(io::ErrorKind::AddrNotAvailable.into()));
+        }
+        listener.set_nonblocking(true).map_err(failed)?;
+        Ok(Self { listener, file: SocketFile { path: path.into(), identity: identity(&found) } })
+    }
+}
+
+impl AsFd for ControlSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
 }
 
 /// The socket file of this daemon. Dropping it removes the file, unless another file has replaced it.
@@ -175,6 +230,27 @@ mod tests {
         drop(second);
         assert!(!path.exists());
         assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_socket_is_continued_where_it_lies_and_nowhere_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("control.sock");
+        let first = ControlSocket::bind(&path).unwrap();
+        let fd = || first.as_fd().try_clone_to_owned().unwrap();
+        let waiting = UnixStream::connect(&path).unwrap();
+        let second = ControlSocket::adopt(&path, fd()).unwrap();
+        let (served, _) = second.listener.accept().unwrap();
+        drop(served);
+        drop(waiting);
+        assert!(ControlSocket::adopt(&dir.path().join("other.sock"), fd()).is_err());
+        fs::remove_file(&path).unwrap();
+        assert!(ControlSocket::adopt(&path, fd()).is_err());
+        let other = UnixListener::bind(&path).unwrap();
+        drop(second);
+        drop(first);
+        assert!(path.exists(), "the socket of another daemon was removed");
+        drop(other);
     }
 
     #[test]

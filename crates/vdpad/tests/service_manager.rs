@@ -1,0 +1,336 @@
+//! The daemon below a service manager: the unit, and a manager that keeps descriptors for the case that both processes die.
+//!
+//! The manager here is a small one: it really keeps the descriptors that it is sent, and really starts the program with them, as
+//! sd_notify(3) and sd_listen_fds(3) say.
+#![expect(clippy::unwrap_used, reason = "a test fails where it stands")]
+
+#[path = "support/robust.rs"]
+mod robust;
+
+use std::fs;
+use std::io::IoSliceMut;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use rustix::cmsg_space;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use rustix::process::{Pid, Signal, kill_process};
+use vdpa_control::api::DaemonInfo;
+use vdpa_control::client::Client;
+use vdpa_core::ops::VdpaOps;
+use vdpa_sys::exec;
+use vdpa_sys::fuse::{FS_TYPE, fs_type_at, unmount};
+
+use robust::disk::{self, Disk};
+use robust::{Vdpad, eventually, vdpactl};
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// The manager of one service.
+struct Manager {
+    dir: PathBuf,
+    kept: Arc<Mutex<Kept>>,
+    service: Option<Child>,
+    /// Reads what the service sends.
+    reader: Option<thread::JoinHandle<()>>,
+    _outer: tempfile::TempDir,
+}
+
+#[derive(Default)]
+struct Kept {
+    /// The store, by name.
+    store: Vec<(String, OwnedFd)>,
+    /// What was told beside descriptors.
+    told: Vec<String>,
+    ended: bool,
+}
+
+impl Manager {
+    fn new() -> Self {
+        let outer = tempfile::tempdir().unwrap();
+        let dir = fs::canonicalize(outer.path()).unwrap();
+        let socket = UnixDatagram::bind(dir.join("notify")).unwrap();
+        socket.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+        let kept = Arc::new(Mutex::new(Kept::default()));
+        let theirs = Arc::clone(&kept);
+        let reader = thread::spawn(move || {
+            while !theirs.lock().ended {
+                receive(&socket, &theirs);
+            }
+        });
+        Self { dir, kept, service: None, reader: Some(reader), _outer: outer }
+    }
+
+    fn told(&self) -> Vec<String> {
+        self.kept.lock().told.clone()
+    }
+
+    /// Starts the service with everything in the store, from descriptor 3 on.
+    fn start(&mut self, more: &[&str]) {
+        let mut kept = self.kept.lock();
+        kept.told.clear();
+        let store = &kept.store;
+        let names: Vec<_> = store.iter().map(|(name, _)| name.as_str()).collect();
+        let mut fds: Vec<OwnedFd> = Vec::new();
+        let mut moves = String::new();
+        for (place, (_, fd)) in (3..).zip(store) {
+            // Above the places that they are moved to.
+            let copy = rustix::io::fcntl_dupfd_cloexec(fd, 1000).unwrap();
+            moves += &format!("exec {place}<&{0} {0}<&-; ", copy.as_raw_fd());
+            fds.push(copy);
+        }
+        let script = format!("{moves} export LISTEN_PID=$$; exec \"$@\"");
+        let mut command = Command::new("bash");
+        command.args(["-c", &script, "bash"]).arg(robust::programs::program("vdpad"));
+        command.args(["--holder", "--front", "fuse", "--dir"]).arg(self.dir.join("dev"));
+        command.arg("--socket").arg(self.dir.join("control.sock")).args(more);
+        command.env("NOTIFY_SOCKET", self.dir.join("notify")).env("LISTEN_FDS", store.len().to_string());
+        command.env("LISTEN_FDNAMES", names.join(":"));
+        let log = fs::File::options().create(true).append(true).open(self.dir.join("log")).unwrap();
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        self.service = Some(exec::spawn(&mut command, fds).unwrap());
+        drop(kept);
+        self.hears("READY=1");
+    }
+
+    fn hears(&self, text: &str) {
+        eventually("the service tells", || self.told().iter().any(|told| told.contains(text)).then_some(()));
+    }
+
+    /// Both processes die, this one first, and whatever else is in their control group is killed too.
+    fn die(&mut self, first: &str) {
+        let daemon = Pid::from_raw(self.daemon().pid.cast_signed()).unwrap();
+        if first == "daemon" {
+            kill_process(daemon, Signal::KILL).unwrap();
+        }
+        let mut service = self.service.take().unwrap();
+        service.kill().unwrap();
+        service.wait().unwrap();
+        // The daemon, or the one that was started in its place.
+        self.kill_children();
+    }
+
+    /// As for a control group: every process of this service that is left.
+    fn kill_children(&self) {
+        let mine = |path: &Path| {
+            let line = fs::read(path.join("cmdline")).unwrap_or_default();
+            String::from_utf8_lossy(&line).contains(&*self.dir.join("control.sock").to_string_lossy())
+        };
+        let all = fs::read_dir("/proc").unwrap().filter_map(|entry| Some(entry.ok()?.path()));
+        for path in all.filter(|path| mine(path)) {
+            if let Some(pid) = path.file_name().and_then(|name| name.to_str()?.parse().ok()) {
+                let _ = kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL);
+            }
+        }
+        eventually("they are gone", || {
+            let mut all = fs::read_dir("/proc").unwrap().filter_map(|entry| Some(entry.ok()?.path()));
+            (!all.any(|path| mine(&path))).then_some(())
+        });
+    }
+
+    fn client(&self) -> Client {
+        Client::new(self.dir.join("control.sock")).unwrap()
+    }
+
+    fn daemon(&self) -> DaemonInfo {
+        eventually("the daemon answers", || self.client().daemon().ok())
+    }
+
+    fn add(&self, name: &str) -> PathBuf {
+        let image = self.dir.join(format!("{name}.img"));
+        fs::File::create(&image).unwrap().set_len(64 << 20).unwrap();
+        let line = format!("dev add name {name} mgmtdev blk packed on path {}", image.display());
+        robust::run(vdpactl(&self.dir).args(line.split(' '))).succeeds();
+        self.client().device(name).unwrap().path
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.dir.join("log")).unwrap()
+    }
+}
+
+impl Drop for Manager {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            eprintln!("--- log of vdpad\n{}---", self.log());
+        }
+        if let Some(mut service) = self.service.take() {
+            let _ = service.kill();
+            let _ = service.wait();
+        }
+        self.kill_children();
+        self.kept.lock().store.clear();
+        self.kept.lock().ended = true;
+        let _ = self.reader.take().map(thread::JoinHandle::join);
+        if fs_type_at(&self.dir.join("dev")).is_ok_and(|kind| kind.as_deref() == Some(FS_TYPE)) {
+            let _ = unmount(&self.dir.join("dev"));
+        }
+    }
+}
+
+/// Receives one message, or none for a while.
+fn receive(socket: &UnixDatagram, kept: &Mutex<Kept>) {
+    let mut bytes = [0; 4096];
+    let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(4))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let parts = &mut [IoSliceMut::new(&mut bytes)];
+    let Ok(came) = recvmsg(socket, parts, &mut control, RecvFlags::CMSG_CLOEXEC) else { return };
+    let fds: Vec<OwnedFd> = control
+        .drain()
+        .filter_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+            _ => None,
+        })
+        .flatten()
+        .collect();
+    let text = String::from_utf8(bytes[..came.bytes].to_vec()).unwrap();
+    let line = |key: &str| text.lines().find_map(|line| line.strip_prefix(key)).map(str::to_owned);
+    let mut kept = kept.lock();
+    match (line("FDSTORE="), line("FDSTOREREMOVE="), line("FDNAME=")) {
+        (Some(_), _, Some(name)) => kept.store.extend(fds.into_iter().map(|fd| (name.clone(), fd))),
+        (_, Some(_), Some(name)) => kept.store.retain(|(other, _)| *other != name),
+        _ => kept.told.push(text),
+    }
+}
+
+/// Both die, in either order, with a client and requests in flight. The manager starts the service with what it has kept, and the
+/// client goes on.
+#[test]
+fn both_processes_die_and_clients_go_on() {
+    let mut manager = Manager::new();
+    manager.start(&[]);
+    let device = manager.add("disk0");
+    let mut disk = Disk::start(&device, disk::MEMORY_MIN);
+    disk.check(1);
+    let before = manager.daemon();
+    let count = || manager.kept.lock().store.iter().filter(|(name, _)| name.starts_with("vdpa.")).count();
+    let held = before.holder.as_ref().unwrap().held;
+    assert!(held > 10);
+    // All that is held, and the holder's own counts.
+    eventually("all of it is stored", || (count() as u64 == held + 1).then_some(()));
+    for (seed, first) in (2..).zip(["holder", "daemon", "holder"]) {
+        manager.die(first);
+        assert!(fs::symlink_metadata(manager.dir.join("control.sock")).is_ok(), "the socket has disappeared");
+        let waiting = thread::scope(|scope| {
+            // Answered by the next daemon; the store keeps the connection.
+            let status = scope.spawn(|| disk.session.ops().status());
+            manager.start(&[]);
+            status.join().unwrap()
+        });
+        assert!(waiting.is_ok(), "{waiting:?} {}", manager.log());
+        disk.check(seed);
+        disk.check(seed + 100);
+    }
+    // What was counted goes on too.
+    let after = manager.daemon().holder.unwrap();
+    assert!(after.generation >= before.holder.unwrap().generation + 3, "{after:?}");
+    // The client leaves, and another one comes: nothing of the old one is left.
+    drop(disk);
+    let mut disk = Disk::start(&device, disk::MEMORY_MIN);
+    disk.check(9);
+}
+
+/// A service that ends in order leaves nothing in the store: its next start begins anew.
+#[test]
+fn a_service_that_stops_leaves_nothing_behind() {
+    let mut manager = Manager::new();
+    manager.start(&[]);
+    let device = manager.add("disk0");
+    let disk = Disk::start(&device, disk::MEMORY_MIN);
+    let mut service = manager.service.take().unwrap();
+    kill_process(Pid::from_raw(service.id().cast_signed()).unwrap(), Signal::TERM).unwrap();
+    assert_eq!(service.wait().unwrap().code(), Some(0), "{}", manager.log());
+    eventually("nothing is stored", || manager.kept.lock().store.is_empty().then_some(()));
+    manager.hears("STOPPING=1");
+    assert!(disk.session.ops().status().is_err());
+    manager.start(&[]);
+    assert!(manager.client().devices().unwrap().is_empty());
+}
+
+/// A reload is an upgrade: the manager hears of its begin and its end, done or rolled back.
+#[test]
+fn the_manager_hears_of_a_reload() {
+    let mut manager = Manager::new();
+    manager.start(&[]);
+    let device = manager.add("disk0");
+    let mut disk = Disk::start(&device, disk::MEMORY_MIN);
+    let before = manager.daemon().pid;
+    let holder = Pid::from_raw(manager.service.as_ref().unwrap().id().cast_signed()).unwrap();
+    manager.kept.lock().told.clear();
+    kill_process(holder, Signal::HUP).unwrap();
+    manager.hears("RELOADING=1\nMONOTONIC_USEC=");
+    manager.hears("READY=1");
+    assert_ne!(manager.daemon().pid, before);
+    disk.check(1);
+}
+
+/// Without a manager the next start serves the devices of its options, and clients of the old mount hear at once that it is gone.
+#[test]
+fn without_a_manager_the_next_start_begins_anew() {
+    let outer = tempfile::tempdir().unwrap();
+    let dir = fs::canonicalize(outer.path()).unwrap();
+    let image = dir.join("disk0.img");
+    fs::File::create(&image).unwrap().set_len(64 << 20).unwrap();
+    let spec = format!("name=disk0 mgmtdev=blk packed=on path={}", image.display());
+    let args = ["--holder", "--front", "fuse", "--dev", &spec];
+    let mut first = Vdpad::start_at(&dir, LIMIT, &args);
+    let device = first.info("disk0").path;
+    let mut disk = Disk::start(&device, disk::MEMORY_MIN);
+    disk.check(1);
+    let daemon = first.client().daemon().unwrap().pid;
+    first.signal(Signal::KILL);
+    first.wait();
+    kill_process(Pid::from_raw(daemon.cast_signed()).unwrap(), Signal::KILL).unwrap();
+    eventually("the client hears of it", || disk.session.ops().status().err());
+    let second = Vdpad::start_at(&dir, LIMIT, &args);
+    assert!(disk.session.ops().status().is_err(), "the old client has the new device");
+    let mut fresh = Disk::start(&second.info("disk0").path, disk::MEMORY_MIN);
+    fresh.one((vdpa_core::blk::kind::IN, 1, 1));
+    fresh.check(2);
+}
+
+/// The unit is one that systemd understands.
+#[test]
+fn the_unit_is_valid() {
+    let unit = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../dist/vdpad.service");
+    let text = fs::read_to_string(&unit).unwrap();
+    for needed in
+        ["Type=notify", "NotifyAccess=main", "FileDescriptorStoreMax=", "OOMPolicy=continue", "ExecReload="]
+    {
+        assert!(text.contains(needed), "{needed}");
+    }
+    let Ok(version) = Command::new("systemd-analyze").arg("--version").output() else {
+        return skip("no systemd-analyze: the unit was not verified");
+    };
+    assert!(version.status.success());
+    // It checks that the programs exist, where they are installed. Here they are where they were built.
+    let dir = tempfile::tempdir().unwrap();
+    let mut text = text;
+    for name in ["vdpad", "vdpactl"] {
+        let program = robust::programs::program(name);
+        text = text.replace(&format!("/usr/bin/{name} "), &format!("{} ", program.display()));
+    }
+    let copy = dir.path().join("vdpad.service");
+    fs::write(&copy, text).unwrap();
+    let output = Command::new("systemd-analyze").arg("verify").arg("--man=no").arg(&copy).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    let about: Vec<_> = said.lines().filter(|line| line.contains("vdpad.service")).collect();
+    assert!(output.status.success() && about.is_empty(), "{said}");
+}
+
+fn skip(reason: &str) {
+    let line = format!("SKIPPED: {reason}\n");
+    eprint!("{line}");
+    if let Some(path) = std::env::var_os("VDPA_SKIP_LOG") {
+        use std::io::Write;
+        let mut log = fs::File::options().create(true).append(true).open(path).unwrap();
+        log.write_all(line.as_bytes()).unwrap();
+    }
+}
