@@ -14,6 +14,7 @@ use std::marker::PhantomData;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+use rustix::thread::gettid;
 use vdpa_core::Errno;
 use vdpa_sys::memfd;
 use vdpa_sys::mmap::{Prot, SharedMap};
@@ -22,6 +23,8 @@ use vdpa_sys::mmap::{Prot, SharedMap};
 pub const THREADS_MAX: usize = 1024;
 /// Bytes from one counter to the next: a cache line, so that threads do not disturb each other.
 const STRIDE: usize = 64;
+/// Behind a counter is the id of its thread; 0 where it is not known.
+const THREAD: usize = 8;
 const SIZE: usize = THREADS_MAX * STRIDE;
 
 /// The memory, as the daemon has it.
@@ -55,7 +58,7 @@ impl Progress {
         Ok(Self { map, used: Arc::default() })
     }
 
-    /// A counter that no other thread has; `None` when [`THREADS_MAX`] threads have one.
+    /// A counter for the calling thread, that no other thread has; `None` when [`THREADS_MAX`] threads have one.
     #[must_use]
     pub fn counter(&self) -> Option<Counter> {
         let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
@@ -67,6 +70,8 @@ impl Progress {
             None => return None,
         }
         let count = self.map.load_u64(index * STRIDE).unwrap_or(0);
+        let thread = u64::try_from(gettid().as_raw_nonzero().get()).unwrap_or(0);
+        self.map.store_u64(index * STRIDE + THREAD, thread).ok()?;
         let progress = self.clone();
         // A former thread may have ended in the middle of its work.
         let mut counter = Counter { progress, index, count };
@@ -177,9 +182,9 @@ impl Watched {
         self.seen.clear();
     }
 
-    /// For how long the counter that has been busy longest without a change has been so, in ns. Allocates only while
-    /// counters are busy.
-    pub(crate) fn stalled_ns(&mut self, now_ns: u64) -> u64 {
+    /// The thread that has been busy for `limit_ns` without a change of its counter, and does not wait for something outside its
+    /// process, `waits` says; 0 for one whose id is not known. Allocates only while counters are busy.
+    pub(crate) fn stalled(&mut self, now_ns: u64, limit_ns: u64, waits: impl Fn(u64) -> bool) -> Option<u64> {
         let map = &self.map;
         let count = |counter: usize| map.load_u64(counter * STRIDE).unwrap_or(0);
         self.seen.retain(|&(counter, seen, _)| count(counter) == seen);
@@ -189,13 +194,25 @@ impl Watched {
                 self.seen.push((counter, now, now_ns));
             }
         }
-        self.seen.iter().map(|&(.., since)| now_ns.saturating_sub(since)).max().unwrap_or(0)
+        let late = self.seen.iter().filter(|&&(.., since)| now_ns.saturating_sub(since) >= limit_ns);
+        late.map(|&(counter, ..)| map.load_u64(counter * STRIDE + THREAD).unwrap_or(0))
+            .find(|&thread| !waits(thread))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    impl Watched {
+        /// For how long the thread that has been busy longest without a change has been so, up to a second.
+        fn stalled_ns(&mut self, now_ns: u64) -> u64 {
+            (0..=1000)
+                .rev()
+                .find(|&limit| limit == 0 || self.stalled(now_ns, limit, |_| false).is_some())
+                .unwrap_or(0)
+        }
+    }
 
     #[test]
     fn only_busy_threads_without_a_change_stall() {
@@ -215,6 +232,18 @@ mod tests {
         b.busy();
         drop(b);
         assert_eq!((watched.stalled_ns(1001), watched.stalled_ns(2000)), (0, 0));
+    }
+
+    #[test]
+    fn a_thread_that_waits_for_others_does_not_hang() {
+        let (fd, mut watched) = Progress::create().unwrap();
+        let mut counter = Progress::map(fd).unwrap().counter().unwrap();
+        counter.busy();
+        let own = u64::try_from(gettid().as_raw_nonzero().get()).unwrap();
+        assert_eq!(watched.stalled(0, 10, |_| false), None);
+        assert_eq!(watched.stalled(9, 10, |_| false), None);
+        assert_eq!(watched.stalled(10, 10, |thread| thread == own), None);
+        assert_eq!(watched.stalled(10, 10, |thread| thread != own), Some(own));
     }
 
     #[test]

@@ -158,7 +158,7 @@ fn introduce(client: &Client) {
 }
 
 fn serve(client: &mut Client) {
-    let (mut kept, mut counters, mut memory) = (Vec::<OwnedFd>::new(), Vec::new(), Vec::new());
+    let (mut kept, mut memory) = (Vec::<OwnedFd>::new(), Vec::new());
     while let Some(command) = read_command() {
         let words: Vec<_> = command.split(' ').collect();
         let number = |at: usize| words[at].parse::<u64>().unwrap();
@@ -180,10 +180,8 @@ fn serve(client: &mut Client) {
             "stopping" => client.stopping(),
             "exit" => std::process::exit(i32::try_from(number(1)).unwrap()),
             "crash" => panic_by_signal(),
-            "busy" => {
-                let mut counter = client.progress().counter().unwrap();
-                counter.busy();
-                counters.push(counter);
+            "busy" | "waits" => {
+                be_busy(client, words[0] == "waits");
                 Ok(())
             }
             "populate" => {
@@ -237,6 +235,26 @@ fn serve(client: &mut Client) {
         };
         say(result.map_or_else(|errno| errno.raw().to_string(), |()| "ok".into()));
     }
+}
+
+/// Makes a thread busy for ever: it waits for something in its own process, or for something outside.
+fn be_busy(client: &Client, outside: bool) {
+    let progress = client.progress().clone();
+    let (begun, begins) = channel();
+    std::thread::spawn(move || {
+        let mut counter = progress.counter().unwrap();
+        counter.busy();
+        begun.send(()).unwrap();
+        let (reader, _writer) = rustix::pipe::pipe().unwrap();
+        loop {
+            if outside {
+                let _ = rustix::io::read(&reader, &mut [0; 1]);
+            } else {
+                std::thread::park();
+            }
+        }
+    });
+    begins.recv().unwrap();
 }
 
 /// Memory of `len` bytes, all of which is there.
@@ -381,6 +399,9 @@ fn a_daemon_that_hangs_or_is_never_ready_is_killed_and_started_again() {
     assert_eq!(service.ask("ready"), "ok");
     std::thread::sleep(Duration::from_millis(600));
     assert_eq!(service.ask("status"), "1 0 0 0 2", "an idle daemon does not hang");
+    assert_eq!(service.ask("waits"), "ok");
+    std::thread::sleep(Duration::from_millis(600));
+    assert_eq!(service.ask("status"), "1 0 0 0 2", "a thread that waits for others does not hang");
     assert_eq!(service.ask("busy"), "ok");
     assert!(service.started().0.starts_with("Daemon 3 after 9 0 true"));
 }

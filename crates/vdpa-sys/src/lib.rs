@@ -33,6 +33,7 @@ pub mod space;
 pub mod stable;
 #[cfg(feature = "test-utils")]
 pub mod testing;
+pub mod thread_state;
 pub mod uapi;
 pub mod uring;
 pub mod userns;

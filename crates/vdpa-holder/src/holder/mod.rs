@@ -16,6 +16,7 @@ use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit};
 use vdpa_core::Errno;
 use vdpa_sys::clock;
 use vdpa_sys::signals::SignalFd;
+use vdpa_sys::thread_state::waits_for_others;
 
 use crate::client::Held;
 use crate::fdstore::{self, Store};
@@ -372,7 +373,10 @@ impl Holder {
             self.stopped = self.stopped.or(Some(now)).filter(|_| self.daemon.is_stopped());
             let since = self.waiting.into_iter().chain(self.stopped).min();
             let waited = since.map_or(0, |since| now.saturating_sub(since));
-            self.daemon.watched.stalled_ns(now).max(waited) >= nanos(hang)
+            // A client can have a thread wait for a page of its memory for ever, and must not be able to end the daemon.
+            let pid = self.daemon.pid;
+            let thread = self.daemon.watched.stalled(now, nanos(hang), |tid| waits_for_others(pid, tid));
+            thread.is_some() || waited >= nanos(hang)
         } else {
             now.saturating_sub(self.daemon.started_ns) >= nanos(self.options.start)
         };
