@@ -2,7 +2,6 @@
 
 use std::convert::Infallible;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -20,6 +19,7 @@ use crate::failed::{self, FailedBackend};
 use crate::survival::{Legacy, Survival};
 use vdpa_backend::front::fuse::{DeviceFiles, Options, ServeError, cuse};
 use vdpa_backend::front::watchdog::{self, Watchdog};
+use vdpa_backend::persist::Held;
 use vdpa_control::Front;
 use vdpa_control::api::{AddRequest, AttrError, Attrs, CtlError, UpgradeRequest};
 
@@ -327,7 +327,7 @@ fn start_control(
     path: &Path,
     backend: &Arc<dyn Backend>,
     survival: Option<&Arc<Survival>>,
-    held: Option<OwnedFd>,
+    held: Option<Held>,
 ) -> Result<Server, control::StartError> {
     let socket = match survival {
         Some(survival) => survival.control_socket(path, held)?,

@@ -105,7 +105,7 @@ pub(crate) struct Legacy {
     /// The device files.
     pub(crate) files: LegacyFiles,
     /// The socket of the control API.
-    pub(crate) control: Option<OwnedFd>,
+    pub(crate) control: Option<Held>,
     /// Devices by their number: what they are, and everything that is held of them.
     pub(crate) devices: BTreeMap<u32, (Identity, Vec<Held>)>,
 }
@@ -252,13 +252,9 @@ impl Survival {
     ///
     /// # Errors
     /// [`BindError`].
-    pub(crate) fn control_socket(
-        &self,
-        path: &Path,
-        held: Option<OwnedFd>,
-    ) -> Result<ControlSocket, BindError> {
-        if let Some(fd) = held {
-            match ControlSocket::adopt(path, fd) {
+    pub(crate) fn control_socket(&self, path: &Path, held: Option<Held>) -> Result<ControlSocket, BindError> {
+        if let Some(Held { fd, record, .. }) = held {
+            match ControlSocket::adopt(path, fd, &record) {
                 Ok(socket) => return Ok(socket),
                 Err(error) => tracing::warn!("the control socket is made anew: {}", chain(&error)),
             }
@@ -267,7 +263,8 @@ impl Survival {
         // A former daemon may still be ending, so that its socket seems to be in use.
         let goes_on = self.generation() > 1;
         let socket = if goes_on { ControlSocket::rebind(path)? } else { ControlSocket::bind(path)? };
-        if let Err(errno) = self.store().hold(key(0, CONTROL), Kind::Other, socket.as_fd(), &[]) {
+        if let Err(errno) = self.store().hold(key(0, CONTROL), Kind::Other, socket.as_fd(), &socket.record())
+        {
             tracing::warn!(%errno, "the control socket does not survive a crash of this daemon");
         }
         Ok(socket)
@@ -299,7 +296,7 @@ impl Legacy {
         let mut items: BTreeMap<u32, Vec<Held>> = BTreeMap::new();
         for held in held {
             match split_key(held.key) {
-                (0, CONTROL) => legacy.control = Some(held.fd),
+                (0, CONTROL) => legacy.control = Some(held),
                 (0, item) => {
                     if legacy.files.take(item, held).is_some() {
                         tracing::warn!(item, "something unknown is held");

@@ -3,7 +3,6 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -66,20 +65,22 @@ impl ControlSocket {
         Ok(Self { listener, file })
     }
 
-    /// Goes on with the socket of an earlier process, which still lies at `path`: connections that wait in it are served.
+    /// Which file it is, for [`adopt`](Self::adopt).
+    #[must_use]
+    pub fn record(&self) -> [u8; 16] {
+        record(self.file.identity)
+    }
+
+    /// Goes on with the socket of an earlier process, if that file, which `record` names, still lies at `path`: connections that
+    /// wait in it are served.
     ///
     /// # Errors
-    /// [`BindError::Io`] for a descriptor that is no such socket, or when something else lies at `path`.
-    pub fn adopt(path: &Path, fd: OwnedFd) -> Result<Self, BindError> {
+    /// [`BindError::Io`] when something else lies at `path`.
+    pub fn adopt(path: &Path, fd: OwnedFd, record: &[u8]) -> Result<Self, BindError> {
         let failed = |source| BindError::Io { step: "go on with", path: path.into(), source };
         let listener = UnixListener::from(fd);
-        let own = listener.local_addr().map_err(failed)?;
-        // It was bound under a temporary name in the same directory, which has the id of the process behind the path.
-        let named = own
-            .as_pathname()
-            .is_some_and(|name| name.as_os_str().as_bytes().starts_with(path.as_os_str().as_bytes()));
         let found = fs::symlink_metadata(path).map_err(failed)?;
-        if !named || !found.file_type().is_socket() {
+        if self::record(identity(&found)) != *record {
             return Err(failed(io::ErrorKind::AddrNotAvailable.into()));
         }
         listener.set_nonblocking(true).map_err(failed)?;
@@ -113,6 +114,10 @@ impl Drop for SocketFile {
             tracing::warn!(path = %self.path.display(), %error, "cannot remove the control socket");
         }
     }
+}
+
+fn record((device, inode): (u64, u64)) -> [u8; 16] {
+    (u128::from(device) << 64 | u128::from(inode)).to_le_bytes()
 }
 
 fn identity(file: &fs::Metadata) -> (u64, u64) {
@@ -239,14 +244,16 @@ mod tests {
         let first = ControlSocket::bind(&path).unwrap();
         let fd = || first.as_fd().try_clone_to_owned().unwrap();
         let waiting = UnixStream::connect(&path).unwrap();
-        let second = ControlSocket::adopt(&path, fd()).unwrap();
+        let second = ControlSocket::adopt(&path, fd(), &first.record()).unwrap();
         let (served, _) = second.listener.accept().unwrap();
         drop(served);
         drop(waiting);
-        assert!(ControlSocket::adopt(&dir.path().join("other.sock"), fd()).is_err());
+        assert!(ControlSocket::adopt(&dir.path().join("other.sock"), fd(), &first.record()).is_err());
         fs::remove_file(&path).unwrap();
-        assert!(ControlSocket::adopt(&path, fd()).is_err());
-        let other = UnixListener::bind(&path).unwrap();
+        assert!(ControlSocket::adopt(&path, fd(), &first.record()).is_err());
+        let other = UnixListener::bind(dir.path().join("new")).unwrap();
+        fs::rename(dir.path().join("new"), &path).unwrap();
+        assert!(ControlSocket::adopt(&path, fd(), &first.record()).is_err(), "another socket lies there");
         drop(second);
         drop(first);
         assert!(path.exists(), "the socket of another daemon was removed");
