@@ -1,6 +1,7 @@
 //! [`Tree`]: a persistent ordered map, of which a copy costs nothing.
 
-use std::cmp::Ordering;
+mod changes;
+
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
@@ -29,7 +30,7 @@ enum Node<T> {
     /// `keys` are the first keys of the children.
     Inner {
         keys: Vec<u64>,
-        children: Vec<Arc<Node<T>>>,
+        children: Vec<Arc<Self>>,
     },
 }
 
@@ -141,121 +142,6 @@ impl<T: Clone> Tree<T> {
     /// Calls `change` with each value, in order. Copies every node that is shared.
     pub fn for_each_mut(&mut self, mut change: impl FnMut(&mut T)) {
         for_each_mut(Arc::make_mut(&mut self.root), &mut change);
-    }
-}
-
-impl<T> Tree<T> {
-    /// Calls `changed` for each key that `older` or `self` has alone, and for each whose values are not `same`, in ascending
-    /// order: with the value in `older` and the value here.
-    ///
-    /// Nodes that both share are skipped. Where one was made from a copy of the other, this costs as much as was changed.
-    pub fn changes_since<'a>(
-        &'a self,
-        older: &'a Self,
-        mut same: impl FnMut(&T, &T) -> bool,
-        mut changed: impl FnMut(u64, Option<&'a T>, Option<&'a T>),
-    ) {
-        let (mut old, mut new) = (vec![Part::Node(&older.root)], vec![Part::Node(&self.root)]);
-        loop {
-            match (old.last(), new.last()) {
-                (None, None) => return,
-                (Some(Part::Node(before)), Some(Part::Node(after))) => {
-                    if Arc::ptr_eq(before, after) {
-                        old.pop();
-                        new.pop();
-                        continue;
-                    }
-                    // The larger one, so that what is compared becomes the same node if there is one.
-                    match before.height().cmp(&after.height()) {
-                        Ordering::Less => open(&mut new),
-                        Ordering::Greater => open(&mut old),
-                        Ordering::Equal => match before.first_key().cmp(&after.first_key()) {
-                            Ordering::Less => open(&mut old),
-                            Ordering::Greater => open(&mut new),
-                            Ordering::Equal => {
-                                open(&mut old);
-                                open(&mut new);
-                            }
-                        },
-                    }
-                }
-                (before, after) => {
-                    let first = |part: Option<&Part<'a, T>>| part.and_then(Part::first);
-                    match (first(before), first(after)) {
-                        // An empty node: the only one of its tree.
-                        (None, _) if before.is_some() => drop(old.pop()),
-                        (_, None) if after.is_some() => drop(new.pop()),
-                        (Some((key, value)), other) if other.is_none_or(|(other, _)| key < other) => {
-                            match value {
-                                Some(value) => {
-                                    changed(key, Some(value), None);
-                                    skip(&mut old);
-                                }
-                                None => open(&mut old),
-                            }
-                        }
-                        (other, Some((key, value))) if other.is_none_or(|(other, _)| key < other) => {
-                            match value {
-                                Some(value) => {
-                                    changed(key, None, Some(value));
-                                    skip(&mut new);
-                                }
-                                None => open(&mut new),
-                            }
-                        }
-                        (Some((_, None)), _) => open(&mut old),
-                        (_, Some((_, None))) => open(&mut new),
-                        (Some((key, Some(before))), Some((_, Some(after)))) => {
-                            if !same(before, after) {
-                                changed(key, Some(before), Some(after));
-                            }
-                            skip(&mut old);
-                            skip(&mut new);
-                        }
-                        (None, _) | (_, None) => return,
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// A part of a tree that is still to be compared.
-#[derive(Debug)]
-enum Part<'a, T> {
-    Node(&'a Arc<Node<T>>),
-    /// Not empty.
-    Rest(Leaf<'a, T>),
-}
-
-impl<'a, T> Part<'a, T> {
-    /// Its first key, with the value if that is at hand.
-    fn first(&self) -> Option<(u64, Option<&'a T>)> {
-        match self {
-            Self::Node(node) => Some((node.first_key()?, None)),
-            Self::Rest(leaf) => Some((*leaf.keys.first()?, Some(leaf.values.first()?))),
-        }
-    }
-}
-
-/// Replaces the node that comes next by what it consists of.
-fn open<'a, T>(parts: &mut Vec<Part<'a, T>>) {
-    let Some(Part::Node(node)) = parts.pop() else { return };
-    match &**node {
-        Node::Leaf { keys, .. } if keys.is_empty() => {}
-        Node::Leaf { keys, values } => parts.push(Part::Rest(Leaf { keys, values })),
-        Node::Inner { children, .. } => parts.extend(children.iter().rev().map(Part::Node)),
-    }
-}
-
-/// Goes on behind the entry that comes next.
-fn skip<T>(parts: &mut Vec<Part<'_, T>>) {
-    if let Some(Part::Rest(leaf)) = parts.last_mut() {
-        leaf.keys = leaf.keys.get(1..).unwrap_or_default();
-        leaf.values = leaf.values.get(1..).unwrap_or_default();
-        if leaf.keys.is_empty() {
-            parts.pop();
-        }
     }
 }
 
@@ -593,8 +479,11 @@ mod tests {
         assert_eq!(Arc::strong_count(&near), 3, "its node was copied");
     }
 
+    /// A key with its value before and after.
+    type Changed = (u64, Option<u32>, Option<u32>);
+
     /// The changes as a list, and how many values were compared.
-    fn changes(old: &Tree<u32>, new: &Tree<u32>) -> (Vec<(u64, Option<u32>, Option<u32>)>, usize) {
+    fn changes(old: &Tree<u32>, new: &Tree<u32>) -> (Vec<Changed>, usize) {
         let (mut list, mut compared) = (Vec::new(), 0);
         let same = |a: &u32, b: &u32| {
             compared += 1;
