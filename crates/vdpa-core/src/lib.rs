@@ -21,6 +21,7 @@ pub mod errno;
 pub mod error;
 #[doc(hidden)]
 pub mod faults;
+pub mod feature_names;
 pub mod features;
 #[cfg(fuzzing)]
 pub mod fuzzing;
