@@ -5,14 +5,16 @@ use std::path::{Path, PathBuf};
 
 use vdpa_core::Errno;
 use vdpa_core::features::{BackendFeatures, Features, Status};
-use vdpa_core::ops::VdpaOps;
+use vdpa_core::ops::{VdpaOps, read_all_config};
+use vdpa_core::types::{IovaRange, QueueIndex};
 use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::uapi::report::UpdateReport;
 use vdpa_sys::vhost_vdpa::{OpenError, VhostVdpaFd};
 
-use crate::dma::Regions;
+use crate::dma::RegionSpec;
 use crate::error::Error;
 use crate::session::{Session, Setup};
+use crate::vring::GuestRing;
 
 /// A device that is an open file, so that another process image can inherit it.
 ///
@@ -138,6 +140,76 @@ impl<D: VdpaOps<Event = EventFd>> Device<D> {
         Self { path: Some(path.into()), ..self }
     }
 
+    /// What the device offers, before anything is negotiated. Changes nothing; the owner may be another process.
+    ///
+    /// # Errors
+    /// [`Error::Request`]; [`Error::NoDevice`] for a file that is no vhost-vdpa device.
+    pub fn offered(&self) -> Result<Offered, Error> {
+        let ops = &self.ops;
+        Ok(Offered {
+            device_id: device_id(ops)?,
+            features: ops.features().map_err(Error::request("VHOST_GET_FEATURES"))?,
+            backend_features: ops.backend_features().map_err(Error::request("VHOST_GET_BACKEND_FEATURES"))?,
+            iova_range: ops.iova_range().map_err(Error::request("VHOST_VDPA_GET_IOVA_RANGE"))?,
+            queues: ops.vqs_count().map_err(Error::request("VHOST_VDPA_GET_VQS_COUNT"))?,
+            queue_size_max: ops.vring_num().map_err(Error::request("VHOST_VDPA_GET_VRING_NUM"))?,
+        })
+    }
+
+    /// The whole configuration space, before anything is negotiated.
+    ///
+    /// # Errors
+    /// [`Error::Request`].
+    pub fn config(&self) -> Result<Vec<u8>, Error> {
+        read_all_config(&self.ops).map_err(Error::request("VHOST_VDPA_GET_CONFIG"))
+    }
+
+    /// As [`negotiate`](Self::negotiate), but only if the device offers all of `required`, before it is reset.
+    ///
+    /// # Errors
+    /// [`Error::FeaturesMissing`] with those it does not offer; as [`negotiate`](Self::negotiate).
+    pub fn negotiate_required(self, required: Features, wanted: Features) -> Result<Session<D>, Error> {
+        let device_id = device_id(&self.ops)?;
+        let offered = self.ops.features().map_err(Error::request("VHOST_GET_FEATURES"))?;
+        let missing = Features(required.0 & !offered.0);
+        if missing != Features::NONE {
+            return Err(Error::FeaturesMissing { missing, offered, device_id });
+        }
+        self.negotiate(required | wanted)
+    }
+
+    /// Makes a session of a device that somebody else has set up: this program by other means (the crate `vhost`), or another one.
+    /// Adds what `present` describes; makes only requests that change nothing. The session can be updated and driven from then on
+    /// as any other.
+    ///
+    /// The caller says what cannot be asked: the features that were negotiated, the mappings, the rings and their events.
+    ///
+    /// # Errors
+    /// [`Error::FeaturesRefused`] when the status is not that of a negotiated device; [`Error::FeaturesMissing`];
+    /// [`Error::Region`] and [`Error::Queue`] for what contradicts itself; [`Error::Request`].
+    pub fn assume(self, present: Present) -> Result<Session<D>, Error> {
+        let offered = self.offered()?;
+        let Self { ops, path } = self;
+        let Present { features, backend_features, regions, guest_queues } = present;
+        let missing = Features(features.0 & !offered.features.0);
+        if missing != Features::NONE {
+            let Offered { features: offered, device_id, .. } = offered;
+            return Err(Error::FeaturesMissing { missing, offered, device_id });
+        }
+        let status = ops.status().map_err(Error::request("VHOST_VDPA_GET_STATUS"))?;
+        if !status.contains(Status::FEATURES_OK) {
+            return Err(Error::FeaturesRefused { features, status });
+        }
+        set_backend(&ops, backend_features)?;
+        let Offered { device_id, iova_range, backend_features: all, .. } = offered;
+        let mut setup = Setup::new(path, device_id, iova_range, all, backend_features, features);
+        setup.running = status.contains(Status::DRIVER_OK);
+        regions.into_iter().try_for_each(|spec| setup.add_region(spec))?;
+        let mut session = Session::new(ops, setup);
+        guest_queues.into_iter().try_for_each(|queue| session.add_present_queue(queue))?;
+        Ok(session)
+    }
+
     /// Becomes the owner and negotiates (virtio 1.2 section 3.1.1, steps 1 to 6).
     ///
     /// The device is reset. Of `wanted` those features are taken that the device offers, and always VERSION_1
@@ -145,35 +217,107 @@ impl<D: VdpaOps<Event = EventFd>> Device<D> {
     /// packed rings are not asked for unless `wanted` has them. Blocks while the device resets.
     ///
     /// # Errors
-    /// [`Error::Request`] with `EBUSY` from `VHOST_SET_OWNER` when the device has an owner;
-    /// [`Error::Legacy`]; [`Error::FeaturesRefused`].
+    /// [`Error::Owned`] when the device has an owner; [`Error::NoDevice`]; [`Error::Request`]; [`Error::Legacy`];
+    /// [`Error::FeaturesRefused`].
     pub fn negotiate(self, wanted: Features) -> Result<Session<D>, Error> {
         let Self { ops, path } = self;
-        ops.set_owner().map_err(Error::request("VHOST_SET_OWNER"))?;
+        let device_id = device_id(&ops)?;
+        ops.set_owner().map_err(|source| match source {
+            Errno::BUSY => Error::Owned,
+            source => Error::Request { request: "VHOST_SET_OWNER", source },
+        })?;
         let offered = ops.backend_features().map_err(Error::request("VHOST_GET_BACKEND_FEATURES"))?;
         let features = ops.features().map_err(Error::request("VHOST_GET_FEATURES"))?;
         if !features.has(Features::VERSION_1) {
             return Err(Error::Legacy { offered: features });
         }
         let chosen = choose(features, wanted);
-        let setup = Setup {
-            path,
-            device_id: ops.device_id().map_err(Error::request("VHOST_VDPA_GET_DEVICE_ID"))?,
-            iova_range: ops.iova_range().map_err(Error::request("VHOST_VDPA_GET_IOVA_RANGE"))?,
-            offered,
-            backend: offered & BACKEND_FEATURES,
-            features: chosen,
-            regions: Regions::default(),
-            queues: Vec::new(),
-            guest_queues: Vec::new(),
-            writeback: None,
-            running: false,
-            generation: 0,
-        };
+        let iova_range = ops.iova_range().map_err(Error::request("VHOST_VDPA_GET_IOVA_RANGE"))?;
+        let setup = Setup::new(path, device_id, iova_range, offered, offered & BACKEND_FEATURES, chosen);
         set_backend(&ops, setup.backend)?;
         agree(&ops, chosen)?;
         Ok(Session::new(ops, setup))
     }
+}
+
+/// What a device offers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Offered {
+    /// Virtio device id (virtio 1.2 section 5): 1 network, 2 block.
+    pub device_id: u32,
+    /// Device features.
+    pub features: Features,
+    /// Backend features.
+    pub backend_features: BackendFeatures,
+    /// I/O virtual addresses that it can use.
+    pub iova_range: IovaRange,
+    /// Number of virtqueues.
+    pub queues: u32,
+    /// Entries of the largest ring.
+    pub queue_size_max: u16,
+}
+
+/// What somebody else has set up on a device: for [`Device::assume`].
+#[derive(Debug, Default)]
+pub struct Present {
+    features: Features,
+    backend_features: BackendFeatures,
+    regions: Vec<RegionSpec>,
+    guest_queues: Vec<PresentQueue>,
+}
+
+/// A ring that is set up on the device.
+#[derive(Debug)]
+pub(crate) struct PresentQueue {
+    pub(crate) index: QueueIndex,
+    pub(crate) ring: GuestRing,
+    pub(crate) kick: EventFd,
+    pub(crate) call: EventFd,
+    pub(crate) enabled: bool,
+}
+
+impl Present {
+    /// Nothing but the negotiated device features and the acknowledged backend features.
+    #[must_use]
+    pub fn new(features: Features, backend_features: BackendFeatures) -> Self {
+        Self { features, backend_features, ..Self::default() }
+    }
+
+    /// A mapping that the device has.
+    #[must_use]
+    pub fn region(mut self, spec: RegionSpec) -> Self {
+        self.regions.push(spec);
+        self
+    }
+
+    /// A ring that the device has, with the events that it has for it.
+    #[must_use]
+    pub fn guest_queue(
+        mut self,
+        index: QueueIndex,
+        ring: GuestRing,
+        kick: EventFd,
+        call: EventFd,
+        enabled: bool,
+    ) -> Self {
+        self.guest_queues.push(PresentQueue { index, ring, kick, call, enabled });
+        self
+    }
+}
+
+impl<D: DeviceFile> AsFd for Device<D> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.ops.fd()
+    }
+}
+
+/// The virtio device id, which only a vhost-vdpa device has.
+fn device_id<D: VdpaOps>(ops: &D) -> Result<u32, Error> {
+    ops.device_id().map_err(|source| match source {
+        Errno::NOTTY | Errno::INVAL => Error::NoDevice { source },
+        source => Error::Request { request: "VHOST_VDPA_GET_DEVICE_ID", source },
+    })
 }
 
 /// The features to negotiate: those both offered and wanted, plus VERSION_1 and ACCESS_PLATFORM where offered.

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
+use vdpa_core::Errno;
 use vdpa_core::ops::VdpaOps;
 use vdpa_core::types::{Asid, IovaRange, Perm};
 use vdpa_sys::mmap::{MapArea, SharedMap};
@@ -49,7 +50,6 @@ pub struct Region {
     name: String,
     range: IovaRange,
     perm: Perm,
-    asid: Asid,
     memory: Arc<Memory>,
     offset: u64,
 }
@@ -58,21 +58,18 @@ impl Region {
     /// Maps `spec` into this process, but not yet for the device.
     pub(crate) fn new(spec: RegionSpec, usable: IovaRange) -> Result<Self, Error> {
         let RegionSpec { name, backing, iova, size, perm, populate } = spec;
-        let range = match IovaRange::from_size(iova, size) {
-            Some(range) if iova % PAGE == 0 && size % PAGE == 0 => range,
-            _ => return Err(problem(&name, RegionProblem::Alignment { iova, size })),
-        };
-        if !usable.contains(range) {
-            return Err(problem(&name, RegionProblem::OutOfRange { range, usable }));
-        }
+        let range = checked_range(&name, iova, size, usable)?;
         let (memory, offset) = match backing {
             Backing::Object(fd) => (Memory::map(&name, fd, 0, size, populate)?, 0),
             Backing::Memory(memory, offset) => (memory, offset),
         };
-        if offset.checked_add(size).is_none_or(|end| end > memory.size()) || offset % PAGE != 0 {
-            return Err(problem(&name, RegionProblem::Outside { offset, size, memory: memory.size() }));
-        }
-        Ok(Self { name, range, perm, asid: Asid(0), memory, offset })
+        check_part(&name, &memory, offset, size)?;
+        Ok(Self { name, range, perm, memory, offset })
+    }
+
+    fn piece(&self) -> Piece<'_> {
+        let (iova, size) = (self.range.first(), self.range.size());
+        Piece { name: &self.name, iova, size, uaddr: self.uaddr(), perm: self.perm }
     }
 
     /// Name of the region.
@@ -143,11 +140,62 @@ pub(crate) struct Regions {
     by_name: HashMap<String, usize>,
     /// By first address.
     by_iova: BTreeMap<u64, usize>,
+    /// Mappings without a name, by first address.
+    nameless: BTreeMap<u64, Nameless>,
+}
+
+/// A mapping without a name, as a virtual IOMMU makes and removes many of.
+#[derive(Debug)]
+pub(crate) struct Nameless {
+    pub(crate) memory: Arc<Memory>,
+    pub(crate) offset: u64,
+    pub(crate) size: u64,
+    pub(crate) perm: Perm,
+}
+
+impl Nameless {
+    pub(crate) fn piece(&self, iova: u64) -> Piece<'_> {
+        let uaddr = self.memory.uaddr().saturating_add(self.offset);
+        Piece { name: self.memory.name(), iova, size: self.size, uaddr, perm: self.perm }
+    }
+}
+
+/// One mapping as a device is told of it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Piece<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) iova: u64,
+    pub(crate) size: u64,
+    pub(crate) uaddr: u64,
+    pub(crate) perm: Perm,
+}
+
+impl Piece<'_> {
+    fn failed(&self, source: Errno) -> Error {
+        let range = IovaRange::from_size(self.iova, self.size).unwrap_or(IovaRange::ALL);
+        Error::Map { name: self.name.to_owned(), range, source }
+    }
+}
+
+/// The later end of two ranges, of which either may be missing.
+trait MaxByLast {
+    fn max_by_last(self, other: Self) -> Option<u64>;
+}
+
+impl MaxByLast for Option<IovaRange> {
+    fn max_by_last(self, other: Self) -> Option<u64> {
+        self.into_iter().chain(other).map(IovaRange::last).max()
+    }
 }
 
 impl Regions {
     pub(crate) fn list(&self) -> &[Region] {
         &self.list
+    }
+
+    /// The regions from number `from` on.
+    pub(crate) fn pieces_from(&self, from: usize) -> impl Iterator<Item = Piece<'_>> + Clone {
+        self.list.iter().skip(from).map(Region::piece)
     }
 
     pub(crate) fn get(&self, name: &str) -> Option<&Region> {
@@ -159,17 +207,71 @@ impl Regions {
         self.by_iova.range(..=iova).next_back().and_then(|(_, &at)| self.list.get(at))
     }
 
-    pub(crate) fn covers(&self, iova: u64) -> bool {
-        self.below(iova).is_some_and(|r| r.range().last() >= iova)
+    /// Whether regions or mappings without names have every byte of `range`.
+    pub(crate) fn cover(&self, range: IovaRange) -> bool {
+        let mut next = range.first();
+        loop {
+            let region = self.below(next).map(Region::range);
+            let nameless = self.nameless_below(next).map(|(range, _)| range);
+            let Some(last) = region.max_by_last(nameless).filter(|&last| last >= next) else { return false };
+            match last.checked_add(1) {
+                Some(after) if after <= range.last() => next = after,
+                _ => return true,
+            }
+        }
+    }
+
+    fn nameless_below(&self, iova: u64) -> Option<(IovaRange, &Nameless)> {
+        let (&first, nameless) = self.nameless.range(..=iova).next_back()?;
+        Some((IovaRange::from_size(first, nameless.size)?, nameless))
+    }
+
+    /// The name of what overlaps `range`.
+    fn overlapping(&self, range: IovaRange) -> Option<String> {
+        if let Some(region) = self.below(range.last()).filter(|r| r.range().overlaps(range)) {
+            return Some(region.name().to_owned());
+        }
+        let (other, _) = self.nameless_below(range.last()).filter(|(other, _)| other.overlaps(range))?;
+        Some(format!("without a name at {other}"))
+    }
+
+    /// Adds a mapping without a name.
+    pub(crate) fn push_nameless(
+        &mut self,
+        iova: u64,
+        mapping: Nameless,
+        usable: IovaRange,
+    ) -> Result<(), Error> {
+        let name = mapping.memory.name();
+        let range = checked_range(name, iova, mapping.size, usable)?;
+        check_part(name, &mapping.memory, mapping.offset, mapping.size)?;
+        if let Some(other) = self.overlapping(range) {
+            return Err(problem(name, RegionProblem::Overlap { other }));
+        }
+        self.nameless.insert(iova, mapping);
+        Ok(())
+    }
+
+    /// Removes a mapping without a name.
+    pub(crate) fn remove_nameless(&mut self, iova: u64) {
+        self.nameless.remove(&iova);
+    }
+
+    pub(crate) const fn nameless(&self) -> &BTreeMap<u64, Nameless> {
+        &self.nameless
+    }
+
+    /// All mappings: first the regions in the order in which they were mapped, then those without a name.
+    pub(crate) fn pieces(&self) -> impl Iterator<Item = Piece<'_>> + Clone {
+        self.list.iter().map(Region::piece).chain(self.nameless.iter().map(|(&iova, n)| n.piece(iova)))
     }
 
     pub(crate) fn push(&mut self, region: Region) -> Result<(), Error> {
         if self.by_name.contains_key(region.name()) {
             return Err(problem(region.name(), RegionProblem::Exists));
         }
-        if let Some(other) = self.below(region.range().last()).filter(|r| r.range().overlaps(region.range()))
-        {
-            return Err(problem(region.name(), RegionProblem::Overlap { other: other.name().to_owned() }));
+        if let Some(other) = self.overlapping(region.range()) {
+            return Err(problem(region.name(), RegionProblem::Overlap { other }));
         }
         let at = self.list.len();
         self.by_name.insert(region.name().to_owned(), at);
@@ -199,36 +301,59 @@ pub(crate) fn problem(name: &str, problem: RegionProblem) -> Error {
     Error::Region { name: name.to_owned(), problem }
 }
 
-/// Maps `regions` for the device, in one batch if `batch`. All or nothing: what was mapped before a failure is
+fn checked_range(name: &str, iova: u64, size: u64, usable: IovaRange) -> Result<IovaRange, Error> {
+    let range = match IovaRange::from_size(iova, size) {
+        Some(range) if iova.is_multiple_of(PAGE) && size.is_multiple_of(PAGE) => range,
+        _ => return Err(problem(name, RegionProblem::Alignment { iova, size })),
+    };
+    if !usable.contains(range) {
+        return Err(problem(name, RegionProblem::OutOfRange { range, usable }));
+    }
+    Ok(range)
+}
+
+fn check_part(name: &str, memory: &Memory, offset: u64, size: u64) -> Result<(), Error> {
+    if offset.checked_add(size).is_none_or(|end| end > memory.size()) || !offset.is_multiple_of(PAGE) {
+        return Err(problem(name, RegionProblem::Outside { offset, size, memory: memory.size() }));
+    }
+    Ok(())
+}
+
+/// The only address space that this library uses.
+const SPACE: Asid = Asid(0);
+
+/// Maps `pieces` for the device, in one batch if `batch`. All or nothing: what was mapped before a failure is
 /// unmapped again.
-pub(crate) fn map_all<D: VdpaOps>(ops: &D, regions: &[Region], batch: bool) -> Result<(), Error> {
+pub(crate) fn map_all<'a, D: VdpaOps>(
+    ops: &D,
+    pieces: impl Iterator<Item = Piece<'a>> + Clone,
+    batch: bool,
+) -> Result<(), Error> {
     let result = in_batch(ops, batch, || {
-        for region in regions {
-            let (iova, size) = (region.range.first(), region.range.size());
-            ops.dma_map(region.asid, iova, size, region.uaddr(), region.perm)
-                .map_err(|source| Error::Map { name: region.name.clone(), range: region.range, source })?;
+        for piece in pieces.clone() {
+            ops.dma_map(SPACE, piece.iova, piece.size, piece.uaddr, piece.perm)
+                .map_err(|e| piece.failed(e))?;
         }
         Ok(())
     });
     if result.is_err() {
         // INVALIDATE of a range that is not mapped succeeds, so all of them can be sent.
-        for region in regions {
-            let _ = ops.dma_unmap(region.asid, region.range.first(), region.range.size());
+        for piece in pieces {
+            let _ = ops.dma_unmap(SPACE, piece.iova, piece.size);
         }
     }
     result
 }
 
 /// Sends REMAP with the address in this process for each mapping, in one batch if `batch`.
-pub(crate) fn remap_all<D: VdpaOps>(ops: &D, regions: &[Region], batch: bool) -> Result<(), Error> {
+pub(crate) fn remap_all<'a, D: VdpaOps>(
+    ops: &D,
+    pieces: impl Iterator<Item = Piece<'a>>,
+    batch: bool,
+) -> Result<(), Error> {
     in_batch(ops, batch, || {
-        for region in regions {
-            let (iova, size) = (region.range.first(), region.range.size());
-            ops.dma_remap(region.asid, iova, size, region.uaddr()).map_err(|source| Error::Map {
-                name: region.name.clone(),
-                range: region.range,
-                source,
-            })?;
+        for piece in pieces {
+            ops.dma_remap(SPACE, piece.iova, piece.size, piece.uaddr).map_err(|e| piece.failed(e))?;
         }
         Ok(())
     })

@@ -7,6 +7,8 @@ use vdpa_core::Errno;
 use vdpa_core::features::{Features, Status};
 use vdpa_core::types::{IovaRange, QueueIndex};
 
+use vdpa_core::feature_names::text;
+
 pub use vdpa_core::error::chain;
 
 /// Errors of setting up or using a session.
@@ -28,16 +30,41 @@ pub enum Error {
         /// Error of the request.
         source: Errno,
     },
+    /// The file is open and is no vhost-vdpa device.
+    #[error(
+        "this is no vhost-vdpa device: it does not know VHOST_VDPA_GET_DEVICE_ID; those of vdpad are /run/vdpad/dev/vhost-vdpa-N or \
+         /dev/vhost-vdpa-N (vdpactl -s dev show)"
+    )]
+    NoDevice {
+        /// Error of the request.
+        source: Errno,
+    },
+    /// The device has an owner already.
+    #[error(
+        "the device has an owner: another process with the same open file, or this one before an exec; a program that takes a \
+         device over calls update::incoming() or Session::assume() and does not negotiate"
+    )]
+    Owned,
+    /// The device does not offer features that are required.
+    #[error("the device does not offer {}; it offers {}", text(*.missing, *.device_id), text(*.offered, *.device_id))]
+    FeaturesMissing {
+        /// Those that it does not offer.
+        missing: Features,
+        /// Features that the device offers.
+        offered: Features,
+        /// Virtio device id, which says what the bits mean.
+        device_id: u32,
+    },
     /// The device is a legacy device, older than virtio 1.
     #[error(
-        "the device offers features {offered} without VERSION_1 (bit 32); legacy devices are not supported"
+        "the device offers features {} without VERSION_1 (bit 32); legacy devices are not supported", text(*.offered, 0)
     )]
     Legacy {
         /// Features that the device offers.
         offered: Features,
     },
     /// The device does not accept the features: it cleared FEATURES_OK (virtio 1.2 section 3.1.1).
-    #[error("the device refused features {features}: its status is {status} without features_ok")]
+    #[error("the device refused features {}: its status is {status} without features_ok", text(*.features, 0))]
     FeaturesRefused {
         /// Features that were requested.
         features: Features,
@@ -110,6 +137,12 @@ pub enum RegionProblem {
     Overlap {
         /// Name of the other region.
         other: String,
+    },
+    /// There is no mapping of this range without a name.
+    #[error("is not mapped at {range} by map_at")]
+    NotMapped {
+        /// Addresses given.
+        range: IovaRange,
     },
     /// The region is not within the memory of which it is a part.
     #[error(
@@ -227,9 +260,10 @@ pub enum QueueProblem {
         /// The kind of driver that the caller expected.
         asked: &'static str,
     },
-    /// No mapping of the session covers an area of a guest's ring, or the area is not aligned.
+    /// The regions of the session do not cover an area of a guest's ring, or the area is not aligned.
     #[error(
-        "has its {area} at I/O virtual address {iova:#x}, which is in no region or not aligned to {align}"
+        "has its {area} at I/O virtual address {iova:#x}, which needs {needed} bytes in regions of the session, aligned to \
+         {align}"
     )]
     Area {
         /// Name of the area in the virtio specification.
@@ -238,6 +272,20 @@ pub enum QueueProblem {
         iova: u64,
         /// Required alignment in bytes.
         align: u64,
+        /// Size of the area in bytes.
+        needed: u64,
+    },
+    /// The queue is with the caller that took it.
+    #[error("is taken: give it back with Session::put_queue")]
+    Taken,
+    /// The queue that was given back is not one of this session, or is here already.
+    #[error("is not the one that was taken from this session")]
+    Foreign,
+    /// The index is not one of the device's.
+    #[error("does not exist: the device has {count} queues, from 0 to {}", count.saturating_sub(1))]
+    Index {
+        /// Number of queues of the device.
+        count: u32,
     },
     /// The driver side of the ring could not be set up or restored.
     #[error("has no usable driver state: {reason}")]

@@ -14,15 +14,19 @@
 //! | [`inprocess`] | devices of this process that can be updated like files: for examples and tests |
 //! | [`update`] | being replaced: ways, strategies, roll-back, timings |
 //! | [`state`] | the format of saved state |
+//! | [`features`], [`types`], [`ops`], [`vq`], [`ring`], [`blk`], [`net`] | from `vdpa-core`: everything of it that a signature here names, and the requests of disks and networks |
+//! | [`eventfd`], [`memfd`], [`mmap`], [`vhost_vdpa`], [`process`] | from `vdpa-sys`, likewise |
+//!
+//! So one line in a Cargo.toml is enough. Features: `vm-memory` for guest memory of that crate, `vmm-sys-util` for its eventfds.
 //!
 //! A program that survives its own replacement:
 //!
 //! ```no_run
 //! use vdpa_client::device::Device;
+//! use vdpa_client::features::Features;
 //! use vdpa_client::state::{Section, Sections};
 //! use vdpa_client::update::{self, Devices, Image, Plan, Via};
-//! use vdpa_core::features::Features;
-//! use vdpa_sys::vhost_vdpa::VhostVdpaFd;
+//! use vdpa_client::vhost_vdpa::VhostVdpaFd;
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let mut devices = match update::restore::<VhostVdpaFd>()? {
@@ -30,7 +34,7 @@
 //!     Some(restored) => restored.devices,
 //!     // A first start.
 //!     None => {
-//!         let device = Device::<VhostVdpaFd>::open("/run/vdpa/dev/vdpa0")?;
+//!         let device = Device::<VhostVdpaFd>::open("/run/vdpad/dev/vhost-vdpa-0")?;
 //!         Devices::one("disk", device.negotiate(Features::of(&[Features::BLK_FLUSH]))?)
 //!     }
 //! };
@@ -55,6 +59,8 @@
 pub mod device;
 pub mod dma;
 pub mod error;
+#[cfg(feature = "vm-memory")]
+mod guest;
 pub mod inprocess;
 pub mod memory;
 pub mod queue;
@@ -66,3 +72,6 @@ pub mod vring;
 pub use device::{Device, DeviceFile};
 pub use error::Error;
 pub use session::Session;
+pub use vdpa_core::{Errno, blk, features, net, ops, ring, types, vq};
+pub use vdpa_sys::uapi::report::UpdateReport;
+pub use vdpa_sys::{eventfd, memfd, mmap, process, vhost_vdpa};

@@ -66,7 +66,35 @@ impl RingLayout {
     }
 }
 
+/// A queue that this program drives, as the session knows it while the queue is here or taken.
+#[derive(Debug)]
+pub(crate) struct Slot {
+    pub(crate) vring: Vring,
+    pub(crate) region: String,
+    pub(crate) layout: RingLayout,
+    /// `None` while it is taken.
+    pub(crate) queue: Option<Queue>,
+}
+
+impl Slot {
+    pub(crate) fn new(queue: Queue) -> Self {
+        let Queue { vring, region, layout, .. } = &queue;
+        Self { vring: vring.clone(), region: region.clone(), layout: *layout, queue: Some(queue) }
+    }
+
+    /// Takes the queue back; returns whether it is the one that was taken.
+    pub(crate) fn put(&mut self, queue: Queue) -> bool {
+        let it_is = self.queue.is_none() && queue.vring.kick.is_same(&self.vring.kick);
+        if it_is {
+            self.queue = Some(queue);
+        }
+        it_is
+    }
+}
+
 /// One virtqueue: a ring in a region, its events, and the requests in flight.
+///
+/// A thread of its own can drive it: [`Session::take_queue`](crate::Session::take_queue).
 ///
 /// Requests are known by a token of the caller's choice, which comes back with the completion.
 #[derive(Debug)]
@@ -254,7 +282,7 @@ fn vring(index: QueueIndex, region: &Region, layout: RingLayout, (kick, call): (
         used: base + layout.used,
         ..VringAddr::default()
     };
-    Vring { index, size: layout.size, addr, kick, call }
+    Vring { index, size: layout.size, addr, kick, call, enabled: true }
 }
 
 pub(crate) fn queue(index: QueueIndex, problem: QueueProblem) -> Error {

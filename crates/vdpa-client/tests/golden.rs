@@ -3,10 +3,12 @@
 #![expect(clippy::unwrap_used, reason = "a test: every failure is a panic")]
 
 use vdpa_client::state::v1::{Driver, InFlight, State};
-use vdpa_client::state::{Section, Sections, StateError, decode, encode, packed, v2};
+use vdpa_client::state::{Section, Sections, StateError, decode, encode, mappings, packed, v2};
 
 const V1: &[u8] = include_bytes!("golden/v1.state");
 const V2: &[u8] = include_bytes!("golden/v2.state");
+/// Version 2 with the sections for mappings without a name and rings that are not enabled.
+const MAPPINGS: &[u8] = include_bytes!("golden/v2-mappings.state");
 /// Version 2 with the sections for packed rings.
 const PACKED: &[u8] = include_bytes!("golden/v2-packed.state");
 
@@ -90,6 +92,7 @@ fn current() -> (v2::Prepared, v2::Switch) {
         descriptors: v2::Descriptors {
             descriptors: vec![v2::Descriptor { name: "listener".to_owned(), fd: 12 }],
         },
+        announced: mappings::Announcement::default(),
     };
     let driver = Driver {
         avail_index: 1,
@@ -100,19 +103,10 @@ fn current() -> (v2::Prepared, v2::Switch) {
             InFlight { token: u64::MAX, descriptors: vec![3, 4], writable: 513 },
         ],
     };
-    let switch = v2::Switch {
-        begun_ns: 1_000,
-        saved_ns: 5_000,
-        prepare_ns: 123_456,
-        save_ns: 1_000,
-        devices: vec![v2::DeviceState {
-            suspend_ns: 3_000,
-            bases: vec![65535, 17],
-            drivers: vec![driver],
-            ..v2::DeviceState::default()
-        }],
-    };
-    (prepared, switch)
+    let (bases, drivers) = (vec![65535, 17], vec![driver]);
+    let disk = v2::DeviceState { suspend_ns: 3_000, bases, drivers, ..v2::DeviceState::default() };
+    let (begun_ns, saved_ns, prepare_ns, save_ns) = (1_000, 5_000, 123_456, 1_000);
+    (prepared, v2::Switch { begun_ns, saved_ns, prepare_ns, save_ns, devices: vec![disk] })
 }
 
 fn written((prepared, switch): (v2::Prepared, v2::Switch)) -> Vec<u8> {
@@ -179,6 +173,51 @@ fn version_2_with_packed_rings() {
     assert!(decode(V2).unwrap().get(packed::ANNOUNCEMENT).is_none(), "split rings are not announced");
 }
 
+/// The same state with mappings of a virtual IOMMU, and a queue of the guest that is not enabled.
+fn current_mappings() -> (v2::Prepared, v2::Switch) {
+    let (mut prepared, mut switch) = current();
+    prepared.announced = mappings::Announcement { mappings: true, disabled: true };
+    let state = &mut switch.devices[0];
+    let mapping = |iova, offset, memory, perm| mappings::Mapping { iova, size: 0x1000, offset, memory, perm };
+    state.mappings = vec![mapping(0x8_0000_0000, 0x5000, 0, 3), mapping(0xffff_ffff_ffff_f000, 0, 1, 1)];
+    state.disabled = vec![0];
+    (prepared, switch)
+}
+
+#[test]
+fn version_2_with_mappings_without_a_name() {
+    if let Some(path) = std::env::var_os("VDPA_WRITE_GOLDEN_MAPPINGS") {
+        std::fs::write(path, written(current_mappings())).unwrap();
+    }
+    assert_eq!(written(current_mappings()), MAPPINGS);
+    let mut sections = decode(MAPPINGS).unwrap();
+    assert_eq!(v2::take(&mut sections).unwrap(), current_mappings());
+    let sections = decode(MAPPINGS).unwrap();
+    for name in [mappings::ANNOUNCEMENT, mappings::MAPPINGS, mappings::DISABLED] {
+        assert!(!sections.get(name).unwrap().optional, "{name}");
+        let mut newer = sections.clone();
+        let mut section = newer.take(name).unwrap();
+        section.version = 2;
+        newer.push(section);
+        let refused = v2::take(&mut newer).unwrap_err().to_string();
+        assert!(refused.contains(&format!("section \"{name}\" has version 2")), "{refused}");
+    }
+    let payload = &sections.get(mappings::MAPPINGS).unwrap().payload;
+    let mut uneven = payload.clone();
+    uneven[7] = 1;
+    let mut record = payload.clone();
+    record[8 + 31] = 1;
+    for damaged in
+        [&payload[1..], &payload[..payload.len() - 1], &[&payload[..], &[0]].concat(), &uneven, &record]
+    {
+        let mut sections = sections.clone();
+        sections.take(mappings::MAPPINGS);
+        sections.push(Section::new(mappings::MAPPINGS, 1, damaged.to_vec()));
+        let refused = v2::take(&mut sections).unwrap_err().to_string();
+        assert!(refused.contains("\"vdpa/mappings\" cannot be read"), "{refused}");
+    }
+}
+
 /// A later version of this library may add sections. This version still reads the state (a downgrade) if the sections that it
 /// does not know are optional, and otherwise refuses the state, naming the section.
 #[test]
@@ -221,7 +260,8 @@ fn what_a_newer_library_adds_is_skipped_if_it_is_optional() {
 fn each_section_of_a_state_is_a_state() {
     let mut seeds = vec![("v1".to_owned(), V1.to_vec()), ("v2".to_owned(), V2.to_vec())];
     seeds.push(("v2-packed".to_owned(), PACKED.to_vec()));
-    for (version, bytes) in [("v1", V1), ("v2", V2), ("v2-packed", PACKED)] {
+    seeds.push(("v2-mappings".to_owned(), MAPPINGS.to_vec()));
+    for (version, bytes) in [("v1", V1), ("v2", V2), ("v2-packed", PACKED), ("v2-mappings", MAPPINGS)] {
         for section in decode(bytes).unwrap().iter() {
             let mut one = Sections::default();
             one.push(section.clone());

@@ -38,11 +38,9 @@ fn compile(program: &Path, unsound: bool) -> (bool, String) {
     let mut rustc = Command::new(std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()));
     rustc.arg(program).args(["--edition=2024", "--emit=metadata", "--error-format=short", "--out-dir"]);
     rustc.arg(out.path()).args(["--check-cfg=cfg(unsound)", "--cap-lints=allow"]);
-    for name in ["vdpa_client", "vdpa_core", "vdpa_sys"] {
-        let (deps, library) = library(name);
-        rustc.arg("-L").arg(format!("dependency={}", deps.display()));
-        rustc.arg("--extern").arg(format!("{name}={}", library.display()));
-    }
+    let (deps, library) = library("vdpa_client");
+    rustc.arg("-L").arg(format!("dependency={}", deps.display()));
+    rustc.arg("--extern").arg(format!("vdpa_client={}", library.display()));
     if unsound {
         rustc.arg("--cfg=unsound");
     }

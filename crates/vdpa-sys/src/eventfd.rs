@@ -1,8 +1,11 @@
 //! Event file descriptors.
-#![expect(unsafe_code, reason = "poll(2) itself, which rustix does not call")]
+#![expect(
+    unsafe_code,
+    reason = "poll(2) itself, which rustix does not call; descriptors of the crate vmm-sys-util"
+)]
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
@@ -196,6 +199,57 @@ impl AsFd for EventFd {
     }
 }
 
+impl AsRawFd for EventFd {
+    fn as_raw_fd(&self) -> RawFd {
+        self.shared.fd.as_raw_fd()
+    }
+}
+
+impl TryFrom<OwnedFd> for EventFd {
+    type Error = NotEventFd;
+
+    /// As [`from_fd`](Self::from_fd).
+    fn try_from(fd: OwnedFd) -> Result<Self, NotEventFd> {
+        Self::from_fd(fd)
+    }
+}
+
+impl TryFrom<EventFd> for OwnedFd {
+    type Error = io::Error;
+
+    /// The descriptor. While clones of the value exist it is a duplicate, and making one can fail (`EMFILE`).
+    fn try_from(event: EventFd) -> io::Result<Self> {
+        match Arc::try_unwrap(event.shared) {
+            Ok(shared) => Ok(shared.fd),
+            Err(shared) => shared.fd.try_clone(),
+        }
+    }
+}
+
+#[cfg(feature = "vmm-sys-util")]
+impl From<vmm_sys_util::eventfd::EventFd> for EventFd {
+    fn from(event: vmm_sys_util::eventfd::EventFd) -> Self {
+        use std::os::fd::{FromRawFd as _, IntoRawFd as _};
+        // SAFETY: `into_raw_fd` gives up a descriptor that the value owned alone, so it has this owner only.
+        let fd = unsafe { OwnedFd::from_raw_fd(event.into_raw_fd()) };
+        let may_block = rustix::fs::fcntl_getfl(&fd).is_ok_and(|flags| !flags.contains(OFlags::NONBLOCK));
+        Self::with(fd, Owner::Trusted { may_block })
+    }
+}
+
+#[cfg(feature = "vmm-sys-util")]
+impl TryFrom<&EventFd> for vmm_sys_util::eventfd::EventFd {
+    type Error = io::Error;
+
+    /// The same counter, by a duplicate of the descriptor, for `register_irqfd` and others that want that type.
+    fn try_from(event: &EventFd) -> io::Result<Self> {
+        use std::os::fd::{FromRawFd as _, IntoRawFd as _};
+        let fd = event.shared.fd.try_clone()?;
+        // SAFETY: the duplicate was made here, and `into_raw_fd` gives it up to the new value.
+        Ok(unsafe { Self::from_raw_fd(fd.into_raw_fd()) })
+    }
+}
+
 impl Event for EventFd {
     fn signal(&self) {
         Self::signal(self);
@@ -265,6 +319,29 @@ mod tests {
             thread.join().unwrap();
         }
         assert_eq!(event.drain(), u64::MAX - 1);
+    }
+
+    #[test]
+    fn it_becomes_a_descriptor_and_one_again() {
+        let event = EventFd::new().unwrap();
+        event.signal();
+        let clone = event.clone();
+        let duplicate = OwnedFd::try_from(event).unwrap();
+        assert_ne!(duplicate.as_raw_fd(), clone.as_raw_fd());
+        let number = clone.as_raw_fd();
+        assert_eq!(OwnedFd::try_from(clone).unwrap().as_raw_fd(), number, "the last one gives its own");
+        assert_eq!(EventFd::try_from(duplicate).unwrap().drain(), 1);
+    }
+
+    #[cfg(feature = "vmm-sys-util")]
+    #[test]
+    fn it_is_exchanged_with_vmm_sys_util() {
+        let theirs = vmm_sys_util::eventfd::EventFd::new(0).unwrap();
+        theirs.write(3).unwrap();
+        let ours = EventFd::from(theirs.try_clone().unwrap());
+        assert_eq!(ours.drain(), 3);
+        ours.signal();
+        assert_eq!(vmm_sys_util::eventfd::EventFd::try_from(&ours).unwrap().read().unwrap(), 1);
     }
 
     #[test]

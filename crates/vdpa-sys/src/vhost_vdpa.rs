@@ -9,7 +9,7 @@
 )]
 
 use std::fs::OpenOptions;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -294,6 +294,19 @@ fn descriptor(event: Option<&EventFd>) -> i32 {
 impl AsFd for VhostVdpaFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+}
+
+impl AsRawFd for VhostVdpaFd {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+}
+
+impl From<OwnedFd> for VhostVdpaFd {
+    /// As [`from_fd`](Self::from_fd).
+    fn from(fd: OwnedFd) -> Self {
+        Self::from_fd(fd)
     }
 }
 

@@ -18,6 +18,7 @@
 //! ```
 
 pub mod config;
+pub mod mappings;
 pub mod packed;
 pub mod v1;
 pub mod v2;

@@ -6,7 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Section, Sections, StateError, config, packed, v1};
+use super::{Section, Sections, StateError, config, mappings, packed, v1};
 
 /// Version of each section below.
 pub const VERSION: u32 = 2;
@@ -271,6 +271,12 @@ pub struct DeviceState {
     /// What the driver has written into the field `writeback`, from the section [`config::WRITTEN`].
     #[serde(skip)]
     pub writeback: Option<u8>,
+    /// Mappings without a name, from the section [`mappings::MAPPINGS`].
+    #[serde(skip)]
+    pub mappings: Vec<mappings::Mapping>,
+    /// Indexes of rings that are not enabled, from the section [`mappings::DISABLED`].
+    #[serde(skip)]
+    pub disabled: Vec<u16>,
 }
 
 /// What is known before any device is stopped.
@@ -284,6 +290,8 @@ pub struct Prepared {
     pub devices: Devices,
     /// See [`Descriptors`].
     pub descriptors: Descriptors,
+    /// What the switch may have; from the section [`mappings::ANNOUNCEMENT`].
+    pub announced: mappings::Announcement,
 }
 
 impl Prepared {
@@ -297,7 +305,8 @@ impl Prepared {
         sections.push_json(MEMORY, VERSION, &self.memory)?;
         sections.push_json(DEVICES, VERSION, &self.devices)?;
         sections.push_json(DESCRIPTORS, VERSION, &self.descriptors)?;
-        packed::announce(&self.devices, sections)
+        packed::announce(&self.devices, sections)?;
+        mappings::announce(&self.announced, sections)
     }
 
     /// Removes its sections from `sections` and decodes them.
@@ -311,6 +320,7 @@ impl Prepared {
             memory: sections.require_json(MEMORY, VERSION)?,
             devices: sections.require_json(DEVICES, VERSION)?,
             descriptors: sections.require_json(DESCRIPTORS, VERSION)?,
+            announced: mappings::take_announcement(sections)?,
         })
     }
 }
@@ -323,6 +333,7 @@ impl Switch {
     pub fn put(&self, sections: &mut Sections) -> Result<(), StateError> {
         sections.push_json(SWITCH, VERSION, self)?;
         packed::put(&self.devices, sections)?;
+        mappings::put(&self.devices, sections)?;
         config::put(&self.devices, sections)
     }
 
@@ -333,6 +344,7 @@ impl Switch {
     pub fn take(sections: &mut Sections) -> Result<Self, StateError> {
         let mut switch: Self = sections.require_json(SWITCH, VERSION)?;
         packed::take(&mut switch.devices, sections)?;
+        mappings::take(&mut switch.devices, sections)?;
         config::take(&mut switch.devices, sections)?;
         Ok(switch)
     }
@@ -398,6 +410,7 @@ fn from_v1(state: v1::State) -> (Prepared, Switch) {
         memory: Memories { memories },
         devices: Devices { devices: vec![device] },
         descriptors: Descriptors::default(),
+        announced: mappings::Announcement::default(),
     };
     let switch = Switch {
         begun_ns,

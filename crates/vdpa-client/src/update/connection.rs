@@ -4,10 +4,12 @@
 //! kernel limits how many one message carries. The two sides usually run different versions of the program, so each header
 //! has the version of the protocol. `docs/saved-state.md` describes the messages.
 
+use std::collections::VecDeque;
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -31,11 +33,24 @@ const FDS_AT_ONCE: usize = 200;
 /// Limit on the descriptors of one message, so that a peer cannot make this process hold any number of them.
 const FDS_MAX: usize = 1 << 16;
 
-/// Cancels a prepare from another thread.
+/// Cancels a side of an update that waits, from another thread.
 ///
-/// Clones share one eventfd. It stays signalled: a plan that is given a used one fails at once.
+/// Clones share one eventfd. It stays signalled: what is given a used one fails at once.
 #[derive(Clone, Debug)]
 pub struct Cancel(Arc<EventFd>);
+
+impl AsFd for Cancel {
+    /// Readable once it is cancelled.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl AsRawFd for Cancel {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
 
 impl Cancel {
     /// A cancellation that has not been used yet.
@@ -46,9 +61,15 @@ impl Cancel {
         Ok(Self(Arc::new(EventFd::new()?)))
     }
 
-    /// Cancels the prepare of every plan that was given this, now and later. Does not block; any thread may call it.
+    /// Cancels everything that was given this, now and later. Does not block; any thread may call it.
     pub fn cancel(&self) {
         self.0.signal();
+    }
+
+    /// Whether it is cancelled.
+    #[must_use]
+    pub fn is_cancelled(&self) -> bool {
+        self.0.wait(Some(Duration::ZERO))
     }
 }
 
@@ -184,7 +205,49 @@ const BUSY_POLL: Duration = Duration::from_micros(300);
 
 /// One end of the connection between predecessor and successor.
 #[derive(Debug)]
-pub(super) struct Connection(OwnedFd);
+pub(super) struct Connection {
+    socket: OwnedFd,
+    partial: Mutex<Partial>,
+}
+
+/// The part of a message that has arrived.
+#[derive(Debug, Default)]
+struct Partial {
+    header: [u8; HEADER],
+    /// Bytes of the header that are there.
+    have: usize,
+    /// Kind and length, once the header is complete.
+    head: Option<(Kind, u64)>,
+    payload: Vec<u8>,
+    /// Bytes of the payload that are there.
+    filled: usize,
+    ancillary: Ancillary,
+    /// Whether the peer has announced that a message comes soon.
+    announced: bool,
+}
+
+/// A message that is being sent.
+#[derive(Debug)]
+pub(super) struct Outgoing {
+    /// Bytes, and the descriptors that go with the first of them.
+    parts: VecDeque<(Vec<u8>, Range<usize>)>,
+    /// Bytes of the first part that are sent.
+    sent: usize,
+}
+
+impl Outgoing {
+    pub(super) fn new(kind: Kind, payload: &[u8], fds: usize) -> Self {
+        let pieces = (0..fds).step_by(FDS_AT_ONCE).map(|at| at..fds.min(at + FDS_AT_ONCE));
+        let mut parts: VecDeque<_> =
+            pieces.map(|piece| (header(Kind::Descriptors, 0).to_vec(), piece)).collect();
+        parts.push_back(([&header(kind, payload.len() as u64), payload].concat(), 0..0));
+        Self { parts, sent: 0 }
+    }
+
+    pub(super) fn is_sent(&self) -> bool {
+        self.parts.is_empty()
+    }
+}
 
 /// The process that made the connection, from the kernel (`SO_PEERCRED`).
 #[derive(Clone, Copy, Debug)]
@@ -201,12 +264,12 @@ impl Connection {
         }
         // The kernel adds the sender to each message if either end has set this option.
         set_socket_passcred(&socket, true).map_err(system("ask for the sender of messages"))?;
-        Ok(Self(socket))
+        Ok(Self { socket, partial: Mutex::default() })
     }
 
     /// The peer, if its user may take part: root, the user of this process, or `allowed`.
     pub(super) fn peer(&self, allowed: Option<u32>) -> Result<Peer, ConnectionError> {
-        let credentials = socket_peercred(&self.0).map_err(system("ask who is at the other end"))?;
+        let credentials = socket_peercred(&self.socket).map_err(system("ask who is at the other end"))?;
         let uid = credentials.uid.as_raw();
         let own = rustix::process::geteuid().as_raw();
         if !may_take_part(uid, own, allowed) {
@@ -222,33 +285,37 @@ impl Connection {
         fds: &[BorrowedFd<'_>],
         wait: Wait<'_>,
     ) -> Result<(), ConnectionError> {
-        for some in fds.chunks(FDS_AT_ONCE) {
-            self.send_bytes(&header(Kind::Descriptors, 0), some, wait)?;
+        let mut message = Outgoing::new(kind, payload, fds.len());
+        while !self.try_send(&mut message, fds)? {
+            self.wait(PollFlags::OUT, wait)?;
         }
-        let mut bytes = header(kind, payload.len() as u64).to_vec();
-        bytes.extend_from_slice(payload);
-        self.send_bytes(&bytes, &[], wait)
+        Ok(())
     }
 
-    fn send_bytes(
+    /// Sends as much of a message as is possible without waiting; returns whether that was all. `fds` are its descriptors, the
+    /// same in each call.
+    pub(super) fn try_send(
         &self,
-        mut bytes: &[u8],
-        mut fds: &[BorrowedFd<'_>],
-        wait: Wait<'_>,
-    ) -> Result<(), ConnectionError> {
-        while !bytes.is_empty() {
+        message: &mut Outgoing,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<bool, ConnectionError> {
+        while let Some((bytes, range)) = message.parts.front() {
+            let rest = bytes.get(message.sent..).unwrap_or_default();
+            if rest.is_empty() {
+                message.parts.pop_front();
+                message.sent = 0;
+                continue;
+            }
+            let fds = if message.sent == 0 { fds.get(range.clone()).unwrap_or_default() } else { &[] };
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_AT_ONCE))];
             let mut control = SendAncillaryBuffer::new(&mut space);
             if !fds.is_empty() {
                 control.push(SendAncillaryMessage::ScmRights(fds));
             }
             let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-            match sendmsg(&self.0, &[IoSlice::new(bytes)], &mut control, flags) {
-                Ok(sent) => {
-                    bytes = bytes.get(sent..).unwrap_or_default();
-                    fds = &[];
-                }
-                Err(rustix::io::Errno::AGAIN) => self.wait(PollFlags::OUT, wait)?,
+            match sendmsg(&self.socket, &[IoSlice::new(rest)], &mut control, flags) {
+                Ok(sent) => message.sent += sent,
+                Err(rustix::io::Errno::AGAIN) => return Ok(false),
                 Err(rustix::io::Errno::INTR) => {}
                 Err(rustix::io::Errno::PIPE | rustix::io::Errno::CONNRESET) => {
                     return Err(ConnectionError::Closed);
@@ -256,91 +323,117 @@ impl Connection {
                 Err(e) => return Err(system("send to the other side")(e)),
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Wakes a peer that waits in [`receive`](Self::receive), so that it busy-polls when the next message comes. Does not
     /// block. An optimization only: errors are ignored.
     pub(super) fn announce(&self) {
-        let _ = self.send_bytes(
-            &header(Kind::Descriptors, 0),
+        let _ = self.try_send(
+            &mut Outgoing { parts: VecDeque::from([(header(Kind::Descriptors, 0).to_vec(), 0..0)]), sent: 0 },
             &[],
-            Wait { until: Some(Instant::now()), ..Wait::default() },
         );
     }
 
-    pub(super) fn receive(&self, mut wait: Wait<'_>) -> Result<Message, ConnectionError> {
-        let mut ancillary = Ancillary::default();
+    pub(super) fn receive(&self, wait: Wait<'_>) -> Result<Message, ConnectionError> {
         loop {
-            let mut bytes = [0; HEADER];
-            self.receive_bytes(&mut bytes, &mut ancillary, wait)?;
-            let (kind, len) = parse(&bytes)?;
-            if ancillary.fds.len() > FDS_MAX {
-                return Err(ConnectionError::Protocol { what: format!("more than {FDS_MAX} descriptors") });
+            if let Some(message) = self.receive_soon(wait.busy_poll)? {
+                return Ok(message);
             }
-            if kind == Kind::Descriptors {
-                wait.busy_poll = true;
-                continue;
-            }
-            let mut payload = Vec::new();
-            // In pieces of 1 MiB, so that a false length cannot make this process allocate it all.
-            while (payload.len() as u64) < len {
-                let rest = usize::try_from(len - payload.len() as u64).unwrap_or(usize::MAX);
-                let start = payload.len();
-                payload.resize(start + rest.min(1 << 20), 0);
-                let piece = payload.get_mut(start..).unwrap_or_default();
-                self.receive_bytes(piece, &mut ancillary, wait)?;
-            }
-            let Ancillary { fds, sender } = ancillary;
-            return Ok(Message { kind, payload, fds, sender });
+            self.wait(PollFlags::IN, wait)?;
         }
     }
 
-    fn receive_bytes(
-        &self,
-        mut bytes: &mut [u8],
-        ancillary: &mut Ancillary,
-        wait: Wait<'_>,
-    ) -> Result<(), ConnectionError> {
-        let mut poll_until = wait.busy_poll.then(|| Instant::now() + BUSY_POLL);
-        while !bytes.is_empty() {
-            let mut space =
-                [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_AT_ONCE), ScmCredentials(1))];
-            let mut control = RecvAncillaryBuffer::new(&mut space);
-            let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
-            let received = match recvmsg(&self.0, &mut [IoSliceMut::new(bytes)], &mut control, flags) {
-                Ok(received) => received,
-                Err(rustix::io::Errno::AGAIN) if poll_until.is_some_and(|until| Instant::now() < until) => {
-                    rustix::thread::sched_yield();
+    /// The next message if it is there, or comes while this busy-polls: for [`BUSY_POLL`], when `busy_poll` or when the peer has
+    /// announced it. What has arrived of a message is kept.
+    pub(super) fn receive_soon(&self, busy_poll: bool) -> Result<Option<Message>, ConnectionError> {
+        let mut partial = self.partial.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut until = busy_poll.then(|| Instant::now() + BUSY_POLL);
+        loop {
+            if let Some(message) = self.try_receive(&mut partial)? {
+                return Ok(Some(message));
+            }
+            if std::mem::take(&mut partial.announced) {
+                until = Some(Instant::now() + BUSY_POLL);
+            }
+            if until.is_none_or(|until| Instant::now() >= until) {
+                return Ok(None);
+            }
+            rustix::thread::sched_yield();
+        }
+    }
+
+    fn try_receive(&self, partial: &mut Partial) -> Result<Option<Message>, ConnectionError> {
+        loop {
+            let Partial { header, have, head, payload, filled, ancillary, announced } = &mut *partial;
+            let Some((kind, len)) = *head else {
+                let rest = header.get_mut(*have..).unwrap_or_default();
+                if !rest.is_empty() {
+                    let Some(count) = self.read(rest, ancillary)? else { return Ok(None) };
+                    *have += count;
                     continue;
                 }
-                Err(rustix::io::Errno::AGAIN) => {
-                    poll_until = None;
-                    self.wait(PollFlags::IN, wait)?;
-                    continue;
+                let (kind, len) = parse(header)?;
+                *have = 0;
+                if ancillary.fds.len() > FDS_MAX {
+                    return Err(ConnectionError::Protocol {
+                        what: format!("more than {FDS_MAX} descriptors"),
+                    });
                 }
-                Err(rustix::io::Errno::INTR) => continue,
+                if kind == Kind::Descriptors {
+                    *announced = true;
+                } else {
+                    *head = Some((kind, len));
+                }
+                continue;
+            };
+            if (*filled as u64) < len {
+                if *filled == payload.len() {
+                    // In pieces of 1 MiB, so that a false length cannot make this process allocate it all.
+                    let rest = usize::try_from(len - *filled as u64).unwrap_or(usize::MAX);
+                    payload.resize(*filled + rest.min(1 << 20), 0);
+                }
+                let piece = payload.get_mut(*filled..).unwrap_or_default();
+                let Some(count) = self.read(piece, ancillary)? else { return Ok(None) };
+                *filled += count;
+                continue;
+            }
+            let Partial { payload, ancillary: Ancillary { fds, sender }, .. } = std::mem::take(partial);
+            return Ok(Some(Message { kind, payload, fds, sender }));
+        }
+    }
+
+    /// Reads some bytes; `None` when there are none yet.
+    fn read(&self, bytes: &mut [u8], ancillary: &mut Ancillary) -> Result<Option<usize>, ConnectionError> {
+        let mut space =
+            [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_AT_ONCE), ScmCredentials(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+        let received = loop {
+            match recvmsg(&self.socket, &mut [IoSliceMut::new(bytes)], &mut control, flags) {
+                Ok(received) => break received,
+                Err(rustix::io::Errno::AGAIN) => return Ok(None),
+                Err(rustix::io::Errno::INTR) => {}
                 Err(rustix::io::Errno::CONNRESET) => return Err(ConnectionError::Closed),
                 Err(e) => return Err(system("receive from the other side")(e)),
-            };
-            for message in control.drain() {
-                match message {
-                    RecvAncillaryMessage::ScmRights(some) => ancillary.fds.extend(some),
-                    RecvAncillaryMessage::ScmCredentials(sender) => {
-                        ancillary.sender = Some(sender.pid.as_raw_nonzero().get());
-                    }
-                    _ => {}
+            }
+        };
+        for message in control.drain() {
+            match message {
+                RecvAncillaryMessage::ScmRights(some) => ancillary.fds.extend(some),
+                RecvAncillaryMessage::ScmCredentials(sender) => {
+                    ancillary.sender = Some(sender.pid.as_raw_nonzero().get());
                 }
+                _ => {}
             }
-            if received.flags.contains(ReturnFlags::CTRUNC) {
-                return Err(ConnectionError::Descriptors);
-            }
-            if received.bytes == 0 {
-                return Err(ConnectionError::Closed);
-            }
-            bytes = bytes.get_mut(received.bytes..).unwrap_or_default();
         }
-        Ok(())
+        if received.flags.contains(ReturnFlags::CTRUNC) {
+            return Err(ConnectionError::Descriptors);
+        }
+        if received.bytes == 0 {
+            return Err(ConnectionError::Closed);
+        }
+        Ok(Some(received.bytes))
     }
 
     fn wait(&self, flags: PollFlags, wait: Wait<'_>) -> Result<(), ConnectionError> {
@@ -350,7 +443,7 @@ impl Connection {
                 return Err(ConnectionError::TimedOut);
             }
             let timeout = left.and_then(|left| Timespec::try_from(left).ok());
-            let mut fds = vec![PollFd::new(&self.0, flags)];
+            let mut fds = vec![PollFd::new(&self.socket, flags)];
             if let Some(cancel) = wait.cancel {
                 fds.push(PollFd::new(&*cancel.0, PollFlags::IN));
             }
@@ -379,7 +472,7 @@ impl Connection {
 
 impl AsFd for Connection {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.socket.as_fd()
     }
 }
 

@@ -11,31 +11,28 @@ use vdpa_sys::memfd;
 use vdpa_sys::mm_reaper::MmReaper;
 
 use super::checkpoint::{Checkpoint, checkpoint};
-use super::stopped::StoppedDevice;
-use super::{Cause, Image, PID_VARIABLE, Phase, Plan, STATE_VARIABLE, UpdateError, reaper, steps};
+use super::stop::Stopped;
+use super::{Cause, Image, PID_VARIABLE, Phase, STATE_VARIABLE, UpdateError, reaper, save, steps};
 use crate::device::DeviceFile;
-use crate::state::{self, Sections, v2};
+use crate::state::{self, Sections};
 
 /// Everything that an exec needs, when the devices are stopped.
 pub(super) struct ExecSwitch<'a> {
     pub(super) image: &'a Image,
-    pub(super) plan: &'a Plan,
     /// Frees the page tables of this image after the exec. If there is none, the exec frees them.
     pub(super) reaper: Option<&'a MmReaper>,
     pub(super) sections: Sections,
-    pub(super) late: Sections,
-    pub(super) switch: v2::Switch,
     pub(super) until: Option<Instant>,
 }
 
 impl ExecSwitch<'_> {
     /// Writes the state and execs. Returns only on failure, with the reason; close-on-exec flags are restored then.
-    pub(super) fn run<D: DeviceFile>(self, stopped: &[StoppedDevice<D>]) -> UpdateError {
+    pub(super) fn run<D: DeviceFile>(self, stopped: &Stopped<D>) -> UpdateError {
         let at = |phase| move |source| UpdateError { phase, device: None, source };
-        let Self { image, plan, reaper: mm_reaper, mut sections, late, switch, until } = self;
-        sections.append(late);
+        let Self { image, reaper: mm_reaper, mut sections, until } = self;
+        let plan = &stopped.described.plan;
         let mut write = || -> Result<_, Cause> {
-            switch.put(&mut sections)?;
+            stopped.put_switch(&mut sections)?;
             memfd::sealed(c"vdpa-live-state", &state::encode(&sections)?)
                 .map_err(|source| Cause::System { action: "write the state", source })
         };
@@ -45,9 +42,12 @@ impl ExecSwitch<'_> {
         };
         let exec = || -> Result<std::convert::Infallible, Cause> {
             let mut open = Open::default();
-            for device in stopped {
+            for device in &stopped.devices {
                 device.ops.iter().try_for_each(|ops| open.inherit(ops.fd()))?;
                 let regions = device.setup.regions.list().iter().filter_map(|r| r.object());
+                let nameless = save::nameless_memories(&device.setup);
+                let regions =
+                    regions.chain(nameless.filter_map(|(memory, _)| memory.object().map(|(fd, _)| fd)));
                 let events = device.setup.vrings().flat_map(|v| [v.kick.as_fd(), v.call.as_fd()]);
                 regions.chain(events).try_for_each(|fd| open.inherit(fd))?;
             }

@@ -1,27 +1,28 @@
-//! The successor's side of an update.
+//! Updates that come to this process by exec, fork or hand-over.
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::fs::{SealFlags, fcntl_get_seals, fstat};
 use vdpa_sys::clock::monotonic_ns;
 use vdpa_sys::{inherit, memfd};
 
 use super::checkpoint::{Checkpoint, checkpoint};
-use super::connection::Kind;
-use super::load::{DescriptorSource, LoadedDevice, LoadedState, load};
+use super::connection::{Kind, Message};
+use super::load::DescriptorSource;
+use super::loaded::at_load;
 use super::predecessor::Predecessor;
-use super::takeover::TakeOver;
+use super::waiter::Waiter;
 use super::{
-    Cause, Devices, PID_VARIABLE, Phase, Report, SOCKET_VARIABLE, STATE_VARIABLE, StateFileError, Strategy,
-    UpdateError, Way, reaper, steps,
+    Cancel, Cause, Loaded, PID_VARIABLE, Phase, Restored, SOCKET_VARIABLE, STATE_VARIABLE, StateFileError,
+    Strategy, TakingOver, UpdateError, reaper, steps,
 };
 use crate::device::DeviceFile;
 use crate::memory::Memory;
-use crate::session::Session;
 use crate::state::{self, Section, Sections, v2};
 
 /// An update that a predecessor offers. The devices still belong to the predecessor, and their memory is not mapped yet.
@@ -31,62 +32,11 @@ use crate::state::{self, Section, Sections, v2};
 /// predecessor keeps its devices.
 #[derive(Debug)]
 pub struct Incoming<D> {
-    update: v2::Update,
-    all: LoadedState<D>,
-    sections: Sections,
-    origin: Origin,
-    entered: u64,
-}
-
-/// Where the rest of the state comes from.
-#[derive(Debug)]
-enum Origin {
-    /// The previous image of this process.
-    Image(v2::Switch),
-    /// The predecessor, which is another process.
-    Process(Predecessor),
-}
-
-/// Devices that were taken over.
-#[derive(Debug)]
-pub struct Restored<D> {
-    /// The devices with their requests in flight, under the names that the predecessor gave them.
-    pub devices: Devices<D>,
-    /// The caller's sections that were not taken before, and the late ones. Call [`Sections::ensure_consumed`] when all
-    /// that are known are taken.
-    pub sections: Sections,
-    /// The caller's descriptors, by name.
-    pub descriptors: BTreeMap<String, OwnedFd>,
-    /// The times of the update, from the beginning of the switch in the predecessor.
-    pub report: Report,
-}
-
-impl<D: DeviceFile> Restored<D> {
-    /// Calls [`Report::report_to_server`] for every device in [`devices`](Self::devices). One request for each device;
-    /// errors are ignored.
-    pub fn report_to_server(&self) {
-        for (name, session) in &self.devices {
-            // The report is for operators only, and a kernel device does not know the request.
-            let _ = self.report.report_to_server(name, session);
-        }
-    }
-}
-
-impl<D> Restored<D> {
-    /// The device, its sections and its report, for programs that have exactly one device.
-    ///
-    /// # Errors
-    /// `self` unchanged, when there is not exactly one device.
-    pub fn into_one(self) -> Result<(Session<D>, Sections, Report), Box<Self>> {
-        if self.devices.len() != 1 {
-            return Err(Box::new(self));
-        }
-        let Self { devices, sections, descriptors, report } = self;
-        match devices.into_iter().next() {
-            Some((_, session)) => Ok((session, sections, report)),
-            None => Err(Box::new(Self { devices: Devices::new(), sections, descriptors, report })),
-        }
-    }
+    loaded: Loaded<D>,
+    /// The predecessor, if it is another process and not the previous image of this one.
+    predecessor: Option<Predecessor>,
+    time_out: Option<Duration>,
+    cancel: Option<Cancel>,
 }
 
 /// The update that started this program by exec or fork, if one did.
@@ -161,13 +111,13 @@ fn read_state(number: i32, file: &OwnedFd) -> Result<Vec<u8>, StateFileError> {
 }
 
 impl<D: DeviceFile> Incoming<D> {
-    /// Waits for the offer of the predecessor at the other end of `socket`, and maps all memory. Blocks, without a limit,
-    /// until the predecessor prepares an update by [`Via::HandOver`](super::Via::HandOver) or closes the connection.
+    /// Waits for the offer of the predecessor at the other end of `socket`. Blocks, without a limit, until the predecessor prepares
+    /// an update by [`Via::HandOver`](super::Via::HandOver) or closes the connection. [`Receiving`] has a limit, and does not block.
     ///
     /// # Errors
     /// [`UpdateError`]; the predecessor receives the reason and keeps its devices.
     pub fn receive(socket: UnixStream) -> Result<Self, UpdateError> {
-        Self::receive_from(socket, None)
+        Receiving::new(socket)?.receive()
     }
 
     /// As [`receive`](Self::receive), but also accepts a predecessor that runs as the user `allowed`, besides root and the
@@ -176,25 +126,25 @@ impl<D: DeviceFile> Incoming<D> {
     /// # Errors
     /// As [`receive`](Self::receive); [`ConnectionError::ForbiddenUser`](super::ConnectionError::ForbiddenUser).
     pub fn receive_from(socket: UnixStream, allowed: Option<u32>) -> Result<Self, UpdateError> {
-        let at = |phase| move |source| UpdateError { phase, device: None, source };
-        let mut predecessor = Predecessor::new(socket, allowed).map_err(at(Phase::Prepare))?;
-        let offer = predecessor.receive(Kind::Offer).map_err(at(Phase::Prepare))?;
+        Receiving::from_user(socket, allowed, None, None)?.receive()
+    }
+
+    fn from_offer(mut predecessor: Predecessor, offer: Message) -> Result<Self, UpdateError> {
         let entered = monotonic_ns();
         checkpoint(Checkpoint::Received);
         let fds = offer.fds.into_iter().map(Some).collect();
-        let loaded = (|| {
-            let mut sections = state::decode(&offer.payload).map_err(|e| at(Phase::Load)(e.into()))?;
-            let known = v2::Prepared::take(&mut sections).map_err(|e| at(Phase::Load)(e.into()))?;
-            sections.end_of_own().map_err(|e| at(Phase::Load)(e.into()))?;
-            let update = known.update.clone();
-            Ok((update, load(known, DescriptorSource::Received(fds), &v2::Files::default())?, sections))
-        })();
+        let read = || -> Result<_, Cause> {
+            let mut sections = state::decode(&offer.payload)?;
+            let known = v2::Prepared::take(&mut sections)?;
+            sections.end_of_own()?;
+            Ok((known, sections))
+        };
+        let loaded = read().map_err(at_load).and_then(|(known, sections)| {
+            let source = DescriptorSource::Received(fds);
+            Loaded::new(known, None, sections, source, &v2::Files::default(), entered)
+        });
         match loaded {
-            Ok((update, all, sections)) => {
-                checkpoint(Checkpoint::Loaded);
-                let origin = Origin::Process(predecessor);
-                Ok(Self { update, all, sections, origin, entered })
-            }
+            Ok(loaded) => Ok(Self { loaded, predecessor: Some(predecessor), time_out: None, cancel: None }),
             Err(error) => {
                 predecessor.reject(Kind::Refused, &error);
                 Err(error)
@@ -205,15 +155,53 @@ impl<D: DeviceFile> Incoming<D> {
     /// The update that the previous image of this process left in `sections`. `entered` is the time at which this image
     /// entered [`incoming`], on `CLOCK_MONOTONIC` in ns.
     fn from_image(mut sections: Sections, entered: u64) -> Result<Self, UpdateError> {
-        let general = |source: Cause| UpdateError { phase: Phase::Load, device: None, source };
         checkpoint(Checkpoint::Received);
-        let files = v2::Files::take(&mut sections).map_err(|e| general(e.into()))?;
-        let (known, switch) = v2::take(&mut sections).map_err(|e| general(e.into()))?;
-        check_process(&known.update).map_err(general)?;
-        let update = known.update.clone();
-        let all = load(known, DescriptorSource::Inherited, &files)?;
-        checkpoint(Checkpoint::Loaded);
-        Ok(Self { update, all, sections, origin: Origin::Image(switch), entered })
+        let files = v2::Files::take(&mut sections).map_err(|e| at_load(e.into()))?;
+        let (known, switch) = v2::take(&mut sections).map_err(|e| at_load(e.into()))?;
+        check_process(&known.update).map_err(at_load)?;
+        let source = DescriptorSource::Inherited;
+        let loaded = Loaded::new(known, Some(switch), sections, source, &files, entered)?;
+        Ok(Self { loaded, predecessor: None, time_out: None, cancel: None })
+    }
+
+    /// Takes the devices over. After an exec this is short. In a fork or hand-over it reports that this process is ready and
+    /// then blocks until the predecessor switches: without a limit unless there is a [`time_out`](Self::time_out).
+    ///
+    /// # Errors
+    /// [`UpdateError`]. In a fork or hand-over the predecessor keeps the devices; [`Cause::Aborted`] if it ended the update.
+    /// After an exec the devices are closed.
+    pub fn take_over(self) -> Result<Restored<D>, UpdateError> {
+        if self.predecessor.is_none() {
+            let restored = self.loaded.take_over()?;
+            reaper::collect();
+            return Ok(restored);
+        }
+        let mut taking = self.begin_take_over()?;
+        loop {
+            if let Some(restored) = taking.step()? {
+                return Ok(restored);
+            }
+            taking.wait()?;
+        }
+    }
+
+    /// As [`take_over`](Self::take_over), for a program with an event loop: maps the memory, reports that this process is ready,
+    /// and does not wait.
+    ///
+    /// # Errors
+    /// [`UpdateError`]; the predecessor keeps the devices. [`Cause::Refused`] after an exec, which has nothing to wait for.
+    pub fn begin_take_over(self) -> Result<TakingOver<D>, UpdateError> {
+        let Self { loaded, predecessor, time_out, cancel } = self;
+        let nobody = || Cause::Refused { reason: "after an exec there is nobody to wait for".to_owned() };
+        let mut predecessor = predecessor.ok_or_else(nobody).map_err(at_load)?;
+        match predecessor.waiter(time_out, cancel) {
+            Ok(waiter) => TakingOver::new(loaded, predecessor, waiter),
+            Err(e) => {
+                let error = at_load(e.into());
+                predecessor.reject(Kind::Refused, &error);
+                Err(error)
+            }
+        }
     }
 }
 
@@ -227,42 +215,59 @@ fn check_process(update: &v2::Update) -> Result<(), Cause> {
 }
 
 impl<D> Incoming<D> {
+    /// Limits how long [`take_over`](Self::take_over) waits for the predecessor. When the time is over, the update is refused.
+    #[must_use]
+    pub fn time_out(self, time_out: Duration) -> Self {
+        Self { time_out: Some(time_out), ..self }
+    }
+
+    /// Lets another thread cancel the wait of [`take_over`](Self::take_over).
+    #[must_use]
+    pub fn cancel(self, cancel: &Cancel) -> Self {
+        Self { cancel: Some(cancel.clone()), ..self }
+    }
+
     /// Process id of the predecessor; the same process after an exec.
     #[must_use]
     pub const fn predecessor(&self) -> i32 {
-        self.update.predecessor
+        self.loaded.predecessor()
     }
 
     /// The caller's sections that have arrived: those known before the switch, and after an exec also the late ones.
     pub const fn sections(&mut self) -> &mut Sections {
-        &mut self.sections
+        self.loaded.sections()
     }
 
     /// The sections announced by [`Plan::late_section`](super::Plan::late_section), with empty payloads.
     #[must_use]
     pub fn late(&self) -> Vec<Section> {
-        let section = |late: &v2::Late| {
-            let section = Section::new(&late.name, late.version, Vec::new());
-            if late.optional { section.optional() } else { section }
-        };
-        self.update.late.iter().map(section).collect()
+        self.loaded.late()
     }
 
     /// The caller's descriptors, by name. One that is removed here can be used before the devices are taken over, and is
     /// missing from [`Restored::descriptors`].
     pub const fn descriptors(&mut self) -> &mut BTreeMap<String, OwnedFd> {
-        &mut self.all.descriptors
+        self.loaded.descriptors()
     }
 
     /// The memory of all devices. It is not mapped yet: a program that maps memory itself [brings](Memory::bring) its mappings
     /// before [`take_over`](Self::take_over), which maps the rest.
     pub fn memories(&self) -> impl Iterator<Item = &Arc<Memory>> {
-        self.all.memories.iter()
+        self.loaded.memories()
     }
 
     /// Names and strategies of the devices.
     pub fn devices(&self) -> impl Iterator<Item = (&str, Strategy)> {
-        self.all.devices.iter().map(|d| (d.name.as_str(), d.strategy))
+        self.loaded.devices()
+    }
+
+    /// The guest memory of a device; see [`Loaded::guest_memory`].
+    ///
+    /// # Errors
+    /// As [`Loaded::guest_memory`].
+    #[cfg(feature = "vm-memory")]
+    pub fn guest_memory(&self, device: &str) -> Result<vm_memory::GuestMemoryMmap, UpdateError> {
+        self.loaded.guest_memory(device)
     }
 
     /// Checks that this program understands every section that is not optional. `known` has the names and the versions that
@@ -271,22 +276,10 @@ impl<D> Incoming<D> {
     /// # Errors
     /// [`UpdateError`] with the name of the section; the predecessor receives it and keeps its devices.
     pub fn understands(self, known: &[(&str, RangeInclusive<u32>)]) -> Result<Self, UpdateError> {
-        let present: Vec<Section> = self.sections.iter().cloned().chain(self.late()).collect();
-        for section in present {
-            let supported = known.iter().find(|(name, _)| *name == section.name);
-            let error = match supported {
-                Some((_, versions)) if versions.contains(&section.version) => continue,
-                _ if section.optional => continue,
-                Some((_, versions)) => state::StateError::SectionVersion {
-                    name: section.name,
-                    found: section.version,
-                    supported: *versions.end(),
-                },
-                None => state::StateError::Unknown { name: section.name, version: section.version },
-            };
-            return Err(self.refuse_with(error.into()));
+        match self.loaded.check_sections(known) {
+            Ok(()) => Ok(self),
+            Err(error) => Err(self.refuse_with(error.into())),
         }
-        Ok(self)
     }
 
     /// Refuses the update. The predecessor receives `reason`, and keeps its devices.
@@ -296,103 +289,95 @@ impl<D> Incoming<D> {
     }
 
     fn refuse_with(self, source: Cause) -> UpdateError {
-        let error = UpdateError { phase: Phase::Load, device: None, source };
-        let Self { all, origin, .. } = self;
-        drop(all);
-        if let Origin::Process(mut predecessor) = origin {
+        let error = at_load(source);
+        let Self { loaded, predecessor, .. } = self;
+        drop(loaded);
+        if let Some(mut predecessor) = predecessor {
             predecessor.reject(Kind::Refused, &error);
         }
         error
     }
 }
 
-impl<D: DeviceFile> Incoming<D> {
-    /// Takes the devices over. After an exec this is short. In a fork or hand-over it reports that this process is ready and
-    /// then blocks, without a limit, until the predecessor switches.
+/// A successor that waits for an offer, for a program with an event loop: when [the descriptor](Self::as_fd) is readable,
+/// [`step`](Self::step) goes on.
+///
+/// Dropping it refuses the update.
+#[derive(Debug)]
+pub struct Receiving {
+    /// `None` after the last step.
+    predecessor: Option<Predecessor>,
+    waiter: Waiter,
+}
+
+impl Receiving {
+    /// Waits at `socket`, for any time.
     ///
     /// # Errors
-    /// [`UpdateError`]. In a fork or hand-over the predecessor keeps the devices; [`Cause::Aborted`] if it ended the update.
-    /// After an exec the devices are closed.
-    pub fn take_over(self) -> Result<Restored<D>, UpdateError> {
-        let Self { update, all, mut sections, origin, entered } = self;
-        let LoadedState { memories, devices, descriptors } = all;
-        let mut report = Report::new(Way::Exec);
-        report.predecessor = update.predecessor;
-        report.successor = steps::own_pid();
-        report.begun_unix_ns = update.begun_unix_ns;
-        if let Err(source) = memories.iter().try_for_each(|memory| memory.map_here(false)) {
-            let error = UpdateError { phase: Phase::Load, device: None, source: source.into() };
-            if let Origin::Process(mut predecessor) = origin {
-                predecessor.reject(Kind::Refused, &error);
-            }
-            return Err(error);
-        }
-        let devices = match origin {
-            Origin::Image(switch) => {
-                report.transfer = entered.saturating_sub(switch.saved_ns);
-                let begun_ns = switch.begun_ns;
-                let mut takeover = TakeOver::adopt(devices, switch, entered, &mut report)?;
-                takeover.become_owner(&mut report)?;
-                let devices = takeover.start_rest(&mut report)?;
-                report.total = monotonic_ns().saturating_sub(begun_ns);
-                reaper::collect();
-                devices
-            }
-            Origin::Process(mut predecessor) => {
-                let way = update.way.parse().unwrap_or(Way::HandOver);
-                report.way = way;
-                let taken = take_from_process(&mut predecessor, devices, &mut sections, &mut report);
-                match taken {
-                    Ok(devices) => devices,
-                    Err(mut error) => {
-                        if matches!(error.source, Cause::Aborted) && way == Way::Exec {
-                            error.source = Cause::DryRun;
-                        }
-                        // All descriptors of the devices are closed here, so the predecessor may take them back.
-                        let aborted = matches!(error.source, Cause::Aborted | Cause::DryRun);
-                        predecessor.reject(if aborted { Kind::Aborted } else { Kind::Failed }, &error);
-                        return Err(error);
-                    }
-                }
-            }
+    /// [`UpdateError`] when `socket` is not a Unix stream socket, or its peer runs as another user.
+    pub fn new(socket: UnixStream) -> Result<Self, UpdateError> {
+        Self::from_user(socket, None, None, None)
+    }
+
+    /// As [`new`](Self::new). Also accepts a predecessor that runs as the user `allowed`; waits for `time_out` at most; `cancel` ends
+    /// the wait.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn from_user(
+        socket: UnixStream,
+        allowed: Option<u32>,
+        time_out: Option<Duration>,
+        cancel: Option<&Cancel>,
+    ) -> Result<Self, UpdateError> {
+        let at = |source| UpdateError { phase: Phase::Prepare, device: None, source };
+        let predecessor = Predecessor::new(socket, allowed).map_err(at)?;
+        let waiter = predecessor.waiter(time_out, cancel.cloned()).map_err(|e| at(e.into()))?;
+        Ok(Self { predecessor: Some(predecessor), waiter })
+    }
+
+    /// Returns the update once its offer is there. Does not wait. Not to be called after that.
+    ///
+    /// # Errors
+    /// As [`Incoming::receive`]; [`ConnectionError::TimedOut`](super::ConnectionError::TimedOut) and
+    /// [`ConnectionError::Cancelled`](super::ConnectionError::Cancelled).
+    pub fn step<D: DeviceFile>(&mut self) -> Result<Option<Incoming<D>>, UpdateError> {
+        let at = |source| UpdateError { phase: Phase::Prepare, device: None, source };
+        let over = || at(Cause::Refused { reason: "its last step was made before".to_owned() });
+        let predecessor = self.predecessor.as_mut().ok_or_else(over)?;
+        let Some(offer) = predecessor.receive(Kind::Offer, &self.waiter).map_err(at)? else {
+            return Ok(None);
         };
-        Ok(Restored { devices, sections, descriptors, report })
+        let predecessor = self.predecessor.take().ok_or_else(over)?;
+        Incoming::from_offer(predecessor, offer).map(Some)
+    }
+
+    /// Blocks until the offer is there.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn receive<D: DeviceFile>(mut self) -> Result<Incoming<D>, UpdateError> {
+        loop {
+            if let Some(incoming) = self.step()? {
+                return Ok(incoming);
+            }
+            let wait = self.waiter.wait();
+            wait.map_err(|e| UpdateError { phase: Phase::Prepare, device: None, source: e.into() })?;
+        }
     }
 }
 
-fn take_from_process<D: DeviceFile>(
-    predecessor: &mut Predecessor,
-    devices: Vec<LoadedDevice<D>>,
-    sections: &mut Sections,
-    report: &mut Report,
-) -> Result<Devices<D>, UpdateError> {
-    let at = |phase| move |source| UpdateError { phase, device: None, source };
-    // A dry run takes no device over.
-    if report.way != Way::Exec {
-        devices.iter().for_each(LoadedDevice::announce_to_server);
+impl AsFd for Receiving {
+    /// Readable when a step is worth while.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.waiter.as_fd()
     }
-    predecessor.send(Kind::Ready, b"").map_err(at(Phase::Prepare))?;
-    checkpoint(Checkpoint::ReadySent);
-    let message = predecessor.receive(Kind::Switch).map_err(at(Phase::Prepare))?;
-    let received = monotonic_ns();
-    checkpoint(Checkpoint::SwitchReceived);
-    let mut late = state::decode(&message.payload).map_err(|e| at(Phase::Load)(e.into()))?;
-    let switch = v2::Switch::take(&mut late).map_err(|e| at(Phase::Load)(e.into()))?;
-    sections.append(late);
-    report.transfer = received.saturating_sub(switch.saved_ns);
-    let begun_ns = switch.begun_ns;
-    let mut takeover = TakeOver::adopt(devices, switch, received, report)?;
-    takeover.become_owner(report)?;
-    takeover.start_all_but_reopened(report)?;
-    let taken = monotonic_ns();
-    // The predecessor works without the report: an encoding error is no reason to fail.
-    let encoded = || serde_json::to_vec(report).unwrap_or_default();
-    predecessor.commit(encoded).map_err(at(Phase::Commit))?;
-    report.commit = monotonic_ns().saturating_sub(taken);
-    checkpoint(Checkpoint::CommitReceived);
-    let devices = takeover.start_rest(report)?;
-    report.total = monotonic_ns().saturating_sub(begun_ns);
-    Ok(devices)
+}
+
+impl AsRawFd for Receiving {
+    fn as_raw_fd(&self) -> RawFd {
+        self.as_fd().as_raw_fd()
+    }
 }
 
 #[cfg(test)]

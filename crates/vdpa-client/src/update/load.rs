@@ -6,18 +6,18 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use vdpa_core::features::{BackendFeatures, Features};
-use vdpa_core::types::{IovaRange, Perm, QueueIndex};
+use vdpa_core::types::{IovaRange, Perm, QueueIndex, VringAddr};
 use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::inherit;
 
 use super::{Cause, Phase, Strategy, UpdateError, steps};
 use crate::device::{DeviceFile, set_backend};
-use crate::dma::{Backing, RegionSpec, Regions};
+use crate::dma::{Backing, Nameless, RegionSpec};
 use crate::error::Error;
 use crate::memory::Memory;
-use crate::queue::{Queue, RingLayout, SavedDriver};
+use crate::queue::{Queue, RingLayout, SavedDriver, Slot};
 use crate::session::Setup;
-use crate::state::v2;
+use crate::state::{mappings, v2};
 use crate::vring::{GuestQueue, GuestRing, Vring, check_guest_ring};
 
 /// Where the descriptors of the state come from.
@@ -89,7 +89,7 @@ fn load_all<D: DeviceFile>(
 ) -> Result<LoadedState<D>, UpdateError> {
     let general = |source| UpdateError { phase: Phase::Load, device: None, source };
     check_numbers(&state).map_err(general)?;
-    let v2::Prepared { update: _, memory, devices, descriptors } = state;
+    let v2::Prepared { update: _, memory, devices, descriptors, announced } = state;
     let memories = memory.memories.into_iter().map(|memory| take_memory(memory, source));
     let memories = memories.collect::<Result<Vec<_>, _>>().map_err(general)?;
     let mut loaded: Vec<LoadedDevice<D>> = Vec::with_capacity(devices.devices.len());
@@ -100,7 +100,7 @@ fn load_all<D: DeviceFile>(
             if !names.insert(device.name.clone()) {
                 return Err(invalid("device", "its name is there twice"));
             }
-            LoadedDevice::new(device, &memories, source, files.files.get(at))
+            LoadedDevice::new(device, &memories, source, files.files.get(at), &announced)
         };
         loaded.push(one().map_err(|source| UpdateError {
             phase: Phase::Load,
@@ -152,6 +152,7 @@ impl<D: DeviceFile> LoadedDevice<D> {
         memories: &[Arc<Memory>],
         source: &mut DescriptorSource,
         file: Option<&v2::DeviceFile>,
+        announced: &mappings::Announcement,
     ) -> Result<Self, Cause> {
         let strategy: Strategy = device
             .strategy
@@ -180,8 +181,11 @@ impl<D: DeviceFile> LoadedDevice<D> {
             let v2::GuestQueue { index, size, desc, driver, device, .. } = queue;
             let index = QueueIndex(index);
             let ring = GuestRing { size, desc, driver, device };
-            let addr = check_guest_ring(index, ring, |iova| setup.regions.covers(iova))?;
-            setup.guest_queues.push(GuestQueue(Vring { index, size, addr, kick, call }));
+            // With mappings that only the switch brings, the ring may be in one of them: `adopt` checks it again.
+            let regions = &setup.regions;
+            let covered = |area| announced.mappings || regions.cover(area);
+            let addr = check_guest_ring(index, ring, setup.features, covered)?;
+            setup.guest_queues.push(GuestQueue(Vring { index, size, addr, kick, call, enabled: true }));
         }
         Ok(Self { name: device.name, strategy, ops, setup, rings })
     }
@@ -196,11 +200,27 @@ impl<D: DeviceFile> LoadedDevice<D> {
         }
     }
 
-    /// Restores the driver side of the rings at the positions of the predecessor. Returns the vring bases; empty for a device
-    /// that keeps its own.
-    pub(super) fn adopt(&mut self, state: v2::DeviceState) -> Result<Vec<u32>, Cause> {
-        let v2::DeviceState { suspend_ns: _, bases, drivers, packed_drivers, writeback } = state;
+    /// Restores the driver side of the rings at the positions of the predecessor, and what only the switch has. Returns the
+    /// vring bases; empty for a device that keeps its own.
+    pub(super) fn adopt(
+        &mut self,
+        state: v2::DeviceState,
+        memories: &[Arc<Memory>],
+    ) -> Result<Vec<u32>, Cause> {
+        let v2::DeviceState { suspend_ns: _, bases, drivers, packed_drivers, writeback, .. } = state;
         self.setup.writeback = writeback;
+        for mappings::Mapping { iova, size, offset, memory, perm } in state.mappings {
+            let at = usize::try_from(memory).ok().and_then(|at| memories.get(at));
+            let memory = at.ok_or_else(|| invalid("mapping", format!("there is no memory {memory}")))?;
+            let mapping = Nameless { memory: Arc::clone(memory), offset, size, perm: Perm(perm) };
+            self.setup.regions.push_nameless(iova, mapping, self.setup.iova_range)?;
+        }
+        for GuestQueue(vring) in &self.setup.guest_queues {
+            let VringAddr { desc, avail, used, .. } = vring.addr;
+            let ring = GuestRing { size: vring.size, desc, driver: avail, device: used };
+            let regions = &self.setup.regions;
+            check_guest_ring(vring.index, ring, self.setup.features, |area| regions.cover(area))?;
+        }
         let drivers: Vec<_> = drivers
             .into_iter()
             .map(SavedDriver::Split)
@@ -219,7 +239,10 @@ impl<D: DeviceFile> LoadedDevice<D> {
         }
         for ((queue, kick, call), driver) in self.rings.drain(..).zip(drivers) {
             let adopted = adopt_queue(&self.setup, queue, (kick, call), driver)?;
-            self.setup.queues.push(adopted);
+            self.setup.queues.push(Slot::new(adopted));
+        }
+        for vring in self.setup.vrings_mut() {
+            vring.enabled = !state.disabled.contains(&vring.index.0);
         }
         Ok(bases)
     }
@@ -245,20 +268,11 @@ fn events(
 /// The set-up that was negotiated, without memory and queues.
 fn setup(device: &v2::Device) -> Setup {
     let backend = BackendFeatures(device.backend_features);
-    Setup {
-        path: device.path.as_ref().map(PathBuf::from),
-        device_id: device.device_id,
-        iova_range: IovaRange::ALL,
-        offered: backend,
-        backend,
-        features: Features(device.features),
-        regions: Regions::default(),
-        queues: Vec::new(),
-        guest_queues: Vec::new(),
-        writeback: None,
-        running: device.running,
-        generation: 0,
-    }
+    let path = device.path.as_ref().map(PathBuf::from);
+    let features = Features(device.features);
+    let mut setup = Setup::new(path, device.device_id, IovaRange::ALL, backend, backend, features);
+    setup.running = device.running;
+    setup
 }
 
 /// Makes a device of `fd` and checks that it still offers what was negotiated. For a file that was open before the exec, it

@@ -46,38 +46,54 @@
 
 pub mod checkpoint;
 mod connection;
+mod describe;
 mod devices;
 mod exec;
 mod identity;
 mod incoming;
 mod load;
+mod loaded;
+mod parcel;
 mod plan;
 mod predecessor;
 mod prepared;
+mod preparing;
 mod reaper;
 mod report;
 mod save;
 mod steps;
+mod stop;
 mod stopped;
 mod strategy;
 mod successor;
 mod takeover;
+mod taking;
+mod waiter;
 
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use vdpa_core::Errno;
+use vdpa_core::feature_names::{backend_text, text};
 use vdpa_core::features::{BackendFeatures, Features};
+use vdpa_core::types::QueueIndex;
 
 pub use self::connection::{Cancel, ConnectionError};
+pub use self::describe::Described;
 pub use self::devices::{Devices, Iter};
-pub use self::incoming::{Incoming, Restored, incoming, restore};
-pub use self::plan::{DEADLINE, GRACE, Image, Plan, UnknownWay, Via, Way};
-pub use self::prepared::{Completed, Described, Failed, Prepared};
+pub use self::incoming::{Incoming, Receiving, incoming, restore};
+pub use self::loaded::{Loaded, Restored};
+pub use self::parcel::Parcel;
+pub use self::plan::{DEADLINE, GRACE, Image, PREPARE_TIMEOUT, Plan, UnknownWay, Via, Way};
+pub use self::prepared::{Completed, Failed, Prepared};
+pub use self::preparing::Preparing;
 pub use self::report::{DeviceReport, Report};
+pub use self::stop::{Stopped, Successor};
 pub use self::strategy::{Strategy, UnknownStrategy, Unsupported};
+pub use self::taking::TakingOver;
 use crate::error::{Error as SessionError, MemoryProblem};
 use crate::state::StateError;
 
@@ -202,6 +218,39 @@ pub enum Cause {
         /// How the session differs.
         problem: &'static str,
     },
+    /// A queue is with the caller that took it.
+    #[error("queue {index} is taken: give it back with Session::put_queue before the switch")]
+    QueueTaken {
+        /// Index of the queue.
+        index: QueueIndex,
+    },
+    /// The caller has suspended the device, and the strategy would start it.
+    #[error("the device is suspended, and strategy {strategy} would start it: resume it before, or use live")]
+    Suspended {
+        /// Strategy of the device.
+        strategy: Strategy,
+    },
+    /// The successor was not ready in time.
+    #[error(
+        "the successor (process {pid}) was not ready within {after:?} (Plan::prepare_timeout){}",
+        if *.child { "; does its main call update::incoming()?" } else { "" }
+    )]
+    NotReady {
+        /// Process id of the successor.
+        pid: i32,
+        /// The time that it had.
+        after: Duration,
+        /// Whether it was started by this process.
+        child: bool,
+    },
+    /// The program that was started has ended before it was ready.
+    #[error("the successor (process {pid}) has ended before it was ready: {status}")]
+    SuccessorEnded {
+        /// Process id of the successor.
+        pid: i32,
+        /// How it has ended, as `exit status: 1` or `signal: 9 (SIGKILL)`.
+        status: String,
+    },
     /// The deadline of the switch passed before the successor could begin.
     #[error("the deadline of the switch was over before the successor could begin")]
     Deadline,
@@ -301,7 +350,7 @@ pub enum Cause {
         reason: String,
     },
     /// The device does not offer a feature that the previous image had negotiated.
-    #[error("the device offers features {present}, but the saved session uses {saved}")]
+    #[error("the device offers features {}, but the saved session uses {}", text(*.present, 0), text(*.saved, 0))]
     Features {
         /// Features that the previous image had negotiated.
         saved: Features,
@@ -309,7 +358,7 @@ pub enum Cause {
         present: Features,
     },
     /// The device does not offer a backend feature that the previous image had acknowledged.
-    #[error("the device offers backend features {present}, but the saved session uses {saved}")]
+    #[error("the device offers backend features {}, but the saved session uses {}", backend_text(*.present), backend_text(*.saved))]
     BackendFeatures {
         /// Backend features that the previous image had acknowledged.
         saved: BackendFeatures,

@@ -22,6 +22,9 @@ use crate::state::{Section, Sections, v2};
 /// Default of [`Plan::deadline`].
 pub const DEADLINE: Duration = Duration::from_secs(30);
 
+/// Default of [`Plan::prepare_timeout`].
+pub const PREPARE_TIMEOUT: Duration = Duration::from_secs(30);
+
 /// Default of [`Plan::grace`].
 pub const GRACE: Duration = Duration::from_secs(2);
 
@@ -207,6 +210,7 @@ pub struct Plan {
     pub(super) broken: Option<(String, Errno)>,
     pub(super) deadline: Option<Duration>,
     pub(super) grace: Duration,
+    pub(super) prepare_timeout: Option<Duration>,
     pub(super) cancel: Option<Cancel>,
     pub(super) allowed_uid: Option<u32>,
     pub(super) dry_run: bool,
@@ -231,6 +235,7 @@ impl Plan {
             broken: None,
             deadline: Some(DEADLINE),
             grace: GRACE,
+            prepare_timeout: Some(PREPARE_TIMEOUT),
             cancel: None,
             allowed_uid: None,
             dry_run: false,
@@ -297,6 +302,19 @@ impl Plan {
     #[must_use]
     pub fn grace(self, grace: Duration) -> Self {
         Self { grace, ..self }
+    }
+
+    /// Limits how long prepare waits for the successor: for a program to start, read the state and map the memory. The default is
+    /// [`PREPARE_TIMEOUT`]; the devices are driven meanwhile.
+    #[must_use]
+    pub fn prepare_timeout(self, time_out: Duration) -> Self {
+        Self { prepare_timeout: Some(time_out), ..self }
+    }
+
+    /// Removes the time limit of prepare, for a successor that is started by hand.
+    #[must_use]
+    pub fn no_prepare_timeout(self) -> Self {
+        Self { prepare_timeout: None, ..self }
     }
 
     /// Lets another thread cancel the prepare.

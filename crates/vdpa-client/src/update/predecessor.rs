@@ -2,7 +2,7 @@
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -10,7 +10,8 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use super::checkpoint::{Checkpoint, checkpoint};
 use super::connection::{Connection, ConnectionError, Kind, Message, Wait};
 use super::successor::Failure;
-use super::{Cause, Phase, UpdateError};
+use super::waiter::Waiter;
+use super::{Cancel, Cause, Phase, UpdateError};
 use crate::error::chain;
 
 /// The predecessor, seen from the successor.
@@ -34,37 +35,54 @@ impl Predecessor {
         Ok(self.connection.send(kind, payload, &[], Wait::default())?)
     }
 
-    /// Waits for a message of `kind`, without a timeout, since only the predecessor decides when the update continues.
+    /// What to wait with for the next message.
+    pub(super) fn waiter(
+        &self,
+        time_out: Option<Duration>,
+        cancel: Option<Cancel>,
+    ) -> Result<Waiter, ConnectionError> {
+        Waiter::new(&self.connection, time_out, cancel, None)
+    }
+
+    /// A message of `kind` if it is there, or comes soon; only the predecessor decides when the update continues.
     ///
     /// # Errors
-    /// [`Cause::Aborted`] for [`Kind::Abort`]; [`Cause::Connection`] for any other kind or a closed connection.
-    pub(super) fn receive(&mut self, kind: Kind) -> Result<Message, Cause> {
-        let message = self.connection.receive(Wait { busy_poll: kind == Kind::Commit, ..Wait::default() })?;
+    /// [`Cause::Aborted`] for [`Kind::Abort`]; [`Cause::Connection`] for any other kind or a closed connection, and when
+    /// `waiter` says that the wait is over.
+    pub(super) fn receive(&mut self, kind: Kind, waiter: &Waiter) -> Result<Option<Message>, Cause> {
+        let Some(message) = self.connection.receive_soon(kind == Kind::Commit)? else {
+            waiter.check()?;
+            return Ok(None);
+        };
         if self.process.is_none() {
             let pid = message.sender.and_then(Pid::from_raw);
             self.process = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
         }
         match message.kind {
-            other if other == kind => Ok(message),
+            other if other == kind => Ok(Some(message)),
             Kind::Abort => Err(Cause::Aborted),
             other => Err(ConnectionError::Protocol { what: format!("{other:?} is out of turn") }.into()),
         }
     }
 
-    /// Reports that the devices are taken over, waits for the commit, and confirms it with `report`. A predecessor that has
-    /// ended cannot commit and cannot want the devices back, so they belong to this process then. The predecessor keeps its
-    /// descriptors until it has received the confirmation, or until this process has ended. `report` runs while the commit
-    /// is on its way, so that it costs no time.
-    pub(super) fn commit(&mut self, report: impl FnOnce() -> Vec<u8>) -> Result<(), Cause> {
+    /// Reports that the devices are taken over.
+    pub(super) fn taken(&mut self) -> Result<(), Cause> {
         match self.send(Kind::Taken, b"") {
             Ok(()) => checkpoint(Checkpoint::TakenSent),
             // The predecessor may have aborted before it ended; its message is still in the socket.
             Err(Cause::Connection(ConnectionError::Closed)) => {}
             Err(e) => return Err(e),
         }
-        let report = report();
-        match self.receive(Kind::Commit) {
-            Ok(_) => match self.send(Kind::Done, &report) {
+        Ok(())
+    }
+
+    /// Confirms the commit with `report`; returns whether it has come. A predecessor that has ended cannot commit and cannot want
+    /// the devices back, so they belong to this process then. The predecessor keeps its descriptors until it has received the
+    /// confirmation, or until this process has ended.
+    pub(super) fn commit(&mut self, report: &[u8], waiter: &Waiter) -> Result<bool, Cause> {
+        match self.receive(Kind::Commit, waiter) {
+            Ok(None) => return Ok(false),
+            Ok(Some(_)) => match self.send(Kind::Done, report) {
                 Ok(()) | Err(Cause::Connection(ConnectionError::Closed)) => {}
                 Err(e) => return Err(e),
             },
@@ -72,7 +90,7 @@ impl Predecessor {
             Err(e) => return Err(e),
         }
         self.finished = true;
-        Ok(())
+        Ok(true)
     }
 
     /// Whether the predecessor has ended. Waits up to 5 s, since the kernel closes the sockets of a process before it

@@ -1,6 +1,6 @@
 //! Collects the state for the successor.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
@@ -9,9 +9,9 @@ use vdpa_core::Errno;
 use super::{Cause, Plan, Strategy};
 use crate::device::DeviceFile;
 use crate::memory::Memory;
-use crate::queue::Queue;
+use crate::queue::Slot;
 use crate::session::{Session, Setup};
-use crate::state::v2;
+use crate::state::{mappings, v2};
 use crate::vring::GuestQueue;
 
 /// The descriptors of an update. The state refers to them by their index here.
@@ -70,14 +70,17 @@ pub(super) fn prepared<D: DeviceFile>(
     strategies: &[Strategy],
     plan: &Plan,
     begun_unix_ns: u64,
-) -> Result<(v2::Prepared, Table), Cause> {
+) -> Result<(v2::Prepared, Table, Memories), Cause> {
     let mut table = Table::default();
     let mut memories = Memories::default();
+    let mut announced = mappings::Announcement::default();
     let mut list = Vec::new();
     for (&(name, session), &strategy) in devices.iter().zip(strategies) {
         let (ops, setup) = session.parts();
         let open = (strategy != Strategy::Reopen).then(|| ops.fd());
         list.push(device(name, strategy, open, setup, &mut table, &mut memories)?);
+        announced.mappings |= !setup.regions.nameless().is_empty();
+        announced.disabled |= setup.vrings().any(|vring| !vring.enabled);
     }
     let mut descriptors = Vec::new();
     for (name, fd) in &plan.descriptors {
@@ -92,22 +95,30 @@ pub(super) fn prepared<D: DeviceFile>(
     };
     let prepared = v2::Prepared {
         update,
-        memory: v2::Memories { memories: memories.saved },
+        memory: v2::Memories { memories: std::mem::take(&mut memories.saved) },
         devices: v2::Devices { devices: list },
         descriptors: v2::Descriptors { descriptors },
+        announced,
     };
-    Ok((prepared, table))
+    Ok((prepared, table, memories))
 }
 
 /// Each memory once, however many mappings use it.
-#[derive(Default)]
-struct Memories {
+#[derive(Debug, Default)]
+pub(super) struct Memories {
     saved: Vec<v2::Memory>,
-    /// Index in `saved` by the address of the [`Memory`].
+    /// Index in the state by the address of the [`Memory`].
     known: HashMap<usize, u32>,
+    /// Kept, so that no other memory gets the address of one that is known.
+    kept: Vec<Arc<Memory>>,
 }
 
 impl Memories {
+    /// The index of a memory that was described.
+    pub(super) fn index(&self, memory: &Arc<Memory>) -> Option<u32> {
+        self.known.get(&(Arc::as_ptr(memory) as usize)).copied()
+    }
+
     fn add(&mut self, memory: &Arc<Memory>, table: &mut Table) -> Result<u32, Cause> {
         let key = Arc::as_ptr(memory) as usize;
         if let Some(&at) = self.known.get(&key) {
@@ -119,6 +130,7 @@ impl Memories {
         let fd = table.add(fd)?;
         self.saved.push(v2::Memory { name: memory.name().to_owned(), fd, offset, size: memory.size() });
         self.known.insert(key, at);
+        self.kept.push(Arc::clone(memory));
         Ok(at)
     }
 }
@@ -149,6 +161,9 @@ fn device(
             asid: 0,
         });
     }
+    for (memory, _) in nameless_memories(setup) {
+        memories.add(memory, table)?;
+    }
     let queues = setup.queues.iter().map(|q| queue(q, table)).collect::<Result<_, _>>()?;
     let guest_queues = setup.guest_queues.iter().map(|q| guest_queue(q, table)).collect::<Result<_, _>>()?;
     Ok(v2::Device {
@@ -166,17 +181,24 @@ fn device(
     })
 }
 
-fn queue(queue: &Queue, table: &mut Table) -> Result<v2::Queue, Cause> {
-    let layout = queue.layout();
+/// The memories of the mappings without a name, each once, with the first such mapping.
+pub(super) fn nameless_memories(setup: &Setup) -> impl Iterator<Item = (&Arc<Memory>, u64)> {
+    let mut seen = HashSet::new();
+    let all = setup.regions.nameless().iter().map(|(&iova, mapping)| (&mapping.memory, iova));
+    all.filter(move |(memory, _)| seen.insert(Arc::as_ptr(memory)))
+}
+
+fn queue(slot: &Slot, table: &mut Table) -> Result<v2::Queue, Cause> {
+    let Slot { vring, region, layout, .. } = slot;
     Ok(v2::Queue {
-        index: queue.index().0,
+        index: vring.index.0,
         size: layout.size,
-        region: queue.region().to_owned(),
+        region: region.clone(),
         desc: layout.desc,
         avail: layout.avail,
         used: layout.used,
-        kick_fd: table.add(queue.kick().as_fd())?,
-        call_fd: table.add(queue.call().as_fd())?,
+        kick_fd: table.add(vring.kick.as_fd())?,
+        call_fd: table.add(vring.call.as_fd())?,
     })
 }
 

@@ -139,7 +139,7 @@ pub(super) fn kick_all(setup: &Setup) {
 /// it (uapi-spec 4.5).
 pub(super) fn remap<D: VdpaOps>(ops: &D, setup: &Setup, was_reset: bool) -> Result<(), Error> {
     if setup.backend.has(BackendFeatures::IOTLB_REMAP) {
-        remap_all(ops, setup.regions.list(), setup.batch())
+        remap_all(ops, setup.regions.pieces(), setup.batch())
     } else if was_reset && !setup.backend.has(BackendFeatures::IOTLB_PERSIST) {
         in_batch(ops, setup.batch(), || Ok(()))
     } else {
@@ -173,7 +173,7 @@ pub(super) fn reopen<D: DeviceFile>(
         Ok(ops)
     });
     let ops = owned.map_err(|e: Error| (Phase::NewOwner, e.into()))?;
-    timed(&mut report.remap, || map_all(&ops, setup.regions.list(), setup.batch()))
+    timed(&mut report.remap, || map_all(&ops, setup.regions.pieces(), setup.batch()))
         .map_err(|e| (Phase::Remap, e.into()))?;
     timed(&mut report.vrings, || set_up_vrings(&ops, setup, bases)).map_err(|e| (Phase::Vrings, e.into()))?;
     Ok(ops)

@@ -5,12 +5,14 @@ use vdpa_core::features::{BackendFeatures, Status};
 use vdpa_sys::clock::monotonic_ns;
 
 use super::checkpoint::{Checkpoint, checkpoint};
+use super::save::Memories;
 use super::{Cause, DeviceReport, Phase, Strategy, UpdateError, steps};
 use crate::device::DeviceFile;
+use crate::dma::Nameless;
 use crate::error::Error;
 use crate::queue::SavedDriver;
 use crate::session::{Session, Setup};
-use crate::state::v2;
+use crate::state::{mappings, v2};
 
 /// A device that is stopped as its strategy says. With [`Strategy::Live`] it still runs; only its driver is stopped.
 #[derive(Debug)]
@@ -178,19 +180,27 @@ impl<D: DeviceFile> StoppedDevice<D> {
     }
 
     /// The part of the state that depends on the device being stopped.
-    pub(super) fn saved(&self) -> v2::DeviceState {
+    pub(super) fn saved(&self, memories: &Memories) -> v2::DeviceState {
         let mut state = v2::DeviceState {
             suspend_ns: self.suspend_ns,
             bases: self.bases.clone(),
             writeback: self.setup.writeback,
             ..v2::DeviceState::default()
         };
-        for queue in &self.setup.queues {
+        for queue in self.setup.queues.iter().filter_map(|slot| slot.queue.as_ref()) {
             match queue.saved() {
                 SavedDriver::Split(driver) => state.drivers.push(driver),
                 SavedDriver::Packed(driver) => state.packed_drivers.push(driver),
             }
         }
+        let mapping = |(&iova, mapping): (&u64, &Nameless)| {
+            let &Nameless { ref memory, offset, size, perm } = mapping;
+            // The switch has checked that each memory is known.
+            let memory = memories.index(memory).unwrap_or(u32::MAX);
+            mappings::Mapping { iova, size, offset, memory, perm: perm.0 }
+        };
+        state.mappings = self.setup.regions.nameless().iter().map(mapping).collect();
+        state.disabled = self.setup.vrings().filter(|v| !v.enabled).map(|v| v.index.0).collect();
         state
     }
 }

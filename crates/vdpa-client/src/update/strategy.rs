@@ -35,7 +35,7 @@ pub enum Strategy {
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum Unsupported {
     /// A backend feature is missing.
-    #[error("strategy {strategy} needs backend feature {name} (bit {}), which the device does not offer ({offered})", .bit.0)]
+    #[error("strategy {strategy} needs backend feature {name} (bit {}), which the device does not offer; it offers {}", .bit.0, vdpa_core::feature_names::backend_text(*.offered))]
     Missing {
         /// The requested strategy.
         strategy: Strategy,

@@ -9,7 +9,8 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
 use super::checkpoint::{Checkpoint, checkpoint};
-use super::connection::{Connection, ConnectionError, Kind, Message, Wait};
+use super::connection::{Connection, ConnectionError, Kind, Message, Outgoing, Wait};
+use super::waiter::Waiter;
 use super::{Cancel, Cause, Image, Phase, Report, steps};
 
 /// How long the kernel may take to end a killed process: it ends only when its current request to a device has returned.
@@ -96,29 +97,78 @@ impl Successor {
         self.pid
     }
 
-    fn wait<'a>(&'a self, until: Option<Instant>, cancel: Option<&'a Cancel>) -> Wait<'a> {
-        Wait { until, cancel, process: self.pidfd.as_ref().map(AsFd::as_fd), busy_poll: self.may_act }
+    fn wait(&self, until: Option<Instant>) -> Wait<'_> {
+        Wait { until, cancel: None, process: self.pidfd.as_ref().map(AsFd::as_fd), busy_poll: self.may_act }
     }
 
-    /// Sends the state known before the switch and waits until the successor is ready. No time limit; `cancel` ends the wait.
-    pub(super) fn offer(
+    /// What to wait with until the successor is ready.
+    pub(super) fn waiter(
+        &self,
+        time_out: Option<Duration>,
+        cancel: Option<Cancel>,
+    ) -> Result<Waiter, ConnectionError> {
+        let process = self.pidfd.as_ref().and_then(|fd| fd.try_clone().ok());
+        let waiter = Waiter::new(&self.connection, time_out, cancel, process)?;
+        waiter.wait_for_room(&self.connection, true)?;
+        Ok(waiter)
+    }
+
+    /// Sends as much as is possible of the offer, the state known before the switch. Returns whether the successor has answered
+    /// that it is ready. Does not block.
+    pub(super) fn step_offer(
         &mut self,
-        state: &[u8],
+        offer: &mut Outgoing,
         fds: &[BorrowedFd<'_>],
-        cancel: Option<&Cancel>,
-    ) -> Result<(), Cause> {
-        self.connection.send(Kind::Offer, state, fds, self.wait(None, cancel))?;
-        checkpoint(Checkpoint::Offered);
-        let answer = self.connection.receive(self.wait(None, cancel))?;
+        waiter: &Waiter,
+    ) -> Result<bool, Cause> {
+        if !offer.is_sent() && self.connection.try_send(offer, fds)? {
+            waiter.wait_for_room(&self.connection, false)?;
+            checkpoint(Checkpoint::Offered);
+        }
+        let mut answer = self.connection.receive_soon(false)?;
+        if answer.is_none() {
+            match waiter.check() {
+                // It may have answered before it ended.
+                Err(ConnectionError::Closed) => answer = self.connection.receive_soon(false)?,
+                other => other?,
+            }
+        }
+        let Some(answer) = answer else { return self.still_there() };
         match answer.kind {
             Kind::Ready => {
                 if let Some(pid) = answer.sender.filter(|&pid| pid != self.pid || self.pidfd.is_none()) {
                     (self.pid, self.pidfd) = (pid, open_process(pid));
                 }
-                Ok(())
+                Ok(true)
             }
             Kind::Refused => Err(self.refused(&answer)),
             kind => Err(unexpected(kind)),
+        }
+    }
+
+    /// `false`: there is no answer yet.
+    fn still_there(&self) -> Result<bool, Cause> {
+        if self.pidfd.is_some() && self.has_ended(Instant::now()) {
+            return Err(ConnectionError::Closed.into());
+        }
+        Ok(false)
+    }
+
+    /// Says what is known about why a successor did not become ready.
+    pub(super) fn explain(&mut self, cause: Cause, time_out: Option<Duration>) -> Cause {
+        match (cause, time_out) {
+            (Cause::Connection(ConnectionError::TimedOut), Some(after)) => {
+                Cause::NotReady { pid: self.pid, after, child: self.child.is_some() }
+            }
+            (Cause::Connection(ConnectionError::Closed), _) if self.child.is_some() => {
+                let ended = self.has_ended(Instant::now() + self.grace);
+                let status = self.child.as_mut().filter(|_| ended).and_then(|child| child.try_wait().ok()?);
+                match status {
+                    Some(status) => Cause::SuccessorEnded { pid: self.pid, status: status.to_string() },
+                    None => ConnectionError::Closed.into(),
+                }
+            }
+            (cause, _) => cause,
         }
     }
 
@@ -130,9 +180,9 @@ impl Successor {
     /// Sends the rest of the state and waits until the successor has taken the devices over, at most until `until`.
     pub(super) fn switch(&mut self, state: &[u8], until: Option<Instant>) -> Result<(), Cause> {
         self.may_act = true;
-        self.connection.send(Kind::Switch, state, &[], self.wait(until, None))?;
+        self.connection.send(Kind::Switch, state, &[], self.wait(until))?;
         checkpoint(Checkpoint::Sent);
-        let answer = self.connection.receive(self.wait(until, None))?;
+        let answer = self.connection.receive(self.wait(until))?;
         match answer.kind {
             Kind::Taken => Ok(()),
             Kind::Failed => Err(self.refused(&answer)),
@@ -143,9 +193,9 @@ impl Successor {
     /// Sends the commit and waits for its confirmation. From the confirmation on the devices belong to the successor, even
     /// if it fails later. A successor that ends before its confirmation does not get them.
     pub(super) fn commit(&mut self, until: Option<Instant>) -> Result<(), Cause> {
-        self.connection.send(Kind::Commit, b"", &[], self.wait(until, None))?;
+        self.connection.send(Kind::Commit, b"", &[], self.wait(until))?;
         checkpoint(Checkpoint::Committed);
-        let answer = self.connection.receive(self.wait(until, None))?;
+        let answer = self.connection.receive(self.wait(until))?;
         match answer.kind {
             Kind::Done => {
                 self.record_done(&answer);
@@ -185,7 +235,7 @@ impl Successor {
     pub(super) fn abort(&mut self) -> Result<AbortOutcome, Cause> {
         let until = Instant::now() + self.grace;
         if !self.finished {
-            let sent = self.connection.send(Kind::Abort, b"", &[], self.wait(Some(until), None));
+            let sent = self.connection.send(Kind::Abort, b"", &[], self.wait(Some(until)));
             if !self.may_act && self.child.is_none() {
                 // Before the switch it has only copies of descriptors, and drops them when it receives the abort or ends.
                 self.finished = true;
@@ -211,7 +261,7 @@ impl Successor {
 
     fn receive_abort_answer(&mut self, until: Instant) -> Result<AbortOutcome, ConnectionError> {
         loop {
-            let message = self.connection.receive(self.wait(Some(until), None))?;
+            let message = self.connection.receive(self.wait(Some(until)))?;
             match message.kind {
                 Kind::Aborted | Kind::Failed | Kind::Refused => return Ok(AbortOutcome::Released),
                 Kind::Done => {

@@ -1,15 +1,19 @@
 //! The steps by which a successor takes its devices over.
 
+use std::sync::Arc;
+
 use vdpa_sys::clock::monotonic_ns;
 
 use super::checkpoint::{Checkpoint, checkpoint};
 use super::load::LoadedDevice;
 use super::{Cause, DeviceReport, Devices, Phase, Report, Strategy, UpdateError, steps};
 use crate::device::DeviceFile;
+use crate::memory::Memory;
 use crate::session::Session;
 use crate::state::v2;
 
 /// Devices that are being taken over.
+#[derive(Debug)]
 pub(super) struct TakeOver<D> {
     devices: Vec<(LoadedDevice<D>, Vec<u32>)>,
     running: usize,
@@ -20,6 +24,7 @@ impl<D: DeviceFile> TakeOver<D> {
     /// `CLOCK_MONOTONIC`.
     pub(super) fn adopt(
         devices: Vec<LoadedDevice<D>>,
+        memories: &[Arc<Memory>],
         switch: v2::Switch,
         since: u64,
         report: &mut Report,
@@ -35,12 +40,12 @@ impl<D: DeviceFile> TakeOver<D> {
         for (mut device, rest) in devices.into_iter().zip(switch.devices) {
             let mut times = DeviceReport::new(&device.name, device.strategy);
             times.suspend = rest.suspend_ns;
-            let bases = device.adopt(rest).map_err(|source| UpdateError {
+            let bases = device.adopt(rest, memories).map_err(|source| UpdateError {
                 phase: Phase::Load,
                 device: Some(device.name.clone()),
                 source,
             })?;
-            times.mappings = device.setup.regions.list().len() as u64;
+            times.mappings = device.setup.regions.pieces().count() as u64;
             times.queues = device.setup.vrings().count() as u64;
             report.devices.push(times);
             adopted.push((device, bases));

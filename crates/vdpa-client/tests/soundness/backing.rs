@@ -3,7 +3,7 @@
 //! A disk that reads into the memory of a `Vec`: once this overwrote the bytes behind a live slice.
 use vdpa_client::dma::{Backing, RegionSpec};
 use vdpa_client::memory::Memory;
-use vdpa_core::types::Perm;
+use vdpa_client::types::Perm;
 
 fn main() {
     let bytes = vec![0x55_u8; 8192];

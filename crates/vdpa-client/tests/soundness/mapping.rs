@@ -2,8 +2,8 @@
 #![forbid(unsafe_code)]
 //! Memory that the caller has mapped is given by what owns the mapping.
 use vdpa_client::memory::Memory;
-use vdpa_sys::memfd;
-use vdpa_sys::mmap::{Prot, SharedMap};
+use vdpa_client::memfd;
+use vdpa_client::mmap::{Prot, SharedMap};
 
 fn main() {
     let bytes = vec![0x55_u8; 8192];

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 //! Private memory is given by what owns it.
 use vdpa_client::memory::Memory;
-use vdpa_sys::mmap::PrivateMap;
+use vdpa_client::mmap::PrivateMap;
 
 fn main() {
     let mut bytes = vec![0x55_u8; 8192];

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 //! An address becomes memory by a promise of the caller, which is unsafe.
 use vdpa_client::memory::Memory;
-use vdpa_sys::mmap::{PrivateMap, SharedMap};
+use vdpa_client::mmap::{PrivateMap, SharedMap};
 
 fn main() {
     let bytes = vec![0x55_u8; 8192];
