@@ -1,6 +1,6 @@
 //! A program that drives a disk and replaces itself by exec, each time with requests in flight.
 //!
-//! `cargo run -p vdpa-client --example driver -- /run/vdpa/dev/vhost-vdpa-0 5` makes five updates. Each image submits writes
+//! `cargo run -p vdpa-client --example driver -- /run/vdpad/dev/vhost-vdpa-0 5` makes five updates. Each image submits writes
 //! of eight blocks, and the next image receives their completions. The disk is overwritten.
 
 #[path = "support/blk.rs"]

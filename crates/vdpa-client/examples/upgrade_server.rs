@@ -5,7 +5,7 @@
 //! and all connections, and continues where the first one stopped, even in the middle of a line.
 //!
 //! ```text
-//! upgrade_server 1 /run/vdpa/dev/vhost-vdpa-0 /tmp/disk.sock &
+//! upgrade_server 1 /run/vdpad/dev/vhost-vdpa-0 /tmp/disk.sock &
 //! upgrade_server 2 --take-over /tmp/disk.sock &
 //! ```
 

@@ -1,206 +1,149 @@
-//! A minimal virtual machine monitor. It knows where a guest's ring is, but not its contents. The guest, a thread in place of
-//! a virtual CPU, drives the ring itself and does not notice that the monitor is replaced.
+//! A virtual machine monitor over `vm-memory` and `vmm-sys-util` that is replaced under load.
 //!
-//! `cargo run -p vdpa-client --example vmm -- /run/vdpa/dev/vhost-vdpa-0 5`: the monitor is replaced five times, each time by
-//! a successor that it starts as a child. The disk is overwritten.
-//!
-//! The example has no KVM. A real monitor would read the guest's registers from the virtual CPU and create a new virtual
-//! machine with the same memory, since a KVM machine belongs to the address space that created it. The eventfds remain; the
-//! successor binds them again as irqfd and ioeventfd.
+//! `cargo run -p vdpa-client --features vm-memory,vmm-sys-util --example vmm -- /run/vdpad/dev/vhost-vdpa-0 5`: five updates of a
+//! program with a disk of `vdpad` (kind `blk`), which is overwritten. Guest memory has two regions and is mapped once in each program.
+//! Three threads, in place of virtual CPUs, drive a queue each: they write a block, read it back and compare, while the successor
+//! starts, and stop for the switch with requests in flight.
 
-use std::error::Error;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::{error::Error, fs::File, os::fd::AsRawFd, thread, time::Duration};
 
-use serde::{Deserialize, Serialize};
-use vdpa_client::device::Device;
-use vdpa_client::memory::Memory;
+use vdpa_client::blk::{RequestHeader, kind};
 use vdpa_client::state::{Section, Sections};
-use vdpa_client::update::{self, Devices, Image, Plan, Restored, Via};
-use vdpa_client::vring::GuestRing;
-use vdpa_core::blk::{RequestHeader, kind};
-use vdpa_core::features::Features;
-use vdpa_core::ring::Buffer;
-use vdpa_core::ring::driver::{DriverState, InFlight, SplitDriver};
-use vdpa_core::types::{Perm, QueueIndex};
-use vdpa_sys::eventfd::EventFd;
-use vdpa_sys::memfd;
-use vdpa_sys::mmap::MapArea;
-use vdpa_sys::vhost_vdpa::VhostVdpaFd;
+use vdpa_client::types::{Perm, QueueIndex};
+use vdpa_client::update::{self, Devices, Image, Plan, Via};
+use vdpa_client::vhost_vdpa::VhostVdpaFd;
+use vdpa_client::{Device, Session, features::Features, memfd, queue::Queue, ring::Buffer};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
-const SIZE: u64 = 1 << 20;
-const QUEUE: QueueIndex = QueueIndex(0);
-const RING: u16 = 64;
-/// Guest-physical addresses of the ring; [`BUFFERS`] is that of the buffers.
-const PLACE: GuestRing = GuestRing { size: RING, desc: 0x1000, driver: 0x2000, device: 0x3000 };
-const BUFFERS: u64 = 0x1_0000;
-const BLOCK: u64 = 4096;
+/// Guest addresses and sizes of the memory: rings in the first region, buffers in the second.
+const RAM: [(GuestAddress, usize); 2] = [(GuestAddress(0), 1 << 20), (GuestAddress(1 << 32), 1 << 20)];
+const QUEUES: u16 = 3;
+/// Section with the number of updates made.
+const MADE: &str = "example/made";
 
-/// Section with the monitor's own state. It is known before the switch, so that a successor can refuse it in time.
-const MACHINE: &str = "example/machine";
-/// Section with the guest's registers, which are known only once the guest is stopped.
-const CPU: &str = "example/cpu";
-
-/// The saved state of the virtual CPU.
-#[derive(Serialize, Deserialize)]
-struct Cpu {
-    rounds: u64,
-    avail_index: u16,
-    last_used_index: u16,
-    free: u16,
-    in_flight: Vec<(u64, Vec<u16>, u32)>,
-}
-
-/// The guest's driver of its disk: writes a block, reads it back, and compares.
-struct Guest {
-    memory: Arc<Memory>,
-    ring: SplitDriver<MapArea>,
-    kick: EventFd,
-    call: EventFd,
-    rounds: u64,
-}
-
-impl Guest {
-    fn areas(memory: &Memory) -> Result<[MapArea; 3]> {
-        let map = memory.as_map().ok_or("the monitor has mapped it")?;
-        let n = usize::from(RING);
-        let area =
-            |at: u64, len: usize| Ok::<_, Box<dyn Error + Send + Sync>>(map.area(usize::try_from(at)?, len)?);
-        Ok([area(PLACE.desc, 16 * n)?, area(PLACE.driver, 6 + 2 * n)?, area(PLACE.device, 6 + 8 * n)?])
-    }
-
-    fn run(mut self, stop: &AtomicBool) -> Result<Cpu> {
-        let map = self.memory.as_map().cloned().ok_or("the monitor has mapped it")?;
-        let at = |offset: u64, len: u32| Buffer { iova: BUFFERS + offset, len };
-        while !stop.load(Ordering::Relaxed) {
-            // A write is submitted in one round and completed in a later one, so that one is nearly always in flight.
-            if self.ring.in_flight() == 0 {
-                self.rounds += 1;
-                let pattern = [u8::try_from(self.rounds % 251)?; 4096];
-                let header = RequestHeader { kind: kind::OUT, ioprio: 0, sector: 8 * (self.rounds % 64) };
-                map.write(usize::try_from(BUFFERS)?, &header.encode())?;
-                map.write(usize::try_from(BUFFERS + 16)?, &[0xff])?;
-                map.write(usize::try_from(BUFFERS + BLOCK)?, &pattern)?;
-                self.ring.add(&[at(0, 16), at(BLOCK, 4096)], &[at(16, 1)], self.rounds)?;
-                if self.ring.publish()? {
-                    self.kick.signal();
-                }
-            } else if let Some(done) = self.ring.pop_used()? {
-                let mut status = [0xff];
-                map.read(usize::try_from(BUFFERS + 16)?, &mut status)?;
-                if done.token != self.rounds || status != [0] {
-                    return Err(
-                        format!("round {}: answered {} with {status:?}", self.rounds, done.token).into()
-                    );
-                }
-            } else if !self.ring.enable_interrupts()? {
-                let _ = self.call.wait(Some(Duration::from_millis(1)));
-                let _ = self.call.drain();
-            }
-        }
-        let DriverState { avail_index, last_used_index, free, in_flight, .. } = self.ring.state();
-        let in_flight = in_flight.into_iter().map(|r| (r.token, r.descriptors, r.writable)).collect();
-        Ok(Cpu { rounds: self.rounds, avail_index, last_used_index, free, in_flight })
-    }
-}
-
-/// A running virtual CPU.
+/// A thread of the guest with its queue. The token of a request is twice the number of its block, and one more for a read.
 struct Vcpu {
-    stop: Arc<AtomicBool>,
-    thread: JoinHandle<Result<Cpu>>,
+    queue: Queue,
+    ram: GuestMemoryMmap,
+    stop: EventFd,
 }
 
 impl Vcpu {
-    fn start(guest: Guest) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
-        let flag = Arc::clone(&stop);
-        Self { stop, thread: thread::spawn(move || guest.run(&flag)) }
+    fn at(&self, offset: u64) -> GuestAddress {
+        GuestAddress((1 << 32) + u64::from(self.queue.index().0) * 0x1_0000 + offset)
     }
 
-    /// Stops the virtual CPU at any point. Its requests remain in flight.
-    fn pause(self) -> Result<Cpu> {
-        self.stop.store(true, Ordering::Relaxed);
-        self.thread.join().map_err(|_| "the guest has crashed")?
+    fn pattern(&self, token: u64) -> [u8; 4096] {
+        [(token / 2 + 7 * u64::from(self.queue.index().0)).to_le_bytes()[0]; 4096]
     }
+
+    fn submit(&mut self, token: u64) -> Result<()> {
+        let write = token.is_multiple_of(2);
+        let sector = 8 * (u64::from(self.queue.index().0) * 64 + token / 2 % 64);
+        let header = RequestHeader { kind: if write { kind::OUT } else { kind::IN }, ioprio: 0, sector };
+        self.ram.write_slice(&header.encode(), self.at(0))?;
+        self.ram.write_obj(0xff_u8, self.at(16))?;
+        self.ram.write_slice(&if write { self.pattern(token) } else { [0; 4096] }, self.at(4096))?;
+        let buffer = |offset, len| Buffer { iova: self.at(offset).0, len };
+        let all = [buffer(0, 16), buffer(4096, 4096), buffer(16, 1)];
+        let readable = if write { 2 } else { 1 };
+        self.queue.submit(&all[..readable], &all[readable..], token)?;
+        Ok(self.queue.notify()?)
+    }
+
+    /// Runs until it is stopped, with a request in flight; returns the queue and the number of blocks.
+    fn run(mut self) -> Result<(Queue, u64)> {
+        let epoll = Epoll::new()?;
+        for (fd, data) in [(self.queue.call().as_raw_fd(), 0), (self.stop.as_raw_fd(), 1)] {
+            epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, data))?;
+        }
+        if self.queue.in_flight() == 0 {
+            self.submit(0)?;
+        }
+        let mut blocks = 0;
+        loop {
+            while let Some(done) = self.queue.reap()? {
+                let mut data = [0; 4096];
+                self.ram.read_slice(&mut data, self.at(4096))?;
+                if self.ram.read_obj::<u8>(self.at(16))? != 0 || data != self.pattern(done.token) {
+                    return Err(format!("request {} is not as it was written", done.token).into());
+                }
+                blocks = done.token / 2 + 1;
+                self.submit(done.token + 1)?;
+            }
+            if !self.queue.arm()? {
+                let mut events = [EpollEvent::default(); 2];
+                let count = epoll.wait(-1, &mut events)?;
+                if events[..count].iter().any(|event| event.data() == 1) {
+                    return Ok((self.queue, blocks));
+                }
+            }
+        }
+    }
+}
+
+/// The first start: guest memory, and a disk whose rings lie in it.
+fn power_on(path: &str) -> Result<(Session<VhostVdpaFd>, GuestMemoryMmap, u64)> {
+    let mut ranges = Vec::new();
+    for (at, size) in RAM {
+        let file = File::from(memfd::create(c"guest-ram", size as u64, None)?);
+        ranges.push((at, size, Some(FileOffset::new(file, 0))));
+    }
+    let ram = GuestMemoryMmap::from_ranges_with_files(ranges)?;
+    let mut disk = Device::open(path)?.negotiate(Features::NONE)?;
+    disk.map_guest_memory(&ram, Perm::RW)?;
+    for index in 0..QUEUES {
+        disk.add_queue(QueueIndex(index), 64, "guest@0x0", 0x4000 * u64::from(index))?;
+    }
+    disk.start()?;
+    Ok((disk, ram, 0))
 }
 
 fn main() -> Result<()> {
-    let mut args = std::env::args().skip(1);
-    let path = args.next().ok_or("usage: vmm DEVICE UPDATES")?;
-    let wanted: u64 = args.next().ok_or("usage: vmm DEVICE UPDATES")?.parse()?;
-    let (devices, vcpu, made) = match update::incoming::<VhostVdpaFd>()? {
-        None => power_on(&path)?,
-        Some(incoming) => {
-            let restored = incoming.understands(&[(MACHINE, 1..=1), (CPU, 1..=1)])?.take_over()?;
-            resume(restored)?
+    let args: Vec<String> = std::env::args().collect();
+    let [_, path, updates] = args.as_slice() else { return Err("usage: vmm DEVICE UPDATES".into()) };
+    let (mut disk, ram, made) = match update::incoming::<VhostVdpaFd>()? {
+        None => power_on(path)?,
+        Some(mut incoming) => {
+            let made: u64 = incoming.sections().take(MADE).ok_or("no state of this program")?.parse(1)?;
+            let ram = incoming.guest_memory("disk")?;
+            let mut restored = incoming.take_over()?;
+            restored.report_to_server();
+            println!("{}", restored.report);
+            (restored.devices.take("disk").ok_or("no disk")?, ram, made + 1)
         }
     };
+    let stop = EventFd::new(EFD_NONBLOCK)?;
+    let mut vcpus = Vec::new();
+    for index in 0..QUEUES {
+        let queue = disk.take_queue(QueueIndex(index))?;
+        let vcpu = Vcpu { queue, ram: ram.clone(), stop: stop.try_clone()? };
+        vcpus.push(thread::spawn(|| vcpu.run()));
+    }
     thread::sleep(Duration::from_millis(50));
-    if made == wanted {
-        let cpu = vcpu.pause()?;
-        println!("{made} updates, the guest wrote {} blocks and lost none", cpu.rounds);
-        return Ok(());
+    let mapped = std::fs::read_to_string("/proc/self/maps")?.matches("guest-ram").count();
+    let plan = Plan::new().section(Section::json(MADE, 1, &made)?);
+    let via = Via::Fork(Image::new("/proc/self/exe"));
+    let prepared = (made < updates.parse()?).then(|| plan.prepare([("disk", &disk)], via)).transpose()?;
+    stop.write(1)?;
+    let mut blocks = 0;
+    for vcpu in vcpus {
+        let (queue, done) = vcpu.join().map_err(|_| "a virtual CPU has crashed")??;
+        disk.put_queue(queue)?;
+        blocks += done;
     }
-    // The guest runs while the successor starts, checks the state and maps the memory.
-    let plan = Plan::new().section(Section::json(MACHINE, 1, &made)?).late_section(CPU, 1, false);
-    let prepared = plan.prepare(&devices, Via::Fork(Image::new("/proc/self/exe")))?;
-    let cpu = vcpu.pause()?;
-    let late = Sections::from_iter([Section::json(CPU, 1, &cpu)?]);
-    match prepared.switch(devices, late) {
-        // The shell waits for the first program only, so each program waits for its successor.
-        Ok(departed) => match departed.child.map(|mut child| child.wait()).transpose()? {
-            Some(status) if !status.success() => Err(format!("the successor: {status}").into()),
-            _ => Ok(()),
-        },
-        // A real monitor would let the guest continue with `failed.devices`.
-        Err(failed) => Err(failed.error.into()),
+    println!("{blocks} blocks by {QUEUES} queues; guest memory: {} regions, {mapped} mappings", RAM.len());
+    let Some(prepared) = prepared else { return Ok(()) };
+    // A real monitor would go on with the devices in the error.
+    let departed = prepared.switch(Devices::one("disk", disk), Sections::new()).map_err(|f| f.error)?;
+    let status = departed.child.map(|mut child| child.wait()).transpose()?;
+    if status.is_some_and(|status| status.success()) {
+        Ok(())
+    } else {
+        Err("the successor has failed".into())
     }
-}
-
-type Machine = (Devices<VhostVdpaFd>, Vcpu, u64);
-
-/// Starts a machine: the guest's firmware finds the disk and sets up its ring.
-fn power_on(path: &str) -> Result<Machine> {
-    let memory = Memory::map("ram", memfd::create(c"ram", SIZE, None)?, 0, SIZE, false)?;
-    let mut disk = Device::<VhostVdpaFd>::open(path)?.negotiate(Features::NONE)?;
-    disk.map_memory("ram", &memory, 0, 0, SIZE, Perm::RW)?;
-    let events = (EventFd::new()?, EventFd::new()?);
-    disk.add_guest_queue(QUEUE, PLACE, events.0.clone(), events.1.clone())?;
-    disk.start()?;
-    let [desc, avail, used] = Guest::areas(&memory)?;
-    let ring = SplitDriver::new(RING, Features::NONE, desc, avail, used)?;
-    let guest = Guest { memory, ring, kick: events.0, call: events.1, rounds: 0 };
-    Ok((Devices::one("disk", disk), Vcpu::start(guest), 0))
-}
-
-/// Continues the machine in this process.
-fn resume(mut restored: Restored<VhostVdpaFd>) -> Result<Machine> {
-    let mut section = |name: &str| restored.sections.take(name).ok_or(format!("no section {name}"));
-    let made: u64 = section(MACHINE)?.parse(1)?;
-    let cpu: Cpu = section(CPU)?.parse(1)?;
-    let disk = restored.devices.get("disk").ok_or("no disk")?;
-    let memory = Arc::clone(disk.region("ram").ok_or("no memory")?.memory());
-    let queue = disk.guest_queue(QUEUE)?;
-    let in_flight = cpu.in_flight.into_iter();
-    let state = DriverState {
-        size: RING,
-        features: Features::NONE,
-        avail_index: cpu.avail_index,
-        last_used_index: cpu.last_used_index,
-        free: cpu.free,
-        in_flight: in_flight
-            .map(|(token, descriptors, writable)| InFlight { token, descriptors, writable })
-            .collect(),
-    };
-    let [desc, avail, used] = Guest::areas(&memory)?;
-    let ring = SplitDriver::adopt(state, desc, avail, used)?;
-    let (kick, call) = (queue.kick().clone(), queue.call().clone());
-    let vcpu = Vcpu::start(Guest { memory, ring, kick, call, rounds: cpu.rounds });
-    restored.report_to_server();
-    println!("{}", restored.report);
-    Ok((restored.devices, vcpu, made + 1))
 }

@@ -108,11 +108,16 @@ impl<D: DeviceFile> Device<D> {
     /// Opens a device file.
     ///
     /// # Errors
-    /// [`Error::Open`].
+    /// [`Error::Open`]; [`Error::OpenHere`] when this process has it open.
     pub fn open(path: impl Into<PathBuf>) -> Result<Self, Error> {
         let path = path.into();
-        let ops = D::open(&path).map_err(|source| Error::Open { path: path.clone(), source })?;
-        Ok(Self { ops, path: Some(path) })
+        match D::open(&path) {
+            Ok(ops) => Ok(Self { ops, path: Some(path) }),
+            Err(source) => Err(match open_here(&path).filter(|_| source == Errno::BUSY) {
+                Some(fd) => Error::OpenHere { path, fd, source },
+                None => Error::Open { path, source },
+            }),
+        }
     }
 
     /// Uses a device file that another program has opened (a sandbox, a management daemon).
@@ -310,6 +315,16 @@ impl<D: DeviceFile> AsFd for Device<D> {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.ops.fd()
     }
+}
+
+/// A descriptor of this process for the file at `path`. Asks no server of a file.
+fn open_here(path: &Path) -> Option<i32> {
+    let path = std::fs::canonicalize(path).ok()?;
+    std::fs::read_dir("/proc/self/fd").ok()?.find_map(|entry| {
+        let entry = entry.ok()?;
+        let it_is = std::fs::read_link(entry.path()).is_ok_and(|target| target == path);
+        entry.file_name().to_str().filter(|_| it_is)?.parse().ok()
+    })
 }
 
 /// The virtio device id, which only a vhost-vdpa device has.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use thiserror::Error;
 use vdpa_core::Errno;
 use vdpa_core::features::{Features, Status};
-use vdpa_core::types::{IovaRange, QueueIndex};
+use vdpa_core::types::{IovaRange, Perm, QueueIndex};
 
 use vdpa_core::feature_names::text;
 
@@ -14,11 +14,25 @@ pub use vdpa_core::error::chain;
 /// Errors of setting up or using a session.
 #[derive(Debug, Error)]
 pub enum Error {
-    /// The device file cannot be opened. `EBUSY` means that another process has it open.
-    #[error("cannot open device {}", path.display())]
+    /// The device file cannot be opened.
+    #[error("cannot open device {}{}", path.display(), why_not_open(*.source))]
     Open {
         /// Path of the device file.
         path: PathBuf,
+        /// Error of open(2).
+        source: Errno,
+    },
+    /// This process has the device open already, by a descriptor that it has inherited or opened before.
+    #[error(
+        "cannot open device {}: this process has it open already, as descriptor {fd}; a program that was started or executed with \
+         it takes it over (update::incoming()), assumes it (Session::assume()) or closes it",
+        path.display()
+    )]
+    OpenHere {
+        /// Path of the device file.
+        path: PathBuf,
+        /// Number of the descriptor.
+        fd: i32,
         /// Error of open(2).
         source: Errno,
     },
@@ -79,13 +93,31 @@ pub enum Error {
         /// The reason.
         problem: RegionProblem,
     },
-    /// The device refused a mapping.
-    #[error("the device refused to map region \"{name}\" at {range}")]
+    /// The device refused a mapping: with `EFAULT` for every reason, as the kernel does.
+    #[error("the device refused to map region \"{name}\" at {range}{}", why_not_mapped(*.source))]
     Map {
         /// Name of the region.
         name: String,
         /// I/O virtual addresses of the mapping.
         range: IovaRange,
+        /// Error of the device.
+        source: Errno,
+    },
+    /// The device refused a mapping, and with it the session would have more memory than this process may pin.
+    #[error(
+        "the device refused to map region \"{name}\" at {range}: with it {wanted} bytes are pinned for this process, whose \
+         RLIMIT_MEMLOCK is {limit}; raise it (ulimit -l, LimitMEMLOCK= of a unit), or have the device made with the attribute \
+         memlock"
+    )]
+    Memlock {
+        /// Name of the region.
+        name: String,
+        /// I/O virtual addresses of the mapping.
+        range: IovaRange,
+        /// Bytes that would be pinned for this session.
+        wanted: u64,
+        /// The limit in bytes.
+        limit: u64,
         /// Error of the device.
         source: Errno,
     },
@@ -99,7 +131,44 @@ pub enum Error {
     },
 }
 
+const fn why_not_open(errno: Errno) -> &'static str {
+    match errno {
+        Errno::BUSY => ": another process has it open, and a vhost-vdpa device can be open once",
+        Errno::ACCESS | Errno::PERM => ": this user may not read and write it",
+        Errno::NOENT => ": there is no such file; vdpactl -s dev show lists those of vdpad",
+        _ => "",
+    }
+}
+
+const fn why_not_mapped(errno: Errno) -> &'static str {
+    match errno {
+        Errno::FAULT => {
+            "; either the range overlaps a mapping that the session does not know, or the limit on pinned memory that was set for \
+             the device is exceeded; the log of the server says which"
+        }
+        _ => "",
+    }
+}
+
 impl Error {
+    /// Replaces a refused mapping by [`Memlock`](Self::Memlock), if the limit of this process explains it. `pinned` is what the
+    /// session has mapped writable, with what was refused.
+    pub(crate) fn explain(self, pinned: u64) -> Self {
+        let limit = vdpa_sys::rlimit::memlock().soft;
+        self.explain_by(pinned, limit)
+    }
+
+    fn explain_by(self, wanted: u64, limit: Option<u64>) -> Self {
+        match (self, limit) {
+            (Self::Map { name, range, source: source @ (Errno::FAULT | Errno::NOMEM) }, Some(limit))
+                if wanted > limit =>
+            {
+                Self::Memlock { name, range, wanted, limit, source }
+            }
+            (error, _) => error,
+        }
+    }
+
     pub(crate) fn request(request: &'static str) -> impl Fn(Errno) -> Self {
         move |source| Self::Request { request, source }
     }
@@ -252,6 +321,12 @@ pub enum QueueProblem {
         /// Size of the region in bytes.
         size: u64,
     },
+    /// The device may not read and write the region.
+    #[error("needs a region that the device may read and write; this one is {perm:?}")]
+    Access {
+        /// Access of the region.
+        perm: Perm,
+    },
     /// The queue was set up for the other kind of driver (this program, or a guest).
     #[error("is a ring of {owner}, not of {asked}")]
     Kind {
@@ -298,6 +373,35 @@ pub enum QueueProblem {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_mapping_that_is_refused_is_explained_by_the_limit_or_not() {
+        let refused = |source| Error::Map { name: "ram".to_owned(), range: IovaRange::ALL, source };
+        let text = |source, limit| refused(source).explain_by(1 << 30, limit).to_string();
+        assert_eq!(
+            text(Errno::FAULT, Some(8 << 20)),
+            "the device refused to map region \"ram\" at [0x0, 0xffffffffffffffff]: with it 1073741824 bytes are pinned for this \
+             process, whose RLIMIT_MEMLOCK is 8388608; raise it (ulimit -l, LimitMEMLOCK= of a unit), or have the device made \
+             with the attribute memlock"
+        );
+        for (source, limit) in [(Errno::FAULT, None), (Errno::FAULT, Some(2 << 30))] {
+            assert!(text(source, limit).ends_with("the log of the server says which"));
+        }
+        let other = text(Errno::IO, Some(0));
+        assert_eq!(other, "the device refused to map region \"ram\" at [0x0, 0xffffffffffffffff]");
+    }
+
+    #[test]
+    fn an_open_that_fails_says_what_would_help() {
+        let text = |source| Error::Open { path: PathBuf::from("/dev/x"), source }.to_string();
+        assert_eq!(
+            text(Errno::BUSY),
+            "cannot open device /dev/x: another process has it open, and a vhost-vdpa device can be open once"
+        );
+        assert_eq!(text(Errno::IO), "cannot open device /dev/x");
+        let here = Error::OpenHere { path: PathBuf::from("/dev/x"), fd: 7, source: Errno::BUSY }.to_string();
+        assert!(here.contains("this process has it open already, as descriptor 7"), "{here}");
+    }
 
     #[test]
     fn the_sizes_that_are_possible_depend_on_the_ring() {

@@ -258,11 +258,10 @@ fn areas(index: QueueIndex, region: &Region, layout: RingLayout) -> Result<[MapA
     let needed = layout.end().saturating_sub(layout.desc);
     let placement =
         || queue(index, QueueProblem::Placement { offset: layout.desc, needed, size: region.range().size() });
-    if !layout.desc.is_multiple_of(16)
-        || !layout.avail.is_multiple_of(2)
-        || !layout.used.is_multiple_of(4)
-        || region.perm() != Perm::RW
-    {
+    if region.perm() != Perm::RW {
+        return Err(queue(index, QueueProblem::Access { perm: region.perm() }));
+    }
+    if !layout.desc.is_multiple_of(16) || !layout.avail.is_multiple_of(2) || !layout.used.is_multiple_of(4) {
         return Err(placement());
     }
     let area = |offset, len| region.area(offset, len).ok_or_else(placement);

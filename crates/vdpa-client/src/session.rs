@@ -141,6 +141,12 @@ impl Setup {
         self.queues.iter_mut().map(|q| &mut q.vring).chain(self.guest_queues.iter_mut().map(|q| &mut q.0))
     }
 
+    /// Bytes that a device which pins memory pins for this session: each writable mapping.
+    pub(crate) fn pinned(&self) -> u64 {
+        let writable = self.regions.pieces().filter(|piece| piece.perm.write());
+        writable.map(|piece| piece.size).fold(0, u64::saturating_add)
+    }
+
     /// Number of requests in flight in the queues that are here.
     pub(crate) fn in_flight(&self) -> usize {
         self.queues.iter().filter_map(|slot| slot.queue.as_ref()).map(|q| usize::from(q.in_flight())).sum()
@@ -236,8 +242,8 @@ impl<D: VdpaOps<Event = EventFd>> Session<D> {
     /// Maps a memory object for the device, and into this process.
     ///
     /// # Errors
-    /// [`Error::Region`], [`Error::Request`]; [`Error::Map`] when the device refuses (`EFAULT` covers everything,
-    /// also pages that `RLIMIT_MEMLOCK` does not allow to pin).
+    /// [`Error::Region`], [`Error::Request`]; [`Error::Map`] when the device refuses; [`Error::Memlock`] when that is because of
+    /// `RLIMIT_MEMLOCK`.
     pub fn map_memfd(
         &mut self,
         name: &str,
@@ -278,10 +284,11 @@ impl<D: VdpaOps<Event = EventFd>> Session<D> {
             .into_iter()
             .try_for_each(|spec| self.setup.add_region(spec))
             .and_then(|()| map_all(&self.ops, self.setup.regions.pieces_from(before), self.setup.batch()));
-        if added.is_err() {
+        added.map_err(|error| {
+            let error = error.explain(self.setup.pinned());
             self.setup.regions.truncate(before);
-        }
-        added
+            error
+        })
     }
 
     /// Unmaps a region. The caller makes sure that it holds no ring and that no request in flight uses it. Blocks until the
@@ -321,10 +328,11 @@ impl<D: VdpaOps<Event = EventFd>> Session<D> {
             std::iter::once(Piece { name: memory.name(), iova, size, uaddr, perm }),
             false,
         );
-        if mapped.is_err() {
+        mapped.map_err(|error| {
+            let error = error.explain(self.setup.pinned());
             self.setup.regions.remove_nameless(iova);
-        }
-        mapped
+            error
+        })
     }
 
     /// Unmaps what [`map_at`](Self::map_at) has mapped at exactly this range. As [`unmap`](Self::unmap) otherwise.

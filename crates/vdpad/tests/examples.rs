@@ -17,6 +17,7 @@ fn example(name: &str) -> PathBuf {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let status = Command::new(cargo)
         .args(["build", "--quiet", "--locked", "--package", "vdpa-client", "--example", name])
+        .args(["--features", "vm-memory,vmm-sys-util"])
         .current_dir(env!("CARGO_MANIFEST_DIR"))
         .status()
         .unwrap();
@@ -47,11 +48,11 @@ fn driver_replaces_itself() {
 }
 
 #[test]
-fn the_guest_of_the_vmm_does_not_notice() {
+fn the_guest_of_a_monitor_does_not_notice() {
     let vdpad = Vdpad::start(Duration::from_secs(120));
     for mgmtdev in ["blk", "sim-blk"] {
         let device = vdpad.add_any(mgmtdev, mgmtdev);
-        let text = run("vmm", &[device.to_str().unwrap(), "3"]);
+        let text = run("guest", &[device.to_str().unwrap(), "3"]);
         assert!(
             text.contains("\n3 updates, the guest wrote ") && text.ends_with(" and lost none\n"),
             "{text}"
@@ -60,6 +61,34 @@ fn the_guest_of_the_vmm_does_not_notice() {
         let update = vdpad.client().update(mgmtdev).unwrap();
         assert_eq!((update.updates, update.last.unwrap().way.as_str()), (3, "fork"));
     }
+}
+
+/// Three threads on three queues, guest memory of `vm-memory`, updates under load.
+#[test]
+fn a_monitor_over_vm_memory_is_replaced_under_load() {
+    let vdpad = Vdpad::start(Duration::from_secs(120));
+    let device = vdpad.add_any("blk", "blk");
+    let text = run("vmm", &[device.to_str().unwrap(), "5"]);
+    assert_eq!(text.matches("fork of 1 device in ").count(), 5, "{text}");
+    let lines: Vec<_> = text.lines().filter(|line| line.contains("blocks by 3 queues")).collect();
+    assert_eq!(lines.len(), 6, "{text}");
+    let mut before = 0;
+    for line in lines {
+        assert!(line.ends_with("guest memory: 2 regions, 2 mappings"), "{line}");
+        let blocks: u64 = line.split(' ').next().unwrap().parse().unwrap();
+        assert!(blocks > before, "each program serves all queues: {text}");
+        before = blocks;
+    }
+    assert_eq!(vdpad.client().update("blk").unwrap().updates, 5);
+}
+
+/// The example is what its readers are told: short, and without unsafe code.
+#[test]
+fn the_monitor_is_short_and_safe() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../vdpa-client/examples/vmm.rs");
+    let text = std::fs::read_to_string(path).unwrap();
+    assert!(text.lines().count() <= 150, "{} lines", text.lines().count());
+    assert!(!text.contains("unsafe") && !text.contains("vdpa_core") && !text.contains("vdpa_sys"));
 }
 
 /// A server that is killed at the end of the test if it still runs.
