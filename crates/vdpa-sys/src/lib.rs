@@ -1,5 +1,7 @@
 //! The Linux interfaces of vdpa-live: vhost-vdpa, FUSE, io_uring, guest memory.
 //!
+//! What only servers of devices use (FUSE, io_uring, journals, snapshots, namespaces) is behind the feature `server`.
+//!
 //! The only crate with unsafe code. Each module that needs it states the reason at its top. All interfaces are safe unless
 //! they are marked `unsafe`.
 
@@ -10,32 +12,42 @@ pub mod eventfd;
 pub mod exec;
 mod fence;
 pub mod fork;
+#[cfg(feature = "server")]
 pub mod fuse;
 pub mod guest;
 pub mod inherit;
 pub mod ioctl;
+#[cfg(feature = "server")]
 pub mod journal;
 pub mod maps;
 pub mod memfd;
 pub mod mm_reaper;
 pub mod mmap;
 mod object;
+#[cfg(feature = "server")]
 pub mod open_mark;
+#[cfg(feature = "server")]
 mod prefetch;
 pub mod priority;
 pub mod process;
 pub mod rlimit;
+#[cfg(feature = "server")]
 pub mod shared_words;
 pub mod sigbus;
+#[cfg(feature = "server")]
 pub mod signals;
+#[cfg(feature = "server")]
 pub mod snapshot;
 pub mod space;
 pub mod stable;
 #[cfg(feature = "test-utils")]
 pub mod testing;
+#[cfg(feature = "server")]
 pub mod thread_state;
 pub mod uapi;
+#[cfg(feature = "server")]
 pub mod uring;
+#[cfg(feature = "server")]
 pub mod userns;
 pub mod vhost_vdpa;
 #[cfg(feature = "vm-memory")]
