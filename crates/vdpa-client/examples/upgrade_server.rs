@@ -80,7 +80,7 @@ fn take_over(version: &str, path: &str) -> Result<Server> {
     // If this version cannot read the state of the other one, it refuses here, before anything was changed.
     let restored = incoming.understands(&[(SECTION, 1..=1)])?.take_over()?;
     restored.report_to_server();
-    let Restored { mut devices, mut sections, mut descriptors, report } = restored;
+    let Restored { mut devices, mut sections, mut descriptors, report, .. } = restored;
     println!("{report}");
     let saved: Saved = sections.take(SECTION).ok_or("no section of this program")?.parse(1)?;
     let mut take = |name: &str| descriptors.remove(name).ok_or(format!("no descriptor \"{name}\""));

@@ -9,7 +9,7 @@ use vdpa_core::ops::{VdpaOps, read_all_config};
 use vdpa_core::types::{IovaRange, QueueIndex};
 use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::uapi::report::UpdateReport;
-use vdpa_sys::vhost_vdpa::{OpenError, VhostVdpaFd};
+use vdpa_sys::vhost_vdpa::VhostVdpaFd;
 
 use crate::dma::RegionSpec;
 use crate::error::Error;
@@ -61,12 +61,7 @@ impl DeviceFile for VhostVdpaFd {
     }
 
     fn open(path: &Path) -> Result<Self, Errno> {
-        Self::open(path).map_err(|e| match e {
-            OpenError::NotFound { .. } => Errno::NOENT,
-            OpenError::Busy { .. } => Errno::BUSY,
-            OpenError::Denied { .. } => Errno::ACCESS,
-            OpenError::Gone { errno, .. } | OpenError::Other { errno, .. } => errno,
-        })
+        Self::open(path).map_err(|e| e.errno())
     }
 
     fn from_fd(fd: OwnedFd) -> Result<Self, Errno> {

@@ -13,6 +13,7 @@ pub use vdpa_core::error::chain;
 
 /// Errors of setting up or using a session.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum Error {
     /// The device file cannot be opened.
     #[error("cannot open device {}{}", path.display(), why_not_open(*.source))]
@@ -176,6 +177,7 @@ impl Error {
 
 /// Why a region cannot be mapped or used.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
 pub enum RegionProblem {
     /// The session has a region of that name already.
     #[error("exists already")]
@@ -246,6 +248,7 @@ pub enum RegionProblem {
 
 /// Why the next image could not map the same memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
 pub enum MemoryProblem {
     /// The memory is private to this address space.
     #[error(
@@ -286,6 +289,7 @@ pub enum MemoryProblem {
 
 /// Why a queue cannot be set up or used.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
 pub enum QueueProblem {
     /// The queue was set up already.
     #[error("is set up already")]

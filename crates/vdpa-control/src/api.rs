@@ -16,7 +16,7 @@ mod attrs;
 pub(crate) mod hex;
 mod updates;
 
-pub use attrs::{AttrError, Attrs};
+pub use attrs::{AttrError, Attrs, parse_size};
 pub use updates::{LastUpdate, UpdateInfo};
 
 /// The virtio device id of network devices (virtio 1.2 section 5).

@@ -82,6 +82,7 @@ const BAD_POINTER: usize = usize::MAX & !0xfff;
 
 /// Why a device file could not be opened.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum OpenError {
     /// The file does not exist.
     #[error("{path}: no such device; `vdpa dev` or `vdpactl dev` list those there are")]
@@ -117,6 +118,19 @@ pub enum OpenError {
         /// What open(2) reported.
         errno: Errno,
     },
+}
+
+impl OpenError {
+    /// What open(2) reported.
+    #[must_use]
+    pub const fn errno(&self) -> Errno {
+        match self {
+            Self::NotFound { .. } => Errno::NOENT,
+            Self::Busy { .. } => Errno::BUSY,
+            Self::Denied { .. } => Errno::ACCESS,
+            Self::Gone { errno, .. } | Self::Other { errno, .. } => *errno,
+        }
+    }
 }
 
 /// The argument of a raw request.

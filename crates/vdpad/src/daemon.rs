@@ -85,17 +85,21 @@ pub enum StartError {
     #[error("cannot start the watchdog process")]
     Watchdog(#[source] io::Error),
     /// A device of the configuration was refused.
-    #[error("device \"{name}\" was refused")]
+    #[error("device \"{name}\" was refused: {}{}", reason.message, hint(reason))]
     Device {
         /// Name of the device.
         name: String,
         /// The error of the bus.
-        #[source]
-        source: CtlError,
+        reason: CtlError,
     },
     /// The server of the control API did not start.
     #[error(transparent)]
     Control(#[from] control::StartError),
+}
+
+/// What would be right, which the command line of the daemon has no line of its own for.
+fn hint(reason: &CtlError) -> String {
+    reason.hint.as_ref().map_or_else(String::new, |hint| format!(". {hint}"))
 }
 
 /// Why the daemon ended without a signal.
@@ -178,7 +182,7 @@ impl Daemon {
         let devices = config.devices.iter().filter(|device| !(continues && bus.has(&device.name)));
         for device in devices.filter(|_| !legacy.files.configured) {
             bus.add(device.clone())
-                .map_err(|source| StartError::Device { name: device.name.clone(), source })?;
+                .map_err(|reason| StartError::Device { name: device.name.clone(), reason })?;
         }
         if let Some(survival) = survival.as_ref().filter(|_| !legacy.files.configured) {
             survival.hold_configured().map_err(holder("note that the devices of the configuration exist"))?;

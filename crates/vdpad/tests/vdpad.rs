@@ -129,7 +129,9 @@ fn exit_status_tells_usage_from_failure() {
     let refused = with(&["--dev", "name=d0 mgmtdev=nosuch"]);
     assert_eq!(refused.code, Some(1), "{refused:?}");
     assert!(
-        refused.stderr.contains("device \"d0\" was refused: Fail to find the specified management device"),
+        refused.stderr.contains(
+            "device \"d0\" was refused: Fail to find the specified management device. \"vdpactl mgmtdev show\" lists"
+        ),
         "{refused:?}"
     );
     assert!(!dir.path().join("control.sock").exists());

@@ -1,8 +1,8 @@
 //! Saved state: a checked envelope around named, versioned sections.
 //!
 //! Saved state is a trust boundary: it comes from another version of the program, perhaps from another program. So
-//! [`decode`] trusts nothing, allocates no more memory than the input has, and has its own error for each defect. The layout is described in `docs/saved-state.md`; what the library's own
-//! sections contain is in [`v2`]; [`v1`] is still read.
+//! [`decode`] trusts nothing, allocates no more memory than the input has, and has its own error for each defect. The layout and the library's own
+//! sections are described in `docs/saved-state.md`. Their types are no part of the interface: states are versioned by themselves.
 //!
 //! ```
 //! use vdpa_client::state::{self, Section, Sections};
@@ -17,10 +17,17 @@
 //! # Ok::<(), vdpa_client::state::StateError>(())
 //! ```
 
+// The types are the format. They are public for tests of the format and for fuzzing; what a program needs is in this module and in
+// `update`. They change with the format, which is versioned by itself.
+#[doc(hidden)]
 pub mod config;
+#[doc(hidden)]
 pub mod mappings;
+#[doc(hidden)]
 pub mod packed;
+#[doc(hidden)]
 pub mod v1;
+#[doc(hidden)]
 pub mod v2;
 
 use std::collections::HashSet;
@@ -50,6 +57,7 @@ const FLAG_OPTIONAL: u16 = 1;
 
 /// Why bytes are not a saved state that this library can restore.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
 pub enum StateError {
     /// The bytes are too few for a header.
     #[error("saved state has {len} bytes, fewer than the {HEADER_LEN} of its header")]

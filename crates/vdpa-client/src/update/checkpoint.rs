@@ -4,6 +4,7 @@
 
 /// A place in an update.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Checkpoint {
     /// Predecessor: all checks of prepare have passed.
     Checked,

@@ -75,6 +75,7 @@ impl Cancel {
 
 /// Why a message could not be sent to or received from the peer.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum ConnectionError {
     /// The descriptor is not a Unix stream socket.
     #[error("the descriptor is not a Unix stream socket")]

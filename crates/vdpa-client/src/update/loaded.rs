@@ -34,6 +34,7 @@ pub struct Loaded<D> {
 
 /// Devices that were taken over.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Restored<D> {
     /// The devices with their requests in flight, under the names that the predecessor gave them.
     pub devices: Devices<D>,

@@ -111,6 +111,7 @@ pub const SOCKET_VARIABLE: &str = "VDPA_LIVE_SOCKET";
 /// The step at which an update failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Error, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Phase {
     /// Checks, and contact with the successor; no device was touched.
     #[error("prepare")]
@@ -162,6 +163,7 @@ fn of_device(device: Option<&str>) -> String {
 
 /// Why an update failed.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum Cause {
     /// The device does not offer what the strategy needs.
     #[error(transparent)]
@@ -380,6 +382,7 @@ impl Cause {
 
 /// Why the descriptor that [`STATE_VARIABLE`] names has no saved state.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum StateFileError {
     /// The variable is not a number.
     #[error("{STATE_VARIABLE} is \"{value}\", not the number of a descriptor")]

@@ -79,6 +79,7 @@ pub struct UnknownWay {
 
 /// A [`Way`] with its parameters.
 #[derive(Debug)]
+#[non_exhaustive]
 pub enum Via {
     /// Exec this image in this process.
     Exec(Image),

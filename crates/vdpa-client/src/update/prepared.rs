@@ -39,6 +39,7 @@ pub(super) enum Target {
 
 /// A completed update by fork or hand-over, in the predecessor: the successor has the devices.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Completed {
     /// The times of the update.
     pub report: Report,

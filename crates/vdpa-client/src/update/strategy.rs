@@ -33,6 +33,7 @@ pub enum Strategy {
 
 /// The device lacks what a strategy needs.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
 pub enum Unsupported {
     /// A backend feature is missing.
     #[error("strategy {strategy} needs backend feature {name} (bit {}), which the device does not offer; it offers {}", .bit.0, vdpa_core::feature_names::backend_text(*.offered))]

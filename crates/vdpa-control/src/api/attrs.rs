@@ -41,6 +41,20 @@ pub enum AttrError {
         /// Largest valid value.
         max: u64,
     },
+    /// The value is not a size, or is out of range.
+    #[error(
+        "attribute \"{name}\" is \"{value}\"; bytes from {min} to {max} are right, as a number or with K, M, G or T (\"512M\")"
+    )]
+    Size {
+        /// Name of the attribute.
+        name: String,
+        /// Its value.
+        value: String,
+        /// Smallest valid value in bytes.
+        min: u64,
+        /// Largest valid value in bytes.
+        max: u64,
+    },
 }
 
 impl Attrs {
@@ -100,6 +114,19 @@ impl Attrs {
         }
     }
 
+    /// The value of the size `name` in bytes, from `min` to `max`: a number, or one with `K`, `M`, `G` or `T` for 2^10, 2^20, 2^30 or
+    /// 2^40 bytes; `None` when it is absent.
+    ///
+    /// # Errors
+    /// [`AttrError::Size`] for any other value.
+    pub fn size(&self, name: &str, min: u64, max: u64) -> Result<Option<u64>, AttrError> {
+        let Some(value) = self.get(name) else { return Ok(None) };
+        match parse_size(value) {
+            Some(bytes) if (min..=max).contains(&bytes) => Ok(Some(bytes)),
+            _ => Err(AttrError::Size { name: name.into(), value: value.into(), min, max }),
+        }
+    }
+
     /// Names and values, in order.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
         self.0.iter().map(|(name, value)| (name.as_str(), value.as_str()))
@@ -110,6 +137,27 @@ impl Attrs {
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
+}
+
+/// Bytes of a size as [`Attrs::size`] takes it; `None` for other text, and from 2^64 on.
+///
+/// ```
+/// use vdpa_control::api::parse_size;
+///
+/// assert_eq!(parse_size("8M"), Some(8 << 20));
+/// assert_eq!((parse_size("4096"), parse_size("1g"), parse_size("1.5G"), parse_size("K")), (Some(4096), Some(1 << 30), None, None));
+/// ```
+#[must_use]
+pub fn parse_size(text: &str) -> Option<u64> {
+    let shift = match text.bytes().last()?.to_ascii_uppercase() {
+        b'K' => 10,
+        b'M' => 20,
+        b'G' => 30,
+        b'T' => 40,
+        _ => return text.parse().ok(),
+    };
+    let number: u64 = text.get(..text.len() - 1)?.parse().ok()?;
+    number.checked_mul(1 << shift)
 }
 
 impl Serialize for Attrs {
@@ -198,5 +246,22 @@ mod tests {
         assert_eq!(attrs.switch("pin"), Ok(None));
         assert_eq!(attrs.number("queues", 1, 65), Ok(Some(65)));
         assert!(attrs.number("queues", 1, 64).is_err());
+    }
+
+    #[test]
+    fn sizes_take_units() {
+        let mut attrs = Attrs::new();
+        for (name, value) in [("a", "512M"), ("b", "1GB"), ("c", "17T"), ("d", "99999999T"), ("e", "")] {
+            attrs.insert(name, value).unwrap();
+        }
+        assert_eq!(attrs.size("a", 0, u64::MAX), Ok(Some(512 << 20)));
+        assert_eq!(attrs.size("c", 0, u64::MAX), Ok(Some(17 << 40)));
+        assert_eq!(attrs.size("none", 0, 1), Ok(None));
+        assert!(attrs.size("d", 0, u64::MAX).is_err() && attrs.size("e", 0, u64::MAX).is_err());
+        assert!(attrs.size("a", 0, 1 << 20).is_err());
+        assert_eq!(
+            attrs.size("b", 512, 1 << 30).unwrap_err().to_string(),
+            "attribute \"b\" is \"1GB\"; bytes from 512 to 1073741824 are right, as a number or with K, M, G or T (\"512M\")"
+        );
     }
 }

@@ -5,7 +5,7 @@ use vdpa_core::host::PAGE_SIZE;
 use vdpa_core::parent::{CompatReset, PinLimit};
 
 use vdpa_backend::worker::{InvalidCpuList, Placement};
-use vdpa_control::api::{Attrs, CtlError};
+use vdpa_control::api::{Attrs, CtlError, parse_size};
 
 /// Refuses attributes that are not among `known`: names, and descriptions of the value for the error message.
 pub(super) fn reject_unknown(kind: &str, attrs: &Attrs, known: &[(&str, &str)]) -> Result<(), CtlError> {
@@ -45,16 +45,17 @@ pub(super) fn queue_size(attrs: &Attrs, default: u16) -> Result<u16, CtlError> {
 }
 
 /// Name and value of the attribute that [`pin_limit`] parses.
-pub(super) const MEMLOCK_ATTR: (&str, &str) = ("memlock", "rlimit|unlimited|BYTES");
+pub(super) const MEMLOCK_ATTR: (&str, &str) = ("memlock", "rlimit|unlimited|SIZE");
 
 /// Parses `memlock`: the limit on pinned memory. The owner's RLIMIT_MEMLOCK unless the operator sets one for the device.
 pub(super) fn pin_limit(attrs: &Attrs) -> Result<PinLimit, CtlError> {
     match attrs.get("memlock") {
         None | Some("rlimit") => Ok(PinLimit::Rlimit),
         Some("unlimited") => Ok(PinLimit::Pages(u64::MAX)),
-        Some(text) => text.parse::<u64>().map(|bytes| PinLimit::Pages(bytes / PAGE_SIZE)).map_err(|_| {
-            CtlError::new(Errno::INVAL, format!("memlock is \"{text}\""))
-                .with_hint("\"rlimit\", \"unlimited\" or a number of bytes is right.")
+        Some(text) => parse_size(text).map(|bytes| PinLimit::Pages(bytes / PAGE_SIZE)).ok_or_else(|| {
+            CtlError::new(Errno::INVAL, format!("memlock is \"{text}\"")).with_hint(
+                "\"rlimit\", \"unlimited\" or a number of bytes is right, also with K, M, G or T (\"512M\").",
+            )
         }),
     }
 }
@@ -100,4 +101,23 @@ pub(super) fn no_worker(name: &str, placement: &Placement, errno: Errno) -> CtlE
 /// The error for an invalid value of an attribute.
 pub(super) fn invalid(error: impl std::fmt::Display) -> CtlError {
     CtlError::new(Errno::INVAL, error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memlock_takes_sizes() {
+        let memlock = |value| {
+            let mut attrs = Attrs::new();
+            attrs.insert("memlock", value).unwrap();
+            pin_limit(&attrs)
+        };
+        assert_eq!(memlock("1G").unwrap(), PinLimit::Pages((1 << 30) / PAGE_SIZE));
+        assert_eq!(memlock("8388608").unwrap(), PinLimit::Pages(2048));
+        let refused = memlock("1GB").unwrap_err();
+        assert_eq!(refused.message, "memlock is \"1GB\"");
+        assert!(refused.hint.unwrap().contains("also with K, M, G or T"));
+    }
 }

@@ -20,7 +20,7 @@ const QUEUE_SIZE: u16 = 1024;
 /// The attributes: name, and description of the value for the error that lists them.
 pub(in crate::devices) const KNOWN: [(&str, &str); 16] = [
     ("path", "FILE"),
-    ("null", "BYTES"),
+    ("null", "SIZE"),
     ("readonly", "on|off"),
     ("direct", "on|off"),
     ("pin", "on|off"),
@@ -110,7 +110,7 @@ impl Options {
 /// Parses `path` or `null`, exactly one of which must be given.
 fn source(attrs: &Attrs) -> Result<Source, CtlError> {
     let path = attrs.get("path").filter(|path| !path.is_empty());
-    match (path, attrs.number("null", SECTOR, 1 << 60).map_err(invalid)?) {
+    match (path, attrs.size("null", SECTOR, 1 << 60).map_err(invalid)?) {
         (Some(path), None) => Ok(Source::File(path.into())),
         (None, Some(bytes)) => Ok(Source::Null(bytes / SECTOR)),
         (Some(_), Some(_)) => Err(CtlError::new(Errno::INVAL, "blk takes one of path and null")
