@@ -427,6 +427,26 @@ fn every_wait_ends_by_time_and_by_cancel() {
     }
 }
 
+/// A successor that gives up between two steps: the predecessor, which is about to switch, keeps its devices and kills nobody.
+#[test]
+fn a_take_over_that_is_dropped_leaves_everything_there() {
+    let disk = Disk::new(&ALL);
+    let devices = Devices::one("disk0", session(&disk.path));
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let mut receiving = Receiving::new(theirs).unwrap();
+    let mut preparing = Plan::new().describe(&devices).unwrap().begin(Via::HandOver(ours)).unwrap();
+    preparing.step().unwrap();
+    let incoming: Incoming<RecordingDevice> = receiving.step().unwrap().unwrap();
+    let taking = incoming.begin_take_over().unwrap();
+    let prepared = preparing.step().unwrap().unwrap();
+    drop(taking);
+    let mut failed = prepared.switch(devices, Sections::new()).unwrap_err();
+    let text = failed.error.source.to_string();
+    assert!(text.ends_with("failed in phase prepare: refused: the successor has given up"), "{text}");
+    assert!(failed.lost.is_empty());
+    reap_first(failed.devices.get_mut("disk0").unwrap());
+}
+
 /// A program that was started and does not know of updates: once it hung the prepare for as long as it ran.
 #[test]
 fn a_child_that_never_asks_is_given_up() {

@@ -43,6 +43,41 @@
 //! 4. [`Incoming::take_over`] does the rest in the successor.
 //!
 //! execve ends all other threads wherever they are, so let them finish first.
+//!
+//! # Without a transport
+//!
+//! The ways above are users of parts that do no I/O but requests to devices. A program that brings the state to its successor by
+//! its own means uses them itself: [`Plan::save`] stops the devices, [`Stopped::parcel`] is the state as bytes and named
+//! descriptors, [`Loaded::load`] and [`Loaded::take_over`] are the other side, [`Stopped::roll_back`] and [`Stopped::release`] the
+//! two ends. Here both sides are in one function:
+//!
+//! ```
+//! use vdpa_client::device::Device;
+//! use vdpa_client::features::Features;
+//! use vdpa_client::inprocess::{self, SimulatedProcess};
+//! use vdpa_client::state::Sections;
+//! use vdpa_client::update::{Devices, Loaded, Plan};
+//! use vdpa_core::inprocess::{InProcess, Node};
+//! use vdpa_core::testing::RamBlk;
+//! use vdpa_sys::guest::LinuxHost;
+//!
+//! type Disk = InProcess<RamBlk<LinuxHost>, SimulatedProcess>;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! inprocess::publish("parcel", &Node::new(RamBlk::on_host(64)));
+//! let session = Device::<Disk>::open("parcel")?.negotiate(Features::NONE)?;
+//! let stopped = Plan::new().save(Devices::one("disk", session), Sections::new()).map_err(|f| f.error)?;
+//! let parcel = stopped.parcel()?;
+//! assert!(parcel.descriptors.iter().any(|(name, _)| name == "disk/device"));
+//!
+//! // Bytes and descriptors are with the successor now.
+//! let loaded = Loaded::<Disk>::load(&parcel.bytes, parcel.descriptors)?;
+//! let restored = loaded.take_over()?;
+//! stopped.release();
+//! assert!(restored.devices.get("disk").is_some());
+//! # Ok(())
+//! # }
+//! ```
 
 pub mod checkpoint;
 mod connection;

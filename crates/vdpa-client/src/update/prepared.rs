@@ -107,10 +107,14 @@ impl Prepared {
         late: Sections,
     ) -> Result<Completed, Box<Failed<D>>> {
         let begun_ns = monotonic_ns();
-        let Self { described, to, prepare_ns } = self;
+        let Self { described, mut to, prepare_ns } = self;
         let until = described.plan.deadline.and_then(|deadline| Instant::now().checked_add(deadline));
         checkpoint(Checkpoint::Switching);
-        if let Target::Process(_, successor) = &to {
+        if let Target::Process(_, successor) = &mut to {
+            if let Err(source) = successor.check_waiting() {
+                let error = UpdateError { phase: Phase::Prepare, device: None, source };
+                return Err(Box::new(Failed { error, devices, lost: Vec::new() }));
+            }
             successor.announce_switch();
         }
         let stopped = Stopped::new(described, devices, late, begun_ns, prepare_ns)?;

@@ -172,6 +172,20 @@ impl Successor {
         }
     }
 
+    /// Whether the successor, which was ready, still waits for the switch. It may have given up since.
+    ///
+    /// # Errors
+    /// [`Cause::Successor`] with its reason; [`Cause::Connection`] when it has ended.
+    pub(super) fn check_waiting(&mut self) -> Result<(), Cause> {
+        match self.connection.receive_soon(false)? {
+            None => Ok(()),
+            Some(message) if matches!(message.kind, Kind::Failed | Kind::Refused | Kind::Aborted) => {
+                Err(self.refused(&message))
+            }
+            Some(message) => Err(unexpected(message.kind)),
+        }
+    }
+
     /// Wakes the successor before [`switch`](Self::switch). Does not block.
     pub(super) fn announce_switch(&self) {
         self.connection.announce();
@@ -180,7 +194,11 @@ impl Successor {
     /// Sends the rest of the state and waits until the successor has taken the devices over, at most until `until`.
     pub(super) fn switch(&mut self, state: &[u8], until: Option<Instant>) -> Result<(), Cause> {
         self.may_act = true;
-        self.connection.send(Kind::Switch, state, &[], self.wait(until))?;
+        if let Err(error) = self.connection.send(Kind::Switch, state, &[], self.wait(until)) {
+            // What it has sent before it closed the connection says why.
+            self.check_waiting()?;
+            return Err(error.into());
+        }
         checkpoint(Checkpoint::Sent);
         let answer = self.connection.receive(self.wait(until))?;
         match answer.kind {

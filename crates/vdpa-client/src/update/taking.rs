@@ -112,6 +112,16 @@ impl<D: DeviceFile> TakingOver<D> {
         }
     }
 
+    /// Blocks until a step is worth while.
+    ///
+    /// # Errors
+    /// [`UpdateError`] when the kernel refuses to wait.
+    pub fn wait(&self) -> Result<(), UpdateError> {
+        self.waiter.wait().map_err(|e| at(Phase::Prepare)(e.into()))
+    }
+}
+
+impl<D> TakingOver<D> {
     /// Closes everything of the devices and tells the predecessor, which may take them back then.
     fn fail(&mut self, mut error: UpdateError) -> UpdateError {
         self.stage = Stage::Over;
@@ -122,13 +132,15 @@ impl<D: DeviceFile> TakingOver<D> {
         self.predecessor.reject(if aborted { Kind::Aborted } else { Kind::Failed }, &error);
         error
     }
+}
 
-    /// Blocks until a step is worth while.
-    ///
-    /// # Errors
-    /// [`UpdateError`] when the kernel refuses to wait.
-    pub fn wait(&self) -> Result<(), UpdateError> {
-        self.waiter.wait().map_err(|e| at(Phase::Prepare)(e.into()))
+/// The predecessor gets the devices back: it hears of it when this process has closed them.
+impl<D> Drop for TakingOver<D> {
+    fn drop(&mut self) {
+        if !matches!(self.stage, Stage::Over) {
+            let reason = "the successor has given up".to_owned();
+            self.fail(at(Phase::Prepare)(Cause::Refused { reason }));
+        }
     }
 }
 
