@@ -8,8 +8,8 @@ use std::collections::VecDeque;
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -20,8 +20,8 @@ use rustix::net::{
 };
 use thiserror::Error;
 use vdpa_core::Errno;
-use vdpa_sys::eventfd::EventFd;
 
+use super::Cancel;
 use crate::state::MAX_PAYLOAD;
 
 /// Version of the protocol, in each header.
@@ -32,46 +32,6 @@ const HEADER: usize = 16;
 const FDS_AT_ONCE: usize = 200;
 /// Limit on the descriptors of one message, so that a peer cannot make this process hold any number of them.
 const FDS_MAX: usize = 1 << 16;
-
-/// Cancels a side of an update that waits, from another thread.
-///
-/// Clones share one eventfd. It stays signalled: what is given a used one fails at once.
-#[derive(Clone, Debug)]
-pub struct Cancel(Arc<EventFd>);
-
-impl AsFd for Cancel {
-    /// Readable once it is cancelled.
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
-    }
-}
-
-impl AsRawFd for Cancel {
-    fn as_raw_fd(&self) -> RawFd {
-        self.0.as_raw_fd()
-    }
-}
-
-impl Cancel {
-    /// A cancellation that has not been used yet.
-    ///
-    /// # Errors
-    /// Those of eventfd(2): `EMFILE`, `ENFILE`, `ENOMEM`.
-    pub fn new() -> Result<Self, Errno> {
-        Ok(Self(Arc::new(EventFd::new()?)))
-    }
-
-    /// Cancels everything that was given this, now and later. Does not block; any thread may call it.
-    pub fn cancel(&self) {
-        self.0.signal();
-    }
-
-    /// Whether it is cancelled.
-    #[must_use]
-    pub fn is_cancelled(&self) -> bool {
-        self.0.wait(Some(Duration::ZERO))
-    }
-}
 
 /// Why a message could not be sent to or received from the peer.
 #[derive(Debug, Error)]
@@ -446,7 +406,7 @@ impl Connection {
             let timeout = left.and_then(|left| Timespec::try_from(left).ok());
             let mut fds = vec![PollFd::new(&self.socket, flags)];
             if let Some(cancel) = wait.cancel {
-                fds.push(PollFd::new(&*cancel.0, PollFlags::IN));
+                fds.push(PollFd::new(cancel, PollFlags::IN));
             }
             let cancel_at = wait.cancel.map(|_| 1);
             if let Some(process) = &wait.process {
@@ -516,6 +476,8 @@ fn parse(bytes: &[u8; HEADER]) -> Result<(Kind, u64), ConnectionError> {
 mod tests {
     use std::os::unix::net::UnixStream;
     use std::time::Duration;
+
+    use vdpa_sys::eventfd::EventFd;
 
     use super::*;
 

@@ -79,6 +79,7 @@
 //! # }
 //! ```
 
+mod cancel;
 pub mod checkpoint;
 mod connection;
 mod describe;
@@ -116,7 +117,8 @@ use vdpa_core::feature_names::{backend_text, text};
 use vdpa_core::features::{BackendFeatures, Features};
 use vdpa_core::types::QueueIndex;
 
-pub use self::connection::{Cancel, ConnectionError};
+pub use self::cancel::Cancel;
+pub use self::connection::ConnectionError;
 pub use self::describe::Described;
 pub use self::devices::{Devices, Iter};
 pub use self::incoming::{Incoming, Receiving, incoming, restore};

@@ -9,7 +9,7 @@ use rustix::time::{
 };
 use vdpa_core::Errno;
 
-use super::connection::{Cancel, ConnectionError};
+use super::{Cancel, ConnectionError};
 
 /// An epoll instance with the connection, the time-out, the cancellation and the process at the other end. Readable when one of
 /// them has something to say; then a step finds out what.
