@@ -103,15 +103,15 @@ impl<D: DeviceFile> Device<D> {
     /// Opens a device file.
     ///
     /// # Errors
-    /// [`Error::Open`]; [`Error::OpenHere`] when this process has it open.
+    /// [`Error::Open`].
     pub fn open(path: impl Into<PathBuf>) -> Result<Self, Error> {
         let path = path.into();
         match D::open(&path) {
             Ok(ops) => Ok(Self { ops, path: Some(path) }),
-            Err(source) => Err(match open_here(&path).filter(|_| source == Errno::BUSY) {
-                Some(fd) => Error::OpenHere { path, fd, source },
-                None => Error::Open { path, source },
-            }),
+            Err(source) => {
+                let here = open_here(&path).filter(|_| source == Errno::BUSY);
+                Err(Error::Open { path, source, here })
+            }
         }
     }
 

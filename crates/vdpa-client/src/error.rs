@@ -16,26 +16,14 @@ pub use vdpa_core::error::chain;
 #[non_exhaustive]
 pub enum Error {
     /// The device file cannot be opened.
-    #[error("cannot open device {}{}", path.display(), why_not_open(*.source))]
+    #[error("cannot open device {}{}", path.display(), why_not_open(*.source, *.here))]
     Open {
         /// Path of the device file.
         path: PathBuf,
         /// Error of open(2).
         source: Errno,
-    },
-    /// This process has the device open already, by a descriptor that it has inherited or opened before.
-    #[error(
-        "cannot open device {}: this process has it open already, as descriptor {fd}; a program that was started or executed with \
-         it takes it over (update::incoming()), assumes it (Session::assume()) or closes it",
-        path.display()
-    )]
-    OpenHere {
-        /// Path of the device file.
-        path: PathBuf,
-        /// Number of the descriptor.
-        fd: i32,
-        /// Error of open(2).
-        source: Errno,
+        /// With `EBUSY`: the descriptor by which this process has the device open itself.
+        here: Option<i32>,
     },
     /// A request to the device or the kernel failed.
     #[error("{request} failed")]
@@ -132,13 +120,20 @@ pub enum Error {
     },
 }
 
-const fn why_not_open(errno: Errno) -> &'static str {
-    match errno {
-        Errno::BUSY => ": another process has it open, and a vhost-vdpa device can be open once",
-        Errno::ACCESS | Errno::PERM => ": this user may not read and write it",
-        Errno::NOENT => ": there is no such file; vdpactl -s dev show lists those of vdpad",
+fn why_not_open(errno: Errno, here: Option<i32>) -> String {
+    let why = match (errno, here) {
+        (Errno::BUSY, Some(fd)) => {
+            return format!(
+                ": this process has it open already, as descriptor {fd}; a program that was started or executed with it takes it \
+                 over (update::incoming()), assumes it (Session::assume()) or closes it"
+            );
+        }
+        (Errno::BUSY, None) => ": another process has it open, and a vhost-vdpa device can be open once",
+        (Errno::ACCESS | Errno::PERM, _) => ": this user may not read and write it",
+        (Errno::NOENT, _) => ": there is no such file; vdpactl -s dev show lists those of vdpad",
         _ => "",
-    }
+    };
+    why.to_owned()
 }
 
 const fn why_not_mapped(errno: Errno) -> &'static str {
@@ -397,13 +392,13 @@ mod tests {
 
     #[test]
     fn an_open_that_fails_says_what_would_help() {
-        let text = |source| Error::Open { path: PathBuf::from("/dev/x"), source }.to_string();
+        let text = |source, here| Error::Open { path: PathBuf::from("/dev/x"), source, here }.to_string();
         assert_eq!(
-            text(Errno::BUSY),
+            text(Errno::BUSY, None),
             "cannot open device /dev/x: another process has it open, and a vhost-vdpa device can be open once"
         );
-        assert_eq!(text(Errno::IO), "cannot open device /dev/x");
-        let here = Error::OpenHere { path: PathBuf::from("/dev/x"), fd: 7, source: Errno::BUSY }.to_string();
+        assert_eq!(text(Errno::IO, None), "cannot open device /dev/x");
+        let here = text(Errno::BUSY, Some(7));
         assert!(here.contains("this process has it open already, as descriptor 7"), "{here}");
     }
 

@@ -124,7 +124,7 @@ fn bad_attributes(dir: &str) -> Vec<Case> {
             "colour blue",
             "blk has no attribute \"colour\"",
             "Operation not supported",
-            "It has: path FILE, null BYTES, readonly on|off, direct on|off, pin on|off, memlock rlimit|unlimited|BYTES, queues 1-64, queue_size 2-32768, a power \
+            "It has: path FILE, null SIZE, readonly on|off, direct on|off, pin on|off, memlock rlimit|unlimited|SIZE, queues 1-64, queue_size 2-32768, a power \
              of two, packed on|off, in_order on|off, serial TEXT of at most 20 bytes, compat_reset keep|clean, reset_owner on|off, strict_new_owner on|off, cpus LIST of \
              processors, for example 2,4-7, worker shared|own.",
         ),
@@ -151,7 +151,7 @@ fn bad_attributes(dir: &str) -> Vec<Case> {
         "sim-blk has no attribute \"path\"",
         "Operation not supported",
         "It has: use_va on|off, batch_mapping on|off, max_iotlb_entries 2-1048576, compat_reset keep|clean, \
-         verify_remap on|off, reset_owner on|off, queue_size 2-32768, a power of two, memlock rlimit|unlimited|BYTES, cpus LIST of processors, for example 2,4-7, worker shared|own.",
+         verify_remap on|off, reset_owner on|off, queue_size 2-32768, a power of two, memlock rlimit|unlimited|SIZE, cpus LIST of processors, for example 2,4-7, worker shared|own.",
     );
     table
         .into_iter()

@@ -25,7 +25,7 @@ fn a_device_that_this_process_has_open_is_named_by_its_descriptor() {
     let mut session = Disk::open(&path).unwrap().negotiate(Features::NONE).unwrap();
     let error = Disk::open(&path).unwrap_err();
     let fd = session.as_raw_fd();
-    assert!(matches!(error, Error::OpenHere { fd: there, .. } if there == fd), "{error}");
+    assert!(matches!(error, Error::Open { here: Some(there), .. } if there == fd), "{error}");
     session.map_memfd("ram", memfd::create(c"ram", 65536, None).unwrap(), 0, 65536, Perm::RW).unwrap();
     let error = session.add_queue(QueueIndex(99), 64, "ram", 0).unwrap_err().to_string();
     assert_eq!(error, "queue 99 does not exist: the device has 4 queues, from 0 to 3");

@@ -195,7 +195,7 @@ fn open_with_retry<D: DeviceFile>(path: &Path) -> Result<D, Error> {
             Err(Errno::BUSY) if begin.elapsed() < BUSY_LIMIT => {
                 std::thread::sleep(BUSY_PAUSE);
             }
-            Err(source) => return Err(Error::Open { path: path.to_owned(), source }),
+            Err(source) => return Err(Error::Open { path: path.to_owned(), source, here: None }),
         }
     }
 }
