@@ -94,7 +94,7 @@ impl Prepared {
     }
 
     /// Transfers the devices to the successor. Nobody may drive them from here on. `late` are the sections that were
-    /// announced by [`Plan::late_section`].
+    /// announced by [`Plan::late_section`](super::Plan::late_section).
     ///
     /// An exec returns only if it failed. Otherwise, on success, the successor has the devices and all descriptors of them
     /// are closed in this process. Blocks until the plan's deadline; on failure also for the grace period and the roll-back.
