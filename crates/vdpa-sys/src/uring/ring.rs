@@ -13,6 +13,7 @@ use io_uring::types::{CancelBuilder, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, types};
 use vdpa_core::Errno;
 
+use super::adopt::Unsettled;
 use super::op::Resources;
 use super::registrar::Files;
 use super::{File, FixedIoVec, IoVec, Op, OwnedBuf, Registrar};
@@ -33,6 +34,8 @@ pub struct Ring {
     /// Requests in flight that are not in the slab.
     bare: usize,
     files: Arc<Mutex<Files>>,
+    /// Another process still uses the ring.
+    pub(super) unsettled: Option<Box<Unsettled>>,
 }
 
 /// The result of a request.
@@ -99,7 +102,8 @@ impl Ring {
 
     /// A ring in which nothing is in flight.
     pub(super) fn with(ring: Arc<IoUring>) -> Self {
-        Self { ring, slab: ManuallyDrop::new(Slab::default()), bare: 0, files: Arc::default() }
+        let slab = ManuallyDrop::new(Slab::default());
+        Self { ring, slab, bare: 0, files: Arc::default(), unsettled: None }
     }
 
     pub(super) fn io_uring(&self) -> &IoUring {
@@ -200,6 +204,9 @@ impl Ring {
     /// busy-polling. Kernels before 5.19 show available completions only.
     #[must_use]
     pub fn has_completions(&mut self) -> bool {
+        if self.unsettled.is_some() {
+            return false;
+        }
         // SAFETY: `&mut self` makes this the only completion queue: registrars use the submitter only.
         let arrived = !unsafe { self.ring.completion_shared() }.is_empty();
         // SAFETY: as above, for the submission queue; its flags are read only.
@@ -209,6 +216,9 @@ impl Ring {
 
     /// Whether requests are queued and not submitted.
     fn has_queued(&mut self) -> bool {
+        if self.unsettled.is_some() {
+            return false;
+        }
         // SAFETY: as in `has_completions`.
         !unsafe { self.ring.submission_shared() }.is_empty()
     }
@@ -220,6 +230,9 @@ impl Ring {
     /// Those of `io_uring_enter`. A timeout, a signal and a full completion queue are not errors: call
     /// [`Ring::next_completion`].
     pub fn submit_and_wait(&mut self, want: usize, timeout: Option<Duration>) -> Result<(), Errno> {
+        if self.unsettled.is_some() {
+            return Err(Errno::AGAIN);
+        }
         if want == 0 && !self.has_queued() && !self.has_completions() {
             return Ok(());
         }
@@ -247,6 +260,9 @@ impl Ring {
 
     /// The next available completion. Does not block.
     pub fn next_completion(&mut self) -> Option<Completion> {
+        if self.unsettled.is_some() {
+            return None;
+        }
         loop {
             // SAFETY: `&mut self` makes this the only completion queue: the other holders of the Arc are
             // registrars, which use the submitter only.
@@ -287,6 +303,9 @@ impl Ring {
 
     #[cold]
     fn push_to_full(&mut self, entry: &Entry) -> Result<(), Errno> {
+        if self.unsettled.is_some() {
+            return Err(Errno::AGAIN);
+        }
         let submitted = self.ring.submit();
         if self.try_push(entry) {
             return Ok(());
@@ -296,6 +315,9 @@ impl Ring {
 
     #[inline]
     fn try_push(&mut self, entry: &Entry) -> bool {
+        if self.unsettled.is_some() {
+            return false;
+        }
         // SAFETY: `&mut self` makes this the only submission queue (registrars use the submitter only).
         let mut queue = unsafe { self.ring.submission_shared() };
         // SAFETY: everything the entry points to is owned by the slab until the completion is seen, and the slab is
