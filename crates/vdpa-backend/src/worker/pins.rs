@@ -6,10 +6,11 @@ use vdpa_core::Errno;
 use vdpa_core::host::MemoryObject;
 use vdpa_core::iotlb::{Mapping, Table};
 use vdpa_core::types::Result;
-use vdpa_sys::guest::GuestMemory;
+use vdpa_sys::guest::{GuestMemory, MemoryRecord, ObjectId};
 use vdpa_sys::uring::{IoVec, MemorySet};
 
-use super::buffers::Buffers;
+use super::buffers::{Buffers, Pinned};
+use super::slots::Piece;
 use super::view::PinnedRange;
 
 /// Maximum size of a registered buffer, in bytes. The kernel holds the io_uring's lock while it pins pages, about 20 ms for
@@ -30,14 +31,14 @@ struct Region {
     /// Bytes.
     len: usize,
     /// One per [`PIECE_BYTES`].
-    slots: Vec<u16>,
+    buffers: Vec<Pinned>,
     /// Keeps the mapping: while it exists no other mapping can get its address, which identifies the region.
     _memory: MemorySet,
 }
 
 impl Pins {
-    /// Pins the entries of `table` that are not pinned yet. Blocks while the kernel allocates and pins pages, about half a
-    /// second for 4 GiB of fresh 4 KiB pages.
+    /// Pins the entries of `table` that are not pinned yet. What an earlier process has pinned is used as it is, and its pages are
+    /// not touched. Otherwise blocks while the kernel allocates and pins pages, about half a second for 4 GiB of fresh 4 KiB pages.
     ///
     /// # Errors
     /// `ENOMEM` when the RLIMIT_MEMLOCK of this process or the slots do not suffice, `EFAULT`, `EOPNOTSUPP` for file systems
@@ -72,9 +73,13 @@ impl Pins {
             .filter_map(|entry| pinnable(entry))
             .filter_map(|(addr, _)| self.regions.get_key_value(&addr))
             .flat_map(|(&addr, region)| {
-                let place =
-                    |(piece, &slot): (IoVec, &u16)| PinnedRange { addr: piece.addr, len: piece.len, slot };
-                pieces(addr, region.len).zip(&region.slots).map(place)
+                let place = |(piece, &Pinned { slot, addr }): (IoVec, &Pinned)| PinnedRange {
+                    addr: piece.addr,
+                    len: piece.len,
+                    slot,
+                    registered: addr,
+                };
+                pieces(addr, region.len).zip(&region.buffers).map(place)
             })
             .collect();
         pins.sort_unstable_by_key(|pin| pin.addr);
@@ -92,8 +97,8 @@ impl Pins {
     /// Unpins all regions. No request may use them.
     pub(super) fn unpin_all(&mut self, buffers: &Buffers) {
         let regions = std::mem::take(&mut self.regions);
-        let slots = regions.into_values().flat_map(|region| region.slots);
-        slots.for_each(|slot| buffers.release(slot));
+        let pinned = regions.into_values().flat_map(|region| region.buffers);
+        pinned.for_each(|pinned| buffers.release(pinned.slot));
     }
 
     fn pin(
@@ -104,25 +109,37 @@ impl Pins {
         buffers: &Buffers,
     ) -> Result<()> {
         let memory = MemorySet::new(entry.memory.stable());
-        // Pinning pages that are present is five times as fast as having each allocated by the pinning.
-        entry.memory.populate()?;
-        let mut slots = Vec::new();
-        for piece in pieces(addr, len) {
-            match buffers.pin(piece, &memory).and_then(|slot| slot.ok_or(Errno::NOMEM)) {
-                Ok(slot) => slots.push(slot),
+        let MemoryRecord::Object { object, .. } = entry.memory.record() else { return Err(Errno::INVAL) };
+        let mut pinned = Vec::new();
+        let mut populated = false;
+        for at in pieces(addr, len) {
+            let offset = object.offset + (at.addr - addr) as u64;
+            let piece = Piece { object: ObjectId { offset, ..object }, len: at.len as u64 };
+            let result = buffers.claim(piece).map_or_else(
+                || {
+                    // Pinning pages that are present is five times as fast as having each allocated by the pinning.
+                    if !std::mem::replace(&mut populated, true) {
+                        entry.memory.populate()?;
+                    }
+                    buffers.pin(at, piece, &memory)?.ok_or(Errno::NOMEM)
+                },
+                Ok,
+            );
+            match result {
+                Ok(one) => pinned.push(one),
                 Err(error) => {
-                    slots.into_iter().for_each(|slot| buffers.release(slot));
+                    pinned.into_iter().for_each(|one| buffers.release(one.slot));
                     return Err(error);
                 }
             }
         }
-        self.regions.insert(addr, Region { len, slots, _memory: memory });
+        self.regions.insert(addr, Region { len, buffers: pinned, _memory: memory });
         Ok(())
     }
 
     fn unpin(&mut self, addr: usize, buffers: &Buffers) {
         if let Some(region) = self.regions.remove(&addr) {
-            region.slots.into_iter().for_each(|slot| buffers.release(slot));
+            region.buffers.into_iter().for_each(|pinned| buffers.release(pinned.slot));
         }
     }
 }
