@@ -3,12 +3,14 @@
 mod describe;
 mod restore;
 
+pub(crate) use restore::HeldDevices;
+
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::{Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use vdpa_core::Errno;
 use vdpa_core::device::Device;
 use vdpa_core::features::{Features, Status};
@@ -26,7 +28,7 @@ use crate::devices::{MgmtDevice, NetAttrs, mgmt_devices};
 use crate::survival::Survival;
 use vdpa_backend::front::fuse::{AddError, DeviceFile, DeviceFiles};
 use vdpa_backend::front::vhost::{AnyParent, SharedDevice, VhostVdpaFile};
-use vdpa_backend::persist::DeviceLog;
+use vdpa_backend::persist::{DeviceLog, Held};
 use vdpa_backend::worker::{QueueLogs, WorkerPool};
 use vdpa_control::api::{
     AddRequest, Attrs, CtlError, DaemonInfo, DevInfo, DevState, ID_NET, MgmtDev, QueueVstats, SetAnswer,
@@ -36,6 +38,12 @@ use vdpa_control::config::DevConfig;
 
 /// How long a control request waits for a device that is busy with a request of its client; then it fails with `EBUSY`.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long requests on device files may be in progress when an upgrade is to take place.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// As [`REQUEST_TIMEOUT`], for requests on rings, of which none begins meanwhile.
+const IN_FLIGHT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Queues of a device at most, for its in-flight logs.
 const QUEUES_MAX: u16 = 64;
@@ -53,6 +61,8 @@ pub struct Bus {
     devices: Mutex<Vec<Arc<Entry>>>,
     /// `None` without a holder: the devices end with this process.
     survival: Option<Arc<Survival>>,
+    /// Read while a device is added, changed or deleted; written during an upgrade.
+    changing: RwLock<()>,
     since: SystemTime,
 }
 
@@ -84,18 +94,24 @@ const NUMBERS_TRIED: usize = 4096;
 
 impl Bus {
     /// Creates a bus whose device files are served by `files`. At most `workers` threads serve the devices that have no
-    /// attribute `cpus`; each busy-polls its rings for up to `poll` before it sleeps, while that pays.
+    /// attribute `cpus`; each busy-polls its rings for up to `poll` before it sleeps, while that pays. With `survival` their io_urings
+    /// outlive this process; `rings` are those of a predecessor.
     #[must_use]
     pub fn new(
         files: Arc<DeviceFiles>,
         workers: usize,
         poll: Duration,
         survival: Option<Arc<Survival>>,
+        rings: Vec<Held>,
     ) -> Self {
         let pool = WorkerPool::new(workers, poll);
+        let pool = match &survival {
+            Some(survival) => pool.keeping(survival.store(), rings, survival.is_candidate()),
+            None => pool,
+        };
         let (mgmt, spaces, devices) = (mgmt_devices(), Spaces::new(), Mutex::default());
         let since = SystemTime::now();
-        Self { mgmt, files, pool, spaces, devices, survival, since }
+        Self { mgmt, files, pool, spaces, devices, survival, changing: RwLock::default(), since }
     }
 
     /// Revokes every device from its clients and removes it.
@@ -135,6 +151,50 @@ impl Bus {
             }
         }
         Err(CtlError::new(Errno::NOSPC, format!("no file name from {} on is free", file_name(0))))
+    }
+
+    /// Keeps an upgrade from beginning while a device is added, changed or deleted.
+    fn begin_change(&self) -> Result<RwLockReadGuard<'_, ()>, CtlError> {
+        self.changing.try_read().ok_or_else(|| {
+            CtlError::new(Errno::BUSY, "an upgrade is in progress").with_hint("Try again when it has ended.")
+        })
+    }
+
+    /// Keeps devices from being added, changed or deleted. Each one goes on in another daemon.
+    fn begin_upgrade(&self) -> Result<RwLockWriteGuard<'_, ()>, CtlError> {
+        let upgrading = self.changing.try_write_for(BUSY_TIMEOUT);
+        let upgrading = upgrading.ok_or_else(|| {
+            CtlError::new(Errno::BUSY, "a device is being added or deleted, or an upgrade is in progress")
+        })?;
+        let devices = self.devices.lock();
+        match devices.iter().find(|entry| entry.held.is_none()) {
+            Some(lost) => {
+                Err(CtlError::new(Errno::BUSY, format!("device {} would end with this daemon", lost.name))
+                    .with_hint("Delete it first; docs/vdpad.md says which devices go on."))
+            }
+            None => Ok(upgrading),
+        }
+    }
+
+    /// Stops serving files and rings, so that another process can go on.
+    fn stop_serving(&self) -> Result<(), CtlError> {
+        self.files.pause(REQUEST_TIMEOUT).map_err(|errno| {
+            CtlError::new(errno, "a request of a client on a device file has not ended")
+                .with_hint("The daemon goes on. Its disk may hang; see the daemon's log.")
+        })?;
+        self.pool.park(IN_FLIGHT_TIMEOUT).map_err(|errno| {
+            self.files.unpause();
+            CtlError::new(errno, "requests of a disk have not ended")
+                .with_hint("The daemon goes on. A disk may hang; see the daemon's log.")
+        })
+    }
+
+    /// Goes on after [`stop_serving`](Self::stop_serving).
+    fn serve_again(&self) {
+        if let Err(errno) = self.pool.unpark() {
+            tracing::error!(%errno, "the devices of a thread are not served any more");
+        }
+        self.files.unpause();
     }
 
     fn find(&self, name: &str) -> Result<Arc<Entry>, CtlError> {
@@ -252,15 +312,14 @@ impl Backend for Bus {
             CtlError::new(Errno::OPNOTSUPP, "this daemon cannot be upgraded: it has no holder")
                 .with_hint("Start it with --holder.")
         })?;
-        let devices = self.devices.lock();
-        if let Some(lost) = devices.iter().find(|entry| entry.held.is_none()) {
-            return Err(CtlError::new(
-                Errno::BUSY,
-                format!("device {} would end with this daemon", lost.name),
-            )
-            .with_hint("Delete it first; docs/vdpad.md says which devices go on."));
+        // To the end: no device is added, changed or deleted.
+        let upgrading = self.begin_upgrade()?;
+        survival.upgrade(&request, || self.stop_serving(), || self.serve_again())?;
+        if !request.dry_run {
+            // What a device is now, the next daemon has read.
+            std::mem::forget(upgrading);
         }
-        survival.upgrade(&request)
+        Ok(())
     }
 
     fn mgmtdevs(&self) -> Result<Vec<MgmtDev>, CtlError> {
@@ -354,6 +413,7 @@ impl Backend for Bus {
             .find(|mgmt| mgmt.describe().handle() == request.mgmtdev)
             .ok_or_else(CtlError::no_mgmtdev)?;
         net_attrs.check(&**mgmt)?;
+        let _change = self.begin_change()?;
         // Locked to the end, as the kernel holds its management lock: no two requests can take the same name.
         let mut devices = self.devices.lock();
         if devices.iter().any(|entry| entry.name == request.name) {
@@ -406,6 +466,7 @@ impl Backend for Bus {
     }
 
     fn set(&self, name: &str, SetRequest { mac }: SetRequest) -> Result<SetAnswer, CtlError> {
+        let _change = self.begin_change()?;
         let entry = self.find(name)?;
         let mgmt = self.mgmt.iter().map(|mgmt| mgmt.describe()).find(|mgmt| mgmt.handle() == entry.mgmtdev);
         if !mgmt.is_some_and(|mgmt| mgmt.supported_classes.contains(&ID_NET)) {
@@ -429,6 +490,7 @@ impl Backend for Bus {
     }
 
     fn delete(&self, name: &str, force: bool) -> Result<(), CtlError> {
+        let _change = self.begin_change()?;
         let entry = self.find(name)?;
         if entry.lock()?.is_open() && !force {
             return Err(CtlError::new(Errno::BUSY, format!("device {name} is open"))

@@ -13,7 +13,7 @@ use vdpa_sys::rlimit;
 
 use crate::bus::Bus;
 use crate::control::{self, Backend as _, Server};
-use crate::survival::{Legacy, Survival};
+use crate::survival::{Legacy, Survival, TakeOverError};
 use vdpa_backend::front::fuse::{DeviceFiles, Options, ServeError, cuse};
 use vdpa_backend::front::watchdog::{self, Watchdog};
 use vdpa_control::Front;
@@ -87,6 +87,9 @@ pub enum StartError {
         #[source]
         source: CtlError,
     },
+    /// This program does not replace the daemon.
+    #[error(transparent)]
+    TakeOver(#[from] TakeOverError),
     /// The server of the control API did not start.
     #[error(transparent)]
     Control(#[from] control::StartError),
@@ -145,6 +148,13 @@ impl Daemon {
             None => Legacy::default(),
         };
         let adopted = legacy.mount.take();
+        if let Some(survival) =
+            survival.as_ref().filter(|survival| survival.is_candidate() && adopted.is_none())
+        {
+            let error = TakeOverError::NoMount;
+            survival.refuse(&error);
+            return Err(error.into());
+        }
         let continues = adopted.is_some();
         let files = match (&place, &survival, adopted) {
             (_, Some(survival), Some(mount)) => survival.adopt(mount, options)?,
@@ -154,10 +164,19 @@ impl Daemon {
         if let Some(survival) = survival.as_ref().filter(|_| !continues) {
             survival.hold_mount(&files).map_err(holder("have the mount held"))?;
         }
-        let bus = Arc::new(Bus::new(Arc::clone(&files), config.workers, config.poll, survival.clone()));
+        let rings = std::mem::take(&mut legacy.rings);
+        let bus = Bus::new(Arc::clone(&files), config.workers, config.poll, survival.clone(), rings);
+        let bus = Arc::new(bus);
         if continues {
-            bus.restore(std::mem::take(&mut legacy.devices));
+            let devices = std::mem::take(&mut legacy.devices);
+            match survival.as_ref().filter(|survival| survival.is_candidate()) {
+                Some(survival) => {
+                    survival.take_over(&bus, devices).inspect_err(|error| survival.refuse(error))?
+                }
+                None => bus.restore(devices),
+            }
             files.resume()?;
+            bus.release_unclaimed();
         }
         // After a crash, those that had to end with the former daemon. The others were restored, or deleted before.
         for device in config.devices.iter().filter(|device| !continues || bus.is_lost_in_crash(device)) {
@@ -170,7 +189,10 @@ impl Daemon {
                 Err(source) => return Err(StartError::Device { name: device.name.clone(), source }),
             }
         }
-        let control = Server::start(&config.socket, Arc::clone(&bus) as _)?;
+        let control = match survival.as_ref().is_some_and(|survival| survival.is_candidate()) {
+            true => Server::replace(&config.socket, Arc::clone(&bus) as _)?,
+            false => Server::start(&config.socket, Arc::clone(&bus) as _)?,
+        };
         if let Some(survival) = &survival {
             survival.ready().map_err(holder("tell the holder that this daemon serves"))?;
             // Shares the address space: a crash is noticed before gigabytes of page tables are freed.

@@ -166,13 +166,6 @@ fn hold(options: Serve) -> ExitCode {
             survival.give_up();
             ExitCode::from(EXIT_RUNTIME)
         }
-        Ok(Some(mut survival)) if survival.role() == Role::Candidate => match survival.take_over() {
-            Ok(()) => serve(options, Some(survival)),
-            Err(error) => {
-                report(&error);
-                ExitCode::from(EXIT_RUNTIME)
-            }
-        },
         Ok(Some(survival)) => {
             survival.log_crash();
             serve(options, Some(survival))

@@ -7,6 +7,8 @@
 
 mod upgrade;
 
+pub use upgrade::TakeOverError;
+
 use std::collections::BTreeMap;
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -18,7 +20,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use vdpa_backend::front::fuse::{DeviceFiles, FileAttributes, Options, ServeError};
-use vdpa_backend::persist::{Held, Kind, RestoredSpaces, Store, key, split_key};
+use vdpa_backend::persist::{Held, Kind, RINGS, RestoredSpaces, Store, key, split_key};
 use vdpa_control::api::{AddRequest, CrashInfo, HolderInfo};
 use vdpa_core::Errno;
 use vdpa_holder::client::{Client, Start};
@@ -26,6 +28,8 @@ use vdpa_holder::protocol::{Role, Status};
 use vdpa_sys::clock::monotonic_ns;
 use vdpa_sys::fuse::{Negotiated, unmount};
 use vdpa_sys::memfd;
+
+use crate::bus::HeldDevices;
 
 /// Items that belong to no device.
 const MOUNT: u32 = 1;
@@ -45,6 +49,8 @@ pub struct Survival {
     served_ns: AtomicU64,
     /// Locked during an upgrade.
     upgrading: Mutex<()>,
+    /// For a candidate: the socket to the daemon.
+    peer: Mutex<Option<OwnedFd>>,
     /// Address spaces of the devices that are restored.
     pub(crate) spaces: RestoredSpaces,
 }
@@ -75,8 +81,10 @@ impl Identity {
 pub(crate) struct Legacy {
     /// The mount: its connection, what INIT agreed on, and where it is.
     pub(crate) mount: Option<(OwnedFd, Negotiated, PathBuf)>,
+    /// io_urings of worker threads, with their tables.
+    pub(crate) rings: Vec<Held>,
     /// Devices by their number: what they are, and everything that is held of them.
-    pub(crate) devices: BTreeMap<u32, (Identity, Vec<Held>)>,
+    pub(crate) devices: HeldDevices,
 }
 
 impl Survival {
@@ -86,8 +94,8 @@ impl Survival {
     /// # Errors
     /// Of the inherited socket.
     pub fn from_env() -> Result<Option<Self>, Errno> {
-        let Some(client) = Client::from_env()? else { return Ok(None) };
-        let start = client.start();
+        let Some(mut client) = Client::from_env()? else { return Ok(None) };
+        let (start, peer) = (client.start(), Mutex::new(client.take_peer()));
         let client = Arc::new(Mutex::new(client));
         Ok(Some(Self {
             client,
@@ -95,6 +103,7 @@ impl Survival {
             next_device: AtomicU32::new(1),
             served_ns: AtomicU64::new(0),
             upgrading: Mutex::default(),
+            peer,
             spaces: RestoredSpaces::default(),
         }))
     }
@@ -105,10 +114,16 @@ impl Survival {
         self.start.role
     }
 
-    /// How often a daemon was started for this service, this one included.
+    /// How often a daemon was started for this service, this one included. A candidate counts as the daemon that it may become.
     #[must_use]
-    pub const fn generation(&self) -> u64 {
-        self.start.status.generation
+    pub fn generation(&self) -> u64 {
+        self.start.status.generation + u64::from(self.is_candidate())
+    }
+
+    /// Whether this process was started to replace a daemon that still serves.
+    #[must_use]
+    pub fn is_candidate(&self) -> bool {
+        self.start.role == Role::Candidate
     }
 
     /// Tells the log how the daemon before this one ended.
@@ -215,6 +230,14 @@ impl Survival {
         }
     }
 
+    /// What is held of devices.
+    ///
+    /// # Errors
+    /// Those of the holder's connection.
+    pub(crate) fn devices(&self) -> Result<HeldDevices, Errno> {
+        self.legacy().map(|legacy| legacy.devices)
+    }
+
     /// What a predecessor has left. Whatever belongs to no device that can be restored is released.
     ///
     /// # Errors
@@ -227,6 +250,7 @@ impl Survival {
             match split_key(held.key) {
                 (0, MOUNT) => connection = Some(held),
                 (0, MOUNT_DIR) => dir = read(held.fd),
+                (0, item) if item >= RINGS => legacy.rings.push(held),
                 (0, item) => tracing::warn!(item, "something unknown is held"),
                 (device, _) => items.entry(device).or_default().push(held),
             }
@@ -242,6 +266,8 @@ impl Survival {
             let identity = at.map(|at| items.swap_remove(at)).and_then(|held| read(held.fd));
             match identity.and_then(|json| serde_json::from_str(&json).ok()) {
                 Some(identity) => drop(legacy.devices.insert(device, (identity, items))),
+                // A candidate finds it being added, or deleted.
+                None if self.is_candidate() => {}
                 // It was being added, or deleted.
                 None => items.iter().for_each(|held| {
                     let _ = self.store().release(held.key);

@@ -4,6 +4,7 @@
 //! (deleting a device can wait for its requests).
 
 use std::io;
+use std::os::unix::net::UnixListener as StdListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -87,12 +88,29 @@ impl Server {
         Self::start_limited(path, backend, Limits::default())
     }
 
+    /// As [`start`](Self::start), in place of a daemon that listens on the socket and is to end. That one can still answer who is
+    /// connected to it.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn replace(path: &Path, backend: Arc<dyn Backend>) -> Result<Self, StartError> {
+        Self::start_on(socket::replace(path)?, path, backend, Limits::default())
+    }
+
     /// As [`start`](Self::start), under other limits.
     ///
     /// # Errors
     /// As [`start`](Self::start).
     pub fn start_limited(path: &Path, backend: Arc<dyn Backend>, limits: Limits) -> Result<Self, StartError> {
-        let (listener, file) = socket::bind(path)?;
+        Self::start_on(socket::bind(path)?, path, backend, limits)
+    }
+
+    fn start_on(
+        (listener, file): (StdListener, SocketFile),
+        path: &Path,
+        backend: Arc<dyn Backend>,
+        limits: Limits,
+    ) -> Result<Self, StartError> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .max_blocking_threads(limits.calls)

@@ -66,11 +66,16 @@ fn identity(file: &fs::Metadata) -> (u64, u64) {
 
 /// Binds a non-blocking listener to `path`, with mode 0600. Creates the directory if there is none.
 pub(super) fn bind(path: &Path) -> Result<(UnixListener, SocketFile), BindError> {
+    check_not_in_use(path)?;
+    replace(path)
+}
+
+/// As [`bind`], although a daemon may listen there: whoever connects from then on reaches this one.
+pub(super) fn replace(path: &Path) -> Result<(UnixListener, SocketFile), BindError> {
     let failed = |step, path: &Path| {
         let path = path.to_path_buf();
         move |source| BindError::Io { step, path, source }
     };
-    check_not_in_use(path)?;
     if let Some(directory) = path.parent().filter(|directory| !directory.as_os_str().is_empty()) {
         fs::DirBuilder::new()
             .recursive(true)

@@ -323,7 +323,7 @@ fn device_process() {
 fn open(path: &Path, options: &Options) -> Backing {
     let deadline = Instant::now() + LIMIT;
     loop {
-        match Backing::open(path, options) {
+        match Backing::open(path, options, false) {
             Ok(backing) => return backing,
             Err(error) => assert!(Instant::now() < deadline, "{error}"),
         }

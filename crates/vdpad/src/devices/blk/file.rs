@@ -1,7 +1,7 @@
 //! The file or block device behind a block device.
 
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
@@ -50,12 +50,12 @@ pub(super) struct Backing {
 }
 
 impl Backing {
-    /// Opens and locks the file.
+    /// Opens and locks the file. With `served` another process serves the disk and has the lock: it is [taken](Self::lock) later.
     ///
     /// # Errors
     /// The errno of open(2); `EINVAL` for anything but a file or block device of at least one sector; `EBUSY` for a file that is
     /// locked. Each error names the file and what would be right.
-    pub(super) fn open(file: &Path, options: &Options) -> Result<Self, CtlError> {
+    pub(super) fn open(file: &Path, options: &Options, served: bool) -> Result<Self, CtlError> {
         let path = file.display();
         let refuse = |errno, what: String, hint: &str| Err(CtlError::new(errno, what).with_hint(hint));
         let mut open = File::options();
@@ -87,12 +87,7 @@ impl Backing {
                 "Make it larger, for example with \"truncate -s 1G FILE\".",
             );
         }
-        let operation = if options.read_only {
-            FlockOperation::NonBlockingLockShared
-        } else {
-            FlockOperation::NonBlockingLockExclusive
-        };
-        if !lock_with_retry(&file, operation) {
+        if !served && !lock_with_retry(&file, options.read_only) {
             return refuse(
                 Errno::BUSY,
                 format!("{path} is locked by another program or device"),
@@ -118,6 +113,23 @@ impl Backing {
             reads,
             inline_writes,
         })
+    }
+}
+
+impl Backing {
+    /// Locks the file for this process.
+    ///
+    /// # Errors
+    /// `EBUSY` when it stays locked by another one.
+    pub(super) fn lock(&self) -> Result<(), Errno> {
+        if lock_with_retry(&self.file, self.read_only) { Ok(()) } else { Err(Errno::BUSY) }
+    }
+
+    /// Lets another process lock the file.
+    pub(super) fn unlock(&self) {
+        if let Err(error) = flock(&*self.file, FlockOperation::Unlock) {
+            tracing::warn!("a disk stays locked: {error}");
+        }
     }
 }
 
@@ -158,15 +170,23 @@ const TMPFS: u32 = 0x0102_1994;
 
 /// Locks the file; `false` if it stays locked by others. Retries for a second: a daemon that was killed keeps its locks until
 /// the kernel has torn down its io_uring, which happens asynchronously, since operations may be in flight until then.
-fn lock_with_retry(file: &File, operation: FlockOperation) -> bool {
+fn lock_with_retry(file: impl AsFd, read_only: bool) -> bool {
     const LOCK_TIMEOUT: Duration = Duration::from_secs(1);
-    const RETRY_INTERVAL: Duration = Duration::from_millis(5);
+    const RETRY_FIRST: Duration = Duration::from_micros(50);
+    const RETRY_LAST: Duration = Duration::from_millis(5);
+    let operation = if read_only {
+        FlockOperation::NonBlockingLockShared
+    } else {
+        FlockOperation::NonBlockingLockExclusive
+    };
     let deadline = Instant::now() + LOCK_TIMEOUT;
-    while flock(file, operation).is_err() {
+    let mut interval = RETRY_FIRST;
+    while flock(&file, operation).is_err() {
         if Instant::now() >= deadline {
             return false;
         }
-        std::thread::sleep(RETRY_INTERVAL);
+        std::thread::sleep(interval);
+        interval = (interval * 2).min(RETRY_LAST);
     }
     true
 }
@@ -209,7 +229,7 @@ mod tests {
         let mut attrs = Attrs::new();
         attrs.insert("path", path.to_str().unwrap()).unwrap();
         extra.iter().for_each(|(name, value)| attrs.insert(*name, *value).unwrap());
-        Backing::open(path, &Options::parse("t", &attrs).unwrap())
+        Backing::open(path, &Options::parse("t", &attrs).unwrap(), false)
     }
 
     #[test]
