@@ -23,6 +23,8 @@ pub(super) struct Buffers {
     registrar: Registrar,
     table: Option<SlotTable>,
     slots: Mutex<Slots>,
+    /// Locked while a slot is changed, before `slots`. `true` while another process uses the ring: no slot is changed.
+    foreign: Mutex<bool>,
 }
 
 /// A registered buffer.
@@ -42,8 +44,6 @@ struct Slots {
     /// Whether the slots are reserved with the io_uring. That is done at the first pin, so that devices that pin nothing cost
     /// nothing.
     reserved: bool,
-    /// Another process uses the ring: slots can be claimed, and not be changed.
-    foreign: bool,
     /// What the earlier process has pinned and nobody has claimed, while devices are restored: by object, and where in it the
     /// buffer begins.
     unclaimed: HashMap<ObjectId, Vec<(u64, Pinned)>>,
@@ -68,24 +68,36 @@ impl fmt::Debug for Buffers {
 impl Buffers {
     /// Buffers of a new ring, which are told to `table`.
     pub(super) fn new(registrar: Registrar, table: Option<SlotTable>) -> Self {
-        Self { registrar, table, slots: Mutex::default() }
+        Self { registrar, table, slots: Mutex::default(), foreign: Mutex::new(false) }
     }
 
     /// Buffers of the ring of an earlier process, which still uses it: until [`take_over`](Self::take_over) nothing is changed.
     pub(super) fn of_other(registrar: Registrar, table: SlotTable) -> Self {
-        let mut slots = Slots { foreign: true, ..Slots::default() };
+        let mut slots = Slots::default();
         for slot in 0..table.used(SLOTS) {
             if let State::Pinned(piece, addr) = table.state(slot) {
                 slots.unclaimed(slot, piece, addr);
             }
         }
-        Self { registrar, table: Some(table), slots: Mutex::new(slots) }
+        Self { registrar, table: Some(table), slots: Mutex::new(slots), foreign: Mutex::new(true) }
+    }
+
+    /// Another process may use the ring from now on: no slot is being changed when this returns, and none is before
+    /// [`go_on`](Self::go_on).
+    pub(super) fn hand_over(&self) {
+        *self.foreign.lock() = true;
+    }
+
+    /// No other process has used the ring since [`hand_over`](Self::hand_over).
+    pub(super) fn go_on(&self) {
+        *self.foreign.lock() = false;
     }
 
     /// The earlier process does not use the ring any more. Finds what it has changed since.
     pub(super) fn take_over(&self) {
+        let mut foreign = self.foreign.lock();
         let mut slots = self.slots.lock();
-        let Some(table) = self.table.as_ref().filter(|_| std::mem::take(&mut slots.foreign)) else { return };
+        let Some(table) = self.table.as_ref().filter(|_| std::mem::take(&mut *foreign)) else { return };
         (slots.fresh, slots.reserved) = (table.used(SLOTS), table.is_reserved());
         slots.unclaimed.clear();
         let is_as_claimed =
@@ -147,7 +159,12 @@ impl Buffers {
     /// # Errors
     /// As [`Registrar::set_buffer`]; `EAGAIN` while another process uses the ring.
     pub(super) fn pin(&self, at: IoVec, piece: Piece, memory: &MemorySet) -> Result<Option<Pinned>> {
+        let foreign = self.foreign.lock();
+        if *foreign {
+            return Err(Errno::AGAIN);
+        }
         let Some(slot) = self.take()? else { return Ok(None) };
+        tracing::debug!(slot, offset = piece.object.offset, len = piece.len, "memory is pinned");
         let set = |state| self.table.iter().for_each(|table| table.set(slot, state));
         set(State::Changing);
         let pinned = self.registrar.set_buffer(slot, at, memory);
@@ -171,6 +188,11 @@ impl Buffers {
                 return;
             }
         }
+        let foreign = self.foreign.lock();
+        if *foreign {
+            // Whoever uses the ring finds that nobody claims it.
+            return;
+        }
         let set = |state| self.table.iter().for_each(|table| table.set(slot, state));
         set(State::Changing);
         match self.registrar.clear_buffer(slot) {
@@ -185,9 +207,6 @@ impl Buffers {
 
     fn take(&self) -> Result<Option<u16>> {
         let mut slots = self.slots.lock();
-        if slots.foreign {
-            return Err(Errno::AGAIN);
-        }
         if !slots.reserved {
             match self.registrar.reserve_buffers(SLOTS.into()) {
                 // By an earlier process, which has ended before it could say so.

@@ -270,6 +270,7 @@ impl EventLoop {
         }
         // Nothing remains in the ring, which another process can go on with.
         let result = self.cancel_polls();
+        self.buffers.hand_over();
         self.thread.parked.set(true);
         self.busy_polled.clear();
         self.devices.iter_mut().flatten().for_each(LocalDevice::hand_over);
@@ -296,11 +297,17 @@ impl EventLoop {
         self.parking = None;
         let armed = !self.thread.parked.get();
         if !armed {
-            self.uring.borrow_mut().settle(SETTLE_TIMEOUT).map_err(|error| {
-                tracing::error!("the ring of the other process cannot be taken over: {error}");
-                Errno::IO
-            })?;
-            self.buffers.take_over();
+            let mut uring = self.uring.borrow_mut();
+            if uring.is_settled() {
+                self.buffers.go_on();
+            } else {
+                uring.settle(SETTLE_TIMEOUT).map_err(|error| {
+                    tracing::error!("the ring of the other process cannot be taken over: {error}");
+                    Errno::IO
+                })?;
+                self.buffers.take_over();
+            }
+            drop(uring);
             watch(&mut self.uring.borrow_mut(), &self.wake)?;
             self.thread.parked.set(false);
         }

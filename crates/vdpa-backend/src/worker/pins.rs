@@ -28,6 +28,8 @@ pub(super) struct Pins {
 /// A pinned mapping.
 #[derive(Debug)]
 struct Region {
+    /// The memory object, and where the mapping begins in it.
+    object: ObjectId,
     /// Bytes.
     len: usize,
     /// One per [`PIECE_BYTES`].
@@ -47,7 +49,7 @@ impl Pins {
         let mut added = Vec::new();
         for entry in table.iter() {
             let Some((addr, len)) = pinnable(entry) else { continue };
-            if self.regions.contains_key(&addr) {
+            if self.regions.contains_key(&addr) || self.has_moved(table, entry, addr, len) {
                 continue;
             }
             match self.pin(entry, addr, len, buffers) {
@@ -59,6 +61,29 @@ impl Pins {
             }
         }
         Ok(())
+    }
+
+    /// Whether a region that `table` does not have any more is the same memory, mapped elsewhere in this process; it is that of
+    /// `entry` from now on. So it is when a batch ends that a device was restored in: the parent's table and the device's are
+    /// mapped on their own.
+    fn has_moved(
+        &mut self,
+        table: &Table<GuestMemory>,
+        entry: &Mapping<GuestMemory>,
+        addr: usize,
+        len: usize,
+    ) -> bool {
+        let MemoryRecord::Object { object, .. } = entry.memory.record() else { return false };
+        let same = self.regions.iter().filter(|(_, region)| region.object == object && region.len == len);
+        let mut unused = same
+            .map(|(addr, _)| *addr)
+            .filter(|region| !table.iter().filter_map(pinnable).any(|(addr, _)| addr == *region));
+        let Some(region) = unused.next().and_then(|addr| self.regions.remove(&addr)) else {
+            return false;
+        };
+        let memory = MemorySet::new(entry.memory.stable());
+        self.regions.insert(addr, Region { _memory: memory, ..region });
+        true
     }
 
     /// Whether an entry may be used: it is pinned, or is of a kind that is never pinned.
@@ -133,7 +158,7 @@ impl Pins {
                 }
             }
         }
-        self.regions.insert(addr, Region { len, buffers: pinned, _memory: memory });
+        self.regions.insert(addr, Region { object, len, buffers: pinned, _memory: memory });
         Ok(())
     }
 

@@ -163,6 +163,12 @@ impl Ring {
         Ok(ring)
     }
 
+    /// Whether it is in use here: not one that was [mapped](Self::map) and not settled.
+    #[must_use]
+    pub const fn is_settled(&self) -> bool {
+        self.unsettled.is_none()
+    }
+
     /// Begins to use a ring that was [mapped](Self::map): as [`adopt`](Self::adopt) does. The other process has died, or does not
     /// use the ring any more. Does nothing the second time.
     ///

@@ -30,6 +30,9 @@ use crate::survival::{Identity, Survival};
 /// How long a restored device waits for the requests that its former daemon had handed to the kernel.
 const IN_FLIGHT_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// How often a device is read again that cannot be made while it is served.
+const READ_AGAIN: usize = 3;
+
 /// What is held of devices, by their numbers at the holder.
 pub(crate) type HeldDevices = BTreeMap<u32, (Identity, Vec<Held>)>;
 
@@ -102,7 +105,18 @@ impl Bus {
         let mut prepared = Prepared::default();
         for (held, (identity, items)) in devices {
             let name = identity.request.name.clone();
-            match self.restore_device(held, identity, items) {
+            let mut result = self.restore_device(held, identity, items);
+            // It may have changed while it was read.
+            for _ in 0..READ_AGAIN {
+                if result.as_ref().map_or_else(is_for_later, |_| true) {
+                    break;
+                }
+                let survival = self.survival.as_ref().ok_or("there is no holder")?;
+                let again = survival.devices().map_err(|errno| errno.to_string())?.remove(&held);
+                let Some((identity, items)) = again else { break };
+                result = self.restore_device(held, identity, items);
+            }
+            match result {
                 Ok(device) => prepared.devices.push(device),
                 Err(error) if is_for_later(&error) => drop(prepared.later.insert(held)),
                 Err(error) => return Err(format!("{name}: {}", chain(&*error))),
@@ -244,11 +258,13 @@ impl Restored {
     }
 }
 
-/// Whether a device uses something that the daemon which serves it has not given away.
+/// Whether a device uses something that the daemon which serves it has not given away, or has just been given.
 fn is_for_later(error: &Error) -> bool {
     let control = error.downcast_ref::<CtlError>().map(|error| error.errno);
     let restore = error.downcast_ref::<RestoreError>().and_then(|error| match error {
         RestoreError::Parent { errno, .. } => Some(*errno),
+        // What is held was listed before the journal was read.
+        RestoreError::Object { .. } => Some(Errno::AGAIN),
         _ => None,
     });
     control.or(restore) == Some(Errno::AGAIN)

@@ -192,11 +192,7 @@ impl Survival {
     /// # Errors
     /// The old daemon goes on, and this process is to end.
     pub(crate) fn take_over(&self, bus: &Bus, devices: HeldDevices) -> Result<(), TakeOverError> {
-        let prepared = bus
-            .prepare(devices)
-            // Something may have changed while it was read.
-            .or_else(|_| bus.prepare(self.devices().map_err(|errno| errno.to_string())?))
-            .map_err(TakeOverError::Device)?;
+        let prepared = bus.prepare(devices).map_err(TakeOverError::Device)?;
         {
             let mut client = self.client.lock();
             client.ready().map_err(TakeOverError::Holder)?;
