@@ -8,7 +8,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -26,9 +26,9 @@ use vdpa_core::features::Features;
 use vdpa_core::ring::Buffer;
 use vdpa_core::types::{Perm, QueueIndex};
 use vdpa_sys::clock::monotonic_ns;
+use vdpa_sys::memfd;
 use vdpa_sys::mmap::SharedMap;
 use vdpa_sys::vhost_vdpa::VhostVdpaFd;
-use vdpa_sys::{memfd, rlimit};
 
 type Result<T, E = Box<dyn std::error::Error + Send + Sync>> = std::result::Result<T, E>;
 
@@ -71,8 +71,8 @@ struct Options {
     /// Use O_DIRECT, so that requests are in flight in the kernel
     #[arg(long)]
     direct: bool,
-    /// What the daemon logs
-    #[arg(long, value_name = "FILTER", default_value = "warn")]
+    /// What the daemon logs, to standard error
+    #[arg(long, value_name = "FILTER", default_value = "error")]
     log: String,
     /// Directory of the disks [default: the system's for temporary files]
     #[arg(long, value_name = "DIR")]
@@ -147,9 +147,9 @@ fn measure(options: &Options, gib: u64, what: What) -> Result<Vec<Gap>> {
         Some(directory) => TempDir::new_in(directory)?,
         None => TempDir::new()?,
     };
-    rlimit::raise_memlock(None)?;
-    let args = ["--holder", "--crash-limit", "65535", "--log", &options.log];
-    let daemon = PrivateDaemon::start_with(&options.vdpad, directory.path(), Front::Fuse, &args)?;
+    let args = ["--holder", "--crash-limit", "65535"];
+    let daemon =
+        PrivateDaemon::start_with(&options.vdpad, directory.path(), Front::Fuse, &options.log, &args)?;
     let client = Client::new(daemon.socket())?;
     let memory = memfd::create(c"client-memory", gib * GIB, None)?;
     let mut load = Vec::new();
@@ -158,7 +158,8 @@ fn measure(options: &Options, gib: u64, what: What) -> Result<Vec<Gap>> {
         load.extend(Load::start(options, &path, &memory, gib * GIB, device)?);
     }
     let recording = AtomicBool::new(false);
-    let (sender, events) = channel();
+    // Each round ends when its gap was taken.
+    let (sender, events) = sync_channel(0);
     thread::scope(|scope| {
         let act = scope.spawn(|| act(options, &client, what, &recording, &sender));
         let gaps = drive(&mut load, &recording, &events, options.rounds);
@@ -191,7 +192,7 @@ fn act(
     client: &Client,
     what: What,
     recording: &AtomicBool,
-    events: &Sender<u64>,
+    events: &SyncSender<u64>,
 ) -> Result<()> {
     for _ in 0..options.rounds {
         let before = answer(client, 0)?;

@@ -124,10 +124,10 @@ impl PrivateDaemon {
     /// # Errors
     /// [`ProcessError`].
     pub fn start(vdpad: &Path, directory: &Path, front: Front) -> Result<Self, ProcessError> {
-        Self::start_with(vdpad, directory, front, &[])
+        Self::start_with(vdpad, directory, front, "warn", &[])
     }
 
-    /// As [`start`](Self::start), with more arguments.
+    /// As [`start`](Self::start), with what it logs, and more arguments.
     ///
     /// # Errors
     /// [`ProcessError`].
@@ -135,6 +135,7 @@ impl PrivateDaemon {
         vdpad: &Path,
         directory: &Path,
         front: Front,
+        log: &str,
         args: &[&str],
     ) -> Result<Self, ProcessError> {
         let socket = directory.join("control.sock");
@@ -143,7 +144,7 @@ impl PrivateDaemon {
             Front::Cuse => program.args(["--front", "cuse"]),
             Front::Auto | Front::Fuse => program.arg("--dir").arg(directory.join("dev")),
         };
-        program.arg("--socket").arg(&socket).args(["--log", "warn"]).args(args).stdin(Stdio::null());
+        program.arg("--socket").arg(&socket).args(["--log", log]).args(args).stdin(Stdio::null());
         let mut process = Process::start("daemon", terminate_with_parent(&mut program))?;
         while process.line(DAEMON_TIMEOUT)? != "ready" {}
         Ok(Self { process, socket })

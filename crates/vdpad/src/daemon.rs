@@ -164,6 +164,8 @@ impl Daemon {
         if let Some(survival) = survival.as_ref().filter(|_| !continues) {
             survival.hold_mount(&files).map_err(holder("have the mount held"))?;
         }
+        let mark = |what| survival.iter().for_each(|survival| survival.mark(what));
+        mark("items taken");
         let rings = std::mem::take(&mut legacy.rings);
         let bus = Bus::new(Arc::clone(&files), config.workers, config.poll, survival.clone(), rings);
         let bus = Arc::new(bus);
@@ -175,7 +177,9 @@ impl Daemon {
                 }
                 None => bus.restore(devices),
             }
+            mark("rings served");
             files.resume()?;
+            mark("files served");
             bus.release_unclaimed();
         }
         // After a crash, those that had to end with the former daemon. The others were restored, or deleted before.

@@ -47,6 +47,8 @@ pub struct Survival {
     next_device: AtomicU32,
     /// When this process began to serve: `CLOCK_MONOTONIC` in ns.
     served_ns: AtomicU64,
+    /// What this process has done by when: `CLOCK_MONOTONIC` in ns.
+    phases: Mutex<Vec<(&'static str, u64)>>,
     /// Locked during an upgrade.
     upgrading: Mutex<()>,
     /// For a candidate: the socket to the daemon.
@@ -102,6 +104,7 @@ impl Survival {
             start,
             next_device: AtomicU32::new(1),
             served_ns: AtomicU64::new(0),
+            phases: Mutex::new(vec![("program started", monotonic_ns())]),
             upgrading: Mutex::default(),
             peer,
             spaces: RestoredSpaces::default(),
@@ -124,6 +127,19 @@ impl Survival {
     #[must_use]
     pub fn is_candidate(&self) -> bool {
         self.start.role == Role::Candidate
+    }
+
+    /// Notes that something is done, for the log of a recovery.
+    pub(crate) fn mark(&self, what: &'static str) {
+        self.phases.lock().push((what, monotonic_ns()));
+    }
+
+    /// Tells the log how long the recovery from a crash has taken, from the holder's notice of it on.
+    fn log_recovery(&self, heard_ns: u64) {
+        let since = |at: u64| Duration::from_nanos(at.saturating_sub(heard_ns)).as_secs_f64() * 1e3;
+        let phases = self.phases.lock();
+        let phases: Vec<_> = phases.iter().map(|(what, at)| format!("{what} {:.2} ms", since(*at))).collect();
+        tracing::info!("recovered: {}", phases.join(", "));
     }
 
     /// Tells the log how the daemon before this one ended.
@@ -170,6 +186,10 @@ impl Survival {
     /// `EPIPE` without a holder.
     pub fn ready(&self) -> Result<(), Errno> {
         self.served_ns.store(monotonic_ns(), Ordering::Relaxed);
+        self.mark("ready");
+        if let Some(crash) = self.start.crash {
+            self.log_recovery(crash.heard_ns);
+        }
         self.client.lock().ready()
     }
 

@@ -121,6 +121,7 @@ impl KeptRings {
     fn try_take(&self, number: u32, Left { ring, record, table }: Left) -> Result<ThreadRing, AdoptError> {
         let table = SlotTable::open(table).map_err(|errno| AdoptError::Io { errno })?;
         let mut ring = Ring::map(ring, &record)?;
+        table.shared().into_iter().for_each(|words| ring.share(words));
         let foreign = self.is_foreign();
         if !foreign {
             ring.settle(SETTLE_TIMEOUT)?;
@@ -133,7 +134,7 @@ impl KeptRings {
     }
 
     /// Has a new ring held. If that fails it is a ring that ends with this process.
-    pub(super) fn keep(&self, ring: Ring) -> ThreadRing {
+    pub(super) fn keep(&self, mut ring: Ring) -> ThreadRing {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let kept = SlotTable::create(SLOTS).and_then(|(fd, table)| {
             self.store.hold(key(0, RINGS + 2 * number + 1), Kind::Memory, fd.as_fd(), &[])?;
@@ -142,6 +143,7 @@ impl KeptRings {
         });
         match kept {
             Ok(table) => {
+                table.shared().into_iter().for_each(|words| ring.share(words));
                 let buffers = Buffers::new(ring.registrar(), Some(table));
                 ThreadRing { ring, buffers, number: Some(number) }
             }

@@ -8,6 +8,7 @@
 //! | 0 | [`MAGIC`], which has the version |
 //! | 1 | 1 when the slots are reserved with the ring |
 //! | 2 | slots from this one on were never used |
+//! | 3, 4 | what the ring [shares](vdpa_sys::uring::Ring::share): requests in flight that are no polls; processes that have used it |
 //! | 512 + 8 n | slot n: [state](State), device (major in the upper half), inode, creation time in ns since 1970, offset in bytes, length in bytes, address when it was registered |
 //!
 //! An entry is written after the registration, and made [`State::CHANGING`] before a registration begins or ends: at any
@@ -20,10 +21,12 @@ use vdpa_core::ring::inflight::LogMemory as _;
 use vdpa_core::types::Result;
 use vdpa_sys::guest::ObjectId;
 use vdpa_sys::shared_words::SharedWords;
+use vdpa_sys::uring::Ring;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"VDPASLT1");
 const RESERVED: usize = 1;
 const USED: usize = 2;
+const SHARED: usize = 3;
 const FIRST: usize = 512;
 const STRIDE: usize = 8;
 
@@ -75,6 +78,11 @@ impl SlotTable {
     pub(super) fn open(fd: impl AsFd) -> Result<Self> {
         let words = SharedWords::map(fd)?;
         if words.load(0) == MAGIC { Ok(Self(words)) } else { Err(Errno::INVAL) }
+    }
+
+    /// What the ring itself tells.
+    pub(super) fn shared(&self) -> Option<SharedWords> {
+        self.0.slice(SHARED, Ring::SHARED_WORDS)
     }
 
     pub(super) fn is_reserved(&self) -> bool {

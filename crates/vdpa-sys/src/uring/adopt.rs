@@ -170,7 +170,8 @@ impl Ring {
     }
 
     /// Begins to use a ring that was [mapped](Self::map): as [`adopt`](Self::adopt) does. The other process has died, or does not
-    /// use the ring any more. Does nothing the second time.
+    /// use the ring any more. If that one has [said](Self::share) that nothing but polls is in flight, this does not wait for their
+    /// ends. Does nothing the second time.
     ///
     /// # Errors
     /// [`AdoptError`]; it can be tried again.
@@ -180,7 +181,8 @@ impl Ring {
         };
         let withdrawn = withdraw(queues, record)?;
         let mut leftovers = Vec::new();
-        if !settle(self.io_uring(), timeout, &mut leftovers)? {
+        // Late completions of polls are told apart.
+        if !self.only_polls() && !settle(self.io_uring(), timeout, &mut leftovers)? {
             return Err(AdoptError::Unsettled { waited: timeout, leftovers });
         }
         match self.io_uring().submitter().unregister_files() {
@@ -188,6 +190,7 @@ impl Ring {
             _ => {}
         }
         self.unsettled = None;
+        self.begin_epoch();
         Ok(Settled { leftovers, withdrawn })
     }
 }

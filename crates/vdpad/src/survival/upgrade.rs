@@ -33,7 +33,9 @@ use crate::bus::Bus;
 /// How long the candidate may take to say that it is ready.
 const READY_TIMEOUT: Duration = Duration::from_secs(20);
 /// Between the commit and the end of this daemon, so that the answer of the request gets through. Its successor serves by then.
-const ANSWER_TIME: Duration = Duration::from_millis(50);
+const ANSWER_TIME: Duration = Duration::from_millis(200);
+/// How long to wait for the end of the daemon before this one, if an upgrade follows another one at once.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long to wait for a candidate to decide, when the holder has ended at the commit.
 const DECISION_TIMEOUT: Duration = Duration::from_secs(5);
 /// What a candidate says when it is the daemon. Before that it may say why it cannot be.
@@ -94,7 +96,15 @@ impl Survival {
         let args: Vec<Vec<u8>> = std::env::args_os().map(OsStringExt::into_vec).collect();
         let args: Vec<&[u8]> = args.iter().map(Vec::as_slice).collect();
         self.forget_events();
-        let peer = self.client.lock().prepare_upgrade(program.as_fd(), &args).map_err(|errno| {
+        let deadline = Instant::now() + LEAVE_TIMEOUT;
+        let peer = loop {
+            match self.client.lock().prepare_upgrade(program.as_fd(), &args) {
+                Err(Errno::BUSY) if Instant::now() < deadline => {}
+                result => break result,
+            }
+            thread::sleep(Duration::from_millis(5));
+        };
+        let peer = peer.map_err(|errno| {
             CtlError::new(errno, format!("cannot start {}: {errno}", path.display()))
                 .with_hint("It must be a program that can be executed, for example the next vdpad.")
         })?;
