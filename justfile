@@ -49,6 +49,11 @@ bench-core *args:
 bench-start *args:
     scripts/bench-start {{args}}
 
+# How long I/O stands still when the daemon is upgraded or killed: "just bench-survival --help".
+bench-survival *args:
+    cargo build --locked --release --package vdpad
+    cargo run --locked --release --package vdpa-bench --example bench-survival -- --vdpad target/release/vdpad {{args}}
+
 # What looking at rings before sleeping gives or costs: "just bench-poll ROUNDS MICROSECONDS...".
 bench-poll *args:
     cargo build --release --locked --workspace --bins

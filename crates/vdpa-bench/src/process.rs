@@ -124,13 +124,27 @@ impl PrivateDaemon {
     /// # Errors
     /// [`ProcessError`].
     pub fn start(vdpad: &Path, directory: &Path, front: Front) -> Result<Self, ProcessError> {
+        Self::start_with(vdpad, directory, front, "warn", &[])
+    }
+
+    /// As [`start`](Self::start), with what it logs, and more arguments.
+    ///
+    /// # Errors
+    /// [`ProcessError`].
+    pub fn start_with(
+        vdpad: &Path,
+        directory: &Path,
+        front: Front,
+        log: &str,
+        args: &[&str],
+    ) -> Result<Self, ProcessError> {
         let socket = directory.join("control.sock");
         let mut program = Program::new(vdpad);
         match front {
             Front::Cuse => program.args(["--front", "cuse"]),
             Front::Auto | Front::Fuse => program.arg("--dir").arg(directory.join("dev")),
         };
-        program.arg("--socket").arg(&socket).args(["--log", "warn"]).stdin(Stdio::null());
+        program.arg("--socket").arg(&socket).args(["--log", log]).args(args).stdin(Stdio::null());
         let mut process = Process::start("daemon", terminate_with_parent(&mut program))?;
         while process.line(DAEMON_TIMEOUT)? != "ready" {}
         Ok(Self { process, socket })

@@ -154,8 +154,8 @@ points! {
     Committed = "committed";
     /// The candidate knows that it is the daemon.
     CommitReceived = "commit-received";
-    /// The old daemon has ended.
-    OldEnded = "old-ended";
+    /// The new daemon serves the rings.
+    TakenOver = "taken-over";
 }
 
 /// A process has come to `point`.

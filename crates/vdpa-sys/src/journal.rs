@@ -230,6 +230,15 @@ impl Journal {
         Ok(())
     }
 
+    /// Whether nobody has written to it since this one has opened it, or has last written itself.
+    #[must_use]
+    pub fn is_current(&self) -> bool {
+        let load = |at| self.map.load_u64(at);
+        load(AT_CURRENT) == Ok(self.segment.start as u64)
+            && load(self.segment.start + AT_GENERATION) == Ok(self.segment.generation)
+            && load(self.segment.start + AT_COMMITTED) == Ok(self.used as u64)
+    }
+
     /// Bytes that records take in the current segment, with their headers.
     #[must_use]
     pub const fn used(&self) -> usize {

@@ -2,13 +2,16 @@
 
 mod describe;
 mod restore;
+mod upgrade;
+
+pub(crate) use restore::HeldDevices;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::{Mutex, MutexGuard, RwLock};
 use vdpa_core::Errno;
 use vdpa_core::crash_points::{CrashPoint, reach};
 use vdpa_core::device::Device;
@@ -26,7 +29,7 @@ use crate::devices::{Kept, MgmtDevice, NetAttrs, mgmt_devices};
 use crate::survival::{Identity, Survival};
 use vdpa_backend::front::fuse::{AddError, DeviceFile, DeviceFiles};
 use vdpa_backend::front::vhost::{AnyParent, SharedDevice, SharedParent, VhostVdpaFile};
-use vdpa_backend::persist::DeviceLog;
+use vdpa_backend::persist::{DeviceLog, Held};
 use vdpa_backend::worker::{QueueLogs, WorkerPool};
 use vdpa_control::api::{
     AddRequest, Attrs, CtlError, DaemonInfo, DaemonRole, DevInfo, DevState, ID_NET, MgmtDev, QueueVstats,
@@ -53,6 +56,8 @@ pub struct Bus {
     devices: Mutex<Vec<Arc<Entry>>>,
     /// `None` without a holder: the devices end with this process.
     survival: Option<Arc<Survival>>,
+    /// Read while a device is added, changed or deleted; written during an upgrade.
+    changing: RwLock<()>,
     since: SystemTime,
 }
 
@@ -84,18 +89,24 @@ const NUMBERS_TRIED: usize = 4096;
 
 impl Bus {
     /// Creates a bus whose device files are served by `files`. At most `workers` threads serve the devices that have no
-    /// attribute `cpus`; each busy-polls its rings for up to `poll` before it sleeps, while that pays.
+    /// attribute `cpus`; each busy-polls its rings for up to `poll` before it sleeps, while that pays. With `survival` their io_urings
+    /// outlive this process; `rings` are those of a predecessor.
     #[must_use]
     pub fn new(
         files: Arc<DeviceFiles>,
         workers: usize,
         poll: Duration,
         survival: Option<Arc<Survival>>,
+        rings: Vec<Held>,
     ) -> Self {
         let pool = WorkerPool::new(workers, poll);
+        let pool = match &survival {
+            Some(survival) => pool.keeping(survival.store(), rings, survival.is_candidate()),
+            None => pool,
+        };
         let (mgmt, spaces, devices) = (mgmt_devices(), Spaces::new(), Mutex::default());
         let since = SystemTime::now();
-        Self { mgmt, files, pool, spaces, devices, survival, since }
+        Self { mgmt, files, pool, spaces, devices, survival, changing: RwLock::default(), since }
     }
 
     /// Revokes every device from its clients and removes it.
@@ -276,9 +287,14 @@ impl Backend for Bus {
             CtlError::new(Errno::OPNOTSUPP, "this daemon cannot be upgraded: it has no holder")
                 .with_hint("Start it with --holder.")
         })?;
-        // No device is added or deleted meanwhile.
-        let _devices = self.devices.lock();
-        survival.upgrade(&request)
+        // To the end: no device is added, changed or deleted.
+        let upgrading = self.begin_upgrade()?;
+        survival.upgrade(&request, || self.stop_serving(), || self.serve_again())?;
+        if !request.dry_run {
+            // What a device is now, the next daemon has read.
+            std::mem::forget(upgrading);
+        }
+        Ok(())
     }
 
     fn mgmtdevs(&self) -> Result<Vec<MgmtDev>, CtlError> {
@@ -372,6 +388,7 @@ impl Backend for Bus {
             .find(|mgmt| mgmt.describe().handle() == request.mgmtdev)
             .ok_or_else(CtlError::no_mgmtdev)?;
         net_attrs.check(&**mgmt)?;
+        let _change = self.begin_change()?;
         // Locked to the end, as the kernel holds its management lock: no two requests can take the same name.
         let mut devices = self.devices.lock();
         if devices.iter().any(|entry| entry.name == request.name) {
@@ -431,6 +448,7 @@ impl Backend for Bus {
     }
 
     fn set(&self, name: &str, SetRequest { mac }: SetRequest) -> Result<SetAnswer, CtlError> {
+        let _change = self.begin_change()?;
         let entry = self.find(name)?;
         let mgmt = self.mgmt.iter().map(|mgmt| mgmt.describe()).find(|mgmt| mgmt.handle() == entry.mgmtdev);
         if !mgmt.is_some_and(|mgmt| mgmt.supported_classes.contains(&ID_NET)) {
@@ -454,6 +472,7 @@ impl Backend for Bus {
     }
 
     fn delete(&self, name: &str, force: bool) -> Result<(), CtlError> {
+        let _change = self.begin_change()?;
         let entry = self.find(name)?;
         if entry.lock()?.is_open() && !force {
             return Err(CtlError::new(Errno::BUSY, format!("device {name} is open"))

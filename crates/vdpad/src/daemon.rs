@@ -16,7 +16,7 @@ use vdpa_sys::rlimit;
 use crate::bus::Bus;
 use crate::control::{self, Backend, ControlSocket, Server};
 use crate::failed::{self, FailedBackend};
-use crate::survival::{Legacy, Survival};
+use crate::survival::{Legacy, Survival, TakeOverError};
 use vdpa_backend::front::fuse::{DeviceFiles, Options, ServeError, cuse};
 use vdpa_backend::front::watchdog::{self, Watchdog};
 use vdpa_backend::persist::Held;
@@ -92,6 +92,9 @@ pub enum StartError {
         /// The error of the bus.
         reason: CtlError,
     },
+    /// This program does not replace the daemon.
+    #[error(transparent)]
+    TakeOver(#[from] TakeOverError),
     /// The server of the control API did not start.
     #[error(transparent)]
     Control(#[from] control::StartError),
@@ -156,10 +159,15 @@ impl Daemon {
             None => Legacy::default(),
         };
         reach(CrashPoint::ItemsListed);
-        if let Some(survival) = &survival {
-            survival.phase("take back");
-        }
+        let phase = |what| survival.iter().for_each(|survival| survival.phase(what));
+        phase("take back");
         let continues = legacy.files.are_served();
+        let candidate = survival.as_ref().filter(|survival| survival.is_candidate());
+        if let Some(survival) = candidate.filter(|_| !continues) {
+            let error = TakeOverError::NoFiles;
+            survival.refuse(&error);
+            return Err(error.into());
+        }
         let files = match (&place, &survival) {
             (_, Some(survival)) if continues => survival.adopt_files(&mut legacy.files, options)?,
             (Place::Dev(dir), _) => DeviceFiles::cuse(dir, options)?,
@@ -169,33 +177,36 @@ impl Daemon {
         if let Some(survival) = survival.as_ref().filter(|_| !continues) {
             survival.hold_files(&files).map_err(holder("have the device files held"))?;
         }
-        let bus = Arc::new(Bus::new(Arc::clone(&files), config.workers, config.poll, survival.clone()));
+        let rings = std::mem::take(&mut legacy.rings);
+        let bus = Bus::new(Arc::clone(&files), config.workers, config.poll, survival.clone(), rings);
+        let bus = Arc::new(bus);
         let left = Left(continues.then(|| (Arc::clone(&files), Arc::clone(&bus))));
         if continues {
-            bus.restore(std::mem::take(&mut legacy.devices));
+            let devices = std::mem::take(&mut legacy.devices);
+            match candidate {
+                Some(survival) => {
+                    survival.take_over(&bus, devices).inspect_err(|error| survival.refuse(error))?;
+                }
+                None => bus.restore(devices),
+            }
+            phase("devices");
             files.resume()?;
+            bus.release_unclaimed();
         }
-        if let Some(survival) = &survival {
-            survival.phase("devices");
-        }
-        // A former daemon may have crashed before it had added all.
-        let devices = config.devices.iter().filter(|device| !(continues && bus.has(&device.name)));
-        for device in devices.filter(|_| !legacy.files.configured) {
-            bus.add(device.clone())
-                .map_err(|reason| StartError::Device { name: device.name.clone(), reason })?;
-        }
-        if let Some(survival) = survival.as_ref().filter(|_| !legacy.files.configured) {
-            survival.hold_configured().map_err(holder("note that the devices of the configuration exist"))?;
+        phase("files");
+        if !legacy.files.configured {
+            add_configured(&bus, &config.devices, continues)?;
+            if let Some(survival) = &survival {
+                survival
+                    .hold_configured()
+                    .map_err(holder("note that the devices of the configuration exist"))?;
+            }
         }
         let backend = Arc::clone(&bus) as Arc<dyn Backend>;
         let control = start_control(&config.socket, &backend, survival.as_ref(), legacy.control)?;
         reach(CrashPoint::ControlOpen);
         if survival.is_some() {
-            // Shares the address space: a crash is noticed before gigabytes of page tables are freed.
-            match MmReaper::spawn() {
-                Ok(reaper) => std::mem::forget(reaper),
-                Err(errno) => tracing::warn!(%errno, "a crash of this daemon will be noticed late"),
-            }
+            spawn_reaper();
         }
         left.keep();
         Ok(Self { control, backend, bus: Some(bus), files, watchdog, survival })
@@ -324,6 +335,22 @@ impl StartError {
     fn environment(error: &dyn std::error::Error) -> Self {
         Self::Environment { what: error.to_string() }
     }
+}
+
+/// Starts what shares the address space of this process: its crash is noticed before gigabytes of page tables are freed.
+fn spawn_reaper() {
+    match MmReaper::spawn() {
+        Ok(reaper) => std::mem::forget(reaper),
+        Err(errno) => tracing::warn!(%errno, "a crash of this daemon will be noticed late"),
+    }
+}
+
+/// Creates the devices of the configuration. A former daemon, which this one `continues`, may have crashed before it had added all.
+fn add_configured(bus: &Bus, devices: &[AddRequest], continues: bool) -> Result<(), StartError> {
+    for device in devices.iter().filter(|device| !(continues && bus.has(&device.name))) {
+        bus.add(device.clone()).map_err(|reason| StartError::Device { name: device.name.clone(), reason })?;
+    }
+    Ok(())
 }
 
 /// Serves the control API, on the socket of an earlier daemon if there is one.

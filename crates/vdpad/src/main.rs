@@ -182,13 +182,6 @@ fn hold(options: Serve) -> ExitCode {
             tracing::error!("the daemon has crashed too often: its devices are given up");
             serve(options, Some(survival))
         }
-        Ok(Some(mut survival)) if survival.role() == Role::Candidate => match survival.take_over() {
-            Ok(()) => serve(options, Some(survival)),
-            Err(error) => {
-                report(&error);
-                ExitCode::from(EXIT_RUNTIME)
-            }
-        },
         Ok(Some(survival)) => {
             survival.log_crash();
             serve(options, Some(survival))

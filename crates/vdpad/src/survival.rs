@@ -8,6 +8,8 @@
 mod files;
 mod upgrade;
 
+pub use upgrade::TakeOverError;
+
 use std::collections::BTreeMap;
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -19,7 +21,7 @@ use std::time::{Duration, SystemTime};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use vdpa_backend::front::fuse::{DeviceFiles, FileAttributes};
-use vdpa_backend::persist::{Held, Kind, RestoredSpaces, Store, key, split_key};
+use vdpa_backend::persist::{Held, Kind, RINGS, RestoredSpaces, Store, key, split_key};
 use vdpa_control::api::{AddRequest, CrashInfo, CtlError, DaemonInfo, DaemonRole, HolderInfo, Phase};
 use vdpa_core::Errno;
 use vdpa_core::error::chain;
@@ -31,8 +33,7 @@ use vdpa_sys::memfd;
 
 pub(crate) use self::files::LegacyParts;
 use self::files::{IDENTITY, LegacyFiles, SavedPlace};
-use crate::bus::file_name;
-
+use crate::bus::{HeldDevices, file_name};
 use crate::control::{BindError, ControlSocket, Pauser};
 
 /// The socket of the control API, which belongs to no device.
@@ -54,6 +55,8 @@ pub struct Survival {
     pauser: OnceLock<Pauser>,
     /// Locked during an upgrade.
     upgrading: Mutex<()>,
+    /// For a candidate: the socket to the daemon.
+    peer: Mutex<Option<OwnedFd>>,
     /// Address spaces of the devices that are restored.
     pub(crate) spaces: RestoredSpaces,
 }
@@ -106,8 +109,10 @@ pub(crate) struct Legacy {
     pub(crate) files: LegacyFiles,
     /// The socket of the control API.
     pub(crate) control: Option<Held>,
+    /// io_urings of worker threads, with their tables.
+    pub(crate) rings: Vec<Held>,
     /// Devices by their number: what they are, and everything that is held of them.
-    pub(crate) devices: BTreeMap<u32, (Identity, Vec<Held>)>,
+    pub(crate) devices: HeldDevices,
 }
 
 impl Survival {
@@ -117,8 +122,8 @@ impl Survival {
     /// # Errors
     /// Of the inherited socket.
     pub fn from_env() -> Result<Option<Self>, Errno> {
-        let Some(client) = Client::from_env()? else { return Ok(None) };
-        let start = client.start();
+        let Some(mut client) = Client::from_env()? else { return Ok(None) };
+        let (start, peer) = (client.start(), Mutex::new(client.take_peer()));
         progress::install(client.progress().clone());
         let begin = start.crash.map_or_else(monotonic_ns, |end| end.heard_ns);
         let phases = Mutex::new(vec![("", begin), ("start", monotonic_ns())]);
@@ -131,6 +136,7 @@ impl Survival {
             phases,
             pauser: OnceLock::new(),
             upgrading: Mutex::default(),
+            peer,
             spaces: RestoredSpaces::default(),
         }))
     }
@@ -141,10 +147,25 @@ impl Survival {
         self.start.role
     }
 
-    /// How often a daemon was started for this service, this one included.
+    /// How often a daemon was started for this service, this one included. A candidate counts as the daemon that it may become.
     #[must_use]
-    pub const fn generation(&self) -> u64 {
-        self.start.status.generation
+    pub fn generation(&self) -> u64 {
+        self.start.status.generation + u64::from(self.is_candidate())
+    }
+
+    /// Whether this process was started to replace a daemon that still serves.
+    #[must_use]
+    pub fn is_candidate(&self) -> bool {
+        self.start.role == Role::Candidate
+    }
+
+    /// Tells the log how long the recovery from a crash has taken, from the holder's notice of it on.
+    fn log_recovery(&self, heard_ns: u64) {
+        let since = |at: u64| Duration::from_nanos(at.saturating_sub(heard_ns)).as_secs_f64() * 1e3;
+        let phases = self.phases.lock();
+        let phases = phases.iter().skip(1).map(|(what, at)| format!("{what} {:.2} ms", since(*at)));
+        let phases: Vec<_> = phases.collect();
+        tracing::info!("recovered: {}", phases.join(", "));
     }
 
     /// Tells the log how the daemon before this one ended.
@@ -219,6 +240,9 @@ impl Survival {
     pub fn ready(&self) -> Result<(), Errno> {
         self.phase("serve");
         self.served_ns.store(monotonic_ns(), Ordering::Relaxed);
+        if let Some(crash) = self.start.crash {
+            self.log_recovery(crash.heard_ns);
+        }
         self.client.lock().ready()
     }
 
@@ -275,6 +299,14 @@ impl Survival {
         self.next_device.fetch_add(1, Ordering::Relaxed)
     }
 
+    /// What is held of devices.
+    ///
+    /// # Errors
+    /// Those of the holder's connection.
+    pub(crate) fn devices(&self) -> Result<HeldDevices, Errno> {
+        self.legacy().map(|legacy| legacy.devices)
+    }
+
     /// What a predecessor has left. Whatever belongs to no device that can be restored is released.
     ///
     /// # Errors
@@ -282,7 +314,8 @@ impl Survival {
     pub(crate) fn legacy(&self) -> Result<Legacy, Errno> {
         let (legacy, last, orphans) = Legacy::of(self.client.lock().list()?);
         self.next_device.fetch_max(last + 1, Ordering::Relaxed);
-        for key in orphans {
+        // A candidate finds them being added, or deleted.
+        for key in orphans.into_iter().filter(|_| !self.is_candidate()) {
             let _ = self.store().release(key);
         }
         Ok(legacy)
@@ -297,6 +330,7 @@ impl Legacy {
         for held in held {
             match split_key(held.key) {
                 (0, CONTROL) => legacy.control = Some(held),
+                (0, item) if item >= RINGS => legacy.rings.push(held),
                 (0, item) => {
                     if legacy.files.take(item, held).is_some() {
                         tracing::warn!(item, "something unknown is held");

@@ -112,7 +112,7 @@ const fn way(point: CrashPoint) -> Way {
         | P::CommitBegun
         | P::Committed
         | P::CommitReceived
-        | P::OldEnded => Upgrade,
+        | P::TakenOver => Upgrade,
     }
 }
 
@@ -382,7 +382,7 @@ fn without_holder(point: CrashPoint) -> Outcome {
     use CrashPoint as P;
     match point {
         // The old daemon ends, and the candidate has not taken what was held.
-        P::Committed | P::CommitReceived | P::OldEnded => Outcome::Gone,
+        P::Committed | P::CommitReceived | P::TakenOver => Outcome::Gone,
         _ => Outcome::Serves,
     }
 }

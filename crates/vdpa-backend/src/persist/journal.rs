@@ -1,7 +1,7 @@
 //! [`DeviceLog`]: the journal of one device.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use vdpa_core::Errno;
@@ -331,6 +331,19 @@ impl DeviceLog {
             // The logs of a device without queues are not held.
             let _ = self.store.release(key(self.device, item));
         }
+    }
+
+    /// The memory of the in-flight logs, if this item of a device is that.
+    #[must_use]
+    pub fn logs_of(item: &Held) -> Option<BorrowedFd<'_>> {
+        (split_key(item.key).1 == LOGS).then(|| item.fd.as_fd())
+    }
+
+    /// Whether nobody has changed the device since its journal was [reopened](Self::reopen), for a device that another process
+    /// still serves.
+    #[must_use]
+    pub fn is_current(&self) -> bool {
+        self.journal.is_current()
     }
 
     /// The number of the device.

@@ -72,6 +72,10 @@ impl Store for Mutex<Client> {
     }
 }
 
+/// Items of device 0 from this one on are the io_urings of worker threads and their tables: see
+/// [`WorkerPool::keeping`](crate::worker::WorkerPool::keeping).
+pub const RINGS: u32 = 1 << 16;
+
 /// Keys of what belongs to device `device`, a number that is not used twice in the life of the holder; 0 is for what belongs
 /// to no device.
 #[must_use]

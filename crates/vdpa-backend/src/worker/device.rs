@@ -28,6 +28,8 @@ pub(super) struct LocalDevice {
     invalidations: Vec<(Invalidation, Reply<()>)>,
     /// FAIL commands, answered when nothing is in flight any more and the handler's `fail` was called.
     failing: Vec<Reply<()>>,
+    /// The thread is being parked, or is parked: no request is taken.
+    parked: bool,
     /// A REMOVE command, answered when nothing is in flight any more and the device was dropped.
     removing: Option<Reply<()>>,
     /// By queue: where it stopped. A queue that starts again at that position, without a reset in between, has the same
@@ -50,7 +52,7 @@ struct Stopped {
 }
 
 impl LocalDevice {
-    pub(super) fn new(queues: Queues, handler: Box<dyn QueueHandler>) -> Self {
+    pub(super) fn new(queues: Queues, handler: Box<dyn QueueHandler>, parked: bool) -> Self {
         let count = usize::from(queues.count());
         Self {
             queues,
@@ -59,6 +61,7 @@ impl LocalDevice {
             busy_polled: false,
             invalidations: Vec::new(),
             failing: Vec::new(),
+            parked,
             removing: None,
             stopped: vec![None; count],
             logs: Vec::new(),
@@ -151,7 +154,7 @@ impl LocalDevice {
         let running = self.queues.get_mut(index).filter(|running| running.generation == generation);
         let Some(running) = running else { return };
         running.pending = true;
-        if more {
+        if more || self.parked {
             return;
         }
         // The kernel ends a multishot poll when the completion queue overflows, for example.
@@ -180,6 +183,55 @@ impl LocalDevice {
         // The handler may have completed requests at once, without I/O, that commands wait for.
         self.finish_commands();
         self.takes_requests() && self.handler.has_room() && self.queues.has_work()
+    }
+
+    /// Takes no request any more.
+    pub(super) fn park(&mut self) {
+        self.parked = true;
+    }
+
+    /// Whether nothing of this process uses rings, logs and client memory: to be called after [`service`](Self::service).
+    pub(super) fn is_at_rest(&self) -> bool {
+        !self.queues.in_flight()
+    }
+
+    /// The thread is parked: the polls of kicks have been cancelled, and whoever goes on may be another process.
+    pub(super) fn hand_over(&mut self) {
+        self.busy_polled = false;
+        self.handler.hand_over();
+    }
+
+    /// While the thread is parked: answers commands that are done.
+    pub(super) fn service_parked(&mut self) {
+        self.finish_commands();
+    }
+
+    /// Takes requests again. With `armed`, the polls of kicks have not been cancelled. An error is of the handler.
+    pub(super) fn unpark(&mut self, armed: bool) -> Result<()> {
+        self.parked = false;
+        for index in (0..self.queues.count()).filter(|_| !armed) {
+            let Some(queue) = self.queues.get_mut(index) else { continue };
+            // The driver may have kicked meanwhile.
+            queue.pending |= queue.setup.kick.is_some();
+            let (kick, generation) = (queue.setup.kick.clone(), queue.generation);
+            let poll = kick.map(|kick| duplicate(&kick)).transpose();
+            let armed =
+                poll.and_then(|kick| kick.map_or(Ok(()), |kick| self.queues.poll(kick, index, generation)));
+            if let Err(error) = armed {
+                tracing::error!(device = %self.queues.name(), index, "the queue receives no kicks: {error}");
+            }
+        }
+        if armed { Ok(()) } else { self.handler.take_over() }
+    }
+
+    /// The name of the device.
+    pub(super) fn name(&self) -> &str {
+        self.queues.name()
+    }
+
+    /// Every later request is completed with an error.
+    pub(super) fn fail(&mut self) {
+        self.handler.fail();
     }
 
     /// Whether a queue has its kick disabled because the thread busy-polls its ring.
@@ -278,9 +330,10 @@ impl LocalDevice {
         }
     }
 
-    /// Whether requests are popped from the rings; `false` while FAIL or REMOVE waits for those in flight.
+    /// Whether requests are popped from the rings; `false` while the thread is parked, and while FAIL or REMOVE waits for those in
+    /// flight.
     fn takes_requests(&self) -> bool {
-        self.failing.is_empty() && self.removing.is_none()
+        self.failing.is_empty() && self.removing.is_none() && !self.parked
     }
 }
 

@@ -17,8 +17,11 @@ use vdpa_sys::uring::{Completion, Op, Ring};
 
 use super::device::LocalDevice;
 use super::poll::{PREEMPTED_AFTER, Poller};
-use super::queues::{Queues, Token};
-use super::{Command, QueueHandler, Reply, Shared, Size};
+use super::queues::{Queues, Thread, Token, to_u16};
+use super::{Buffers, Command, QueueHandler, Reply, Shared, Size};
+
+/// How long the requests of another process may be in flight when it has handed the ring over: there are none.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A message to a worker thread.
 pub(super) enum Message {
@@ -26,6 +29,11 @@ pub(super) enum Message {
     Add(Registration),
     /// A command for the device with this number. It is dropped when that device was removed, which closes its reply channel.
     Command(u16, Command),
+    /// Stops the devices: answered when nothing of this process uses rings, logs and client memory any more. From then on the
+    /// thread blocks until the next message.
+    Park(Reply<Result<()>>),
+    /// Goes on, after a [`Park`](Self::Park) that may not have been answered; or begins to use the ring of another process.
+    Unpark(Reply<Result<()>>),
     /// Ends the thread.
     Exit,
 }
@@ -43,6 +51,8 @@ pub(super) struct Registration {
 /// The state of a worker thread.
 pub(super) struct EventLoop {
     uring: Rc<RefCell<Ring>>,
+    /// The registered buffers of the ring.
+    buffers: Arc<Buffers>,
     /// The eventfd that senders of messages write to.
     wake: Arc<OwnedFd>,
     /// `wake` was signalled: the channel may have messages.
@@ -51,29 +61,45 @@ pub(super) struct EventLoop {
     devices: Vec<Option<LocalDevice>>,
     /// The ready queue: numbers of the devices that have work, in the order in which they are serviced.
     ready: VecDeque<u16>,
-    /// The last generation that was given to a run of a queue.
-    generation: Rc<Cell<u32>>,
+    thread: Thread,
     poller: Poller,
-    /// The thread will busy-poll before it sleeps: a queue that becomes empty leaves its kicks disabled.
-    busy_poll: Rc<Cell<bool>>,
     /// Numbers of the devices that have queues with kicks disabled, whose rings are to be polled.
     busy_polled: Vec<u16>,
+    /// A PARK message, answered when nothing is in flight any more.
+    parking: Option<Reply<Result<()>>>,
 }
 
 impl EventLoop {
-    /// Arms the poll of `wake`, which announces messages. `poll` is the busy-poll budget.
-    pub(super) fn new(mut uring: Ring, wake: Arc<OwnedFd>, poll: Duration) -> Result<Self> {
-        watch(&mut uring, &wake)?;
+    /// Arms the poll of `wake`, which announces messages. `poll` is the busy-poll budget. With `parked` another process uses the
+    /// ring, and nothing is done with it before [`Message::Unpark`].
+    pub(super) fn new(
+        mut uring: Ring,
+        wake: Arc<OwnedFd>,
+        poll: Duration,
+        buffers: Arc<Buffers>,
+        parked: bool,
+    ) -> Result<Self> {
+        if !parked {
+            watch(&mut uring, &wake)?;
+        }
+        let uring = Rc::new(RefCell::new(uring));
+        let thread = Thread {
+            uring: Rc::clone(&uring),
+            generation: Rc::default(),
+            busy_poll: Rc::default(),
+            parked: Rc::new(Cell::new(parked)),
+        };
         Ok(Self {
-            uring: Rc::new(RefCell::new(uring)),
+            uring,
+            buffers,
             wake,
             woken: false,
             devices: Vec::new(),
             ready: VecDeque::new(),
-            generation: Rc::default(),
+            thread,
             poller: Poller::new(poll),
-            busy_poll: Rc::default(),
             busy_polled: Vec::new(),
+            parking: None,
         })
     }
 
@@ -81,10 +107,19 @@ impl EventLoop {
     pub(super) fn run(&mut self, messages: &Receiver<Message>) {
         let _watched = progress::watch();
         loop {
+            if self.thread.parked.get() {
+                if !self.run_parked(messages) {
+                    return;
+                }
+                continue;
+            }
             if !self.receive_messages(messages) {
                 return;
             }
             self.run_ready_devices();
+            if self.try_park() {
+                continue;
+            }
             if let Err(error) = self.wait() {
                 // Without io_uring no device can be served: end rather than spin. Commands get EIO from now on.
                 tracing::error!("io_uring failed, the devices of a worker stop: {error}");
@@ -105,7 +140,7 @@ impl EventLoop {
                 self.enable_kicks();
             }
         }
-        self.busy_poll.set(self.poller.should_poll());
+        self.thread.busy_poll.set(self.poller.should_poll());
         let idle = self.is_idle();
         let begin = (idle && !self.poller.budget().is_zero()).then(Instant::now);
         self.submit_and_reap(idle)?;
@@ -188,17 +223,116 @@ impl EventLoop {
         self.woken = false;
         loop {
             match messages.try_recv() {
-                Ok(Message::Add(registration)) => self.add(registration),
-                Ok(Message::Command(device, command)) => {
-                    if let Some(local) = self.device(device) {
-                        local.run_command(command);
-                        self.schedule(device);
+                Ok(message) => {
+                    if !self.receive(message) {
+                        return false;
                     }
                 }
-                Ok(Message::Exit) | Err(TryRecvError::Disconnected) => return false,
+                Err(TryRecvError::Disconnected) => return false,
                 Err(TryRecvError::Empty) => return true,
             }
         }
+    }
+
+    /// Processes a message; `false` when the thread is to end.
+    fn receive(&mut self, message: Message) -> bool {
+        match message {
+            Message::Add(registration) => self.add(registration),
+            Message::Command(device, command) => {
+                if let Some(local) = self.device(device) {
+                    local.run_command(command);
+                    self.schedule(device);
+                }
+            }
+            Message::Park(reply) => {
+                self.devices.iter_mut().flatten().for_each(LocalDevice::park);
+                (0..self.devices.len()).map(to_u16).for_each(|device| self.schedule(device));
+                self.parking = Some(reply);
+            }
+            Message::Unpark(reply) => {
+                let _ = reply.send(self.unpark());
+            }
+            Message::Exit => return false,
+        }
+        true
+    }
+
+    /// Blocks until a message arrives and processes it, without the ring; `false` when the thread is to end.
+    fn run_parked(&mut self, messages: &Receiver<Message>) -> bool {
+        progress::idle();
+        let message = messages.recv();
+        progress::busy();
+        if !message.is_ok_and(|message| self.receive(message)) {
+            return false;
+        }
+        for place in 0..self.devices.len() {
+            let Some(local) = self.devices.get_mut(place).and_then(Option::as_mut) else { continue };
+            local.service_parked();
+            if local.is_removed() {
+                let removed = self.devices.get_mut(place).and_then(Option::take);
+                removed.into_iter().for_each(LocalDevice::finish_removal);
+            }
+        }
+        true
+    }
+
+    /// Parks the thread if that is asked for and nothing is in flight; whether it is parked.
+    fn try_park(&mut self) -> bool {
+        if self.parking.is_none() || !self.devices.iter().flatten().all(LocalDevice::is_at_rest) {
+            return false;
+        }
+        // Nothing remains in the ring, which another process can go on with.
+        let result = self.cancel_polls();
+        self.buffers.hand_over();
+        self.thread.parked.set(true);
+        self.busy_polled.clear();
+        self.devices.iter_mut().flatten().for_each(LocalDevice::hand_over);
+        if let Some(reply) = self.parking.take() {
+            let _ = reply.send(result);
+        }
+        true
+    }
+
+    /// Cancels the polls, which are all that is in flight, and waits for their ends.
+    fn cancel_polls(&mut self) -> Result<()> {
+        let mut uring = self.uring.borrow_mut();
+        uring.cancel(|_| true).map_err(|error| error.errno())?;
+        while uring.in_flight() > 0 {
+            uring.submit_and_wait(1, None)?;
+            // The rings of all queues are checked before the thread sleeps again, whoever has kicked.
+            while uring.next_completion().is_some() {}
+        }
+        Ok(())
+    }
+
+    /// Goes on, or begins to serve what another process has served.
+    fn unpark(&mut self) -> Result<()> {
+        self.parking = None;
+        let armed = !self.thread.parked.get();
+        if !armed {
+            let mut uring = self.uring.borrow_mut();
+            if uring.is_settled() {
+                self.buffers.go_on();
+            } else {
+                uring.settle(SETTLE_TIMEOUT).map_err(|error| {
+                    tracing::error!("the ring of the other process cannot be taken over: {error}");
+                    Errno::IO
+                })?;
+                self.buffers.take_over();
+            }
+            drop(uring);
+            watch(&mut self.uring.borrow_mut(), &self.wake)?;
+            self.thread.parked.set(false);
+        }
+        for device in (0..self.devices.len()).map(to_u16) {
+            let Some(local) = self.device(device) else { continue };
+            if let Err(errno) = local.unpark(armed) {
+                tracing::error!(device = local.name(), %errno, "every request of the device fails");
+                local.fail();
+            }
+            self.schedule(device);
+        }
+        Ok(())
     }
 
     fn add(&mut self, registration: Registration) {
@@ -211,21 +345,13 @@ impl EventLoop {
         if place == self.devices.len() {
             self.devices.push(None);
         }
-        let uring = Rc::clone(&self.uring);
-        let queues = Queues::new(
-            name,
-            device,
-            uring,
-            Rc::clone(&self.generation),
-            Rc::clone(&self.busy_poll),
-            size,
-            shared,
-        );
+        let queues = Queues::new(name, device, self.thread.clone(), size, shared);
+        let parked = self.thread.parked.get() || self.parking.is_some();
         // A caller that does not get the number could never remove the device.
         if reply.send(Ok(device)).is_ok()
             && let Some(place) = self.devices.get_mut(place)
         {
-            *place = Some(LocalDevice::new(queues, handler));
+            *place = Some(LocalDevice::new(queues, handler, parked));
         }
     }
 

@@ -78,8 +78,12 @@ impl SetMap<LinuxHost> for ClientMemory {
         if let Some(pins) = &mut space.pins {
             pins.unpin_gone(table, buffers);
         }
-        pinned.inspect_err(|errno| {
-            tracing::warn!(device = %self.name, "guest memory cannot be pinned: {errno}{}", remedy(*errno));
+        pinned.inspect_err(|errno| match *errno {
+            // Another process still serves the device.
+            Errno::AGAIN => {}
+            errno => {
+                tracing::warn!(device = %self.name, "guest memory cannot be pinned: {errno}{}", remedy(errno));
+            }
         })
     }
 }

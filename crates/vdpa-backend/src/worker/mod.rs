@@ -19,6 +19,8 @@
 mod buffers;
 mod device;
 mod event_loop;
+mod kept;
+mod logs;
 mod memory;
 mod pins;
 mod poll;
@@ -26,6 +28,8 @@ mod pool;
 mod queue;
 mod queues;
 mod ring;
+mod slots;
+mod thread;
 mod view;
 
 use std::fmt;
@@ -47,12 +51,13 @@ use vdpa_sys::shared_words::SharedWords;
 use vdpa_sys::uring::OwnedBuf;
 
 use buffers::Buffers;
+pub use logs::QueueLogs;
 pub use memory::ClientMemory;
-use pool::WorkerThread;
-pub use pool::{CpuList, InvalidCpuList, Placement, QueueLogs, WorkerPool};
+pub use pool::{CpuList, InvalidCpuList, Placement, WorkerPool};
 pub use queue::Queue;
 pub use queues::Queues;
 pub use ring::{DeviceRing, Popped, log_words};
+use thread::WorkerThread;
 pub use view::MemoryView;
 
 /// Upper limit of the io-wq workers of one io_uring (`IORING_REGISTER_IOWQ_MAX_WORKERS`): the kernel threads that run
@@ -161,6 +166,19 @@ pub trait QueueHandler: Send + 'static {
 
     /// The driver has reset the device: what was kept of earlier requests is to be forgotten. All queues are stopped.
     fn reset(&mut self) {}
+
+    /// The thread is parked, no request is in flight, and another process may serve the device from now on: what only one of them
+    /// may have is released. Followed by [`take_over`](Self::take_over) if this process goes on after all.
+    fn hand_over(&mut self) {}
+
+    /// The thread is not parked any more: this process serves the device, also if another one has served it before. What
+    /// [`hand_over`](Self::hand_over) has released, or the other process has, is taken.
+    ///
+    /// # Errors
+    /// The errno of what cannot be had: every request is completed with an error from now on.
+    fn take_over(&mut self) -> Result<()> {
+        Ok(())
+    }
 
     /// The device is deleted while a client has it open: every later request is to be completed with an error, and what
     /// the device holds (files, for example) is to be released. No request is in flight. See

@@ -6,10 +6,11 @@ use vdpa_core::Errno;
 use vdpa_core::host::MemoryObject;
 use vdpa_core::iotlb::{Mapping, Table};
 use vdpa_core::types::Result;
-use vdpa_sys::guest::GuestMemory;
+use vdpa_sys::guest::{GuestMemory, MemoryRecord, ObjectId};
 use vdpa_sys::uring::{IoVec, MemorySet};
 
-use super::buffers::Buffers;
+use super::buffers::{Buffers, Pinned};
+use super::slots::Piece;
 use super::view::PinnedRange;
 
 /// Maximum size of a registered buffer, in bytes. The kernel holds the io_uring's lock while it pins pages, about 20 ms for
@@ -27,17 +28,19 @@ pub(super) struct Pins {
 /// A pinned mapping.
 #[derive(Debug)]
 struct Region {
+    /// The memory object, and where the mapping begins in it.
+    object: ObjectId,
     /// Bytes.
     len: usize,
     /// One per [`PIECE_BYTES`].
-    slots: Vec<u16>,
+    buffers: Vec<Pinned>,
     /// Keeps the mapping: while it exists no other mapping can get its address, which identifies the region.
     _memory: MemorySet,
 }
 
 impl Pins {
-    /// Pins the entries of `table` that are not pinned yet. Blocks while the kernel allocates and pins pages, about half a
-    /// second for 4 GiB of fresh 4 KiB pages.
+    /// Pins the entries of `table` that are not pinned yet. What an earlier process has pinned is used as it is, and its pages are
+    /// not touched. Otherwise blocks while the kernel allocates and pins pages, about half a second for 4 GiB of fresh 4 KiB pages.
     ///
     /// # Errors
     /// `ENOMEM` when the RLIMIT_MEMLOCK of this process or the slots do not suffice, `EFAULT`, `EOPNOTSUPP` for file systems
@@ -46,7 +49,7 @@ impl Pins {
         let mut added = Vec::new();
         for entry in table.iter() {
             let Some((addr, len)) = pinnable(entry) else { continue };
-            if self.regions.contains_key(&addr) {
+            if self.regions.contains_key(&addr) || self.has_moved(table, entry, addr, len) {
                 continue;
             }
             match self.pin(entry, addr, len, buffers) {
@@ -58,6 +61,29 @@ impl Pins {
             }
         }
         Ok(())
+    }
+
+    /// Whether a region that `table` does not have any more is the same memory, mapped elsewhere in this process; it is that of
+    /// `entry` from now on. So it is when a batch ends that a device was restored in: the parent's table and the device's are
+    /// mapped on their own.
+    fn has_moved(
+        &mut self,
+        table: &Table<GuestMemory>,
+        entry: &Mapping<GuestMemory>,
+        addr: usize,
+        len: usize,
+    ) -> bool {
+        let MemoryRecord::Object { object, .. } = entry.memory.record() else { return false };
+        let same = self.regions.iter().filter(|(_, region)| region.object == object && region.len == len);
+        let mut unused = same
+            .map(|(addr, _)| *addr)
+            .filter(|region| !table.iter().filter_map(pinnable).any(|(addr, _)| addr == *region));
+        let Some(region) = unused.next().and_then(|addr| self.regions.remove(&addr)) else {
+            return false;
+        };
+        let memory = MemorySet::new(entry.memory.stable());
+        self.regions.insert(addr, Region { _memory: memory, ..region });
+        true
     }
 
     /// Whether an entry may be used: it is pinned, or is of a kind that is never pinned.
@@ -72,9 +98,13 @@ impl Pins {
             .filter_map(|entry| pinnable(entry))
             .filter_map(|(addr, _)| self.regions.get_key_value(&addr))
             .flat_map(|(&addr, region)| {
-                let place =
-                    |(piece, &slot): (IoVec, &u16)| PinnedRange { addr: piece.addr, len: piece.len, slot };
-                pieces(addr, region.len).zip(&region.slots).map(place)
+                let place = |(piece, &Pinned { slot, addr }): (IoVec, &Pinned)| PinnedRange {
+                    addr: piece.addr,
+                    len: piece.len,
+                    slot,
+                    registered: addr,
+                };
+                pieces(addr, region.len).zip(&region.buffers).map(place)
             })
             .collect();
         pins.sort_unstable_by_key(|pin| pin.addr);
@@ -92,8 +122,8 @@ impl Pins {
     /// Unpins all regions. No request may use them.
     pub(super) fn unpin_all(&mut self, buffers: &Buffers) {
         let regions = std::mem::take(&mut self.regions);
-        let slots = regions.into_values().flat_map(|region| region.slots);
-        slots.for_each(|slot| buffers.release(slot));
+        let pinned = regions.into_values().flat_map(|region| region.buffers);
+        pinned.for_each(|pinned| buffers.release(pinned.slot));
     }
 
     fn pin(
@@ -104,25 +134,37 @@ impl Pins {
         buffers: &Buffers,
     ) -> Result<()> {
         let memory = MemorySet::new(entry.memory.stable());
-        // Pinning pages that are present is five times as fast as having each allocated by the pinning.
-        entry.memory.populate()?;
-        let mut slots = Vec::new();
-        for piece in pieces(addr, len) {
-            match buffers.pin(piece, &memory).and_then(|slot| slot.ok_or(Errno::NOMEM)) {
-                Ok(slot) => slots.push(slot),
+        let MemoryRecord::Object { object, .. } = entry.memory.record() else { return Err(Errno::INVAL) };
+        let mut pinned = Vec::new();
+        let mut populated = false;
+        for at in pieces(addr, len) {
+            let offset = object.offset + (at.addr - addr) as u64;
+            let piece = Piece { object: ObjectId { offset, ..object }, len: at.len as u64 };
+            let result = buffers.claim(piece).map_or_else(
+                || {
+                    // Pinning pages that are present is five times as fast as having each allocated by the pinning.
+                    if !std::mem::replace(&mut populated, true) {
+                        entry.memory.populate()?;
+                    }
+                    buffers.pin(at, piece, &memory)?.ok_or(Errno::NOMEM)
+                },
+                Ok,
+            );
+            match result {
+                Ok(one) => pinned.push(one),
                 Err(error) => {
-                    slots.into_iter().for_each(|slot| buffers.release(slot));
+                    pinned.into_iter().for_each(|one| buffers.release(one.slot));
                     return Err(error);
                 }
             }
         }
-        self.regions.insert(addr, Region { len, slots, _memory: memory });
+        self.regions.insert(addr, Region { object, len, buffers: pinned, _memory: memory });
         Ok(())
     }
 
     fn unpin(&mut self, addr: usize, buffers: &Buffers) {
         if let Some(region) = self.regions.remove(&addr) {
-            region.slots.into_iter().for_each(|slot| buffers.release(slot));
+            region.buffers.into_iter().for_each(|pinned| buffers.release(pinned.slot));
         }
     }
 }

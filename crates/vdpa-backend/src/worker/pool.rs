@@ -1,32 +1,22 @@
 //! [`WorkerPool`]: the worker threads, and the placement of devices on them.
 
 use std::fmt;
-use std::os::fd::{AsFd, OwnedFd};
 use std::str::FromStr;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{Sender, SyncSender, channel, sync_channel};
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::sync::{Arc, Weak};
-use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use rustix::thread::{CpuSet, sched_setaffinity};
+use rustix::thread::CpuSet;
 use vdpa_core::Errno;
-use vdpa_core::ring::inflight::LogMemory as _;
-use vdpa_core::types::{QueueIndex, Result};
-use vdpa_sys::eventfd::EventFd;
+use vdpa_core::types::Result;
 use vdpa_sys::shared_words::SharedWords;
-use vdpa_sys::uring::{Registrar, Ring};
 
-use super::event_loop::{EventLoop, Message, Registration};
-use super::log_words;
-use super::{
-    Buffers, COUNTERS, Command, Counters, IOWQ_WORKERS_MAX, QueueControl, QueueHandler, Shared, Size,
-};
-use crate::persist::{DeviceNotes, NOTES, OWN_NOTES};
-
-/// Entries of a submission queue: operations that are submitted with one `io_uring_enter(2)`.
-const RING_ENTRIES: u32 = 512;
+use super::event_loop::{Message, Registration};
+use super::kept::KeptRings;
+use super::thread::{Start, WorkerThread};
+use super::{Counters, QueueControl, QueueHandler, QueueLogs, Shared, Size};
+use crate::persist::{Held, Store};
 
 /// A set of processors, by kernel number, below [`CpuSet::MAX_CPU`] (1024). Written and parsed as `0,2-5`.
 ///
@@ -38,7 +28,7 @@ const RING_ENTRIES: u32 = 512;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CpuList(
     /// In ascending order, each once.
-    Vec<usize>,
+    pub(super) Vec<usize>,
 );
 
 /// The text is not a list of processors.
@@ -87,9 +77,6 @@ pub struct Placement {
     pub dedicated: bool,
 }
 
-/// Entries of the largest ring (virtio 1.2 section 2.7).
-const LARGEST_RING: u16 = 32768;
-
 /// The worker threads of a program, which normally has one pool.
 ///
 /// Any thread but a worker may call it. A thread starts when a device needs it; without a [`Placement`] it then runs for as
@@ -103,74 +90,8 @@ pub struct WorkerPool {
     threads: Arc<Mutex<Threads>>,
     /// For the next device.
     logs: Mutex<Option<QueueLogs>>,
-}
-
-/// Memory for the in-flight logs of one device, which a successor of this process continues from.
-#[derive(Clone, Debug)]
-pub struct QueueLogs {
-    memory: SharedWords,
-    recover: bool,
-}
-
-impl QueueLogs {
-    /// Words for the log of each queue: enough for the largest ring there is. What is not used takes no memory. Behind all logs
-    /// are the counters of each queue, then the device's notes.
-    fn stride() -> usize {
-        log_words(LARGEST_RING)
-    }
-
-    /// Memory for `queues` logs, which are empty.
-    ///
-    /// # Errors
-    /// `EINVAL` without queues; of memfd_create(2) and mmap(2).
-    pub fn create(queues: u16) -> Result<(OwnedFd, Self)> {
-        let words = (Self::stride() + COUNTERS) * usize::from(queues) + NOTES;
-        let (fd, memory) = SharedWords::create(c"vdpa-in-flight", words)?;
-        Ok((fd, Self { memory, recover: false }))
-    }
-
-    /// For how many queues there are counters behind the logs; `None` for the memory of a program that had none.
-    fn queues(&self) -> Option<usize> {
-        let words = self.memory.words().checked_sub(NOTES)?;
-        words.is_multiple_of(Self::stride() + COUNTERS).then_some(words / (Self::stride() + COUNTERS))
-    }
-
-    /// The counters of `queues` queues. Those of a program that had none end with this process.
-    fn counters(&self, queues: u16) -> Option<SharedWords> {
-        let all = self.queues().filter(|&all| all >= usize::from(queues))?;
-        self.memory.slice(all * Self::stride(), usize::from(queues) * COUNTERS)
-    }
-
-    /// The notes of the device; `None` for the memory of a program that had none.
-    #[must_use]
-    pub fn notes(&self) -> Option<DeviceNotes> {
-        let at = self.queues()? * (Self::stride() + COUNTERS);
-        self.memory.slice(at, NOTES).and_then(DeviceNotes::new)
-    }
-
-    /// The logs of a process that has died.
-    ///
-    /// # Errors
-    /// As [`SharedWords::map`].
-    pub fn reopen(fd: impl AsFd) -> Result<Self> {
-        Ok(Self { memory: SharedWords::map(fd)?, recover: true })
-    }
-
-    /// The queue did not run when the process died: it starts at the position that it is given, and not from its log.
-    pub fn forget(&self, index: QueueIndex) {
-        if let Some(log) = self.log(index.0) {
-            log.store(0, 0);
-        }
-    }
-
-    fn log(&self, index: u16) -> Option<SharedWords> {
-        self.memory.slice(usize::from(index) * Self::stride(), Self::stride())
-    }
-
-    /// One for each of `queues` queues.
-    fn split(&self, queues: u16) -> Result<Vec<SharedWords>> {
-        (0..queues).map(|index| self.log(index).ok_or(Errno::INVAL)).collect()
-    }
+    /// `None` if rings end with this process.
+    kept: Option<Arc<KeptRings>>,
 }
 
 #[derive(Debug, Default)]
@@ -179,30 +100,114 @@ struct Threads {
     shared: Vec<Arc<WorkerThread>>,
     /// For devices with a list of processors. The devices own them.
     pinned: Vec<(CpuList, Weak<WorkerThread>)>,
+    /// Each for one device, which owns it.
+    dedicated: Vec<Weak<WorkerThread>>,
 }
 
 impl WorkerPool {
     /// A pool with at most `workers` threads (0 counts as 1) for devices with the default placement. It starts no thread yet.
     /// `poll` is how long a thread may busy-poll its rings before it sleeps; it does so only while that pays. 0 is never.
     pub fn new(workers: usize, poll: Duration) -> Self {
-        Self { workers: workers.max(1), poll, threads: Arc::default(), logs: Mutex::default() }
+        let (threads, logs) = (Arc::default(), Mutex::default());
+        Self { workers: workers.max(1), poll, threads, logs, kept: None }
+    }
+
+    /// As [`new`](Self::new), with threads whose rings outlive this process together with the memory that is pinned in them:
+    /// `store` holds them. `left` are the items from [`RINGS`](crate::persist::RINGS) on that a predecessor has had held: its
+    /// devices, added with their [logs](Self::with_logs), get its rings. With `parked` the predecessor still uses these, and no
+    /// thread of this pool touches anything of it before [`take_over`](Self::take_over).
+    #[must_use]
+    pub fn keeping(self, store: Arc<dyn Store>, left: Vec<Held>, parked: bool) -> Self {
+        Self { kept: Some(Arc::new(KeptRings::new(store, left, parked))), ..self }
     }
 
     /// 32 words for what the next device counts itself, which outlive this process: a device that is made again finds what it has
     /// counted. `None` when its [logs](Self::with_logs) do not outlive this process, or are those of a program without such words.
     #[must_use]
     pub fn own_counters(&self) -> Option<SharedWords> {
-        let logs = self.logs.lock();
-        let logs = logs.as_ref()?;
-        let at = logs.queues()? * (QueueLogs::stride() + COUNTERS) + OWN_NOTES.start;
-        logs.memory.slice(at, OWN_NOTES.len())
+        self.logs.lock().as_ref()?.own_counters()
     }
 
     /// The same threads, for one device that keeps its in-flight logs in `logs`.
     #[must_use]
     pub fn with_logs(&self, logs: QueueLogs) -> Self {
-        let threads = Arc::clone(&self.threads);
-        Self { workers: self.workers, poll: self.poll, threads, logs: Mutex::new(Some(logs)) }
+        let (threads, kept) = (Arc::clone(&self.threads), self.kept.clone());
+        Self { workers: self.workers, poll: self.poll, threads, logs: Mutex::new(Some(logs)), kept }
+    }
+
+    /// Waits until none of the requests of a dead predecessor is in flight in the ring that the device of `logs` was served with. To
+    /// be called before its files are opened: requests keep them open, and locked. Does nothing if the predecessor lives.
+    pub fn settle(&self, logs: &QueueLogs) {
+        if let Some((kept, number)) = self.kept.as_ref().filter(|kept| !kept.is_foreign()).zip(logs.ring()) {
+            kept.prepare(number);
+        }
+    }
+
+    /// Whether a predecessor still serves the devices that are added.
+    #[must_use]
+    pub fn is_parked(&self) -> bool {
+        self.kept.as_ref().is_some_and(|kept| kept.is_foreign())
+    }
+
+    /// Stops all threads: no request is taken any more, those in flight are completed, and after that nothing of this process
+    /// uses rings, logs and memory of clients. Whoever has taken them over can do so; otherwise [`unpark`](Self::unpark) goes on.
+    /// Waits at most `timeout`.
+    ///
+    /// # Errors
+    /// `ETIMEDOUT` when requests are still in flight then, `EIO` when a thread has ended; the threads go on.
+    pub fn park(&self, timeout: Duration) -> Result<()> {
+        let deadline = Instant::now() + timeout;
+        let threads = self.threads.lock().all();
+        let replies: Vec<_> = threads.iter().map(|thread| thread.ask(Message::Park)).collect();
+        let wait = |reply: Result<std::sync::mpsc::Receiver<Result<()>>>| {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match reply?.recv_timeout(left) {
+                Ok(result) => result,
+                Err(RecvTimeoutError::Timeout) => Err(Errno::TIMEDOUT),
+                Err(RecvTimeoutError::Disconnected) => Err(Errno::IO),
+            }
+        };
+        let parked: Result<Vec<()>> = replies.into_iter().map(wait).collect();
+        if parked.is_err() {
+            self.unpark()?;
+        }
+        parked.map(drop)
+    }
+
+    /// Has parked threads go on.
+    ///
+    /// # Errors
+    /// `EIO` when a thread has ended; its devices are not served.
+    pub fn unpark(&self) -> Result<()> {
+        let threads = self.threads.lock().all();
+        let replies: Vec<_> = threads.iter().map(|thread| thread.ask(Message::Unpark)).collect();
+        let wait =
+            |reply: Result<std::sync::mpsc::Receiver<Result<()>>>| reply?.recv().map_err(|_| Errno::IO)?;
+        // Each one, whatever became of the others.
+        let results: Vec<Result<()>> = replies.into_iter().map(wait).collect();
+        results.into_iter().collect()
+    }
+
+    /// The predecessor does not use its rings any more: the threads of a pool that was made parked serve their devices.
+    ///
+    /// # Errors
+    /// As [`unpark`](Self::unpark).
+    pub fn take_over(&self) -> Result<()> {
+        let Some(kept) = self.kept.as_ref().filter(|kept| kept.is_foreign()) else { return Ok(()) };
+        kept.take_over();
+        self.unpark()
+    }
+
+    /// Unpins what a predecessor has pinned and no device has mapped, and gives up its rings that no device uses: every device is
+    /// restored. Blocks while the kernel unpins pages.
+    pub fn release_unclaimed(&self) {
+        let Some(kept) = &self.kept else { return };
+        kept.release_left();
+        let threads = self.threads.lock().all();
+        let released: usize = threads.iter().map(|thread| thread.buffers().release_unclaimed()).sum();
+        if released > 0 {
+            tracing::info!(released, "buffers of the earlier process are unpinned");
+        }
     }
 
     /// Adds a device: `handler` is called on a thread that `placement` selects. All queues are stopped and nothing is mapped.
@@ -220,8 +225,9 @@ impl WorkerPool {
         placement: &Placement,
         handler: impl QueueHandler,
     ) -> Result<QueueControl> {
-        let thread = self.thread(name, placement)?;
-        let counters = self.logs.lock().as_ref().and_then(|logs| logs.counters(size.queues));
+        let logs = self.logs.lock().take();
+        let thread = self.thread(name, placement, logs.as_ref())?;
+        let counters = logs.as_ref().and_then(|logs| logs.counters(size.queues));
         let counters = counters.map_or_else(|| Counters::own(size.queues), Counters::Shared);
         let shared = Arc::new(Shared::new(size.queues, counters));
         let (reply, receiver) = sync_channel(1);
@@ -232,10 +238,9 @@ impl WorkerPool {
             shared: Arc::clone(&shared),
             reply,
         };
-        let added = thread.send_message(Message::Add(registration)).and_then(|()| {
-            thread.wake.signal();
-            receiver.recv().map_err(|_| Errno::IO)?
-        });
+        let added = thread
+            .send_and_wake_message(Message::Add(registration))
+            .and_then(|()| receiver.recv().map_err(|_| Errno::IO)?);
         let control = match added {
             Ok(device) => QueueControl { thread, device, shared },
             Err(error) => {
@@ -243,37 +248,64 @@ impl WorkerPool {
                 return Err(error);
             }
         };
-        if let Some(logs) = self.logs.lock().take() {
+        if let Some(logs) = logs {
+            if !self.is_parked() {
+                logs.set_ring(control.thread.ring());
+            }
             control.set_logs(logs.split(size.queues)?, logs.recover)?;
         }
         Ok(control)
     }
 
-    /// The thread for one more device, which it counts.
-    fn thread(&self, device: &str, placement: &Placement) -> Result<Arc<WorkerThread>> {
+    /// The thread for one more device, which it counts. A device that has logs stays with the ring that has its memory.
+    fn thread(
+        &self,
+        device: &str,
+        placement: &Placement,
+        logs: Option<&QueueLogs>,
+    ) -> Result<Arc<WorkerThread>> {
+        let kept = self.kept.as_ref();
+        let number = logs.filter(|logs| logs.recover).and_then(QueueLogs::ring);
+        let number = number.filter(|_| kept.is_some());
+        // Not with the lock: it may wait for a disk.
+        let ring = kept.zip(number).and_then(|(kept, number)| kept.take(number));
+        let start = Start { cpus: placement.cpus.as_ref(), poll: self.poll, kept, number, ring };
         let mut threads = self.threads.lock();
         let thread = match placement {
-            Placement { cpus, dedicated: true } => {
-                Arc::new(WorkerThread::start(&format!("vq-{device}"), cpus.as_ref(), self.poll)?)
-            }
-            Placement { cpus: Some(cpus), .. } => threads.for_cpus(cpus, self.poll)?,
-            Placement { cpus: None, .. } => threads.least_loaded(self.workers, self.poll)?,
+            Placement { dedicated: true, .. } => threads.dedicated(&format!("vq-{device}"), start)?,
+            Placement { cpus: Some(cpus), .. } => threads.for_cpus(cpus, start)?,
+            Placement { cpus: None, .. } => threads.least_loaded(self.workers, start)?,
         };
-        thread.devices.fetch_add(1, Ordering::Relaxed);
+        thread.device_added();
         Ok(thread)
     }
 }
 
 impl Threads {
-    /// The shared thread with the fewest devices; a new one while there are fewer than `workers` and all have devices.
-    fn least_loaded(&mut self, workers: usize, poll: Duration) -> Result<Arc<WorkerThread>> {
+    /// All threads that there are.
+    fn all(&self) -> Vec<Arc<WorkerThread>> {
+        let owned = self.pinned.iter().map(|(_, thread)| thread).chain(&self.dedicated);
+        self.shared.iter().cloned().chain(owned.filter_map(Weak::upgrade)).collect()
+    }
+
+    /// The shared thread with the fewest devices; a new one while there are fewer than `workers` and all have devices. The one
+    /// that has the ring, if that is given.
+    fn least_loaded(&mut self, workers: usize, start: Start<'_>) -> Result<Arc<WorkerThread>> {
         // A thread whose io_uring failed has ended and is replaced.
         self.shared.retain(|thread| !thread.has_ended());
+        let same = self.shared.iter().find(|thread| start.number.is_some() && thread.ring() == start.number);
+        if let Some(thread) = same {
+            return Ok(Arc::clone(thread));
+        }
         let least = self.shared.iter().min_by_key(|thread| thread.devices()).cloned();
         match least {
-            Some(thread) if self.shared.len() >= workers || thread.devices() == 0 => Ok(thread),
+            Some(thread)
+                if start.ring.is_none() && (self.shared.len() >= workers || thread.devices() == 0) =>
+            {
+                Ok(thread)
+            }
             _ => {
-                let thread = Arc::new(WorkerThread::start(&format!("vq-{}", self.shared.len()), None, poll)?);
+                let thread = Arc::new(WorkerThread::start(&format!("vq-{}", self.shared.len()), start)?);
                 self.shared.push(Arc::clone(&thread));
                 Ok(thread)
             }
@@ -281,132 +313,23 @@ impl Threads {
     }
 
     /// The thread for devices with this list of processors.
-    fn for_cpus(&mut self, cpus: &CpuList, poll: Duration) -> Result<Arc<WorkerThread>> {
+    fn for_cpus(&mut self, cpus: &CpuList, start: Start<'_>) -> Result<Arc<WorkerThread>> {
         self.pinned.retain(|(_, thread)| thread.upgrade().is_some_and(|thread| !thread.has_ended()));
         let known = self.pinned.iter().find(|(known, _)| known == cpus);
         if let Some(thread) = known.and_then(|(_, thread)| thread.upgrade()) {
             return Ok(thread);
         }
-        let thread = Arc::new(WorkerThread::start(&format!("vq-cpu{cpus}"), Some(cpus), poll)?);
+        let thread = Arc::new(WorkerThread::start(&format!("vq-cpu{cpus}"), start)?);
         self.pinned.push((cpus.clone(), Arc::downgrade(&thread)));
         Ok(thread)
     }
-}
 
-/// The control side of a worker thread. Dropping it ends the thread and waits for its end.
-pub(super) struct WorkerThread {
-    name: String,
-    messages: Sender<Message>,
-    pub(super) wake: EventFd,
-    buffers: Buffers,
-    handle: Option<JoinHandle<()>>,
-    /// Number of devices on the thread.
-    devices: AtomicUsize,
-}
-
-impl fmt::Debug for WorkerThread {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("WorkerThread").field("name", &self.name).field("devices", &self.devices()).finish()
-    }
-}
-
-impl WorkerThread {
-    fn start(name: &str, cpus: Option<&CpuList>, poll: Duration) -> Result<Self> {
-        let (messages, receiver) = channel();
-        let (ready, started) = sync_channel(1);
-        let wake = EventFd::new()?;
-        let wake_fd = wake.as_fd().try_clone_to_owned();
-        let wake_fd = wake_fd.map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(0)))?;
-        let cpus = cpus.cloned();
-        // The kernel cuts thread names at 15 bytes.
-        let builder = std::thread::Builder::new().name(name.chars().take(15).collect());
-        let handle = builder
-            .stack_size(256 << 10)
-            .spawn(move || {
-                if let Some(mut event_loop) = new_event_loop(cpus.as_ref(), wake_fd, poll, &ready) {
-                    event_loop.run(&receiver);
-                }
-            })
-            .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(0)))?;
-        let buffers = Buffers::new(started.recv().map_err(|_| Errno::IO)??);
-        let devices = AtomicUsize::new(0);
-        Ok(Self { name: name.to_owned(), messages, wake, buffers, handle: Some(handle), devices })
-    }
-
-    fn devices(&self) -> usize {
-        self.devices.load(Ordering::Relaxed)
-    }
-
-    fn has_ended(&self) -> bool {
-        self.handle.as_ref().is_none_or(JoinHandle::is_finished)
-    }
-
-    pub(super) const fn buffers(&self) -> &Buffers {
-        &self.buffers
-    }
-
-    /// Counts a device less.
-    pub(super) fn device_removed(&self) {
-        self.devices.fetch_sub(1, Ordering::Relaxed);
-    }
-
-    fn send_message(&self, message: Message) -> Result<()> {
-        self.messages.send(message).map_err(|_| Errno::IO)
-    }
-
-    /// Sends a command without waking the thread, which receives it at its next wake-up.
-    pub(super) fn send(&self, device: u16, command: Command) -> Result<()> {
-        self.send_message(Message::Command(device, command))
-    }
-
-    /// Sends a command and wakes the thread.
-    pub(super) fn send_and_wake(&self, device: u16, command: Command) -> Result<()> {
-        self.send(device, command)?;
-        self.wake.signal();
-        Ok(())
-    }
-}
-
-impl Drop for WorkerThread {
-    fn drop(&mut self) {
-        if self.send_message(Message::Exit).is_ok() {
-            self.wake.signal();
-        }
-        if let Some(thread) = self.handle.take()
-            && thread.join().is_err()
-        {
-            tracing::error!(thread = self.name, "a worker thread had panicked");
-        }
-    }
-}
-
-/// Makes the event loop, on its own thread, and sends the outcome to `ready`; `None` when it failed.
-fn new_event_loop(
-    cpus: Option<&CpuList>,
-    wake: OwnedFd,
-    poll: Duration,
-    ready: &SyncSender<Result<Registrar>>,
-) -> Option<EventLoop> {
-    let make = || -> Result<(EventLoop, Registrar)> {
-        if let Some(cpus) = cpus {
-            let mut set = CpuSet::new();
-            cpus.0.iter().for_each(|cpu| set.set(*cpu));
-            sched_setaffinity(None, &set).map_err(|error| Errno::from_raw(error.raw_os_error()))?;
-        }
-        let ring = Ring::new(RING_ENTRIES)?;
-        if let Err(error) = ring.allow_kernel_threads(IOWQ_WORKERS_MAX) {
-            tracing::debug!("a device whose operations hang may delay others: {error}");
-        }
-        let registrar = ring.registrar();
-        Ok((EventLoop::new(ring, Arc::new(wake), poll)?, registrar))
-    };
-    // The send fails only when the starter does not wait any more.
-    match make() {
-        Ok((event_loop, registrar)) => ready.send(Ok(registrar)).is_ok().then_some(event_loop),
-        Err(error) => {
-            let _ = ready.send(Err(error));
-            None
-        }
+    /// A thread for one device.
+    fn dedicated(&mut self, name: &str, start: Start<'_>) -> Result<Arc<WorkerThread>> {
+        self.dedicated.retain(|thread| thread.strong_count() > 0);
+        let thread = Arc::new(WorkerThread::start(name, start)?);
+        self.dedicated.push(Arc::downgrade(&thread));
+        Ok(thread)
     }
 }
 

@@ -74,19 +74,27 @@ pub struct Queues {
     name: String,
     /// Number of the device on its thread.
     device: u16,
-    uring: Rc<RefCell<Ring>>,
-    /// The last generation given out, shared by all devices of the thread: a late completion of a removed device is never
-    /// taken for one of a device that has got its number.
-    generation: Rc<Cell<u32>>,
+    thread: Thread,
     /// The translation of each address space, by asid.
     views: Vec<Arc<MemoryView>>,
     /// The translation of an address space in which nothing is mapped.
     unmapped: Arc<MemoryView>,
     slots: Vec<Option<Queue>>,
     shared: Arc<Shared>,
-    /// The thread will busy-poll before it sleeps.
-    busy_poll: Rc<Cell<bool>>,
     log_limit: RateLimit,
+}
+
+/// What all devices of a thread share. A clone is the same.
+#[derive(Clone)]
+pub(super) struct Thread {
+    pub(super) uring: Rc<RefCell<Ring>>,
+    /// The last generation given out: a late completion of a removed device is never taken for one of a device that has got its
+    /// number.
+    pub(super) generation: Rc<Cell<u32>>,
+    /// The thread will busy-poll before it sleeps.
+    pub(super) busy_poll: Rc<Cell<bool>>,
+    /// Another process uses the ring, or may do so: nothing is submitted, and no kick is polled.
+    pub(super) parked: Rc<Cell<bool>>,
 }
 
 impl fmt::Debug for Queues {
@@ -96,26 +104,16 @@ impl fmt::Debug for Queues {
 }
 
 impl Queues {
-    pub(super) fn new(
-        name: String,
-        device: u16,
-        uring: Rc<RefCell<Ring>>,
-        generation: Rc<Cell<u32>>,
-        busy_poll: Rc<Cell<bool>>,
-        size: Size,
-        shared: Arc<Shared>,
-    ) -> Self {
+    pub(super) fn new(name: String, device: u16, thread: Thread, size: Size, shared: Arc<Shared>) -> Self {
         let unmapped = Arc::new(MemoryView::new(&Table::default()));
         Self {
             name,
             device,
-            uring,
-            generation,
+            thread,
             views: vec![Arc::clone(&unmapped); size.address_spaces],
             unmapped,
             slots: (0..size.queues).map(|_| None).collect(),
             shared,
-            busy_poll,
             log_limit: RateLimit::per_second(5),
         }
     }
@@ -214,6 +212,9 @@ impl Queues {
 
     /// Continues the rings from their logs for which that is to be done and that were not tried in vain since the last event.
     pub(super) fn recover_rings(&mut self) {
+        if self.thread.parked.get() {
+            return;
+        }
         for index in (0..self.slots.len()).map(to_u16) {
             let wanted = |queue: &mut Queue| queue.recovering && queue.pending;
             let slot = self.slots.get_mut(usize::from(index));
@@ -240,7 +241,7 @@ impl Queues {
 
     /// Registers files and buffers with the thread's io_uring, for operations that name them by slot.
     pub fn registrar(&self) -> Registrar {
-        self.uring.borrow().registrar()
+        self.thread.uring.borrow().registrar()
     }
 
     /// Queues an operation for the thread's io_uring, which gets it after `serve` has returned.
@@ -251,7 +252,7 @@ impl Queues {
     /// [`SubmitError`], which has the errno and gives the operation's buffers back. `complete` is not called then.
     #[inline]
     pub fn submit(&mut self, op: Op, slot: u32) -> Result<(), SubmitError> {
-        self.uring.borrow_mut().submit(op, Token::Io { device: self.device, slot }.pack())
+        self.thread.uring.borrow_mut().submit(op, Token::Io { device: self.device, slot }.pack())
     }
 
     /// As [`submit`](Self::submit), for a read of the registered file `file`, from byte `offset` on, into registered memory
@@ -268,27 +269,36 @@ impl Queues {
         slot: u32,
     ) -> Result<(), SubmitError> {
         let token = Token::Io { device: self.device, slot }.pack();
-        self.uring.borrow_mut().read_fixed(file, to, offset, token)
+        self.thread.uring.borrow_mut().read_fixed(file, to, offset, token)
     }
 
     /// A number for a run of a queue.
     pub(super) fn next_generation(&self) -> u32 {
-        let next = self.generation.get().wrapping_add(1) & Token::GENERATION;
-        self.generation.set(next);
+        let next = self.thread.generation.get().wrapping_add(1) & Token::GENERATION;
+        self.thread.generation.set(next);
         next
     }
 
-    /// Arms a multishot poll of a queue's kick eventfd.
+    /// Arms a multishot poll of a queue's kick eventfd. Does nothing while the thread is parked, after which
+    /// [`LocalDevice`](super::device::LocalDevice) arms all polls.
     pub(super) fn poll(&mut self, fd: Arc<OwnedFd>, queue: u16, generation: u32) -> Result<()> {
+        if self.thread.parked.get() {
+            return Ok(());
+        }
         let token = Token::Kick { device: self.device, queue, generation };
-        self.uring.borrow_mut().submit(Op::PollMultishot { fd }, token.pack()).map_err(|error| error.errno())
+        self.thread
+            .uring
+            .borrow_mut()
+            .submit(Op::PollMultishot { fd }, token.pack())
+            .map_err(|error| error.errno())
     }
 
     /// Cancels the poll of the kick of a queue that is out of its slot.
     pub(super) fn cancel_poll(&mut self, index: u16, queue: &Queue) {
         let token = Token::Kick { device: self.device, queue: index, generation: queue.generation };
         if queue.setup.kick.is_some()
-            && let Err(error) = self.uring.borrow_mut().cancel(|found| found == token.pack())
+            && !self.thread.parked.get()
+            && let Err(error) = self.thread.uring.borrow_mut().cancel(|found| found == token.pack())
         {
             // The poll stays armed; its generation tells its completions apart.
             tracing::debug!(device = %self.name, "kick poll not cancelled: {error}");
@@ -299,7 +309,7 @@ impl Queues {
     pub(super) fn cancel_requests(&mut self) {
         let own =
             |token| matches!(Token::unpack(token), Some(Token::Io { device, .. }) if device == self.device);
-        if let Err(error) = self.uring.borrow_mut().cancel(own) {
+        if let Err(error) = self.thread.uring.borrow_mut().cancel(own) {
             tracing::debug!(device = %self.name, "requests not cancelled: {error}");
         }
     }
@@ -311,7 +321,7 @@ impl Queues {
     /// # Errors
     /// [`RingError`], for [`ring_failed`](Self::ring_failed).
     pub fn wait_for_kick(&self, queue: &mut Queue, view: &Arc<MemoryView>) -> Result<bool, RingError> {
-        queue.busy_polled = self.busy_poll.get();
+        queue.busy_polled = self.thread.busy_poll.get();
         let busy_polled = queue.busy_polled;
         let ring = queue.ring(view)?;
         if busy_polled { ring.has_request() } else { ring.enable_kick() }

@@ -18,6 +18,8 @@ pub(super) struct PinnedRange {
     pub(super) len: usize,
     /// Slot of the registered buffer (`IORING_REGISTER_BUFFERS_UPDATE`).
     pub(super) slot: u16,
+    /// The address that it was registered with: that of an earlier process, if that one has pinned it.
+    pub(super) registered: usize,
 }
 
 /// An immutable translation of one address space: the entries of an IOTLB table, the mappings behind them, and which of
@@ -105,8 +107,9 @@ impl MemoryView {
     pub fn fixed(&self, piece: IoVec) -> Option<FixedIoVec> {
         let after = self.pinned.partition_point(|range| range.addr <= piece.addr);
         let range = self.pinned.get(after.checked_sub(1)?)?;
-        let inside =
-            piece.addr - range.addr <= range.len && piece.len <= range.len - (piece.addr - range.addr);
-        inside.then_some(FixedIoVec { slot: range.slot, iovec: piece })
+        let offset = piece.addr - range.addr;
+        let inside = offset <= range.len && piece.len <= range.len - offset;
+        let iovec = IoVec { addr: range.registered.wrapping_add(offset), len: piece.len };
+        inside.then_some(FixedIoVec { slot: range.slot, iovec })
     }
 }

@@ -8,8 +8,8 @@
     reason = "the parameters of a ring and its entries are given by structure and address"
 )]
 
-use std::os::fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd};
-use std::sync::Arc;
+use std::os::fd::{IntoRawFd, OwnedFd};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use io_uring::squeue::Flags;
@@ -29,6 +29,10 @@ const MARK: u64 = BARE | 0x7fff_fffe << 32;
 const KNOWN_FLAGS: u32 = 1 << 3 | 1 << 4 | 1 << 7 | 1 << 8 | 1 << 9;
 /// How long to wait for completions before what is left is cancelled once more.
 const ROUND: Duration = Duration::from_millis(50);
+/// Where the entries of the submission queue are mapped (`IORING_OFF_SQES`).
+const SUBMISSIONS: u64 = 0x1000_0000;
+/// Bytes of such an entry.
+const SUBMISSION: u32 = 64;
 /// The largest queues the kernel makes (`IORING_MAX_CQ_ENTRIES`).
 const MAX_ENTRIES: u32 = 65536;
 
@@ -113,10 +117,13 @@ mod at {
     pub(super) const FEATURES: usize = 20;
     pub(super) const SQ_HEAD: usize = 40;
     pub(super) const SQ_TAIL: usize = 44;
+    pub(super) const SQ_MASK: usize = 48;
     pub(super) const SQ_ARRAY: usize = 64;
+    pub(super) const CQ_MASK: usize = 88;
     pub(super) const CQ_CQES: usize = 100;
     /// Offsets in the queues that are the same for every ring of a kernel; `SQ_ARRAY` is not.
-    pub(super) const FIXED: [usize; 12] = [SQ_HEAD, SQ_TAIL, 48, 52, 56, 60, 80, 84, 88, 92, 96, CQ_CQES];
+    pub(super) const FIXED: [usize; 12] =
+        [SQ_HEAD, SQ_TAIL, SQ_MASK, 52, 56, 60, 80, 84, CQ_MASK, 92, 96, CQ_CQES];
 }
 
 const _: () = assert!(size_of::<Parameters>() == RingRecord::SIZE);
@@ -134,23 +141,74 @@ impl Ring {
     /// # Errors
     /// [`AdoptError`].
     pub fn adopt(fd: OwnedFd, record: &RingRecord, timeout: Duration) -> Result<Adopted, AdoptError> {
-        check(&fd, record)?;
-        let withdrawn = withdraw(&fd, record)?;
+        let mut ring = Self::map(fd, record)?;
+        let Settled { leftovers, withdrawn } = ring.settle(timeout)?;
+        Ok(Adopted { ring, leftovers, withdrawn })
+    }
+
+    /// Maps the ring behind `fd`, which another process still uses. Changes nothing. Until [`settle`](Self::settle) every
+    /// request is refused with `EAGAIN`.
+    ///
+    /// # Errors
+    /// [`AdoptError`].
+    pub fn map(fd: OwnedFd, record: &RingRecord) -> Result<Self, AdoptError> {
+        let queues = check(&fd, record)?;
         // SAFETY: any bytes are a valid `io_uring_params`, which has integers only; the sizes are asserted above.
         let parameters = unsafe { std::mem::transmute::<[u8; RingRecord::SIZE], Parameters>(record.0) };
         // SAFETY: the descriptor is owned and of a ring, and the parameters are those the kernel gave for it: `check` has
-        // compared the number of entries with that ring and the offsets with those of this kernel.
+        // reached the ends of its queues, and has compared the sizes with that ring and the offsets with those of this kernel.
         let ring = unsafe { IoUring::from_fd(fd.into_raw_fd(), parameters) }.map_err(|error| io(&error))?;
+        let mut ring = Self::with(Arc::new(ring));
+        ring.unsettled = Some(Box::new(Unsettled { queues, record: *record }));
+        Ok(ring)
+    }
+
+    /// Whether it is in use here: not one that was [mapped](Self::map) and not settled.
+    #[must_use]
+    pub const fn is_settled(&self) -> bool {
+        self.unsettled.is_none()
+    }
+
+    /// Begins to use a ring that was [mapped](Self::map): as [`adopt`](Self::adopt) does. The other process has died, or does not
+    /// use the ring any more. If that one has [said](Self::share) that nothing but polls is in flight, this does not wait for their
+    /// ends. Does nothing the second time.
+    ///
+    /// # Errors
+    /// [`AdoptError`]; it can be tried again.
+    pub fn settle(&mut self, timeout: Duration) -> Result<Settled, AdoptError> {
+        let Some(Unsettled { queues, record }) = self.unsettled.as_deref() else {
+            return Ok(Settled::default());
+        };
+        let withdrawn = withdraw(queues, record)?;
         let mut leftovers = Vec::new();
-        if !settle(&ring, timeout, &mut leftovers)? {
+        // Late completions of polls are told apart.
+        if !self.only_polls() && !settle(self.io_uring(), timeout, &mut leftovers)? {
             return Err(AdoptError::Unsettled { waited: timeout, leftovers });
         }
-        match ring.submitter().unregister_files() {
+        match self.io_uring().submitter().unregister_files() {
             Err(error) if error.raw_os_error() != Some(libc::ENXIO) => return Err(io(&error)),
             _ => {}
         }
-        Ok(Adopted { ring: Self::with(Arc::new(ring)), leftovers, withdrawn })
+        self.unsettled = None;
+        self.begin_epoch();
+        Ok(Settled { leftovers, withdrawn })
     }
+}
+
+/// What [`Ring::settle`] has found.
+#[derive(Clone, Debug, Default)]
+pub struct Settled {
+    /// As [`Adopted::leftovers`].
+    pub leftovers: Vec<Leftover>,
+    /// As [`Adopted::withdrawn`].
+    pub withdrawn: u32,
+}
+
+/// What is needed to begin to use the ring of another process.
+pub(super) struct Unsettled {
+    /// The mapping of both queues.
+    queues: SharedMap,
+    record: RingRecord,
 }
 
 fn record_of(ring: &IoUring) -> RingRecord {
@@ -159,8 +217,8 @@ fn record_of(ring: &IoUring) -> RingRecord {
     RingRecord(unsafe { parameters.cast::<[u8; RingRecord::SIZE]>().read() })
 }
 
-/// Whether the descriptor is a ring of this kernel, and the record that ring's.
-fn check(fd: &OwnedFd, record: &RingRecord) -> Result<(), AdoptError> {
+/// Checks that the descriptor is a ring of this kernel, and the record that ring's. Returns the mapping of its queues.
+fn check(fd: &OwnedFd, record: &RingRecord) -> Result<SharedMap, AdoptError> {
     let wrong = |what| Err(AdoptError::NotThisRing { what });
     if describe_fd(fd) != "anon_inode:[io_uring]" {
         return wrong("the descriptor is no io_uring");
@@ -168,14 +226,13 @@ fn check(fd: &OwnedFd, record: &RingRecord) -> Result<(), AdoptError> {
     if record.word(at::FLAGS) & !KNOWN_FLAGS != 0 {
         return wrong("it was set up in a way that other processes cannot use");
     }
-    let sample = IoUring::new(1).map_err(|error| io(&error))?;
-    let sample = record_of(&sample);
+    let sample = sample()?;
     if at::FIXED.iter().any(|&field| record.word(field) != sample.word(field)) {
         return wrong("its queues are laid out as by another kernel");
     }
     let (sq, cq) = (record.word(at::SQ_ENTRIES), record.word(at::CQ_ENTRIES));
-    if sq.max(cq) > MAX_ENTRIES || masks(fd)? != (sq.wrapping_sub(1), cq.wrapping_sub(1)) {
-        return wrong("its queues have other sizes");
+    if sq.max(cq) > MAX_ENTRIES || !sq.is_power_of_two() || !cq.is_power_of_two() {
+        return wrong("its queues have impossible sizes");
     }
     // The array follows the completions, at a multiple of a cache line.
     const ALIGNMENT: u32 = 256;
@@ -187,27 +244,41 @@ fn check(fd: &OwnedFd, record: &RingRecord) -> Result<(), AdoptError> {
     if record.word(at::FEATURES) != sample.word(at::FEATURES) {
         return wrong("it has the features of another kernel");
     }
-    Ok(())
+    let queues = reachable(fd, 0, array + sq * 4)?;
+    reachable(fd, SUBMISSIONS, sq * SUBMISSION)?;
+    let field = |at: usize| queues.load_u32(record.word(at) as usize).map(u32::from_le);
+    if field(at::SQ_MASK) != Ok(sq - 1) || field(at::CQ_MASK) != Ok(cq - 1) {
+        return wrong("its queues have other sizes");
+    }
+    Ok(queues)
 }
 
-/// The sizes of both queues, less 1, as the kernel shows them.
-fn masks(fd: &OwnedFd) -> Result<(u32, u32), AdoptError> {
-    let path = format!("/proc/self/fdinfo/{}", fd.as_raw_fd());
-    let text = std::fs::read_to_string(path).map_err(|error| io(&error))?;
-    let field = |name| {
-        let value = text.lines().find_map(|line| line.strip_prefix(name))?.trim();
-        u32::from_str_radix(value.trim_start_matches("0x"), 16).ok()
-    };
-    let masks = field("SqMask:").zip(field("CqMask:"));
-    masks.ok_or(AdoptError::NotThisRing { what: "the kernel does not show the sizes of its queues" })
+/// The record of some ring of this kernel.
+fn sample() -> Result<&'static RingRecord, AdoptError> {
+    static SAMPLE: OnceLock<RingRecord> = OnceLock::new();
+    if let Some(sample) = SAMPLE.get() {
+        return Ok(sample);
+    }
+    let ring = IoUring::new(1).map_err(|error| io(&error))?;
+    Ok(SAMPLE.get_or_init(|| record_of(&ring)))
+}
+
+/// Maps `len` bytes of a ring from `offset` on, all of which must exist. The kernel shows the sizes in fdinfo as well, together
+/// with every registered buffer, which takes milliseconds.
+fn reachable(fd: &OwnedFd, offset: u64, len: u32) -> Result<SharedMap, AdoptError> {
+    let io = |errno| AdoptError::Io { errno };
+    // Guarded, since an access beyond the end would end this process.
+    let map = SharedMap::map_guest(fd, offset, len as usize, Prot::RW, false).map_err(io)?;
+    let mut byte = [0];
+    match map.read(len as usize - 1, &mut byte) {
+        Ok(()) => Ok(map),
+        Err(_) => Err(AdoptError::NotThisRing { what: "its queues are smaller" }),
+    }
 }
 
 /// Takes back what was queued and not submitted: it names memory of the process that has died.
-fn withdraw(fd: &OwnedFd, record: &RingRecord) -> Result<u32, AdoptError> {
+fn withdraw(queue: &SharedMap, record: &RingRecord) -> Result<u32, AdoptError> {
     let io = |errno| AdoptError::Io { errno };
-    let end = record.word(at::CQ_CQES) as usize + 16 * record.word(at::CQ_ENTRIES) as usize;
-    // The submission queue is mapped at offset 0, and its first fields lie before the completions.
-    let queue = SharedMap::map(fd.as_fd(), 0, end, Prot::RW, false).map_err(io)?;
     let (head_at, tail_at) = (record.word(at::SQ_HEAD) as usize, record.word(at::SQ_TAIL) as usize);
     let head = queue.load_u32(head_at).map_err(|_| io(Errno::FAULT))?;
     let tail = queue.load_u32(tail_at).map_err(|_| io(Errno::FAULT))?;

@@ -15,7 +15,7 @@ mod ring;
 #[cfg(test)]
 mod tests;
 
-pub use adopt::{AdoptError, Adopted, Leftover, RingRecord};
+pub use adopt::{AdoptError, Adopted, Leftover, RingRecord, Settled};
 pub use memory::{
     AlignedBuf, Buffers, Direction, GuestIoVecs, IoVec, MAX_IOVECS, MemorySet, OwnedBuf, StableMemory, Wait,
     transfer_now,

@@ -12,10 +12,13 @@ use io_uring::squeue::Entry;
 use io_uring::types::{CancelBuilder, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, types};
 use vdpa_core::Errno;
+use vdpa_core::ring::inflight::LogMemory as _;
 
+use super::adopt::Unsettled;
 use super::op::Resources;
 use super::registrar::Files;
 use super::{File, FixedIoVec, IoVec, Op, OwnedBuf, Registrar};
+use crate::shared_words::SharedWords;
 
 /// How long the drop of a ring waits for requests in flight. Requests that have not ended then are leaked, not freed.
 const DROP_TIMEOUT: Duration = Duration::from_secs(30);
@@ -26,6 +29,16 @@ pub(super) const INTERNAL: u64 = u64::MAX;
 /// Set in the `user_data` of requests that own nothing and so are not in the slab; the other bits are the token.
 pub(super) const BARE: u64 = 1 << 63;
 
+/// Set in the `user_data` of polls, which has the [epoch](Slab::epoch) of the ring too: those of an earlier process complete late.
+const POLL: u64 = 1 << 62;
+/// Bits of a slot's generation in the `user_data` of a poll.
+const POLL_GENERATION: u32 = (1 << 14) - 1;
+
+/// In the words that [`Ring::share`] is given: requests in flight that are no polls.
+const IN_FLIGHT: usize = 0;
+/// Processes that have used the ring.
+const EPOCH: usize = 1;
+
 /// An io_uring; see the module.
 pub struct Ring {
     ring: Arc<IoUring>,
@@ -33,6 +46,10 @@ pub struct Ring {
     /// Requests in flight that are not in the slab.
     bare: usize,
     files: Arc<Mutex<Files>>,
+    /// What a successor is told of the ring.
+    shared: Option<SharedWords>,
+    /// Another process still uses the ring.
+    pub(super) unsettled: Option<Box<Unsettled>>,
 }
 
 /// The result of a request.
@@ -76,6 +93,9 @@ impl SubmitError {
 }
 
 impl Ring {
+    /// Words that [`share`](Self::share) needs.
+    pub const SHARED_WORDS: usize = 2;
+
     /// A ring whose submission queue has `entries` (a power of two; others are rounded up) and whose completion
     /// queue has four times as many, for polls that complete more than once.
     ///
@@ -99,7 +119,38 @@ impl Ring {
 
     /// A ring in which nothing is in flight.
     pub(super) fn with(ring: Arc<IoUring>) -> Self {
-        Self { ring, slab: ManuallyDrop::new(Slab::default()), bare: 0, files: Arc::default() }
+        let slab = ManuallyDrop::new(Slab::default());
+        Self { ring, slab, bare: 0, files: Arc::default(), shared: None, unsettled: None }
+    }
+
+    /// Tells a successor in the first [`SHARED_WORDS`](Self::SHARED_WORDS) of `words`, which are zero for a new ring, whether requests
+    /// are in flight: if there are only polls, it need not wait for them, which takes the kernel milliseconds. For a ring that
+    /// was [mapped](Self::map), before it is settled.
+    pub fn share(&mut self, words: SharedWords) {
+        self.shared = Some(words);
+    }
+
+    /// Whether the last process has said that nothing but polls is in flight.
+    pub(super) fn only_polls(&self) -> bool {
+        self.shared.as_ref().is_some_and(|words| words.load(IN_FLIGHT) == 0)
+    }
+
+    /// Begins to use a ring that another process has used.
+    pub(super) fn begin_epoch(&mut self) {
+        if let Some(words) = &self.shared {
+            let epoch = words.load(EPOCH).wrapping_add(1);
+            words.store(EPOCH, epoch);
+            // 16 bits: late completions are of the last few processes.
+            self.slab.epoch = u16::try_from(epoch & u64::from(u16::MAX)).unwrap_or(0);
+        }
+    }
+
+    /// Before requests are submitted: says that they are in flight.
+    #[inline]
+    fn tell(&self) {
+        if let Some(words) = &self.shared {
+            words.store(IN_FLIGHT, (self.in_flight() - self.slab.polls) as u64);
+        }
     }
 
     pub(super) fn io_uring(&self) -> &IoUring {
@@ -137,18 +188,19 @@ impl Ring {
         if let Op::ReadFixed { file: File::Registered(file), to, offset } = op {
             return self.read_fixed(file, to, offset, token);
         }
+        let poll = matches!(op, Op::PollMultishot { .. });
         let (entry, resources) = op.prepare().map_err(|errno| SubmitError::Request { errno })?;
         if matches!(resources, Resources::Nothing) && token < INTERNAL & !BARE {
             self.push(&entry.user_data(token | BARE)).map_err(|errno| SubmitError::Full { errno })?;
             self.bare += 1;
             return Ok(());
         }
-        self.push_owned(entry, token, resources)
+        self.push_owned(entry, Slot { token, resources, poll })
     }
 
     /// Queues an entry together with the resources it needs until its completion.
-    fn push_owned(&mut self, entry: Entry, token: u64, resources: Resources) -> Result<(), SubmitError> {
-        let key = self.slab.insert(Slot { token, resources });
+    fn push_owned(&mut self, entry: Entry, slot: Slot) -> Result<(), SubmitError> {
+        let key = self.slab.insert(slot);
         if let Err(errno) = self.push(&entry.user_data(key)) {
             self.slab.remove(key);
             return Err(SubmitError::Full { errno });
@@ -174,7 +226,7 @@ impl Ring {
         let at = std::ptr::with_exposed_provenance_mut(addr);
         let entry = opcode::ReadFixed::new(types::Fixed(file), at, len, slot).offset(offset).build();
         if token >= INTERNAL & !BARE {
-            return self.push_owned(entry, token, Resources::Nothing);
+            return self.push_owned(entry, Slot { token, resources: Resources::Nothing, poll: false });
         }
         self.push(&entry.user_data(token | BARE)).map_err(|errno| SubmitError::Full { errno })?;
         self.bare += 1;
@@ -200,6 +252,9 @@ impl Ring {
     /// busy-polling. Kernels before 5.19 show available completions only.
     #[must_use]
     pub fn has_completions(&mut self) -> bool {
+        if self.unsettled.is_some() {
+            return false;
+        }
         // SAFETY: `&mut self` makes this the only completion queue: registrars use the submitter only.
         let arrived = !unsafe { self.ring.completion_shared() }.is_empty();
         // SAFETY: as above, for the submission queue; its flags are read only.
@@ -209,6 +264,9 @@ impl Ring {
 
     /// Whether requests are queued and not submitted.
     fn has_queued(&mut self) -> bool {
+        if self.unsettled.is_some() {
+            return false;
+        }
         // SAFETY: as in `has_completions`.
         !unsafe { self.ring.submission_shared() }.is_empty()
     }
@@ -220,9 +278,13 @@ impl Ring {
     /// Those of `io_uring_enter`. A timeout, a signal and a full completion queue are not errors: call
     /// [`Ring::next_completion`].
     pub fn submit_and_wait(&mut self, want: usize, timeout: Option<Duration>) -> Result<(), Errno> {
+        if self.unsettled.is_some() {
+            return Err(Errno::AGAIN);
+        }
         if want == 0 && !self.has_queued() && !self.has_completions() {
             return Ok(());
         }
+        self.tell();
         let submitter = self.ring.submitter();
         let result = match timeout {
             Some(timeout) if want > 0 => {
@@ -247,6 +309,9 @@ impl Ring {
 
     /// The next available completion. Does not block.
     pub fn next_completion(&mut self) -> Option<Completion> {
+        if self.unsettled.is_some() {
+            return None;
+        }
         loop {
             // SAFETY: `&mut self` makes this the only completion queue: the other holders of the Arc are
             // registrars, which use the submitter only.
@@ -287,6 +352,10 @@ impl Ring {
 
     #[cold]
     fn push_to_full(&mut self, entry: &Entry) -> Result<(), Errno> {
+        if self.unsettled.is_some() {
+            return Err(Errno::AGAIN);
+        }
+        self.tell();
         let submitted = self.ring.submit();
         if self.try_push(entry) {
             return Ok(());
@@ -296,6 +365,9 @@ impl Ring {
 
     #[inline]
     fn try_push(&mut self, entry: &Entry) -> bool {
+        if self.unsettled.is_some() {
+            return false;
+        }
         // SAFETY: `&mut self` makes this the only submission queue (registrars use the submitter only).
         let mut queue = unsafe { self.ring.submission_shared() };
         // SAFETY: everything the entry points to is owned by the slab until the completion is seen, and the slab is
@@ -357,6 +429,7 @@ pub(super) fn errno(error: &io::Error) -> Errno {
 struct Slot {
     token: u64,
     resources: Resources,
+    poll: bool,
 }
 
 /// Requests in flight by key: index in the lower half, generation in the upper one, so that a key is never
@@ -366,11 +439,17 @@ struct Slab {
     slots: Vec<(u32, Option<Slot>)>,
     free: Vec<u32>,
     used: usize,
+    /// How many of them are polls.
+    polls: usize,
+    /// Number of the process among those that have used the ring.
+    epoch: u16,
 }
 
 impl Slab {
     fn insert(&mut self, slot: Slot) -> u64 {
         self.used += 1;
+        let poll = slot.poll;
+        self.polls += usize::from(poll);
         let index = self.free.pop().unwrap_or_else(|| {
             self.slots.push((0, None));
             // The kernel's limit of requests in flight is far below 2^32 (32768 entries, 65536 completions
@@ -382,13 +461,26 @@ impl Slab {
             generation = *slot_generation;
             *place = Some(slot);
         }
-        u64::from(generation) << 32 | u64::from(index)
+        self.key(index, generation, poll)
+    }
+
+    fn key(&self, index: u32, generation: u32, poll: bool) -> u64 {
+        if poll {
+            let generation = generation & POLL_GENERATION;
+            POLL | u64::from(self.epoch) << 46 | u64::from(generation) << 32 | u64::from(index)
+        } else {
+            u64::from(generation) << 32 | u64::from(index)
+        }
     }
 
     fn at(&mut self, key: u64) -> Option<(u32, &mut (u32, Option<Slot>))> {
         let index = u32::try_from(key & u64::from(u32::MAX)).ok()?;
-        let place = self.slots.get_mut(index as usize)?;
-        (u64::from(place.0) == key >> 32).then_some((index, place))
+        let (generation, slot) = self.slots.get(index as usize)?;
+        let poll = slot.as_ref()?.poll;
+        if self.key(index, *generation, poll) != key {
+            return None;
+        }
+        self.slots.get_mut(index as usize).map(|place| (index, place))
     }
 
     fn token(&mut self, key: u64) -> Option<u64> {
@@ -398,18 +490,20 @@ impl Slab {
     fn remove(&mut self, key: u64) -> Option<Slot> {
         let (index, place) = self.at(key)?;
         let slot = place.1.take()?;
-        // The highest bit belongs to BARE and INTERNAL.
-        place.0 = (place.0 + 1) & (u32::MAX >> 1);
+        // The highest bits belong to BARE, INTERNAL and POLL.
+        place.0 = (place.0 + 1) & (u32::MAX >> 2);
         self.free.push(index);
         self.used -= 1;
+        self.polls -= usize::from(slot.poll);
         Some(slot)
     }
 
     fn keys_of(&self, wanted: impl Fn(u64) -> bool) -> Vec<u64> {
-        let indexed = (0u64..).zip(&self.slots);
-        indexed
-            .filter(|(_, (_, slot))| slot.as_ref().is_some_and(|slot| wanted(slot.token)))
-            .map(|(index, (generation, _))| u64::from(*generation) << 32 | index)
-            .collect()
+        let indexed = (0u32..).zip(&self.slots);
+        let key = |(index, (generation, slot)): (u32, &(u32, Option<Slot>))| {
+            let slot = slot.as_ref().filter(|slot| wanted(slot.token))?;
+            Some(self.key(index, *generation, slot.poll))
+        };
+        indexed.filter_map(key).collect()
     }
 }

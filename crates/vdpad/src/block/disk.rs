@@ -184,6 +184,18 @@ pub(crate) trait Disk: Send + 'static {
     /// Registers files with the ring of the thread that serves the disk. Called once, before the first request.
     fn register(&mut self, _registrar: &Registrar) {}
 
+    /// Another process may serve the disk from now on: releases what only one may have. No operation is in flight.
+    fn hand_over(&mut self) {}
+
+    /// Takes what [`hand_over`](Self::hand_over) has released, in this process or in another one. Called before the first request,
+    /// or any other.
+    ///
+    /// # Errors
+    /// The errno of what cannot be had: the disk fails.
+    fn take_over(&mut self) -> Result<()> {
+        Ok(())
+    }
+
     /// Keeps the slots of registered files from being used again. Called when the disk is dropped while operations of it are in
     /// flight, which still refer to these slots.
     fn abandon(&mut self) {}

@@ -96,6 +96,16 @@ impl<D: Disk> QueueHandler for Requests<D> {
         self.start_ready(queues);
     }
 
+    fn hand_over(&mut self) {
+        if let Some(disk) = &mut self.disk {
+            disk.hand_over();
+        }
+    }
+
+    fn take_over(&mut self) -> Result<()> {
+        self.disk.as_mut().map_or(Ok(()), Disk::take_over)
+    }
+
     fn complete(&mut self, queues: &mut Queues, slot: u32, result: Result<u32>, buffer: Option<OwnedBuf>) {
         let Some(entry) = self.pending.get_mut(slot as usize) else { return };
         if let Some(InFlight::Single((pending, then))) = entry

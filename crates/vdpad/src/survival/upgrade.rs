@@ -1,35 +1,52 @@
 //! Replaces the running daemon by another program: both sides.
 //!
-//! The daemon has the holder start the program as a candidate, which checks what is held and says that it is ready. Until then the
-//! daemon goes on, whatever happens. Then the daemon commits and ends at once; the candidate waits for that end and restores the
-//! devices as after a crash. What the daemon was doing is found in journals and logs, so there is nothing to stop and nothing to send.
+//! ```text
+//!  daemon                            candidate
+//!    | serves                          | takes what is held, reads journals, opens disks, maps memory, makes the devices
+//!    | serves                          | says that it is ready, or why not
+//!    | stops reading requests of files |
+//!    | parks its threads               |
+//!    | says so, and commits: the holder decides
+//!    | answers the command             | takes the rings over, serves; restores what has changed meanwhile
+//!    | ends                            | puts its control socket in the place of the other one
+//! ```
+//! Until the decision the daemon goes on, whatever happens. The two share the io_urings with the memory that is pinned in them, the
+//! logs of requests in flight and the journals, so there is nothing to send: what a stopped daemon leaves is what a dead one does.
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::mpsc::channel;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
 use thiserror::Error;
 use vdpa_control::api::{CtlError, UpgradeRequest};
 use vdpa_core::Errno;
 use vdpa_core::crash_points::{CrashPoint, reach};
-use vdpa_core::error::chain;
-use vdpa_holder::client::{Client, Event};
+use vdpa_holder::client::Event;
 use vdpa_holder::protocol::{End, RollBack};
 use vdpa_sys::clock::monotonic_ns;
 
-use vdpa_backend::persist::{DeviceLog, split_key};
-
-use super::{IDENTITY, Identity, Survival, read};
-use crate::control::Pauser;
-use crate::devices::mgmt_devices;
+use super::{HeldDevices, Survival};
+use crate::bus::Bus;
 
 /// How long the candidate may take to say that it is ready.
 const READY_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long to wait for the end of the daemon before this one, if an upgrade follows another one at once.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long to wait for a candidate to decide, when the holder has ended at the commit.
+const DECISION_TIMEOUT: Duration = Duration::from_secs(5);
+/// What a daemon says when it serves no more, before it commits.
+const STOPPED: &[u8] = b"\0";
+/// What a candidate says when it is the daemon. Before that it may say why it cannot be.
+const GOES_ON: &[u8] = b"\0";
+/// Bytes of the longest reason.
+const REASON_MAX: usize = 4096;
+
+/// The holder has ended.
+const PIPE: Errno = Errno::from_raw(rustix::io::Errno::PIPE.raw_os_error());
 
 /// Why a candidate does not take over.
 #[derive(Debug, Error)]
@@ -37,21 +54,34 @@ pub enum TakeOverError {
     /// The holder refused something.
     #[error("cannot speak with the holder: {0}")]
     Holder(Errno),
-    /// The device was added by a program that knows more.
+    /// This program cannot serve a device as it is.
     #[error("cannot take over a device: {0}")]
     Device(String),
+    /// There is nothing that could be taken over.
+    #[error("no device files of the daemon are held")]
+    NoFiles,
     /// The daemon goes on.
     #[error("the daemon goes on: {0:?}")]
     NotNeeded(Event),
+    /// The threads cannot go on. The devices are restored by another process.
+    #[error("the devices cannot be served: {0}")]
+    Serve(Errno),
 }
 
 impl Survival {
-    /// Replaces this process as the daemon, soon after this returns. Blocks until the candidate is ready.
+    /// Replaces this process as the daemon. When this returns without an error the next daemon serves, and this process does nothing
+    /// any more but to answer; it ends soon. Blocks until the candidate is ready. `stop` stops serving, and `go_on` goes on if there
+    /// is no upgrade after all.
     ///
     /// # Errors
     /// This process goes on. The errno of opening or starting the program; `EBUSY` during another upgrade; `ECANCELED` when the
-    /// candidate has ended, `ETIMEDOUT` when it was not ready in time.
-    pub(crate) fn upgrade(&self, request: &UpgradeRequest) -> Result<(), CtlError> {
+    /// candidate has ended, `ETIMEDOUT` when it was not ready in time; those of `stop`.
+    pub(crate) fn upgrade(
+        &self,
+        request: &UpgradeRequest,
+        stop: impl FnOnce() -> Result<(), CtlError>,
+        go_on: impl FnOnce(),
+    ) -> Result<(), CtlError> {
         let _one = self
             .upgrading
             .try_lock()
@@ -68,33 +98,76 @@ impl Survival {
         let args: Vec<Vec<u8>> = std::env::args_os().map(OsStringExt::into_vec).collect();
         let args: Vec<&[u8]> = args.iter().map(Vec::as_slice).collect();
         self.forget_events();
-        let peer = self.client.lock().prepare_upgrade(program.as_fd(), &args).map_err(|errno| {
+        let deadline = Instant::now() + LEAVE_TIMEOUT;
+        let peer = loop {
+            match self.client.lock().prepare_upgrade(program.as_fd(), &args) {
+                Err(Errno::BUSY) if Instant::now() < deadline => {}
+                result => break result,
+            }
+            thread::sleep(Duration::from_millis(5));
+        };
+        let peer = peer.map_err(|errno| {
             CtlError::new(errno, format!("cannot start {}: {errno}", path.display()))
                 .with_hint("It must be a program that can be executed, for example the next vdpad.")
         })?;
         tracing::info!(program = %path.display(), dry_run = request.dry_run, "upgrade: the candidate is started");
         reach(CrashPoint::UpgradePrepared);
-        self.wait_until_ready(&path)?;
+        self.wait_until_ready(&path, &peer)?;
         reach(CrashPoint::UpgradeReady);
         if request.dry_run {
             return self.abort();
         }
-        let client = Arc::clone(&self.client);
+        // Started before the commit, after which nothing may fail.
+        let (committed, commit) = channel();
         let pauser = self.pauser.get().cloned();
-        let commit = move || commit(&client, pauser.as_ref(), &peer);
-        match thread::Builder::new().name("upgrade".into()).spawn(commit) {
-            Ok(_) => Ok(()),
+        let leave = move || {
+            if commit.recv() == Ok(()) {
+                // Every request in progress gets its answer, the one for this upgrade too. The next daemon has the socket for later ones.
+                let _paused = pauser.map(|pauser| pauser.pause());
+                // Nothing of this process may change any more: no destructors.
+                std::process::exit(0);
+            }
+        };
+        if let Err(error) = thread::Builder::new().name("upgrade".into()).spawn(leave) {
+            self.abort()?;
+            return Err(CtlError::new(Errno::AGAIN, format!("no thread for the upgrade: {error}")));
+        }
+        let begin = Instant::now();
+        if let Err(error) = stop() {
+            self.abort()?;
+            return Err(error);
+        }
+        tracing::debug!(time = ?begin.elapsed(), "upgrade: this process has stopped to serve");
+        say(&peer, STOPPED);
+        reach(CrashPoint::CommitBegun);
+        match self.commit(&peer) {
+            Ok(()) => {
+                reach(CrashPoint::Committed);
+                let _ = committed.send(());
+                Ok(())
+            }
             Err(error) => {
-                self.abort()?;
-                Err(CtlError::new(Errno::AGAIN, format!("no thread for the upgrade: {error}")))
+                go_on();
+                Err(error)
             }
         }
     }
 
-    fn wait_until_ready(&self, path: &Path) -> Result<(), CtlError> {
+    /// The decision. When this returns without an error the candidate is the daemon.
+    fn commit(&self, peer: &OwnedFd) -> Result<(), CtlError> {
+        match self.client.lock().commit_upgrade() {
+            Ok(()) => Ok(()),
+            // The holder has ended: it may have told the candidate before, which then says so, and ends otherwise.
+            Err(errno) if errno == PIPE && goes_on(peer, DECISION_TIMEOUT) => Ok(()),
+            Err(errno) => Err(CtlError::new(errno, "the candidate has ended at the last moment")
+                .with_hint("The daemon goes on; see its log.")),
+        }
+    }
+
+    fn wait_until_ready(&self, path: &Path, peer: &OwnedFd) -> Result<(), CtlError> {
         match self.next_event(READY_TIMEOUT) {
             Ok(Event::CandidateReady) => Ok(()),
-            Ok(event) => Err(CtlError::new(Errno::CANCELED, refusal(event))
+            Ok(event) => Err(CtlError::new(Errno::CANCELED, refusal(event, &reason(peer)))
                 .with_hint(format!("The daemon goes on. {} must be a vdpad; see the log.", path.display()))),
             Err(errno) => {
                 self.abort()?;
@@ -132,81 +205,83 @@ impl Survival {
         }
     }
 
-    /// For a candidate: checks that it can read the journal of every held device and has its management device, says so, and waits until this process is the daemon and
-    /// the old one has ended.
+    /// For a candidate: makes the devices, says that it is ready, and serves them when this process is the daemon. The old one has
+    /// stopped by then.
     ///
     /// # Errors
     /// The old daemon goes on, and this process is to end.
-    pub fn take_over(&mut self) -> Result<(), TakeOverError> {
-        let mut client = self.client.lock();
+    pub(crate) fn take_over(&self, bus: &Bus, devices: HeldDevices) -> Result<(), TakeOverError> {
         reach(CrashPoint::CandidateBegun);
-        let peer = client.take_peer().ok_or(TakeOverError::Holder(Errno::BADF))?;
-        for held in client.list().map_err(TakeOverError::Holder)? {
-            let (device, item) = split_key(held.key);
-            if device == 0 {
-                continue;
-            }
-            DeviceLog::check(&held).map_err(|error| TakeOverError::Device(chain(&error)))?;
-            if item == IDENTITY {
-                check(held.fd).map_err(TakeOverError::Device)?;
-            }
-        }
+        let prepared = bus.prepare(devices).map_err(TakeOverError::Device)?;
         reach(CrashPoint::CandidateChecked);
-        client.ready().map_err(TakeOverError::Holder)?;
-        reach(CrashPoint::CandidateReady);
-        match client.next_event(true).map_err(TakeOverError::Holder)? {
-            Event::Committed => {}
-            event => return Err(TakeOverError::NotNeeded(event)),
+        {
+            let mut client = self.client.lock();
+            client.ready().map_err(TakeOverError::Holder)?;
+            reach(CrashPoint::CandidateReady);
+            match client.next_event(true).map_err(TakeOverError::Holder)? {
+                Event::Committed => {}
+                event => return Err(TakeOverError::NotNeeded(event)),
+            }
         }
         reach(CrashPoint::CommitReceived);
-        // The last thread of the old daemon closes the other end. None of them runs from then on.
-        wait_for_end(&peer).map_err(TakeOverError::Holder)?;
-        reach(CrashPoint::OldEnded);
-        self.start.status = client.status().map_err(TakeOverError::Holder)?;
-        drop(client);
+        let begin = Instant::now();
         *self.phases.lock() = vec![("", monotonic_ns())];
-        tracing::info!(generation = self.generation(), "this program goes on for the daemon before it");
+        self.say(GOES_ON);
+        // A daemon of an earlier version does not say that it has stopped: it ends.
+        self.peer.lock().as_ref().map_or(Ok(()), wait_until_stopped).map_err(TakeOverError::Holder)?;
+        bus.take_over(prepared, || self.devices()).map_err(TakeOverError::Serve)?;
+        reach(CrashPoint::TakenOver);
+        tracing::info!(generation = self.generation(), time = ?begin.elapsed(), "this program goes on for the daemon before it");
         Ok(())
     }
-}
 
-/// Ends this process in favour of the candidate.
-fn commit(client: &Mutex<Client>, pauser: Option<&Pauser>, _peer: &OwnedFd) {
-    // Every request in progress gets its answer, the one for this upgrade too. Later ones wait in the socket.
-    let _paused = pauser.map(Pauser::pause);
-    // Locked to the end: to the holder this process is not the daemon any more.
-    let mut client = client.lock();
-    reach(CrashPoint::CommitBegun);
-    match client.commit_upgrade() {
-        #[expect(clippy::exit, reason = "no state of this process may change any more")]
-        Ok(()) => {
-            reach(CrashPoint::Committed);
-            std::process::exit(0)
+    /// For a candidate that cannot take over: tells the daemon why.
+    pub(crate) fn refuse(&self, error: &TakeOverError) {
+        let text = vdpa_core::error::chain(error).to_string();
+        self.say(text.as_bytes().get(..REASON_MAX).unwrap_or(text.as_bytes()));
+    }
+
+    /// For a candidate: tells the daemon something.
+    fn say(&self, bytes: &[u8]) {
+        if let Some(peer) = &*self.peer.lock() {
+            say(peer, bytes);
         }
-        Err(errno) => tracing::error!(%errno, "no upgrade: the candidate has ended at the last moment"),
     }
 }
 
-fn wait_for_end(peer: &OwnedFd) -> Result<(), Errno> {
+/// Tells the other side of an upgrade something, if it listens.
+fn say(peer: &OwnedFd, bytes: &[u8]) {
+    if let Err(error) = rustix::net::send(peer, bytes, rustix::net::SendFlags::NOSIGNAL) {
+        tracing::debug!(%error, "the other process does not listen");
+    }
+}
+
+/// Waits until the daemon before this one has stopped to serve, or has ended.
+fn wait_until_stopped(peer: &OwnedFd) -> Result<(), Errno> {
     loop {
         match rustix::io::read(peer, &mut [0; 1]) {
-            Ok(0) => return Ok(()),
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Ok(_) => return Ok(()),
+            Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(Errno::from_raw(error.raw_os_error())),
         }
     }
 }
 
-/// Whether this program can make the device again.
-fn check(fd: OwnedFd) -> Result<(), String> {
-    let text = read(fd).ok_or("what it is cannot be read")?;
-    let Identity { request, .. } = serde_json::from_str(&text).map_err(|error| error.to_string())?;
-    let known = mgmt_devices().iter().any(|mgmt| mgmt.describe().handle() == request.mgmtdev);
-    if known {
-        Ok(())
-    } else {
-        Err(format!("{} needs the management device {}", request.name, request.mgmtdev))
-    }
+/// Whether the candidate says that it is the daemon.
+fn goes_on(peer: &OwnedFd, timeout: Duration) -> bool {
+    let Ok(timeout) = rustix::time::Timespec::try_from(timeout) else { return false };
+    let mut fds = [rustix::event::PollFd::new(peer, rustix::event::PollFlags::IN)];
+    let said = rustix::event::poll(&mut fds, Some(&timeout)).is_ok_and(|ready| ready > 0);
+    let mut byte = [1];
+    said && rustix::io::read(peer, &mut byte).is_ok_and(|len| byte.get(..len) == Some(GOES_ON))
+}
+
+/// What a candidate that has ended has said.
+fn reason(peer: &OwnedFd) -> String {
+    let mut text = vec![0; REASON_MAX];
+    let len =
+        rustix::net::recv(peer, &mut text[..], rustix::net::RecvFlags::DONTWAIT).map_or(0, |(len, _)| len);
+    String::from_utf8_lossy(text.get(..len).unwrap_or_default()).into_owned()
 }
 
 /// The path of the running program. Another file may be there by now.
@@ -218,8 +293,11 @@ fn own_program() -> Result<PathBuf, CtlError> {
     Ok(text.strip_suffix(" (deleted)").map_or_else(|| path.clone(), PathBuf::from))
 }
 
-fn refusal(event: Event) -> String {
+fn refusal(event: Event, reason: &str) -> String {
     match event {
+        Event::RolledBack { why: RollBack::Died, end: End { signal: 0, .. } } if !reason.is_empty() => {
+            format!("the candidate has refused: {reason}")
+        }
         Event::RolledBack { why: RollBack::Died, end: End { signal: 0, status, .. } } => {
             format!("the candidate has refused with exit status {status}")
         }

@@ -4,6 +4,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use tracing::info;
 use vdpa_core::Errno;
@@ -148,6 +149,20 @@ impl DeviceFiles {
         *self.reader.lock() = Some(start(&self.server, &self.dir)?);
         info!(dir = %self.dir.display(), "serving device files again");
         Ok(())
+    }
+
+    /// Stops serving for a while, so that another process can go on: when this returns no request is in progress, and none is
+    /// read before [`unpause`](Self::unpause). Callers wait meanwhile. Waits at most `timeout`.
+    ///
+    /// # Errors
+    /// `ETIMEDOUT` when a request is still in progress then. Requests are served again.
+    pub fn pause(&self, timeout: Duration) -> Result<(), Errno> {
+        self.server.pause(timeout)
+    }
+
+    /// Serves again after a [`pause`](Self::pause).
+    pub fn unpause(&self) {
+        self.server.unpause();
     }
 
     /// Keeps the state of all files for a successor of this process, the `generation`-th to serve them. Returns the

@@ -6,7 +6,7 @@ use std::sync::{Arc, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::sync::Notify;
 use tracing::{error, info, warn};
@@ -20,6 +20,21 @@ use super::request_queue::RequestQueue;
 use super::session::{Endpoint, Session};
 use crate::front::watchdog::protocol::{Message, WatchdogLink};
 
+/// How often requests in progress are looked for during a pause.
+const PAUSE_INTERVAL: Duration = Duration::from_micros(50);
+
+/// Whether the reader reads requests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Pause {
+    /// It does.
+    #[default]
+    None,
+    /// It is to stop.
+    Wanted,
+    /// It has stopped.
+    Paused,
+}
+
 /// State that the reader thread shares with [`DeviceFiles`](super::DeviceFiles).
 #[derive(Debug)]
 pub(super) struct Server {
@@ -32,6 +47,9 @@ pub(super) struct Server {
     timeout: Duration,
     wake: OwnedFd,
     ended: AtomicBool,
+    pause: Mutex<Pause>,
+    /// The state in `pause` has changed.
+    pause_changed: Condvar,
     /// Notifies waiters of [`ended`](Self::ended).
     ended_notify: Notify,
 }
@@ -46,6 +64,8 @@ impl Server {
             timeout,
             wake,
             ended: AtomicBool::new(false),
+            pause: Mutex::default(),
+            pause_changed: Condvar::new(),
             ended_notify: Notify::new(),
         })
     }
@@ -105,6 +125,10 @@ impl Server {
             return;
         }
         self.ended_notify.notify_waiters();
+        {
+            let _pause = self.pause.lock();
+            self.pause_changed.notify_all();
+        }
         self.wake();
         for queue in self.live_queues() {
             queue.end();
@@ -136,6 +160,48 @@ impl Server {
         }
     }
 
+    /// Has the reader read no request any more, until [`unpause`](Self::unpause). When this returns none is in progress.
+    ///
+    /// # Errors
+    /// `ETIMEDOUT` when one is still in progress after `timeout`; the reader goes on.
+    pub(super) fn pause(&self, timeout: Duration) -> Result<(), Errno> {
+        let deadline = Instant::now() + timeout;
+        let mut pause = self.pause.lock();
+        *pause = Pause::Wanted;
+        self.wake();
+        while *pause != Pause::Paused && !self.has_ended() {
+            if self.pause_changed.wait_until(&mut pause, deadline).timed_out() {
+                break;
+            }
+        }
+        let paused = *pause == Pause::Paused;
+        drop(pause);
+        while paused && Instant::now() < deadline {
+            if !self.sessions().iter().any(|session| session.has_requests()) {
+                return Ok(());
+            }
+            thread::sleep(PAUSE_INTERVAL);
+        }
+        self.unpause();
+        Err(Errno::TIMEDOUT)
+    }
+
+    /// Has the reader go on.
+    pub(super) fn unpause(&self) {
+        *self.pause.lock() = Pause::None;
+        self.pause_changed.notify_all();
+    }
+
+    /// Blocks while the reader is to read nothing.
+    fn stay_paused(&self) {
+        let mut pause = self.pause.lock();
+        while *pause != Pause::None && !self.has_ended() {
+            *pause = Pause::Paused;
+            self.pause_changed.notify_all();
+            self.pause_changed.wait(&mut pause);
+        }
+    }
+
     /// Starts the reader.
     pub(super) fn spawn_reader(self: &Arc<Self>) -> std::io::Result<JoinHandle<()>> {
         // Before any caller learns of the files: this arms the watchdog, which removes them if the process dies.
@@ -155,6 +221,7 @@ impl Server {
         let mut last_check = Instant::now();
         let check_interval = (self.timeout / 8).clamp(Duration::from_millis(5), Duration::from_secs(1));
         while !self.has_ended() {
+            self.stay_paused();
             let changes = self.changes.load(Ordering::Acquire);
             if seen != Some(changes) {
                 sessions = self.sessions();

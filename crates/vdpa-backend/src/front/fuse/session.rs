@@ -144,6 +144,11 @@ impl Session {
         self.live_queues().iter().all(|queue| queue.is_idle())
     }
 
+    /// Whether a request is in progress.
+    pub(super) fn has_requests(&self) -> bool {
+        self.count.any()
+    }
+
     /// Whether the reader has to check the session periodically: a request is in progress, or the session is to be detached
     /// when its file is closed.
     pub(super) fn needs_timer(&self) -> bool {

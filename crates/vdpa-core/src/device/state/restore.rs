@@ -68,6 +68,11 @@ impl<P: Parent> Device<P> {
         Ok(device)
     }
 
+    /// Drops a device that was restored and has not been served: takes the charge for pinned pages back, and does nothing else.
+    pub fn discard(mut self) {
+        self.ownership.uncharge(self.ownership.pinned_pages());
+    }
+
     fn check_shape(&self, image: &Image) -> Result<(), RestoreError> {
         let Record::Device(saved) = require(image, &kind::DEVICE)? else { return Ok(()) };
         check_shape(saved, &Shape::of(self.parent.profile(), self.backend_features()))

@@ -376,7 +376,7 @@ fn device_process() {
 fn open(path: &Path, options: &Options) -> Backing {
     let deadline = Instant::now() + LIMIT;
     loop {
-        match Backing::open(path, options, None) {
+        match Backing::open(path, options, None, false) {
             Ok(backing) => return backing,
             Err(error) => assert!(Instant::now() < deadline, "{error}"),
         }

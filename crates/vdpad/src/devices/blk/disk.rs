@@ -241,6 +241,14 @@ impl Disk for FileDisk {
         }
     }
 
+    fn hand_over(&mut self) {
+        self.backing.unlock();
+    }
+
+    fn take_over(&mut self) -> Result<()> {
+        self.backing.lock()
+    }
+
     fn abandon(&mut self) {
         if let Some(slot) = self.slot.take() {
             slot.retire();

@@ -1,7 +1,7 @@
 //! The file or block device behind a block device.
 
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
@@ -42,6 +42,8 @@ pub(super) struct Backing {
     pub(super) memory_align: u32,
     pub(super) direct: bool,
     pub(super) read_only: bool,
+    /// Place of the mark of a disk that is read only.
+    mark: Option<u64>,
     /// Its file system may block a caller that requests not to block (`IOCB_NOWAIT`): FUSE, and every type that is not known.
     pub(super) may_block: bool,
     /// The fastest way to read.
@@ -54,12 +56,18 @@ impl Backing {
     /// Opens and locks the file. The exclusive lock of a disk that is written is given to its next process only when nothing of
     /// the former one is in flight. The lock of a disk that is read only is shared, and does not tell: there, that
     /// process waits for the end of the [mark](open_mark) at `mark`, since a late read would overwrite memory that its client
-    /// uses for something else by then.
+    /// uses for something else by then. With `served` another process serves the disk and has the lock: it is
+    /// [taken](Self::lock) later.
     ///
     /// # Errors
     /// The errno of open(2); `EINVAL` for anything but a file or block device of at least one sector; `EBUSY` for a file that is
     /// locked. Each error names the file and what would be right.
-    pub(super) fn open(file: &Path, options: &Options, mark: Option<u64>) -> Result<Self, CtlError> {
+    pub(super) fn open(
+        file: &Path,
+        options: &Options,
+        mark: Option<u64>,
+        served: bool,
+    ) -> Result<Self, CtlError> {
         let path = file.display();
         let refuse = |errno, what: String, hint: &str| Err(CtlError::new(errno, what).with_hint(hint));
         let mut open = File::options();
@@ -91,13 +99,8 @@ impl Backing {
                 "Make it larger, for example with \"truncate -s 1G FILE\".",
             );
         }
-        let operation = if options.read_only {
-            FlockOperation::NonBlockingLockShared
-        } else {
-            FlockOperation::NonBlockingLockExclusive
-        };
-        let locked = || flock(&file, operation).is_ok() && (!options.read_only || is_alone(&file, mark));
-        if !retry(locked) {
+        let mark = mark.filter(|_| options.read_only);
+        if !served && !lock_with_retry(&file, options.read_only, mark) {
             return refuse(
                 Errno::BUSY,
                 format!("{path} is locked by another program or device"),
@@ -119,10 +122,30 @@ impl Backing {
             memory_align,
             direct: options.direct,
             read_only: options.read_only,
+            mark,
             may_block,
             reads,
             inline_writes,
         })
+    }
+}
+
+impl Backing {
+    /// Locks the file for this process.
+    ///
+    /// # Errors
+    /// `EBUSY` when it stays locked by another one.
+    pub(super) fn lock(&self) -> Result<(), Errno> {
+        if lock_with_retry(&self.file, self.read_only, self.mark) { Ok(()) } else { Err(Errno::BUSY) }
+    }
+
+    /// Lets another process lock the file.
+    pub(super) fn unlock(&self) {
+        let unmarked = self.mark.map_or(Ok(()), |mark| open_mark::clear(&*self.file, mark));
+        let unlocked = flock(&*self.file, FlockOperation::Unlock);
+        if let Err(error) = unlocked.map_err(|error| Errno::from_raw(error.raw_os_error())).and(unmarked) {
+            tracing::warn!("a disk stays locked: {error}");
+        }
     }
 }
 
@@ -163,26 +186,34 @@ const TMPFS: u32 = 0x0102_1994;
 
 /// Locks the file; `false` if it stays locked by others. Retries for a second: a daemon that was killed keeps its locks until
 /// the kernel has torn down its io_uring, which happens asynchronously, since operations may be in flight until then.
-fn retry(locked: impl Fn() -> bool) -> bool {
+fn lock_with_retry(file: impl AsFd, read_only: bool, mark: Option<u64>) -> bool {
     const LOCK_TIMEOUT: Duration = Duration::from_secs(1);
-    const RETRY_INTERVAL: Duration = Duration::from_millis(5);
+    const RETRY_FIRST: Duration = Duration::from_micros(50);
+    const RETRY_LAST: Duration = Duration::from_millis(5);
     #[cfg(feature = "crash-points")]
     if std::env::var_os("VDPA_NO_FENCE").is_some() {
         // For the test that shows what happens then.
         return true;
     }
+    let operation = if read_only {
+        FlockOperation::NonBlockingLockShared
+    } else {
+        FlockOperation::NonBlockingLockExclusive
+    };
     let deadline = Instant::now() + LOCK_TIMEOUT;
-    while !locked() {
+    let mut interval = RETRY_FIRST;
+    while flock(&file, operation).is_err() || !is_alone(&file, mark) {
         if Instant::now() >= deadline {
             return false;
         }
-        std::thread::sleep(RETRY_INTERVAL);
+        std::thread::sleep(interval);
+        interval = (interval * 2).min(RETRY_LAST);
     }
     true
 }
 
 /// Marks the file for the next process that serves this disk, if it has no mark of the former one any more.
-fn is_alone(file: &File, mark: Option<u64>) -> bool {
+fn is_alone(file: &impl AsFd, mark: Option<u64>) -> bool {
     let Some(mark) = mark else { return true };
     match open_mark::exists(file, mark) {
         Ok(false) => open_mark::set(file, mark).is_ok(),
@@ -228,7 +259,7 @@ mod tests {
         let mut attrs = Attrs::new();
         attrs.insert("path", path.to_str().unwrap()).unwrap();
         extra.iter().for_each(|(name, value)| attrs.insert(*name, *value).unwrap());
-        Backing::open(path, &Options::parse("t", &attrs).unwrap(), None)
+        Backing::open(path, &Options::parse("t", &attrs).unwrap(), None, false)
     }
 
     #[test]
@@ -273,13 +304,13 @@ mod tests {
         attrs.insert("readonly", "on").unwrap();
         let options = Options::parse("t", &attrs).unwrap();
         let (one, other) = (open_mark::FIRST, open_mark::FIRST + 1);
-        let former = Backing::open(&path, &options, Some(one)).unwrap();
+        let former = Backing::open(&path, &options, Some(one), false).unwrap();
         let in_flight = Arc::clone(&former.file);
         drop(former);
-        assert_eq!(Backing::open(&path, &options, Some(one)).unwrap_err().errno, Errno::BUSY);
-        let neighbour = Backing::open(&path, &options, Some(other)).unwrap();
+        assert_eq!(Backing::open(&path, &options, Some(one), false).unwrap_err().errno, Errno::BUSY);
+        let neighbour = Backing::open(&path, &options, Some(other), false).unwrap();
         drop(in_flight);
-        assert!(Backing::open(&path, &options, Some(one)).is_ok());
+        assert!(Backing::open(&path, &options, Some(one), false).is_ok());
         drop(neighbour);
     }
 }

@@ -69,7 +69,7 @@ impl MgmtDevice for BlkMgmt {
         let options = Options::parse(name, attrs)?;
         let blk = match &options.source {
             Source::File(path) => {
-                let backing = Backing::open(path, &options, kept.mark())?;
+                let backing = Backing::open(path, &options, kept.mark(), pool.is_parked())?;
                 let geometry = Geometry {
                     sectors: backing.sectors,
                     block_size: backing.block_size,
