@@ -265,7 +265,8 @@ fn the_control_socket_survives_crashes_and_upgrades() {
     });
 }
 
-/// A request that changes something is answered before the daemon hands over, and the answer is of the daemon that did it.
+/// A request that changes something is answered before the daemon hands over, and the answer is of the daemon that did it. During
+/// the upgrade it is refused.
 #[test]
 fn requests_in_progress_are_answered_before_an_upgrade() {
     let vdpad = start(&[]);
@@ -273,7 +274,15 @@ fn requests_in_progress_are_answered_before_an_upgrade() {
         let before = daemon(&vdpad).pid;
         thread::scope(|scope| {
             let add = scope.spawn(|| {
-                (0..8).for_each(|number| drop(vdpad.add_any(&format!("disk{round}-{number}"), "blk")));
+                for number in 0..8 {
+                    let command = format!("dev add name disk{round}-{number} mgmtdev blk null 1048576");
+                    eventually("the device is added", || {
+                        let added = vdpad.ctl(&command);
+                        let refused = added.stderr.contains("an upgrade is in progress");
+                        assert!(refused || added.code == Some(0), "{added:?}");
+                        (!refused).then_some(())
+                    });
+                }
             });
             vdpad.ctl("daemon upgrade").succeeds();
             add.join().unwrap();
@@ -300,7 +309,7 @@ fn daemon_show_tells_everything() {
     assert_eq!(held_kinds.get("fuse"), Some(&1), "{held_kinds:?}");
     assert!(held_kinds.get("memory").is_some_and(|&count| count >= 4), "{held_kinds:?}");
     let names: Vec<_> = recovery.iter().map(|phase| phase.name.as_str()).collect();
-    assert_eq!(names, ["start", "take back", "devices", "serve"]);
+    assert_eq!(names, ["start", "take back", "devices", "files", "serve"]);
     let whole: f64 = recovery.iter().map(|phase| phase.ms).sum();
     let told = last_crash.unwrap().recovery_ms;
     assert!((whole - told).abs() < 1.0, "{recovery:?} {told}");
