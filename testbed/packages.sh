@@ -7,10 +7,11 @@
 # shellcheck shell=bash disable=SC2154
 cache=${VDPA_TESTBED_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/vdpa-live-testbed}
 
-# apt_conf SUITE: prints the path of a private apt configuration: own sources, lists and an empty package database,
-# so that every dependency of a package is fetched. Backports come before the release that they are for.
+# apt_conf SUITE [deb-src]: prints the path of a private apt configuration: own sources, lists and an empty package database,
+# so that every dependency of a package is fetched. Backports come before the release that they are for. deb-src is for source
+# packages in the place of binary ones.
 apt_conf() {
-    local dir=$cache/apt/$1 base suites=("${1%-backports}")
+    local dir=$cache/apt/$1${2:+-$2} base suites=("${1%-backports}")
     [ "${suites[0]}" = "$1" ] || suites+=("$1")
     if [ -z "$(find "$dir/ok" -mmin -1440 2>/dev/null)" ] || [ "$(wc -l <"$dir/sources.list")" != ${#suites[@]} ]; then
         base=${VDPA_TESTBED_MIRROR:-$( (cat /etc/apt/sources.list.d/*.sources /etc/apt/sources.list \
@@ -19,8 +20,8 @@ apt_conf() {
         [ -n "$base" ] || die 'no Debian archive in the sources of apt: set VDPA_TESTBED_MIRROR'
         mkdir -p "$dir"/{lists,cache/archives}/partial "$dir/none"
         : >"$dir/status"
-        printf 'deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] %s main\n' "${suites[@]/#/$base }" \
-            >"$dir/sources.list"
+        base="${2:-deb} [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $base"
+        printf '%s main\n' "${suites[@]/#/$base }" >"$dir/sources.list"
         cat >"$dir/apt.conf" <<E
 Dir::Etc::sourcelist "$dir/sources.list";
 Dir::Etc::sourceparts "$dir/none";
@@ -69,6 +70,14 @@ fetch_root() {
     for deb in "$cache/apt/$suite"/cache/archives/*.deb; do unpack "$deb" "$root"; done
     rm -rf "$cache/apt/$suite"/cache/archives/*.deb "$root"/usr/share/{doc,man,locale,info,lintian}
     touch "$root/.ok"
+}
+
+# fetch_source SUITE PACKAGE=VERSION DIR: the files of a source package, as the archive has them, in DIR.
+fetch_source() {
+    local conf
+    conf=$(apt_conf "$1" deb-src)
+    mkdir -p "$3"
+    (cd "$3" && apt-get -c "$conf" -qq source --download-only "$2" >&2) || die "no source of $2 in $1"
 }
 
 # root_of SUITE PACKAGE...: prints the directory in which fetch_root keeps a set of packages.
