@@ -303,7 +303,7 @@ pub(crate) struct Resources {
     pub(crate) threads: usize,
     /// Lines of `/proc/PID/maps`.
     pub(crate) maps: usize,
-    /// Mapped memory files among them.
+    /// Mapped memory files of clients among them.
     pub(crate) memfds: usize,
     /// Bytes of its io_uring instances' registered buffers, all together.
     pub(crate) registered: u64,
@@ -341,7 +341,10 @@ impl Resources {
             fds,
             threads: fs::read_dir(proc.join("task")).unwrap().filter(is_lasting).count(),
             maps: maps.lines().count(),
-            memfds: maps.lines().filter(|line| line.contains("/memfd:")).count(),
+            memfds: maps
+                .lines()
+                .filter(|line| line.contains("/memfd:") && !line.contains("/memfd:vdpad"))
+                .count(),
             registered,
             rss_kib: field("VmRSS"),
             pinned_kib: field("VmPin"),
