@@ -14,11 +14,15 @@ use crate::socket::{self, Received};
 
 /// Environment variable with the number of the inherited socket.
 pub const SOCKET_ENV: &str = "VDPA_HOLDER_SOCKET";
+/// Environment variable with the [version](crate::protocol::VERSION) of the holder's protocol; it is 1 without one.
+pub const VERSION_ENV: &str = "VDPA_HOLDER_PROTOCOL";
 
 /// The connection of a daemon process to its holder. Requests take some 10 us and wait for their answer.
 #[derive(Debug)]
 pub struct Client {
     socket: OwnedFd,
+    /// The version that the holder speaks.
+    version: u32,
     number: u32,
     events: VecDeque<Event>,
     progress: Progress,
@@ -77,16 +81,21 @@ impl Client {
     pub fn from_env() -> Result<Option<Self>, Errno> {
         let Some(number) = std::env::var_os(SOCKET_ENV) else { return Ok(None) };
         let number: RawFd = number.to_str().and_then(|text| text.parse().ok()).ok_or(Errno::INVAL)?;
-        Self::new(inherit::take(number)?).map(Some)
+        let version = std::env::var(VERSION_ENV).ok().and_then(|text| text.parse().ok()).unwrap_or(1);
+        let mut client = Self::new(inherit::take(number)?, version)?;
+        if version >= 2 {
+            client.start.status = client.status()?;
+        }
+        Ok(Some(client))
     }
 
-    fn new(socket: OwnedFd) -> Result<Self, Errno> {
+    fn new(socket: OwnedFd, version: u32) -> Result<Self, Errno> {
         let Received { message, fds, .. } = socket::receive(&socket, true)?.ok_or(socket::PIPE)?;
         let Message::Start { role, status, crash } = message else { return Err(protocol()) };
         let mut fds = fds.into_iter();
         let progress = Progress::map(fds.next().ok_or_else(protocol)?)?;
         let start = Start { role, status, crash };
-        Ok(Self { socket, number: 0, events: VecDeque::new(), progress, peer: fds.next(), start })
+        Ok(Self { socket, version, number: 0, events: VecDeque::new(), progress, peer: fds.next(), start })
     }
 
     /// What this process was started as.
@@ -216,8 +225,9 @@ impl Client {
     /// # Errors
     /// `EPIPE` without a holder.
     pub fn status(&mut self) -> Result<Status, Errno> {
-        match self.ask(&Message::AskStatus, &[])?.message {
-            Message::Status(status) => Ok(status),
+        let request = if self.version >= 2 { Message::AskFullStatus } else { Message::AskStatus };
+        match self.ask(&request, &[])?.message {
+            Message::Status(status) | Message::FullStatus(status) => Ok(status),
             _ => Err(protocol()),
         }
     }

@@ -7,6 +7,14 @@
 
 use vdpa_core::Errno;
 
+/// The version of the protocol that a holder speaks. Daemon and holder may be of different programs after an upgrade, so a
+/// message keeps its form for ever; a daemon sends those of a later version only to a holder that knows them.
+///
+/// | version | what is new |
+/// |---|---|
+/// | 1 | everything else |
+/// | 2 | [`AskFullStatus`](Message::AskFullStatus), [`FullStatus`](Message::FullStatus) |
+pub const VERSION: u32 = 2;
 /// Most bytes of an item's record.
 pub const RECORD_MAX: usize = 128;
 /// Most items of one answer, each with at most one descriptor. The kernel passes 253 at once.
@@ -116,7 +124,8 @@ pub struct Status {
     pub replaced: u64,
     /// Items held.
     pub held: u64,
-    /// How many of each kind, in the order of [`Kind::ALL`].
+    /// How many of each kind, in the order of [`Kind::ALL`]. This and the following is told from version 2 on, by
+    /// [`FullStatus`](Message::FullStatus) only.
     pub kinds: [u64; Kind::ALL.len()],
     /// What the present daemon is, or is to be.
     pub role: Role,
@@ -155,12 +164,16 @@ pub enum Message {
     Replace { args: Vec<u8> },
     /// From the daemon: the holder's [`Status`](Message::Status).
     AskStatus,
+    /// From version 2 on, from the daemon or a candidate: the holder's [`FullStatus`](Message::FullStatus).
+    AskFullStatus,
     /// Answer: 0 or an errno.
     Answer { errno: i32 },
     /// Answer to [`List`](Message::List), with the descriptors of all but rings; whether there are more.
     Items { more: bool, items: Vec<Item> },
     /// Answer to [`AskStatus`](Message::AskStatus).
     Status(Status),
+    /// Answer to [`AskFullStatus`](Message::AskFullStatus).
+    FullStatus(Status),
     /// Event to the daemon: the candidate said [`Ready`](Message::Ready).
     CandidateReady,
     /// Event to the daemon: the candidate is no more, and why; how it ended.
@@ -227,6 +240,10 @@ impl Message {
                 }
             }
             Self::Status(status) => out.status(status),
+            Self::FullStatus(status) => {
+                out.status(status);
+                out.more(status);
+            }
             Self::RolledBack { why, end } => {
                 out.u32(*why as u32);
                 out.end(end);
@@ -236,6 +253,7 @@ impl Message {
             | Self::Commit
             | Self::Abort
             | Self::AskStatus
+            | Self::AskFullStatus
             | Self::CandidateReady
             | Self::Committed => {}
         }
@@ -271,6 +289,8 @@ impl Message {
             Self::CandidateReady => 16,
             Self::RolledBack { .. } => 17,
             Self::Committed => 18,
+            Self::AskFullStatus => 19,
+            Self::FullStatus(_) => 20,
         }
     }
 }
@@ -312,6 +332,11 @@ fn decode(input: &mut In<'_>) -> Option<(u32, Message)> {
         16 => Message::CandidateReady,
         17 => Message::RolledBack { why: roll_back(input.u32()?)?, end: input.end()? },
         18 => Message::Committed,
+        19 => Message::AskFullStatus,
+        20 => {
+            let status = input.status()?;
+            Message::FullStatus(input.more(status)?)
+        }
         _ => return None,
     };
     Some((number, message))
@@ -355,12 +380,14 @@ impl Out {
             status.upgrades,
             status.replaced,
             status.held,
-        ]
-        .into_iter()
-        .chain(status.kinds)
-        {
+        ] {
             self.u64(value);
         }
+    }
+
+    /// What version 2 tells of the holder.
+    fn more(&mut self, status: &Status) {
+        status.kinds.into_iter().for_each(|count| self.u64(count));
         self.u32(status.role as u32);
         self.u32(status.stored.into());
     }
@@ -428,16 +455,17 @@ impl<'a> In<'a> {
             upgrades: self.u64()?,
             replaced: self.u64()?,
             held: self.u64()?,
-            kinds: {
-                let mut kinds = [0; Kind::ALL.len()];
-                for count in &mut kinds {
-                    *count = self.u64()?;
-                }
-                kinds
-            },
-            role: role(self.u32()?)?,
-            stored: self.bool()?,
+            ..Status::default()
         })
+    }
+
+    /// What [`Out::more`] has written.
+    fn more(&mut self, mut status: Status) -> Option<Status> {
+        for count in &mut status.kinds {
+            *count = self.u64()?;
+        }
+        (status.role, status.stored) = (role(self.u32()?)?, self.bool()?);
+        Some(status)
     }
 
     pub(crate) fn end(&mut self) -> Option<End> {
@@ -456,7 +484,18 @@ impl<'a> In<'a> {
 mod tests {
     use super::*;
 
+    /// Every message of version 2 that version 1 did not have.
+    fn of_version_2() -> Vec<Message> {
+        let kinds = [1, 2, 3, 4, 5];
+        let status = Status { pid: 1, kinds, role: Role::Failed, stored: true, ..Status::default() };
+        vec![Message::AskFullStatus, Message::FullStatus(status)]
+    }
+
     fn all() -> Vec<Message> {
+        [of_version_1(), of_version_2()].concat()
+    }
+
+    fn of_version_1() -> Vec<Message> {
         let end = End { signal: 9, status: 0, core: true, hung: true, heard_ns: 77, pid: 5 };
         let status = Status { pid: 1, generation: 3, held: 9, ..Status::default() };
         let item = Item { key: 7, kind: Kind::Ring, number: 12, record: vec![1; RECORD_MAX] };
@@ -496,6 +535,22 @@ mod tests {
             }
             assert!(bytes.len() <= MESSAGE_MAX);
             assert_eq!(Message::decode(&bytes), Ok((number, message)));
+        }
+    }
+
+    /// A daemon of an earlier program, or a later one, understands its holder. `VDPA_WRITE_GOLDEN` writes a file where there is none.
+    #[test]
+    fn a_message_keeps_its_form() {
+        for (version, messages) in [(1, of_version_1()), (2, of_version_2())] {
+            let name = format!("tests/golden/messages-v{version}.bin");
+            let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(name);
+            let bytes: Vec<u8> =
+                (0..).zip(&messages).flat_map(|(number, message)| message.encode(number)).collect();
+            if std::env::var_os("VDPA_WRITE_GOLDEN").is_some() && !path.exists() {
+                std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+                std::fs::write(&path, &bytes).unwrap();
+            }
+            assert!(std::fs::read(&path).unwrap() == bytes, "messages of version {version} have changed");
         }
     }
 

@@ -14,9 +14,9 @@ use vdpa_sys::signals::unblock_in_child;
 use vdpa_sys::{clock, exec};
 
 use super::{Program, STATE_ENV};
-use crate::client::SOCKET_ENV;
+use crate::client::{SOCKET_ENV, VERSION_ENV};
 use crate::progress::{Progress, Watched};
-use crate::protocol::{End, Message};
+use crate::protocol::{End, Message, VERSION};
 use crate::socket;
 
 #[derive(Debug)]
@@ -46,7 +46,7 @@ impl Process {
         {
             command.env_remove(name);
         }
-        command.env(SOCKET_ENV, theirs.as_raw_fd().to_string());
+        command.env(SOCKET_ENV, theirs.as_raw_fd().to_string()).env(VERSION_ENV, VERSION.to_string());
         // Queued before the process runs, so that its first read does not wait.
         let fds: Vec<_> =
             [Some(progress.as_fd()), peer.as_ref().map(|peer| peer.as_fd())].into_iter().flatten().collect();

@@ -100,10 +100,10 @@ impl Holder {
         daemon.send(number, &Message::Answer { errno: 0 }, &[]);
         Self {
             options,
+            status: Status { stored: store.is_some(), ..status },
             store,
             counts,
             table,
-            status,
             daemon,
             role,
             candidate: None,

@@ -106,6 +106,7 @@ impl Holder {
                 return Ok(Reply::None);
             }
             Message::AskStatus => return Ok(Reply::Message(Message::Status(self.now()))),
+            Message::AskFullStatus => return Ok(Reply::Message(Message::FullStatus(self.now()))),
             _ => return Err(Errno::INVAL),
         }
         Ok(Reply::Done)
@@ -154,6 +155,12 @@ impl Holder {
                     candidate.ready = true;
                     candidate.send(number, &Message::Answer { errno: 0 }, &[]);
                     self.daemon.send(0, &Message::CandidateReady, &[]);
+                }
+                Message::AskFullStatus => {
+                    let status = self.now();
+                    if let Some(candidate) = &self.candidate {
+                        candidate.send(number, &Message::FullStatus(status), &[]);
+                    }
                 }
                 Message::List { after } => {
                     if let Some(candidate) = &self.candidate {
