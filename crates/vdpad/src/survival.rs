@@ -13,7 +13,7 @@ pub use upgrade::TakeOverError;
 use std::collections::BTreeMap;
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
@@ -53,6 +53,8 @@ pub struct Survival {
     phases: Mutex<Vec<(&'static str, u64)>>,
     /// Pauses the control socket.
     pauser: OnceLock<Pauser>,
+    /// Path of the control socket.
+    control_path: OnceLock<PathBuf>,
     /// Locked during an upgrade.
     upgrading: Mutex<()>,
     /// For a candidate: the socket to the daemon.
@@ -128,17 +130,20 @@ impl Survival {
         let begin = start.crash.map_or_else(monotonic_ns, |end| end.heard_ns);
         let phases = Mutex::new(vec![("", begin), ("start", monotonic_ns())]);
         let client = Arc::new(Mutex::new(client));
-        Ok(Some(Self {
+        let this = Self {
             client,
             start,
             next_device: AtomicU32::new(1),
             served_ns: AtomicU64::new(0),
             phases,
             pauser: OnceLock::new(),
+            control_path: OnceLock::new(),
             upgrading: Mutex::default(),
             peer,
             spaces: RestoredSpaces::default(),
-        }))
+        };
+        this.say_hello();
+        Ok(Some(this))
     }
 
     /// What this process is to be.
@@ -277,6 +282,7 @@ impl Survival {
     /// # Errors
     /// [`BindError`].
     pub(crate) fn control_socket(&self, path: &Path, held: Option<Held>) -> Result<ControlSocket, BindError> {
+        let _ = self.control_path.set(path.to_owned());
         if let Some(Held { fd, record, .. }) = held {
             match ControlSocket::adopt(path, fd, &record) {
                 Ok(socket) => return Ok(socket),
@@ -383,7 +389,7 @@ mod tests {
     /// What a device is, as version 1 has saved it. `VDPA_WRITE_GOLDEN=1` writes it where there is none; it never changes.
     #[test]
     fn the_identity_of_version_1_is_read() {
-        let path = std::path::PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/identity-v1.json");
+        let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/identity-v1.json");
         let mut attrs = vdpa_control::api::Attrs::new();
         attrs.insert("path", "/srv/disk.img").unwrap();
         let request = AddRequest { name: "disk0".into(), mgmtdev: "blk".into(), attrs };

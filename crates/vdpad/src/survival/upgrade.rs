@@ -40,6 +40,8 @@ const LEAVE_TIMEOUT: Duration = Duration::from_secs(5);
 const DECISION_TIMEOUT: Duration = Duration::from_secs(5);
 /// What a daemon says when it serves no more, before it commits.
 const STOPPED: &[u8] = b"\0";
+/// What a candidate says first. One of a version that does not say it knows nothing of a control socket that is held.
+const HELLO: &[u8] = b"\x01";
 /// What a candidate says when it is the daemon. Before that it may say why it cannot be.
 const GOES_ON: &[u8] = b"\0";
 /// Bytes of the longest reason.
@@ -113,6 +115,7 @@ impl Survival {
         tracing::info!(program = %path.display(), dry_run = request.dry_run, "upgrade: the candidate is started");
         reach(CrashPoint::UpgradePrepared);
         self.wait_until_ready(&path, &peer)?;
+        let is_early = !has_said_hello(&peer);
         reach(CrashPoint::UpgradeReady);
         if request.dry_run {
             return self.abort();
@@ -138,11 +141,14 @@ impl Survival {
             return Err(error);
         }
         tracing::debug!(time = ?begin.elapsed(), "upgrade: this process has stopped to serve");
+        let aside =
+            is_early.then(|| self.control_path.get().and_then(|path| Aside::move_file(path))).flatten();
         say(&peer, STOPPED);
         reach(CrashPoint::CommitBegun);
         match self.commit(&peer) {
             Ok(()) => {
                 reach(CrashPoint::Committed);
+                aside.into_iter().for_each(Aside::remove);
                 let _ = committed.send(());
                 Ok(())
             }
@@ -241,6 +247,11 @@ impl Survival {
         self.say(text.as_bytes().get(..REASON_MAX).unwrap_or(text.as_bytes()));
     }
 
+    /// For a candidate: tells the daemon that it is of this version or a later one. Of no effect in a daemon.
+    pub(super) fn say_hello(&self) {
+        self.say(HELLO);
+    }
+
     /// For a candidate: tells the daemon something.
     fn say(&self, bytes: &[u8]) {
         if let Some(peer) = &*self.peer.lock() {
@@ -267,6 +278,47 @@ fn wait_until_stopped(peer: &OwnedFd) -> Result<(), Errno> {
     }
 }
 
+/// The control socket, moved aside for a candidate of a version that makes one of its own and refuses to start where there is one.
+/// Moved back when this is dropped.
+struct Aside {
+    path: PathBuf,
+    aside: PathBuf,
+}
+
+impl Aside {
+    fn move_file(path: &Path) -> Option<Self> {
+        let aside = path.with_extension("former");
+        match std::fs::rename(path, &aside) {
+            Ok(()) => Some(Self { path: path.to_owned(), aside }),
+            Err(error) => {
+                tracing::warn!(%error, "the control socket stays where it is: the other program may not start");
+                None
+            }
+        }
+    }
+
+    /// It is not needed any more.
+    fn remove(self) {
+        let _ = std::fs::remove_file(&self.aside);
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Aside {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::rename(&self.aside, &self.path) {
+            tracing::error!(%error, aside = %self.aside.display(), "the control socket is not where it was");
+        }
+    }
+}
+
+/// Whether the first message of a candidate that is ready is [`HELLO`].
+fn has_said_hello(peer: &OwnedFd) -> bool {
+    let mut text = [0; HELLO.len() + 1];
+    let received = rustix::net::recv(peer, &mut text[..], rustix::net::RecvFlags::DONTWAIT);
+    received.is_ok_and(|(len, _)| text.get(..len) == Some(HELLO))
+}
+
 /// Whether the candidate says that it is the daemon.
 fn goes_on(peer: &OwnedFd, timeout: Duration) -> bool {
     let Ok(timeout) = rustix::time::Timespec::try_from(timeout) else { return false };
@@ -278,6 +330,9 @@ fn goes_on(peer: &OwnedFd, timeout: Duration) -> bool {
 
 /// What a candidate that has ended has said.
 fn reason(peer: &OwnedFd) -> String {
+    if !has_said_hello(peer) {
+        return String::new();
+    }
     let mut text = vec![0; REASON_MAX];
     let len =
         rustix::net::recv(peer, &mut text[..], rustix::net::RecvFlags::DONTWAIT).map_or(0, |(len, _)| len);
