@@ -101,7 +101,7 @@ fn refused_client(pid: &str, device: &str, memory: &str) {
     let ram = memfd::create(c"refused-ram", memory, None).unwrap();
     let error = session.map_memfd("ram", ram, disk::IOVA, memory, Perm::RW).unwrap_err();
     // A device that pins at the end of a batch refuses that end.
-    assert!(matches!(error, Error::Map { .. } | Error::Request { .. }), "{error}");
+    assert!(matches!(error, Error::Map { .. } | Error::Memlock { .. } | Error::Request { .. }), "{error}");
     send_line("refused");
 }
 
