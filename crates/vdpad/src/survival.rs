@@ -55,6 +55,8 @@ pub struct Survival {
     pauser: OnceLock<Pauser>,
     /// Path of the control socket.
     control_path: OnceLock<PathBuf>,
+    /// What the holder said of itself last, when another process has become the daemon.
+    last_status: OnceLock<Status>,
     /// Locked during an upgrade.
     upgrading: Mutex<()>,
     /// For a candidate: the socket to the daemon.
@@ -138,6 +140,7 @@ impl Survival {
             phases,
             pauser: OnceLock::new(),
             control_path: OnceLock::new(),
+            last_status: OnceLock::new(),
             upgrading: Mutex::default(),
             peer,
             spaces: RestoredSpaces::default(),
@@ -215,7 +218,10 @@ impl Survival {
 
     /// What `daemon show` tells of the holder.
     fn info(&self) -> Result<HolderInfo, Errno> {
-        let Status { pid, generation, upgrades, crashes, held, kinds, .. } = self.client.lock().status()?;
+        let Status { pid, generation, upgrades, crashes, held, kinds, .. } = {
+            let mut client = self.client.lock();
+            self.last_status.get().map_or_else(|| client.status(), |status| Ok(*status))?
+        };
         let served_ns = self.served_ns.load(Ordering::Relaxed);
         let last_crash = self.start.crash.map(|end| CrashInfo {
             pid: end.pid.unsigned_abs(),

@@ -161,7 +161,15 @@ impl Survival {
 
     /// The decision. When this returns without an error the candidate is the daemon.
     fn commit(&self, peer: &OwnedFd) -> Result<(), CtlError> {
-        match self.client.lock().commit_upgrade() {
+        let mut client = self.client.lock();
+        // The holder answers nothing after the commit, and requests that are in progress then want to know it.
+        let status = client.status().unwrap_or(self.start.status);
+        let committed = client.commit_upgrade();
+        if committed.is_ok() {
+            let _ = self.last_status.set(status);
+        }
+        drop(client);
+        match committed {
             Ok(()) => Ok(()),
             // The holder has ended: it may have told the candidate before, which then says so, and ends otherwise.
             Err(errno) if errno == PIPE && goes_on(peer, DECISION_TIMEOUT) => Ok(()),
@@ -271,7 +279,8 @@ fn say(peer: &OwnedFd, bytes: &[u8]) {
 fn wait_until_stopped(peer: &OwnedFd) -> Result<(), Errno> {
     loop {
         match rustix::io::read(peer, &mut [0; 1]) {
-            Ok(_) => return Ok(()),
+            // It has ended without having read what this process had said, which takes the place of what it had said.
+            Ok(_) | Err(rustix::io::Errno::CONNRESET) => return Ok(()),
             Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(Errno::from_raw(error.raw_os_error())),
         }
