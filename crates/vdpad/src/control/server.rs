@@ -66,12 +66,17 @@ pub struct Server {
     thread: Option<JoinHandle<()>>,
 }
 
-/// A request to accept no more connections until `resume` is dropped.
+/// How long a client may take to send its request after it has connected, when the server ends: a connection without a request
+/// is ended then.
+const REQUEST_GRACE: Duration = Duration::from_millis(20);
+
+/// A request to accept no more connections.
 #[derive(Debug)]
 struct Pause {
-    /// Told when the requests in progress are answered.
+    /// Told when none is accepted any more.
     paused: oneshot::Sender<()>,
-    resume: oneshot::Receiver<()>,
+    /// Comes when the requests in progress are to be answered, and is told when they are. Without it the server goes on.
+    finish: oneshot::Receiver<oneshot::Sender<()>>,
 }
 
 /// Pauses a [`Server`]. Any thread outside it may use it, after the server's end too.
@@ -80,19 +85,30 @@ pub struct Pauser(mpsc::UnboundedSender<Pause>);
 
 /// The server accepts no connections while this exists. They wait in the socket, for this process or a successor that listens on it.
 #[derive(Debug)]
-pub struct Paused(#[expect(dead_code, reason = "dropping it is the signal")] Option<oneshot::Sender<()>>);
+pub struct Paused(Option<oneshot::Sender<oneshot::Sender<()>>>);
 
 impl Pauser {
-    /// Accepts no more connections, and blocks until the requests in progress are answered, for at most [`Limits::shutdown`].
+    /// Accepts no more connections. Those that are there go on.
     #[must_use]
     pub fn pause(&self) -> Paused {
         let (paused, wait) = oneshot::channel();
-        let (guard, resume) = oneshot::channel();
-        if self.0.send(Pause { paused, resume }).is_err() || wait.blocking_recv().is_err() {
+        let (guard, finish) = oneshot::channel();
+        if self.0.send(Pause { paused, finish }).is_err() || wait.blocking_recv().is_err() {
             // The server has ended, which is as good.
             return Paused(None);
         }
         Paused(Some(guard))
+    }
+}
+
+impl Paused {
+    /// Blocks until the requests in progress are answered, for at most [`Limits::shutdown`], and ends their connections. The server
+    /// accepts no more.
+    pub fn finish(mut self) {
+        let (told, wait) = oneshot::channel();
+        if self.0.take().is_some_and(|finish| finish.send(told).is_ok()) {
+            let _ = wait.blocking_recv();
+        }
     }
 }
 
@@ -216,11 +232,17 @@ async fn serve(
         progress::busy();
         let accepted = tokio::select! {
             _ = &mut stopped => break,
-            Some(Pause { paused, resume }) = pauses.recv() => {
-                finish(std::mem::take(&mut connections), limits).await;
-                // Whoever asked may have ended; then the other end of `resume` is dropped as well.
+            Some(Pause { paused, finish: wanted }) = pauses.recv() => {
                 let _ = paused.send(());
-                let _ = resume.await;
+                // Without it, whoever asked goes on, or has ended.
+                if let Ok(told) = wanted.await {
+                    tokio::time::sleep(REQUEST_GRACE).await;
+                    finish(std::mem::take(&mut connections), limits).await;
+                    let _ = told.send(());
+                    // This process is to end: who connects now is for the next one.
+                    let _ = (&mut stopped).await;
+                    break;
+                }
                 continue;
             }
             accepted = accept(&listener, &slots) => accepted,

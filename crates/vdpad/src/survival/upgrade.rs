@@ -31,6 +31,7 @@ use vdpa_sys::clock::monotonic_ns;
 
 use super::{HeldDevices, Survival};
 use crate::bus::Bus;
+use crate::control::{Paused, Pauser};
 
 /// How long the candidate may take to say that it is ready.
 const READY_TIMEOUT: Duration = Duration::from_secs(20);
@@ -121,12 +122,11 @@ impl Survival {
             return self.abort();
         }
         // Started before the commit, after which nothing may fail.
-        let (committed, commit) = channel();
-        let pauser = self.pauser.get().cloned();
+        let (committed, commit) = channel::<Option<Paused>>();
         let leave = move || {
-            if commit.recv() == Ok(()) {
-                // Every request in progress gets its answer, the one for this upgrade too. The next daemon has the socket for later ones.
-                let _paused = pauser.map(|pauser| pauser.pause());
+            if let Ok(paused) = commit.recv() {
+                // Every request in progress gets its answer, the one for this upgrade too.
+                paused.into_iter().for_each(Paused::finish);
                 // Nothing of this process may change any more: no destructors.
                 std::process::exit(0);
             }
@@ -135,6 +135,8 @@ impl Survival {
             self.abort()?;
             return Err(CtlError::new(Errno::AGAIN, format!("no thread for the upgrade: {error}")));
         }
+        // From here on who connects is served by the next daemon.
+        let paused = self.pauser.get().map(Pauser::pause);
         let begin = Instant::now();
         if let Err(error) = stop() {
             self.abort()?;
@@ -149,7 +151,7 @@ impl Survival {
             Ok(()) => {
                 reach(CrashPoint::Committed);
                 aside.into_iter().for_each(Aside::remove);
-                let _ = committed.send(());
+                let _ = committed.send(paused);
                 Ok(())
             }
             Err(error) => {
