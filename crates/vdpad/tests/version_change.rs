@@ -48,7 +48,13 @@ fn program(vdpad: &Vdpad) -> PathBuf {
 /// Upgrades to `binary`, or learns why that is not possible.
 fn change(vdpad: &Vdpad, binary: &Path) -> Result<(), String> {
     let generation = daemon(vdpad).holder.unwrap().generation;
-    match vdpad.client().upgrade(&UpgradeRequest { binary: Some(binary.into()), dry_run: false }) {
+    let request = UpgradeRequest { binary: Some(binary.into()), dry_run: false };
+    // The program of the previous release does not wait for the end of the daemon before it.
+    let answer = eventually("the daemon before has ended", || match vdpad.client().upgrade(&request) {
+        Err(ClientError::Refused(error)) if error.errno == Errno::BUSY => None,
+        answer => Some(answer),
+    });
+    match answer {
         Ok(()) => {}
         Err(ClientError::Refused(error)) => {
             assert_eq!(error.errno, Errno::CANCELED, "{error}");
