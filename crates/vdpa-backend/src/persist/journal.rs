@@ -346,6 +346,13 @@ impl DeviceLog {
         self.journal.is_current()
     }
 
+    /// Releases what is held and the restored device does not name. For a device that was reopened while another process served it:
+    /// that one may have released some of it since.
+    pub fn release_unnamed(&mut self) {
+        self.objects.end_snapshot();
+        self.kept = self.objects.len();
+    }
+
     /// The number of the device.
     #[must_use]
     pub const fn device(&self) -> u32 {

@@ -57,7 +57,7 @@ pub(super) struct Objects {
     device: u32,
     store: Arc<dyn Store>,
     objects: BTreeMap<u32, Object>,
-    /// Numbers that the records of the present snapshot name.
+    /// Numbers that the records of the present snapshot name, or those from which the device was restored.
     used: HashSet<u32>,
     next: u32,
 }
@@ -120,7 +120,7 @@ impl Objects {
         self.used.clear();
     }
 
-    /// Releases every object that was not named since [`begin_snapshot`](Self::begin_snapshot).
+    /// Releases every object that was not named since [`begin_snapshot`](Self::begin_snapshot), or since the objects were reopened.
     pub(super) fn end_snapshot(&mut self) {
         let unused: Vec<u32> =
             self.objects.keys().copied().filter(|number| !self.used.contains(number)).collect();
@@ -179,9 +179,11 @@ impl Objects {
         self.objects.iter().find(|(_, object)| is(object)).map(|(number, _)| *number)
     }
 
-    fn get(&self, id: u64) -> Result<&Object> {
+    fn get(&mut self, id: u64) -> Result<&Object> {
         let number = u32::try_from(id).map_err(|_| Errno::NOENT)?;
-        self.objects.get(&number).ok_or(Errno::NOENT)
+        let object = self.objects.get(&number).ok_or(Errno::NOENT)?;
+        self.used.insert(number);
+        Ok(object)
     }
 }
 
@@ -308,5 +310,58 @@ pub(super) fn decode(record: &[u8]) -> Option<Decoded> {
             Some(Decoded::Space(SpaceRecord { pid: i32::from_le_bytes(*pid), random_addr }))
         }
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::BorrowedFd;
+
+    use parking_lot::Mutex;
+    use vdpa_sys::uring::RingRecord;
+
+    use super::*;
+
+    /// What is held, by key.
+    #[derive(Debug, Default)]
+    struct Keys(Mutex<BTreeMap<u64, OwnedFd>>);
+
+    impl Store for Keys {
+        fn hold(&self, key: u64, _: Kind, fd: BorrowedFd<'_>, _: &[u8]) -> Result<()> {
+            let fd = fd.try_clone_to_owned().unwrap();
+            self.0.lock().insert(key, fd).map_or(Ok(()), |_| Err(Errno::EXIST))
+        }
+
+        fn hold_ring(&self, _: u64, _: BorrowedFd<'_>, _: &RingRecord) -> Result<()> {
+            Err(Errno::INVAL)
+        }
+
+        fn release(&self, key: u64) -> Result<()> {
+            self.0.lock().remove(&key).map(drop).ok_or(Errno::NOENT)
+        }
+    }
+
+    /// A daemon may release an object after the candidate that replaces it has listed it: the candidate must not name it.
+    #[test]
+    fn what_was_listed_and_no_record_names_is_held_anew() {
+        let store = Arc::new(Keys::default());
+        let (named, listed) = (EventFd::new().unwrap(), EventFd::new().unwrap());
+        let mut objects = Objects::new(1, Arc::clone(&store) as _);
+        let numbers = [&named, &listed].map(|event| StateSink::event(&mut objects, event).unwrap());
+        let item = |(&key, fd): (&u64, &OwnedFd)| {
+            let fd = fd.try_clone().unwrap();
+            Held { key, kind: Kind::Event, record: Vec::new(), fd }
+        };
+        let items = store.0.lock().iter().map(item).collect();
+        let (spaces, registry) = (RestoredSpaces::default(), Spaces::new());
+        let mut successor = Objects::reopen(1, Arc::clone(&store) as _, items, &spaces, &registry);
+        store.release(key(1, u32::try_from(numbers[1]).unwrap())).unwrap();
+        let restored = StateSource::event(&mut successor, numbers[0]).unwrap();
+        successor.end_snapshot();
+        assert_eq!(successor.len(), 1);
+        assert_eq!(StateSink::event(&mut successor, &restored).unwrap(), numbers[0], "it is named");
+        let again = StateSink::event(&mut successor, &listed).unwrap();
+        assert!(store.0.lock().contains_key(&key(1, u32::try_from(again).unwrap())), "it is held");
+        assert!(StateSource::event(&mut successor, numbers[1]).is_err());
     }
 }

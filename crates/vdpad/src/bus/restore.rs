@@ -151,8 +151,9 @@ impl Bus {
             device.discard();
         }
         self.pool.take_over()?;
-        for device in devices {
+        for mut device in devices {
             device.forget_stopped();
+            device.log.release_unnamed();
             let name = device.identity.request.name.clone();
             if let Err(error) = self.add_restored(device) {
                 tracing::error!(device = %name, "the device has no file: {}", chain(&*error));
