@@ -163,10 +163,12 @@ impl Daemon {
         phase("take back");
         let continues = legacy.files.are_served();
         let candidate = survival.as_ref().filter(|survival| survival.is_candidate());
-        if let Some(survival) = candidate.filter(|_| !continues) {
-            let error = TakeOverError::NoFiles;
-            survival.refuse(&error);
-            return Err(error.into());
+        if let Some(survival) = candidate {
+            let unreadable = legacy.unreadable.pop().map(TakeOverError::Device);
+            if let Some(error) = unreadable.or((!continues).then_some(TakeOverError::NoFiles)) {
+                survival.refuse(&error);
+                return Err(error.into());
+            }
         }
         let files = match (&place, &survival) {
             (_, Some(survival)) if continues => survival.adopt_files(&mut legacy.files, options)?,

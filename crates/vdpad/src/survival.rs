@@ -96,6 +96,12 @@ impl Identity {
         Self { number, node, mode, uid, gid, place: None, mark, request: request.clone() }
     }
 
+    /// What is held of a device says what it is, or why that cannot be read.
+    fn of(held: Held) -> Result<Self, String> {
+        let json = read(held.fd).ok_or("what it is cannot be read")?;
+        serde_json::from_str(&json).map_err(|error| format!("what it is cannot be understood: {error}"))
+    }
+
     pub(crate) const fn attributes(&self) -> FileAttributes {
         FileAttributes { mode: self.mode, uid: self.uid, gid: self.gid }
     }
@@ -117,6 +123,8 @@ pub(crate) struct Legacy {
     pub(crate) rings: Vec<Held>,
     /// Devices by their number: what they are, and everything that is held of them.
     pub(crate) devices: HeldDevices,
+    /// Why other devices cannot be read: by a program of another version, for example.
+    pub(crate) unreadable: Vec<String>,
 }
 
 impl Survival {
@@ -326,9 +334,14 @@ impl Survival {
     pub(crate) fn legacy(&self) -> Result<Legacy, Errno> {
         let (legacy, last, orphans) = Legacy::of(self.client.lock().list()?);
         self.next_device.fetch_max(last + 1, Ordering::Relaxed);
-        // A candidate finds them being added, or deleted.
-        for key in orphans.into_iter().filter(|_| !self.is_candidate()) {
-            let _ = self.store().release(key);
+        // A candidate finds them being added, or deleted, or refuses to take over.
+        if !self.is_candidate() {
+            for reason in &legacy.unreadable {
+                tracing::error!("a device cannot be restored: {reason}");
+            }
+            for key in orphans {
+                let _ = self.store().release(key);
+            }
         }
         Ok(legacy)
     }
@@ -354,12 +367,16 @@ impl Legacy {
         let last = items.keys().next_back().copied().unwrap_or(0);
         let mut orphans = Vec::new();
         for (device, mut items) in items {
+            let keys: Vec<u64> = items.iter().map(|held| held.key).collect();
             let at = items.iter().position(|held| split_key(held.key).1 == IDENTITY);
-            let identity = at.map(|at| items.swap_remove(at)).and_then(|held| read(held.fd));
-            match identity.and_then(|json| serde_json::from_str(&json).ok()) {
-                Some(identity) => drop(legacy.devices.insert(device, (identity, items))),
+            match at.map(|at| Identity::of(items.swap_remove(at))) {
+                Some(Ok(identity)) => drop(legacy.devices.insert(device, (identity, items))),
+                Some(Err(reason)) => {
+                    legacy.unreadable.push(reason);
+                    orphans.extend(keys);
+                }
                 // It was being added, or deleted.
-                None => orphans.extend(items.iter().map(|held| held.key)),
+                None => orphans.extend(keys),
             }
         }
         (legacy, last, orphans)
@@ -391,6 +408,28 @@ fn read(fd: OwnedFd) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A candidate of another version must not take it for one that is being added, and lose it.
+    #[test]
+    fn a_device_that_cannot_be_read_is_told_from_one_that_is_being_added() {
+        let held = |device, item, json| {
+            let fd = text(json).unwrap();
+            Held { key: key(device, item), kind: Kind::Memory, record: Vec::new(), fd }
+        };
+        let good = r#"{"number":3,"node":4,"mode":384,"uid":0,"gid":6,"request":{"name":"a","mgmtdev":"blk","attrs":{}}}"#;
+        let items = vec![
+            held(1, 0, ""),
+            held(2, 0, ""),
+            held(2, IDENTITY, good),
+            held(3, 0, ""),
+            held(3, IDENTITY, r#"{"number":"of a later version"}"#),
+        ];
+        let (legacy, last, orphans) = Legacy::of(items);
+        assert_eq!((legacy.devices.keys().copied().collect::<Vec<_>>(), last), (vec![2], 3));
+        assert_eq!(legacy.unreadable.len(), 1);
+        assert!(legacy.unreadable[0].contains("of a later version"), "{:?}", legacy.unreadable);
+        assert_eq!(orphans, [key(1, 0), key(3, 0), key(3, IDENTITY)]);
+    }
 
     /// What a device is, as version 1 has saved it. `VDPA_WRITE_GOLDEN=1` writes it where there is none; it never changes.
     #[test]

@@ -4,11 +4,12 @@
 //!  daemon                            candidate
 //!    | serves                          | takes what is held, reads journals, opens disks, maps memory, makes the devices
 //!    | serves                          | says that it is ready, or why not
+//!    | accepts no more connections on the control socket
 //!    | stops reading requests of files |
 //!    | parks its threads               |
 //!    | says so, and commits: the holder decides
 //!    | answers the command             | takes the rings over, serves; restores what has changed meanwhile
-//!    | ends                            | puts its control socket in the place of the other one
+//!    | ends                            | serves the control socket, which both have
 //! ```
 //! Until the decision the daemon goes on, whatever happens. The two share the io_urings with the memory that is pinned in them, the
 //! logs of requests in flight and the journals, so there is nothing to send: what a stopped daemon leaves is what a dead one does.
