@@ -1,12 +1,10 @@
 //! Translation tables: the mappings of an address space, and the request that created each.
 
-mod layered;
 mod log;
 mod lookup;
 mod removed;
 mod tree;
 
-pub use layered::{Layered, RangeChange};
 pub(crate) use log::Change;
 use log::Log;
 pub use lookup::Lookup;
@@ -152,19 +150,6 @@ impl<M> Table<M> {
             .flat_map(|range| self.entries.range(range.first()..=range.last()))
             .map(|(_, entry)| entry)
             .filter(move |entry| entry.record == id)
-    }
-
-    /// Calls `changed` for each entry that `older` or this table has alone, and for each two that begin at the same address and
-    /// are not `same`, in address order: with the entry of `older` and the one of this table.
-    ///
-    /// Where one table was made from a copy of the other this costs as much as was changed.
-    pub fn changes_since<'a>(
-        &'a self,
-        older: &'a Self,
-        same: impl FnMut(&Mapping<M>, &Mapping<M>) -> bool,
-        mut changed: impl FnMut(Option<&'a Mapping<M>>, Option<&'a Mapping<M>>),
-    ) {
-        self.entries.changes_since(&older.entries, same, |_, before, after| changed(before, after));
     }
 
     /// Entries touched by a possibly inverted interval, in descending order.

@@ -5,12 +5,15 @@
 use std::io::{Read as _, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::path::PathBuf;
+use std::sync::Arc;
 
+use vdpa_sys::process::Spaces;
 use vdpa_sys::{journal, memfd};
 
 use super::front::{DeviceFront, SharedFront, SuccessorFront};
-use super::journal::DeviceLog;
-use super::objects::{Decoded, decode};
+use super::journal::{DeviceLog, LogError};
+use super::objects::tests::Keys;
+use super::objects::{Decoded, RestoredSpaces, decode};
 use super::{Held, Kind, key};
 use crate::front::fuse::{Completed, IoctlReply, Opener};
 
@@ -104,9 +107,13 @@ fn a_journal_of_a_later_version_is_refused() {
     };
     let mut bytes = Vec::new();
     front().encode(&mut bytes);
-    assert!(DeviceLog::check(&held(&bytes)).is_ok());
+    let reopen = |held| {
+        let (store, spaces) = (Arc::new(Keys::default()), RestoredSpaces::default());
+        DeviceLog::reopen(1, store, vec![held], &spaces, &Spaces::new())
+    };
+    assert!(reopen(held(&bytes)).is_ok());
     bytes[0] = u8::MAX;
-    assert!(DeviceLog::check(&held(&bytes)).is_err());
+    assert!(matches!(reopen(held(&bytes)), Err(LogError::Damaged)));
 }
 
 fn file_of(bytes: &[u8]) -> OwnedFd {

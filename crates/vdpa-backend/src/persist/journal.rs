@@ -9,7 +9,7 @@ use vdpa_core::crash_points::{CrashPoint, reach};
 use vdpa_core::device::Device;
 use vdpa_core::device::state::{self, Record};
 use vdpa_core::handover::Handover;
-use vdpa_sys::journal::{self, AppendError, Contents, Journal, OpenError};
+use vdpa_sys::journal::{AppendError, Contents, Journal, OpenError};
 use vdpa_sys::process::Spaces;
 
 use super::objects::{FIRST_ITEM, Objects, RestoredSpaces};
@@ -171,18 +171,6 @@ impl DeviceLog {
         let kept = objects.len();
         let log = Self { device, store, journal, objects, kept, said: None };
         Ok(Reopened { log, records, shared, front, logs })
-    }
-
-    /// Whether this program can read what is held of a device, while its daemon goes on to write it. Items that are not journals
-    /// are not looked at.
-    ///
-    /// # Errors
-    /// [`LogError`]: an upgrade to this program would lose the device.
-    pub fn check(held: &Held) -> Result<(), LogError> {
-        if split_key(held.key).1 == JOURNAL {
-            decode(&journal::read(&held.fd)?)?;
-        }
-        Ok(())
     }
 
     /// The objects that the records name, for [`Device::restore`].

@@ -314,7 +314,7 @@ pub(super) fn decode(record: &[u8]) -> Option<Decoded> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::os::fd::BorrowedFd;
 
     use parking_lot::Mutex;
@@ -324,7 +324,7 @@ mod tests {
 
     /// What is held, by key.
     #[derive(Debug, Default)]
-    struct Keys(Mutex<BTreeMap<u64, OwnedFd>>);
+    pub(in crate::persist) struct Keys(Mutex<BTreeMap<u64, OwnedFd>>);
 
     impl Store for Keys {
         fn hold(&self, key: u64, _: Kind, fd: BorrowedFd<'_>, _: &[u8]) -> Result<()> {
