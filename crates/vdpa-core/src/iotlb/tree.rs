@@ -10,9 +10,8 @@ const FEWEST: usize = MOST / 4;
 
 /// Values by a 64-bit key, in order: a B+ tree whose copies share their nodes.
 ///
-/// A copy is one reference count, whatever the number of entries. A change copies only the nodes on the way to its entry
-/// that a copy shares, so that an IOTLB with a million entries gives the data path a new snapshot after each change at the
-/// cost of a few hundred of them.
+/// A copy is one reference count, whatever the number of entries, so that a batch can go back to the mappings of its beginning
+/// without having copied them. A change copies only the nodes on the way to its entry that a copy shares.
 #[derive(Debug)]
 pub struct Tree<T> {
     root: Arc<Node<T>>,

@@ -12,6 +12,7 @@ mod memory;
 mod op;
 mod registrar;
 mod ring;
+mod slab;
 #[cfg(test)]
 mod tests;
 

@@ -17,6 +17,7 @@ use vdpa_core::ring::inflight::LogMemory as _;
 use super::adopt::Unsettled;
 use super::op::Resources;
 use super::registrar::Files;
+use super::slab::{Slab, Slot};
 use super::{File, FixedIoVec, IoVec, Op, OwnedBuf, Registrar};
 use crate::shared_words::SharedWords;
 
@@ -28,11 +29,6 @@ pub(super) const INTERNAL: u64 = u64::MAX;
 
 /// Set in the `user_data` of requests that own nothing and so are not in the slab; the other bits are the token.
 pub(super) const BARE: u64 = 1 << 63;
-
-/// Set in the `user_data` of polls, which has the [epoch](Slab::epoch) of the ring too: those of an earlier process complete late.
-const POLL: u64 = 1 << 62;
-/// Bits of a slot's generation in the `user_data` of a poll.
-const POLL_GENERATION: u32 = (1 << 14) - 1;
 
 /// In the words that [`Ring::share`] is given: requests in flight that are no polls.
 const IN_FLIGHT: usize = 0;
@@ -423,87 +419,4 @@ impl fmt::Debug for Ring {
 
 pub(super) fn errno(error: &io::Error) -> Errno {
     Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))
-}
-
-#[derive(Debug)]
-struct Slot {
-    token: u64,
-    resources: Resources,
-    poll: bool,
-}
-
-/// Requests in flight by key: index in the lower half, generation in the upper one, so that a key is never
-/// valid twice.
-#[derive(Debug, Default)]
-struct Slab {
-    slots: Vec<(u32, Option<Slot>)>,
-    free: Vec<u32>,
-    used: usize,
-    /// How many of them are polls.
-    polls: usize,
-    /// Number of the process among those that have used the ring.
-    epoch: u16,
-}
-
-impl Slab {
-    fn insert(&mut self, slot: Slot) -> u64 {
-        self.used += 1;
-        let poll = slot.poll;
-        self.polls += usize::from(poll);
-        let index = self.free.pop().unwrap_or_else(|| {
-            self.slots.push((0, None));
-            // The kernel's limit of requests in flight is far below 2^32 (32768 entries, 65536 completions
-            // and a backlog that stops submission).
-            u32::try_from(self.slots.len() - 1).unwrap_or(u32::MAX)
-        });
-        let mut generation = 0;
-        if let Some((slot_generation, place)) = self.slots.get_mut(index as usize) {
-            generation = *slot_generation;
-            *place = Some(slot);
-        }
-        self.key(index, generation, poll)
-    }
-
-    fn key(&self, index: u32, generation: u32, poll: bool) -> u64 {
-        if poll {
-            let generation = generation & POLL_GENERATION;
-            POLL | u64::from(self.epoch) << 46 | u64::from(generation) << 32 | u64::from(index)
-        } else {
-            u64::from(generation) << 32 | u64::from(index)
-        }
-    }
-
-    fn at(&mut self, key: u64) -> Option<(u32, &mut (u32, Option<Slot>))> {
-        let index = u32::try_from(key & u64::from(u32::MAX)).ok()?;
-        let (generation, slot) = self.slots.get(index as usize)?;
-        let poll = slot.as_ref()?.poll;
-        if self.key(index, *generation, poll) != key {
-            return None;
-        }
-        self.slots.get_mut(index as usize).map(|place| (index, place))
-    }
-
-    fn token(&mut self, key: u64) -> Option<u64> {
-        self.at(key).and_then(|(_, place)| place.1.as_ref()).map(|slot| slot.token)
-    }
-
-    fn remove(&mut self, key: u64) -> Option<Slot> {
-        let (index, place) = self.at(key)?;
-        let slot = place.1.take()?;
-        // The highest bits belong to BARE, INTERNAL and POLL.
-        place.0 = (place.0 + 1) & (u32::MAX >> 2);
-        self.free.push(index);
-        self.used -= 1;
-        self.polls -= usize::from(slot.poll);
-        Some(slot)
-    }
-
-    fn keys_of(&self, wanted: impl Fn(u64) -> bool) -> Vec<u64> {
-        let indexed = (0u32..).zip(&self.slots);
-        let key = |(index, (generation, slot)): (u32, &(u32, Option<Slot>))| {
-            let slot = slot.as_ref().filter(|slot| wanted(slot.token))?;
-            Some(self.key(index, *generation, slot.poll))
-        };
-        indexed.filter_map(key).collect()
-    }
 }

@@ -1,0 +1,177 @@
+//! Adding a device.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use vdpa_backend::front::fuse::{AddError, DeviceFile};
+use vdpa_backend::front::vhost::{AnyParent, SharedDevice, SharedParent, VhostVdpaFile};
+use vdpa_backend::persist::DeviceLog;
+use vdpa_backend::worker::QueueLogs;
+use vdpa_control::api::{AddRequest, Attrs, CtlError};
+use vdpa_core::Errno;
+use vdpa_core::crash_points::{CrashPoint, reach};
+use vdpa_core::device::Device;
+use vdpa_core::handover::Handover;
+
+use super::{Bus, Entry, file_name};
+use crate::devices::{Kept, NetAttrs};
+use crate::survival::Identity;
+
+/// Queues of a device at most, for its in-flight logs.
+const QUEUES_MAX: u16 = 64;
+
+/// Bytes of the longest device name: what a file name can have.
+const NAME_MAX: usize = 255;
+
+/// Attribute of every device: the path of its device file.
+const DEVICE_FILE_ATTR: &str = "device_file";
+
+/// Attribute of every device: whether a successor may open it while it is in use.
+const HANDOVER_ATTR: &str = "handover";
+
+/// How many names of device files are tried: the kernel's devices have names of the same form.
+const NUMBERS_TRIED: usize = 4096;
+
+impl Bus {
+    /// Makes a device and its file, and has held what it is if there is a holder.
+    ///
+    /// # Errors
+    /// Those of [`Backend::add`](crate::control::Backend::add).
+    pub(super) fn add_device(&self, mut request: AddRequest) -> Result<(), CtlError> {
+        check_name(&request.name)?;
+        let path = request.attrs.take(DEVICE_FILE_ATTR).map(PathBuf::from);
+        if path.as_ref().is_some_and(|path| !path.is_absolute()) {
+            return Err(CtlError::new(Errno::INVAL, format!("{DEVICE_FILE_ATTR} is not an absolute path"))
+                .with_hint("A path such as /dev/vhost-vdpa-0 is right: of a regular file, or of none yet."));
+        }
+        let handover = handover(&mut request.attrs)?;
+        let net_attrs = NetAttrs::parse(&request.attrs)?;
+        let mgmt = self
+            .mgmt
+            .iter()
+            .find(|mgmt| mgmt.describe().handle() == request.mgmtdev)
+            .ok_or_else(CtlError::no_mgmtdev)?;
+        net_attrs.check(&**mgmt)?;
+        let _change = self.begin_change()?;
+        // Locked to the end, as the kernel holds its management lock: no two requests can take the same name.
+        let mut devices = self.devices.lock();
+        if devices.iter().any(|entry| entry.name == request.name) {
+            return Err(CtlError::new(Errno::EXIST, format!("device {} exists already", request.name))
+                .with_hint("Choose another name, or delete it first with \"vdpactl dev del\"."));
+        }
+        let no_memory = |errno| {
+            CtlError::new(errno, format!("no memory for the in-flight logs of {}: {errno}", request.name))
+        };
+        let survival = self.survival.as_ref();
+        let logs = survival.map(|_| QueueLogs::create(QUEUES_MAX)).transpose().map_err(no_memory)?;
+        let kept = survival.map(|_| Kept::new()).transpose().map_err(no_memory)?.unwrap_or_default();
+        let logged = logs.as_ref().map(|(_, logs)| self.pool.with_logs(logs.clone()));
+        let pool = logged.as_ref().unwrap_or(&self.pool);
+        let parent = mgmt.create(&request.name, &request.attrs, pool, &kept)?;
+        reach(CrashPoint::AddCreated);
+        let profile = parent.profile().clone();
+        let (parent, shared) = if handover { shared(parent)? } else { (parent, None) };
+        let device: SharedDevice = Arc::new(Mutex::new(Device::new(parent)));
+        let file = VhostVdpaFile::new(request.name.clone(), Arc::clone(&device), self.spaces.clone());
+        let file = file.with_handover(shared);
+        let held = survival.map(|survival| survival.new_device());
+        let file = file.with_notes(logs.as_ref().and_then(|(_, logs)| logs.notes()));
+        let file = match (survival, held, logs) {
+            (Some(survival), Some(held), Some((memory, _))) => DeviceLog::create(held, survival.store())
+                .and_then(|log| log.hold_logs(memory).map(|()| log))
+                .and_then(|log| file.with_log(log))
+                .map_err(|error| {
+                    CtlError::new(Errno::IO, format!("the device would not survive: {error}"))
+                })?,
+            _ => file,
+        };
+        reach(CrashPoint::AddLogHeld);
+        let file = Arc::new(file);
+        let taken: BTreeSet<u32> = devices.iter().map(|entry| entry.number).collect();
+        let front = if path.is_some() { "fuse" } else { self.files.front() };
+        let added = self.add_file(&taken, path.as_deref(), &file);
+        let (number, path) = added.inspect_err(|_| file.forget_log())?;
+        reach(CrashPoint::AddFileMade);
+        if let (Some(survival), Some(held)) = (survival, held) {
+            let identity = Identity::new(number, &request, kept.mark(), &self.files);
+            let contents = kept.held_memory();
+            survival.hold_device(held, identity, &self.files, contents.as_deref()).map_err(|errno| {
+                survival.release_device(held);
+                file.forget_log();
+                self.files.remove(&file_name(number));
+                CtlError::new(errno, "the device would not survive: the holder refuses it")
+            })?;
+        }
+        reach(CrashPoint::AddIdentityHeld);
+        let AddRequest { name, mgmtdev, .. } = request;
+        let entry = Entry { name, number, mgmtdev, profile, device, file, path, front, held };
+        tracing::info!(device = %entry.name, mgmtdev = %entry.mgmtdev, file = %entry.path.display(), front, "device added");
+        devices.push(Arc::new(entry));
+        reach(CrashPoint::AddDone);
+        Ok(())
+    }
+
+    /// Creates the device file under the first free number; `taken` are the numbers of this bus.
+    fn add_file(
+        &self,
+        taken: &BTreeSet<u32>,
+        path: Option<&Path>,
+        file: &Arc<VhostVdpaFile>,
+    ) -> Result<(u32, PathBuf), CtlError> {
+        for number in (0..).filter(|number| !taken.contains(number)).take(NUMBERS_TRIED) {
+            let name = file_name(number);
+            let file = Arc::clone(file) as Arc<dyn DeviceFile>;
+            let added = match path {
+                Some(path) => self.files.add_at(path, &name, file),
+                None => self.files.add(&name, file),
+            };
+            match added {
+                Ok(path) => return Ok((number, path)),
+                // A device of the kernel, or one of ours that was deleted and is still open.
+                Err(AddError::Exists { .. }) => {}
+                Err(error) => {
+                    return Err(CtlError::new(
+                        Errno::IO,
+                        format!("cannot make the device file {name}: {error}"),
+                    ));
+                }
+            }
+        }
+        Err(CtlError::new(Errno::NOSPC, format!("no file name from {} on is free", file_name(0))))
+    }
+}
+
+/// Parses `handover`: whether a successor may open the device while it is in use.
+fn handover(attrs: &mut Attrs) -> Result<bool, CtlError> {
+    match attrs.take(HANDOVER_ATTR).as_deref() {
+        None | Some("off") => Ok(false),
+        Some("open") => Ok(true),
+        Some(text) => Err(CtlError::new(Errno::INVAL, format!("{HANDOVER_ATTR} is \"{text}\""))
+            .with_hint("\"off\" or \"open\" is right.")),
+    }
+}
+
+/// Shares a parent between clients. Returns the handle of the first client, and what creates handles for successors.
+fn shared(parent: AnyParent) -> Result<(AnyParent, Option<SharedParent>), CtlError> {
+    let handover = Handover::new(parent).map_err(|errno| {
+        CtlError::new(errno, "this device cannot be opened by a successor")
+            .with_hint("It uses addresses of its owner. Leave handover out; blk takes it.")
+    })?;
+    let first = handover.handle();
+    let handle = first.id();
+    Ok((Box::new(first), Some(SharedParent { handover, handle })))
+}
+
+fn check_name(name: &str) -> Result<(), CtlError> {
+    let fits = !name.is_empty()
+        && name.len() <= NAME_MAX
+        && !name.starts_with('.')
+        && name.chars().all(|c| c.is_ascii_graphic() && c != '/');
+    if fits {
+        return Ok(());
+    }
+    Err(CtlError::new(Errno::INVAL, format!("\"{name}\" is no device name"))
+        .with_hint("1 to 255 visible ASCII characters without a slash, not beginning with a dot, are right."))
+}
