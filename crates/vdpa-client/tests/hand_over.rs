@@ -4,12 +4,14 @@
 
 #![expect(clippy::unwrap_used, reason = "a test: every failure is a panic")]
 
+#[path = "support/disk.rs"]
+mod disk;
 #[path = "support/recording.rs"]
 mod recording;
 
 use std::fs::File;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -27,32 +29,14 @@ use vdpa_core::types::{Perm, QueueIndex};
 use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::memfd;
 
-use recording::{Q0, RecordingDevice, complete_first, offered, session, started};
+use disk::Disk;
+use recording::{Q0, RecordingDevice, complete_first, session, started};
 
 const ALL: [Bit; 3] = [B::NEW_OWNER, B::SUSPEND, B::RESUME];
 
-/// A device file in its own directory.
-struct Disk {
-    _directory: tempfile::TempDir,
-    path: PathBuf,
-}
-
 impl Disk {
-    fn new(bits: &[Bit]) -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join(format!("{:x}", offered(bits).0));
-        File::create(&path).unwrap();
-        Self { _directory: directory, path }
-    }
-
     fn devices(&self) -> Devices<RecordingDevice> {
         Devices::one("disk0", session(&self.path))
-    }
-
-    /// Returns the requests since the update began.
-    fn log(&self) -> String {
-        let text = std::fs::read_to_string(&self.path).unwrap();
-        text.split_once("--- update\n").unwrap().1.lines().collect::<Vec<_>>().join(", ")
     }
 }
 

@@ -3,13 +3,14 @@
 
 #![expect(clippy::unwrap_used, reason = "a test: every failure is a panic")]
 
+#[path = "support/disk.rs"]
+mod disk;
 #[path = "support/recording.rs"]
 mod recording;
 
 use std::fs::File;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -32,31 +33,11 @@ use vdpa_client::vq::QueueState;
 use vdpa_client::vring::GuestRing;
 use vdpa_client::{Error, Session, memfd};
 
+use disk::Disk;
 use recording::{Q0, RecordingDevice, complete_first, negotiated, offered, session};
 
 const ALL: [Bit; 3] = [B::NEW_OWNER, B::SUSPEND, B::RESUME];
 const Q1: QueueIndex = QueueIndex(1);
-
-/// A device file in its own directory.
-struct Disk {
-    _directory: tempfile::TempDir,
-    path: PathBuf,
-}
-
-impl Disk {
-    fn new(bits: &[Bit]) -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join(format!("{:x}", offered(bits).0));
-        File::create(&path).unwrap();
-        Self { _directory: directory, path }
-    }
-
-    /// Returns the requests since the update began.
-    fn log(&self) -> String {
-        let text = std::fs::read_to_string(&self.path).unwrap();
-        text.split_once("--- update\n").unwrap().1.lines().collect::<Vec<_>>().join(", ")
-    }
-}
 
 fn ram(size: u64) -> Arc<Memory> {
     Memory::map("ram", memfd::create(c"ram", size, None).unwrap(), 0, size, false).unwrap()

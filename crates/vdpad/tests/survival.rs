@@ -4,18 +4,20 @@
 #[expect(dead_code, reason = "every test binary uses its own part")]
 #[path = "support/hanging.rs"]
 mod hanging;
+#[expect(dead_code, reason = "every test binary uses its own part")]
+#[path = "support/held.rs"]
+mod held;
 #[path = "support/robust.rs"]
 mod robust;
 
 use std::os::unix::net::UnixListener;
-use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
-use vdpa_control::api::{DaemonInfo, HolderInfo};
+use vdpa_control::api::HolderInfo;
 use vdpa_core::Errno;
 use vdpa_core::blk::kind;
 use vdpa_core::features::Status;
@@ -23,45 +25,13 @@ use vdpa_core::ops::VdpaOps;
 use vdpa_sys::vhost_vdpa::VhostVdpaFd;
 
 use hanging::HangingFile;
+use held::{daemon, holder, is_busy, kill, replace, start};
 use robust::disk::{self, Disk};
 use robust::{Vdpad, eventually, run, vdpactl};
 
 const LIMIT: Duration = Duration::from_secs(120);
 /// The errors of clients whose device is gone.
 const GONE: [i32; 4] = [libc::ECONNABORTED, libc::ENOTCONN, libc::ENODEV, libc::ENOENT];
-
-fn start(args: &[&str]) -> Vdpad {
-    Vdpad::start_with(LIMIT, &[&["--holder", "--front", "fuse"], args].concat())
-}
-
-fn daemon(vdpad: &Vdpad) -> DaemonInfo {
-    eventually("the daemon answers", || vdpad.client().daemon().ok())
-}
-
-fn holder(vdpad: &Vdpad) -> HolderInfo {
-    daemon(vdpad).holder.unwrap()
-}
-
-fn kill(vdpad: &Vdpad) {
-    let pid = daemon(vdpad).pid;
-    assert_ne!(pid, vdpad.pid().as_raw_nonzero().get().unsigned_abs(), "the daemon is a child of the holder");
-    kill_process(Pid::from_raw(pid.cast_signed()).unwrap(), Signal::KILL).unwrap();
-}
-
-/// Kills the daemon, and waits until the next one serves.
-fn replace(vdpad: &Vdpad) {
-    let before = holder(vdpad).generation;
-    kill(vdpad);
-    eventually("the next daemon serves", || {
-        vdpad.client().daemon().ok().and_then(|daemon| daemon.holder).filter(|now| now.generation > before)
-    });
-}
-
-/// Whether the device has a client already.
-fn is_busy(device: &Path) -> bool {
-    let open = std::fs::File::options().read(true).write(true).open(device);
-    open.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
-}
 
 #[track_caller]
 fn is_gone<T: std::fmt::Debug>(result: Result<T, Errno>) {

@@ -5,6 +5,9 @@
 #[expect(dead_code, reason = "every test binary uses its own part")]
 #[path = "support/hanging.rs"]
 mod hanging;
+#[expect(dead_code, reason = "every test binary uses its own part")]
+#[path = "support/held.rs"]
+mod held;
 #[path = "support/robust.rs"]
 mod robust;
 
@@ -26,22 +29,9 @@ use vdpa_sys::uapi::report::UpdateReport;
 use zerocopy::FromZeros;
 
 use hanging::HangingFile;
+use held::{daemon, holder, start};
 use robust::disk::{self, Disk};
 use robust::{Vdpad, eventually, vdpactl};
-
-const LIMIT: Duration = Duration::from_secs(120);
-
-fn start(args: &[&str]) -> Vdpad {
-    Vdpad::start_with(LIMIT, &[&["--holder", "--front", "fuse"], args].concat())
-}
-
-fn daemon(vdpad: &Vdpad) -> DaemonInfo {
-    eventually("the daemon answers", || vdpad.client().daemon().ok())
-}
-
-fn holder(vdpad: &Vdpad) -> HolderInfo {
-    daemon(vdpad).holder.unwrap()
-}
 
 fn pid(number: u32) -> Pid {
     Pid::from_raw(number.cast_signed()).unwrap()

@@ -1,27 +1,29 @@
 //! [`HangingFile`]: a file whose reads, writes and flushes block until they are released, as those of a disk that has been
 //! disconnected.
 
-use std::fs::File;
+#[path = "fuse_file.rs"]
+mod fuse_file;
+
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
-use vdpa_core::Errno;
-use vdpa_sys::fuse::{BUFFER_SIZE, Connection, MountOptions, Operation, Readiness, Request, mount, unmount};
-use vdpa_sys::uapi::fuse::{Attr, AttrOut, OpenOut, ROOT_ID, WriteOut, open_flags};
+use vdpa_sys::fuse::{Connection, Operation};
+use vdpa_sys::uapi::fuse::WriteOut;
 use zerocopy::IntoBytes;
 
-const S_IFREG: u32 = 0o100_000;
+use fuse_file::{FuseFile, Requests};
+
 /// `FUSE_FSYNC`, which the daemon's own files do not support.
 const FSYNC: u32 = 20;
 
-/// A file of zeros, served by a thread of this process, mounted over a file.
+/// A file of zeros.
 pub(crate) struct HangingFile {
     pub(crate) path: PathBuf,
     state: Arc<State>,
-    server: Option<JoinHandle<()>>,
+    _file: FuseFile,
 }
 
 struct State {
@@ -30,7 +32,6 @@ struct State {
     /// Requests at these offsets are answered although others hang.
     released: Mutex<Vec<u64>>,
     flushes: AtomicUsize,
-    ends: AtomicBool,
 }
 
 /// A request that waits.
@@ -64,20 +65,15 @@ impl Held {
 impl HangingFile {
     /// Creates the file `path` with `size` bytes. Its requests block from the beginning.
     pub(crate) fn new(path: &Path, size: u64) -> Self {
-        File::create(path).unwrap();
-        let options =
-            MountOptions { fsname: "hanging".into(), rootmode: S_IFREG | 0o666, ..MountOptions::default() };
-        let connection = mount(path, &options).unwrap();
         let state = Arc::new(State {
             hangs: AtomicBool::new(true),
             waiting: AtomicUsize::new(0),
             released: Mutex::default(),
             flushes: AtomicUsize::new(0),
-            ends: AtomicBool::new(false),
         });
         let own = Arc::clone(&state);
-        let server = std::thread::spawn(move || serve(&connection, &own, size));
-        Self { path: path.into(), state, server: Some(server) }
+        let file = FuseFile::new(path, "hanging", size, move |requests| serve(requests, &own));
+        Self { path: file.path().into(), state, _file: file }
     }
 
     /// Requests that wait.
@@ -106,57 +102,28 @@ impl HangingFile {
     }
 }
 
-impl Drop for HangingFile {
-    fn drop(&mut self) {
-        self.state.ends.store(true, Ordering::SeqCst);
-        let _ = unmount(&self.path);
-        let _ = self.server.take().unwrap().join();
-    }
-}
-
-fn serve(connection: &Connection, state: &State, size: u64) {
+fn serve(requests: &Requests, state: &State) {
+    let connection = &requests.connection;
     connection.handshake(Duration::from_secs(10)).unwrap();
-    let attr = Attr { ino: ROOT_ID, size, mode: S_IFREG | 0o666, nlink: 1, blksize: 4096, ..Attr::default() };
-    // Each read is a request of its own.
-    let open = OpenOut { open_flags: open_flags::DIRECT_IO, ..OpenOut::default() };
-    let mut buffer = vec![0; BUFFER_SIZE];
-    let mut held: Vec<Held> = Vec::new();
-    while !state.ends.load(Ordering::SeqCst) {
+    let held: RefCell<Vec<Held>> = RefCell::default();
+    let between = || {
         let released = state.released.lock().unwrap().clone();
         let goes = |held: &Held| !state.hangs.load(Ordering::SeqCst) || released.contains(&held.offset);
+        let mut held = held.borrow_mut();
         held.extract_if(.., |held| goes(held)).for_each(|held| held.answer(connection));
         state.waiting.store(held.len(), Ordering::SeqCst);
-        match connection.wait(None, Duration::from_millis(2)) {
-            Ok(Readiness::Request) => {}
-            Ok(_) => continue,
-            Err(_) => return,
-        }
-        let Ok(read) = connection.read_request(&mut buffer) else { return };
-        let Some(len) = read else { continue };
-        let request = Request::decode(&buffer[..len]).unwrap();
-        let unique = request.header.unique;
-        let out = AttrOut { attr, ..AttrOut::default() };
-        let _ = match request.operation {
-            Operation::Getattr(_) | Operation::Setattr(_) => connection.reply(unique, Ok(&[out.as_bytes()])),
-            Operation::Open(_) => connection.reply(unique, Ok(&[open.as_bytes()])),
-            Operation::Release(_) | Operation::Flush(_) | Operation::Access(_) => {
-                connection.reply(unique, Ok(&[]))
-            }
-            Operation::Read(args) => {
-                held.push(Held { unique, offset: args.offset, answer: Answer::Read(args.size as usize) });
-                Ok(())
-            }
-            Operation::Write { args, .. } => {
-                held.push(Held { unique, offset: args.offset, answer: Answer::Written(args.size) });
-                Ok(())
-            }
+    };
+    requests.serve(between, |request| {
+        let (offset, answer) = match request.operation {
+            Operation::Read(args) => (args.offset, Answer::Read(args.size as usize)),
+            Operation::Write { args, .. } => (args.offset, Answer::Written(args.size)),
             Operation::Unknown { opcode: FSYNC } => {
                 state.flushes.fetch_add(1, Ordering::SeqCst);
-                held.push(Held { unique, offset: 0, answer: Answer::Flushed });
-                Ok(())
+                (0, Answer::Flushed)
             }
-            Operation::Forget(_) | Operation::BatchForget(_) | Operation::Interrupt(_) => Ok(()),
-            _ => connection.reply(unique, Err(Errno::NOSYS)),
+            _ => return false,
         };
-    }
+        held.borrow_mut().push(Held { unique: request.header.unique, offset, answer });
+        true
+    });
 }

@@ -1,21 +1,20 @@
 //! [`LateFile`]: a file whose first write is done late, by a server that answers direct I/O whenever it likes: as a disk behind a
 //! network does. The process that has made the write can end before.
 
-use std::fs::File;
+#[path = "fuse_file.rs"]
+mod fuse_file;
+
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::thread::JoinHandle;
-use std::time::Duration;
 
-use vdpa_core::Errno;
-use vdpa_sys::fuse::{
-    BUFFER_SIZE, Connection, MAX_WRITE, MountOptions, Operation, Readiness, Request, mount, unmount,
-};
-use vdpa_sys::uapi::fuse::{Attr, AttrOut, InitOut, OpenOut, ROOT_ID, WriteOut, open_flags};
+use vdpa_sys::fuse::{MAX_WRITE, Operation};
+use vdpa_sys::uapi::fuse::{InitOut, WriteOut};
 use zerocopy::IntoBytes as _;
 
-const S_IFREG: u32 = 0o100_000;
+use fuse_file::{FuseFile, Requests};
+
 /// `FUSE_ASYNC_DIO`, `FUSE_BIG_WRITES`: direct I/O does not keep the thread that makes it.
 const FLAGS: u32 = 1 << 15 | 1 << 5;
 
@@ -27,26 +26,21 @@ struct State {
     done: AtomicUsize,
     /// The first write is done, too.
     released: AtomicBool,
-    ends: AtomicBool,
 }
 
-/// A file of zeros, served by a thread of this process.
+/// A file of zeros.
 pub(crate) struct LateFile {
     pub(crate) path: PathBuf,
     state: Arc<State>,
-    server: Option<JoinHandle<()>>,
+    _file: FuseFile,
 }
 
 impl LateFile {
     pub(crate) fn new(path: &Path, size: usize) -> Self {
-        File::create(path).unwrap();
-        let options =
-            MountOptions { fsname: "late".into(), rootmode: S_IFREG | 0o666, ..MountOptions::default() };
-        let connection = mount(path, &options).unwrap();
         let state = Arc::new(State::default());
         let own = Arc::clone(&state);
-        let server = std::thread::spawn(move || serve(&connection, &own, size));
-        Self { path: path.into(), state, server: Some(server) }
+        let file = FuseFile::new(path, "late", size as u64, move |requests| serve(requests, &own, size));
+        Self { path: file.path().into(), state, _file: file }
     }
 
     pub(crate) fn waiting(&self) -> usize {
@@ -64,48 +58,33 @@ impl LateFile {
     }
 }
 
-impl Drop for LateFile {
-    fn drop(&mut self) {
-        self.state.ends.store(true, Ordering::SeqCst);
-        let _ = unmount(&self.path);
-        let _ = self.server.take().unwrap().join();
-    }
+/// What the file holds, and the write that waits.
+struct Contents {
+    bytes: Vec<u8>,
+    late: Option<(u64, usize, Vec<u8>)>,
+    first: bool,
 }
 
-fn serve(connection: &Connection, state: &State, size: usize) {
-    let size_of = size as u64;
-    let attr = Attr {
-        ino: ROOT_ID,
-        size: size_of,
-        mode: S_IFREG | 0o666,
-        nlink: 1,
-        blksize: 4096,
-        ..Attr::default()
+fn serve(requests: &Requests, state: &State, size: usize) {
+    let connection = &requests.connection;
+    let contents = RefCell::new(Contents { bytes: vec![0; size], late: None, first: true });
+    let write = |bytes: &mut [u8], unique, at: usize, data: &[u8]| {
+        bytes[at..at + data.len()].copy_from_slice(data);
+        state.done.fetch_add(1, Ordering::SeqCst);
+        let size = u32::try_from(data.len()).unwrap();
+        let _ = connection.reply(unique, Ok(&[WriteOut { size, ..WriteOut::default() }.as_bytes()]));
     };
-    let open = OpenOut { open_flags: open_flags::DIRECT_IO, ..OpenOut::default() };
-    let mut contents = vec![0; size];
-    let mut buffer = vec![0; BUFFER_SIZE];
-    let mut late: Option<(u64, usize, Vec<u8>)> = None;
-    let mut first = true;
-    while !state.ends.load(Ordering::SeqCst) {
+    let between = || {
+        let Contents { bytes, late, .. } = &mut *contents.borrow_mut();
         if let Some((unique, at, data)) = late.take_if(|_| state.released.load(Ordering::SeqCst)) {
-            contents[at..at + data.len()].copy_from_slice(&data);
             state.waiting.store(0, Ordering::SeqCst);
-            state.done.fetch_add(1, Ordering::SeqCst);
-            let size = u32::try_from(data.len()).unwrap();
-            let _ = connection.reply(unique, Ok(&[WriteOut { size, ..WriteOut::default() }.as_bytes()]));
+            write(bytes, unique, at, &data);
         }
-        match connection.wait(None, Duration::from_millis(2)) {
-            Ok(Readiness::Request) => {}
-            Ok(_) => continue,
-            Err(_) => return,
-        }
-        let Ok(read) = connection.read_request(&mut buffer) else { return };
-        let Some(len) = read else { continue };
-        let request = Request::decode(&buffer[..len]).unwrap();
+    };
+    requests.serve(between, |request| {
         let unique = request.header.unique;
-        let out = AttrOut { attr, ..AttrOut::default() };
-        let _ = match request.operation {
+        let Contents { bytes, late, first } = &mut *contents.borrow_mut();
+        match request.operation {
             Operation::Init(init) => {
                 let out = InitOut {
                     major: 7,
@@ -117,33 +96,24 @@ fn serve(connection: &Connection, state: &State, size: usize) {
                     time_gran: 1,
                     ..InitOut::default()
                 };
-                connection.reply(unique, Ok(&[out.as_bytes()]))
-            }
-            Operation::Getattr(_) | Operation::Setattr(_) => connection.reply(unique, Ok(&[out.as_bytes()])),
-            Operation::Open(_) => connection.reply(unique, Ok(&[open.as_bytes()])),
-            Operation::Release(_) | Operation::Flush(_) | Operation::Access(_) => {
-                connection.reply(unique, Ok(&[]))
+                let _ = connection.reply(unique, Ok(&[out.as_bytes()]));
             }
             Operation::Read(args) => {
                 let at = usize::try_from(args.offset).unwrap().min(size);
                 let end = (at + args.size as usize).min(size);
-                connection.reply(unique, Ok(&[&contents[at..end]]))
+                let _ = connection.reply(unique, Ok(&[&bytes[at..end]]));
             }
             Operation::Write { args, data } => {
                 let at = usize::try_from(args.offset).unwrap();
-                if std::mem::take(&mut first) {
-                    late = Some((unique, at, data.to_vec()));
+                if std::mem::take(first) {
+                    *late = Some((unique, at, data.to_vec()));
                     state.waiting.store(1, Ordering::SeqCst);
-                    Ok(())
                 } else {
-                    contents[at..at + data.len()].copy_from_slice(data);
-                    state.done.fetch_add(1, Ordering::SeqCst);
-                    connection
-                        .reply(unique, Ok(&[WriteOut { size: args.size, ..WriteOut::default() }.as_bytes()]))
+                    write(bytes, unique, at, data);
                 }
             }
-            Operation::Forget(_) | Operation::BatchForget(_) | Operation::Interrupt(_) => Ok(()),
-            _ => connection.reply(unique, Err(Errno::NOSYS)),
-        };
-    }
+            _ => return false,
+        }
+        true
+    });
 }
