@@ -1,7 +1,6 @@
 //! What is served after too many crashes: every request gets an error at once, and no state of a device is touched, since that may
 //! be what ends the daemon.
 
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -13,6 +12,7 @@ use vdpa_control::api::{
 };
 use vdpa_control::config::DevConfig;
 use vdpa_core::Errno;
+use vdpa_sys::eventfd::EventFd;
 
 use crate::control::Backend;
 use crate::survival::{Legacy, LegacyParts, Survival};
@@ -53,16 +53,18 @@ pub(crate) fn put_in_place(files: &DeviceFiles, legacy: Legacy) {
             Ok(_) => tracing::error!(device = %name, "the device is given up: every request gets EIO"),
             Err(error) => tracing::error!(device = %name, %error, "the device is gone"),
         }
-        wake(&items);
+        wake(items);
     }
 }
 
 /// Signals the client's eventfds, whichever they are: those for errors and for a change of the configuration have it ask what is
 /// wrong. One for interrupts may be signalled without need, and nobody waits for one for kicks any more.
-fn wake(items: &[Held]) {
-    for event in items.iter().filter(|item| item.kind == Kind::Event) {
-        // One that is full has been signalled.
-        let _ = rustix::io::write(event.fd.as_fd(), &1_u64.to_ne_bytes());
+fn wake(items: Vec<Held>) {
+    for event in items.into_iter().filter(|item| item.kind == Kind::Event) {
+        // What is held was checked to be one.
+        if let Ok(event) = EventFd::from_peer(event.fd) {
+            event.signal();
+        }
     }
 }
 
@@ -127,5 +129,24 @@ impl Backend for FailedBackend {
 
     fn delete(&self, _: &str, _: bool) -> Result<(), CtlError> {
         failed()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::event::{EventfdFlags, eventfd};
+
+    use super::*;
+
+    /// A client may have filled the counter of an eventfd that blocks: it must not keep everybody from an answer.
+    #[test]
+    fn a_full_eventfd_does_not_keep_the_others_from_being_signalled() {
+        let full = eventfd(0, EventfdFlags::empty()).unwrap();
+        rustix::io::write(&full, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+        let other = EventFd::new().unwrap();
+        let fds = [full, std::os::fd::AsFd::as_fd(&other).try_clone_to_owned().unwrap()];
+        let item = |fd| Held { key: 0, kind: Kind::Event, record: Vec::new(), fd };
+        wake(fds.map(item).into());
+        assert!(other.wait(Some(std::time::Duration::ZERO)));
     }
 }
