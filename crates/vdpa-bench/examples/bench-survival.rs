@@ -1,10 +1,12 @@
 //! `just bench-survival`: how long I/O stands still when vdpad, below its holder, is upgraded or killed.
 //!
-//! One thread drives all queues of all devices, and verifies what it reads. It never sleeps, so that it sees the first completion
-//! when it arrives; it lets others run when there is none. The gap of an upgrade is from the last completion of any queue before it to the first one after it; with several
-//! queues also to the first one of the last queue. For a crash both are counted from the kill.
+//! One thread drives all queues of all devices, and verifies what it reads. It sleeps until it gets an interrupt, as a guest does; with
+//! `--driver poll` it never sleeps, and takes a whole processor from the daemons. The gap of an upgrade is from the last completion of
+//! any queue before it to the first one after it; with several queues also to the first one of the last queue. For a crash both are
+//! counted from the kill.
 
 use std::io::Write as _;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,7 +15,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::{Parser, ValueEnum};
+use rustix::buffer::spare_capacity;
+use rustix::event::epoll;
+use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
+use rustix::time::Timespec;
 use tempfile::TempDir;
 use vdpa_bench::process::PrivateDaemon;
 use vdpa_client::Session;
@@ -71,6 +77,9 @@ struct Options {
     /// Use O_DIRECT, so that requests are in flight in the kernel
     #[arg(long)]
     direct: bool,
+    /// How the driver learns of completions
+    #[arg(long, default_value = "interrupts")]
+    driver: Driver,
     /// What the daemon logs, to standard error
     #[arg(long, value_name = "FILTER", default_value = "error")]
     log: String,
@@ -84,6 +93,15 @@ struct Options {
 enum What {
     Upgrade,
     Kill,
+}
+
+/// How the driver learns of completions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Driver {
+    /// It sleeps until the device signals an eventfd.
+    Interrupts,
+    /// It looks at its rings all the time, on a processor of its own.
+    Poll,
 }
 
 /// One measurement, in ms.
@@ -162,7 +180,7 @@ fn measure(options: &Options, gib: u64, what: What) -> Result<Vec<Gap>> {
     let (sender, events) = sync_channel(0);
     thread::scope(|scope| {
         let act = scope.spawn(|| act(options, &client, what, &recording, &sender));
-        let gaps = drive(&mut load, &recording, &events, options.rounds);
+        let gaps = drive(&mut load, options, &recording, &events);
         act.join().map_err(|_| "the thread that ends the daemon has panicked")??;
         gaps
     })
@@ -232,39 +250,87 @@ fn answer(client: &Client, generation: u64) -> Result<(u64, u32)> {
 }
 
 /// Drives all queues until everything was measured.
-fn drive(load: &mut [Load], recording: &AtomicBool, events: &Receiver<u64>, rounds: u32) -> Result<Vec<Gap>> {
-    let queues: usize = load.iter().map(|load| load.queues.len()).sum();
+fn drive(
+    load: &mut [Load],
+    options: &Options,
+    recording: &AtomicBool,
+    events: &Receiver<u64>,
+) -> Result<Vec<Gap>> {
+    let queues: Vec<(usize, usize)> = (load.iter().enumerate())
+        .flat_map(|(device, load)| (0..load.queues.len()).map(move |queue| (device, queue)))
+        .collect();
+    let interrupts = match options.driver {
+        Driver::Interrupts => Some(Interrupts::new(load, &queues)?),
+        Driver::Poll => None,
+    };
     let mut gaps = Vec::new();
     let mut seen: Vec<(u64, usize)> = Vec::new();
     let mut last = Instant::now();
-    while gaps.len() < rounds as usize {
+    let mut due: Vec<usize> = (0..queues.len()).collect();
+    while gaps.len() < options.rounds as usize {
         let record = recording.load(Ordering::Acquire);
-        let (mut number, mut idle) = (0, true);
-        for one in &mut *load {
-            for queue in 0..one.queues.len() {
-                if one.turn(queue)? {
+        let mut idle = true;
+        for &number in &due {
+            let (device, queue) = queues.get(number).copied().ok_or("no such queue")?;
+            let load = load.get_mut(device).ok_or("no such device")?;
+            loop {
+                let done = load.turn(queue)?;
+                if done > 0 {
                     (last, idle) = (Instant::now(), false);
                     if record {
                         seen.push((monotonic_ns(), number));
                     }
                 }
-                number += 1;
+                // What completes from here on comes with an interrupt.
+                if interrupts.is_none() || !load.queue(queue)?.arm()? {
+                    break;
+                }
             }
         }
-        if idle {
+        match &interrupts {
+            Some(interrupts) => due = interrupts.wait()?,
             // A guest has processors of its own. Here, the daemons would wait for the end of this thread's time slices.
-            thread::yield_now();
+            None if idle => thread::yield_now(),
+            None => {}
         }
         if last.elapsed() > LOST {
             return Err("a request is lost".into());
         }
         if !record && !seen.is_empty() {
             let begin = events.recv()?;
-            gaps.push(gap(&seen, queues, begin)?);
+            gaps.push(gap(&seen, queues.len(), begin)?);
             seen.clear();
         }
     }
     Ok(gaps)
+}
+
+/// The interrupts of all queues, by the numbers of the queues.
+struct Interrupts {
+    epoll: OwnedFd,
+}
+
+impl Interrupts {
+    fn new(load: &mut [Load], queues: &[(usize, usize)]) -> Result<Self> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        for (number, &(device, queue)) in queues.iter().enumerate() {
+            let load = load.get_mut(device).ok_or("no such device")?;
+            let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
+            epoll::add(&epoll, load.queue(queue)?.call(), epoll::EventData::new_u64(number as u64), flags)?;
+        }
+        Ok(Self { epoll })
+    }
+
+    /// The queues that have got an interrupt. Sleeps until there is one, at most a tenth of a second.
+    fn wait(&self) -> Result<Vec<usize>> {
+        let timeout = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+        let mut events: Vec<epoll::Event> = Vec::with_capacity(64);
+        match epoll::wait(&self.epoll, spare_capacity(&mut events), Some(&timeout)) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        Ok(events.iter().filter_map(|event| usize::try_from(event.data.u64()).ok()).collect())
+    }
 }
 
 /// The longest time without a completion that ends after `begin`.
@@ -309,7 +375,7 @@ impl Load {
     fn start(
         options: &Options,
         path: &Path,
-        memory: &std::os::fd::OwnedFd,
+        memory: &OwnedFd,
         size: u64,
         device: u16,
     ) -> Result<Option<Self>> {
@@ -341,19 +407,19 @@ impl Load {
         Ok(self.session.queue_mut(QueueIndex(u16::try_from(queue)?))?)
     }
 
-    /// Takes the completions of a queue, verifies them, and submits a request for each; whether there were any.
-    fn turn(&mut self, queue: usize) -> Result<bool> {
-        let mut any = false;
+    /// Takes the completions of a queue, verifies them, and submits a request for each; how many there were.
+    fn turn(&mut self, queue: usize) -> Result<u32> {
+        let mut count = 0;
         while let Some(done) = self.queue(queue)?.reap()? {
             let slot = u16::try_from(done.token)?;
             self.verify(queue, slot)?;
             self.submit(queue, slot)?;
-            any = true;
+            count += 1;
         }
-        if any {
+        if count > 0 {
             self.queue(queue)?.notify()?;
         }
-        Ok(any)
+        Ok(count)
     }
 
     /// Offset of the header, and of the data, of a request.

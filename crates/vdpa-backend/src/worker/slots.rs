@@ -8,7 +8,7 @@
 //! | 0 | [`MAGIC`], which has the version |
 //! | 1 | 1 when the slots are reserved with the ring |
 //! | 2 | slots from this one on were never used |
-//! | 3, 4 | what the ring [shares](vdpa_sys::uring::Ring::share): requests in flight that are no polls; processes that have used it |
+//! | 3, 4, 5 | what the ring [shares](vdpa_sys::uring::Ring::share): requests in flight that are no polls; processes that have used it; what was true at its last submission |
 //! | 512 + 8 n | slot n: [state](State), device (major in the upper half), inode, creation time in ns since 1970, offset in bytes, length in bytes, address when it was registered |
 //!
 //! An entry is written after the registration, and made [`State::CHANGING`] before a registration begins or ends: at any

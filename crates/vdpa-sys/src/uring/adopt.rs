@@ -19,6 +19,7 @@ use vdpa_core::Errno;
 
 use super::Ring;
 use super::ring::{BARE, INTERNAL, errno};
+use super::told::Queues;
 use crate::mmap::{Prot, SharedMap};
 use crate::process::describe_fd;
 
@@ -103,27 +104,30 @@ impl RingRecord {
     }
 
     /// The field at byte `at`.
-    fn word(&self, at: usize) -> u32 {
+    pub(super) fn word(&self, at: usize) -> u32 {
         let bytes = self.0.get(at..).and_then(|rest| rest.first_chunk());
         bytes.map_or(0, |bytes| u32::from_ne_bytes(*bytes))
     }
 }
 
 /// Bytes at which `struct io_uring_params` has its fields (include/uapi/linux/io_uring.h).
-mod at {
-    pub(super) const SQ_ENTRIES: usize = 0;
-    pub(super) const CQ_ENTRIES: usize = 4;
-    pub(super) const FLAGS: usize = 8;
-    pub(super) const FEATURES: usize = 20;
-    pub(super) const SQ_HEAD: usize = 40;
-    pub(super) const SQ_TAIL: usize = 44;
-    pub(super) const SQ_MASK: usize = 48;
-    pub(super) const SQ_ARRAY: usize = 64;
-    pub(super) const CQ_MASK: usize = 88;
-    pub(super) const CQ_CQES: usize = 100;
+pub(super) mod at {
+    pub(in crate::uring) const SQ_ENTRIES: usize = 0;
+    pub(in crate::uring) const CQ_ENTRIES: usize = 4;
+    pub(in crate::uring) const FLAGS: usize = 8;
+    pub(in crate::uring) const FEATURES: usize = 20;
+    pub(in crate::uring) const SQ_HEAD: usize = 40;
+    pub(in crate::uring) const SQ_TAIL: usize = 44;
+    pub(in crate::uring) const SQ_MASK: usize = 48;
+    pub(in crate::uring) const SQ_FLAGS: usize = 56;
+    pub(in crate::uring) const SQ_ARRAY: usize = 64;
+    pub(in crate::uring) const CQ_HEAD: usize = 80;
+    pub(in crate::uring) const CQ_TAIL: usize = 84;
+    pub(in crate::uring) const CQ_MASK: usize = 88;
+    pub(in crate::uring) const CQ_CQES: usize = 100;
     /// Offsets in the queues that are the same for every ring of a kernel; `SQ_ARRAY` is not.
-    pub(super) const FIXED: [usize; 12] =
-        [SQ_HEAD, SQ_TAIL, SQ_MASK, 52, 56, 60, 80, 84, CQ_MASK, 92, 96, CQ_CQES];
+    pub(in crate::uring) const FIXED: [usize; 12] =
+        [SQ_HEAD, SQ_TAIL, SQ_MASK, 52, SQ_FLAGS, 60, CQ_HEAD, CQ_TAIL, CQ_MASK, 92, 96, CQ_CQES];
 }
 
 const _: () = assert!(size_of::<Parameters>() == RingRecord::SIZE);
@@ -152,14 +156,14 @@ impl Ring {
     /// # Errors
     /// [`AdoptError`].
     pub fn map(fd: OwnedFd, record: &RingRecord) -> Result<Self, AdoptError> {
-        let queues = check(&fd, record)?;
+        let (queues, submissions) = check(&fd, record)?;
         // SAFETY: any bytes are a valid `io_uring_params`, which has integers only; the sizes are asserted above.
         let parameters = unsafe { std::mem::transmute::<[u8; RingRecord::SIZE], Parameters>(record.0) };
         // SAFETY: the descriptor is owned and of a ring, and the parameters are those the kernel gave for it: `check` has
         // reached the ends of its queues, and has compared the sizes with that ring and the offsets with those of this kernel.
         let ring = unsafe { IoUring::from_fd(fd.into_raw_fd(), parameters) }.map_err(|error| io(&error))?;
         let mut ring = Self::with(Arc::new(ring));
-        ring.unsettled = Some(Box::new(Unsettled { queues, record: *record }));
+        ring.unsettled = Some(Box::new(Unsettled { queues, submissions, record: *record }));
         Ok(ring)
     }
 
@@ -170,27 +174,33 @@ impl Ring {
     }
 
     /// Begins to use a ring that was [mapped](Self::map): as [`adopt`](Self::adopt) does. The other process has died, or does not
-    /// use the ring any more. If that one has [said](Self::share) that nothing but polls is in flight, this does not wait for their
-    /// ends. Does nothing the second time.
+    /// use the ring any more. If it follows from what that one has [said](Self::share) that nothing but polls is in flight, this does
+    /// not wait for their ends. Does nothing the second time.
     ///
     /// # Errors
     /// [`AdoptError`]; it can be tried again.
     pub fn settle(&mut self, timeout: Duration) -> Result<Settled, AdoptError> {
-        let Some(Unsettled { queues, record }) = self.unsettled.as_deref() else {
+        let Some(Unsettled { queues, submissions, record }) = self.unsettled.as_deref() else {
             return Ok(Settled::default());
         };
+        let failed = |errno| AdoptError::Io { errno };
+        let view = Queues { queues, submissions, record };
+        let told = self.told().map_or(Ok(false), |told| told.only_polls(&view)).map_err(failed)?;
         let withdrawn = withdraw(queues, record)?;
         let mut leftovers = Vec::new();
         // Late completions of polls are told apart.
-        if !self.only_polls() && !settle(self.io_uring(), timeout, &mut leftovers)? {
+        if self.only_polls() || told {
+            collect(self.io_uring(), MARK, &mut leftovers);
+        } else if !settle(self.io_uring(), timeout, &mut leftovers)? {
             return Err(AdoptError::Unsettled { waited: timeout, leftovers });
         }
         match self.io_uring().submitter().unregister_files() {
             Err(error) if error.raw_os_error() != Some(libc::ENXIO) => return Err(io(&error)),
             _ => {}
         }
+        let positions = view.positions().map_err(failed)?;
         self.unsettled = None;
-        self.begin_epoch();
+        self.begin_epoch(positions);
         Ok(Settled { leftovers, withdrawn })
     }
 }
@@ -207,8 +217,10 @@ pub struct Settled {
 /// What is needed to begin to use the ring of another process.
 pub(super) struct Unsettled {
     /// The mapping of both queues.
-    queues: SharedMap,
-    record: RingRecord,
+    pub(super) queues: SharedMap,
+    /// The mapping of the submissions themselves.
+    pub(super) submissions: SharedMap,
+    pub(super) record: RingRecord,
 }
 
 fn record_of(ring: &IoUring) -> RingRecord {
@@ -217,8 +229,9 @@ fn record_of(ring: &IoUring) -> RingRecord {
     RingRecord(unsafe { parameters.cast::<[u8; RingRecord::SIZE]>().read() })
 }
 
-/// Checks that the descriptor is a ring of this kernel, and the record that ring's. Returns the mapping of its queues.
-fn check(fd: &OwnedFd, record: &RingRecord) -> Result<SharedMap, AdoptError> {
+/// Checks that the descriptor is a ring of this kernel, and the record that ring's. Returns the mappings of its queues,
+/// and of its submissions.
+fn check(fd: &OwnedFd, record: &RingRecord) -> Result<(SharedMap, SharedMap), AdoptError> {
     let wrong = |what| Err(AdoptError::NotThisRing { what });
     if describe_fd(fd) != "anon_inode:[io_uring]" {
         return wrong("the descriptor is no io_uring");
@@ -245,12 +258,12 @@ fn check(fd: &OwnedFd, record: &RingRecord) -> Result<SharedMap, AdoptError> {
         return wrong("it has the features of another kernel");
     }
     let queues = reachable(fd, 0, array + sq * 4)?;
-    reachable(fd, SUBMISSIONS, sq * SUBMISSION)?;
+    let submissions = reachable(fd, SUBMISSIONS, sq * SUBMISSION)?;
     let field = |at: usize| queues.load_u32(record.word(at) as usize).map(u32::from_le);
     if field(at::SQ_MASK) != Ok(sq - 1) || field(at::CQ_MASK) != Ok(cq - 1) {
         return wrong("its queues have other sizes");
     }
-    Ok(queues)
+    Ok((queues, submissions))
 }
 
 /// The record of some ring of this kernel.

@@ -15,6 +15,7 @@ mod ring;
 mod slab;
 #[cfg(test)]
 mod tests;
+mod told;
 
 pub use adopt::{AdoptError, Adopted, Leftover, RingRecord, Settled};
 pub use memory::{

@@ -18,6 +18,7 @@ use super::adopt::Unsettled;
 use super::op::Resources;
 use super::registrar::Files;
 use super::slab::{Slab, Slot};
+use super::told::Told;
 use super::{File, FixedIoVec, IoVec, Op, OwnedBuf, Registrar};
 use crate::shared_words::SharedWords;
 
@@ -34,6 +35,8 @@ pub(super) const BARE: u64 = 1 << 63;
 const IN_FLIGHT: usize = 0;
 /// Processes that have used the ring.
 const EPOCH: usize = 1;
+/// [`Told`].
+const TOLD: usize = 2;
 
 /// An io_uring; see the module.
 pub struct Ring {
@@ -44,6 +47,8 @@ pub struct Ring {
     files: Arc<Mutex<Files>>,
     /// What a successor is told of the ring.
     shared: Option<SharedWords>,
+    /// Position of the next completion, and behind the last submission, as the kernel counts.
+    positions: (u32, u32),
     /// Another process still uses the ring.
     pub(super) unsettled: Option<Box<Unsettled>>,
 }
@@ -90,7 +95,7 @@ impl SubmitError {
 
 impl Ring {
     /// Words that [`share`](Self::share) needs.
-    pub const SHARED_WORDS: usize = 2;
+    pub const SHARED_WORDS: usize = 3;
 
     /// A ring whose submission queue has `entries` (a power of two; others are rounded up) and whose completion
     /// queue has four times as many, for polls that complete more than once.
@@ -116,7 +121,7 @@ impl Ring {
     /// A ring in which nothing is in flight.
     pub(super) fn with(ring: Arc<IoUring>) -> Self {
         let slab = ManuallyDrop::new(Slab::default());
-        Self { ring, slab, bare: 0, files: Arc::default(), shared: None, unsettled: None }
+        Self { ring, slab, bare: 0, files: Arc::default(), shared: None, positions: (0, 0), unsettled: None }
     }
 
     /// Tells a successor in the first [`SHARED_WORDS`](Self::SHARED_WORDS) of `words`, which are zero for a new ring, whether requests
@@ -131,8 +136,15 @@ impl Ring {
         self.shared.as_ref().is_some_and(|words| words.load(IN_FLIGHT) == 0)
     }
 
-    /// Begins to use a ring that another process has used.
-    pub(super) fn begin_epoch(&mut self) {
+    /// What the last process has said at its last submission.
+    pub(super) fn told(&self) -> Option<Told> {
+        let words = self.shared.as_ref()?;
+        Told::unpack(words.load(TOLD), words.load(EPOCH))
+    }
+
+    /// Begins to use a ring that another process has used, at these positions of the next completion and submission.
+    pub(super) fn begin_epoch(&mut self, positions: (u32, u32)) {
+        self.positions = positions;
         if let Some(words) = &self.shared {
             let epoch = words.load(EPOCH).wrapping_add(1);
             words.store(EPOCH, epoch);
@@ -145,7 +157,13 @@ impl Ring {
     #[inline]
     fn tell(&self) {
         if let Some(words) = &self.shared {
-            words.store(IN_FLIGHT, (self.in_flight() - self.slab.polls) as u64);
+            let in_flight = self.in_flight() - self.slab.polls;
+            let (completion, submission) = self.positions;
+            let told = u32::try_from(in_flight).ok().and_then(|in_flight| {
+                Told { in_flight, completion, submission, epoch: words.load(EPOCH) }.pack()
+            });
+            words.store(TOLD, told.unwrap_or(0));
+            words.store(IN_FLIGHT, in_flight as u64);
         }
     }
 
@@ -312,6 +330,7 @@ impl Ring {
             // SAFETY: `&mut self` makes this the only completion queue: the other holders of the Arc are
             // registrars, which use the submitter only.
             let entry = unsafe { self.ring.completion_shared() }.next()?;
+            self.positions.0 = self.positions.0.wrapping_add(1);
             if let Some(completion) = self.complete(entry.user_data(), entry.result(), entry.flags()) {
                 return Some(completion);
             }
@@ -368,7 +387,9 @@ impl Ring {
         let mut queue = unsafe { self.ring.submission_shared() };
         // SAFETY: everything the entry points to is owned by the slab until the completion is seen, and the slab is
         // freed only when nothing is in flight (see Drop); a cancel entry points to nothing.
-        unsafe { queue.push(entry) }.is_ok()
+        let pushed = unsafe { queue.push(entry) }.is_ok();
+        self.positions.1 = self.positions.1.wrapping_add(u32::from(pushed));
+        pushed
     }
 
     /// Cancels all requests and waits up to `timeout`; returns whether no request is in flight afterwards.

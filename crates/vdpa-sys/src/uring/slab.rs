@@ -3,7 +3,7 @@
 use super::op::Resources;
 
 /// Set in the `user_data` of polls, which has the [epoch](Slab::epoch) of the ring too: those of an earlier process complete late.
-const POLL: u64 = 1 << 62;
+pub(super) const POLL: u64 = 1 << 62;
 /// Bits of a slot's generation in the `user_data` of a poll.
 const POLL_GENERATION: u32 = (1 << 14) - 1;
 

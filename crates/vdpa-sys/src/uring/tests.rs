@@ -1,6 +1,6 @@
 #![expect(unsafe_code, reason = "the tests make and read mappings of their own")]
 use std::fs::{self, File as StdFile, OpenOptions};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,6 +11,7 @@ use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use vdpa_core::Errno;
 
 use super::*;
+use crate::shared_words::SharedWords;
 
 const TIMEOUT: Option<Duration> = Some(Duration::from_secs(10));
 
@@ -372,4 +373,76 @@ fn a_transfer_that_may_not_wait_succeeds_or_reports_why() {
     let (pipe, _other) = rustix::pipe::pipe().unwrap();
     let refused = transfer_now(&pipe, Direction::Read, Wait::Refused, &[iovec], &kept, 0);
     assert_eq!(refused, Err(Errno::from_raw(libc::ESPIPE)));
+}
+
+/// What another process would find that looks at `ring` now: whether only polls are in flight.
+fn finds_only_polls(ring: &Ring, words: &SharedWords) -> bool {
+    let fd = ring.as_fd().try_clone_to_owned().unwrap();
+    let mut other = std::mem::ManuallyDrop::new(Ring::map(fd, &ring.save()).unwrap());
+    other.share(words.slice(0, Ring::SHARED_WORDS).unwrap());
+    let left = other.unsettled.as_deref().unwrap();
+    let queues = told::Queues { queues: &left.queues, submissions: &left.submissions, record: &left.record };
+    other.told().is_some_and(|told| told.only_polls(&queues).unwrap())
+}
+
+#[test]
+fn a_successor_knows_whether_anything_but_polls_is_in_flight() {
+    let (_fd, words) = SharedWords::create(c"ring", Ring::SHARED_WORDS).unwrap();
+    let mut ring = Ring::new(8).unwrap();
+    ring.share(words.slice(0, Ring::SHARED_WORDS).unwrap());
+    assert!(!finds_only_polls(&ring, &words), "nothing was said yet");
+    let event = Arc::new(eventfd(0, EventfdFlags::NONBLOCK).unwrap());
+    ring.submit(Op::PollMultishot { fd: Arc::clone(&event) }, 1).unwrap();
+    ring.submit_and_wait(0, None).unwrap();
+    assert!(finds_only_polls(&ring, &words));
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(4096).unwrap();
+    let file = Arc::new(OwnedFd::from(file));
+    let (pipe, end) = rustix::pipe::pipe().unwrap();
+    let pipe = Arc::new(pipe);
+    // More than the queues have entries, so that positions pass their ends.
+    for round in 0..50_u64 {
+        let read = |file: &Arc<OwnedFd>| Op::Read {
+            file: File::Fd(Arc::clone(file)),
+            buffers: vec![0; 16].into(),
+            offset: 0,
+        };
+        ring.submit(read(&file), 2).unwrap();
+        assert!(finds_only_polls(&ring, &words), "{round}: it never begins");
+        rustix::io::write(&event, &1_u64.to_ne_bytes()).unwrap();
+        ring.submit_and_wait(1, TIMEOUT).unwrap();
+        while ring.in_flight() > 1 {
+            assert!(finds_only_polls(&ring, &words) || !ring.has_completions(), "{round}: it is complete");
+            ring.submit_and_wait(1, TIMEOUT).unwrap();
+            let _ = ring.next_completion().unwrap();
+        }
+        assert!(finds_only_polls(&ring, &words), "{round}: its completion is taken");
+        ring.submit(read(&pipe), 3).unwrap();
+        ring.submit_and_wait(0, None).unwrap();
+        assert!(!finds_only_polls(&ring, &words), "{round}: it waits for the pipe");
+        ring.submit(read(&file), 2).unwrap();
+        assert!(!finds_only_polls(&ring, &words), "{round}: one waits, the other never begins");
+        rustix::io::write(&end, &[0; 16]).unwrap();
+        while ring.in_flight() > 1 {
+            ring.submit_and_wait(1, TIMEOUT).unwrap();
+            let _ = ring.next_completion();
+        }
+        assert!(finds_only_polls(&ring, &words), "{round}: both are complete");
+        while ring.next_completion().is_some() {}
+    }
+    // What is not taken by the one who had submitted it is taken, and told, by its successor.
+    ring.submit(Op::Read { file: File::Fd(file), buffers: vec![0; 16].into(), offset: 0 }, 2).unwrap();
+    ring.submit_and_wait(1, TIMEOUT).unwrap();
+    let fd = ring.as_fd().try_clone_to_owned().unwrap();
+    let record = ring.save();
+    std::mem::forget(ring);
+    let mut next = Ring::map(fd, &record).unwrap();
+    next.share(words);
+    let settled = next.settle(Duration::from_secs(10)).unwrap();
+    assert_eq!(settled.leftovers.iter().filter(|leftover| leftover.result == Ok(16)).count(), 1);
+    assert!(!next.has_completions());
+    next.submit(Op::PollMultishot { fd: event }, 7).unwrap();
+    next.submit_and_wait(1, TIMEOUT).unwrap();
+    let done: Vec<_> = next.completions().map(|done| done.token).collect();
+    assert_eq!(done, [7], "the poll of the one before is told apart");
 }
