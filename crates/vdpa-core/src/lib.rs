@@ -34,6 +34,7 @@ pub mod ops;
 mod owner;
 pub mod parent;
 pub mod ring;
+pub mod rules;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod testing;
 pub mod types;

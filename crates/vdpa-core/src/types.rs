@@ -5,6 +5,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::errno::Errno;
+use crate::rules;
 
 macro_rules! number {
     ($(#[$doc:meta])* $name:ident($inner:ty)) => {
@@ -57,10 +58,7 @@ impl IovaRange {
     /// The `size` bytes from `first`; `None` when `size` is 0 or the range would pass 2^64.
     #[must_use]
     pub const fn from_size(first: u64, size: u64) -> Option<Self> {
-        if size == 0 {
-            return None;
-        }
-        match first.checked_add(size - 1) {
+        match rules::last_byte(first, size) {
             Some(last) => Some(Self { first, last }),
             None => None,
         }

@@ -35,6 +35,7 @@ use crate::host::{Caller, Host};
 use crate::iotlb::Table;
 use crate::owner::Ownership;
 use crate::parent::{AddressMode, CompatReset, Dma, Parent, Profile};
+use crate::rules;
 use crate::types::{Asid, GroupIndex, IovaRange, QueueIndex, Result};
 
 pub(crate) type MemoryOf<P> = <<P as Parent>::Host as Host>::Memory;
@@ -322,9 +323,7 @@ impl<P: Parent> Device<P> {
     /// Whether a client reset drops the parent's translation. An acknowledged NEW_OWNER counts as PERSIST:
     /// clients of the live-update series acknowledge only that (uapi-spec 8.8).
     fn cleans_map(&self) -> bool {
-        let keeps =
-            self.acked.has(BackendFeatures::IOTLB_PERSIST) || self.acked.has(BackendFeatures::NEW_OWNER);
-        self.parent.profile().compat_reset == CompatReset::Clean && !keeps
+        self.parent.profile().compat_reset == CompatReset::Clean && rules::reset_cleans_map(self.acked.0)
     }
 
     /// One device reset (uapi-spec 4.5). IOTLB, pins, owner, backend features, eventfds and batch survive.

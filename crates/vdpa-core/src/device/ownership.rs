@@ -7,6 +7,7 @@ use crate::faults::{self, Fault};
 use crate::features::{BackendFeatures, Features, Status};
 use crate::host::Caller;
 use crate::parent::Parent;
+use crate::rules::{self, Refusal};
 use crate::types::Result;
 
 impl<P: Parent> Device<P> {
@@ -56,21 +57,21 @@ impl<P: Parent> Device<P> {
     /// strict mode while the device runs; `ENOMEM` over the caller's limit; what the platform or the parent
     /// reports. Nothing changes on an error.
     pub fn new_owner(&mut self, caller: &dyn Caller<P::Host>) -> Result<()> {
-        if !self.own_features.has(BackendFeatures::NEW_OWNER) {
-            return Err(Errno::OPNOTSUPP);
-        }
-        let without_owner = if faults::is(Fault::NewOwnerErrno) { Errno::PERM } else { Errno::INVAL };
-        let old = self.ownership.owner().ok_or(without_owner)?;
-        // Checked before the limit, so that the owner's own pages are never counted twice (N1).
-        if caller.is(old) && !faults::is(Fault::NewOwnerByOwner) {
-            return Err(Errno::BUSY);
-        }
+        let old = self.ownership.owner();
+        let profile = self.parent.profile();
+        let facts = rules::NewOwner {
+            offered: self.own_features.has(BackendFeatures::NEW_OWNER),
+            owned: old.is_some(),
+            by_owner: old.is_some_and(|old| caller.is(old)) && !faults::is(Fault::NewOwnerByOwner),
+            strict: profile.strict_new_owner && !faults::is(Fault::NewOwnerIgnored),
+            runs: self.status.contains(Status::DRIVER_OK) && !self.suspended,
+        };
+        facts.check().map_err(|refusal| match refusal {
+            Refusal::NoOwner if faults::is(Fault::NewOwnerErrno) => Errno::PERM,
+            refusal => Errno::from_raw(refusal.errno()),
+        })?;
         if faults::is(Fault::NewOwnerIgnored) {
             return Ok(());
-        }
-        let profile = self.parent.profile();
-        if profile.strict_new_owner && self.status.contains(Status::DRIVER_OK) && !self.suspended {
-            return Err(Errno::BUSY);
         }
         let new_owner = caller.address_space()?;
         self.ownership.charge_new_owner(&new_owner, profile.pin_limit.pages(caller.memlock_pages()))?;

@@ -6,24 +6,16 @@ use crate::faults::{self, Fault};
 use crate::host::{Fragment, MemoryObject};
 use crate::iotlb::{Mapping, RecordId, Table};
 use crate::parent::Parent;
+use crate::rules::{self, Mapped, Unit};
 use crate::types::{Asid, IotlbMsg, IovaRange};
-
-/// The mapping that a REMAP refers to.
-#[derive(Clone, Copy)]
-enum Unit {
-    /// All entries of one UPDATE.
-    Record(RecordId),
-    /// A single entry.
-    Entry(RecordId, IovaRange),
-}
 
 impl<P: Parent> Device<P> {
     /// Checks and carries out one REMAP. Outside a batch it takes effect completely or not at all; inside a
     /// batch, the parent receives it at END.
     pub(super) fn remap(&mut self, asid: Asid, msg: &IotlbMsg) -> Result<(), IotlbError> {
-        if msg.perm.0 != 0 && !faults::is(Fault::RemapWithPermission) || msg.size == 0 {
-            return Err(IotlbError::RemapArguments { perm: msg.perm.0, size: msg.size });
-        }
+        let perm = if faults::is(Fault::RemapWithPermission) { 0 } else { msg.perm.0 };
+        rules::remap_arguments(perm, msg.size)
+            .map_err(|_| IotlbError::RemapArguments { perm: msg.perm.0, size: msg.size })?;
         if !self.offers_remap() {
             return if faults::is(Fault::RemapUnsupported) {
                 Ok(())
@@ -36,7 +28,7 @@ impl<P: Parent> Device<P> {
         let range = IovaRange::from_size(msg.iova, msg.size).ok_or(no_match)?;
         let unit = find_unit(table, range).ok_or(no_match)?;
         let record = match unit {
-            Unit::Record(id) | Unit::Entry(id, _) => id,
+            Unit::Record(id) | Unit::Entry(id) => id,
         };
         // Entries that another UPDATE has added in a gap of the record are not part of the REMAP.
         let hit = table.overlapping(range).into_iter();
@@ -68,7 +60,7 @@ impl<P: Parent> Device<P> {
             self.before_change(asid);
             self.before_batched_remap(asid);
         }
-        self.replace(asid, unit, new);
+        self.replace(asid, unit, range, new);
         if self.batch.is_some() {
             return Ok(());
         }
@@ -80,11 +72,17 @@ impl<P: Parent> Device<P> {
         })
     }
 
-    fn replace(&mut self, asid: Asid, unit: Unit, new: Vec<Mapping<MemoryOf<P>>>) {
+    fn replace(
+        &mut self,
+        asid: Asid,
+        unit: Unit<RecordId>,
+        range: IovaRange,
+        new: Vec<Mapping<MemoryOf<P>>>,
+    ) {
         let Some(table) = self.tables.get_mut(&asid) else { return };
         match unit {
             Unit::Record(id) => drop(table.take_fragments(id)),
-            Unit::Entry(_, range) => drop(table.take_entry(range.first())),
+            Unit::Entry(_) => drop(table.take_entry(range.first())),
         }
         new.into_iter().for_each(|entry| table.insert(entry));
     }
@@ -97,37 +95,22 @@ impl<P: Parent> Device<P> {
     }
 }
 
-/// Finds the record with exactly this range, even if another UPDATE has filled its gaps, or the entry with exactly this range
-/// (uapi-spec 8.5, R2).
-fn find_unit<M>(table: &Table<M>, range: IovaRange) -> Option<Unit> {
-    let hits = table.overlapping(range);
-    let is_whole = |id| table.record(id).is_some_and(|record| record.range == range && !record.broken);
-    if let Some(entry) = hits.iter().find(|entry| is_whole(entry.record)) {
-        return Some(Unit::Record(entry.record));
-    }
-    let first = hits.first()?;
-    (first.range == range).then_some(Unit::Entry(first.record, range))
+/// What a REMAP of `range` replaces.
+fn find_unit<M>(table: &Table<M>, range: IovaRange) -> Option<Unit<RecordId>> {
+    let hits = table.overlapping(range).into_iter().map(|entry| {
+        let record = table.record(entry.record).filter(|record| !record.broken);
+        let whole = record.map(|record| (record.range.first(), record.range.last()));
+        Mapped { first: entry.range.first(), last: entry.range.last(), record: entry.record, whole }
+    });
+    rules::remap_unit(range.first(), range.last(), hits)
 }
 
 /// Whether every byte that is mapped now is the same byte of the same object at the new address.
 fn same_memory<M: MemoryObject>(range: IovaRange, old: &[Mapping<M>], new: &[(u64, Fragment<M>)]) -> bool {
-    let span =
-        |(offset, fragment): &(u64, Fragment<M>)| IovaRange::from_size(range.first() + offset, fragment.size);
-    old.iter().all(|entry| {
-        let mut at = entry.range.first();
-        for piece in new {
-            let Some(covered) = span(piece) else { continue };
-            if covered.first() > at || covered.last() < at {
-                continue;
-            }
-            if !entry.memory.same_object(at - entry.range.first(), &piece.1.memory, at - covered.first()) {
-                return false;
-            }
-            if covered.last() >= entry.range.last() {
-                return true;
-            }
-            at = covered.last() + 1;
-        }
-        false
-    })
+    let old = old.iter().map(|entry| (entry.range.first(), entry.range.last(), &entry.memory));
+    let new = new.iter().filter_map(|(offset, fragment)| {
+        let at = IovaRange::from_size(range.first() + offset, fragment.size)?;
+        Some((at.first(), at.last(), &fragment.memory))
+    });
+    rules::same_memory(old, new, |a, i, b, j| a.same_object(i, b, j))
 }
