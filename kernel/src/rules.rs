@@ -1,0 +1,1 @@
+../../crates/vdpa-core/src/rules.rs
