@@ -157,7 +157,7 @@ fn permissions(ctx: &mut Ctx<'_>) -> Outcome {
 
 fn fragments(ctx: &mut Ctx<'_>) -> Outcome {
     // If the device pins memory, an entry is a run of physically adjacent pages, and the pages of two mappings are sometimes
-    // adjacent.
+    // adjacent: pages that are allocated in a row are so, upwards or downwards.
     let tries = if counts_pins(ctx)? { 16 } else { 1 };
     let device = ctx.open_owned()?;
     let mut second = Ok(false);
@@ -165,6 +165,11 @@ fn fragments(ctx: &mut Ctx<'_>) -> Outcome {
     let mut regions = Vec::new();
     for iova in (1..=tries).map(|number| number * 0x10_000) {
         let region = Region::in_two_mappings()?;
+        let upwards = (iova / 0x10_000) % 2 == 0;
+        let page = rustix::param::page_size();
+        for offset in if upwards { [0, page] } else { [page, 0] } {
+            region.write(offset, &[0])?;
+        }
         check("UPDATE of two mappings", device.map(iova, &region, Perm::RW), MAPPED)?;
         check("INVALIDATE of a byte of the first", device.unmap(iova, 1), MAPPED)?;
         check("the first is mapped", is_mapped(&device, iova), Ok(false))?;
