@@ -67,7 +67,7 @@ impl Region {
         Ok(Self { name, range, perm, memory, offset })
     }
 
-    fn piece(&self) -> Piece<'_> {
+    pub(crate) fn piece(&self) -> Piece<'_> {
         let (iova, size) = (self.range.first(), self.range.size());
         Piece { name: &self.name, iova, size, uaddr: self.uaddr(), perm: self.perm }
     }
@@ -288,6 +288,14 @@ impl Regions {
     pub(crate) fn remove(&mut self, name: &str) {
         self.list.retain(|region| region.name() != name);
         self.index();
+    }
+
+    /// Replaces the memory of a region.
+    pub(crate) fn set_memory(&mut self, name: &str, memory: &Arc<Memory>) {
+        let at = self.by_name.get(name).copied();
+        if let Some(region) = at.and_then(|at| self.list.get_mut(at)) {
+            region.memory = Arc::clone(memory);
+        }
     }
 
     fn index(&mut self) {

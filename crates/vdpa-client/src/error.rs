@@ -223,6 +223,11 @@ pub enum RegionProblem {
         /// Size of the memory in bytes.
         memory: u64,
     },
+    /// What was given as another mapping of the region is memory of something else.
+    #[error(
+        "cannot be remapped to that memory: it must be a mapping of the same object, from the same offset of it, in the same size"
+    )]
+    OtherObject,
     /// Guest memory of the crate `vm-memory` without a file.
     #[error(
         "has no file, so it would end with this program: make guest memory from files (a memfd), as \

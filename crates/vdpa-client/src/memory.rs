@@ -189,6 +189,18 @@ impl Memory {
         self.object.is_some()
     }
 
+    /// Whether both are the same part of one object.
+    pub(crate) fn is_same_object(&self, other: &Self) -> bool {
+        let inode = |fd| rustix::fs::fstat(fd).map(|stat| (stat.st_dev, stat.st_ino)).ok();
+        match (self.object(), other.object()) {
+            (Some((fd, offset)), Some((other_fd, other_offset))) => {
+                let same = (offset, self.size) == (other_offset, other.size);
+                same && inode(fd).is_some_and(|own| Some(own) == inode(other_fd))
+            }
+            _ => false,
+        }
+    }
+
     /// Checks that the caller has mapped this object, shared, at this offset. Otherwise the next image would see other bytes
     /// than the device. Maps the object once without touching a page, and looks up each mapping (VMA) of the range.
     pub(crate) fn verify(&self) -> Result<(), MemoryProblem> {

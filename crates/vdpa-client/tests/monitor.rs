@@ -205,6 +205,29 @@ fn mappings_without_a_name_do_not_make_a_prepared_update_stale() {
     assert!(failed.error.source.to_string().contains("maps memory that it did not use then"), "{failed:?}");
 }
 
+/// A monitor moves guest memory in its own address space. Only a device that uses addresses is told.
+#[test]
+fn a_region_is_mapped_elsewhere_in_this_process() {
+    for (bits, log) in [(&[B::NEW_OWNER, B::IOTLB_REMAP][..], "remap"), (&[B::NEW_OWNER], "")] {
+        let disk = Disk::new(bits);
+        let memory = ram(1 << 16);
+        let mut session = negotiated(&disk.path);
+        session.map_memory("ram", &memory, 0, 0x10_0000, 1 << 16, Perm::RW).unwrap();
+        session.ops().record("--- update").unwrap();
+        let again = || memory.object().unwrap().0.try_clone_to_owned().unwrap();
+        let moved = Memory::map("moved", again(), 0, 1 << 16, false).unwrap();
+        session.remap("ram", &moved).unwrap();
+        assert_eq!(session.region("ram").unwrap().uaddr(), moved.uaddr());
+        assert_eq!(disk.log(), log);
+        for other in [ram(1 << 16), Memory::map("part", again(), 0, 1 << 15, false).unwrap()] {
+            let error = session.remap("ram", &other).unwrap_err().to_string();
+            assert!(error.starts_with("region \"ram\" cannot be remapped to that memory"), "{error}");
+        }
+        assert!(session.remap("rom", &moved).is_err());
+        assert_eq!(disk.log(), log, "nothing else was sent");
+    }
+}
+
 /// The queues of a guest are at positions of their own, and not all are enabled: as after a migration, or with several pairs.
 #[test]
 fn a_guests_queue_begins_where_it_was_and_need_not_be_enabled() {

@@ -3,12 +3,13 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use vdpa_core::features::BackendFeatures;
 use vdpa_core::ops::VdpaOps;
 use vdpa_core::types::{IovaRange, Perm};
 use vdpa_sys::eventfd::EventFd;
 
 use super::Session;
-use crate::dma::{Backing, Nameless, Piece, Region, RegionSpec, map_all, problem};
+use crate::dma::{Backing, Nameless, Piece, Region, RegionSpec, map_all, problem, remap_all};
 use crate::error::{Error, RegionProblem};
 use crate::memory::Memory;
 
@@ -77,6 +78,29 @@ impl<D: VdpaOps<Event = EventFd>> Session<D> {
             .map_err(Error::request("VHOST_IOTLB_INVALIDATE"))?;
         self.setup.generation += 1;
         self.setup.regions.remove(name);
+        Ok(())
+    }
+
+    /// Says that a region is mapped at another address of this process from now on: `memory` is another mapping of the same object.
+    /// The device accesses the same pages as before, so it may run. Sends `VHOST_IOTLB_REMAP` where the device uses addresses of its
+    /// owner; any other has nothing to be told. The old mapping must exist until this returns. A prepared update has to be
+    /// prepared again.
+    ///
+    /// # Errors
+    /// [`Error::Region`] for an unknown name, and when `memory` is not the same part of the same object; [`Error::Map`] when the
+    /// device refuses, which changes nothing.
+    pub fn remap(&mut self, name: &str, memory: &Arc<Memory>) -> Result<(), Error> {
+        let region = self.setup.regions.get(name).ok_or_else(|| problem(name, RegionProblem::Unknown))?;
+        if !region.memory().is_same_object(memory) {
+            return Err(problem(name, RegionProblem::OtherObject));
+        }
+        if self.setup.backend.has(BackendFeatures::IOTLB_REMAP) {
+            let uaddr = memory.uaddr().saturating_add(region.offset());
+            let piece = Piece { uaddr, ..region.piece() };
+            remap_all(&self.ops, std::iter::once(piece), false)?;
+        }
+        self.setup.generation += 1;
+        self.setup.regions.set_memory(name, memory);
         Ok(())
     }
 

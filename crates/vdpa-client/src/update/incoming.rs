@@ -233,6 +233,13 @@ impl<D> Incoming<D> {
         self.loaded.predecessor()
     }
 
+    /// Whether the predecessor is another process, which decides when to switch: [`begin_take_over`](Self::begin_take_over) is
+    /// possible then. Not so after an exec.
+    #[must_use]
+    pub const fn waits(&self) -> bool {
+        self.predecessor.is_some()
+    }
+
     /// The caller's sections that have arrived: those known before the switch, and after an exec also the late ones.
     pub const fn sections(&mut self) -> &mut Sections {
         self.loaded.sections()

@@ -127,6 +127,12 @@ impl Image {
         Self { args: args.into_iter().map(Into::into).collect(), ..self }
     }
 
+    /// Removes all variables of the environment.
+    #[must_use]
+    pub fn no_env(self) -> Self {
+        Self { env: Vec::new(), ..self }
+    }
+
     /// Adds or replaces a variable of the environment.
     #[must_use]
     pub fn env(mut self, name: impl Into<OsString>, value: impl Into<OsString>) -> Self {
