@@ -57,6 +57,9 @@ points! {
     /// The client has its answer.
     ReplySent = "reply-sent";
 
+    /// A queue was started, and neither its log nor the journal knows of it.
+    QueueStarted = "queue-started";
+
     // A device is added.
     /// The device exists in the daemon only.
     AddCreated = "add-created";

@@ -45,7 +45,12 @@ pub enum Action {
     Abort = 4,
     /// Nothing; the test learns that the point was reached.
     Note = 5,
+    /// This process is killed a little later, by when its other threads have done what they had to do.
+    KillLater = 6,
 }
+
+/// How much later.
+const LATER: Duration = Duration::from_millis(20);
 
 static CHOICE: OnceLock<SharedWords> = OnceLock::new();
 static ONE: Mutex<()> = Mutex::new(());
@@ -89,6 +94,9 @@ fn reached(point: CrashPoint) {
 
 fn act(action: u64) {
     if action == Action::Kill as u64 {
+        end(Signal::KILL);
+    } else if action == Action::KillLater as u64 {
+        thread::sleep(LATER);
         end(Signal::KILL);
     } else if action == Action::Abort as u64 {
         std::process::abort();

@@ -74,7 +74,8 @@ const fn way(point: CrashPoint) -> Way {
         | P::CheckpointSwitched
         | P::ObjectReleased
         | P::ReplyReady
-        | P::ReplySent => Request,
+        | P::ReplySent
+        | P::QueueStarted => Request,
         P::AddCreated | P::AddLogHeld | P::AddFileMade | P::AddIdentityHeld | P::AddDone => Add,
         P::DelFileRemoved | P::DelRevoked | P::DelIdentityReleased | P::DelDone => Del,
         P::ChainWalked
@@ -121,8 +122,10 @@ fn is_on_path(kind: Kind, point: CrashPoint) -> bool {
     use CrashPoint as P;
     match point {
         P::DescriptorsLogged => kind.name == "packed",
+        // tests/queue_changes.rs
+        P::QueueStarted => false,
         P::PacketCopied | P::PacketHalfDone => kind.mgmtdev == "sim-net",
-        P::StatusWritten | P::CompletionTaken => kind.mgmtdev != "sim-net",
+        P::StatusWritten | P::CompletionTaken => kind.mgmtdev == "blk",
         _ => true,
     }
 }
@@ -144,7 +147,7 @@ struct Ground {
     /// A device for requests, opened by nobody else.
     other: PathBuf,
     total: Faults,
-    /// Packets that may have been lost.
+    /// Packets that may have been lost, since two processes have died with them.
     lossy: u64,
     dir: Option<tempfile::TempDir>,
 }
@@ -362,7 +365,7 @@ fn daemon_is_killed(kind: Kind) {
             let begin = Instant::now();
             let result = ground.provoke(point, nth, Action::Kill);
             assert_eq!(result, Ok(()), "{point:?}");
-            ground.lossy = 2;
+            ground.lossy = 2 * u64::from(poisoned(point) > 0);
             let faults = ground.load.end();
             ground.count(faults, poisoned(point));
             ground.works(0);
@@ -463,7 +466,7 @@ fn holder_is_killed(kind: Kind, action: Action, wanted: fn(CrashPoint) -> Outcom
         *cases.entry(format!("{outcome:?}")).or_default() += 1;
         if outcome == Outcome::Serves {
             assert_eq!(result, Ok(()), "{point:?}");
-            ground.lossy = 2;
+            ground.lossy = 2 * u64::from(poisoned(point) > 0);
             let faults = ground.load.end();
             ground.count(faults, poisoned(point));
             ground.works(0);
@@ -494,8 +497,13 @@ fn packed_holder() {
 }
 
 #[test]
-fn net_holder() {
+fn sim_holder() {
     holder_is_killed(KINDS[2], Action::KillHolder, |_| Outcome::Serves);
+}
+
+#[test]
+fn net_holder() {
+    holder_is_killed(KINDS[3], Action::KillHolder, |_| Outcome::Serves);
 }
 
 #[test]
@@ -509,8 +517,13 @@ fn packed_both() {
 }
 
 #[test]
-fn net_both() {
+fn sim_both() {
     holder_is_killed(KINDS[2], Action::StopHolderAndKill, without_both);
+}
+
+#[test]
+fn net_both() {
+    holder_is_killed(KINDS[3], Action::StopHolderAndKill, without_both);
 }
 
 #[test]
@@ -524,6 +537,11 @@ fn packed_daemon() {
 }
 
 #[test]
-fn net_daemon() {
+fn sim_daemon() {
     daemon_is_killed(KINDS[2]);
+}
+
+#[test]
+fn net_daemon() {
+    daemon_is_killed(KINDS[3]);
 }

@@ -74,6 +74,11 @@ impl DeviceNotes {
         true
     }
 
+    /// Number of the request that was begun last.
+    pub(crate) fn request(words: &SharedWords) -> u64 {
+        words.load(REQUEST) >> ATTEMPT_BITS
+    }
+
     /// Requests that were not begun again.
     #[must_use]
     pub fn refused(&self) -> u64 {

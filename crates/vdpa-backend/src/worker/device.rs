@@ -4,6 +4,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use vdpa_core::Errno;
+use vdpa_core::crash_points::{CrashPoint, reach};
+use vdpa_core::features::Features;
+use vdpa_core::ring::inflight::{FREE_WORD, LogMemory as _};
 use vdpa_core::types::{Asid, QueueIndex, Result};
 use vdpa_core::vq::{QueueSetup, QueueState};
 use vdpa_sys::eventfd::EventFd;
@@ -15,6 +18,7 @@ use super::queue::Queue;
 use super::queues::Queues;
 use super::ring::clear_log;
 use super::{Command, Invalidation, QueueHandler, Reply};
+use crate::persist::DeviceNotes;
 
 /// A device as its worker thread has it: the queues, the handler, and commands that wait for requests in flight.
 pub(super) struct LocalDevice {
@@ -39,6 +43,8 @@ pub(super) struct LocalDevice {
     logs: Vec<SharedWords>,
     /// By queue: the first start continues from the log.
     recover: Vec<bool>,
+    /// The words that tell the request in progress, if the logs have them.
+    notes: Option<SharedWords>,
 }
 
 /// Where a queue stopped.
@@ -47,8 +53,8 @@ struct Stopped {
     state: QueueState,
     /// Requests that it had popped and will never complete.
     unanswered: u16,
-    /// Requests that are to be repeated are still in its log.
-    recover: bool,
+    /// Size of the ring, and what was negotiated: what its log looks like.
+    shape: (u16, Features),
 }
 
 impl LocalDevice {
@@ -66,6 +72,7 @@ impl LocalDevice {
             stopped: vec![None; count],
             logs: Vec::new(),
             recover: vec![false; count],
+            notes: None,
         }
     }
 
@@ -77,7 +84,10 @@ impl LocalDevice {
                 let result = self.start(index, setup, state);
                 send_reply(&reply, result);
             }
-            Command::SetLogs { logs, recover, reply } => send_reply(&reply, self.set_logs(logs, recover)),
+            Command::SetLogs { logs, recover, notes, reply } => {
+                self.notes = notes;
+                send_reply(&reply, self.set_logs(logs, recover));
+            }
             Command::Stop { index, reply } => self.stop(index, reply),
             Command::SetView { invalidation, reply } => {
                 self.queues.set_view(&invalidation);
@@ -86,8 +96,10 @@ impl LocalDevice {
             }
             Command::Fail { reply } => self.failing.push(reply),
             Command::Reset => {
+                // What is in the logs stays until the queues start again: whether this process or the next one does the request is not
+                // known yet.
                 self.stopped.fill(None);
-                self.forget_logs();
+                self.recover.fill(false);
                 self.handler.reset();
             }
             Command::Remove { reply } => {
@@ -99,7 +111,9 @@ impl LocalDevice {
 
     fn start(&mut self, index: QueueIndex, setup: QueueSetup<LinuxHost>, state: QueueState) -> Result<()> {
         let at = usize::from(index.0);
-        let stopped = self.stopped.get(at).ok_or(Errno::INVAL)?.filter(|stopped| stopped.state == state);
+        let shape = (setup.size, setup.features);
+        let stopped = self.stopped.get(at).ok_or(Errno::INVAL)?;
+        let stopped = stopped.filter(|stopped| (stopped.state, stopped.shape) == (state, shape));
         if self.queues.get_mut(index.0).is_some() {
             return Ok(());
         }
@@ -114,9 +128,19 @@ impl LocalDevice {
         }
         if let Some(log) = self.logs.get(at) {
             let first = self.recover.get_mut(at).is_some_and(std::mem::take);
-            queue.set_log(log.clone(), first || stopped.is_some_and(|stopped| stopped.recover));
+            let recover = first || stopped.is_some();
+            // A log that is continued has no instant at which there is none: in the journal the queue may still be where it was
+            // before it was stopped.
+            if !recover {
+                clear_log(log);
+            }
+            if let Some(notes) = &self.notes {
+                log.store(FREE_WORD, DeviceNotes::request(notes));
+            }
+            queue.set_log(log.clone(), recover);
         }
         self.queues.put(index.0, queue);
+        reach(CrashPoint::QueueStarted);
         Ok(())
     }
 
@@ -130,12 +154,6 @@ impl LocalDevice {
         self.logs = logs;
         self.recover.fill(recover);
         Ok(())
-    }
-
-    /// The queues, which are all stopped, do not continue from what is in their logs.
-    fn forget_logs(&mut self) {
-        self.recover.fill(false);
-        self.logs.iter().for_each(clear_log);
     }
 
     fn stop(&mut self, index: QueueIndex, reply: Reply<Result<Option<QueueState>>>) {
@@ -284,8 +302,8 @@ impl LocalDevice {
             }
             queue.forget_in_flight();
             if let Some(place) = self.stopped.get_mut(usize::from(index)) {
-                let (unanswered, recover) = (queue.unanswered(), queue.is_to_recover());
-                *place = Some(Stopped { state: queue.state(), unanswered, recover });
+                let shape = (queue.setup.size, queue.setup.features);
+                *place = Some(Stopped { state: queue.state(), unanswered: queue.unanswered(), shape });
             }
             if let Some(reply) = queue.stopping.take() {
                 send_reply(&reply, Ok(Some(queue.state())));

@@ -3,10 +3,11 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use vdpa_core::Errno;
-use vdpa_core::ring::inflight::LogMemory as _;
+use vdpa_core::ring::inflight::{FREE_WORD, LogMemory as _};
 use vdpa_core::types::{QueueIndex, Result};
 use vdpa_sys::shared_words::SharedWords;
 
+use super::ring::clear_log;
 use super::{COUNTERS, log_words};
 use crate::persist::{DeviceNotes, NOTES, OWN_NOTES};
 
@@ -62,6 +63,12 @@ impl QueueLogs {
         self.memory.slice(at, NOTES).and_then(DeviceNotes::new)
     }
 
+    /// The words of the notes, which tell the request in progress.
+    pub(super) fn request(&self) -> Option<SharedWords> {
+        let at = self.queues()? * (Self::stride() + COUNTERS);
+        self.memory.slice(at, NOTES)
+    }
+
     /// The words that the device counts in itself; `None` for the memory of a program that had none.
     pub(super) fn own_counters(&self) -> Option<SharedWords> {
         let at = self.queues()? * (Self::stride() + COUNTERS) + OWN_NOTES.start;
@@ -76,10 +83,15 @@ impl QueueLogs {
         Ok(Self { memory: SharedWords::map(fd)?, recover: true })
     }
 
-    /// The queue did not run when the process died: it starts at the position that it is given, and not from its log.
-    pub fn forget(&self, index: QueueIndex) {
-        if let Some(log) = self.log(index.0) {
-            log.store(0, 0);
+    /// The queue was to stand still when the process died: it starts at the position that it is given, and not from its log. Unless
+    /// the process has died in a request that had started it: that one is not the request `last`, which the journal knows of, and is
+    /// made again.
+    pub fn forget(&self, index: QueueIndex, last: Option<u64>) {
+        let Some(log) = self.log(index.0) else { return };
+        let request = self.request().map_or(0, |words| DeviceNotes::request(&words));
+        let started = request != 0 && log.load(FREE_WORD) == request && last != Some(request);
+        if !started {
+            clear_log(&log);
         }
     }
 

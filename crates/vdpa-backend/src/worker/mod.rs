@@ -304,7 +304,7 @@ type Reply<T> = SyncSender<T>;
 /// sender that the device or its thread is gone.
 enum Command {
     Start { index: QueueIndex, setup: QueueSetup<LinuxHost>, state: QueueState, reply: Reply<Result<()>> },
-    SetLogs { logs: Vec<SharedWords>, recover: bool, reply: Reply<Result<()>> },
+    SetLogs { logs: Vec<SharedWords>, recover: bool, notes: Option<SharedWords>, reply: Reply<Result<()>> },
     Stop { index: QueueIndex, reply: Reply<Result<Option<QueueState>>> },
     SetView { invalidation: Invalidation, reply: Reply<()> },
     Reset,
@@ -369,7 +369,13 @@ impl QueueControl {
     /// # Errors
     /// `EINVAL` for another number of logs than queues; `EBUSY` when the device has logs already or a queue runs; `EIO`.
     pub fn set_logs(&self, logs: Vec<SharedWords>, recover: bool) -> Result<()> {
-        self.call(|reply| Command::SetLogs { logs, recover, reply })?
+        self.call(|reply| Command::SetLogs { logs, recover, notes: None, reply })?
+    }
+
+    /// As [`set_logs`](Self::set_logs), of a device with `queues` queues whose logs tell in which request a queue was started.
+    fn set_noted_logs(&self, logs: &QueueLogs, queues: u16) -> Result<()> {
+        let (all, recover, notes) = (logs.split(queues)?, logs.recover, logs.request());
+        self.call(|reply| Command::SetLogs { logs: all, recover, notes, reply })?
     }
 
     /// Stops a queue and returns its position; `None` when it does not run. Blocks until its requests in flight are

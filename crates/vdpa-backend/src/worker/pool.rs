@@ -252,7 +252,7 @@ impl WorkerPool {
             if !self.is_parked() {
                 logs.set_ring(control.thread.ring());
             }
-            control.set_logs(logs.split(size.queues)?, logs.recover)?;
+            control.set_noted_logs(&logs, size.queues)?;
         }
         Ok(control)
     }

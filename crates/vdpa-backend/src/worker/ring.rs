@@ -158,6 +158,15 @@ impl DeviceRing {
         }
     }
 
+    /// Whether the request with this head is to be repeated, and was not popped yet.
+    #[must_use]
+    pub fn is_repeated(&self, head: u16) -> bool {
+        match &self.0 {
+            Kind::Plain(_) => false,
+            Kind::Logged(logged) => logged.repeats.iter().any(|repeat| repeat.head == head),
+        }
+    }
+
     /// From here on only requests to be repeated are popped.
     pub(super) fn stop(&mut self) {
         if let Kind::Logged(logged) = &mut self.0 {

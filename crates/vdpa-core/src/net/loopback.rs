@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use zerocopy::{FromBytes, IntoBytes};
 
+use self::stats::Delivery;
 pub use self::stats::{STATS_WORDS, Stats, StatsMemory};
 use super::{
     Ack, ControlHeader, LINK_UP, MAC_BYTES, NetConfig, class, header_len, is_multicast, mac as mac_command,
@@ -70,6 +71,12 @@ pub trait LoopbackQueue {
     /// # Errors
     /// As [`SplitQueue::pop`](crate::ring::split::SplitQueue::pop).
     fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingError>;
+
+    /// Whether the chain with this head was popped by a process that has died, and is to be popped again. Not where a ring ends with its
+    /// process.
+    fn is_repeated(&mut self, _head: u16) -> bool {
+        false
+    }
 
     /// Puts the chain with this head into the used ring with `len` bytes written, publishes it, and signals the call event
     /// as `notify` says. Does not block; errors of the ring are ignored.
@@ -209,6 +216,7 @@ impl Loopback {
 
     /// Moves packets from the transmit to the receive queue (`vdpasim_net_work`); returns whether to schedule another pass.
     pub fn loop_back(&mut self, tx: &mut impl LoopbackQueue, rx: &mut impl LoopbackQueue) -> bool {
+        self.finish_delivery(tx, rx);
         let stats = &self.shared.stats;
         let header = header_len(tx.features());
         for taken in 1..=PASS_MAX {
@@ -250,14 +258,41 @@ impl Loopback {
             stats.rx_packets.add(1);
             stats.rx_bytes.add(received);
             reach(CrashPoint::PacketCopied);
+            // A packet has at most 4096 bytes.
+            let len = u16::try_from(received).unwrap_or(u16::MAX);
+            stats.delivery.set(Some(Delivery { tx: self.chain.head, rx: self.rx_chain.head, len }));
             tx.complete(self.chain.head, 0, Notify::IfEnabled);
             reach(CrashPoint::PacketHalfDone);
             rx.complete(self.rx_chain.head, received, Notify::IfEnabled);
+            stats.delivery.set(None);
             if taken > PASS {
                 return true;
             }
         }
         true
+    }
+}
+
+impl Loopback {
+    /// The device was reset: nothing is being delivered.
+    pub fn reset(&mut self) {
+        self.shared.stats.delivery.set(None);
+    }
+
+    /// Goes on where a process has died between the answers to the two chains of a packet. If the first one was not given, the whole
+    /// packet is repeated.
+    fn finish_delivery(&mut self, tx: &mut impl LoopbackQueue, rx: &mut impl LoopbackQueue) {
+        let Some(delivery) = self.shared.stats.delivery.get() else { return };
+        while !tx.is_repeated(delivery.tx) && rx.is_repeated(delivery.rx) {
+            // Chains before it are those that are never completed.
+            if rx.pop(&mut self.rx_chain) != Ok(true) {
+                break;
+            }
+            if self.rx_chain.head == delivery.rx {
+                rx.complete(delivery.rx, delivery.len.into(), Notify::IfEnabled);
+            }
+        }
+        self.shared.stats.delivery.set(None);
     }
 }
 

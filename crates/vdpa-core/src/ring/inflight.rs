@@ -41,6 +41,9 @@ pub(super) use scan::{Pushed, Taken};
 use crate::features::Features;
 use crate::ring::RingError;
 
+/// A word of the header that a queue neither reads nor writes, for whoever keeps the memory.
+pub const FREE_WORD: usize = 5;
+
 /// Memory of a log: 64-bit words in the byte order of the machine, since the log never leaves it.
 ///
 /// One thread of one process uses it at a time. The queue checks every index against [`words`](Self::words) when it is

@@ -262,11 +262,13 @@ fn restore_shared(
 }
 
 impl Restored {
-    /// Queues that do not run when a device is restored have no log to be continued from.
+    /// Queues that do not run when a device is restored have no log to be continued from, unless they were started in a request that
+    /// the journal does not know of.
     fn forget_stopped(&self) {
         let indices = (0..self.device.profile().queues).map(QueueIndex);
         let stopped = indices.filter(|index| !self.running.contains(index));
-        stopped.for_each(|index| self.logs.forget(index));
+        stopped
+            .for_each(|index| self.logs.forget(index, self.front.last.as_ref().map(|(unique, _)| *unique)));
     }
 }
 

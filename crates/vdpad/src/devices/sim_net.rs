@@ -137,6 +137,10 @@ impl QueueHandler for Handler {
         false
     }
 
+    fn reset(&mut self) {
+        self.0.reset();
+    }
+
     /// Serves all queues, whichever was kicked, because the kernel's simulator has one work item for all.
     fn serve(&mut self, queues: &mut Queues) {
         if !queues.has_work() {
@@ -226,6 +230,10 @@ impl LoopbackQueue for Running<'_> {
 
     fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
         self.pop_request(chain).inspect_err(|error| self.queues.log_error(self.index, error))
+    }
+
+    fn is_repeated(&mut self, head: u16) -> bool {
+        self.queue.ring(&self.view).is_ok_and(|ring| ring.is_repeated(head))
     }
 
     fn complete(&mut self, head: u16, len: usize, notify: Notify) {

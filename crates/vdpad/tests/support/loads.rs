@@ -70,20 +70,27 @@ pub(crate) struct Kind {
     pub(crate) name: &'static str,
     pub(crate) mgmtdev: &'static str,
     pub(crate) start: fn(&Path) -> Box<dyn Load>,
-    /// Packets that a crash may lose: none of its answers is missing then.
+    /// Packets that are lost with two crashes in a row, or with a program that does not note what it delivers: none of its answers is
+    /// missing then.
     pub(crate) lossy: bool,
 }
 
 /// The devices that survive. One more is one more line.
-pub(crate) const KINDS: [Kind; 3] = [
+pub(crate) const KINDS: [Kind; 4] = [
     Kind { name: "split", mgmtdev: "blk", start: |path| Box::new(Blocks::start(path, false)), lossy: false },
     Kind { name: "packed", mgmtdev: "blk", start: |path| Box::new(Blocks::start(path, true)), lossy: false },
+    Kind {
+        name: "sim",
+        mgmtdev: "sim-blk",
+        start: |path| Box::new(Blocks::start(path, false)),
+        lossy: false,
+    },
     Kind { name: "net", mgmtdev: "sim-net", start: |path| Box::new(Packets::start(path)), lossy: true },
 ];
 
 /// Writes and reads of a block device: each burst reads what the one before has written.
 pub(crate) struct Blocks {
-    disk: Disk,
+    pub(crate) disk: Disk,
     /// Contents of the blocks by their seeds; a block whose write has failed is missing.
     seeds: BTreeMap<u64, u64>,
     round: u64,

@@ -12,8 +12,10 @@ use crate::types::{QueueIndex, Result};
 /// Memory of the counters: words that one thread writes and any thread reads. It may outlive the process.
 pub type StatsMemory = Arc<dyn LogMemory + Send + Sync>;
 
-/// Words that the counters of a device need.
-pub const STATS_WORDS: usize = 11;
+/// Words that the counters of a device need, and the note of the packet that is being handed over.
+pub const STATS_WORDS: usize = 12;
+/// The word of that note.
+const PACKET: usize = 11;
 
 /// A counter that one thread increments and any thread reads.
 #[derive(Clone)]
@@ -38,6 +40,45 @@ impl Counter {
     }
 }
 
+/// A packet that is in its receive buffer, and whose two chains are being answered: one after the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Delivery {
+    /// Head of the chain that was sent.
+    pub(super) tx: u16,
+    /// Head of the chain that it was received in, and bytes that were written there.
+    pub(super) rx: u16,
+    pub(super) len: u16,
+}
+
+/// Where the present [`Delivery`] is noted.
+#[derive(Clone)]
+pub(super) struct Note(StatsMemory);
+
+impl fmt::Debug for Note {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.get().fmt(f)
+    }
+}
+
+impl Note {
+    const VALID: u64 = 1 << 63;
+
+    /// Notes that the chains are being answered, or that they are.
+    pub(super) fn set(&self, delivery: Option<Delivery>) {
+        let word = delivery.map_or(0, |Delivery { tx, rx, len }| {
+            Self::VALID | u64::from(tx) << 32 | u64::from(rx) << 16 | u64::from(len)
+        });
+        self.0.store(PACKET, word);
+    }
+
+    /// What was noted last.
+    pub(super) fn get(&self) -> Option<Delivery> {
+        let word = self.0.load(PACKET);
+        let field = |shift: u32| u16::try_from(word >> shift & u64::from(u16::MAX)).unwrap_or(0);
+        (word & Self::VALID != 0).then(|| Delivery { tx: field(32), rx: field(16), len: field(0) })
+    }
+}
+
 /// All counters of a device since its creation. Neither a reset nor a close clears them.
 #[derive(Debug)]
 pub struct Stats {
@@ -52,6 +93,7 @@ pub struct Stats {
     pub(super) cvq_requests: Counter,
     pub(super) cvq_successes: Counter,
     pub(super) cvq_errors: Counter,
+    pub(super) delivery: Note,
 }
 
 impl Default for Stats {
@@ -78,6 +120,7 @@ impl Stats {
             cvq_requests: counter(8),
             cvq_successes: counter(9),
             cvq_errors: counter(10),
+            delivery: Note(Arc::clone(memory)),
         }
     }
 

@@ -17,11 +17,19 @@ struct Queue {
     /// Notifications that the driver received.
     notified: usize,
     token: u64,
+    /// Heads that a process had popped that has died.
+    repeated: Vec<u16>,
 }
 
 impl Queue {
     fn new() -> Self {
-        Self { pair: Pair::new(16, FEATURES), features: FEATURES, notified: 0, token: 0 }
+        Self {
+            pair: Pair::new(16, FEATURES),
+            features: FEATURES,
+            notified: 0,
+            token: 0,
+            repeated: Vec::new(),
+        }
     }
 
     /// Makes a chain available and returns its token.
@@ -80,7 +88,13 @@ impl LoopbackQueue for Queue {
     }
 
     fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
-        self.pair.queue.pop(&self.pair.memory, chain)
+        let popped = self.pair.queue.pop(&self.pair.memory, chain)?;
+        self.repeated.retain(|head| *head != chain.head);
+        Ok(popped)
+    }
+
+    fn is_repeated(&mut self, head: u16) -> bool {
+        self.repeated.contains(&head)
     }
 
     fn complete(&mut self, head: u16, len: usize, notify: Notify) {
@@ -350,4 +364,62 @@ fn a_command_without_room_for_an_answer_is_executed() {
     device.logic.control(&mut device.control);
     assert_eq!(device.control.used(), [(1, 0)]);
     assert_eq!(device.shared.config().mac, [2, 3, 4, 5, 6, 7]);
+}
+
+/// What a process leaves that has died at this store.
+fn dies_after_the_first_answer(device: &mut Device, first_answered: bool) -> (u64, u64, Buffer, Vec<u8>) {
+    let sent = packet(MAC, 100);
+    let buffer = device.rx.add_receive_buffer(256);
+    let (received, transmitted) = (device.rx.token, device.tx.send(&sent));
+    let (mut tx, mut rx) = (Chain::new(), Chain::new());
+    // As far as `loop_back` has come.
+    assert!(device.rx.pair.queue.pop(&device.rx.pair.memory, &mut rx).unwrap());
+    push(&device.rx.pair.memory, rx.writable(), &sent).unwrap();
+    let len = u16::try_from(sent.len()).unwrap();
+    if first_answered {
+        assert!(device.tx.pair.queue.pop(&device.tx.pair.memory, &mut tx).unwrap());
+    }
+    device.shared.stats.delivery.set(Some(Delivery { tx: tx.head, rx: rx.head, len }));
+    if first_answered {
+        device.tx.complete(tx.head, 0, Notify::IfEnabled);
+    } else {
+        device.tx.repeated.push(tx.head);
+    }
+    // To be popped again.
+    device.rx.pair.queue.abandon(&rx).unwrap();
+    device.rx.repeated.push(rx.head);
+    (received, transmitted, buffer, sent)
+}
+
+#[test]
+fn a_packet_whose_first_chain_was_answered_is_received_once() {
+    let mut device = Device::new();
+    let (received, transmitted, buffer, sent) = dies_after_the_first_answer(&mut device, true);
+    device.pass();
+    let len = u32::try_from(sent.len()).unwrap();
+    assert_eq!((device.rx.used(), device.tx.used()), (vec![(received, len)], vec![(transmitted, 0)]));
+    assert_eq!(&device.rx.read(buffer)[..sent.len()], sent);
+    // The next packet has a buffer of its own.
+    device.rx.add_receive_buffer(256);
+    device.tx.send(&sent);
+    device.pass();
+    assert_eq!((device.rx.used().len(), device.tx.used().len()), (1, 1));
+}
+
+#[test]
+fn a_packet_of_which_no_chain_was_answered_is_repeated() {
+    let mut device = Device::new();
+    let (received, transmitted, ..) = dies_after_the_first_answer(&mut device, false);
+    device.pass();
+    assert_eq!((device.rx.used()[0].0, device.tx.used()), (received, vec![(transmitted, 0)]));
+    assert_eq!((device.rx.used(), device.tx.used()), (vec![], vec![]));
+}
+
+#[test]
+fn a_reset_forgets_what_was_being_delivered() {
+    let mut device = Device::new();
+    dies_after_the_first_answer(&mut device, true);
+    device.logic.reset();
+    device.pass();
+    assert_eq!(device.rx.used(), []);
 }
