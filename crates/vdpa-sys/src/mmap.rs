@@ -217,10 +217,25 @@ impl SharedMap {
     /// # Errors
     /// `ENOMEM`, `EFAULT` or `EHWPOISON` when a page has no memory; `EINVAL` on old kernels.
     pub fn populate(&self) -> Result<(), Errno> {
+        self.populate_range(self.0.addr, self.0.span())
+    }
+
+    /// As [`populate`](Self::populate), the pages of `len` bytes from `offset`.
+    ///
+    /// # Errors
+    /// As [`populate`](Self::populate); `EINVAL` unless they lie within the mapping.
+    pub fn populate_part(&self, offset: usize, len: usize) -> Result<(), Errno> {
+        self.0.check(offset, len).map_err(|_| Errno::INVAL)?;
+        let before = offset % rustix::param::page_size();
+        self.populate_range(self.0.addr + offset - before, before + len)
+    }
+
+    /// `len` bytes from `start`, which lie within the mapping and begin at a page.
+    fn populate_range(&self, start: usize, len: usize) -> Result<(), Errno> {
         let advice = if self.0.prot.write { Advice::LinuxPopulateWrite } else { Advice::LinuxPopulateRead };
-        // SAFETY: the range is the whole mapping that `self` keeps alive, and populating changes no bytes.
-        unsafe { madvise(ptr::with_exposed_provenance_mut(self.0.addr), self.0.span(), advice) }
-            .map_err(errno::from_rustix)
+        // SAFETY: the callers have checked that the range lies within the mapping that `self` keeps alive, and populating
+        // changes no bytes.
+        unsafe { madvise(ptr::with_exposed_provenance_mut(start), len, advice) }.map_err(errno::from_rustix)
     }
 
     /// Excludes `len` bytes from `offset` from core dumps (`MADV_DONTDUMP`). The kernel splits the mapping there.

@@ -335,10 +335,10 @@ mod tests {
     use vdpa_core::types::IovaRange;
 
     use super::*;
-    use crate::guest::ObjectId;
+    use crate::guest::{ObjectFile, ObjectId};
 
     fn object(pages: u64) -> GuestMemory {
-        let file = Arc::new(crate::memfd::create(c"table", pages * 4096, None).unwrap());
+        let file = Arc::new(ObjectFile::new(crate::memfd::create(c"table", pages * 4096, None).unwrap()));
         let id = ObjectId { dev_major: 0, dev_minor: 0, inode: 0, created_ns: 0, offset: 0 };
         GuestMemory::from_object(file, id, pages * 4096, true).unwrap()
     }
