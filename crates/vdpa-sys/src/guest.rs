@@ -71,8 +71,15 @@ pub struct GuestMemory {
 #[derive(Clone, Debug)]
 enum Kind {
     /// `map` is that of `whole`, without a step to it; the piece begins at byte `start` of it.
-    Mapped { map: SharedMap, start: usize, whole: Arc<ObjectMap> },
-    Copied { space: OwnerSpace, uaddr: u64 },
+    Mapped {
+        map: SharedMap,
+        start: usize,
+        whole: Arc<ObjectMap>,
+    },
+    Copied {
+        space: OwnerSpace,
+        uaddr: u64,
+    },
 }
 
 /// The saved state of a [`GuestMemory`], without its file.
@@ -108,7 +115,7 @@ impl GuestMemory {
         size: u64,
         write: bool,
     ) -> Result<Self, Errno> {
-        let whole = file.map(object, size, write, || 0..file.size(), |_| Ok(true))?.ok_or(Errno::INVAL)?;
+        let whole = file.map(object, size, write, |_| Ok(true))?.ok_or(Errno::INVAL)?;
         Self::in_mapping(whole, object.offset, size)
     }
 

@@ -81,10 +81,8 @@ impl Found {
             created_ns,
             offset: vma.offset + (uaddr - vma.start),
         };
-        // As much as the client has mapped of it. The thread may have ended and its id may be reused, so what is mapped is
-        // compared with the VMA.
-        let within = || vma.offset..vma.offset.saturating_add(vma.end - vma.start);
-        let whole = file.map(object, size, write, within, |map| is_mapping_of(map, vma))?;
+        // The thread may have ended and its id may be reused, so what is mapped is compared with the VMA.
+        let whole = file.map(object, size, write, |map| is_mapping_of(map, vma))?;
         whole.map(|whole| GuestMemory::in_mapping(whole, object.offset, size)).transpose()
     }
 

@@ -13,7 +13,7 @@ use crate::guest::ObjectId;
 use crate::mmap::{Prot, SharedMap, page_size};
 use crate::object;
 
-/// A mapping begins and ends at multiples of this offset in its object, or where the object or the client's mapping does. So
+/// A mapping begins and ends at multiples of this offset in its object, or at the object's end. So
 /// the mappings of this process are few, whatever the number of pieces: the kernel allows 65,530 of them. It bounds the
 /// addresses that one small piece can take.
 const WINDOW: u64 = 16 << 30;
@@ -51,8 +51,8 @@ impl ObjectFile {
         Self { fd, maps: Mutex::default() }
     }
 
-    /// A mapping that has `size` bytes from `object.offset` on: one that there is, or a new one, which may have as much of
-    /// `within` beside them as is likely to be asked for. `is_object` says whether a new mapping is what was to be mapped;
+    /// A mapping that has `size` bytes from `object.offset` on: one that there is, or a new one, which has more of the
+    /// object beside them: the windows they are in. `is_object` says whether a new mapping is what was to be mapped;
     /// `None` if not.
     ///
     /// A mapping in which an access has failed is not used again.
@@ -64,7 +64,6 @@ impl ObjectFile {
         object: ObjectId,
         size: u64,
         write: bool,
-        within: impl FnOnce() -> Range<u64>,
         is_object: impl FnOnce(&SharedMap) -> Result<bool, Errno>,
     ) -> Result<Option<Arc<ObjectMap>>, Errno> {
         let end = object.offset.checked_add(size).ok_or(Errno::INVAL)?;
@@ -73,9 +72,10 @@ impl ObjectFile {
             return Ok(Some(found));
         }
         let page = page_size(self.fd.as_fd())? as u64;
-        let exact = object.offset - object.offset % page..end.checked_next_multiple_of(page).ok_or(Errno::INVAL)?;
+        let exact =
+            object.offset - object.offset % page..end.checked_next_multiple_of(page).ok_or(Errno::INVAL)?;
         // Huge pages are reserved by mapping them: not more of them than are used.
-        let wide = (page == rustix::param::page_size() as u64).then(|| widen(&exact, &within(), page));
+        let wide = (page == rustix::param::page_size() as u64).then(|| widen(&exact, self.size(), page));
         let (start, map) = match wide.filter(|wide| *wide != exact).map(|wide| self.map_range(&wide, write)) {
             Some(Ok(map)) => map,
             // Addresses or address space may be limited.
@@ -145,12 +145,11 @@ impl Maps {
     }
 }
 
-/// The whole windows around `exact`, as far as they lie in `within`.
-fn widen(exact: &Range<u64>, within: &Range<u64>, page: u64) -> Range<u64> {
-    let start = (exact.start - exact.start % WINDOW).max(within.start.next_multiple_of(page));
+/// The whole windows around `exact`, as far as an object of `size` bytes has pages there.
+fn widen(exact: &Range<u64>, size: u64, page: u64) -> Range<u64> {
     let window_end = exact.end.checked_next_multiple_of(WINDOW).unwrap_or(exact.end);
-    let end = window_end.min(within.end - within.end % page);
-    start.min(exact.start)..end.max(exact.end)
+    let end = window_end.min(size - size % page);
+    exact.start - exact.start % WINDOW..end.max(exact.end)
 }
 
 #[cfg(test)]
@@ -215,12 +214,12 @@ mod tests {
     }
 
     #[test]
-    fn windows_are_cut_to_what_the_client_has_mapped() {
-        let cut = |first: u64, last: u64, from: u64, to: u64| widen(&(first..last), &(from..to), PAGE);
-        assert_eq!(cut(0, PAGE, 0, 5 * PAGE), 0..5 * PAGE);
-        assert_eq!(cut(2 * PAGE, 3 * PAGE, PAGE, 5 * PAGE), PAGE..5 * PAGE);
-        assert_eq!(cut(WINDOW, WINDOW + PAGE, 0, 9 * WINDOW), WINDOW..2 * WINDOW);
-        assert_eq!(cut(WINDOW - PAGE, WINDOW + PAGE, 0, 9 * WINDOW), 0..2 * WINDOW);
-        assert_eq!(cut(0, PAGE, 0, 100), 0..PAGE, "it is not cut itself");
+    fn windows_are_cut_to_the_object() {
+        let cut = |first: u64, last: u64, size: u64| widen(&(first..last), size, PAGE);
+        assert_eq!(cut(0, PAGE, 5 * PAGE + 1), 0..5 * PAGE);
+        assert_eq!(cut(2 * PAGE, 3 * PAGE, 5 * PAGE), 0..5 * PAGE);
+        assert_eq!(cut(WINDOW, WINDOW + PAGE, 9 * WINDOW), WINDOW..2 * WINDOW);
+        assert_eq!(cut(WINDOW - PAGE, WINDOW + PAGE, 9 * WINDOW), 0..2 * WINDOW);
+        assert_eq!(cut(0, 2 * PAGE, 100), 0..2 * PAGE, "it is not cut itself");
     }
 }

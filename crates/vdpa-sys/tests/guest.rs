@@ -193,8 +193,11 @@ fn a_split_object_gives_fragments_of_one_object() {
     for (index, fragment) in fragments.iter().enumerate() {
         assert_same_bytes(&fragment.memory, addr + index as u64 * PAGE);
     }
-    let files: Vec<_> =
-        fragments.iter().filter_map(|fragment| fragment.memory.file()).map(|file| file.as_fd().as_raw_fd()).collect();
+    let files: Vec<_> = fragments
+        .iter()
+        .filter_map(|fragment| fragment.memory.file())
+        .map(|file| file.as_fd().as_raw_fd())
+        .collect();
     assert!(files.len() == 3 && files.windows(2).all(|pair| pair[0] == pair[1]), "one descriptor: {files:?}");
     let whole = map_fd(&fd, 3, RW, MapFlags::SHARED);
     let second = resolve_one(whole + PAGE, PAGE, Perm::RW);
