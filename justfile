@@ -54,6 +54,11 @@ bench-survival *args:
     cargo build --locked --release --package vdpad
     cargo run --locked --release --package vdpa-bench --example bench-survival -- --vdpad target/release/vdpad {{args}}
 
+# What a map and an unmap cost, by the number of mappings: "just bench-iotlb --help".
+bench-iotlb *args:
+    cargo build --locked --release --package vdpad
+    cargo run --locked --release --package vdpa-bench --example bench-iotlb -- --vdpad target/release/vdpad {{args}}
+
 # What looking at rings before sleeping gives or costs: "just bench-poll ROUNDS MICROSECONDS...".
 bench-poll *args:
     cargo build --release --locked --workspace --bins
