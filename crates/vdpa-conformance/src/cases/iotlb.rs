@@ -165,7 +165,7 @@ fn fragments(ctx: &mut Ctx<'_>) -> Outcome {
     let mut regions = Vec::new();
     for iova in (1..=tries).map(|number| number * 0x10_000) {
         let region = Region::in_two_mappings()?;
-        let upwards = (iova / 0x10_000) % 2 == 0;
+        let upwards = iova & 0x1_0000 == 0;
         let page = rustix::param::page_size();
         for offset in if upwards { [0, page] } else { [page, 0] } {
             region.write(offset, &[0])?;
