@@ -30,6 +30,12 @@ pub struct Options {
     /// Use packed rings
     #[arg(long)]
     pub packed: bool,
+    /// An existing device file of a block device, instead of a daemon with a disk: of a kernel, say. Everything on it is overwritten
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["vdpad", "packed"])]
+    pub on_device: Option<PathBuf>,
+    /// With --on-device: the file that backs it, to verify it without the device; else only what is read through it is verified
+    #[arg(long, value_name = "PATH", requires = "on_device")]
+    pub backing: Option<PathBuf>,
     /// The daemon to start [default: vdpad beside this program]
     #[arg(long, value_name = "PATH")]
     pub vdpad: Option<PathBuf>,
@@ -98,21 +104,22 @@ pub(super) fn errno(action: &'static str) -> impl Fn(Errno) -> FixtureError {
     move |source| FixtureError::System { action, source: io::Error::from_raw_os_error(source.raw()) }
 }
 
-/// A private daemon with one disk. Dropping it ends the daemon and removes the disk.
+/// A private daemon with one disk, or a device that was there. Dropping it ends the daemon and removes the disk.
 #[derive(Debug)]
 pub struct Fixture {
     /// Size of guest memory, in bytes.
     pub memory: u64,
     /// The device file.
     pub device: PathBuf,
-    /// The backing file.
-    pub disk: PathBuf,
+    /// The backing file, if it can be read.
+    pub disk: Option<PathBuf>,
     /// Its size.
     pub disk_bytes: u64,
-    client: Client,
+    /// `None` for a device that was there.
+    client: Option<Client>,
     directory: PathBuf,
     // Fields are dropped in this order.
-    _daemon: PrivateDaemon,
+    _daemon: Option<PrivateDaemon>,
     _directory: tempfile::TempDir,
 }
 
@@ -131,6 +138,19 @@ impl Fixture {
             .prefix("vdpa-load-")
             .tempdir_in(parent)
             .map_err(system("create a directory for the disk"))?;
+        if let Some(device) = &options.on_device {
+            let _ = rlimit::raise_memlock(Some(memory));
+            return Ok(Self {
+                memory,
+                device: device.clone(),
+                disk: options.backing.clone(),
+                disk_bytes: options.disk,
+                client: None,
+                directory: directory.path().to_owned(),
+                _daemon: None,
+                _directory: directory,
+            });
+        }
         let disk = directory.path().join("disk.img");
         let file = std::fs::File::create_new(&disk).map_err(system("create the disk file"))?;
         file.set_len(options.disk).map_err(system("size the disk file"))?;
@@ -144,11 +164,11 @@ impl Fixture {
         Ok(Self {
             memory,
             device,
-            disk,
+            disk: Some(disk),
             disk_bytes: options.disk,
-            client,
+            client: Some(client),
             directory: directory.path().to_owned(),
-            _daemon: daemon,
+            _daemon: Some(daemon),
             _directory: directory,
         })
     }
@@ -159,13 +179,33 @@ impl Fixture {
         &self.directory
     }
 
-    /// Pages of 4096 bytes that the device has pinned.
+    /// Pages of 4096 bytes that the device has pinned: as the daemon says, or else what the kernel has charged to all processes
+    /// (VmPin).
     ///
     /// # Errors
-    /// [`FixtureError::Client`].
+    /// [`FixtureError::Client`], [`FixtureError::System`].
     pub fn pinned_pages(&self) -> Result<u64, FixtureError> {
-        Ok(self.client.device(DEVICE)?.state.pinned_pages)
+        match &self.client {
+            Some(client) => Ok(client.device(DEVICE)?.state.pinned_pages),
+            None => charged_pages(),
+        }
     }
+}
+
+/// The sum of VmPin of all processes, in pages of 4096 bytes.
+fn charged_pages() -> Result<u64, FixtureError> {
+    let processes = std::fs::read_dir("/proc").map_err(system("read /proc"))?;
+    // A process may end meanwhile, and threads of the kernel have no memory.
+    let status = |entry: io::Result<std::fs::DirEntry>| {
+        let path = entry.ok()?.path();
+        path.file_name()?.to_str()?.parse::<u32>().ok()?;
+        std::fs::read_to_string(path.join("status")).ok()
+    };
+    let kib = processes.filter_map(status).filter_map(|text| {
+        let line = text.lines().find_map(|line| line.strip_prefix("VmPin:"))?;
+        line.trim().strip_suffix(" kB")?.parse::<u64>().ok()
+    });
+    Ok(kib.sum::<u64>() / 4)
 }
 
 /// The request that creates the device. Where RLIMIT_MEMLOCK of the client cannot be raised, the device sets a limit of its own;

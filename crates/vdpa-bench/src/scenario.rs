@@ -234,7 +234,9 @@ impl Scenario {
     }
 
     fn verify(&mut self) -> Result<u64, FixtureError> {
-        let result = verify(&self.fixture.disk, &self.journal)?;
+        // Without a backing file only what the client reads is verified; it compares that itself.
+        let Some(disk) = &self.fixture.disk else { return Ok(0) };
+        let result = verify(disk, &self.journal)?;
         self.blocks_verified += result.blocks;
         if let Some(first) = &result.first {
             self.problems.push(format!("{} blocks of the backing file are wrong: {first}", result.wrong));
