@@ -6,6 +6,7 @@
 #include <linux/iommu.h>
 #include <linux/eventfd.h>
 #include <linux/cdev.h>
+#include <linux/kthread.h>
 #include <uapi/linux/vhost.h>
 #include "vhost.h"
 #include "src/shim.h"
