@@ -24,7 +24,6 @@ pub mod memfd;
 pub mod mm_reaper;
 pub mod mmap;
 mod object;
-mod object_file;
 #[cfg(feature = "server")]
 pub mod open_mark;
 #[cfg(feature = "server")]
