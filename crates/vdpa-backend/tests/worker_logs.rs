@@ -32,7 +32,7 @@ const QUEUE: QueueIndex = QueueIndex(0);
 /// Client memory with a ring, and the log of the ring's queue.
 struct Client {
     features: Features,
-    file: Arc<std::os::fd::OwnedFd>,
+    file: Arc<vdpa_sys::guest::ObjectFile>,
     map: SharedMap,
     driver: Driver<MapArea>,
     setup: QueueSetup<LinuxHost>,
@@ -60,7 +60,7 @@ impl Client {
         let driver = driver(&map, features);
         let (_, log) = SharedWords::create(c"log", log_words(SIZE)).unwrap();
         let pool = WorkerPool::new(1, Duration::ZERO);
-        Self { features, file: Arc::new(file), map, driver, setup, log, pool }
+        Self { features, file: Arc::new(file.into()), map, driver, setup, log, pool }
     }
 
     /// A device whose memory is mapped, with its log; its queue is not started.

@@ -107,6 +107,9 @@ pub struct DevState {
     pub memlock_limit_pages: Option<u64>,
     /// Entries of all IOTLB tables.
     pub mappings: u64,
+    /// Most entries of one of them: the device attribute `max_iotlb_entries`, or its default. 0 from a daemon that does not say.
+    #[serde(default)]
+    pub max_iotlb_entries: u64,
     /// One entry per virtqueue, in order of index.
     #[serde(default)]
     pub queues: Vec<QueueInfo>,

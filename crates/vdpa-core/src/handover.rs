@@ -25,8 +25,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::errno::Errno;
 use crate::faults::{self, Fault};
 use crate::features::Features;
-use crate::host::{Host, MemoryObject};
-use crate::iotlb::{Mapping, Table};
+use crate::host::Host;
+use crate::iotlb::Table;
 use crate::net::MAC_BYTES;
 use crate::parent::{AddressMode, Dma, Parent, Profile, QueueStats, SetMap};
 use crate::types::{Asid, QueueIndex, Result};
@@ -62,6 +62,8 @@ struct Shared<P: Parent> {
     running: BTreeSet<QueueIndex>,
     /// The tables that the parent has.
     installed: Tables<P>,
+    /// What they were made from: the tables of a handle.
+    requested: Tables<P>,
     /// A handle has changed mappings that the parent does not have yet.
     deferred: bool,
     /// Bytes that the driver has written to configuration space since the last reset.
@@ -112,6 +114,7 @@ impl<P: Parent> Handover<P> {
             active: None,
             running: BTreeSet::new(),
             installed: BTreeMap::new(),
+            requested: BTreeMap::new(),
             deferred: false,
             config: ConfigWrites::new(),
             previous_config: ConfigWrites::new(),
@@ -164,26 +167,6 @@ impl<P: Parent> Shared<P> {
             Some(other) if other != id => false,
             Some(_) => self.has_one_handle() && !self.deferred || !self.running.is_empty(),
         }
-    }
-
-    /// Installs a table in the parent. Entries that the parent has already keep their memory, so that it is not pinned again.
-    fn install(&mut self, asid: Asid, table: &Table<MemoryOf<P>>) -> Result<()> {
-        let Dma::SetMap(map) = self.parent.dma() else { return Err(Errno::OPNOTSUPP) };
-        let before = self.installed.get(&asid);
-        let known = |entry: &Mapping<MemoryOf<P>>| {
-            let old = before?.get(entry.range.first()).filter(|old| is_same(old, entry))?;
-            Some(old.memory.clone())
-        };
-        let table: Table<MemoryOf<P>> = table
-            .iter()
-            .map(|entry| {
-                known(entry).map_or_else(|| entry.clone(), |memory| Mapping { memory, ..entry.clone() })
-            })
-            .collect();
-        map.set_map(asid, &table)?;
-        self.changes += 1;
-        self.installed.insert(asid, table);
-        Ok(())
     }
 
     /// Makes the tables of `id` the only ones of the parent.
@@ -291,18 +274,6 @@ impl<P: Parent> Shared<P> {
             let _ = self.install_all(last);
         }
     }
-}
-
-/// Whether two entries give the device the same access to the same bytes.
-fn is_same<M: MemoryObject>(old: &Mapping<M>, new: &Mapping<M>) -> bool {
-    let last = new.range.size().saturating_sub(1);
-    old.range == new.range
-        && old.perm == new.perm
-        && !old.stale
-        && old.memory.is_shared()
-        && old.memory.pin_pages() == new.memory.pin_pages()
-        && new.memory.same_object(0, &old.memory, 0)
-        && new.memory.same_object(last, &old.memory, last)
 }
 
 impl<P: Parent> Handle<P> {
@@ -486,6 +457,7 @@ impl<P: Parent> SetMap<P::Host> for Handle<P> {
     }
 }
 
+mod install;
 mod state;
 #[cfg(test)]
 mod tests;

@@ -1,10 +1,12 @@
 //! Translation tables: the mappings of an address space, and the request that created each.
 
+mod layered;
 mod log;
 mod lookup;
 mod removed;
 mod tree;
 
+pub use layered::{Layered, RangeChange};
 pub(crate) use log::Change;
 use log::Log;
 pub use lookup::Lookup;
@@ -116,6 +118,13 @@ impl<M> Table<M> {
         self.entries.len()
     }
 
+    /// The entries by first address. A copy shares them: whoever keeps one of each state finds what has
+    /// [changed](Tree::changes_since) at the cost of what has.
+    #[must_use]
+    pub const fn entries(&self) -> &Tree<Mapping<M>> {
+        &self.entries
+    }
+
     /// Whether nothing is mapped.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -189,6 +198,14 @@ impl<M: Clone> Table<M> {
         self.next_record += 1;
         self.records.insert(id.0, Record { range, broken: false, fragments: 0 });
         id
+    }
+
+    /// Makes an entry the one that begins at `first`; `None` removes it. For tables of mappings that belong to no UPDATE.
+    pub(crate) fn replace(&mut self, first: u64, entry: Option<Mapping<M>>) {
+        match entry {
+            Some(entry) => drop(self.entries.insert(first, entry)),
+            None => drop(self.entries.remove(first)),
+        }
     }
 
     /// Removes a record without entries.
@@ -310,6 +327,43 @@ mod tests {
         assert_eq!(t.len(), 2);
         assert_eq!(t.remove_touching(0, u64::MAX).len(), 2);
         assert!(t.is_empty() && t.records.is_empty());
+    }
+
+    /// What a map and an unmap copy: the nodes on the way to the entry and to the record, and their neighbours when nodes are
+    /// split or joined.
+    #[test]
+    fn a_change_copies_as_few_nodes_of_many_entries_as_of_few() {
+        let mut t: Table<()> = Table::default();
+        for count in [1_000, 200_000] {
+            while (t.len() as u64) < count {
+                let first = 0x2000 * t.len() as u64;
+                let id = t.open_record(IovaRange::new(first, first + 0xfff).unwrap());
+                t.insert(entry(first, first + 0xfff, id));
+            }
+            for at in [0, count / 3, count - 1] {
+                let first = 0x2000 * at + 0x1000;
+                let before = t.clone();
+                let id = t.open_record(IovaRange::new(first, first + 0xfff).unwrap());
+                t.insert(entry(first, first + 0xfff, id));
+                let mapped = t.clone();
+                t.remove_touching(first, first);
+                for (now, before) in [(&mapped, &before), (&t, &mapped)] {
+                    for (levels, nodes) in
+                        [now.entries.own_nodes(&before.entries), now.records.own_nodes(&before.records)]
+                    {
+                        assert!(levels <= 5 && nodes <= 2 * levels, "{nodes} nodes of {levels} levels");
+                    }
+                    let mut changes = 0;
+                    let mut compared = 0;
+                    let same = |_: &Mapping<()>, _: &Mapping<()>| {
+                        compared += 1;
+                        true
+                    };
+                    now.entries.changes_since(&before.entries, same, |_, _, _| changes += 1);
+                    assert!(changes == 1 && compared <= 100, "{changes} changes, {compared} compared");
+                }
+            }
+        }
     }
 
     #[test]

@@ -3,7 +3,6 @@
 //! This process maps the objects of the client's shared mappings, so they survive the client's exec and exit. Private
 //! mappings are accessed by copying through an open `/proc/TID/mem`, as long as the address space exists.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use vdpa_core::Errno;
@@ -15,10 +14,13 @@ use crate::dma;
 use crate::errno;
 use crate::eventfd::EventFd;
 use crate::maps::{Vma, vma_at};
-use crate::mmap::{Prot, SharedMap};
+use crate::mmap::SharedMap;
 use crate::object;
+use crate::object_file::ObjectMap;
 use crate::space::OwnerSpace;
 use crate::stable::StableMemory;
+
+pub use crate::object_file::ObjectFile;
 
 /// Largest number of fragments of one range: twice the entries of a kernel IOTLB. Memory in more pieces could exhaust the
 /// mappings of this process.
@@ -59,7 +61,7 @@ pub(crate) struct ObjectKey {
     pub(crate) write: bool,
 }
 
-/// A piece of client memory. Clones share it.
+/// A piece of client memory. Clones share it, and pieces of one object share mappings.
 #[derive(Clone, Debug)]
 pub struct GuestMemory {
     size: u64,
@@ -68,8 +70,16 @@ pub struct GuestMemory {
 
 #[derive(Clone, Debug)]
 enum Kind {
-    Mapped { map: SharedMap, start: usize, object: ObjectId, file: Arc<OwnedFd> },
-    Copied { space: OwnerSpace, uaddr: u64 },
+    /// `map` is that of `whole`, without a step to it; the piece begins at byte `start` of it.
+    Mapped {
+        map: SharedMap,
+        start: usize,
+        whole: Arc<ObjectMap>,
+    },
+    Copied {
+        space: OwnerSpace,
+        uaddr: u64,
+    },
 }
 
 /// The saved state of a [`GuestMemory`], without its file.
@@ -94,18 +104,26 @@ pub enum MemoryRecord {
 }
 
 impl GuestMemory {
-    /// Maps `size` bytes of an open object from `object.offset`, which need not be a multiple of the page size.
+    /// `size` bytes of an open object from `object.offset`, which need not be a multiple of the page size. They are mapped,
+    /// unless a mapping of `file` has them already.
     ///
     /// # Errors
     /// Of mmap(2); `EACCES` and `EPERM` when the file or a seal forbids writing.
-    pub fn from_object(file: Arc<OwnedFd>, object: ObjectId, size: u64, write: bool) -> Result<Self, Errno> {
-        let page = crate::mmap::page_size(file.as_fd())? as u64;
-        let start = object.offset % page;
-        let len = size.checked_add(start).and_then(|len| usize::try_from(len).ok()).ok_or(Errno::INVAL)?;
-        let prot = if write { Prot::RW } else { Prot::RO };
-        let map = SharedMap::map_guest(&*file, object.offset - start, len, prot, false)?;
-        let start = usize::try_from(start).map_err(|_| Errno::INVAL)?;
-        Ok(Self { size, kind: Kind::Mapped { map, start, object, file } })
+    pub fn from_object(
+        file: Arc<ObjectFile>,
+        object: ObjectId,
+        size: u64,
+        write: bool,
+    ) -> Result<Self, Errno> {
+        let whole = file.map(object, size, write, |_| Ok(true))?.ok_or(Errno::INVAL)?;
+        Self::in_mapping(whole, object.offset, size)
+    }
+
+    /// `size` bytes of a mapping that has them, from `offset` of its object on.
+    pub(crate) fn in_mapping(whole: Arc<ObjectMap>, offset: u64, size: u64) -> Result<Self, Errno> {
+        let start = offset.checked_sub(whole.object.offset).and_then(|start| usize::try_from(start).ok());
+        let (map, start) = (whole.map.clone(), start.ok_or(Errno::INVAL)?);
+        Ok(Self { size, kind: Kind::Mapped { map, start, whole } })
     }
 
     /// `size` bytes at `uaddr` of an address space, reached by copying. The access rights of the mapping are not checked.
@@ -125,18 +143,18 @@ impl GuestMemory {
     pub fn record(&self) -> MemoryRecord {
         let size = self.size;
         match &self.kind {
-            Kind::Mapped { object, map, .. } => {
-                MemoryRecord::Object { object: *object, size, write: map.prot().write }
+            Kind::Mapped { map, start, whole } => {
+                MemoryRecord::Object { object: whole.at(*start), size, write: map.prot().write }
             }
             Kind::Copied { uaddr, .. } => MemoryRecord::Private { uaddr: *uaddr, size },
         }
     }
 
-    /// The open file of the object, shared by all mappings of it with the same access; `None` when copied.
+    /// The open object, shared by all pieces of it with the same access; `None` when copied.
     #[must_use]
-    pub fn file(&self) -> Option<BorrowedFd<'_>> {
+    pub fn file(&self) -> Option<&Arc<ObjectFile>> {
         match &self.kind {
-            Kind::Mapped { file, .. } => Some(file.as_fd()),
+            Kind::Mapped { whole, .. } => Some(&whole.file),
             Kind::Copied { .. } => None,
         }
     }
@@ -150,7 +168,7 @@ impl GuestMemory {
         }
     }
 
-    /// The mapping and the offset of the first byte in it; `None` when copied.
+    /// The mapping, which may have other pieces of the object too, and the offset of the first byte in it; `None` when copied.
     #[must_use]
     pub const fn map(&self) -> Option<(&SharedMap, usize)> {
         match &self.kind {
@@ -165,12 +183,13 @@ impl GuestMemory {
         self.map().map(|(map, _)| Arc::new(map.clone()) as Arc<dyn StableMemory>)
     }
 
-    /// Populates all pages; see [`SharedMap::populate`]. No effect when copied.
+    /// Populates all its pages; see [`SharedMap::populate`]. No effect when copied.
     ///
     /// # Errors
     /// As [`SharedMap::populate`].
     pub fn populate(&self) -> Result<(), Errno> {
-        self.map().map_or(Ok(()), |(map, _)| map.populate())
+        let Some((map, start)) = self.map() else { return Ok(()) };
+        map.populate_part(start, usize::try_from(self.size).map_err(|_| Errno::INVAL)?)
     }
 
     /// Address in this process of the byte at `offset`, for iovecs and registered buffers; `None` when copied
@@ -263,8 +282,9 @@ impl MemoryObject for GuestMemory {
 
     fn pin_pages(&self) -> u64 {
         match &self.kind {
-            Kind::Mapped { map, object, .. } if map.prot().write => {
-                (self.size + object.offset % PAGE_SIZE).div_ceil(PAGE_SIZE)
+            // A mapping begins at a page.
+            Kind::Mapped { map, start, .. } if map.prot().write => {
+                (self.size + *start as u64 % PAGE_SIZE).div_ceil(PAGE_SIZE)
             }
             Kind::Mapped { .. } | Kind::Copied { .. } => 0,
         }
@@ -272,12 +292,12 @@ impl MemoryObject for GuestMemory {
 
     fn same_object(&self, offset: u64, other: &Self, other_offset: u64) -> bool {
         match (&self.kind, &other.kind) {
-            (Kind::Mapped { object, .. }, Kind::Mapped { object: theirs, .. }) => {
-                let at = |object: &ObjectId, offset| ObjectId {
+            (Kind::Mapped { start, whole, .. }, Kind::Mapped { start: their_start, whole: theirs, .. }) => {
+                let at = |object: ObjectId, offset| ObjectId {
                     offset: object.offset.wrapping_add(offset),
-                    ..*object
+                    ..object
                 };
-                at(object, offset) == at(theirs, other_offset)
+                at(whole.at(*start), offset) == at(theirs.at(*their_start), other_offset)
             }
             (Kind::Copied { space, uaddr }, Kind::Copied { space: their_space, uaddr: theirs }) => {
                 space.is_same(their_space) && uaddr.wrapping_add(offset) == theirs.wrapping_add(other_offset)

@@ -24,6 +24,7 @@ pub mod memfd;
 pub mod mm_reaper;
 pub mod mmap;
 mod object;
+mod object_file;
 #[cfg(feature = "server")]
 pub mod open_mark;
 #[cfg(feature = "server")]

@@ -217,10 +217,14 @@ impl SharedMap {
     /// # Errors
     /// `ENOMEM`, `EFAULT` or `EHWPOISON` when a page has no memory; `EINVAL` on old kernels.
     pub fn populate(&self) -> Result<(), Errno> {
+        self.populate_part(0, self.0.len)
+    }
+
+    /// As [`populate`](Self::populate), the pages of `len` bytes from `offset`.
+    pub(crate) fn populate_part(&self, offset: usize, len: usize) -> Result<(), Errno> {
         let advice = if self.0.prot.write { Advice::LinuxPopulateWrite } else { Advice::LinuxPopulateRead };
-        // SAFETY: the range is the whole mapping that `self` keeps alive, and populating changes no bytes.
-        unsafe { madvise(ptr::with_exposed_provenance_mut(self.0.addr), self.0.span(), advice) }
-            .map_err(errno::from_rustix)
+        let before = (self.0.addr + offset) % rustix::param::page_size();
+        self.advise(offset.checked_sub(before).ok_or(Errno::INVAL)?, before + len, advice)
     }
 
     /// Excludes `len` bytes from `offset` from core dumps (`MADV_DONTDUMP`). The kernel splits the mapping there.
@@ -228,11 +232,14 @@ impl SharedMap {
     /// # Errors
     /// `EINVAL` unless both are whole pages within the mapping.
     pub fn leave_out_of_dumps(&self, offset: usize, len: usize) -> Result<(), Errno> {
+        self.advise(offset, len, Advice::LinuxDontDump)
+    }
+
+    fn advise(&self, offset: usize, len: usize, advice: Advice) -> Result<(), Errno> {
         let start = self.0.check(offset, len).map_err(|_| Errno::INVAL).map(|()| self.0.addr + offset)?;
-        // SAFETY: the range lies within the mapping that `self` keeps alive (the kernel refuses part of a page), and
-        // this advice changes neither bytes nor access.
-        unsafe { madvise(ptr::with_exposed_provenance_mut(start), len, Advice::LinuxDontDump) }
-            .map_err(errno::from_rustix)
+        // SAFETY: the range lies within the mapping that `self` keeps alive (the kernel refuses one that begins in a page), and
+        // none of the callers' advices, to populate and to leave out of dumps, changes bytes or access.
+        unsafe { madvise(ptr::with_exposed_provenance_mut(start), len, advice) }.map_err(errno::from_rustix)
     }
 
     /// A part of the mapping, which keeps the whole mapping alive.
@@ -382,14 +389,6 @@ impl Mapped {
             .map_err(errno::from_rustix)?;
         let origin = Origin::Mapped { span, guard: None };
         Ok(Self { addr: addr.expose_provenance(), len, prot, origin, listed: 0 })
-    }
-
-    /// Mapped size in bytes.
-    const fn span(&self) -> usize {
-        match &self.origin {
-            Origin::Mapped { span, .. } => *span,
-            Origin::Other(_) => self.len,
-        }
     }
 
     #[inline]

@@ -8,6 +8,7 @@ use vdpa_core::Errno;
 use crate::errno;
 use crate::guest::{GuestMemory, ObjectId, ObjectKey};
 use crate::maps::{self, Vma, vma_at};
+use crate::mmap::SharedMap;
 use crate::process::Caller;
 use crate::space::OwnerSpace;
 
@@ -42,9 +43,7 @@ pub(crate) fn map(
             }
         };
         let Some(found) = found else { return Ok(None) };
-        let memory = found.map(space, vma, uaddr, size, write)?;
-        // The thread may have ended and its id may be reused, so the mapping is compared with the VMA.
-        if is_mapping_of(&memory, vma)? {
+        if let Some(memory) = found.map(space, vma, uaddr, size, write)? {
             return Ok(Some(memory));
         }
     }
@@ -60,6 +59,7 @@ enum Found {
 }
 
 impl Found {
+    /// Maps what was found, or uses a mapping of it; `None` if it is not the object of `vma`.
     fn map(
         self,
         space: &OwnerSpace,
@@ -67,7 +67,7 @@ impl Found {
         uaddr: u64,
         size: u64,
         write: bool,
-    ) -> Result<GuestMemory, Errno> {
+    ) -> Result<Option<GuestMemory>, Errno> {
         let fd = match &self {
             Self::Path(fd) | Self::Descriptor(fd) => fd,
         };
@@ -81,7 +81,9 @@ impl Found {
             created_ns,
             offset: vma.offset + (uaddr - vma.start),
         };
-        GuestMemory::from_object(file, object, size, write)
+        // The thread may have ended and its id may be reused, so what is mapped is compared with the VMA.
+        let whole = file.map(object, size, write, |map| is_mapping_of(map, vma))?;
+        whole.map(|whole| GuestMemory::in_mapping(whole, object.offset, size)).transpose()
     }
 
     fn open(self, write: bool) -> Result<OwnedFd, Errno> {
@@ -142,14 +144,13 @@ fn created_ns(fd: impl AsFd) -> Result<u64, Errno> {
 }
 
 /// The attributes of a file that the kernel has cached, without a request to a file server that may never answer.
-fn statx_local(fd: impl AsFd, fields: StatxFlags) -> Result<Statx, Errno> {
+pub(crate) fn statx_local(fd: impl AsFd, fields: StatxFlags) -> Result<Statx, Errno> {
     statx(fd, c"", AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC, fields).map_err(errno::from_rustix)
 }
 
 /// Whether what is mapped is the object of `vma`, according to this process's maps. stat(2) cannot tell:
 /// some file systems report other device numbers there.
-fn is_mapping_of(memory: &GuestMemory, vma: &Vma) -> Result<bool, Errno> {
-    let Some(addr) = memory.host_addr(0) else { return Ok(false) };
-    let own = vma_at(maps::own()?, addr as u64)?;
+fn is_mapping_of(map: &SharedMap, vma: &Vma) -> Result<bool, Errno> {
+    let own = vma_at(maps::own()?, map.addr() as u64)?;
     Ok(own.is_some_and(|own| (own.dev, own.inode) == (vma.dev, vma.inode)))
 }

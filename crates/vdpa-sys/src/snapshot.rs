@@ -2,22 +2,25 @@
 
 use std::sync::atomic::{Ordering, fence};
 
-use vdpa_core::iotlb::{Lookup, Mapping, Table};
+use vdpa_core::iotlb::{Layered, Mapping, RangeChange, Table};
 use vdpa_core::ring::{Area, Fault, Memory};
-use vdpa_core::types::Perm;
+use vdpa_core::types::{IovaRange, Perm};
 
 use crate::guest::GuestMemory;
 use crate::mmap::MapArea;
 
+/// A mapping that was there and the one that is there now, if any.
+pub type Change<'a> = (Option<&'a Mapping<GuestMemory>>, Option<&'a Mapping<GuestMemory>>);
+
 /// An immutable snapshot of the translation of one address space. Read without a lock; every request keeps the snapshot with
-/// which it was translated.
-#[derive(Debug, Default)]
+/// which it was translated. [Changing](Self::changed) it makes the next one, which shares nearly all of it.
+#[derive(Clone, Debug, Default)]
 pub struct Snapshot {
-    lookup: Lookup<Target>,
+    lookup: Layered<Target>,
 }
 
 /// The memory of a range of addresses and the access to it.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Target {
     perm: Perm,
     memory: GuestMemory,
@@ -44,21 +47,29 @@ impl Snapshot {
     /// As [`new`](Self::new), with some entries of a table, in address order.
     #[must_use]
     pub fn of<'a>(mappings: impl Iterator<Item = &'a Mapping<GuestMemory>>) -> Self {
-        let places = mappings
-            .filter(|mapping| !mapping.stale)
-            .map(|mapping| (mapping.range, Target { perm: mapping.perm, memory: mapping.memory.clone() }));
-        Self { lookup: Lookup::new(places.collect()) }
+        Self { lookup: Layered::new(mappings.filter_map(target).collect()) }
+    }
+
+    /// The next snapshot, in which mappings were replaced, removed or added. `all` gives all mappings that are there now, in address order, and their number. It is
+    /// called so rarely that its cost, divided among the changes in between, is that of a few mappings each.
+    #[must_use]
+    pub fn changed<'a, A: Iterator<Item = &'a Mapping<GuestMemory>>>(
+        &self,
+        changes: &[Change<'_>],
+        count: usize,
+        all: impl FnOnce() -> A,
+    ) -> Self {
+        let change = |(before, after): &Change<'_>| -> RangeChange<Target> {
+            (before.and_then(target).map(|(range, _)| range), after.and_then(target))
+        };
+        let changes: Vec<_> = changes.iter().map(change).collect();
+        Self { lookup: self.lookup.changed(&changes, count, || all().filter_map(target).collect()) }
     }
 
     /// The pieces of `[iova, iova + len)` in address order. Ends after a [`Fault`] with the address that is not
     /// mapped or does not allow `perm`. Empty for `len` 0.
     pub fn translate(&self, iova: u64, len: u64, perm: Perm) -> Translate<'_> {
         Translate { snapshot: self, iova, left: len, perm }
-    }
-
-    /// All memory in address order, for registration and accounting.
-    pub fn memories(&self) -> impl Iterator<Item = &GuestMemory> {
-        self.lookup.ranges().iter().map(|(_, place)| &place.memory)
     }
 
     /// The piece that contains all of `[iova, iova + len)` and allows `perm`, if there is one. There nearly always is, since
@@ -121,6 +132,12 @@ impl Snapshot {
         let room = (range.last() - iova).saturating_add(1);
         Ok(Piece { memory: &place.memory, offset: iova - range.first(), len: len.min(room) })
     }
+}
+
+/// What the data path sees of a mapping; nothing of one that a change of owner has made stale.
+fn target(mapping: &Mapping<GuestMemory>) -> Option<(IovaRange, Target)> {
+    let target = || Target { perm: mapping.perm, memory: mapping.memory.clone() };
+    (!mapping.stale).then(|| (mapping.range, target()))
 }
 
 /// See [`Snapshot::translate`].
@@ -332,13 +349,11 @@ impl Area for GuestArea {
 mod tests {
     use std::sync::Arc;
 
-    use vdpa_core::types::IovaRange;
-
     use super::*;
-    use crate::guest::ObjectId;
+    use crate::guest::{ObjectFile, ObjectId};
 
     fn object(pages: u64) -> GuestMemory {
-        let file = Arc::new(crate::memfd::create(c"table", pages * 4096, None).unwrap());
+        let file = Arc::new(ObjectFile::new(crate::memfd::create(c"table", pages * 4096, None).unwrap()));
         let id = ObjectId { dev_major: 0, dev_minor: 0, inode: 0, created_ns: 0, offset: 0 };
         GuestMemory::from_object(file, id, pages * 4096, true).unwrap()
     }
@@ -350,7 +365,7 @@ mod tests {
 
     /// Two neighbours, a gap, a read-only entry, and one at the end of the address space.
     fn table() -> Snapshot {
-        let lookup = Lookup::new(vec![
+        let lookup = Layered::new(vec![
             entry(0x1000, 0x1001, Perm::RW),
             entry(0x2001, 0xfff, Perm::RW),
             entry(0x8000, 0x1000, Perm::RO),

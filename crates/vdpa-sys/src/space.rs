@@ -12,7 +12,7 @@ use vdpa_core::Errno;
 use vdpa_core::host::PinAccount;
 
 use crate::errno;
-use crate::guest::{LinuxHost, ObjectKey};
+use crate::guest::{LinuxHost, ObjectFile, ObjectKey};
 use crate::process::{Caller, Random};
 
 /// An address space, held by descriptors that are bound to it and not to a process id. Clones share it.
@@ -29,7 +29,7 @@ struct Space {
     /// Whether it is that of this process, in which a device may only write memory that was made for it.
     own: AtomicBool,
     /// Open files of its memory objects, so that mappings of one object share a descriptor.
-    objects: Mutex<HashMap<ObjectKey, Weak<OwnedFd>>>,
+    objects: Mutex<HashMap<ObjectKey, Weak<ObjectFile>>>,
 }
 
 /// The saved state of an [`OwnerSpace`], without its descriptors.
@@ -153,12 +153,12 @@ impl OwnerSpace {
         &self,
         key: ObjectKey,
         open: impl FnOnce() -> Result<OwnedFd, Errno>,
-    ) -> Result<Arc<OwnedFd>, Errno> {
+    ) -> Result<Arc<ObjectFile>, Errno> {
         let mut objects = self.0.objects.lock();
         if let Some(file) = objects.get(&key).and_then(Weak::upgrade) {
             return Ok(file);
         }
-        let file = Arc::new(open()?);
+        let file = Arc::new(ObjectFile::new(open()?));
         objects.retain(|_, file| file.strong_count() > 0);
         objects.insert(key, Arc::downgrade(&file));
         Ok(file)

@@ -6,6 +6,7 @@ mod subject;
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::ptr;
+use std::sync::Arc;
 
 use rustix::fs::{SealFlags, fcntl_add_seals, ftruncate};
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap, mmap_anonymous, mprotect};
@@ -192,8 +193,11 @@ fn a_split_object_gives_fragments_of_one_object() {
     for (index, fragment) in fragments.iter().enumerate() {
         assert_same_bytes(&fragment.memory, addr + index as u64 * PAGE);
     }
-    let files: Vec<_> =
-        fragments.iter().filter_map(|fragment| fragment.memory.file()).map(|fd| fd.as_raw_fd()).collect();
+    let files: Vec<_> = fragments
+        .iter()
+        .filter_map(|fragment| fragment.memory.file())
+        .map(|file| file.as_fd().as_raw_fd())
+        .collect();
     assert!(files.len() == 3 && files.windows(2).all(|pair| pair[0] == pair[1]), "one descriptor: {files:?}");
     let whole = map_fd(&fd, 3, RW, MapFlags::SHARED);
     let second = resolve_one(whole + PAGE, PAGE, Perm::RW);
@@ -269,8 +273,8 @@ fn a_saved_object_is_mapped_again() {
     let addr = map_fd(memfd(3), 3, RW, MapFlags::SHARED);
     let memory = resolve_one(addr + PAGE + 8, PAGE, Perm::RW);
     let MemoryRecord::Object { object, size, write } = memory.record() else { panic!("{memory:?}") };
-    let file = memory.file().unwrap().try_clone_to_owned().unwrap();
-    let again = GuestMemory::from_object(file.into(), object, size, write).unwrap();
+    let file = memory.file().unwrap().as_fd().try_clone_to_owned().unwrap();
+    let again = GuestMemory::from_object(Arc::new(file.into()), object, size, write).unwrap();
     drop(memory);
     assert_same_bytes(&again, addr + PAGE + 8);
 }

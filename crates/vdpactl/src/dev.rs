@@ -124,7 +124,11 @@ fn plain_state(text: &mut String, state: &DevState, names: Names) {
         Some(limit) => put!(text, "  pinned {} of {limit} pages\n", state.pinned_pages),
         None => put!(text, "  pinned {} pages\n", state.pinned_pages),
     }
-    put!(text, "  mappings {}\n", state.mappings);
+    put!(text, "  mappings {}", state.mappings);
+    if state.max_iotlb_entries > 0 {
+        put!(text, " max_iotlb_entries {}", state.max_iotlb_entries);
+    }
+    text.push('\n');
     for queue in &state.queues {
         let QueueInfo { index, size, enabled, running, requests, bytes, errors, poison } = queue;
         put!(
@@ -164,6 +168,9 @@ fn json_state(json: &mut Map<String, Value>, state: &DevState, names: Names) {
         json.insert("memlock_limit_pages".into(), limit.into());
     }
     json.insert("mappings".into(), state.mappings.into());
+    if state.max_iotlb_entries > 0 {
+        json.insert("max_iotlb_entries".into(), state.max_iotlb_entries.into());
+    }
     let queues = state.queues.iter().map(|queue| {
         let QueueInfo { index, size, enabled, running, requests, bytes, errors, poison } = queue;
         json!({

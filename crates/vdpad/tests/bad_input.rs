@@ -124,11 +124,17 @@ fn bad_attributes(dir: &str) -> Vec<Case> {
             "colour blue",
             "blk has no attribute \"colour\"",
             "Operation not supported",
-            "It has: path FILE, null SIZE, readonly on|off, direct on|off, pin on|off, memlock rlimit|unlimited|SIZE, queues 1-64, queue_size 2-32768, a power \
+            "It has: path FILE, null SIZE, readonly on|off, direct on|off, pin on|off, memlock rlimit|unlimited|SIZE, max_iotlb_entries 2-1048576, queues 1-64, queue_size 2-32768, a power \
              of two, packed on|off, in_order on|off, serial TEXT of at most 20 bytes, compat_reset keep|clean, reset_owner on|off, strict_new_owner on|off, cpus LIST of \
              processors, for example 2,4-7, worker shared|own.",
         ),
         ("queues 65", "attribute \"queues\" is \"65\"; a number from 1 to 64 is right", invalid, ""),
+        (
+            "max_iotlb_entries 1",
+            "attribute \"max_iotlb_entries\" is \"1\"; a number from 2 to 1048576 is right",
+            invalid,
+            "",
+        ),
         ("queue_size 100", "queue_size is 100", invalid, "A power of two from 2 to 32768 is right."),
         ("pin maybe", "attribute \"pin\" is \"maybe\"; \"on\" or \"off\" is right", invalid, ""),
         (

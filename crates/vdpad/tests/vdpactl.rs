@@ -135,7 +135,7 @@ blk0: type block mgmtdev vdpasim_blk vendor_id 0 max_vqs 1 max_vq_size 256
   owner pid 4711 comm qemu since 2026-11-21T07:12:49Z
   negotiated_features FLUSH VERSION_1 bit_40
   pinned 1048576 of 2097152 pages
-  mappings 12
+  mappings 12 max_iotlb_entries 2048
   queue 0 size 256 enabled true running true requests 10 bytes 40960 errors 1 poison 0
 ",
     );
@@ -163,6 +163,7 @@ blk0: type block mgmtdev vdpasim_blk vendor_id 0 max_vqs 1 max_vq_size 256
             "pinned_pages": 1048576,
             "memlock_limit_pages": 2097152,
             "mappings": 12,
+            "max_iotlb_entries": 2048,
             "queues": [ {
                     "index": 0,
                     "size": 256,

@@ -25,9 +25,9 @@ const CHANGE: u32 = 1;
 const SHARED_CHANGE: u32 = 2;
 /// Bytes for which a journal has room at the start; it grows.
 const INITIAL: usize = 16 << 10;
-/// Bytes of the largest journal: mappings of 100 bytes, three times 256,000 of them, and twice as many where two clients
-/// share a device.
-const MAX: usize = 192 << 20;
+/// Bytes of the largest journal: three times what is written of a device with 2^20 mappings of 100 bytes, two tables of which
+/// differ while a batch is open. It has as many bytes as are written, and no more than twice those of a checkpoint.
+const MAX: usize = 768 << 20;
 /// Objects that a device may have held before a checkpoint is made to find out which are still used.
 const OBJECTS: usize = 64;
 

@@ -10,7 +10,7 @@ use vdpa_core::crash_points::{CrashPoint, reach};
 use vdpa_core::device::state::{MemoryRef, StateSink, StateSource};
 use vdpa_core::types::{Perm, Result};
 use vdpa_sys::eventfd::EventFd;
-use vdpa_sys::guest::{GuestMemory, LinuxHost, MemoryRecord, ObjectId};
+use vdpa_sys::guest::{GuestMemory, LinuxHost, MemoryRecord, ObjectFile, ObjectId};
 use vdpa_sys::process::{OwnerSpace, Spaces};
 use vdpa_sys::space::{SpaceFds, SpaceRecord};
 
@@ -46,7 +46,7 @@ impl FileId {
 /// What has a number. Keeps the object, so that its descriptor is not used for another one.
 #[derive(Debug)]
 enum Object {
-    File(FileId, Arc<OwnedFd>),
+    File(FileId, Arc<ObjectFile>),
     Event(EventFd),
     Space(OwnerSpace),
 }
@@ -88,7 +88,7 @@ impl Objects {
                     }
                 }
                 (_, Some(Decoded::File(id))) => {
-                    this.objects.insert(number, Object::File(id, Arc::new(fd)));
+                    this.objects.insert(number, Object::File(id, Arc::new(fd.into())));
                 }
                 (_, Some(Decoded::Space(record))) => {
                     parts.entry(number).or_insert_with(|| (record, BTreeMap::new())).1.insert(part, fd);
@@ -209,10 +209,8 @@ impl StateSink<LinuxHost> for Objects {
                 let known = self.find(|object| matches!(object, Object::File(other, _) if *other == id));
                 let number = self.number(known, |store, key| {
                     let file = memory.file().ok_or(Errno::INVAL)?;
-                    store.hold(key, Kind::Memory, file, &encode_file(id))?;
-                    let file = file.try_clone_to_owned();
-                    let file = file.map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(0)))?;
-                    Ok(Object::File(id, Arc::new(file)))
+                    store.hold(key, Kind::Memory, file.as_fd(), &encode_file(id))?;
+                    Ok(Object::File(id, Arc::clone(file)))
                 })?;
                 Ok(MemoryRef { id: number.into(), offset: object.offset })
             }

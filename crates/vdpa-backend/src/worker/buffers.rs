@@ -51,6 +51,8 @@ struct Slots {
     claimed: HashMap<u16, (Piece, usize)>,
     /// Slots that were claimed and that the other process has changed since, until their devices are given up.
     stale: HashSet<u16>,
+    /// The other process had no slot left when its table was read.
+    others_full: bool,
 }
 
 impl Slots {
@@ -73,10 +75,12 @@ impl Buffers {
 
     /// Buffers of the ring of an earlier process, which still uses it: until [`take_over`](Self::take_over) nothing is changed.
     pub(super) fn of_other(registrar: Registrar, table: SlotTable) -> Self {
-        let mut slots = Slots::default();
-        for slot in 0..table.used(SLOTS) {
-            if let State::Pinned(piece, addr) = table.state(slot) {
-                slots.unclaimed(slot, piece, addr);
+        let used = table.used(SLOTS);
+        let mut slots = Slots { others_full: used == SLOTS, ..Slots::default() };
+        for slot in 0..used {
+            match table.state(slot) {
+                State::Pinned(piece, addr) => slots.unclaimed(slot, piece, addr),
+                State::Empty | State::Changing => slots.others_full = false,
             }
         }
         Self { registrar, table: Some(table), slots: Mutex::new(slots), foreign: Mutex::new(true) }
@@ -157,11 +161,12 @@ impl Buffers {
     /// Blocks while pages are pinned; the worker thread blocks meanwhile when it submits operations.
     ///
     /// # Errors
-    /// As [`Registrar::set_buffer`]; `EAGAIN` while another process uses the ring.
+    /// As [`Registrar::set_buffer`]; `EAGAIN` while another process uses the ring and has slots left.
     pub(super) fn pin(&self, at: IoVec, piece: Piece, memory: &MemorySet) -> Result<Option<Pinned>> {
         let foreign = self.foreign.lock();
         if *foreign {
-            return Err(Errno::AGAIN);
+            // Without a slot left the other process has not pinned it either.
+            return if self.slots.lock().others_full { Ok(None) } else { Err(Errno::AGAIN) };
         }
         let Some(slot) = self.take()? else { return Ok(None) };
         tracing::debug!(slot, offset = piece.object.offset, len = piece.len, "memory is pinned");

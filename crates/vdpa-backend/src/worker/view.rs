@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use vdpa_core::iotlb::{Mapping, Table};
+use vdpa_core::iotlb::{Mapping, Table, Tree};
 use vdpa_core::ring::{BufferSlice, Fault};
 use vdpa_core::types::Perm;
 use vdpa_sys::guest::GuestMemory;
-use vdpa_sys::snapshot::Snapshot;
+use vdpa_sys::snapshot::{Change, Snapshot};
 use vdpa_sys::uring::{FixedIoVec, IoVec, MemorySet};
 
 /// A range of addresses that is pinned as one registered buffer of the thread's io_uring.
@@ -25,17 +25,17 @@ pub(super) struct PinnedRange {
 /// An immutable translation of one address space: the entries of an IOTLB table, the mappings behind them, and which of
 /// them are pinned.
 ///
-/// The control side makes a new view for each change of the table and installs it with
-/// [`QueueControl::set_view`](super::QueueControl::set_view). A [`QueueHandler`](super::QueueHandler) gets the present view
+/// The control side makes a new view for each change of the table, which shares nearly all of the one before, and installs it
+/// with [`QueueControl::set_view`](super::QueueControl::set_view). A [`QueueHandler`](super::QueueHandler) gets the present view
 /// of a queue from [`Queues::view`](super::Queues::view), on the device's thread. A request that is in flight keeps the view
 /// that it began with: its memory stays mapped in this process for as long as the view, or a clone of
 /// [`memory`](Self::memory), exists. No method blocks.
-#[derive(Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct MemoryView {
-    snapshot: Snapshot,
-    memory: Arc<MemorySet>,
-    /// In ascending order of addresses.
-    pinned: Vec<PinnedRange>,
+    pub(super) snapshot: Snapshot,
+    pub(super) memory: Arc<MemorySet>,
+    /// By their addresses in this process.
+    pub(super) pinned: Tree<PinnedRange>,
 }
 
 impl MemoryView {
@@ -43,16 +43,21 @@ impl MemoryView {
     /// [`ClientMemory`](super::ClientMemory) does not call this.
     #[must_use]
     pub fn new(table: &Table<GuestMemory>) -> Self {
-        Self::from_entries(&table.iter().collect::<Vec<_>>(), Vec::new())
+        let memory = MemorySet::new(table.iter().filter_map(|entry| entry.memory.stable()));
+        Self { snapshot: Snapshot::new(table), memory: Arc::new(memory), pinned: Tree::default() }
     }
 
-    /// A view of some entries of a table, in ascending order of I/O virtual addresses. `pinned` is in ascending order of
-    /// addresses in this process, and lies inside mappings of the entries.
-    pub(super) fn from_entries(entries: &[&Mapping<GuestMemory>], pinned: Vec<PinnedRange>) -> Self {
-        debug_assert!(pinned.is_sorted_by_key(|range| range.addr));
-        let maps = entries.iter().filter_map(|entry| entry.memory.stable());
-        let memory = Arc::new(MemorySet::new(maps));
-        Self { snapshot: Snapshot::of(entries.iter().copied()), memory, pinned }
+    /// The view after these changes, which lead to the mappings `now`. The mappings of this process that `memory` has are those of
+    /// `now` already.
+    pub(super) fn changed(
+        &self,
+        changes: &[Change<'_>],
+        now: &Tree<Mapping<GuestMemory>>,
+        pinned: Option<&Tree<PinnedRange>>,
+    ) -> Self {
+        let all = || now.iter().map(|(_, entry)| entry);
+        let snapshot = self.snapshot.changed(changes, now.len(), all);
+        Self { snapshot, memory: Arc::clone(&self.memory), pinned: pinned.cloned().unwrap_or_default() }
     }
 
     /// The memory by I/O virtual address, to pop descriptor chains and to copy their buffers.
@@ -105,8 +110,7 @@ impl MemoryView {
     /// is not pinned as a whole.
     #[inline]
     pub fn fixed(&self, piece: IoVec) -> Option<FixedIoVec> {
-        let after = self.pinned.partition_point(|range| range.addr <= piece.addr);
-        let range = self.pinned.get(after.checked_sub(1)?)?;
+        let (_, range) = self.pinned.floor(piece.addr as u64)?;
         let offset = piece.addr - range.addr;
         let inside = offset <= range.len && piece.len <= range.len - offset;
         let iovec = IoVec { addr: range.registered.wrapping_add(offset), len: piece.len };

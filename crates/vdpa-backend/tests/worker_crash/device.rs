@@ -69,7 +69,7 @@ fn wait() -> ! {
 
 fn table(memory: OwnedFd) -> Table<GuestMemory> {
     let id = ObjectId { dev_major: 0, dev_minor: 0, inode: 0, created_ns: 0, offset: 0 };
-    let memory = GuestMemory::from_object(Arc::new(memory), id, MEMORY, true).unwrap();
+    let memory = GuestMemory::from_object(Arc::new(memory.into()), id, MEMORY, true).unwrap();
     let range = IovaRange::from_size(0, MEMORY).unwrap();
     let mapping =
         Mapping { range, uaddr: 0, perm: Perm::RW, memory, stale: false, record: RecordId::default() };

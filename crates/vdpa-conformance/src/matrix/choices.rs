@@ -46,6 +46,13 @@ const CHOICES: &[Choice] = &[
         "one `set_map`",
         "–",
     ),
+    choice(
+        "2.4",
+        "entries of an address space's IOTLB",
+        "2048, a parameter of the module",
+        "2048, or up to 1048576",
+        "`max_iotlb_entries`",
+    ),
     choice("2.6", "END when the device refuses the table", "success", "sims: success; blk: EFAULT", "–"),
     choice(
         "2.6, 8.5 R5",

@@ -12,7 +12,7 @@ use vdpa_core::ring::inflight::{MaybeLog, log_size};
 use vdpa_core::ring::{Buffer, Chain, Memory, Ring, area_sizes};
 use vdpa_core::types::{IovaRange, Perm};
 use vdpa_core::vq::QueueState;
-use vdpa_sys::guest::{GuestMemory, ObjectId};
+use vdpa_sys::guest::{GuestMemory, ObjectFile, ObjectId};
 use vdpa_sys::snapshot::{GuestArea, Snapshot};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
@@ -43,7 +43,7 @@ fn requests(regions: u64) -> Vec<[Buffer; 3]> {
 /// Client memory as a device maps it: objects mapped in this process, and a snapshot of the table over them.
 fn snapshot(regions: u64) -> Snapshot {
     let mapping = |i: u64| {
-        let file = Arc::new(vdpa_sys::memfd::create(c"bench-core", REGION, None).unwrap());
+        let file = Arc::new(ObjectFile::new(vdpa_sys::memfd::create(c"bench-core", REGION, None).unwrap()));
         let id = ObjectId { dev_major: 0, dev_minor: 0, inode: i, created_ns: 0, offset: 0 };
         let memory = GuestMemory::from_object(file, id, REGION, true).unwrap();
         let range = IovaRange::from_size(BASE + i * 2 * REGION, REGION).unwrap();

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::*;
 use crate::device::Device;
 use crate::features::{BackendFeatures, Status};
-use crate::host::{AddressSpace, Caller, Event, Fragment, PinAccount};
+use crate::host::{AddressSpace, Caller, Event, Fragment, MemoryObject, PinAccount};
 use crate::types::{IotlbMsg, Perm, VringAddr, iotlb_type};
 
 const PAGE: u64 = 4096;

@@ -11,16 +11,11 @@ pub struct Removed {
 }
 
 impl Removed {
-    /// The entries of `before` that are not in `after` or differ there in any way. Both lists are in address order without
-    /// overlap, as the entries of a [`Table`](super::Table).
+    /// These ranges, which are in address order without overlap, as the entries of a [`Table`](super::Table) are.
     #[must_use]
-    pub fn between<T: PartialEq>(before: &[(IovaRange, T)], after: &[(IovaRange, T)]) -> Self {
-        let stays = |entry: &&(IovaRange, T)| {
-            let found = after.binary_search_by_key(&entry.0.first(), |(range, _)| range.first());
-            found.ok().and_then(|at| after.get(at)) == Some(*entry)
-        };
+    pub fn of(removed: impl IntoIterator<Item = IovaRange>) -> Self {
         let mut ranges: Vec<IovaRange> = Vec::new();
-        for &(range, _) in before.iter().filter(|entry| !stays(entry)) {
+        for range in removed {
             let adjoins =
                 ranges.last().filter(|last| last.last().checked_add(1) == Some(range.first())).copied();
             match adjoins.and_then(|last| IovaRange::new(last.first(), range.last())) {
@@ -62,20 +57,8 @@ mod tests {
 
     use super::*;
 
-    /// Generates a table of a small address space from cuts, gaps and values.
-    fn entries() -> impl Strategy<Value = Vec<(IovaRange, u8)>> {
-        let entry = (0u64..4, 1u64..5, 0u8..2);
-        prop::collection::vec(entry, 0..12).prop_map(|parts| {
-            let mut at = 0;
-            parts
-                .into_iter()
-                .map(|(gap, size, value)| {
-                    let first = at + gap;
-                    at = first + size;
-                    (IovaRange::from_size(first, size).unwrap(), value)
-                })
-                .collect()
-        })
+    fn range(first: u64, last: u64) -> IovaRange {
+        IovaRange::new(first, last).unwrap()
     }
 
     #[test]
@@ -83,40 +66,34 @@ mod tests {
         let all = Removed::everything();
         assert!(all.touches(0, 1) && all.touches(u64::MAX, 1) && all.touches(u64::MAX, u64::MAX));
         assert!(!all.touches(5, 0) && !all.is_empty());
-        let end = Removed::between(&[(IovaRange::new(u64::MAX, u64::MAX).unwrap(), ())], &[]);
+        let end = Removed::of([range(u64::MAX, u64::MAX)]);
         assert!(end.touches(u64::MAX - 1, 2) && !end.touches(u64::MAX - 1, 1));
+        assert!(Removed::of([]).is_empty());
     }
 
     #[test]
-    fn an_entry_that_was_cut_or_changed_is_removed_whole() {
-        let range = |first, last| IovaRange::new(first, last).unwrap();
-        let before = [(range(0, 9), 'a'), (range(10, 19), 'b'), (range(30, 39), 'c')];
-        assert!(Removed::between(&before, &before).is_empty());
-        let cut = [(range(0, 9), 'a'), (range(10, 18), 'b'), (range(30, 39), 'x')];
-        assert_eq!(Removed::between(&before, &cut).ranges, [range(10, 19), range(30, 39)]);
-        assert_eq!(Removed::between(&before, &[]).ranges, [range(0, 19), range(30, 39)]);
-        assert!(Removed::between(&[], &before).is_empty(), "what is new was not removed");
+    fn neighbours_are_one_range() {
+        let removed = Removed::of([range(0, 9), range(10, 19), range(30, 39)]);
+        assert_eq!(removed.ranges, [range(0, 19), range(30, 39)]);
     }
 
     proptest! {
         /// Compares with a check of each byte.
         #[test]
         fn agrees_with_a_naive_model(
-            before in entries(), after in entries(), kept in any::<u16>(), iova in 0u64..80, len in 0u64..20,
+            parts in prop::collection::vec((0u64..4, 1u64..5), 0..12), iova in 0u64..80, len in 0u64..20,
         ) {
-            // Some of the entries stay as they were.
-            let mut after = after;
-            for (bit, entry) in before.iter().take(12).enumerate() {
-                if kept >> bit & 1 == 1 {
-                    after.retain(|(range, _)| !range.overlaps(entry.0));
-                    after.push(*entry);
-                }
-            }
-            after.sort_unstable_by_key(|(range, _)| range.first());
-            let removed = Removed::between(&before, &after);
-            let is_removed = |byte: u64| {
-                before.iter().any(|entry| entry.0.first() <= byte && byte <= entry.0.last() && !after.contains(entry))
-            };
+            let mut at = 0;
+            let ranges: Vec<IovaRange> = parts
+                .into_iter()
+                .map(|(gap, size)| {
+                    let first = at + gap;
+                    at = first + size;
+                    IovaRange::from_size(first, size).unwrap()
+                })
+                .collect();
+            let removed = Removed::of(ranges.iter().copied());
+            let is_removed = |byte: u64| ranges.iter().any(|range| range.first() <= byte && byte <= range.last());
             prop_assert_eq!(removed.touches(iova, len), (iova..iova + len).any(is_removed));
             prop_assert_eq!(removed.is_empty(), !(0..200).any(is_removed));
             let apart = |pair: &[IovaRange]| pair[0].last() + 1 < pair[1].first();

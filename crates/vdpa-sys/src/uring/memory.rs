@@ -9,6 +9,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use vdpa_core::Errno;
+use vdpa_core::iotlb::Tree;
 
 pub use crate::stable::StableMemory;
 
@@ -27,14 +28,15 @@ const _: () = assert!(align_of::<IoVec>() == align_of::<libc::iovec>());
 const _: () = assert!(std::mem::offset_of!(IoVec, len) == std::mem::offset_of!(libc::iovec, iov_len));
 
 /// Mappings that are kept alive together, such as those of one snapshot of an IOTLB. A request keeps all of them by one
-/// clone of an `Arc`.
+/// clone of an `Arc`. Sets that differ in a few mappings share the rest.
+#[derive(Clone, Default)]
 pub struct MemorySet {
-    /// Ordered by base; mappings do not overlap, since each is mapped.
-    regions: Box<[Region]>,
+    /// By base. Mappings do not overlap, since each is mapped.
+    regions: Tree<Region>,
 }
 
+#[derive(Clone)]
 struct Region {
-    base: usize,
     last: usize,
     memory: Arc<dyn StableMemory>,
 }
@@ -42,36 +44,42 @@ struct Region {
 impl MemorySet {
     /// Creates a set of mappings, without empty ones. A mapping may be given more than once.
     pub fn new(memories: impl IntoIterator<Item = Arc<dyn StableMemory>>) -> Self {
-        let mut regions: Vec<_> = memories
-            .into_iter()
-            .filter_map(|memory| {
-                let base = memory.base();
-                let last = base.checked_add(memory.len().checked_sub(1)?)?;
-                Some(Region { base, last, memory })
-            })
-            .collect();
-        regions.sort_unstable_by_key(|region| region.base);
-        Self { regions: regions.into() }
+        let mut set = Self::default();
+        memories.into_iter().for_each(|memory| set.insert(memory));
+        set
+    }
+
+    /// Adds a mapping, unless it is empty.
+    pub fn insert(&mut self, memory: Arc<dyn StableMemory>) {
+        let (base, len) = (memory.base(), memory.len());
+        if let Some(last) = len.checked_sub(1).and_then(|more| base.checked_add(more)) {
+            self.regions.insert(base as u64, Region { last, memory });
+        }
+    }
+
+    /// Removes the mapping that begins at this address.
+    pub fn remove(&mut self, base: usize) {
+        self.regions.remove(base as u64);
     }
 
     /// Whether all bytes of `iovec` lie in one mapping of the set. An empty one does.
     #[must_use]
+    #[inline]
     pub fn covers(&self, iovec: IoVec) -> bool {
         let Some(more) = iovec.len.checked_sub(1) else { return true };
         let Some(last) = iovec.addr.checked_add(more) else { return false };
-        let after = self.regions.partition_point(|region| region.base <= iovec.addr);
-        after.checked_sub(1).and_then(|at| self.regions.get(at)).is_some_and(|region| last <= region.last)
+        self.regions.floor(iovec.addr as u64).is_some_and(|(_, region)| last <= region.last)
     }
 
     /// The mappings, by address.
     pub fn iter(&self) -> impl Iterator<Item = &Arc<dyn StableMemory>> {
-        self.regions.iter().map(|region| &region.memory)
+        self.regions.iter().map(|(_, region)| &region.memory)
     }
 }
 
 impl fmt::Debug for MemorySet {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_list().entries(self.regions.iter().map(|region| (region.base, region.last))).finish()
+        f.debug_list().entries(self.regions.iter().map(|(base, region)| (base, region.last))).finish()
     }
 }
 

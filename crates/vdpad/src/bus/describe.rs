@@ -44,6 +44,7 @@ pub(super) fn state(
         pinned_pages: device.pinned_pages(),
         memlock_limit_pages: owner.and_then(|space| pin_limit(device, space)),
         mappings: device.mapped().entries as u64,
+        max_iotlb_entries: device.profile().max_iotlb_entries as u64,
         queues: queues.collect(),
     }
 }

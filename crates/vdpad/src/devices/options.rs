@@ -44,6 +44,15 @@ pub(super) fn queue_size(attrs: &Attrs, default: u16) -> Result<u16, CtlError> {
         .with_hint("A power of two from 2 to 32768 is right."))
 }
 
+/// Name and value of the attribute that [`iotlb_entries`] parses.
+pub(super) const IOTLB_ATTR: (&str, &str) = ("max_iotlb_entries", "2-1048576");
+
+/// Parses `max_iotlb_entries`: most entries of an IOTLB table.
+pub(super) fn iotlb_entries(attrs: &Attrs, default: usize) -> Result<usize, CtlError> {
+    let given = attrs.number("max_iotlb_entries", 2, 1 << 20).map_err(invalid)?;
+    Ok(given.and_then(|entries| usize::try_from(entries).ok()).unwrap_or(default))
+}
+
 /// Name and value of the attribute that [`pin_limit`] parses.
 pub(super) const MEMLOCK_ATTR: (&str, &str) = ("memlock", "rlimit|unlimited|SIZE");
 

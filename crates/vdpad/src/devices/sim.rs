@@ -10,11 +10,10 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
-use std::sync::Arc;
 
 use vdpa_core::Errno;
 use vdpa_core::features::{BackendFeatures, Features};
-use vdpa_core::iotlb::{Mapping, Removed, Table};
+use vdpa_core::iotlb::{Mapping, Table, Tree};
 use vdpa_core::net::MAC_BYTES;
 use vdpa_core::parent::{
     AddressMode, CompatReset, Dma, DmaMap, Parent, PinLimit, PrivateMemory, Profile, QueueStats, SetMap,
@@ -25,10 +24,10 @@ use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::guest::{GuestMemory, LinuxHost};
 
 use super::options::{
-    CPUS_ATTR, MEMLOCK_ATTR, QUEUE_SIZE_ATTR, WORKER_ATTR, compat_reset, invalid, pin_limit, placement,
-    queue_size, reject_unknown,
+    CPUS_ATTR, IOTLB_ATTR, MEMLOCK_ATTR, QUEUE_SIZE_ATTR, WORKER_ATTR, compat_reset, invalid, iotlb_entries,
+    pin_limit, placement, queue_size, reject_unknown,
 };
-use vdpa_backend::worker::{MemoryView, Placement, QueueControl};
+use vdpa_backend::worker::{ClientMemory, Placement, QueueControl};
 use vdpa_control::api::{Attrs, CtlError};
 
 /// Entries of the largest ring, as in the kernel's simulators (`VDPASIM_QUEUE_MAX`).
@@ -38,7 +37,7 @@ pub(super) const QUEUE_SIZE: u16 = 256;
 pub(super) const KNOWN: [(&str, &str); 10] = [
     ("use_va", "on|off"),
     ("batch_mapping", "on|off"),
-    ("max_iotlb_entries", "2-1048576"),
+    IOTLB_ATTR,
     ("compat_reset", "keep|clean"),
     ("verify_remap", "on|off"),
     ("reset_owner", "on|off"),
@@ -55,7 +54,8 @@ pub(super) struct Options {
     pub(super) use_va: bool,
     /// Take a whole IOTLB at a time (`set_map`), else single mappings (`dma_map`).
     pub(super) batch_mapping: bool,
-    /// Most entries of the simulator's own table, per address space. The IOTLB of the interface has its own limit.
+    /// Most entries of the simulator's own table, per address space. The IOTLB of the interface may have as many, and not fewer
+    /// than in the kernel.
     pub(super) max_iotlb_entries: usize,
     /// Whether a reset clears the simulator's table when the client has not acknowledged IOTLB_PERSIST.
     pub(super) compat_reset: CompatReset,
@@ -94,13 +94,10 @@ impl Options {
         reject_unknown(kind, attrs, &[own, &KNOWN].concat())?;
         let default = Self::default();
         let switch = |key, default| attrs.switch(key).map_err(invalid).map(|on| on.unwrap_or(default));
-        let entries = attrs.number("max_iotlb_entries", 2, 1 << 20).map_err(invalid)?;
         Ok(Self {
             use_va: switch("use_va", default.use_va)?,
             batch_mapping: switch("batch_mapping", default.batch_mapping)?,
-            max_iotlb_entries: entries
-                .and_then(|entries| usize::try_from(entries).ok())
-                .unwrap_or(default.max_iotlb_entries),
+            max_iotlb_entries: iotlb_entries(attrs, default.max_iotlb_entries)?,
             compat_reset: compat_reset(attrs, default.compat_reset)?,
             verify_remap: switch("verify_remap", default.verify_remap)?,
             reset_owner: switch("reset_owner", default.reset_owner)?,
@@ -132,6 +129,7 @@ impl Options {
             private_memory,
             verify_remap: self.verify_remap,
             reset_owner: self.reset_owner,
+            max_iotlb_entries: self.max_iotlb_entries.max(base.max_iotlb_entries),
             ..base
         }
     }
@@ -142,32 +140,6 @@ impl Options {
     /// `ENOSPC`.
     pub(super) fn check_room(&self, entries: usize) -> Result<()> {
         if entries <= self.max_iotlb_entries { Ok(()) } else { Err(Errno::NOSPC) }
-    }
-}
-
-/// The table of one address space, for a simulator that takes single mappings.
-#[derive(Debug, Default)]
-struct SingleMappings(BTreeMap<u64, Mapping<GuestMemory>>);
-
-impl SingleMappings {
-    /// Adds a mapping.
-    ///
-    /// # Errors
-    /// `ENOSPC` when the table is full.
-    fn insert(&mut self, mapping: &Mapping<GuestMemory>, options: &Options) -> Result<()> {
-        options.check_room(self.0.len() + 1)?;
-        self.0.insert(mapping.range.first(), mapping.clone());
-        Ok(())
-    }
-
-    /// Removes every mapping that lies in `range`.
-    fn remove(&mut self, range: IovaRange) {
-        self.0.retain(|_, mapping| !range.contains(mapping.range));
-    }
-
-    /// The mappings as a table.
-    fn table(&self) -> Table<GuestMemory> {
-        self.0.values().cloned().collect()
     }
 }
 
@@ -218,9 +190,10 @@ pub(super) struct Simulator<M> {
 
 impl<M: Model> Simulator<M> {
     /// `base` is a [`Profile::simulator`].
-    pub(super) fn new(base: Profile, options: Options, model: M, worker: QueueControl) -> Self {
+    pub(super) fn new(name: &str, base: Profile, options: Options, model: M, worker: QueueControl) -> Self {
         let profile = options.apply(base);
-        Self { profile, model, mappings: Mappings { worker, options, single: BTreeMap::new() } }
+        let memory = ClientMemory::new(name, worker, false);
+        Self { profile, model, mappings: Mappings { memory, options, single: BTreeMap::new() } }
     }
 }
 
@@ -249,11 +222,11 @@ impl<M: Model> Parent for Simulator<M> {
         setup: &QueueSetup<LinuxHost>,
         state: QueueState,
     ) -> Result<()> {
-        self.mappings.worker.start(index, setup, state)
+        self.mappings.worker().start(index, setup, state)
     }
 
     fn stop_queue(&mut self, index: QueueIndex) -> Result<Option<QueueState>> {
-        self.mappings.worker.stop(index)
+        self.mappings.worker().stop(index)
     }
 
     fn dma(&mut self) -> Dma<'_, LinuxHost> {
@@ -265,23 +238,23 @@ impl<M: Model> Parent for Simulator<M> {
     }
 
     fn reset(&mut self) {
-        self.mappings.worker.reset();
+        self.mappings.worker().reset();
     }
 
     fn fail(&mut self) -> Result<()> {
-        self.model.fail(&self.mappings.worker)
+        self.model.fail(self.mappings.worker())
     }
 
     fn needs_reset(&self) -> bool {
-        self.mappings.worker.needs_reset()
+        self.mappings.worker().needs_reset()
     }
 
     fn set_config_call(&mut self, event: Option<&EventFd>) {
-        self.mappings.worker.set_config_call(event);
+        self.mappings.worker().set_config_call(event);
     }
 
     fn queue_stats(&self, index: QueueIndex) -> QueueStats {
-        self.model.queue_stats(&self.mappings.worker, index)
+        self.model.queue_stats(self.mappings.worker(), index)
     }
 
     fn vendor_stats(&self, index: QueueIndex) -> Result<Vec<(&'static str, u64)>> {
@@ -304,21 +277,20 @@ impl<M: Model> Parent for Simulator<M> {
 /// The part of a simulator that accesses client memory: its worker, and the table of each address space.
 #[derive(Debug)]
 struct Mappings {
-    worker: QueueControl,
+    memory: ClientMemory,
     options: Options,
-    /// With `batch_mapping off`.
-    single: BTreeMap<Asid, SingleMappings>,
+    /// With `batch_mapping off`: by first I/O virtual address.
+    single: BTreeMap<Asid, Tree<Mapping<GuestMemory>>>,
 }
 
 impl Mappings {
-    /// Makes `table` the worker's table of an address space. Simulators answer requests before they process the next command,
-    /// so no request is in flight, and all that an invalidation does is to make the queues translate their rings again.
-    fn set_table(&self, asid: Asid, table: &Table<GuestMemory>) -> Result<()> {
-        self.worker.set_view(asid, Arc::new(MemoryView::new(table)), Removed::everything())
+    const fn worker(&self) -> &QueueControl {
+        self.memory.queues()
     }
 
-    fn set_single(&self, asid: Asid) -> Result<()> {
-        self.set_table(asid, &self.single.get(&asid).map(SingleMappings::table).unwrap_or_default())
+    fn set_single(&mut self, asid: Asid) -> Result<()> {
+        let entries = self.single.get(&asid).cloned().unwrap_or_default();
+        self.memory.set_entries(asid, &entries)
     }
 }
 
@@ -326,21 +298,26 @@ impl SetMap<LinuxHost> for Mappings {
     fn set_map(&mut self, asid: Asid, table: &Table<GuestMemory>) -> Result<()> {
         if let Err(full) = self.options.check_room(table.len()) {
             // As in the kernel, which empties the table before it fills it.
-            self.set_table(asid, &Table::default())?;
+            self.memory.set_map(asid, &Table::default())?;
             return Err(full);
         }
-        self.set_table(asid, table)
+        self.memory.set_map(asid, table)
     }
 }
 
 impl DmaMap<LinuxHost> for Mappings {
     fn dma_map(&mut self, asid: Asid, mapping: &Mapping<GuestMemory>) -> Result<()> {
-        self.single.entry(asid).or_default().insert(mapping, &self.options)?;
+        let entries = self.single.entry(asid).or_default();
+        self.options.check_room(entries.len() + 1)?;
+        entries.insert(mapping.range.first(), mapping.clone());
         self.set_single(asid)
     }
 
     fn dma_unmap(&mut self, asid: Asid, range: IovaRange) {
-        self.single.entry(asid).or_default().remove(range);
+        let entries = self.single.entry(asid).or_default();
+        let inside = entries.range(range.first()..=range.last());
+        let inside = inside.filter(|(_, mapping)| range.contains(mapping.range)).map(|(first, _)| first);
+        inside.collect::<Vec<_>>().into_iter().for_each(|first| drop(entries.remove(first)));
         if let Err(errno) = self.set_single(asid) {
             tracing::error!("the worker has ended, so its mappings are not in use any more: {errno}");
         }
@@ -379,6 +356,8 @@ mod tests {
         assert_eq!(profile(&[]).queue_size_max, 256);
         assert_eq!(profile(&[("queue_size", "1024")]).queue_size_max, 1024);
         assert_eq!(profile(&[("memlock", "8192")]).pin_limit, PinLimit::Pages(2));
+        let entries = |value| profile(&[("max_iotlb_entries", value)]).max_iotlb_entries;
+        assert_eq!(["16", "1000000"].map(entries), [2048, 1_000_000], "the interface's table");
     }
 
     #[test]

@@ -63,7 +63,7 @@ impl MgmtDevice for SimBlkMgmt {
         let worker = worker.map_err(|errno| no_worker(name, place, errno))?;
         let config_size = u32::try_from(size_of::<BlkConfig>()).unwrap_or(0);
         let profile = Profile::simulator(ID_BLOCK, FEATURES, 1, config_size);
-        Ok(Box::new(Simulator::new(profile, options, Blk, worker)))
+        Ok(Box::new(Simulator::new(name, profile, options, Blk, worker)))
     }
 }
 

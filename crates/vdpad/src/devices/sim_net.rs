@@ -79,7 +79,7 @@ impl MgmtDevice for SimNetMgmt {
         let place = &options.placement;
         let worker = pool.add(name, size, place, Handler(Loopback::new(Arc::clone(&shared))));
         let worker = worker.map_err(|errno| no_worker(name, place, errno))?;
-        Ok(Box::new(Simulator::new(profile(features), options, Net(shared), worker)))
+        Ok(Box::new(Simulator::new(name, profile(features), options, Net(shared), worker)))
     }
 }
 

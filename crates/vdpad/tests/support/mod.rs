@@ -112,6 +112,7 @@ impl Fixture {
             pinned_pages: 1_048_576,
             memlock_limit_pages: Some(2_097_152),
             mappings: 12,
+            max_iotlb_entries: 2048,
             queues: vec![QueueInfo {
                 index: 0,
                 size: 256,

@@ -176,6 +176,7 @@ fn profile(options: &Options, geometry: Geometry) -> Profile {
         compat_reset: options.compat_reset,
         address_mode: if options.pin { AddressMode::Pinned } else { AddressMode::Objects },
         pin_limit: options.pin_limit,
+        max_iotlb_entries: options.max_iotlb_entries,
         reset_owner: options.reset_owner,
         strict_new_owner: options.strict_new_owner,
         ..Profile::on_objects(ID_BLOCK, features, options.queues)

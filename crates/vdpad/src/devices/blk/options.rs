@@ -7,8 +7,8 @@ use vdpa_core::blk::{ID_BYTES, SECTOR};
 use vdpa_core::parent::{CompatReset, PinLimit};
 
 use crate::devices::options::{
-    CPUS_ATTR, MEMLOCK_ATTR, QUEUE_SIZE_ATTR, WORKER_ATTR, compat_reset, invalid, pin_limit, placement,
-    queue_size, reject_unknown,
+    CPUS_ATTR, IOTLB_ATTR, MEMLOCK_ATTR, QUEUE_SIZE_ATTR, WORKER_ATTR, compat_reset, invalid, iotlb_entries,
+    pin_limit, placement, queue_size, reject_unknown,
 };
 use vdpa_backend::worker::Placement;
 use vdpa_control::api::{Attrs, CtlError};
@@ -17,14 +17,18 @@ use vdpa_control::api::{Attrs, CtlError};
 /// for all virtio devices, and fails to start a vhost-vdpa device that takes fewer.
 const QUEUE_SIZE: u16 = 1024;
 
+/// Default number of entries of an IOTLB table: the kernel's.
+const IOTLB_ENTRIES: usize = 2048;
+
 /// The attributes: name, and description of the value for the error that lists them.
-pub(in crate::devices) const KNOWN: [(&str, &str); 16] = [
+pub(in crate::devices) const KNOWN: [(&str, &str); 17] = [
     ("path", "FILE"),
     ("null", "SIZE"),
     ("readonly", "on|off"),
     ("direct", "on|off"),
     ("pin", "on|off"),
     MEMLOCK_ATTR,
+    IOTLB_ATTR,
     ("queues", "1-64"),
     QUEUE_SIZE_ATTR,
     ("packed", "on|off"),
@@ -57,6 +61,8 @@ pub(super) struct Options {
     pub(super) pin: bool,
     /// The limit on memory pinned for one owner.
     pub(super) pin_limit: PinLimit,
+    /// Most entries of an IOTLB table.
+    pub(super) max_iotlb_entries: usize,
     pub(super) queues: u16,
     pub(super) queue_size: u16,
     /// Offer packed rings. Not by default, because of clients such as Cloud Hypervisor: they pass the feature on to the guest
@@ -94,6 +100,7 @@ impl Options {
             direct: switch("direct", false)?,
             pin: switch("pin", true)?,
             pin_limit: pin_limit(attrs)?,
+            max_iotlb_entries: iotlb_entries(attrs, IOTLB_ENTRIES)?,
             queues: number("queues", 1, 64, 4)?,
             queue_size: queue_size(attrs, QUEUE_SIZE)?,
             packed: switch("packed", false)?,
@@ -151,7 +158,7 @@ mod tests {
         assert!(options.pin && !options.direct && !options.read_only && !options.strict_new_owner);
         assert!(!options.packed && !options.in_order);
         assert!(options.compat_reset == CompatReset::Keep && !options.reset_owner);
-        assert_eq!((options.queues, options.queue_size), (4, 1024));
+        assert_eq!((options.queues, options.queue_size, options.max_iotlb_entries), (4, 1024, 2048));
         assert_eq!(&options.serial[..6], b"disk0\0");
         let all = [
             ("path", "/d"),
@@ -159,6 +166,7 @@ mod tests {
             ("direct", "on"),
             ("pin", "off"),
             ("memlock", "8192"),
+            ("max_iotlb_entries", "1000000"),
             ("queues", "64"),
             ("queue_size", "1024"),
             ("packed", "on"),
@@ -170,7 +178,7 @@ mod tests {
         let options = Options::parse("x", &attrs(&all)).unwrap();
         assert!(!options.pin && options.direct && options.read_only);
         assert!(options.packed && options.in_order);
-        assert_eq!(options.pin_limit, PinLimit::Pages(2));
+        assert_eq!((options.pin_limit, options.max_iotlb_entries), (PinLimit::Pages(2), 1_000_000));
         assert!(options.compat_reset == CompatReset::Clean && options.reset_owner);
         assert_eq!((options.queues, options.queue_size, options.serial[19]), (64, 1024, b'0'));
     }
@@ -182,6 +190,7 @@ mod tests {
             (&[("path", "/d"), ("queues", "0")], Errno::INVAL, "queues"),
             (&[("path", "/d"), ("queue_size", "100")], Errno::INVAL, "queue_size"),
             (&[("path", "/d"), ("pin", "yes")], Errno::INVAL, "pin"),
+            (&[("path", "/d"), ("max_iotlb_entries", "1048577")], Errno::INVAL, "a number from 2 to 1048576"),
             (&[("path", "/d"), ("memlock", "lots")], Errno::INVAL, "memlock"),
             (&[("path", "/d"), ("serial", "123456789012345678901")], Errno::INVAL, "serial"),
             (&[("path", "/d"), ("mac", "0")], Errno::OPNOTSUPP, "mac"),
