@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
+use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use vdpa_bench::process::PrivateDaemon;
 use vdpa_control::Front;
@@ -57,9 +58,10 @@ struct Options {
 /// What was measured of one device: us of one change, by round.
 #[derive(Debug, Default)]
 struct Figures {
-    /// A map or an unmap outside of a batch: the median of a round, and the mean.
+    /// A map or an unmap outside of a batch: the median of a round, the mean, and the longest.
     single: Vec<f64>,
     single_mean: Vec<f64>,
+    longest: Vec<f64>,
     /// One of a batch.
     batched: Vec<f64>,
     /// The end of the batch.
@@ -108,8 +110,8 @@ fn run(options: &Options) -> Result<()> {
         "us per change, medians of {} rounds of {} maps and {} unmaps; in brackets beside the first device",
         options.rounds, options.changes, options.changes
     )?;
-    writeln!(out, "| mappings | one change | on average | one of a batch | end of the batch |")?;
-    writeln!(out, "|---|---|---|---|---|")?;
+    writeln!(out, "| mappings | one change | on average | longest | one of a batch | end of the batch |")?;
+    writeln!(out, "|---|---|---|---|---|---|")?;
     let first = subjects.first().map(Subject::medians).ok_or("no device")?;
     for subject in &subjects {
         write!(out, "| {} ", subject.entries)?;
@@ -118,7 +120,28 @@ fn run(options: &Options) -> Result<()> {
         }
         writeln!(out, "|")?;
     }
+    let total: u64 = options.entries.iter().sum();
+    let kib = resident(client.daemon()?.pid)?;
+    writeln!(out, "memory of the daemon: {} MiB, {} bytes per mapping", kib >> 10, (kib << 10) / total)?;
+    if !options.no_holder {
+        let begin = Instant::now();
+        let pid = client.daemon()?.pid.cast_signed();
+        kill_process(Pid::from_raw(pid).ok_or("no process")?, Signal::KILL)?;
+        // Answered by the next daemon.
+        subjects.iter().try_for_each(|subject| subject.device.status().map(drop))?;
+        let seconds = begin.elapsed().as_secs_f64();
+        writeln!(out, "after a crash with {total} mappings every device answers in {seconds:.2} s")?;
+        let restored = client.devices()?.iter().map(|device| device.state.mappings).sum::<u64>();
+        writeln!(out, "mappings then: {restored}")?;
+    }
     Ok(())
+}
+
+/// Memory of a process, in KiB.
+fn resident(pid: u32) -> Result<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).ok_or("no VmRSS")?;
+    Ok(line.trim().trim_end_matches(" kB").trim().parse()?)
 }
 
 /// Memory of which each page is a mapping of its own.
@@ -189,6 +212,7 @@ impl Subject {
         }
         let sum: Duration = single.iter().sum();
         self.figures.single_mean.push(us(sum) / f64::from(2 * changes));
+        self.figures.longest.extend(single.iter().max().copied().map(us));
         self.figures.single.push(median(single.iter().copied().map(us).collect()));
         let (mut batched, mut ends) = (Duration::ZERO, Duration::ZERO);
         for change in [&map as &dyn Fn(&VhostVdpaFd, u64) -> vdpa_core::types::Result<()>, &unmap] {
@@ -212,9 +236,9 @@ impl Subject {
         (self.random >> 33) % blocks * STEP + (PAGES + change) * PAGE
     }
 
-    fn medians(&self) -> [f64; 4] {
-        let Figures { single, single_mean, batched, end } = &self.figures;
-        [single, single_mean, batched, end].map(|values| median(values.clone()))
+    fn medians(&self) -> [f64; 5] {
+        let Figures { single, single_mean, longest, batched, end } = &self.figures;
+        [single, single_mean, longest, batched, end].map(|values| median(values.clone()))
     }
 }
 

@@ -19,8 +19,8 @@ use vdpa_sys::memfd;
 use vdpa_sys::mmap::{Prot, SharedMap};
 use vdpa_sys::vhost_vdpa::VhostVdpaFd;
 
-use robust::Vdpad;
 use robust::disk::{self, Disk};
+use robust::{RoleProcess, Vdpad, has_role, receive_line, send_line, variable};
 
 const PAGE: u64 = 4096;
 /// Pages of [`Memory`].
@@ -113,6 +113,11 @@ mod heavy {
 
     /// Changes that are counted.
     const CHANGES: u64 = 100;
+
+    /// These take long without optimisation, and longer beside others.
+    fn start() -> Vdpad {
+        Vdpad::start_with(Duration::from_secs(280), &["--holder", "--front", "fuse"])
+    }
 
     /// What the daemon has done for [`CHANGES`] maps and as many unmaps.
     #[derive(Debug)]
@@ -212,7 +217,7 @@ mod heavy {
     /// the daemon. (Nodes and ranges copied are counted by the tests of `vdpa_core::iotlb` and of `ClientMemory`.) I/O goes on.
     fn changes_cost_the_same(mgmtdev: &str) {
         const MANY: u64 = 1_000_000;
-        let vdpad = Vdpad::start_with(Duration::from_secs(280), &["--holder", "--front", "fuse"]);
+        let vdpad = start();
         let path = match mgmtdev {
             "blk" => vdpad.add_blk("d0", 64 << 20, "pin off max_iotlb_entries 1048576"),
             other => vdpad.add("d0", other, "max_iotlb_entries 1048576"),
@@ -262,11 +267,48 @@ mod heavy {
         changes_cost_the_same("sim-blk");
     }
 
+    const DEVICE: &str = "TEST_DEVICE";
+
+    /// A client with 100,000 mappings, until it is killed.
+    #[test]
+    fn client() {
+        if !has_role("heavy::client") {
+            return;
+        }
+        let mut disk = Disk::start(Path::new(&variable(DEVICE)), disk::MEMORY_MIN);
+        Memory::new().fill(disk.session.ops(), 100_000);
+        disk.check(1);
+        send_line("mapped");
+        receive_line();
+    }
+
+    #[test]
+    fn a_client_that_is_killed_with_100_000_mappings() {
+        let vdpad = start();
+        let path = vdpad.add_blk("d0", 64 << 20, "memlock unlimited max_iotlb_entries 200000");
+        for round in 1..3 {
+            let mut client = RoleProcess::start("heavy::client", &[(DEVICE, path.to_str().unwrap())]);
+            client.receive("mapped");
+            if round == 2 {
+                // With the daemon that has restored them.
+                held::replace(&vdpad);
+            }
+            assert_eq!(vdpad.info("d0").state.mappings, 100_001);
+            client.kill();
+            vdpad.is_released("d0");
+            let pid = daemon(&vdpad);
+            let memory = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+            assert!(!memory.contains("memfd:pages"), "memory of the client is mapped: {memory}");
+            Disk::start(&path, disk::MEMORY_MIN).check(round);
+            vdpad.is_released("d0");
+        }
+    }
+
     /// The daemon dies, and is replaced, under a client with 100,000 mappings; then the client goes.
     #[test]
     fn a_daemon_that_dies_with_100_000_mappings() {
         const ENTRIES: u64 = 100_000;
-        let vdpad = held::start(&[]);
+        let vdpad = start();
         for pin in ["on", "off"] {
             let attrs = format!("pin {pin} memlock unlimited max_iotlb_entries 200000");
             let path = vdpad.add_blk("d0", 64 << 20, &attrs);

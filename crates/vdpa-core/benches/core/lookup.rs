@@ -5,7 +5,7 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use rangemap::RangeInclusiveMap;
-use vdpa_core::iotlb::{Lookup, Tree};
+use vdpa_core::iotlb::{Layered, Lookup, RangeChange, Tree};
 use vdpa_core::types::IovaRange;
 
 use crate::measure::{Contender, Make};
@@ -109,8 +109,14 @@ fn contenders(count: u64, layout: Layout, order: Order) -> Vec<Contender> {
     for &iova in &addresses {
         assert_eq!(found(&lookup, iova), map.get(&iova).copied());
     }
+    let values: Vec<_> = ranges.iter().copied().zip(0..).collect();
+    let layered = Layered::new(values.clone());
+    let changed = changed(&layered, &values);
+    let find = |layered: &Layered<usize>, iova| layered.find(iova).map(|(_, &index)| index);
     vec![
         contender("vdpa-core Lookup", addresses.clone(), move |iova| found(&lookup, iova)),
+        contender("vdpa-core Layered", addresses.clone(), move |iova| find(&layered, iova)),
+        contender("vdpa-core Layered, changed", addresses.clone(), move |iova| find(&changed, iova)),
         contender("vdpa-core Tree", addresses.clone(), move |iova| {
             let (_, &(last, index)) = shared.floor(iova)?;
             (iova <= last).then_some(index)
@@ -125,6 +131,17 @@ fn contenders(count: u64, layout: Layout, order: Order) -> Vec<Contender> {
         }),
         contender("rangemap", addresses, move |iova| map.get(&iova).copied()),
     ]
+}
+
+/// The same ranges after every 16th was removed and added again, one by one: half of the changes after which a new index is made.
+fn changed(layered: &Layered<usize>, values: &[(IovaRange, usize)]) -> Layered<usize> {
+    let mut layered = layered.clone();
+    for value in values.iter().step_by(16) {
+        for change in [(Some(value.0), None), (None, Some(*value))] as [RangeChange<usize>; 2] {
+            layered = layered.changed(&[change], values.len(), || values.to_vec());
+        }
+    }
+    layered
 }
 
 /// One table per number of ranges and layout.
