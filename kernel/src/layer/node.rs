@@ -255,41 +255,38 @@ unsafe extern "C" fn fault(fault: *mut gen::vm_fault) -> gen::vm_fault_t {
 impl Node {
     /// A node whose parts of C are still zero.
     fn new(vdpa: NonNull<gen::vdpa_device>, count: usize) -> Result<KBox<Self>> {
-        let mut queues = KVVec::with_capacity(count, GFP_KERNEL | __GFP_ZERO)?;
+        // In place: a queue of vhost is larger than a stack of the kernel.
+        let mut queues = KVVec::<MaybeUninit<gen::vhost_virtqueue>>::zeroed(count, GFP_KERNEL)?;
         let mut list = KVec::with_capacity(count, GFP_KERNEL)?;
-        for _ in 0..count {
-            queues.push(MaybeUninit::zeroed(), GFP_KERNEL)?;
-        }
         for queue in &mut queues {
             list.push(queue.as_mut_ptr(), GFP_KERNEL)?;
         }
-        // SAFETY: Zero is a value of each of these types of C, which are initialised before they are used.
-        let (vhost, device, cdev, closed, config_call) = unsafe { core::mem::zeroed() };
+        // Zeroed in place: the structures of C are too large to build on a stack of the kernel.
+        let node = KBox::into_raw(KBox::<Self>::new_uninit(GFP_KERNEL | __GFP_ZERO)?).cast::<Self>();
         // SAFETY: Takes nothing.
         let minor = unsafe { gen::vvl_minor_alloc(MINORS) };
-        to_result(minor.min(0))?;
-        let node = Self {
-            vhost,
-            device,
-            cdev,
-            closed,
-            opened: Atomic::new(0),
-            vdpa,
-            queues,
-            list,
-            minor,
-            config_call,
-            state: UnsafeCell::new(State::new()),
+        // SAFETY: Allocated above. Zero is a value of what is not written: structures of C, which are initialised before they are
+        // used, and no eventfd.
+        let node = unsafe {
+            addr_of_mut!((*node).opened).write(Atomic::new(0));
+            addr_of_mut!((*node).vdpa).write(vdpa);
+            addr_of_mut!((*node).queues).write(queues);
+            addr_of_mut!((*node).list).write(list);
+            addr_of_mut!((*node).minor).write(minor);
+            addr_of_mut!((*node).state).write(UnsafeCell::new(State::new()));
+            KBox::from_raw(node)
         };
-        // A failure drops the node, and so its minor.
-        Ok(KBox::new(node, GFP_KERNEL)?)
+        to_result(minor.min(0))?;
+        Ok(node)
     }
 }
 
 impl Drop for Node {
     fn drop(&mut self) {
-        // SAFETY: The minor of this node.
-        unsafe { gen::vvl_minor_free(self.minor) };
+        if self.minor >= 0 {
+            // SAFETY: The minor of this node.
+            unsafe { gen::vvl_minor_free(self.minor) };
+        }
     }
 }
 

@@ -21,6 +21,7 @@ const PAGE: usize = 4096;
 const SET_OWNER: u32 = 0xaf01;
 const SET_STATUS: u32 = 0x4001_af72;
 const GET_STATUS: u32 = 0x8001_af71;
+const GET_BACKEND_FEATURES: u32 = 0x8008_af26;
 /// KICK, CALL, ERR of a queue, and the configuration's.
 const TAKE_EVENT: [u32; 3] = [0x4008_af20, 0x4008_af21, 0x4008_af22];
 const SET_CONFIG_CALL: u32 = 0x4004_af77;
@@ -59,6 +60,10 @@ enum Storm {
         #[arg(default_value_t = 1)]
         seed: u64,
     },
+    /// A REMAP to other memory, and one to the same memory elsewhere: says which are accepted
+    RemapOther,
+    /// Prints which of the two live-update bits are offered
+    Bits,
     /// Keeps the device open until its standard input ends
     Hold,
 }
@@ -127,15 +132,19 @@ impl Victim {
     }
 
     fn message(&self, kind: u8, iova: u64, size: u64, perm: u8) {
+        let _ = self.write(kind, iova, size, self.memory.addr() as u64, perm);
+    }
+
+    fn write(&self, kind: u8, iova: u64, size: u64, uaddr: u64, perm: u8) -> Result<usize, Errno> {
         let mut bytes = Vec::with_capacity(72);
         bytes.extend_from_slice(&2_u32.to_ne_bytes());
         bytes.extend_from_slice(&0_u32.to_ne_bytes());
-        for word in [iova, size, self.memory.addr() as u64] {
+        for word in [iova, size, uaddr] {
             bytes.extend_from_slice(&word.to_ne_bytes());
         }
         bytes.extend_from_slice(&[perm, kind]);
         bytes.resize(72, 0);
-        let _ = self.fd.raw_write(&bytes);
+        self.fd.raw_write(&bytes)
     }
 
     fn perform(&self, op: Op, random: &mut Random) {
@@ -253,15 +262,64 @@ fn random(device: &Path, duration: Duration, seed: u64) -> Result<u64, String> {
     Ok(count)
 }
 
+fn bits(device: &Path) -> Result<u64, String> {
+    let fd = VhostVdpaFd::open(device).map_err(|e| e.to_string())?;
+    let mut word = [0; 8];
+    let answer = fd.raw_ioctl(GET_BACKEND_FEATURES, RawArg::Bytes(&mut word));
+    answer.map_err(|e| format!("GET_BACKEND_FEATURES: {e}"))?;
+    Ok(u64::from_ne_bytes(word) & 0x600)
+}
+
+/// What a device says of a REMAP to the same file at another address, to another offset, and to another file.
+fn remap_other(device: &Path) -> Result<u64, String> {
+    let fd = VhostVdpaFd::open(device).map_err(|e| e.to_string())?;
+    let memory = |what: &str, file: &std::os::fd::OwnedFd, offset| {
+        SharedMap::map(file, offset, 4 * PAGE, Prot::RW, true).map_err(|e| format!("{what}: {e}"))
+    };
+    let create = || memfd::create(c"vdpa-storm", 8 * PAGE as u64, None).map_err(|e| format!("memfd: {e}"));
+    let (file, other) = (create()?, create()?);
+    let event = EventFd::new().map_err(|e| format!("eventfd: {e}"))?;
+    let victim = Victim { fd, memory: memory("mmap", &file, 0)?, event };
+    victim.fd.raw_ioctl(SET_OWNER, RawArg::Null).map_err(|e| format!("SET_OWNER: {e}"))?;
+    let (iova, size) = (0x10_0000, 4 * PAGE as u64);
+    let update = victim.write(2, iova, size, victim.memory.addr() as u64, 3);
+    update.map_err(|e| format!("UPDATE: {e}"))?;
+    let others = [
+        ("the same file", memory("mmap", &file, 0)?),
+        ("another offset", memory("mmap", &file, 4 * PAGE as u64)?),
+        ("another file", memory("mmap", &other, 0)?),
+    ];
+    for (what, map) in &others {
+        match victim.write(7, iova, size, map.addr() as u64, 0) {
+            Ok(_) => println!("REMAP to {what}: accepted"),
+            Err(errno) => println!("REMAP to {what}: {errno}"),
+        }
+    }
+    Ok(others.len() as u64)
+}
+
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let device = &arguments.device;
     let (what, result) = match arguments.storm {
+        Storm::Bits => {
+            return match bits(device) {
+                Ok(bits) => {
+                    println!("{bits:#x}");
+                    ExitCode::SUCCESS
+                }
+                Err(error) => {
+                    eprintln!("vdpa-storm: {error}");
+                    ExitCode::FAILURE
+                }
+            };
+        }
         Storm::Pairs { rounds } => ("pairs of requests", pairs(device, rounds)),
         Storm::Opens { count } => ("opens", opens(device, count)),
         Storm::Random { seconds, seed } => {
             ("random requests", random(device, Duration::from_secs(seconds), seed))
         }
+        Storm::RemapOther => ("requests", remap_other(device)),
         Storm::Hold => (
             "device held",
             Victim::open(device).map(|victim| {
