@@ -245,7 +245,8 @@ impl RequestQueue {
             if let Some(completed) = self.file.begin_request(unique, resent) {
                 return self.reply_completed(request, completed);
             }
-            if !self.file.may_begin(unique, resent) {
+            // A close cannot be refused: the device would be in use for ever. If processes die of it, there are too many crashes.
+            if !request.is_release() && !self.file.may_begin(unique, resent) {
                 return self.refuse(request);
             }
         }
@@ -256,9 +257,6 @@ impl RequestQueue {
     /// Answers a request that is not begun again, since processes have died of it.
     fn refuse(&self, request: &QueuedRequest) {
         error!(device = %self.name, request = request.op.describe(), "processes have died with this request: it is not tried again");
-        if let DeviceOp::Release { fh } = &request.op {
-            self.state.lock().opens.remove(fh);
-        }
         self.reply(request, Err(Errno::IO));
     }
 
