@@ -38,6 +38,8 @@ pub struct Config {
     pub socket: PathBuf,
     /// Time for a request on a device file; after it the client gets `EIO`.
     pub request_timeout: Duration,
+    /// Whether the kernel is asked to send requests in progress again after a crash, where it can.
+    pub resend: bool,
     /// Time without a heartbeat of the daemon after which the watchdog ends its connection to the kernel.
     pub watchdog_timeout: Duration,
     /// Most threads that serve the rings of devices without the attribute `cpus`.
@@ -151,6 +153,7 @@ impl Daemon {
             request_timeout: config.request_timeout,
             heartbeat: watchdog.as_mut().and_then(Watchdog::take_heartbeat),
             heartbeat_interval: config.watchdog_timeout / 5,
+            resend: config.resend,
             ..Options::default()
         };
         let holder = |action| move |errno| StartError::Holder { action, errno };
@@ -192,7 +195,7 @@ impl Daemon {
                 None => bus.restore(devices),
             }
             phase("devices");
-            files.resume()?;
+            resume(&files, survival.as_deref())?;
             bus.release_unclaimed();
         }
         phase("files");
@@ -227,10 +230,11 @@ impl Daemon {
             return Ok(None);
         }
         let control = legacy.control.take();
-        let options = Options { request_timeout: config.request_timeout, ..Options::default() };
+        let (request_timeout, resend) = (config.request_timeout, config.resend);
+        let options = Options { request_timeout, resend, ..Options::default() };
         let files = survival.adopt_files(&mut legacy.files, options)?;
         failed::put_in_place(&files, legacy);
-        files.resume()?;
+        resume(&files, Some(&survival))?;
         let since = SystemTime::now();
         let backend: Arc<dyn Backend> = Arc::new(FailedBackend { survival: Arc::clone(&survival), since });
         let control = start_control(&config.socket, &backend, Some(&survival), control)?;
@@ -315,6 +319,14 @@ impl Daemon {
             tracing::warn!("cannot wait for the watchdog process: {error}");
         }
     }
+}
+
+/// Begins to serve files that another daemon has served.
+fn resume(files: &DeviceFiles, survival: Option<&Survival>) -> Result<(), ServeError> {
+    if let Some(Err(errno)) = survival.map(|survival| survival.keep_requests(files)) {
+        tracing::warn!(%errno, "requests do not survive a crash where the kernel does not send them again");
+    }
+    files.resume()
 }
 
 /// What a daemon that goes on for another one leaves alone when it cannot: the one after it may.
@@ -477,6 +489,7 @@ mod tests {
             mount_dir: "/run/vdpad/dev".into(),
             socket: PathBuf::new(),
             request_timeout: Duration::from_secs(1),
+            resend: true,
             watchdog_timeout: Duration::from_secs(1),
             workers: 1,
             poll: Duration::ZERO,

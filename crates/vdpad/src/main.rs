@@ -91,6 +91,11 @@ struct Serve {
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = seconds, requires = "holder")]
     crash_window: Duration,
 
+    /// Keep requests on device files in memory until they are answered, also where the kernel can send them again after a crash (Linux
+    /// 6.9 and later; before, they are always kept)
+    #[arg(long, requires = "holder")]
+    keep_requests: bool,
+
     /// Seconds without progress after which the holder ends the daemon and starts it again; 0: never
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds_or_never, requires = "holder")]
     hang_limit: Duration,
@@ -255,6 +260,7 @@ fn serve(options: Serve, survival: Option<Survival>) -> ExitCode {
         mount_dir,
         socket,
         request_timeout: options.request_timeout,
+        resend: !options.keep_requests,
         watchdog_timeout: options.watchdog_timeout,
         poll: Duration::from_micros(options.poll_us.into()),
         workers: options.workers.map_or_else(processors, usize::from),

@@ -182,9 +182,13 @@ impl Ground {
     }
 
     fn at(kind: Kind, dir: PathBuf) -> Self {
+        Self::with(kind, dir, &[])
+    }
+
+    fn with(kind: Kind, dir: PathBuf, options: &[&str]) -> Self {
         let crashes = Crashes::new();
         let mut command = robust::command_at(&dir);
-        command.args(["--holder", "--front", "fuse", "--crash-limit", "60000"]);
+        command.args(["--holder", "--front", "fuse", "--crash-limit", "60000"]).args(options);
         crashes.watch(&mut command);
         let vdpad = Vdpad::start_command(&dir, LIMIT, command);
         let used = vdpad.add_any("used", kind.mgmtdev);
@@ -544,4 +548,47 @@ fn sim_daemon() {
 #[test]
 fn net_daemon() {
     daemon_is_killed(KINDS[3]);
+}
+
+/// As on a kernel that does not send requests again: the daemon finds them in its own memory.
+#[test]
+fn requests_are_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut ground = Ground::with(KINDS[0], std::fs::canonicalize(dir.path()).unwrap(), &["--keep-requests"]);
+    let mut cases = 0;
+    for point in points(KINDS[0]).filter(|point| way(*point) == Request) {
+        for nth in [1, 7] {
+            // Some points are reached fewer times.
+            if nth > 1
+                && !matches!(
+                    point,
+                    CrashPoint::RequestRead | CrashPoint::RequestBegun | CrashPoint::ReplySent
+                )
+            {
+                continue;
+            }
+            let result = ground.provoke(point, nth, Action::Kill);
+            assert_eq!(result, Ok(()), "{point:?}");
+            let faults = ground.load.end();
+            ground.count(faults, 0);
+            ground.works(0);
+            ground.is_restored(point);
+            cases += 1;
+        }
+    }
+    println!("{cases} cases, {:?}", ground.total);
+    assert!(cases > 14);
+}
+
+/// It is not refused as other requests are: nobody could open the device any more.
+#[test]
+fn a_close_with_which_two_daemons_die_is_a_close() {
+    let ground = Ground::new(KINDS[0]);
+    let device = requests::open(&ground.other).unwrap();
+    device.set_owner().unwrap();
+    ground.crashes.arm_after(CrashPoint::RequestBegun, CrashPoint::RequestBegun, 1, Action::Kill);
+    drop(device);
+    assert!(ground.reaches(2, SOON));
+    requests(&ground.other).unwrap();
+    ground.vdpad.is_released("other");
 }

@@ -2,16 +2,17 @@
 
 use std::io::IoSlice;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vdpa_core::Errno;
 use zerocopy::IntoBytes;
 
-use super::{BUFFER_SIZE, MAX_WRITE, Operation, Request};
+use super::{BUFFER_SIZE, LeftRequest, MAX_WRITE, Operation, Request, RequestLog};
 use crate::uapi::fuse::{
-    InitIn, InitOut, KERNEL_MINOR_VERSION, KERNEL_VERSION, NotifyInvalEntryOut, OutHeader, init_flags, notify,
+    InitIn, InitOut, KERNEL_MINOR_VERSION, KERNEL_VERSION, NotifyInvalEntryOut, OutHeader, UNIQUE_RESEND,
+    init_flags, notify,
 };
 
 /// The oldest protocol served: Linux 5.4.
@@ -39,6 +40,8 @@ const WANTED: u64 = init_flags::BIG_WRITES
 #[derive(Clone, Debug)]
 pub struct Connection {
     fd: Arc<OwnedFd>,
+    /// Where requests are kept until they are answered, with the number of this connection there.
+    kept: Arc<OnceLock<(Arc<RequestLog>, u64)>>,
 }
 
 /// The result of INIT, which happens once per mount. A new image of the daemon that adopts the connection must get it from
@@ -146,7 +149,7 @@ impl Connection {
     pub fn new(fd: OwnedFd) -> Result<Self, Errno> {
         let flags = rustix::fs::fcntl_getfl(&fd).map_err(errno)?;
         rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK).map_err(errno)?;
-        Ok(Self { fd: Arc::new(fd) })
+        Ok(Self { fd: Arc::new(fd), kept: Arc::default() })
     }
 
     /// Answers INIT. Called once for a new mount, by one thread, before anything else is read.
@@ -206,6 +209,34 @@ impl Connection {
         Ok(if woken { Readiness::Wake } else { Readiness::Request })
     }
 
+    /// From now on every request is kept in `log`, under the number `connection`, until it is answered: for a kernel that does not
+    /// [send it again](Self::notify_resend). Holds for all clones; only the first call has an effect.
+    pub fn keep_requests(&self, log: Arc<RequestLog>, connection: u64) {
+        let _ = self.kept.set((log, connection));
+    }
+
+    /// The requests that an earlier process had read and not answered; `None` where they [are not kept](Self::keep_requests). Their
+    /// numbers have the mark [`UNIQUE_RESEND`], as if the kernel had sent them again.
+    #[must_use]
+    pub fn kept_requests(&self) -> Option<Vec<Vec<u8>>> {
+        const UNIQUE: std::ops::Range<usize> = 8..16;
+        let (log, connection) = self.kept.get()?;
+        let marked = log.left(*connection).into_iter().map(|LeftRequest { unique, mut bytes }| {
+            if let Some(field) = bytes.get_mut(UNIQUE) {
+                field.copy_from_slice(&(unique | UNIQUE_RESEND).to_ne_bytes());
+            }
+            bytes
+        });
+        Some(marked.collect())
+    }
+
+    /// The request needs no answer, and is done.
+    pub fn request_done(&self, unique: u64) {
+        if let Some((log, _)) = self.kept.get() {
+            log.answered(unique & !UNIQUE_RESEND);
+        }
+    }
+
     /// Reads one request into `buffer`, which has at least [`BUFFER_SIZE`] bytes. Does not block; `None` when
     /// there is no request.
     ///
@@ -213,7 +244,9 @@ impl Connection {
     /// `ENODEV` when the mount has ended, by unmounting or by a forced unmount.
     pub fn read_request(&self, buffer: &mut [u8]) -> Result<Option<usize>, Errno> {
         loop {
-            match rustix::io::read(&self.fd, &mut *buffer) {
+            let kept = self.kept.get();
+            let read = kept.and_then(|(log, connection)| log.read(self.fd.as_fd(), *connection, buffer));
+            match read.unwrap_or_else(|| rustix::io::read(&self.fd, &mut *buffer)) {
                 Ok(len) => return Ok(Some(len)),
                 Err(rustix::io::Errno::AGAIN) => return Ok(None),
                 // ENOENT: the kernel withdrew the request while it was being read, because its caller was killed.
@@ -233,11 +266,16 @@ impl Connection {
     /// `ENODEV` or `EPERM` when the mount has ended. `EINVAL` for an answer that the kernel does not
     /// accept; the caller gets `EIO`.
     pub fn reply(&self, unique: u64, answer: Result<&[&[u8]], Errno>) -> Result<(), Errno> {
-        match answer {
-            Ok(parts) => self.send(unique, 0, parts),
-            Err(error) if error.raw() >= FIRST_KERNEL_ERRNO => self.send(unique, -Errno::IO.raw(), &[]),
-            Err(error) => self.send(unique, -error.raw(), &[]),
-        }
+        // Only a kernel that sends requests again knows the mark.
+        let number = if self.kept.get().is_some() { unique & !UNIQUE_RESEND } else { unique };
+        let sent = match answer {
+            Ok(parts) => self.send(number, 0, parts),
+            Err(error) if error.raw() >= FIRST_KERNEL_ERRNO => self.send(number, -Errno::IO.raw(), &[]),
+            Err(error) => self.send(number, -error.raw(), &[]),
+        };
+        // An answer that the kernel refuses ends the request as well.
+        self.request_done(unique);
+        sent
     }
 
     /// Removes the entry `name` of the directory `parent` from the kernel's cache.

@@ -7,6 +7,7 @@ mod connection;
 pub mod cuse;
 mod mount;
 mod request;
+mod request_log;
 mod waiting;
 
 pub use connection::{Connection, HandshakeError, Negotiated, Readiness};
@@ -15,6 +16,7 @@ pub use mount::{
     FS_TYPE, MountError, MountOptions, Mounted, fs_type_at, mount, mounted_at, unmount, unmount_lazily,
 };
 pub use request::{DecodeError, Forgets, Operation, Request};
+pub use request_log::{LeftRequest, RequestLog};
 pub use waiting::Connections;
 
 /// Largest write in bytes, as negotiated with the kernel. The messages of vhost-vdpa have 72 bytes; longer writes must reach

@@ -10,7 +10,7 @@ use vdpa_backend::front::fuse::{
 };
 use vdpa_backend::persist::{Held, Kind, key, split_key};
 use vdpa_core::Errno;
-use vdpa_sys::fuse::{Connection, Negotiated, unmount};
+use vdpa_sys::fuse::{Connection, Negotiated, RequestLog, unmount};
 
 use super::{Identity, Legacy, Survival, read, text};
 
@@ -23,6 +23,8 @@ const MOUNT_ATTRIBUTES: u32 = 4;
 const DEV_DIR: u32 = 5;
 /// The devices of the configuration have been added.
 const CONFIGURED: u32 = 6;
+/// Requests that were read and not answered.
+const REQUESTS: u32 = 7;
 
 /// Items of a device. 0 and 1 are the journal and the in-flight logs, and objects that the journal names are from 16 on.
 pub(super) const IDENTITY: u32 = 2;
@@ -43,6 +45,7 @@ pub(crate) struct LegacyFiles {
     mount_dir: Option<PathBuf>,
     mount_attributes: Option<SavedAttributes>,
     dev_dir: Option<PathBuf>,
+    requests: Option<OwnedFd>,
     /// The devices of the configuration have been added.
     pub(crate) configured: bool,
 }
@@ -91,6 +94,7 @@ impl LegacyFiles {
             MOUNT_ATTRIBUTES => self.mount_attributes = Some(SavedAttributes::open(held.fd)),
             DEV_DIR => self.dev_dir = read(held.fd).map(PathBuf::from),
             CONFIGURED => self.configured = true,
+            REQUESTS => self.requests = Some(held.fd),
             _ => return Some(held),
         }
         None
@@ -196,6 +200,7 @@ impl Survival {
     /// Those of [`Store::hold`](vdpa_backend::persist::Store::hold), and of memory.
     pub(crate) fn hold_files(&self, files: &DeviceFiles) -> Result<(), Errno> {
         let store = self.store();
+        self.keep_requests(files)?;
         let dir = text(&files.dir().to_string_lossy())?;
         let Some((connection, negotiated)) = files.outlive(self.generation()) else {
             return store.hold(key(0, DEV_DIR), Kind::Memory, dir.as_fd(), &[]);
@@ -203,6 +208,20 @@ impl Survival {
         self.hold_directory_attributes(files)?;
         store.hold(key(0, MOUNT_DIR), Kind::Memory, dir.as_fd(), &[])?;
         store.hold(key(0, MOUNT), Kind::Fuse, connection.as_fd(), &negotiated.to_bytes())
+    }
+
+    /// Has requests in progress held, where the kernel does not send them again, unless those of a predecessor are.
+    ///
+    /// # Errors
+    /// Those of [`Store::hold`](vdpa_backend::persist::Store::hold), and of memory.
+    pub(crate) fn keep_requests(&self, files: &DeviceFiles) -> Result<(), Errno> {
+        if files.keeps_requests() {
+            return Ok(());
+        }
+        let (fd, log) = RequestLog::create()?;
+        self.store().hold(key(0, REQUESTS), Kind::Memory, fd.as_fd(), &[])?;
+        files.keep_requests(log);
+        Ok(())
     }
 
     fn hold_directory_attributes(&self, files: &DeviceFiles) -> Result<(), Errno> {
@@ -216,6 +235,22 @@ impl Survival {
     /// # Errors
     /// As [`DeviceFiles::adopt`]; [`ServeError::NotDev`] also where nothing [is served](LegacyFiles::are_served).
     pub(crate) fn adopt_files(
+        &self,
+        legacy: &mut LegacyFiles,
+        options: Options,
+    ) -> Result<Arc<DeviceFiles>, ServeError> {
+        let requests = legacy.requests.take();
+        let files = self.adopt_connections(legacy, options)?;
+        match requests.map(RequestLog::open) {
+            Some(Ok(log)) => files.keep_requests(log),
+            Some(Err(errno)) => tracing::warn!(%errno, "requests that were in progress are lost"),
+            // Of a daemon of an earlier version.
+            None => {}
+        }
+        Ok(files)
+    }
+
+    fn adopt_connections(
         &self,
         legacy: &mut LegacyFiles,
         options: Options,

@@ -9,7 +9,7 @@ use std::time::Duration;
 use tracing::info;
 use vdpa_core::Errno;
 use vdpa_core::crash_points::{CrashPoint, reach};
-use vdpa_sys::fuse::{Connection, Negotiated};
+use vdpa_sys::fuse::{Connection, Negotiated, RequestLog};
 use vdpa_sys::uapi::fuse::ROOT_ID;
 
 use super::session::{Endpoint, Link, Session};
@@ -138,13 +138,26 @@ impl DeviceFiles {
         Ok(path)
     }
 
-    /// Starts to serve [adopted](Self::adopt) files. Asks the kernel to send again every request that the earlier process
-    /// had read and not answered; without that (before Linux 6.9) their callers wait until the connection ends.
+    /// Keeps requests in `log` until they are answered, where the kernel does not send them again to a successor (before Linux 6.9).
+    /// For adopted files it is the log of the earlier process, which is read by [`resume`](Self::resume).
+    pub fn keep_requests(&self, log: RequestLog) {
+        self.server.keep_requests(Arc::new(log));
+    }
+
+    /// Whether requests are kept where the kernel does not send them again.
+    #[must_use]
+    pub fn keeps_requests(&self) -> bool {
+        self.server.keeps_requests()
+    }
+
+    /// Starts to serve [adopted](Self::adopt) files. Requests that the earlier process had read and not answered are answered: the kernel
+    /// is asked to send them again, or they [were kept](Self::keep_requests); otherwise their callers wait until the connection
+    /// ends.
     ///
     /// # Errors
     /// [`ServeError::Start`].
     pub fn resume(&self) -> Result<(), ServeError> {
-        self.server.sessions().iter().for_each(|session| session.resend());
+        self.server.resend();
         reach(CrashPoint::Resent);
         *self.reader.lock() = Some(start(&self.server, &self.dir)?);
         info!(dir = %self.dir.display(), "serving device files again");

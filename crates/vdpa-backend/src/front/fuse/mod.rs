@@ -61,6 +61,9 @@ pub struct Options {
     pub heartbeat: Option<PipeWriter>,
     /// Time between two heartbeats, well below the watchdog's time-out. Default: 1 s.
     pub heartbeat_interval: Duration,
+    /// Whether the kernel is asked to send the requests of a process that has died again, where it can. With `false` they are
+    /// [kept](DeviceFiles::keep_requests) everywhere. Default: `true`.
+    pub resend: bool,
 }
 
 impl Default for Options {
@@ -71,6 +74,7 @@ impl Default for Options {
             request_timeout: Duration::from_secs(30),
             heartbeat: None,
             heartbeat_interval: Duration::from_secs(1),
+            resend: true,
         }
     }
 }
@@ -440,7 +444,7 @@ fn new_server(dir: &Path, options: Options) -> Result<Arc<Server>, ServeError> {
     let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
     let wake = wake.map_err(|error| failed(error.into()))?;
     let watchdog = WatchdogLink::new(options.heartbeat, options.heartbeat_interval).map_err(failed)?;
-    Ok(Server::new(wake, options.request_timeout, watchdog))
+    Ok(Server::new(wake, options.request_timeout, watchdog, options.resend))
 }
 
 fn start(server: &Arc<Server>, dir: &Path) -> Result<JoinHandle<()>, ServeError> {

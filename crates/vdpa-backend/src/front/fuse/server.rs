@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,7 @@ use tracing::{error, info, warn};
 use vdpa_core::Errno;
 use vdpa_core::crash_points::{CrashPoint, reach};
 use vdpa_holder::progress;
-use vdpa_sys::fuse::{BUFFER_SIZE, Request};
+use vdpa_sys::fuse::{BUFFER_SIZE, Operation, Request, RequestLog};
 
 use super::is_past;
 use super::request_queue::RequestQueue;
@@ -52,10 +52,14 @@ pub(super) struct Server {
     pause_changed: Condvar,
     /// Notifies waiters of [`ended`](Self::ended).
     ended_notify: Notify,
+    /// Where requests are kept that the kernel does not send again to a successor.
+    requests: OnceLock<Arc<RequestLog>>,
+    /// Whether the kernel is asked to send requests again, where it can.
+    resend: bool,
 }
 
 impl Server {
-    pub(super) fn new(wake: OwnedFd, timeout: Duration, watchdog: WatchdogLink) -> Arc<Self> {
+    pub(super) fn new(wake: OwnedFd, timeout: Duration, watchdog: WatchdogLink, resend: bool) -> Arc<Self> {
         Arc::new(Self {
             sessions: Mutex::default(),
             detached: Mutex::default(),
@@ -67,13 +71,47 @@ impl Server {
             pause: Mutex::default(),
             pause_changed: Condvar::new(),
             ended_notify: Notify::new(),
+            requests: OnceLock::new(),
+            resend,
         })
     }
 
     /// Adds a session to those that the reader serves.
     pub(super) fn attach(&self, session: Arc<Session>) {
+        self.keep_requests_of(&session);
         self.sessions.lock().push(session);
         self.changed();
+    }
+
+    /// From now on the requests of all sessions are kept in `log` whose kernel does not send them again.
+    pub(super) fn keep_requests(&self, log: Arc<RequestLog>) {
+        let _ = self.requests.set(log);
+        self.sessions().iter().for_each(|session| self.keep_requests_of(session));
+    }
+
+    pub(super) fn keeps_requests(&self) -> bool {
+        self.requests.get().is_some()
+    }
+
+    fn keep_requests_of(&self, session: &Session) {
+        if let Some(log) = self.requests.get()
+            && !(self.resend && session.negotiated.has_resend())
+        {
+            session.connection.keep_requests(Arc::clone(log), session.endpoint.number());
+        }
+    }
+
+    /// Has what an earlier process had read and not answered answered by this one. Before the reader is started.
+    pub(super) fn resend(&self) {
+        if let Some(log) = self.requests.get() {
+            log.begin();
+        }
+        for session in self.sessions() {
+            match session.connection.kept_requests() {
+                Some(requests) => requests.iter().for_each(|request| serve(&session, request)),
+                None => session.resend(),
+            }
+        }
     }
 
     /// Removes a session and releases its devices. The connection closes when the reader and the devices' threads have
@@ -314,8 +352,19 @@ impl Server {
 fn read_one(session: &Session, buffer: &mut [u8]) -> Result<(), Errno> {
     let Some(len) = session.connection.read_request(buffer)? else { return Ok(()) };
     reach(CrashPoint::RequestRead);
-    match Request::decode(buffer.get(..len).unwrap_or_default()) {
-        Ok(request) => session.serve(&request),
+    serve(session, buffer.get(..len).unwrap_or_default());
+    Ok(())
+}
+
+/// Serves one request.
+fn serve(session: &Session, request: &[u8]) {
+    match Request::decode(request) {
+        Ok(request) => {
+            session.serve(&request);
+            if matches!(request.operation, Operation::Forget(_) | Operation::BatchForget(_)) {
+                session.connection.request_done(request.header.unique);
+            }
+        }
         Err(error) => {
             error!(%error, "the kernel sent a malformed FUSE request");
             if let Some(unique) = error.unique() {
@@ -323,5 +372,4 @@ fn read_one(session: &Session, buffer: &mut [u8]) -> Result<(), Errno> {
             }
         }
     }
-    Ok(())
 }

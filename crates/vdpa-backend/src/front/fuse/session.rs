@@ -2,6 +2,7 @@
 //! character device.
 
 use std::collections::HashMap;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
@@ -38,6 +39,17 @@ pub(super) enum Endpoint {
 }
 
 impl Endpoint {
+    /// A number that is the same in each process that serves it: FNV-1a of its path.
+    pub(super) fn number(&self) -> u64 {
+        let path = match self {
+            Self::Directory(path) | Self::File { path, .. } => path.clone(),
+            Self::Device(node) => node.path(),
+        };
+        path.as_os_str().as_bytes().iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+            (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
+        })
+    }
+
     /// What the watchdog is to abort.
     pub(super) fn watched(&self) -> Watched {
         match self {
