@@ -344,25 +344,10 @@ impl Ground {
         ended
     }
 
-    /// The next client opens each device at once and reads every acknowledged write; a write in flight may be there or not.
     fn are_usable(&self, disks: &Disks, ended: &Ended) {
-        // One at a time, because this process can have little memory pinned.
+        let busy = blocks_are_there(disks, ended, BUSY_MAX);
         let mut longest = self.longest.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        for (name, path) in disks {
-            let (mut disk, busy) = Disk::start_timed(path, disk::MEMORY_MIN);
-            assert!(busy < BUSY_MAX, "{name} is busy for {busy:?}");
-            *longest = busy.max(*longest);
-            for block in OLD {
-                assert!(disk.read_block(block) == disk::pattern(block, OLD_SEED), "{name}, block {block}");
-            }
-            let seed = u64::from(ended.predecessor.unsigned_abs());
-            for block in NEW..NEW + updating::FLYING / 2 {
-                let new = disk.read_block(block) == disk::pattern(block, seed);
-                assert!(new || ended.outcome == Outcome::Closed, "{name}, block {block}, {ended:?}");
-                // The next case must find contents other than those that it writes.
-                disk.one((vdpa_core::blk::kind::OUT, block, 0));
-            }
-        }
+        *longest = busy.max(*longest);
         for (name, _) in disks {
             self.vdpad.is_released(name);
         }
@@ -396,6 +381,60 @@ impl Ground {
         let (threads, maps) = (now.threads.max(idle.threads), now.maps.min(idle.maps));
         Resources { threads, maps, ..now }.are_back_to(idle);
     }
+}
+
+/// The next client opens each device at once and reads every acknowledged write; a write in flight may be there or not. Returns
+/// the longest time that a device was busy.
+fn blocks_are_there(disks: &Disks, ended: &Ended, busy_max: Duration) -> Duration {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    // Because this process can have little memory pinned.
+    let _one = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let mut longest = Duration::ZERO;
+    for (name, path) in disks {
+        let (mut disk, busy) = Disk::start_timed(path, disk::MEMORY_MIN);
+        assert!(busy < busy_max, "{name} is busy for {busy:?}");
+        longest = busy.max(longest);
+        for block in OLD {
+            assert!(disk.read_block(block) == disk::pattern(block, OLD_SEED), "{name}, block {block}");
+        }
+        let seed = u64::from(ended.predecessor.unsigned_abs());
+        for block in NEW..NEW + updating::FLYING / 2 {
+            let new = disk.read_block(block) == disk::pattern(block, seed);
+            assert!(new || ended.outcome == Outcome::Closed, "{name}, block {block}, {ended:?}");
+            // The next case must find contents other than those that it writes.
+            disk.one((vdpa_core::blk::kind::OUT, block, 0));
+        }
+    }
+    longest
+}
+
+/// Kills at each point on a device that no daemon serves: `testbed/kernel-module kills` runs this in a machine. VDPA_KILL_DEVICE is
+/// the file of a block device, VDPA_KILL_STRATEGIES are those that it supports.
+#[test]
+#[ignore = "needs a device of a kernel: testbed/kernel-module kills"]
+fn on_a_device_of_a_kernel() {
+    rustix::process::set_child_subreaper(Some(rustix::process::getpid())).unwrap();
+    let disks = vec![("disk".to_owned(), PathBuf::from(std::env::var_os("VDPA_KILL_DEVICE").unwrap()))];
+    let strategies = std::env::var("VDPA_KILL_STRATEGIES").unwrap();
+    let mut kills = 0;
+    for way in Way::ALL {
+        for strategy in strategies.split(',').map(|name| name.parse::<Strategy>().unwrap()) {
+            for point in path_of(way, strategy) {
+                let fault = Fault { point, nth: 1, action: Action::Kill };
+                let outcome = expected(way, strategy, point, Action::Kill);
+                let service = (0, PathBuf::new());
+                let strategies = vec![strategy];
+                let case = Case { way, strategies, fault: Some(fault), outcome, packed: false, service };
+                let ended = case.run(&disks, |_| {});
+                // An emulated machine is slow.
+                blocks_are_there(&disks, &ended, Duration::from_secs(30));
+                assert_eq!(ended.outcome, case.outcome, "{}: {ended:?}", case.describe());
+                check_exits(&case, &ended, fault);
+                kills += 1;
+            }
+        }
+    }
+    println!("{kills} kills with {strategies}: nothing lost");
 }
 
 /// Asserts that the process with the fault ended as expected, and the others normally.
