@@ -2,7 +2,8 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use vdpa_client::state::{self, HEADER_LEN, MAGIC, v1, v2};
+use vdpa_client::state::fuzzing::{v1, v2};
+use vdpa_client::state::{self, HEADER_LEN, MAGIC};
 use vdpa_client::update::fuzzing::{adopt_driver, validate};
 use vdpa_core::features::Features;
 use vdpa_core::ring::Buffer;

@@ -32,6 +32,7 @@ pub struct Service {
 
 /// Why a device cannot be served.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ServiceError {
     /// The directory cannot be served.
     #[error(transparent)]

@@ -32,6 +32,7 @@ pub struct Expectations {
 
 /// Errors of an expectation file. Lines are counted from 1.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
 pub enum ParseError {
     /// A line is not `case-id: reason`, with or without `n/a` or `not-run` before it.
     #[error("line {line}: not of the form `[n/a |not-run ]case-id: reason`: {text:?}")]

@@ -34,6 +34,7 @@ pub struct Probe {
 
 /// Why a device could not be probed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
 pub enum ProbeError {
     /// The device could not be opened.
     #[error("cannot open the device: {0}")]

@@ -3,12 +3,12 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use serde_json::{Value, json};
+use serde::Serialize;
 
 use crate::runner::{Finding, Verdict};
 
 /// Number of cases by verdict.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Summary {
     /// Cases in which the device behaved as the specification says.
     pub passed: usize,
@@ -78,34 +78,54 @@ pub fn line(finding: &Finding) -> String {
     line
 }
 
-/// All results as one JSON object with `device`, `summary` and `cases`; the cases are in the order of the run.
+/// All results, to be written as one JSON object; the cases are in the order of the run.
+#[derive(Debug, Serialize)]
+#[non_exhaustive]
+pub struct Report<'a> {
+    /// The device file.
+    pub device: String,
+    /// Numbers of cases.
+    pub summary: Summary,
+    /// The cases that were run.
+    pub cases: Vec<CaseReport<'a>>,
+}
+
+impl std::fmt::Display for Report<'_> {
+    /// JSON on one line.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&serde_json::to_string(self).map_err(|_| std::fmt::Error)?)
+    }
+}
+
+/// The result of one case in a [`Report`].
+#[derive(Debug, Serialize)]
+#[non_exhaustive]
+pub struct CaseReport<'a> {
+    /// Name of the case.
+    pub id: &'a str,
+    /// Section of the specification.
+    pub spec: &'a str,
+    /// `passed`, `failed`, `deviated`, `n/a` or `skipped`.
+    pub verdict: &'static str,
+    /// What was seen, if the case has not just passed.
+    pub text: Option<String>,
+    /// How long it took.
+    pub microseconds: u64,
+}
+
+/// All results for programs.
 #[must_use]
-pub fn json(device: &Path, findings: &[Finding]) -> Value {
-    let summary = Summary::of(findings);
-    let cases: Vec<_> = findings
-        .iter()
-        .map(|finding| {
-            let (word, text) = describe(&finding.verdict);
-            json!({
-                "id": finding.case.id,
-                "spec": finding.case.spec,
-                "verdict": word,
-                "text": text,
-                "microseconds": u64::try_from(finding.duration.as_micros()).unwrap_or(u64::MAX),
-            })
-        })
-        .collect();
-    json!({
-        "device": device.display().to_string(),
-        "summary": {
-            "passed": summary.passed,
-            "failed": summary.failed,
-            "deviated": summary.deviated,
-            "not_applicable": summary.not_applicable,
-            "skipped": summary.skipped,
-        },
-        "cases": cases,
-    })
+pub fn json<'a>(device: &Path, findings: &'a [Finding]) -> Report<'a> {
+    let case = |finding: &'a Finding| {
+        let (verdict, text) = describe(&finding.verdict);
+        let microseconds = u64::try_from(finding.duration.as_micros()).unwrap_or(u64::MAX);
+        CaseReport { id: finding.case.id, spec: finding.case.spec, verdict, text, microseconds }
+    };
+    Report {
+        device: device.display().to_string(),
+        summary: Summary::of(findings),
+        cases: findings.iter().map(case).collect(),
+    }
 }
 
 /// All results as a JUnit XML document. Known deviations count as passed there, with their text in `system-out`.
@@ -165,6 +185,8 @@ fn escape(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::Value;
+
     use std::time::Duration;
 
     use super::*;
@@ -196,7 +218,9 @@ mod tests {
 
     #[test]
     fn json_has_every_case() {
-        let value = json(Path::new("/dev/x"), &findings());
+        let findings = findings();
+        let text = json(Path::new("/dev/x"), &findings).to_string();
+        let value: Value = serde_json::from_str(&text).unwrap();
         assert_eq!(value["summary"]["failed"], 2);
         assert_eq!(value["cases"][1]["verdict"], "failed");
         assert_eq!(value["cases"][0]["text"], Value::Null);

@@ -36,6 +36,7 @@ pub struct Client {
 
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ClientError {
     /// No process listens on the socket.
     #[error(

@@ -47,6 +47,13 @@ pub(crate) fn unknown_option(word: &str) -> Failure {
     Failure::Usage(format!("Unknown option \"{word}\""))
 }
 
+/// The failure for a last word that has no value.
+fn no_value(word: &str) -> Failure {
+    Failure::Usage(format!(
+        "Unknown option \"{word}\": it is the last word, and attributes are pairs of NAME VALUE (only readonly may stand alone)"
+    ))
+}
+
 /// Checks the handle of a management device: `NAME` or `BUS/NAME`.
 pub(crate) fn handle(args: &[String]) -> Result<&str, Failure> {
     let Some(word) = args.first() else {
@@ -84,8 +91,8 @@ pub(crate) fn add_request(mut args: &[String]) -> Result<AddRequest, Failure> {
                 continue;
             }
             "mac" => ("mac", mac_addr(value(rest)?)?.to_string()),
-            "mtu" => ("mtu", u16_text(rest)?),
-            word if matches(word, "max_vqp") => ("max_vqp", u16_text(rest)?),
+            "mtu" => ("mtu", u16_text("mtu", 68, rest)?),
+            word if matches(word, "max_vqp") => ("max_vqp", u16_text("max_vqp", 1, rest)?),
             word if matches(word, "device_features") => ("device_features", hexadecimal(value(rest)?)?),
             "readonly" => {
                 let switch = rest.first().filter(|value| matches!(value.as_str(), "on" | "off"));
@@ -95,7 +102,7 @@ pub(crate) fn add_request(mut args: &[String]) -> Result<AddRequest, Failure> {
                 ("readonly", switch.cloned().unwrap_or_else(|| "on".into()))
             }
             word => {
-                let value = rest.first().ok_or_else(|| unknown_option(word))?;
+                let value = rest.first().ok_or_else(|| no_value(word))?;
                 (word, value.clone())
             }
         };
@@ -126,14 +133,16 @@ fn value(rest: &[String]) -> Result<&str, Failure> {
 }
 
 fn mac_addr(text: &str) -> Result<MacAddr, Failure> {
-    text.parse::<MacAddr>().map_err(|error| Failure::Usage(error.to_string()))
+    text.parse::<MacAddr>().map_err(|error| Failure::Usage(format!("mac {error}")))
 }
 
-fn u16_text(rest: &[String]) -> Result<String, Failure> {
-    let text = rest.first().ok_or_else(|| Failure::Usage("number expected".into()))?;
+/// A number that fits its type; whether the device takes it the daemon says. `min` is the smallest that it can take.
+fn u16_text(name: &str, min: u16, rest: &[String]) -> Result<String, Failure> {
+    let right = format!("a number from {min} to {} is right", u16::MAX);
+    let text = rest.first().ok_or_else(|| Failure::Usage(format!("{name}: number expected; {right}")))?;
     text.parse::<u16>()
         .map(|number| number.to_string())
-        .map_err(|_| Failure::Usage(format!("\"{text}\" is not a number from 0 to 65535")))
+        .map_err(|_| Failure::Usage(format!("{name} is \"{text}\"; {right}")))
 }
 
 /// Parses features: hexadecimal with or without `0x`, as in iproute2.
@@ -143,7 +152,11 @@ fn hexadecimal(text: &str) -> Result<String, Failure> {
         .ok()
         .filter(|_| !digits.starts_with('+'))
         .map(|features| format!("{features:#x}"))
-        .ok_or_else(|| Failure::Usage(format!("\"{text}\" is not a feature word; 0x300000000 would be one")))
+        .ok_or_else(|| {
+            Failure::Usage(format!(
+                "device_features \"{text}\" is not a feature word; 0x300000000 would be one"
+            ))
+        })
 }
 
 #[cfg(test)]
@@ -210,9 +223,19 @@ mod tests {
         assert_eq!(error("name v0"), "management device handle not set.");
         assert_eq!(error("mgmtdev m"), "device name is not set.");
         assert_eq!(error("mgmtdev m name"), "String parameter expected");
-        assert_eq!(error("name v0 mgmtdev m path"), "Unknown option \"path\"");
-        assert_eq!(error("name v0 mgmtdev m mtu"), "number expected");
-        assert_eq!(error("name v0 mgmtdev m mtu 65536"), "\"65536\" is not a number from 0 to 65535");
+        let last = error("name v0 mgmtdev m path");
+        assert!(last.starts_with("Unknown option \"path\": it is the last word"), "{last}");
+        assert_eq!(error("name v0 mgmtdev m readonly yes").replace("yes", "path"), last);
+        assert_eq!(
+            error("name v0 mgmtdev m mtu"),
+            "mtu: number expected; a number from 68 to 65535 is right"
+        );
+        assert_eq!(
+            error("name v0 mgmtdev m mtu 65536"),
+            "mtu is \"65536\"; a number from 68 to 65535 is right"
+        );
+        let pairs = error("name v0 mgmtdev m max_vqp many");
+        assert_eq!(pairs, "max_vqp is \"many\"; a number from 1 to 65535 is right");
         assert!(error("name v0 mgmtdev a/b/c").starts_with("Wrong vdpa mgmtdev identification"));
         assert!(error("name v0 mgmtdev m mac 1:2:3").contains("not an Ethernet address"));
         assert!(error("name v0 mgmtdev m device_features 0xg").contains("not a feature word"));

@@ -124,9 +124,10 @@ fn bad_attributes(dir: &str) -> Vec<Case> {
             "colour blue",
             "blk has no attribute \"colour\"",
             "Operation not supported",
-            "It has: path FILE, null SIZE, readonly on|off, direct on|off, pin on|off, memlock rlimit|unlimited|SIZE, max_iotlb_entries 2-1048576, queues 1-64, queue_size 2-32768, a power \
-             of two, packed on|off, in_order on|off, serial TEXT of at most 20 bytes, compat_reset keep|clean, reset_owner on|off, strict_new_owner on|off, cpus LIST of \
-             processors, for example 2,4-7, worker shared|own.",
+            "It has: path FILE; null SIZE; readonly on|off; direct on|off; pin on|off; memlock rlimit|unlimited|SIZE; max_iotlb_entries \
+             2-1048576; queues 1-64; queue_size 2-32768, a power of two; packed on|off; in_order on|off; serial TEXT of at most 20 bytes; \
+             compat_reset keep|clean; reset_owner on|off; strict_new_owner on|off; cpus LIST of processors, for example 2,4-7; worker \
+             shared|own.",
         ),
         ("queues 65", "attribute \"queues\" is \"65\"; a number from 1 to 64 is right", invalid, ""),
         (
@@ -135,7 +136,7 @@ fn bad_attributes(dir: &str) -> Vec<Case> {
             invalid,
             "",
         ),
-        ("queue_size 100", "queue_size is 100", invalid, "A power of two from 2 to 32768 is right."),
+        ("queue_size 100", "queue_size is \"100\"", invalid, "A power of two from 2 to 32768 is right."),
         ("pin maybe", "attribute \"pin\" is \"maybe\"; \"on\" or \"off\" is right", invalid, ""),
         (
             "serial 123456789012345678901",
@@ -156,8 +157,9 @@ fn bad_attributes(dir: &str) -> Vec<Case> {
     let superfluous = refusal(
         "sim-blk has no attribute \"path\"",
         "Operation not supported",
-        "It has: use_va on|off, batch_mapping on|off, max_iotlb_entries 2-1048576, compat_reset keep|clean, \
-         verify_remap on|off, reset_owner on|off, queue_size 2-32768, a power of two, memlock rlimit|unlimited|SIZE, cpus LIST of processors, for example 2,4-7, worker shared|own.",
+        "It has: use_va on|off; batch_mapping on|off; max_iotlb_entries 2-1048576; compat_reset keep|clean; verify_remap on|off; \
+         reset_owner on|off; queue_size 2-32768, a power of two; memlock rlimit|unlimited|SIZE; cpus LIST of processors, for example \
+         2,4-7; worker shared|own.",
     );
     table
         .into_iter()
@@ -185,6 +187,65 @@ fn devices_that_cannot_be_added() {
     // The failed attempts left nothing behind, and the file is free.
     assert_eq!(vdpad.client().devices().unwrap().len(), 1);
     vdpad.add("d1", "blk", &format!("path {dir}/good.img"));
+}
+
+/// The daemon lists what each kind takes; a wrong value of each attribute is answered with its name, the value, and what would be
+/// right: both ends of a range, every word, the units of a size.
+#[test]
+fn every_attribute_says_what_it_takes() {
+    let vdpad = Vdpad::start(LIMIT);
+    let image = vdpad.image("good", 1 << 20);
+    let mut tried = 0;
+    for (kind, needed) in
+        [("blk", format!("path {}", image.display())), ("sim-blk", String::new()), ("sim-net", String::new())]
+    {
+        let list = vdpad.ctl(&format!("dev add name d mgmtdev {kind} {needed} no_such_attribute 1")).stderr;
+        let list = list.split_once("It has: ").unwrap().1.trim_end().trim_end_matches('.');
+        for (name, takes) in list.split("; ").map(|entry| entry.split_once(' ').unwrap()) {
+            // Any text; and what may stand alone, so that another word is no value of it.
+            if ["path", "serial", "readonly"].contains(&name) {
+                continue;
+            }
+            let needed = if name == "null" { "" } else { &needed };
+            let output = vdpad.ctl(&format!("dev add name d mgmtdev {kind} {needed} {name} 1GB"));
+            let said = &output.stderr;
+            let right = match takes {
+                "HEX" => vec!["a feature word", "0x300000000"],
+                "MAC" => vec!["an Ethernet address", "00:11:22:33:44:55"],
+                "SIZE" => vec!["K, M, G or T", "bytes from 512"],
+                _ if takes.starts_with("LIST") => vec!["numbers and ranges of processors", "0,2-5"],
+                _ if takes.starts_with(|first: char| first.is_ascii_digit()) => {
+                    takes.split(',').next().unwrap().split('-').collect()
+                }
+                words => {
+                    words.split('|').map(|word| if word == "SIZE" { "K, M, G or T" } else { word }).collect()
+                }
+            };
+            assert!(output.stdout.is_empty() && said.contains("\"1GB\""), "{kind} {name}: {said}");
+            let all = right.iter().all(|word| said.contains(word));
+            assert!(all && said.contains(name), "{kind} {name} takes {takes}: {said}");
+            tried += 1;
+        }
+    }
+    assert!(tried > 30, "{tried}");
+    assert!(vdpad.client().devices().unwrap().is_empty());
+}
+
+/// Sizes are given with units everywhere.
+#[test]
+fn sizes_have_units() {
+    let vdpad = Vdpad::start(LIMIT);
+    for (at, unit) in ["4096", "4K", "4k", "1M", "1G", "1T"].into_iter().enumerate() {
+        vdpad.add(&format!("null{at}"), "blk", &format!("null {unit} memlock {unit}"));
+    }
+    for wrong in ["1GB", "1.5G", "-1", "G", "0x1000", "99999999999T"] {
+        for attribute in ["null", "memlock"] {
+            let needed = if attribute == "null" { "" } else { "null 1M" };
+            let said = vdpad.ctl(&format!("dev add name d mgmtdev blk {needed} {attribute} {wrong}")).stderr;
+            let names = said.contains(attribute) && said.contains(&format!("is \"{wrong}\""));
+            assert!(names && said.contains("K, M, G or T"), "{attribute} {wrong}: {said}");
+        }
+    }
 }
 
 #[test]

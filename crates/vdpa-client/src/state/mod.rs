@@ -17,18 +17,30 @@
 //! # Ok::<(), vdpa_client::state::StateError>(())
 //! ```
 
-// The types are the format. They are public for tests of the format and for fuzzing; what a program needs is in this module and in
-// `update`. They change with the format, which is versioned by itself.
-#[doc(hidden)]
-pub mod config;
-#[doc(hidden)]
-pub mod mappings;
-#[doc(hidden)]
-pub mod packed;
-#[doc(hidden)]
-pub mod v1;
-#[doc(hidden)]
-pub mod v2;
+// The types are the format, which is versioned by itself: no part of the interface.
+#[cfg_attr(not(fuzzing), expect(unreachable_pub, reason = "fuzz targets reach them"))]
+pub(crate) mod config;
+#[cfg_attr(not(fuzzing), expect(unreachable_pub, reason = "fuzz targets reach them"))]
+pub(crate) mod mappings;
+#[cfg_attr(not(fuzzing), expect(unreachable_pub, reason = "fuzz targets reach them"))]
+pub(crate) mod packed;
+#[cfg_attr(not(fuzzing), expect(unreachable_pub, reason = "fuzz targets reach them"))]
+pub(crate) mod v1;
+#[cfg_attr(not(fuzzing), expect(unreachable_pub, reason = "fuzz targets reach them"))]
+pub(crate) mod v2;
+
+/// The format for fuzz targets.
+#[cfg(fuzzing)]
+pub mod fuzzing {
+    /// Version 1.
+    pub mod v1 {
+        pub use crate::state::v1::*;
+    }
+    /// Version 2.
+    pub mod v2 {
+        pub use crate::state::v2::*;
+    }
+}
 
 use std::collections::HashSet;
 
@@ -470,6 +482,9 @@ impl<'a> Reader<'a> {
         Ok(Section { name, version, optional: flags & FLAG_OPTIONAL != 0, payload })
     }
 }
+
+#[cfg(test)]
+mod golden_tests;
 
 #[cfg(test)]
 mod tests {

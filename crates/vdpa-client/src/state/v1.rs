@@ -185,10 +185,11 @@ pub struct State {
 }
 
 impl State {
-    /// Adds the library's sections to `sections`, which has those of the caller.
+    /// Adds the library's sections to `sections`, which has those of the caller. This version is not written any more.
     ///
     /// # Errors
     /// [`StateError::Name`] if a section of the caller has a name that is reserved for the library.
+    #[cfg(fuzzing)]
     pub fn put(&self, sections: &mut Sections) -> Result<(), StateError> {
         sections.check_names()?;
         sections.push_json(UPDATE, VERSION, &self.update)?;

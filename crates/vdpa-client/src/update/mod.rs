@@ -185,6 +185,7 @@ pub enum Phase {
 /// An update failed.
 #[derive(Debug, Error)]
 #[error("update failed in phase {phase}{}", of_device(.device.as_deref()))]
+#[non_exhaustive]
 pub struct UpdateError {
     /// The step that failed.
     pub phase: Phase,

@@ -14,6 +14,7 @@ pub struct Attrs(Vec<(String, String)>);
 
 /// Why an attribute was refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum AttrError {
     /// The name was given before.
     #[error("attribute \"{name}\" is given twice; give it once")]

@@ -15,6 +15,7 @@ use crate::types::{Asid, IotlbMsg, IovaRange, Perm, Result, iotlb_type};
 /// Why an IOTLB message was refused. The client gets [`errno`](Self::errno), which is nearly always `EFAULT`; the details
 /// are for the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
 pub enum IotlbError {
     /// UPDATE of size 0: the only refusal for which the client gets `EINVAL`.
     #[error("UPDATE of 0 bytes at {iova:#x}; size must be at least 1")]

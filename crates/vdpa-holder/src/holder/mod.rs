@@ -87,6 +87,7 @@ pub enum Outcome {
 
 /// Why a service could not go on.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum HolderError {
     /// A system call failed.
     #[error("cannot {action}")]

@@ -14,7 +14,7 @@ pub(super) fn reject_unknown(kind: &str, attrs: &Attrs, known: &[(&str, &str)]) 
         Some((name, _)) => {
             let list: Vec<String> = known.iter().map(|(name, takes)| format!("{name} {takes}")).collect();
             Err(CtlError::new(Errno::OPNOTSUPP, format!("{kind} has no attribute \"{name}\""))
-                .with_hint(format!("It has: {}.", list.join(", "))))
+                .with_hint(format!("It has: {}.", list.join("; "))))
         }
     }
 }
@@ -35,13 +35,11 @@ pub(super) const QUEUE_SIZE_ATTR: (&str, &str) = ("queue_size", "2-32768, a powe
 
 /// Parses `queue_size`: entries of the largest ring.
 pub(super) fn queue_size(attrs: &Attrs, default: u16) -> Result<u16, CtlError> {
-    let given = attrs.number("queue_size", 2, 32768).map_err(invalid)?;
-    let size = given.map_or(default, |size| u16::try_from(size).unwrap_or(default));
-    if size.is_power_of_two() {
-        return Ok(size);
-    }
-    Err(CtlError::new(Errno::INVAL, format!("queue_size is {size}"))
-        .with_hint("A power of two from 2 to 32768 is right."))
+    let Some(text) = attrs.get("queue_size") else { return Ok(default) };
+    text.parse().ok().filter(|size: &u16| *size >= 2 && size.is_power_of_two()).ok_or_else(|| {
+        CtlError::new(Errno::INVAL, format!("queue_size is \"{text}\""))
+            .with_hint("A power of two from 2 to 32768 is right.")
+    })
 }
 
 /// Name and value of the attribute that [`iotlb_entries`] parses.

@@ -81,6 +81,7 @@ impl Default for Options {
 
 /// Why device files cannot be served.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ServeError {
     /// The directory cannot be created or resolved.
     #[error("cannot use {} as mount directory", dir.display())]

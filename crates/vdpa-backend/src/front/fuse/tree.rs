@@ -22,6 +22,7 @@ const FIRST_NODE: u64 = 3;
 
 /// Why a device file could not be added.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum AddError {
     /// The name is not a valid file name.
     #[error(

@@ -28,6 +28,7 @@ static CRC32C: Crc<u32, Table<16>> = Crc::<u32, Table<16>>::new(&CRC_32_ISCSI);
 
 /// Why bytes are not a record that this program understands.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
 pub enum DecodeError {
     /// They end too soon: the end of a log whose last record was not written in full looks so.
     #[error("a record of {needed} bytes is cut short after {present}")]

@@ -10,6 +10,7 @@ use crate::types::IovaRange;
 
 /// A record that does not fit what came before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
 pub enum ApplyError {
     /// The sequence does not begin with what a snapshot begins with.
     #[error(

@@ -17,6 +17,7 @@ use crate::types::{IovaRange, QueueIndex};
 
 /// Why a device cannot be built from records. Nothing is left of the attempt.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
 pub enum RestoreError {
     /// The records do not fit each other.
     #[error(transparent)]

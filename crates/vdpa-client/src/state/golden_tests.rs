@@ -1,16 +1,14 @@
 //! States saved by every released version remain readable.
 
-#![expect(clippy::unwrap_used, reason = "a test: every failure is a panic")]
+use super::v1::{Driver, InFlight, State};
+use super::{Section, Sections, StateError, decode, encode, mappings, packed, v2};
 
-use vdpa_client::state::v1::{Driver, InFlight, State};
-use vdpa_client::state::{Section, Sections, StateError, decode, encode, mappings, packed, v2};
-
-const V1: &[u8] = include_bytes!("golden/v1.state");
-const V2: &[u8] = include_bytes!("golden/v2.state");
+const V1: &[u8] = include_bytes!("../../tests/golden/v1.state");
+const V2: &[u8] = include_bytes!("../../tests/golden/v2.state");
 /// Version 2 with the sections for mappings without a name and rings that are not enabled.
-const MAPPINGS: &[u8] = include_bytes!("golden/v2-mappings.state");
+const MAPPINGS: &[u8] = include_bytes!("../../tests/golden/v2-mappings.state");
 /// Version 2 with the sections for packed rings.
-const PACKED: &[u8] = include_bytes!("golden/v2-packed.state");
+const PACKED: &[u8] = include_bytes!("../../tests/golden/v2-packed.state");
 
 #[test]
 fn version_1() {
