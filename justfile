@@ -99,3 +99,13 @@ many-updates count='1000':
 # What an update costs by devices and mappings; medians.
 bench-scale rounds='5':
     VDPA_TEST_ROUNDS={{rounds}} cargo test --release --locked --package vdpad --test scale -- figures --exact --nocapture
+
+# Dirty tracking against the model, ten million requests of each device and ring format: "just dirty-model 10000000".
+dirty-model requests='10000000':
+    cargo build --release --locked --workspace --bins
+    VDPA_TEST_DIRTY_REQUESTS={{requests}} cargo test --release --locked --package vdpad --test dirty -- --nocapture --test-threads 1
+
+# What dirty tracking costs, and how long a report over 1 TiB takes: "just bench-dirty --help".
+bench-dirty *args:
+    cargo build --locked --release --package vdpad
+    cargo run --locked --release --package vdpa-bench --example bench-dirty -- --vdpad target/release/vdpad {{args}}

@@ -10,21 +10,46 @@ use vdpa_backend::front::fuse::{DeviceFile, IoctlCall, Opener};
 use vdpa_backend::front::vhost::{VhostVdpaFile, fuzzing};
 use vdpa_core::Errno;
 use vdpa_core::device::Device;
+use vdpa_core::dirty::{DirtyLimits, DirtyRange, DirtySink, DirtyTracking, Tracked};
 use vdpa_core::features::{BackendFeatures, Features};
 use vdpa_core::iotlb::Table;
 use vdpa_core::parent::{AddressMode, CompatReset, Dma, Parent, PinLimit, PrivateMemory, Profile, SetMap};
 use vdpa_core::types::{Asid, IovaRange, QueueIndex, Result};
 use vdpa_core::vq::{QueueSetup, QueueState};
+use vdpa_sys::dirty::DirtyMemory;
 use vdpa_sys::guest::{GuestMemory, LinuxHost};
 use vdpa_sys::process::Spaces;
+use vdpa_sys::uapi::dirty;
 use vdpa_sys::uapi::vhost as uapi;
 
 #[derive(Arbitrary, Debug)]
 enum Op {
-    KnownIoctl { request: u8, argument: Vec<u8>, address: Address },
-    AnyIoctl { cmd: u32, argument: Vec<u8>, address: Address },
+    KnownIoctl {
+        request: u8,
+        argument: Vec<u8>,
+        address: Address,
+    },
+    AnyIoctl {
+        cmd: u32,
+        argument: Vec<u8>,
+        address: Address,
+    },
     Write(Vec<u8>),
-    Message { version: u8, asid: u8, iova: u32, size: u16, uaddr: Address, perm: u8, kind: u8 },
+    Message {
+        version: u8,
+        asid: u8,
+        iova: u32,
+        size: u16,
+        uaddr: Address,
+        perm: u8,
+        kind: u8,
+    },
+    /// A request of dirty tracking. Nothing is ever dirty, so no bitmap is written.
+    Dirty {
+        request: u8,
+        argument: [u64; 7],
+        address: Address,
+    },
     Reopen,
 }
 
@@ -68,6 +93,11 @@ fuzz_target!(|ops: Vec<Op>| {
                 bytes[32] = *perm;
                 bytes[33] = *kind;
                 write(&file, tid, &bytes);
+            }
+            Op::Dirty { request, argument, address } => {
+                let request = dirty::Request::ALL[usize::from(*request) % dirty::Request::ALL.len()];
+                let bytes: Vec<u8> = argument.iter().flat_map(|word| word.to_ne_bytes()).collect();
+                ioctl(&file, tid, request.number(dirty::NUMBER), &bytes, *address, &mut scratch);
             }
             Op::Reopen => {
                 file.release(1);
@@ -131,6 +161,33 @@ fn write(file: &VhostVdpaFile, tid: u32, data: &[u8]) {
 struct IdleParent {
     profile: Profile,
     running: [bool; 2],
+    dirty: Arc<Bits>,
+}
+
+/// Dirty pages without a device.
+#[derive(Debug)]
+struct Bits(DirtyMemory);
+
+impl DirtyTracking for Bits {
+    fn limits(&self) -> DirtyLimits {
+        DirtyLimits::MAP
+    }
+
+    fn tracked(&self) -> Option<Tracked> {
+        self.0.tracked()
+    }
+
+    fn start(&self, page_size: u64, ranges: &[DirtyRange], request: u64) -> Result<()> {
+        self.0.start(page_size, ranges, request)
+    }
+
+    fn stop(&self) -> Result<()> {
+        self.0.forget()
+    }
+
+    fn report(&self, of: DirtyRange, clear: bool, sink: DirtySink<'_>) -> Result<()> {
+        self.0.report(of, clear, sink)
+    }
 }
 
 impl IdleParent {
@@ -167,7 +224,8 @@ impl IdleParent {
             identity_map: false,
             reset_owner: true,
         };
-        Self { profile, running: [false; 2] }
+        let dirty = Arc::new(Bits(DirtyMemory::create().expect("a memory file")));
+        Self { profile, running: [false; 2], dirty }
     }
 }
 
@@ -206,5 +264,9 @@ impl Parent for IdleParent {
 impl SetMap<LinuxHost> for IdleParent {
     fn set_map(&mut self, _asid: Asid, _table: &Table<GuestMemory>) -> Result<()> {
         Ok(())
+    }
+
+    fn dirty_tracking(&self) -> Option<Arc<dyn DirtyTracking>> {
+        Some(Arc::clone(&self.dirty) as _)
     }
 }

@@ -62,8 +62,11 @@ use crate::error::{Error, QueueProblem};
 use crate::queue::{Slot, queue};
 use crate::vring::{GuestQueue, Vring};
 
+mod dirty;
 mod mapping;
 mod queues;
+
+pub use dirty::DirtyPages;
 
 /// A device that this process owns, with everything that was set up on it.
 ///

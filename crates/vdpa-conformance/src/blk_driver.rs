@@ -7,7 +7,7 @@ use vdpa_core::types::{IotlbMsg, Perm, iotlb_type};
 
 use crate::case::{Ctx, Stop, check, prepare};
 use crate::device::{Device, MESSAGE_SIZE};
-use crate::memory::Region;
+use crate::memory::{PAGE, Region};
 use crate::ring::{Format, IOVA, QUIET_TIME, RING_PAGES, Ring, Segment, TIMEOUT};
 
 /// Entries of the ring.
@@ -142,6 +142,16 @@ impl BlkDriver {
     /// Reads the counter of the kick eventfd, which resets it to 0.
     pub(crate) fn read_kick_counter(&self) -> u64 {
         self.ring.read_kick_counter()
+    }
+
+    /// The pages of its memory, by number, that the device writes for one read: those of the ring, of the data and of the status.
+    pub(crate) fn written_pages(&self) -> Vec<u64> {
+        let page = |offset: usize| offset as u64 / PAGE;
+        let mut pages = self.ring.written_pages();
+        pages.extend([page(DATA), page(STATUS)]);
+        pages.sort_unstable();
+        pages.dedup();
+        pages
     }
 
     /// The result of GET_VRING_BASE for a device that has completed every request.

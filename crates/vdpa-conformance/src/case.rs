@@ -106,6 +106,7 @@ fn backend_name(bit: Bit) -> String {
         BackendFeatures::IOTLB_PERSIST => "IOTLB_PERSIST",
         BackendFeatures::NEW_OWNER => "NEW_OWNER",
         BackendFeatures::IOTLB_REMAP => "IOTLB_REMAP",
+        BackendFeatures::DIRTY_LOG => "DIRTY_LOG",
         Bit(number) => return format!("backend bit {number}"),
     };
     format!("backend feature {name}")

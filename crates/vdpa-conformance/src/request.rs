@@ -30,9 +30,17 @@ impl Request {
     /// The ioctl number that this program uses. It differs from `number` if another one is configured for a request of the
     /// live-update series.
     pub(crate) fn wire_number(self) -> Option<u32> {
-        let set = live::configured().new_owner;
+        let set = live::configured();
         // If none is configured, the suite's own number is used, so that a wrong one in vdpa-sys is found.
-        if self == Self::NEW_OWNER && set != Numbers::POSTED.new_owner { Some(set) } else { self.number }
+        let dirty =
+            [Self::DIRTY_INFO, Self::DIRTY_START, Self::DIRTY_STOP, Self::DIRTY_GET, Self::DIRTY_UNMAP];
+        match dirty.iter().zip(0..).find(|(request, _)| **request == self) {
+            Some((_, index)) if set.dirty != Numbers::POSTED.dirty => {
+                Some(0xaf00 | u32::from(set.dirty.wrapping_add(index)))
+            }
+            _ if self == Self::NEW_OWNER && set.new_owner != Numbers::POSTED.new_owner => Some(set.new_owner),
+            _ => self.number,
+        }
     }
 
     const fn effect(mut self, effect: &'static str) -> Self {
@@ -111,6 +119,11 @@ impl Request {
         Self::ioctl("VHOST_SET_FORK_FROM_OWNER", 0x4001_AF84, "1.6a");
     pub(crate) const GET_FORK_FROM_OWNER: Self =
         Self::ioctl("VHOST_GET_FORK_FROM_OWNER", 0x8001_AF85, "1.6a");
+    pub(crate) const DIRTY_INFO: Self = Self::ioctl("VDPA_DIRTY_INFO", 0x0000_AFE0, "8.9");
+    pub(crate) const DIRTY_START: Self = Self::ioctl("VDPA_DIRTY_START", 0x0000_AFE1, "8.9");
+    pub(crate) const DIRTY_STOP: Self = Self::ioctl("VDPA_DIRTY_STOP", 0x0000_AFE2, "8.9");
+    pub(crate) const DIRTY_GET: Self = Self::ioctl("VDPA_DIRTY_GET", 0x0000_AFE3, "8.9");
+    pub(crate) const DIRTY_UNMAP: Self = Self::ioctl("VDPA_DIRTY_UNMAP", 0x0000_AFE4, "8.9");
     pub(crate) const IOTLB_UPDATE: Self = Self::other("UPDATE", "2.4");
     pub(crate) const IOTLB_INVALIDATE: Self = Self::other("INVALIDATE", "2.5");
     pub(crate) const IOTLB_BATCH_BEGIN: Self = Self::other("BATCH_BEGIN", "2.6");
@@ -177,6 +190,11 @@ impl Request {
         Self::SET_FEATURES_ARRAY,
         Self::SET_FORK_FROM_OWNER,
         Self::GET_FORK_FROM_OWNER,
+        Self::DIRTY_INFO,
+        Self::DIRTY_START,
+        Self::DIRTY_STOP,
+        Self::DIRTY_GET,
+        Self::DIRTY_UNMAP,
         Self::IOTLB_UPDATE,
         Self::IOTLB_INVALIDATE,
         Self::IOTLB_BATCH_BEGIN,

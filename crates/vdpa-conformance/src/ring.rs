@@ -111,6 +111,16 @@ impl Ring {
         VringAddr { flags: 0, desc: at(DESC), used: at(USED), avail: at(AVAIL), log: 0 }
     }
 
+    /// Pages of the region, by number, that a device which serves the ring writes.
+    pub(crate) fn written_pages(&self) -> Vec<u64> {
+        let page = |area: usize| ((self.at + area) / 0x1000) as u64;
+        match self.format() {
+            Format::Split => vec![page(USED)],
+            // Used descriptors, and when the device wants kicks.
+            Format::Packed => vec![page(DESC), page(USED)],
+        }
+    }
+
     /// Sets the queue up with vring base `base` and enables it. This process makes the requests, so it must be the owner.
     pub(crate) fn set_up(&self, device: &Device, base: u32) -> Result<(), Stop> {
         let Self { queue, .. } = *self;

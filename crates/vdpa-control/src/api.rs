@@ -110,9 +110,23 @@ pub struct DevState {
     /// Most entries of one of them: the device attribute `max_iotlb_entries`, or its default. 0 from a daemon that does not say.
     #[serde(default)]
     pub max_iotlb_entries: u64,
+    /// The dirty tracking that the client has begun; `None` when there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dirty: Option<Dirty>,
     /// One entry per virtqueue, in order of index.
     #[serde(default)]
     pub queues: Vec<QueueInfo>,
+}
+
+/// Dirty tracking of a device: which pages it writes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Dirty {
+    /// Bytes of a page.
+    pub page_size: u64,
+    /// Number of ranges of addresses that are tracked.
+    pub ranges: u64,
+    /// Their pages.
+    pub pages: u64,
 }
 
 /// The process whose address space owns a device.

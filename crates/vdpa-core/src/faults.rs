@@ -128,6 +128,18 @@ faults! {
     GivingUpCounts = "giving-up-counts";
     /// The close of the predecessor ends its successor too.
     CloseEndsBoth = "close-ends-both";
+    /// Ranges to be tracked may overlap.
+    DirtyOverlap = "dirty-overlap";
+    /// The pages of data are not marked as dirty.
+    DirtyDataUnmarked = "dirty-data-unmarked";
+    /// The pages of rings are not marked as dirty.
+    DirtyRingUnmarked = "dirty-ring-unmarked";
+    /// A report of dirty pages clears them although it was asked not to.
+    DirtyKeepIgnored = "dirty-keep-ignored";
+    /// An unmap with a report forgets the pages before it reports them.
+    DirtyUnmapForgets = "dirty-unmap-forgets";
+    /// Unknown flags of the requests of dirty tracking are ignored.
+    DirtyFlagsIgnored = "dirty-flags-ignored";
     /// SUSPEND ends the process.
     DeadlySuspend = "deadly-suspend";
     /// A write to sector 4096 of a block device ends the process.

@@ -53,6 +53,7 @@ pub fn backend_text(features: BackendFeatures) -> String {
             8 => "IOTLB_PERSIST",
             9 => "NEW_OWNER",
             10 => "IOTLB_REMAP",
+            48 => "DIRTY_LOG",
             _ => return None,
         })
     })

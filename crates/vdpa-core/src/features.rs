@@ -159,6 +159,8 @@ word! {
         NEW_OWNER = 9;
         /// `VHOST_IOTLB_REMAP` is supported and required after a change of owner (live update).
         IOTLB_REMAP = 10;
+        /// The requests of dirty tracking: which pages the device has written.
+        DIRTY_LOG = 48;
     }
 }
 

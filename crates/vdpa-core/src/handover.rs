@@ -22,6 +22,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::dirty::DirtyTracking;
 use crate::errno::Errno;
 use crate::faults::{self, Fault};
 use crate::features::Features;
@@ -454,6 +455,13 @@ impl<P: Parent> SetMap<P::Host> for Handle<P> {
             shared.changes += 1;
         }
         Ok(())
+    }
+
+    fn dirty_tracking(&self) -> Option<Arc<dyn DirtyTracking>> {
+        match self.shared().parent.dma() {
+            Dma::SetMap(map) => map.dirty_tracking(),
+            _ => None,
+        }
     }
 }
 

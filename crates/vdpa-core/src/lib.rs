@@ -11,12 +11,14 @@
 //! | the platform: address spaces, memory, events | [`host::Host`] |
 //! | the state machine that connects the three | [`device::Device`] |
 //! | opening a device without a file | [`inprocess::Node`] |
+//! | which pages a device has written | [`dirty::DirtyTracking`] |
 #![forbid(unsafe_code)]
 
 pub mod blk;
 #[doc(hidden)]
 pub mod crash_points;
 pub mod device;
+pub mod dirty;
 pub mod errno;
 pub mod error;
 #[doc(hidden)]

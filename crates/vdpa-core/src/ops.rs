@@ -1,5 +1,6 @@
 //! [`VdpaOps`]: the requests that a client makes of a device.
 
+use crate::dirty::{DirtyInfo, DirtyRange};
 use crate::errno::Errno;
 use crate::features::{BackendFeatures, Features, Status};
 use crate::types::{Asid, GroupIndex, IotlbMsg, IovaRange, Perm, QueueIndex, Result, VringAddr, iotlb_type};
@@ -213,6 +214,50 @@ pub trait VdpaOps {
     /// # Errors
     /// `EINVAL` for an UPDATE of size 0; `EFAULT` for every other refusal.
     fn iotlb(&self, asid: Asid, msg: &IotlbMsg) -> Result<()>;
+
+    /// `VDPA_DIRTY_INFO`: what can be tracked of the pages that the device writes, and whether something is. Offered with
+    /// [`DIRTY_LOG`](BackendFeatures::DIRTY_LOG); this default is of a device that does not.
+    ///
+    /// # Errors
+    /// `ENOTTY` from a device without it.
+    fn dirty_info(&self) -> Result<DirtyInfo> {
+        Err(Errno::NOTTY)
+    }
+
+    /// `VDPA_DIRTY_START` (owner): begins to track, with no page dirty. Blocks until requests that were begun before are done.
+    ///
+    /// # Errors
+    /// `EPERM`; those of [`DirtyTracking::start`](crate::dirty::DirtyTracking::start); `ENOTTY` from a device without it.
+    fn dirty_start(&self, _page_size: u64, _ranges: &[DirtyRange]) -> Result<()> {
+        Err(Errno::NOTTY)
+    }
+
+    /// `VDPA_DIRTY_STOP` (owner): ends the tracking and forgets what was found.
+    ///
+    /// # Errors
+    /// `EPERM`; `EIO`; `ENOTTY` from a device without it.
+    fn dirty_stop(&self) -> Result<()> {
+        Err(Errno::NOTTY)
+    }
+
+    /// `VDPA_DIRTY_GET` (owner): sets the bits of the pages in `of` that are dirty: bit `n % 64` of word `n / 64` for page `n`. They
+    /// are not dirty any more, unless `keep`. `page_size` is that of the start.
+    ///
+    /// # Errors
+    /// `EPERM`; `EINVAL` for another page size, a range that is not tracked or not whole pages, or a bitmap that is too small;
+    /// `ENOTTY` from a device without it.
+    fn dirty_get(&self, _of: DirtyRange, _page_size: u64, _keep: bool, _bitmap: &mut [u64]) -> Result<()> {
+        Err(Errno::NOTTY)
+    }
+
+    /// `VDPA_DIRTY_UNMAP` (owner): removes all mappings in `of`, then does as [`dirty_get`](Self::dirty_get) for its pages: the device
+    /// writes none of them after that. Returns how many bytes were mapped.
+    ///
+    /// # Errors
+    /// As [`dirty_get`](Self::dirty_get), and `EINVAL` for a range that has a part of a mapping; `EBUSY` inside a batch.
+    fn dirty_unmap(&self, _of: DirtyRange, _page_size: u64, _bitmap: &mut [u64]) -> Result<u64> {
+        Err(Errno::NOTTY)
+    }
 
     /// `UPDATE`: maps `size` bytes from `iova` to the caller's memory at `uaddr`.
     ///

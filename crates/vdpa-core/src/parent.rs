@@ -1,7 +1,9 @@
 //! [`Parent`]: the interface that a device implements.
 
 use std::fmt::Debug;
+use std::sync::Arc;
 
+use crate::dirty::DirtyTracking;
 use crate::errno::Errno;
 use crate::features::{BackendFeatures, Features};
 use crate::host::Host;
@@ -188,6 +190,11 @@ pub trait SetMap<H: Host>: Debug {
     /// # Errors
     /// `ENOMEM`, `ENOSPC` or what the device reports.
     fn set_map(&mut self, asid: Asid, table: &Table<H::Memory>) -> Result<()>;
+
+    /// What tracks the pages that the device writes; `None` for a device that cannot. Asked once. Does not block.
+    fn dirty_tracking(&self) -> Option<Arc<dyn DirtyTracking>> {
+        None
+    }
 }
 
 /// Takes single mappings.
@@ -200,6 +207,11 @@ pub trait DmaMap<H: Host>: Debug {
 
     /// Removes one mapping; blocks until no request uses it.
     fn dma_unmap(&mut self, asid: Asid, range: IovaRange);
+
+    /// As [`SetMap::dirty_tracking`].
+    fn dirty_tracking(&self) -> Option<Arc<dyn DirtyTracking>> {
+        None
+    }
 }
 
 /// How the device accesses client memory (uapi-spec 3.2, 3.3).

@@ -6,6 +6,8 @@
 //! they are marked `unsafe`.
 
 pub mod clock;
+#[cfg(feature = "server")]
+pub mod dirty;
 mod dma;
 mod errno;
 pub mod eventfd;

@@ -3,6 +3,8 @@
 //! There are no references into the memory: bytes are copied exactly once, or accessed by single atomic loads and stores.
 #![expect(unsafe_code, reason = "memory shared with other processes is accessed through raw pointers")]
 
+mod bits;
+
 use std::fmt;
 use std::os::fd::AsFd;
 use std::ptr;

@@ -14,6 +14,7 @@ use vdpa_core::Errno;
 use vdpa_core::host::PAGE_SIZE;
 
 use crate::errno;
+use crate::maps::vma_at;
 pub use crate::space::{OwnerSpace, ProcessCaller, Spaces, ThisProcess};
 use crate::uapi::proc::{PIDFD_GET_INFO, PIDFD_INFO_PID, PidfdInfo};
 
@@ -21,6 +22,10 @@ use crate::uapi::proc::{PIDFD_GET_INFO, PIDFD_INFO_PID, PidfdInfo};
 const PIDFD_THREAD: PidfdFlags = PidfdFlags::from_bits_retain(libc::O_EXCL.cast_unsigned());
 /// Type of the entry of the auxiliary vector that points at 16 random bytes, drawn anew by every exec.
 const AT_RANDOM: u64 = 25;
+/// Pieces of memory in one call (`UIO_MAXIOV`).
+const IOV_MAX: usize = 1024;
+/// Bytes of a word of a bitmap.
+const WORD: usize = size_of::<u64>();
 /// Largest auxiliary vector that is read, in bytes: the kernel's has at most 52 entries.
 const AUXV_MAX: usize = 4096;
 
@@ -110,6 +115,71 @@ impl Caller {
         let written =
             unsafe { libc::process_vm_writev(self.tid, &raw const local, 1, &raw const remote, 1, 0) };
         if usize::try_from(written) == Ok(data.len()) { Ok(()) } else { Err(Errno::FAULT) }
+    }
+
+    /// Sets bits in words of its memory: `(index, bits)`, in ascending order of the indexes of words behind `addr`. Other bits and words
+    /// stay as they are, unless the caller changes them at the same time.
+    ///
+    /// # Errors
+    /// `EFAULT` when a word cannot be read and written; some may have been changed.
+    pub fn set_bits(&self, addr: u64, bits: &[(u64, u64)]) -> Result<(), Errno> {
+        // Words that follow each other are one piece; a call takes `IOV_MAX` of them.
+        let mut pieces: Vec<libc::iovec> = Vec::with_capacity(bits.len().min(IOV_MAX));
+        let mut begin = 0;
+        let mut next = None;
+        for (index, &(word, _)) in bits.iter().enumerate() {
+            match pieces.last_mut() {
+                Some(last) if next == Some(word) => last.iov_len += WORD,
+                _ => {
+                    if pieces.len() == IOV_MAX {
+                        self.set_words(&pieces, bits.get(begin..index).unwrap_or_default())?;
+                        pieces.clear();
+                        begin = index;
+                    }
+                    let at = word.checked_mul(WORD as u64).and_then(|offset| addr.checked_add(offset));
+                    pieces.push(remote(at.ok_or(Errno::FAULT)?, WORD)?);
+                }
+            }
+            next = word.checked_add(1);
+        }
+        self.set_words(&pieces, bits.get(begin..).unwrap_or_default())
+    }
+
+    /// Sets bits in the words of `pieces`, one for each element of `bits`.
+    fn set_words(&self, pieces: &[libc::iovec], bits: &[(u64, u64)]) -> Result<(), Errno> {
+        if bits.is_empty() {
+            return Ok(());
+        }
+        let mut words = vec![0_u64; bits.len()];
+        let len = words.len() * WORD;
+        let local = libc::iovec { iov_base: words.as_mut_ptr().cast(), iov_len: len };
+        let count = pieces.len() as libc::c_ulong;
+        // SAFETY: the local vector is `words`, which nobody else uses; remote addresses are not accessed as memory of this process.
+        let read =
+            unsafe { libc::process_vm_readv(self.tid, &raw const local, 1, pieces.as_ptr(), count, 0) };
+        if usize::try_from(read) != Ok(len) {
+            return Err(Errno::FAULT);
+        }
+        words.iter_mut().zip(bits).for_each(|(word, (_, bits))| *word |= bits);
+        // SAFETY: as above; this call only reads `words`.
+        let written =
+            unsafe { libc::process_vm_writev(self.tid, &raw const local, 1, pieces.as_ptr(), count, 0) };
+        if usize::try_from(written) == Ok(len) { Ok(()) } else { Err(Errno::FAULT) }
+    }
+
+    /// Checks that it may read and write `len` bytes of its memory at `addr`, by its mappings.
+    ///
+    /// # Errors
+    /// `EFAULT` when it may not; what opening its mappings reports.
+    pub fn check_writable(&self, addr: u64, len: u64) -> Result<(), Errno> {
+        let end = addr.checked_add(len).ok_or(Errno::FAULT)?;
+        let maps = self.open_proc("maps", OFlags::RDONLY)?;
+        let mut at = addr;
+        while at < end {
+            let vma = vma_at(&maps, at)?.filter(|vma| vma.readable && vma.writable).ok_or(Errno::FAULT)?;
+            at = vma.end;
+        }
+        Ok(())
     }
 
     /// Its soft `RLIMIT_MEMLOCK` in pages; 0 when it cannot be read, so that nothing is pinned for a process

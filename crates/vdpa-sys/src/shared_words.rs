@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::fs::{SealFlags, fcntl_add_seals, fcntl_get_seals, fstat};
 use vdpa_core::Errno;
+use vdpa_core::dirty::DirtyWords;
 use vdpa_core::ring::inflight::LogMemory;
 
 use crate::mmap::{Prot, SharedMap};
@@ -89,6 +90,21 @@ impl LogMemory for SharedWords {
             // Cannot fail: the offset is within the mapping, which is readable, writable and not watched for truncation.
             let _ = self.map.store_u64(offset, u64::from_le(value));
         }
+    }
+}
+
+impl DirtyWords for SharedWords {
+    #[inline]
+    fn set(&self, word: usize, bits: u64) -> u64 {
+        let before = self.offset(word).and_then(|offset| self.map.set_bits(offset, u64::from_le(bits)).ok());
+        before.map_or(0, u64::to_le)
+    }
+
+    #[inline]
+    fn clear(&self, word: usize, bits: u64) -> u64 {
+        let before =
+            self.offset(word).and_then(|offset| self.map.clear_bits(offset, u64::from_le(bits)).ok());
+        before.map_or(0, u64::to_le)
     }
 }
 

@@ -1,11 +1,14 @@
 //! Snapshots of translation tables for the data path.
 
+use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
+use vdpa_core::faults;
 use vdpa_core::iotlb::{Layered, Mapping, RangeChange, Table};
 use vdpa_core::ring::{Area, Fault, Memory};
-use vdpa_core::types::{IovaRange, Perm};
+use vdpa_core::types::{Asid, IovaRange, Perm};
 
+use crate::dirty::DirtyMemory;
 use crate::guest::GuestMemory;
 use crate::mmap::MapArea;
 
@@ -225,7 +228,7 @@ impl GuestMemory {
         match self.map() {
             Some((map, start)) => {
                 let at = usize::try_from(offset).map_err(|_| fault)?;
-                Ok(GuestArea { kind: Kind::Direct(map.area(start + at, len)?) })
+                Ok(GuestArea { kind: Kind::Direct(map.area(start + at, len)?), dirty: None })
             }
             None => GuestArea::segmented(vec![Segment { start: 0, offset, memory: self.clone() }], size),
         }
@@ -236,6 +239,16 @@ impl GuestMemory {
 #[derive(Clone, Debug)]
 pub struct GuestArea {
     kind: Kind,
+    /// `None` for an area whose writes nobody asks for.
+    dirty: Option<AreaAddress>,
+}
+
+/// Where an area is, for the pages that are written in it.
+#[derive(Clone, Debug)]
+struct AreaAddress {
+    memory: Arc<DirtyMemory>,
+    asid: Asid,
+    iova: u64,
 }
 
 #[derive(Clone, Debug)]
@@ -256,7 +269,24 @@ struct Segment {
 impl GuestArea {
     fn segmented(segments: Vec<Segment>, size: u64) -> Result<Self, Fault> {
         let len = usize::try_from(size).map_err(|_| Fault { addr: 0 })?;
-        Ok(Self { kind: Kind::Segmented { segments, len } })
+        Ok(Self { kind: Kind::Segmented { segments, len }, dirty: None })
+    }
+
+    /// The same area, which is at `iova`: pages that are written through it are marked in `memory` while it tracks them.
+    #[must_use]
+    pub fn tracked(self, memory: Arc<DirtyMemory>, asid: Asid, iova: u64) -> Self {
+        Self { dirty: Some(AreaAddress { memory, asid, iova }), ..self }
+    }
+
+    /// Marks the pages of `len` bytes that were written. After the write: a page that is copied in between is reported again.
+    #[inline]
+    fn written(&self, offset: usize, len: usize) {
+        if let Some(AreaAddress { memory, asid, iova }) = &self.dirty
+            && memory.is_on()
+            && !faults::is(faults::Fault::DirtyRingUnmarked)
+        {
+            memory.mark(*asid, iova.wrapping_add(offset as u64), len as u64);
+        }
     }
 }
 
@@ -311,12 +341,14 @@ impl Area for GuestArea {
     #[inline]
     fn store_u16(&self, offset: usize, value: u16) -> Result<(), Fault> {
         match &self.kind {
-            Kind::Direct(area) => area.store_u16(offset, value),
+            Kind::Direct(area) => area.store_u16(offset, value)?,
             Kind::Segmented { .. } => {
                 fence(Ordering::Release);
-                self.write(offset, &value.to_le_bytes())
+                return self.write(offset, &value.to_le_bytes());
             }
         }
+        self.written(offset, size_of::<u16>());
+        Ok(())
     }
 
     #[inline]
@@ -334,14 +366,17 @@ impl Area for GuestArea {
 
     #[inline]
     fn write(&self, offset: usize, data: &[u8]) -> Result<(), Fault> {
-        match &self.kind {
+        let written = match &self.kind {
             Kind::Direct(area) => area.write(offset, data),
             Kind::Segmented { segments, len } => {
                 for_each_part(segments, *len, offset, data.len(), |memory, at, done, part| {
                     data.get(done..done + part).map_or(Err(Fault { addr: at }), |part| memory.write(at, part))
                 })
             }
-        }
+        };
+        // Also after a fault, which part of the data may precede.
+        self.written(offset, data.len());
+        written
     }
 }
 

@@ -11,12 +11,12 @@
 use std::fs::OpenOptions;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
-use thiserror::Error;
 use vdpa_core::Errno;
+use vdpa_core::dirty::{DirtyInfo, DirtyRange};
 use vdpa_core::features::{BackendFeatures, Features, Status};
 use vdpa_core::ops::VdpaOps;
 use vdpa_core::types::{Asid, GroupIndex, IotlbMsg, IovaRange, QueueIndex, Result, VringAddr};
@@ -31,9 +31,12 @@ use crate::uapi::live::{self, Numbers};
 use crate::uapi::report::UpdateReport;
 use crate::uapi::vhost as uapi;
 
+mod dirty;
 mod message;
+mod open_error;
 
 use self::message::{decode_iotlb, encode_iotlb, is_other_vhost};
+pub use self::open_error::OpenError;
 
 macro_rules! requests {
     ($($name:ident: $kind:ident $(<$argument:ty>)? = $number:ident;)*) => {
@@ -82,59 +85,6 @@ const MSG_SIZE: usize = size_of::<uapi::MsgV2>();
 const CONFIG_HEADER: usize = size_of::<uapi::ConfigHeader>();
 /// The last page of the address space, which belongs to the kernel.
 const BAD_POINTER: usize = usize::MAX & !0xfff;
-
-/// Why a device file could not be opened.
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum OpenError {
-    /// The file does not exist.
-    #[error("{path}: no such device; `vdpa dev` or `vdpactl dev` list those there are")]
-    NotFound {
-        /// Path given.
-        path: PathBuf,
-    },
-    /// The device is open already; a vhost-vdpa device can be open once.
-    #[error("{path}: the device is open already; vhost-vdpa allows one open file per device")]
-    Busy {
-        /// Path given.
-        path: PathBuf,
-    },
-    /// This user has no permission.
-    #[error("{path}: no permission to read and write the device")]
-    Denied {
-        /// Path given.
-        path: PathBuf,
-    },
-    /// The file exists and there is no device behind it.
-    #[error("{path}: the device behind this file is gone ({errno:?}); was its driver or daemon stopped?")]
-    Gone {
-        /// Path given.
-        path: PathBuf,
-        /// What open(2) reported.
-        errno: Errno,
-    },
-    /// Anything else.
-    #[error("{path}: cannot open the device: {errno}")]
-    Other {
-        /// Path given.
-        path: PathBuf,
-        /// What open(2) reported.
-        errno: Errno,
-    },
-}
-
-impl OpenError {
-    /// What open(2) reported.
-    #[must_use]
-    pub const fn errno(&self) -> Errno {
-        match self {
-            Self::NotFound { .. } => Errno::NOENT,
-            Self::Busy { .. } => Errno::BUSY,
-            Self::Denied { .. } => Errno::ACCESS,
-            Self::Gone { errno, .. } | Self::Other { errno, .. } => *errno,
-        }
-    }
-}
 
 /// The argument of a raw request.
 #[derive(Debug)]
@@ -218,7 +168,8 @@ impl VhostVdpaFd {
     /// of a length in it, gets `EFAULT`.
     ///
     /// # Errors
-    /// What the device reports; `ENOMEM` when there is no memory for the copy.
+    /// What the device reports; `ENOMEM` when there is no memory for the copy; `EFAULT` for a bitmap that is not in memory of a
+    /// [`SharedMap`](crate::mmap::SharedMap).
     pub fn raw_ioctl(&self, cmd: u32, arg: RawArg<'_>) -> Result<i32> {
         self.check_kind()?;
         let address = match arg {
@@ -226,9 +177,12 @@ impl VhostVdpaFd {
             RawArg::Int(value) => value & 0xffff,
             RawArg::BadPointer => BAD_POINTER,
             RawArg::Bytes(bytes) => {
+                if !dirty::is_harmless(self.numbers.dirty_request(cmd), bytes) {
+                    return Err(Errno::FAULT);
+                }
                 let fence = Fence::new(bytes)?;
                 // SAFETY: a vhost-vdpa device accesses only memory from its argument upward, and that is the
-                // copy in `fence` and nothing after it.
+                // copy in `fence` and nothing after it. A bitmap that the argument names was checked.
                 let result = unsafe { ioctl::call(&self.fd, cmd, fence.start()) };
                 fence.copy_out(bytes);
                 return result;
@@ -491,6 +445,26 @@ impl VdpaOps for VhostVdpaFd {
         let msg = IotlbMsg { kind: self.numbers.message_to_wire(msg.kind), ..*msg };
         let written = self.raw_write(&encode_iotlb(self.acknowledged(), asid, &msg)?)?;
         if written == MSG_SIZE { Ok(()) } else { Err(Errno::IO) }
+    }
+
+    fn dirty_info(&self) -> Result<DirtyInfo> {
+        self.get_dirty_info()
+    }
+
+    fn dirty_start(&self, page_size: u64, ranges: &[DirtyRange]) -> Result<()> {
+        self.start_dirty(page_size, ranges)
+    }
+
+    fn dirty_stop(&self) -> Result<()> {
+        self.stop_dirty()
+    }
+
+    fn dirty_get(&self, of: DirtyRange, page_size: u64, keep: bool, bitmap: &mut [u64]) -> Result<()> {
+        self.get_dirty(of, page_size, keep, bitmap)
+    }
+
+    fn dirty_unmap(&self, of: DirtyRange, page_size: u64, bitmap: &mut [u64]) -> Result<u64> {
+        self.unmap_dirty(of, page_size, bitmap)
     }
 }
 

@@ -1,7 +1,7 @@
 //! `vdpactl dev`: devices.
 
 use serde_json::{Map, Value, json};
-use vdpa_control::api::{DevInfo, DevState, ID_BLOCK, ID_NET, QueueInfo, Successor};
+use vdpa_control::api::{DevInfo, DevState, Dirty, ID_BLOCK, ID_NET, QueueInfo, Successor};
 
 use crate::Session;
 use crate::failure::Failure;
@@ -129,6 +129,9 @@ fn plain_state(text: &mut String, state: &DevState, names: Names) {
         put!(text, " max_iotlb_entries {}", state.max_iotlb_entries);
     }
     text.push('\n');
+    if let Some(Dirty { page_size, ranges, pages }) = &state.dirty {
+        put!(text, "  dirty_tracking page_size {page_size} ranges {ranges} pages {pages}\n");
+    }
     for queue in &state.queues {
         let QueueInfo { index, size, enabled, running, requests, bytes, errors, poison } = queue;
         put!(
@@ -170,6 +173,12 @@ fn json_state(json: &mut Map<String, Value>, state: &DevState, names: Names) {
     json.insert("mappings".into(), state.mappings.into());
     if state.max_iotlb_entries > 0 {
         json.insert("max_iotlb_entries".into(), state.max_iotlb_entries.into());
+    }
+    if let Some(Dirty { page_size, ranges, pages }) = &state.dirty {
+        json.insert(
+            "dirty_tracking".into(),
+            json!({"page_size": page_size, "ranges": ranges, "pages": pages}),
+        );
     }
     let queues = state.queues.iter().map(|queue| {
         let QueueInfo { index, size, enabled, running, requests, bytes, errors, poison } = queue;

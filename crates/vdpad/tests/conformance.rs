@@ -32,7 +32,7 @@ struct Subject {
 /// A subject whose daemon, and the suite, use [`MOVED`].
 const MOVED_SUBJECT: &str = "sim_blk_moved_numbers";
 /// Numbers for the live-update requests other than those posted.
-const MOVED: &str = "new_owner=0xaf2f,remap=9,new_owner_bit=20,remap_bit=21";
+const MOVED: &str = "new_owner=0xaf2f,remap=9,new_owner_bit=20,remap_bit=21,dirty=0xa0,dirty_bit=22";
 
 const SUBJECTS: [Subject; 10] = [
     Subject { name: MOVED_SUBJECT, mgmtdev: "sim-blk", attrs: &[], expect: &["fuse", "fuse-sim-blk"] },

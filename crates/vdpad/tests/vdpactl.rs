@@ -136,6 +136,7 @@ blk0: type block mgmtdev vdpasim_blk vendor_id 0 max_vqs 1 max_vq_size 256
   negotiated_features FLUSH VERSION_1 bit_40
   pinned 1048576 of 2097152 pages
   mappings 12 max_iotlb_entries 2048
+  dirty_tracking page_size 4096 ranges 2 pages 1048576
   queue 0 size 256 enabled true running true requests 10 bytes 40960 errors 1 poison 0
 ",
     );
@@ -164,6 +165,11 @@ blk0: type block mgmtdev vdpasim_blk vendor_id 0 max_vqs 1 max_vq_size 256
             "memlock_limit_pages": 2097152,
             "mappings": 12,
             "max_iotlb_entries": 2048,
+            "dirty_tracking": {
+                "page_size": 4096,
+                "ranges": 2,
+                "pages": 1048576
+            },
             "queues": [ {
                     "index": 0,
                     "size": 256,

@@ -19,6 +19,8 @@ use crate::front::vhost::AnyParent;
 /// Items of a device that are not [objects](super::objects).
 const JOURNAL: u32 = 0;
 const LOGS: u32 = 1;
+/// 2 to 7 are for the program: what it keeps of a device beside these.
+const DIRTY: u32 = 8;
 /// A kind of record in the journal: a [`DeviceFront`], then records of the device.
 const CHANGE: u32 = 1;
 /// The other kind, for a device that a second client can open: a [`DeviceFront`], then [sections](Section).
@@ -127,6 +129,8 @@ pub struct Reopened {
     pub front: DeviceFront,
     /// The memory of the in-flight logs, if it was held.
     pub logs: Option<OwnedFd>,
+    /// The memory of dirty pages; `None` of a program that had none.
+    pub dirty: Option<OwnedFd>,
 }
 
 impl DeviceLog {
@@ -154,11 +158,12 @@ impl DeviceLog {
         spaces: &RestoredSpaces,
         registry: &Spaces,
     ) -> Result<Reopened, LogError> {
-        let (mut journal, mut logs, mut objects) = (None, None, Vec::new());
+        let (mut journal, mut logs, mut dirty, mut objects) = (None, None, None, Vec::new());
         for item in items {
             match split_key(item.key).1 {
                 JOURNAL => journal = Some(item.fd),
                 LOGS => logs = Some(item.fd),
+                DIRTY => dirty = Some(item.fd),
                 number if number >= FIRST_ITEM => objects.push(item),
                 _ => {}
             }
@@ -170,7 +175,7 @@ impl DeviceLog {
         let objects = Objects::reopen(device, Arc::clone(&store), objects, spaces, registry);
         let kept = objects.len();
         let log = Self { device, store, journal, objects, kept, said: None };
-        Ok(Reopened { log, records, shared, front, logs })
+        Ok(Reopened { log, records, shared, front, logs, dirty })
     }
 
     /// The objects that the records name, for [`Device::restore`].
@@ -185,6 +190,15 @@ impl DeviceLog {
     pub fn hold_logs(&self, logs: impl AsFd) -> Result<(), LogError> {
         let held = self.store.hold(key(self.device, LOGS), Kind::Memory, logs.as_fd(), &[]);
         held.map_err(system("have the in-flight logs held"))
+    }
+
+    /// Has the memory of dirty pages held.
+    ///
+    /// # Errors
+    /// [`LogError::System`].
+    pub fn hold_dirty(&self, dirty: impl AsFd) -> Result<(), LogError> {
+        let held = self.store.hold(key(self.device, DIRTY), Kind::Memory, dirty.as_fd(), &[]);
+        held.map_err(system("have the memory of dirty pages held"))
     }
 
     /// Writes what has changed of the device, if anything has, with `front`. When this returns the change outlives this
@@ -315,8 +329,8 @@ impl DeviceLog {
     /// Releases everything that is held of the device, which is deleted.
     pub fn remove(&mut self) {
         self.objects.release_all();
-        for item in [LOGS, JOURNAL] {
-            // The logs of a device without queues are not held.
+        for item in [DIRTY, LOGS, JOURNAL] {
+            // Not all of them are held of every device.
             let _ = self.store.release(key(self.device, item));
         }
     }

@@ -32,6 +32,8 @@ pub(super) struct LocalDevice {
     invalidations: Vec<(Invalidation, Reply<()>)>,
     /// FAIL commands, answered when nothing is in flight any more and the handler's `fail` was called.
     failing: Vec<Reply<()>>,
+    /// SET_TRACKING commands, answered when it is known of every request in flight what it writes.
+    tracking: Vec<Reply<()>>,
     /// The thread is being parked, or is parked: no request is taken.
     parked: bool,
     /// A REMOVE command, answered when nothing is in flight any more and the device was dropped.
@@ -67,6 +69,7 @@ impl LocalDevice {
             busy_polled: false,
             invalidations: Vec::new(),
             failing: Vec::new(),
+            tracking: Vec::new(),
             parked,
             removing: None,
             stopped: vec![None; count],
@@ -94,6 +97,12 @@ impl LocalDevice {
                 // Answered in the next `service` at the latest, if nothing uses the removed memory.
                 self.invalidations.push((invalidation, reply));
             }
+            Command::SetTracking { on, reply } => {
+                self.queues.set_tracking(on);
+                self.tracking.push(reply);
+            }
+            // What this thread has written before is marked.
+            Command::SyncDirty { reply } => send_reply(&reply, ()),
             Command::Fail { reply } => self.failing.push(reply),
             Command::Reset => {
                 // What is in the logs stays until the queues start again: whether this process or the next one does the request is not
@@ -121,7 +130,8 @@ impl LocalDevice {
             return Err(Errno::INVAL);
         }
         let generation = self.queues.next_generation();
-        let mut queue = Queue::new(setup, state, generation)?;
+        let (dirty, tracking) = self.queues.dirty();
+        let mut queue = Queue::new(setup, state, generation, dirty, tracking)?;
         queue.unanswered = stopped.map_or(0, |stopped| stopped.unanswered);
         if let Some(kick) = &queue.setup.kick {
             self.queues.poll(duplicate(kick)?, index.0, generation)?;
@@ -227,6 +237,7 @@ impl LocalDevice {
     /// Takes requests again. With `armed`, the polls of kicks have not been cancelled. An error is of the handler.
     pub(super) fn unpark(&mut self, armed: bool) -> Result<()> {
         self.parked = false;
+        self.queues.refresh_tracking();
         for index in (0..self.queues.count()).filter(|_| !armed) {
             let Some(queue) = self.queues.get_mut(index) else { continue };
             // The driver may have kicked meanwhile.
@@ -311,6 +322,9 @@ impl LocalDevice {
         }
         if !self.invalidations.is_empty() {
             self.finish_invalidations();
+        }
+        if !self.tracking.is_empty() && !self.queues.has_unrecorded() {
+            self.tracking.drain(..).for_each(|reply| send_reply(&reply, ()));
         }
         if !self.failing.is_empty() && !self.queues.in_flight() {
             self.handler.fail();

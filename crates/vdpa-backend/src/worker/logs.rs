@@ -1,10 +1,12 @@
 //! [`QueueLogs`]: the memory of a device's in-flight logs.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use vdpa_core::Errno;
 use vdpa_core::ring::inflight::{FREE_WORD, LogMemory as _};
 use vdpa_core::types::{QueueIndex, Result};
+use vdpa_sys::dirty::DirtyMemory;
 use vdpa_sys::shared_words::SharedWords;
 
 use super::ring::clear_log;
@@ -23,6 +25,7 @@ const PLACE: usize = 8;
 pub struct QueueLogs {
     memory: SharedWords,
     pub(super) recover: bool,
+    dirty: Option<Arc<DirtyMemory>>,
 }
 
 impl QueueLogs {
@@ -41,7 +44,17 @@ impl QueueLogs {
         }
         let words = (Self::stride() + COUNTERS) * usize::from(queues) + NOTES + PLACE;
         let (fd, memory) = SharedWords::create(c"vdpa-in-flight", words)?;
-        Ok((fd, Self { memory, recover: false }))
+        Ok((fd, Self { memory, recover: false, dirty: None }))
+    }
+
+    /// The same logs of a device that marks the pages it writes in `dirty`, which outlives this process as well.
+    #[must_use]
+    pub fn with_dirty(self, dirty: Arc<DirtyMemory>) -> Self {
+        Self { dirty: Some(dirty), ..self }
+    }
+
+    pub(super) fn dirty(&self) -> Option<Arc<DirtyMemory>> {
+        self.dirty.clone()
     }
 
     /// For how many queues there is something behind the logs; `None` for the memory of a program that had nothing there.
@@ -80,7 +93,7 @@ impl QueueLogs {
     /// # Errors
     /// As [`SharedWords::map`].
     pub fn reopen(fd: impl AsFd) -> Result<Self> {
-        Ok(Self { memory: SharedWords::map(fd)?, recover: true })
+        Ok(Self { memory: SharedWords::map(fd)?, recover: true, dirty: None })
     }
 
     /// The queue was to stand still when the process died: it starts at the position that it is given, and not from its log. Unless

@@ -5,6 +5,7 @@ use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
 use vdpa_core::Errno;
+use vdpa_core::dirty::DirtyTracking;
 use vdpa_core::host::MemoryObject;
 use vdpa_core::iotlb::{Mapping, Removed, Table, Tree};
 use vdpa_core::parent::SetMap;
@@ -166,6 +167,10 @@ impl Space {
 impl SetMap<LinuxHost> for ClientMemory {
     fn set_map(&mut self, asid: Asid, table: &Table<GuestMemory>) -> Result<()> {
         self.set_entries(asid, table.entries())
+    }
+
+    fn dirty_tracking(&self) -> Option<Arc<dyn DirtyTracking>> {
+        Some(self.queues.dirty_tracking())
     }
 }
 

@@ -18,6 +18,7 @@
 
 mod buffers;
 mod device;
+mod dirty;
 mod event_loop;
 mod kept;
 mod logs;
@@ -40,17 +41,20 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use vdpa_core::Errno;
+use vdpa_core::dirty::DirtyTracking;
 use vdpa_core::iotlb::Removed;
 use vdpa_core::parent::QueueStats;
 use vdpa_core::ring::inflight::LogMemory as _;
 use vdpa_core::types::{Asid, QueueIndex, Result};
 use vdpa_core::vq::{QueueSetup, QueueState};
+use vdpa_sys::dirty::DirtyMemory;
 use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::guest::LinuxHost;
 use vdpa_sys::shared_words::SharedWords;
 use vdpa_sys::uring::OwnedBuf;
 
 use buffers::Buffers;
+use dirty::DirtyLog;
 pub use logs::QueueLogs;
 pub use memory::ClientMemory;
 pub use pool::{CpuList, InvalidCpuList, Placement, WorkerPool};
@@ -282,11 +286,13 @@ struct Shared {
     needs_reset: AtomicBool,
     /// Signalled when `needs_reset` is set.
     config_call: Mutex<Option<EventFd>>,
+    dirty: Arc<DirtyMemory>,
 }
 
 impl Shared {
-    fn new(queues: u16, counters: Counters) -> Self {
-        Self { counters, queues, needs_reset: AtomicBool::new(false), config_call: Mutex::new(None) }
+    fn new(queues: u16, counters: Counters, dirty: Arc<DirtyMemory>) -> Self {
+        let (needs_reset, config_call) = (AtomicBool::new(false), Mutex::new(None));
+        Self { counters, queues, needs_reset, config_call, dirty }
     }
 
     /// Sets `DEVICE_NEEDS_RESET` and signals a change of the configuration (virtio 1.2 section 2.1.2).
@@ -307,6 +313,8 @@ enum Command {
     SetLogs { logs: Vec<SharedWords>, recover: bool, notes: Option<SharedWords>, reply: Reply<Result<()>> },
     Stop { index: QueueIndex, reply: Reply<Result<Option<QueueState>>> },
     SetView { invalidation: Invalidation, reply: Reply<()> },
+    SetTracking { on: bool, reply: Reply<()> },
+    SyncDirty { reply: Reply<()> },
     Reset,
     Fail { reply: Reply<()> },
     Remove { reply: Reply<()> },
@@ -323,6 +331,7 @@ pub struct QueueControl {
     /// Number of the device on its thread.
     device: u16,
     shared: Arc<Shared>,
+    dirty: Arc<DirtyLog>,
 }
 
 impl fmt::Debug for QueueControl {
@@ -344,6 +353,14 @@ impl QueueControl {
     #[must_use]
     pub fn stats(&self, index: QueueIndex) -> QueueStats {
         if index.0 < self.shared.queues { self.shared.counters.read(index.0) } else { QueueStats::default() }
+    }
+
+    /// What tracks the pages that the device writes, for [`SetMap::dirty_tracking`](vdpa_core::parent::SetMap::dirty_tracking)
+    /// and [`DmaMap::dirty_tracking`](vdpa_core::parent::DmaMap::dirty_tracking). Requests of the device are tracked without its
+    /// doing: it writes nothing but buffers of requests.
+    #[must_use]
+    pub fn dirty_tracking(&self) -> Arc<dyn DirtyTracking> {
+        Arc::clone(&self.dirty) as _
     }
 
     /// Starts a queue at `state`; does nothing when it runs already. The ring's memory may be mapped later. For

@@ -10,8 +10,10 @@ use parking_lot::Mutex;
 use rustix::thread::CpuSet;
 use vdpa_core::Errno;
 use vdpa_core::types::Result;
+use vdpa_sys::dirty::DirtyMemory;
 use vdpa_sys::shared_words::SharedWords;
 
+use super::dirty::DirtyLog;
 use super::event_loop::{Message, Registration};
 use super::kept::KeptRings;
 use super::thread::{Start, WorkerThread};
@@ -229,7 +231,11 @@ impl WorkerPool {
         let thread = self.thread(name, placement, logs.as_ref())?;
         let counters = logs.as_ref().and_then(|logs| logs.counters(size.queues));
         let counters = counters.map_or_else(|| Counters::own(size.queues), Counters::Shared);
-        let shared = Arc::new(Shared::new(size.queues, counters));
+        let dirty = match logs.as_ref().and_then(QueueLogs::dirty) {
+            Some(dirty) => dirty,
+            None => Arc::new(DirtyMemory::create()?),
+        };
+        let shared = Arc::new(Shared::new(size.queues, counters, Arc::clone(&dirty)));
         let (reply, receiver) = sync_channel(1);
         let registration = Registration {
             name: name.to_owned(),
@@ -242,7 +248,10 @@ impl WorkerPool {
             .send_and_wake_message(Message::Add(registration))
             .and_then(|()| receiver.recv().map_err(|_| Errno::IO)?);
         let control = match added {
-            Ok(device) => QueueControl { thread, device, shared },
+            Ok(device) => {
+                let dirty = Arc::new(DirtyLog::new(dirty, &thread, device));
+                QueueControl { thread, device, shared, dirty }
+            }
             Err(error) => {
                 thread.device_removed();
                 return Err(error);

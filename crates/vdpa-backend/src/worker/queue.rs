@@ -11,9 +11,11 @@ use vdpa_core::ring::inflight::LogError;
 use vdpa_core::ring::{Fault, RingError, area_sizes};
 use vdpa_core::types::Result;
 use vdpa_core::vq::{QueueSetup, QueueState};
+use vdpa_sys::dirty::DirtyMemory;
 use vdpa_sys::guest::LinuxHost;
 use vdpa_sys::shared_words::SharedWords;
 
+use super::dirty::RingWrites;
 use super::ring::clear_log;
 use super::{DeviceRing, MemoryView, Reply};
 
@@ -52,6 +54,9 @@ pub struct Queue {
     depth: u16,
     /// The driver has broken the protocol of the ring: the queue is not served until it is started again.
     pub(super) broken: bool,
+    dirty: Arc<DirtyMemory>,
+    /// What requests write is recorded.
+    tracking: bool,
 }
 
 impl fmt::Debug for Queue {
@@ -65,7 +70,14 @@ impl fmt::Debug for Queue {
 }
 
 impl Queue {
-    pub(super) fn new(setup: QueueSetup<LinuxHost>, state: QueueState, generation: u32) -> Result<Self> {
+    /// What requests write is marked in `dirty`, if that is `tracking`.
+    pub(super) fn new(
+        setup: QueueSetup<LinuxHost>,
+        state: QueueState,
+        generation: u32,
+        dirty: Arc<DirtyMemory>,
+        tracking: bool,
+    ) -> Result<Self> {
         let packed = setup.features.has(Features::RING_PACKED);
         if matches!(state, QueueState::Packed { .. }) != packed {
             return Err(Errno::INVAL);
@@ -87,6 +99,8 @@ impl Queue {
             ring_removed: false,
             depth: 0,
             broken: false,
+            dirty,
+            tracking,
         })
     }
 
@@ -109,7 +123,7 @@ impl Queue {
     /// [`LogError`], but not [`LogError::Absent`]: then the queue starts at the position given.
     pub(super) fn recover(&mut self, view: &MemoryView) -> Result<(), LogError> {
         let Some(log) = self.log.as_ref().filter(|_| self.recovering) else { return Ok(()) };
-        match DeviceRing::recover(&self.setup, log, view) {
+        match DeviceRing::recover(&self.setup, log, view, self.writes()) {
             Ok(ring) => {
                 reach(CrashPoint::RingRecovered);
                 self.pending = self.setup.kick.is_some() || ring.repeats() > 0;
@@ -142,8 +156,28 @@ impl Queue {
         }
     }
 
+    fn writes(&self) -> RingWrites {
+        RingWrites::new(Arc::clone(&self.dirty), self.setup.asid, self.tracking)
+    }
+
+    /// Begins or ends to record what requests write.
+    pub(super) fn set_tracking(&mut self, on: bool) {
+        self.tracking = on;
+        if let Some(ring) = &mut self.ring {
+            ring.set_tracking(on, self.in_flight);
+        }
+    }
+
+    /// Whether a request is being done of which is not known what it writes, although that is recorded.
+    pub(super) fn has_unrecorded(&self) -> bool {
+        self.in_flight > 0 && self.ring.as_ref().is_some_and(DeviceRing::has_unrecorded)
+    }
+
     /// The queue was stopped. Requests in flight that nobody completes are not repeated by a successor.
     pub(super) fn forget_in_flight(&mut self) {
+        if let Some(ring) = &mut self.ring {
+            ring.mark_in_flight();
+        }
         if !self.is_to_recover()
             && let Some(ring) = &mut self.ring
         {
@@ -226,7 +260,9 @@ impl Queue {
             None if self.recovering => Err(Fault { addr: self.setup.desc }.into()),
             none => {
                 let log = self.log.as_ref();
-                Ok(none.insert(DeviceRing::new(&self.setup, self.state, self.unanswered, log, view)?))
+                let writes = RingWrites::new(Arc::clone(&self.dirty), self.setup.asid, self.tracking);
+                let ring = DeviceRing::new(&self.setup, self.state, self.unanswered, log, view, writes)?;
+                Ok(none.insert(ring))
             }
         }
     }
@@ -242,7 +278,8 @@ impl Queue {
     pub(super) fn release_ring(&mut self) {
         debug_assert_eq!(self.in_flight, 0);
         (self.busy_polled, self.ring_removed) = (false, false);
-        if let Some(ring) = self.ring.take() {
+        if let Some(mut ring) = self.ring.take() {
+            ring.mark_in_flight();
             (self.state, self.unanswered) = (ring.state(), ring.in_flight());
             self.recovering = ring.has_log();
         }

@@ -10,6 +10,7 @@ use vdpa_core::iotlb::Table;
 use vdpa_core::ring::RingError;
 use vdpa_core::ring::inflight::LogError;
 use vdpa_core::types::{Asid, Result};
+use vdpa_sys::dirty::DirtyMemory;
 use vdpa_sys::uring::{FixedIoVec, Op, Registrar, Ring, SubmitError};
 
 use super::queue::Queue;
@@ -81,6 +82,8 @@ pub struct Queues {
     unmapped: Arc<MemoryView>,
     slots: Vec<Option<Queue>>,
     shared: Arc<Shared>,
+    /// What requests write is recorded.
+    tracking: bool,
     log_limit: RateLimit,
 }
 
@@ -113,6 +116,7 @@ impl Queues {
             views: vec![Arc::clone(&unmapped); size.address_spaces],
             unmapped,
             slots: (0..size.queues).map(|_| None).collect(),
+            tracking: shared.dirty.is_on(),
             shared,
             log_limit: RateLimit::per_second(5),
         }
@@ -166,6 +170,30 @@ impl Queues {
     /// Whether a queue [has work](Queue::has_work).
     pub fn has_work(&self) -> bool {
         self.slots.iter().flatten().any(Queue::has_work)
+    }
+
+    /// The marks of what requests write, and whether that is recorded.
+    pub(super) fn dirty(&self) -> (Arc<DirtyMemory>, bool) {
+        (Arc::clone(&self.shared.dirty), self.tracking)
+    }
+
+    /// Begins or ends to record what requests write.
+    pub(super) fn set_tracking(&mut self, on: bool) {
+        self.tracking = on;
+        self.iter_mut().for_each(|queue| queue.set_tracking(on));
+    }
+
+    /// Another process may have begun or ended the tracking.
+    pub(super) fn refresh_tracking(&mut self) {
+        if let Err(error) = self.shared.dirty.refresh() {
+            tracing::error!(device = %self.name, "dirty pages are not tracked any more: {error}");
+        }
+        self.set_tracking(self.shared.dirty.is_on());
+    }
+
+    /// Whether a request is being done of which is not known what it writes, although that is recorded.
+    pub(super) fn has_unrecorded(&self) -> bool {
+        self.slots.iter().flatten().any(Queue::has_unrecorded)
     }
 
     /// Whether requests of any queue are in flight.

@@ -1,19 +1,22 @@
 //! [`DeviceRing`]: the ring of a queue, with the in-flight log if its device keeps one.
 
+mod areas;
+
 use std::collections::VecDeque;
 
 use vdpa_core::crash_points::{CrashPoint, reach};
 use vdpa_core::features::Features;
 use vdpa_core::ring::inflight::{Log, LogError, LogMemory, Repeat, log_size};
-use vdpa_core::ring::{Chain, Memory, Ring, RingError, area_sizes};
-use vdpa_core::types::Perm;
+use vdpa_core::ring::{Chain, Memory, Ring, RingError};
 use vdpa_core::vq::{QueueSetup, QueueState};
 use vdpa_sys::guest::LinuxHost;
 use vdpa_sys::shared_words::SharedWords;
 use vdpa_sys::snapshot::GuestArea;
 
 use super::MemoryView;
+use super::dirty::RingWrites;
 use crate::suspect::Turn;
+use areas::{areas, without_in_flight};
 
 /// A request that this many processes had begun, and died, may be what ends them. It is begun while nothing else is in flight in its
 /// queue, and no other such request in this process: if this process dies as well, it is known which one it was.
@@ -53,7 +56,10 @@ pub enum Popped {
 /// After a crash it first returns the requests that the earlier process had taken and not answered, so a handler need not
 /// know whether there is a log.
 #[derive(Debug)]
-pub struct DeviceRing(Kind);
+pub struct DeviceRing {
+    kind: Kind,
+    writes: RingWrites,
+}
 
 #[derive(Debug)]
 #[expect(
@@ -111,12 +117,13 @@ impl DeviceRing {
         unanswered: u16,
         log: Option<&SharedWords>,
         view: &MemoryView,
+        writes: RingWrites,
     ) -> Result<Self, RingError> {
-        let [desc, avail, used] = areas(setup, view)?;
+        let [desc, avail, used] = areas(setup, view, &writes)?;
         let state = if unanswered == 0 { without_in_flight(state, setup.size) } else { state };
         let ring = Ring::new(setup.size, setup.features, desc, avail, used, state)?;
         let ring = ring.with_in_flight(unanswered);
-        let Some(log) = log else { return Ok(Self(Kind::Plain(ring))) };
+        let Some(log) = log else { return Ok(Self { kind: Kind::Plain(ring), writes }) };
         let ring = ring.with_log(log.clone(), setup.features).map_err(|error| match error {
             LogError::Ring(error) => error,
             _ => RingError::AreaSize {
@@ -125,7 +132,7 @@ impl DeviceRing {
                 needed: log_size(setup.size, setup.features),
             },
         })?;
-        Ok(Self::logged(ring, Vec::new()))
+        Ok(Self::logged(ring, Vec::new(), writes))
     }
 
     /// Continues a ring from its log. To be published and signalled at once.
@@ -133,26 +140,44 @@ impl DeviceRing {
         setup: &QueueSetup<LinuxHost>,
         log: &SharedWords,
         view: &MemoryView,
+        writes: RingWrites,
     ) -> Result<Self, LogError> {
-        let areas = areas(setup, view)?;
+        let areas = areas(setup, view, &writes)?;
         let (ring, repeats) = Ring::recover(setup.size, setup.features, areas, log.clone())?;
-        Ok(Self::logged(ring, repeats))
+        writes.mark_ring(setup);
+        Ok(Self::logged(ring, repeats, writes))
     }
 
-    fn logged(ring: Ring<GuestArea, Log<SharedWords>>, repeats: Vec<Repeat>) -> Self {
+    fn logged(ring: Ring<GuestArea, Log<SharedWords>>, repeats: Vec<Repeat>, writes: RingWrites) -> Self {
         let (repeats, repeated) = (repeats.into(), Vec::new());
         let (stopping, alone, held_back) = (false, None, false);
-        Self(Kind::Logged(Box::new(Logged { ring, repeats, repeated, stopping, alone, held_back })))
+        let kind = Kind::Logged(Box::new(Logged { ring, repeats, repeated, stopping, alone, held_back }));
+        Self { kind, writes }
+    }
+
+    /// Begins or ends to record what requests write, of which `in_flight` are being done.
+    pub(super) fn set_tracking(&mut self, on: bool, in_flight: u16) {
+        self.writes.set_tracking(on, in_flight);
+    }
+
+    /// Whether a request is in flight of which is not known what it writes, although that is recorded.
+    pub(super) const fn has_unrecorded(&self) -> bool {
+        self.writes.has_unrecorded()
+    }
+
+    /// Marks what requests in flight may have written, since none of them is done any more.
+    pub(super) fn mark_in_flight(&mut self) {
+        self.writes.mark_in_flight();
     }
 
     /// Whether it has a log.
     pub(super) const fn has_log(&self) -> bool {
-        matches!(self.0, Kind::Logged(_))
+        matches!(self.kind, Kind::Logged(_))
     }
 
     /// Number of requests to be repeated that were not popped, or were returned.
     pub(super) fn repeats(&self) -> usize {
-        match &self.0 {
+        match &self.kind {
             Kind::Plain(_) => 0,
             Kind::Logged(logged) => logged.repeats.len(),
         }
@@ -161,7 +186,7 @@ impl DeviceRing {
     /// Whether the request with this head is to be repeated, and was not popped yet.
     #[must_use]
     pub fn is_repeated(&self, head: u16) -> bool {
-        match &self.0 {
+        match &self.kind {
             Kind::Plain(_) => false,
             Kind::Logged(logged) => logged.repeats.iter().any(|repeat| repeat.head == head),
         }
@@ -169,7 +194,7 @@ impl DeviceRing {
 
     /// From here on only requests to be repeated are popped.
     pub(super) fn stop(&mut self) {
-        if let Kind::Logged(logged) = &mut self.0 {
+        if let Kind::Logged(logged) = &mut self.kind {
             logged.stopping = true;
         }
     }
@@ -177,7 +202,7 @@ impl DeviceRing {
     /// Makes the log empty at the present position if requests are in flight that are never completed: a successor does not
     /// repeat them.
     pub(super) fn forget_in_flight(&mut self) {
-        if let Kind::Logged(logged) = &mut self.0
+        if let Kind::Logged(logged) = &mut self.kind
             && logged.ring.in_flight() > 0
         {
             logged.ring.restart_log();
@@ -191,10 +216,14 @@ impl DeviceRing {
     /// As [`Ring::pop`]. After a fault the same request is the next one.
     #[inline]
     pub fn pop<M: Memory>(&mut self, memory: &M, chain: &mut Chain) -> Result<Popped, RingError> {
-        match &mut self.0 {
+        let popped = match &mut self.kind {
             Kind::Plain(ring) => ring.pop(memory, chain).map(found),
             Kind::Logged(logged) => logged.pop(memory, chain, false),
+        }?;
+        if popped != Popped::None {
+            self.writes.popped(chain);
         }
+        Ok(popped)
     }
 
     /// As [`pop`](Self::pop), for a request that is needed to do one that was popped from another queue: those two are begun
@@ -203,15 +232,19 @@ impl DeviceRing {
     /// # Errors
     /// As [`pop`](Self::pop).
     pub fn pop_along<M: Memory>(&mut self, memory: &M, chain: &mut Chain) -> Result<Popped, RingError> {
-        match &mut self.0 {
+        let popped = match &mut self.kind {
             Kind::Plain(ring) => ring.pop(memory, chain).map(found),
             Kind::Logged(logged) => logged.pop(memory, chain, true),
+        }?;
+        if popped != Popped::None {
+            self.writes.popped(chain);
         }
+        Ok(popped)
     }
 
     /// Whether a request was not popped because of one that was in flight; asked when nothing is in flight any more.
     pub(super) fn take_held_back(&mut self) -> bool {
-        match &mut self.0 {
+        match &mut self.kind {
             Kind::Plain(_) => false,
             Kind::Logged(logged) => std::mem::take(&mut logged.held_back),
         }
@@ -222,7 +255,8 @@ impl DeviceRing {
     /// # Errors
     /// As [`Ring::abandon`].
     pub fn abandon(&mut self, chain: &Chain) -> Result<(), RingError> {
-        match &mut self.0 {
+        self.writes.ended(chain.head);
+        match &mut self.kind {
             Kind::Plain(ring) => ring.abandon(chain),
             Kind::Logged(logged) => logged.abandon(chain),
         }
@@ -234,7 +268,8 @@ impl DeviceRing {
     /// As [`Ring::push_used`].
     #[inline]
     pub fn push_used(&mut self, head: u16, len: u32) -> Result<(), RingError> {
-        match &mut self.0 {
+        self.writes.ended(head);
+        match &mut self.kind {
             Kind::Plain(ring) => ring.push_used(head, len),
             Kind::Logged(logged) => logged.push_used(head, len),
         }
@@ -246,7 +281,7 @@ impl DeviceRing {
     /// As there.
     #[inline]
     pub fn publish(&mut self) -> Result<bool, RingError> {
-        either!(mut &mut self.0, ring => ring.publish())
+        either!(mut &mut self.kind, ring => ring.publish())
     }
 
     /// As [`Ring::enable_kick`]; a request to be repeated counts as available.
@@ -255,7 +290,7 @@ impl DeviceRing {
     /// As there.
     #[inline]
     pub fn enable_kick(&mut self) -> Result<bool, RingError> {
-        let available = either!(mut &mut self.0, ring => ring.enable_kick())?;
+        let available = either!(mut &mut self.kind, ring => ring.enable_kick())?;
         Ok(self.finds(available))
     }
 
@@ -265,7 +300,7 @@ impl DeviceRing {
     /// As there.
     #[inline]
     pub fn disable_kick(&mut self) -> Result<(), RingError> {
-        either!(mut &mut self.0, ring => ring.disable_kick())
+        either!(mut &mut self.kind, ring => ring.disable_kick())
     }
 
     /// As [`Ring::has_request`]; a request to be repeated counts as available.
@@ -274,7 +309,7 @@ impl DeviceRing {
     /// As there.
     #[inline]
     pub fn has_request(&mut self) -> Result<bool, RingError> {
-        let available = either!(mut &mut self.0, ring => ring.has_request())?;
+        let available = either!(mut &mut self.kind, ring => ring.has_request())?;
         Ok(self.finds(available))
     }
 
@@ -284,8 +319,8 @@ impl DeviceRing {
     /// As there.
     #[inline]
     pub fn waiting(&mut self, most: u16) -> Result<u16, RingError> {
-        let waiting = either!(mut &mut self.0, ring => ring.waiting(most))?;
-        match &self.0 {
+        let waiting = either!(mut &mut self.kind, ring => ring.waiting(most))?;
+        match &self.kind {
             Kind::Plain(_) => Ok(waiting),
             Kind::Logged(logged) => Ok(logged.waiting(waiting).min(most)),
         }
@@ -294,33 +329,33 @@ impl DeviceRing {
     /// As [`Ring::state`].
     #[must_use]
     pub fn state(&self) -> QueueState {
-        either!(&self.0, ring => ring.state())
+        either!(&self.kind, ring => ring.state())
     }
 
     /// As [`Ring::in_flight`]. Requests to be repeated are in flight.
     #[must_use]
     #[inline]
     pub fn in_flight(&self) -> u16 {
-        either!(&self.0, ring => ring.in_flight())
+        either!(&self.kind, ring => ring.in_flight())
     }
 
     /// As [`Ring::unpublished`].
     #[must_use]
     #[inline]
     pub fn unpublished(&self) -> u16 {
-        either!(&self.0, ring => ring.unpublished())
+        either!(&self.kind, ring => ring.unpublished())
     }
 
     /// As [`Ring::size`].
     #[must_use]
     pub fn size(&self) -> u16 {
-        either!(&self.0, ring => ring.size())
+        either!(&self.kind, ring => ring.size())
     }
 
     /// Whether `pop` finds a request, where the ring says that.
     #[inline]
     fn finds(&mut self, available: bool) -> bool {
-        match &mut self.0 {
+        match &mut self.kind {
             Kind::Plain(_) => available,
             Kind::Logged(logged) => logged.finds(available),
         }
@@ -432,37 +467,4 @@ const fn is_suspect(repeat: Repeat) -> bool {
 #[inline]
 const fn found(found: bool) -> Popped {
     if found { Popped::Request } else { Popped::None }
-}
-
-/// Resolves the ring's areas through `view`.
-fn areas(setup: &QueueSetup<LinuxHost>, view: &MemoryView) -> Result<[GuestArea; 3], RingError> {
-    let packed = setup.features.has(Features::RING_PACKED);
-    let sizes = area_sizes(setup.size, setup.features);
-    let memory = view.snapshot();
-    // The device of a packed ring writes used descriptors into the descriptor area (virtio 1.2 section 2.8).
-    let perm = if packed { Perm::RW } else { Perm::RO };
-    let desc = memory.area(setup.desc, sizes.desc as u64, perm)?;
-    let avail = memory.area(setup.avail, sizes.avail as u64, Perm::RO)?;
-    let used = memory.area(setup.used, sizes.used as u64, Perm::RW)?;
-    Ok([desc, avail, used])
-}
-
-/// Corrects a packed base that says that a whole lap of the ring is in flight: DPDK sets only the available half at the
-/// start (1 << 15). The device knows of no request in flight, so the used half is set equal to the available half.
-fn without_in_flight(state: QueueState, size: u16) -> QueueState {
-    match state {
-        QueueState::Packed { last_avail_idx, last_avail_wrap, last_used_idx, last_used_wrap }
-            if last_avail_idx == last_used_idx
-                && last_avail_wrap != last_used_wrap
-                && last_avail_idx < size =>
-        {
-            QueueState::Packed {
-                last_avail_idx,
-                last_avail_wrap,
-                last_used_idx: last_avail_idx,
-                last_used_wrap: last_avail_wrap,
-            }
-        }
-        state => state,
-    }
 }

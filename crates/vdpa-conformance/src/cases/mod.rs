@@ -2,6 +2,8 @@
 
 mod config;
 mod data;
+mod dirty;
+mod dirty_data;
 mod features;
 mod file;
 mod handover;
@@ -33,6 +35,8 @@ pub fn all() -> Vec<Case> {
         order::CASES,
         data::CASES,
         data::PACKED_CASES,
+        dirty::CASES,
+        dirty_data::CASES,
         handover::CASES,
         live::CASES,
         net::CASES,

@@ -57,11 +57,15 @@ fn features(ctx: &mut Ctx<'_>) -> Outcome {
 }
 
 fn backend(ctx: &mut Ctx<'_>) -> Outcome {
-    let live = BackendFeatures::of(&[BackendFeatures::NEW_OWNER, BackendFeatures::IOTLB_REMAP]);
+    let live = BackendFeatures::of(&[
+        BackendFeatures::NEW_OWNER,
+        BackendFeatures::IOTLB_REMAP,
+        BackendFeatures::DIRTY_LOG,
+    ]);
     let device = ctx.open()?;
     let offered = device.get(Request::GET_BACKEND_FEATURES).map(u64::from_ne_bytes);
     check(
-        "GET_BACKEND_FEATURES, live-update bits left out",
+        "GET_BACKEND_FEATURES, bits that the kernel does not have left out",
         offered.map(|word| word & !live.0),
         Ok(BACKEND),
     )?;

@@ -331,7 +331,7 @@ impl<P: Parent> Device<P> {
 
     /// Removes every entry that the range touches. Never fails once the table exists, and calls a `set_map` parent even when
     /// nothing was mapped (uapi-spec 2.5).
-    fn invalidate(&mut self, asid: Asid, msg: &IotlbMsg) {
+    pub(super) fn invalidate(&mut self, asid: Asid, msg: &IotlbMsg) {
         // Wraps on purpose, as in the kernel: size 0 and sums beyond 2^64 have the effects of uapi-spec 2.5.
         let last = msg.iova.wrapping_add(msg.size).wrapping_sub(1);
         self.before_change(asid);

@@ -8,6 +8,7 @@ mod batch;
 mod changes;
 mod config;
 mod default_map;
+mod dirty;
 mod dma;
 mod failure;
 #[cfg(any(test, fuzzing))]
@@ -22,12 +23,14 @@ mod tests;
 mod vring;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 pub use dma::IotlbError;
 pub use quiesce::ResumeError;
 use vring::Vring;
 pub use vring::VringInfo;
 
+use crate::dirty::DirtyTracking;
 use crate::errno::Errno;
 use crate::faults::{self, Fault};
 use crate::features::{BackendFeatures, Features, Status};
@@ -76,6 +79,8 @@ pub struct Device<P: Parent> {
     passthrough: Vec<bool>,
     /// Backend features of the parent, without contradictory ones: see [`parent_features`].
     own_features: BackendFeatures,
+    /// What tracks the pages that the device writes, if it can.
+    dirty: Option<Arc<dyn DirtyTracking>>,
     config_call: Option<EventOf<P>>,
     fork_from_owner: u8,
     /// The back end was removed: see [`fail`](Device::fail).
@@ -91,6 +96,7 @@ impl<P: Parent> Device<P> {
     pub fn new(mut parent: P) -> Self {
         let own_features = parent_features(&mut parent);
         let passthrough = default_map::initial(&mut parent);
+        let dirty = dirty::tracking(&mut parent);
         let profile = parent.profile();
         let vrings = (0..profile.queues).map(|_| Vring::default()).collect();
         let group_asids = vec![Asid(0); profile.groups as usize];
@@ -111,6 +117,7 @@ impl<P: Parent> Device<P> {
             parent_tables: BTreeMap::new(),
             passthrough,
             own_features,
+            dirty,
             config_call: None,
             fork_from_owner: FORK_FROM_OWNER,
             failed: false,
@@ -178,6 +185,9 @@ impl<P: Parent> Device<P> {
         }
         if profile.reset_map {
             offered = offered.with(BackendFeatures::IOTLB_PERSIST);
+        }
+        if self.dirty.is_some() {
+            offered = offered.with(BackendFeatures::DIRTY_LOG);
         }
         offered
     }

@@ -1,4 +1,5 @@
-//! The numbers of the live-update series, which no released kernel has: one table, to be changed in one place.
+//! The numbers of the live-update series and of this project's own requests, which no released kernel has: one table, to be changed in
+//! one place.
 //!
 //! A later kernel may use the posted numbers for something else (uapi-spec 8.2). Servers and clients take them from
 //! [`configured`]; everything above the wire knows only the names. A program sets them at its start, from its
@@ -22,7 +23,7 @@ use thiserror::Error;
 use vdpa_core::features::{BackendFeatures, Bit};
 use vdpa_core::types::iotlb_type;
 
-use crate::uapi::{report, vhost};
+use crate::uapi::{dirty, report, vhost};
 
 /// The environment variable that [`configure_from_env`] reads.
 pub const ENV: &str = "VDPA_LIVE_NUMBERS";
@@ -49,6 +50,10 @@ pub struct Numbers {
     pub remap_bit: Bit,
     /// The number of the ioctl `VDPA_LIVE_REPORT`, which is not of the series ([`report`]).
     pub report: u8,
+    /// The number of the ioctl `VDPA_DIRTY_INFO`, which is not of the series; the other requests of [`dirty`] have those that follow.
+    pub dirty: u8,
+    /// The backend feature `VHOST_BACKEND_F_DIRTY_LOG`, which announces these requests.
+    pub dirty_bit: Bit,
 }
 
 /// Why numbers cannot be used.
@@ -56,7 +61,7 @@ pub struct Numbers {
 pub enum NumbersError {
     /// Not a list of names and values.
     #[error(
-        "\"{text}\": NAME=NUMBER,... is right, with new_owner, remap, new_owner_bit, remap_bit and report"
+        "\"{text}\": NAME=NUMBER,... is right, with new_owner, remap, new_owner_bit, remap_bit, report, dirty and dirty_bit"
     )]
     Form {
         /// The part that is wrong.
@@ -91,7 +96,24 @@ impl Numbers {
         new_owner_bit: BackendFeatures::NEW_OWNER,
         remap_bit: BackendFeatures::IOTLB_REMAP,
         report: report::NUMBER,
+        dirty: dirty::NUMBER,
+        dirty_bit: BackendFeatures::DIRTY_LOG,
     };
+
+    /// The bits that this program knows, each with the one that crosses the interface.
+    const fn bits(self) -> [(Bit, Bit); 3] {
+        [
+            (BackendFeatures::NEW_OWNER, self.new_owner_bit),
+            (BackendFeatures::IOTLB_REMAP, self.remap_bit),
+            (BackendFeatures::DIRTY_LOG, self.dirty_bit),
+        ]
+    }
+
+    /// The request of dirty tracking that an ioctl is.
+    #[must_use]
+    pub fn dirty_request(self, ioctl: u32) -> Option<dirty::Request> {
+        dirty::Request::of(ioctl, self.dirty)
+    }
 
     /// The ioctl `VDPA_LIVE_REPORT`.
     #[must_use]
@@ -102,12 +124,19 @@ impl Numbers {
     /// A backend feature word as it crosses the interface.
     #[must_use]
     pub const fn features_to_wire(self, features: BackendFeatures) -> u64 {
-        let mut wire = features.without(BackendFeatures::NEW_OWNER).without(BackendFeatures::IOTLB_REMAP);
-        if features.has(BackendFeatures::NEW_OWNER) {
-            wire = wire.with(self.new_owner_bit);
+        let bits = self.bits();
+        let mut wire = features;
+        let mut index = 0;
+        while index < bits.len() {
+            wire = wire.without(bits[index].0);
+            index += 1;
         }
-        if features.has(BackendFeatures::IOTLB_REMAP) {
-            wire = wire.with(self.remap_bit);
+        index = 0;
+        while index < bits.len() {
+            if features.has(bits[index].0) {
+                wire = wire.with(bits[index].1);
+            }
+            index += 1;
         }
         wire.0
     }
@@ -116,19 +145,30 @@ impl Numbers {
     /// device offers.
     #[must_use]
     pub const fn features_from_wire(self, wire: u64) -> BackendFeatures {
-        const POSTED: u64 =
-            BackendFeatures::of(&[BackendFeatures::NEW_OWNER, BackendFeatures::IOTLB_REMAP]).0;
+        const POSTED: u64 = BackendFeatures::of(&[
+            BackendFeatures::NEW_OWNER,
+            BackendFeatures::IOTLB_REMAP,
+            BackendFeatures::DIRTY_LOG,
+        ])
+        .0;
+        let bits = self.bits();
         let wire = BackendFeatures(wire);
-        let rest = wire.without(self.new_owner_bit).without(self.remap_bit);
+        let mut rest = wire;
+        let mut index = 0;
+        while index < bits.len() {
+            rest = rest.without(bits[index].1);
+            index += 1;
+        }
         let mut features = BackendFeatures(rest.0 & !POSTED);
         if rest.0 & POSTED != 0 {
             features = features.with(UNKNOWN);
         }
-        if wire.has(self.new_owner_bit) {
-            features = features.with(BackendFeatures::NEW_OWNER);
-        }
-        if wire.has(self.remap_bit) {
-            features = features.with(BackendFeatures::IOTLB_REMAP);
+        index = 0;
+        while index < bits.len() {
+            if wire.has(bits[index].1) {
+                features = features.with(bits[index].0);
+            }
+            index += 1;
         }
         features
     }
@@ -162,16 +202,32 @@ impl Numbers {
         if self.report < FREE_NUMBER {
             return taken("report", self.report.into(), "a number from 0x90 to 0xff is right");
         }
+        let last = self.dirty.saturating_add(dirty::Request::Unmap as u8);
+        if self.dirty < FREE_NUMBER || last == u8::MAX || (self.dirty..=last).contains(&self.report) {
+            return taken(
+                "dirty",
+                self.dirty.into(),
+                "five free numbers from one of 0x90 to 0xfa on are right",
+            );
+        }
         if self.remap < FREE_TYPE {
             return taken("remap", self.remap.into(), "a message type from 7 on is right");
         }
-        for (name, bit) in [("new_owner_bit", self.new_owner_bit), ("remap_bit", self.remap_bit)] {
+        let bits = [
+            ("new_owner_bit", self.new_owner_bit),
+            ("remap_bit", self.remap_bit),
+            ("dirty_bit", self.dirty_bit),
+        ];
+        for (name, bit) in bits {
             if !(FREE_BIT..UNKNOWN.0).contains(&bit.0) {
                 return taken(name, bit.0.into(), "a bit from 9 to 62 is right");
             }
         }
         if self.new_owner_bit == self.remap_bit {
             return taken("remap_bit", self.remap_bit.0.into(), "new_owner_bit has it");
+        }
+        if [self.new_owner_bit, self.remap_bit].contains(&self.dirty_bit) {
+            return taken("dirty_bit", self.dirty_bit.0.into(), "another bit of the table is that");
         }
         Ok(self)
     }
@@ -198,6 +254,8 @@ impl FromStr for Numbers {
                 "remap" => numbers.remap = byte()?,
                 "new_owner_bit" => numbers.new_owner_bit = Bit(byte()?),
                 "remap_bit" => numbers.remap_bit = Bit(byte()?),
+                "dirty" => numbers.dirty = byte()?,
+                "dirty_bit" => numbers.dirty_bit = Bit(byte()?),
                 _ => return Err(form()),
             }
         }
@@ -236,8 +294,15 @@ pub fn configure_from_env() -> Result<(), NumbersError> {
 mod tests {
     use super::*;
 
-    const MOVED: Numbers =
-        Numbers { new_owner: 0xaf2f, remap: 9, new_owner_bit: Bit(20), remap_bit: Bit(21), report: 0xf0 };
+    const MOVED: Numbers = Numbers {
+        new_owner: 0xaf2f,
+        remap: 9,
+        new_owner_bit: Bit(20),
+        remap_bit: Bit(21),
+        report: 0xf0,
+        dirty: 0xa0,
+        dirty_bit: Bit(22),
+    };
 
     #[test]
     fn posted_numbers_change_nothing() {
@@ -260,11 +325,15 @@ mod tests {
         let swapped = Numbers { new_owner_bit: Bit(10), remap_bit: Bit(9), ..Numbers::POSTED };
         assert_eq!(swapped.features_to_wire(BackendFeatures(0x200)), 0x400);
         assert_eq!(swapped.features_from_wire(0x400), BackendFeatures(0x200));
+        assert_eq!(MOVED.features_to_wire(BackendFeatures(1 << 48)), 1 << 22);
+        assert_eq!(MOVED.features_from_wire(1 << 22), BackendFeatures(1 << 48));
+        assert_eq!(MOVED.features_from_wire(1 << 48), BackendFeatures(1 << 63));
     }
 
     #[test]
     fn the_text_lists_the_numbers_that_differ() {
-        let text = "new_owner=0xaf2f, remap=9,new_owner_bit=20,remap_bit=0x15,report=240";
+        let text =
+            "new_owner=0xaf2f, remap=9,new_owner_bit=20,remap_bit=0x15,report=240,dirty=160,dirty_bit=22";
         assert_eq!(text.parse(), Ok(MOVED));
         assert_eq!("".parse(), Ok(Numbers::POSTED));
         for (text, what) in [
@@ -279,6 +348,9 @@ mod tests {
             ("new_owner_bit=8", "9 to 62"),
             ("new_owner_bit=63", "9 to 62"),
             ("new_owner_bit=10", "new_owner_bit has it"),
+            ("dirty_bit=9", "another bit"),
+            ("dirty=0xf4", "five free numbers"),
+            ("dirty=0xfb", "five free numbers"),
         ] {
             let error = text.parse::<Numbers>().unwrap_err().to_string();
             assert!(error.contains(what), "{text}: {error}");

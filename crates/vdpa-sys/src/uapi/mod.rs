@@ -1,5 +1,6 @@
 //! Structures and numbers of the kernel's headers, one file per header.
 
+pub mod dirty;
 pub mod fuse;
 pub mod live;
 pub(crate) mod proc;

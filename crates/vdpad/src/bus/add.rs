@@ -14,6 +14,7 @@ use vdpa_core::Errno;
 use vdpa_core::crash_points::{CrashPoint, reach};
 use vdpa_core::device::Device;
 use vdpa_core::handover::Handover;
+use vdpa_sys::dirty::DirtyMemory;
 
 use super::{Bus, Entry, file_name};
 use crate::devices::{Kept, NetAttrs};
@@ -65,7 +66,9 @@ impl Bus {
             CtlError::new(errno, format!("no memory for the in-flight logs of {}: {errno}", request.name))
         };
         let survival = self.survival.as_ref();
+        let dirty = survival.map(|_| DirtyMemory::create().map(Arc::new)).transpose().map_err(no_memory)?;
         let logs = survival.map(|_| QueueLogs::create(QUEUES_MAX)).transpose().map_err(no_memory)?;
+        let logs = logs.zip(dirty.clone()).map(|((fd, logs), dirty)| (fd, logs.with_dirty(dirty)));
         let kept = survival.map(|_| Kept::new()).transpose().map_err(no_memory)?.unwrap_or_default();
         let logged = logs.as_ref().map(|(_, logs)| self.pool.with_logs(logs.clone()));
         let pool = logged.as_ref().unwrap_or(&self.pool);
@@ -78,13 +81,16 @@ impl Bus {
         let file = file.with_handover(shared);
         let held = survival.map(|survival| survival.new_device());
         let file = file.with_notes(logs.as_ref().and_then(|(_, logs)| logs.notes()));
-        let file = match (survival, held, logs) {
-            (Some(survival), Some(held), Some((memory, _))) => DeviceLog::create(held, survival.store())
-                .and_then(|log| log.hold_logs(memory).map(|()| log))
-                .and_then(|log| file.with_log(log))
-                .map_err(|error| {
-                    CtlError::new(Errno::IO, format!("the device would not survive: {error}"))
-                })?,
+        let file = match (survival, held, logs.zip(dirty)) {
+            (Some(survival), Some(held), Some(((memory, _), dirty))) => {
+                DeviceLog::create(held, survival.store())
+                    .and_then(|log| log.hold_logs(memory).map(|()| log))
+                    .and_then(|log| log.hold_dirty(&*dirty).map(|()| log))
+                    .and_then(|log| file.with_log(log))
+                    .map_err(|error| {
+                        CtlError::new(Errno::IO, format!("the device would not survive: {error}"))
+                    })?
+            }
             _ => file,
         };
         reach(CrashPoint::AddLogHeld);

@@ -3,8 +3,9 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use vdpa_backend::front::vhost::{AnyParent, PendingSuccessor};
-use vdpa_control::api::{DevState, LastUpdate, Owner, QueueInfo, Successor};
+use vdpa_control::api::{DevState, Dirty, LastUpdate, Owner, QueueInfo, Successor};
 use vdpa_core::device::Device;
+use vdpa_core::dirty::Tracked;
 use vdpa_core::features::Status;
 use vdpa_core::host::PAGE_SIZE;
 use vdpa_core::parent::{Parent, PinLimit};
@@ -45,7 +46,17 @@ pub(super) fn state(
         memlock_limit_pages: owner.and_then(|space| pin_limit(device, space)),
         mappings: device.mapped().entries as u64,
         max_iotlb_entries: device.profile().max_iotlb_entries as u64,
+        dirty: device.dirty_tracked().map(|tracked| describe_dirty(&tracked)),
         queues: queues.collect(),
+    }
+}
+
+fn describe_dirty(Tracked { page_size, ranges }: &Tracked) -> Dirty {
+    let bytes = ranges.iter().map(|tracked| tracked.range.last() - tracked.range.first() + 1);
+    Dirty {
+        page_size: *page_size,
+        ranges: ranges.len() as u64,
+        pages: bytes.map(|bytes| bytes / page_size).sum(),
     }
 }
 

@@ -23,6 +23,7 @@ use vdpa_core::device::state::{RestoreError, StateSource};
 use vdpa_core::error::chain;
 use vdpa_core::handover::Handover;
 use vdpa_core::types::QueueIndex;
+use vdpa_sys::dirty::DirtyMemory;
 use vdpa_sys::guest::LinuxHost;
 
 use super::{Bus, Entry};
@@ -54,6 +55,8 @@ pub(crate) struct Restored {
     log: DeviceLog,
     front: DeviceFront,
     logs: QueueLogs,
+    /// Memory of dirty pages that is not held yet.
+    new_dirty: Option<Arc<DirtyMemory>>,
     /// Queues that run.
     running: BTreeSet<QueueIndex>,
 }
@@ -184,9 +187,14 @@ impl Bus {
         let mgmt = self.mgmt.iter().find(|mgmt| mgmt.describe().handle() == *mgmtdev);
         let mgmt = mgmt.ok_or_else(|| format!("there is no management device {mgmtdev}"))?;
         let mut parts = LegacyParts::take(&mut items);
-        let Reopened { mut log, records, shared, front, logs } =
+        let Reopened { mut log, records, shared, front, logs, dirty } =
             DeviceLog::reopen(held, survival.store(), items, &survival.spaces, &self.spaces)?;
         let logs = logs.map(QueueLogs::reopen).transpose()?.ok_or("its in-flight logs are not held")?;
+        // A program without dirty tracking has left none; that is held once the device is served.
+        let new = dirty.is_none();
+        let dirty = Arc::new(dirty.map_or_else(DirtyMemory::create, DirtyMemory::reopen)?);
+        let logs = logs.with_dirty(Arc::clone(&dirty));
+        let new_dirty = new.then_some(dirty);
         if shared.is_some() && self.pool.is_parked() {
             return Err(CtlError::new(Errno::AGAIN, "several clients share it: it is not prepared").into());
         }
@@ -208,8 +216,19 @@ impl Bus {
         device.resume_queues(&[])?;
         successor.as_mut().map_or(Ok(()), |successor| successor.resume_queues(&[]))?;
         reach(CrashPoint::QueuesResumed);
-        let restored =
-            Restored { held, identity, device, shared, successor, parts, log, front, logs, running };
+        let restored = Restored {
+            held,
+            identity,
+            device,
+            shared,
+            successor,
+            parts,
+            log,
+            front,
+            logs,
+            new_dirty,
+            running,
+        };
         if !self.pool.is_parked() {
             restored.forget_stopped();
         }
@@ -218,8 +237,20 @@ impl Bus {
 
     /// Gives a device its file, and enters it.
     fn add_restored(&self, restored: Restored) -> Result<(), Error> {
-        let Restored { held, identity, device, shared, successor, mut parts, log, front, logs, .. } =
-            restored;
+        let Restored {
+            held,
+            identity,
+            device,
+            shared,
+            successor,
+            mut parts,
+            log,
+            front,
+            logs,
+            new_dirty,
+            ..
+        } = restored;
+        new_dirty.map_or(Ok(()), |dirty| log.hold_dirty(&*dirty))?;
         let profile = device.profile().clone();
         let device: SharedDevice = Arc::new(Mutex::new(device));
         let name = identity.request.name.clone();

@@ -10,8 +10,10 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
+use std::sync::Arc;
 
 use vdpa_core::Errno;
+use vdpa_core::dirty::DirtyTracking;
 use vdpa_core::features::{BackendFeatures, Features};
 use vdpa_core::iotlb::{Mapping, Table, Tree};
 use vdpa_core::net::MAC_BYTES;
@@ -303,6 +305,10 @@ impl SetMap<LinuxHost> for Mappings {
         }
         self.memory.set_map(asid, table)
     }
+
+    fn dirty_tracking(&self) -> Option<Arc<dyn DirtyTracking>> {
+        Some(self.worker().dirty_tracking())
+    }
 }
 
 impl DmaMap<LinuxHost> for Mappings {
@@ -321,6 +327,10 @@ impl DmaMap<LinuxHost> for Mappings {
         if let Err(errno) = self.set_single(asid) {
             tracing::error!("the worker has ended, so its mappings are not in use any more: {errno}");
         }
+    }
+
+    fn dirty_tracking(&self) -> Option<Arc<dyn DirtyTracking>> {
+        Some(self.worker().dirty_tracking())
     }
 }
 

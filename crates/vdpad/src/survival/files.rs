@@ -26,7 +26,7 @@ const CONFIGURED: u32 = 6;
 /// Requests that were read and not answered.
 const REQUESTS: u32 = 7;
 
-/// Items of a device. 0 and 1 are the journal and the in-flight logs, and objects that the journal names are from 16 on.
+/// Items of a device. 0, 1 and 8 are the journal, the in-flight logs and the dirty pages, and objects that the journal names are from 16 on.
 pub(super) const IDENTITY: u32 = 2;
 /// The memory that is its disk.
 const CONTENTS: u32 = 3;

@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 
 use vdpa_control::api::UpdateInfo;
 use vdpa_control::api::{
-    AddRequest, CtlError, DaemonInfo, DaemonRole, DevInfo, DevState, MgmtDev, Owner, QueueInfo, QueueVstats,
-    SetAnswer, SetRequest, Successor, UpgradeRequest, VSTATS_INDEX_MAX,
+    AddRequest, CtlError, DaemonInfo, DaemonRole, DevInfo, DevState, Dirty, MgmtDev, Owner, QueueInfo,
+    QueueVstats, SetAnswer, SetRequest, Successor, UpgradeRequest, VSTATS_INDEX_MAX,
 };
 use vdpa_control::config::{
     BlockConfig, BlockTopology, ClassConfig, DevConfig, DiscardLimits, MacAddr, NetConfig,
@@ -113,6 +113,7 @@ impl Fixture {
             memlock_limit_pages: Some(2_097_152),
             mappings: 12,
             max_iotlb_entries: 2048,
+            dirty: Some(Dirty { page_size: 4096, ranges: 2, pages: 1_048_576 }),
             queues: vec![QueueInfo {
                 index: 0,
                 size: 256,

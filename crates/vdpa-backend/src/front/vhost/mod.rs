@@ -3,6 +3,9 @@
 //! It implements [`DeviceFile`], and so works with files by FUSE and by CUSE alike. "uapi-spec" is the specification of
 //! vhost-vdpa's behaviour in Linux.
 
+mod dirty;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod noted;
 mod opens;
 mod saved;
@@ -26,6 +29,7 @@ use vdpa_core::{Errno, device::IotlbError};
 use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::guest::LinuxHost;
 use vdpa_sys::process::{Caller, OwnerSpace, ProcessCaller, Spaces};
+use vdpa_sys::uapi::dirty as uapi_dirty;
 use vdpa_sys::uapi::live::{self, Numbers};
 use vdpa_sys::uapi::report::UpdateReport;
 use vdpa_sys::uapi::vhost as uapi;
@@ -39,38 +43,6 @@ use self::opens::Opens;
 pub use self::opens::{PendingSuccessor, SharedParent};
 use self::saved::Saved;
 pub use self::update_history::UpdateHistory;
-
-/// The decoders, for fuzz targets.
-#[cfg(fuzzing)]
-pub mod fuzzing {
-    use vdpa_core::features::BackendFeatures;
-    use vdpa_core::types::IotlbMsg;
-
-    use super::{Asid, Result, uapi, wire};
-
-    /// Decodes one `write`, with these backend features acknowledged.
-    ///
-    /// # Errors
-    /// As for a client.
-    pub fn iotlb_message(bytes: &[u8], acked: BackendFeatures) -> Result<(Asid, IotlbMsg)> {
-        wire::iotlb_message(bytes, acked)
-    }
-
-    /// Decodes `input` as every kind of argument there is.
-    pub fn arguments(input: &[u8]) {
-        let _ = wire::argument::<u8>(input);
-        let _ = wire::argument::<i32>(input);
-        let _ = wire::argument::<u64>(input);
-        if let Ok(report) = wire::argument::<vdpa_sys::uapi::report::UpdateReport>(input) {
-            let _ = (report.check(), report.reason());
-        }
-        let _ = wire::argument::<uapi::ConfigHeader>(input);
-        let _ = wire::argument::<uapi::MemoryHeader>(input);
-        let _ = wire::argument::<uapi::VringAddr>(input);
-        let _ = wire::argument::<uapi::VringFile>(input);
-        let _ = wire::argument::<uapi::VringState>(input);
-    }
-}
 
 /// The parent of a device, of any type.
 pub type AnyParent = Box<dyn Parent<Host = LinuxHost>>;
@@ -324,7 +296,12 @@ impl VhostVdpaFile {
             uapi::VHOST_VDPA_SUSPEND if faults::is(Fault::DeadlySuspend) => std::process::abort(),
             uapi::VHOST_VDPA_SUSPEND => done(device.suspend()),
             uapi::VHOST_VDPA_RESUME => done(device.resume()),
-            _ => return None,
+            request => match dirty::request(device, self.numbers.dirty_request(request)) {
+                Some(uapi_dirty::Request::Info) => {
+                    process(call.tid).and_then(|process| dirty::info(device, call, &process))
+                }
+                _ => return None,
+            },
         })
     }
 
@@ -350,6 +327,7 @@ impl VhostVdpaFile {
             // Where it is not supported it is handled like an unknown request, as in the kernel.
             uapi::VHOST_RESET_OWNER if device.profile().reset_owner => {
                 device.reset_owner(&caller)?;
+                device.dirty_forget();
                 *self.owned_since.lock() = None;
                 tracing::info!(device = %self.name, tid = call.tid, "owner reset");
                 return Ok(IoctlReply::default());
@@ -359,6 +337,9 @@ impl VhostVdpaFile {
         }
         if call.cmd == self.numbers.report_request() {
             return self.report(call);
+        }
+        if let Some(request) = dirty::request(device, self.numbers.dirty_request(call.cmd)) {
+            return dirty::owned(device, call, &caller, request, self.saved.unique());
         }
         if call.cmd == uapi::VHOST_SET_MEM_TABLE {
             return vring::set_mem_table(call, caller.caller);

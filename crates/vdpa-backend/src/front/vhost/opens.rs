@@ -161,6 +161,7 @@ impl VhostVdpaFile {
         *self.device.lock() = None;
         opens.drop_successor();
         device.release();
+        device.dirty_forget();
         self.forget_owner();
         Ok(())
     }
@@ -254,7 +255,7 @@ impl VhostVdpaFile {
     /// `EBUSY`.
     pub(super) fn open_as(&self, opener: &Opener) -> Result<()> {
         let mut opens = self.opens.lock();
-        let outcome = self.current(Device::open);
+        let outcome = self.current(|device| device.open().map(|()| device.dirty_forget()));
         match (outcome, &opens.shared, opens.current) {
             (Ok(()), ..) => opens.current = Some(*opener),
             (Err(Errno::BUSY), Some(shared), Some(current))
@@ -305,6 +306,9 @@ impl VhostVdpaFile {
                     shared.handle = successor.handle;
                 }
                 *self.owned_since.lock() = device.owner().map(|_| SystemTime::now());
+            } else {
+                // A successor goes on with what was tracked.
+                device.dirty_forget();
             }
             Ok(())
         });

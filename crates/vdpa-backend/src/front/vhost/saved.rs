@@ -35,6 +35,11 @@ impl Saved {
         (resent && *last == unique).then(|| completed.clone())
     }
 
+    /// Number of the request in progress.
+    pub(super) fn unique(&self) -> u64 {
+        self.unique.load(Ordering::Relaxed)
+    }
+
     /// Has nothing held any more.
     pub(super) fn forget(&self) {
         if let Some(mut log) = self.log.lock().take() {
