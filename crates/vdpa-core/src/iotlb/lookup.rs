@@ -87,8 +87,15 @@ impl<T> Lookup<T> {
     #[must_use]
     #[inline]
     pub fn find(&self, iova: u64) -> Option<&(IovaRange, T)> {
-        match self.ranges.get(self.count_up_to(iova).wrapping_sub(1)) {
-            Some(found) => (iova <= found.0.last()).then_some(found),
+        self.position(iova).map(|(_, found)| found)
+    }
+
+    /// As [`find`](Self::find), with the number of the range in address order.
+    #[inline]
+    pub(super) fn position(&self, iova: u64) -> Option<(usize, &(IovaRange, T))> {
+        let at = self.count_up_to(iova).wrapping_sub(1);
+        match self.ranges.get(at) {
+            Some(found) => (iova <= found.0.last()).then_some((at, found)),
             // Either no range begins at or before `iova`, or `iova` is the highest address, which also stands for ranges that do
             // not exist.
             None => self.last_with(iova),
@@ -96,8 +103,9 @@ impl<T> Lookup<T> {
     }
 
     #[cold]
-    fn last_with(&self, iova: u64) -> Option<&(IovaRange, T)> {
-        self.ranges.last().filter(|(range, _)| (range.first()..=range.last()).contains(&iova))
+    fn last_with(&self, iova: u64) -> Option<(usize, &(IovaRange, T))> {
+        let last = self.ranges.last().filter(|(range, _)| (range.first()..=range.last()).contains(&iova));
+        last.map(|found| (self.ranges.len() - 1, found))
     }
 
     /// All ranges, in address order.
