@@ -150,11 +150,9 @@ impl Daemon {
             }
         };
         let options = Options {
-            request_timeout: config.request_timeout,
             heartbeat: watchdog.as_mut().and_then(Watchdog::take_heartbeat),
             heartbeat_interval: config.watchdog_timeout / 5,
-            resend: config.resend,
-            ..Options::default()
+            ..file_options(config)
         };
         let holder = |action| move |errno| StartError::Holder { action, errno };
         let mut legacy = match &survival {
@@ -230,9 +228,7 @@ impl Daemon {
             return Ok(None);
         }
         let control = legacy.control.take();
-        let (request_timeout, resend) = (config.request_timeout, config.resend);
-        let options = Options { request_timeout, resend, ..Options::default() };
-        let files = survival.adopt_files(&mut legacy.files, options)?;
+        let files = survival.adopt_files(&mut legacy.files, file_options(config))?;
         failed::put_in_place(&files, legacy);
         resume(&files, Some(&survival))?;
         let since = SystemTime::now();
@@ -319,6 +315,11 @@ impl Daemon {
             tracing::warn!("cannot wait for the watchdog process: {error}");
         }
     }
+}
+
+/// How device files are served, without a watchdog.
+fn file_options(config: &Config) -> Options {
+    Options { request_timeout: config.request_timeout, resend: config.resend, ..Options::default() }
 }
 
 /// Begins to serve files that another daemon has served.
