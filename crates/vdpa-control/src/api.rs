@@ -219,6 +219,19 @@ pub struct SetRequest {
     /// The new Ethernet address.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mac: Option<MacAddr>,
+    /// Whether the link is up.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link: Option<Link>,
+}
+
+/// The link of a network device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Link {
+    /// It is up.
+    Up,
+    /// It is down.
+    Down,
 }
 
 /// The answer to a [`SetRequest`] that succeeded.

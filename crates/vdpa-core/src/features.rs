@@ -105,18 +105,52 @@ word! {
         BLK_DISCARD = 13;
         /// Block: write-zeroes command.
         BLK_WRITE_ZEROES = 14;
+        /// Network: the device takes packets without a checksum.
+        NET_CSUM = 0;
+        /// Network: the driver takes packets without a checksum.
+        NET_GUEST_CSUM = 1;
+        /// Network: the driver may change its offloads with a command.
+        NET_CTRL_GUEST_OFFLOADS = 2;
         /// Network: the largest packet is given.
         NET_MTU = 3;
         /// Network: a MAC address is given.
         NET_MAC = 5;
+        /// Network: the driver takes TCP over IPv4 that is not segmented.
+        NET_GUEST_TSO4 = 7;
+        /// Network: the driver takes TCP over IPv6 that is not segmented.
+        NET_GUEST_TSO6 = 8;
+        /// Network: the driver takes such TCP with ECN.
+        NET_GUEST_ECN = 9;
+        /// Network: the device takes TCP over IPv4 that is not segmented.
+        NET_HOST_TSO4 = 11;
+        /// Network: the device takes TCP over IPv6 that is not segmented.
+        NET_HOST_TSO6 = 12;
+        /// Network: the device takes such TCP with ECN.
+        NET_HOST_ECN = 13;
+        /// Network: a packet may be received in several buffers.
+        NET_MRG_RXBUF = 15;
         /// Network: the link status is given.
         NET_STATUS = 16;
         /// Network: control queue.
         NET_CTRL_VQ = 17;
+        /// Network: the driver sets what is received.
+        NET_CTRL_RX = 18;
+        /// Network: the driver sets the VLANs that are received.
+        NET_CTRL_VLAN = 19;
+        /// Network: further modes of what is received.
+        NET_CTRL_RX_EXTRA = 20;
+        /// Network: the device can ask the driver to announce itself.
+        NET_GUEST_ANNOUNCE = 21;
         /// Network: several pairs of data queues.
         NET_MQ = 22;
         /// Network: the driver may set the MAC address with a command.
         NET_CTRL_MAC_ADDR = 23;
+        /// Network: the driver takes UDP over IPv4 that is not segmented.
+        NET_GUEST_USO4 = 54;
+        /// Network: the driver takes UDP over IPv6 that is not segmented.
+        NET_GUEST_USO6 = 55;
+        /// Network: the device takes UDP that is not segmented.
+        NET_HOST_USO = 56;
         /// Network: receive-side scaling.
         NET_RSS = 60;
         /// Arbitrary descriptor layouts (legacy bit, offered by the kernel's simulator).

@@ -405,6 +405,10 @@ impl<P: Parent> Parent for Handle<P> {
         self.shared().parent.set_mac(mac)
     }
 
+    fn set_link(&mut self, up: bool) -> Result<()> {
+        self.shared().parent.set_link(up)
+    }
+
     fn save_state(&self) -> Vec<u8> {
         let shared = self.shared();
         if shared.is_of(self.id) { shared.parent.save_state() } else { Vec::new() }

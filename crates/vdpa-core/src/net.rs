@@ -1,12 +1,14 @@
 //! Virtio network configuration, packet header and control commands (virtio 1.2 section 5.1), and the [`loopback`] device of
 //! the kernel's simulator.
 
+pub mod card;
 pub mod loopback;
+pub mod transmit;
 
 use zerocopy::little_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use crate::features::Features;
+use crate::features::{Bit, Features};
 
 /// Bytes of an Ethernet address.
 pub const MAC_BYTES: usize = 6;
@@ -138,6 +140,35 @@ impl Ack {
     }
 }
 
+/// A feature that one of `features` needs and that is not among them (virtio 1.2 section 5.1.3.1); `None` when nothing is missing.
+#[must_use]
+pub fn missing_dependency(features: Features) -> Option<Bit> {
+    const NEEDS: [(Bit, &[Bit]); 18] = [
+        (Features::NET_GUEST_TSO4, &[Features::NET_GUEST_CSUM]),
+        (Features::NET_GUEST_TSO6, &[Features::NET_GUEST_CSUM]),
+        (Features::NET_GUEST_USO4, &[Features::NET_GUEST_CSUM]),
+        (Features::NET_GUEST_USO6, &[Features::NET_GUEST_CSUM]),
+        (Features::NET_GUEST_ECN, &[Features::NET_GUEST_TSO4, Features::NET_GUEST_TSO6]),
+        (Features::NET_HOST_TSO4, &[Features::NET_CSUM]),
+        (Features::NET_HOST_TSO6, &[Features::NET_CSUM]),
+        (Features::NET_HOST_USO, &[Features::NET_CSUM]),
+        (Features::NET_HOST_ECN, &[Features::NET_HOST_TSO4, Features::NET_HOST_TSO6]),
+        (Features::NET_CTRL_RX, &[Features::NET_CTRL_VQ]),
+        (Features::NET_CTRL_VLAN, &[Features::NET_CTRL_VQ]),
+        (Features::NET_CTRL_RX_EXTRA, &[Features::NET_CTRL_VQ]),
+        (Features::NET_GUEST_ANNOUNCE, &[Features::NET_CTRL_VQ]),
+        (Features::NET_MQ, &[Features::NET_CTRL_VQ]),
+        (Features::NET_CTRL_MAC_ADDR, &[Features::NET_CTRL_VQ]),
+        (Features::NET_CTRL_GUEST_OFFLOADS, &[Features::NET_CTRL_VQ]),
+        (Features::NET_RSS, &[Features::NET_CTRL_VQ]),
+        (Features::NET_GUEST_ANNOUNCE, &[Features::NET_STATUS]),
+    ];
+    NEEDS
+        .iter()
+        .find(|(bit, one_of)| features.has(*bit) && !one_of.iter().any(|needed| features.has(*needed)))
+        .and_then(|(_, one_of)| one_of.first().copied())
+}
+
 /// Whether an Ethernet address is a group address: multicast or broadcast.
 #[must_use]
 pub const fn is_multicast(address: [u8; MAC_BYTES]) -> bool {
@@ -185,6 +216,17 @@ mod tests {
         assert!(!is_multicast([2, 1, 1, 1, 1, 1]));
         assert!(is_valid_address([2, 1, 1, 1, 1, 1]) && is_valid_address([0, 0, 0, 0, 0, 1]));
         assert!(!is_valid_address([0; 6]) && !is_valid_address([0xff; 6]));
+    }
+
+    #[test]
+    fn features_need_others() {
+        let of = |bits: &[Bit]| missing_dependency(Features::of(bits));
+        assert_eq!(of(&[Features::NET_MQ]), Some(Features::NET_CTRL_VQ));
+        assert_eq!(of(&[Features::NET_MQ, Features::NET_CTRL_VQ]), None);
+        assert_eq!(of(&[Features::NET_HOST_TSO4]), Some(Features::NET_CSUM));
+        assert_eq!(of(&[Features::NET_HOST_ECN]), Some(Features::NET_HOST_TSO4));
+        assert_eq!(of(&[Features::NET_HOST_ECN, Features::NET_HOST_TSO6, Features::NET_CSUM]), None);
+        assert_eq!(missing_dependency(Features(u64::MAX)), None);
     }
 
     #[test]

@@ -124,6 +124,14 @@ pub trait Parent: Debug + Send {
         Err(Errno::OPNOTSUPP)
     }
 
+    /// Sets whether the link is up, for the management side. Does not block for long.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` for a device without a link, or with one that cannot be changed.
+    fn set_link(&mut self, _up: bool) -> Result<()> {
+        Err(Errno::OPNOTSUPP)
+    }
+
     /// What this device keeps that the interface does not know of and a client would miss: the cache mode that a driver
     /// has set, for example, or the commands of a control queue. Features, owner, events, mappings and positions of
     /// queues are saved by the interface. For [`restore_state`](Self::restore_state), which may run in a later version
@@ -477,6 +485,10 @@ impl<P: Parent + ?Sized> Parent for Box<P> {
 
     fn set_mac(&mut self, mac: [u8; MAC_BYTES]) -> Result<()> {
         (**self).set_mac(mac)
+    }
+
+    fn set_link(&mut self, up: bool) -> Result<()> {
+        (**self).set_link(up)
     }
 
     fn save_state(&self) -> Vec<u8> {

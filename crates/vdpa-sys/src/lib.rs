@@ -43,6 +43,8 @@ pub mod signals;
 pub mod snapshot;
 pub mod space;
 pub mod stable;
+#[cfg(feature = "server")]
+pub mod tap;
 #[cfg(feature = "test-utils")]
 pub mod testing;
 #[cfg(feature = "server")]

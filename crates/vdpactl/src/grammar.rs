@@ -1,6 +1,6 @@
 //! The grammar of iproute2: abbreviated commands, and `name value` pairs.
 
-use vdpa_control::api::{AddRequest, Attrs, SetRequest};
+use vdpa_control::api::{AddRequest, Attrs, Link, SetRequest};
 use vdpa_control::config::MacAddr;
 
 use crate::failure::Failure;
@@ -121,6 +121,7 @@ pub(crate) fn set_request(mut args: &[String]) -> Result<(String, SetRequest), F
         match word.as_str() {
             word if matches(word, "name") => name = Some(value(rest)?.to_owned()),
             "mac" => request.mac = Some(mac_addr(value(rest)?)?),
+            "link" => request.link = Some(link(value(rest)?)?),
             word => return Err(unknown_option(word)),
         }
     }
@@ -130,6 +131,14 @@ pub(crate) fn set_request(mut args: &[String]) -> Result<(String, SetRequest), F
 
 fn value(rest: &[String]) -> Result<&str, Failure> {
     rest.first().map(String::as_str).ok_or_else(|| Failure::Usage("String parameter expected".into()))
+}
+
+fn link(text: &str) -> Result<Link, Failure> {
+    match text {
+        "up" => Ok(Link::Up),
+        "down" => Ok(Link::Down),
+        _ => Err(Failure::Usage(format!("link is \"{text}\": up or down is right"))),
+    }
 }
 
 fn mac_addr(text: &str) -> Result<MacAddr, Failure> {
@@ -208,8 +217,12 @@ mod tests {
             })
         };
         let mac = Some(MacAddr([0x52, 0x54, 0, 0x12, 0x34, 0x56]));
-        assert_eq!(set("mac 52:54:0:12:34:56 n v0"), Ok(("v0".into(), SetRequest { mac })));
-        assert_eq!(set("name v0"), Ok(("v0".into(), SetRequest { mac: None })));
+        assert_eq!(set("mac 52:54:0:12:34:56 n v0"), Ok(("v0".into(), SetRequest { mac, link: None })));
+        let link = Some(Link::Down);
+        assert!(set("link down v0").is_err());
+        assert_eq!(set("name v0 link down"), Ok(("v0".into(), SetRequest { mac: None, link })));
+        assert!(set("name v0 link left").is_err());
+        assert_eq!(set("name v0"), Ok(("v0".into(), SetRequest::default())));
         assert_eq!(set("mac 52:54:0:12:34:56").unwrap_err(), "device name is not set.");
         assert_eq!(set("name v0 mtu 1400").unwrap_err(), "Unknown option \"mtu\"");
         assert_eq!(set("v0 mac 52:54:0:12:34:56").unwrap_err(), "Unknown option \"v0\"");

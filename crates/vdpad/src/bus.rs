@@ -31,8 +31,8 @@ use vdpa_backend::front::vhost::{AnyParent, SharedDevice, VhostVdpaFile};
 use vdpa_backend::persist::Held;
 use vdpa_backend::worker::WorkerPool;
 use vdpa_control::api::{
-    AddRequest, CtlError, DaemonInfo, DaemonRole, DevInfo, DevState, ID_NET, MgmtDev, QueueVstats, SetAnswer,
-    SetRequest, UpdateInfo, UpgradeRequest, VSTATS_INDEX_MAX,
+    AddRequest, CtlError, DaemonInfo, DaemonRole, DevInfo, DevState, ID_NET, Link, MgmtDev, QueueVstats,
+    SetAnswer, SetRequest, UpdateInfo, UpgradeRequest, VSTATS_INDEX_MAX,
 };
 use vdpa_control::config::DevConfig;
 
@@ -305,27 +305,30 @@ impl Backend for Bus {
         self.add_device(request)
     }
 
-    fn set(&self, name: &str, SetRequest { mac }: SetRequest) -> Result<SetAnswer, CtlError> {
+    fn set(&self, name: &str, SetRequest { mac, link }: SetRequest) -> Result<SetAnswer, CtlError> {
         let _change = self.begin_change()?;
         let entry = self.find(name)?;
         let mgmt = self.mgmt.iter().map(|mgmt| mgmt.describe()).find(|mgmt| mgmt.handle() == entry.mgmtdev);
         if !mgmt.is_some_and(|mgmt| mgmt.supported_classes.contains(&ID_NET)) {
             return Ok(SetAnswer { warning: Some(format!("{name} device not supported")) });
         }
-        let mac = mac.ok_or_else(|| {
-            CtlError::new(Errno::OPNOTSUPP, "no attribute to be set").with_hint("\"mac\" can be set.")
-        })?;
-        if !is_valid_address(mac.0) {
+        if mac.is_none() && link.is_none() {
+            return Err(CtlError::new(Errno::OPNOTSUPP, "no attribute to be set")
+                .with_hint("\"mac\" and \"link\" can be set."));
+        }
+        if mac.is_some_and(|mac| !is_valid_address(mac.0)) {
             return Err(CtlError::new(Errno::OPNOTSUPP, "Invalid MAC address")
                 .with_hint("An address that is not zero and not of a group is right."));
         }
-        entry
-            .lock()?
-            .parent_mut()
-            .set_mac(mac.0)
+        let mut device = entry.lock()?;
+        let set_mac = mac.map_or(Ok(()), |mac| device.parent_mut().set_mac(mac.0));
+        let mut set_link = || link.map_or(Ok(()), |link| device.parent_mut().set_link(link == Link::Up));
+        set_mac
+            .and_then(|()| set_link())
             .map_err(|errno| CtlError::new(errno, "Operation not supported by the device"))?;
+        drop(device);
         entry.file.log_change();
-        tracing::info!(device = %name, %mac, "attribute set");
+        tracing::info!(device = %name, ?mac, ?link, "attribute set");
         Ok(SetAnswer::default())
     }
 

@@ -280,7 +280,7 @@ impl LocalDevice {
 
     /// Whether the device is being removed and no request is in flight.
     pub(super) fn is_removed(&self) -> bool {
-        self.removing.is_some() && !self.queues.in_flight()
+        self.removing.is_some() && !self.queues.in_flight() && self.handler.is_at_rest()
     }
 
     /// Ends a removal when no request is in flight: cancels the polls of kicks, drops the device and answers the command.
@@ -328,6 +328,7 @@ impl LocalDevice {
         }
         if !self.failing.is_empty() && !self.queues.in_flight() {
             self.handler.fail();
+            self.queues.cancel_requests();
             self.failing.drain(..).for_each(|reply| send_reply(&reply, ()));
         }
     }

@@ -184,6 +184,13 @@ pub trait QueueHandler: Send + 'static {
         Ok(())
     }
 
+    /// Whether none of the operations that it has submitted is in flight. A handler with operations that belong to no request, such as
+    /// polls, must implement it: its number of the device is given to another one when it was removed. They are cancelled
+    /// before, and after [`fail`](Self::fail).
+    fn is_at_rest(&self) -> bool {
+        true
+    }
+
     /// The device is deleted while a client has it open: every later request is to be completed with an error, and what
     /// the device holds (files, for example) is to be released. No request is in flight. See
     /// [`Parent::fail`](vdpa_core::parent::Parent::fail).
@@ -235,6 +242,10 @@ const REQUESTS: usize = 0;
 const BYTES: usize = 1;
 const ERRORS: usize = 2;
 const POISON: usize = 3;
+/// The rest are the device's own.
+const OWN: usize = 4;
+/// Counters of each queue that a device defines itself: see [`Queues::count_own`].
+pub const OWN_COUNTERS: usize = COUNTERS - OWN;
 
 /// The counters of a device's queues. A reset does not clear them.
 #[derive(Debug)]
@@ -267,11 +278,15 @@ impl Counters {
         }
     }
 
-    fn read(&self, queue: u16) -> QueueStats {
-        let get = |counter| match self {
+    fn get(&self, queue: u16, counter: usize) -> u64 {
+        match self {
             Self::Own(words) => words.load(usize::from(queue) * COUNTERS + counter),
             Self::Shared(words) => words.load(usize::from(queue) * COUNTERS + counter),
-        };
+        }
+    }
+
+    fn read(&self, queue: u16) -> QueueStats {
+        let get = |counter| self.get(queue, counter);
         let [requests, bytes, errors, poison] = [REQUESTS, BYTES, ERRORS, POISON].map(get);
         QueueStats { requests, bytes, errors, poison }
     }
@@ -298,6 +313,10 @@ impl Shared {
     /// Sets `DEVICE_NEEDS_RESET` and signals a change of the configuration (virtio 1.2 section 2.1.2).
     fn set_needs_reset(&self) {
         self.needs_reset.store(true, Ordering::Release);
+        self.signal_config();
+    }
+
+    fn signal_config(&self) {
         if let Some(event) = &*self.config_call.lock() {
             event.signal();
         }
@@ -443,6 +462,21 @@ impl QueueControl {
     #[must_use]
     pub fn needs_reset(&self) -> bool {
         self.shared.needs_reset.load(Ordering::Acquire)
+    }
+
+    /// The counters of a queue that the device [counts itself](Queues::count_own); zeros for a queue that it does not have. Does not
+    /// block.
+    #[must_use]
+    pub fn own_stats(&self, index: QueueIndex) -> [u64; OWN_COUNTERS] {
+        let exists = index.0 < self.shared.queues;
+        std::array::from_fn(
+            |counter| if exists { self.shared.counters.get(index.0, OWN + counter) } else { 0 },
+        )
+    }
+
+    /// Signals a change of configuration space. Does not block.
+    pub fn signal_config(&self) {
+        self.shared.signal_config();
     }
 
     /// Sets the eventfd that is signalled when [`needs_reset`](Self::needs_reset) becomes `true`; `None` for none. For

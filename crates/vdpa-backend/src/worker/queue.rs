@@ -153,6 +153,8 @@ impl Queue {
     pub(super) fn stop_taking(&mut self) {
         if let Some(ring) = &mut self.ring {
             ring.stop();
+            // A device that had no use for them yet, such as buffers for what may arrive, gives them back now.
+            self.pending |= ring.repeats() > 0;
         }
     }
 

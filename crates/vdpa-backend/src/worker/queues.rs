@@ -411,6 +411,14 @@ impl Queues {
         self.shared.counters.add(index, super::POISON, 1);
     }
 
+    /// Adds to one of the counters of a queue that the device defines itself; `counter` is below
+    /// [`OWN_COUNTERS`](super::OWN_COUNTERS). They survive as the others do.
+    pub fn count_own(&self, index: u16, counter: usize, more: u64) {
+        if counter < super::OWN_COUNTERS {
+            self.shared.counters.add(index, super::OWN + counter, more);
+        }
+    }
+
     /// [Publishes](Self::publish) used descriptors on every queue.
     pub(super) fn publish_all(&mut self) {
         for index in (0..self.slots.len()).map(to_u16) {

@@ -242,6 +242,13 @@ impl DeviceRing {
         Ok(popped)
     }
 
+    /// Whether the request that was popped last is begun alone, because processes may have died of it: no other is popped before it is
+    /// completed.
+    #[must_use]
+    pub fn pops_alone(&self) -> bool {
+        matches!(&self.kind, Kind::Logged(logged) if logged.alone.is_some())
+    }
+
     /// Whether a request was not popped because of one that was in flight; asked when nothing is in flight any more.
     pub(super) fn take_held_back(&mut self) -> bool {
         match &mut self.kind {

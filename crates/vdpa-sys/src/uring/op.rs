@@ -99,6 +99,13 @@ pub enum Op {
         /// What to poll.
         fd: Arc<OwnedFd>,
     },
+    /// Completes once, when the file is readable or, with `writable`, can be written to; the result has the `POLL*` events.
+    PollOnce {
+        /// What to poll.
+        fd: Arc<OwnedFd>,
+        /// Wait until it can be written to.
+        writable: bool,
+    },
 }
 
 /// The resources that a request needs until its completion.
@@ -197,6 +204,13 @@ impl Op {
                 const IN: u32 = 1;
                 const _: () = assert!(libc::POLLIN == 1);
                 let entry = opcode::PollAdd::new(types::Fd(fd.as_raw_fd()), IN).multi(true).build();
+                Ok((entry, Resources::Other { _keep: (None, Some(File::Fd(fd))) }))
+            }
+            Self::PollOnce { fd, writable } => {
+                const EVENTS: [u32; 2] = [1, 4];
+                const _: () = assert!(libc::POLLIN == 1 && libc::POLLOUT == 4);
+                let events = if writable { EVENTS[1] } else { EVENTS[0] };
+                let entry = opcode::PollAdd::new(types::Fd(fd.as_raw_fd()), events).build();
                 Ok((entry, Resources::Other { _keep: (None, Some(File::Fd(fd))) }))
             }
         }

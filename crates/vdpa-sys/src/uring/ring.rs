@@ -202,7 +202,7 @@ impl Ring {
         if let Op::ReadFixed { file: File::Registered(file), to, offset } = op {
             return self.read_fixed(file, to, offset, token);
         }
-        let poll = matches!(op, Op::PollMultishot { .. });
+        let poll = matches!(op, Op::PollMultishot { .. } | Op::PollOnce { .. });
         let (entry, resources) = op.prepare().map_err(|errno| SubmitError::Request { errno })?;
         if matches!(resources, Resources::Nothing) && token < INTERNAL & !BARE {
             self.push(&entry.user_data(token | BARE)).map_err(|errno| SubmitError::Full { errno })?;

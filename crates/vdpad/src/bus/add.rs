@@ -102,8 +102,7 @@ impl Bus {
         reach(CrashPoint::AddFileMade);
         if let (Some(survival), Some(held)) = (survival, held) {
             let identity = Identity::new(number, &request, kept.mark(), &self.files);
-            let contents = kept.held_memory();
-            survival.hold_device(held, identity, &self.files, contents.as_deref()).map_err(|errno| {
+            survival.hold_device(held, identity, &self.files, &kept).map_err(|errno| {
                 survival.release_device(held);
                 file.forget_log();
                 self.files.remove(&file_name(number));

@@ -198,7 +198,8 @@ impl Bus {
         if shared.is_some() && self.pool.is_parked() {
             return Err(CtlError::new(Errno::AGAIN, "several clients share it: it is not prepared").into());
         }
-        let kept = Kept::restored(identity.mark, parts.contents.take());
+        let kept =
+            Kept::restored(identity.mark, parts.contents.take()).with_taps(std::mem::take(&mut parts.taps));
         self.pool.settle(&logs);
         let parent = create_again(&**mgmt, name, attrs, &self.pool.with_logs(logs.clone()), &kept)?;
         reach(CrashPoint::ParentMade);

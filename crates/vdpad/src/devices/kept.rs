@@ -17,6 +17,8 @@ pub(crate) struct Kept {
     /// The device is made again: what it keeps must be there.
     restored: bool,
     memory: Mutex<Option<Arc<OwnedFd>>>,
+    /// Queues of an interface.
+    taps: Mutex<Vec<Arc<OwnedFd>>>,
     mark: Option<u64>,
 }
 
@@ -35,7 +37,29 @@ impl Kept {
 
     /// For a device that a predecessor of this process had served.
     pub(crate) fn restored(mark: Option<u64>, memory: Option<OwnedFd>) -> Self {
-        Self { restored: true, memory: Mutex::new(memory.map(Arc::new)), mark }
+        Self { restored: true, memory: Mutex::new(memory.map(Arc::new)), mark, ..Self::default() }
+    }
+
+    /// With the queues of an interface that the former process had, in their order.
+    #[must_use]
+    pub(crate) fn with_taps(self, taps: Vec<OwnedFd>) -> Self {
+        *self.taps.lock() = taps.into_iter().map(Arc::new).collect();
+        self
+    }
+
+    /// The queues of the interface of a device that is made again; `None` for a new one.
+    pub(crate) fn taps(&self) -> Option<Vec<Arc<OwnedFd>>> {
+        self.restored.then(|| self.taps.lock().clone())
+    }
+
+    /// Keeps the queues of an interface, which lasts as long as they do.
+    pub(crate) fn keep_taps(&self, taps: &[Arc<OwnedFd>]) {
+        *self.taps.lock() = taps.to_vec();
+    }
+
+    /// The queues that were kept.
+    pub(crate) fn held_taps(&self) -> Vec<Arc<OwnedFd>> {
+        self.taps.lock().clone()
     }
 
     /// The memory file in which the device has its contents: `bytes` zeros for a new device, what the former process has left for

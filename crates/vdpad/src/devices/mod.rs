@@ -2,6 +2,7 @@
 
 pub(crate) mod blk;
 mod kept;
+mod net;
 mod net_attrs;
 mod options;
 mod sim;
@@ -45,7 +46,12 @@ pub(crate) trait MgmtDevice: Debug + Send + Sync {
 /// All management devices, in the order in which `mgmtdev show` lists them.
 #[must_use]
 pub(crate) fn mgmt_devices() -> Vec<Box<dyn MgmtDevice>> {
-    vec![Box::new(blk::BlkMgmt), Box::new(sim_blk::SimBlkMgmt), Box::new(sim_net::SimNetMgmt)]
+    vec![
+        Box::new(blk::BlkMgmt),
+        Box::new(net::NetMgmt),
+        Box::new(sim_blk::SimBlkMgmt),
+        Box::new(sim_net::SimNetMgmt),
+    ]
 }
 
 #[cfg(test)]
@@ -63,7 +69,7 @@ mod tests {
                 let mut cells = row.trim_start_matches("| `").split([' ', '`']);
                 let (name, rest) = (cells.next().unwrap(), row.split(" | ").nth(1).unwrap());
                 let kinds: Vec<_> = match rest {
-                    "all" => vec!["blk", "sim-blk", "sim-net"],
+                    "all" => vec!["blk", "net", "sim-blk", "sim-net"],
                     some => some.split(", ").map(|kind| kind.trim_matches('`')).collect(),
                 };
                 kinds.into_iter().map(move |kind| (kind, name))
@@ -74,10 +80,12 @@ mod tests {
         };
         let mut known = names("blk", &super::blk::KNOWN);
         known.push(("blk", "handover"));
+        known.extend(names("net", &super::net::KNOWN));
+        known.push(("net", "handover"));
         known.extend(names("sim-blk", &super::sim::KNOWN));
         known.extend(names("sim-net", &super::sim::KNOWN));
         known.extend(names("sim-net", &super::sim_net::KNOWN));
-        known.extend(["blk", "sim-blk", "sim-net"].map(|kind| (kind, "device_file")));
+        known.extend(["blk", "net", "sim-blk", "sim-net"].map(|kind| (kind, "device_file")));
         assert_eq!(documented, known.into_iter().collect());
     }
 }

@@ -1,5 +1,6 @@
 //! The device files, as they are held for the next daemon: mounts, character devices, and attributes.
 
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -11,6 +12,8 @@ use vdpa_backend::front::fuse::{
 use vdpa_backend::persist::{Held, Kind, key, split_key};
 use vdpa_core::Errno;
 use vdpa_sys::fuse::{Connection, Negotiated, RequestLog, unmount};
+
+use crate::devices::Kept;
 
 use super::{Identity, Legacy, Survival, read, text};
 
@@ -34,8 +37,10 @@ const CONTENTS: u32 = 3;
 const ATTRIBUTES: u32 = 4;
 /// The connection of its file, if it has one of its own.
 const CONNECTION: u32 = 5;
+/// The queues of its interface, in their order. 8 is the dirty pages, see `vdpa_backend::persist`.
+const TAPS: [u32; 8] = [7, 9, 10, 11, 12, 13, 14, 15];
 /// All that this module holds of a device.
-const ITEMS: [u32; 4] = [IDENTITY, CONTENTS, ATTRIBUTES, CONNECTION];
+const ITEMS: [u32; 12] = [IDENTITY, CONTENTS, ATTRIBUTES, CONNECTION, 7, 9, 10, 11, 12, 13, 14, 15];
 
 /// The files that a predecessor has served.
 #[derive(Debug, Default)]
@@ -55,6 +60,8 @@ pub(crate) struct LegacyFiles {
 pub(crate) struct LegacyParts {
     /// The memory that is its disk.
     pub(crate) contents: Option<OwnedFd>,
+    /// The queues of its interface, in their order.
+    pub(crate) taps: Vec<OwnedFd>,
     attributes: Option<SavedAttributes>,
     connection: Option<(OwnedFd, Negotiated)>,
 }
@@ -110,9 +117,11 @@ impl LegacyParts {
     /// Takes the items of this module; the others stay.
     pub(crate) fn take(items: &mut Vec<Held>) -> Self {
         let mut parts = Self::default();
+        let mut taps = BTreeMap::new();
         for held in std::mem::take(items) {
             match split_key(held.key).1 {
                 CONTENTS => parts.contents = Some(held.fd),
+                item if TAPS.contains(&item) => drop(taps.insert(item, held.fd)),
                 ATTRIBUTES => parts.attributes = Some(SavedAttributes::open(held.fd)),
                 CONNECTION => {
                     let agreed = Negotiated::from_bytes(&held.record);
@@ -121,6 +130,7 @@ impl LegacyParts {
                 _ => items.push(held),
             }
         }
+        parts.taps = taps.into_values().collect();
         parts
     }
 
@@ -279,8 +289,8 @@ impl Survival {
         self.store().hold(key(0, CONFIGURED), Kind::Memory, text("")?.as_fd(), &[])
     }
 
-    /// Has held what a device is that is in `files`, and `contents`, if its disk is memory. The device can be restored from
-    /// then on.
+    /// Has held what a device is that is in `files`, and what it keeps: memory that is its disk, or the queues of its interface. The
+    /// device can be restored from then on.
     ///
     /// # Errors
     /// Those of [`Store::hold`](vdpa_backend::persist::Store::hold), and of memory.
@@ -289,12 +299,15 @@ impl Survival {
         device: u32,
         mut identity: Identity,
         files: &DeviceFiles,
-        contents: Option<&OwnedFd>,
+        kept: &Kept,
     ) -> Result<(), Errno> {
         let store = self.store();
         let name = identity.file_name();
-        if let Some(contents) = contents {
+        if let Some(contents) = kept.held_memory() {
             store.hold(key(device, CONTENTS), Kind::Memory, contents.as_fd(), &[])?;
+        }
+        for (item, tap) in TAPS.into_iter().zip(kept.held_taps()) {
+            store.hold(key(device, item), Kind::Other, tap.as_fd(), &[])?;
         }
         if let Some(OwnConnection { connection, negotiated, place }) = files.own_connection(&name) {
             store.hold(key(device, CONNECTION), Kind::Fuse, connection.as_fd(), &negotiated.to_bytes())?;

@@ -45,7 +45,7 @@ pub(crate) struct Space {
 }
 
 impl Space {
-    fn new(asid: Asid, iova: u64) -> Self {
+    pub(crate) fn new(asid: Asid, iova: u64) -> Self {
         let fd = memfd::create(c"net", MEMORY, None).unwrap();
         let map = SharedMap::map(fd, 0, usize::try_from(MEMORY).unwrap(), Prot::RW, false).unwrap();
         Self { map, asid, iova, next: 0 }
@@ -97,7 +97,7 @@ pub(crate) struct Queue {
 }
 
 impl Queue {
-    fn new(index: u16, space: &mut Space, features: Features) -> Self {
+    pub(crate) fn new(index: u16, space: &mut Space, features: Features) -> Self {
         let sizes = area_sizes(SIZE, false);
         let ((desc, desc_area), (avail, avail_area)) = (space.area(sizes.desc), space.area(sizes.avail));
         let (used, used_area) = space.area(sizes.used);
@@ -112,7 +112,7 @@ impl Queue {
     }
 
     /// Sets up the queue in the device, to start at `base`.
-    fn set_up(&self, device: &VhostVdpaFd, base: u32) {
+    pub(crate) fn set_up(&self, device: &VhostVdpaFd, base: u32) {
         device.set_vring_num(self.index, SIZE.into()).unwrap();
         device.set_vring_base(self.index, base).unwrap();
         device.set_vring_addr(self.index, &self.addr).unwrap();

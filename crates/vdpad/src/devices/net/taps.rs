@@ -1,0 +1,175 @@
+//! [`Taps`]: the queues of a TAP interface.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use vdpa_control::api::CtlError;
+use vdpa_core::Errno;
+use vdpa_core::features::{Bit, Features};
+use vdpa_core::net::card::Effects;
+use vdpa_sys::tap::{self, Open, offload};
+
+use crate::devices::Kept;
+
+/// An offload of the driver, and what the kernel calls it.
+const OFFLOADS: [(Bit, u32); 6] = [
+    (Features::NET_GUEST_CSUM, offload::CSUM),
+    (Features::NET_GUEST_TSO4, offload::TSO4),
+    (Features::NET_GUEST_TSO6, offload::TSO6),
+    (Features::NET_GUEST_ECN, offload::TSO_ECN),
+    (Features::NET_GUEST_USO4, offload::USO4),
+    (Features::NET_GUEST_USO6, offload::USO6),
+];
+
+/// The queues of a TAP interface, one for each pair of queues of the device.
+#[derive(Debug)]
+pub(super) struct Taps(Vec<Arc<OwnedFd>>);
+
+impl Taps {
+    /// Opens the interface `name` with `pairs` queues, or makes it. Of a device that is made again, the queues that were kept.
+    pub(super) fn open(
+        name: &str,
+        create: bool,
+        pairs: u16,
+        mtu: u16,
+        kept: &Kept,
+    ) -> Result<Self, CtlError> {
+        if let Some(taps) = kept.taps() {
+            let intact = taps.len() == usize::from(pairs)
+                && taps.iter().all(|queue| tap::is_queue_of(queue, name).unwrap_or(false));
+            return if intact {
+                Ok(Self(taps))
+            } else {
+                Err(CtlError::new(Errno::NODEV, format!("the interface {name} is gone")))
+            };
+        }
+        let failed = |errno| refused(name, create, pairs, errno);
+        let first = first(name, create, pairs).map_err(failed)?;
+        let mut taps = vec![Arc::new(first)];
+        for _ in 1..pairs {
+            taps.push(Arc::new(tap::open_more(name).map_err(failed)?));
+        }
+        let this = Self(taps);
+        // Packets are spread over the queues of pairs that the driver uses.
+        this.use_pairs(1).map_err(failed)?;
+        if create {
+            tap::bring_up(name, mtu).map_err(failed)?;
+        }
+        kept.keep_taps(&this.0);
+        Ok(this)
+    }
+
+    /// The queue of a pair.
+    pub(super) fn queue(&self, pair: u16) -> Option<&Arc<OwnedFd>> {
+        self.0.get(usize::from(pair))
+    }
+
+    /// Has the interface hand over what a driver takes that has these features.
+    pub(super) fn take(&self, features: Features) -> Result<(), Errno> {
+        let first = self.queue(0).ok_or(Errno::NODEV)?;
+        let offloads =
+            OFFLOADS.iter().filter(|(bit, _)| features.has(*bit)).fold(0, |all, (_, one)| all | one);
+        tap::set_offloads(first, offloads)
+    }
+
+    /// Spreads packets over the queues of the first `pairs` pairs.
+    pub(super) fn use_pairs(&self, pairs: u16) -> Result<(), Errno> {
+        for (index, queue) in self.0.iter().enumerate().skip(1) {
+            match tap::set_attached(queue, index < usize::from(pairs)) {
+                // It is in that state.
+                Ok(()) | Err(Errno::INVAL) => {}
+                Err(errno) => return Err(errno),
+            }
+        }
+        Ok(())
+    }
+
+    /// Sets the carrier that the host sees.
+    pub(super) fn set_carrier(&self, carrier: bool) -> Result<(), Errno> {
+        tap::set_carrier(self.queue(0).ok_or(Errno::NODEV)?, carrier)
+    }
+}
+
+impl Effects for &Taps {
+    fn set_pairs(&mut self, pairs: u16) -> bool {
+        self.use_pairs(pairs).is_ok()
+    }
+
+    fn set_offloads(&mut self, offloads: Features) -> bool {
+        self.take(offloads).is_ok()
+    }
+}
+
+/// Opens the first queue. An interface that can have several may have one.
+fn first(name: &str, create: bool, pairs: u16) -> Result<OwnedFd, Errno> {
+    let tap = match tap::open(name, Open { multi_queue: pairs > 1, create }) {
+        Err(Errno::INVAL) if pairs == 1 && !create => tap::open(name, Open { multi_queue: true, create }),
+        result => result,
+    }?;
+    // One that is not would have been made just now, or would end with another process.
+    if create || tap::is_persistent(&tap)? { Ok(tap) } else { Err(Errno::NODEV) }
+}
+
+fn refused(name: &str, create: bool, pairs: u16, errno: Errno) -> CtlError {
+    let queues = if pairs > 1 { " multi_queue" } else { "" };
+    let (message, hint) = match errno {
+        Errno::NODEV => (
+            format!("there is no persistent interface {name}"),
+            format!("Make it with \"ip tuntap add {name} mode tap{queues}\", or give create on."),
+        ),
+        Errno::EXIST => (
+            format!("the interface {name} is there already"),
+            "Leave create out, or choose another name.".into(),
+        ),
+        Errno::BUSY | Errno::TOOBIG => (
+            format!("the interface {name} is in use"),
+            "Another program, or another device, has all its queues open.".into(),
+        ),
+        Errno::INVAL if !create => (
+            format!("{name} is no TAP interface{}", if pairs > 1 { " with several queues" } else { "" }),
+            format!("One that is made with \"ip tuntap add {name} mode tap{queues}\" is right."),
+        ),
+        Errno::PERM => (
+            format!("the interface {name} may not be used by this daemon"),
+            "It needs CAP_NET_ADMIN, or an interface of its own user: \"ip tuntap add ... user USER\"."
+                .into(),
+        ),
+        Errno::NOENT | Errno::ACCESS => {
+            (format!("/dev/net/tun cannot be opened: {errno}"), "The kernel module tun makes it.".into())
+        }
+        _ => (format!("the interface {name} cannot be used: {errno}"), "See the log of the kernel.".into()),
+    };
+    // A device that is made again waits while something is busy; here nothing will change.
+    CtlError::new(errno, message).with_hint(hint)
+}
+
+/// The offloads of a driver that this kernel has: those of UDP came with Linux 6.2. Asked by the version, because an interface that is in
+/// use cannot be tried.
+pub(super) fn possible_offloads() -> Features {
+    let uname = rustix::system::uname();
+    let all = OFFLOADS.iter().fold(Features::NONE, |all, (bit, _)| all.with(*bit));
+    if version(uname.release().to_str().unwrap_or_default()) >= (6, 2) {
+        all
+    } else {
+        all.without(Features::NET_GUEST_USO4).without(Features::NET_GUEST_USO6)
+    }
+}
+
+/// The first two numbers of a kernel's release.
+fn version(release: &str) -> (u32, u32) {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|number| number.parse().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_compared_as_numbers() {
+        assert!(
+            version("6.12.1-generic") > version("6.2.0") && version("5.19") < (6, 2) && version("") == (0, 0)
+        );
+        assert_eq!(version("6.2.0-rc1"), (6, 2));
+    }
+}
