@@ -1,5 +1,7 @@
 //! [`Parent`]: the interface that a device implements.
 
+mod pin_limit;
+
 use std::fmt::Debug;
 use std::sync::Arc;
 
@@ -11,6 +13,8 @@ use crate::iotlb::{Mapping, Table};
 use crate::net::MAC_BYTES;
 use crate::types::{Asid, GroupIndex, IovaRange, QueueIndex, Result};
 use crate::vq::{QueueSetup, QueueState};
+
+pub use pin_limit::PinLimit;
 
 /// A vDPA device implementation (the kernel calls it a vDPA parent).
 ///
@@ -234,35 +238,6 @@ pub enum AddressMode {
     /// As [`Pinned`](Self::Pinned), by the kernel's rule: a mapping consists of whole pages, each of which is charged, and
     /// the offset of the user address in its page is ignored (uapi-spec 3.3).
     PinnedPages,
-}
-
-/// How many pages may be pinned for one owner.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PinLimit {
-    /// As many as the soft `RLIMIT_MEMLOCK` of the calling process allows, as in the kernel (uapi-spec 3.3).
-    Rlimit,
-    /// This number, set when the device is created. The limit of the calling process does not matter.
-    Pages(u64),
-}
-
-impl PinLimit {
-    /// The limit in pages for a caller whose `RLIMIT_MEMLOCK` is `rlimit` pages.
-    #[must_use]
-    pub const fn pages(self, rlimit: u64) -> u64 {
-        match self {
-            Self::Rlimit => rlimit,
-            Self::Pages(pages) => pages,
-        }
-    }
-
-    /// The name of the limit, for messages.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Rlimit => "RLIMIT_MEMLOCK",
-            Self::Pages(_) => "the device's memlock",
-        }
-    }
 }
 
 /// How to treat private memory, which no other process can map.

@@ -6,7 +6,7 @@
 //! # Rules of the border
 //!
 //! What a function takes is a reference where C gives one object or `NULL`, so that most of them have no unsafe code. A string, an
-//! array, a descriptor and an address of memory are raw, and [`border`] is where they become values.
+//! array, a descriptor and an address of memory are raw, and the module `border` is where they become values.
 //!
 //! No panic leaves the library: it becomes `-ENOTRECOVERABLE`. A `NULL` where an object is needed, and every argument that makes no
 //! sense, is `-EINVAL` with a text.

@@ -17,6 +17,7 @@
 //! | [`MemoryView`] | both sides | any: it is immutable |
 
 mod buffers;
+mod counters;
 mod device;
 mod dirty;
 mod event_loop;
@@ -35,7 +36,7 @@ mod view;
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::time::Duration;
 
@@ -44,7 +45,6 @@ use vdpa_core::Errno;
 use vdpa_core::dirty::DirtyTracking;
 use vdpa_core::iotlb::Removed;
 use vdpa_core::parent::QueueStats;
-use vdpa_core::ring::inflight::LogMemory as _;
 use vdpa_core::types::{Asid, QueueIndex, Result};
 use vdpa_core::vq::{QueueSetup, QueueState};
 use vdpa_sys::dirty::DirtyMemory;
@@ -54,6 +54,8 @@ use vdpa_sys::shared_words::SharedWords;
 use vdpa_sys::uring::OwnedBuf;
 
 use buffers::Buffers;
+pub use counters::OWN_COUNTERS;
+use counters::{COUNTERS, Counters, OWN, POISON};
 use dirty::DirtyLog;
 pub use logs::QueueLogs;
 pub use memory::ClientMemory;
@@ -232,64 +234,6 @@ pub struct Size {
     pub queues: u16,
     /// Number of address spaces (asids), at least 1.
     pub address_spaces: usize,
-}
-
-/// Words of the counters of one queue: a cache line.
-const COUNTERS: usize = 8;
-// Counters of a queue by what they count: completed requests, bytes of data in both directions, requests completed with an
-// error, and requests that were refused as `Popped::Poison`.
-const REQUESTS: usize = 0;
-const BYTES: usize = 1;
-const ERRORS: usize = 2;
-const POISON: usize = 3;
-/// The rest are the device's own.
-const OWN: usize = 4;
-/// Counters of each queue that a device defines itself: see [`Queues::count_own`].
-pub const OWN_COUNTERS: usize = COUNTERS - OWN;
-
-/// The counters of a device's queues. A reset does not clear them.
-#[derive(Debug)]
-enum Counters {
-    Own(Arc<[AtomicU64]>),
-    /// In memory that outlives this process.
-    Shared(SharedWords),
-}
-
-impl Counters {
-    fn own(queues: u16) -> Self {
-        Self::Own((0..usize::from(queues) * COUNTERS).map(|_| AtomicU64::new(0)).collect())
-    }
-
-    /// Only the queue's thread writes them: a load and a store are enough, and avoid a locked addition.
-    #[inline]
-    fn add(&self, queue: u16, counter: usize, more: u64) {
-        let word = usize::from(queue) * COUNTERS + counter;
-        match self {
-            Self::Own(words) => words.store(word, words.load(word).wrapping_add(more)),
-            Self::Shared(words) => words.store(word, words.load(word).wrapping_add(more)),
-        }
-    }
-
-    fn count(&self, queue: u16, bytes: u64, failed: bool) {
-        self.add(queue, REQUESTS, 1);
-        self.add(queue, BYTES, bytes);
-        if failed {
-            self.add(queue, ERRORS, 1);
-        }
-    }
-
-    fn get(&self, queue: u16, counter: usize) -> u64 {
-        match self {
-            Self::Own(words) => words.load(usize::from(queue) * COUNTERS + counter),
-            Self::Shared(words) => words.load(usize::from(queue) * COUNTERS + counter),
-        }
-    }
-
-    fn read(&self, queue: u16) -> QueueStats {
-        let get = |counter| self.get(queue, counter);
-        let [requests, bytes, errors, poison] = [REQUESTS, BYTES, ERRORS, POISON].map(get);
-        QueueStats { requests, bytes, errors, poison }
-    }
 }
 
 /// State that the control side of a device shares with its worker thread.

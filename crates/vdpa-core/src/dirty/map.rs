@@ -63,7 +63,7 @@ pub trait DirtyWords: LogMemory {
     fn clear(&self, word: usize, bits: u64) -> u64;
 }
 
-/// Which pages are dirty: see the [module](self).
+/// Which pages are dirty, in two levels: a bit for each page, and one for each line of bits that has any.
 ///
 /// [`mark`](Self::mark) and [`report`](Self::report) may run at the same time, on any threads. [`start`](Self::start) and
 /// [`stop`](Self::stop) run alone: nobody marks meanwhile.
