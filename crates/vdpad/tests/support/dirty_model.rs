@@ -408,6 +408,10 @@ impl Model {
     pub(crate) fn event(&mut self, event: Event) -> Result<(), String> {
         match event {
             Event::Unmap => {
+                if self.is_net {
+                    // As in the kernel, a packet that meets a receive buffer without memory stays, with both chains, until a reset.
+                    self.quiesce();
+                }
                 let range = self.other.range();
                 let bytes = self.session.ops().dirty_unmap(range, PAGE, &mut self.other.bitmap).unwrap();
                 assert_eq!(bytes, OTHER_SIZE);
