@@ -124,11 +124,10 @@ fn plain_state(text: &mut String, state: &DevState, names: Names) {
         Some(limit) => put!(text, "  pinned {} of {limit} pages\n", state.pinned_pages),
         None => put!(text, "  pinned {} pages\n", state.pinned_pages),
     }
-    put!(text, "  mappings {}", state.mappings);
+    put!(text, "  mappings {}\n", state.mappings);
     if state.max_iotlb_entries > 0 {
-        put!(text, " max_iotlb_entries {}", state.max_iotlb_entries);
+        put!(text, "  max_iotlb_entries {}\n", state.max_iotlb_entries);
     }
-    text.push('\n');
     if let Some(Dirty { page_size, ranges, pages }) = &state.dirty {
         put!(text, "  dirty_tracking page_size {page_size} ranges {ranges} pages {pages}\n");
     }

@@ -99,7 +99,7 @@ fn the_limit_is_that_of_the_device() {
         };
         check(&device);
         let shown = vdpad.ctl(&format!("-s dev show {name}"));
-        assert!(shown.stdout.contains(&format!("  mappings 0 max_iotlb_entries {limit}\n")), "{shown:?}");
+        assert!(shown.stdout.contains(&format!("  mappings 0\n  max_iotlb_entries {limit}\n")), "{shown:?}");
         held::replace(&vdpad);
         check(&device);
         held::upgrade(&vdpad);

@@ -135,7 +135,8 @@ blk0: type block mgmtdev vdpasim_blk vendor_id 0 max_vqs 1 max_vq_size 256
   owner pid 4711 comm qemu since 2026-11-21T07:12:49Z
   negotiated_features FLUSH VERSION_1 bit_40
   pinned 1048576 of 2097152 pages
-  mappings 12 max_iotlb_entries 2048
+  mappings 12
+  max_iotlb_entries 2048
   dirty_tracking page_size 4096 ranges 2 pages 1048576
   queue 0 size 256 enabled true running true requests 10 bytes 40960 errors 1 poison 0
 ",
@@ -429,7 +430,7 @@ fn wrong_words_are_named() {
     setup.vdpactl("dev add name").fails("", "String parameter expected\n");
     setup.vdpactl("dev add name v0").fails("", "management device handle not set.\n");
     setup.vdpactl("dev add mgmtdev m").fails("", "device name is not set.\n");
-    setup.vdpactl("dev add name v0 mgmtdev m mtu -1").fails("", "\"-1\" is not a number from 0 to 65535\n");
+    setup.vdpactl("dev add name v0 mgmtdev m mtu -1").fails("", "mtu is \"-1\"; a number from 68 to 65535 is right\n");
     setup.vdpactl("-z dev show").fails_to_parse();
     assert!(setup.log().is_empty(), "{:?}", setup.log());
 }

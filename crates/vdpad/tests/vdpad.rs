@@ -158,17 +158,20 @@ fn serve_sim(dir: &Path, more: &[&str]) -> (Child, VhostVdpaFd) {
     (child, device)
 }
 
+/// Backend features that the kernel's devices do not have.
+const OWN_BITS: u64 = BackendFeatures::of(&[BackendFeatures::DIRTY_LOG]).0;
+
 #[test]
 fn live_update_requests_can_have_other_numbers() {
     let dir = tempfile::tempdir().unwrap();
     let text = "new_owner=0xaf2f,remap=9,new_owner_bit=19,remap_bit=20";
     let more = ["--live-numbers", text, "--dev", "name=d0 mgmtdev=sim-blk"];
     let (child, device) = serve_sim(dir.path(), &more);
-    assert_eq!(device.backend_features().unwrap().0, 0x18_017e, "the bits are elsewhere");
+    assert_eq!(device.backend_features().unwrap().0, OWN_BITS | 0x18_017e, "the bits are elsewhere");
     device.set_owner().unwrap();
     assert_eq!(device.new_owner(), Err(Errno::FAULT), "the posted number is an unknown request");
     let device = device.with_live_numbers(text.parse().unwrap()).unwrap();
-    assert_eq!(device.backend_features().unwrap().0, 0x77e);
+    assert_eq!(device.backend_features().unwrap().0, OWN_BITS | 0x77e);
     assert_eq!(device.set_backend_features(BackendFeatures(0x77e)), Ok(()));
     assert_eq!(device.new_owner(), Err(Errno::BUSY), "known, and refused to the owner");
     drop(device);
@@ -189,7 +192,7 @@ fn the_simulators_have_the_parameters_of_the_kernels() {
         let dir = tempfile::tempdir().unwrap();
         let dev = format!("name=d0 mgmtdev=sim-blk{attrs}");
         let (child, device) = serve_sim(dir.path(), &["--dev", &dev]);
-        assert_eq!(device.backend_features().unwrap().0, backend, "{attrs}");
+        assert_eq!(device.backend_features().unwrap().0, OWN_BITS | backend, "{attrs}");
         device.set_owner().unwrap();
         assert_eq!(device.vring_size(QueueIndex(0)), size, "{attrs}");
         assert_eq!(device.reset_owner(), reset_owner, "{attrs}");
