@@ -430,7 +430,9 @@ fn wrong_words_are_named() {
     setup.vdpactl("dev add name").fails("", "String parameter expected\n");
     setup.vdpactl("dev add name v0").fails("", "management device handle not set.\n");
     setup.vdpactl("dev add mgmtdev m").fails("", "device name is not set.\n");
-    setup.vdpactl("dev add name v0 mgmtdev m mtu -1").fails("", "mtu is \"-1\"; a number from 68 to 65535 is right\n");
+    setup
+        .vdpactl("dev add name v0 mgmtdev m mtu -1")
+        .fails("", "mtu is \"-1\"; a number from 68 to 65535 is right\n");
     setup.vdpactl("-z dev show").fails_to_parse();
     assert!(setup.log().is_empty(), "{:?}", setup.log());
 }
