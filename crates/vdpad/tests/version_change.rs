@@ -76,8 +76,10 @@ fn there_and_back(previous: &Path, present: &Path) {
     command.arg("--socket").arg(dir.join("control.sock"));
     command.args(["--holder", "--front", "fuse", "--crash-limit", "60000"]);
     let vdpad = Vdpad::start_command(&dir, Duration::from_secs(110), command);
+    // The disk of the previous release's sim-blk ends with its daemon, which refuses to be replaced then.
+    let kinds: Vec<_> = KINDS.into_iter().filter(|kind| kind.mgmtdev != "sim-blk").collect();
     let mut all: Vec<Box<dyn Load>> =
-        KINDS.iter().map(|kind| (kind.start)(&vdpad.add_any(kind.name, kind.mgmtdev))).collect();
+        kinds.iter().map(|kind| (kind.start)(&vdpad.add_any(kind.name, kind.mgmtdev))).collect();
     let mut total = Faults::default();
     let mut refused = 0;
     for round in 0..ROUNDS {
@@ -86,7 +88,7 @@ fn there_and_back(previous: &Path, present: &Path) {
             let changed = change(&vdpad, binary);
             let lossy: u64 = all
                 .iter_mut()
-                .zip(KINDS)
+                .zip(&kinds)
                 .map(|(load, kind)| {
                     let mut faults = load.end();
                     let lost = if kind.lossy { std::mem::take(&mut faults.lost) } else { 0 };
@@ -105,7 +107,7 @@ fn there_and_back(previous: &Path, present: &Path) {
                     refused += 1;
                 }
             }
-            assert_eq!(vdpad.client().devices().unwrap().len(), KINDS.len());
+            assert_eq!(vdpad.client().devices().unwrap().len(), kinds.len());
         }
     }
     for load in &mut all {
