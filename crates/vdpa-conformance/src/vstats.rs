@@ -1,8 +1,12 @@
 //! [`Vstats`]: how the suite reads a device's statistics. No request of the device file returns them, so a command of the
 //! management interface does.
 
+use std::fmt;
+use std::marker::PhantomData;
 use std::process::{Command, Stdio};
 
+use serde::de::{MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 use vdpa_core::Errno;
 use vdpa_core::types::QueueIndex;
@@ -64,11 +68,39 @@ pub(crate) const MISSING: &str = "no command that shows vendor statistics was gi
 
 /// Parses the numbers of `{"vstats":{NAME:{...}}}`. Values that are not numbers are ignored.
 fn parse(text: &[u8]) -> Option<Counters> {
-    let root: Value = serde_json::from_slice(text).ok()?;
-    let mut devices = root.get("vstats")?.as_object()?.values();
-    let (Some(device), None) = (devices.next(), devices.next()) else { return None };
-    let numbers = device.as_object()?.iter();
-    Some(numbers.filter_map(|(name, value)| Some((name.clone(), value.as_u64()?))).collect())
+    #[derive(Deserialize)]
+    struct Root {
+        vstats: Entries<Entries<Value>>,
+    }
+    let mut devices = serde_json::from_slice::<Root>(text).ok()?.vstats.0.into_iter();
+    let (Some((_, device)), None) = (devices.next(), devices.next()) else { return None };
+    Some(device.0.into_iter().filter_map(|(name, value)| Some((name, value.as_u64()?))).collect())
+}
+
+/// The entries of a JSON object in their order, which a map of `serde_json` keeps only with a feature that everybody would get.
+struct Entries<T>(Vec<(String, T)>);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Entries<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visit<T>(PhantomData<T>);
+
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for Visit<T> {
+            type Value = Entries<T>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Entries<T>, A::Error> {
+                let mut entries = Vec::new();
+                while let Some(entry) = map.next_entry()? {
+                    entries.push(entry);
+                }
+                Ok(Entries(entries))
+            }
+        }
+        deserializer.deserialize_map(Visit(PhantomData))
+    }
 }
 
 #[cfg(test)]
