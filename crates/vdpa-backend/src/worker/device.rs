@@ -16,7 +16,6 @@ use vdpa_sys::uring::OwnedBuf;
 
 use super::queue::Queue;
 use super::queues::Queues;
-use super::ring::clear_log;
 use super::{Command, Invalidation, QueueHandler, Reply};
 use crate::persist::DeviceNotes;
 
@@ -140,14 +139,11 @@ impl LocalDevice {
             let first = self.recover.get_mut(at).is_some_and(std::mem::take);
             let recover = first || stopped.is_some();
             // A log that is continued has no instant at which there is none: in the journal the queue may still be where it was
-            // before it was stopped.
-            if !recover {
-                clear_log(log);
-            }
+            // before it was stopped. One that is not is cleared first: the note makes the next process continue what is there.
+            queue.set_log(log.clone(), recover);
             if let Some(notes) = &self.notes {
                 log.store(FREE_WORD, DeviceNotes::request(notes));
             }
-            queue.set_log(log.clone(), recover);
         }
         self.queues.put(index.0, queue);
         reach(CrashPoint::QueueStarted);
