@@ -213,6 +213,15 @@ fn killed(more: &[vdpa_core::features::Bit], direct: &'static str) {
     bench.publish();
     for number in 0..KILLS {
         let _device = bench.spawn();
+        // Two lives of three may end before they have answered anything; the third one works first, however slow the machine is.
+        let wanted = bench.answered + if number % 3 == 2 { DEPTH } else { 0 };
+        let deadline = Instant::now() + LIMIT;
+        while bench.answered < wanted {
+            assert!(Instant::now() < deadline, "{} of {wanted} answered", bench.answered);
+            if !bench.collect(true) && !bench.driver.enable_interrupts().unwrap() {
+                let _ = bench.call.wait(Some(deadline.saturating_duration_since(Instant::now())));
+            }
+        }
         // The lives differ by a number that is prime to everything else here.
         let end = Instant::now() + Duration::from_micros(4_000 + number * 7_919 % 37_000);
         while Instant::now() < end {
@@ -227,7 +236,7 @@ fn killed(more: &[vdpa_core::features::Bit], direct: &'static str) {
     bench.publish();
     bench.drain();
     println!("{KILLS} kills, {} answered, {} of them refused", bench.answered, bench.refused.len());
-    assert!(bench.answered > 10 * DEPTH);
+    assert!(bench.answered >= KILLS / 3 * DEPTH);
 }
 
 #[test]
