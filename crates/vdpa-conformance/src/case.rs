@@ -13,6 +13,7 @@ use crate::device::{Device, Target};
 use crate::forked::Forked;
 use crate::probe::Probe;
 use crate::request::Request;
+use crate::vduse::Bus;
 use crate::vstats::{self, Counters, Vstats};
 
 /// Outcome of a check: `Ok` if the device behaved as the specification says.
@@ -61,6 +62,10 @@ pub enum Need {
     Vstats,
     /// The device can be opened a second time while it is open.
     SecondOpen,
+    /// The kernel has this API version of VDUSE.
+    VduseVersion(u64),
+    /// The kernel has these features of VDUSE.
+    VduseFeatures(u64),
     /// The device is a file: the case checks system calls of the file, or request arguments in the caller's memory.
     DeviceFile,
 }
@@ -92,6 +97,17 @@ impl Need {
             Self::DeviceFile => (probe.is_file, "there is no device file".to_owned()),
             Self::SecondOpen => (probe.second_open, "a second open is refused".to_owned()),
             Self::Vstats => (!probe.is_file || resources.vstats.is_some(), vstats::MISSING.to_owned()),
+            Self::VduseVersion(version) => {
+                let (newest, _) = probe.vduse.unwrap_or_default();
+                (newest >= version, format!("VDUSE has API version {newest}, {version} is needed"))
+            }
+            Self::VduseFeatures(wanted) => {
+                let (_, offered) = probe.vduse.unwrap_or_default();
+                (
+                    offered & wanted == wanted,
+                    format!("VDUSE has the features {offered:#x}, {wanted:#x} are needed"),
+                )
+            }
             Self::Child => (resources.child.is_some(), "the program vdpa-conform was not found".to_owned()),
         };
         (!met).then_some(why)
@@ -165,6 +181,14 @@ impl<'a> Ctx<'a> {
             return Err(Stop::CannotRun("there is no device file".to_owned()));
         };
         Device::open_as(path, mode).map_err(|errno| Stop::setup("open", errno))
+    }
+
+    /// How to put devices on the bus.
+    pub(crate) fn bus(&self) -> Result<&'a Bus, Stop> {
+        match self.target {
+            Target::Vduse(bus) => Ok(bus),
+            _ => Err(Stop::CannotRun("the subject is not VDUSE".to_owned())),
+        }
     }
 
     /// Opens the device. It has no owner, and its status is 0.

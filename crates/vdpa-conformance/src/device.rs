@@ -14,6 +14,7 @@ use crate::case::Stop;
 use crate::inprocess::{LocalDevice, LocalFile};
 use crate::memory::Region;
 use crate::request::Request;
+use crate::vduse::Bus;
 
 /// Size of an IOTLB message in bytes. A successful write returns it, whatever the length of the write (uapi-spec 2.2).
 pub(crate) const MESSAGE_SIZE: usize = 72;
@@ -29,6 +30,8 @@ pub enum Target<'a> {
     File(&'a Path),
     /// A device in this process.
     InProcess(&'a LocalDevice),
+    /// No device: each case makes one by VDUSE and puts it on the bus.
+    Vduse(&'a Bus),
 }
 
 impl<'a> From<&'a Path> for Target<'a> {
@@ -70,6 +73,7 @@ impl Device {
         match target.into() {
             Target::File(path) => Self::open_as(path, OFlags::RDWR),
             Target::InProcess(device) => device.open().map(Self::from_local),
+            Target::Vduse(_) => Err(Errno::NODEV),
         }
     }
 

@@ -5,6 +5,8 @@
 //! number of queues) and never derives it from a kernel version. [`run`](runner::run) executes cases and compares the
 //! outcomes with the [`Expectations`](expect::Expectations) for the device, which give a reason for each deviation.
 //!
+//! A second list of cases has the kernel's VDUSE as its subject: [`cases::vduse`].
+//!
 //! The suite resets the device and becomes its owner, so nothing else may use the device meanwhile.
 #![forbid(unsafe_code)]
 
@@ -24,6 +26,7 @@ pub mod report;
 mod request;
 mod ring;
 pub mod runner;
+mod vduse;
 mod vstats;
 
 pub use case::{Case, Ctx, Need, Outcome, Resources, Stop};
@@ -31,4 +34,5 @@ pub use device::{Device, Target};
 pub use inprocess::LocalDevice;
 pub use probe::{Probe, ProbeError};
 pub use request::Request;
+pub use vduse::Bus;
 pub use vstats::Vstats;

@@ -11,7 +11,7 @@ use clap::{Parser, ValueEnum};
 use vdpa_conformance::expect::Expectations;
 use vdpa_conformance::report::{Summary, json, junit, line};
 use vdpa_conformance::runner::{self, Config, Finding};
-use vdpa_conformance::{Case, LocalDevice, Probe, Resources, Target, Vstats, cases, child, matrix};
+use vdpa_conformance::{Bus, Case, LocalDevice, Probe, Resources, Target, Vstats, cases, child, matrix};
 use vdpa_sys::uapi::live;
 
 /// A device in this process.
@@ -35,12 +35,16 @@ enum Kind {
 #[command(version)]
 struct Arguments {
     /// The device file. It is reset and must not be in use.
-    #[arg(required_unless_present_any = ["list", "matrix", "child", "in_process"])]
+    #[arg(required_unless_present_any = ["list", "matrix", "child", "in_process", "vduse"])]
     device: Option<PathBuf>,
     /// Checks a device in this process in place of a file: the core of vdpad, without kernel and daemon.
     #[arg(long, conflicts_with = "device", value_name = "KIND", num_args = 0..=1, require_equals = true)]
     #[arg(default_missing_value = "blk")]
     in_process: Option<Kind>,
+    /// Checks the kernel's VDUSE in place of a device: each case makes devices and puts them on the bus with this command, such as
+    /// "vdpa". Needs the modules vduse and vhost_vdpa, and no other driver on the bus; root.
+    #[arg(long, conflicts_with_all = ["device", "in_process"], value_name = "COMMAND")]
+    vduse: Option<String>,
     /// Lists the cases, with the sections they check, and runs none.
     #[arg(long)]
     list: bool,
@@ -113,7 +117,8 @@ fn dispatch(arguments: &Arguments) -> Result<u8, Fatal> {
         let text = matrix::render(&cases::all()).map_err(|e| Fatal::new(FAILED, "expectation file", e))?;
         return print(&text).map(|()| 0);
     }
-    let selected = select(&arguments.filter)?;
+    let known = if arguments.vduse.is_some() { cases::vduse() } else { cases::all() };
+    let selected = select(&known, &arguments.filter)?;
     if arguments.list {
         let list: String = selected.iter().map(|case| format!("{:<36} {}\n", case.id, case.spec)).collect();
         return print(&list).map(|()| 0);
@@ -122,11 +127,13 @@ fn dispatch(arguments: &Arguments) -> Result<u8, Fatal> {
         Some(Kind::Net) => LocalDevice::net(),
         _ => LocalDevice::new(),
     };
-    let (device, target) = match &arguments.device {
-        Some(device) => (device.as_path(), Target::File(device)),
-        None => (Path::new("in-process"), Target::InProcess(&local)),
+    let bus = arguments.vduse.as_deref().map(Bus::from);
+    let (device, target) = match (&arguments.device, &bus) {
+        (Some(device), _) => (device.as_path(), Target::File(device)),
+        (None, Some(bus)) => (Path::new("vduse"), Target::Vduse(bus)),
+        (None, None) => (Path::new("in-process"), Target::InProcess(&local)),
     };
-    let expected = read_expectations(&arguments.expect)?;
+    let expected = read_expectations(&known, &arguments.expect)?;
     let findings = run(arguments, device, target, &selected, &expected)?;
     let summary = Summary::of(&findings);
     let json = || format!("{}\n", json(device, &findings));
@@ -151,8 +158,8 @@ fn dispatch(arguments: &Arguments) -> Result<u8, Fatal> {
     })
 }
 
-fn select(filters: &[String]) -> Result<Vec<Case>, Fatal> {
-    let mut selected = cases::all();
+fn select(known: &[Case], filters: &[String]) -> Result<Vec<Case>, Fatal> {
+    let mut selected = known.to_vec();
     selected.retain(|case| filters.is_empty() || filters.iter().any(|text| case.id.contains(text.as_str())));
     if selected.is_empty() {
         return Err(Fatal(USAGE, format!("no case contains {}; --list shows them", filters.join(" or "))));
@@ -160,8 +167,8 @@ fn select(filters: &[String]) -> Result<Vec<Case>, Fatal> {
     Ok(selected)
 }
 
-fn read_expectations(files: &[PathBuf]) -> Result<Expectations, Fatal> {
-    let ids: Vec<_> = cases::all().iter().map(|case| case.id).collect();
+fn read_expectations(known: &[Case], files: &[PathBuf]) -> Result<Expectations, Fatal> {
+    let ids: Vec<_> = known.iter().map(|case| case.id).collect();
     files.iter().try_fold(Expectations::default(), |expected, file| {
         let text = std::fs::read_to_string(file).map_err(|e| Fatal::new(USAGE, file.display(), e))?;
         let more = Expectations::parse(&text, &ids).map_err(|e| Fatal::new(USAGE, file.display(), e))?;

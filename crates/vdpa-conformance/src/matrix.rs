@@ -4,6 +4,7 @@
 //! deviates unexpectedly, and also if it passes although its file lists a deviation.
 
 mod choices;
+mod vduse;
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -94,6 +95,7 @@ pub fn render(cases: &[Case]) -> Result<String, ParseError> {
         });
     }
     choices::render(&mut text);
+    vduse::render(&mut text)?;
     text.push_str(TAIL);
     Ok(text)
 }

@@ -3,6 +3,7 @@
 use thiserror::Error;
 use vdpa_core::Errno;
 use vdpa_core::features::{BackendFeatures, Features};
+use vdpa_sys::vduse::Control;
 
 use crate::device::{Device, Target};
 use crate::request::Request;
@@ -30,6 +31,8 @@ pub struct Probe {
     pub ring_size: u16,
     /// Bytes of configuration space.
     pub config_size: u32,
+    /// The newest API version and the features of VDUSE, if that is the subject.
+    pub vduse: Option<(u64, u64)>,
 }
 
 /// Why a device could not be probed.
@@ -56,6 +59,14 @@ impl Probe {
     /// [`ProbeError`] if the device cannot be opened or refuses a request.
     pub fn of<'a>(target: impl Into<Target<'a>>) -> Result<Self, ProbeError> {
         let target = target.into();
+        if let Target::Vduse(_) = target {
+            let control = Control::open().map_err(ProbeError::Open)?;
+            let refused = |errno| ProbeError::Refused { request: "VDUSE_GET_API_VERSION", errno };
+            let version = control.api_version().map_err(refused)?;
+            // Before Linux 7.3 there are none.
+            let features = control.features().unwrap_or(0);
+            return Ok(Self { vduse: Some((version, features)), ..Self::default() });
+        }
         let device = Device::open(target).map_err(ProbeError::Open)?;
         Ok(Self {
             is_file: matches!(target, Target::File(_)),
@@ -68,6 +79,7 @@ impl Probe {
             address_spaces: u32::from_ne_bytes(read(&device, Request::GET_AS_NUM)?),
             ring_size: u16::from_ne_bytes(read(&device, Request::GET_VRING_NUM)?),
             config_size: u32::from_ne_bytes(read(&device, Request::GET_CONFIG_SIZE)?),
+            vduse: None,
         })
     }
 }

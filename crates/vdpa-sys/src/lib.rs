@@ -1,4 +1,4 @@
-//! The Linux interfaces of vdpa-live: vhost-vdpa, FUSE, io_uring, guest memory.
+//! The Linux interfaces of vdpa-live: vhost-vdpa, VDUSE, FUSE, io_uring, guest memory.
 //!
 //! What only servers of devices use (FUSE, io_uring, journals, snapshots, namespaces) is behind the feature `server`.
 //!
@@ -54,6 +54,7 @@ pub mod uapi;
 pub mod uring;
 #[cfg(feature = "server")]
 pub mod userns;
+pub mod vduse;
 pub mod vhost_vdpa;
 #[cfg(feature = "vm-memory")]
 mod vm_memory;

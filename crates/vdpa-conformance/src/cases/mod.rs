@@ -16,6 +16,7 @@ mod owned;
 mod owner;
 mod state;
 mod status;
+mod vduse;
 mod vring;
 
 use crate::case::Case;
@@ -45,13 +46,19 @@ pub fn all() -> Vec<Case> {
     .concat()
 }
 
+/// The cases of VDUSE, whose subject is the kernel ([`Target::Vduse`](crate::Target::Vduse)).
+#[must_use]
+pub fn vduse() -> Vec<Case> {
+    vduse::CASES.to_vec()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn names_are_unique_and_well_formed() {
-        let cases = all();
+        let cases = [all(), vduse()].concat();
         let mut ids: Vec<_> = cases.iter().map(|case| case.id).collect();
         for id in &ids {
             let (group, name) = id.split_once('.').unwrap();

@@ -5,4 +5,5 @@ pub mod fuse;
 pub mod live;
 pub(crate) mod proc;
 pub mod report;
+pub mod vduse;
 pub mod vhost;
