@@ -107,7 +107,7 @@ fn current() -> (v2::Prepared, v2::Switch) {
     (prepared, v2::Switch { begun_ns, saved_ns, prepare_ns, save_ns, devices: vec![disk] })
 }
 
-fn written((prepared, switch): (v2::Prepared, v2::Switch)) -> Vec<u8> {
+fn written((prepared, switch): &(v2::Prepared, v2::Switch)) -> Vec<u8> {
     let mut sections =
         Sections::from_iter([Section::new("vmm/hint", 1, b"may be skipped".to_vec()).optional()]);
     prepared.put(&mut sections).unwrap();
@@ -116,15 +116,35 @@ fn written((prepared, switch): (v2::Prepared, v2::Switch)) -> Vec<u8> {
     encode(&sections).unwrap()
 }
 
-/// The state written today equals the released file byte for byte, and reading it gives the original values.
+/// The state written today equals the released file byte for byte, and reading it gives the original values. Returns what of the
+/// file is the caller's. The environment variable names a file to be written instead.
+fn stays_as(variable: &str, state: &(v2::Prepared, v2::Switch), released: &[u8]) -> Sections {
+    if let Some(path) = std::env::var_os(variable) {
+        std::fs::write(path, written(state)).unwrap();
+    }
+    assert_eq!(written(state), released);
+    let mut sections = decode(released).unwrap();
+    assert_eq!(v2::take(&mut sections).unwrap(), *state);
+    sections
+}
+
+/// A program that does not know these sections of the file refuses it.
+fn must_be_known(released: &[u8], names: &[&str]) {
+    let sections = decode(released).unwrap();
+    for name in names {
+        assert!(!sections.get(name).unwrap().optional, "{name}");
+        let mut newer = sections.clone();
+        let mut section = newer.take(name).unwrap();
+        section.version = 2;
+        newer.push(section);
+        let refused = v2::take(&mut newer).unwrap_err().to_string();
+        assert!(refused.contains(&format!("section \"{name}\" has version 2")), "{refused}");
+    }
+}
+
 #[test]
 fn version_2() {
-    if let Some(path) = std::env::var_os("VDPA_WRITE_GOLDEN") {
-        std::fs::write(path, written(current())).unwrap();
-    }
-    assert_eq!(written(current()), V2);
-    let mut sections = decode(V2).unwrap();
-    assert_eq!(v2::take(&mut sections).unwrap(), current());
+    let mut sections = stays_as("VDPA_WRITE_GOLDEN", &current(), V2);
     assert_eq!(sections.take("vmm/cpu").unwrap().payload, b"opaque");
     sections.ensure_consumed().unwrap();
 }
@@ -150,24 +170,10 @@ fn current_packed() -> (v2::Prepared, v2::Switch) {
 
 #[test]
 fn version_2_with_packed_rings() {
-    if let Some(path) = std::env::var_os("VDPA_WRITE_GOLDEN_PACKED") {
-        std::fs::write(path, written(current_packed())).unwrap();
-    }
-    assert_eq!(written(current_packed()), PACKED);
-    let mut sections = decode(PACKED).unwrap();
-    assert_eq!(v2::take(&mut sections).unwrap(), current_packed());
+    let sections = stays_as("VDPA_WRITE_GOLDEN_PACKED", &current_packed(), PACKED);
     assert!(sections.iter().all(|section| section.name.starts_with("vmm/")));
     // A program that does not know packed rings must refuse the state, both at the offer and at the switch.
-    let sections = decode(PACKED).unwrap();
-    for name in [packed::ANNOUNCEMENT, packed::DRIVERS] {
-        assert!(!sections.get(name).unwrap().optional, "{name}");
-        let mut newer = sections.clone();
-        let mut section = newer.take(name).unwrap();
-        section.version = 2;
-        newer.push(section);
-        let refused = v2::take(&mut newer).unwrap_err().to_string();
-        assert!(refused.contains(&format!("section \"{name}\" has version 2")), "{refused}");
-    }
+    must_be_known(PACKED, &[packed::ANNOUNCEMENT, packed::DRIVERS]);
     assert!(decode(V2).unwrap().get(packed::ANNOUNCEMENT).is_none(), "split rings are not announced");
 }
 
@@ -184,22 +190,9 @@ fn current_mappings() -> (v2::Prepared, v2::Switch) {
 
 #[test]
 fn version_2_with_mappings_without_a_name() {
-    if let Some(path) = std::env::var_os("VDPA_WRITE_GOLDEN_MAPPINGS") {
-        std::fs::write(path, written(current_mappings())).unwrap();
-    }
-    assert_eq!(written(current_mappings()), MAPPINGS);
-    let mut sections = decode(MAPPINGS).unwrap();
-    assert_eq!(v2::take(&mut sections).unwrap(), current_mappings());
+    let _ = stays_as("VDPA_WRITE_GOLDEN_MAPPINGS", &current_mappings(), MAPPINGS);
+    must_be_known(MAPPINGS, &[mappings::ANNOUNCEMENT, mappings::MAPPINGS, mappings::DISABLED]);
     let sections = decode(MAPPINGS).unwrap();
-    for name in [mappings::ANNOUNCEMENT, mappings::MAPPINGS, mappings::DISABLED] {
-        assert!(!sections.get(name).unwrap().optional, "{name}");
-        let mut newer = sections.clone();
-        let mut section = newer.take(name).unwrap();
-        section.version = 2;
-        newer.push(section);
-        let refused = v2::take(&mut newer).unwrap_err().to_string();
-        assert!(refused.contains(&format!("section \"{name}\" has version 2")), "{refused}");
-    }
     let payload = &sections.get(mappings::MAPPINGS).unwrap().payload;
     let mut uneven = payload.clone();
     uneven[7] = 1;

@@ -66,15 +66,6 @@ pub const VQ_INJECT_IRQ: u32 = iow::<u32>(VDUSE_BASE, 0x17);
 /// The kernel reads, then writes: [`IotlbEntryV2`]; returns a descriptor. API version 1.
 pub const IOTLB_GET_FD2: u32 = iowr::<IotlbEntryV2>(VDUSE_BASE, 0x1b);
 
-macro_rules! layout {
-    ($name:ident, $size:literal, $($field:ident @ $offset:literal),+ $(,)?) => {
-        const _: () = {
-            assert!(size_of::<$name>() == $size);
-            $(assert!(std::mem::offset_of!($name, $field) == $offset);)+
-        };
-    };
-}
-
 /// `struct vduse_dev_config` without the bytes of configuration space.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]

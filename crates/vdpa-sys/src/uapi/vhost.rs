@@ -7,15 +7,6 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::ioctl::{io, ior, iow, iowr};
 
-macro_rules! layout {
-    ($name:ident, $size:literal, $($field:ident @ $offset:literal),+ $(,)?) => {
-        const _: () = {
-            assert!(size_of::<$name>() == $size);
-            $(assert!(std::mem::offset_of!($name, $field) == $offset);)+
-        };
-    };
-}
-
 macro_rules! numbers {
     ($($(#[$doc:meta])* $name:ident = $value:expr;)*) => {
         $($(#[$doc])* pub const $name: u32 = $value;)*
