@@ -147,6 +147,7 @@ fn profile(config: &Config) -> Profile {
         queues: 3,
         queue_size_max: 256,
         queue_groups: vec![GroupIndex(0), GroupIndex(groups - 1)],
+        descriptor_groups: Vec::new(),
         groups,
         address_spaces: 2,
         iova_range: config.last_page.map_or(IovaRange::ALL, |last| {

@@ -204,6 +204,7 @@ impl IdleParent {
             queues: 2,
             queue_size_max: 256,
             queue_groups: Vec::new(),
+            descriptor_groups: Vec::new(),
             groups: 1,
             address_spaces: 2,
             iova_range: IovaRange::ALL,

@@ -102,11 +102,12 @@ impl<P: Parent> Handover<P> {
     /// Takes `parent`, which is then reached through handles only.
     ///
     /// # Errors
-    /// `EOPNOTSUPP` for a parent that does not take whole tables ([`Dma::SetMap`]) or that uses its owner's addresses
-    /// ([`AddressMode::OwnerAddresses`]).
+    /// `EOPNOTSUPP` for a parent that does not take whole tables ([`Dma::SetMap`]), that uses its owner's addresses
+    /// ([`AddressMode::OwnerAddresses`]), or that has a [device behind it](Parent::upstream), which has one set of queues.
     pub fn new(mut parent: P) -> Result<Self> {
         let whole_tables = matches!(parent.dma(), Dma::SetMap(_));
-        if !whole_tables || parent.profile().address_mode == AddressMode::OwnerAddresses {
+        let owners = parent.profile().address_mode == AddressMode::OwnerAddresses;
+        if !whole_tables || owners || parent.upstream().is_some() {
             return Err(Errno::OPNOTSUPP);
         }
         let shared = Shared {

@@ -284,6 +284,10 @@ impl<P: Parent, C: Caller<P::Host>> VdpaOps for InProcess<P, C> {
         self.with(|device, caller| device.vring_group(caller, index))
     }
 
+    fn vring_desc_group(&self, index: QueueIndex) -> Result<GroupIndex> {
+        self.with(|device, caller| device.vring_desc_group(caller, index))
+    }
+
     fn set_group_asid(&self, group: GroupIndex, asid: Asid) -> Result<()> {
         self.with(|device, caller| device.set_group_asid(caller, group, asid))
     }

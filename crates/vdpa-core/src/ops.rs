@@ -184,6 +184,14 @@ pub trait VdpaOps {
     /// `EPERM`; `ENOBUFS`; `EOPNOTSUPP`; `EIO` when the device names a group it does not have.
     fn vring_group(&self, index: QueueIndex) -> Result<GroupIndex>;
 
+    /// `VHOST_VDPA_GET_VRING_DESC_GROUP` (owner).
+    ///
+    /// # Errors
+    /// `EPERM`; `ENOBUFS`; `EOPNOTSUPP` from a device whose descriptor areas are in the groups of their queues, which is this default.
+    fn vring_desc_group(&self, _index: QueueIndex) -> Result<GroupIndex> {
+        Err(Errno::OPNOTSUPP)
+    }
+
     /// `VHOST_VDPA_SET_GROUP_ASID` (owner).
     ///
     /// # Errors

@@ -1,5 +1,6 @@
 //! [`Parent`]: the interface that a device implements.
 
+mod boxed;
 mod pin_limit;
 
 use std::fmt::Debug;
@@ -11,6 +12,7 @@ use crate::features::{BackendFeatures, Features};
 use crate::host::Host;
 use crate::iotlb::{Mapping, Table};
 use crate::net::MAC_BYTES;
+use crate::ops::VdpaOps;
 use crate::types::{Asid, GroupIndex, IovaRange, QueueIndex, Result};
 use crate::vq::{QueueSetup, QueueState};
 
@@ -159,6 +161,20 @@ pub trait Parent: Debug + Send {
         false
     }
 
+    /// The device behind this one, for a parent that serves a vhost-vdpa device on, as a broker. It gets each request that changes
+    /// a queue, the status or a group, when [`Device`](crate::device::Device) has found it legal, and its error is the client's.
+    /// Features, mappings and configuration space reach it by the other methods of the parent, and starting and stopping a queue is
+    /// its own affair. `None` for every other parent, and for a broker that has lost its device.
+    ///
+    /// Called for each such request. Does not block; the requests of the device behind may.
+    fn upstream(&mut self) -> Option<Upstream<'_, Self::Host>> {
+        None
+    }
+
+    /// Called when a device that was [restored](crate::device::Device::restore) has been told everything, and its queues have been
+    /// started: what comes from now on is new. Does not block for long.
+    fn resumed(&mut self) {}
+
     /// Called when the owner changes: the new owner's address space, or `None`.
     ///
     /// # Errors
@@ -167,6 +183,9 @@ pub trait Parent: Debug + Send {
         Ok(())
     }
 }
+
+/// The device behind a parent: see [`Parent::upstream`].
+pub type Upstream<'a, H> = &'a dyn VdpaOps<Event = <H as Host>::Event>;
 
 /// Counters of a queue; they survive resets and changes of owner.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -247,6 +266,8 @@ pub enum PrivateMemory {
     Copy,
     /// Leave it unmapped without an error, as the kernel does for parents that use virtual addresses.
     Skip,
+    /// Refuse to map it: whoever accesses the memory can do so only by a mapping of its own.
+    Refuse,
 }
 
 /// What a reset without `IOTLB_PERSIST` does to the parent's translation (uapi-spec 4.5).
@@ -275,6 +296,8 @@ pub struct Profile {
     pub queue_size_max: u16,
     /// Group of each queue; queues beyond the end are in group 0.
     pub queue_groups: Vec<GroupIndex>,
+    /// Group of each queue's descriptor area, where it can be another one (`get_vq_desc_group`); empty if not.
+    pub descriptor_groups: Vec<GroupIndex>,
     /// Number of groups, at least 1.
     pub groups: u32,
     /// Number of address spaces, at least 1.
@@ -329,6 +352,7 @@ impl Profile {
             queues,
             queue_size_max: 256,
             queue_groups: Vec::new(),
+            descriptor_groups: Vec::new(),
             groups: 1,
             address_spaces: 1,
             iova_range: IovaRange::ALL,
@@ -391,94 +415,5 @@ impl Profile {
     #[must_use]
     pub fn group_of(&self, queue: QueueIndex) -> GroupIndex {
         self.queue_groups.get(usize::from(queue.0)).copied().unwrap_or_default()
-    }
-}
-
-impl<P: Parent + ?Sized> Parent for Box<P> {
-    type Host = P::Host;
-
-    fn profile(&self) -> &Profile {
-        (**self).profile()
-    }
-
-    fn read_config(&self, offset: u32, out: &mut [u8]) {
-        (**self).read_config(offset, out);
-    }
-
-    fn write_config(&mut self, offset: u32, data: &[u8]) {
-        (**self).write_config(offset, data);
-    }
-
-    fn negotiate(&mut self, features: Features) -> Result<Features> {
-        (**self).negotiate(features)
-    }
-
-    fn start_queue(
-        &mut self,
-        index: QueueIndex,
-        setup: &QueueSetup<Self::Host>,
-        state: QueueState,
-    ) -> Result<(), Errno> {
-        (**self).start_queue(index, setup, state)
-    }
-
-    fn stop_queue(&mut self, index: QueueIndex) -> Result<Option<QueueState>> {
-        (**self).stop_queue(index)
-    }
-
-    fn dma(&mut self) -> Dma<'_, Self::Host> {
-        (**self).dma()
-    }
-
-    fn reset(&mut self) {
-        (**self).reset();
-    }
-
-    fn claim(&mut self) -> Result<()> {
-        (**self).claim()
-    }
-
-    fn fail(&mut self) -> Result<()> {
-        (**self).fail()
-    }
-
-    fn needs_reset(&self) -> bool {
-        (**self).needs_reset()
-    }
-
-    fn set_config_call(&mut self, event: Option<&<Self::Host as Host>::Event>) {
-        (**self).set_config_call(event);
-    }
-
-    fn queue_stats(&self, index: QueueIndex) -> QueueStats {
-        (**self).queue_stats(index)
-    }
-
-    fn vendor_stats(&self, index: QueueIndex) -> Result<Vec<(&'static str, u64)>> {
-        (**self).vendor_stats(index)
-    }
-
-    fn set_mac(&mut self, mac: [u8; MAC_BYTES]) -> Result<()> {
-        (**self).set_mac(mac)
-    }
-
-    fn set_link(&mut self, up: bool) -> Result<()> {
-        (**self).set_link(up)
-    }
-
-    fn save_state(&self) -> Vec<u8> {
-        (**self).save_state()
-    }
-
-    fn restore_state(&mut self, state: &[u8]) -> Result<()> {
-        (**self).restore_state(state)
-    }
-
-    fn is_restored(&self) -> bool {
-        (**self).is_restored()
-    }
-
-    fn bind_owner(&mut self, owner: Option<&<Self::Host as Host>::AddressSpace>) -> Result<()> {
-        (**self).bind_owner(owner)
     }
 }

@@ -92,6 +92,19 @@ pub enum IotlbError {
         /// What the platform reports.
         errno: Errno,
     },
+    /// Memory that only its process can access, for a device that has to map it.
+    #[error(
+        "{size:#x} bytes at user address {uaddr:#x}, for {range}, are private memory, which this device cannot map; map a file \
+         or a memfd as shared (QEMU: -object memory-backend-memfd,share=on)"
+    )]
+    Private {
+        /// Range given.
+        range: IovaRange,
+        /// Address of the first private byte.
+        uaddr: u64,
+        /// Size of the private piece.
+        size: u64,
+    },
     /// The pages would exceed the limit on pinned pages.
     #[error("pinning {pages} more pages exceeds {what}: {pinned} pinned of {limit}")]
     MemLock {
@@ -438,6 +451,13 @@ pub(super) fn resolve<A: AddressSpace>(
     for fragment in fragments {
         let at = offset;
         offset += fragment.size;
+        if !fragment.memory.is_shared() && profile.private_memory == PrivateMemory::Refuse {
+            return Err(IotlbError::Private {
+                range,
+                uaddr: msg.uaddr.wrapping_add(at),
+                size: fragment.size,
+            });
+        }
         if fragment.memory.is_shared() || profile.private_memory == PrivateMemory::Copy {
             kept.push((at, fragment));
         }

@@ -263,7 +263,7 @@ impl<P: Parent> Device<P> {
     ///
     /// # Errors
     /// `EINVAL` when a value other than 0 clears a bit; an error of the reset; for DRIVER_OK an error of the parent's
-    /// [`claim`](Parent::claim).
+    /// [`claim`](Parent::claim); an error of the device behind.
     pub fn set_status(&mut self, new: Status) -> Result<()> {
         if new == Status::RESET {
             return self.reset_device(self.cleans_map());
@@ -274,7 +274,11 @@ impl<P: Parent> Device<P> {
         if new.contains(Status::DRIVER_OK) {
             self.parent.claim()?;
         }
-        self.status = new;
+        self.status = match self.parent.upstream() {
+            // It may leave bits clear that it refuses.
+            Some(upstream) => upstream.set_status(new).and_then(|()| upstream.status())?,
+            None => new,
+        };
         if new.contains(Status::DRIVER_OK) && self.parent.profile().status_unsuspends {
             self.paused = false;
         }
@@ -287,7 +291,7 @@ impl<P: Parent> Device<P> {
     /// returns, client memory is no longer accessed and vring bases are stable.
     ///
     /// # Errors
-    /// `EOPNOTSUPP`; `EIO` when a queue cannot be stopped, and the device continues to run then.
+    /// `EOPNOTSUPP`; `EIO` when a queue cannot be stopped, and the device continues to run then; an error of the device behind.
     pub fn suspend(&mut self) -> Result<()> {
         if !self.status.contains(Status::DRIVER_OK) {
             return Ok(());
@@ -298,6 +302,9 @@ impl<P: Parent> Device<P> {
         if faults::is(Fault::SuspendRunsOn) {
             self.suspended = true;
             return Ok(());
+        }
+        if let Some(upstream) = self.parent.upstream() {
+            upstream.suspend()?;
         }
         let before = std::mem::replace(&mut self.paused, true);
         if let Err(error) = self.stop_all() {
@@ -312,7 +319,7 @@ impl<P: Parent> Device<P> {
     /// `VHOST_VDPA_RESUME` (uapi-spec 1.8). Kicks that came while suspended are served.
     ///
     /// # Errors
-    /// `EOPNOTSUPP`; an error of the parent's [`claim`](Parent::claim).
+    /// `EOPNOTSUPP`; an error of the parent's [`claim`](Parent::claim), or of the device behind.
     pub fn resume(&mut self) -> Result<()> {
         if !self.status.contains(Status::DRIVER_OK) {
             return Ok(());
@@ -321,6 +328,9 @@ impl<P: Parent> Device<P> {
             return Err(Errno::OPNOTSUPP);
         }
         self.parent.claim()?;
+        if let Some(upstream) = self.parent.upstream() {
+            upstream.resume()?;
+        }
         self.suspended = false;
         if faults::is(Fault::ResumeStaysStopped) {
             return Ok(());
@@ -342,6 +352,9 @@ impl<P: Parent> Device<P> {
         self.paused = false;
         self.num_max = 0;
         self.features = None;
+        if let Some(upstream) = self.parent.upstream() {
+            upstream.set_status(Status::RESET)?;
+        }
         self.stop_all()?;
         self.status = Status::RESET;
         self.vrings.iter_mut().for_each(Vring::reset);
@@ -367,7 +380,7 @@ impl<P: Parent> Device<P> {
     /// before the number of groups, because the kernel's handler reads it as a queue index.
     ///
     /// # Errors
-    /// `EPERM`; `ENOBUFS`; `EINVAL` for group or asid; `EBUSY` after DRIVER_OK, suspended or not.
+    /// `EPERM`; `ENOBUFS`; `EINVAL` for group or asid; `EBUSY` after DRIVER_OK, suspended or not; an error of the device behind.
     pub fn set_group_asid(
         &mut self,
         caller: &dyn Caller<P::Host>,
@@ -384,6 +397,9 @@ impl<P: Parent> Device<P> {
         }
         if self.status.contains(Status::DRIVER_OK) && !faults::is(Fault::GroupAsidAnyTime) {
             return Err(Errno::BUSY);
+        }
+        if let Some(upstream) = self.parent.upstream() {
+            upstream.set_group_asid(group, asid)?;
         }
         self.group_asids[group.0 as usize] = asid;
         Ok(())

@@ -104,6 +104,7 @@ impl<P: Parent> Device<P> {
             }
         }
         self.vrings.iter_mut().for_each(|vring| vring.set_resumes(false));
+        self.parent.resumed();
         Ok(())
     }
 

@@ -1,5 +1,6 @@
 //! Vring requests, and starting and stopping queues.
 
+mod info;
 mod rules;
 
 use crate::device::state::{Ring, StateSink, VringState};
@@ -8,10 +9,11 @@ use crate::errno::Errno;
 use crate::faults::{self, Fault};
 use crate::features::{Features, Status};
 use crate::host::{Caller, Host};
-use crate::parent::Parent;
+use crate::parent::{Parent, Upstream};
 use crate::types::{GroupIndex, QueueIndex, Result, VringAddr};
 use crate::vq::{QueueSetup, QueueState};
 
+pub use info::VringInfo;
 pub(super) use rules::check_addr;
 use rules::default_base;
 
@@ -156,24 +158,7 @@ impl<H: Host> Vring<H> {
     }
 }
 
-/// Information about a queue for the management side.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct VringInfo {
-    /// Ring size in entries; 0 before the driver has set it.
-    pub size: u16,
-    /// Whether the driver has enabled it.
-    pub enabled: bool,
-    /// Whether the device processes it.
-    pub running: bool,
-}
-
 impl<P: Parent> Device<P> {
-    /// Information about all queues, by index.
-    pub fn vring_infos(&self) -> impl Iterator<Item = VringInfo> {
-        let info = |v: &Vring<_>| VringInfo { size: v.num, enabled: v.ready, running: v.running };
-        self.vrings.iter().map(info)
-    }
-
     /// The checks at the beginning of every vring request: owner (`EPERM`), then index (`ENOBUFS`).
     fn vring(&mut self, caller: &dyn Caller<P::Host>, index: QueueIndex) -> Result<&mut Vring<P::Host>> {
         self.ownership.check(caller)?;
@@ -192,12 +177,13 @@ impl<P: Parent> Device<P> {
     /// `EPERM`; `ENOBUFS`; `EINVAL` unless a power of two from 1 to the maximum.
     pub fn set_vring_num(&mut self, caller: &dyn Caller<P::Host>, index: QueueIndex, num: u32) -> Result<()> {
         let max = self.num_max;
-        let vring = self.vring(caller, index)?;
+        self.vring(caller, index)?;
         let num = u16::try_from(num).map_err(|_| Errno::INVAL)?;
         if num > max || !num.is_power_of_two() && !faults::is(Fault::VringNumAny) {
             return Err(Errno::INVAL);
         }
-        vring.num = num;
+        self.forward(|upstream| upstream.set_vring_num(index, num.into()))?;
+        self.vring(caller, index)?.num = num;
         Ok(())
     }
 
@@ -213,12 +199,13 @@ impl<P: Parent> Device<P> {
         addr: &VringAddr,
     ) -> Result<()> {
         let live = self.live();
-        let vring = self.vring(caller, index)?;
+        self.vring(caller, index)?;
         check_addr(addr)?;
         if live && !faults::is(Fault::VringAddrAnyTime) {
             return Err(Errno::INVAL);
         }
-        vring.addr = Some(*addr);
+        self.forward(|upstream| upstream.set_vring_addr(index, addr))?;
+        self.vring(caller, index)?.addr = Some(*addr);
         Ok(())
     }
 
@@ -238,6 +225,7 @@ impl<P: Parent> Device<P> {
         if live {
             return Err(Errno::INVAL);
         }
+        self.forward(|upstream| upstream.set_vring_base(index, num))?;
         // A queue of a suspended device runs after a SET_STATUS that has started it again (uapi-spec 8.7). It goes on from here, as
         // in the kernel's simulator, whose `set_vq_state` takes effect at once.
         self.change(index, |vring| vring.state = Some(state))
@@ -250,6 +238,9 @@ impl<P: Parent> Device<P> {
     pub fn vring_base(&mut self, caller: &dyn Caller<P::Host>, index: QueueIndex) -> Result<u32> {
         let features = self.base_features;
         let running = self.vring(caller, index)?.running;
+        if let Some(upstream) = self.parent.upstream() {
+            return upstream.vring_base(index);
+        }
         if running {
             self.stop(index)?;
         }
@@ -272,6 +263,7 @@ impl<P: Parent> Device<P> {
         enable: bool,
     ) -> Result<()> {
         self.vring(caller, index)?;
+        self.forward(|upstream| upstream.set_vring_enable(index, enable))?;
         if !enable && !faults::is(Fault::DisableRunsOn) {
             self.stop(index)?;
         }
@@ -294,6 +286,7 @@ impl<P: Parent> Device<P> {
         event: Option<EventOf<P>>,
     ) -> Result<()> {
         self.vring(caller, index)?;
+        self.forward(|upstream| upstream.set_vring_kick(index, event.as_ref()))?;
         self.change(index, |vring| vring.kick = event)
     }
 
@@ -308,6 +301,7 @@ impl<P: Parent> Device<P> {
         event: Option<EventOf<P>>,
     ) -> Result<()> {
         self.vring(caller, index)?;
+        self.forward(|upstream| upstream.set_vring_call(index, event.as_ref()))?;
         self.change(index, |vring| {
             vring.call_installed = event.is_some();
             vring.call = event;
@@ -324,6 +318,8 @@ impl<P: Parent> Device<P> {
         index: QueueIndex,
         event: Option<EventOf<P>>,
     ) -> Result<()> {
+        self.vring(caller, index)?;
+        self.forward(|upstream| upstream.set_vring_err(index, event.as_ref()))?;
         self.vring(caller, index)?.err = event;
         Ok(())
     }
@@ -361,17 +357,19 @@ impl<P: Parent> Device<P> {
         if group.0 < profile.groups { Ok(group) } else { Err(Errno::IO) }
     }
 
-    /// `VHOST_VDPA_GET_VRING_DESC_GROUP`: no parent here has descriptor groups.
+    /// `VHOST_VDPA_GET_VRING_DESC_GROUP`: the group of the queue's descriptor area.
     ///
     /// # Errors
-    /// `EPERM`; `ENOBUFS`; `EOPNOTSUPP`.
+    /// `EPERM`; `ENOBUFS`; `EOPNOTSUPP` without descriptor groups; `EIO` when the parent names a group it does not have.
     pub fn vring_desc_group(
         &mut self,
         caller: &dyn Caller<P::Host>,
         index: QueueIndex,
     ) -> Result<GroupIndex> {
         self.vring(caller, index)?;
-        Err(Errno::OPNOTSUPP)
+        let profile = self.profile();
+        let group = profile.descriptor_groups.get(usize::from(index.0)).ok_or(Errno::OPNOTSUPP)?;
+        if group.0 < profile.groups { Ok(*group) } else { Err(Errno::IO) }
     }
 
     /// `VHOST_VDPA_GET_VRING_SIZE`: the size set once DRIVER_OK, the maximum before.
@@ -380,12 +378,19 @@ impl<P: Parent> Device<P> {
     /// `EPERM`; `ENOBUFS`; `EOPNOTSUPP`.
     pub fn vring_size(&mut self, caller: &dyn Caller<P::Host>, index: QueueIndex) -> Result<u32> {
         let num = self.vring(caller, index)?.num;
-        let profile = self.profile();
-        if !profile.vring_size {
+        if !self.profile().vring_size {
             return Err(Errno::OPNOTSUPP);
         }
+        if let Some(upstream) = self.parent.upstream() {
+            return upstream.vring_size(index);
+        }
         let driver_ok = self.status.contains(Status::DRIVER_OK);
-        Ok(u32::from(if driver_ok { num } else { profile.queue_size_max }))
+        Ok(u32::from(if driver_ok { num } else { self.profile().queue_size_max }))
+    }
+
+    /// Passes a request to the [device behind](Parent::upstream), if there is one.
+    fn forward(&mut self, request: impl FnOnce(Upstream<'_, P::Host>) -> Result<()>) -> Result<()> {
+        self.parent.upstream().map_or(Ok(()), request)
     }
 
     /// Applies a change of a queue's events by a stop and a start, so that a parent receives events in `start_queue` only.

@@ -161,8 +161,9 @@ fn handover(attrs: &mut Attrs) -> Result<bool, CtlError> {
 /// Shares a parent between clients. Returns the handle of the first client, and what creates handles for successors.
 fn shared(parent: AnyParent) -> Result<(AnyParent, Option<SharedParent>), CtlError> {
     let handover = Handover::new(parent).map_err(|errno| {
-        CtlError::new(errno, "this device cannot be opened by a successor")
-            .with_hint("It uses addresses of its owner. Leave handover out; blk takes it.")
+        CtlError::new(errno, "this device cannot be opened by a successor").with_hint(
+            "It uses addresses of its owner, or is another device's. Leave handover out; blk takes it.",
+        )
     })?;
     let first = handover.handle();
     let handle = first.id();

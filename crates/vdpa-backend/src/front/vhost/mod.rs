@@ -196,7 +196,9 @@ impl VhostVdpaFile {
             PrivateMemory::Copy => {
                 "it is reached by copying, which is slower, and not at all after an exec of the client"
             }
-            PrivateMemory::Skip => "this device cannot reach it, and requests in it fail",
+            PrivateMemory::Skip | PrivateMemory::Refuse => {
+                "this device cannot reach it, and requests in it fail"
+            }
         };
         tracing::warn!(
             device = %self.name, tid, %range, bytes,

@@ -280,7 +280,7 @@ fn build_table<H: Host>(
         let memory = source.memory(saved.memory, saved.range.size(), saved.perm);
         let memory =
             memory.map_err(|errno| RestoreError::Object { what: "memory", id: saved.memory.id, errno })?;
-        if profile.private_memory == PrivateMemory::Skip && !memory.is_shared() {
+        if profile.private_memory != PrivateMemory::Copy && !memory.is_shared() {
             return Err(invalid("its memory is private, which the device does not map"));
         }
         let origin = iotlb::Record::without_fragments(saved.update_range, saved.broken);
