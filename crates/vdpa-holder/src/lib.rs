@@ -11,6 +11,7 @@
 pub mod client;
 pub mod fdstore;
 pub mod holder;
+pub mod packet;
 pub mod progress;
 pub mod protocol;
 mod socket;

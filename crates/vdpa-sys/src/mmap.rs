@@ -4,6 +4,7 @@
 #![expect(unsafe_code, reason = "memory shared with other processes is accessed through raw pointers")]
 
 mod bits;
+mod private;
 
 use std::fmt;
 use std::os::fd::AsFd;
@@ -11,7 +12,7 @@ use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, compiler_fence};
 
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 use vdpa_core::Errno;
 use vdpa_core::ring::{Area, Fault};
 
@@ -19,6 +20,8 @@ use crate::dma;
 use crate::errno;
 use crate::sigbus::Registration;
 use crate::stable::StableMemory;
+
+pub use self::private::PrivateMap;
 
 const HUGETLBFS_MAGIC: u64 = 0x958458f6;
 
@@ -73,47 +76,6 @@ impl fmt::Debug for Origin {
     }
 }
 
-/// Private, anonymous memory: it belongs to this process alone and ends with it. No file, so nothing of it can be handed over.
-#[derive(Debug)]
-pub struct PrivateMap {
-    addr: usize,
-    len: usize,
-}
-
-impl PrivateMap {
-    /// `len` bytes of zeros, in whole pages.
-    ///
-    /// # Errors
-    /// `ENOMEM`; `EINVAL` for `len` 0.
-    pub fn new(len: usize) -> Result<Self, Errno> {
-        let len = len.checked_next_multiple_of(rustix::param::page_size()).ok_or(Errno::INVAL)?;
-        let prot = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: without a wanted address the kernel picks one that is free, so nothing in use is replaced.
-        let addr = unsafe { mmap_anonymous(ptr::null_mut(), len, prot, MapFlags::PRIVATE) }
-            .map_err(errno::from_rustix)?;
-        Ok(Self { addr: addr.expose_provenance(), len })
-    }
-}
-
-impl Drop for PrivateMap {
-    fn drop(&mut self) {
-        // SAFETY: the range was mapped by `new`, and everything that accesses it holds this value.
-        let result = unsafe { munmap(ptr::with_exposed_provenance_mut(self.addr), self.len) };
-        debug_assert!(result.is_ok(), "unmapping what was mapped succeeds: {result:?}");
-    }
-}
-
-// SAFETY: the mapping stays where it is until the value is dropped, and there is no way to get a reference to its bytes.
-unsafe impl StableMemory for PrivateMap {
-    fn base(&self) -> usize {
-        self.addr
-    }
-
-    fn len(&self) -> usize {
-        self.len
-    }
-}
-
 impl SharedMap {
     /// Maps `len` bytes of `fd` from `offset`, which is a multiple of the file's page size. With `populate` all
     /// pages are present when it returns, which takes 0.03 s (huge pages) to 30 s per TiB.
@@ -124,6 +86,20 @@ impl SharedMap {
     /// Of mmap(2): `EACCES`, `EINVAL`, `ENODEV`, `ENOMEM`, `EPERM` (sealed); `EINVAL` for `len` 0.
     pub fn map(fd: impl AsFd, offset: u64, len: usize, prot: Prot, populate: bool) -> Result<Self, Errno> {
         Ok(Self::listed(Mapped::new(fd.as_fd(), offset, len, prot, populate)?))
+    }
+
+    /// As [`map`](Self::map), from any `offset`: maps the whole pages that have the bytes, and returns where in the mapping they begin.
+    /// Nothing is populated.
+    ///
+    /// Of a file that others can truncate the caller must not access the bytes; a device that was told their address may.
+    ///
+    /// # Errors
+    /// As [`map`](Self::map); `EINVAL` beyond 2^64.
+    pub fn map_around(fd: impl AsFd, offset: u64, len: usize, prot: Prot) -> Result<(Self, usize), Errno> {
+        let before = offset % page_size(fd.as_fd())? as u64;
+        let start = usize::try_from(before).map_err(|_| Errno::INVAL)?;
+        let len = len.checked_add(start).ok_or(Errno::INVAL)?;
+        Ok((Self::map(fd, offset - before, len, prot, false)?, start))
     }
 
     /// Memory that somebody else has mapped readable and writable: of a machine monitor, for example.

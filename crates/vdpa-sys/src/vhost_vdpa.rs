@@ -78,6 +78,7 @@ requests! {
     GET_VQS_COUNT: Getter<u32> = VHOST_VDPA_GET_VQS_COUNT;
     GET_GROUP_NUM: Getter<u32> = VHOST_VDPA_GET_GROUP_NUM;
     GET_VRING_SIZE: Updater<uapi::VringState> = VHOST_VDPA_GET_VRING_SIZE;
+    GET_VRING_DESC_GROUP: Updater<uapi::VringState> = VHOST_VDPA_GET_VRING_DESC_GROUP;
 }
 
 /// What a successful write of an IOTLB message returns (uapi-spec 2.2).
@@ -423,6 +424,10 @@ impl VdpaOps for VhostVdpaFd {
 
     fn vring_group(&self, index: QueueIndex) -> Result<GroupIndex> {
         self.updated(&GET_VRING_GROUP, index).map(GroupIndex)
+    }
+
+    fn vring_desc_group(&self, index: QueueIndex) -> Result<GroupIndex> {
+        self.updated(&GET_VRING_DESC_GROUP, index).map(GroupIndex)
     }
 
     fn set_group_asid(&self, group: GroupIndex, asid: Asid) -> Result<()> {

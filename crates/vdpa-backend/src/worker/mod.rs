@@ -59,7 +59,7 @@ use counters::{COUNTERS, Counters, OWN, POISON};
 use dirty::DirtyLog;
 pub use logs::QueueLogs;
 pub use memory::ClientMemory;
-pub use pool::{CpuList, InvalidCpuList, Placement, WorkerPool};
+pub use pool::{CpuList, InvalidCpuList, Parked, Placement, WorkerPool};
 pub use queue::Queue;
 pub use queues::Queues;
 pub use ring::{DeviceRing, Popped, log_words};

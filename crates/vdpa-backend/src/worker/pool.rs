@@ -96,6 +96,18 @@ pub struct WorkerPool {
     kept: Option<Arc<KeptRings>>,
 }
 
+/// Whether a predecessor still serves the devices of a [`WorkerPool`].
+#[derive(Clone, Debug)]
+pub struct Parked(Option<Arc<KeptRings>>);
+
+impl Parked {
+    /// As [`WorkerPool::is_parked`].
+    #[must_use]
+    pub fn is_parked(&self) -> bool {
+        self.0.as_ref().is_some_and(|kept| kept.is_foreign())
+    }
+}
+
 #[derive(Debug, Default)]
 struct Threads {
     /// For devices with the default placement. Kept when they have no device.
@@ -148,7 +160,13 @@ impl WorkerPool {
     /// Whether a predecessor still serves the devices that are added.
     #[must_use]
     pub fn is_parked(&self) -> bool {
-        self.kept.as_ref().is_some_and(|kept| kept.is_foreign())
+        self.parked().is_parked()
+    }
+
+    /// [`is_parked`](Self::is_parked), for a device that has no thread of the pool and outlives this process by itself.
+    #[must_use]
+    pub fn parked(&self) -> Parked {
+        Parked(self.kept.clone())
     }
 
     /// Stops all threads: no request is taken any more, those in flight are completed, and after that nothing of this process
