@@ -6,6 +6,7 @@
 //! | [`bus`] | the devices by name: create, find, query, delete |
 //! | `devices` | the kinds of devices, built on `vdpa-backend` |
 //! | `block` | what the block devices share: requests, their I/O operations, and locks on ranges of the disk |
+//! | [`keeper`] | the process that has a device of somebody else open, and makes the requests on it |
 //! | [`control`] | the server of the control API, HTTP and JSON on a Unix socket |
 //! | `crash_points` | for tests only, with the feature of that name: a daemon that ends at a chosen point |
 #![forbid(unsafe_code)]
@@ -18,4 +19,5 @@ pub mod crash_points;
 pub mod daemon;
 mod devices;
 mod failed;
+pub mod keeper;
 pub mod survival;

@@ -19,6 +19,7 @@ use vdpa_holder::holder::{self, Outcome, Program};
 use vdpa_holder::protocol::Role;
 use vdpa_sys::uapi::live::{self, Numbers};
 use vdpad::daemon::{self, Config, Daemon, StartError};
+use vdpad::keeper;
 use vdpad::survival::{self, Survival};
 
 /// The daemon failed.
@@ -121,6 +122,13 @@ enum Command {
         #[arg(long, value_parser = seconds)]
         timeout: Duration,
     },
+    /// Keeps a device of somebody else open for a daemon, which starts it
+    #[command(hide = true)]
+    Keeper {
+        /// Name of the device
+        #[arg(long)]
+        device: String,
+    },
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {
@@ -161,6 +169,7 @@ fn main() -> ExitCode {
     }
     match cli.command {
         Some(Command::Watchdog { source, timeout }) => watch(&source, timeout),
+        Some(Command::Keeper { device }) => keep(&device),
         None if cli.serve.holder => hold(cli.serve),
         None => serve(cli.serve, None),
     }
@@ -323,6 +332,16 @@ fn report(error: &dyn Error) {
 fn default_path(name: &str, root: bool) -> Option<PathBuf> {
     let base = if root { PathBuf::from("/run") } else { std::env::var_os("XDG_RUNTIME_DIR")?.into() };
     Some(base.join("vdpad").join(name))
+}
+
+fn keep(device: &str) -> ExitCode {
+    match keeper::run(io::stdin(), device) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            report(&error);
+            ExitCode::from(EXIT_RUNTIME)
+        }
+    }
 }
 
 fn watch(source: &str, timeout: Duration) -> ExitCode {

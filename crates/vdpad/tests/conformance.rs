@@ -34,7 +34,7 @@ const MOVED_SUBJECT: &str = "sim_blk_moved_numbers";
 /// Numbers for the live-update requests other than those posted.
 const MOVED: &str = "new_owner=0xaf2f,remap=9,new_owner_bit=20,remap_bit=21,dirty=0xa0,dirty_bit=22";
 
-const SUBJECTS: [Subject; 10] = [
+const SUBJECTS: [Subject; 11] = [
     Subject { name: MOVED_SUBJECT, mgmtdev: "sim-blk", attrs: &[], expect: &["fuse", "fuse-sim-blk"] },
     Subject { name: "sim_net", mgmtdev: "sim-net", attrs: &[], expect: &["fuse", "fuse-sim-net"] },
     Subject { name: "sim_blk", mgmtdev: "sim-blk", attrs: &[], expect: &["fuse", "fuse-sim-blk"] },
@@ -80,6 +80,7 @@ const SUBJECTS: [Subject; 10] = [
         attrs: &[("pin", "off"), ("readonly", "on")],
         expect: &["fuse", "fuse-blk", "fuse-blk-unlimited"],
     },
+    Subject { name: "broker", mgmtdev: "vhost-vdpa", attrs: &[], expect: &["fuse", "broker", "broker-blk"] },
 ];
 
 fn expectations(files: &[&str]) -> Expectations {
@@ -96,11 +97,16 @@ fn conforms(subject: &Subject) {
     let moved = subject.name == MOVED_SUBJECT;
     assert_eq!(live::configured(), if moved { MOVED.parse().unwrap() } else { Numbers::POSTED });
     let daemon = Daemon::start();
-    let device = if subject.mgmtdev == "blk" {
-        let disk = daemon.disk("disk", 1 << 20);
-        daemon.add_blk(subject.name, &disk, subject.attrs)
-    } else {
-        daemon.add(subject.name, subject.mgmtdev, subject.attrs)
+    let disk = daemon.disk("disk", 1 << 20);
+    // What is behind a device that is another one's.
+    let behind = (subject.mgmtdev == "vhost-vdpa").then(Daemon::start);
+    let device = match (&behind, subject.mgmtdev) {
+        (Some(behind), _) => {
+            let path = behind.add_blk("behind", &disk, &[("pin", "off")]);
+            daemon.add(subject.name, "vhost-vdpa", &[("path", path.to_str().unwrap())])
+        }
+        (None, "blk") => daemon.add_blk(subject.name, &disk, subject.attrs),
+        (None, mgmtdev) => daemon.add(subject.name, mgmtdev, subject.attrs),
     };
     let probe = Probe::of(device.as_path()).unwrap();
     // With other numbers on one side only, the device would seem to offer neither feature.
@@ -130,6 +136,7 @@ fn conforms(subject: &Subject) {
     println!("{}: {}", subject.name, Summary::of(&findings));
     assert!(unexplained.is_empty(), "{}", unexplained.join("\n"));
     daemon.assert_alive();
+    behind.iter().for_each(Daemon::assert_alive);
 }
 
 fn main() {

@@ -200,6 +200,7 @@ impl Bus {
         }
         let kept =
             Kept::restored(identity.mark, parts.contents.take()).with_taps(std::mem::take(&mut parts.taps));
+        let kept = kept.with_keeper(parts.keeper.take());
         self.pool.settle(&logs);
         let parent = create_again(&**mgmt, name, attrs, &self.pool.with_logs(logs.clone()), &kept)?;
         reach(CrashPoint::ParentMade);

@@ -19,6 +19,8 @@ pub(crate) struct Kept {
     memory: Mutex<Option<Arc<OwnedFd>>>,
     /// Queues of an interface.
     taps: Mutex<Vec<Arc<OwnedFd>>>,
+    /// By which the keeper of a device is reached.
+    keeper: Mutex<Option<Arc<OwnedFd>>>,
     mark: Option<u64>,
 }
 
@@ -60,6 +62,28 @@ impl Kept {
     /// The queues that were kept.
     pub(crate) fn held_taps(&self) -> Vec<Arc<OwnedFd>> {
         self.taps.lock().clone()
+    }
+
+    /// With what reaches the keeper that the former process had started.
+    #[must_use]
+    pub(crate) fn with_keeper(self, keeper: Option<OwnedFd>) -> Self {
+        *self.keeper.lock() = keeper.map(Arc::new);
+        self
+    }
+
+    /// Whether the device is made again: what it keeps is there, or is lost.
+    pub(crate) const fn is_restored(&self) -> bool {
+        self.restored
+    }
+
+    /// What reaches the [keeper](crate::keeper) of the device.
+    pub(crate) fn keeper(&self) -> Option<Arc<OwnedFd>> {
+        self.keeper.lock().clone()
+    }
+
+    /// Keeps what reaches a keeper, which lives as long as somebody has it.
+    pub(crate) fn keep_keeper(&self, keeper: &Arc<OwnedFd>) {
+        *self.keeper.lock() = Some(Arc::clone(keeper));
     }
 
     /// The memory file in which the device has its contents: `bytes` zeros for a new device, what the former process has left for

@@ -1,6 +1,7 @@
 //! The devices that this daemon can create, and the management devices that create them.
 
 pub(crate) mod blk;
+mod broker;
 mod kept;
 mod net;
 mod net_attrs;
@@ -51,6 +52,7 @@ pub(crate) fn mgmt_devices() -> Vec<Box<dyn MgmtDevice>> {
         Box::new(net::NetMgmt),
         Box::new(sim_blk::SimBlkMgmt),
         Box::new(sim_net::SimNetMgmt),
+        Box::new(broker::BrokerMgmt),
     ]
 }
 
@@ -69,7 +71,7 @@ mod tests {
                 let mut cells = row.trim_start_matches("| `").split([' ', '`']);
                 let (name, rest) = (cells.next().unwrap(), row.split(" | ").nth(1).unwrap());
                 let kinds: Vec<_> = match rest {
-                    "all" => vec!["blk", "net", "sim-blk", "sim-net"],
+                    "all" => vec!["blk", "net", "sim-blk", "sim-net", "vhost-vdpa"],
                     some => some.split(", ").map(|kind| kind.trim_matches('`')).collect(),
                 };
                 kinds.into_iter().map(move |kind| (kind, name))
@@ -85,7 +87,8 @@ mod tests {
         known.extend(names("sim-blk", &super::sim::KNOWN));
         known.extend(names("sim-net", &super::sim::KNOWN));
         known.extend(names("sim-net", &super::sim_net::KNOWN));
-        known.extend(["blk", "net", "sim-blk", "sim-net"].map(|kind| (kind, "device_file")));
+        known.extend(names("vhost-vdpa", &super::broker::KNOWN));
+        known.extend(["blk", "net", "sim-blk", "sim-net", "vhost-vdpa"].map(|kind| (kind, "device_file")));
         assert_eq!(documented, known.into_iter().collect());
     }
 }

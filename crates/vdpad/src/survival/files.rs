@@ -37,10 +37,12 @@ const CONTENTS: u32 = 3;
 const ATTRIBUTES: u32 = 4;
 /// The connection of its file, if it has one of its own.
 const CONNECTION: u32 = 5;
+/// What reaches the keeper of a device of somebody else.
+const KEEPER: u32 = 6;
 /// The queues of its interface, in their order. 8 is the dirty pages, see `vdpa_backend::persist`.
 const TAPS: [u32; 8] = [7, 9, 10, 11, 12, 13, 14, 15];
 /// All that this module holds of a device.
-const ITEMS: [u32; 12] = [IDENTITY, CONTENTS, ATTRIBUTES, CONNECTION, 7, 9, 10, 11, 12, 13, 14, 15];
+const ITEMS: [u32; 13] = [IDENTITY, CONTENTS, ATTRIBUTES, CONNECTION, KEEPER, 7, 9, 10, 11, 12, 13, 14, 15];
 
 /// The files that a predecessor has served.
 #[derive(Debug, Default)]
@@ -62,6 +64,8 @@ pub(crate) struct LegacyParts {
     pub(crate) contents: Option<OwnedFd>,
     /// The queues of its interface, in their order.
     pub(crate) taps: Vec<OwnedFd>,
+    /// What reaches its keeper.
+    pub(crate) keeper: Option<OwnedFd>,
     attributes: Option<SavedAttributes>,
     connection: Option<(OwnedFd, Negotiated)>,
 }
@@ -122,6 +126,7 @@ impl LegacyParts {
             match split_key(held.key).1 {
                 CONTENTS => parts.contents = Some(held.fd),
                 item if TAPS.contains(&item) => drop(taps.insert(item, held.fd)),
+                KEEPER => parts.keeper = Some(held.fd),
                 ATTRIBUTES => parts.attributes = Some(SavedAttributes::open(held.fd)),
                 CONNECTION => {
                     let agreed = Negotiated::from_bytes(&held.record);
@@ -308,6 +313,9 @@ impl Survival {
         }
         for (item, tap) in TAPS.into_iter().zip(kept.held_taps()) {
             store.hold(key(device, item), Kind::Other, tap.as_fd(), &[])?;
+        }
+        if let Some(lobby) = kept.keeper() {
+            store.hold(key(device, KEEPER), Kind::Other, lobby.as_fd(), &[])?;
         }
         if let Some(OwnConnection { connection, negotiated, place }) = files.own_connection(&name) {
             store.hold(key(device, CONNECTION), Kind::Fuse, connection.as_fd(), &negotiated.to_bytes())?;
