@@ -248,7 +248,9 @@ proptest! {
         if let Some(cut) = cut {
             payload.truncate(cut.index(payload.len() + 1));
         }
-        let bytes = bytes_of(record.kind().number, 1, &payload);
+        // One that was cut may be that of an earlier version, which is not written again.
+        let version = u16::from_le_bytes([good[6], good[7]]);
+        let bytes = bytes_of(record.kind().number, version, &payload);
         if let Ok((read, rest)) = decode(&bytes) {
             prop_assert!(rest.is_empty());
             let mut again = Vec::new();
