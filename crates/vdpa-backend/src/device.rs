@@ -7,8 +7,6 @@ use vdpa_core::features::Features;
 use vdpa_core::parent::{Dma, Parent, Profile, QueueStats};
 use vdpa_core::ring::{BufferSlice, Chain, Fault, RingError};
 use vdpa_core::types::{QueueIndex, Result};
-use vdpa_core::vq::{QueueSetup, QueueState};
-use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::guest::LinuxHost;
 use vdpa_sys::shared_words::SharedWords;
 use vdpa_sys::snapshot::Snapshot;
@@ -156,18 +154,7 @@ impl Parent for SimpleDevice {
         Ok(features & self.profile.features)
     }
 
-    fn start_queue(
-        &mut self,
-        index: QueueIndex,
-        setup: &QueueSetup<LinuxHost>,
-        state: QueueState,
-    ) -> Result<()> {
-        self.memory.queues().start(index, setup, state)
-    }
-
-    fn stop_queue(&mut self, index: QueueIndex) -> Result<Option<QueueState>> {
-        self.memory.queues().stop(index)
-    }
+    crate::queue_methods!(self => self.memory.queues());
 
     fn dma(&mut self) -> Dma<'_, LinuxHost> {
         Dma::SetMap(&mut self.memory)
@@ -175,14 +162,6 @@ impl Parent for SimpleDevice {
 
     fn reset(&mut self) {
         self.memory.queues().reset();
-    }
-
-    fn needs_reset(&self) -> bool {
-        self.memory.queues().needs_reset()
-    }
-
-    fn set_config_call(&mut self, event: Option<&EventFd>) {
-        self.memory.queues().set_config_call(event);
     }
 
     fn queue_stats(&self, index: QueueIndex) -> QueueStats {
@@ -203,18 +182,7 @@ impl<H: RequestHandler> QueueHandler for Adapter<H> {
     }
 
     fn serve(&mut self, queues: &mut Queues) {
-        for index in 0..queues.count() {
-            let Some(mut queue) = queues.take(index) else { continue };
-            if queue.has_work() {
-                let more = self.serve_queue(queues, index, &mut queue).unwrap_or_else(|error| {
-                    // The driver must see what was answered before. A ring that cannot be reached has nothing to show.
-                    let _ = queues.publish(&mut queue);
-                    queues.ring_failed(index, &mut queue, error)
-                });
-                queue.set_pending(more);
-            }
-            queues.put(index, queue);
-        }
+        queues.serve_each(|queues, index, queue| self.serve_queue(queues, index, queue));
     }
 
     fn reset(&mut self) {

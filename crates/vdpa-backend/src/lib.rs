@@ -81,6 +81,7 @@
 
 pub mod device;
 pub mod front;
+mod methods;
 pub mod persist;
 mod rate;
 pub mod service;
@@ -89,3 +90,12 @@ pub mod worker;
 
 pub use device::{Outcome, Request, RequestHandler, SimpleDevice};
 pub use service::{Service, ServiceError};
+
+/// What [`queue_methods!`] names.
+#[doc(hidden)]
+pub mod exports {
+    pub use vdpa_core::types::{QueueIndex, Result};
+    pub use vdpa_core::vq::{QueueSetup, QueueState};
+    pub use vdpa_sys::eventfd::EventFd;
+    pub use vdpa_sys::guest::LinuxHost;
+}

@@ -118,16 +118,7 @@ const REMOVE_TIMEOUT: Duration = Duration::from_secs(30);
 ///     }
 ///
 ///     fn serve(&mut self, queues: &mut Queues) {
-///         for index in 0..queues.count() {
-///             let Some(mut queue) = queues.take(index) else { continue };
-///             if queue.has_work() {
-///                 let more = self
-///                     .serve_queue(queues, index, &mut queue)
-///                     .unwrap_or_else(|error| queues.ring_failed(index, &mut queue, error));
-///                 queue.set_pending(more);
-///             }
-///             queues.put(index, queue);
-///         }
+///         queues.serve_each(|queues, index, queue| self.serve_queue(queues, index, queue));
 ///     }
 /// }
 /// ```

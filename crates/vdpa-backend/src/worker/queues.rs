@@ -153,6 +153,31 @@ impl Queues {
         self.slots.get_mut(usize::from(index)).and_then(Option::as_mut)
     }
 
+    /// Takes each queue that [has work](Queue::has_work) out of its slot, and has `serve` serve it up to a budget; it says whether the
+    /// queue may have more. What a handler does in [`serve`](super::QueueHandler::serve), unless it needs several queues at once. After an
+    /// error of a ring the driver sees what was answered before, and [`ring_failed`](Self::ring_failed) decides.
+    #[inline]
+    pub fn serve_each(
+        &mut self,
+        mut serve: impl FnMut(&mut Self, u16, &mut Queue) -> Result<bool, RingError>,
+    ) {
+        for index in 0..self.count() {
+            let Some(mut queue) = self.take(index) else { continue };
+            if queue.has_work() {
+                let more = match serve(self, index, &mut queue) {
+                    Ok(more) => more,
+                    Err(error) => {
+                        // An error of a ring that cannot be accessed any more is the one below.
+                        let _ = self.publish(&mut queue);
+                        self.ring_failed(index, &mut queue, error)
+                    }
+                };
+                queue.set_pending(more);
+            }
+            self.put(index, queue);
+        }
+    }
+
     /// Takes a queue out of its slot whose stop can be answered: none of its requests is in flight, and none is to be
     /// repeated that can be; `now` does not wait for the latter.
     pub(super) fn take_stopped(&mut self, index: u16, now: bool) -> Option<Queue> {

@@ -78,21 +78,7 @@ impl<D: Disk> QueueHandler for Requests<D> {
         {
             disk.register(&queues.registrar());
         }
-        for index in 0..queues.count() {
-            let Some(mut queue) = queues.take(index) else { continue };
-            if queue.has_work() {
-                let more = match self.serve_queue(queues, index, &mut queue) {
-                    Ok(more) => more,
-                    Err(error) => {
-                        // Publish the answers so far. An error of a ring that cannot be accessed any more is the one below.
-                        let _ = queues.publish(&mut queue);
-                        queues.ring_failed(index, &mut queue, error)
-                    }
-                };
-                queue.set_pending(more);
-            }
-            queues.put(index, queue);
-        }
+        queues.serve_each(|queues, index, queue| self.serve_queue(queues, index, queue));
         self.start_ready(queues);
     }
 

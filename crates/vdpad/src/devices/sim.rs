@@ -21,8 +21,6 @@ use vdpa_core::parent::{
     AddressMode, CompatReset, Dma, DmaMap, Parent, PinLimit, PrivateMemory, Profile, QueueStats, SetMap,
 };
 use vdpa_core::types::{Asid, IovaRange, QueueIndex, Result};
-use vdpa_core::vq::{QueueSetup, QueueState};
-use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::guest::{GuestMemory, LinuxHost};
 
 use super::options::{
@@ -218,18 +216,7 @@ impl<M: Model> Parent for Simulator<M> {
         self.profile.mask_features(features)
     }
 
-    fn start_queue(
-        &mut self,
-        index: QueueIndex,
-        setup: &QueueSetup<LinuxHost>,
-        state: QueueState,
-    ) -> Result<()> {
-        self.mappings.worker().start(index, setup, state)
-    }
-
-    fn stop_queue(&mut self, index: QueueIndex) -> Result<Option<QueueState>> {
-        self.mappings.worker().stop(index)
-    }
+    vdpa_backend::queue_methods!(self => self.mappings.worker());
 
     fn dma(&mut self) -> Dma<'_, LinuxHost> {
         if self.mappings.options.batch_mapping {
@@ -245,14 +232,6 @@ impl<M: Model> Parent for Simulator<M> {
 
     fn fail(&mut self) -> Result<()> {
         self.model.fail(self.mappings.worker())
-    }
-
-    fn needs_reset(&self) -> bool {
-        self.mappings.worker().needs_reset()
-    }
-
-    fn set_config_call(&mut self, event: Option<&EventFd>) {
-        self.mappings.worker().set_config_call(event);
     }
 
     fn queue_stats(&self, index: QueueIndex) -> QueueStats {

@@ -16,6 +16,8 @@ use vdpa_core::parent::SetMap;
 use vdpa_core::ring::driver::Driver;
 use vdpa_core::ring::{Buffer, area_sizes};
 use vdpa_core::types::{Asid, IovaRange, Perm};
+use vdpa_core::vq::{QueueSetup, QueueState};
+use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::guest::{GuestMemory, ObjectId};
 use vdpa_sys::mmap::{MapArea, Prot, SharedMap};
 use vdpa_sys::shared_words::SharedWords;

@@ -18,8 +18,6 @@ use vdpa_core::blk::BlkConfig;
 use vdpa_core::features::Features;
 use vdpa_core::parent::{AddressMode, Dma, Parent, Profile, QueueStats};
 use vdpa_core::types::{QueueIndex, Result};
-use vdpa_core::vq::{QueueSetup, QueueState};
-use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::guest::LinuxHost;
 use zerocopy::IntoBytes;
 
@@ -215,18 +213,7 @@ impl Parent for Blk {
         Ok(self.accepted)
     }
 
-    fn start_queue(
-        &mut self,
-        index: QueueIndex,
-        setup: &QueueSetup<LinuxHost>,
-        state: QueueState,
-    ) -> Result<()> {
-        self.queues().start(index, setup, state)
-    }
-
-    fn stop_queue(&mut self, index: QueueIndex) -> Result<Option<QueueState>> {
-        self.queues().stop(index)
-    }
+    vdpa_backend::queue_methods!(self => self.queues());
 
     fn dma(&mut self) -> Dma<'_, LinuxHost> {
         Dma::SetMap(&mut self.memory)
@@ -240,14 +227,6 @@ impl Parent for Blk {
 
     fn fail(&mut self) -> Result<()> {
         self.queues().fail()
-    }
-
-    fn needs_reset(&self) -> bool {
-        self.queues().needs_reset()
-    }
-
-    fn set_config_call(&mut self, event: Option<&EventFd>) {
-        self.queues().set_config_call(event);
     }
 
     fn save_state(&self) -> Vec<u8> {

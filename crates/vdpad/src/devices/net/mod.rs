@@ -25,8 +25,6 @@ use vdpa_core::net::loopback::StatsMemory;
 use vdpa_core::net::{MAC_BYTES, NetConfig, missing_dependency};
 use vdpa_core::parent::{Dma, Parent, Profile, QueueStats};
 use vdpa_core::types::{GroupIndex, QueueIndex, Result};
-use vdpa_core::vq::{QueueSetup, QueueState};
-use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::guest::LinuxHost;
 use zerocopy::IntoBytes;
 
@@ -270,18 +268,7 @@ impl Parent for Net {
         Ok(accepted)
     }
 
-    fn start_queue(
-        &mut self,
-        index: QueueIndex,
-        setup: &QueueSetup<LinuxHost>,
-        state: QueueState,
-    ) -> Result<()> {
-        self.queues().start(index, setup, state)
-    }
-
-    fn stop_queue(&mut self, index: QueueIndex) -> Result<Option<QueueState>> {
-        self.queues().stop(index)
-    }
+    vdpa_backend::queue_methods!(self => self.queues());
 
     fn dma(&mut self) -> Dma<'_, LinuxHost> {
         Dma::SetMap(&mut self.memory)
@@ -301,14 +288,6 @@ impl Parent for Net {
 
     fn fail(&mut self) -> Result<()> {
         self.queues().fail()
-    }
-
-    fn needs_reset(&self) -> bool {
-        self.queues().needs_reset()
-    }
-
-    fn set_config_call(&mut self, event: Option<&EventFd>) {
-        self.queues().set_config_call(event);
     }
 
     fn queue_stats(&self, index: QueueIndex) -> QueueStats {
