@@ -21,6 +21,7 @@ use std::time::{Duration, SystemTime};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use vdpa_backend::front::fuse::{DeviceFiles, FileAttributes};
+use vdpa_backend::persist::items::{device::IDENTITY, program::CONTROL};
 use vdpa_backend::persist::{Held, Kind, RINGS, RestoredSpaces, Store, key, split_key};
 use vdpa_control::api::{AddRequest, CrashInfo, CtlError, DaemonInfo, DaemonRole, HolderInfo, Phase};
 use vdpa_core::Errno;
@@ -32,12 +33,10 @@ use vdpa_sys::clock::monotonic_ns;
 use vdpa_sys::memfd;
 
 pub(crate) use self::files::LegacyParts;
-use self::files::{IDENTITY, LegacyFiles, SavedPlace};
+use self::files::{LegacyFiles, SavedPlace};
 use crate::bus::{HeldDevices, file_name};
 use crate::control::{BindError, ControlSocket, Pauser};
 
-/// The socket of the control API, which belongs to no device.
-const CONTROL: u32 = 3;
 /// Bytes of the longest identity: a request to add a device is at most that long.
 const IDENTITY_MAX: u64 = 1 << 20;
 

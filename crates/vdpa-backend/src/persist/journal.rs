@@ -12,15 +12,11 @@ use vdpa_core::handover::Handover;
 use vdpa_sys::journal::{AppendError, Contents, Journal, OpenError};
 use vdpa_sys::process::Spaces;
 
-use super::objects::{FIRST_ITEM, Objects, RestoredSpaces};
+use super::items::device::{DIRTY, FIRST_OBJECT, JOURNAL, LOGS, OF_LOG};
+use super::objects::{Objects, RestoredSpaces};
 use super::{DeviceFront, Held, Kind, Store, key, split_key};
 use crate::front::vhost::AnyParent;
 
-/// Items of a device that are not [objects](super::objects).
-const JOURNAL: u32 = 0;
-const LOGS: u32 = 1;
-/// 2 to 7 are for the program: what it keeps of a device beside these.
-const DIRTY: u32 = 8;
 /// A kind of record in the journal: a [`DeviceFront`], then records of the device.
 const CHANGE: u32 = 1;
 /// The other kind, for a device that a second client can open: a [`DeviceFront`], then [sections](Section).
@@ -164,7 +160,7 @@ impl DeviceLog {
                 JOURNAL => journal = Some(item.fd),
                 LOGS => logs = Some(item.fd),
                 DIRTY => dirty = Some(item.fd),
-                number if number >= FIRST_ITEM => objects.push(item),
+                number if number >= FIRST_OBJECT => objects.push(item),
                 _ => {}
             }
         }
@@ -329,7 +325,7 @@ impl DeviceLog {
     /// Releases everything that is held of the device, which is deleted.
     pub fn remove(&mut self) {
         self.objects.release_all();
-        for item in [DIRTY, LOGS, JOURNAL] {
+        for item in OF_LOG.into_iter().rev() {
             // Not all of them are held of every device.
             let _ = self.store.release(key(self.device, item));
         }

@@ -16,6 +16,7 @@
 mod front;
 #[cfg(test)]
 mod golden_tests;
+pub mod items;
 mod journal;
 mod notes;
 mod objects;

@@ -14,10 +14,9 @@ use vdpa_sys::guest::{GuestMemory, LinuxHost, MemoryRecord, ObjectFile, ObjectId
 use vdpa_sys::process::{OwnerSpace, Spaces};
 use vdpa_sys::space::{SpaceFds, SpaceRecord};
 
+use super::items::device::FIRST_OBJECT;
 use super::{Held, Kind, Store, key, split_key};
 
-/// Items below this are not objects: see [`journal`](super::journal).
-pub(super) const FIRST_ITEM: u32 = 16;
 /// Each object has this many keys: an address space has three descriptors.
 const STEP: u32 = 4;
 /// Marks the number of an address space as that of memory to be copied from it.
@@ -64,7 +63,7 @@ pub(super) struct Objects {
 
 impl Objects {
     pub(super) fn new(device: u32, store: Arc<dyn Store>) -> Self {
-        Self { device, store, objects: BTreeMap::new(), used: HashSet::new(), next: FIRST_ITEM }
+        Self { device, store, objects: BTreeMap::new(), used: HashSet::new(), next: FIRST_OBJECT }
     }
 
     /// Takes the items of a process that has died.

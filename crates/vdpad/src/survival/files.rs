@@ -9,6 +9,12 @@ use serde::{Deserialize, Serialize};
 use vdpa_backend::front::fuse::{
     AddError, DeviceFile, DeviceFiles, Options, OwnConnection, Place, SavedAttributes, ServeError,
 };
+use vdpa_backend::persist::items::device::{
+    ATTRIBUTES, CONNECTION, CONTENTS, IDENTITY, INTERFACE, KEEPER, of_program,
+};
+use vdpa_backend::persist::items::program::{
+    CONFIGURED, DEV_DIR, MOUNT, MOUNT_ATTRIBUTES, MOUNT_DIR, REQUESTS,
+};
 use vdpa_backend::persist::{Held, Kind, key, split_key};
 use vdpa_core::Errno;
 use vdpa_sys::fuse::{Connection, Negotiated, RequestLog, unmount};
@@ -16,33 +22,6 @@ use vdpa_sys::fuse::{Connection, Negotiated, RequestLog, unmount};
 use crate::devices::Kept;
 
 use super::{Identity, Legacy, Survival, read, text};
-
-/// Items that belong to no device.
-const MOUNT: u32 = 1;
-const MOUNT_DIR: u32 = 2;
-/// Attributes of the mounted directory.
-const MOUNT_ATTRIBUTES: u32 = 4;
-/// The directory of character devices, each of which has a connection of its own.
-const DEV_DIR: u32 = 5;
-/// The devices of the configuration have been added.
-const CONFIGURED: u32 = 6;
-/// Requests that were read and not answered.
-const REQUESTS: u32 = 7;
-
-/// Items of a device. 0, 1 and 8 are the journal, the in-flight logs and the dirty pages, and objects that the journal names are from 16 on.
-pub(super) const IDENTITY: u32 = 2;
-/// The memory that is its disk.
-const CONTENTS: u32 = 3;
-/// The attributes of its file.
-const ATTRIBUTES: u32 = 4;
-/// The connection of its file, if it has one of its own.
-const CONNECTION: u32 = 5;
-/// What reaches the keeper of a device of somebody else.
-const KEEPER: u32 = 6;
-/// The queues of its interface, in their order. 8 is the dirty pages, see `vdpa_backend::persist`.
-const TAPS: [u32; 8] = [7, 9, 10, 11, 12, 13, 14, 15];
-/// All that this module holds of a device.
-const ITEMS: [u32; 13] = [IDENTITY, CONTENTS, ATTRIBUTES, CONNECTION, KEEPER, 7, 9, 10, 11, 12, 13, 14, 15];
 
 /// The files that a predecessor has served.
 #[derive(Debug, Default)]
@@ -125,7 +104,7 @@ impl LegacyParts {
         for held in std::mem::take(items) {
             match split_key(held.key).1 {
                 CONTENTS => parts.contents = Some(held.fd),
-                item if TAPS.contains(&item) => drop(taps.insert(item, held.fd)),
+                item if INTERFACE.contains(&item) => drop(taps.insert(item, held.fd)),
                 KEEPER => parts.keeper = Some(held.fd),
                 ATTRIBUTES => parts.attributes = Some(SavedAttributes::open(held.fd)),
                 CONNECTION => {
@@ -311,7 +290,7 @@ impl Survival {
         if let Some(contents) = kept.held_memory() {
             store.hold(key(device, CONTENTS), Kind::Memory, contents.as_fd(), &[])?;
         }
-        for (item, tap) in TAPS.into_iter().zip(kept.held_taps()) {
+        for (item, tap) in INTERFACE.into_iter().zip(kept.held_taps()) {
             store.hold(key(device, item), Kind::Other, tap.as_fd(), &[])?;
         }
         if let Some(lobby) = kept.keeper() {
@@ -340,7 +319,7 @@ impl Survival {
 
     /// The device is deleted: what is held of it beside its log is released.
     pub(crate) fn release_device(&self, device: u32) {
-        for item in ITEMS {
+        for item in of_program() {
             match self.store().release(key(device, item)) {
                 Ok(()) | Err(Errno::NOENT) => {}
                 Err(errno) => tracing::warn!(device, %errno, "a deleted device is still held"),
