@@ -99,8 +99,14 @@ points! {
     StatusWritten = "status-written";
     /// A packet is in its receive buffer, and neither chain is answered.
     PacketCopied = "packet-copied";
-    /// One of the two chains of a packet is answered.
+    /// Some of the chains of a packet are answered, and others are not.
     PacketHalfDone = "packet-half-done";
+    /// A packet is at the interface, and its chain is not answered.
+    PacketSent = "packet-sent";
+    /// A packet was read from the interface, and none of its buffers is answered.
+    PacketRead = "packet-read";
+    /// A command of a control queue has had its effect, and has no answer.
+    CommandDone = "command-done";
     /// The used element is in the ring, and the log does not know of it.
     UsedWritten = "used-written";
     /// The log says that the request was answered.

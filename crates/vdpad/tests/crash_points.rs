@@ -14,6 +14,8 @@ mod net;
 mod requests;
 #[path = "support/robust.rs"]
 mod robust;
+#[path = "support/tap.rs"]
+mod tap;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -87,6 +89,9 @@ const fn way(point: CrashPoint) -> Way {
         | P::StatusWritten
         | P::PacketCopied
         | P::PacketHalfDone
+        | P::PacketSent
+        | P::PacketRead
+        | P::CommandDone
         | P::UsedWritten
         | P::PushedLogged
         | P::UsedPublished
@@ -124,7 +129,9 @@ fn is_on_path(kind: Kind, point: CrashPoint) -> bool {
         P::DescriptorsLogged => kind.name == "packed",
         // tests/queue_changes.rs
         P::QueueStarted => false,
-        P::PacketCopied | P::PacketHalfDone => kind.mgmtdev == "sim-net",
+        P::PacketCopied => kind.mgmtdev == "sim-net",
+        P::PacketHalfDone => matches!(kind.mgmtdev, "sim-net" | "net"),
+        P::PacketSent | P::PacketRead | P::CommandDone => kind.mgmtdev == "net",
         P::StatusWritten | P::CompletionTaken => kind.mgmtdev == "blk",
         _ => true,
     }
@@ -186,6 +193,7 @@ impl Ground {
     }
 
     fn with(kind: Kind, dir: PathBuf, options: &[&str]) -> Self {
+        assert!(!kind.wire || loads::prepare(), "a network namespace is needed");
         let crashes = Crashes::new();
         let mut command = robust::command_at(&dir);
         command.args(["--holder", "--front", "fuse", "--crash-limit", "60000"]).args(options);
@@ -212,6 +220,9 @@ impl Ground {
         assert!(faults.errors <= errors, "{faults:?}");
         self.total += faults;
         faults.errors = 0;
+        if self.kind.wire {
+            faults.again = faults.again.saturating_sub(self.lossy);
+        }
         if self.kind.lossy {
             faults.lost = faults.lost.saturating_sub(self.lossy);
             self.lossy = 0;
@@ -354,6 +365,12 @@ fn poisoned(point: CrashPoint) -> u64 {
     if way(point) == Restore { DEPTH } else { 0 }
 }
 
+/// How many packets may be lost, and how many repeated, when a process was killed at the point.
+fn lossy(kind: Kind, point: CrashPoint) -> u64 {
+    let twice = u64::from(poisoned(point) > 0);
+    if kind.wire { Kind::WIRE * (1 + twice) } else { 2 * twice }
+}
+
 /// The daemon is killed at every point: the next one goes on, and nobody notices.
 fn daemon_is_killed(kind: Kind) {
     let mut ground = Ground::new(kind);
@@ -369,7 +386,7 @@ fn daemon_is_killed(kind: Kind) {
             let begin = Instant::now();
             let result = ground.provoke(point, nth, Action::Kill);
             assert_eq!(result, Ok(()), "{point:?}");
-            ground.lossy = 2 * u64::from(poisoned(point) > 0);
+            ground.lossy = lossy(kind, point);
             let faults = ground.load.end();
             ground.count(faults, poisoned(point));
             ground.works(0);
@@ -422,6 +439,7 @@ impl Ground {
         let attrs = format!("path={} packed=on", image.display());
         let device = match self.kind.mgmtdev {
             "blk" => format!("name=used mgmtdev=blk {attrs}"),
+            "net" => "name=used mgmtdev=net tap=tap0 mac=52:54:11:12:34:56 packed=on".to_owned(),
             other => format!("name=used mgmtdev={other}"),
         };
         let again = Vdpad::start_at(&dir, LIMIT, &["--holder", "--front", "fuse", "--dev", &device]);
@@ -470,7 +488,7 @@ fn holder_is_killed(kind: Kind, action: Action, wanted: fn(CrashPoint) -> Outcom
         *cases.entry(format!("{outcome:?}")).or_default() += 1;
         if outcome == Outcome::Serves {
             assert_eq!(result, Ok(()), "{point:?}");
-            ground.lossy = 2 * u64::from(poisoned(point) > 0);
+            ground.lossy = lossy(kind, point);
             let faults = ground.load.end();
             ground.count(faults, poisoned(point));
             ground.works(0);
@@ -511,6 +529,11 @@ fn net_holder() {
 }
 
 #[test]
+fn card_holder() {
+    holder_is_killed(KINDS[4], Action::KillHolder, |_| Outcome::Serves);
+}
+
+#[test]
 fn split_both() {
     holder_is_killed(KINDS[0], Action::StopHolderAndKill, without_both);
 }
@@ -531,6 +554,11 @@ fn net_both() {
 }
 
 #[test]
+fn card_both() {
+    holder_is_killed(KINDS[4], Action::StopHolderAndKill, without_both);
+}
+
+#[test]
 fn split_daemon() {
     daemon_is_killed(KINDS[0]);
 }
@@ -548,6 +576,11 @@ fn sim_daemon() {
 #[test]
 fn net_daemon() {
     daemon_is_killed(KINDS[3]);
+}
+
+#[test]
+fn card_daemon() {
+    daemon_is_killed(KINDS[4]);
 }
 
 /// As on a kernel that does not send requests again: the daemon finds them in its own memory.

@@ -1,5 +1,4 @@
 //! `net` of a real daemon, on a TAP interface in a network namespace that ends with the test. The host side is the kernel's UDP and TCP.
-#![expect(unsafe_code, reason = "a test enters a network namespace of its own")]
 #![expect(clippy::unwrap_used, reason = "a failure is a panic here, also outside of test functions")]
 
 #[path = "support/net.rs"]

@@ -1,6 +1,5 @@
 //! `net` goes on when its daemon is killed and upgraded: the interface, its packets, and what the driver has set. And with several pairs
 //! of queues.
-#![expect(unsafe_code, reason = "a test enters a network namespace of its own")]
 #![expect(clippy::unwrap_used, reason = "a failure is a panic here, also outside of test functions")]
 
 #[path = "support/held.rs"]

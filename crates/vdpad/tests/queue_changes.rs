@@ -13,6 +13,8 @@ mod loads;
 mod net;
 #[path = "support/robust.rs"]
 mod robust;
+#[path = "support/tap.rs"]
+mod tap;
 
 use std::os::fd::AsFd as _;
 use std::time::Duration;

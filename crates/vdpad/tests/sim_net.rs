@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a failure is a panic here, also outside of test functions")]
 
 #[path = "support/net.rs"]
+#[expect(dead_code, reason = "every test binary uses its own part")]
 mod net;
 #[path = "support/peer.rs"]
 #[expect(dead_code, reason = "every test binary uses its own part")]

@@ -13,6 +13,8 @@ mod net;
 mod requests;
 #[path = "support/robust.rs"]
 mod robust;
+#[path = "support/tap.rs"]
+mod tap;
 
 use std::collections::BTreeMap;
 use std::io::{IsTerminal as _, Write as _};
@@ -25,7 +27,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use vdpa_control::api::{AddRequest, Attrs, UpgradeRequest};
 use vdpa_core::Errno;
 
-use loads::{Faults, KINDS};
+use loads::{Faults, KINDS, Kind};
 use robust::{Resources, Vdpad, eventually};
 
 /// Of 4 kills, this many do not wait until there was progress since the one before.
@@ -209,6 +211,7 @@ fn daemon(vdpad: &Vdpad) -> Option<Pid> {
 }
 
 fn run(plan: Plan) {
+    assert!(loads::prepare(), "the card needs a network namespace");
     let limit = Duration::from_secs(60 + plan.kills + plan.upgrades);
     let vdpad = Vdpad::start_with(
         limit,
@@ -235,14 +238,23 @@ fn result(shared: &Shared, plan: Plan, crashes: u64, hasty: u64) {
         total += *faults;
     }
     // A packet with which two processes have died in a row is not tried again.
-    let lossy: u64 = KINDS.iter().filter(|kind| kind.lossy).map(|kind| all[kind.name].lost).sum();
+    let lost = |wire| {
+        let kinds = KINDS.iter().filter(|kind| kind.lossy && kind.wire == wire);
+        kinds.map(|kind| all[kind.name].lost).sum::<u64>()
+    };
+    // As on a wire, a packet may be lost or repeated that was on its way at a crash.
+    let (lossy, on_wire) = (lost(false), lost(true));
     println!(
         "{} kills, {hasty} of them soon after another, and {} upgrades under {} requests; {} answered with an I/O error \
          because of two crashes in a row; {lossy} packets dropped for the same reason",
         plan.kills, plan.upgrades, total.requests, total.errors
     );
-    println!("{} lost, {} corrupt, {} twice", total.lost - lossy, total.corrupt, total.twice);
-    assert_eq!((total.lost - lossy, total.corrupt, total.twice), (0, 0, 0));
+    println!("the card has lost {on_wire} packets, and repeated {}", total.again);
+    let lost = total.lost - lossy - on_wire;
+    println!("{lost} lost, {} corrupt, {} twice", total.corrupt, total.twice);
+    assert_eq!((lost, total.corrupt, total.twice), (0, 0, 0));
+    let most = Kind::WIRE * (plan.kills + hasty);
+    assert!(on_wire <= most && total.again <= most, "{on_wire} lost, {} repeated", total.again);
     assert!(lossy <= hasty * 3, "{lossy} packets");
     assert!(total.errors <= hasty * 3 * loads::DEPTH, "{} errors", total.errors);
     assert!(crashes >= plan.kills - hasty, "{crashes} crashes");

@@ -11,6 +11,8 @@ mod loads;
 mod net;
 #[path = "support/robust.rs"]
 mod robust;
+#[path = "support/tap.rs"]
+mod tap;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -76,8 +78,8 @@ fn there_and_back(previous: &Path, present: &Path) {
     command.arg("--socket").arg(dir.join("control.sock"));
     command.args(["--holder", "--front", "fuse", "--crash-limit", "60000"]);
     let vdpad = Vdpad::start_command(&dir, Duration::from_secs(110), command);
-    // The disk of the previous release's sim-blk ends with its daemon, which refuses to be replaced then.
-    let kinds: Vec<_> = KINDS.into_iter().filter(|kind| kind.mgmtdev != "sim-blk").collect();
+    // The disk of the previous release's sim-blk ends with its daemon, which refuses to be replaced then. It has no net.
+    let kinds: Vec<_> = KINDS.into_iter().filter(|kind| !matches!(kind.mgmtdev, "sim-blk" | "net")).collect();
     let mut all: Vec<Box<dyn Load>> =
         kinds.iter().map(|kind| (kind.start)(&vdpad.add_any(kind.name, kind.mgmtdev))).collect();
     let mut total = Faults::default();

@@ -13,6 +13,9 @@ use super::{ANNOUNCE, Ack, ControlHeader, LINK_UP, MAC_BYTES, is_multicast, is_v
 use crate::errno::Errno;
 use crate::features::Features;
 
+/// Most pairs of queues of a card.
+pub const PAIRS_MAX: u16 = 8;
+
 /// Words that a card needs.
 pub const WORDS: usize = 32;
 
@@ -34,7 +37,12 @@ const VLANS_MAX: usize = 16;
 /// Numbers of single addresses in the low half, and of groups in the high half, each of which may be [`ALL`]; then the addresses.
 const FILTERS: usize = 12;
 const FILTER: usize = 13;
-const FILTERS_MAX: usize = WORDS - FILTER;
+const FILTERS_MAX: usize = PARTS - FILTER;
+/// By pair: the packet that is being given to the driver in several buffers. Not saved: only a process that is killed leaves one.
+const PARTS: usize = WORDS - PAIRS_MAX as usize;
+
+/// The first byte of what [`CardState::save`] gives: the layout of the words.
+const VERSION: u8 = 1;
 
 /// Everything passes: what a driver has set does not fit.
 const ALL: u64 = 0xffff;
@@ -62,6 +70,38 @@ mod class {
     pub(super) const ANNOUNCE: u8 = 3;
     pub(super) const MQ: u8 = 4;
     pub(super) const OFFLOADS: u8 = 5;
+}
+
+/// A packet that is being given to the driver in several buffers: what a process needs to finish it that finds only some of them given.
+/// All but the last are full.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Parts {
+    /// Requests of the ring that were in flight when none of the buffers was given.
+    pub in_flight: u16,
+    /// Number of buffers, at least 2.
+    pub buffers: u16,
+    /// Bytes in the last one, below 2^31.
+    pub last: u32,
+}
+
+impl Parts {
+    const fn word(self) -> u64 {
+        VALID | (self.last as u64) << 32 | (self.buffers as u64) << 16 | self.in_flight as u64
+    }
+
+    #[expect(clippy::cast_possible_truncation, reason = "the parts of a word")]
+    fn of(word: u64) -> Option<Self> {
+        let (in_flight, buffers, last) =
+            (word as u16, (word >> 16) as u16, (word >> 32) as u32 & 0x7fff_ffff);
+        (word & VALID != 0).then_some(Self { in_flight, buffers, last })
+    }
+
+    /// The buffers that are still to be given when so many requests are in flight: their number, 0 if none of them was given, or all.
+    #[must_use]
+    pub const fn left(self, in_flight: u16) -> u16 {
+        let given = self.in_flight.saturating_sub(in_flight);
+        if given == 0 || given >= self.buffers { 0 } else { self.buffers - given }
+    }
 }
 
 /// What a command changes beside the state. Called by the thread that executes the command.
@@ -128,6 +168,7 @@ impl CardState {
         for word in [PAIRS, OFFLOADS, VLANS, FILTERS] {
             self.memory.store(word, 0);
         }
+        (0..PAIRS_MAX).for_each(|pair| self.note_parts(pair, None));
         self.memory.store(CONFIRMED, self.memory.load(ASKED));
         self.memory.store(MODES, VALID | 1 << rx::PROMISC);
     }
@@ -183,6 +224,22 @@ impl CardState {
             && self.memory.load(ASKED) != self.memory.load(CONFIRMED);
         let link = if self.is_link_up() { LINK_UP } else { 0 };
         if announce { link | ANNOUNCE } else { link }
+    }
+
+    /// Notes that the packet for `pair` is being given to the driver in several buffers, or that this is over. A pair beyond [`PAIRS_MAX`]
+    /// has no note.
+    #[inline]
+    pub fn note_parts(&self, pair: u16, parts: Option<Parts>) {
+        if pair < PAIRS_MAX {
+            self.memory.store(PARTS + usize::from(pair), parts.map_or(0, Parts::word));
+        }
+    }
+
+    /// The packet for `pair` that a process has not given to the driver as a whole, and was killed.
+    #[must_use]
+    #[inline]
+    pub fn parts(&self, pair: u16) -> Option<Parts> {
+        if pair < PAIRS_MAX { Parts::of(self.memory.load(PARTS + usize::from(pair))) } else { None }
     }
 
     /// Whether everything is received.
@@ -358,24 +415,26 @@ impl CardState {
         Some(())
     }
 
-    /// The state as bytes, for [`Parent::save_state`](crate::parent::Parent::save_state).
+    /// The state as bytes, for [`Parent::save_state`](crate::parent::Parent::save_state): the version, then the words.
     #[must_use]
     pub fn save(&self) -> Vec<u8> {
-        (0..WORDS).flat_map(|word| self.memory.load(word).to_le_bytes()).collect()
+        let words = (0..PARTS).flat_map(|word| self.memory.load(word).to_le_bytes());
+        std::iter::once(VERSION).chain(words).collect()
     }
 
     /// Sets what [`save`](Self::save) gave. Memory that has outlived a process has what is newer than that: `has_outlived` keeps it.
     ///
     /// # Errors
-    /// `EINVAL` for what no card of at most `pairs` pairs can have saved; nothing has changed then.
+    /// `EINVAL` for what no card of at most `pairs` pairs can have saved, and for a later version; nothing has changed then.
     pub fn restore(&self, state: &[u8], pairs: u16, has_outlived: bool) -> Result<(), Errno> {
+        let Some((&VERSION, state)) = state.split_first() else { return Err(Errno::INVAL) };
         let words: Vec<u64> =
             state.chunks(8).filter_map(|word| word.try_into().ok().map(u64::from_le_bytes)).collect();
         let get = |word: usize| words.get(word).copied().unwrap_or(0);
         let list = |count: u64, most: usize| count == ALL || count <= most as u64;
         let [single, groups] = [get(FILTERS) & 0xffff_ffff, get(FILTERS) >> 32];
         let both = [single, groups].into_iter().filter(|count| *count != ALL).sum();
-        let valid = state.len() == WORDS * 8
+        let valid = state.len() == PARTS * 8
             && get(MODES) & VALID != 0
             && get(MODES) & !VALID < 1 << 6
             && get(MAC) < 1 << 48

@@ -1,17 +1,24 @@
 //! [`Load`]: work on a device in bursts, of which everything is verified. A fault is counted and does not end the test at once.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::UdpSocket;
 use std::ops::AddAssign;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use vdpa_core::blk::kind;
-use vdpa_core::net::MAC_BYTES;
+use vdpa_core::features::{BackendFeatures, Features};
+use vdpa_core::net::{Ack, MAC_BYTES};
 use vdpa_core::ring::Buffer;
+use vdpa_core::types::Asid;
 use vdpa_sys::vhost_vdpa::VhostVdpaFd;
 
 use super::net::{self, Net, RX, TX};
 use super::robust::disk::{self, Disk, Flight, Q0};
+use super::tap;
 
 /// Longest time for the answers to a burst.
 const LIMIT: Duration = Duration::from_secs(20);
@@ -32,6 +39,8 @@ pub(crate) struct Faults {
     pub(crate) twice: u64,
     /// Answered with an error.
     pub(crate) errors: u64,
+    /// Packets that a network has delivered twice, as it may after a crash.
+    pub(crate) again: u64,
 }
 
 impl AddAssign for Faults {
@@ -41,6 +50,7 @@ impl AddAssign for Faults {
         self.corrupt += other.corrupt;
         self.twice += other.twice;
         self.errors += other.errors;
+        self.again += other.again;
     }
 }
 
@@ -73,19 +83,44 @@ pub(crate) struct Kind {
     /// Packets that are lost with two crashes in a row, or with a program that does not note what it delivers: none of its answers is
     /// missing then.
     pub(crate) lossy: bool,
+    /// Its packets go through a network, which may lose or repeat the one that it has at a crash. [`prepare`] makes the network.
+    pub(crate) wire: bool,
+}
+
+impl Kind {
+    const fn disk(name: &'static str, mgmtdev: &'static str) -> Self {
+        Self { name, mgmtdev, start: |path| Box::new(Blocks::start(path, false)), lossy: false, wire: false }
+    }
+
+    /// Packets that one crash may lose, and may repeat: one that is being received and one that waits for buffers; one that is being
+    /// sent.
+    pub(crate) const WIRE: u64 = 2;
+}
+
+/// Makes the network of the kinds that need one, for this thread and what it starts. `false` where that is not possible, which is said.
+pub(crate) fn prepare() -> bool {
+    tap::namespace(false).is_some()
 }
 
 /// The devices that survive. One more is one more line.
-pub(crate) const KINDS: [Kind; 4] = [
-    Kind { name: "split", mgmtdev: "blk", start: |path| Box::new(Blocks::start(path, false)), lossy: false },
-    Kind { name: "packed", mgmtdev: "blk", start: |path| Box::new(Blocks::start(path, true)), lossy: false },
+pub(crate) const KINDS: [Kind; 5] = [
+    Kind { start: |path| Box::new(Blocks::start(path, false)), ..Kind::disk("split", "blk") },
+    Kind { start: |path| Box::new(Blocks::start(path, true)), ..Kind::disk("packed", "blk") },
+    Kind { start: |path| Box::new(Blocks::start(path, false)), ..Kind::disk("sim", "sim-blk") },
     Kind {
-        name: "sim",
-        mgmtdev: "sim-blk",
-        start: |path| Box::new(Blocks::start(path, false)),
-        lossy: false,
+        name: "net",
+        mgmtdev: "sim-net",
+        start: |path| Box::new(Packets::start(path, None)),
+        lossy: true,
+        wire: false,
     },
-    Kind { name: "net", mgmtdev: "sim-net", start: |path| Box::new(Packets::start(path)), lossy: true },
+    Kind {
+        name: "card",
+        mgmtdev: "net",
+        start: |path| Box::new(Packets::start(path, Some(Echo::start()))),
+        lossy: true,
+        wire: true,
+    },
 ];
 
 /// Writes and reads of a block device: each burst reads what the one before has written.
@@ -179,11 +214,45 @@ impl Blocks {
     }
 }
 
-/// Packets that a network device returns.
+/// Sends back on the host what a card sends to it.
+struct Echo {
+    ends: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Echo {
+    fn start() -> Self {
+        let socket: UdpSocket = tap::host();
+        socket.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
+        let ends = Arc::new(AtomicBool::new(false));
+        let end = Arc::clone(&ends);
+        let thread = thread::spawn(move || {
+            let mut packet = [0; 2048];
+            while !end.load(Ordering::Relaxed) {
+                if let Ok((len, from)) = socket.recv_from(&mut packet) {
+                    socket.send_to(&packet[..len], from).unwrap();
+                }
+            }
+        });
+        Self { ends, thread: Some(thread) }
+    }
+}
+
+impl Drop for Echo {
+    fn drop(&mut self) {
+        self.ends.store(true, Ordering::Relaxed);
+        self.thread.take().map(JoinHandle::join);
+    }
+}
+
+/// Packets that a network device returns, or that the host behind it sends back.
 pub(crate) struct Packets {
     net: Net,
+    echo: Option<Echo>,
     sent: [Buffer; SENT],
     rooms: [Buffer; 2 * SENT],
+    /// What has come of a packet, and how many buffers of it are missing.
+    partial: (Vec<u8>, u16),
     /// Numbers of packets that were sent and not received.
     missing: BTreeSet<u64>,
     next: u64,
@@ -194,13 +263,35 @@ pub(crate) struct Packets {
 const SENT: usize = 16;
 /// Bytes of a packet behind its header.
 const PACKET: usize = 600;
+/// Bytes of a receive buffer of a card: a packet needs two of them.
+const HALF: usize = 400;
+/// Bytes of Ethernet, IP and UDP.
+const HEADERS: usize = 42;
+/// A command that changes nothing more when it is repeated: each burst has one.
+const VLAN: [u8; 4] = [2, 0, 7, 0];
+
+/// What the driver of a card negotiates.
+const CARD: Features = Features::of(&[
+    Features::NET_MRG_RXBUF,
+    Features::NET_MAC,
+    Features::NET_STATUS,
+    Features::NET_CTRL_VQ,
+    Features::NET_CTRL_VLAN,
+    Features::VERSION_1,
+    Features::ACCESS_PLATFORM,
+]);
 
 impl Packets {
-    pub(crate) fn start(path: &Path) -> Self {
-        let mut net = Net::start(path);
-        let sent = std::array::from_fn(|_| net.data.allocate(net::HEADER + PACKET));
-        let rooms = std::array::from_fn(|_| net.data.allocate(2048));
-        let mut this = Self { net, sent, rooms, missing: BTreeSet::new(), next: 0, in_flight: 0 };
+    fn start(path: &Path, echo: Option<Echo>) -> Self {
+        let mut net = match &echo {
+            None => Net::start(path),
+            Some(_) => Net::with(path, CARD, Asid(0), BackendFeatures(0x37e)),
+        };
+        let (sent, room) = if echo.is_some() { (HEADERS + PACKET, HALF) } else { (PACKET, 2048) };
+        let sent = std::array::from_fn(|_| net.data.allocate(net::HEADER + sent));
+        let rooms = std::array::from_fn(|_| net.data.allocate(room));
+        let (missing, partial) = (BTreeSet::new(), (Vec::new(), 0));
+        let mut this = Self { net, echo, sent, rooms, partial, missing, next: 0, in_flight: 0 };
         for room in 0..rooms.len() as u64 {
             this.offer(room);
         }
@@ -209,15 +300,53 @@ impl Packets {
 
     fn offer(&mut self, room: u64) {
         let buffer = self.rooms[usize::try_from(room).unwrap()];
-        let ring = &mut self.net.queue(RX).ring;
-        ring.add(&[], &[buffer], room).unwrap();
-        ring.publish().unwrap();
+        let kick = self.echo.is_some();
+        let rx = self.net.queue(RX);
+        rx.ring.add(&[], &[buffer], room).unwrap();
+        if rx.ring.publish().unwrap() && kick {
+            rx.kick.signal();
+        }
     }
 
-    fn packet(number: u64) -> Vec<u8> {
+    /// What is told from any other packet.
+    fn contents(number: u64) -> Vec<u8> {
         let words = number.to_le_bytes().into_iter().chain(disk::pattern(number, 1));
-        let packet = [0; net::HEADER].into_iter().chain([0xff; MAC_BYTES]).chain(words);
-        packet.take(net::HEADER + PACKET).collect()
+        words.take(PACKET - MAC_BYTES).collect()
+    }
+
+    fn packet(&self, number: u64) -> Vec<u8> {
+        let contents = Self::contents(number);
+        let frame = match &self.echo {
+            None => [&[0xff; MAC_BYTES][..], &contents].concat(),
+            Some(_) => tap::udp(&contents, false),
+        };
+        [&[0; net::HEADER][..], &frame].concat()
+    }
+
+    /// Where the contents of a packet begin.
+    fn at(&self) -> usize {
+        net::HEADER + if self.echo.is_some() { HEADERS } else { MAC_BYTES }
+    }
+
+    /// Takes a packet that is there as a whole.
+    fn judge(&mut self, packet: &[u8], faults: &mut Faults) {
+        let contents = packet.get(self.at()..).unwrap_or_default();
+        match contents.first_chunk::<8>().map(|bytes| u64::from_le_bytes(*bytes)) {
+            // The network changes the headers, the simulator nothing.
+            Some(number)
+                if contents == Self::contents(number)
+                    && (self.echo.is_some() || packet == self.packet(number)) =>
+            {
+                if !self.missing.remove(&number) {
+                    eprintln!("packet {number} was received twice");
+                    *(if self.echo.is_some() { &mut faults.again } else { &mut faults.twice }) += 1;
+                }
+            }
+            _ => {
+                eprintln!("{} bytes that nobody has sent", packet.len());
+                faults.corrupt += 1;
+            }
+        }
     }
 
     fn receive(&mut self, faults: &mut Faults) -> bool {
@@ -231,18 +360,22 @@ impl Packets {
             }
         };
         let buffer = self.rooms[usize::try_from(done.token).unwrap()];
-        let packet = self.net.data.read(buffer, done.len);
-        let at = net::HEADER + MAC_BYTES;
-        match packet.get(at..at + 8).map(|bytes| u64::from_le_bytes(bytes.try_into().unwrap())) {
-            Some(number) if packet == Self::packet(number) => {
-                if !self.missing.remove(&number) {
-                    eprintln!("packet {number} was received twice");
-                    faults.twice += 1;
-                }
-            }
-            _ => faults.corrupt += 1,
-        }
+        let part = self.net.data.read(buffer, done.len);
         self.offer(done.token);
+        if part.is_empty() && self.partial.1 == 0 && self.echo.is_some() {
+            // The device has returned it.
+            return true;
+        }
+        let (mut packet, left) = std::mem::take(&mut self.partial);
+        packet.extend(part);
+        let buffers =
+            |packet: &[u8]| packet.get(10..12).map_or(1, |bytes| u16::from_le_bytes([bytes[0], bytes[1]]));
+        let left = if left > 0 { left - 1 } else { buffers(&packet).max(1) - 1 };
+        if left > 0 && self.echo.is_some() {
+            self.partial = (packet, left);
+        } else {
+            self.judge(&packet, faults);
+        }
         true
     }
 }
@@ -251,7 +384,7 @@ impl Load for Packets {
     fn begin(&mut self) {
         for slot in 0..self.sent.len() {
             let buffer = self.sent[slot];
-            self.net.data.write(buffer, &Self::packet(self.next));
+            self.net.data.write(buffer, &self.packet(self.next));
             self.net.queue(TX).ring.add(&[buffer], &[], self.next).unwrap();
             self.missing.insert(self.next);
             self.next += 1;
@@ -259,6 +392,9 @@ impl Load for Packets {
         }
         self.net.queue(TX).ring.publish().unwrap();
         self.net.queue(TX).kick.signal();
+        if self.echo.is_some() {
+            self.net.begin_command(&VLAN);
+        }
     }
 
     fn end(&mut self) -> Faults {
@@ -283,7 +419,7 @@ impl Load for Packets {
             }
             let now = Instant::now();
             if self.in_flight == 0 && self.missing.is_empty() {
-                return faults;
+                break;
             }
             if self.in_flight == 0 {
                 complete.get_or_insert(now);
@@ -291,10 +427,18 @@ impl Load for Packets {
             if now > deadline || complete.is_some_and(|since| now > since + LATE) {
                 faults.lost += self.in_flight + self.missing.len() as u64;
                 self.missing.clear();
-                return faults;
+                break;
             }
-            std::thread::sleep(Duration::from_micros(100));
+            thread::sleep(Duration::from_micros(100));
         }
+        if self.echo.is_some() {
+            match self.net.end_command() {
+                Some(Ack::Ok) => {}
+                Some(Ack::Err) => faults.errors += 1,
+                None => faults.lost += 1,
+            }
+        }
+        faults
     }
 
     fn device(&self) -> &VhostVdpaFd {

@@ -161,6 +161,8 @@ pub(crate) struct Net {
     pub(crate) control: Space,
     pub(crate) queues: [Queue; 3],
     features: Features,
+    /// Memory of [`begin_command`](Self::begin_command).
+    reused: Option<(Buffer, Buffer)>,
 }
 
 impl Net {
@@ -183,7 +185,7 @@ impl Net {
             Queue::new(TX, &mut data, features),
             Queue::new(CONTROL, &mut control, features),
         ];
-        let net = Self { device, data, control, queues, features };
+        let net = Self { device, data, control, queues, features, reused: None };
         for space in [&net.data, &net.control] {
             net.map(space);
         }
@@ -271,6 +273,23 @@ impl Net {
         self.offer(2048);
         self.transmit(packet);
         assert_eq!(self.receive(), packet);
+    }
+
+    /// Makes a control command, of at most 8 bytes, in memory that is used again by the next one. None may be in flight.
+    pub(crate) fn begin_command(&mut self, bytes: &[u8]) {
+        let (command, answer) =
+            *self.reused.get_or_insert_with(|| (self.control.allocate(8), self.control.allocate(1)));
+        self.control.write(command, bytes);
+        self.control.write(answer, &[0xee]);
+        let command = Buffer { len: u32::try_from(bytes.len()).unwrap(), ..command };
+        self.queue(CONTROL).submit(&[command], &[answer], 0);
+    }
+
+    /// The answer to it; `None` when there is none in time.
+    pub(crate) fn end_command(&mut self) -> Option<Ack> {
+        self.queue(CONTROL).wait(TIMEOUT)?;
+        let (_, answer) = self.reused?;
+        Ack::from_byte(self.control.read(answer, 1)[0])
     }
 
     /// A control command.

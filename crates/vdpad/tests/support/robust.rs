@@ -167,11 +167,12 @@ impl Vdpad {
         self.add(name, "blk", &format!("path {} {attrs}", image.display()))
     }
 
-    /// Adds either kind of block device.
+    /// Adds a device of any kind. A card is on the interface `tap0`.
     #[track_caller]
     pub(crate) fn add_any(&self, name: &str, mgmtdev: &str) -> PathBuf {
         match mgmtdev {
             "blk" => self.add_blk(name, 64 << 20, "packed on"),
+            "net" => self.add(name, "net", "tap tap0 mac 52:54:11:12:34:56 packed on"),
             other => self.add(name, other, ""),
         }
     }

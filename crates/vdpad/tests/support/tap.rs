@@ -1,4 +1,5 @@
 //! A TAP interface in a network namespace that ends with the test, and packets for the kernel behind it.
+#![expect(unsafe_code, reason = "a test enters a network namespace of its own")]
 
 use std::fs;
 use std::net::UdpSocket;
@@ -44,8 +45,8 @@ pub(crate) fn ip(args: &[&str]) {
 /// Has the kernel know 10.0.0.2 behind `tap0`, with the address 10.0.0.1 itself; returns a socket there.
 pub(crate) fn host() -> UdpSocket {
     ip(&["link", "set", "tap0", "up"]);
-    ip(&["addr", "add", "10.0.0.1/24", "dev", "tap0"]);
-    ip(&["neigh", "add", "10.0.0.2", "lladdr", "52:54:11:12:34:56", "dev", "tap0"]);
+    ip(&["addr", "replace", "10.0.0.1/24", "dev", "tap0"]);
+    ip(&["neigh", "replace", "10.0.0.2", "lladdr", "52:54:11:12:34:56", "dev", "tap0"]);
     let socket = UdpSocket::bind("10.0.0.1:1000").unwrap();
     socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
     socket

@@ -173,11 +173,91 @@ fn what_was_saved_is_restored_and_nothing_else() {
     );
     let newer = CardState::new(MAC_A);
     assert_eq!((newer.restore(&saved, 4, true), newer.mac()), (Ok(()), MAC_A));
-    for wrong in
-        [&saved[..saved.len() - 1], &[&saved[..], &[0]].concat(), &[0; WORDS * 8], &[0xff; WORDS * 8], &[]]
-    {
+    let later = [&[2], &saved[1..]].concat();
+    let zeros = [&[1][..], &[0; PARTS * 8]].concat();
+    let ones = [&[1][..], &[0xff; PARTS * 8]].concat();
+    let (short, long) = (&saved[..saved.len() - 1], [&saved[..], &[0]].concat());
+    for wrong in [short, &long, &later, &zeros, &ones, &[]] {
         assert_eq!(newer.restore(wrong, 4, false), Err(Errno::INVAL));
     }
     let memory = Arc::clone(&state.memory);
     assert_eq!(CardState::within(memory, [4; 6]).mac(), MAC_B, "what is in there goes before the attribute");
+}
+
+#[test]
+fn a_packet_in_parts_is_finished_by_who_finds_some_of_them_given() {
+    let state = CardState::new(MAC_A);
+    let parts = Parts { in_flight: 300, buffers: 3, last: 70_000 };
+    assert_eq!(state.parts(7), None);
+    state.note_parts(7, Some(parts));
+    state.note_parts(8, Some(parts));
+    assert_eq!((state.parts(7), state.parts(6), state.parts(8)), (Some(parts), None, None));
+    let left = [300, 299, 298, 297, 290, 0].map(|in_flight| parts.left(in_flight));
+    assert_eq!(left, [0, 2, 1, 0, 0, 0]);
+    let saved = state.save();
+    state.note_parts(7, None);
+    assert_eq!((state.parts(7), state.save()), (None, saved), "it is no state of the card");
+    state.note_parts(0, Some(parts));
+    state.reset();
+    assert_eq!(state.parts(0), None);
+}
+
+/// What version 1 has saved is read for ever. `VDPA_WRITE_GOLDEN` writes the file where there is none.
+#[test]
+fn the_state_of_version_1_is_read() {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/net-card-v1.bin");
+    if std::env::var_os("VDPA_WRITE_GOLDEN").is_some() && !path.exists() {
+        std::fs::write(&path, everything_set().save()).unwrap();
+    }
+    let golden = std::fs::read(&path).unwrap();
+    let state = CardState::new(MAC_A);
+    assert_eq!(state.restore(&golden, 4, false), Ok(()));
+    assert_eq!(
+        (state.mac(), state.pairs(), state.is_link_up(), state.is_promiscuous()),
+        (MAC_B, 3, false, false)
+    );
+    assert_eq!(state.offloads(FEATURES), Features(2));
+    let features = FEATURES;
+    for (to, vlan, passes) in [
+        (MAC_B, Some(7), true),
+        (MAC_B, Some(4095), true),
+        (MAC_B, Some(8), false),
+        (MAC_A, None, true),
+        ([2, 0, 0, 0, 0, 9], None, false),
+        (GROUP, None, true),
+        ([1, 0, 0, 0, 0, 9], None, false),
+        ([0xff; 6], None, false),
+    ] {
+        assert_eq!(state.accepts(&frame(to, vlan), features), passes, "{to:x?} {vlan:?}");
+    }
+    state.set_link(true);
+    assert_eq!(state.status(FEATURES), LINK_UP | ANNOUNCE);
+    assert_eq!(everything_set().save(), golden, "version 1 is written as it was released");
+    // The same words, in memory that has outlived a process.
+    let memory = CardState::new(MAC_A);
+    let words = golden[1..].chunks(8).map(|word| u64::from_le_bytes(word.try_into().unwrap()));
+    words.enumerate().for_each(|(word, value)| memory.memory.store(word, value));
+    assert_eq!(CardState::within(Arc::clone(&memory.memory), MAC_A).save(), golden);
+}
+
+/// A card of which every field was set.
+fn everything_set() -> CardState {
+    let state = CardState::new(MAC_A);
+    let commands = [
+        &[0, 0, 0][..],
+        &[0, 5, 1],
+        &[1, 1, 2, 0, 0, 0, 0, 2],
+        &table(&[MAC_A], &[GROUP]),
+        &[2, 0, 7, 0],
+        &[2, 0, 0xff, 0x0f],
+        &[4, 0, 3, 0],
+        &[5, 0, 2, 0, 0, 0, 0, 0, 0, 0],
+        &[3, 0],
+    ];
+    state.announce();
+    for command in commands {
+        assert_eq!(run(&state, command), Ack::Ok, "{command:?}");
+    }
+    state.set_link(false);
+    state
 }

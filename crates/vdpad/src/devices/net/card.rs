@@ -4,6 +4,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use vdpa_backend::worker::{Popped, Queue, QueueHandler, Queues};
+use vdpa_core::crash_points::{CrashPoint, reach};
 use vdpa_core::features::Features;
 use vdpa_core::net::card::{COMMAND_MAX, CardState};
 use vdpa_core::net::{Ack, NetHeader, transmit};
@@ -164,8 +165,12 @@ impl Card {
                             receive.set_pending(true);
                         }
                     }
+                    // As those that wait at the queues of the interface which the driver gives up: the kernel drops them.
+                    let given_up = self.receivers.iter_mut().skip(after.into());
+                    given_up.for_each(|receiver| *receiver = Receiver::default());
                 }
             }
+            reach(CrashPoint::CommandDone);
             let answered = self.chain.writable().write(view.snapshot(), &[ack.byte()]);
             let written = u32::from(answered == Ok(true));
             queue.ring(&view)?.push_used(self.chain.head, written)?;

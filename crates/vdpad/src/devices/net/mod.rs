@@ -20,7 +20,7 @@ use vdpa_backend::worker::{ClientMemory, OWN_COUNTERS, QueueControl, Size, Worke
 use vdpa_control::api::{Attrs, CtlError, ID_NET, MgmtDev};
 use vdpa_core::Errno;
 use vdpa_core::features::Features;
-use vdpa_core::net::card::{CardState, GUEST_OFFLOADS};
+use vdpa_core::net::card::{CardState, GUEST_OFFLOADS, PAIRS_MAX};
 use vdpa_core::net::loopback::StatsMemory;
 use vdpa_core::net::{MAC_BYTES, NetConfig, missing_dependency};
 use vdpa_core::parent::{Dma, Parent, Profile, QueueStats};
@@ -31,7 +31,7 @@ use zerocopy::IntoBytes;
 use self::card::Card;
 #[cfg(test)]
 pub(super) use self::options::KNOWN;
-use self::options::{Options, PAIRS_MAX};
+use self::options::Options;
 use self::taps::{Taps, possible_offloads};
 use super::net_attrs::NetAttr;
 use super::options::no_worker;

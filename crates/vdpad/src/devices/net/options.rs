@@ -5,6 +5,7 @@ use vdpa_control::api::{Attrs, CtlError};
 use vdpa_core::Errno;
 use vdpa_core::features::Features;
 use vdpa_core::net::MAC_BYTES;
+use vdpa_core::net::card::PAIRS_MAX;
 use vdpa_core::parent::CompatReset;
 
 use crate::devices::NetAttrs;
@@ -22,9 +23,6 @@ const IOTLB_ENTRIES: usize = 2048;
 
 /// Default MTU, in bytes.
 const MTU: u16 = 1500;
-
-/// Most pairs of queues.
-pub(super) const PAIRS_MAX: u16 = 8;
 
 /// The attributes: name, and description of the value for the error that lists them.
 pub(in crate::devices) const KNOWN: [(&str, &str); 15] = [

@@ -6,8 +6,10 @@ use std::sync::Arc;
 
 use vdpa_backend::worker::{MemoryView, Popped, Queue, Queues};
 use vdpa_core::Errno;
+use vdpa_core::crash_points::{CrashPoint, reach};
 use vdpa_core::features::Features;
 use vdpa_core::net::NetHeader;
+use vdpa_core::net::card::{CardState, Parts};
 use vdpa_core::ring::{BufferSlice, Chain, Fault, RingError};
 use vdpa_core::types::Perm;
 use vdpa_sys::tap;
@@ -94,6 +96,8 @@ struct Pass<'a> {
     queue: &'a mut Queue,
     view: &'a Arc<MemoryView>,
     features: Features,
+    state: CardState,
+    pair: u16,
     rooms: Rooms,
 }
 
@@ -108,13 +112,19 @@ impl Card {
     ) -> Result<bool, RingError> {
         let view = queues.view(queue);
         let view = &view;
+        if let Some(parts) = self.state.parts(pair) {
+            finish_parts(queue, view, &mut self.chain, parts)?;
+            self.state.note_parts(pair, None);
+            queues.publish(queue)?;
+        }
         if !queue.is_running() {
             return return_repeats(queues, queue, view, &mut self.chain);
         }
         let Some(tap) = self.tap(pair).filter(|_| pair < self.state.pairs()) else { return Ok(false) };
         queue.ring(view)?.disable_kick()?;
         let features = queue.setup().features;
-        let mut pass = Pass { queues, index, queue, view, features, rooms: Rooms::default() };
+        let (state, rooms) = (self.state.clone(), Rooms::default());
+        let mut pass = Pass { queues, index, queue, view, features, state, pair, rooms };
         let end = self.receive_packets(&mut pass, pair, &tap);
         // Asked for before buffers are given back: a kick is for those that the driver adds.
         let waits = matches!(end, Ok(End::NoBuffers)) && !pass.rooms.all.is_empty();
@@ -182,6 +192,7 @@ impl Card {
                     continue;
                 }
             }
+            reach(CrashPoint::PacketRead);
             let placed = pass.place(direct.min(len), rest)?;
             receiver.expected = expected;
             if let Placed::Waits(packet) = placed {
@@ -293,14 +304,17 @@ impl Pass<'_> {
     fn place(&mut self, direct: usize, rest: &[u8]) -> Result<Placed, RingError> {
         let len = direct + rest.len();
         while self.rooms.len < len {
-            let full = !self.merges() || self.rooms.all.len() >= BUFFERS_MAX;
-            let alone = self.queue.ring(self.view)?.pops_alone();
-            if full || alone {
+            if !self.merges() || self.rooms.all.len() >= BUFFERS_MAX {
                 self.queues.count_own(self.index, rx_counter::TOO_LONG, 1);
-                if alone && let Some(room) = self.rooms.take_first() {
+                return Ok(Placed::Done);
+            }
+            if self.queue.ring(self.view)?.pops_alone() {
+                // Processes may have died of this buffer, so no other one is popped beside it: it goes back without the packet.
+                let packet = self.copy(direct, rest);
+                while let Some(room) = self.rooms.take_first() {
                     self.queue.ring(self.view)?.push_used(room.chain.head, 0)?;
                 }
-                return Ok(Placed::Done);
+                return Ok(Placed::Waits(packet));
             }
             match self.pop() {
                 Ok(Some(true)) => {}
@@ -362,14 +376,35 @@ impl Pass<'_> {
                 let _ = write_at(first.chain.writable(), 0, &[0], self.view);
             }
         }
+        let several = ends.len() > 1;
+        if several {
+            self.note_parts(&ends)?;
+        }
         for here in ends {
             let Some(room) = self.rooms.take_first() else { break };
             let written = u32::try_from(here).unwrap_or(u32::MAX);
             self.queue.ring(self.view)?.push_used(room.chain.head, written)?;
+            if several {
+                reach(CrashPoint::PacketHalfDone);
+            }
+        }
+        if several {
+            self.state.note_parts(self.pair, None);
         }
         let bytes = len.saturating_sub(HEADER) as u64;
         self.queues.count_request(self.index, bytes, false);
         Ok(Placed::Done)
+    }
+
+    /// Notes that a packet is being given to the driver in buffers that are filled so far. In order it is given as a whole anyway.
+    fn note_parts(&mut self, ends: &[usize]) -> Result<(), RingError> {
+        if !self.features.has(Features::IN_ORDER) {
+            let in_flight = self.queue.ring(self.view)?.in_flight();
+            let buffers = u16::try_from(ends.len()).unwrap_or(u16::MAX);
+            let last = ends.last().and_then(|last| u32::try_from(*last).ok()).unwrap_or(0);
+            self.state.note_parts(self.pair, Some(Parts { in_flight, buffers, last }));
+        }
+        Ok(())
     }
 
     /// Returns the buffers that were not used to the ring.
@@ -385,6 +420,27 @@ impl Pass<'_> {
 fn write_at(to: BufferSlice<'_>, offset: u64, data: &[u8], view: &MemoryView) -> Result<(), Fault> {
     let Some((_, to)) = to.split_at(offset) else { return Ok(()) };
     to.write(view.snapshot(), data).map(drop)
+}
+
+/// A process that was killed has given some buffers of a packet to the driver. The others, which are filled too, are the first to be
+/// repeated. A driver that got only some would take the next packet for the rest of this one.
+#[cold]
+fn finish_parts(
+    queue: &mut Queue,
+    view: &Arc<MemoryView>,
+    chain: &mut Chain,
+    parts: Parts,
+) -> Result<(), RingError> {
+    let left = parts.left(queue.ring(view)?.in_flight());
+    for number in 1..=left {
+        if queue.ring(view)?.pop_along(view.snapshot(), chain)? == Popped::None {
+            break;
+        }
+        let full = u32::try_from(chain.writable().len()).unwrap_or(u32::MAX);
+        let written = if number == left { parts.last.min(full) } else { full };
+        queue.ring(view)?.push_used(chain.head, written)?;
+    }
+    Ok(())
 }
 
 /// The queue is being stopped, and buffers that a process has taken which has died are still in it: they are returned empty.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use vdpa_backend::worker::{MemoryView, Popped, Queue, Queues};
 use vdpa_core::Errno;
+use vdpa_core::crash_points::{CrashPoint, reach};
 use vdpa_core::net::{NetHeader, transmit};
 use vdpa_core::ring::{Fault, RingError};
 use vdpa_core::types::{Perm, Result};
@@ -71,6 +72,7 @@ impl Card {
                     return Err(fault.into());
                 }
             }
+            reach(CrashPoint::PacketSent);
             queue.ring(&view)?.push_used(self.chain.head, 0)?;
             if bytes >= BUDGET_BYTES {
                 break;
