@@ -6,6 +6,7 @@
 )]
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::Path;
 
 use rustix::fs::{Mode, OFlags};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, netdevice, socket_with};
@@ -78,10 +79,23 @@ pub fn open_more(name: &str) -> Result<OwnedFd, Errno> {
     open_queue(name, Open { multi_queue: true, create: false })
 }
 
+/// Opens a queue of the macvtap or ipvtap interface whose character device is `path` (`/dev/tapN`, N the index of the interface), with
+/// headers as those of [`open`]. Each further call opens a further queue.
+///
+/// # Errors
+/// `ENOTTY`, `EINVAL` for another file; `EBUSY` when all its queues are open; those of opening it.
+pub fn open_device(path: &Path, multi_queue: bool) -> Result<OwnedFd, Errno> {
+    attach(path, "", Open { multi_queue, create: false })
+}
+
 fn open_queue(name: &str, open: Open) -> Result<OwnedFd, Errno> {
+    attach(Path::new("/dev/net/tun"), name, open)
+}
+
+fn attach(path: &Path, name: &str, open: Open) -> Result<OwnedFd, Errno> {
     const HEADER: i32 = 12;
     let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let tap = rustix::fs::open("/dev/net/tun", flags, Mode::empty()).map_err(from)?;
+    let tap = rustix::fs::open(path, flags, Mode::empty()).map_err(from)?;
     let mut flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
     if open.multi_queue {
         flags |= libc::IFF_MULTI_QUEUE;
@@ -127,6 +141,20 @@ pub fn is_queue_of(tap: impl AsFd, name: &str) -> Result<bool, Errno> {
     let flags = i32::from(unsafe { request.ifr_ifru.ifru_flags });
     let wanted = libc::IFF_TAP | libc::IFF_VNET_HDR;
     Ok(request.ifr_name == interface(name)?.ifr_name && flags & wanted == wanted)
+}
+
+/// Whether the descriptor is a queue that has headers, of an interface that exists.
+///
+/// # Errors
+/// As [`is_queue_of`]; `ENOLINK` for a queue of macvtap whose interface is gone.
+pub fn is_queue(tap: impl AsFd) -> Result<bool, Errno> {
+    let mut request = interface("")?;
+    // SAFETY: the argument is a `struct ifreq`, which the driver writes, and which lives during the call.
+    unsafe { ioctl::call(tap, TUNGETIFF, (&raw mut request).expose_provenance()) }?;
+    // SAFETY: the driver has written the flags.
+    let flags = i32::from(unsafe { request.ifr_ifru.ifru_flags });
+    let wanted = libc::IFF_TAP | libc::IFF_VNET_HDR;
+    Ok(flags & wanted == wanted)
 }
 
 /// Whether the interface of this queue outlives its descriptors.

@@ -317,6 +317,55 @@ fn a_created_interface_ends_with_its_device() {
     daemon.add("net0", "net", &[("tap", "vdpa0"), ("create", "on")]);
 }
 
+/// A macvtap on one end of a pair of interfaces, of which the host has the other.
+#[test]
+fn a_macvtap_is_an_interface_too() {
+    if namespace(false).is_none() {
+        return;
+    }
+    ip(&["link", "add", "veth0", "type", "veth", "peer", "name", "veth1"]);
+    ip(&["link", "add", "link", "veth0", "name", "mac0", "type", "macvtap", "mode", "bridge"]);
+    ip(&["link", "set", "mac0", "address", "52:54:11:12:34:56", "up"]);
+    ip(&["link", "set", "veth0", "up"]);
+    ip(&["link", "set", "veth1", "address", "52:54:11:12:34:57", "up"]);
+    ip(&["addr", "add", "10.0.0.1/24", "dev", "veth1"]);
+    ip(&["neigh", "add", "10.0.0.2", "lladdr", "52:54:11:12:34:56", "dev", "veth1"]);
+    let host = UdpSocket::bind("10.0.0.1:1000").unwrap();
+    host.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    // Its file in /dev is that of the first namespace's: one is made.
+    let show = "mount -t sysfs sysfs /sys && cat /sys/class/net/mac0/tap*/dev";
+    let output = Command::new("unshare").args(["-m", "sh", "-c", show]).output().unwrap();
+    let number = String::from_utf8(output.stdout).unwrap();
+    let (major, minor) = number.trim().split_once(':').unwrap();
+    let daemon = Daemon::start();
+    let node = daemon.dir().join("tap");
+    let made = Command::new("mknod").arg(&node).args(["c", major, minor]).status().unwrap();
+    assert!(made.success());
+    let path = daemon.add("net0", "net", &[("tap", node.to_str().unwrap()), ("mac", "52:54:11:12:34:56")]);
+    let mut net = start(&path, FEATURES);
+    let data = payload(1000, 5);
+    let mut frame = udp(&data, false);
+    frame[..6].copy_from_slice(&OTHER);
+    net.transmit(&plain(&frame));
+    let mut buffer = [0; 2000];
+    assert_eq!(host.recv(&mut buffer).unwrap(), 1000);
+    assert!(buffer[..1000] == data);
+    offer(&mut net, 2048);
+    host.send_to(&data, "10.0.0.2:2000").unwrap();
+    assert!(receive(&mut net) == data);
+    // The driver hears of the link; the card below keeps its carrier.
+    assert_eq!(vdpactl(&daemon, "dev set name net0 link down").code, Some(0));
+    frame.truncate(60);
+    net.transmit(&plain(&frame));
+    assert_eq!(counter(&daemon, TX, "down"), 1);
+    drop(net);
+    daemon.delete("net0").unwrap();
+    for (tap, word) in [("/dev/null", "cannot be used"), ("/dev/tap-that-is-not-there", "cannot be used")] {
+        let error = daemon.try_add("n", "net", &[("tap", tap)]).unwrap_err().to_string();
+        assert!(error.contains(word), "{error}");
+    }
+}
+
 #[test]
 fn errors_say_what_is_wrong() {
     if namespace(false).is_none() {

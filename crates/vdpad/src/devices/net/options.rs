@@ -8,6 +8,7 @@ use vdpa_core::net::MAC_BYTES;
 use vdpa_core::net::card::PAIRS_MAX;
 use vdpa_core::parent::CompatReset;
 
+use super::taps::is_device;
 use crate::devices::NetAttrs;
 use crate::devices::options::{
     CPUS_ATTR, IOTLB_ATTR, QUEUE_SIZE_ATTR, WORKER_ATTR, compat_reset, invalid, iotlb_entries, placement,
@@ -26,7 +27,7 @@ const MTU: u16 = 1500;
 
 /// The attributes: name, and description of the value for the error that lists them.
 pub(in crate::devices) const KNOWN: [(&str, &str); 15] = [
-    ("tap", "NAME of an interface"),
+    ("tap", "NAME of an interface, or /dev/tapN"),
     ("create", "on|off"),
     ("mac", "MAC"),
     ("mtu", "68-65535"),
@@ -46,7 +47,7 @@ pub(in crate::devices) const KNOWN: [(&str, &str); 15] = [
 /// The attributes of a network card.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Options {
-    /// Name of the interface.
+    /// Name of the interface, or path of its character device.
     pub(super) tap: String,
     /// Make the interface, which ends with the device.
     pub(super) create: bool,
@@ -79,9 +80,15 @@ impl Options {
             return Err(CtlError::new(Errno::INVAL, format!("max_vqp is {pairs}"))
                 .with_hint(format!("1 to {PAIRS_MAX} pairs are right.")));
         }
+        let (tap, create) = (interface(attrs)?, switch("create")?);
+        if create && is_device(&tap) {
+            return Err(CtlError::new(Errno::INVAL, format!("create makes no {tap}")).with_hint(
+                "Make the interface with \"ip link add ... type macvtap\", or give the name of a TAP.",
+            ));
+        }
         Ok(Self {
-            tap: interface(attrs)?,
-            create: switch("create")?,
+            tap,
+            create,
             mac: net.mac.map_or_else(random_mac, |mac| Ok(mac.0))?,
             mtu: net.mtu.unwrap_or(MTU),
             pairs,
@@ -102,6 +109,7 @@ fn interface(attrs: &Attrs) -> Result<String, CtlError> {
     match attrs.get("tap") {
         None | Some("") => Err(CtlError::new(Errno::INVAL, "net needs the attribute tap")
             .with_hint("Give the name of the TAP interface: tap tap0")),
+        Some(path) if is_device(path) => Ok(path.to_owned()),
         Some(name) if name.len() > 15 || name.contains(['/', '%', ' ', '\0']) => {
             Err(CtlError::new(Errno::INVAL, format!("\"{name}\" is no name of an interface"))
                 .with_hint("At most 15 bytes without a slash, a blank and a percent sign are right."))
@@ -139,6 +147,7 @@ mod tests {
             (&[][..], Errno::INVAL, "attribute tap"),
             (&[("tap", "a/b")], Errno::INVAL, "no name of an interface"),
             (&[("tap", "1234567890123456")], Errno::INVAL, "no name"),
+            (&[("tap", "/dev/tap3"), ("create", "on")], Errno::INVAL, "create makes no"),
             (&[("tap", "t"), ("max_vqp", "9")], Errno::INVAL, "max_vqp"),
             (&[("tap", "t"), ("create", "yes")], Errno::INVAL, "create"),
             (&[("tap", "t"), ("path", "/x")], Errno::OPNOTSUPP, "path"),

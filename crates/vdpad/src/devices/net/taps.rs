@@ -1,6 +1,7 @@
 //! [`Taps`]: the queues of a TAP interface.
 
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::Arc;
 
 use vdpa_control::api::CtlError;
@@ -23,10 +24,19 @@ const OFFLOADS: [(Bit, u32); 6] = [
 
 /// The queues of a TAP interface, one for each pair of queues of the device.
 #[derive(Debug)]
-pub(super) struct Taps(Vec<Arc<OwnedFd>>);
+pub(super) struct Taps {
+    queues: Vec<Arc<OwnedFd>>,
+    /// It has no carrier that a program sets: that of macvtap is the one of the card below it.
+    fixed_carrier: bool,
+}
+
+/// Whether this is the character device of an interface, and not its name.
+pub(super) fn is_device(tap: &str) -> bool {
+    tap.starts_with('/')
+}
 
 impl Taps {
-    /// Opens the interface `name` with `pairs` queues, or makes it. Of a device that is made again, the queues that were kept.
+    /// Opens the interface `name`, or the one whose character device that is, with `pairs` queues, or makes it. Of a device that is made again, the queues that were kept.
     pub(super) fn open(
         name: &str,
         create: bool,
@@ -34,34 +44,42 @@ impl Taps {
         mtu: u16,
         kept: &Kept,
     ) -> Result<Self, CtlError> {
-        if let Some(taps) = kept.taps() {
-            let intact = taps.len() == usize::from(pairs)
-                && taps.iter().all(|queue| tap::is_queue_of(queue, name).unwrap_or(false));
+        let fixed_carrier = is_device(name);
+        if let Some(queues) = kept.taps() {
+            let is_queue = |queue: &Arc<OwnedFd>| {
+                if fixed_carrier { tap::is_queue(queue) } else { tap::is_queue_of(queue, name) }
+            };
+            let intact = queues.len() == usize::from(pairs)
+                && queues.iter().all(|queue| is_queue(queue).unwrap_or(false));
             return if intact {
-                Ok(Self(taps))
+                Ok(Self { queues, fixed_carrier })
             } else {
                 Err(CtlError::new(Errno::NODEV, format!("the interface {name} is gone")))
             };
         }
         let failed = |errno| refused(name, create, pairs, errno);
-        let first = first(name, create, pairs).map_err(failed)?;
-        let mut taps = vec![Arc::new(first)];
-        for _ in 1..pairs {
-            taps.push(Arc::new(tap::open_more(name).map_err(failed)?));
+        let mut queues = Vec::new();
+        for number in 0..pairs {
+            let queue = match number {
+                _ if fixed_carrier => tap::open_device(Path::new(name), pairs > 1),
+                0 => first(name, create, pairs),
+                _ => tap::open_more(name),
+            };
+            queues.push(Arc::new(queue.map_err(failed)?));
         }
-        let this = Self(taps);
+        let this = Self { queues, fixed_carrier };
         // Packets are spread over the queues of pairs that the driver uses.
         this.use_pairs(1).map_err(failed)?;
         if create {
             tap::bring_up(name, mtu).map_err(failed)?;
         }
-        kept.keep_taps(&this.0);
+        kept.keep_taps(&this.queues);
         Ok(this)
     }
 
     /// The queue of a pair.
     pub(super) fn queue(&self, pair: u16) -> Option<&Arc<OwnedFd>> {
-        self.0.get(usize::from(pair))
+        self.queues.get(usize::from(pair))
     }
 
     /// Has the interface hand over what a driver takes that has these features.
@@ -74,7 +92,7 @@ impl Taps {
 
     /// Spreads packets over the queues of the first `pairs` pairs.
     pub(super) fn use_pairs(&self, pairs: u16) -> Result<(), Errno> {
-        for (index, queue) in self.0.iter().enumerate().skip(1) {
+        for (index, queue) in self.queues.iter().enumerate().skip(1) {
             match tap::set_attached(queue, index < usize::from(pairs)) {
                 // It is in that state.
                 Ok(()) | Err(Errno::INVAL) => {}
@@ -84,8 +102,11 @@ impl Taps {
         Ok(())
     }
 
-    /// Sets the carrier that the host sees.
+    /// Sets the carrier that the host sees, where it is that of the card.
     pub(super) fn set_carrier(&self, carrier: bool) -> Result<(), Errno> {
+        if self.fixed_carrier {
+            return Ok(());
+        }
         tap::set_carrier(self.queue(0).ok_or(Errno::NODEV)?, carrier)
     }
 }
@@ -111,6 +132,12 @@ fn first(name: &str, create: bool, pairs: u16) -> Result<OwnedFd, Errno> {
 }
 
 fn refused(name: &str, create: bool, pairs: u16, errno: Errno) -> CtlError {
+    if is_device(name) {
+        let message = format!("{name} cannot be used: {errno}");
+        return CtlError::new(errno, message).with_hint(
+            "A queue of a macvtap interface is right: /dev/tapN, with the index of the interface.",
+        );
+    }
     let queues = if pairs > 1 { " multi_queue" } else { "" };
     let (message, hint) = match errno {
         Errno::NODEV => (
