@@ -1,13 +1,22 @@
 //! The cost of idle devices: no wake-up of any thread of the daemon, and little memory.
 #![expect(clippy::unwrap_used, reason = "a failure is a panic here, also outside of test functions")]
 
+#[path = "support/net.rs"]
+#[expect(dead_code, reason = "every test binary uses its own part")]
+mod net;
 mod support;
+#[path = "support/tap.rs"]
+#[expect(dead_code, reason = "every test binary uses its own part")]
+mod tap;
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::time::Duration;
 
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
+
+use vdpa_core::features::{BackendFeatures, Features};
+use vdpa_core::types::Asid;
 
 use support::blk::{Blk, FEATURES, OK};
 use support::daemon::Daemon;
@@ -47,13 +56,11 @@ fn resident(pid: u32) -> u64 {
 }
 
 /// Raises the limit on descriptors of this process, and of the daemon that it starts. Returns how many devices clients can
-/// have open with that, each with a ring that runs.
-fn running() -> usize {
-    /// Descriptors of this process and of the daemon for each.
-    const EACH: u64 = 12;
+/// have open with that, each with rings that run, when each needs so many.
+fn running(each: u64) -> usize {
     let limit = getrlimit(Resource::Nofile);
     setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }).unwrap();
-    let devices = limit.maximum.map_or(DEVICES, |limit| usize::try_from(limit / EACH).unwrap());
+    let devices = limit.maximum.map_or(DEVICES, |limit| usize::try_from(limit / each).unwrap());
     devices.min(DEVICES)
 }
 
@@ -61,6 +68,11 @@ mod heavy {
     #[test]
     fn a_thousand_idle_devices_cost_no_wake_up_and_little_memory() {
         super::idle_devices(&[]);
+    }
+
+    #[test]
+    fn nor_do_a_thousand_cards() {
+        super::idle_cards();
     }
 
     /// Neither in the daemon nor in what waits to free its memory.
@@ -108,7 +120,7 @@ impl Drop for Service {
 }
 
 fn idle_devices(options: &[&str]) {
-    let count = running();
+    let count = running(12);
     let daemon = Daemon::start_for(Duration::from_secs(200), options);
     let service = Service::of(&daemon);
     let (processes, below_holder) = (service.0.len(), options.contains(&"--holder"));
@@ -140,6 +152,46 @@ fn idle_devices(options: &[&str]) {
     assert!(each(before, made, DEVICES - 8) < RESIDENT_KIB, "{before} KiB, then {made} KiB");
     assert!(each(made, running, count) < RESIDENT_KIB, "{made} KiB, then {running} KiB");
 
+    assert!(stays_asleep(&service, &daemon, below_holder), "nothing serves these rings");
+    drop(clients);
+}
+
+/// As disks, cards whose interfaces have nothing for them, which wait for packets, for buffers and for kicks.
+fn idle_cards() {
+    const FEATURES: Features = Features::of(&[
+        Features::NET_MAC,
+        Features::NET_CTRL_VQ,
+        Features::VERSION_1,
+        Features::ACCESS_PLATFORM,
+    ]);
+    if tap::namespace(false).is_none() {
+        return;
+    }
+    let count = running(20);
+    let daemon = Daemon::start_for(Duration::from_secs(200), &[]);
+    let service = Service::of(&daemon);
+    let add = |number: usize| {
+        let tap = format!("idle{number}");
+        daemon.add(&format!("n{number}"), "net", &[("tap", &tap), ("create", "on")])
+    };
+    let paths: Vec<_> = (0..DEVICES).map(add).collect();
+    let start = |path: &std::path::PathBuf| net::Net::with(path, FEATURES, Asid(0), BackendFeatures(0x37e));
+    let mut cards: Vec<net::Net> = paths.iter().take(count).map(start).collect();
+    for (number, card) in cards.iter_mut().enumerate() {
+        // Half of them wait for packets, the others for buffers.
+        if number % 2 == 0 {
+            card.offer(2048);
+            card.queue(net::RX).kick.signal();
+        }
+        card.transmit(&[0; net::HEADER + 60]);
+    }
+    println!("{DEVICES} cards, {} of which have a driver", cards.len());
+    assert!(stays_asleep(&service, &daemon, false), "nothing serves these rings");
+    drop(cards);
+}
+
+/// Asserts that no thread of the service wakes up, but those that are known. Whether there are threads that serve rings.
+fn stays_asleep(service: &Service, daemon: &Daemon, below_holder: bool) -> bool {
     // Idle threads of the control socket end after a while, and so do those of the kernel.
     std::thread::sleep(Duration::from_secs(12));
     let before = service.threads();
@@ -156,8 +208,7 @@ fn idle_devices(options: &[&str]) {
             ));
         }
     }
-    println!("{processes} processes, {} threads; woken in {WATCHED:?}: {woken:?}", after.len());
-    assert!(after.values().any(|(name, ..)| name.starts_with("vq-")), "nothing serves these rings");
+    println!("{} processes, {} threads; woken in {WATCHED:?}: {woken:?}", service.0.len(), after.len());
     let holder = format!("vdpad {}:", daemon.pid());
     let is_known = |line: &str| {
         // The last thread that the kernel keeps for requests that may block, such as a flush, wakes up every five seconds to check
@@ -166,5 +217,5 @@ fn idle_devices(options: &[&str]) {
     };
     let elsewhere = |line: &&String| !is_known(line);
     assert_eq!(woken.iter().filter(elsewhere).collect::<Vec<_>>(), [""; 0]);
-    drop(clients);
+    after.values().any(|(name, ..)| name.starts_with("vq-"))
 }
