@@ -46,6 +46,8 @@ pub enum Need {
     NoBackend(Bit),
     /// The device offers this device feature.
     Feature(Bit),
+    /// The device does not offer this device feature.
+    NoFeature(Bit),
     /// The device has this virtio device id.
     DeviceId(u32),
     /// The device has at least this many virtqueues.
@@ -78,6 +80,7 @@ impl Need {
             Self::Backend(bit) => (probe.backend.has(bit), format!("{} is not offered", backend_name(bit))),
             Self::NoBackend(bit) => (!probe.backend.has(bit), format!("{} is offered", backend_name(bit))),
             Self::Feature(bit) => (probe.features.has(bit), format!("feature bit {} is not offered", bit.0)),
+            Self::NoFeature(bit) => (!probe.features.has(bit), format!("feature bit {} is offered", bit.0)),
             Self::DeviceId(id) => {
                 (probe.device_id == id, format!("the device id is {} and not {id}", probe.device_id))
             }

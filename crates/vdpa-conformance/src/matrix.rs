@@ -30,7 +30,7 @@ const FUSE: &str = file!("fuse");
 const BLK: &str = file!("fuse-blk");
 
 const CUSE: &str = file!("cuse");
-const COLUMNS: [Column; 6] = [
+const COLUMNS: [Column; 7] = [
     Column { title: "sim-net", devices: &[&[FUSE, file!("fuse-sim-net")]] },
     Column { title: "sim-blk", devices: &[&[FUSE, file!("fuse-sim-blk")]] },
     Column {
@@ -39,6 +39,13 @@ const COLUMNS: [Column; 6] = [
             &[FUSE, BLK],
             &[FUSE, BLK, file!("fuse-blk-unlimited")],
             &[FUSE, BLK, file!("fuse-blk-unlimited"), file!("fuse-blk-handover")],
+        ],
+    },
+    Column {
+        title: "net",
+        devices: &[
+            &[FUSE, file!("fuse-net"), file!("fuse-net-one-pair")],
+            &[FUSE, file!("fuse-net"), file!("fuse-net-pairs")],
         ],
     },
     Column {

@@ -1,4 +1,4 @@
-//! [`NetDriver`]: a driver of a network device that loops packets back: it receives each packet that is sent.
+//! [`NetDriver`]: a driver of a network device, which loops packets back or is a card for packets of others.
 //!
 //! The driver's three rings are in one region. If the control queue has its own address space, its ring is in a region of its
 //! own; both regions are then mapped at the same I/O virtual addresses.
@@ -48,7 +48,7 @@ struct Queue {
     buffers: Vec<(u16, usize)>,
 }
 
-/// A driver of a network device, set up and running. Dropping it resets the device and restores its MAC address.
+/// A driver of a network device, set up and running. Dropping it resets the device, and restores the MAC address that it had set.
 #[derive(Debug)]
 pub(crate) struct NetDriver {
     pub(crate) device: Device,
@@ -57,7 +57,8 @@ pub(crate) struct NetDriver {
     /// Offset of the first free byte of each region.
     free: Vec<usize>,
     queues: [Queue; 3],
-    mac_before: Vec<u8>,
+    /// The address before the driver has set its own, if it has.
+    mac_before: Option<Vec<u8>>,
 }
 
 impl NetDriver {
@@ -70,20 +71,39 @@ impl NetDriver {
     /// As [`start`](Self::start), with these features and the control queue in address space `asid`.
     pub(crate) fn start_with(ctx: &Ctx<'_>, features: Features, asid: u32) -> Result<Self, Stop> {
         let device = ctx.open_owned()?;
+        let mac_before = prepare("VHOST_VDPA_GET_CONFIG", device.config(0, 6))?;
+        prepare("VHOST_VDPA_SET_CONFIG", device.set_config(0, &MAC))?;
+        Self::run_on(device, features, asid, CONTROL, Some(mac_before))
+    }
+
+    /// As [`start_with`](Self::start_with), for a card with packets of others: its address stays as it is, and the control queue is where
+    /// these features put it (virtio 1.3 section 5.1.2). Of several pairs the first one is used.
+    pub(crate) fn start_card(ctx: &Ctx<'_>, features: Features) -> Result<Self, Stop> {
+        let device = ctx.open_owned()?;
+        let control = if features.has(Features::NET_MQ) { 2 * max_pairs(&device)? } else { CONTROL };
+        Self::run_on(device, features, 0, control, None)
+    }
+
+    fn run_on(
+        device: Device,
+        features: Features,
+        asid: u32,
+        control: u16,
+        mac_before: Option<Vec<u8>>,
+    ) -> Result<Self, Stop> {
         let acknowledged = BackendFeatures::of(&[BackendFeatures::IOTLB_ASID]);
         prepare("VHOST_SET_BACKEND_FEATURES", device.set_backend(acknowledged))?;
-        let mac_before = prepare("VHOST_VDPA_GET_CONFIG", device.config(0, 6))?;
         let regions =
             (0..=usize::from(asid != 0)).map(|_| Region::new(PAGES)).collect::<Result<Vec<_>, _>>()?;
         let queue = |index: u16| {
             let at = usize::from(index) * usize::try_from(RING_PAGES * PAGE).unwrap_or(0);
             let region = if index == CONTROL { regions.len() - 1 } else { 0 };
-            Ok(Queue { ring: Ring::new(index.into(), SIZE, at)?, region, head: 0, buffers: Vec::new() })
+            let on_device = if index == CONTROL { control } else { index };
+            Ok(Queue { ring: Ring::new(on_device.into(), SIZE, at)?, region, head: 0, buffers: Vec::new() })
         };
         let queues = [queue(RX)?, queue(TX)?, queue(CONTROL)?];
         let free = vec![usize::try_from(3 * RING_PAGES * PAGE).unwrap_or(0); regions.len()];
         let driver = Self { device, features, regions, free, queues, mac_before };
-        prepare("VHOST_VDPA_SET_CONFIG", driver.device.set_config(0, &MAC))?;
         driver.map_data()?;
         if asid != 0 {
             driver.map_control(asid)?;
@@ -229,6 +249,11 @@ impl NetDriver {
         self.next_ack()
     }
 
+    /// Waits for the next completion of a queue and returns its length. Fails if there is none in time.
+    pub(crate) fn completed_len(&mut self, queue: u16) -> Result<u32, Stop> {
+        Ok(self.expect_completion(queue)?.0)
+    }
+
     /// Waits for the next completion of the control queue and returns its ack byte. Fails if there is none in time.
     pub(crate) fn next_ack(&mut self) -> Result<u8, Stop> {
         let (len, at) = self.expect_completion(CONTROL)?;
@@ -296,8 +321,16 @@ impl NetDriver {
 impl Drop for NetDriver {
     fn drop(&mut self) {
         let _ = self.device.set_status(Status::RESET);
-        let _ = self.device.set_config(0, &self.mac_before);
+        if let Some(mac) = &self.mac_before {
+            let _ = self.device.set_config(0, mac);
+        }
     }
+}
+
+/// Pairs of queues that the device has, by its configuration space.
+pub(crate) fn max_pairs(device: &Device) -> Result<u16, Stop> {
+    let bytes = prepare("VHOST_VDPA_GET_CONFIG of max_virtqueue_pairs", device.config(8, 2))?;
+    Ok(bytes.try_into().map_or(0, u16::from_le_bytes))
 }
 
 /// A packet to `destination` with `len` bytes after the destination address.

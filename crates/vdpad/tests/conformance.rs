@@ -5,6 +5,9 @@
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
 mod support;
+#[path = "support/tap.rs"]
+#[expect(dead_code, reason = "every test binary uses its own part")]
+mod tap;
 
 use std::path::Path;
 use std::process::{Command, exit};
@@ -34,9 +37,21 @@ const MOVED_SUBJECT: &str = "sim_blk_moved_numbers";
 /// Numbers for the live-update requests other than those posted.
 const MOVED: &str = "new_owner=0xaf2f,remap=9,new_owner_bit=20,remap_bit=21,dirty=0xa0,dirty_bit=22";
 
-const SUBJECTS: [Subject; 11] = [
+const SUBJECTS: [Subject; 13] = [
     Subject { name: MOVED_SUBJECT, mgmtdev: "sim-blk", attrs: &[], expect: &["fuse", "fuse-sim-blk"] },
     Subject { name: "sim_net", mgmtdev: "sim-net", attrs: &[], expect: &["fuse", "fuse-sim-net"] },
+    Subject {
+        name: "net",
+        mgmtdev: "net",
+        attrs: &[("tap", "tap0")],
+        expect: &["fuse", "fuse-net", "fuse-net-one-pair"],
+    },
+    Subject {
+        name: "net_pairs",
+        mgmtdev: "net",
+        attrs: &[("tap", "tap0"), ("max_vqp", "4"), ("packed", "on"), ("in_order", "on")],
+        expect: &["fuse", "fuse-net", "fuse-net-pairs"],
+    },
     Subject { name: "sim_blk", mgmtdev: "sim-blk", attrs: &[], expect: &["fuse", "fuse-sim-blk"] },
     Subject {
         name: "sim_blk_pinned",
@@ -96,6 +111,10 @@ fn expectations(files: &[&str]) -> Expectations {
 fn conforms(subject: &Subject) {
     let moved = subject.name == MOVED_SUBJECT;
     assert_eq!(live::configured(), if moved { MOVED.parse().unwrap() } else { Numbers::POSTED });
+    let several = subject.attrs.iter().any(|(name, _)| *name == "max_vqp");
+    if subject.mgmtdev == "net" && tap::namespace(several).is_none() {
+        return;
+    }
     let daemon = Daemon::start();
     let disk = daemon.disk("disk", 1 << 20);
     // What is behind a device that is another one's.

@@ -1,5 +1,6 @@
 //! The cases, in one module for each part of the interface.
 
+mod card;
 mod config;
 mod data;
 mod dirty;
@@ -42,6 +43,7 @@ pub fn all() -> Vec<Case> {
         live::CASES,
         net::CASES,
         net_data::CASES,
+        card::CASES,
     ]
     .concat()
 }

@@ -2,14 +2,14 @@
 
 use vdpa_core::features::{Features, Status};
 
-use super::net::PROFILE;
+use super::net::{PROFILE, SIMULATOR};
 use crate::case::{Case, Ctx, Need, Outcome, Stop, check, prepare};
 use crate::device::pair;
 use crate::net_driver::{CONTROL, HEADER, MAC, NetDriver, RX, TX, UNWRITTEN, packet, packet_with};
 use crate::request::Request;
 
 /// The needs of each case: the simulator's profile, and the features that the driver uses.
-const N: [Need; 7] = [
+const N: [Need; 8] = [
     PROFILE[0],
     PROFILE[1],
     PROFILE[2],
@@ -17,6 +17,7 @@ const N: [Need; 7] = [
     Need::RingSize(64),
     Need::Feature(Features::NET_CTRL_VQ),
     Need::Feature(Features::NET_MAC),
+    SIMULATOR,
 ];
 
 macro_rules! case {
@@ -25,7 +26,7 @@ macro_rules! case {
             id: $id,
             spec: $spec,
             covers: &[$(Request::$request),+],
-            needs: &[N[0], N[1], N[2], N[3], N[4], N[5], N[6], $($need),*],
+            needs: &[N[0], N[1], N[2], N[3], N[4], N[5], N[6], N[7], $($need),*],
             run: $run,
         }
     };
