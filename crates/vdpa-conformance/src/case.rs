@@ -10,6 +10,7 @@ use vdpa_core::features::{BackendFeatures, Bit, Features};
 
 use crate::child::Child;
 use crate::device::{Device, Target};
+use crate::expect::Expectations;
 use crate::forked::Forked;
 use crate::probe::Probe;
 use crate::request::Request;
@@ -161,11 +162,26 @@ pub struct Ctx<'a> {
     target: Target<'a>,
     probe: &'a Probe,
     resources: Resources<'a>,
+    iotlb_entries: u32,
 }
 
+/// Default of `max_iotlb_entries`, the parameter of the kernel's module vhost.
+const IOTLB_ENTRIES: u32 = 2048;
+
 impl<'a> Ctx<'a> {
-    pub(crate) fn new(target: Target<'a>, probe: &'a Probe, resources: Resources<'a>) -> Self {
-        Self { target, probe, resources }
+    pub(crate) fn new(
+        target: Target<'a>,
+        probe: &'a Probe,
+        resources: Resources<'a>,
+        expected: &Expectations,
+    ) -> Self {
+        let iotlb_entries = expected.max_iotlb_entries().unwrap_or(IOTLB_ENTRIES);
+        Self { target, probe, resources, iotlb_entries }
+    }
+
+    /// Most entries that an IOTLB table of the device is to hold.
+    pub(crate) fn iotlb_entries(&self) -> u32 {
+        self.iotlb_entries
     }
 
     /// What the device reports about itself.

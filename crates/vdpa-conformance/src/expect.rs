@@ -4,6 +4,7 @@
 //! file.epoll: a FUSE file can always be polled             the device deviates in this case
 //! n/a net.*: it is a block device                          these cases, or this case, cannot be run on the device
 //! not-run data.read-only-memory: it ends the daemon        this case must not be tried
+//! max_iotlb_entries 64: the attribute says so              the device has this setting, which its cases are to find
 //! ```
 //!
 //! The run fails if a line is no longer true: a case listed as deviating must deviate, and a case listed as `n/a` must be
@@ -18,6 +19,7 @@
 //! ```
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 
 use thiserror::Error;
 
@@ -28,14 +30,22 @@ pub struct Expectations {
     /// By case, or by group with its dot.
     inapplicable: BTreeMap<String, String>,
     not_run: BTreeMap<String, String>,
+    max_iotlb_entries: Option<u32>,
 }
+
+/// Name of the setting [`Expectations::max_iotlb_entries`].
+const IOTLB_ENTRIES: &str = "max_iotlb_entries";
+/// Entries that a table can be expected to hold. The suite makes as many mappings.
+const IOTLB_ENTRIES_RANGE: RangeInclusive<u32> = 2..=1 << 20;
 
 /// Errors of an expectation file. Lines are counted from 1.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum ParseError {
-    /// A line is not `case-id: reason`, with or without `n/a` or `not-run` before it.
-    #[error("line {line}: not of the form `[n/a |not-run ]case-id: reason`: {text:?}")]
+    /// A line is neither `case-id: reason`, with or without `n/a` or `not-run` before it, nor a setting.
+    #[error(
+        "line {line}: not of the form `[n/a |not-run ]case-id: reason` or `{IOTLB_ENTRIES} NUMBER: reason`: {text:?}"
+    )]
     Form {
         /// Number of the line.
         line: usize,
@@ -50,13 +60,25 @@ pub enum ParseError {
         /// Name of the case.
         id: String,
     },
-    /// A case is listed twice.
-    #[error("line {line}: case {id:?} is listed before")]
+    /// A case or a setting is listed twice.
+    #[error("line {line}: {id:?} is listed before")]
     Repeated {
         /// Number of the second line.
         line: usize,
-        /// Name of the case.
+        /// Name of the case or the setting.
         id: String,
+    },
+    /// The number of a setting is none, or out of range.
+    #[error(
+        "line {line}: {IOTLB_ENTRIES} is {text:?} and should be a number from {} to {}",
+        IOTLB_ENTRIES_RANGE.start(),
+        IOTLB_ENTRIES_RANGE.end()
+    )]
+    Number {
+        /// Number of the line.
+        line: usize,
+        /// What is there in place of the number.
+        text: String,
     },
 }
 
@@ -86,6 +108,7 @@ impl Expectations {
             None => (&mut self.deviations, what),
             Some(("n/a", id)) => (&mut self.inapplicable, id),
             Some(("not-run", id)) => (&mut self.not_run, id),
+            Some((IOTLB_ENTRIES, number)) => return self.set_iotlb_entries(line, number.trim()),
             Some(_) => return Err(ParseError::Form { line, text: text.to_owned() }),
         };
         let group = id.strip_suffix('*').filter(|group| what != id && group.ends_with('.'));
@@ -99,13 +122,29 @@ impl Expectations {
         }
     }
 
-    /// Adds the expectations of another file. If both have a line for a case, that of the other file applies.
+    fn set_iotlb_entries(&mut self, line: usize, text: &str) -> Result<(), ParseError> {
+        let number = text.parse().ok().filter(|number| IOTLB_ENTRIES_RANGE.contains(number));
+        let number = number.ok_or_else(|| ParseError::Number { line, text: text.to_owned() })?;
+        match self.max_iotlb_entries.replace(number) {
+            None => Ok(()),
+            Some(_) => Err(ParseError::Repeated { line, id: IOTLB_ENTRIES.to_owned() }),
+        }
+    }
+
+    /// Adds the expectations of another file. If both have a line for a case or a setting, that of the other file applies.
     #[must_use]
     pub fn and(mut self, more: Self) -> Self {
         self.deviations.extend(more.deviations);
         self.inapplicable.extend(more.inapplicable);
         self.not_run.extend(more.not_run);
+        self.max_iotlb_entries = more.max_iotlb_entries.or(self.max_iotlb_entries);
         self
+    }
+
+    /// Most entries of an IOTLB table of the device; `None` if no line says so, and it is the kernel's default.
+    #[must_use]
+    pub fn max_iotlb_entries(&self) -> Option<u32> {
+        self.max_iotlb_entries
     }
 
     /// Why the device deviates in this case; `None` if it must not deviate.
@@ -171,6 +210,23 @@ mod tests {
         let both = expected.and(more);
         assert_eq!((both.deviation("data.read"), both.inapplicable("file.open")), (Some("other"), Some("y")));
         assert_eq!(both.deviations().collect::<Vec<_>>(), [("data.read", "other")]);
+    }
+
+    #[test]
+    fn a_setting_is_a_number_in_its_range() {
+        let parse = |text: &str| Expectations::parse(text, &[]);
+        let one = parse("max_iotlb_entries 64: the attribute").unwrap();
+        assert_eq!(one.max_iotlb_entries(), Some(64));
+        assert_eq!(one.clone().and(Expectations::default()).max_iotlb_entries(), Some(64));
+        assert_eq!(one.and(parse("max_iotlb_entries  2: x").unwrap()).max_iotlb_entries(), Some(2));
+        assert_eq!(Expectations::default().max_iotlb_entries(), None);
+        for number in ["0", "1", "-2", "1048577", "many", "64 65"] {
+            let error = parse(&format!("max_iotlb_entries {number}: x")).unwrap_err();
+            assert_eq!(error, ParseError::Number { line: 1, text: number.to_owned() });
+            assert!(error.to_string().contains("a number from 2 to 1048576"), "{error}");
+        }
+        let twice = parse("max_iotlb_entries 64: x\nmax_iotlb_entries 64: x");
+        assert_eq!(twice, Err(ParseError::Repeated { line: 2, id: "max_iotlb_entries".to_owned() }));
     }
 
     #[test]

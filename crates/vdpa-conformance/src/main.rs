@@ -51,8 +51,8 @@ struct Arguments {
     /// Runs only cases whose name contains this; may be repeated.
     #[arg(long, value_name = "TEXT")]
     filter: Vec<String>,
-    /// What is known of the device: `case-id: reason` for a deviation, `n/a case-id: reason` for what cannot be run; may
-    /// be repeated, and later files win.
+    /// What is known of the device: `case-id: reason` for a deviation, `n/a case-id: reason` for what cannot be run,
+    /// `max_iotlb_entries N: reason` for a setting; may be repeated, and later files win.
     #[arg(long, value_name = "FILE")]
     expect: Vec<PathBuf>,
     /// How to learn what the device counts: a command that prints the vendor statistics of a queue as JSON when "qidx N"

@@ -118,7 +118,7 @@ pub fn run(
         let outcome = match missing {
             Some(why) => Err(Stop::CannotRun(why)),
             None => with_watchdog(case.id, config.limit, config.on_hang, || {
-                (case.run)(&mut Ctx::new(config.device, probe, config.resources))
+                (case.run)(&mut Ctx::new(config.device, probe, config.resources, expected))
             }),
         };
         let verdict = Verdict::of(outcome, case.id, expected);

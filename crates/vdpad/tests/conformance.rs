@@ -37,7 +37,7 @@ const MOVED_SUBJECT: &str = "sim_blk_moved_numbers";
 /// Numbers for the live-update requests other than those posted.
 const MOVED: &str = "new_owner=0xaf2f,remap=9,new_owner_bit=20,remap_bit=21,dirty=0xa0,dirty_bit=22";
 
-const SUBJECTS: [Subject; 13] = [
+const SUBJECTS: [Subject; 15] = [
     Subject { name: MOVED_SUBJECT, mgmtdev: "sim-blk", attrs: &[], expect: &["fuse", "fuse-sim-blk"] },
     Subject { name: "sim_net", mgmtdev: "sim-net", attrs: &[], expect: &["fuse", "fuse-sim-net"] },
     Subject {
@@ -64,6 +64,18 @@ const SUBJECTS: [Subject; 13] = [
         mgmtdev: "sim-blk",
         attrs: &[("batch_mapping", "off")],
         expect: &["fuse", "fuse-sim-blk-dma-map"],
+    },
+    Subject {
+        name: "sim_blk_small_table",
+        mgmtdev: "sim-blk",
+        attrs: &[("max_iotlb_entries", "64")],
+        expect: &["fuse", "fuse-sim-blk", "fuse-iotlb-64"],
+    },
+    Subject {
+        name: "blk_large_table",
+        mgmtdev: "blk",
+        attrs: &[("pin", "off"), ("max_iotlb_entries", "5000")],
+        expect: &["fuse", "fuse-blk", "fuse-blk-unlimited", "fuse-iotlb-5000"],
     },
     Subject {
         name: "blk",

@@ -342,24 +342,23 @@ fn reset_keeps(ctx: &mut Ctx<'_>) -> Outcome {
 }
 
 fn limit(ctx: &mut Ctx<'_>) -> Outcome {
-    /// Default of the parameter `max_iotlb_entries`.
-    const ENTRIES: u64 = 2048;
+    let entries = u64::from(ctx.iotlb_entries());
     // The case checks the limit of the table and not that of pinned memory. If raising RLIMIT_MEMLOCK is refused, the device
     // must count pinned memory against another limit.
-    let _ = vdpa_sys::rlimit::raise_memlock(Some(4 * ENTRIES * PAGE));
+    let _ = vdpa_sys::rlimit::raise_memlock(Some(4 * entries * PAGE));
     let device = ctx.open_owned()?;
     let region = Region::new(1)?;
     // Every second page, so that no two entries can be merged.
-    for entry in 0..ENTRIES {
+    for entry in 0..entries {
         check(&format!("UPDATE number {entry}"), device.map(2 * entry * PAGE, &region, Perm::RO), MAPPED)?;
     }
     check(
-        "one UPDATE more than the table holds",
-        device.map(2 * ENTRIES * PAGE, &region, Perm::RO),
+        &format!("one UPDATE more than the {entries} that the table holds"),
+        device.map(2 * entries * PAGE, &region, Perm::RO),
         REFUSED,
     )?;
     check("INVALIDATE of one", device.unmap(0, 1), MAPPED)?;
-    check("UPDATE in its place", device.map(2 * ENTRIES * PAGE, &region, Perm::RO), MAPPED)
+    check("UPDATE in its place", device.map(2 * entries * PAGE, &region, Perm::RO), MAPPED)
 }
 
 fn batch_asid(ctx: &mut Ctx<'_>) -> Outcome {
