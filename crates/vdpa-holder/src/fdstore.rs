@@ -192,6 +192,27 @@ mod tests {
         }
     }
 
+    /// A holder of a later version gets them back from the service manager. `VDPA_WRITE_GOLDEN=1` writes the file where there is
+    /// none; it never changes.
+    #[test]
+    fn the_names_of_version_1_are_read() {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/stored-names-v1.txt");
+        let items = [
+            (0, Kind::Memory, vec![]),
+            (u64::MAX, Kind::Memory, vec![]),
+            (1, Kind::Fuse, vec![0, 0x7f, 0xff]),
+            ((7 << 32) | 16, Kind::Event, vec![9; 20]),
+            (3, Kind::Other, vec![1; 100]),
+        ];
+        if std::env::var_os("VDPA_WRITE_GOLDEN").is_some() && !path.exists() {
+            let names = items.iter().map(|(key, kind, record)| name(*key, *kind, record).unwrap() + "\n");
+            std::fs::write(&path, names.collect::<String>()).unwrap();
+        }
+        let text = std::fs::read_to_string(&path).unwrap();
+        let found: Vec<_> = text.lines().map(|name| parse_name(name).unwrap()).collect();
+        assert_eq!(found, items);
+    }
+
     #[test]
     fn a_manager_that_reads_late_loses_nothing_and_one_that_does_not_read_is_not_waited_for() {
         let dir = tempfile::tempdir().unwrap();

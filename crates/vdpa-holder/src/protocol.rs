@@ -232,12 +232,7 @@ impl Message {
             Self::Items { more, items } => {
                 out.u32((*more).into());
                 out.u32(u32::try_from(items.len()).unwrap_or(u32::MAX));
-                for item in items {
-                    out.u64(item.key);
-                    out.u32(item.kind as u32);
-                    out.i32(item.number);
-                    out.bytes(&item.record);
-                }
+                items.iter().for_each(|item| out.item(item));
             }
             Self::Status(status) => out.status(status),
             Self::FullStatus(status) => {
@@ -299,7 +294,7 @@ fn decode(input: &mut In<'_>) -> Option<(u32, Message)> {
     let (code, number) = (input.u32()?, input.u32()?);
     let message = match code {
         1 => {
-            let role = role(input.u32()?)?;
+            let role = input.role()?;
             let status = input.status()?;
             let (crashed, end) = (input.bool()?, input.end()?);
             Message::Start { role, status, crash: crashed.then_some(end) }
@@ -371,6 +366,13 @@ impl Out {
         self.0.extend_from_slice(bytes);
     }
 
+    pub(crate) fn item(&mut self, item: &Item) {
+        self.u64(item.key);
+        self.u32(item.kind as u32);
+        self.i32(item.number);
+        self.bytes(&item.record);
+    }
+
     pub(crate) fn status(&mut self, status: &Status) {
         self.i32(status.pid);
         for value in [
@@ -433,11 +435,15 @@ impl<'a> In<'a> {
         Some(bytes)
     }
 
-    pub(crate) fn record(&mut self) -> Option<Vec<u8>> {
+    fn record(&mut self) -> Option<Vec<u8>> {
         self.bytes(RECORD_MAX).map(<[u8]>::to_vec)
     }
 
-    fn item(&mut self) -> Option<Item> {
+    pub(crate) fn role(&mut self) -> Option<Role> {
+        role(self.u32()?)
+    }
+
+    pub(crate) fn item(&mut self) -> Option<Item> {
         Some(Item {
             key: self.u64()?,
             kind: Kind::from_number(self.u32()?)?,
@@ -464,7 +470,7 @@ impl<'a> In<'a> {
         for count in &mut status.kinds {
             *count = self.u64()?;
         }
-        (status.role, status.stored) = (role(self.u32()?)?, self.bool()?);
+        (status.role, status.stored) = (self.role()?, self.bool()?);
         Some(status)
     }
 

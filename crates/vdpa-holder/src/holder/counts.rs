@@ -80,4 +80,26 @@ mod tests {
         assert_eq!(status, Status { pid: 5, generation: 8, crashes: 3, upgrades: 2, ..Status::default() });
         assert!(Counts::open(memfd::sealed(c"other", &[0; 64]).unwrap()).is_none());
     }
+
+    /// The service manager keeps the memory for a holder of a later version. `VDPA_WRITE_GOLDEN=1` writes the file where there is
+    /// none; it never changes.
+    #[test]
+    fn the_counts_of_version_1_are_read() {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/counts-v1.bin");
+        let words = [MAGIC, 7, 3, 2, 1];
+        let bytes: Vec<u8> = words.into_iter().flat_map(u64::to_le_bytes).collect();
+        if std::env::var_os("VDPA_WRITE_GOLDEN").is_some() && !path.exists() {
+            std::fs::write(&path, &bytes).unwrap();
+        }
+        let found = std::fs::read(&path).unwrap();
+        let (fd, memory) = SharedWords::create(c"counts", WORDS).unwrap();
+        for (word, value) in found.chunks_exact(8).enumerate() {
+            memory.store(word, u64::from_le_bytes(value.try_into().unwrap()));
+        }
+        let counts = Counts::open(fd).unwrap();
+        let mut status = Status::default();
+        counts.continue_in(&mut status);
+        assert_eq!(status, Status { generation: 8, crashes: 3, upgrades: 2, ..Status::default() });
+        assert_eq!(counts.words.load(4), 2, "how often a holder began");
+    }
 }

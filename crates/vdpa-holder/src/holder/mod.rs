@@ -5,6 +5,7 @@ mod manager;
 mod process;
 mod replace;
 mod requests;
+mod saved;
 mod table;
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -25,6 +26,18 @@ use crate::socket;
 use counts::Counts;
 use process::Process;
 use table::{Entry, Table};
+
+/// Access of fuzz targets to internals.
+#[cfg(fuzzing)]
+pub mod fuzzing {
+    /// Reads `bytes` as what a holder leaves to the program that replaces it.
+    ///
+    /// # Panics
+    /// If it is a state that has another form when it is written again.
+    pub fn saved(bytes: &[u8]) {
+        super::saved::fuzz(bytes);
+    }
+}
 
 /// Environment variable with the number of the memory file that a replaced holder leaves to the new one.
 const STATE_ENV: &str = "VDPA_HOLDER_STATE";

@@ -11,13 +11,12 @@ use vdpa_sys::{inherit, memfd};
 
 use super::counts::Counts;
 use super::process::Process;
+use super::saved::{Saved, SavedDaemon};
 use super::table::{Entry, Table};
 use super::{Holder, HolderError, Options, Program, Role, RollBack, STATE_ENV, Status, Store};
 use crate::progress::Watched;
-use crate::protocol::{ARGUMENTS_MAX, In, Kind, Message, Out};
+use crate::protocol::{Item, Message};
 
-/// "VHLD" and the version of the format.
-const MAGIC: u64 = 0x2_444c_4856;
 const STATE_MAX: usize = 64 << 20;
 
 /// What the last program of this process left.
@@ -39,7 +38,8 @@ impl Holder {
         if self.candidate.is_some() || self.leaving.is_some() || self.stopping {
             return Err(Errno::BUSY);
         }
-        let state = memfd::sealed(c"vdpa-holder", &self.encode(number).ok_or(crate::socket::PIPE)?)?;
+        let saved = self.saved(number).ok_or(crate::socket::PIPE)?;
+        let state = memfd::sealed(c"vdpa-holder", &saved.encode())?;
         let string = |bytes: &[u8]| CString::new(bytes).map_err(|_| Errno::INVAL);
         let args = program.args.iter().map(|arg| string(arg)).collect::<Result<Vec<_>, _>>()?;
         let mut env = std::env::vars_os()
@@ -66,32 +66,34 @@ impl Holder {
         own.into_iter().chain(daemon.socket.as_ref().map(AsFd::as_fd)).chain(counts).chain(held)
     }
 
-    fn encode(&self, number: u32) -> Option<Vec<u8>> {
-        let mut out = Out(Vec::new());
-        out.u64(MAGIC);
-        out.u32(number);
-        out.u32(self.role as u32);
-        out.u32(self.served.into());
-        out.status(&Status { replaced: self.status.replaced + 1, ..self.now() });
-        out.u32(u32::try_from(self.crashes.len()).ok()?);
-        self.crashes.iter().for_each(|&at| out.u64(at));
-        let daemon = &self.daemon;
-        out.i32(daemon.pid);
-        for fd in [&daemon.pidfd, daemon.socket.as_ref()?, &daemon.progress, &*daemon.program.file] {
-            out.i32(fd.as_raw_fd());
-        }
-        out.u64(daemon.started_ns);
-        out.u32(daemon.ready.into());
-        out.i32(self.counts.as_ref().map_or(-1, Counts::number));
-        let args: Vec<u8> = daemon.program.args.join(&0);
-        out.bytes(&args);
-        for (&key, entry) in &self.table.0 {
-            out.u64(key);
-            out.u32(entry.kind as u32);
-            out.i32(entry.fd.as_raw_fd());
-            out.bytes(&entry.record);
-        }
-        Some(out.0)
+    /// What the new program needs; `None` if the daemon has closed its socket.
+    fn saved(&self, number: u32) -> Option<Saved> {
+        let Process { pid, pidfd, socket, progress, program, started_ns, ready, .. } = &self.daemon;
+        let items = self.table.0.iter().map(|(&key, Entry { kind, record, fd })| Item {
+            key,
+            kind: *kind,
+            number: fd.as_raw_fd(),
+            record: record.clone(),
+        });
+        Some(Saved {
+            number,
+            role: self.role,
+            served: self.served,
+            status: Status { replaced: self.status.replaced + 1, ..self.now() },
+            crashes: self.crashes.clone(),
+            daemon: SavedDaemon {
+                pid: *pid,
+                pidfd: pidfd.as_raw_fd(),
+                socket: socket.as_ref()?.as_raw_fd(),
+                progress: progress.as_raw_fd(),
+                file: program.file.as_raw_fd(),
+                started_ns: *started_ns,
+                ready: *ready,
+                args: program.args.join(&0),
+            },
+            counts: self.counts.as_ref().map_or(-1, Counts::number),
+            items: items.collect(),
+        })
     }
 
     /// Goes on where the last program of this process was, and answers the request that replaced it.
@@ -129,39 +131,32 @@ pub(super) fn inherited() -> Result<Option<State>, HolderError> {
     let number = number.to_str().and_then(|text| text.parse().ok()).ok_or(wrong("no number"))?;
     let fd = inherit::take(number).map_err(|_| wrong("no memory file"))?;
     let bytes = memfd::read_all(fd, STATE_MAX).map_err(|_| wrong("it cannot be read"))?;
-    decode(&mut In(&bytes)).ok_or(wrong("its content is not of this version")).map(Some)
+    let saved = Saved::decode(&bytes).ok_or(wrong("its content is not of this version"))?;
+    take_all(saved).ok_or(wrong("it names a descriptor that was not inherited")).map(Some)
 }
 
-fn decode(input: &mut In<'_>) -> Option<State> {
-    (input.u64()? == MAGIC).then_some(())?;
-    let number = input.u32()?;
-    let role = if input.u32()? == Role::Failed as u32 { Role::Failed } else { Role::Daemon };
-    let served = input.bool()?;
-    let status = input.status()?;
-    let crashes = (0..input.u32()?).map(|_| input.u64()).collect::<Option<Vec<_>>>()?;
-    let pid = input.i32()?;
-    let (pidfd, socket) = (take(input.i32()?)?, take(input.i32()?)?);
-    let (progress, file) = (take(input.i32()?)?, take(input.i32()?)?);
-    let (started_ns, ready) = (input.u64()?, input.bool()?);
-    let counts = input.i32()?;
-    let counts = if counts < 0 { None } else { Some(Counts::open(take(counts)?)?) };
-    let args = input.bytes(ARGUMENTS_MAX)?.split(|&byte| byte == 0).map(<[u8]>::to_vec).collect();
+/// Takes the descriptors of a state; `None` if one of them is not there.
+fn take_all(saved: Saved) -> Option<State> {
+    let Saved { number, role, served, status, crashes, daemon, counts, items } = saved;
+    let progress = take(daemon.progress)?;
     let daemon = Process {
-        pid,
-        pidfd,
-        socket: Some(socket),
+        pid: daemon.pid,
+        pidfd: take(daemon.pidfd)?,
+        socket: Some(take(daemon.socket)?),
         watched: Watched::from_fd(&progress).ok()?,
         progress,
-        program: Program { file: Arc::new(file), args },
-        started_ns,
-        ready,
+        program: Program {
+            file: Arc::new(take(daemon.file)?),
+            args: daemon.args.split(|&byte| byte == 0).map(<[u8]>::to_vec).collect(),
+        },
+        started_ns: daemon.started_ns,
+        ready: daemon.ready,
         hung: false,
     };
+    let counts = if counts < 0 { None } else { Some(Counts::open(take(counts)?)?) };
     let mut table = Table::default();
-    while !input.0.is_empty() {
-        let (key, kind) = (input.u64()?, Kind::from_number(input.u32()?)?);
-        let fd = take(input.i32()?)?;
-        table.0.insert(key, Entry { kind, record: input.record()?, fd });
+    for Item { key, kind, number, record } in items {
+        table.0.insert(key, Entry { kind, record, fd: take(number)? });
     }
     Some(State { number, role, served, status, crashes, daemon, counts, table })
 }
