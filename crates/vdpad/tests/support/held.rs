@@ -6,15 +6,14 @@ use std::time::Duration;
 use rustix::process::{Pid, Signal, kill_process};
 use vdpa_control::api::{DaemonInfo, HolderInfo};
 
-use super::robust::{Vdpad, eventually};
+use super::robust::{Vdpad, eventually, front};
 
 /// Starts a daemon below a holder, whose files are of the front end in `VDPAD_TEST_FRONT`; FUSE by default. The test may take
 /// some minutes from now on.
 pub(crate) fn start(args: &[&str]) -> Vdpad {
-    let front: &[&str] = if is_cuse() { &[] } else { &["--front", "fuse"] };
     Vdpad::start_with(
         Duration::from_secs(if is_cuse() { 600 } else { 120 }),
-        &[&["--holder"], front, args].concat(),
+        &[&["--holder"], front(), args].concat(),
     )
 }
 

@@ -100,7 +100,9 @@ impl Vdpad {
         let log = File::options().create(true).append(true).open(dir.join("log")).unwrap();
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
         let mut child = command.spawn().unwrap();
-        let guard = Guard::new(limit, Pid::from_child(&child), dir.join("dev"));
+        // Who brings the programs along runs in an emulated machine, or may.
+        let slowness = if std::env::var_os(programs::PROGRAMS).is_some() { 10 } else { 1 };
+        let guard = Guard::new(limit * slowness, Pid::from_child(&child), dir.join("dev"));
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
         assert_eq!(line, "ready\n", "{}", fs::read_to_string(dir.join("log")).unwrap());
@@ -224,6 +226,11 @@ pub(crate) fn command_at(dir: &Path) -> Command {
     };
     command.arg("--socket").arg(dir.join("control.sock"));
     command
+}
+
+/// The arguments for FUSE files, unless `VDPAD_TEST_FRONT` chooses the front end: [`command_at`] has it then.
+pub(crate) fn front() -> &'static [&'static str] {
+    if std::env::var_os("VDPAD_TEST_FRONT").is_some() { &[] } else { &["--front", "fuse"] }
 }
 
 /// vdpactl for a daemon in `dir`.
