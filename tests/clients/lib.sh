@@ -4,6 +4,9 @@
 
 . scripts/lib.sh
 
+# How many times as long as usual things may take, for a host that is busy.
+slowness=${VDPA_SLOWNESS:-1}
+
 work=$(mktemp -d "${TMPDIR:-/tmp}/vdpa-client.XXXXXX")
 . testbed/packages.sh
 mkdir -p "$cache"
@@ -41,7 +44,8 @@ build() {
 # start_daemon [ARG...]: a vdpad of this run; returns when it serves.
 start_daemon() {
     mkfifo "$work/ready"
-    "$bin/vdpad" --dir "$work/dev" --socket "$work/control" --log "${VDPAD_TEST_LOG:-info}" "$@" >"$work/ready" 2>"$work/vdpad.log" &
+    "$bin/vdpad" --dir "$work/dev" --socket "$work/control" --log "${VDPAD_TEST_LOG:-info}" \
+        --request-timeout $((30 * slowness)) "$@" >"$work/ready" 2>"$work/vdpad.log" &
     daemon=$!
     local line=
     read -r line <"$work/ready" || true
@@ -145,15 +149,15 @@ machine() {
 qmp() {
     local to=to$1 from=from$1 line=
     printf '{"execute": "%s"%s}\n' "$2" "${3:+, \"arguments\": $3}" >&"${!to}"
-    while read -r -t 60 -u "${!from}" line; do
+    while read -r -t $((60 * slowness)) -u "${!from}" line; do
         case $line in '{"return"'* | '{"error"'*) printf '%s\n' "$line" && return ;; esac
     done
     die "QEMU $1 does not answer to $2: $(cat "$work/qemu$1.log")"
 }
 
-# Waits until the console of machine N has a line, at most SECONDS.
+# wait_for N PATTERN SECONDS: until the console of machine N has a line, at most so long.
 wait_for() {
-    local deadline=$((SECONDS + $3))
+    local deadline=$((SECONDS + $3 * slowness))
     until grep -q "$2" "$work/console$1"; do
         [ $SECONDS -lt $deadline ] || die "machine $1 has not come to: $2. $(tail -n 5 "$work/console$1" "$work/qemu$1.log")"
         sleep 0.02
