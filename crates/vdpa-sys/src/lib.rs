@@ -17,16 +17,22 @@ pub mod fork;
 #[cfg(feature = "server")]
 pub mod fuse;
 pub mod guest;
+#[cfg(feature = "server")]
+pub mod image_lock;
 pub mod inherit;
 pub mod ioctl;
 #[cfg(feature = "server")]
 pub mod journal;
+#[cfg(feature = "server")]
+pub mod machine;
 pub mod maps;
 pub mod memfd;
 pub mod mm_reaper;
 pub mod mmap;
 mod object;
 mod object_file;
+#[cfg(feature = "server")]
+mod ofd;
 #[cfg(feature = "server")]
 pub mod open_mark;
 #[cfg(feature = "server")]

@@ -4,13 +4,12 @@
 //! last reference to that open file is dropped, which every operation of an io_uring on it has until it has ended. Shared
 //! locks exclude nobody, so that several processes can have a file open, each with a mark at another place; locks need not
 //! lie within the file. What can write (`F_WRLCK`) cannot be locked there meanwhile, which is how a mark is found.
-#![expect(unsafe_code, reason = "locks of open file descriptions are not in rustix")]
 
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 
 use vdpa_core::Errno;
 
-use crate::errno;
+use crate::ofd::{self, Lock};
 
 /// Places from here on are for marks: no file is so large, and programs that lock bytes use small numbers.
 pub const FIRST: u64 = 1 << 62;
@@ -21,10 +20,7 @@ pub const FIRST: u64 = 1 << 62;
 /// `EINVAL` for another place; `EAGAIN` when a program has locked that byte, or the whole file, for writing; `EBADF` for a
 /// file that is not open for reading; those of the file system.
 pub fn set(file: impl AsFd, place: u64) -> Result<(), Errno> {
-    let lock = lock(place, libc::F_RDLCK)?;
-    // SAFETY: the descriptor is open while it is borrowed, and the call reads the structure that it is given.
-    let result = unsafe { libc::fcntl(file.as_fd().as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) };
-    if result == 0 { Ok(()) } else { Err(errno::last()) }
+    ofd::set(file, Lock::Shared, checked(place)?, 1)
 }
 
 /// Removes the mark of an open file that is used on: by its process, which gives the file to another one.
@@ -32,10 +28,7 @@ pub fn set(file: impl AsFd, place: u64) -> Result<(), Errno> {
 /// # Errors
 /// `EINVAL` for a place where no marks are; those of the file system.
 pub fn clear(file: impl AsFd, place: u64) -> Result<(), Errno> {
-    let lock = lock(place, libc::F_UNLCK)?;
-    // SAFETY: as above.
-    let result = unsafe { libc::fcntl(file.as_fd().as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) };
-    if result == 0 { Ok(()) } else { Err(errno::last()) }
+    ofd::set(file, Lock::Unlocked, checked(place)?, 1)
 }
 
 /// Whether another open file is marked at `place`.
@@ -43,18 +36,12 @@ pub fn clear(file: impl AsFd, place: u64) -> Result<(), Errno> {
 /// # Errors
 /// `EINVAL` for a place where no marks are; those of the file system.
 pub fn exists(file: impl AsFd, place: u64) -> Result<bool, Errno> {
-    let mut lock = lock(place, libc::F_WRLCK)?;
-    // SAFETY: as above; the call writes the structure, which is ours alone.
-    let result = unsafe { libc::fcntl(file.as_fd().as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) };
-    if result == 0 { Ok(i32::from(lock.l_type) != libc::F_UNLCK) } else { Err(errno::last()) }
+    ofd::is_excluded(file, Lock::Exclusive, checked(place)?, 1)
 }
 
-/// A lock of this type on the byte at `place`.
-fn lock(place: u64, kind: i32) -> Result<libc::flock64, Errno> {
-    let start = i64::try_from(place).ok().filter(|_| place >= FIRST).ok_or(Errno::INVAL)?;
-    let kind = i16::try_from(kind).map_err(|_| Errno::INVAL)?;
-    // `l_pid` has to be 0 for these commands, and `l_whence` is SEEK_SET.
-    Ok(libc::flock64 { l_type: kind, l_whence: 0, l_start: start, l_len: 1, l_pid: 0 })
+/// `place`, if marks may be there.
+fn checked(place: u64) -> Result<u64, Errno> {
+    if place >= FIRST { Ok(place) } else { Err(Errno::INVAL) }
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! `RLIMIT_MEMLOCK`.
+//! `RLIMIT_MEMLOCK` and `RLIMIT_NOFILE`.
 #![expect(unsafe_code, reason = "prlimit(2) of another process without setting anything is not in rustix")]
 
 use std::mem::MaybeUninit;
@@ -37,6 +37,26 @@ pub fn raise_memlock(bytes: Option<u64>) -> Result<(), Errno> {
         return Ok(());
     }
     setrlimit(Resource::Memlock, new).map_err(errno::from_rustix)
+}
+
+/// The limit on descriptors of this process: one more than the greatest that it may have.
+#[must_use]
+pub fn nofile() -> Limit {
+    let limit = getrlimit(Resource::Nofile);
+    Limit { soft: limit.current, hard: limit.maximum }
+}
+
+/// Raises the soft limit on descriptors of this process to the hard one, which any process may. To be called before a program that uses
+/// select(2) could be started: the limit is inherited.
+///
+/// # Errors
+/// None that is known.
+pub fn raise_nofile() -> Result<(), Errno> {
+    let Limit { soft, hard } = nofile();
+    if soft == hard {
+        return Ok(());
+    }
+    setrlimit(Resource::Nofile, Rlimit { current: hard, maximum: hard }).map_err(errno::from_rustix)
 }
 
 /// The limit on locked memory of the process or thread `pid`.

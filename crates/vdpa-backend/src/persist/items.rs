@@ -29,7 +29,7 @@ pub mod device {
         ATTRIBUTES = 4,
         /// The connection of its file, if it has one of its own.
         CONNECTION = 5,
-        /// What reaches the keeper of a device of somebody else.
+        /// What reaches the keeper of a device of somebody else; of a disk on a file, the open file of the locks that QEMU respects.
         KEEPER = 6,
         /// The first queue of its interface.
         INTERFACE_0 = 7,

@@ -157,7 +157,8 @@ impl Buffers {
         unclaimed.len()
     }
 
-    /// Pins `at`, which lies in `memory` and is `piece` of an object, and returns its slot; `None` when there is no slot left.
+    /// Pins `at`, which lies in `memory` and is `piece` of an object, and returns its slot; `None` when there is no slot left, or the ring
+    /// is made of threads.
     /// Blocks while pages are pinned; the worker thread blocks meanwhile when it submits operations.
     ///
     /// # Errors
@@ -167,6 +168,9 @@ impl Buffers {
         if *foreign {
             // Without a slot left the other process has not pinned it either.
             return if self.slots.lock().others_full { Ok(None) } else { Err(Errno::AGAIN) };
+        }
+        if !self.registrar.is_available() {
+            return Ok(None);
         }
         let Some(slot) = self.take()? else { return Ok(None) };
         tracing::debug!(slot, offset = piece.object.offset, len = piece.len, "memory is pinned");

@@ -258,6 +258,17 @@ impl Shared {
     }
 }
 
+/// Signals changes of the configuration space of a device ([`QueueControl::config_signal`]).
+#[derive(Clone, Debug)]
+pub struct ConfigSignal(Arc<Shared>);
+
+impl ConfigSignal {
+    /// Signals a change, if the driver has asked for that. Does not block; any thread may call it.
+    pub fn signal(&self) {
+        self.0.signal_config();
+    }
+}
+
 type Reply<T> = SyncSender<T>;
 
 /// A command of the control side to a device on its worker thread. `reply` carries the result; dropping it unused tells the
@@ -407,6 +418,12 @@ impl QueueControl {
         std::array::from_fn(
             |counter| if exists { self.shared.counters.get(index.0, OWN + counter) } else { 0 },
         )
+    }
+
+    /// What signals a change of configuration space without the device being at hand.
+    #[must_use]
+    pub fn config_signal(&self) -> ConfigSignal {
+        ConfigSignal(Arc::clone(&self.shared))
     }
 
     /// Signals a change of configuration space. Does not block.

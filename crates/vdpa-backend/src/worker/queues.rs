@@ -157,11 +157,20 @@ impl Queues {
     /// queue may have more. What a handler does in [`serve`](super::QueueHandler::serve), unless it needs several queues at once. After an
     /// error of a ring the driver sees what was answered before, and [`ring_failed`](Self::ring_failed) decides.
     #[inline]
-    pub fn serve_each(
+    pub fn serve_each(&mut self, serve: impl FnMut(&mut Self, u16, &mut Queue) -> Result<bool, RingError>) {
+        self.serve_from(0, serve);
+    }
+
+    /// As [`serve_each`](Self::serve_each), beginning with the queue `first`: for a handler that may end a pass early, so that the queues
+    /// take turns.
+    #[inline]
+    pub fn serve_from(
         &mut self,
+        first: u16,
         mut serve: impl FnMut(&mut Self, u16, &mut Queue) -> Result<bool, RingError>,
     ) {
-        for index in 0..self.count() {
+        let count = self.count();
+        for index in (first.min(count)..count).chain(0..first.min(count)) {
             let Some(mut queue) = self.take(index) else { continue };
             if queue.has_work() {
                 let more = match serve(self, index, &mut queue) {

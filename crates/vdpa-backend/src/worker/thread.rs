@@ -176,10 +176,12 @@ fn new_event_loop(
         (_, Some(ring)) => ring,
         // What it needs of the predecessor is not there: such a device is restored when the predecessor has ended.
         (Some(kept), None) if kept.is_foreign() => return Err(Errno::AGAIN),
-        (Some(kept), None) => kept.keep(Ring::new(RING_ENTRIES)?),
-        (None, None) => {
-            let ring = Ring::new(RING_ENTRIES)?;
-            ThreadRing { buffers: Buffers::new(ring.registrar(), None), ring, number: None }
+        (kept, None) => {
+            let ring = new_ring()?;
+            match kept.filter(|_| !ring.is_on_threads()) {
+                Some(kept) => kept.keep(ring),
+                None => ThreadRing { buffers: Buffers::new(ring.registrar(), None), ring, number: None },
+            }
         }
     };
     if let Err(error) = ring.allow_kernel_threads(IOWQ_WORKERS_MAX) {
@@ -189,6 +191,14 @@ fn new_event_loop(
     let parked = kept.is_some_and(KeptRings::is_foreign);
     let event_loop = EventLoop::new(ring, Arc::new(wake), poll, Arc::clone(&buffers), parked)?;
     Ok((event_loop, Started { buffers, ring: number }))
+}
+
+/// A ring, of threads where the kernel allows no io_uring.
+fn new_ring() -> Result<Ring> {
+    match Ring::new(RING_ENTRIES) {
+        Err(Errno::PERM | Errno::NOSYS) => Ring::on_threads(),
+        made => made,
+    }
 }
 
 /// Tells the starter whether there is an event loop; `None` when there is none.

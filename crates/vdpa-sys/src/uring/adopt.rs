@@ -133,10 +133,10 @@ pub(super) mod at {
 const _: () = assert!(size_of::<Parameters>() == RingRecord::SIZE);
 
 impl Ring {
-    /// What a successor needs to [`adopt`](Self::adopt) this ring.
+    /// What a successor needs to [`adopt`](Self::adopt) this ring; of no use for one that is made of [threads](Self::on_threads).
     #[must_use]
     pub fn save(&self) -> RingRecord {
-        record_of(self.io_uring())
+        self.io_uring().map_or(RingRecord([0; RingRecord::SIZE]), |ring| record_of(ring))
     }
 
     /// Takes over the ring behind `fd`, whose last process has died, and waits until none of that process's requests is in
@@ -184,17 +184,18 @@ impl Ring {
             return Ok(Settled::default());
         };
         let failed = |errno| AdoptError::Io { errno };
+        let ring = self.io_uring().ok_or(failed(Errno::OPNOTSUPP))?;
         let view = Queues { queues, submissions, record };
         let told = self.told().map_or(Ok(false), |told| told.only_polls(&view)).map_err(failed)?;
         let withdrawn = withdraw(queues, record)?;
         let mut leftovers = Vec::new();
         // Late completions of polls are told apart.
         if self.only_polls() || told {
-            collect(self.io_uring(), MARK, &mut leftovers);
-        } else if !settle(self.io_uring(), timeout, &mut leftovers)? {
+            collect(ring, MARK, &mut leftovers);
+        } else if !settle(ring, timeout, &mut leftovers)? {
             return Err(AdoptError::Unsettled { waited: timeout, leftovers });
         }
-        match self.io_uring().submitter().unregister_files() {
+        match ring.submitter().unregister_files() {
             Err(error) if error.raw_os_error() != Some(libc::ENXIO) => return Err(io(&error)),
             _ => {}
         }

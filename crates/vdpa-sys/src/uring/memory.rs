@@ -87,7 +87,7 @@ impl fmt::Debug for MemorySet {
 #[derive(Debug)]
 pub struct GuestIoVecs {
     pub(super) iovecs: Box<[IoVec]>,
-    pub(super) _memory: Arc<MemorySet>,
+    pub(super) memory: Arc<MemorySet>,
 }
 
 /// Largest number of ranges of one request: `UIO_MAXIOV`.
@@ -106,7 +106,7 @@ impl GuestIoVecs {
         if !iovecs.iter().all(|&iovec| memory.covers(iovec)) {
             return Err(Errno::FAULT);
         }
-        Ok(Self { iovecs, _memory: memory })
+        Ok(Self { iovecs, memory })
     }
 
     /// Bytes of all ranges.
@@ -258,6 +258,13 @@ pub enum OwnedBuf {
 }
 
 impl OwnedBuf {
+    pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
+        match self {
+            Self::Vec(bytes) => bytes,
+            Self::Aligned(bytes) => bytes,
+        }
+    }
+
     pub(super) fn iovec(&mut self) -> IoVec {
         // as_mut_ptr and not as_ptr: the kernel may write through the address.
         let (addr, len) = match self {

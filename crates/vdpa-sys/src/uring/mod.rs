@@ -8,6 +8,7 @@
 //! thread by a [`Registrar`]; for this the ring is not set up with `IORING_SETUP_SINGLE_ISSUER`.
 
 mod adopt;
+mod completion;
 mod memory;
 mod op;
 mod registrar;
@@ -15,13 +16,15 @@ mod ring;
 mod slab;
 #[cfg(test)]
 mod tests;
+mod threads;
 mod told;
 
 pub use adopt::{AdoptError, Adopted, Leftover, RingRecord, Settled};
+pub use completion::{Completion, SubmitError};
 pub use memory::{
     AlignedBuf, Buffers, Direction, GuestIoVecs, IoVec, MAX_IOVECS, MemorySet, OwnedBuf, StableMemory, Wait,
     transfer_now,
 };
 pub use op::{File, FixedIoVec, Op};
 pub use registrar::{FileSlot, Registrar};
-pub use ring::{Completion, Ring, SubmitError};
+pub use ring::Ring;

@@ -19,7 +19,8 @@ use super::{File, IoVec, MemorySet};
 /// when it is submitted.
 #[derive(Clone)]
 pub struct Registrar {
-    pub(super) ring: Arc<IoUring>,
+    /// `None` for threads, with which nothing can be registered.
+    pub(super) ring: Option<Arc<IoUring>>,
     pub(super) files: Arc<Mutex<Files>>,
 }
 
@@ -94,7 +95,7 @@ impl Registrar {
     /// # Errors
     /// `EBUSY` when it was done before, `EINVAL` for a number out of range or a kernel before 5.19.
     pub fn reserve_buffers(&self, slots: u32) -> Result<(), Errno> {
-        self.ring.submitter().register_buffers_sparse(slots).map_err(|error| errno(&error))
+        self.ring()?.submitter().register_buffers_sparse(slots).map_err(|error| errno(&error))
     }
 
     /// Pins `iovec`, at most 1 GiB inside one mapping of `memory`, as buffer `slot`; replaces what was there.
@@ -121,13 +122,24 @@ impl Registrar {
         self.update_buffer(slot, IoVec { addr: 0, len: 0 })
     }
 
+    /// Whether anything can be registered: not where threads carry the requests out.
+    #[must_use]
+    pub const fn is_available(&self) -> bool {
+        self.ring.is_some()
+    }
+
+    fn ring(&self) -> Result<&IoUring, Errno> {
+        self.ring.as_deref().ok_or(Errno::OPNOTSUPP)
+    }
+
     fn update_buffer(&self, slot: u16, iovec: IoVec) -> Result<(), Errno> {
+        let ring = self.ring()?;
         let iov =
             [libc::iovec { iov_base: std::ptr::with_exposed_provenance_mut(iovec.addr), iov_len: iovec.len }];
         // SAFETY: the range is empty, or lies inside a `StableMemory`, which allows the kernel to access it at any
         // time and which exists during this call; after it the kernel holds references to the pages and does not
         // use the address. Pages that stay pinned when the mapping is gone are never given out by anybody else.
-        unsafe { self.ring.submitter().register_buffers_update(slot.into(), &iov, None) }
+        unsafe { ring.submitter().register_buffers_update(slot.into(), &iov, None) }
             .map_err(|error| errno(&error))
     }
 
@@ -136,7 +148,7 @@ impl Registrar {
     /// # Errors
     /// As for [`Registrar::reserve_buffers`].
     pub fn reserve_files(&self, slots: u32) -> Result<(), Errno> {
-        self.ring.submitter().register_files_sparse(slots).map_err(|error| errno(&error))
+        self.ring()?.submitter().register_files_sparse(slots).map_err(|error| errno(&error))
     }
 
     /// Registers a file in a free slot, which saves the kernel the lookup and reference count per request. Do not combine it
@@ -172,12 +184,13 @@ impl Registrar {
     pub fn set_file(&self, slot: u32, file: Option<&OwnedFd>) -> Result<(), Errno> {
         const EMPTY: i32 = -1;
         let fd = file.map_or(EMPTY, AsRawFd::as_raw_fd);
-        self.ring.submitter().register_files_update(slot, &[fd]).map(drop).map_err(|error| errno(&error))
+        self.ring()?.submitter().register_files_update(slot, &[fd]).map(drop).map_err(|error| errno(&error))
     }
 }
 
 impl fmt::Debug for Registrar {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Registrar").field("ring", &self.ring.as_raw_fd()).finish()
+        let ring = self.ring.as_ref().map(AsRawFd::as_raw_fd);
+        f.debug_struct("Registrar").field("ring", &ring).finish()
     }
 }

@@ -15,11 +15,13 @@ use vdpa_core::Errno;
 use vdpa_core::ring::inflight::LogMemory as _;
 
 use super::adopt::Unsettled;
+use super::completion::{Completion, SubmitError};
 use super::op::Resources;
 use super::registrar::Files;
 use super::slab::{Slab, Slot};
+use super::threads::Threads;
 use super::told::Told;
-use super::{File, FixedIoVec, IoVec, Op, OwnedBuf, Registrar};
+use super::{File, FixedIoVec, IoVec, Op, Registrar};
 use crate::shared_words::SharedWords;
 
 /// How long the drop of a ring waits for requests in flight. Requests that have not ended then are leaked, not freed.
@@ -38,9 +40,15 @@ const EPOCH: usize = 1;
 /// [`Told`].
 const TOLD: usize = 2;
 
+/// What carries the requests out.
+enum Engine {
+    Kernel(Arc<IoUring>),
+    Threads(Box<Threads>),
+}
+
 /// An io_uring; see the module.
 pub struct Ring {
-    ring: Arc<IoUring>,
+    engine: Engine,
     slab: ManuallyDrop<Slab>,
     /// Requests in flight that are not in the slab.
     bare: usize,
@@ -51,46 +59,6 @@ pub struct Ring {
     positions: (u32, u32),
     /// Another process still uses the ring.
     pub(super) unsettled: Option<Box<Unsettled>>,
-}
-
-/// The result of a request.
-#[derive(Debug)]
-pub struct Completion {
-    /// The token of the request, as given to `submit`.
-    pub token: u64,
-    /// Number of bytes, events, or 0; or the error. Cancelled requests give `ECANCELED`.
-    pub result: Result<u32, Errno>,
-    /// Whether further completions of this request will come ([`Op::PollMultishot`]).
-    pub more: bool,
-    /// The buffer, if the request owned one.
-    pub buffer: Option<OwnedBuf>,
-}
-
-/// Why a request was not queued. Nothing was done, and its memory and files were dropped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum SubmitError {
-    /// The request itself is invalid.
-    #[error("request refused: {errno}")]
-    Request {
-        /// `EINVAL`: a transfer of more than 4 GiB.
-        errno: Errno,
-    },
-    /// The submission queue is full and the kernel does not consume it: reap completions first.
-    #[error("the submission queue is full and the kernel takes nothing: {errno}; reap completions first")]
-    Full {
-        /// The error of `io_uring_enter`.
-        errno: Errno,
-    },
-}
-
-impl SubmitError {
-    /// The error number of the request.
-    #[must_use]
-    pub const fn errno(&self) -> Errno {
-        match *self {
-            Self::Request { errno } | Self::Full { errno } => errno,
-        }
-    }
 }
 
 impl Ring {
@@ -120,8 +88,35 @@ impl Ring {
 
     /// A ring in which nothing is in flight.
     pub(super) fn with(ring: Arc<IoUring>) -> Self {
+        Self::on(Engine::Kernel(ring))
+    }
+
+    /// Threads in the place of an io_uring, where the kernel does not allow one: slower, nothing can be registered (`EOPNOTSUPP`) or pinned,
+    /// and it does not outlive this process.
+    ///
+    /// # Errors
+    /// `EMFILE`, `ENOMEM`.
+    pub fn on_threads() -> Result<Self, Errno> {
+        Ok(Self::on(Engine::Threads(Box::new(Threads::new()?))))
+    }
+
+    /// Whether it is made of [threads](Self::on_threads).
+    #[must_use]
+    pub const fn is_on_threads(&self) -> bool {
+        matches!(self.engine, Engine::Threads(_))
+    }
+
+    fn on(engine: Engine) -> Self {
         let slab = ManuallyDrop::new(Slab::default());
-        Self { ring, slab, bare: 0, files: Arc::default(), shared: None, positions: (0, 0), unsettled: None }
+        Self {
+            engine,
+            slab,
+            bare: 0,
+            files: Arc::default(),
+            shared: None,
+            positions: (0, 0),
+            unsettled: None,
+        }
     }
 
     /// Tells a successor in the first [`SHARED_WORDS`](Self::SHARED_WORDS) of `words`, which are zero for a new ring, whether requests
@@ -167,14 +162,15 @@ impl Ring {
         }
     }
 
-    pub(super) fn io_uring(&self) -> &IoUring {
-        &self.ring
+    /// `None` for threads.
+    pub(super) const fn io_uring(&self) -> Option<&Arc<IoUring>> {
+        if let Engine::Kernel(ring) = &self.engine { Some(ring) } else { None }
     }
 
     /// The handle that registers buffers and files.
     #[must_use]
     pub fn registrar(&self) -> Registrar {
-        Registrar { ring: Arc::clone(&self.ring), files: Arc::clone(&self.files) }
+        Registrar { ring: self.io_uring().cloned(), files: Arc::clone(&self.files) }
     }
 
     /// Lets the kernel create up to `count` worker threads for requests of the calling thread that may block on files; its
@@ -183,14 +179,19 @@ impl Ring {
     /// # Errors
     /// `EINVAL` on kernels before 5.15.
     pub fn allow_kernel_threads(&self, count: u32) -> Result<(), Errno> {
+        let Some(ring) = self.io_uring() else { return Ok(()) };
         // 0 leaves the other kind, for files that can be polled, as it is.
-        self.ring.submitter().register_iowq_max_workers(&mut [count, 0]).map_err(|error| errno(&error))
+        ring.submitter().register_iowq_max_workers(&mut [count, 0]).map_err(|error| errno(&error))
     }
 
     /// Number of requests in flight: queued or submitted, and their completion not reaped.
     #[must_use]
     pub fn in_flight(&self) -> usize {
-        self.slab.used + self.bare
+        if let Engine::Threads(threads) = &self.engine {
+            threads.in_flight()
+        } else {
+            self.slab.used + self.bare
+        }
     }
 
     /// Queues a request with a `token`, which need not be unique. It starts at the next
@@ -199,6 +200,9 @@ impl Ring {
     /// # Errors
     /// [`SubmitError`].
     pub fn submit(&mut self, op: Op, token: u64) -> Result<(), SubmitError> {
+        if let Engine::Threads(threads) = &mut self.engine {
+            return threads.submit(op, token);
+        }
         if let Op::ReadFixed { file: File::Registered(file), to, offset } = op {
             return self.read_fixed(file, to, offset, token);
         }
@@ -255,6 +259,10 @@ impl Ring {
     /// # Errors
     /// [`SubmitError::Full`].
     pub fn cancel(&mut self, wanted: impl Fn(u64) -> bool) -> Result<(), SubmitError> {
+        if let Engine::Threads(threads) = &mut self.engine {
+            threads.cancel(wanted);
+            return Ok(());
+        }
         for key in self.slab.keys_of(wanted) {
             let entry = opcode::AsyncCancel::new(key).build().user_data(INTERNAL);
             self.push(&entry).map_err(|errno| SubmitError::Full { errno })?;
@@ -269,10 +277,14 @@ impl Ring {
         if self.unsettled.is_some() {
             return false;
         }
+        let ring = match &mut self.engine {
+            Engine::Kernel(ring) => ring,
+            Engine::Threads(threads) => return threads.has_completions(),
+        };
         // SAFETY: `&mut self` makes this the only completion queue: registrars use the submitter only.
-        let arrived = !unsafe { self.ring.completion_shared() }.is_empty();
+        let arrived = !unsafe { ring.completion_shared() }.is_empty();
         // SAFETY: as above, for the submission queue; its flags are read only.
-        let queue = unsafe { self.ring.submission_shared() };
+        let queue = unsafe { ring.submission_shared() };
         arrived || queue.taskrun() || queue.cq_overflow()
     }
 
@@ -281,8 +293,9 @@ impl Ring {
         if self.unsettled.is_some() {
             return false;
         }
+        let Some(ring) = self.io_uring() else { return false };
         // SAFETY: as in `has_completions`.
-        !unsafe { self.ring.submission_shared() }.is_empty()
+        !unsafe { ring.submission_shared() }.is_empty()
     }
 
     /// Submits the queued requests and blocks until at least `want` completions are available (0 does not block) or the timeout
@@ -295,11 +308,15 @@ impl Ring {
         if self.unsettled.is_some() {
             return Err(Errno::AGAIN);
         }
+        if let Engine::Threads(threads) = &mut self.engine {
+            return threads.wait(want, timeout);
+        }
         if want == 0 && !self.has_queued() && !self.has_completions() {
             return Ok(());
         }
         self.tell();
-        let submitter = self.ring.submitter();
+        let Some(ring) = self.io_uring() else { return Ok(()) };
+        let submitter = ring.submitter();
         let result = match timeout {
             Some(timeout) if want > 0 => {
                 let time = Timespec::from(timeout);
@@ -327,9 +344,13 @@ impl Ring {
             return None;
         }
         loop {
+            let ring = match &mut self.engine {
+                Engine::Kernel(ring) => ring,
+                Engine::Threads(threads) => return threads.next_completion(),
+            };
             // SAFETY: `&mut self` makes this the only completion queue: the other holders of the Arc are
             // registrars, which use the submitter only.
-            let entry = unsafe { self.ring.completion_shared() }.next()?;
+            let entry = unsafe { ring.completion_shared() }.next()?;
             self.positions.0 = self.positions.0.wrapping_add(1);
             if let Some(completion) = self.complete(entry.user_data(), entry.result(), entry.flags()) {
                 return Some(completion);
@@ -371,7 +392,8 @@ impl Ring {
             return Err(Errno::AGAIN);
         }
         self.tell();
-        let submitted = self.ring.submit();
+        let Some(ring) = self.io_uring() else { return Err(Errno::OPNOTSUPP) };
+        let submitted = ring.submit();
         if self.try_push(entry) {
             return Ok(());
         }
@@ -383,8 +405,9 @@ impl Ring {
         if self.unsettled.is_some() {
             return false;
         }
+        let Engine::Kernel(ring) = &self.engine else { return false };
         // SAFETY: `&mut self` makes this the only submission queue (registrars use the submitter only).
-        let mut queue = unsafe { self.ring.submission_shared() };
+        let mut queue = unsafe { ring.submission_shared() };
         // SAFETY: everything the entry points to is owned by the slab until the completion is seen, and the slab is
         // freed only when nothing is in flight (see Drop); a cancel entry points to nothing.
         let pushed = unsafe { queue.push(entry) }.is_ok();
@@ -414,7 +437,8 @@ impl Ring {
 
 impl Drop for Ring {
     fn drop(&mut self) {
-        if self.drain(DROP_TIMEOUT) {
+        // Threads own what their requests use.
+        if self.is_on_threads() || self.drain(DROP_TIMEOUT) {
             // SAFETY: dropped here for the only time; self is gone after this.
             unsafe { ManuallyDrop::drop(&mut self.slab) }
         }
@@ -424,15 +448,19 @@ impl Drop for Ring {
 
 impl AsFd for Ring {
     fn as_fd(&self) -> BorrowedFd<'_> {
+        let ring = match &self.engine {
+            Engine::Kernel(ring) => ring,
+            Engine::Threads(threads) => return threads.as_fd(),
+        };
         // SAFETY: the descriptor is open as long as the ring, which outlives the borrow of self.
-        unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) }
+        unsafe { BorrowedFd::borrow_raw(ring.as_raw_fd()) }
     }
 }
 
 impl fmt::Debug for Ring {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Ring")
-            .field("fd", &self.ring.as_raw_fd())
+            .field("fd", &self.as_fd().as_raw_fd())
             .field("in_flight", &self.in_flight())
             .finish()
     }
