@@ -6,7 +6,7 @@ use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use rustix::cmsg_space;
@@ -36,6 +36,15 @@ pub struct Store {
     socket: OwnedFd,
     addr: SocketAddrUnix,
     slow: AtomicBool,
+    /// How often the manager wants to hear that this process works (`WatchdogSec=`), and when it heard it last.
+    watchdog: Option<(Duration, AtomicU64)>,
+}
+
+/// A third of the time in which the service manager wants to hear from this process; `None` if it does not.
+fn watchdog() -> Option<Duration> {
+    let number = |name| std::env::var(name).ok()?.parse::<u64>().ok();
+    let ours = number("WATCHDOG_PID").is_none_or(|pid| pid == u64::from(std::process::id()));
+    number("WATCHDOG_USEC").filter(|usec| ours && *usec > 0).map(|usec| Duration::from_micros(usec / 3))
 }
 
 /// A descriptor that came back from the store.
@@ -66,7 +75,8 @@ impl Store {
         let socket = socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None);
         let socket = socket.map_err(errno)?;
         set_socket_timeout(&socket, Timeout::Send, Some(PATIENCE)).map_err(errno)?;
-        Ok(Self { socket, addr, slow: AtomicBool::new(false) })
+        let watchdog = watchdog().map(|every| (every, AtomicU64::new(0)));
+        Ok(Self { socket, addr, slow: AtomicBool::new(false), watchdog })
     }
 
     /// Sends a notification, such as `READY=1`. Waits 0.5 s at most.
@@ -75,6 +85,25 @@ impl Store {
     /// `EAGAIN` when the manager is slow; `ECONNREFUSED` without one.
     pub fn notify(&self, text: &str) -> Result<(), Errno> {
         self.send(text, &[])
+    }
+
+    /// The time until [`feed`](Self::feed) is to be called again; `None` without a watchdog. `now_ns` is `CLOCK_MONOTONIC`.
+    pub(crate) fn watchdog_left(&self, now_ns: u64) -> Option<Duration> {
+        let (every, fed) = self.watchdog.as_ref()?;
+        let since = Duration::from_nanos(now_ns.saturating_sub(fed.load(Ordering::Relaxed)));
+        Some(every.saturating_sub(since))
+    }
+
+    /// Tells the manager's watchdog that this process works, if it is time.
+    pub(crate) fn feed(&self, now_ns: u64) {
+        if self.watchdog_left(now_ns) != Some(Duration::ZERO) {
+            return;
+        }
+        if let Some((_, fed)) = &self.watchdog {
+            fed.store(now_ns, Ordering::Relaxed);
+        }
+        // One that is lost is followed by two more before the time is up.
+        let _ = self.notify("WATCHDOG=1");
     }
 
     /// Stores a copy of `fd`. The manager does not watch it (`FDPOLL=0`).

@@ -274,7 +274,8 @@ impl Holder {
         };
         let upgrade = self.candidate.as_ref().map(|_| left(self.prepared_ns, self.options.upgrade));
         let leaving = self.leaving.as_ref().map(|&(_, since)| left(since, self.options.leave));
-        [daemon, upgrade, leaving].into_iter().flatten().min()
+        let watchdog = self.store.as_ref().and_then(|store| store.watchdog_left(now));
+        [daemon, upgrade, leaving, watchdog].into_iter().flatten().min()
     }
 
     fn look_after(&mut self, signals: &SignalFd) -> Result<Option<Outcome>, HolderError> {
@@ -294,6 +295,7 @@ impl Holder {
         self.look_at_candidate();
         self.look_at_leaving();
         self.look_for_hang();
+        self.store.iter().for_each(|store| store.feed(clock::monotonic_ns()));
         if !has_ended(&self.daemon) {
             return Ok(None);
         }

@@ -42,8 +42,15 @@ impl Process {
         let mut args = program.args.iter().map(|arg| OsStr::from_bytes(arg));
         command.arg0(args.next().unwrap_or_default()).args(args);
         // What is meant for the main process of the service only.
-        for name in ["NOTIFY_SOCKET", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID", STATE_ENV]
-        {
+        for name in [
+            "NOTIFY_SOCKET",
+            "LISTEN_PID",
+            "LISTEN_FDS",
+            "LISTEN_FDNAMES",
+            "WATCHDOG_PID",
+            "WATCHDOG_USEC",
+            STATE_ENV,
+        ] {
             command.env_remove(name);
         }
         command.env(SOCKET_ENV, theirs.as_raw_fd().to_string()).env(VERSION_ENV, VERSION.to_string());
