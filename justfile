@@ -113,3 +113,18 @@ dirty-model requests='10000000':
 bench-dirty *args:
     cargo build --locked --release --package vdpad
     cargo run --locked --release --package vdpa-bench --example bench-dirty -- --vdpad target/release/vdpad {{args}}
+
+# How exactly limits of a disk hold, and what they cost a neighbour: "just bench-limits SECONDS".
+bench-limits *args:
+    cargo build --release --locked --workspace --bins
+    scripts/bench-limits {{args}}
+
+# The metrics against the load's own counts: "just metrics 1000000".
+metrics requests='1000000':
+    VDPA_TEST_REQUESTS={{requests}} cargo nextest run --locked --package vdpad --test metrics --no-capture
+
+# Makes Debian packages, in target/deb.
+deb:
+    cargo build --release --locked --package vdpad --package vdpactl --features vdpad/manual,vdpactl/manual --bins
+    cargo build --release --locked --package vdpa-conformance --bin vdpa-conform
+    scripts/make-deb target/deb
