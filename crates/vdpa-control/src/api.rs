@@ -14,9 +14,11 @@ use super::config::MacAddr;
 
 mod attrs;
 pub(crate) mod hex;
+mod size;
 mod updates;
 
-pub use attrs::{AttrError, Attrs, parse_size};
+pub use attrs::{AttrError, Attrs, PATH_ATTRS, parse_size};
+pub use size::NewSize;
 pub use updates::{LastUpdate, UpdateInfo};
 
 /// The virtio device id of network devices (virtio 1.2 section 5).
@@ -212,6 +214,26 @@ pub struct AddRequest {
     pub attrs: Attrs,
 }
 
+/// The devices that run, as they would be asked for, and where the configuration is. The answer to `GET /v1/config`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Running {
+    /// The main configuration file.
+    pub path: PathBuf,
+    /// The devices, in order of creation.
+    pub devices: Vec<AddRequest>,
+}
+
+/// What was done with the configuration. The answer to `POST /v1/config/reload`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reloaded {
+    /// Devices that were added.
+    pub added: Vec<String>,
+    /// Devices that run in another way than is written: they are as they were, and need to be deleted and added.
+    pub differ: Vec<String>,
+    /// Devices that run and are not written.
+    pub unwritten: Vec<String>,
+}
+
 /// A request to change attributes of a device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -222,6 +244,30 @@ pub struct SetRequest {
     /// Whether the link is up.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub link: Option<Link>,
+    /// The new size of a disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<NewSize>,
+    /// New limits of a disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limits: Option<LimitChange>,
+    /// Whether the disk may become smaller.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub force: bool,
+}
+
+/// New limits of a disk; those that are not given stay as they are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LimitChange {
+    /// Requests in a second; 0: no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub iops: Option<u64>,
+    /// Bytes in a second; 0: no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bps: Option<u64>,
+    /// For how many milliseconds what is not used is kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub burst_ms: Option<u64>,
 }
 
 /// The link of a network device.

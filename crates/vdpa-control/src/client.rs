@@ -14,8 +14,8 @@ use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
 
 use super::api::{
-    AddRequest, CtlError, DaemonInfo, DevInfo, ErrorBody, MgmtDev, QueueVstats, SetAnswer, SetRequest,
-    UpdateInfo, UpgradeRequest, Version,
+    AddRequest, CtlError, DaemonInfo, DevInfo, ErrorBody, MgmtDev, QueueVstats, Reloaded, Running, SetAnswer,
+    SetRequest, UpdateInfo, UpgradeRequest, Version,
 };
 use super::config::DevConfig;
 
@@ -211,6 +211,23 @@ impl Client {
         // Serialising strings and maps of strings does not fail. If it did, the daemon would refuse the empty body.
         let body = serde_json::to_vec(request).unwrap_or_default();
         self.call(Method::POST, "/v1/devs", body).map(drop)
+    }
+
+    /// The devices that run, as they would be asked for, and the place of the configuration.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn running(&self) -> Result<Running, ClientError> {
+        self.get("/v1/config")
+    }
+
+    /// Has the daemon read its configuration and add the devices that are missing.
+    ///
+    /// # Errors
+    /// [`ClientError`]; `EINVAL` for files that are not right, or that of a device that cannot be added.
+    pub fn reload(&self) -> Result<Reloaded, ClientError> {
+        let (status, body) = self.call(Method::POST, "/v1/config/reload", Vec::new())?;
+        serde_json::from_slice(&body).map_err(|error| self.protocol(status, &error))
     }
 
     /// Changes attributes of a device.

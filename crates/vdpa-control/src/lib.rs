@@ -7,13 +7,15 @@
 //!  +----------------+    api, config    +-----------------+
 //! ```
 //!
-//! This crate is all that daemon and tool share. [`client`] needs the feature `client`.
+//! This crate is all that daemon and tool share. [`client`] needs the feature `client`, [`files`] the feature `files`.
 #![forbid(unsafe_code)]
 
 pub mod api;
 #[cfg(feature = "client")]
 pub mod client;
 pub mod config;
+#[cfg(feature = "files")]
+pub mod files;
 mod front;
 
 pub use front::Front;

@@ -12,7 +12,7 @@ use crate::grammar;
 use crate::output::{Entry, put, section};
 use crate::utc::rfc3339;
 
-const HELP: &str = "Usage: vdpactl daemon show
+pub(crate) const HELP: &str = "Usage: vdpactl daemon show
        vdpactl daemon upgrade [ --binary PATH ] [ --dry-run ]
 ";
 /// How long the next daemon may take to serve.

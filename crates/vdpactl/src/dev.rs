@@ -1,37 +1,41 @@
 //! `vdpactl dev`: devices.
 
 use serde_json::{Map, Value, json};
-use vdpa_control::api::{DevInfo, DevState, Dirty, ID_BLOCK, ID_NET, QueueInfo, Successor};
+use vdpa_control::api::{DevInfo, DevState, Dirty, ID_BLOCK, ID_NET, QueueInfo, SetRequest, Successor};
 
 use crate::Session;
 use crate::failure::Failure;
 use crate::features::Names;
 use crate::output::{Entry, put, section};
 use crate::utc::rfc3339;
-use crate::{config, grammar, vstats};
+use crate::{config, configuration, grammar, vstats};
 
-const HELP: &str = "\
+pub(crate) const HELP: &str = "\
 Usage: vdpactl dev show [ DEV ]
-       vdpactl dev add name NAME mgmtdev MANAGEMENTDEV [ ATTRIBUTE VALUE ]...
-       vdpactl dev set name NAME mac MACADDR
-       vdpactl dev del DEV [ -f | --force ]
+       vdpactl dev add name NAME mgmtdev MANAGEMENTDEV [ ATTRIBUTE VALUE ]... [ persistent ]
+       vdpactl dev set name NAME [ mac MACADDR ] [ link { up | down } ]
+       vdpactl dev set name NAME size { auto | BYTES } [ -f | --force ]
+       vdpactl dev set name NAME [ iops { N | none } ] [ bps { SIZE | none } ] [ burst MILLISECONDS ]
+       vdpactl dev del DEV [ persistent ] [ -f | --force ]
 Usage: vdpactl dev config COMMAND [ OPTIONS ]
 Usage: vdpactl dev vstats COMMAND
 where  ATTRIBUTE of network devices := { mac MACADDR | mtu MTU | max_vqp MAX_VQ_PAIRS |
                                          device_features HEX }
-       ATTRIBUTE of block devices := { path FILE | readonly [ on | off ] | direct { on | off } |
+       ATTRIBUTE of block devices := { path FILE | format raw | readonly [ on | off ] |
+                                       shared { on | off } | direct { on | off } |
                                        pin { on | off } | packed { on | off } | in_order { on | off } |
-                                       queues N | queue_size N | serial TEXT }
+                                       queues N | queue_size N | serial TEXT |
+                                       iops N | bps SIZE | burst MILLISECONDS }
        ATTRIBUTE of all devices := { device_file PATH | cpus LIST | worker { shared | own } }
 ";
 
-/// Runs one command; `force` belongs to `del`.
+/// Runs one command; `force` belongs to `del` and `set`.
 pub(crate) fn run(session: &Session, args: &[String], force: bool) -> Result<(), Failure> {
     let Some((word, rest)) = args.split_first() else {
         return show(session, &[]);
     };
     let command = |full| grammar::matches(word, full);
-    if force && !command("del") {
+    if force && !command("del") && word != "set" {
         return Err(grammar::unknown_option("--force"));
     }
     // The order of iproute2, which decides what an ambiguous abbreviation means.
@@ -41,15 +45,24 @@ pub(crate) fn run(session: &Session, args: &[String], force: bool) -> Result<(),
     } else if command("show") || command("list") {
         show(session, rest)
     } else if command("add") {
-        Ok(session.client.add(&grammar::add_request(rest)?)?)
+        let (rest, persistent) = grammar::persistent(rest);
+        let request = grammar::add_request(rest)?;
+        if persistent {
+            return configuration::add_persistent(session, &request);
+        }
+        Ok(session.client.add(&request)?)
     } else if command("del") {
-        Ok(session.client.delete(grammar::only(rest)?, force)?)
+        let (rest, persistent) = grammar::persistent(rest);
+        let name = grammar::only(rest)?;
+        session.client.delete(name, force)?;
+        if persistent { configuration::forget(session, name) } else { Ok(()) }
     } else if command("config") {
         config::run(session, rest)
     } else if word == "vstats" {
         vstats::run(session, rest)
     } else if word == "set" {
         let (name, request) = grammar::set_request(rest)?;
+        let request = SetRequest { force, ..request };
         if let Some(warning) = session.client.set(&name, &request)?.warning {
             eprintln!("Warning: vdpa: {warning}.");
         }

@@ -1,6 +1,6 @@
 //! The grammar of iproute2: abbreviated commands, and `name value` pairs.
 
-use vdpa_control::api::{AddRequest, Attrs, Link, SetRequest};
+use vdpa_control::api::{AddRequest, Attrs, LimitChange, Link, SetRequest, parse_size};
 use vdpa_control::config::MacAddr;
 
 use crate::failure::Failure;
@@ -72,6 +72,17 @@ pub(crate) fn handle(args: &[String]) -> Result<&str, Failure> {
     Ok(word)
 }
 
+/// Takes the word `persistent` from the end of the arguments, unless it is the value of `serial`. Returns the rest, and whether it was
+/// there.
+pub(crate) fn persistent(args: &[String]) -> (&[String], bool) {
+    match args.split_last() {
+        Some((last, rest)) if last == "persistent" && rest.last().is_none_or(|word| word != "serial") => {
+            (rest, true)
+        }
+        _ => (args, false),
+    }
+}
+
 /// Parses the pairs of `dev add`.
 ///
 /// Checks the attributes of iproute2 as iproute2 does. Passes on any other pair, because the management devices of the daemon have
@@ -108,6 +119,10 @@ pub(crate) fn add_request(mut args: &[String]) -> Result<AddRequest, Failure> {
         };
         attrs.insert(attr, value).map_err(|error| Failure::Usage(error.to_string()))?;
     }
+    // The daemon does not know the directory of its caller.
+    if let Ok(directory) = std::env::current_dir() {
+        attrs.resolve_paths(&directory);
+    }
     let mgmtdev = mgmtdev.ok_or_else(|| Failure::Usage("management device handle not set.".into()))?;
     let name = name.ok_or_else(|| Failure::Usage("device name is not set.".into()))?;
     Ok(AddRequest { name, mgmtdev, attrs })
@@ -122,6 +137,10 @@ pub(crate) fn set_request(mut args: &[String]) -> Result<(String, SetRequest), F
             word if matches(word, "name") => name = Some(value(rest)?.to_owned()),
             "mac" => request.mac = Some(mac_addr(value(rest)?)?),
             "link" => request.link = Some(link(value(rest)?)?),
+            "iops" => limits(&mut request).iops = Some(limit("iops", value(rest)?)?),
+            "bps" => limits(&mut request).bps = Some(limit("bps", value(rest)?)?),
+            "burst" => limits(&mut request).burst_ms = Some(limit("burst", value(rest)?)?),
+            "size" => request.size = Some(value(rest)?.parse().map_err(Failure::Usage)?),
             word => return Err(unknown_option(word)),
         }
     }
@@ -131,6 +150,20 @@ pub(crate) fn set_request(mut args: &[String]) -> Result<(String, SetRequest), F
 
 fn value(rest: &[String]) -> Result<&str, Failure> {
     rest.first().map(String::as_str).ok_or_else(|| Failure::Usage("String parameter expected".into()))
+}
+
+fn limits(request: &mut SetRequest) -> &mut LimitChange {
+    request.limits.get_or_insert_default()
+}
+
+/// A number; "none" is 0.
+fn limit(name: &str, text: &str) -> Result<u64, Failure> {
+    if text == "none" {
+        return Ok(0);
+    }
+    parse_size(text).ok_or_else(|| {
+        Failure::Usage(format!("{name} is \"{text}\": \"none\" or a number is right, also with K, M, G or T"))
+    })
 }
 
 fn link(text: &str) -> Result<Link, Failure> {
@@ -171,6 +204,7 @@ fn hexadecimal(text: &str) -> Result<String, Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vdpa_control::api::NewSize;
 
     fn request(text: &str) -> Result<AddRequest, String> {
         let args: Vec<_> = text.split(' ').map(str::to_owned).collect();
@@ -197,6 +231,17 @@ mod tests {
     }
 
     #[test]
+    fn relative_paths_are_of_the_directory_of_the_caller() {
+        let here = std::env::current_dir().unwrap();
+        let here = here.to_str().unwrap();
+        let added = request("name b mgmtdev blk path a/b.img device_file ../vhost serial a/b").unwrap();
+        assert_eq!(added.attrs.get("path"), Some(format!("{here}/a/b.img").as_str()));
+        assert_eq!(added.attrs.get("device_file"), Some(format!("{here}/../vhost").as_str()));
+        assert_eq!(added.attrs.get("serial"), Some("a/b"));
+        assert_eq!(request("name b mgmtdev blk path /x").unwrap().attrs.get("path"), Some("/x"));
+    }
+
+    #[test]
     fn a_lone_readonly_is_on() {
         let attrs = |text| {
             let request = request(text).unwrap();
@@ -217,10 +262,22 @@ mod tests {
             })
         };
         let mac = Some(MacAddr([0x52, 0x54, 0, 0x12, 0x34, 0x56]));
-        assert_eq!(set("mac 52:54:0:12:34:56 n v0"), Ok(("v0".into(), SetRequest { mac, link: None })));
+        assert_eq!(
+            set("mac 52:54:0:12:34:56 n v0"),
+            Ok(("v0".into(), SetRequest { mac, ..SetRequest::default() }))
+        );
         let link = Some(Link::Down);
         assert!(set("link down v0").is_err());
-        assert_eq!(set("name v0 link down"), Ok(("v0".into(), SetRequest { mac: None, link })));
+        assert_eq!(set("name v0 link down"), Ok(("v0".into(), SetRequest { link, ..SetRequest::default() })));
+        let size = Some(NewSize::Bytes(2 << 30));
+        assert_eq!(set("name v0 size 2G"), Ok(("v0".into(), SetRequest { size, ..SetRequest::default() })));
+        let size = Some(NewSize::Auto);
+        assert_eq!(set("size auto name v0"), Ok(("v0".into(), SetRequest { size, ..SetRequest::default() })));
+        let limits = Some(LimitChange { iops: Some(1024), bps: Some(0), burst_ms: Some(50) });
+        let request = SetRequest { limits, ..SetRequest::default() };
+        assert_eq!(set("name v0 iops 1K bps none burst 50"), Ok(("v0".into(), request)));
+        assert!(set("name v0 iops lots").unwrap_err().contains("\"none\" or a number is right"));
+        assert!(set("name v0 size large").unwrap_err().contains("\"auto\" or a number of bytes"));
         assert!(set("name v0 link left").is_err());
         assert_eq!(set("name v0"), Ok(("v0".into(), SetRequest::default())));
         assert_eq!(set("mac 52:54:0:12:34:56").unwrap_err(), "device name is not set.");

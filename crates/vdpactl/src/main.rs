@@ -3,15 +3,17 @@
 //! The objects take arguments in the grammar of iproute2 (`name vdpa0 mgmtdev blk`). clap parses only the options, which may stand
 //! anywhere; the arguments go to the module of their object:
 //!
-//! * [`mgmtdev`], [`dev`] with [`config`] and [`vstats`], [`update`]: one module per object, with its commands and their output.
+//! * [`mgmtdev`], [`dev`] with [`config`] and [`vstats`], [`update`], [`configuration`], [`watch`], [`doctor`]: one module per object, with its commands and their output.
 //! * [`grammar`]: abbreviations and `name value` pairs.
 //! * [`output`]: plain lines or iproute2's JSON; [`features`], [`utc`]: names and times in it.
 //! * [`failure`]: errors, printed as iproute2 prints them.
 #![forbid(unsafe_code)]
 
 mod config;
+mod configuration;
 mod daemon;
 mod dev;
+mod doctor;
 mod failure;
 mod features;
 mod grammar;
@@ -20,6 +22,7 @@ mod output;
 mod update;
 mod utc;
 mod vstats;
+mod watch;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -75,30 +78,33 @@ struct Options {
 
 /// The object of a command. Each has a module.
 ///
-/// `d` and `de` mean `dev` although other objects begin with them, as iproute2 has no other object that does.
+/// `d` and `de` mean `dev`, and `m` means `mgmtdev`, although other objects begin with them, as iproute2 has no other objects that do.
 #[derive(Debug, Subcommand)]
 enum Object {
     /// Management devices, which create devices
+    #[command(aliases = ["m"], after_help = mgmtdev::HELP)]
     Mgmtdev {
         /// Command and its arguments; "help" lists them
         args: Vec<String>,
     },
     /// Devices
-    #[command(aliases = ["d", "de"])]
+    #[command(aliases = ["d", "de"], after_help = dev::HELP)]
     Dev {
         /// Command and its arguments; "help" lists them
         #[arg(allow_negative_numbers = true)]
         args: Vec<String>,
-        /// With "del": delete the device even if a client has it open
+        /// With "del": delete the device even if a client has it open. With "set": let a disk become smaller
         #[arg(short, long)]
         force: bool,
     },
     /// Updates of clients: the owner of each device, and the last update with its phases
+    #[command(after_help = update::HELP)]
     Update {
         /// Command and its arguments; "help" lists them
         args: Vec<String>,
     },
     /// The daemon itself, and the holder that starts it again after a crash
+    #[command(after_help = daemon::HELP)]
     Daemon {
         /// Command and its arguments; "help" lists them
         args: Vec<String>,
@@ -109,6 +115,18 @@ enum Object {
         #[arg(long)]
         dry_run: bool,
     },
+    /// The configuration files, and what runs
+    #[command(after_help = configuration::HELP)]
+    Config {
+        /// Command and its arguments; "help" lists them
+        args: Vec<String>,
+    },
+    /// Shows what the devices do, with rates, again and again
+    Top(watch::Options),
+    /// Prints what happens to the devices and the daemon, a line each
+    Monitor(watch::Options),
+    /// Checks this machine: what will and will not work, and why. For the user that the daemon runs as
+    Doctor,
     /// Shows the downtime of updates of a running client, and that nothing is lost
     Demo(Box<demo::Options>),
     /// Measures devices
@@ -116,6 +134,13 @@ enum Object {
         /// The benchmark
         #[command(subcommand)]
         what: Bench,
+    },
+    /// Writes the manual pages and the completions of shells into a directory
+    #[cfg(feature = "manual")]
+    #[command(hide = true)]
+    WriteManual {
+        /// The directory
+        directory: PathBuf,
     },
     /// Shows the usage
     Help,
@@ -160,12 +185,33 @@ fn main() -> ExitCode {
         Some(Object::Bench { what: Bench::Update(options) }) => {
             return blackout::main(options, cli.options.json);
         }
+        #[cfg(feature = "manual")]
+        Some(Object::WriteManual { directory }) => return write_manual(directory),
         _ => {}
     }
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             failure.print();
+            ExitCode::from(1)
+        }
+    }
+}
+
+#[cfg(feature = "manual")]
+fn write_manual(directory: &std::path::Path) -> ExitCode {
+    use clap::CommandFactory as _;
+    let pages = clap_mangen::generate_to(Cli::command().flatten_help(true), directory);
+    // Bash has a completion that knows the grammar and asks for the names of devices: dist/completions.
+    let written = pages.and_then(|()| {
+        [clap_complete::Shell::Zsh, clap_complete::Shell::Fish].into_iter().try_for_each(|shell| {
+            clap_complete::generate_to(shell, &mut Cli::command(), "vdpactl", directory).map(drop)
+        })
+    });
+    match written {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("vdpactl: cannot write the manual: {error}");
             ExitCode::from(1)
         }
     }
@@ -194,6 +240,12 @@ fn run(Cli { options, object }: Cli) -> Result<(), Failure> {
         Some(Object::Daemon { args, binary, dry_run }) => {
             daemon::run(&session, &args, &UpgradeRequest { binary, dry_run })
         }
+        Some(Object::Config { args }) => configuration::run(&session, &args),
+        Some(Object::Top(options)) => watch::top(&session, options),
+        Some(Object::Monitor(options)) => watch::monitor(&session, options),
+        Some(Object::Doctor) => doctor::run(&session),
+        #[cfg(feature = "manual")]
+        Some(Object::WriteManual { .. }) => Ok(()),
         None | Some(Object::Help | Object::Demo(_) | Object::Bench { .. }) => {
             eprint!("{HELP}");
             Ok(())
@@ -206,7 +258,7 @@ fn run(Cli { options, object }: Cli) -> Result<(), Failure> {
 
 const HELP: &str = "\
 Usage: vdpactl [ OPTIONS ] OBJECT { COMMAND | help }
-where  OBJECT := { mgmtdev | dev | update | daemon | demo | bench }
+where  OBJECT := { mgmtdev | dev | update | daemon | config | top | monitor | doctor | demo | bench }
        OPTIONS := { -V[ersion] | -n[o-nice-names] | -j[son] | -p[retty] |
                     -s[tatistics] | --socket PATH }
 ";

@@ -10,7 +10,7 @@ use crate::features::Names;
 use crate::grammar;
 use crate::output::{Entry, put, section};
 
-const HELP: &str = "Usage: vdpactl mgmtdev show [ DEV ]\n";
+pub(crate) const HELP: &str = "Usage: vdpactl mgmtdev show [ DEV ]\n";
 
 pub(crate) fn run(session: &Session, args: &[String]) -> Result<(), Failure> {
     if args.is_empty() {

@@ -9,7 +9,7 @@ use crate::grammar;
 use crate::output::{Entry, put, section};
 use crate::utc::rfc3339;
 
-const HELP: &str = "Usage: vdpactl update show [ DEV ]\n";
+pub(crate) const HELP: &str = "Usage: vdpactl update show [ DEV ]\n";
 
 /// Runs one command.
 pub(crate) fn run(session: &Session, args: &[String]) -> Result<(), Failure> {

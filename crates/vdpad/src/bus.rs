@@ -1,6 +1,7 @@
 //! [`Bus`]: the devices of this daemon, by name.
 
 mod add;
+mod configuration;
 mod describe;
 mod restore;
 mod upgrade;
@@ -24,15 +25,16 @@ use zerocopy::IntoBytes;
 
 use self::describe::{describe_owner, last_update, state, unix};
 use crate::control::Backend;
-use crate::devices::{MgmtDevice, mgmt_devices};
+use crate::devices::{Controls, MgmtDevice, mgmt_devices};
 use crate::survival::Survival;
 use vdpa_backend::front::fuse::DeviceFiles;
 use vdpa_backend::front::vhost::{AnyParent, SharedDevice, VhostVdpaFile};
 use vdpa_backend::persist::Held;
 use vdpa_backend::worker::WorkerPool;
 use vdpa_control::api::{
-    AddRequest, CtlError, DaemonInfo, DaemonRole, DevInfo, DevState, ID_NET, Link, MgmtDev, QueueVstats,
-    SetAnswer, SetRequest, UpdateInfo, UpgradeRequest, VSTATS_INDEX_MAX,
+    AddRequest, CtlError, DaemonInfo, DaemonRole, DevInfo, DevState, ID_NET, LimitChange, Link, MgmtDev,
+    NewSize, QueueVstats, Reloaded, Running, SetAnswer, SetRequest, UpdateInfo, UpgradeRequest,
+    VSTATS_INDEX_MAX,
 };
 use vdpa_control::config::DevConfig;
 
@@ -52,6 +54,8 @@ pub struct Bus {
     /// Read while a device is added, changed or deleted; written during an upgrade.
     changing: RwLock<()>,
     since: SystemTime,
+    /// The main configuration file.
+    configuration: PathBuf,
 }
 
 #[derive(Debug)]
@@ -69,6 +73,10 @@ struct Entry {
     front: &'static str,
     /// Its number at the holder; `None` without one.
     held: Option<u32>,
+    /// What of it can be changed while it is in use.
+    controls: Option<Arc<dyn Controls>>,
+    /// As it was asked for.
+    request: AddRequest,
 }
 
 impl Bus {
@@ -90,7 +98,14 @@ impl Bus {
         };
         let (mgmt, spaces, devices) = (mgmt_devices(), Spaces::new(), Mutex::default());
         let since = SystemTime::now();
-        Self { mgmt, files, pool, spaces, devices, survival, changing: RwLock::default(), since }
+        let (changing, configuration) = (RwLock::default(), PathBuf::new());
+        Self { mgmt, files, pool, spaces, devices, survival, changing, since, configuration }
+    }
+
+    /// With the main configuration file, which is read [on demand](Backend::reload).
+    #[must_use]
+    pub fn with_configuration(self, configuration: PathBuf) -> Self {
+        Self { configuration, ..self }
     }
 
     /// Revokes every device from its clients and removes it.
@@ -173,6 +188,32 @@ impl Entry {
         // Before the device is locked: a request of the successor locks the list of opens first, then the device.
         let successor = self.file.successor(BUSY_TIMEOUT).map_err(|_| self.busy("its client's successor"))?;
         Ok(state(&*self.lock()?, self.file.owned_since(), successor))
+    }
+
+    /// Changes the size of its disk, and tells its driver when that would survive this process.
+    fn resize(&self, size: NewSize, force: bool) -> Result<(), CtlError> {
+        let controls = self.controls.as_ref().ok_or_else(|| {
+            CtlError::new(Errno::OPNOTSUPP, format!("the size of {} cannot be changed", self.name))
+                .with_hint("That of a blk with a file or block device can.")
+        })?;
+        let device = self.lock()?;
+        controls.resize(size, force)?;
+        drop(device);
+        self.file.log_change();
+        controls.signal();
+        Ok(())
+    }
+
+    /// Changes the limits of its disk.
+    fn limit(&self, change: LimitChange) -> Result<(), CtlError> {
+        let controls = self.controls.as_ref().ok_or_else(|| {
+            CtlError::new(Errno::OPNOTSUPP, format!("{} has no limits", self.name))
+                .with_hint("A blk with a file or block device has.")
+        })?;
+        controls.limit(change)?;
+        self.file.log_change();
+        tracing::info!(device = %self.name, ?change, "limits changed");
+        Ok(())
     }
 
     fn busy(&self, client: &str) -> CtlError {
@@ -301,20 +342,43 @@ impl Backend for Bus {
         self.find(name)?.update()
     }
 
-    fn add(&self, request: AddRequest) -> Result<(), CtlError> {
-        self.add_device(request)
+    fn running(&self) -> Result<Running, CtlError> {
+        let devices = self.devices.lock().iter().map(|entry| entry.request.clone()).collect();
+        Ok(Running { path: self.configuration.clone(), devices })
     }
 
-    fn set(&self, name: &str, SetRequest { mac, link }: SetRequest) -> Result<SetAnswer, CtlError> {
+    fn reload(&self) -> Result<Reloaded, CtlError> {
+        self.reload_configuration()
+    }
+
+    fn add(&self, request: AddRequest) -> Result<(), CtlError> {
+        self.add_device(request).map_err(|error| match error.errno {
+            Errno::MFILE => error.with_hint(
+                "The daemon has no descriptor left: raise LimitNOFILE of its unit; \"vdpactl doctor\" says how many devices that allows.",
+            ),
+            _ => error,
+        })
+    }
+
+    fn set(&self, name: &str, request: SetRequest) -> Result<SetAnswer, CtlError> {
+        let SetRequest { mac, link, size, limits, force } = request;
         let _change = self.begin_change()?;
         let entry = self.find(name)?;
+        if size.is_some() || limits.is_some() {
+            size.map_or(Ok(()), |size| entry.resize(size, force))?;
+            limits.map_or(Ok(()), |change| entry.limit(change))?;
+            if mac.is_none() && link.is_none() {
+                return Ok(SetAnswer::default());
+            }
+        }
         let mgmt = self.mgmt.iter().map(|mgmt| mgmt.describe()).find(|mgmt| mgmt.handle() == entry.mgmtdev);
         if !mgmt.is_some_and(|mgmt| mgmt.supported_classes.contains(&ID_NET)) {
             return Ok(SetAnswer { warning: Some(format!("{name} device not supported")) });
         }
         if mac.is_none() && link.is_none() {
-            return Err(CtlError::new(Errno::OPNOTSUPP, "no attribute to be set")
-                .with_hint("\"mac\" and \"link\" can be set."));
+            return Err(CtlError::new(Errno::OPNOTSUPP, "no attribute to be set").with_hint(
+                "\"mac\" and \"link\" can be set, and \"size\", \"iops\", \"bps\" and \"burst\" of a disk.",
+            ));
         }
         if mac.is_some_and(|mac| !is_valid_address(mac.0)) {
             return Err(CtlError::new(Errno::OPNOTSUPP, "Invalid MAC address")

@@ -2,7 +2,8 @@
 
 use std::convert::Infallible;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -11,19 +12,22 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use vdpa_core::Errno;
 use vdpa_core::crash_points::{CrashPoint, reach};
 use vdpa_sys::mm_reaper::MmReaper;
-use vdpa_sys::rlimit;
 
 use crate::bus::Bus;
-use crate::control::{self, Backend, ControlSocket, Server};
+use crate::control::{self, Backend, ControlSocket, MetricsSocket, Server};
 use crate::failed::{self, FailedBackend};
 use crate::survival::{Legacy, Survival, TakeOverError};
 use vdpa_backend::front::fuse::{DeviceFiles, Options, ServeError, cuse};
 use vdpa_backend::front::watchdog::{self, Watchdog};
 use vdpa_backend::persist::Held;
 use vdpa_control::Front;
-use vdpa_control::api::{AddRequest, AttrError, Attrs, CtlError, UpgradeRequest};
+use vdpa_control::api::{AddRequest, CtlError, UpgradeRequest};
 
+mod device_spec;
+mod machine;
 pub mod notify;
+
+pub use device_spec::{DeviceSpecError, parse_device_spec};
 
 /// Configuration of the daemon.
 #[derive(Clone, Debug)]
@@ -36,6 +40,8 @@ pub struct Config {
     pub mount_dir: PathBuf,
     /// Path of the control socket.
     pub socket: PathBuf,
+    /// Where the metrics are served over TCP, if anywhere.
+    pub metrics: Option<SocketAddr>,
     /// Time for a request on a device file; after it the client gets `EIO`.
     pub request_timeout: Duration,
     /// Whether the kernel is asked to send requests in progress again after a crash, where it can.
@@ -48,6 +54,8 @@ pub struct Config {
     pub poll: Duration,
     /// Devices to create at start, in this order.
     pub devices: Vec<AddRequest>,
+    /// The main configuration file, which is read again on demand.
+    pub configuration: PathBuf,
 }
 
 /// A running daemon.
@@ -136,10 +144,9 @@ impl Daemon {
         if let Place::Mount(_) = place {
             vdpa_sys::userns::fuse_available().map_err(|error| StartError::environment(&error))?;
         }
-        // The daemon charges pinned guest memory to its owner, so its own limit must not be reached first. Where it cannot be
-        // raised, devices report that when they fail to pin.
-        if let Err(error) = rlimit::raise_memlock(None) {
-            tracing::debug!("RLIMIT_MEMLOCK stays as it is: {error}");
+        machine::raise_limits();
+        if survival.as_ref().is_none_or(|survival| survival.generation() <= 1) {
+            machine::report();
         }
         // A holder looks after the daemon itself, and its mounts must not end with the daemon.
         let mut watchdog = match &survival {
@@ -182,7 +189,7 @@ impl Daemon {
         }
         let rings = std::mem::take(&mut legacy.rings);
         let bus = Bus::new(Arc::clone(&files), config.workers, config.poll, survival.clone(), rings);
-        let bus = Arc::new(bus);
+        let bus = Arc::new(bus.with_configuration(config.configuration.clone()));
         let left = Left(continues.then(|| (Arc::clone(&files), Arc::clone(&bus))));
         if continues {
             let devices = std::mem::take(&mut legacy.devices);
@@ -206,7 +213,7 @@ impl Daemon {
             }
         }
         let backend = Arc::clone(&bus) as Arc<dyn Backend>;
-        let control = start_control(&config.socket, &backend, survival.as_ref(), legacy.control)?;
+        let control = start_control(config, &backend, survival.as_ref(), legacy.control)?;
         reach(CrashPoint::ControlOpen);
         if survival.is_some() {
             spawn_reaper();
@@ -233,7 +240,7 @@ impl Daemon {
         resume(&files, Some(&survival))?;
         let since = SystemTime::now();
         let backend: Arc<dyn Backend> = Arc::new(FailedBackend { survival: Arc::clone(&survival), since });
-        let control = start_control(&config.socket, &backend, Some(&survival), control)?;
+        let control = start_control(config, &backend, Some(&survival), control)?;
         Ok(Some(Self { control, backend, bus: None, files, watchdog: None, survival: Some(survival) }))
     }
 
@@ -370,20 +377,38 @@ fn add_configured(bus: &Bus, devices: &[AddRequest], continues: bool) -> Result<
 
 /// Serves the control API, on the socket of an earlier daemon if there is one.
 fn start_control(
-    path: &Path,
+    config: &Config,
     backend: &Arc<dyn Backend>,
     survival: Option<&Arc<Survival>>,
     held: Option<Held>,
 ) -> Result<Server, control::StartError> {
     let socket = match survival {
-        Some(survival) => survival.control_socket(path, held)?,
-        None => ControlSocket::bind(path)?,
+        Some(survival) => survival.control_socket(&config.socket, held)?,
+        None => ControlSocket::bind(&config.socket)?,
     };
-    let server = Server::start_on(socket, Arc::clone(backend), control::Limits::default())?;
+    let metrics = metrics_socket(config, survival.is_some_and(|survival| survival.generation() > 1))?;
+    let limits = control::Limits::default();
+    let server = Server::start_public(socket, Arc::clone(backend), limits, metrics)?;
     if let Some(survival) = survival {
         survival.set_pauser(server.pauser());
     }
     Ok(server)
+}
+
+/// The socket for metrics over TCP, if there is to be one. A daemon that `goes_on` for another one does without it if it must: clients
+/// are more important.
+fn metrics_socket(config: &Config, goes_on: bool) -> Result<Option<MetricsSocket>, control::StartError> {
+    let socket = match config.metrics.map(MetricsSocket::bind).transpose() {
+        Err(error) if goes_on => {
+            tracing::error!(%error, "no metrics over TCP");
+            None
+        }
+        bound => bound.map_err(control::StartError::Metrics)?,
+    };
+    if let Some(address) = socket.as_ref().and_then(|socket| socket.address().ok()) {
+        tracing::info!(%address, "metrics are served over TCP");
+    }
+    Ok(socket)
 }
 
 /// Kind and directory of the device files.
@@ -429,56 +454,6 @@ fn choose<E: std::error::Error>(
     Ok(Place::Mount(dir))
 }
 
-/// Why the value of `--dev` is not a device specification.
-#[derive(Debug, thiserror::Error)]
-pub enum DeviceSpecError {
-    /// A field without an equals sign.
-    #[error("\"{field}\" is not of the form name=value")]
-    NotAPair {
-        /// The field.
-        field: String,
-    },
-    /// `name` or `mgmtdev` is missing.
-    #[error("\"{key}\" is missing; name=NAME mgmtdev=MGMTDEV are needed")]
-    Missing {
-        /// The missing one.
-        key: &'static str,
-    },
-    /// An attribute occurs twice.
-    #[error(transparent)]
-    Attr(#[from] AttrError),
-}
-
-/// Parses a device specification: `name=NAME mgmtdev=MGMTDEV attribute=value ...`.
-///
-/// Fields are separated by white space. A value that contains white space can only be given over the control socket.
-///
-/// # Errors
-/// [`DeviceSpecError`].
-pub fn parse_device_spec(text: &str) -> Result<AddRequest, DeviceSpecError> {
-    let (mut name, mut mgmtdev) = (None, None);
-    let mut attrs = Attrs::new();
-    for field in text.split_whitespace() {
-        let (key, value) =
-            field.split_once('=').ok_or_else(|| DeviceSpecError::NotAPair { field: field.into() })?;
-        let slot = match key {
-            "name" => &mut name,
-            "mgmtdev" => &mut mgmtdev,
-            _ => {
-                attrs.insert(key, value)?;
-                continue;
-            }
-        };
-        if slot.replace(value.to_owned()).is_some() {
-            return Err(AttrError::Twice { name: key.into() }.into());
-        }
-    }
-    let required = |slot: Option<String>, key| {
-        slot.filter(|value| !value.is_empty()).ok_or(DeviceSpecError::Missing { key })
-    };
-    Ok(AddRequest { name: required(name, "name")?, mgmtdev: required(mgmtdev, "mgmtdev")?, attrs })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -488,6 +463,8 @@ mod tests {
             front,
             dir: dir.map(PathBuf::from),
             mount_dir: "/run/vdpad/dev".into(),
+            metrics: None,
+            configuration: "/etc/vdpad/vdpad.toml".into(),
             socket: PathBuf::new(),
             request_timeout: Duration::from_secs(1),
             resend: true,
@@ -523,22 +500,5 @@ mod tests {
             assert!(chosen(front, Some("/dev"), false).unwrap_err().contains("CUSE"));
             assert!(chosen(front, Some("/dev/"), false).unwrap_err().contains("CUSE"));
         }
-    }
-
-    #[test]
-    fn device_specifications_are_parsed() {
-        let device = parse_device_spec("name=d0  mgmtdev=blk path=/a=b direct=on").unwrap();
-        assert_eq!((device.name.as_str(), device.mgmtdev.as_str()), ("d0", "blk"));
-        assert_eq!(device.attrs.iter().collect::<Vec<_>>(), [("path", "/a=b"), ("direct", "on")]);
-    }
-
-    #[test]
-    fn errors_of_device_specifications_name_the_field() {
-        let text = |text| parse_device_spec(text).unwrap_err().to_string();
-        assert!(text("name=d0").starts_with("\"mgmtdev\" is missing"));
-        assert!(text("name= mgmtdev=blk").starts_with("\"name\" is missing"));
-        assert_eq!(text("name=d0 readonly"), "\"readonly\" is not of the form name=value");
-        assert!(text("name=a name=b").contains("given twice"));
-        assert!(text("name=a mgmtdev=b x=1 x=2").contains("given twice"));
     }
 }

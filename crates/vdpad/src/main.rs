@@ -1,7 +1,10 @@
 //! The command line of vdpad. The daemon itself is [`vdpad::daemon`].
 #![forbid(unsafe_code)]
 
+mod configured;
+
 use std::error::Error;
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::ffi::OsStringExt;
@@ -14,6 +17,7 @@ use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 use vdpa_backend::front::watchdog::{self, Ended};
 use vdpa_control::api::AddRequest;
+use vdpa_control::files::{self, Configuration};
 use vdpa_control::{Front, SOCKET_ENV};
 use vdpa_holder::holder::{self, Outcome, Program};
 use vdpa_holder::protocol::Role;
@@ -22,9 +26,13 @@ use vdpad::daemon::{self, Config, Daemon, StartError};
 use vdpad::keeper;
 use vdpad::survival::{self, Survival};
 
+use configured::Configured;
+
 /// The daemon failed.
 const EXIT_RUNTIME: u8 = 1;
-/// The machine lacks something, for example /dev/fuse. (2, wrong usage, is clap's.)
+/// Wrong usage: as clap's.
+const EXIT_USAGE: u8 = 2;
+/// The machine lacks something, for example /dev/fuse.
 const EXIT_ENVIRONMENT: u8 = 3;
 
 /// Serves vDPA devices as vhost-vdpa device files.
@@ -42,6 +50,18 @@ struct Cli {
 
 #[derive(Debug, clap::Args)]
 struct Serve {
+    /// Configuration file, with options and devices; those in conf.d beside it are read too
+    #[arg(long, value_name = "FILE", env = "VDPAD_CONFIG", default_value = files::DEFAULT)]
+    config: PathBuf,
+
+    /// Only check command line and configuration files
+    #[arg(long)]
+    check: bool,
+
+    /// The options of the configuration files are on the command line
+    #[arg(long, hide = true)]
+    options_read: bool,
+
     /// Kind of the device files: cuse for character devices, fuse for files, auto for character devices where they can be made
     /// (never in a directory outside /dev)
     #[arg(long, value_name = "auto|cuse|fuse", default_value = "auto")]
@@ -56,6 +76,11 @@ struct Serve {
     /// $XDG_RUNTIME_DIR/vdpad/control.sock]
     #[arg(long, value_name = "PATH", env = SOCKET_ENV, alias = "control")]
     socket: Option<PathBuf>,
+
+    /// Serve metrics over TCP too, to everybody who can connect to this address: 127.0.0.1:9476, [::]:9476 [default: on the control
+    /// socket only]
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    metrics: Option<std::net::SocketAddr>,
 
     /// Seconds that a request on a device file may take before its caller gets an error
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
@@ -112,6 +137,13 @@ struct Serve {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Writes the manual page and the completions of shells into a directory
+    #[cfg(feature = "manual")]
+    #[command(hide = true)]
+    WriteManual {
+        /// The directory
+        directory: PathBuf,
+    },
     /// Watches a daemon, which starts it
     #[command(hide = true)]
     Watchdog {
@@ -144,7 +176,16 @@ fn seconds_or_never(text: &str) -> Result<Duration, String> {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let configured = match Configured::read() {
+        Ok(configured) => configured,
+        Err(status) => return status,
+    };
+    let args = configured.args_of_daemon();
+    let Configured { cli, files, .. } = configured;
+    if cli.serve.check {
+        println!("{} options of files, {} devices: ok", files.options.len(), files.devices.len());
+        return ExitCode::SUCCESS;
+    }
     let filter = match EnvFilter::try_new(&cli.serve.log) {
         Ok(filter) => filter,
         Err(error) => {
@@ -168,16 +209,37 @@ fn main() -> ExitCode {
         return ExitCode::from(2);
     }
     match cli.command {
+        #[cfg(feature = "manual")]
+        Some(Command::WriteManual { directory }) => write_manual(&directory),
         Some(Command::Watchdog { source, timeout }) => watch(&source, timeout),
         Some(Command::Keeper { device }) => keep(&device),
-        None if cli.serve.holder => hold(cli.serve),
-        None => serve(cli.serve, None),
+        None if cli.serve.holder => hold(cli.serve, files, args),
+        None => serve(cli.serve, files, None),
+    }
+}
+
+#[cfg(feature = "manual")]
+fn write_manual(directory: &std::path::Path) -> ExitCode {
+    use clap::CommandFactory as _;
+    use clap_complete::Shell;
+    let page = clap_mangen::Man::new(Cli::command()).generate_to(directory).map(drop);
+    let written = page.and_then(|()| {
+        [Shell::Bash, Shell::Zsh, Shell::Fish].into_iter().try_for_each(|shell| {
+            clap_complete::generate_to(shell, &mut Cli::command(), "vdpad", directory).map(drop)
+        })
+    });
+    match written {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            report(&error);
+            ExitCode::from(EXIT_RUNTIME)
+        }
     }
 }
 
 /// Plants the fault that `VDPA_PLANTED_FAULT` names, to test that the conformance suite finds it.
 #[cfg(feature = "planted-faults")]
-fn plant_fault() -> Result<(), std::ffi::OsString> {
+fn plant_fault() -> Result<(), OsString> {
     let Some(name) = std::env::var_os("VDPA_PLANTED_FAULT") else { return Ok(()) };
     let fault = name.to_str().and_then(vdpa_core::faults::plant);
     tracing::warn!(?fault, "this daemon has a planted fault");
@@ -185,7 +247,7 @@ fn plant_fault() -> Result<(), std::ffi::OsString> {
 }
 
 /// The main process with `--holder`: the holder, or the daemon that it has started.
-fn hold(options: Serve) -> ExitCode {
+fn hold(options: Serve, files: Configuration, args: Vec<OsString>) -> ExitCode {
     match Survival::from_env() {
         Err(errno) => {
             eprintln!("vdpad: cannot speak with the holder: {errno}");
@@ -194,21 +256,22 @@ fn hold(options: Serve) -> ExitCode {
         Ok(Some(survival)) if survival.role() == Role::Failed => {
             survival.log_crash();
             tracing::error!("the daemon has crashed too often: its devices are given up");
-            serve(options, Some(survival))
+            serve(options, files, Some(survival))
         }
         Ok(Some(survival)) => {
             survival.log_crash();
-            serve(options, Some(survival))
+            serve(options, files, Some(survival))
         }
         Ok(None) if !rustix::process::geteuid().is_root() => {
             eprintln!("vdpad: --holder needs root");
             ExitCode::from(2)
         }
-        Ok(None) => run_holder(&options),
+        Ok(None) => run_holder(&options, args),
     }
 }
 
-fn run_holder(options: &Serve) -> ExitCode {
+/// `args` are those of the daemons.
+fn run_holder(options: &Serve, args: Vec<OsString>) -> ExitCode {
     let file = match File::open("/proc/self/exe") {
         Ok(file) => Arc::new(file.into()),
         Err(error) => {
@@ -216,7 +279,7 @@ fn run_holder(options: &Serve) -> ExitCode {
             return ExitCode::from(EXIT_RUNTIME);
         }
     };
-    let args = std::env::args_os().map(OsStringExt::into_vec).collect();
+    let args = args.into_iter().map(OsStringExt::into_vec).collect();
     let limits = holder::Options {
         crash_limit: options.crash_limit.into(),
         crash_window: options.crash_window,
@@ -245,7 +308,7 @@ fn run_holder(options: &Serve) -> ExitCode {
     }
 }
 
-fn serve(options: Serve, survival: Option<Survival>) -> ExitCode {
+fn serve(options: Serve, files: Configuration, survival: Option<Survival>) -> ExitCode {
     if let Err(error) = live::configure(options.live_numbers) {
         eprintln!("vdpad: --live-numbers: {error}");
         return ExitCode::from(2);
@@ -268,12 +331,14 @@ fn serve(options: Serve, survival: Option<Survival>) -> ExitCode {
         dir: options.dir,
         mount_dir,
         socket,
+        metrics: options.metrics,
         request_timeout: options.request_timeout,
         resend: !options.keep_requests,
         watchdog_timeout: options.watchdog_timeout,
         poll: Duration::from_micros(options.poll_us.into()),
         workers: options.workers.map_or_else(processors, usize::from),
-        devices: options.devices,
+        devices: files.devices.iter().map(|device| device.request.clone()).chain(options.devices).collect(),
+        configuration: std::path::absolute(&options.config).unwrap_or(options.config),
     };
     let first = survival.as_ref().is_none_or(|survival| survival.generation() <= 1);
     let started = match survival {
@@ -287,6 +352,11 @@ fn serve(options: Serve, survival: Option<Survival>) -> ExitCode {
             return ExitCode::from(EXIT_RUNTIME);
         }
         Err(error) => {
+            if let StartError::Device { name, .. } = &error
+                && let Some(device) = files.device(name)
+            {
+                eprintln!("vdpad: {}: of this device:", device.at);
+            }
             report(&error);
             return ExitCode::from(match error {
                 StartError::Environment { .. } => EXIT_ENVIRONMENT,

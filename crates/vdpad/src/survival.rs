@@ -36,6 +36,7 @@ pub(crate) use self::files::LegacyParts;
 use self::files::{LegacyFiles, SavedPlace};
 use crate::bus::{HeldDevices, file_name};
 use crate::control::{BindError, ControlSocket, Pauser};
+use crate::devices::{DiskFacts, Kept};
 
 /// Bytes of the longest identity: a request to add a device is at most that long.
 const IDENTITY_MAX: u64 = 1 << 20;
@@ -81,18 +82,22 @@ pub(crate) struct Identity {
     /// Place of the mark on its open file, by which the next process knows that this one's requests have ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) mark: Option<u64>,
+    /// What its disk was when it was made. Programs of version 1 take what the file is when they make it again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) disk: Option<DiskFacts>,
     /// As it was asked for, without the attributes of every device.
     pub(crate) request: AddRequest,
 }
 
 impl Identity {
     /// Of a new device, whose file is in `files`.
-    pub(crate) fn new(number: u32, request: &AddRequest, mark: Option<u64>, files: &DeviceFiles) -> Self {
+    pub(crate) fn new(number: u32, request: &AddRequest, kept: &Kept, files: &DeviceFiles) -> Self {
         let name = file_name(number);
         let FileAttributes { mode, uid, gid } =
             files.attributes(&name).unwrap_or_else(FileAttributes::private);
         let node = files.node(&name).unwrap_or(0);
-        Self { number, node, mode, uid, gid, place: None, mark, request: request.clone() }
+        let (mark, disk) = (kept.mark(), kept.disk());
+        Self { number, node, mode, uid, gid, place: None, mark, disk, request: request.clone() }
     }
 
     /// What is held of a device says what it is, or why that cannot be read.
@@ -430,15 +435,25 @@ mod tests {
         assert_eq!(orphans, [key(1, 0), key(3, 0), key(3, IDENTITY)]);
     }
 
-    /// What a device is, as version 1 has saved it. `VDPA_WRITE_GOLDEN=1` writes it where there is none; it never changes.
     #[test]
     fn the_identity_of_version_1_is_read() {
-        let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/identity-v1.json");
+        identity_is_read("identity-v1.json", None);
+    }
+
+    #[test]
+    fn the_identity_of_a_disk_of_version_2_is_read() {
+        identity_is_read("identity-v2.json", Some(DiskFacts { sectors: 2048, discard: false }));
+    }
+
+    /// What a device is, as a version has saved it. `VDPA_WRITE_GOLDEN=1` writes it where there is none; it never changes.
+    fn identity_is_read(golden: &str, disk: Option<DiskFacts>) {
+        let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(golden);
         let mut attrs = vdpa_control::api::Attrs::new();
         attrs.insert("path", "/srv/disk.img").unwrap();
         let request = AddRequest { name: "disk0".into(), mgmtdev: "blk".into(), attrs };
         let (place, mark) = (None, None);
-        let identity = Identity { number: 3, node: 4, mode: 0o600, uid: 0, gid: 6, place, mark, request };
+        let identity =
+            Identity { number: 3, node: 4, mode: 0o600, uid: 0, gid: 6, place, mark, disk, request };
         let json = serde_json::to_string(&identity).unwrap();
         if std::env::var_os("VDPA_WRITE_GOLDEN").is_some() && !path.exists() {
             std::fs::write(&path, &json).unwrap();

@@ -106,9 +106,9 @@ fn bad_files(dir: &str) -> Vec<Case> {
         ),
         (
             "/disk0.img",
-            format!("{dir}/disk0.img is locked by another program or device"),
+            format!("{dir}/disk0.img is in use by another device of this daemon"),
             "Device or resource busy",
-            "A disk has one writer, or readers only (readonly on).",
+            "A disk has one writer, or readers only (readonly on), or writers that all share it (shared on).",
         ),
     ];
     let case = |(path, message, errno, hint): (&str, String, &str, &str)| {

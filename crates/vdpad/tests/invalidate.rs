@@ -47,7 +47,12 @@ struct Setup {
 fn device(attrs: &[(&str, &str)]) -> (Daemon, HangingFile, PathBuf) {
     let daemon = Daemon::start();
     let file = HangingFile::new(&daemon.dir().join("hanging"), DISK);
-    let all = [("path", file.path.to_str().unwrap()), ("packed", "on"), ("memlock", "unlimited")];
+    let all = [
+        ("path", file.path.to_str().unwrap()),
+        ("format", "raw"),
+        ("packed", "on"),
+        ("memlock", "unlimited"),
+    ];
     let path = daemon.add("d0", "blk", &[&all, attrs].concat());
     (daemon, file, path)
 }

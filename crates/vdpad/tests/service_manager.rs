@@ -6,6 +6,8 @@
 
 #[path = "support/robust.rs"]
 mod robust;
+#[path = "support/skips.rs"]
+mod skips;
 
 use std::fs;
 use std::io::IoSliceMut;
@@ -30,6 +32,7 @@ use vdpa_sys::fuse::{FS_TYPE, fs_type_at, unmount};
 
 use robust::disk::{self, Disk};
 use robust::{Vdpad, eventually, vdpactl};
+use skips::skip;
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -92,7 +95,7 @@ impl Manager {
         command.args(["--holder", "--front", "fuse", "--dir"]).arg(self.dir.join("dev"));
         command.arg("--socket").arg(self.dir.join("control.sock")).args(more);
         command.env("NOTIFY_SOCKET", self.dir.join("notify")).env("LISTEN_FDS", store.len().to_string());
-        command.env("LISTEN_FDNAMES", names.join(":"));
+        command.env("LISTEN_FDNAMES", names.join(":")).env("WATCHDOG_USEC", "600000");
         let log = fs::File::options().create(true).append(true).open(self.dir.join("log")).unwrap();
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         self.service = Some(exec::spawn(&mut command, fds).unwrap());
@@ -298,6 +301,16 @@ fn without_a_manager_the_next_start_begins_anew() {
     fresh.check(2);
 }
 
+/// `WatchdogSec=`: as long as it is not stopped, the holder says that it works.
+#[test]
+fn the_holder_feeds_the_watchdog_of_the_manager() {
+    let mut manager = Manager::new();
+    manager.start(&[]);
+    let heard = |manager: &Manager| manager.told().iter().filter(|told| told.contains("WATCHDOG=1")).count();
+    let first = eventually("it is fed", || Some(heard(&manager)).filter(|times| *times >= 2));
+    eventually("it is fed again", || (heard(&manager) > first + 2).then_some(()));
+}
+
 /// The unit is one that systemd understands.
 #[test]
 fn the_unit_is_valid() {
@@ -327,12 +340,32 @@ fn the_unit_is_valid() {
     assert!(output.status.success() && about.is_empty(), "{said}");
 }
 
-fn skip(reason: &str) {
-    let line = format!("SKIPPED: {reason}\n");
-    eprint!("{line}");
-    if let Some(path) = std::env::var_os("VDPA_SKIP_LOG") {
-        use std::io::Write;
-        let mut log = fs::File::options().create(true).append(true).open(path).unwrap();
-        log.write_all(line.as_bytes()).unwrap();
-    }
+/// What systemd thinks of what the service may do, at most: a number that is greater after a change needs a reason.
+#[test]
+fn the_unit_has_few_rights() {
+    let dist = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../dist");
+    let Ok(_) = Command::new("systemd-analyze").arg("--version").output() else {
+        return skip("no systemd-analyze: the rights of the unit were not measured");
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let copy = dir.path().join("vdpad.service");
+    fs::copy(dist.join("vdpad.service"), &copy).unwrap();
+    let exposure = || {
+        let mut command = Command::new("systemd-analyze");
+        let output = command.args(["security", "--offline=true", "--no-pager"]).arg(&copy).output().unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        let line =
+            text.lines().rev().find(|line| line.contains("Overall exposure level")).unwrap_or_default();
+        let number = line.rsplit(": ").next().and_then(|rest| rest.split(' ').next()?.parse::<f64>().ok());
+        number.unwrap_or_else(|| panic!("no level in {text}{}", String::from_utf8_lossy(&output.stderr)))
+    };
+    let files = exposure();
+    let drop_in = dir.path().join("vdpad.service.d");
+    fs::create_dir(&drop_in).unwrap();
+    let name = "character-devices.conf";
+    fs::copy(dist.join("vdpad.service.d").join(name), drop_in.join(name)).unwrap();
+    let devices = exposure();
+    eprintln!("exposure: {files} with files of a mount, {devices} with character devices");
+    assert!(files <= 4.6, "{files}");
+    assert!(devices <= 2.5, "{devices}");
 }

@@ -226,7 +226,7 @@ fn a_request_in_progress_is_executed_once() {
 fn nothing_is_repeated_before_the_old_write_has_ended() {
     let vdpad = start(&[]);
     let slow = HangingFile::new(&vdpad.dir().join("slow.img"), 64 << 20);
-    let device = vdpad.add("disk0", "blk", &format!("path {}", slow.path.display()));
+    let device = vdpad.add("disk0", "blk", &format!("path {} format raw", slow.path.display()));
     let mut disk = Disk::start(&device, disk::MEMORY_MIN);
     disk.submit(0, (kind::OUT, 2, 1));
     disk.kick();

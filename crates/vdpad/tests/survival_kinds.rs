@@ -334,7 +334,7 @@ fn a_late_read_overwrites_nothing() {
     let slow = HangingFile::new(&vdpad.dir().join("slow.img"), 64 << 20);
     slow.recover();
     let slow_disk = Loop::new(&slow.path);
-    let attrs = format!("path {} readonly on direct on", slow_disk.0.display());
+    let attrs = format!("path {} format raw readonly on direct on", slow_disk.0.display());
     let path = vdpad.add("disk0", "blk", &attrs);
     // Another device has the same lock, and no part in this.
     vdpad.add("disk1", "blk", &attrs);
@@ -381,7 +381,7 @@ fn readers_of_one_file_do_not_wait_for_each_other() {
     }
     // Whoever writes has to have the file alone.
     let refused = vdpad.ctl(&format!("dev add name disk3 mgmtdev blk path {}", image.display()));
-    assert!(refused.code == Some(1) && refused.stderr.contains("is locked"), "{refused:?}");
+    assert!(refused.code == Some(1) && refused.stderr.contains("is in use"), "{refused:?}");
 }
 
 /// What an update by a second open does, one step after the other.

@@ -114,7 +114,7 @@ fn a_daemon_with_one_worker_that_hangs_is_replaced() {
 fn a_disk_that_does_not_answer_is_no_hang() {
     let vdpad = start(&["--hang-limit", "0.3"]);
     let slow = HangingFile::new(&vdpad.dir().join("slow.img"), 64 << 20);
-    let device = vdpad.add("slow0", "blk", &format!("path {}", slow.path.display()));
+    let device = vdpad.add("slow0", "blk", &format!("path {} format raw", slow.path.display()));
     let fast = vdpad.add_any("disk0", "blk");
     let mut disk = Disk::start(&device, disk::MEMORY_MIN);
     let mut other = Disk::start(&fast, disk::MEMORY_MIN);

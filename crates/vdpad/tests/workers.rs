@@ -140,7 +140,7 @@ const STUCK: u64 = 80;
 fn a_disk_that_hangs_is_no_concern_of_its_neighbours() {
     let daemon = one_worker();
     let file = HangingFile::new(&daemon.dir().join("hanging"), DISK as u64);
-    let hanging = daemon.add("hanging", "blk", &[("path", file.path.to_str().unwrap())]);
+    let hanging = daemon.add("hanging", "blk", &[("path", file.path.to_str().unwrap()), ("format", "raw")]);
     let mut stuck = Blk::with(&hanging, FEATURES, 4);
     let submit = |stuck: &mut Blk, i| {
         let queue = u16::try_from(i % 4).unwrap();
@@ -191,7 +191,7 @@ fn flushes_of_disks_that_hang_leave_a_thread_to_their_neighbour() {
     let mut stuck: Vec<(HangingFile, Blk)> = (0..4 * processors.max(1))
         .map(|number| {
             let file = HangingFile::new(&daemon.dir().join(format!("hanging{number}")), DISK as u64);
-            let attrs = [("path", file.path.to_str().unwrap()), ("memlock", "unlimited")];
+            let attrs = [("path", file.path.to_str().unwrap()), ("format", "raw"), ("memlock", "unlimited")];
             let mut blk = Blk::start(&daemon.add(&format!("hanging{number}"), "blk", &attrs));
             blk.submit(0, kind::FLUSH, 0, &[], &[]);
             blk.notify(0);
@@ -216,7 +216,11 @@ fn flushes_of_disks_that_hang_leave_a_thread_to_their_neighbour() {
 fn flushes_that_arrive_during_a_flush_share_the_next_one() {
     let daemon = one_worker();
     let file = HangingFile::new(&daemon.dir().join("hanging"), DISK as u64);
-    let mut blk = Blk::start(&daemon.add("hanging", "blk", &[("path", file.path.to_str().unwrap())]));
+    let mut blk = Blk::start(&daemon.add(
+        "hanging",
+        "blk",
+        &[("path", file.path.to_str().unwrap()), ("format", "raw")],
+    ));
     let tokens: Vec<u64> = (0..9).map(|_| blk.submit(0, kind::FLUSH, 0, &[], &[])).collect();
     blk.notify(0);
     wait_for(&file, 1);
@@ -233,7 +237,7 @@ fn flushes_that_arrive_during_a_flush_share_the_next_one() {
 fn a_device_whose_disk_hangs_is_deleted_by_force() {
     let daemon = one_worker();
     let file = HangingFile::new(&daemon.dir().join("hanging"), DISK as u64);
-    let attrs = [("path", file.path.to_str().unwrap())];
+    let attrs = [("path", file.path.to_str().unwrap()), ("format", "raw")];
     let mut stuck = Blk::start(&daemon.add("d0", "blk", &attrs));
     stuck.submit(0, kind::IN, 0, &[], &[data(0, 4096)]);
     stuck.notify(0);
@@ -244,7 +248,7 @@ fn a_device_whose_disk_hangs_is_deleted_by_force() {
     let (_disk, path) = add(&daemon, 0, &[]);
     assert_eq!(Blk::start(&path).read(0, 8, 512), Ok(pattern(4096, 512)), "another device of that name");
     let locked = daemon.try_add("d1", "blk", &attrs).unwrap_err().to_string();
-    assert!(locked.contains("is locked by another program or device"), "{locked}");
+    assert!(locked.contains("is in use by another device of this daemon"), "{locked}");
 
     file.recover();
     assert_eq!(stuck.finish(0, TIMEOUT).map(|done| done.status), Some(OK));
@@ -288,7 +292,7 @@ fn requests_that_need_copies_take_a_bounded_amount_of_memory() {
     const COUNT: usize = 12;
     let daemon = one_worker();
     let file = HangingFile::new(&daemon.dir().join("hanging"), LARGE as u64);
-    let path = daemon.add("d0", "blk", &[("path", file.path.to_str().unwrap())]);
+    let path = daemon.add("d0", "blk", &[("path", file.path.to_str().unwrap()), ("format", "raw")]);
     let mut blk = Blk::start(&path);
     let private = Private::new(LARGE);
     let ops = blk.session.ops();
@@ -331,8 +335,11 @@ fn answers_come_in_order_where_the_driver_has_accepted_that() {
     let daemon = one_worker();
     for in_order in [false, true] {
         let file = HangingFile::new(&daemon.dir().join(format!("order-{in_order}")), DISK as u64);
-        let attrs =
-            [("path", file.path.to_str().unwrap()), ("in_order", if in_order { "on" } else { "off" })];
+        let attrs = [
+            ("path", file.path.to_str().unwrap()),
+            ("format", "raw"),
+            ("in_order", if in_order { "on" } else { "off" }),
+        ];
         let path = daemon.add(&format!("order-{in_order}"), "blk", &attrs);
         let mut blk = Blk::negotiated(&path, FEATURES.with(Features::IN_ORDER));
         assert_eq!(blk.session.features().has(Features::IN_ORDER), in_order);

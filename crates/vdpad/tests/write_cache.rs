@@ -26,7 +26,11 @@ fn setup(attrs: &[(&str, &str)]) -> (Daemon, HangingFile, PathBuf) {
     let daemon = Daemon::start();
     let file = HangingFile::new(&daemon.dir().join("counting"), DISK);
     file.recover();
-    let path = daemon.add("d0", "blk", &[&[("path", file.path.to_str().unwrap())], attrs].concat());
+    let path = daemon.add(
+        "d0",
+        "blk",
+        &[&[("path", file.path.to_str().unwrap()), ("format", "raw")], attrs].concat(),
+    );
     (daemon, file, path)
 }
 

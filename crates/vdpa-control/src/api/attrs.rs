@@ -1,9 +1,13 @@
 //! [`Attrs`]: the attributes of a new device, as names and values.
 
 use std::fmt;
+use std::path::Path;
 
 use serde::de::{Error as _, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+/// Attributes that are paths, of any kind of device.
+pub const PATH_ATTRS: [&str; 2] = ["path", "device_file"];
 
 /// Names and values in the order in which they were given; every name occurs once.
 ///
@@ -125,6 +129,28 @@ impl Attrs {
         match parse_size(value) {
             Some(bytes) if (min..=max).contains(&bytes) => Ok(Some(bytes)),
             _ => Err(AttrError::Size { name: name.into(), value: value.into(), min, max }),
+        }
+    }
+
+    /// Makes relative paths among the attributes ([`PATH_ATTRS`]) absolute: they begin in `base`. A `base` that is not UTF-8 changes
+    /// nothing.
+    ///
+    /// ```
+    /// use vdpa_control::api::Attrs;
+    ///
+    /// let mut attrs = Attrs::new();
+    /// attrs.insert("path", "disk.img").unwrap();
+    /// attrs.resolve_paths(std::path::Path::new("/srv"));
+    /// assert_eq!(attrs.get("path"), Some("/srv/disk.img"));
+    /// ```
+    pub fn resolve_paths(&mut self, base: &Path) {
+        let paths = self.0.iter_mut().filter(|(name, value)| {
+            PATH_ATTRS.contains(&name.as_str()) && !value.is_empty() && Path::new(value).is_relative()
+        });
+        for (_, value) in paths {
+            if let Some(path) = base.join(&*value).to_str() {
+                *value = path.to_owned();
+            }
         }
     }
 

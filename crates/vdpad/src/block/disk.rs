@@ -184,6 +184,9 @@ pub(crate) trait Disk: Send + 'static {
     /// Registers files with the ring of the thread that serves the disk. Called once, before the first request.
     fn register(&mut self, _registrar: &Registrar) {}
 
+    /// A pass over the rings begins: what was found out for the one before may have changed.
+    fn begin_pass(&mut self) {}
+
     /// Another process may serve the disk from now on: releases what only one may have. No operation is in flight.
     fn hand_over(&mut self) {}
 

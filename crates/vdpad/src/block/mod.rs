@@ -10,6 +10,7 @@
 
 mod cache;
 mod disk;
+pub(crate) mod limit;
 mod pending;
 mod range_lock;
 mod requests;

@@ -1,6 +1,7 @@
 //! [`Requests`]: the queue handler of a block device. Queues are served independently, each request by a [`Disk`].
 
 mod batch;
+mod throttle;
 
 use std::sync::Arc;
 
@@ -14,6 +15,7 @@ use vdpa_sys::uring::{Op, OwnedBuf};
 
 use super::cache::WriteCache;
 use super::disk::{Continuation, Disk, FixedRead, LockedIo, RequestContext, Step};
+use super::limit::{Limiter, SharedLimits};
 use super::pending::{DataBuffers, Pending};
 use super::range_lock::{RangeLock, RangeLocks};
 
@@ -30,6 +32,18 @@ enum InFlight {
     Single((Pending, Continuation)),
     /// A flush, which several requests share.
     Flush(Vec<(Pending, Continuation)>),
+    /// The wait for the limits of the device, which belongs to none.
+    Limits,
+}
+
+impl InFlight {
+    fn requests(&self) -> &[(Pending, Continuation)] {
+        match self {
+            Self::Single(one) => std::slice::from_ref(one),
+            Self::Flush(all) => all,
+            Self::Limits => &[],
+        }
+    }
 }
 
 /// A request with its next operation, which is not submitted yet.
@@ -64,6 +78,9 @@ pub(crate) struct Requests<D: Disk> {
     bounced: usize,
     /// Where chains are popped to; kept to reuse their memory.
     chains: [Chain; 2],
+    limiter: Limiter,
+    /// The queue with which a pass begins: the next one in turn after limits have ended a pass.
+    first: u16,
 }
 
 impl<D: Disk> QueueHandler for Requests<D> {
@@ -78,7 +95,11 @@ impl<D: Disk> QueueHandler for Requests<D> {
         {
             disk.register(&queues.registrar());
         }
-        queues.serve_each(|queues, index, queue| self.serve_queue(queues, index, queue));
+        if let Some(disk) = &mut self.disk {
+            disk.begin_pass();
+        }
+        self.limiter.begin_pass();
+        queues.serve_from(self.first, |queues, index, queue| self.serve_queue(queues, index, queue));
         self.start_ready(queues);
     }
 
@@ -109,6 +130,7 @@ impl<D: Disk> QueueHandler for Requests<D> {
         self.free.push(slot);
         match ended {
             InFlight::Single((pending, then)) => self.continue_request(queues, pending, then, result, buffer),
+            InFlight::Limits => self.limiter.end(),
             InFlight::Flush(all) => {
                 self.flushing = false;
                 for (pending, then) in all {
@@ -124,15 +146,13 @@ impl<D: Disk> QueueHandler for Requests<D> {
     }
 
     fn has_room(&self) -> bool {
-        self.bounced < BOUNCED_MAX
+        !self.limiter.waits()
+            && self.bounced < BOUNCED_MAX
             && self.in_flight() + self.locks.waiting_len() + self.ready.len() < IN_FLIGHT_MAX
     }
 
     fn uses(&self, queues: &Queues, invalidation: &Invalidation) -> bool {
-        let in_flight = self.pending.iter().flatten().flat_map(|in_flight| match in_flight {
-            InFlight::Single(one) => std::slice::from_ref(one),
-            InFlight::Flush(all) => all,
-        });
+        let in_flight = self.pending.iter().flatten().flat_map(InFlight::requests);
         let not_started = self.locks.waiting().chain(&self.ready).map(|ready| (&ready.pending, &ready.then));
         let started = in_flight.chain(&self.waiting).map(|(pending, then)| (pending, then));
         started.chain(not_started).any(|(pending, then)| {
@@ -146,6 +166,7 @@ impl<D: Disk> QueueHandler for Requests<D> {
         let in_flight = self.pending.iter_mut().flatten().flat_map(|in_flight| match in_flight {
             InFlight::Single(one) => std::slice::from_mut(one),
             InFlight::Flush(all) => all,
+            InFlight::Limits => &mut [],
         });
         let not_started = self.locks.waiting_mut().chain(&mut self.ready).map(|ready| &mut ready.pending);
         in_flight
@@ -177,8 +198,8 @@ impl<D: Disk> Requests<D> {
         self.pending.len() - self.free.len()
     }
 
-    /// `cache` is shared with the configuration space of the device.
-    pub(crate) fn new(disk: D, cache: Arc<WriteCache>) -> Self {
+    /// `cache` is shared with the configuration space of the device, `limits` with whoever changes them.
+    pub(crate) fn new(disk: D, cache: Arc<WriteCache>, limits: Arc<SharedLimits>) -> Self {
         Self {
             disk: Some(disk),
             cache,
@@ -192,6 +213,8 @@ impl<D: Disk> Requests<D> {
             ready: Vec::new(),
             bounced: 0,
             chains: Default::default(),
+            limiter: Limiter::new(limits),
+            first: 0,
         }
     }
 
@@ -422,10 +445,7 @@ impl<D: Disk> Requests<D> {
         let slot = self.slot();
         if let Err(error) = queues.submit(op, slot) {
             self.free.push(slot);
-            let queue = match &owner {
-                InFlight::Single((pending, _)) => pending.queue,
-                InFlight::Flush(all) => all.first().map_or(0, |(pending, _)| pending.queue),
-            };
+            let queue = owner.requests().first().map_or(0, |(pending, _)| pending.queue);
             queues.log_error(queue, &error);
             return Some(owner);
         }

@@ -9,7 +9,7 @@ use vdpa_backend::front::fuse::{AddError, DeviceFile};
 use vdpa_backend::front::vhost::{AnyParent, SharedDevice, SharedParent, VhostVdpaFile};
 use vdpa_backend::persist::DeviceLog;
 use vdpa_backend::worker::QueueLogs;
-use vdpa_control::api::{AddRequest, Attrs, CtlError};
+use vdpa_control::api::{AddRequest, Attrs, CtlError, PATH_ATTRS};
 use vdpa_core::Errno;
 use vdpa_core::crash_points::{CrashPoint, reach};
 use vdpa_core::device::Device;
@@ -27,10 +27,10 @@ const QUEUES_MAX: u16 = 64;
 const NAME_MAX: usize = 255;
 
 /// Attribute of every device: the path of its device file.
-const DEVICE_FILE_ATTR: &str = "device_file";
+pub(super) const DEVICE_FILE_ATTR: &str = "device_file";
 
 /// Attribute of every device: whether a successor may open it while it is in use.
-const HANDOVER_ATTR: &str = "handover";
+pub(super) const HANDOVER_ATTR: &str = "handover";
 
 /// How many names of device files are tried: the kernel's devices have names of the same form.
 const NUMBERS_TRIED: usize = 4096;
@@ -42,11 +42,9 @@ impl Bus {
     /// Those of [`Backend::add`](crate::control::Backend::add).
     pub(super) fn add_device(&self, mut request: AddRequest) -> Result<(), CtlError> {
         check_name(&request.name)?;
+        check_paths(&request.attrs)?;
+        let asked = request.clone();
         let path = request.attrs.take(DEVICE_FILE_ATTR).map(PathBuf::from);
-        if path.as_ref().is_some_and(|path| !path.is_absolute()) {
-            return Err(CtlError::new(Errno::INVAL, format!("{DEVICE_FILE_ATTR} is not an absolute path"))
-                .with_hint("A path such as /dev/vhost-vdpa-0 is right: of a regular file, or of none yet."));
-        }
         let handover = handover(&mut request.attrs)?;
         let net_attrs = NetAttrs::parse(&request.attrs)?;
         let mgmt = self
@@ -101,7 +99,7 @@ impl Bus {
         let (number, path) = added.inspect_err(|_| file.forget_log())?;
         reach(CrashPoint::AddFileMade);
         if let (Some(survival), Some(held)) = (survival, held) {
-            let identity = Identity::new(number, &request, kept.mark(), &self.files);
+            let identity = Identity::new(number, &request, &kept, &self.files);
             survival.hold_device(held, identity, &self.files, &kept).map_err(|errno| {
                 survival.release_device(held);
                 file.forget_log();
@@ -111,7 +109,9 @@ impl Bus {
         }
         reach(CrashPoint::AddIdentityHeld);
         let AddRequest { name, mgmtdev, .. } = request;
-        let entry = Entry { name, number, mgmtdev, profile, device, file, path, front, held };
+        let (controls, request) = (kept.controls(), asked);
+        let entry =
+            Entry { name, number, mgmtdev, profile, device, file, path, front, held, controls, request };
         tracing::info!(device = %entry.name, mgmtdev = %entry.mgmtdev, file = %entry.path.display(), front, "device added");
         devices.push(Arc::new(entry));
         reach(CrashPoint::AddDone);
@@ -146,6 +146,23 @@ impl Bus {
         }
         Err(CtlError::new(Errno::NOSPC, format!("no file name from {} on is free", file_name(0))))
     }
+}
+
+/// Refuses relative paths: they would be those of this daemon's directory, which is not the caller's.
+fn check_paths(attrs: &Attrs) -> Result<(), CtlError> {
+    let paths = PATH_ATTRS.iter().filter_map(|name| Some((name, attrs.get(name)?)));
+    for (name, path) in paths {
+        if !path.is_empty() && Path::new(path).is_relative() {
+            return Err(CtlError::new(
+                Errno::INVAL,
+                format!("{name} is \"{path}\", which is not an absolute path"),
+            )
+            .with_hint(
+                "A path that begins with / is right: the daemon does not know the directory of its caller.",
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// Parses `handover`: whether a successor may open the device while it is in use.

@@ -8,6 +8,8 @@
 //! | [`Bus::take_over`] | | has them serve. One that was changed since is made again, as after a crash |
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -26,8 +28,9 @@ use vdpa_core::types::QueueIndex;
 use vdpa_sys::dirty::DirtyMemory;
 use vdpa_sys::guest::LinuxHost;
 
+use super::add::{DEVICE_FILE_ATTR, HANDOVER_ATTR};
 use super::{Bus, Entry};
-use crate::devices::{Kept, MgmtDevice};
+use crate::devices::{Controls, Kept, MgmtDevice};
 use crate::survival::{Identity, LegacyParts};
 
 /// How long a restored device waits for the requests that its former daemon had handed to the kernel.
@@ -57,6 +60,9 @@ pub(crate) struct Restored {
     logs: QueueLogs,
     /// Memory of dirty pages that is not held yet.
     new_dirty: Option<Arc<DirtyMemory>>,
+    /// The open file of the locks on its disk, if it is not held yet.
+    new_lock: Option<Arc<OwnedFd>>,
+    controls: Option<Arc<dyn Controls>>,
     /// Queues that run.
     running: BTreeSet<QueueIndex>,
 }
@@ -198,9 +204,17 @@ impl Bus {
         if shared.is_some() && self.pool.is_parked() {
             return Err(CtlError::new(Errno::AGAIN, "several clients share it: it is not prepared").into());
         }
-        let kept =
-            Kept::restored(identity.mark, parts.contents.take()).with_taps(std::mem::take(&mut parts.taps));
-        let kept = kept.with_keeper(parts.keeper.take());
+        // One item is either, by the kind of the device.
+        let (lock, keeper) = match mgmtdev.as_str() {
+            "blk" => (parts.keeper.take(), None),
+            _ => (None, parts.keeper.take()),
+        };
+        let held_lock = lock.is_some();
+        let kept = Kept::restored(identity.mark, parts.contents.take())
+            .with_taps(std::mem::take(&mut parts.taps))
+            .with_keeper(keeper)
+            .with_lock(lock)
+            .with_disk(identity.disk);
         self.pool.settle(&logs);
         let parent = create_again(&**mgmt, name, attrs, &self.pool.with_logs(logs.clone()), &kept)?;
         reach(CrashPoint::ParentMade);
@@ -229,6 +243,8 @@ impl Bus {
             front,
             logs,
             new_dirty,
+            new_lock: kept.lock().filter(|_| !held_lock),
+            controls: kept.controls(),
             running,
         };
         if !self.pool.is_parked() {
@@ -250,9 +266,15 @@ impl Bus {
             front,
             logs,
             new_dirty,
+            new_lock,
+            controls,
             ..
         } = restored;
         new_dirty.map_or(Ok(()), |dirty| log.hold_dirty(&*dirty))?;
+        if let (Some(survival), Some(lock)) = (&self.survival, new_lock) {
+            survival.hold_lock(held, &lock)?;
+        }
+        let asked = asked_for(&identity, shared.is_some());
         let profile = device.profile().clone();
         let device: SharedDevice = Arc::new(Mutex::new(device));
         let name = identity.request.name.clone();
@@ -262,12 +284,25 @@ impl Bus {
         reach(CrashPoint::FileRestored);
         let front = identity.front(&self.files);
         let Identity { number, request: AddRequest { mgmtdev, .. }, .. } = identity;
-        let entry = Entry { name, number, mgmtdev, profile, device, file, path, front, held: Some(held) };
+        let (held, request) = (Some(held), asked);
+        let entry =
+            Entry { name, number, mgmtdev, profile, device, file, path, front, held, controls, request };
         let mut devices = self.devices.lock();
         devices.push(Arc::new(entry));
         devices.sort_by_key(|entry| entry.held);
         Ok(())
     }
+}
+
+/// The request that has made a device, with the attributes that every device takes.
+fn asked_for(identity: &Identity, handover: bool) -> AddRequest {
+    let mut request = identity.request.clone();
+    let path = identity.own_path().and_then(Path::to_str).map(|path| (DEVICE_FILE_ATTR, path));
+    for (name, value) in path.into_iter().chain(handover.then_some((HANDOVER_ATTR, "open"))) {
+        // It is not there: it was taken out.
+        let _ = request.attrs.insert(name, value);
+    }
+    request
 }
 
 /// The device of a client that takes over, if there is one.

@@ -3,10 +3,11 @@
 use std::fmt::Debug;
 
 use vdpa_control::api::{
-    AddRequest, CtlError, DaemonInfo, DevInfo, MgmtDev, QueueVstats, SetAnswer, SetRequest, UpdateInfo,
-    UpgradeRequest,
+    AddRequest, CtlError, DaemonInfo, DevInfo, MgmtDev, QueueVstats, Reloaded, Running, SetAnswer,
+    SetRequest, UpdateInfo, UpgradeRequest,
 };
 use vdpa_control::config::DevConfig;
+use vdpa_core::Errno;
 
 /// The operations of the control API. The bus implements them.
 ///
@@ -70,6 +71,22 @@ pub trait Backend: Debug + Send + Sync + 'static {
     /// `ENODEV`.
     fn update(&self, name: &str) -> Result<UpdateInfo, CtlError>;
 
+    /// The devices that run, as they would be asked for, and the place of the configuration.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` where there is no configuration.
+    fn running(&self) -> Result<Running, CtlError> {
+        Err(CtlError::new(Errno::OPNOTSUPP, "there is no configuration"))
+    }
+
+    /// Reads the configuration files, and adds the devices that are missing.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` where there is no configuration; `EINVAL` for files that are not right; as [`add`](Self::add).
+    fn reload(&self) -> Result<Reloaded, CtlError> {
+        Err(CtlError::new(Errno::OPNOTSUPP, "there is no configuration"))
+    }
+
     /// Creates a device.
     ///
     /// # Errors
@@ -77,12 +94,13 @@ pub trait Backend: Debug + Send + Sync + 'static {
     /// attribute it does not know, `EINVAL` for an invalid value, `EEXIST` for a name in use.
     fn add(&self, request: AddRequest) -> Result<(), CtlError>;
 
-    /// Changes attributes of a device. If its management device has no network devices, nothing changes and the answer has a
+    /// Changes attributes of a device: the size of a disk; or those of a network device. If for the latter its management device has no network devices, nothing changes and the answer has a
     /// warning, as in the kernel.
     ///
     /// # Errors
     /// As the kernel's DEV_ATTR_SET (uapi-spec 7.3): `ENODEV`; `EOPNOTSUPP` without an address, for an invalid address, and for a
-    /// device whose address cannot be changed.
+    /// device whose address cannot be changed. For a size: `EOPNOTSUPP` for what is no disk on a file; `EINVAL` for a size that it cannot
+    /// have, and for a smaller one without `force`; `EBUSY`; those of ftruncate(2).
     fn set(&self, name: &str, request: SetRequest) -> Result<SetAnswer, CtlError>;
 
     /// Deletes a device. With `force`, a device that a client holds open is revoked from it.

@@ -5,7 +5,8 @@
 //! ```
 
 mod backend;
+mod metrics;
 mod server;
 
 pub use backend::Backend;
-pub use server::{BindError, ControlSocket, Limits, Paused, Pauser, Server, StartError};
+pub use server::{BindError, ControlSocket, Limits, MetricsSocket, Paused, Pauser, Server, StartError};

@@ -3,6 +3,7 @@
 //! One thread serves all connections. The methods of the backend run on other threads, so a slow one delays its caller only
 //! (deleting a device can wait for its requests).
 
+use std::fs::File;
 use std::future::Future;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -19,9 +20,11 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use super::Backend;
 use vdpa_holder::progress;
 
+mod public;
 mod routes;
 mod socket;
 
+pub use public::MetricsSocket;
 pub use socket::{BindError, ControlSocket};
 
 /// Limits on requests and connections.
@@ -69,6 +72,9 @@ pub struct Server {
 /// How long a client may take to send its request after it has connected, when the server ends: a connection without a request
 /// is ended then.
 const REQUEST_GRACE: Duration = Duration::from_millis(20);
+
+/// As [`Limits::head`], for a connection that has the last descriptor: others wait for it.
+const LAST_HEAD: Duration = Duration::from_millis(100);
 
 /// A request to accept no more connections.
 #[derive(Debug)]
@@ -121,6 +127,9 @@ pub enum StartError {
     /// The system refused a thread, an epoll instance or the like.
     #[error("cannot start the thread of the control socket")]
     Thread(#[source] io::Error),
+    /// The socket for metrics could not be bound.
+    #[error("cannot serve metrics there: choose another address with --metrics")]
+    Metrics(#[source] io::Error),
 }
 
 impl Server {
@@ -152,6 +161,19 @@ impl Server {
         backend: Arc<dyn Backend>,
         limits: Limits,
     ) -> Result<Self, StartError> {
+        Self::start_public(socket, backend, limits, None)
+    }
+
+    /// As [`start_on`](Self::start_on), and serves the metrics on `metrics`, to everybody who can connect.
+    ///
+    /// # Errors
+    /// [`StartError::Thread`].
+    pub fn start_public(
+        socket: ControlSocket,
+        backend: Arc<dyn Backend>,
+        limits: Limits,
+        metrics: Option<MetricsSocket>,
+    ) -> Result<Self, StartError> {
         let ControlSocket { listener, file } = socket;
         let path = file.path().to_owned();
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -166,6 +188,10 @@ impl Server {
             let _context = runtime.enter();
             UnixListener::from_std(listener).map_err(StartError::Thread)?
         };
+        let metrics = {
+            let _context = runtime.enter();
+            metrics.map(MetricsSocket::into_tokio).transpose().map_err(StartError::Thread)?
+        };
         let (stop, stopped) = oneshot::channel();
         let (pauses, requests) = mpsc::unbounded_channel();
         let thread = std::thread::Builder::new()
@@ -173,6 +199,9 @@ impl Server {
             .spawn(move || {
                 // Not the threads of calls: those wait for files and for clients, and have a limit of their own.
                 let _watched = progress::watch();
+                if let Some(metrics) = metrics {
+                    runtime.spawn(public::serve(metrics, Arc::clone(&backend), limits));
+                }
                 let end = runtime.block_on(serve(listener, backend, limits, requests, stopped));
                 drop(file);
                 runtime.block_on(end);
@@ -226,6 +255,7 @@ async fn serve(
     mut stopped: oneshot::Receiver<()>,
 ) -> impl Future<Output = ()> {
     let slots = Arc::new(Semaphore::new(limits.connections));
+    let (mut reserve, mut complained) = (Reserve::new(), false);
     let mut connections = GracefulShutdown::new();
     tracing::info!("control socket ready");
     loop {
@@ -245,11 +275,13 @@ async fn serve(
                 }
                 continue;
             }
-            accepted = accept(&listener, &slots) => accepted,
+            accepted = accept(&listener, &slots, &mut reserve) => accepted,
         };
         match accepted {
-            Ok((stream, slot)) => {
-                let connection = connection(stream, Arc::clone(&backend), limits);
+            Ok(Accepted { stream, slot, last }) => {
+                complained = last && complained;
+                let head = if last { LAST_HEAD } else { limits.head };
+                let connection = connection(stream, Arc::clone(&backend), Limits { head, ..limits });
                 let watched = connections.watch(connection);
                 tokio::spawn(async move {
                     if let Err(error) = watched.await {
@@ -259,8 +291,9 @@ async fn serve(
                 });
             }
             Err(error) => {
-                // Most likely out of file descriptors, which become available when connections end.
-                tracing::warn!(%error, "cannot accept a control connection");
+                if !std::mem::replace(&mut complained, true) {
+                    tracing::warn!(%error, "cannot accept a control connection");
+                }
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
@@ -276,13 +309,59 @@ async fn finish(connections: GracefulShutdown, limits: Limits) {
     }
 }
 
+/// Accepts a connection, also when this process is out of descriptors: whoever wants to delete a device then must be heard.
 async fn accept(
     listener: &UnixListener,
     slots: &Arc<Semaphore>,
-) -> io::Result<(UnixStream, OwnedSemaphorePermit)> {
+    reserve: &mut Reserve,
+) -> io::Result<Accepted> {
     let slot = Arc::clone(slots).acquire_owned().await.map_err(io::Error::other)?;
-    let (stream, _) = listener.accept().await?;
-    Ok((stream, slot))
+    reserve.fill();
+    let (accepted, last) = match listener.accept().await {
+        Err(error) if is_out_of_descriptors(&error) && reserve.release() => {
+            // Another thread may have been faster; the caller then waits in the socket, and the next round tries again.
+            (tokio::time::timeout(REQUEST_GRACE, listener.accept()).await.map_err(|_| error)?, true)
+        }
+        accepted => (accepted, false),
+    };
+    accepted.map(|(stream, _)| Accepted { stream, slot, last })
+}
+
+/// A connection.
+struct Accepted {
+    stream: UnixStream,
+    slot: OwnedSemaphorePermit,
+    /// It has the last descriptor.
+    last: bool,
+}
+
+fn is_out_of_descriptors(error: &io::Error) -> bool {
+    let out = [rustix::io::Errno::MFILE, rustix::io::Errno::NFILE];
+    error.raw_os_error().is_some_and(|raw| out.iter().any(|errno| errno.raw_os_error() == raw))
+}
+
+/// A descriptor that is kept for a connection when there are no others.
+#[derive(Debug)]
+struct Reserve(Option<File>);
+
+impl Reserve {
+    fn new() -> Self {
+        let mut reserve = Self(None);
+        reserve.fill();
+        reserve
+    }
+
+    /// Takes one again, if there is one.
+    fn fill(&mut self) {
+        if self.0.is_none() {
+            self.0 = File::open("/dev/null").ok();
+        }
+    }
+
+    /// Gives it away. Returns whether there was one.
+    fn release(&mut self) -> bool {
+        self.0.take().is_some()
+    }
 }
 
 type Connection =

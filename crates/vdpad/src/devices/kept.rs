@@ -7,9 +7,21 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use rustix::fs::{SealFlags, fcntl_add_seals, fcntl_get_seals, fstat};
 use rustix::rand::{GetRandomFlags, getrandom};
+use serde::{Deserialize, Serialize};
 use vdpa_control::api::CtlError;
 use vdpa_core::Errno;
 use vdpa_sys::{memfd, open_mark};
+
+use super::Controls;
+
+/// What a disk was when it was made. It stays that, whatever becomes of its file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct DiskFacts {
+    /// Sectors of 512 bytes.
+    pub(crate) sectors: u64,
+    /// Discards are offered.
+    pub(crate) discard: bool,
+}
 
 /// Given to a device when it is made, or made again after the end of the process that had served it.
 #[derive(Debug, Default)]
@@ -21,6 +33,10 @@ pub(crate) struct Kept {
     taps: Mutex<Vec<Arc<OwnedFd>>>,
     /// By which the keeper of a device is reached.
     keeper: Mutex<Option<Arc<OwnedFd>>>,
+    /// The open file of the locks on a disk that others respect.
+    lock: Mutex<Option<Arc<OwnedFd>>>,
+    disk: Mutex<Option<DiskFacts>>,
+    controls: Mutex<Option<Arc<dyn Controls>>>,
     mark: Option<u64>,
 }
 
@@ -49,6 +65,51 @@ impl Kept {
         self
     }
 
+    /// With the open file of the locks on the disk that the former process had, if it had one.
+    #[must_use]
+    pub(crate) fn with_lock(self, lock: Option<OwnedFd>) -> Self {
+        *self.lock.lock() = lock.map(Arc::new);
+        self
+    }
+
+    /// With what the disk was when it was made, if the former process has said that.
+    #[must_use]
+    pub(crate) fn with_disk(self, disk: Option<DiskFacts>) -> Self {
+        *self.disk.lock() = disk;
+        self
+    }
+
+    /// Whether the device is made again.
+    pub(crate) const fn is_restored(&self) -> bool {
+        self.restored
+    }
+
+    /// What the disk was when it was made; `None` for a new one.
+    pub(crate) fn disk(&self) -> Option<DiskFacts> {
+        *self.disk.lock()
+    }
+
+    /// The open file of the locks on the disk.
+    pub(crate) fn lock(&self) -> Option<Arc<OwnedFd>> {
+        self.lock.lock().clone()
+    }
+
+    /// Keeps what a disk is, and the open file of its locks.
+    pub(crate) fn keep_disk(&self, disk: DiskFacts, lock: Option<&Arc<OwnedFd>>) {
+        *self.disk.lock() = Some(disk);
+        *self.lock.lock() = lock.cloned();
+    }
+
+    /// What of the device can be changed while it is in use.
+    pub(crate) fn set_controls(&self, controls: Arc<dyn Controls>) {
+        *self.controls.lock() = Some(controls);
+    }
+
+    /// As [`set_controls`](Self::set_controls) was told; `None` for a device of which nothing can be changed in this way.
+    pub(crate) fn controls(&self) -> Option<Arc<dyn Controls>> {
+        self.controls.lock().clone()
+    }
+
     /// The queues of the interface of a device that is made again; `None` for a new one.
     pub(crate) fn taps(&self) -> Option<Vec<Arc<OwnedFd>>> {
         self.restored.then(|| self.taps.lock().clone())
@@ -69,11 +130,6 @@ impl Kept {
     pub(crate) fn with_keeper(self, keeper: Option<OwnedFd>) -> Self {
         *self.keeper.lock() = keeper.map(Arc::new);
         self
-    }
-
-    /// Whether the device is made again: what it keeps is there, or is lost.
-    pub(crate) const fn is_restored(&self) -> bool {
-        self.restored
     }
 
     /// What reaches the [keeper](crate::keeper) of the device.

@@ -14,9 +14,9 @@ use std::fmt::Debug;
 
 use vdpa_backend::front::vhost::AnyParent;
 use vdpa_backend::worker::WorkerPool;
-use vdpa_control::api::{Attrs, CtlError, MgmtDev};
+use vdpa_control::api::{Attrs, CtlError, LimitChange, MgmtDev, NewSize};
 
-pub(crate) use kept::Kept;
+pub(crate) use kept::{DiskFacts, Kept};
 pub(crate) use net_attrs::{NetAttr, NetAttrs};
 
 /// Creates devices of one kind, as `vdpa_mgmt_dev` does in the kernel.
@@ -42,6 +42,26 @@ pub(crate) trait MgmtDevice: Debug + Send + Sync {
         pool: &WorkerPool,
         kept: &Kept,
     ) -> Result<AnyParent, CtlError>;
+}
+
+/// What of a device an administrator can change while it is in use.
+pub(crate) trait Controls: Debug + Send + Sync {
+    /// Changes the size of a disk. Called with the device locked, so that its client sees the size before or the one after. May block
+    /// on the file.
+    ///
+    /// # Errors
+    /// `EINVAL` for a size that the disk cannot have, and for a smaller one without `force`; `EBUSY` when somebody else needs the file
+    /// as it is; `ENODEV` when the disk was taken away; those of ftruncate(2).
+    fn resize(&self, size: NewSize, force: bool) -> Result<(), CtlError>;
+
+    /// Changes the limits on requests and bytes in a second, at once. Does not block.
+    ///
+    /// # Errors
+    /// `EINVAL` for limits that cannot be.
+    fn limit(&self, change: LimitChange) -> Result<(), CtlError>;
+
+    /// Tells the driver that the configuration has changed. Called when the change would survive this process.
+    fn signal(&self);
 }
 
 /// All management devices, in the order in which `mgmtdev show` lists them.

@@ -97,11 +97,10 @@ pub(super) fn placement(attrs: &Attrs) -> Result<Placement, CtlError> {
 pub(super) fn no_worker(name: &str, placement: &Placement, errno: Errno) -> CtlError {
     let error = CtlError::new(errno, format!("cannot start the worker of {name}: {errno}"));
     match &placement.cpus {
-        Some(cpus) if errno == Errno::INVAL => error
-            .with_hint(format!("None of the processors {cpus} is there and may be used by the daemon.")),
-        _ => error.with_hint(
-            "Devices need io_uring: check the sysctl kernel.io_uring_disabled and the seccomp policy of the daemon.",
-        ),
+        Some(cpus) if errno == Errno::INVAL => {
+            error.with_hint(format!("None of the processors {cpus} is there and may be used by the daemon."))
+        }
+        _ => error.with_hint("\"vdpactl doctor\" says what this machine lacks."),
     }
 }
 

@@ -59,7 +59,7 @@ impl MgmtDevice for SimBlkMgmt {
         let disk = RamDisk::new(kept)?;
         let place = &options.placement;
         let size = Size { queues: 1, address_spaces: 1 };
-        let worker = pool.add(name, size, place, Requests::new(disk, Arc::default()));
+        let worker = pool.add(name, size, place, Requests::new(disk, Arc::default(), Arc::default()));
         let worker = worker.map_err(|errno| no_worker(name, place, errno))?;
         let config_size = u32::try_from(size_of::<BlkConfig>()).unwrap_or(0);
         let profile = Profile::simulator(ID_BLOCK, FEATURES, 1, config_size);

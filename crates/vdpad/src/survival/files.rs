@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -43,7 +43,7 @@ pub(crate) struct LegacyParts {
     pub(crate) contents: Option<OwnedFd>,
     /// The queues of its interface, in their order.
     pub(crate) taps: Vec<OwnedFd>,
-    /// What reaches its keeper.
+    /// What reaches its keeper, or the open file of the locks on its disk.
     pub(crate) keeper: Option<OwnedFd>,
     attributes: Option<SavedAttributes>,
     connection: Option<(OwnedFd, Negotiated)>,
@@ -171,6 +171,14 @@ impl Identity {
         key(device, IDENTITY)
     }
 
+    /// Path of its file, if it has one of its own.
+    pub(crate) fn own_path(&self) -> Option<&Path> {
+        match &self.place {
+            Some(SavedPlace::File { path, .. }) => Some(path),
+            _ => None,
+        }
+    }
+
     /// Name of the front end of its file.
     pub(crate) fn front(&self, files: &DeviceFiles) -> &'static str {
         if matches!(self.place, Some(SavedPlace::File { .. })) { "fuse" } else { files.front() }
@@ -290,6 +298,9 @@ impl Survival {
         if let Some(contents) = kept.held_memory() {
             store.hold(key(device, CONTENTS), Kind::Memory, contents.as_fd(), &[])?;
         }
+        if let Some(lock) = kept.lock() {
+            self.hold_lock(device, &lock)?;
+        }
         for (item, tap) in INTERFACE.into_iter().zip(kept.held_taps()) {
             store.hold(key(device, item), Kind::Other, tap.as_fd(), &[])?;
         }
@@ -309,6 +320,14 @@ impl Survival {
         // Last: a device without it was being added.
         let json = serde_json::to_string(&identity).map_err(|_| Errno::INVAL)?;
         store.hold(key(device, IDENTITY), Kind::Memory, text(&json)?.as_fd(), &[])
+    }
+
+    /// Has the open file of the locks on a disk held.
+    ///
+    /// # Errors
+    /// Those of [`Store::hold`](vdpa_backend::persist::Store::hold).
+    pub(crate) fn hold_lock(&self, device: u32, lock: &OwnedFd) -> Result<(), Errno> {
+        self.store().hold(key(device, KEEPER), Kind::Other, lock.as_fd(), &[])
     }
 
     /// The file of a device ends: the kernel keeps it as long as anybody holds its connection.

@@ -63,11 +63,13 @@ impl<D: Disk> Requests<D> {
                 queues.publish(queue)?;
                 return queues.wait_for_kick(queue, &view);
             }
-            if !self.has_room() {
+            if !self.has_room() || !self.admits(queues, index) {
                 queue.ring(&view)?.abandon(chain)?;
                 break;
             }
-            bytes += chain.readable().len() + chain.writable().len();
+            let size = chain.readable().len() + chain.writable().len();
+            self.limiter.take(size);
+            bytes += size;
             if number < most && bytes < BUDGET_BYTES {
                 following = Some(pop(queue.ring(&view)?, &view, next));
             }

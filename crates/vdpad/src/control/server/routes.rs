@@ -17,6 +17,7 @@ use vdpa_core::Errno;
 
 use super::Limits;
 use crate::control::Backend;
+use crate::control::metrics::{self, Told};
 use vdpa_control::api::{AddRequest, CtlError, ErrorBody, SetRequest, UpgradeRequest, Version};
 
 #[derive(Clone)]
@@ -25,12 +26,21 @@ struct App {
     limits: Limits,
 }
 
+/// The routes of a connection over TCP, where anybody may ask: only what nobody must hide.
+pub(super) fn public(backend: Arc<dyn Backend>, limits: Limits) -> Router {
+    Router::new()
+        .route_service("/metrics", get(metrics).with_state(App { backend, limits }))
+        .fallback(|| async { StatusCode::NOT_FOUND })
+}
+
 /// The routes of one connection; `caller` is what [`authorised`](super::socket::authorised) says about it.
 pub(super) fn router(backend: Arc<dyn Backend>, limits: Limits, caller: Result<(), CtlError>) -> Router {
     Router::new()
         .route("/v1/version", get(version))
         .route("/v1/daemon", get(daemon))
         .route("/v1/daemon/upgrade", post(upgrade))
+        .route("/v1/config", get(running))
+        .route("/v1/config/reload", post(reload))
         .route("/v1/mgmtdevs", get(mgmtdevs))
         .route("/v1/devs", get(devices).post(add))
         .route("/v1/devs/{name}", get(device).patch(set).delete(delete))
@@ -38,6 +48,7 @@ pub(super) fn router(backend: Arc<dyn Backend>, limits: Limits, caller: Result<(
         .route("/v1/devs/{name}/vstats", get(vstats))
         .route("/v1/devs/{name}/update", get(update))
         .route("/v1/updates", get(updates))
+        .route("/metrics", get(metrics))
         .fallback(no_such_path)
         .method_not_allowed_fallback(no_such_method)
         .with_state(App { backend, limits })
@@ -69,6 +80,14 @@ async fn upgrade(State(app): State<App>, request: Request) -> Result<StatusCode,
     let request: UpgradeRequest = read_json(request.into_body(), &app.limits, EXAMPLE).await?;
     app.call(move |backend| backend.upgrade(request)).await?;
     Ok(StatusCode::ACCEPTED)
+}
+
+async fn running(State(app): State<App>) -> Result<Response, Failure> {
+    app.call(|backend| backend.running()).await.map(ok)
+}
+
+async fn reload(State(app): State<App>) -> Result<Response, Failure> {
+    app.call(|backend| backend.reload()).await.map(ok)
 }
 
 async fn mgmtdevs(State(app): State<App>) -> Result<Response, Failure> {
@@ -105,6 +124,17 @@ async fn updates(State(app): State<App>) -> Result<Response, Failure> {
 
 async fn update(State(app): State<App>, Path(name): Path<String>) -> Result<Response, Failure> {
     app.call(move |backend| backend.update(&name)).await.map(ok)
+}
+
+/// For monitoring systems. Devices that do not answer are no reason to say nothing.
+async fn metrics(State(app): State<App>) -> Result<Response, Failure> {
+    let text = app.call(|backend| {
+        let daemon = backend.daemon()?;
+        let (devices, updates) = (backend.devices().ok(), backend.updates().ok());
+        let told = Told { daemon: &daemon, devices: devices.as_deref(), updates: updates.as_deref() };
+        told.encode().map_err(|_| CtlError::new(Errno::IO, "the metrics cannot be written"))
+    });
+    Ok(([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text.await?).into_response())
 }
 
 async fn add(State(app): State<App>, request: Request) -> Result<Response, Failure> {
@@ -155,7 +185,7 @@ async fn delete(
 
 async fn no_such_path(request: Request) -> Failure {
     let error = CtlError::new(Errno::NOENT, format!("there is nothing at {}", request.uri().path()))
-        .with_hint("The paths are /v1/version, /v1/daemon[/upgrade], /v1/mgmtdevs, /v1/updates, /v1/devs and /v1/devs/NAME[/config|/vstats|/update].");
+        .with_hint("The paths are /v1/version, /v1/daemon[/upgrade], /v1/config[/reload], /v1/mgmtdevs, /v1/updates, /v1/devs, /v1/devs/NAME[/config|/vstats|/update] and /metrics.");
     Failure { status: StatusCode::NOT_FOUND, error }
 }
 

@@ -358,13 +358,15 @@ fn device_process() {
     let deadly = path.strip_prefix("deadly:").and_then(|rest| rest.split_once(':'));
     let mut blk = if *path == "deadly" {
         let options = options("null", "1048576");
-        let geometry = Geometry { sectors: 2048, block_size: 512, read_only: false };
+        let capacity = Arc::new(Capacity::new(2048));
+        let geometry = Geometry { capacity, block_size: 512, read_only: false, discard: true };
         Blk::new("disk", &options, geometry, Deadly { sector: None, disk: None }, &pool).unwrap()
     } else {
         let path = deadly.map_or(*path, |(_, path)| path);
         let options = options("path", path);
         let backing = open(Path::new(path), &options);
-        let geometry = Geometry { sectors: backing.sectors, block_size: 512, read_only: false };
+        let capacity = Arc::clone(&backing.capacity);
+        let geometry = Geometry { capacity, block_size: 512, read_only: false, discard: true };
         let disk = FileDisk::new(backing, options.serial);
         match deadly {
             Some((sector, _)) => {
@@ -387,7 +389,7 @@ fn device_process() {
 fn open(path: &Path, options: &Options) -> Backing {
     let deadline = Instant::now() + LIMIT;
     loop {
-        match Backing::open(path, options, None, false) {
+        match Backing::open(path, options, &Kept::default(), false) {
             Ok(backing) => return backing,
             Err(error) => assert!(Instant::now() < deadline, "{error}"),
         }

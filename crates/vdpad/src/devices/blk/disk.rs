@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use rustix::fs::fstat;
 use vdpa_core::Errno;
 use vdpa_core::blk::{BlkRequest, FramingError, ID_BYTES, SECTOR, Status, kind};
 use vdpa_core::ring::BufferSlice;
@@ -34,6 +35,10 @@ pub(super) struct FileDisk {
     slot: Option<FileSlot>,
     backoff: Backoff,
     serial: [u8; ID_BYTES],
+    /// The end of the file in this pass over the rings, in bytes, once a write has asked for it.
+    end: Option<u64>,
+    /// The log says that the file is too short.
+    short: bool,
 }
 
 /// Client memory that a transfer uses.
@@ -57,7 +62,8 @@ pub(super) struct Transfer {
 
 impl FileDisk {
     pub(super) fn new(backing: Backing, serial: [u8; ID_BYTES]) -> Self {
-        Self { file: Arc::clone(&backing.file), backing, slot: None, backoff: Backoff::default(), serial }
+        let (file, backoff) = (Arc::clone(&backing.file), Backoff::default());
+        Self { file, backing, slot: None, backoff, serial, end: None, short: false }
     }
 
     pub(super) fn file(&self) -> File {
@@ -70,7 +76,25 @@ impl FileDisk {
 
     /// Whether sectors `[sector, sector + count)` exist.
     pub(super) fn contains(&self, sector: u64, count: u64) -> bool {
-        sector.checked_add(count).is_some_and(|end| end <= self.backing.sectors)
+        sector.checked_add(count).is_some_and(|end| end <= self.backing.capacity.sectors())
+    }
+
+    /// Whether the file reaches as far as the disk does, up to the byte before `end`. One that was truncated must not grow again by a
+    /// write: nobody would know that its data is gone. Asked once in a pass over the rings. A file system that may block is not
+    /// asked.
+    pub(super) fn reaches(&mut self, end: u64) -> bool {
+        if self.backing.is_block || self.backing.may_block {
+            return true;
+        }
+        let file = &self.file;
+        let size = || fstat(file).map_or(u64::MAX, |stat| u64::try_from(stat.st_size).unwrap_or(0));
+        let reaches = end <= *self.end.get_or_insert_with(size);
+        if !reaches && !std::mem::replace(&mut self.short, true) {
+            let (bytes, disk) = (self.end, self.backing.capacity.sectors() * SECTOR);
+            tracing::error!(bytes, disk, "the file of a disk was truncated: what is behind its end fails");
+        }
+        self.short &= !reaches;
+        reaches
     }
 
     /// The part of the disk that a read or write is about; `None` if the request must fail.
@@ -174,7 +198,7 @@ impl FileDisk {
             return Ok(IO_ERROR);
         };
         let Transfer { offset, len } = transfer;
-        if self.backing.read_only {
+        if self.backing.read_only || !self.reaches(offset + u64::from(len)) {
             return Ok(IO_ERROR);
         }
         if len == 0 {
@@ -239,6 +263,10 @@ impl Disk for FileDisk {
             // Operations on it are slower, but work.
             Err(error) => tracing::debug!("a disk's file is not registered: {error}"),
         }
+    }
+
+    fn begin_pass(&mut self) {
+        self.end = None;
     }
 
     fn hand_over(&mut self) {
@@ -324,7 +352,9 @@ impl Disk for FileDisk {
                 block.and_then(|block| self.merge(*io, block)).unwrap_or(IO_ERROR)
             }
             (Continuation::Check { sync }, Ok(_)) => self.flush_if(sync),
-            (Continuation::Discard, Ok(_) | Err(Errno::OPNOTSUPP)) => OK,
+            // It is a hint, which storage need not take; only broken storage is an error.
+            (Continuation::Discard, Err(Errno::IO)) => IO_ERROR,
+            (Continuation::Discard, _) => OK,
             (Continuation::Zero(zero), result) => self.zeroed(*zero, result),
             _ => IO_ERROR,
         }

@@ -1,19 +1,21 @@
 //! The file or block device behind a block device.
 
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
-use rustix::fs::{FlockOperation, OFlags, StatxFlags, flock, fstatfs, ioctl_blksszget, statx};
+use rustix::fs::{OFlags, StatxFlags, fstatfs, ioctl_blksszget, statx};
 use vdpa_core::Errno;
 use vdpa_core::blk::SECTOR;
 
+use super::lock::{self, Locks};
 use super::options::Options;
+use super::size::Capacity;
+use super::{discard, format};
+use crate::devices::{DiskFacts, Kept};
 use vdpa_control::api::CtlError;
-use vdpa_sys::open_mark;
 
 /// Alignment of O_DIRECT transfers where the kernel does not report one: every file system accepts it.
 const DIRECT_ALIGN: u32 = 4096;
@@ -34,16 +36,17 @@ pub(super) enum ReadMode {
 #[derive(Clone, Debug)]
 pub(super) struct Backing {
     pub(super) file: Arc<OwnedFd>,
-    /// Whole sectors of 512 bytes.
-    pub(super) sectors: u64,
+    pub(super) capacity: Arc<Capacity>,
     /// Logical block size in bytes: the unit of transfers with O_DIRECT.
     pub(super) block_size: u32,
     /// Alignment of memory for O_DIRECT, in bytes.
     pub(super) memory_align: u32,
     pub(super) direct: bool,
     pub(super) read_only: bool,
-    /// Place of the mark of a disk that is read only.
-    mark: Option<u64>,
+    pub(super) locks: Arc<Locks>,
+    pub(super) is_block: bool,
+    /// What discards may be offered.
+    pub(super) discard: bool,
     /// Its file system may block a caller that requests not to block (`IOCB_NOWAIT`): FUSE, and every type that is not known.
     pub(super) may_block: bool,
     /// The fastest way to read.
@@ -54,99 +57,106 @@ pub(super) struct Backing {
 
 impl Backing {
     /// Opens and locks the file. The exclusive lock of a disk that is written is given to its next process only when nothing of
-    /// the former one is in flight. The lock of a disk that is read only is shared, and does not tell: there, that
-    /// process waits for the end of the [mark](open_mark) at `mark`, since a late read would overwrite memory that its client
+    /// the former one is in flight. The lock of a disk that is read only, or that others write too, is shared, and does not tell: there, that
+    /// process waits for the end of the [mark](vdpa_sys::open_mark) of `kept`, since a late read would overwrite memory that its client
     /// uses for something else by then. With `served` another process serves the disk and has the lock: it is
-    /// [taken](Self::lock) later.
+    /// [taken](Self::lock) later. A disk that is made again is what it was, whatever the file is by now.
     ///
     /// # Errors
-    /// The errno of open(2); `EINVAL` for anything but a file or block device of at least one sector; `EBUSY` for a file that is
-    /// locked. Each error names the file and what would be right.
-    pub(super) fn open(
-        file: &Path,
-        options: &Options,
-        mark: Option<u64>,
-        served: bool,
-    ) -> Result<Self, CtlError> {
-        let path = file.display();
-        let refuse = |errno, what: String, hint: &str| Err(CtlError::new(errno, what).with_hint(hint));
+    /// The errno of open(2); `EINVAL` for anything but a file or block device of at least one sector, and for an image of another
+    /// format than raw; `EBUSY` for a file that is locked. Each error names the file and what would be right.
+    pub(super) fn open(path: &Path, options: &Options, kept: &Kept, served: bool) -> Result<Self, CtlError> {
         let mut open = File::options();
         open.read(true).write(!options.read_only).custom_flags(
             (if options.direct { OFlags::DIRECT } else { OFlags::empty() } | OFlags::CLOEXEC)
                 .bits()
                 .cast_signed(),
         );
-        let file = match open.open(file) {
-            Ok(file) => file,
-            Err(error) => return Err(open_error(file, options, &error)),
-        };
-        let io = |error: std::io::Error| CtlError::new(errno(&error), format!("{path}: {error}"));
-        let meta = file.metadata().map_err(io)?;
-        let is_block = meta.file_type().is_block_device();
-        if !is_block && !meta.file_type().is_file() {
-            return refuse(
+        let file = open.open(path).map_err(|error| open_error(path, options, &error))?;
+        let io = |error: std::io::Error| CtlError::new(errno(&error), format!("{}: {error}", path.display()));
+        let file_type = file.metadata().map_err(io)?.file_type();
+        let is_block = file_type.is_block_device();
+        if !is_block && !file_type.is_file() {
+            return Err(CtlError::new(
                 Errno::INVAL,
-                format!("{path} is neither a file nor a block device"),
-                "Give a regular file or a block device.",
-            );
+                format!("{} is neither a file nor a block device", path.display()),
+            )
+            .with_hint("Give a regular file or a block device."));
         }
-        let bytes = if is_block { seek_end(&file).map_err(io)? } else { meta.len() };
-        let sectors = bytes / SECTOR;
-        if sectors == 0 {
-            return refuse(
-                Errno::INVAL,
-                format!("{path} has {bytes} bytes, a disk needs at least {SECTOR}"),
-                "Make it larger, for example with \"truncate -s 1G FILE\".",
-            );
-        }
-        let mark = mark.filter(|_| options.read_only);
-        if !served && !lock_with_retry(&file, options.read_only, mark) {
-            return refuse(
-                Errno::BUSY,
-                format!("{path} is locked by another program or device"),
-                "A disk has one writer, or readers only (readonly on).",
-            );
-        }
+        let (block_size, memory_align) = alignment(&file, is_block, options.direct);
         let may_block = !is_block && !supports_nowait(&file);
+        let facts = match kept.disk() {
+            Some(facts) => facts,
+            None => {
+                let sectors = whole_sectors(path, size(&file, is_block).map_err(io)?, block_size)?;
+                DiskFacts { sectors, discard: kept.is_restored() || discard::works(&file, is_block) }
+            }
+        };
+        let locks = Locks::new(&file, options, kept.mark(), kept.lock());
+        if !served && locks.take(&file).is_err() {
+            return Err(lock::refusal(path, &file));
+        }
+        if !options.raw && !kept.is_restored() {
+            format::check(path, &file, may_block || is_block)?;
+        }
+        kept.keep_disk(facts, locks.bytes());
         let reads = match (options.direct || may_block, !is_block && is_tmpfs(&file)) {
             (true, _) => ReadMode::Queued,
             (false, true) => ReadMode::Inline,
             (false, false) => ReadMode::InlineIfOnly,
         };
-        let inline_writes = !options.direct && !may_block;
-        let (block_size, memory_align) = alignment(&file, is_block, options.direct);
         Ok(Self {
             file: Arc::new(file.into()),
-            sectors: sectors / (u64::from(block_size) / SECTOR) * (u64::from(block_size) / SECTOR),
+            capacity: Arc::new(Capacity::new(facts.sectors)),
             block_size,
             memory_align,
             direct: options.direct,
             read_only: options.read_only,
-            mark,
+            locks: Arc::new(locks),
+            is_block,
+            discard: facts.discard,
             may_block,
             reads,
-            inline_writes,
+            inline_writes: !options.direct && !may_block,
         })
     }
-}
 
-impl Backing {
     /// Locks the file for this process.
     ///
     /// # Errors
     /// `EBUSY` when it stays locked by another one.
     pub(super) fn lock(&self) -> Result<(), Errno> {
-        if lock_with_retry(&self.file, self.read_only, self.mark) { Ok(()) } else { Err(Errno::BUSY) }
+        self.locks.take(&*self.file)
     }
 
-    /// Lets another process lock the file.
+    /// Lets the next process of this disk lock the file.
     pub(super) fn unlock(&self) {
-        let unmarked = self.mark.map_or(Ok(()), |mark| open_mark::clear(&*self.file, mark));
-        let unlocked = flock(&*self.file, FlockOperation::Unlock);
-        if let Err(error) = unlocked.map_err(|error| Errno::from_raw(error.raw_os_error())).and(unmarked) {
-            tracing::warn!("a disk stays locked: {error}");
-        }
+        self.locks.give_away(&*self.file);
     }
+}
+
+/// Sectors of 512 bytes in the whole blocks of a file of `bytes` bytes.
+///
+/// # Errors
+/// `EINVAL` when there is none.
+fn whole_sectors(path: &Path, bytes: u64, block_size: u32) -> Result<u64, CtlError> {
+    let block = u64::from(block_size).max(SECTOR);
+    if bytes < block {
+        return Err(CtlError::new(
+            Errno::INVAL,
+            format!("{} has {bytes} bytes, a disk needs at least {block}", path.display()),
+        )
+        .with_hint("Make it larger, for example with \"truncate -s 1G FILE\"."));
+    }
+    Ok(bytes / block * (block / SECTOR))
+}
+
+/// Bytes of a file or block device.
+///
+/// # Errors
+/// Those of its file system.
+pub(super) fn size(file: &File, is_block: bool) -> std::io::Result<u64> {
+    if is_block { seek_end(file) } else { file.metadata().map(|meta| meta.len()) }
 }
 
 fn open_error(file: &Path, options: &Options, error: &std::io::Error) -> CtlError {
@@ -183,43 +193,6 @@ fn alignment(file: &File, is_block: bool, direct: bool) -> (u32, u32) {
 }
 
 const TMPFS: u32 = 0x0102_1994;
-
-/// Locks the file; `false` if it stays locked by others. Retries for a second: a daemon that was killed keeps its locks until
-/// the kernel has torn down its io_uring, which happens asynchronously, since operations may be in flight until then.
-fn lock_with_retry(file: impl AsFd, read_only: bool, mark: Option<u64>) -> bool {
-    const LOCK_TIMEOUT: Duration = Duration::from_secs(1);
-    const RETRY_FIRST: Duration = Duration::from_micros(50);
-    const RETRY_LAST: Duration = Duration::from_millis(5);
-    #[cfg(feature = "crash-points")]
-    if std::env::var_os("VDPA_NO_FENCE").is_some() {
-        // For the test that shows what happens then.
-        return true;
-    }
-    let operation = if read_only {
-        FlockOperation::NonBlockingLockShared
-    } else {
-        FlockOperation::NonBlockingLockExclusive
-    };
-    let deadline = Instant::now() + LOCK_TIMEOUT;
-    let mut interval = RETRY_FIRST;
-    while flock(&file, operation).is_err() || !is_alone(&file, mark) {
-        if Instant::now() >= deadline {
-            return false;
-        }
-        std::thread::sleep(interval);
-        interval = (interval * 2).min(RETRY_LAST);
-    }
-    true
-}
-
-/// Marks the file for the next process that serves this disk, if it has no mark of the former one any more.
-fn is_alone(file: &impl AsFd, mark: Option<u64>) -> bool {
-    let Some(mark) = mark else { return true };
-    match open_mark::exists(file, mark) {
-        Ok(false) => open_mark::set(file, mark).is_ok(),
-        _ => false,
-    }
-}
 
 /// Whether the file system is known to honour `IOCB_NOWAIT`: it completes or refuses a request without blocking. A write to such
 /// a file system nearly always ends in the page cache.
@@ -259,7 +232,7 @@ mod tests {
         let mut attrs = Attrs::new();
         attrs.insert("path", path.to_str().unwrap()).unwrap();
         extra.iter().for_each(|(name, value)| attrs.insert(*name, *value).unwrap());
-        Backing::open(path, &Options::parse("t", &attrs).unwrap(), None, false)
+        Backing::open(path, &Options::parse("t", &attrs).unwrap(), &Kept::default(), false)
     }
 
     #[test]
@@ -285,7 +258,7 @@ mod tests {
         let path = dir.path().join("disk");
         std::fs::write(&path, vec![0; 4096 + 100]).unwrap();
         let writer = open(&path, &[]).unwrap();
-        assert_eq!((writer.sectors, writer.block_size), (8, 512));
+        assert_eq!((writer.capacity.sectors(), writer.block_size), (8, 512));
         assert_eq!(open(&path, &[("readonly", "on")]).unwrap_err().errno, Errno::BUSY);
         drop(writer);
         let reader = open(&path, &[("readonly", "on")]).unwrap();
@@ -303,14 +276,54 @@ mod tests {
         attrs.insert("path", path.to_str().unwrap()).unwrap();
         attrs.insert("readonly", "on").unwrap();
         let options = Options::parse("t", &attrs).unwrap();
-        let (one, other) = (open_mark::FIRST, open_mark::FIRST + 1);
-        let former = Backing::open(&path, &options, Some(one), false).unwrap();
+        let (one, other) = (Kept::new().unwrap(), Kept::new().unwrap());
+        let again = || Kept::restored(one.mark(), None);
+        let former = Backing::open(&path, &options, &one, false).unwrap();
         let in_flight = Arc::clone(&former.file);
         drop(former);
-        assert_eq!(Backing::open(&path, &options, Some(one), false).unwrap_err().errno, Errno::BUSY);
-        let neighbour = Backing::open(&path, &options, Some(other), false).unwrap();
+        assert_eq!(Backing::open(&path, &options, &again(), false).unwrap_err().errno, Errno::BUSY);
+        let neighbour = Backing::open(&path, &options, &other, false).unwrap();
         drop(in_flight);
-        assert!(Backing::open(&path, &options, Some(one), false).is_ok());
+        assert!(Backing::open(&path, &options, &again(), false).is_ok());
         drop(neighbour);
+    }
+
+    /// QEMU's locks stay with the open file that the holder keeps, while nobody else has the file.
+    #[test]
+    fn no_neighbour_gets_between_two_processes() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        std::fs::write(&path, vec![0; 4096]).unwrap();
+        let mut attrs = Attrs::new();
+        attrs.insert("path", path.to_str().unwrap()).unwrap();
+        let options = Options::parse("t", &attrs).unwrap();
+        let kept = Kept::new().unwrap();
+        drop(Backing::open(&path, &options, &kept, false).unwrap());
+        assert_eq!(open(&path, &[]).unwrap_err().errno, Errno::BUSY);
+        let again = Kept::restored(kept.mark(), None).with_lock(kept.lock().unwrap().try_clone().ok());
+        drop(kept);
+        let next = Backing::open(&path, &options, &again, false).unwrap();
+        assert_eq!(open(&path, &[]).unwrap_err().errno, Errno::BUSY);
+        drop((next, again));
+        assert!(open(&path, &[]).is_ok());
+    }
+
+    #[test]
+    fn an_image_of_another_format_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        let mut image = vec![0; 4096];
+        image[..4].copy_from_slice(b"QFI\xfb");
+        std::fs::write(&path, image).unwrap();
+        let error = open(&path, &[]).unwrap_err();
+        assert_eq!(error.errno, Errno::INVAL);
+        assert!(error.message.contains("is a qcow2 image"), "{error}");
+        assert!(error.hint.unwrap().contains("qemu-img convert -f qcow2 -O raw"));
+        assert!(open(&path, &[("format", "raw")]).is_ok());
+        // A guest may have written it while the device was in use.
+        let mut attrs = Attrs::new();
+        attrs.insert("path", path.to_str().unwrap()).unwrap();
+        let options = Options::parse("t", &attrs).unwrap();
+        assert!(Backing::open(&path, &options, &Kept::restored(None, None), false).is_ok());
     }
 }

@@ -6,12 +6,13 @@ use vdpa_core::Errno;
 use vdpa_core::blk::{ID_BYTES, SECTOR};
 use vdpa_core::parent::{CompatReset, PinLimit};
 
+use crate::block::limit::{Limits, MAX_BURST_MS};
 use crate::devices::options::{
     CPUS_ATTR, IOTLB_ATTR, MEMLOCK_ATTR, QUEUE_SIZE_ATTR, WORKER_ATTR, compat_reset, invalid, iotlb_entries,
     pin_limit, placement, queue_size, reject_unknown,
 };
 use vdpa_backend::worker::Placement;
-use vdpa_control::api::{Attrs, CtlError};
+use vdpa_control::api::{Attrs, CtlError, parse_size};
 
 /// Default size of the largest ring, in entries. QEMU 10.0.13, and every version with the same fix, offers guests 1024 entries
 /// for all virtio devices, and fails to start a vhost-vdpa device that takes fewer.
@@ -20,11 +21,16 @@ const QUEUE_SIZE: u16 = 1024;
 /// Default number of entries of an IOTLB table: the kernel's.
 const IOTLB_ENTRIES: usize = 2048;
 
+/// The greatest limit on requests in a second.
+pub(super) const IOPS_MAX: u64 = 1_000_000_000;
+
 /// The attributes: name, and description of the value for the error that lists them.
-pub(in crate::devices) const KNOWN: [(&str, &str); 17] = [
+pub(in crate::devices) const KNOWN: [(&str, &str); 22] = [
     ("path", "FILE"),
     ("null", "SIZE"),
+    ("format", "raw"),
     ("readonly", "on|off"),
+    ("shared", "on|off"),
     ("direct", "on|off"),
     ("pin", "on|off"),
     MEMLOCK_ATTR,
@@ -34,6 +40,9 @@ pub(in crate::devices) const KNOWN: [(&str, &str); 17] = [
     ("packed", "on|off"),
     ("in_order", "on|off"),
     ("serial", "TEXT of at most 20 bytes"),
+    ("iops", "0-1000000000, requests in a second"),
+    ("bps", "none|SIZE"),
+    ("burst", "1-60000, milliseconds"),
     ("compat_reset", "keep|clean"),
     ("reset_owner", "on|off"),
     ("strict_new_owner", "on|off"),
@@ -54,7 +63,11 @@ pub(super) enum Source {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Options {
     pub(super) source: Source,
+    /// The data is whatever it looks like: it is not examined for the header of another format.
+    pub(super) raw: bool,
     pub(super) read_only: bool,
+    /// Others may write it too.
+    pub(super) shared: bool,
     /// Bypass the page cache.
     pub(super) direct: bool,
     /// Pin guest memory by registering it with io_uring.
@@ -78,6 +91,7 @@ pub(super) struct Options {
     /// Support RESET_OWNER.
     pub(super) reset_owner: bool,
     pub(super) strict_new_owner: bool,
+    pub(super) limits: Limits,
     /// Which thread serves the rings.
     pub(super) placement: Placement,
 }
@@ -96,7 +110,9 @@ impl Options {
         let switch = |key, default| attrs.switch(key).map_err(invalid).map(|on| on.unwrap_or(default));
         Ok(Self {
             source: source(attrs)?,
+            raw: raw(attrs)?,
             read_only: switch("readonly", false)?,
+            shared: switch("shared", false)?,
             direct: switch("direct", false)?,
             pin: switch("pin", true)?,
             pin_limit: pin_limit(attrs)?,
@@ -109,6 +125,7 @@ impl Options {
             compat_reset: compat_reset(attrs, CompatReset::Keep)?,
             reset_owner: switch("reset_owner", false)?,
             strict_new_owner: switch("strict_new_owner", false)?,
+            limits: limits(attrs)?,
             placement: placement(attrs)?,
         })
     }
@@ -124,6 +141,36 @@ fn source(attrs: &Attrs) -> Result<Source, CtlError> {
             .with_hint("null is a disk without storage, for measuring: leave it out.")),
         (None, None) => Err(CtlError::new(Errno::INVAL, "blk needs the attribute path")
             .with_hint("Give the file or block device that holds the data: path /srv/disk.img")),
+    }
+}
+
+/// Parses `iops`, `bps` and `burst`.
+fn limits(attrs: &Attrs) -> Result<Limits, CtlError> {
+    let none = Limits::default();
+    Ok(Limits {
+        iops: attrs.number("iops", 0, IOPS_MAX).map_err(invalid)?.unwrap_or(none.iops),
+        bps: bytes_in_a_second(attrs.get("bps"))?,
+        burst_ms: attrs.number("burst", 1, MAX_BURST_MS).map_err(invalid)?.unwrap_or(none.burst_ms),
+    })
+}
+
+fn bytes_in_a_second(given: Option<&str>) -> Result<u64, CtlError> {
+    match given {
+        None | Some("none") => Ok(0),
+        Some(text) => parse_size(text).ok_or_else(|| {
+            CtlError::new(Errno::INVAL, format!("bps is \"{text}\""))
+                .with_hint("\"none\" or a number of bytes is right, also with K, M, G or T (\"200M\").")
+        }),
+    }
+}
+
+/// Parses `format`.
+fn raw(attrs: &Attrs) -> Result<bool, CtlError> {
+    match attrs.get("format") {
+        None => Ok(false),
+        Some("raw") => Ok(true),
+        Some(text) => Err(CtlError::new(Errno::INVAL, format!("format is \"{text}\""))
+            .with_hint("Only \"raw\" is served. \"qemu-img convert -O raw IMAGE FILE\" makes a raw image of another one.")),
     }
 }
 
@@ -156,13 +203,15 @@ mod tests {
     fn defaults_and_every_attribute() {
         let options = Options::parse("disk0", &attrs(&[("path", "/d")])).unwrap();
         assert!(options.pin && !options.direct && !options.read_only && !options.strict_new_owner);
-        assert!(!options.packed && !options.in_order);
+        assert!(!options.packed && !options.in_order && !options.raw && !options.shared);
         assert!(options.compat_reset == CompatReset::Keep && !options.reset_owner);
         assert_eq!((options.queues, options.queue_size, options.max_iotlb_entries), (4, 1024, 2048));
         assert_eq!(&options.serial[..6], b"disk0\0");
         let all = [
             ("path", "/d"),
+            ("format", "raw"),
             ("readonly", "on"),
+            ("shared", "on"),
             ("direct", "on"),
             ("pin", "off"),
             ("memlock", "8192"),
@@ -172,13 +221,17 @@ mod tests {
             ("packed", "on"),
             ("in_order", "on"),
             ("serial", "12345678901234567890"),
+            ("iops", "500"),
+            ("bps", "10M"),
+            ("burst", "50"),
             ("compat_reset", "clean"),
             ("reset_owner", "on"),
         ];
         let options = Options::parse("x", &attrs(&all)).unwrap();
-        assert!(!options.pin && options.direct && options.read_only);
+        assert!(!options.pin && options.direct && options.read_only && options.raw && options.shared);
         assert!(options.packed && options.in_order);
         assert_eq!((options.pin_limit, options.max_iotlb_entries), (PinLimit::Pages(2), 1_000_000));
+        assert_eq!(options.limits, Limits { iops: 500, bps: 10 << 20, burst_ms: 50 });
         assert!(options.compat_reset == CompatReset::Clean && options.reset_owner);
         assert_eq!((options.queues, options.queue_size, options.serial[19]), (64, 1024, b'0'));
     }
@@ -193,6 +246,9 @@ mod tests {
             (&[("path", "/d"), ("max_iotlb_entries", "1048577")], Errno::INVAL, "a number from 2 to 1048576"),
             (&[("path", "/d"), ("memlock", "lots")], Errno::INVAL, "memlock"),
             (&[("path", "/d"), ("serial", "123456789012345678901")], Errno::INVAL, "serial"),
+            (&[("path", "/d"), ("iops", "many")], Errno::INVAL, "iops"),
+            (&[("path", "/d"), ("burst", "0")], Errno::INVAL, "burst"),
+            (&[("path", "/d"), ("format", "qcow2")], Errno::INVAL, "format is \"qcow2\""),
             (&[("path", "/d"), ("mac", "0")], Errno::OPNOTSUPP, "mac"),
             (&[("path", "/d"), ("null", "512")], Errno::INVAL, "one of path and null"),
             (&[("null", "511")], Errno::INVAL, "null"),

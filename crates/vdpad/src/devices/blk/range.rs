@@ -67,7 +67,7 @@ impl FileDisk {
     }
 
     pub(super) fn write_zeroes(
-        &self,
+        &mut self,
         request: &BlkRequest<'_>,
         view: &MemoryView,
         sync: bool,
@@ -79,6 +79,9 @@ impl FileDisk {
         let unmap = segment.flags & Segment::UNMAP != 0;
         let mode = if unmap { FALLOC_PUNCH_HOLE } else { FALLOC_ZERO_RANGE } | FALLOC_KEEP_SIZE;
         let end = range.offset + u64::from(range.len);
+        if !self.reaches(end) {
+            return Ok(IO_ERROR);
+        }
         Ok(match self.zero(range.offset, end, Some(mode), sync) {
             Step::Submit { op, then } => self.submit_write(range, op, then),
             step => step,
@@ -122,7 +125,9 @@ impl FileDisk {
         let ZeroRange { at, next, expected, end, mode, sync } = zero;
         match result {
             Ok(moved) if moved == expected => self.zero(next, end, mode, sync),
-            Err(Errno::OPNOTSUPP) if mode.is_some() => self.zero(at, end, None, sync),
+            // Storage has many words for what it cannot do (EOPNOTSUPP, EINVAL, ENOTTY, EPERM, ENOSYS), and may lack the space for the
+            // metadata of a hole: zeros that are written are the same.
+            Err(errno) if mode.is_some() && errno != Errno::IO => self.zero(at, end, None, sync),
             _ => IO_ERROR,
         }
     }
