@@ -37,6 +37,8 @@ struct Config {
     status_unsuspends: bool,
     report_batch_errors: bool,
     identity_map: bool,
+    mem_table: true,
+    vhost_log: true,
     reset_owner: bool,
     two_groups: bool,
     last_page: Option<u8>,

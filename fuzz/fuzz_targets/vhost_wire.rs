@@ -10,7 +10,7 @@ use vdpa_backend::front::fuse::{DeviceFile, IoctlCall, Opener};
 use vdpa_backend::front::vhost::{VhostVdpaFile, fuzzing};
 use vdpa_core::Errno;
 use vdpa_core::device::Device;
-use vdpa_core::dirty::{DirtyLimits, DirtyRange, DirtySink, DirtyTracking, Tracked};
+use vdpa_core::dirty::{DirtyLimits, DirtyRange, DirtySink, DirtyTracking, Tracked, VhostLog};
 use vdpa_core::features::{BackendFeatures, Features};
 use vdpa_core::iotlb::Table;
 use vdpa_core::parent::{AddressMode, CompatReset, Dma, Parent, PinLimit, PrivateMemory, Profile, SetMap};
@@ -188,6 +188,11 @@ impl DirtyTracking for Bits {
     fn report(&self, of: DirtyRange, clear: bool, sink: DirtySink<'_>) -> Result<()> {
         self.0.report(of, clear, sink)
     }
+
+    fn set_vhost_log(&self, log: Option<VhostLog>) -> Result<()> {
+        self.0.set_vhost_log(log);
+        Ok(())
+    }
 }
 
 impl IdleParent {
@@ -223,6 +228,8 @@ impl IdleParent {
             status_unsuspends: false,
             report_batch_errors: true,
             identity_map: false,
+            mem_table: true,
+            vhost_log: true,
             reset_owner: true,
         };
         let dirty = Arc::new(Bits(DirtyMemory::create().expect("a memory file")));

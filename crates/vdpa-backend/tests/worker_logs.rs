@@ -53,6 +53,7 @@ impl Client {
             avail,
             used,
             asid: Asid(0),
+            log_used: None,
             features,
             kick: Some(EventFd::new().unwrap()),
             call: Some(EventFd::new().unwrap()),

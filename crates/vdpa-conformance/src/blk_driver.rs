@@ -3,7 +3,7 @@
 //! It has one ring and one request at a time, a read of sector 0.
 
 use vdpa_core::features::{BackendFeatures, Features, Status};
-use vdpa_core::types::{IotlbMsg, Perm, iotlb_type};
+use vdpa_core::types::{IotlbMsg, Perm, VringAddr, iotlb_type};
 
 use crate::case::{Ctx, Stop, check, prepare};
 use crate::device::{Device, MESSAGE_SIZE};
@@ -142,6 +142,11 @@ impl BlkDriver {
     /// Reads the counter of the kick eventfd, which resets it to 0.
     pub(crate) fn read_kick_counter(&self) -> u64 {
         self.ring.read_kick_counter()
+    }
+
+    /// I/O virtual addresses of its ring.
+    pub(crate) fn ring_addr(&self) -> VringAddr {
+        self.ring.addr()
     }
 
     /// The pages of its memory, by number, that the device writes for one read: those of the ring, of the data and of the status.

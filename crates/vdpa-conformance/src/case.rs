@@ -69,6 +69,8 @@ pub enum Need {
     VduseVersion(u64),
     /// The kernel has these features of VDUSE.
     VduseFeatures(u64),
+    /// A memory table maps memory: the attribute `mem_table`.
+    MemTable,
     /// The device is a file: the case checks system calls of the file, or request arguments in the caller's memory.
     DeviceFile,
 }
@@ -98,6 +100,7 @@ impl Need {
             Self::RingSize(size) => {
                 (probe.ring_size >= size, format!("rings of at most {}, {size} are needed", probe.ring_size))
             }
+            Self::MemTable => (probe.mem_table, "a memory table has no effect".to_owned()),
             Self::DeviceFile => (probe.is_file, "there is no device file".to_owned()),
             Self::SecondOpen => (probe.second_open, "a second open is refused".to_owned()),
             Self::Vstats => (!probe.is_file || resources.vstats.is_some(), vstats::MISSING.to_owned()),

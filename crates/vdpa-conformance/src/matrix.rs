@@ -32,13 +32,20 @@ const BLK: &str = file!("fuse-blk");
 const CUSE: &str = file!("cuse");
 const COLUMNS: [Column; 7] = [
     Column { title: "sim-net", devices: &[&[FUSE, file!("fuse-sim-net")]] },
-    Column { title: "sim-blk", devices: &[&[FUSE, file!("fuse-sim-blk")]] },
+    Column {
+        title: "sim-blk",
+        devices: &[
+            &[FUSE, file!("fuse-sim-blk"), file!("fuse-sim-blk-verified")],
+            &[FUSE, file!("fuse-sim-blk"), file!("fuse-sim-blk-verified"), file!("fuse-tables")],
+        ],
+    },
     Column {
         title: "blk",
         devices: &[
             &[FUSE, BLK],
             &[FUSE, BLK, file!("fuse-blk-unlimited")],
             &[FUSE, BLK, file!("fuse-blk-unlimited"), file!("fuse-blk-handover")],
+            &[FUSE, BLK, file!("fuse-blk-unlimited"), file!("fuse-tables")],
         ],
     },
     Column {
@@ -52,7 +59,7 @@ const COLUMNS: [Column; 7] = [
         title: "these by CUSE",
         devices: &[
             &[CUSE, file!("fuse-sim-net")],
-            &[CUSE, file!("fuse-sim-blk")],
+            &[CUSE, file!("fuse-sim-blk"), file!("fuse-sim-blk-verified")],
             &[CUSE, BLK, file!("fuse-blk-unlimited")],
             &[CUSE, BLK, file!("fuse-blk-unlimited"), file!("fuse-blk-handover")],
         ],

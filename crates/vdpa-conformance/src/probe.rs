@@ -15,6 +15,8 @@ pub struct Probe {
     pub is_file: bool,
     /// Whether the device can be opened a second time while it is open.
     pub second_open: bool,
+    /// Whether a memory table maps memory.
+    pub mem_table: bool,
     /// Virtio device id.
     pub device_id: u32,
     /// Device features offered.
@@ -68,9 +70,11 @@ impl Probe {
             return Ok(Self { vduse: Some((version, features)), ..Self::default() });
         }
         let device = Device::open(target).map_err(ProbeError::Open)?;
+        let second_open = Device::open(target).is_ok();
         Ok(Self {
+            mem_table: maps_tables(&device),
             is_file: matches!(target, Target::File(_)),
-            second_open: Device::open(target).is_ok(),
+            second_open,
             device_id: u32::from_ne_bytes(read(&device, Request::GET_DEVICE_ID)?),
             features: Features(u64::from_ne_bytes(read(&device, Request::GET_FEATURES)?)),
             backend: BackendFeatures(u64::from_ne_bytes(read(&device, Request::GET_BACKEND_FEATURES)?)),
@@ -82,6 +86,14 @@ impl Probe {
             vduse: None,
         })
     }
+}
+
+/// Whether a table with a region where no memory can be is refused. The device gets an owner.
+fn maps_tables(device: &Device) -> bool {
+    const PAGE: u64 = 4096;
+    let mut table = 1_u64.to_le_bytes().to_vec();
+    table.extend([PAGE, PAGE, 0, 0].into_iter().flat_map(u64::to_ne_bytes));
+    device.call(Request::SET_OWNER).is_ok() && device.set(Request::SET_MEM_TABLE, &table) == Err(Errno::FAULT)
 }
 
 fn read<const N: usize>(device: &Device, request: Request) -> Result<[u8; N], ProbeError> {

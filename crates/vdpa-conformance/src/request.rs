@@ -56,10 +56,11 @@ impl Request {
     pub(crate) const RESET_OWNER: Self =
         Self::ioctl("VHOST_RESET_OWNER", 0x0000_AF02, "1.1").effect("refused, or see notes");
     pub(crate) const SET_MEM_TABLE: Self =
-        Self::ioctl("VHOST_SET_MEM_TABLE", 0x4008_AF03, "1.6a").effect("stored, no effect");
+        Self::ioctl("VHOST_SET_MEM_TABLE", 0x4008_AF03, "1.6a").effect("no effect, or see notes");
     pub(crate) const SET_LOG_BASE: Self =
-        Self::ioctl("VHOST_SET_LOG_BASE", 0x4008_AF04, "1.1").effect("refused");
-    pub(crate) const SET_LOG_FD: Self = Self::ioctl("VHOST_SET_LOG_FD", 0x4004_AF07, "1.1").effect("refused");
+        Self::ioctl("VHOST_SET_LOG_BASE", 0x4008_AF04, "1.1").effect("refused, or see notes");
+    pub(crate) const SET_LOG_FD: Self =
+        Self::ioctl("VHOST_SET_LOG_FD", 0x4004_AF07, "1.1").effect("refused, or see notes");
     pub(crate) const NEW_WORKER: Self = Self::ioctl("VHOST_NEW_WORKER", 0x8004_AF08, "1.1").effect("refused");
     pub(crate) const FREE_WORKER: Self =
         Self::ioctl("VHOST_FREE_WORKER", 0x4004_AF09, "1.1").effect("refused");

@@ -7,6 +7,7 @@
 //! |---|---|
 //! | the bits, in memory that outlives the process | [`DirtyMap`] |
 //! | what a device that can track offers | [`DirtyTracking`] |
+//! | the log of a client that knows vhost's own (`VHOST_F_LOG_ALL`) | [`VhostLog`], in a [`BitLog`] |
 //!
 //! A bit is set *after* the bytes of its page were written and before the driver is told of them. So a page that a client copies
 //! after it has taken its bit is either the newest, or is reported again.
@@ -14,10 +15,12 @@
 mod map;
 #[cfg(test)]
 mod tests;
+mod vhost_log;
 
 use std::fmt::Debug;
 
 pub use map::{DirtyMap, DirtyWords, MAP_WORDS};
+pub use vhost_log::{BitLog, LOG_PAGE_SHIFT, VhostLog};
 
 use crate::errno::Errno;
 use crate::types::{Asid, IovaRange, Result};
@@ -118,6 +121,16 @@ pub trait DirtyTracking: Debug + Send + Sync {
     /// `EINVAL` when a part of the range is not tracked, or it is not whole pages; those of `sink`, after which what it had not
     /// taken is still dirty.
     fn report(&self, of: DirtyRange, clear: bool, sink: DirtySink<'_>) -> Result<()>;
+
+    /// Has what is written marked in a log of vhost, beside what is [tracked](Self::start); `None` for none. When it returns, everything
+    /// that is written from now on will be marked there, also by requests that the device had begun before, and nothing is marked in
+    /// another log any more.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` from a device without this; `EIO`.
+    fn set_vhost_log(&self, _log: Option<VhostLog>) -> Result<()> {
+        Err(Errno::OPNOTSUPP)
+    }
 }
 
 /// Checks that a range is whole pages of `page_size`, a power of two.

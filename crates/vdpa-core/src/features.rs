@@ -153,6 +153,8 @@ word! {
         NET_HOST_USO = 56;
         /// Network: receive-side scaling.
         NET_RSS = 60;
+        /// The device marks the pages that it writes in a log of the client: not a feature of virtio, but of vhost.
+        LOG_ALL = 26;
         /// Arbitrary descriptor layouts (legacy bit, offered by the kernel's simulator).
         ANY_LAYOUT = 27;
         /// Indirect descriptor tables.

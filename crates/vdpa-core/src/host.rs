@@ -3,8 +3,10 @@
 //! The core makes no system calls; it calls these traits. On Linux `vdpa-sys` implements them; in tests `testing` does.
 
 use std::fmt::Debug;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::dirty::BitLog;
 use crate::errno::Errno;
 use crate::ring::Fault;
 use crate::types::{Perm, Result};
@@ -39,6 +41,15 @@ pub trait AddressSpace: Clone + Debug + Send + Sync + 'static {
     /// space no longer exists.
     fn resolve(&self, uaddr: u64, size: u64, perm: Perm) -> Result<Vec<Fragment<Self::Memory>>>;
 
+    /// Finds the memory from `uaddr` to the end of the mapping (VMA) that has it, which must be readable and writable. Called for
+    /// `SET_LOG_BASE`; as [`resolve`](Self::resolve) otherwise.
+    ///
+    /// # Errors
+    /// `EFAULT`, as of [`resolve`](Self::resolve), and on a platform that has no such memory.
+    fn resolve_mapping(&self, _uaddr: u64) -> Result<Fragment<Self::Memory>> {
+        Err(Errno::FAULT)
+    }
+
     /// The account that pinned pages of this address space are charged to, shared by all its devices.
     fn account(&self) -> &PinAccount;
 
@@ -69,6 +80,12 @@ pub trait MemoryObject: Clone + Debug + Send + Sync + 'static {
 
     /// Whether the byte at `offset` and the byte at `other_offset` of `other` are the same: same object, same offset in it. False for private memory unless it is the same address space and address.
     fn same_object(&self, offset: u64, other: &Self, other_offset: u64) -> bool;
+
+    /// The memory as a [log of vhost](crate::dirty::BitLog); `None` for memory whose bits cannot be changed while other processes
+    /// change others of them.
+    fn bit_log(&self) -> Option<Arc<dyn BitLog>> {
+        None
+    }
 }
 
 /// Memory that can be accessed by copying. Separate from [`MemoryObject`], since the core itself never reads client data.

@@ -330,6 +330,10 @@ pub struct Profile {
     /// address of the owner. It ends with the first mapping and returns with a reset that cleans the map (uapi-spec 6.1).
     /// Requires [`AddressMode::OwnerAddresses`] and [`reset_map`](Self::reset_map).
     pub identity_map: bool,
+    /// Whether `SET_MEM_TABLE` maps the regions of the table in address space 0; in the kernel it has no effect (uapi-spec 1.6a).
+    pub mem_table: bool,
+    /// Whether the log of vhost works, and `VHOST_F_LOG_ALL` is offered; in the kernel's vhost-vdpa it does not (uapi-spec 1.1).
+    pub vhost_log: bool,
     /// Whether RESET_OWNER works; in the kernel it does not (uapi-spec 1.1).
     pub reset_owner: bool,
     /// Whether to refuse NEW_OWNER while the device runs (uapi-spec 8.4, strict mode).
@@ -368,6 +372,8 @@ impl Profile {
             max_iotlb_entries: 2048,
             verify_remap: true,
             identity_map: true,
+            mem_table: false,
+            vhost_log: false,
             reset_owner: false,
             strict_new_owner: false,
             status_unsuspends: true,
@@ -409,6 +415,12 @@ impl Profile {
     /// `EINVAL` without ACCESS_PLATFORM.
     pub fn mask_features(&self, features: Features) -> Result<Features> {
         if features.has(Features::ACCESS_PLATFORM) { Ok(features & self.features) } else { Err(Errno::INVAL) }
+    }
+
+    /// The features offered to the client: those of the device, and the one of vhost's log where that works.
+    #[must_use]
+    pub const fn offered_features(&self) -> Features {
+        if self.vhost_log { self.features.with(Features::LOG_ALL) } else { self.features }
     }
 
     /// The group of `queue`.

@@ -93,6 +93,9 @@ pub struct QueueSetup<H: Host> {
     pub used: u64,
     /// Address space that translates the addresses of this queue.
     pub asid: Asid,
+    /// Guest address at which writes to the used ring, or to the descriptors of a packed ring, are marked in the [log of
+    /// vhost](crate::dirty::VhostLog); `None` when they are not.
+    pub log_used: Option<u64>,
     /// Negotiated features.
     pub features: Features,
     /// Signalled by the client when it has made buffers available. Its counter is never read (uapi-spec 1.6).

@@ -2,11 +2,12 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
+use parking_lot::RwLock;
 use rustix::fs::{FallocateFlags, SealFlags, SeekFrom, fallocate, fcntl_add_seals, seek};
 use vdpa_core::Errno;
-use vdpa_core::dirty::{DirtyMap, DirtyRange, DirtySink, MAP_WORDS, Tracked};
+use vdpa_core::dirty::{DirtyMap, DirtyRange, DirtySink, MAP_WORDS, Tracked, VhostLog};
 use vdpa_core::types::{Asid, Result};
 
 use crate::shared_words::SharedWords;
@@ -22,9 +23,20 @@ pub struct DirtyMemory {
     fd: OwnedFd,
     /// Mapped once something is tracked.
     map: OnceLock<DirtyMap<SharedWords>>,
-    /// Pages are tracked: a copy of what the map says, which costs less to look at.
-    on: AtomicBool,
+    /// What is to be marked, of [`TRACKED`], [`RINGS`] and [`LOGGED`]: one word, because it is looked at for each request.
+    on: AtomicU8,
+    /// The log of a client that knows vhost's.
+    log: RwLock<Option<VhostLog>>,
+    /// Something was marked in it since its client was told.
+    marked: AtomicBool,
 }
+
+/// Pages are tracked: a copy of what the map says.
+const TRACKED: u8 = 1;
+/// There is a log, in which rings are marked whose addresses say so.
+const RINGS: u8 = 2;
+/// Buffers of requests are marked in it.
+const LOGGED: u8 = 4;
 
 impl DirtyMemory {
     /// Memory for a device of which nothing is tracked.
@@ -34,7 +46,24 @@ impl DirtyMemory {
     pub fn create() -> Result<Self> {
         let fd = memfd::create(c"vdpa-dirty", BYTES, None)?;
         fcntl_add_seals(&fd, SealFlags::SHRINK).map_err(errno::from_rustix)?;
-        Ok(Self { fd, map: OnceLock::new(), on: AtomicBool::new(false) })
+        Ok(Self::of(fd))
+    }
+
+    fn of(fd: OwnedFd) -> Self {
+        let (log, marked) = (RwLock::new(None), AtomicBool::new(false));
+        Self { fd, map: OnceLock::new(), on: AtomicU8::new(0), log, marked }
+    }
+
+    fn set_on(&self, what: u8, on: bool) {
+        if on {
+            self.on.fetch_or(what, Ordering::SeqCst);
+        } else {
+            self.on.fetch_and(!what, Ordering::SeqCst);
+        }
+    }
+
+    fn tracks(&self) -> bool {
+        self.on.load(Ordering::Relaxed) & TRACKED != 0
     }
 
     /// The memory of another process, which has died or is being replaced. What it tracked is tracked on.
@@ -42,7 +71,7 @@ impl DirtyMemory {
     /// # Errors
     /// `EINVAL` for memory of another kind or version; `ENOMEM`.
     pub fn reopen(fd: OwnedFd) -> Result<Self> {
-        let memory = Self { fd, map: OnceLock::new(), on: AtomicBool::new(false) };
+        let memory = Self::of(fd);
         memory.refresh()?;
         if let Some(map) = memory.map.get() {
             memory.find_all(map)?;
@@ -66,37 +95,90 @@ impl DirtyMemory {
         if on {
             self.map()?;
         }
-        self.on.store(on, Ordering::SeqCst);
+        self.set_on(TRACKED, on);
         Ok(())
     }
 
-    /// Whether pages are tracked.
+    /// Whether something is to be marked: pages are tracked, or there is a log of vhost.
     #[inline]
     #[must_use]
     pub fn is_on(&self) -> bool {
-        self.on.load(Ordering::Relaxed)
+        self.on.load(Ordering::Relaxed) != 0
+    }
+
+    /// Whether it must be known of each request what it writes.
+    #[must_use]
+    pub fn is_of_requests(&self) -> bool {
+        self.on.load(Ordering::Relaxed) & (TRACKED | LOGGED) != 0
+    }
+
+    /// Sets the log of vhost; `None` for none. A page that is being marked meanwhile is marked in either.
+    pub fn set_vhost_log(&self, log: Option<VhostLog>) {
+        let all = log.as_ref().is_some_and(|log| log.all);
+        let mut place = self.log.write();
+        self.set_on(RINGS, log.is_some());
+        self.set_on(LOGGED, all);
+        *place = log;
     }
 
     /// Marks the pages of `len` bytes from `iova` that are tracked. To be called when they were written, and before the driver is told.
     #[inline]
     pub fn mark(&self, asid: Asid, iova: u64, len: u64) {
-        if self.is_on()
+        let on = self.on.load(Ordering::Relaxed);
+        if on & TRACKED != 0
             && let Some(map) = self.map.get()
         {
             map.mark(asid, iova, len);
+        }
+        if on & LOGGED != 0 {
+            self.log(|log| log.mark_data(asid, iova, len));
+        }
+    }
+
+    /// Marks `len` bytes of a ring from `iova` on, which is at `logged` for the log of vhost if that is to have it.
+    #[inline]
+    pub fn mark_ring(&self, asid: Asid, iova: u64, logged: Option<u64>, len: u64) {
+        let on = self.on.load(Ordering::Relaxed);
+        if on & TRACKED != 0
+            && let Some(map) = self.map.get()
+        {
+            map.mark(asid, iova, len);
+        }
+        if on & RINGS != 0
+            && let Some(addr) = logged
+        {
+            self.log(|log| log.mark_ring(asid, addr, len));
+        }
+    }
+
+    fn log(&self, mark: impl FnOnce(&VhostLog) -> bool) {
+        if let Some(log) = &*self.log.read()
+            && mark(log)
+        {
+            self.marked.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Tells the client of the log what was marked since it was told last.
+    #[inline]
+    pub fn signal_log(&self) {
+        if self.on.load(Ordering::Relaxed) & RINGS != 0 && self.marked.swap(false, Ordering::Relaxed) {
+            // Signalled without the lock, since a client can make it block.
+            let signal = self.log.read().as_ref().and_then(|log| log.signal.clone());
+            signal.into_iter().for_each(|signal| signal());
         }
     }
 
     /// What is tracked.
     #[must_use]
     pub fn tracked(&self) -> Option<Tracked> {
-        self.map.get().filter(|_| self.is_on()).and_then(DirtyMap::tracked)
+        self.map.get().filter(|_| self.tracks()).and_then(DirtyMap::tracked)
     }
 
     /// The number of the request that has begun the tracking, if there is tracking.
     #[must_use]
     pub fn request(&self) -> Option<u64> {
-        self.map.get().filter(|_| self.is_on()).map(DirtyMap::request)
+        self.map.get().filter(|_| self.tracks()).map(DirtyMap::request)
     }
 
     /// Begins to track. Nobody [marks](Self::mark) before it returns.
@@ -104,20 +186,20 @@ impl DirtyMemory {
     /// # Errors
     /// As [`DirtyTracking::start`](vdpa_core::dirty::DirtyTracking::start).
     pub fn start(&self, page_size: u64, ranges: &[DirtyRange], request: u64) -> Result<()> {
-        if self.is_on() {
+        if self.tracks() {
             return Err(Errno::BUSY);
         }
         let map = self.map()?;
         // What a process has left that died while it stopped.
         self.zero()?;
         map.start(page_size, ranges, request)?;
-        self.on.store(true, Ordering::SeqCst);
+        self.set_on(TRACKED, true);
         Ok(())
     }
 
-    /// No page is marked by a call that begins from now on. [`forget`](Self::forget) follows.
+    /// No page of the map is marked by a call that begins from now on. [`forget`](Self::forget) follows.
     pub fn stop_marking(&self) {
-        self.on.store(false, Ordering::SeqCst);
+        self.set_on(TRACKED, false);
     }
 
     /// Ends the tracking, and gives the memory of the bits back. Nobody is marking.
@@ -125,7 +207,7 @@ impl DirtyMemory {
     /// # Errors
     /// Those of fallocate(2).
     pub fn forget(&self) -> Result<()> {
-        self.on.store(false, Ordering::SeqCst);
+        self.set_on(TRACKED, false);
         let Some(map) = self.map.get() else { return Ok(()) };
         map.stop();
         self.zero()
@@ -136,7 +218,7 @@ impl DirtyMemory {
     /// # Errors
     /// As there.
     pub fn report(&self, of: DirtyRange, clear: bool, sink: DirtySink<'_>) -> Result<()> {
-        self.map.get().filter(|_| self.is_on()).ok_or(Errno::INVAL)?.report(of, clear, sink)
+        self.map.get().filter(|_| self.tracks()).ok_or(Errno::INVAL)?.report(of, clear, sink)
     }
 
     fn map(&self) -> Result<&DirtyMap<SharedWords>> {

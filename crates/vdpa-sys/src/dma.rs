@@ -60,11 +60,9 @@ pub(crate) fn check(message: &IotlbMsg) -> Permission {
     if size == 0 || matches!(kind, MISS | INVALIDATE | ACCESS_FAIL | BATCH_BEGIN | BATCH_END) {
         return Permission::Harmless;
     }
-    match uaddr.checked_add(size) {
-        // It names an address at which nothing can be, so there is no memory for a device that takes all or nothing.
-        _ if uaddr < BEGIN => return Permission::Harmless,
-        Some(end) if end <= END => {}
-        _ => return Permission::Harmless,
+    // At an address at which nothing can be there is no memory for a device that takes all or nothing.
+    if !is_memory(uaddr, size) {
+        return Permission::Harmless;
     }
     match hold(uaddr, size) {
         Some(maps) => Permission::Keep(maps),
@@ -72,6 +70,22 @@ pub(crate) fn check(message: &IotlbMsg) -> Permission {
         None if kind == iotlb_type::UPDATE && !perm.write() => Permission::Harmless,
         None => Permission::Refused,
     }
+}
+
+/// Whether memory can be mapped at these addresses.
+pub(crate) fn is_memory(uaddr: u64, size: u64) -> bool {
+    uaddr >= BEGIN && uaddr.checked_add(size).is_some_and(|end| end <= END)
+}
+
+/// Memory that the argument of a request names.
+#[derive(Debug)]
+pub(crate) enum Named {
+    /// None.
+    Nothing,
+    /// That of the regions of a memory table.
+    Table(Vec<SharedMap>),
+    /// That of a log of vhost.
+    Log(Vec<SharedMap>),
 }
 
 /// The mappings that together have all of `size` bytes from `uaddr`.
@@ -94,6 +108,10 @@ pub(crate) struct Kept {
     /// Removed in a batch, which the device carries out at its end.
     removed: Vec<Vec<SharedMap>>,
     in_batch: bool,
+    /// That of the last memory table. What was mapped before stays listed, because a device may ignore tables.
+    table: Vec<SharedMap>,
+    /// That of the log.
+    log: Vec<SharedMap>,
 }
 
 impl Kept {
@@ -112,6 +130,15 @@ impl Kept {
         }
         if !self.in_batch {
             self.removed.clear();
+        }
+    }
+
+    /// Records the memory of a request that the device has accepted.
+    pub(crate) fn accepted_named(&mut self, named: Named) {
+        match named {
+            Named::Nothing => {}
+            Named::Table(maps) => self.table = maps,
+            Named::Log(maps) => self.log = maps,
         }
     }
 

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use vdpa_core::Errno;
+use vdpa_core::dirty::BitLog;
 use vdpa_core::host::{AddressSpace, Bytes, Fragment, Host, MemoryObject, PAGE_SIZE, PinAccount};
 use vdpa_core::ring::Fault;
 use vdpa_core::types::Perm;
@@ -305,6 +306,37 @@ impl MemoryObject for GuestMemory {
             _ => false,
         }
     }
+
+    fn bit_log(&self) -> Option<Arc<dyn BitLog>> {
+        let writable = self.map().is_some_and(|(map, _)| map.prot().write);
+        writable.then(|| Arc::new(self.clone()) as Arc<dyn BitLog>)
+    }
+}
+
+impl BitLog for GuestMemory {
+    fn pages(&self) -> u64 {
+        self.size.saturating_mul(8)
+    }
+
+    /// One atomic operation for each word of 64 bits. A client that has truncated the memory loses the marks.
+    fn set(&self, first: u64, last: u64) {
+        /// Pages of a word.
+        const PAGES: u64 = u64::BITS as u64;
+        let Some((map, start)) = self.map() else { return };
+        // The bits of a byte that is not at a multiple of 8 in the mapping begin inside of a word.
+        let Ok(before) = u64::try_from(start).map(|start| start.saturating_mul(8)) else { return };
+        let end = self.pages().saturating_sub(1);
+        let (first, last) = (first.min(end + 1).saturating_add(before), last.min(end).saturating_add(before));
+        let mut bit = first;
+        while bit <= last {
+            let upto = (bit | (PAGES - 1)).min(last);
+            let mask = u64::MAX >> (PAGES - 1 - (upto - bit)) << (bit % PAGES);
+            let Ok(word) = usize::try_from(bit / PAGES) else { return };
+            // A fault, if there is one, is the client's.
+            let _ = map.set_bits(word * size_of::<u64>(), mask);
+            bit = upto + 1;
+        }
+    }
 }
 
 impl Bytes for GuestMemory {
@@ -341,6 +373,16 @@ impl AddressSpace for OwnerSpace {
         Ok(fragments)
     }
 
+    fn resolve_mapping(&self, uaddr: u64) -> Result<Fragment<GuestMemory>, Errno> {
+        if self.is_own() && dma::hold(uaddr, 1).is_none() {
+            return Err(Errno::FAULT);
+        }
+        let vma =
+            vma_at(self.maps(), uaddr)?.filter(|vma| vma.readable && vma.writable).ok_or(Errno::FAULT)?;
+        let size = vma.end - uaddr;
+        Ok(Fragment { size, memory: fragment(self, &vma, uaddr, size, true)? })
+    }
+
     fn account(&self) -> &PinAccount {
         self.pin_account()
     }
@@ -366,4 +408,51 @@ fn fragment(space: &OwnerSpace, vma: &Vma, uaddr: u64, size: u64, write: bool) -
     // Memory that only its process can read (memfd_secret, device memory) is refused now and not at the first use.
     memory.read(0, &mut [0]).map_err(|_| Errno::FAULT)?;
     Ok(memory)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mmap::Prot;
+
+    #[test]
+    fn a_log_sets_the_bits_of_its_pages_and_no_others() {
+        let fd = crate::memfd::create(c"log", 0x2000, None).unwrap();
+        let map = SharedMap::map(&fd, 0, 0x2000, Prot::RW, false).unwrap();
+        let file = Arc::new(ObjectFile::new(fd));
+        // A log need not begin at a word.
+        for start in [0, 8, 13, 0x1003] {
+            let id = ObjectId { dev_major: 0, dev_minor: 0, inode: 0, created_ns: 0, offset: start };
+            let memory = GuestMemory::from_object(Arc::clone(&file), id, 64, true).unwrap();
+            let log = memory.bit_log().unwrap();
+            assert_eq!(log.pages(), 512);
+            for (first, last) in [
+                (0, 0),
+                (7, 8),
+                (60, 70),
+                (1, 511),
+                (511, 511),
+                (500, u64::MAX),
+                (512, 600),
+                (u64::MAX, u64::MAX),
+            ] {
+                map.write(0, &[0; 0x2000]).unwrap();
+                log.set(first, last);
+                let mut bytes = vec![0; 0x2000];
+                map.read(0, &mut bytes).unwrap();
+                let begin = usize::try_from(start).unwrap() * 8;
+                for (bit, byte) in (0..bytes.len() * 8).map(|bit| (bit, bytes[bit / 8])) {
+                    let page = bit.checked_sub(begin).map(|page| page as u64).filter(|page| *page < 512);
+                    let wanted = page.is_some_and(|page| (first..=last).contains(&page));
+                    assert_eq!(
+                        byte >> (bit % 8) & 1 == 1,
+                        wanted,
+                        "bit {bit} of {first} to {last} from {start}"
+                    );
+                }
+            }
+        }
+        let read_only = ObjectId { dev_major: 0, dev_minor: 0, inode: 0, created_ns: 0, offset: 0 };
+        assert!(GuestMemory::from_object(file, read_only, 64, false).unwrap().bit_log().is_none());
+    }
 }

@@ -249,6 +249,8 @@ struct AreaAddress {
     memory: Arc<DirtyMemory>,
     asid: Asid,
     iova: u64,
+    /// Guest address in the log of vhost.
+    logged: Option<u64>,
 }
 
 #[derive(Clone, Debug)]
@@ -272,20 +274,22 @@ impl GuestArea {
         Ok(Self { kind: Kind::Segmented { segments, len }, dirty: None })
     }
 
-    /// The same area, which is at `iova`: pages that are written through it are marked in `memory` while it tracks them.
+    /// The same area, which is at `iova`: pages that are written through it are marked in `memory` while it tracks them, and in the log
+    /// of vhost as those at `logged`.
     #[must_use]
-    pub fn tracked(self, memory: Arc<DirtyMemory>, asid: Asid, iova: u64) -> Self {
-        Self { dirty: Some(AreaAddress { memory, asid, iova }), ..self }
+    pub fn tracked(self, memory: Arc<DirtyMemory>, asid: Asid, iova: u64, logged: Option<u64>) -> Self {
+        Self { dirty: Some(AreaAddress { memory, asid, iova, logged }), ..self }
     }
 
     /// Marks the pages of `len` bytes that were written. After the write: a page that is copied in between is reported again.
     #[inline]
     fn written(&self, offset: usize, len: usize) {
-        if let Some(AreaAddress { memory, asid, iova }) = &self.dirty
+        if let Some(AreaAddress { memory, asid, iova, logged }) = &self.dirty
             && memory.is_on()
             && !faults::is(faults::Fault::DirtyRingUnmarked)
         {
-            memory.mark(*asid, iova.wrapping_add(offset as u64), len as u64);
+            let at = |address: u64| address.wrapping_add(offset as u64);
+            memory.mark_ring(*asid, at(*iova), logged.map(at), len as u64);
         }
     }
 }

@@ -33,6 +33,7 @@ use crate::uapi::vhost as uapi;
 
 mod dirty;
 mod message;
+mod named;
 mod open_error;
 
 use self::message::{decode_iotlb, encode_iotlb, is_other_vhost};
@@ -169,8 +170,8 @@ impl VhostVdpaFd {
     /// of a length in it, gets `EFAULT`.
     ///
     /// # Errors
-    /// What the device reports; `ENOMEM` when there is no memory for the copy; `EFAULT` for a bitmap that is not in memory of a
-    /// [`SharedMap`](crate::mmap::SharedMap).
+    /// What the device reports; `ENOMEM` when there is no memory for the copy; `EFAULT` for a bitmap, a log or a region of a memory
+    /// table that is not in memory of a [`SharedMap`](crate::mmap::SharedMap).
     pub fn raw_ioctl(&self, cmd: u32, arg: RawArg<'_>) -> Result<i32> {
         self.check_kind()?;
         let address = match arg {
@@ -178,14 +179,15 @@ impl VhostVdpaFd {
             RawArg::Int(value) => value & 0xffff,
             RawArg::BadPointer => BAD_POINTER,
             RawArg::Bytes(bytes) => {
-                if !dirty::is_harmless(self.numbers.dirty_request(cmd), bytes) {
-                    return Err(Errno::FAULT);
-                }
+                let named = named::named(cmd, self.numbers.dirty_request(cmd), bytes).ok_or(Errno::FAULT)?;
                 let fence = Fence::new(bytes)?;
                 // SAFETY: a vhost-vdpa device accesses only memory from its argument upward, and that is the
-                // copy in `fence` and nothing after it. A bitmap that the argument names was checked.
+                // copy in `fence` and nothing after it. Memory that the argument names was checked, and is kept.
                 let result = unsafe { ioctl::call(&self.fd, cmd, fence.start()) };
                 fence.copy_out(bytes);
+                if result.is_ok() {
+                    self.kept.lock().accepted_named(named);
+                }
                 return result;
             }
         };

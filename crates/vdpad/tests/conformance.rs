@@ -37,8 +37,10 @@ const MOVED_SUBJECT: &str = "sim_blk_moved_numbers";
 /// Numbers for the live-update requests other than those posted.
 const MOVED: &str = "new_owner=0xaf2f,remap=9,new_owner_bit=20,remap_bit=21,dirty=0xa0,dirty_bit=22";
 
-const SUBJECTS: [Subject; 15] = [
-    Subject { name: MOVED_SUBJECT, mgmtdev: "sim-blk", attrs: &[], expect: &["fuse", "fuse-sim-blk"] },
+const SIM_BLK: &[&str] = &["fuse", "fuse-sim-blk", "fuse-sim-blk-verified"];
+
+const SUBJECTS: [Subject; 19] = [
+    Subject { name: MOVED_SUBJECT, mgmtdev: "sim-blk", attrs: &[], expect: SIM_BLK },
     Subject { name: "sim_net", mgmtdev: "sim-net", attrs: &[], expect: &["fuse", "fuse-sim-net"] },
     Subject {
         name: "net",
@@ -52,7 +54,7 @@ const SUBJECTS: [Subject; 15] = [
         attrs: &[("tap", "tap0"), ("max_vqp", "4"), ("packed", "on"), ("in_order", "on")],
         expect: &["fuse", "fuse-net", "fuse-net-pairs"],
     },
-    Subject { name: "sim_blk", mgmtdev: "sim-blk", attrs: &[], expect: &["fuse", "fuse-sim-blk"] },
+    Subject { name: "sim_blk", mgmtdev: "sim-blk", attrs: &[], expect: SIM_BLK },
     Subject {
         name: "sim_blk_pinned",
         mgmtdev: "sim-blk",
@@ -69,13 +71,37 @@ const SUBJECTS: [Subject; 15] = [
         name: "sim_blk_small_table",
         mgmtdev: "sim-blk",
         attrs: &[("max_iotlb_entries", "64")],
-        expect: &["fuse", "fuse-sim-blk", "fuse-iotlb-64"],
+        expect: &["fuse", "fuse-sim-blk", "fuse-sim-blk-verified", "fuse-iotlb-64"],
     },
     Subject {
         name: "blk_large_table",
         mgmtdev: "blk",
         attrs: &[("pin", "off"), ("max_iotlb_entries", "5000")],
         expect: &["fuse", "fuse-blk", "fuse-blk-unlimited", "fuse-iotlb-5000"],
+    },
+    Subject {
+        name: "sim_blk_tables",
+        mgmtdev: "sim-blk",
+        attrs: &[("mem_table", "on"), ("vhost_log", "on")],
+        expect: &["fuse", "fuse-sim-blk", "fuse-sim-blk-verified", "fuse-tables"],
+    },
+    Subject {
+        name: "sim_blk_dma_map_tables",
+        mgmtdev: "sim-blk",
+        attrs: &[("batch_mapping", "off"), ("mem_table", "on"), ("vhost_log", "on")],
+        expect: &["fuse", "fuse-sim-blk-dma-map", "fuse-tables"],
+    },
+    Subject {
+        name: "sim_blk_other_memory",
+        mgmtdev: "sim-blk",
+        attrs: &[("verify_remap", "off")],
+        expect: &["fuse", "fuse-sim-blk"],
+    },
+    Subject {
+        name: "blk_tables",
+        mgmtdev: "blk",
+        attrs: &[("pin", "on"), ("memlock", "unlimited"), ("mem_table", "on"), ("vhost_log", "on")],
+        expect: &["fuse", "fuse-blk", "fuse-blk-unlimited", "fuse-tables"],
     },
     Subject {
         name: "blk",
@@ -141,7 +167,7 @@ fn conforms(subject: &Subject) {
     };
     let probe = Probe::of(device.as_path()).unwrap();
     // With other numbers on one side only, the device would seem to offer neither feature.
-    assert!(probe.backend.has(BackendFeatures::NEW_OWNER) || subject.name == "sim_blk_dma_map");
+    assert!(probe.backend.has(BackendFeatures::NEW_OWNER) || subject.name.starts_with("sim_blk_dma_map"));
     let program = std::env::current_exe().unwrap();
     let socket = daemon.dir().join("control.sock");
     let vdpactl = support::programs::program("vdpactl");

@@ -80,10 +80,12 @@ fn run(model: &mut Model, requests: u64, mut disturb: impl FnMut(u64)) -> Result
 fn agrees(mgmtdev: &str, attrs: &str, packed: bool, private: bool) {
     let vdpad = start();
     let device = add(&vdpad, mgmtdev, attrs);
-    let requests = requests();
+    // The second copy, by the log, takes as long again.
+    let requests = if attrs.contains("vhost_log") { requests() / 2 } else { requests() };
     for (seed, tracking_first) in [(1, true), (2, false)] {
         let mut model = Model::start(&device, packed, private, seed);
         model.run(tracking_first);
+        assert_eq!(model.is_logged(), attrs.contains("vhost_log"));
         run(&mut model, requests / 2, |_| {}).unwrap();
         drop(model);
         vdpad.is_released("device");
@@ -148,6 +150,22 @@ fn sim_blk_pinned() {
 #[test]
 fn sim_net() {
     agrees("sim-net", "", false, false);
+}
+
+/// With the log of vhost as the second reader.
+#[test]
+fn blk_vhost_log() {
+    agrees("blk", "vhost_log on", false, false);
+}
+
+#[test]
+fn blk_packed_vhost_log() {
+    agrees("blk", "vhost_log on packed on", true, false);
+}
+
+#[test]
+fn sim_net_vhost_log() {
+    agrees("sim-net", "vhost_log on", false, false);
 }
 
 /// What the client library offers, and what administrators see.

@@ -14,7 +14,7 @@ use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Weak};
 
 use vdpa_core::Errno;
-use vdpa_core::dirty::{DirtyLimits, DirtyRange, DirtySink, DirtyTracking, Tracked};
+use vdpa_core::dirty::{DirtyLimits, DirtyRange, DirtySink, DirtyTracking, Tracked, VhostLog};
 use vdpa_core::faults::{self, Fault};
 use vdpa_core::features::Features;
 use vdpa_core::ring::{Buffer, Chain, area_sizes};
@@ -51,7 +51,7 @@ impl DirtyLog {
     fn end(&self) -> Result<()> {
         self.memory.stop_marking();
         // A thread that has ended marks nothing.
-        let _ = self.set_tracking(false);
+        let _ = self.set_tracking(self.memory.is_of_requests());
         self.memory.forget()
     }
 }
@@ -76,7 +76,12 @@ impl DirtyTracking for DirtyLog {
     }
 
     fn stop(&self) -> Result<()> {
-        if self.memory.is_on() { self.end() } else { Ok(()) }
+        if self.memory.tracked().is_some() { self.end() } else { Ok(()) }
+    }
+
+    fn set_vhost_log(&self, log: Option<VhostLog>) -> Result<()> {
+        self.memory.set_vhost_log(log);
+        self.set_tracking(self.memory.is_of_requests())
     }
 
     fn report(&self, of: DirtyRange, clear: bool, sink: DirtySink<'_>) -> Result<()> {
@@ -185,10 +190,19 @@ impl RingWrites {
     /// Marks the areas of the ring that a device writes: an earlier process may have died after a write and before its mark.
     pub(super) fn mark_ring(&self, setup: &QueueSetup<LinuxHost>) {
         let sizes = area_sizes(setup.size, setup.features);
-        self.memory.mark(self.asid, setup.used, sizes.used as u64);
+        let mark = |iova, logged, len: usize| self.memory.mark_ring(self.asid, iova, logged, len as u64);
         if setup.features.has(Features::RING_PACKED) {
-            self.memory.mark(self.asid, setup.desc, sizes.desc as u64);
+            mark(setup.desc, setup.log_used, sizes.desc);
+            mark(setup.used, setup.log_used.map(|_| setup.used), sizes.used);
+        } else {
+            mark(setup.used, setup.log_used, sizes.used);
         }
+    }
+
+    /// Tells the client of a log of vhost what was marked.
+    #[inline]
+    pub(super) fn signal_log(&self) {
+        self.memory.signal_log();
     }
 
     /// The memory of the marks.

@@ -319,10 +319,10 @@ impl Queue {
 
     /// Publishes used descriptors and signals the call eventfd, unless the driver suppresses that.
     pub(super) fn publish(&mut self) -> Result<(), RingError> {
-        if let Some(ring) = &mut self.ring
-            && ring.publish()?
-            && let Some(call) = &self.setup.call
-        {
+        let Some(ring) = &mut self.ring else { return Ok(()) };
+        let signals = ring.publish()?;
+        ring.signal_log();
+        if signals && let Some(call) = &self.setup.call {
             reach(CrashPoint::SignalBegun);
             call.signal();
             reach(CrashPoint::Signalled);

@@ -116,7 +116,7 @@ impl Queues {
             views: vec![Arc::clone(&unmapped); size.address_spaces],
             unmapped,
             slots: (0..size.queues).map(|_| None).collect(),
-            tracking: shared.dirty.is_on(),
+            tracking: shared.dirty.is_of_requests(),
             shared,
             log_limit: RateLimit::per_second(5),
         }
@@ -222,7 +222,7 @@ impl Queues {
         if let Err(error) = self.shared.dirty.refresh() {
             tracing::error!(device = %self.name, "dirty pages are not tracked any more: {error}");
         }
-        self.set_tracking(self.shared.dirty.is_on());
+        self.set_tracking(self.shared.dirty.is_of_requests());
     }
 
     /// Whether a request is being done of which is not known what it writes, although that is recorded.

@@ -165,6 +165,12 @@ impl DeviceRing {
         self.writes.has_unrecorded()
     }
 
+    /// Tells the client of a log of vhost what was marked.
+    #[inline]
+    pub(super) fn signal_log(&self) {
+        self.writes.signal_log();
+    }
+
     /// Marks what requests in flight may have written, since none of them is done any more.
     pub(super) fn mark_in_flight(&mut self) {
         self.writes.mark_in_flight();

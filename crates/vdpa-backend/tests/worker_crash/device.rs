@@ -34,6 +34,7 @@ pub(super) fn run(kind: &str, features: Features, fds: &[&str]) {
         avail: AVAIL,
         used: USED,
         asid: Asid(0),
+        log_used: None,
         features,
         kick: Some(EventFd::from_fd(kick).unwrap()),
         call: Some(EventFd::from_fd(call).unwrap()),

@@ -10,14 +10,17 @@ mod file;
 mod handover;
 mod iotlb;
 mod live;
+mod mem_table;
 mod net;
 mod net_data;
 mod order;
 mod owned;
 mod owner;
+mod remap;
 mod state;
 mod status;
 mod vduse;
+mod vhost_log;
 mod vring;
 
 use crate::case::Case;
@@ -39,8 +42,11 @@ pub fn all() -> Vec<Case> {
         data::PACKED_CASES,
         dirty::CASES,
         dirty_data::CASES,
+        mem_table::CASES,
+        vhost_log::CASES,
         handover::CASES,
         live::CASES,
+        remap::CASES,
         net::CASES,
         net_data::CASES,
         card::CASES,

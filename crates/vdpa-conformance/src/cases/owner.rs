@@ -277,10 +277,11 @@ fn thread(ctx: &mut Ctx<'_>) -> Outcome {
 
 fn mem_table(ctx: &mut Ctx<'_>) -> Outcome {
     let device = ctx.open_owned()?;
+    let memory = Region::new(1)?;
     let table = |regions: u32, padding: u32, size: u64| {
         let mut bytes = pair(regions, padding).to_vec();
         for region in 0..u64::from(regions) {
-            for word in [(region + 1) << 20, size, 0x10_0000, 0] {
+            for word in [(region + 1) << 20, size, memory.uaddr(), 0] {
                 bytes.extend_from_slice(&word.to_ne_bytes());
             }
         }

@@ -40,6 +40,20 @@ const CHOICES: &[Choice] = &[
         "`reset_owner off\\|on`",
     ),
     choice(
+        "1.1",
+        "SET_LOG_BASE, SET_LOG_FD, VHOST_F_LOG_ALL",
+        "ENOTTY; not offered",
+        "the same; on: as vhost-net",
+        "`vhost_log off\\|on`",
+    ),
+    choice(
+        "1.6a",
+        "SET_MEM_TABLE",
+        "stored, no effect",
+        "checked, no effect; on: what address space 0 maps",
+        "`mem_table off\\|on`",
+    ),
+    choice(
         "2.4",
         "UPDATE over several fragments, outside a batch",
         "`set_map` after every fragment",
@@ -195,7 +209,7 @@ const CHOICES: &[Choice] = &[
         "8.5",
         "REMAP to other memory",
         "not checked",
-        "EFAULT; off: not checked",
+        "EFAULT; off: the other memory is mapped",
         "sims: `verify_remap on\\|off`",
     ),
     choice(

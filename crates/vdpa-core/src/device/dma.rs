@@ -4,6 +4,7 @@ use thiserror::Error;
 
 use crate::device::batch::Batch;
 use crate::device::{Device, MemoryOf};
+use crate::dirty::LOG_PAGE_SHIFT;
 use crate::errno::Errno;
 use crate::faults::{self, Fault};
 use crate::features::BackendFeatures;
@@ -79,6 +80,14 @@ pub enum IotlbError {
         entries: usize,
         /// Limit.
         limit: usize,
+    },
+    /// Everything that the device writes is to be logged, and the log has no bits for the range.
+    #[error("{range} is beyond the {pages} pages that the log has bits for; set a longer one first")]
+    BeyondLog {
+        /// Range given.
+        range: IovaRange,
+        /// Pages of the log.
+        pages: u64,
     },
     /// The caller's memory cannot be accessed.
     #[error("no accessible memory at user address {uaddr:#x}, {size:#x} bytes, for {range}: {errno}")]
@@ -255,6 +264,10 @@ impl<P: Parent> Device<P> {
         }
         let owner = self.ownership.owner().ok_or(IotlbError::NotOwner)?;
         let fragments = resolve(owner, profile, range, msg)?;
+        if let Some(pages) = self.logged_pages(asid).filter(|pages| range.last() >> LOG_PAGE_SHIFT >= *pages)
+        {
+            return Err(IotlbError::BeyondLog { range, pages });
+        }
         let limit = profile.max_iotlb_entries - usize::from(faults::is(Fault::TableLimit));
         let entries = table.len().max(self.batch.as_ref().map_or(0, Batch::entries_after_failure));
         if entries + fragments.len() > limit {
@@ -277,7 +290,7 @@ impl<P: Parent> Device<P> {
     }
 
     /// Adds resolved fragments to the table as one record; returns their ranges.
-    fn insert_fragments(
+    pub(super) fn insert_fragments(
         &mut self,
         asid: Asid,
         range: IovaRange,
@@ -483,7 +496,7 @@ pub(super) fn mappings<M>(
 
 /// Extends a request to whole pages. As in the kernel, the page offset of the user address is dropped, so data is shifted
 /// unless both addresses have the same page offset (uapi-spec 3.3). `None` when the pages extend beyond 2^64.
-fn whole_pages(msg: &IotlbMsg) -> Option<IotlbMsg> {
+pub(super) fn whole_pages(msg: &IotlbMsg) -> Option<IotlbMsg> {
     let offset = msg.iova % PAGE_SIZE;
     let size = msg.size.checked_add(offset)?.checked_next_multiple_of(PAGE_SIZE)?;
     Some(IotlbMsg { iova: msg.iova - offset, size, uaddr: msg.uaddr - msg.uaddr % PAGE_SIZE, ..*msg })

@@ -13,6 +13,7 @@ mod dma;
 mod failure;
 #[cfg(any(test, fuzzing))]
 mod invariants;
+mod mem_table;
 mod ownership;
 mod parent_table;
 mod quiesce;
@@ -20,13 +21,16 @@ mod remap;
 pub mod state;
 #[cfg(test)]
 mod tests;
+mod vhost_log;
 mod vring;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 pub use dma::IotlbError;
+pub use mem_table::{MemRegion, MemTableError};
 pub use quiesce::ResumeError;
+pub use vhost_log::VhostLogError;
 use vring::Vring;
 pub use vring::VringInfo;
 
@@ -81,6 +85,8 @@ pub struct Device<P: Parent> {
     own_features: BackendFeatures,
     /// What tracks the pages that the device writes, if it can.
     dirty: Option<Arc<dyn DirtyTracking>>,
+    /// The client's log of them.
+    log: vhost_log::Log<P::Host>,
     config_call: Option<EventOf<P>>,
     fork_from_owner: u8,
     /// The back end was removed: see [`fail`](Device::fail).
@@ -118,6 +124,7 @@ impl<P: Parent> Device<P> {
             passthrough,
             own_features,
             dirty,
+            log: vhost_log::Log::default(),
             config_call: None,
             fork_from_owner: FORK_FROM_OWNER,
             failed: false,
@@ -236,20 +243,35 @@ impl<P: Parent> Device<P> {
         self.features
     }
 
-    /// `VHOST_SET_FEATURES` (uapi-spec 1.4).
+    /// `VHOST_SET_FEATURES` (uapi-spec 1.4). Where the device offers [`LOG_ALL`](Features::LOG_ALL), this bit, which is none of the
+    /// driver's, can be changed at any time; that blocks until requests are done that the device had begun before.
     ///
     /// # Errors
-    /// `EBUSY` after FEATURES_OK; `EINVAL` when the parent refuses the word.
+    /// `EBUSY` after FEATURES_OK; `EINVAL` when the parent refuses the word; `EFAULT` when the log is too short.
     pub fn set_features(&mut self, word: Features) -> Result<()> {
-        if self.status.contains(Status::FEATURES_OK) && !faults::is(Fault::FeaturesAnyTime) {
-            return Err(Errno::BUSY);
+        let mut word = word;
+        if self.parent.profile().vhost_log {
+            let all = word.has(Features::LOG_ALL);
+            word = word.without(Features::LOG_ALL);
+            let same = self.features == Some(word & self.parent.profile().features);
+            if same && self.status.contains(Status::FEATURES_OK) {
+                return self.set_log_all(all).map_err(VhostLogError::errno);
+            }
+            self.check_features_open()?;
+            self.set_log_all(all).map_err(VhostLogError::errno)?;
         }
+        self.check_features_open()?;
         let in_force = self.parent.negotiate(word).map_err(|_| Errno::INVAL)?;
         self.features = Some(in_force);
         self.base_features = in_force;
         // Queues that run go on with other features than the next start.
         self.touch_all();
         Ok(())
+    }
+
+    fn check_features_open(&self) -> Result<()> {
+        let fixed = self.status.contains(Status::FEATURES_OK) && !faults::is(Fault::FeaturesAnyTime);
+        if fixed { Err(Errno::BUSY) } else { Ok(()) }
     }
 
     // Status.
@@ -356,6 +378,8 @@ impl<P: Parent> Device<P> {
             upstream.set_status(Status::RESET)?;
         }
         self.stop_all()?;
+        // Features go, and this one with them; where the log is stays, as it does in vhost.
+        self.set_log_all(false).map_err(VhostLogError::errno)?;
         self.status = Status::RESET;
         self.vrings.iter_mut().for_each(Vring::reset);
         self.touch_all();

@@ -98,6 +98,7 @@ impl<P: Parent> Device<P> {
     /// negotiated words. Errors are ignored, because no caller could receive them.
     pub(super) fn forget_owner(&mut self) {
         self.batch = None;
+        self.forget_log();
         self.unmap_everything();
         let _ = self.parent.bind_owner(None);
         if !faults::is(Fault::OwnerSurvivesClose) {

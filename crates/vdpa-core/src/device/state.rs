@@ -31,7 +31,7 @@ pub use codec::{
 pub use image::{ApplyError, Image};
 pub use kind::{KINDS, Kind};
 pub use record::{
-    ConfigBytes, HandleState, HandoverState, MappingState, MemoryRef, Record, Ring, Shape, TableId,
+    ConfigBytes, HandleState, HandoverState, LogState, MappingState, MemoryRef, Record, Ring, Shape, TableId,
     TableRole, VringState,
 };
 pub(crate) use snapshot::mapping_record;

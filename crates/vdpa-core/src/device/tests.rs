@@ -2,6 +2,7 @@
 
 mod arguments;
 mod mappings;
+mod mem_table;
 mod ownership;
 mod remap;
 mod rollback;

@@ -1,6 +1,7 @@
 //! Vring requests, and starting and stopping queues.
 
 mod info;
+mod log;
 mod rules;
 
 use crate::device::state::{Ring, StateSink, VringState};
@@ -191,16 +192,20 @@ impl<P: Parent> Device<P> {
     ///
     /// # Errors
     /// `EPERM`; `ENOBUFS`; `EOPNOTSUPP` for flags other than bit 0; `EINVAL` for alignment (avail 2, used and
-    /// log 4 bytes), or while running.
+    /// log 4 bytes), for a used ring that the log has no bits for, or while running. Of a device that offers vhost's log, flag and
+    /// address of the log can be changed at any time: a queue that runs is stopped for a moment.
     pub fn set_vring_addr(
         &mut self,
         caller: &dyn Caller<P::Host>,
         index: QueueIndex,
         addr: &VringAddr,
     ) -> Result<()> {
-        let live = self.live();
         self.vring(caller, index)?;
         check_addr(addr)?;
+        if self.set_ring_log(caller, index, addr)? {
+            return Ok(());
+        }
+        let live = self.live();
         if live && !faults::is(Fault::VringAddrAnyTime) {
             return Err(Errno::INVAL);
         }
@@ -441,7 +446,7 @@ impl<P: Parent> Device<P> {
         if !(self.status.contains(Status::DRIVER_OK) || early) || self.paused || self.quiesced {
             return Ok(());
         }
-        let asid = self.asid_of(index);
+        let (asid, logs) = (self.asid_of(index), self.parent.profile().vhost_log);
         let Some(vring) = self.vrings.get_mut(usize::from(index.0)) else { return Ok(()) };
         let Ring { size, addr, features } = ring;
         if !vring.ready || vring.running || size == 0 {
@@ -453,6 +458,7 @@ impl<P: Parent> Device<P> {
             avail: addr.avail,
             used: addr.used,
             asid,
+            log_used: log::of(&addr, logs),
             features,
             kick: vring.kick.clone(),
             call: vring.call.clone().filter(|_| vring.call_installed),

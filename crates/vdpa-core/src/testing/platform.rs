@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::dirty::BitLog;
 use crate::errno::Errno;
 use crate::host::{AddressSpace, Bytes, Caller, Event, Fragment, Host, MemoryObject, PAGE_SIZE, PinAccount};
 use crate::ring::Fault;
@@ -132,6 +133,25 @@ impl MemoryObject for TestPiece {
         };
         same && self.offset + offset == other.offset + other_offset
     }
+
+    fn bit_log(&self) -> Option<Arc<dyn BitLog>> {
+        Some(Arc::new(self.clone()))
+    }
+}
+
+impl BitLog for TestPiece {
+    fn pages(&self) -> u64 {
+        self.size.saturating_mul(8)
+    }
+
+    fn set(&self, first: u64, last: u64) {
+        let Backing::Object(object) = &self.backing else { return };
+        let mut bytes = object.bytes();
+        for page in first..=last.min(self.pages().saturating_sub(1)) {
+            let byte = usize::try_from(self.offset + page / 8).ok().and_then(|at| bytes.get_mut(at));
+            byte.into_iter().for_each(|byte| *byte |= 1 << (page % 8));
+        }
+    }
 }
 
 impl Bytes for TestPiece {
@@ -234,6 +254,15 @@ impl AddressSpace for TestSpace {
             at += size;
         }
         Ok(fragments)
+    }
+
+    fn resolve_mapping(&self, uaddr: u64) -> Result<Fragment<TestPiece>> {
+        let size = {
+            let vmas = self.vmas();
+            let vma = vmas.iter().find(|vma| vma.start <= uaddr && uaddr - vma.start < vma.memory.size);
+            vma.map(|vma| vma.memory.size - (uaddr - vma.start)).ok_or(Errno::FAULT)?
+        };
+        self.resolve(uaddr, size, Perm::RW)?.pop().ok_or(Errno::FAULT)
     }
 
     fn account(&self) -> &PinAccount {

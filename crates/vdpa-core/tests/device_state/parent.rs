@@ -2,7 +2,10 @@
 
 use std::collections::BTreeMap;
 
+use std::sync::{Arc, Mutex};
+
 use vdpa_core::Errno;
+use vdpa_core::dirty::{DirtyLimits, DirtyRange, DirtySink, DirtyTracking, Tracked, VhostLog};
 use vdpa_core::features::{BackendFeatures, Features};
 use vdpa_core::iotlb::{Mapping, Table};
 use vdpa_core::parent::{AddressMode, CompatReset, Dma, DmaMap, Parent, PrivateMemory, Profile, SetMap};
@@ -57,6 +60,7 @@ impl Kind {
             verify_remap: verify,
             identity_map: identity,
             reset_owner: true,
+            vhost_log: live,
             status_unsuspends: status,
             report_batch_errors: report,
             ..Profile::simulator(2, features, 3, CONFIG)
@@ -80,6 +84,41 @@ pub(crate) struct Book {
     pub(crate) refuse_owner: bool,
     pub(crate) refuse_start: bool,
     pub(crate) refuse_stop: bool,
+    /// What was said of the log last.
+    pub(crate) log: Arc<LogOnly>,
+}
+
+/// Tracks nothing, and keeps the log that it is given.
+#[derive(Debug, Default)]
+pub(crate) struct LogOnly(Mutex<Option<VhostLog>>);
+
+impl LogOnly {
+    pub(crate) fn is_there(&self) -> Option<(u64, bool, bool)> {
+        let log = self.0.lock().unwrap();
+        log.as_ref().map(|log| (log.bits.pages(), log.signal.is_some(), log.all))
+    }
+}
+
+impl DirtyTracking for LogOnly {
+    fn limits(&self) -> DirtyLimits {
+        DirtyLimits::MAP
+    }
+    fn tracked(&self) -> Option<Tracked> {
+        None
+    }
+    fn start(&self, _: u64, _: &[DirtyRange], _: u64) -> Result<()> {
+        Err(Errno::OPNOTSUPP)
+    }
+    fn stop(&self) -> Result<()> {
+        Ok(())
+    }
+    fn report(&self, _: DirtyRange, _: bool, _: DirtySink<'_>) -> Result<()> {
+        Err(Errno::INVAL)
+    }
+    fn set_vhost_log(&self, log: Option<VhostLog>) -> Result<()> {
+        *self.0.lock().unwrap() = log;
+        Ok(())
+    }
 }
 
 impl Book {
@@ -97,6 +136,7 @@ impl Book {
             refuse_owner: false,
             refuse_start: false,
             refuse_stop: false,
+            log: Arc::default(),
         }
     }
 }
@@ -191,6 +231,10 @@ impl Parent for Book {
 }
 
 impl SetMap<TestHost> for Book {
+    fn dirty_tracking(&self) -> Option<Arc<dyn DirtyTracking>> {
+        Some(Arc::clone(&self.log) as _)
+    }
+
     fn set_map(&mut self, asid: Asid, table: &Table<TestPiece>) -> Result<()> {
         let fits = table.len() <= self.kind.room;
         let entries = table.iter().filter(|_| fits);
@@ -200,6 +244,10 @@ impl SetMap<TestHost> for Book {
 }
 
 impl DmaMap<TestHost> for Book {
+    fn dirty_tracking(&self) -> Option<Arc<dyn DirtyTracking>> {
+        Some(Arc::clone(&self.log) as _)
+    }
+
     fn dma_map(&mut self, asid: Asid, mapping: &Mapping<TestPiece>) -> Result<()> {
         let table = self.tables.entry(asid).or_default();
         if table.len() >= self.kind.room {

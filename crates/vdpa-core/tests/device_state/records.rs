@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 use vdpa_core::device::state::{
-    CHECKSUM_LEN, DecodeError, HEADER_LEN, HandleState, HandoverState, Image, KINDS, MAX_PAYLOAD,
+    CHECKSUM_LEN, DecodeError, HEADER_LEN, HandleState, HandoverState, Image, KINDS, LogState, MAX_PAYLOAD,
     MappingState, MemoryRef, Record, Ring, Shape, TableId, TableRole, VringState, decode, decode_all, encode,
     encode_all,
 };
@@ -21,13 +21,13 @@ const fn table(role: TableRole, asid: u32) -> TableId {
 }
 
 /// How many samples there are.
-const SAMPLES: usize = 30;
+const SAMPLES: usize = 32;
 
 const INTERFACE: TableId = table(TableRole::Interface, 0);
 
 /// What [`golden`](super::golden) says: at least one record of each kind.
 pub(crate) fn samples() -> Vec<Record> {
-    [words(), vrings().into(), tables(), handover()].concat()
+    [words(), vrings().into(), tables(), handover(), logs()].concat()
 }
 
 const fn shape() -> Shape {
@@ -118,6 +118,14 @@ fn tables() -> Vec<Record> {
         Record::Broken { table: INTERFACE, update: 11, range: update_range },
         Record::Unmapped { table: INTERFACE, firsts: range(0, u64::MAX) },
         Record::TableRemoved { table: rollback },
+    ]
+}
+
+fn logs() -> Vec<Record> {
+    let base = Some((0x7f00_0000_0000, 0x8000, MemoryRef { id: 4, offset: 0x1000 }));
+    vec![
+        Record::Log(LogState { base, event: Some(10), all: true }),
+        Record::Log(LogState { base: None, event: None, all: false }),
     ]
 }
 

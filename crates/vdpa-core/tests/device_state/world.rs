@@ -3,8 +3,8 @@
 use std::fmt::Debug;
 
 use proptest::prelude::*;
-use vdpa_core::device::Device;
 use vdpa_core::device::state::{Image, Record, RestoreError, StateSink};
+use vdpa_core::device::{Device, MemRegion};
 use vdpa_core::features::{BackendFeatures, Features, Status};
 use vdpa_core::host::AddressSpace as _;
 use vdpa_core::testing::{TestEvent, TestObject, TestObjects, TestProcess};
@@ -52,6 +52,12 @@ pub(crate) enum Op {
     SetConfig(u8, u8),
     ConfigCall(u8),
     Fail,
+    /// The log of vhost at a page of the client; none for numbers that are no page.
+    LogBase(Who, u8),
+    LogEvent(Who, u8),
+    LogAll(bool),
+    /// The first so many of these regions: page, pages, page in the client.
+    MemTable(Who, u8, [(u8, u8, u8); 3]),
     Message(Message),
 }
 
@@ -76,6 +82,14 @@ fn message() -> impl Strategy<Value = Op> {
     })
 }
 
+fn mem_table() -> impl Strategy<Value = Op> {
+    // Regions one behind the other, and some that overlap.
+    let region = |first: u8| (first..first + 3, 1..4u8, 0..18u8);
+    let regions = [region(0), region(3), region(6)];
+    (prop::bool::weighted(0.1), 0..4u8, regions)
+        .prop_map(|(who, count, table)| Op::MemTable(who, count, table))
+}
+
 pub(crate) fn op() -> impl Strategy<Value = Op> {
     let who = || prop::bool::weighted(0.2);
     let control = prop_oneof![
@@ -98,6 +112,10 @@ pub(crate) fn op() -> impl Strategy<Value = Op> {
         1 => (0..20u8, 0..6u8).prop_map(|(at, len)| Op::Config(at, len)),
         1 => (0..20u8, 0..6u8).prop_map(|(at, len)| Op::SetConfig(at, len)),
         1 => (0..3u8).prop_map(Op::ConfigCall),
+        6 => mem_table(),
+        2 => (who(), 0..20u8).prop_map(|(who, at)| Op::LogBase(who, at)),
+        1 => (who(), 0..3u8).prop_map(|(who, event)| Op::LogEvent(who, event)),
+        2 => any::<bool>().prop_map(Op::LogAll),
     ];
     let vring = prop_oneof![
         (who(), 0..4u8, 0..10u8).prop_map(|(who, index, log)| Op::Num(who, index, log)),
@@ -199,7 +217,8 @@ impl World {
         let charged = processes.each_ref().map(TestProcess::pinned_pages);
         let account = device.owner().map(|owner| owner.account().pages());
         let infos: Vec<_> = device.vring_infos().collect();
-        let book = (&parent.running, &parent.rings, parent.config, parent.failed, parent.features);
+        let log = parent.log.is_there();
+        let book = (&parent.running, &parent.rings, parent.config, parent.failed, parent.features, log);
         let parent = format!("{tables:#?}\n{owner:?} {charged:?} {account:?} {infos:?} {book:?}");
         format!("{records:#?}\n{parent}\n{}", self.queries())
     }
@@ -317,6 +336,24 @@ impl World {
                 String::new()
             }
             Op::Fail => text(device.fail()),
+            Op::LogBase(who, at) => {
+                let uaddr = if at < 18 { BASE + u64::from(at) * PAGE } else { 0 };
+                text(device.set_log_base(by(who), uaddr))
+            }
+            Op::LogEvent(who, number) => text(device.set_log_event(by(who), event(number))),
+            Op::LogAll(all) => {
+                let features = device.negotiated_features().unwrap_or(Features(0x3_0000_0000));
+                text(device.set_features(if all { features.with(Features::LOG_ALL) } else { features }))
+            }
+            Op::MemTable(who, count, table) => {
+                let region = |&(page, pages, at): &(u8, u8, u8)| MemRegion {
+                    iova: u64::from(page) * PAGE,
+                    size: u64::from(pages) * PAGE,
+                    uaddr: BASE + u64::from(at) * PAGE,
+                };
+                let regions: Vec<_> = table.iter().take(count.into()).map(region).collect();
+                text(device.set_mem_table(by(who), &regions))
+            }
             Op::Exec(..) | Op::Fork(_) | Op::Limit(..) | Op::Message(_) => String::new(),
         }
     }

@@ -177,6 +177,11 @@ fn handover(attrs: &mut Attrs) -> Result<bool, CtlError> {
 
 /// Shares a parent between clients. Returns the handle of the first client, and what creates handles for successors.
 fn shared(parent: AnyParent) -> Result<(AnyParent, Option<SharedParent>), CtlError> {
+    if parent.profile().vhost_log {
+        return Err(CtlError::new(Errno::INVAL, "handover and vhost_log exclude each other").with_hint(
+            "The log is in memory of one client. A successor can use the requests VDPA_DIRTY_* instead.",
+        ));
+    }
     let handover = Handover::new(parent).map_err(|errno| {
         CtlError::new(errno, "this device cannot be opened by a successor").with_hint(
             "It uses addresses of its owner, or is another device's. Leave handover out; blk takes it.",

@@ -34,12 +34,14 @@ use vdpa_control::api::{Attrs, CtlError};
 pub(super) const QUEUE_SIZE: u16 = 256;
 
 /// The attributes of every simulator: name, and description of the value.
-pub(super) const KNOWN: [(&str, &str); 10] = [
+pub(super) const KNOWN: [(&str, &str); 12] = [
     ("use_va", "on|off"),
     ("batch_mapping", "on|off"),
     IOTLB_ATTR,
     ("compat_reset", "keep|clean"),
     ("verify_remap", "on|off"),
+    ("mem_table", "on|off"),
+    ("vhost_log", "on|off"),
     ("reset_owner", "on|off"),
     QUEUE_SIZE_ATTR,
     MEMLOCK_ATTR,
@@ -61,6 +63,10 @@ pub(super) struct Options {
     pub(super) compat_reset: CompatReset,
     /// Refuse a REMAP to memory other than that of the mapping.
     pub(super) verify_remap: bool,
+    /// SET_MEM_TABLE maps memory.
+    pub(super) mem_table: bool,
+    /// Offer the log of vhost.
+    pub(super) vhost_log: bool,
     /// Support RESET_OWNER.
     pub(super) reset_owner: bool,
     /// Entries of the largest ring. The kernel's simulators have no parameter for it.
@@ -80,6 +86,8 @@ impl Default for Options {
             max_iotlb_entries: 2048,
             compat_reset: CompatReset::Clean,
             verify_remap: true,
+            mem_table: false,
+            vhost_log: false,
             reset_owner: false,
             queue_size: QUEUE_SIZE,
             pin_limit: PinLimit::Rlimit,
@@ -100,6 +108,8 @@ impl Options {
             max_iotlb_entries: iotlb_entries(attrs, default.max_iotlb_entries)?,
             compat_reset: compat_reset(attrs, default.compat_reset)?,
             verify_remap: switch("verify_remap", default.verify_remap)?,
+            mem_table: switch("mem_table", default.mem_table)?,
+            vhost_log: switch("vhost_log", default.vhost_log)?,
             reset_owner: switch("reset_owner", default.reset_owner)?,
             queue_size: queue_size(attrs, default.queue_size)?,
             pin_limit: pin_limit(attrs)?,
@@ -128,6 +138,8 @@ impl Options {
             address_mode,
             private_memory,
             verify_remap: self.verify_remap,
+            mem_table: self.mem_table,
+            vhost_log: self.vhost_log,
             reset_owner: self.reset_owner,
             max_iotlb_entries: self.max_iotlb_entries.max(base.max_iotlb_entries),
             ..base
@@ -340,6 +352,10 @@ mod tests {
         }
         assert_eq!(profile(&[("use_va", "off")]).private_memory, PrivateMemory::Copy);
         assert_eq!(profile(&[("compat_reset", "keep")]).compat_reset, CompatReset::Keep);
+        let logs = profile(&[("vhost_log", "on")]);
+        assert!(logs.vhost_log && logs.offered_features().has(Features::LOG_ALL));
+        assert_eq!(profile(&[]).offered_features(), Features::NONE);
+        assert!(profile(&[("mem_table", "on")]).mem_table && !profile(&[]).mem_table);
         assert!(profile(&[("reset_owner", "on")]).reset_owner && !profile(&[]).reset_owner);
         assert!(!profile(&[("verify_remap", "off")]).verify_remap);
         assert_eq!(profile(&[]).queue_size_max, 256);

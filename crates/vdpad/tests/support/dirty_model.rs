@@ -3,6 +3,8 @@
 //! What the driver writes itself it writes into both. What the device writes gets into the copy only with a page that the device reports.
 //! Whenever the device is at rest, both must be the same: no page was written and not reported. A page that is reported and could not be
 //! written since the device was at rest last is an error too.
+//!
+//! Where the device offers vhost's own log, there is a second copy, which is kept by that log alone.
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, OwnedFd};
@@ -18,10 +20,11 @@ use vdpa_core::dirty::DirtyRange;
 use vdpa_core::features::{BackendFeatures, Features};
 use vdpa_core::ops::VdpaOps as _;
 use vdpa_core::ring::Buffer;
-use vdpa_core::types::{Asid, IovaRange, Perm, QueueIndex};
+use vdpa_core::types::{Asid, IovaRange, Perm, QueueIndex, VringAddr};
 use vdpa_sys::memfd;
 use vdpa_sys::mmap::{PrivateMap, Prot, SharedMap};
-use vdpa_sys::vhost_vdpa::VhostVdpaFd;
+use vdpa_sys::uapi::vhost as uapi;
+use vdpa_sys::vhost_vdpa::{RawArg, VhostVdpaFd};
 
 const PAGE: u64 = 4096;
 /// Entries of each ring.
@@ -45,6 +48,8 @@ const DATA: u64 = 0x12_0000;
 
 /// Sectors that are used of a disk.
 const SECTORS: u64 = 8192;
+/// Bytes of the log of vhost: bits for 2 GiB.
+const LOG_SIZE: u64 = 1 << 16;
 const LONG: Duration = Duration::from_secs(60);
 
 /// Memory at an address of the device, and the copy of it.
@@ -56,6 +61,8 @@ struct Memory {
     /// Mapped for the device once; the address can be used again.
     other_map: SharedMap,
     copy: Vec<u8>,
+    /// The copy that is kept by the log of vhost.
+    logged: Vec<u8>,
     bitmap: Vec<u64>,
     /// Pages that the device may have written since it was at rest, by number.
     may: BTreeSet<u64>,
@@ -68,7 +75,8 @@ impl Memory {
         let map = || SharedMap::map(&file, 0, len, Prot::RW, false).unwrap();
         let (map, other_map) = (map(), map());
         let bitmap = vec![0; usize::try_from((size / PAGE).div_ceil(64)).unwrap()];
-        Self { iova, file: Some(file), map, other_map, copy: vec![0; len], bitmap, may: BTreeSet::new() }
+        let (copy, logged, may) = (vec![0; len], vec![0; len], BTreeSet::new());
+        Self { iova, file: Some(file), map, other_map, copy, logged, bitmap, may }
     }
 
     /// Memory that a device can only reach by copying.
@@ -86,6 +94,17 @@ impl Memory {
         let at = usize::try_from(offset).unwrap();
         self.map.write(at, bytes).unwrap();
         self.copy[at..at + bytes.len()].copy_from_slice(bytes);
+        self.logged[at..at + bytes.len()].copy_from_slice(bytes);
+    }
+
+    /// Copies a page that the log of vhost has.
+    fn take_logged(&mut self, page: u64) -> Result<(), String> {
+        if !self.may.contains(&page) {
+            return Err(format!("page {page} of {:#x} is logged, and was not written", self.iova));
+        }
+        let at = usize::try_from(page * PAGE).unwrap();
+        self.map.read(at, &mut self.logged[at..at + usize::try_from(PAGE).unwrap()]).unwrap();
+        Ok(())
     }
 
     fn may_write(&mut self, offset: u64, len: u64) {
@@ -110,18 +129,20 @@ impl Memory {
         Ok(())
     }
 
-    /// Compares `len` bytes with the copy.
-    fn compare(&self, offset: u64, len: u64) -> Result<(), String> {
+    /// Compares `len` bytes with the copies.
+    fn compare(&self, offset: u64, len: u64, with_log: bool) -> Result<(), String> {
         let (at, len) = (usize::try_from(offset).unwrap(), usize::try_from(len).unwrap());
         let mut now = vec![0; len];
         self.map.read(at, &mut now).unwrap();
-        match now.iter().zip(&self.copy[at..at + len]).position(|(now, copy)| now != copy) {
-            None => Ok(()),
-            Some(place) => {
+        let copies =
+            [(&self.copy, "reported")].into_iter().chain(with_log.then_some((&self.logged, "logged")));
+        for (copy, what) in copies {
+            if let Some(place) = now.iter().zip(&copy[at..at + len]).position(|(now, copy)| now != copy) {
                 let (at, page) = (at + place, (at + place) / 4096);
-                Err(format!("page {page} of {:#x} was written at {at:#x} and not reported", self.iova))
+                return Err(format!("page {page} of {:#x} was written at {at:#x} and not {what}", self.iova));
             }
         }
+        Ok(())
     }
 }
 
@@ -164,6 +185,8 @@ pub(crate) struct Model {
     packed: bool,
     /// Which of the two addresses is mapped for the device.
     remapped: bool,
+    /// The log of vhost, if the device offers one.
+    log: Option<SharedMap>,
     next: u64,
     done: u64,
     /// Reports.
@@ -193,6 +216,7 @@ impl Model {
             is_net,
             packed,
             remapped: false,
+            log: None,
             next: 0,
             done: 0,
             reports: 0,
@@ -208,11 +232,61 @@ impl Model {
         }
         let ranges = [self.main.range(), self.other.range()];
         self.session.ops().dirty_start(PAGE, &ranges).unwrap();
+        self.start_log();
         if tracking_first {
             self.session.start().unwrap();
         } else {
             self.copy_all();
         }
+    }
+
+    /// Whether there is a second copy.
+    pub(crate) const fn is_logged(&self) -> bool {
+        self.log.is_some()
+    }
+
+    /// Has everything logged as by vhost-net, where the device can.
+    fn start_log(&mut self) {
+        let ops = self.session.ops();
+        if !ops.features().unwrap().has(Features::LOG_ALL) {
+            return;
+        }
+        let file = memfd::create(c"log", LOG_SIZE, None).unwrap();
+        let log = SharedMap::map(file, 0, usize::try_from(LOG_SIZE).unwrap(), Prot::RW, false).unwrap();
+        let mut base = (log.addr() as u64).to_le_bytes();
+        ops.raw_ioctl(uapi::VHOST_SET_LOG_BASE, RawArg::Bytes(&mut base)).unwrap();
+        ops.set_features(self.session.features().with(Features::LOG_ALL)).unwrap();
+        for queue in 0..self.queues() {
+            let layout = self.layout(queue);
+            let [desc, avail, used] = [layout.desc, layout.avail, layout.used].map(|offset| MAIN + offset);
+            let log = if self.packed { desc } else { used };
+            ops.set_vring_addr(QueueIndex(queue), &VringAddr { flags: 1, desc, used, avail, log }).unwrap();
+        }
+        self.log = Some(log);
+    }
+
+    /// Copies what the log has, and clears it.
+    fn take_log(&mut self) -> Result<(), String> {
+        let Some(log) = self.log.clone() else { return Ok(()) };
+        for offset in (0..usize::try_from(LOG_SIZE).unwrap()).step_by(8) {
+            // Looked at first: most of it is 0.
+            if log.load_u64(offset).unwrap() == 0 {
+                continue;
+            }
+            let mut bits = log.clear_bits(offset, u64::MAX).unwrap();
+            while bits != 0 {
+                let page = offset as u64 * 8 + u64::from(bits.trailing_zeros());
+                bits &= bits - 1;
+                let at = page * PAGE;
+                let memory = [&mut self.main, &mut self.other].into_iter();
+                let mut memory =
+                    memory.filter(|memory| at >= memory.iova && at - memory.iova < memory.map.len() as u64);
+                let memory =
+                    memory.next().ok_or_else(|| format!("page {at:#x} is logged, and nothing is there"))?;
+                memory.take_logged((at - memory.iova) / PAGE)?;
+            }
+        }
+        Ok(())
     }
 
     pub(crate) const fn done(&self) -> u64 {
@@ -229,6 +303,7 @@ impl Model {
     fn copy_all(&mut self) {
         for memory in [&mut self.main, &mut self.other] {
             memory.map.read(0, &mut memory.copy).unwrap();
+            memory.logged.clone_from(&memory.copy);
         }
     }
 
@@ -378,7 +453,7 @@ impl Model {
             self.session.ops().dirty_get(range, PAGE, false, &mut memory.bitmap).unwrap();
             memory.take()?;
         }
-        Ok(())
+        self.take_log()
     }
 
     /// Waits until the device is at rest, and compares all memory.
@@ -386,10 +461,11 @@ impl Model {
         self.quiesce();
         self.session.suspend().unwrap();
         self.report()?;
-        self.main.compare(HEADERS, MAIN_SIZE - HEADERS)?;
-        self.other.compare(0, OTHER_SIZE)?;
+        let log = self.is_logged();
+        self.main.compare(HEADERS, MAIN_SIZE - HEADERS, log)?;
+        self.other.compare(0, OTHER_SIZE, log)?;
         for (offset, len) in self.ring_areas() {
-            self.main.compare(offset, len)?;
+            self.main.compare(offset, len, log)?;
         }
         for memory in [&mut self.main, &mut self.other] {
             memory.may.clear();
@@ -416,8 +492,12 @@ impl Model {
                 let bytes = self.session.ops().dirty_unmap(range, PAGE, &mut self.other.bitmap).unwrap();
                 assert_eq!(bytes, OTHER_SIZE);
                 self.other.take()?;
+                for (offset, len) in self.ring_areas() {
+                    self.main.may_write(offset, len);
+                }
+                self.take_log()?;
                 // Requests are in flight, and none of them can write here.
-                self.other.compare(0, OTHER_SIZE)?;
+                self.other.compare(0, OTHER_SIZE, self.is_logged())?;
                 self.map_other();
                 self.kick();
             }
@@ -447,7 +527,7 @@ impl Model {
             Event::Suspend => {
                 self.session.suspend().unwrap();
                 self.report()?;
-                self.other.compare(0, OTHER_SIZE)?;
+                self.other.compare(0, OTHER_SIZE, self.is_logged())?;
                 self.session.resume().unwrap();
             }
         }

@@ -6,6 +6,7 @@
 mod dirty;
 #[cfg(fuzzing)]
 pub mod fuzzing;
+mod memory;
 mod noted;
 mod opens;
 mod saved;
@@ -23,8 +24,8 @@ use vdpa_core::device::Device;
 use vdpa_core::faults::{self, Fault};
 use vdpa_core::features::{BackendFeatures, Features, Status};
 use vdpa_core::host::Caller as _;
-use vdpa_core::parent::{Parent, PrivateMemory};
-use vdpa_core::types::{Asid, IotlbMsg, IovaRange, QueueIndex, Result, VringAddr, iotlb_type};
+use vdpa_core::parent::Parent;
+use vdpa_core::types::{Asid, QueueIndex, Result, VringAddr, iotlb_type};
 use vdpa_core::{Errno, device::IotlbError};
 use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::guest::LinuxHost;
@@ -179,34 +180,6 @@ impl VhostVdpaFile {
         }
     }
 
-    /// Warns in the log, once per owner, of a large mapping of memory that only the client's address space has.
-    fn warn_private_memory(&self, device: &Device<AnyParent>, tid: u32, asid: Asid, msg: &IotlbMsg) {
-        /// Bytes of a mapping that is worth a warning. Firmware and frame buffers are smaller, and private in every hypervisor.
-        const MUCH: u64 = 32 << 20;
-        let Some(range) = IovaRange::from_size(msg.iova, msg.size) else { return };
-        if msg.size < MUCH || self.private_memory_logged.load(Ordering::Relaxed) {
-            return;
-        }
-        let bytes = device.private_bytes(asid, range);
-        if bytes < MUCH {
-            return;
-        }
-        self.private_memory_logged.store(true, Ordering::Relaxed);
-        let fate = match device.profile().private_memory {
-            PrivateMemory::Copy => {
-                "it is reached by copying, which is slower, and not at all after an exec of the client"
-            }
-            PrivateMemory::Skip | PrivateMemory::Refuse => {
-                "this device cannot reach it, and requests in it fail"
-            }
-        };
-        tracing::warn!(
-            device = %self.name, tid, %range, bytes,
-            "client memory is private: {fate}. Give the client shared memory (QEMU: -object \
-             memory-backend-memfd,id=ram,share=on,size=... -machine memory-backend=ram)"
-        );
-    }
-
     /// Duplicates an eventfd of the caller (`pidfd_getfd(2)`); `None` for -1.
     fn event(caller: &Caller, fd: i32) -> Result<Option<EventFd>> {
         if fd == uapi::VHOST_FILE_UNBIND && !faults::is(Fault::UnbindRefused) {
@@ -255,7 +228,7 @@ impl VhostVdpaFile {
         let profile = device.profile();
         let word = || wire::argument::<u64>(call.input);
         Some(match call.cmd {
-            uapi::VHOST_GET_FEATURES => reply(&profile.features.0),
+            uapi::VHOST_GET_FEATURES => reply(&profile.offered_features().0),
             uapi::VHOST_SET_FEATURES => match word() {
                 // The kernel checks the state before the argument. FUSE does not pass on such a request.
                 Err(_) if device.status().contains(Status::FEATURES_OK) => Err(Errno::BUSY),
@@ -268,7 +241,7 @@ impl VhostVdpaFile {
                 let features = word().map(|word| self.numbers.features_from_wire(word));
                 features.and_then(|features| done(device.set_backend_features(features)))
             }
-            uapi::VHOST_SET_LOG_BASE | uapi::VHOST_SET_LOG_FD => Err(Errno::NOTTY),
+            uapi::VHOST_SET_LOG_BASE | uapi::VHOST_SET_LOG_FD if !profile.vhost_log => Err(Errno::NOTTY),
             uapi::VHOST_VDPA_GET_DEVICE_ID => reply(&profile.device_id),
             uapi::VHOST_VDPA_GET_STATUS => reply(&device.status().0),
             uapi::VHOST_VDPA_SET_STATUS => {
@@ -343,8 +316,17 @@ impl VhostVdpaFile {
         if let Some(request) = dirty::request(device, self.numbers.dirty_request(call.cmd)) {
             return dirty::owned(device, call, &caller, request, self.saved.unique());
         }
-        if call.cmd == uapi::VHOST_SET_MEM_TABLE {
-            return vring::set_mem_table(call, caller.caller);
+        match call.cmd {
+            uapi::VHOST_SET_MEM_TABLE => return self.set_mem_table(device, call, &caller),
+            uapi::VHOST_SET_LOG_BASE if device.profile().vhost_log => {
+                return self.set_log_base(device, call, &caller);
+            }
+            uapi::VHOST_SET_LOG_FD if device.profile().vhost_log => {
+                let fd: i32 = wire::argument(call.input)?;
+                let event = Self::event(caller.caller, fd)?;
+                return done(device.set_log_event(&caller, event));
+            }
+            _ => {}
         }
         let index = self.vring_index(device, call, &caller)?;
         match call.cmd {

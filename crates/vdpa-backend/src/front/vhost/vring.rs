@@ -1,10 +1,10 @@
-//! Requests whose argument is a vring state, and `SET_MEM_TABLE`, which has no effect on vhost-vdpa.
+//! Requests whose argument is a vring state.
 
 use vdpa_core::Errno;
 use vdpa_core::device::Device;
 use vdpa_core::faults::{self, Fault};
-use vdpa_core::types::{Asid, GroupIndex, IovaRange, QueueIndex, Result};
-use vdpa_sys::process::{Caller, ProcessCaller};
+use vdpa_core::types::{Asid, GroupIndex, QueueIndex, Result};
+use vdpa_sys::process::ProcessCaller;
 use vdpa_sys::uapi::vhost as uapi;
 use zerocopy::IntoBytes;
 
@@ -46,25 +46,4 @@ pub(super) fn state(
         _ if faults::is(Fault::UnknownRequestErrno) => Err(Errno::INVAL),
         _ => Err(Errno::NOTTY),
     }
-}
-
-/// `SET_MEM_TABLE` (uapi-spec 1.6a): checked as the kernel checks it, and without an effect on the device.
-pub(super) fn set_mem_table(call: &IoctlCall<'_>, caller: &Caller) -> Result<IoctlReply> {
-    /// The module parameter `max_mem_regions` of vhost.
-    const REGIONS_MAX: u32 = 64;
-    let header: uapi::MemoryHeader = wire::argument(call.input)?;
-    if header.padding != 0 {
-        return Err(Errno::OPNOTSUPP);
-    }
-    if header.nregions > REGIONS_MAX {
-        return Err(Errno::TOOBIG);
-    }
-    let mut at = call.arg.checked_add(8).ok_or(Errno::FAULT)?;
-    for _ in 0..header.nregions {
-        let mut region = uapi::MemoryRegion::default();
-        caller.read_mem(at, region.as_mut_bytes())?;
-        IovaRange::from_size(region.guest_phys_addr, region.memory_size).ok_or(Errno::FAULT)?;
-        at = at.checked_add(size_of::<uapi::MemoryRegion>() as u64).ok_or(Errno::FAULT)?;
-    }
-    Ok(IoctlReply::default())
 }

@@ -26,8 +26,12 @@ pub(super) fn areas(
     let desc = memory.area(setup.desc, sizes.desc as u64, perm)?;
     let avail = memory.area(setup.avail, sizes.avail as u64, Perm::RO)?;
     let used = memory.area(setup.used, sizes.used as u64, Perm::RW)?;
-    let tracked = |area: GuestArea, iova| area.tracked(Arc::clone(writes.memory()), setup.asid, iova);
-    Ok([if packed { tracked(desc, setup.desc) } else { desc }, avail, tracked(used, setup.used)])
+    let tracked =
+        |area: GuestArea, iova, logged| area.tracked(Arc::clone(writes.memory()), setup.asid, iova, logged);
+    // The address in the log is that of the used elements, which a packed ring has among its descriptors.
+    let used_at = if packed { setup.log_used.map(|_| setup.used) } else { setup.log_used };
+    let desc = if packed { tracked(desc, setup.desc, setup.log_used) } else { desc };
+    Ok([desc, avail, tracked(used, setup.used, used_at)])
 }
 
 /// Corrects a packed base that says that a whole lap of the ring is in flight: DPDK sets only the available half at the

@@ -58,6 +58,7 @@ pub(super) const MAPPING: Kind = Kind::first(20, "mapping");
 pub(super) const UNMAPPED: Kind = Kind::first(21, "unmapped");
 pub(super) const STALE: Kind = Kind::first(22, "stale");
 pub(super) const BROKEN: Kind = Kind::first(23, "broken");
+pub(super) const LOG: Kind = Kind::first(24, "log");
 
 /// Every kind that this program knows, by number.
 pub const KINDS: &[Kind] = &[
@@ -84,6 +85,7 @@ pub const KINDS: &[Kind] = &[
     UNMAPPED,
     STALE,
     BROKEN,
+    LOG,
 ];
 
 impl Record {
@@ -114,6 +116,7 @@ impl Record {
             Self::Unmapped { .. } => &UNMAPPED,
             Self::Stale { .. } => &STALE,
             Self::Broken { .. } => &BROKEN,
+            Self::Log(_) => &LOG,
         }
     }
 }

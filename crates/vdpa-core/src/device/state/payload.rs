@@ -2,7 +2,7 @@
 
 use super::kind::{self, Kind};
 use super::record::{
-    ConfigBytes, HandleState, HandoverState, MappingState, MemoryRef, Record, Ring, Shape, TableId,
+    ConfigBytes, HandleState, HandoverState, LogState, MappingState, MemoryRef, Record, Ring, Shape, TableId,
     TableRole, VringState,
 };
 use crate::features::{BackendFeatures, Features, Status};
@@ -39,6 +39,7 @@ pub(super) fn write(record: &Record, out: &mut Vec<u8>) {
             out.extend(asid.0.to_le_bytes());
             out.extend([u8::from(*passthrough), u8::from(*refused)]);
         }
+        Record::Log(log) => write_log(log, out),
         Record::Vring(vring) => write_vring(vring, out),
         Record::Parent { bytes } => put_bytes(out, bytes),
         Record::Handover(state) => write_handover(state, out),
@@ -94,6 +95,7 @@ pub(super) fn read(kind: &Kind, version: u16, r: &mut Reader<'_>) -> Read<Record
         n if n == kind::TRANSLATION.number => {
             Record::Translation { asid: Asid(r.u32()?), passthrough: r.bool()?, refused: r.bool()? }
         }
+        n if n == kind::LOG.number => Record::Log(read_log(r)?),
         n if n == kind::VRING.number => Record::Vring(read_vring(version, r)?),
         n if n == kind::PARENT.number => Record::Parent { bytes: r.bytes()? },
         n if n == kind::HANDOVER.number => Record::Handover(read_handover(r)?),
@@ -259,6 +261,23 @@ fn read_vring(version: u16, r: &mut Reader<'_>) -> Read<VringState> {
         vring.started = differs.then_some(started);
     }
     Ok(vring)
+}
+
+fn write_log(log: &LogState, out: &mut Vec<u8>) {
+    let (uaddr, size, memory) = log.base.unwrap_or_default();
+    out.push(log.base.is_some().into());
+    [uaddr, size, memory.id, memory.offset].into_iter().for_each(|word| put(out, word));
+    put_option(out, log.event);
+    out.push(log.all.into());
+}
+
+fn read_log(r: &mut Reader<'_>) -> Read<LogState> {
+    let has_base = r.bool()?;
+    let base = (r.u64()?, r.u64()?, MemoryRef { id: r.u64()?, offset: r.u64()? });
+    if !has_base && base != Default::default() {
+        return Err("it has memory and says that it has none");
+    }
+    Ok(LogState { base: has_base.then_some(base), event: r.option()?, all: r.bool()? })
 }
 
 fn write_mapping(mapping: &MappingState, out: &mut Vec<u8>) {

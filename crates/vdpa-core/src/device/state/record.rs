@@ -6,7 +6,7 @@ use crate::types::{Asid, GroupIndex, IovaRange, Perm, QueueIndex, VringAddr};
 use crate::vq::QueueState;
 
 /// Where a piece of memory is: an object that the [`StateSink`](super::StateSink) has named, and a place in it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct MemoryRef {
     /// The object.
     pub id: u64,
@@ -95,6 +95,8 @@ pub enum Record {
         /// The parent refused the table it was offered last.
         refused: bool,
     },
+    /// The log of vhost, of a device that offers one.
+    Log(LogState),
     /// One queue.
     Vring(VringState),
     /// What the parent saved: see [`Parent::save_state`](crate::parent::Parent::save_state).
@@ -184,12 +186,23 @@ impl Shape {
             groups: profile.groups,
             address_spaces: profile.address_spaces,
             config_size: profile.config_size,
-            features: profile.features,
+            features: profile.offered_features(),
             backend_features,
             iova_range: profile.iova_range,
             address_mode: profile.address_mode,
         }
     }
+}
+
+/// The log of vhost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LogState {
+    /// Where the bits are: address in the owner when it was set, bytes, and memory.
+    pub base: Option<(u64, u64, MemoryRef)>,
+    /// The event of the log, as the sink has named it.
+    pub event: Option<u64>,
+    /// `VHOST_F_LOG_ALL` is in force.
+    pub all: bool,
 }
 
 /// One queue.

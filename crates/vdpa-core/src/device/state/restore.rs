@@ -2,17 +2,17 @@
 
 use super::image::Image;
 use super::kind;
-use super::record::{Record, Ring, Shape, TableId, TableRole};
+use super::record::{LogState, Record, Ring, Shape, TableId, TableRole};
 use super::validate::{RestoreError, check_shape, ensure, no_stray, require};
 use super::{StateSource, VringState};
 use crate::device::parent_table::ParentTable;
 use crate::device::vring::{self, Vring};
-use crate::device::{Device, EventOf, MemoryOf, SpaceOf, batch, default_map};
+use crate::device::{Device, EventOf, MemoryOf, SpaceOf, batch, default_map, vhost_log};
 use crate::errno::Errno;
 use crate::features::{Features, Status};
 use crate::iotlb::Table;
 use crate::parent::{Dma, Parent};
-use crate::types::Asid;
+use crate::types::{Asid, Perm};
 
 impl<P: Parent> Device<P> {
     /// Builds a device from records, around a parent that was just made. Its queues are stopped until
@@ -48,6 +48,7 @@ impl<P: Parent> Device<P> {
             device.restore_vring(saved, source)?;
         }
         device.restore_tables(&image, source)?;
+        device.restore_log(&image, source)?;
         let pages = device.check_pages(&image)?;
         device.check_owned(owner.is_some(), pages)?;
         if device.parent.is_restored() {
@@ -56,6 +57,7 @@ impl<P: Parent> Device<P> {
             device.tell_parent(owner.as_ref(), &image)?;
         }
         device.restore_failure()?;
+        device.tell_log().map_err(|errno| RestoreError::Parent { what: "log", errno })?;
         if let Some(owner) = owner {
             device.ownership.restore(owner, pages).map_err(|_| RestoreError::Invalid {
                 kind: kind::PINNED.name,
@@ -238,6 +240,24 @@ impl<P: Parent> Device<P> {
         }
     }
 
+    /// A device that offers no log has saved none, and one that was saved by a program without it has no record of it.
+    fn restore_log(
+        &mut self,
+        image: &Image,
+        source: &mut dyn StateSource<P::Host>,
+    ) -> Result<(), RestoreError> {
+        let Some(Record::Log(LogState { base, event, all })) = image.part(&kind::LOG) else { return Ok(()) };
+        let can = self.parent.profile().vhost_log;
+        ensure(can, &kind::LOG, "the device has no log")?;
+        self.log.all = *all;
+        self.log.event = event_of::<P>(*event, source)?;
+        let Some((uaddr, size, at)) = *base else { return Ok(()) };
+        let object = |errno| RestoreError::Object { what: "memory", id: at.id, errno };
+        let memory = source.memory(at, size, Perm::RW).map_err(object)?;
+        self.log.base = vhost_log::base_of(uaddr, size, memory);
+        ensure(self.log.base.is_some(), &kind::LOG, "its memory cannot be a log")
+    }
+
     /// Checks that the mappings pin what was charged; returns the pages.
     fn check_pages(&self, image: &Image) -> Result<u64, RestoreError> {
         let Record::Pinned { pages: saved } = *require(image, &kind::PINNED)? else { return Ok(0) };
@@ -247,7 +267,7 @@ impl<P: Parent> Device<P> {
 
     /// Checks that a device without a client or an owner has nothing of one.
     fn check_owned(&self, has_owner: bool, pages: u64) -> Result<(), RestoreError> {
-        let has_mappings = pages != 0 || self.mapped().entries != 0;
+        let has_mappings = pages != 0 || self.mapped().entries != 0 || self.log.base.is_some();
         ensure(has_owner || !has_mappings, &kind::OWNER, "mappings and no owner")?;
         ensure(self.opened || !has_owner, &kind::OPEN, "an owner, and nobody has the device open")
     }

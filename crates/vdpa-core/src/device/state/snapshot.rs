@@ -1,7 +1,7 @@
 //! From a device to records.
 
 use super::StateSink;
-use super::record::{MappingState, Record, Shape, TableId, VringState};
+use super::record::{LogState, MappingState, Record, Shape, TableId, VringState};
 use crate::device::changes::{Changes, Pending};
 use crate::device::{Device, MemoryOf};
 use crate::features::Features;
@@ -25,10 +25,13 @@ impl<P: Parent> Device<P> {
 
     /// A snapshot that begins with `parts`.
     fn snapshot_after(&self, parts: Vec<Record>, sink: &mut dyn StateSink<P::Host>) -> Result<Vec<Record>> {
-        let mut records = parts;
+        // In the order of their kinds, as an image has them.
+        let (log, mut records): (Vec<_>, Vec<_>) =
+            parts.into_iter().partition(|part| matches!(part, Record::Log(_)));
         for index in (0..self.parent.profile().queues).map(QueueIndex) {
             records.extend(self.vring_state(index, sink)?.map(Record::Vring));
         }
+        records.extend(log);
         let mut tables: Vec<_> = self.tables_by_role().collect();
         tables.sort_by_key(|(id, _)| *id);
         for (id, table) in tables {
@@ -127,8 +130,18 @@ impl<P: Parent> Device<P> {
             passthrough,
             refused: self.parent_tables.get(&asid).is_some_and(|parent| parent.refused),
         }));
+        if self.parent.profile().vhost_log {
+            parts.push(Record::Log(self.log_state(sink)?));
+        }
         parts.push(Record::Parent { bytes: self.parent.save_state() });
         Ok(parts)
+    }
+
+    fn log_state(&self, sink: &mut dyn StateSink<P::Host>) -> Result<LogState> {
+        let base = self.log.base.as_ref();
+        let base = base.map(|base| Ok((base.uaddr, base.size, sink.memory(&base.memory)?))).transpose()?;
+        let event = self.log.event.as_ref().map(|event| sink.event(event)).transpose()?;
+        Ok(LogState { base, event, all: self.log.all })
     }
 
     fn vring_state(

@@ -342,6 +342,7 @@ fn device_process() {
         avail,
         used,
         asid: Asid(0),
+        log_used: None,
         features,
         kick: Some(EventFd::from_fd(kick).unwrap()),
         call: Some(EventFd::from_fd(call).unwrap()),

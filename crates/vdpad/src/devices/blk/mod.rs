@@ -196,6 +196,8 @@ fn profile(options: &Options, geometry: &Geometry) -> Profile {
         address_mode: if options.pin { AddressMode::Pinned } else { AddressMode::Objects },
         pin_limit: options.pin_limit,
         max_iotlb_entries: options.max_iotlb_entries,
+        mem_table: options.mem_table,
+        vhost_log: options.vhost_log,
         reset_owner: options.reset_owner,
         strict_new_owner: options.strict_new_owner,
         ..Profile::on_objects(ID_BLOCK, features, options.queues)

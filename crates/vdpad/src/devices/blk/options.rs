@@ -25,7 +25,7 @@ const IOTLB_ENTRIES: usize = 2048;
 pub(super) const IOPS_MAX: u64 = 1_000_000_000;
 
 /// The attributes: name, and description of the value for the error that lists them.
-pub(in crate::devices) const KNOWN: [(&str, &str); 22] = [
+pub(in crate::devices) const KNOWN: [(&str, &str); 24] = [
     ("path", "FILE"),
     ("null", "SIZE"),
     ("format", "raw"),
@@ -44,6 +44,8 @@ pub(in crate::devices) const KNOWN: [(&str, &str); 22] = [
     ("bps", "none|SIZE"),
     ("burst", "1-60000, milliseconds"),
     ("compat_reset", "keep|clean"),
+    ("mem_table", "on|off"),
+    ("vhost_log", "on|off"),
     ("reset_owner", "on|off"),
     ("strict_new_owner", "on|off"),
     CPUS_ATTR,
@@ -88,6 +90,10 @@ pub(super) struct Options {
     pub(super) serial: [u8; ID_BYTES],
     /// Whether a reset clears the IOTLB when the client has not acknowledged IOTLB_PERSIST.
     pub(super) compat_reset: CompatReset,
+    /// SET_MEM_TABLE maps memory.
+    pub(super) mem_table: bool,
+    /// Offer the log of vhost.
+    pub(super) vhost_log: bool,
     /// Support RESET_OWNER.
     pub(super) reset_owner: bool,
     pub(super) strict_new_owner: bool,
@@ -123,6 +129,8 @@ impl Options {
             in_order: switch("in_order", false)?,
             serial: serial(attrs.get("serial"), name)?,
             compat_reset: compat_reset(attrs, CompatReset::Keep)?,
+            mem_table: switch("mem_table", false)?,
+            vhost_log: switch("vhost_log", false)?,
             reset_owner: switch("reset_owner", false)?,
             strict_new_owner: switch("strict_new_owner", false)?,
             limits: limits(attrs)?,
@@ -205,6 +213,7 @@ mod tests {
         assert!(options.pin && !options.direct && !options.read_only && !options.strict_new_owner);
         assert!(!options.packed && !options.in_order && !options.raw && !options.shared);
         assert!(options.compat_reset == CompatReset::Keep && !options.reset_owner);
+        assert!(!options.mem_table && !options.vhost_log);
         assert_eq!((options.queues, options.queue_size, options.max_iotlb_entries), (4, 1024, 2048));
         assert_eq!(&options.serial[..6], b"disk0\0");
         let all = [
@@ -225,6 +234,8 @@ mod tests {
             ("bps", "10M"),
             ("burst", "50"),
             ("compat_reset", "clean"),
+            ("mem_table", "on"),
+            ("vhost_log", "on"),
             ("reset_owner", "on"),
         ];
         let options = Options::parse("x", &attrs(&all)).unwrap();
@@ -233,6 +244,7 @@ mod tests {
         assert_eq!((options.pin_limit, options.max_iotlb_entries), (PinLimit::Pages(2), 1_000_000));
         assert_eq!(options.limits, Limits { iops: 500, bps: 10 << 20, burst_ms: 50 });
         assert!(options.compat_reset == CompatReset::Clean && options.reset_owner);
+        assert!(options.mem_table && options.vhost_log);
         assert_eq!((options.queues, options.queue_size, options.serial[19]), (64, 1024, b'0'));
     }
 

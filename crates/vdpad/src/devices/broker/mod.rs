@@ -136,7 +136,9 @@ fn profile(device: &Keeper, options: &Options) -> Result<Profile> {
         // Without an answer all are in one group.
         (0..queues).map(QueueIndex).map_while(|index| group(index).ok()).collect()
     };
-    let base = Profile::simulator(device.device_id()?, device.features()?, queues, device.config_size()?);
+    // Another daemon's device can have vhost's log, which needs requests that are not passed on.
+    let features = device.features()?.without(Features::LOG_ALL);
+    let base = Profile::simulator(device.device_id()?, features, queues, device.config_size()?);
     Ok(Profile {
         backend_features: own.with(BackendFeatures::NEW_OWNER),
         queue_size_max: device.vring_num()?,

@@ -229,6 +229,8 @@ fn profile(options: &Options, features: Features, queues: u16) -> Profile {
         config_size: u32::try_from(size_of::<NetConfig>()).unwrap_or(0),
         compat_reset: options.compat_reset,
         max_iotlb_entries: options.max_iotlb_entries,
+        mem_table: options.mem_table,
+        vhost_log: options.vhost_log,
         reset_owner: options.reset_owner,
         strict_new_owner: options.strict_new_owner,
         ..base

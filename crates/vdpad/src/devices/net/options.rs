@@ -26,7 +26,7 @@ const IOTLB_ENTRIES: usize = 2048;
 const MTU: u16 = 1500;
 
 /// The attributes: name, and description of the value for the error that lists them.
-pub(in crate::devices) const KNOWN: [(&str, &str); 15] = [
+pub(in crate::devices) const KNOWN: [(&str, &str); 17] = [
     ("tap", "NAME of an interface, or /dev/tapN"),
     ("create", "on|off"),
     ("mac", "MAC"),
@@ -38,6 +38,8 @@ pub(in crate::devices) const KNOWN: [(&str, &str); 15] = [
     ("packed", "on|off"),
     ("in_order", "on|off"),
     ("compat_reset", "keep|clean"),
+    ("mem_table", "on|off"),
+    ("vhost_log", "on|off"),
     ("reset_owner", "on|off"),
     ("strict_new_owner", "on|off"),
     CPUS_ATTR,
@@ -63,6 +65,10 @@ pub(super) struct Options {
     pub(super) compat_reset: CompatReset,
     /// Most entries of the IOTLB of each address space.
     pub(super) max_iotlb_entries: usize,
+    /// SET_MEM_TABLE maps memory.
+    pub(super) mem_table: bool,
+    /// Offer the log of vhost.
+    pub(super) vhost_log: bool,
     pub(super) reset_owner: bool,
     pub(super) strict_new_owner: bool,
     pub(super) placement: Placement,
@@ -98,6 +104,8 @@ impl Options {
             in_order: switch("in_order")?,
             compat_reset: compat_reset(attrs, CompatReset::Keep)?,
             max_iotlb_entries: iotlb_entries(attrs, IOTLB_ENTRIES)?,
+            mem_table: switch("mem_table")?,
+            vhost_log: switch("vhost_log")?,
             reset_owner: switch("reset_owner")?,
             strict_new_owner: switch("strict_new_owner")?,
             placement: placement(attrs)?,
