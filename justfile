@@ -114,6 +114,11 @@ bench-dirty *args:
     cargo build --locked --release --package vdpad
     cargo run --locked --release --package vdpa-bench --example bench-dirty -- --vdpad target/release/vdpad {{args}}
 
+# How long it takes to put other memory behind addresses that are mapped: "just bench-remap --help".
+bench-remap *args:
+    cargo build --locked --release --package vdpad
+    cargo run --locked --release --package vdpa-bench --example bench-remap -- --vdpad target/release/vdpad {{args}}
+
 # How exactly limits of a disk hold, and what they cost a neighbour: "just bench-limits SECONDS".
 bench-limits *args:
     cargo build --release --locked --workspace --bins

@@ -12,6 +12,11 @@ use vdpa_sys::mmap::{MapArea, SharedMap};
 use crate::error::{Error, RegionProblem};
 use crate::memory::Memory;
 
+mod difference;
+
+pub(crate) use difference::{Difference, apply};
+pub use difference::{MemoryChange, TableRegion};
+
 const PAGE: u64 = vdpa_core::host::PAGE_SIZE;
 
 /// What to map for the device.
@@ -65,6 +70,21 @@ impl Region {
         };
         check_part(&name, &memory, offset, size)?;
         Ok(Self { name, range, perm, memory, offset })
+    }
+
+    /// Whether the byte at `iova` is the same byte in both, which have it.
+    pub(crate) fn is_same_byte_at(&self, iova: u64, other: &Self) -> bool {
+        let offset = |region: &Self| region.offset.saturating_add(iova - region.range.first());
+        self.memory.is_same_byte(offset(self), &other.memory, offset(other))
+    }
+
+    /// A region of a table, which is not yet mapped for the device.
+    pub(crate) fn of_table(region: &TableRegion, usable: IovaRange) -> Result<Self, Error> {
+        let TableRegion { name, memory, offset, iova, size, perm } = region;
+        let range = checked_range(name, *iova, *size, usable)?;
+        check_part(name, memory, *offset, *size)?;
+        let (name, memory) = (name.clone(), Arc::clone(memory));
+        Ok(Self { name, range, perm: *perm, memory, offset: *offset })
     }
 
     pub(crate) fn piece(&self) -> Piece<'_> {
@@ -177,6 +197,12 @@ impl Piece<'_> {
     }
 }
 
+/// Bytes of these mappings that the device may write.
+pub(crate) fn writable_bytes<'a>(pieces: impl Iterator<Item = Piece<'a>>) -> u64 {
+    let writable = pieces.filter(|piece| piece.perm.write());
+    writable.map(|piece| piece.size).fold(0, u64::saturating_add)
+}
+
 /// The later end of two ranges, of which either may be missing.
 trait MaxByLast {
     fn max_by_last(self, other: Self) -> Option<u64>;
@@ -280,6 +306,42 @@ impl Regions {
         Ok(())
     }
 
+    /// The regions of a table, without what they are mapped beside.
+    pub(crate) fn of_table(table: &[TableRegion], usable: IovaRange) -> Result<Self, Error> {
+        let mut regions = Self::default();
+        table.iter().try_for_each(|region| regions.push(Region::of_table(region, usable)?))?;
+        Ok(regions)
+    }
+
+    /// Checks that no region overlaps a mapping without a name of `other`.
+    pub(crate) fn check_beside(&self, other: &Self) -> Result<(), Error> {
+        for region in &self.list {
+            let beside = other.nameless_below(region.range.last());
+            if let Some((range, _)) = beside.filter(|(range, _)| range.overlaps(region.range)) {
+                let other = format!("without a name at {range}");
+                return Err(problem(&region.name, RegionProblem::Overlap { other }));
+            }
+        }
+        Ok(())
+    }
+
+    /// Replaces the regions; mappings without names stay.
+    pub(crate) fn set_list(&mut self, list: Self) {
+        self.list = list.list;
+        self.index();
+    }
+
+    /// Removes the regions with these names.
+    pub(crate) fn remove_all(&mut self, names: &[String]) {
+        self.list.retain(|region| !names.contains(&region.name));
+        self.index();
+    }
+
+    /// The region with this byte.
+    pub(crate) fn at(&self, iova: u64) -> Option<&Region> {
+        self.below(iova).filter(|region| region.range.last() >= iova)
+    }
+
     pub(crate) fn truncate(&mut self, len: usize) {
         self.list.truncate(len);
         self.index();
@@ -290,11 +352,18 @@ impl Regions {
         self.index();
     }
 
-    /// Replaces the memory of a region.
+    /// Replaces the memory of a region, of which it is the same part.
     pub(crate) fn set_memory(&mut self, name: &str, memory: &Arc<Memory>) {
+        let offset = self.get(name).map_or(0, Region::offset);
+        self.set_part(name, memory, offset);
+    }
+
+    /// Makes a region another part of memory.
+    pub(crate) fn set_part(&mut self, name: &str, memory: &Arc<Memory>, offset: u64) {
         let at = self.by_name.get(name).copied();
         if let Some(region) = at.and_then(|at| self.list.get_mut(at)) {
             region.memory = Arc::clone(memory);
+            region.offset = offset;
         }
     }
 
@@ -320,7 +389,7 @@ fn checked_range(name: &str, iova: u64, size: u64, usable: IovaRange) -> Result<
     Ok(range)
 }
 
-fn check_part(name: &str, memory: &Memory, offset: u64, size: u64) -> Result<(), Error> {
+pub(crate) fn check_part(name: &str, memory: &Memory, offset: u64, size: u64) -> Result<(), Error> {
     if offset.checked_add(size).is_none_or(|end| end > memory.size()) || !offset.is_multiple_of(PAGE) {
         return Err(problem(name, RegionProblem::Outside { offset, size, memory: memory.size() }));
     }

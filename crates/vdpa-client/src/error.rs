@@ -110,6 +110,17 @@ pub enum Error {
         /// Error of the device.
         source: Errno,
     },
+    /// A memory table was refused, and what was mapped before cannot be mapped again: the session has these regions no more.
+    #[error(
+        "the table of memory was refused, and the mappings before it could not be restored: {} {} not mapped any more",
+        names.join(", "), if names.len() == 1 { "is" } else { "are" }
+    )]
+    Lost {
+        /// Names of the regions.
+        names: Vec<String>,
+        /// Why the table was refused.
+        source: Box<Self>,
+    },
     /// A queue cannot be set up or used as requested.
     #[error("queue {index} {problem}")]
     Queue {
@@ -222,6 +233,19 @@ pub enum RegionProblem {
         size: u64,
         /// Size of the memory in bytes.
         memory: u64,
+    },
+    /// A ring is in the region, and the new table has other memory, or none, where the ring is.
+    #[error(
+        "has the {area} of queue {queue}, at {iova:#x}, which the table would unmap or put elsewhere: leave the memory of a ring as \
+         it is until the device is reset"
+    )]
+    HoldsRing {
+        /// The queue.
+        queue: QueueIndex,
+        /// Name of the area in the virtio specification.
+        area: &'static str,
+        /// First I/O virtual address that would be other memory.
+        iova: u64,
     },
     /// What was given as another mapping of the region is memory of something else.
     #[error(

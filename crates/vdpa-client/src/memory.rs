@@ -191,12 +191,25 @@ impl Memory {
 
     /// Whether both are the same part of one object.
     pub(crate) fn is_same_object(&self, other: &Self) -> bool {
-        let inode = |fd| rustix::fs::fstat(fd).map(|stat| (stat.st_dev, stat.st_ino)).ok();
         match (self.object(), other.object()) {
             (Some((fd, offset)), Some((other_fd, other_offset))) => {
-                let same = (offset, self.size) == (other_offset, other.size);
-                same && inode(fd).is_some_and(|own| Some(own) == inode(other_fd))
+                (offset, self.size) == (other_offset, other.size) && is_same_file(fd, other_fd)
             }
+            _ => false,
+        }
+    }
+
+    /// Whether byte `offset` of this memory and byte `other_offset` of the other one are the same byte.
+    pub(crate) fn is_same_byte(&self, offset: u64, other: &Self, other_offset: u64) -> bool {
+        if std::ptr::eq(self, other) {
+            return offset == other_offset;
+        }
+        match (self.object(), other.object()) {
+            (Some((fd, start)), Some((other_fd, other_start))) => {
+                start.checked_add(offset) == other_start.checked_add(other_offset)
+                    && is_same_file(fd, other_fd)
+            }
+            (None, None) => self.uaddr().checked_add(offset) == other.uaddr().checked_add(other_offset),
             _ => false,
         }
     }
@@ -241,6 +254,11 @@ impl Memory {
         }
         Ok(())
     }
+}
+
+fn is_same_file(file: BorrowedFd<'_>, other: BorrowedFd<'_>) -> bool {
+    let inode = |fd| rustix::fs::fstat(fd).map(|stat| (stat.st_dev, stat.st_ino)).ok();
+    inode(file).is_some_and(|own| Some(own) == inode(other))
 }
 
 fn checked_len(name: &str, fd: BorrowedFd<'_>, offset: u64, size: u64) -> Result<usize, Error> {

@@ -57,7 +57,7 @@ use vdpa_core::vq::QueueState;
 use vdpa_sys::eventfd::EventFd;
 
 use crate::device::{Device, DeviceFile, Present, agree, choose, driver_ok, set_status};
-use crate::dma::{Region, RegionSpec, Regions, in_batch};
+use crate::dma::{Region, RegionSpec, Regions, in_batch, writable_bytes};
 use crate::error::{Error, QueueProblem};
 use crate::queue::{Slot, queue};
 use crate::vring::{GuestQueue, Vring};
@@ -65,6 +65,7 @@ use crate::vring::{GuestQueue, Vring};
 mod dirty;
 mod mapping;
 mod queues;
+mod table;
 
 pub use dirty::DirtyPages;
 
@@ -142,8 +143,7 @@ impl Setup {
 
     /// Bytes that a device which pins memory pins for this session: each writable mapping.
     pub(crate) fn pinned(&self) -> u64 {
-        let writable = self.regions.pieces().filter(|piece| piece.perm.write());
-        writable.map(|piece| piece.size).fold(0, u64::saturating_add)
+        writable_bytes(self.regions.pieces())
     }
 
     /// Number of requests in flight in the queues that are here.

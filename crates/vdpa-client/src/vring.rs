@@ -76,6 +76,15 @@ pub(crate) struct Vring {
 }
 
 impl Vring {
+    /// The areas of the ring that have bytes, each with its name.
+    pub(crate) fn areas(&self, features: Features) -> impl Iterator<Item = (&'static str, IovaRange)> {
+        let at = [self.addr.desc, self.addr.avail, self.addr.used];
+        let sizes = area_sizes(self.size, features).into_iter();
+        AREAS.into_iter().zip(at).zip(sizes).filter_map(|(((name, _), iova), size)| {
+            IovaRange::from_size(iova, size).map(|range| (name, range))
+        })
+    }
+
     /// Sends all parameters of this vring to the device (`VHOST_SET_VRING_*`), starting at `base`, and enables it if it is.
     pub(crate) fn set_up<D: VdpaOps<Event = EventFd>>(&self, ops: &D, base: QueueState) -> Result<(), Error> {
         ops.set_vring_num(self.index, u32::from(self.size)).map_err(Error::request("VHOST_SET_VRING_NUM"))?;

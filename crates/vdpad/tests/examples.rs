@@ -48,6 +48,27 @@ fn driver_replaces_itself() {
 }
 
 #[test]
+fn a_monitor_puts_its_memory_behind_a_ring_and_takes_it_away() {
+    let vdpad = Vdpad::start(Duration::from_secs(120));
+    let device = vdpad.add("sim", "sim-blk", "verify_remap off");
+    let text = run("shadow_rings", &[device.to_str().unwrap(), "20"]);
+    assert!(
+        text.starts_with("20 moves, ") && text.ends_with(" by the shadow ring, nothing lost\n"),
+        "{text}"
+    );
+    assert!(!text.contains(" 0 of "), "{text}");
+    // A device that checks memory refuses, and has the ring where it was.
+    let device = vdpad.add("verified", "sim-blk", "");
+    let output =
+        Command::new(example("shadow_rings")).args([device.to_str().unwrap(), "1"]).output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(
+        !output.status.success() && error.contains(r#"name: "ring""#) && error.contains("EFAULT"),
+        "{error}"
+    );
+}
+
+#[test]
 fn the_guest_of_a_monitor_does_not_notice() {
     let vdpad = Vdpad::start(Duration::from_secs(120));
     for mgmtdev in ["blk", "sim-blk"] {

@@ -3,13 +3,14 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use vdpa_core::Errno;
 use vdpa_core::features::BackendFeatures;
 use vdpa_core::ops::VdpaOps;
 use vdpa_core::types::{IovaRange, Perm};
 use vdpa_sys::eventfd::EventFd;
 
 use super::Session;
-use crate::dma::{Backing, Nameless, Piece, Region, RegionSpec, map_all, problem, remap_all};
+use crate::dma::{Backing, Nameless, Piece, Region, RegionSpec, check_part, map_all, problem, remap_all};
 use crate::error::{Error, RegionProblem};
 use crate::memory::Memory;
 
@@ -101,6 +102,36 @@ impl<D: VdpaOps<Event = EventFd>> Session<D> {
         }
         self.setup.generation += 1;
         self.setup.regions.set_memory(name, memory);
+        Ok(())
+    }
+
+    /// Puts other memory behind a region: `memory` from byte `offset` on, at the same addresses, with the same access. By one
+    /// `VHOST_IOTLB_REMAP`, so that the addresses are mapped all the while: a request has either memory, and when this returns no request
+    /// uses the old one any more. For shadow rings: what is in the region is not copied, so suspend the device, copy, call this,
+    /// and resume. A prepared update has to be prepared again.
+    ///
+    /// The device must allow it: those of `vdpad` do with `verify_remap off`.
+    ///
+    /// # Errors
+    /// [`Error::Region`] for an unknown name, a part that `memory` does not have, and a region that
+    /// [holds a ring](RegionProblem::HoldsRing) that this program drives, whose driver would go on in the old memory; [`Error::Request`] with
+    /// `EOPNOTSUPP` when the device does not offer `IOTLB_REMAP`; [`Error::Map`] when it refuses, which changes nothing.
+    pub fn remap_to(&mut self, name: &str, memory: &Arc<Memory>, offset: u64) -> Result<(), Error> {
+        let region = self.setup.regions.get(name).ok_or_else(|| problem(name, RegionProblem::Unknown))?;
+        let range = region.range();
+        check_part(name, memory, offset, range.size())?;
+        let rings = self.setup.queues.iter().map(|slot| &slot.vring);
+        let areas = rings.flat_map(|vring| vring.areas(self.setup.features).map(|area| (vring.index, area)));
+        if let Some((queue, (area, at))) = areas.into_iter().find(|(_, (_, at))| at.overlaps(range)) {
+            return Err(problem(name, RegionProblem::HoldsRing { queue, area, iova: at.first() }));
+        }
+        if !self.setup.backend.has(BackendFeatures::IOTLB_REMAP) {
+            return Err(Error::request("VHOST_IOTLB_REMAP")(Errno::OPNOTSUPP));
+        }
+        let piece = Piece { uaddr: memory.uaddr().saturating_add(offset), ..region.piece() };
+        remap_all(&self.ops, std::iter::once(piece), false)?;
+        self.setup.generation += 1;
+        self.setup.regions.set_part(name, memory, offset);
         Ok(())
     }
 
