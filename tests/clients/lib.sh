@@ -11,22 +11,27 @@ work=$(mktemp -d "${TMPDIR:-/tmp}/vdpa-client.XXXXXX")
 . testbed/packages.sh
 mkdir -p "$cache"
 
-daemon=
+# Where the daemon is that the functions below are about; one script may have several.
+place=$work
+daemon= daemons=
 client=
 finish() {
     local code=$?
     trap - EXIT
     local group
     for group in $(jobs -pr); do
-        [ "$group" != "$daemon" ] || continue
+        case " $daemons " in *" $group "*) continue ;; esac
         kill -- "-$group" 2>/dev/null || continue
         local left=30
         while [ $((left -= 1)) -gt 0 ] && kill -0 "$group" 2>/dev/null; do sleep 0.1; done
         # A program that waits for its disk does not end otherwise.
         kill -KILL -- "-$group" 2>/dev/null || true
     done
-    [ -z "$daemon" ] || { kill "$daemon" 2>/dev/null && wait "$daemon"; } || true
-    [ "$code" = 0 ] || [ ! -s "$work/vdpad.log" ] || { printf -- '---- log of vdpad\n' && tail -n 40 "$work/vdpad.log"; } >&2
+    local each log
+    for each in $daemons; do { kill "$each" 2>/dev/null && wait "$each"; } || true; done
+    for log in "$work"/{,*/}vdpad.log; do
+        [ "$code" = 0 ] || [ ! -s "$log" ] || { printf -- '---- log of vdpad\n' && tail -n 40 "$log"; } >&2
+    done
     rm -rf "$work"
     exit "$code"
 }
@@ -43,16 +48,17 @@ build() {
 
 # start_daemon [ARG...]: a vdpad of this run; returns when it serves.
 start_daemon() {
-    mkfifo "$work/ready"
-    "$bin/vdpad" --dir "$work/dev" --socket "$work/control" --log "${VDPAD_TEST_LOG:-info}" \
-        --request-timeout $((30 * slowness)) "$@" >"$work/ready" 2>"$work/vdpad.log" &
-    daemon=$!
+    mkdir -p "$place"
+    mkfifo "$place/ready"
+    "$bin/vdpad" --dir "$place/dev" --socket "$place/control" --log "${VDPAD_TEST_LOG:-info}" \
+        --request-timeout $((30 * slowness)) "$@" >"$place/ready" 2>"$place/vdpad.log" &
+    daemon=$! daemons+=" $!"
     local line=
-    read -r line <"$work/ready" || true
+    read -r line <"$place/ready" || true
     [ "$line" = ready ] || die 'vdpad did not start'
 }
 
-ctl() { "$bin/vdpactl" --socket "$work/control" "$@"; }
+ctl() { "$bin/vdpactl" --socket "$place/control" "$@"; }
 
 # add_dev NAME MGMTDEV [ATTRIBUTE VALUE]...: prints the path of the device file.
 add_dev() {
@@ -113,7 +119,7 @@ follow() { VDPAD_TEST_LOG=${VDPAD_TEST_LOG:-info,vdpa_backend::front::vhost=trac
 requests() {
     sed -nE 's/\x1b\[[0-9;]*m//g
         s/.* request="([A-Z_]+)".* result=Ok\(IoctlReply \{ result: 0, out: \[([0-9, ]*)\].*/\1 \2/p
-        s/.* IOTLB .* asid=([0-9]+) .*iova: ([0-9]+), size: ([0-9]+),.* kind: ([0-9]) \} result=Ok.*/\4 \1 \2 \3/p' "$work/vdpad.log" |
+        s/.* IOTLB .* asid=([0-9]+) .*iova: ([0-9]+), size: ([0-9]+),.* kind: ([0-9]) \} result=Ok.*/\4 \1 \2 \3/p' "$place/vdpad.log" |
         sed -E 's/^VHOST_(VDPA_)?//; s/^2 /UPDATE /; s/^3 /INVALIDATE /; s/^5 /BATCH_BEGIN /; s/^6 /BATCH_END /; s/ *$//'
 }
 
