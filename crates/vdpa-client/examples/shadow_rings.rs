@@ -39,6 +39,7 @@ const RING_BYTES: u64 = 0x3000;
 const BUFFERS: u64 = 0x1_0000;
 const SIZE: u64 = 1 << 20;
 const BLOCK: u64 = 4096;
+const BLOCK_LEN: usize = 4096;
 
 /// The guest: writes a block, reads it back, and compares.
 struct Guest {
@@ -57,13 +58,13 @@ impl Guest {
         let mut rounds = 0;
         while !stop.load(Ordering::Relaxed) {
             rounds += 1;
-            let pattern = [u8::try_from(rounds % 251)?; BLOCK as usize];
+            let pattern = [u8::try_from(rounds % 251)?; BLOCK_LEN];
             let sector = 8 * (rounds % 64);
             self.map.write(usize::try_from(BUFFERS + BLOCK)?, &pattern)?;
             self.request(&mut ring, kind::OUT, sector)?;
-            self.map.write(usize::try_from(BUFFERS + BLOCK)?, &[0xff; BLOCK as usize])?;
+            self.map.write(usize::try_from(BUFFERS + BLOCK)?, &[0xff; BLOCK_LEN])?;
             self.request(&mut ring, kind::IN, sector)?;
-            let mut back = [0; BLOCK as usize];
+            let mut back = [0; BLOCK_LEN];
             self.map.read(usize::try_from(BUFFERS + BLOCK)?, &mut back)?;
             if back != pattern {
                 return Err(format!("round {rounds}: another block was read than was written").into());

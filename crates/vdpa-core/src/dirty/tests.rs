@@ -137,6 +137,46 @@ enum Step {
     Report(usize, u64, u64, bool),
 }
 
+/// Numbers that a header can have, right and wrong.
+fn number() -> impl Strategy<Value = u64> {
+    prop_oneof![
+        0..70_u64,
+        any::<u64>().prop_map(|bits| bits >> (bits % 64)),
+        Just(MAP_WORDS as u64),
+        any::<u64>()
+    ]
+}
+
+proptest! {
+    /// Memory that another process has left: nothing outside of the map is accessed (see `Sparse::set`), nothing panics, and only what was
+    /// asked for is reported.
+    #[test]
+    fn a_damaged_header_harms_nobody(
+        header in prop::collection::vec(number(), 23),
+        marks in prop::collection::vec((0..3_u32, number(), 0..1_u64 << 20), 0..6),
+        asked in (0..3_u32, number(), 1..2000_u64),
+    ) {
+        let words = Sparse::default();
+        (1..).zip(header).for_each(|(word, value)| words.store(word, value));
+        words.store(0, u64::from_le_bytes(*b"VDPADRT\x01"));
+        words.store(1, 1);
+        let map = DirtyMap::new(words).unwrap();
+        for (asid, iova, len) in marks {
+            map.mark(Asid(asid), iova, len);
+        }
+        map.find(0, 4096);
+        let size = map.tracked().unwrap().page_size;
+        let (asid, first, pages) = asked;
+        let range = first.checked_mul(size).zip(pages.checked_mul(size)).and_then(|(at, len)| IovaRange::from_size(at, len));
+        if let Some(range) = range
+            && let Ok(found) = report(&map, DirtyRange { asid: Asid(asid), range }, true)
+        {
+            prop_assert!(found.iter().all(|page| *page < pages), "{found:?} of {pages} pages");
+        }
+        map.stop();
+    }
+}
+
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let mark =
         (0..3_u32, 0..3_000_000_u64, 0..20_000_u64).prop_map(|(asid, iova, len)| Step::Mark(asid, iova, len));

@@ -87,11 +87,15 @@ impl Device {
             }
             iotlb_type::UPDATE => {
                 assert!(!self.mapped.iter().any(overlaps), "{msg:x?} overlaps in {:x?}", self.mapped);
-                self.change(|mapped| drop(mapped.insert(msg.iova, (msg.size, msg.uaddr, msg.perm))));
+                self.change(|mapped| {
+                    mapped.insert(msg.iova, (msg.size, msg.uaddr, msg.perm));
+                });
             }
             iotlb_type::INVALIDATE => {
                 assert!(self.mapped.contains_key(&msg.iova), "{msg:x?} removes nothing");
-                self.change(|mapped| drop(mapped.remove(&msg.iova)));
+                self.change(|mapped| {
+                    mapped.remove(&msg.iova);
+                });
             }
             iotlb_type::REMAP => {
                 if self.batch && self.before_remaps.is_none() {
