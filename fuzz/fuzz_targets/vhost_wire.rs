@@ -231,6 +231,7 @@ impl IdleParent {
             mem_table: true,
             vhost_log: true,
             reset_owner: true,
+            moves: true,
         };
         let dirty = Arc::new(Bits(DirtyMemory::create().expect("a memory file")));
         Self { profile, running: [false; 2], dirty }

@@ -130,6 +130,7 @@ fn backend_name(bit: Bit) -> String {
         BackendFeatures::NEW_OWNER => "NEW_OWNER",
         BackendFeatures::IOTLB_REMAP => "IOTLB_REMAP",
         BackendFeatures::DIRTY_LOG => "DIRTY_LOG",
+        BackendFeatures::DEVICE_STATE => "DEVICE_STATE",
         Bit(number) => return format!("backend bit {number}"),
     };
     format!("backend feature {name}")

@@ -38,6 +38,12 @@ impl Request {
             Some((_, index)) if set.dirty != Numbers::POSTED.dirty => {
                 Some(0xaf00 | u32::from(set.dirty.wrapping_add(index)))
             }
+            _ if self == Self::STATE_SAVE && set.state != Numbers::POSTED.state => {
+                Some(0xaf00 | u32::from(set.state))
+            }
+            _ if self == Self::STATE_LOAD && set.state != Numbers::POSTED.state => {
+                Some(0xaf00 | u32::from(set.state.wrapping_add(1)))
+            }
             _ if self == Self::NEW_OWNER && set.new_owner != Numbers::POSTED.new_owner => Some(set.new_owner),
             _ => self.number,
         }
@@ -125,6 +131,8 @@ impl Request {
     pub(crate) const DIRTY_STOP: Self = Self::ioctl("VDPA_DIRTY_STOP", 0x0000_AFE2, "8.9");
     pub(crate) const DIRTY_GET: Self = Self::ioctl("VDPA_DIRTY_GET", 0x0000_AFE3, "8.9");
     pub(crate) const DIRTY_UNMAP: Self = Self::ioctl("VDPA_DIRTY_UNMAP", 0x0000_AFE4, "8.9");
+    pub(crate) const STATE_SAVE: Self = Self::ioctl("VDPA_STATE_SAVE", 0x0000_AFE8, "8.9");
+    pub(crate) const STATE_LOAD: Self = Self::ioctl("VDPA_STATE_LOAD", 0x0000_AFE9, "8.9");
     pub(crate) const IOTLB_UPDATE: Self = Self::other("UPDATE", "2.4");
     pub(crate) const IOTLB_INVALIDATE: Self = Self::other("INVALIDATE", "2.5");
     pub(crate) const IOTLB_BATCH_BEGIN: Self = Self::other("BATCH_BEGIN", "2.6");
@@ -196,6 +204,8 @@ impl Request {
         Self::DIRTY_STOP,
         Self::DIRTY_GET,
         Self::DIRTY_UNMAP,
+        Self::STATE_SAVE,
+        Self::STATE_LOAD,
         Self::IOTLB_UPDATE,
         Self::IOTLB_INVALIDATE,
         Self::IOTLB_BATCH_BEGIN,

@@ -240,6 +240,23 @@ impl Client {
         serde_json::from_slice(&body).map_err(|error| self.protocol(status, &error))
     }
 
+    /// The state of a device that its client has suspended, or not started, for [`load_state`](Self::load_state) at another host.
+    ///
+    /// # Errors
+    /// [`ClientError`]; the errno is that of the daemon (docs/control-api.md).
+    pub fn save_state(&self, name: &str) -> Result<Vec<u8>, ClientError> {
+        let (_, body) = self.call(Method::GET, &format!("{}/state", device_path(name)), Vec::new())?;
+        Ok(body.to_vec())
+    }
+
+    /// Makes a device, which a client has open and has reset, what another one was when its state was saved.
+    ///
+    /// # Errors
+    /// [`ClientError`]; the errno is that of the daemon (docs/control-api.md).
+    pub fn load_state(&self, name: &str, state: Vec<u8>) -> Result<(), ClientError> {
+        self.call(Method::PUT, &format!("{}/state", device_path(name)), state).map(drop)
+    }
+
     /// Deletes a device, with `force` even one that is in use.
     ///
     /// # Errors

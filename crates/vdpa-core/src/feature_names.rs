@@ -54,6 +54,7 @@ pub fn backend_text(features: BackendFeatures) -> String {
             9 => "NEW_OWNER",
             10 => "IOTLB_REMAP",
             48 => "DIRTY_LOG",
+            49 => "DEVICE_STATE",
             _ => return None,
         })
     })

@@ -197,6 +197,8 @@ word! {
         IOTLB_REMAP = 10;
         /// The requests of dirty tracking: which pages the device has written.
         DIRTY_LOG = 48;
+        /// The requests that move a device to another daemon: its state can be saved and loaded.
+        DEVICE_STATE = 49;
     }
 }
 

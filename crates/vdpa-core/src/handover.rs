@@ -426,6 +426,13 @@ impl<P: Parent> Parent for Handle<P> {
         }
     }
 
+    fn moved(&mut self) {
+        let mut shared = self.shared();
+        if shared.is_of(self.id) {
+            shared.parent.moved();
+        }
+    }
+
     fn is_restored(&self) -> bool {
         self.restored
     }

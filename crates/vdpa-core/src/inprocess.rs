@@ -304,6 +304,14 @@ impl<P: Parent, C: Caller<P::Host>> VdpaOps for InProcess<P, C> {
         self.with(|device, _| device.resume())
     }
 
+    fn state_save(&self) -> Result<Vec<u8>> {
+        self.with(|device, caller| device.state_save(caller).map_err(|error| error.errno()))
+    }
+
+    fn state_load(&self, state: &[u8]) -> Result<()> {
+        self.with(|device, caller| device.state_load(caller, state).map_err(|error| error.errno()))
+    }
+
     /// As on a file: a message can name an address space other than 0 only once IOTLB_ASID is acknowledged.
     fn iotlb(&self, asid: Asid, msg: &IotlbMsg) -> Result<()> {
         self.with(|device, caller| {

@@ -47,6 +47,14 @@ pub struct NetConfig {
     pub supported_hash_types: U32,
 }
 
+impl NetConfig {
+    /// Where [`status`](Self::status) is: what a device changes by itself.
+    pub(crate) const STATUS: std::ops::Range<usize> = {
+        let at = std::mem::offset_of!(Self, status);
+        at..at + size_of::<U16>()
+    };
+}
+
 /// The header before each packet in a data queue: `struct virtio_net_hdr_v1`, 12 bytes.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,

@@ -267,6 +267,26 @@ pub trait VdpaOps {
         Err(Errno::NOTTY)
     }
 
+    /// `VDPA_STATE_SAVE` (owner): the state of a device whose queues rest (reset, not started, or suspended), for
+    /// [`state_load`](Self::state_load) on another one. Offered with [`DEVICE_STATE`](BackendFeatures::DEVICE_STATE). Changes
+    /// nothing.
+    ///
+    /// # Errors
+    /// `EPERM`; `EBUSY` while a queue runs; `EIO` when what is behind the device was taken away; `ENOTTY` from a device without it.
+    fn state_save(&self) -> Result<Vec<u8>> {
+        Err(Errno::NOTTY)
+    }
+
+    /// `VDPA_STATE_LOAD` (owner): makes a device that was reset what another one was when its state was saved, up to FEATURES_OK:
+    /// with features, rings and what a driver has set. Mappings stay as they are; events are set, and DRIVER_OK, by the client.
+    ///
+    /// # Errors
+    /// `EPERM`; `EBUSY` unless the device is reset; `EINVAL` for a state that is none, or that this device cannot take: it is
+    /// reset then; `E2BIG` for one that is longer than any; `ENOTTY` from a device without it.
+    fn state_load(&self, _state: &[u8]) -> Result<()> {
+        Err(Errno::NOTTY)
+    }
+
     /// `UPDATE`: maps `size` bytes from `iova` to the caller's memory at `uaddr`.
     ///
     /// # Errors

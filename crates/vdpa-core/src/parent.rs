@@ -155,6 +155,10 @@ pub trait Parent: Debug + Send {
         if state.is_empty() { Ok(()) } else { Err(Errno::INVAL) }
     }
 
+    /// The device was [moved](crate::device::moving) here from another host, and [`restore_state`](Self::restore_state) has
+    /// been called: a network card asks its driver to announce itself, for example. Does not block.
+    fn moved(&mut self) {}
+
     /// Whether owner, features, own state and mappings have been restored before the
     /// [`Device`](crate::device::Device) around it is. True for handles of a restored [`handover`](crate::handover).
     fn is_restored(&self) -> bool {
@@ -342,6 +346,9 @@ pub struct Profile {
     pub status_unsuspends: bool,
     /// Whether BATCH_END fails when the parent refuses the translation; the kernel ignores that (uapi-spec 2.6).
     pub report_batch_errors: bool,
+    /// Whether the device can [move](crate::device::moving) to another daemon, and offers the requests for that. The kernel's
+    /// devices do not.
+    pub moves: bool,
 }
 
 impl Profile {
@@ -378,6 +385,7 @@ impl Profile {
             strict_new_owner: false,
             status_unsuspends: true,
             report_batch_errors: false,
+            moves: false,
         }
     }
 
@@ -404,6 +412,7 @@ impl Profile {
             identity_map: false,
             status_unsuspends: false,
             report_batch_errors: true,
+            moves: true,
             ..Self::simulator(device_id, features | transport, queues, 0)
         }
     }

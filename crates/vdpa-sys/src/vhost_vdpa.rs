@@ -35,6 +35,7 @@ mod dirty;
 mod message;
 mod named;
 mod open_error;
+mod state;
 
 use self::message::{decode_iotlb, encode_iotlb, is_other_vhost};
 pub use self::open_error::OpenError;
@@ -180,6 +181,9 @@ impl VhostVdpaFd {
             RawArg::BadPointer => BAD_POINTER,
             RawArg::Bytes(bytes) => {
                 let named = named::named(cmd, self.numbers.dirty_request(cmd), bytes).ok_or(Errno::FAULT)?;
+                if !state::is_harmless(self.numbers.state_request(cmd), bytes) {
+                    return Err(Errno::FAULT);
+                }
                 let fence = Fence::new(bytes)?;
                 // SAFETY: a vhost-vdpa device accesses only memory from its argument upward, and that is the
                 // copy in `fence` and nothing after it. Memory that the argument names was checked, and is kept.
@@ -472,6 +476,14 @@ impl VdpaOps for VhostVdpaFd {
 
     fn dirty_unmap(&self, of: DirtyRange, page_size: u64, bitmap: &mut [u64]) -> Result<u64> {
         self.unmap_dirty(of, page_size, bitmap)
+    }
+
+    fn state_save(&self) -> Result<Vec<u8>> {
+        self.save_state()
+    }
+
+    fn state_load(&self, state: &[u8]) -> Result<()> {
+        self.load_state(state)
     }
 }
 

@@ -8,7 +8,7 @@ use crate::failure::Failure;
 use crate::features::Names;
 use crate::output::{Entry, put, section};
 use crate::utc::rfc3339;
-use crate::{config, configuration, grammar, vstats};
+use crate::{config, configuration, grammar, state, vstats};
 
 pub(crate) const HELP: &str = "\
 Usage: vdpactl dev show [ DEV ]
@@ -17,6 +17,7 @@ Usage: vdpactl dev show [ DEV ]
        vdpactl dev set name NAME size { auto | BYTES } [ -f | --force ]
        vdpactl dev set name NAME [ iops { N | none } ] [ bps { SIZE | none } ] [ burst MILLISECONDS ]
        vdpactl dev del DEV [ persistent ] [ -f | --force ]
+       vdpactl dev state { save DEV [ FILE | - ] | load DEV { FILE | - } }
 Usage: vdpactl dev config COMMAND [ OPTIONS ]
 Usage: vdpactl dev vstats COMMAND
 where  ATTRIBUTE of network devices := { mac MACADDR | mtu MTU | max_vqp MAX_VQ_PAIRS |
@@ -58,6 +59,8 @@ pub(crate) fn run(session: &Session, args: &[String], force: bool) -> Result<(),
         if persistent { configuration::forget(session, name) } else { Ok(()) }
     } else if command("config") {
         config::run(session, rest)
+    } else if word == "state" {
+        state::run(session, rest)
     } else if word == "vstats" {
         vstats::run(session, rest)
     } else if word == "set" {

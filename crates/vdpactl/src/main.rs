@@ -19,6 +19,7 @@ mod features;
 mod grammar;
 mod mgmtdev;
 mod output;
+mod state;
 mod update;
 mod utc;
 mod vstats;

@@ -3,6 +3,7 @@
 mod add;
 mod configuration;
 mod describe;
+mod moving;
 mod restore;
 mod upgrade;
 
@@ -394,6 +395,14 @@ impl Backend for Bus {
         entry.file.log_change();
         tracing::info!(device = %name, ?mac, ?link, "attribute set");
         Ok(SetAnswer::default())
+    }
+
+    fn save_state(&self, name: &str) -> Result<Vec<u8>, CtlError> {
+        self.state_of(name)
+    }
+
+    fn load_state(&self, name: &str, state: &[u8]) -> Result<(), CtlError> {
+        self.make_moved(name, state)
     }
 
     fn delete(&self, name: &str, force: bool) -> Result<(), CtlError> {

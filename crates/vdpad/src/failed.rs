@@ -127,6 +127,14 @@ impl Backend for FailedBackend {
         failed()
     }
 
+    fn save_state(&self, _: &str) -> Result<Vec<u8>, CtlError> {
+        failed()
+    }
+
+    fn load_state(&self, _: &str, _: &[u8]) -> Result<(), CtlError> {
+        failed()
+    }
+
     fn delete(&self, _: &str, _: bool) -> Result<(), CtlError> {
         failed()
     }

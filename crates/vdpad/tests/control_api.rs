@@ -147,6 +147,19 @@ fn changing() {
 }
 
 #[test]
+fn states_of_devices_are_bytes() {
+    let setup = Setup::new(Fixture::simulators().with_net(Some(SIM_NET)));
+    assert_eq!(setup.http("GET", "/v1/devs/vdpa0/state", ""), (200, "state of vdpa0".into()));
+    assert_eq!(setup.http("PUT", "/v1/devs/vdpa0/state", "abc").0, 204);
+    assert!(setup.log().contains(&"load 3 bytes into vdpa0".to_owned()), "{:?}", setup.log());
+    let too_long = "x".repeat((1 << 20) + 1);
+    assert_eq!(error(&setup.http("PUT", "/v1/devs/vdpa0/state", &too_long)), refused(413, "EMSGSIZE", 90));
+    for method in ["GET", "PUT"] {
+        assert_eq!(error(&setup.http(method, "/v1/devs/none/state", "")), refused(404, "ENODEV", 19));
+    }
+}
+
+#[test]
 fn errors_have_their_status() {
     let setup = Setup::new(Fixture::simulators().with_net(None).with_blk().with_fs());
     let post = |body: &str| error(&setup.http("POST", "/v1/devs", body));

@@ -159,7 +159,7 @@ fn serve_sim(dir: &Path, more: &[&str]) -> (Child, VhostVdpaFd) {
 }
 
 /// Backend features that the kernel's devices do not have.
-const OWN_BITS: u64 = BackendFeatures::of(&[BackendFeatures::DIRTY_LOG]).0;
+const OWN_BITS: u64 = BackendFeatures::of(&[BackendFeatures::DIRTY_LOG, BackendFeatures::DEVICE_STATE]).0;
 
 #[test]
 fn live_update_requests_can_have_other_numbers() {

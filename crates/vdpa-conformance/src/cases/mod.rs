@@ -11,6 +11,7 @@ mod handover;
 mod iotlb;
 mod live;
 mod mem_table;
+mod moving;
 mod net;
 mod net_data;
 mod order;
@@ -44,6 +45,7 @@ pub fn all() -> Vec<Case> {
         dirty_data::CASES,
         mem_table::CASES,
         vhost_log::CASES,
+        moving::CASES,
         handover::CASES,
         live::CASES,
         remap::CASES,

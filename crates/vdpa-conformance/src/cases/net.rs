@@ -79,6 +79,7 @@ fn backend(ctx: &mut Ctx<'_>) -> Outcome {
         BackendFeatures::NEW_OWNER,
         BackendFeatures::IOTLB_REMAP,
         BackendFeatures::DIRTY_LOG,
+        BackendFeatures::DEVICE_STATE,
     ]);
     let device = ctx.open()?;
     let offered = device.get(Request::GET_BACKEND_FEATURES).map(u64::from_ne_bytes);

@@ -14,6 +14,7 @@ mod failure;
 #[cfg(any(test, fuzzing))]
 mod invariants;
 mod mem_table;
+pub mod moving;
 mod ownership;
 mod parent_table;
 mod quiesce;
@@ -195,6 +196,9 @@ impl<P: Parent> Device<P> {
         }
         if self.dirty.is_some() {
             offered = offered.with(BackendFeatures::DIRTY_LOG);
+        }
+        if profile.moves {
+            offered = offered.with(BackendFeatures::DEVICE_STATE);
         }
         offered
     }

@@ -18,7 +18,7 @@
 
 mod codec;
 mod image;
-mod kind;
+pub(crate) mod kind;
 mod payload;
 mod record;
 mod restore;
@@ -34,9 +34,10 @@ pub use record::{
     ConfigBytes, HandleState, HandoverState, LogState, MappingState, MemoryRef, Record, Ring, Shape, TableId,
     TableRole, VringState,
 };
+pub(crate) use restore::check_vring;
 pub(crate) use snapshot::mapping_record;
 pub use validate::RestoreError;
-pub(crate) use validate::{check_shape, ensure_handle};
+pub(crate) use validate::{check_shape, ensure, ensure_handle, require};
 
 use crate::host::Host;
 use crate::types::{Perm, Result};

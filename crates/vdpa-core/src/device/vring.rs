@@ -2,6 +2,7 @@
 
 mod info;
 mod log;
+mod moving;
 mod rules;
 
 use crate::device::state::{Ring, StateSink, VringState};

@@ -88,6 +88,10 @@ impl<P: Parent + ?Sized> Parent for Box<P> {
         (**self).restore_state(state)
     }
 
+    fn moved(&mut self) {
+        (**self).moved();
+    }
+
     fn is_restored(&self) -> bool {
         (**self).is_restored()
     }

@@ -3,6 +3,7 @@
 
 mod golden;
 mod handover;
+mod moving;
 mod parent;
 mod records;
 mod restore;

@@ -63,6 +63,7 @@ impl Kind {
             vhost_log: live,
             status_unsuspends: status,
             report_batch_errors: report,
+            moves: true,
             ..Profile::simulator(2, features, 3, CONFIG)
         }
     }

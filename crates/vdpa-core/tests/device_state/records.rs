@@ -27,7 +27,11 @@ const INTERFACE: TableId = table(TableRole::Interface, 0);
 
 /// What [`golden`](super::golden) says: at least one record of each kind.
 pub(crate) fn samples() -> Vec<Record> {
-    [words(), vrings().into(), tables(), handover(), logs()].concat()
+    [words(), vrings().into(), tables(), handover(), logs(), moving()].concat()
+}
+
+fn moving() -> Vec<Record> {
+    vec![Record::Config { bytes: vec![0, 8, 255] }]
 }
 
 const fn shape() -> Shape {

@@ -23,7 +23,7 @@ use thiserror::Error;
 use vdpa_core::features::{BackendFeatures, Bit};
 use vdpa_core::types::iotlb_type;
 
-use crate::uapi::{dirty, report, vhost};
+use crate::uapi::{dirty, report, state, vhost};
 
 /// The environment variable that [`configure_from_env`] reads.
 pub const ENV: &str = "VDPA_LIVE_NUMBERS";
@@ -54,6 +54,10 @@ pub struct Numbers {
     pub dirty: u8,
     /// The backend feature `VHOST_BACKEND_F_DIRTY_LOG`, which announces these requests.
     pub dirty_bit: Bit,
+    /// The number of the ioctl `VDPA_STATE_SAVE`, which is not of the series; the other request of [`state`] has the next one.
+    pub state: u8,
+    /// The backend feature `VHOST_BACKEND_F_DEVICE_STATE`, which announces these requests.
+    pub state_bit: Bit,
 }
 
 /// Why numbers cannot be used.
@@ -61,7 +65,7 @@ pub struct Numbers {
 pub enum NumbersError {
     /// Not a list of names and values.
     #[error(
-        "\"{text}\": NAME=NUMBER,... is right, with new_owner, remap, new_owner_bit, remap_bit, report, dirty and dirty_bit"
+        "\"{text}\": NAME=NUMBER,... is right, with new_owner, remap, new_owner_bit, remap_bit, report, dirty, dirty_bit, state and state_bit"
     )]
     Form {
         /// The part that is wrong.
@@ -98,14 +102,17 @@ impl Numbers {
         report: report::NUMBER,
         dirty: dirty::NUMBER,
         dirty_bit: BackendFeatures::DIRTY_LOG,
+        state: state::NUMBER,
+        state_bit: BackendFeatures::DEVICE_STATE,
     };
 
     /// The bits that this program knows, each with the one that crosses the interface.
-    const fn bits(self) -> [(Bit, Bit); 3] {
+    const fn bits(self) -> [(Bit, Bit); 4] {
         [
             (BackendFeatures::NEW_OWNER, self.new_owner_bit),
             (BackendFeatures::IOTLB_REMAP, self.remap_bit),
             (BackendFeatures::DIRTY_LOG, self.dirty_bit),
+            (BackendFeatures::DEVICE_STATE, self.state_bit),
         ]
     }
 
@@ -113,6 +120,12 @@ impl Numbers {
     #[must_use]
     pub fn dirty_request(self, ioctl: u32) -> Option<dirty::Request> {
         dirty::Request::of(ioctl, self.dirty)
+    }
+
+    /// The request of a device that moves that an ioctl is.
+    #[must_use]
+    pub fn state_request(self, ioctl: u32) -> Option<state::Request> {
+        state::Request::of(ioctl, self.state)
     }
 
     /// The ioctl `VDPA_LIVE_REPORT`.
@@ -149,6 +162,7 @@ impl Numbers {
             BackendFeatures::NEW_OWNER,
             BackendFeatures::IOTLB_REMAP,
             BackendFeatures::DIRTY_LOG,
+            BackendFeatures::DEVICE_STATE,
         ])
         .0;
         let bits = self.bits();
@@ -210,6 +224,18 @@ impl Numbers {
                 "five free numbers from one of 0x90 to 0xfa on are right",
             );
         }
+        let load = self.state.saturating_add(state::Request::Load as u8);
+        let mut both = self.state..=load;
+        if self.state < FREE_NUMBER
+            || load == u8::MAX
+            || both.any(|number| number == self.report || (self.dirty..=last).contains(&number))
+        {
+            return taken(
+                "state",
+                self.state.into(),
+                "two free numbers from one of 0x90 to 0xfd on are right",
+            );
+        }
         if self.remap < FREE_TYPE {
             return taken("remap", self.remap.into(), "a message type from 7 on is right");
         }
@@ -217,6 +243,7 @@ impl Numbers {
             ("new_owner_bit", self.new_owner_bit),
             ("remap_bit", self.remap_bit),
             ("dirty_bit", self.dirty_bit),
+            ("state_bit", self.state_bit),
         ];
         for (name, bit) in bits {
             if !(FREE_BIT..UNKNOWN.0).contains(&bit.0) {
@@ -228,6 +255,9 @@ impl Numbers {
         }
         if [self.new_owner_bit, self.remap_bit].contains(&self.dirty_bit) {
             return taken("dirty_bit", self.dirty_bit.0.into(), "another bit of the table is that");
+        }
+        if [self.new_owner_bit, self.remap_bit, self.dirty_bit].contains(&self.state_bit) {
+            return taken("state_bit", self.state_bit.0.into(), "another bit of the table is that");
         }
         Ok(self)
     }
@@ -256,6 +286,8 @@ impl FromStr for Numbers {
                 "remap_bit" => numbers.remap_bit = Bit(byte()?),
                 "dirty" => numbers.dirty = byte()?,
                 "dirty_bit" => numbers.dirty_bit = Bit(byte()?),
+                "state" => numbers.state = byte()?,
+                "state_bit" => numbers.state_bit = Bit(byte()?),
                 _ => return Err(form()),
             }
         }
@@ -302,6 +334,8 @@ mod tests {
         report: 0xf0,
         dirty: 0xa0,
         dirty_bit: Bit(22),
+        state: 0xa8,
+        state_bit: Bit(23),
     };
 
     #[test]
@@ -332,8 +366,8 @@ mod tests {
 
     #[test]
     fn the_text_lists_the_numbers_that_differ() {
-        let text =
-            "new_owner=0xaf2f, remap=9,new_owner_bit=20,remap_bit=0x15,report=240,dirty=160,dirty_bit=22";
+        let text = "new_owner=0xaf2f, remap=9,new_owner_bit=20,remap_bit=0x15,report=240,dirty=160,dirty_bit=22,\
+             state=168,state_bit=23";
         assert_eq!(text.parse(), Ok(MOVED));
         assert_eq!("".parse(), Ok(Numbers::POSTED));
         for (text, what) in [
@@ -351,6 +385,10 @@ mod tests {
             ("dirty_bit=9", "another bit"),
             ("dirty=0xf4", "five free numbers"),
             ("dirty=0xfb", "five free numbers"),
+            ("state=0xe4", "two free numbers"),
+            ("state=0xfe", "two free numbers"),
+            ("state=0xdf", "two free numbers"),
+            ("state_bit=48", "another bit"),
         ] {
             let error = text.parse::<Numbers>().unwrap_err().to_string();
             assert!(error.contains(what), "{text}: {error}");

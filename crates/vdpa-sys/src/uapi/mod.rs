@@ -16,4 +16,5 @@ pub mod live;
 pub(crate) mod proc;
 pub mod report;
 pub mod vduse;
+pub mod state;
 pub mod vhost;

@@ -7,7 +7,6 @@ use zerocopy::{FromBytes, FromZeros};
 
 use super::VhostVdpaFd;
 use crate::dma::{self, Permission};
-use crate::ioctl;
 use crate::uapi::dirty::{self as uapi, Request, Sized32};
 
 /// Bytes of a word of a bitmap.
@@ -66,26 +65,27 @@ impl VhostVdpaFd {
     }
 
     fn dirty_request<T: Sized32>(&self, request: Request, argument: &mut T) -> Result<()> {
-        self.check_kind()?;
-        let address = argument.as_mut_bytes().as_mut_ptr().expose_provenance();
-        // SAFETY: the request reads and writes the argument, of which `argsz` says the size, and what it names: an array of ranges that
-        // its callers borrow, or a bitmap that they borrow exclusively. A server that does not know the request reads at most a
-        // 4-byte index from the start of the argument.
-        unsafe { ioctl::call(&self.fd, request.number(self.numbers.dirty), address) }.map(drop)
+        // An argument names an array of ranges that the callers here borrow, or a bitmap that they borrow exclusively.
+        self.sized_request(request.number(self.numbers.dirty), argument)
     }
 }
 
 /// Whether an argument of any bytes gives the device no memory that it must not write: a bitmap lies in memory that devices may be
 /// told of, or where nothing can be mapped.
 pub(super) fn is_harmless(request: Option<Request>, bytes: &[u8]) -> bool {
-    /// The first address that belongs to the kernel.
-    const KERNEL: u64 = 1 << 63;
     if !matches!(request, Some(Request::Get | Request::Unmap)) {
         return true;
     }
     // A shorter one is followed by nothing that can be read.
     let Ok((get, _)) = uapi::DirtyGet::read_from_prefix(bytes) else { return true };
-    get.bitmap >= KERNEL || get.bitmap_size == 0 || dma::hold(get.bitmap, get.bitmap_size).is_some()
+    is_known_memory(get.bitmap, get.bitmap_size)
+}
+
+/// Whether `size` bytes from an address on are memory that devices may be told of, or where nothing can be mapped.
+pub(super) fn is_known_memory(address: u64, size: u64) -> bool {
+    /// The first address that belongs to the kernel.
+    const KERNEL: u64 = 1 << 63;
+    address >= KERNEL || size == 0 || dma::hold(address, size).is_some()
 }
 
 fn get(of: DirtyRange, page_size: u64, bitmap: &mut [u64]) -> uapi::DirtyGet {

@@ -103,6 +103,21 @@ pub trait Backend: Debug + Send + Sync + 'static {
     /// have, and for a smaller one without `force`; `EBUSY`; those of ftruncate(2).
     fn set(&self, name: &str, request: SetRequest) -> Result<SetAnswer, CtlError>;
 
+    /// The state of a device that moves to another host: its client has suspended it, or has not started it. Changes nothing.
+    ///
+    /// # Errors
+    /// `ENODEV`; `EBUSY` while a queue runs, or a request of the client is in progress; `EIO` for a device whose back end was taken
+    /// away; `EOPNOTSUPP` for a device that cannot move.
+    fn save_state(&self, name: &str) -> Result<Vec<u8>, CtlError>;
+
+    /// Makes a device that a client has open and has reset what another one was when its state was saved. The client goes on with
+    /// events and DRIVER_OK.
+    ///
+    /// # Errors
+    /// `ENODEV`; `EBUSY` unless it is open and reset; `EINVAL` for a state that is none or that the device cannot take, which is
+    /// reset then; `E2BIG`; `EOPNOTSUPP`.
+    fn load_state(&self, name: &str, state: &[u8]) -> Result<(), CtlError>;
+
     /// Deletes a device. With `force`, a device that a client holds open is revoked from it.
     ///
     /// # Errors

@@ -142,6 +142,7 @@ impl Options {
             vhost_log: self.vhost_log,
             reset_owner: self.reset_owner,
             max_iotlb_entries: self.max_iotlb_entries.max(base.max_iotlb_entries),
+            moves: true,
             ..base
         }
     }

@@ -233,6 +233,17 @@ impl Backend for Fixture {
             .ok_or_else(|| CtlError::new(Errno::INVAL, "no such queue"))
     }
 
+    fn save_state(&self, name: &str) -> Result<Vec<u8>, CtlError> {
+        self.find(name)?;
+        Ok(format!("state of {name}").into_bytes())
+    }
+
+    fn load_state(&self, name: &str, state: &[u8]) -> Result<(), CtlError> {
+        self.find(name)?;
+        self.note(format!("load {} bytes into {name}", state.len()));
+        Ok(())
+    }
+
     fn updates(&self) -> Result<Vec<UpdateInfo>, CtlError> {
         self.devices.iter().map(|(info, _)| self.update(&info.name)).collect()
     }

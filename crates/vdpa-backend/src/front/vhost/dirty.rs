@@ -81,7 +81,7 @@ pub(super) fn owned(
 }
 
 /// Reads an argument: what the first version of it has.
-fn argument<T: Sized32>(call: &IoctlCall<'_>, process: &Caller) -> Result<T> {
+pub(super) fn argument<T: Sized32>(call: &IoctlCall<'_>, process: &Caller) -> Result<T> {
     let mut bytes = vec![0; size_of::<T>()];
     let head = size_of::<u32>() * 2;
     // The size first: a shorter argument is refused for its size, whatever is behind it.

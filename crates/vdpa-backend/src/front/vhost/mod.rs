@@ -10,6 +10,7 @@ mod memory;
 mod noted;
 mod opens;
 mod saved;
+mod state;
 mod update_history;
 mod vring;
 mod wire;
@@ -315,6 +316,9 @@ impl VhostVdpaFile {
         }
         if let Some(request) = dirty::request(device, self.numbers.dirty_request(call.cmd)) {
             return dirty::owned(device, call, &caller, request, self.saved.unique());
+        }
+        if let Some(request) = state::request(device, self.numbers.state_request(call.cmd)) {
+            return state::owned(device, call, &caller, (&self.name, request));
         }
         match call.cmd {
             uapi::VHOST_SET_MEM_TABLE => return self.set_mem_table(device, call, &caller),

@@ -127,12 +127,12 @@ impl Image {
     }
 
     /// The record of a kind of which there is one at most.
-    pub(super) fn part(&self, kind: &Kind) -> Option<&Record> {
+    pub(crate) fn part(&self, kind: &Kind) -> Option<&Record> {
         self.parts.get(&(kind.number, 0))
     }
 
     /// The records of a kind of which there may be several.
-    pub(super) fn parts(&self, kind: &Kind) -> impl Iterator<Item = &Record> {
+    pub(crate) fn parts(&self, kind: &Kind) -> impl Iterator<Item = &Record> {
         self.parts.range((kind.number, 0)..=(kind.number, u64::MAX)).map(|(_, record)| record)
     }
 

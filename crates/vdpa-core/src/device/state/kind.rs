@@ -35,30 +35,31 @@ impl Kind {
     }
 }
 
-pub(super) const DEVICE: Kind = Kind::first(1, "device");
-pub(super) const OPEN: Kind = Kind::first(2, "open");
-pub(super) const FEATURES: Kind = Kind::first(3, "features");
-pub(super) const BACKEND_FEATURES: Kind = Kind::first(4, "backend-features");
-pub(super) const STATUS: Kind = Kind::first(5, "status");
-pub(super) const FORK_FROM_OWNER: Kind = Kind::first(6, "fork-from-owner");
-pub(super) const OWNER: Kind = Kind::first(7, "owner");
-pub(super) const CONFIG_CALL: Kind = Kind::first(8, "config-call");
-pub(super) const BATCH: Kind = Kind::first(9, "batch");
-pub(super) const PINNED: Kind = Kind::first(10, "pinned");
-pub(super) const GROUP: Kind = Kind::first(11, "group");
-pub(super) const TRANSLATION: Kind = Kind::first(12, "translation");
-pub(super) const PARENT: Kind = Kind::first(13, "parent");
-pub(super) const VRING: Kind = Kind { version: 2, ..Kind::first(14, "vring") };
-pub(super) const HANDOVER: Kind = Kind::first(15, "handover");
-pub(super) const HANDLE: Kind = Kind::first(16, "handle");
-pub(super) const TABLE: Kind = Kind::first(17, "table");
-pub(super) const TABLE_COPIED: Kind = Kind::first(18, "table-copied");
-pub(super) const TABLE_REMOVED: Kind = Kind::first(19, "table-removed");
-pub(super) const MAPPING: Kind = Kind::first(20, "mapping");
-pub(super) const UNMAPPED: Kind = Kind::first(21, "unmapped");
-pub(super) const STALE: Kind = Kind::first(22, "stale");
-pub(super) const BROKEN: Kind = Kind::first(23, "broken");
-pub(super) const LOG: Kind = Kind::first(24, "log");
+pub(crate) const DEVICE: Kind = Kind::first(1, "device");
+pub(crate) const OPEN: Kind = Kind::first(2, "open");
+pub(crate) const FEATURES: Kind = Kind::first(3, "features");
+pub(crate) const BACKEND_FEATURES: Kind = Kind::first(4, "backend-features");
+pub(crate) const STATUS: Kind = Kind::first(5, "status");
+pub(crate) const FORK_FROM_OWNER: Kind = Kind::first(6, "fork-from-owner");
+pub(crate) const OWNER: Kind = Kind::first(7, "owner");
+pub(crate) const CONFIG_CALL: Kind = Kind::first(8, "config-call");
+pub(crate) const BATCH: Kind = Kind::first(9, "batch");
+pub(crate) const PINNED: Kind = Kind::first(10, "pinned");
+pub(crate) const GROUP: Kind = Kind::first(11, "group");
+pub(crate) const TRANSLATION: Kind = Kind::first(12, "translation");
+pub(crate) const PARENT: Kind = Kind::first(13, "parent");
+pub(crate) const VRING: Kind = Kind { version: 2, ..Kind::first(14, "vring") };
+pub(crate) const HANDOVER: Kind = Kind::first(15, "handover");
+pub(crate) const HANDLE: Kind = Kind::first(16, "handle");
+pub(crate) const TABLE: Kind = Kind::first(17, "table");
+pub(crate) const TABLE_COPIED: Kind = Kind::first(18, "table-copied");
+pub(crate) const TABLE_REMOVED: Kind = Kind::first(19, "table-removed");
+pub(crate) const MAPPING: Kind = Kind::first(20, "mapping");
+pub(crate) const UNMAPPED: Kind = Kind::first(21, "unmapped");
+pub(crate) const STALE: Kind = Kind::first(22, "stale");
+pub(crate) const BROKEN: Kind = Kind::first(23, "broken");
+pub(crate) const LOG: Kind = Kind::first(24, "log");
+pub(crate) const CONFIG: Kind = Kind::first(25, "config");
 
 /// Every kind that this program knows, by number.
 pub const KINDS: &[Kind] = &[
@@ -86,6 +87,7 @@ pub const KINDS: &[Kind] = &[
     STALE,
     BROKEN,
     LOG,
+    CONFIG,
 ];
 
 impl Record {
@@ -117,6 +119,7 @@ impl Record {
             Self::Stale { .. } => &STALE,
             Self::Broken { .. } => &BROKEN,
             Self::Log(_) => &LOG,
+            Self::Config { .. } => &CONFIG,
         }
     }
 }

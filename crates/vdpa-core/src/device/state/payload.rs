@@ -63,6 +63,7 @@ pub(super) fn write(record: &Record, out: &mut Vec<u8>) {
             put(out, *update);
             put_range(out, *range);
         }
+        Record::Config { bytes } => put_bytes(out, bytes),
     }
 }
 
@@ -109,6 +110,7 @@ pub(super) fn read(kind: &Kind, version: u16, r: &mut Reader<'_>) -> Read<Record
         n if n == kind::BROKEN.number => {
             Record::Broken { table: r.table()?, update: r.u64()?, range: r.range()? }
         }
+        n if n == kind::CONFIG.number => Record::Config { bytes: r.bytes()? },
         _ => return Err("its kind has no reader"),
     })
 }

@@ -150,6 +150,12 @@ pub enum Record {
         /// What the UPDATE covered.
         range: IovaRange,
     },
+    /// The whole configuration space, of a device that [moves](crate::device::moving): what a driver has read of it must
+    /// be so where the device goes.
+    Config {
+        /// From its first byte on.
+        bytes: Vec<u8>,
+    },
 }
 
 /// What a device was when it was saved. The device that takes its place must be able to do as much.

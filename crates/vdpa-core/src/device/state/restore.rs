@@ -11,7 +11,7 @@ use crate::device::{Device, EventOf, MemoryOf, SpaceOf, batch, default_map, vhos
 use crate::errno::Errno;
 use crate::features::{Features, Status};
 use crate::iotlb::Table;
-use crate::parent::{Dma, Parent};
+use crate::parent::{Dma, Parent, Profile};
 use crate::types::{Asid, Perm};
 
 impl<P: Parent> Device<P> {
@@ -136,7 +136,7 @@ impl<P: Parent> Device<P> {
         Ok(())
     }
 
-    fn restore_groups(&mut self, image: &Image) -> Result<(), RestoreError> {
+    pub(crate) fn restore_groups(&mut self, image: &Image) -> Result<(), RestoreError> {
         let spaces = self.parent.profile().address_spaces;
         for part in image.parts(&kind::GROUP) {
             let Record::Group { group, asid } = part else { continue };
@@ -169,21 +169,8 @@ impl<P: Parent> Device<P> {
         let profile = self.parent.profile();
         let runs = self.opened && self.status.contains(Status::DRIVER_OK) && !self.paused;
         let wrong = |what| Err(RestoreError::Vring { index, what });
-        if index.0 >= profile.queues {
-            return wrong("the device has no such queue");
-        }
-        if saved.group != profile.group_of(index) {
-            return wrong("it is in another group now");
-        }
-        let may_be = |size: u16| size <= profile.queue_size_max && (size == 0 || size.is_power_of_two());
-        if !may_be(saved.num) || saved.started.is_some_and(|ring| !may_be(ring.size)) {
-            return wrong("its size is neither 0 nor a power of two up to the largest");
-        }
+        check_vring(saved, profile)?;
         let started = saved.started.as_ref();
-        let mut addresses = saved.addr.iter().chain(started.map(|ring| &ring.addr));
-        if addresses.any(|addr| vring::check_addr(addr).is_err()) {
-            return wrong("its addresses have unknown flags or are misaligned");
-        }
         let features = self.features.unwrap_or(Features::NONE);
         let set = saved.addr.map(|addr| Ring { size: saved.num, addr, features });
         if started.is_some_and(|ring| !saved.running || !profile.features.contains(ring.features)) {
@@ -322,6 +309,28 @@ impl<P: Parent> Device<P> {
         };
         if refused { Ok(()) } else { result }
     }
+}
+
+/// Checks that a device can have a queue: its index, group, sizes and addresses.
+pub(crate) fn check_vring(saved: &VringState, profile: &Profile) -> Result<(), RestoreError> {
+    let index = saved.index;
+    let wrong = |what| Err(RestoreError::Vring { index, what });
+    if index.0 >= profile.queues {
+        return wrong("the device has no such queue");
+    }
+    if saved.group != profile.group_of(index) {
+        return wrong("it is in another group now");
+    }
+    let may_be = |size: u16| size <= profile.queue_size_max && (size == 0 || size.is_power_of_two());
+    if !may_be(saved.num) || saved.started.is_some_and(|ring| !may_be(ring.size)) {
+        return wrong("its size is neither 0 nor a power of two up to the largest");
+    }
+    let started = saved.started.as_ref();
+    let mut addresses = saved.addr.iter().chain(started.map(|ring| &ring.addr));
+    if addresses.any(|addr| vring::check_addr(addr).is_err()) {
+        return wrong("its addresses have unknown flags or are misaligned");
+    }
+    Ok(())
 }
 
 fn event_of<P: Parent>(

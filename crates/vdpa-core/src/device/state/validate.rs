@@ -147,7 +147,7 @@ pub enum RestoreError {
 }
 
 /// Unless `holds`, the record of `kind` is invalid.
-pub(super) fn ensure(holds: bool, kind: &Kind, what: &'static str) -> Result<(), RestoreError> {
+pub(crate) fn ensure(holds: bool, kind: &Kind, what: &'static str) -> Result<(), RestoreError> {
     if holds { Ok(()) } else { Err(RestoreError::Invalid { kind: kind.name, what }) }
 }
 
@@ -187,13 +187,17 @@ pub(crate) fn check_shape(saved: &Shape, present: &Shape) -> Result<(), RestoreE
 }
 
 /// The one record of a kind.
-pub(super) fn require<'a>(image: &'a Image, kind: &Kind) -> Result<&'a Record, RestoreError> {
+pub(crate) fn require<'a>(image: &'a Image, kind: &Kind) -> Result<&'a Record, RestoreError> {
     image.part(kind).ok_or(RestoreError::Missing { kind: kind.name })
 }
 
 /// Refuses records of kinds that are another sequence's.
 pub(super) fn no_stray(image: &Image, device: bool) -> Result<(), RestoreError> {
-    let other: &[Kind] = if device { &[kind::HANDOVER, kind::HANDLE] } else { &[kind::DEVICE, kind::VRING] };
+    let other: &[Kind] = if device {
+        &[kind::HANDOVER, kind::HANDLE, kind::CONFIG]
+    } else {
+        &[kind::DEVICE, kind::VRING, kind::CONFIG]
+    };
     match other.iter().find(|kind| image.parts(kind).next().is_some()) {
         Some(kind) => Err(RestoreError::Stray { kind: kind.name }),
         None => Ok(()),

@@ -14,6 +14,7 @@ use http_body_util::LengthLimitError;
 use serde::Deserialize;
 use serde::Serialize;
 use vdpa_core::Errno;
+use vdpa_core::device::moving::STATE_MAX;
 
 use super::Limits;
 use crate::control::Backend;
@@ -47,6 +48,7 @@ pub(super) fn router(backend: Arc<dyn Backend>, limits: Limits, caller: Result<(
         .route("/v1/devs/{name}/config", get(config))
         .route("/v1/devs/{name}/vstats", get(vstats))
         .route("/v1/devs/{name}/update", get(update))
+        .route("/v1/devs/{name}/state", get(save_state).put(load_state))
         .route("/v1/updates", get(updates))
         .route("/metrics", get(metrics))
         .fallback(no_such_path)
@@ -165,6 +167,21 @@ async fn set(
     app.call(move |backend| backend.set(&name, request)).await.map(ok)
 }
 
+async fn save_state(State(app): State<App>, Path(name): Path<String>) -> Result<Response, Failure> {
+    let state = app.call(move |backend| backend.save_state(&name)).await?;
+    Ok(([(header::CONTENT_TYPE, "application/octet-stream")], state).into_response())
+}
+
+async fn load_state(
+    State(app): State<App>,
+    Path(name): Path<String>,
+    request: Request,
+) -> Result<StatusCode, Failure> {
+    let state = read_body(request.into_body(), &app.limits, STATE_MAX).await?;
+    app.call(move |backend| backend.load_state(&name, &state)).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
 async fn delete(
     State(app): State<App>,
     Path(name): Path<String>,
@@ -185,7 +202,7 @@ async fn delete(
 
 async fn no_such_path(request: Request) -> Failure {
     let error = CtlError::new(Errno::NOENT, format!("there is nothing at {}", request.uri().path()))
-        .with_hint("The paths are /v1/version, /v1/daemon[/upgrade], /v1/config[/reload], /v1/mgmtdevs, /v1/updates, /v1/devs, /v1/devs/NAME[/config|/vstats|/update] and /metrics.");
+        .with_hint("The paths are /v1/version, /v1/daemon[/upgrade], /v1/config[/reload], /v1/mgmtdevs, /v1/updates, /v1/devs, /v1/devs/NAME[/config|/vstats|/update|/state] and /metrics.");
     Failure { status: StatusCode::NOT_FOUND, error }
 }
 
@@ -250,31 +267,34 @@ async fn read_json<T: for<'de> Deserialize<'de>>(
     limits: &Limits,
     example: &str,
 ) -> Result<T, Failure> {
-    let bytes = match tokio::time::timeout(limits.body, body::to_bytes(body, limits.body_bytes)).await {
-        Ok(Ok(bytes)) => bytes,
-        Ok(Err(error))
-            if std::error::Error::source(&error).is_some_and(|cause| cause.is::<LengthLimitError>()) =>
-        {
-            let error = CtlError::new(Errno::MSGSIZE, "the request is too long")
-                .with_hint(format!("The body may have {} bytes.", limits.body_bytes));
-            return Err(Failure { status: StatusCode::PAYLOAD_TOO_LARGE, error });
-        }
-        Ok(Err(error)) => {
-            return Err(CtlError::new(Errno::INVAL, format!("the request broke off: {error}")).into());
-        }
-        Err(_) => {
-            let error = CtlError::new(
-                Errno::TIMEDOUT,
-                format!("the request was not complete within {} s", limits.body.as_secs()),
-            );
-            return Err(Failure { status: StatusCode::REQUEST_TIMEOUT, error });
-        }
-    };
+    let bytes = read_body(body, limits, limits.body_bytes).await?;
     serde_json::from_slice(&bytes).map_err(|error| {
         CtlError::new(Errno::INVAL, format!("the request is not understood: {error}"))
             .with_hint(format!("{example} would be one."))
             .into()
     })
+}
+
+/// Reads a body of at most `most` bytes.
+async fn read_body(body: Body, limits: &Limits, most: usize) -> Result<body::Bytes, Failure> {
+    match tokio::time::timeout(limits.body, body::to_bytes(body, most)).await {
+        Ok(Ok(bytes)) => Ok(bytes),
+        Ok(Err(error))
+            if std::error::Error::source(&error).is_some_and(|cause| cause.is::<LengthLimitError>()) =>
+        {
+            let error = CtlError::new(Errno::MSGSIZE, "the request is too long")
+                .with_hint(format!("The body may have {most} bytes."));
+            Err(Failure { status: StatusCode::PAYLOAD_TOO_LARGE, error })
+        }
+        Ok(Err(error)) => Err(CtlError::new(Errno::INVAL, format!("the request broke off: {error}")).into()),
+        Err(_) => {
+            let error = CtlError::new(
+                Errno::TIMEDOUT,
+                format!("the request was not complete within {} s", limits.body.as_secs()),
+            );
+            Err(Failure { status: StatusCode::REQUEST_TIMEOUT, error })
+        }
+    }
 }
 
 /// A response that is not a success.

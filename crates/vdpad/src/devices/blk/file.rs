@@ -266,6 +266,21 @@ mod tests {
         assert_eq!(open(&path, &[]).unwrap_err().errno, Errno::BUSY);
     }
 
+    #[test]
+    fn a_disk_between_whose_daemons_a_client_moves_has_writers_that_say_so() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        std::fs::write(&path, vec![0; 4096]).unwrap();
+        let one = open(&path, &[("shared", "on")]).unwrap();
+        assert!(!open(&path, &[("shared", "on")]).unwrap().read_only);
+        let refused = open(&path, &[]).unwrap_err();
+        assert_eq!((refused.errno, refused.hint.unwrap().contains("shared on")), (Errno::BUSY, true));
+        drop(one);
+        let alone = open(&path, &[]).unwrap();
+        assert_eq!(open(&path, &[("shared", "on")]).unwrap_err().errno, Errno::BUSY);
+        drop(alone);
+    }
+
     /// As long as anything of the former process refers to the open file, as a read in flight does.
     #[test]
     fn a_reader_waits_for_the_former_process_and_for_nobody_else() {

@@ -331,6 +331,16 @@ impl Parent for Net {
         self.state.save()
     }
 
+    fn moved(&mut self) {
+        // Switches have to learn where the guest is now. An administrator's "link down" has moved with it.
+        self.state.announce();
+        if let Some(taps) = self.taps.upgrade()
+            && let Err(errno) = taps.set_carrier(self.state.is_link_up())
+        {
+            tracing::warn!(%errno, "the interface of a card has another state of its link");
+        }
+    }
+
     fn restore_state(&mut self, state: &[u8]) -> Result<()> {
         self.state.restore(state, self.pairs, self.outlived)?;
         self.take_offloads()
