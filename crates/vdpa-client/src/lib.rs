@@ -13,6 +13,7 @@
 //! | [`vring`] | a virtqueue that a guest drives |
 //! | [`inprocess`] | devices of this process that can be updated like files: for examples and tests |
 //! | [`update`] | being replaced: ways, strategies, roll-back, timings |
+//! | [`migrate`] | moving a machine and its device to another host |
 //! | [`state`] | the format of saved state |
 //! | [`features`], [`types`], [`ops`], [`vq`], [`ring`], [`blk`], [`net`] | from `vdpa-core`: everything of it that a signature here names, and the requests of disks and networks |
 //! | [`eventfd`], [`memfd`], [`mmap`], [`vhost_vdpa`], [`process`] | from `vdpa-sys`, likewise |
@@ -63,6 +64,7 @@ pub mod error;
 mod guest;
 pub mod inprocess;
 pub mod memory;
+pub mod migrate;
 pub mod queue;
 pub mod session;
 pub mod state;

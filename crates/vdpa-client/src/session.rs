@@ -194,6 +194,16 @@ impl<D: VdpaOps<Event = EventFd>> Session<D> {
         (&self.ops, &self.setup)
     }
 
+    /// Adds a region whose mapping the device will get.
+    pub(crate) fn add_region(&mut self, spec: RegionSpec) -> Result<(), Error> {
+        self.setup.add_region(spec)
+    }
+
+    /// The device has these features now.
+    pub(crate) const fn set_features(&mut self, features: Features) {
+        self.setup.features = features;
+    }
+
     /// The device, for requests that this type has no method for.
     ///
     /// An update does not carry over what such requests change.

@@ -84,6 +84,44 @@ fn the_guest_of_a_monitor_does_not_notice() {
     }
 }
 
+/// On a disk that both daemons serve, and on one that is copied.
+#[test]
+fn a_machine_moves_to_another_daemon() {
+    let daemons = [0, 1].map(|_| Vdpad::start(Duration::from_secs(240)));
+    let [here, there] = &daemons;
+    let shared = here.image("shared", 4 << 20);
+    let [from, to] = ["copied", "copy"].map(|name| here.image(name, 4 << 20));
+    for (name, disks, copy) in [("shared", [&shared, &shared], false), ("copied", [&from, &to], true)] {
+        let device = |daemon: &Vdpad, disk: &Path| {
+            daemon
+                .add(name, "blk", &format!("path {} shared on", disk.display()))
+                .to_str()
+                .unwrap()
+                .to_owned()
+        };
+        let devices = [device(here, disks[0]), device(there, disks[1])];
+        let socket = here.dir().join(format!("{name}.sock"));
+        let socket = socket.to_str().unwrap();
+        let mut destination = Command::new(example("migrate"))
+            .args(["destination", &devices[1], socket])
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(destination.stdout.take().unwrap());
+        let mut line = String::new();
+        lines.read_line(&mut line).unwrap();
+        assert_eq!(line, "destination: waits\n");
+        let files = disks.map(|disk| disk.to_str().unwrap());
+        let copy = if copy { vec!["--copy", files[0], files[1]] } else { vec![] };
+        let source = run("migrate", &[&["source", &devices[0], socket][..], &copy].concat());
+        assert!(source.contains("downtime"), "{source}");
+        let mut rest = String::new();
+        std::io::Read::read_to_string(&mut lines, &mut rest).unwrap();
+        assert!(destination.wait().unwrap().success(), "{rest}");
+        assert!(rest.contains("nothing lost"), "{rest}");
+    }
+}
+
 /// Three threads on three queues, guest memory of `vm-memory`, updates under load.
 #[test]
 fn a_monitor_over_vm_memory_is_replaced_under_load() {

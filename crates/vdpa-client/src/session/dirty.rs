@@ -75,6 +75,71 @@ impl DirtyPages {
         })
     }
 
+    /// All pages of a range.
+    #[must_use]
+    pub fn all(range: IovaRange, page_size: u64) -> Self {
+        let mut pages = Self::none(range, page_size);
+        pages.words.fill(u64::MAX);
+        pages.trim();
+        pages
+    }
+
+    /// Adds the pages that have bits in `words`: bit `n % 64` of word `n / 64` for page `n` of the range, as the bitmaps of KVM have
+    /// it. Words and bits beyond the range are ignored.
+    pub fn add_words(&mut self, words: &[u64]) {
+        self.words.iter_mut().zip(words).for_each(|(word, more)| *word |= more);
+        self.trim();
+    }
+
+    /// Adds the pages of `other`, which is about the same range and pages of the same size; pages of another range are ignored.
+    pub fn merge(&mut self, other: &Self) {
+        if (self.range, self.page_size) == (other.range, other.page_size) {
+            self.add_words(&other.words);
+        }
+    }
+
+    /// Runs of adjacent dirty pages, in ascending order: number of the first page in the range, and how many. At most `most` at
+    /// a time; a longer run is several.
+    pub fn runs(&self, most: u64) -> impl Iterator<Item = (u64, u64)> {
+        let (mut next, end, most) = (0, self.pages(), most.max(1));
+        std::iter::from_fn(move || {
+            let first = self.find(next, end, true)?;
+            let last = self.find(first, end.min(first.saturating_add(most)), false);
+            next = last.unwrap_or(end.min(first.saturating_add(most)));
+            Some((first, next - first))
+        })
+    }
+
+    /// Pages of the range.
+    const fn pages(&self) -> u64 {
+        (self.range.last() - self.range.first()) / self.page_size + 1
+    }
+
+    /// The first page from `from` on and before `end` that is dirty, or is not.
+    fn find(&self, from: u64, end: u64, dirty: bool) -> Option<u64> {
+        let mut at = from;
+        while at < end {
+            let word = self.words.get(usize::try_from(at / 64).ok()?)?;
+            let word = if dirty { *word } else { !*word } >> (at % 64);
+            if word != 0 {
+                let found = at + u64::from(word.trailing_zeros());
+                return (found < end).then_some(found);
+            }
+            at = (at / 64 + 1) * 64;
+        }
+        None
+    }
+
+    /// Removes bits that are of no page.
+    fn trim(&mut self) {
+        let beyond = self.pages() % 64;
+        if beyond != 0
+            && let Some(last) = self.words.last_mut()
+        {
+            *last &= (1 << beyond) - 1;
+        }
+    }
+
     /// Adds the page with the byte at `iova`; nothing happens for one outside of the range.
     pub fn add(&mut self, iova: u64) {
         if (self.range.first()..=self.range.last()).contains(&iova) {
@@ -188,4 +253,31 @@ impl<D: VdpaOps<Event = EventFd>> Session<D> {
 
 const fn of(range: IovaRange) -> DirtyRange {
     DirtyRange { asid: Asid(0), range }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_are_the_pages_and_no_others() {
+        let range = IovaRange::from_size(0x10_0000, 200 * 4096).unwrap();
+        let mut pages = DirtyPages::all(range, 4096);
+        assert_eq!((pages.count(), pages.runs(u64::MAX).collect::<Vec<_>>()), (200, vec![(0, 200)]));
+        assert_eq!(pages.runs(128).collect::<Vec<_>>(), [(0, 128), (128, 72)]);
+        pages = DirtyPages::none(range, 4096);
+        assert_eq!(pages.runs(8).count(), 0);
+        pages.add_words(&[1 << 63, 3, 0, u64::MAX, 5]);
+        assert_eq!(pages.runs(u64::MAX).collect::<Vec<_>>(), [(63, 3), (192, 8)], "the range ends there");
+        let mut other = DirtyPages::none(range, 4096);
+        other.add(0x10_0000);
+        other.merge(&pages);
+        assert_eq!(other.count(), 12);
+        let flat: Vec<u64> = other.runs(3).flat_map(|(first, count)| first..first + count).collect();
+        let listed: Vec<u64> = other.iter().map(|iova| (iova - 0x10_0000) / 4096).collect();
+        assert_eq!(flat, listed);
+        let elsewhere = DirtyPages::all(IovaRange::from_size(0, 200 * 4096).unwrap(), 4096);
+        other.merge(&elsewhere);
+        assert_eq!(other.count(), 12);
+    }
 }

@@ -442,6 +442,19 @@ impl RoleProcess {
         }
     }
 
+    /// The next line that it has sent; `None` when it has ended.
+    pub(crate) fn next_line(&mut self) -> Option<String> {
+        loop {
+            let mut line = String::new();
+            if self.lines.read_line(&mut line).unwrap() == 0 {
+                return None;
+            }
+            if let Some((_, received)) = line.split_once('@') {
+                return Some(received.trim_end().to_owned());
+            }
+        }
+    }
+
     pub(crate) fn send(&mut self, line: &str) {
         writeln!(self.child.stdin.as_mut().unwrap(), "{line}").unwrap();
     }
