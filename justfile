@@ -109,6 +109,11 @@ dirty-model requests='10000000':
     cargo build --release --locked --workspace --bins
     VDPA_TEST_DIRTY_REQUESTS={{requests}} cargo test --release --locked --package vdpad --test dirty -- --nocapture --test-threads 1
 
+# How long a machine stands still that moves between two daemons: "just bench-migrate --help".
+bench-migrate *args:
+    cargo build --locked --release --package vdpad
+    cargo run --locked --release --package vdpa-bench --example bench-migrate -- --vdpad target/release/vdpad {{args}}
+
 # What dirty tracking costs, and how long a report over 1 TiB takes: "just bench-dirty --help".
 bench-dirty *args:
     cargo build --locked --release --package vdpad
