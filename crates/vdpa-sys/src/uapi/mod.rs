@@ -15,6 +15,6 @@ pub mod fuse;
 pub mod live;
 pub(crate) mod proc;
 pub mod report;
-pub mod vduse;
 pub mod state;
+pub mod vduse;
 pub mod vhost;
