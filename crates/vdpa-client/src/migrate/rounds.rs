@@ -4,7 +4,6 @@ use std::time::Duration;
 
 /// How a migration goes. The fields have the defaults of [`Plan::default`].
 #[derive(Clone, Debug)]
-#[non_exhaustive]
 pub struct Plan {
     /// The machine is stopped when what is left to send is estimated to take no longer. 20 ms.
     pub downtime: Duration,
