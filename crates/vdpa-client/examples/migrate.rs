@@ -37,9 +37,10 @@ use vdpa_sys::vhost_vdpa::VhostVdpaFd;
 
 use machine::{BASE, Cpu, DISK, PLACE, QUEUE, Result, Shared, Vcpu};
 
-const SIZE: u64 = 64 << 20;
+/// Memory of the guest, which most limits on pinned memory allow.
+const SIZE: u64 = 6 << 20;
 /// Bytes that the guest writes in a second.
-const RATE: u64 = 20 << 20;
+const RATE: u64 = 8 << 20;
 /// The section with the registers of the guest.
 const CPU: &str = "example/cpu";
 /// How long a side waits for the other one.

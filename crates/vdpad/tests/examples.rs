@@ -102,12 +102,13 @@ fn a_machine_moves_to_another_daemon() {
         let devices = [device(here, disks[0]), device(there, disks[1])];
         let socket = here.dir().join(format!("{name}.sock"));
         let socket = socket.to_str().unwrap();
-        let mut destination = Command::new(example("migrate"))
+        let child = Command::new(example("migrate"))
             .args(["destination", &devices[1], socket])
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
-        let mut lines = BufReader::new(destination.stdout.take().unwrap());
+        let mut destination = Server(child);
+        let mut lines = BufReader::new(destination.0.stdout.take().unwrap());
         let mut line = String::new();
         lines.read_line(&mut line).unwrap();
         assert_eq!(line, "destination: waits\n");
@@ -117,7 +118,7 @@ fn a_machine_moves_to_another_daemon() {
         assert!(source.contains("downtime"), "{source}");
         let mut rest = String::new();
         std::io::Read::read_to_string(&mut lines, &mut rest).unwrap();
-        assert!(destination.wait().unwrap().success(), "{rest}");
+        assert!(destination.0.wait().unwrap().success(), "{rest}");
         assert!(rest.contains("nothing lost"), "{rest}");
     }
 }
