@@ -27,6 +27,8 @@ fn without_status(state: &[u8]) -> Vec<Record> {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
     #[test]
     fn a_device_that_has_moved_is_what_it_was(
         kind in any_kind(),

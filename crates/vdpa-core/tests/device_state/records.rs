@@ -21,7 +21,7 @@ const fn table(role: TableRole, asid: u32) -> TableId {
 }
 
 /// How many samples there are.
-const SAMPLES: usize = 32;
+const SAMPLES: usize = 33;
 
 const INTERFACE: TableId = table(TableRole::Interface, 0);
 
