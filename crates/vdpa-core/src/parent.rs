@@ -346,8 +346,8 @@ pub struct Profile {
     pub status_unsuspends: bool,
     /// Whether BATCH_END fails when the parent refuses the translation; the kernel ignores that (uapi-spec 2.6).
     pub report_batch_errors: bool,
-    /// Whether the device can [move](crate::device::moving) to another daemon, and offers the requests for that. The kernel's
-    /// devices do not.
+    /// Whether the device can [move](crate::device::moving) to another daemon, and offers the requests for that: whether
+    /// [`Parent::save_state`] has all that a driver would miss. The kernel's devices do not.
     pub moves: bool,
 }
 
@@ -412,7 +412,6 @@ impl Profile {
             identity_map: false,
             status_unsuspends: false,
             report_batch_errors: true,
-            moves: true,
             ..Self::simulator(device_id, features | transport, queues, 0)
         }
     }

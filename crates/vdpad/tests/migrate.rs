@@ -143,9 +143,11 @@ impl Hosts {
             }
             other => panic!("{fault:?}: {other:?}: {at_source:?}, {at_destination:?}"),
         };
-        let running = [0, 1].map(|side| self.runs(side));
         let expected = [outcome == Here, outcome == There];
-        assert_eq!(running, expected, "{fault:?}: {outcome:?}");
+        // The kernel closes the files of a killed program a moment after the program's output.
+        eventually(&format!("{fault:?}, {outcome:?}: the device runs at that side only"), || {
+            ([0, 1].map(|side| self.runs(side)) == expected).then_some(())
+        });
         for (process, died) in [(&mut source, source_dies), (&mut destination, destination_dies)] {
             if !died {
                 process.send("end");

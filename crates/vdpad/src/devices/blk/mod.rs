@@ -200,6 +200,7 @@ fn profile(options: &Options, geometry: &Geometry) -> Profile {
         vhost_log: options.vhost_log,
         reset_owner: options.reset_owner,
         strict_new_owner: options.strict_new_owner,
+        moves: true,
         ..Profile::on_objects(ID_BLOCK, features, options.queues)
     }
 }

@@ -233,6 +233,7 @@ fn profile(options: &Options, features: Features, queues: u16) -> Profile {
         vhost_log: options.vhost_log,
         reset_owner: options.reset_owner,
         strict_new_owner: options.strict_new_owner,
+        moves: true,
         ..base
     }
 }
