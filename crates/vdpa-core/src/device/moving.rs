@@ -20,8 +20,8 @@ use thiserror::Error;
 
 use crate::device::Device;
 use crate::device::state::{
-    DecodeError, EncodeError, Image, Record, RestoreError, Shape, VringState, check_shape, check_vring,
-    decode_all, encode_all, ensure, kind, require,
+    DecodeError, EncodeError, Image, Record, RestoreError, Shape, VringState, check_group, check_shape,
+    check_vring, decode_all, encode_all, ensure, kind, require,
 };
 use crate::errno::Errno;
 use crate::features::{Features, Status};
@@ -261,6 +261,8 @@ impl<P: Parent> Device<P> {
             }
         }
         self.features = moved.features;
+        let profile = self.parent.profile();
+        moved.vrings.iter().try_for_each(|vring| check_group(vring, profile))?;
         // As the driver has: what it has written is also kept where a second client may open the device.
         let present = self.whole_config();
         for ((offset, &saved), present) in (0..).zip(&moved.config).zip(present) {

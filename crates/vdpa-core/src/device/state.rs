@@ -34,7 +34,7 @@ pub use record::{
     ConfigBytes, HandleState, HandoverState, LogState, MappingState, MemoryRef, Record, Ring, Shape, TableId,
     TableRole, VringState,
 };
-pub(crate) use restore::check_vring;
+pub(crate) use restore::{check_group, check_vring};
 pub(crate) use snapshot::mapping_record;
 pub use validate::RestoreError;
 pub(crate) use validate::{check_shape, ensure, ensure_handle, require};

@@ -170,6 +170,7 @@ impl<P: Parent> Device<P> {
         let runs = self.opened && self.status.contains(Status::DRIVER_OK) && !self.paused;
         let wrong = |what| Err(RestoreError::Vring { index, what });
         check_vring(saved, profile)?;
+        check_group(saved, profile)?;
         let started = saved.started.as_ref();
         let features = self.features.unwrap_or(Features::NONE);
         let set = saved.addr.map(|addr| Ring { size: saved.num, addr, features });
@@ -311,15 +312,19 @@ impl<P: Parent> Device<P> {
     }
 }
 
-/// Checks that a device can have a queue: its index, group, sizes and addresses.
+/// Checks that a queue is in the group in which it was. A device may say so only when features are in force.
+pub(crate) fn check_group(saved: &VringState, profile: &Profile) -> Result<(), RestoreError> {
+    let (index, group) = (saved.index, profile.group_of(saved.index));
+    let same = saved.group == group;
+    if same { Ok(()) } else { Err(RestoreError::Vring { index, what: "it is in another group now" }) }
+}
+
+/// Checks that a device can have a queue: its index, sizes and addresses.
 pub(crate) fn check_vring(saved: &VringState, profile: &Profile) -> Result<(), RestoreError> {
     let index = saved.index;
     let wrong = |what| Err(RestoreError::Vring { index, what });
     if index.0 >= profile.queues {
         return wrong("the device has no such queue");
-    }
-    if saved.group != profile.group_of(index) {
-        return wrong("it is in another group now");
     }
     let may_be = |size: u16| size <= profile.queue_size_max && (size == 0 || size.is_power_of_two());
     if !may_be(saved.num) || saved.started.is_some_and(|ring| !may_be(ring.size)) {
