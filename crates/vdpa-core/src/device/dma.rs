@@ -7,9 +7,8 @@ use crate::device::{Device, MemoryOf};
 use crate::dirty::LOG_PAGE_SHIFT;
 use crate::errno::Errno;
 use crate::faults::{self, Fault};
-use crate::features::BackendFeatures;
 use crate::host::{AddressSpace, Caller, Fragment, MemoryObject, PAGE_SIZE};
-use crate::iotlb::{Mapping, RecordId, Table};
+use crate::iotlb::{Mapping, RecordId};
 use crate::parent::{AddressMode, Dma, Parent, PrivateMemory, Profile};
 use crate::types::{Asid, IotlbMsg, IovaRange, Perm, Result, iotlb_type};
 
@@ -414,32 +413,6 @@ impl<P: Parent> Device<P> {
             }
             _ => Ok(()),
         }
-    }
-
-    /// Marks all entries stale after a change of owner: they need a REMAP (uapi-spec 8.5, R7).
-    pub(super) fn mark_stale(&mut self) {
-        let asids: Vec<Asid> = self.tables.keys().copied().collect();
-        for asid in asids {
-            self.tables_of(asid).for_each(|table| table.mark_all(true));
-            // A parent whose table a reset has dropped does not get it back here.
-            if !self.has_identity_map(asid) {
-                // A parent that refuses keeps its old table. Its entries have ended with their address space anyway.
-                let _ = self.set_map(asid);
-            }
-        }
-    }
-
-    /// Pages that the mappings of the interface pin.
-    pub(super) fn pages_of_mappings(&self) -> u64 {
-        let profile = self.parent.profile();
-        let entries = self.tables.values().flat_map(Table::iter);
-        let pages = entries.map(|entry| pages_to_pin(profile, entry.range.size(), &entry.memory));
-        pages.fold(0, u64::saturating_add)
-    }
-
-    /// Whether the device offers REMAP.
-    pub(super) fn offers_remap(&self) -> bool {
-        self.own_features.has(BackendFeatures::IOTLB_REMAP)
     }
 }
 

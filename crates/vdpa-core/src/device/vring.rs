@@ -352,48 +352,6 @@ impl<P: Parent> Device<P> {
         Ok(self.vring(caller, index)?.busyloop_timeout)
     }
 
-    /// `VHOST_VDPA_GET_VRING_GROUP`.
-    ///
-    /// # Errors
-    /// `EPERM`; `ENOBUFS`; `EIO` when the parent names a group it does not have.
-    pub fn vring_group(&mut self, caller: &dyn Caller<P::Host>, index: QueueIndex) -> Result<GroupIndex> {
-        self.vring(caller, index)?;
-        let profile = self.profile();
-        let group = profile.group_of(index);
-        if group.0 < profile.groups { Ok(group) } else { Err(Errno::IO) }
-    }
-
-    /// `VHOST_VDPA_GET_VRING_DESC_GROUP`: the group of the queue's descriptor area.
-    ///
-    /// # Errors
-    /// `EPERM`; `ENOBUFS`; `EOPNOTSUPP` without descriptor groups; `EIO` when the parent names a group it does not have.
-    pub fn vring_desc_group(
-        &mut self,
-        caller: &dyn Caller<P::Host>,
-        index: QueueIndex,
-    ) -> Result<GroupIndex> {
-        self.vring(caller, index)?;
-        let profile = self.profile();
-        let group = profile.descriptor_groups.get(usize::from(index.0)).ok_or(Errno::OPNOTSUPP)?;
-        if group.0 < profile.groups { Ok(*group) } else { Err(Errno::IO) }
-    }
-
-    /// `VHOST_VDPA_GET_VRING_SIZE`: the size set once DRIVER_OK, the maximum before.
-    ///
-    /// # Errors
-    /// `EPERM`; `ENOBUFS`; `EOPNOTSUPP`.
-    pub fn vring_size(&mut self, caller: &dyn Caller<P::Host>, index: QueueIndex) -> Result<u32> {
-        let num = self.vring(caller, index)?.num;
-        if !self.profile().vring_size {
-            return Err(Errno::OPNOTSUPP);
-        }
-        if let Some(upstream) = self.parent.upstream() {
-            return upstream.vring_size(index);
-        }
-        let driver_ok = self.status.contains(Status::DRIVER_OK);
-        Ok(u32::from(if driver_ok { num } else { self.profile().queue_size_max }))
-    }
-
     /// Passes a request to the [device behind](Parent::upstream), if there is one.
     fn forward(&mut self, request: impl FnOnce(Upstream<'_, P::Host>) -> Result<()>) -> Result<()> {
         self.parent.upstream().map_or(Ok(()), request)
