@@ -1,6 +1,6 @@
 //! Locks on a disk image by QEMU's scheme, which programs that use disk images respect: bytes 100 + n of the file stand for
 //! permissions that a program uses, bytes 200 + n for those that it does not share. All these locks are shared ones of the open file
-//! ([`ofd`](crate::ofd)), so they never wait for each other; whoever opens an image sets its own and then looks for those of
+//! (F_OFD_SETLK), so they never wait for each other; whoever opens an image sets its own and then looks for those of
 //! others that exclude it. Of two programs that do so at the same time at least one gives up.
 //!
 //! A program that locks the whole file exclusively is excluded too, in both orders.

@@ -11,7 +11,7 @@ pub struct Completion {
     pub token: u64,
     /// Number of bytes, events, or 0; or the error. Cancelled requests give `ECANCELED`.
     pub result: Result<u32, Errno>,
-    /// Whether further completions of this request will come ([`Op::PollMultishot`]).
+    /// Whether further completions of this request will come ([`Op::PollMultishot`](super::Op::PollMultishot)).
     pub more: bool,
     /// The buffer, if the request owned one.
     pub buffer: Option<OwnedBuf>,
