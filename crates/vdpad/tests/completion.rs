@@ -26,7 +26,7 @@ fn offers(setup: &Setup, line: &str) -> Vec<String> {
 #[test]
 fn commands_attributes_and_names_of_devices_are_offered() {
     let setup = Setup::new(Fixture::simulators().with_net(None).with_blk());
-    assert_eq!(offers(&setup, "vdpactl de"), ["dev"]);
+    assert_eq!(offers(&setup, "vdpactl de"), ["dev", "demo"]);
     assert!(offers(&setup, "vdpactl ").contains(&"monitor".to_owned()));
     assert_eq!(offers(&setup, "vdpactl dev s"), ["show", "set"]);
     assert_eq!(offers(&setup, "vdpactl dev show "), ["vdpa0", "blk0"]);

@@ -88,7 +88,12 @@ struct Service(Vec<u32>);
 impl Service {
     /// All that have the command line of the daemon.
     fn of(daemon: &Daemon) -> Self {
-        let command = |pid: u32| fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        // The holder adds a word for the daemon below it.
+        let command = |pid: u32| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let words = line.split(|byte| *byte == 0).filter(|word| *word != b"--options-read");
+            words.map(<[u8]>::to_vec).collect::<Vec<_>>()
+        };
         let wanted = command(daemon.pid());
         let all =
             fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());

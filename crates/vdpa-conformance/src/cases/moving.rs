@@ -3,7 +3,7 @@
 //! The structure has its own declaration here, as that of dirty tracking has.
 
 use vdpa_core::Errno;
-use vdpa_core::features::{BackendFeatures, Status};
+use vdpa_core::features::{BackendFeatures, Features, Status};
 use vdpa_core::types::VringAddr;
 use vdpa_sys::vhost_vdpa::RawArg;
 
@@ -161,7 +161,8 @@ fn save_and_load(ctx: &mut Ctx<'_>) -> Outcome {
     check("STATE_LOAD", load(&device, &buffer, size), Ok(()))?;
     check("GET_STATUS", device.status(), Ok(features_ok.0))?;
     check("GET_VRING_BASE", device.vring(Request::GET_VRING_BASE, 0, 0), Ok(BASE))?;
-    check("SET_FEATURES after FEATURES_OK", device.set_features(ctx.base_features()), Err(Errno::BUSY))?;
+    // Not the word that is set, which a device with vhost's log takes at any time.
+    check("SET_FEATURES after FEATURES_OK", device.set_features(Features(0)), Err(Errno::BUSY))?;
     check("GET_CONFIG", device.config(0, 6), Ok(config))?;
     let same = save(&device, &again)?;
     check("bytes of a state that was loaded", same, size)?;

@@ -2,6 +2,7 @@
 
 pub(crate) mod blk;
 mod broker;
+mod busy;
 mod kept;
 mod net;
 mod net_attrs;

@@ -5,7 +5,6 @@ use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno as SysErrno;
@@ -15,6 +14,7 @@ use vdpa_sys::image_lock::{self, Access};
 use vdpa_sys::open_mark;
 
 use super::options::Options;
+use crate::devices::busy;
 
 /// The locks of a disk.
 ///
@@ -64,25 +64,12 @@ impl Locks {
     /// # Errors
     /// `EBUSY` when it stays locked by another one; nothing is locked then.
     pub(super) fn take(&self, file: impl AsFd) -> Result<(), Errno> {
-        const LOCK_TIMEOUT: Duration = Duration::from_secs(1);
-        const RETRY_FIRST: Duration = Duration::from_micros(50);
-        const RETRY_LAST: Duration = Duration::from_millis(5);
         #[cfg(feature = "crash-points")]
         if std::env::var_os("VDPA_NO_FENCE").is_some() {
             // For the test that shows what happens then.
             return Ok(());
         }
-        let deadline = Instant::now() + LOCK_TIMEOUT;
-        let mut interval = RETRY_FIRST;
-        while let Err(errno) = self.try_take(&file) {
-            if Instant::now() >= deadline {
-                self.release(&file);
-                return Err(errno);
-            }
-            std::thread::sleep(interval);
-            interval = (interval * 2).min(RETRY_LAST);
-        }
-        Ok(())
+        busy::wait(|_| true, || self.try_take(&file)).inspect_err(|_| self.release(&file))
     }
 
     fn try_take(&self, file: &impl AsFd) -> Result<(), Errno> {

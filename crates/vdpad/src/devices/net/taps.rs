@@ -10,7 +10,7 @@ use vdpa_core::features::{Bit, Features};
 use vdpa_core::net::card::Effects;
 use vdpa_sys::tap::{self, Open, offload};
 
-use crate::devices::Kept;
+use crate::devices::{Kept, busy};
 
 /// An offload of the driver, and what the kernel calls it.
 const OFFLOADS: [(Bit, u32); 6] = [
@@ -60,11 +60,14 @@ impl Taps {
         let failed = |errno| refused(name, create, pairs, errno);
         let mut queues = Vec::new();
         for number in 0..pairs {
-            let queue = match number {
-                _ if fixed_carrier => tap::open_device(Path::new(name), pairs > 1),
-                0 => first(name, create, pairs),
-                _ => tap::open_more(name),
-            };
+            let queue = busy::wait(
+                |errno| errno == Errno::BUSY,
+                || match number {
+                    _ if fixed_carrier => tap::open_device(Path::new(name), pairs > 1),
+                    0 => first(name, create, pairs),
+                    _ => tap::open_more(name),
+                },
+            );
             queues.push(Arc::new(queue.map_err(failed)?));
         }
         let this = Self { queues, fixed_carrier };
