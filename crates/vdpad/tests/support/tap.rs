@@ -2,9 +2,12 @@
 #![expect(unsafe_code, reason = "a test enters a network namespace of its own")]
 
 use std::fs;
-use std::net::UdpSocket;
+use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
 use std::process::Command;
 use std::time::Duration;
+
+use rustix::net::sockopt::set_socket_reuseaddr;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, socket_with};
 
 /// The address of the card.
 pub(crate) const MAC: [u8; 6] = [0x52, 0x54, 0x11, 0x12, 0x34, 0x56];
@@ -42,12 +45,16 @@ pub(crate) fn ip(args: &[&str]) {
     assert!(output.status.success(), "ip {args:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// Has the kernel know 10.0.0.2 behind `tap0`, with the address 10.0.0.1 itself; returns a socket there.
+/// Has the kernel know 10.0.0.2 behind `tap0`, with the address 10.0.0.1 itself; returns a socket there. Of several the last one gets
+/// the packets.
 pub(crate) fn host() -> UdpSocket {
     ip(&["link", "set", "tap0", "up"]);
     ip(&["addr", "replace", "10.0.0.1/24", "dev", "tap0"]);
     ip(&["neigh", "replace", "10.0.0.2", "lladdr", "52:54:11:12:34:56", "dev", "tap0"]);
-    let socket = UdpSocket::bind("10.0.0.1:1000").unwrap();
+    let socket = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None).unwrap();
+    set_socket_reuseaddr(&socket, true).unwrap();
+    bind(&socket, &SocketAddrV4::new(Ipv4Addr::new(10, 0, 0, 1), 1000)).unwrap();
+    let socket = UdpSocket::from(socket);
     socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
     socket
 }
