@@ -69,6 +69,20 @@ add_dev() {
 
 path_of() { ctl -s dev show "$1" | sed -n 's/^  path //p'; }
 
+# pinned: where the daemon has memory pinned, and how much.
+pinned() {
+    local ring text left=1000
+    for ring in "/proc/$daemon/fd/"*; do
+        [[ $(readlink "$ring") == *io_uring* ]] || continue
+        # The kernel leaves out the list of a ring that is in use at that moment.
+        until text=$(cat "/proc/$daemon/fdinfo/${ring##*/}") && [[ $text == *UserBufs:* ]]; do
+            [ $((left -= 1)) -gt 0 ] || die "$ring of vdpad has no list of buffers"
+            sleep 0.01
+        done
+        sed -n '/^UserBufs/,/^[^ \t]/p' <<<"$text" | grep -a '0x.*/' || true
+    done
+}
+
 # begin COMMAND...: in a process group of its own, which ends with the script at the latest.
 begin() {
     setsid "$@" &

@@ -23,6 +23,7 @@ use vdpa_sys::vhost_vdpa::VhostVdpaFd;
 
 use support::blk::{Blk, FEATURES, IOERR, IOVA, MEMORY, OK};
 use support::daemon::Daemon;
+use support::registered::{self, Buffer};
 
 fn setup() -> (Daemon, PathBuf) {
     let daemon = Daemon::start();
@@ -40,18 +41,9 @@ fn at_work(path: &Path) -> (Blk, OwnedFd) {
     (blk, memory)
 }
 
-/// The buffers registered with the daemon's rings: address and length.
-fn registered(daemon: &Daemon) -> Vec<String> {
-    let mut buffers = Vec::new();
-    for entry in fs::read_dir(format!("/proc/{}/fdinfo", daemon.pid())).unwrap() {
-        let Ok(text) = fs::read_to_string(entry.unwrap().path()) else { continue };
-        let lines = text.lines().skip_while(|line| !line.starts_with("UserBufs:")).skip(1);
-        let lines = lines.take_while(|line| line.starts_with(char::is_whitespace));
-        // Newer kernels omit empty slots; Linux 6.12 shows them with the highest address.
-        let used = lines.filter(|line| line.contains('/') && !line.contains("0xffffffffffffffff/"));
-        buffers.extend(used.map(|line| line.trim().to_owned()));
-    }
-    buffers
+/// The buffers registered with the daemon's rings.
+fn registered(daemon: &Daemon) -> Vec<Buffer> {
+    registered::buffers(daemon.pid())
 }
 
 fn open(path: &Path) -> Result<Device<VhostVdpaFd>, Errno> {
@@ -100,7 +92,7 @@ fn the_second_open_takes_over_what_is_pinned_once_the_first_rests() {
     assert_eq!(third.ops().status(), Ok(Status(0xb)), "the successor has a successor");
     drop(third);
     daemon.wait_for("d0", "the last close", |info: &DevInfo| !info.state.open);
-    assert_eq!(registered(&daemon), Vec::<String>::new());
+    assert_eq!(registered(&daemon), []);
     daemon.assert_alive();
 }
 

@@ -24,6 +24,7 @@ use vdpa_sys::mmap::{Prot, SharedMap};
 use peer::Peer;
 use support::blk::{Blk, IOERR, OK};
 use support::daemon::{Daemon, pattern};
+use support::registered;
 
 /// Where tests map memory in addition to the driver's.
 const ELSEWHERE: u64 = 0x2_0000_0000;
@@ -67,19 +68,9 @@ fn really_pinned(daemon: &Daemon) -> u64 {
     line.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() / 4
 }
 
-/// Lengths of the buffers registered with the daemon's rings, as the rings' fdinfo shows them.
+/// Lengths of the buffers registered with the daemon's rings.
 fn registered(daemon: &Daemon) -> Vec<u64> {
-    let mut lens = Vec::new();
-    for entry in fs::read_dir(format!("/proc/{}/fdinfo", daemon.pid())).unwrap() {
-        // A descriptor that was closed meanwhile is not a ring.
-        let Ok(text) = fs::read_to_string(entry.unwrap().path()) else { continue };
-        let buffers = text.lines().skip_while(|line| !line.starts_with("UserBufs:")).skip(1);
-        for line in buffers.take_while(|line| line.starts_with(char::is_whitespace)) {
-            // "    0: 0x7f0000000000/1048576", or "<none>" for an empty slot.
-            let len: Option<u64> = line.split_once('/').and_then(|(_, len)| len.trim().parse().ok());
-            lens.extend(len);
-        }
-    }
+    let mut lens: Vec<u64> = registered::buffers(daemon.pid()).into_iter().map(|buffer| buffer.len).collect();
     lens.sort_unstable();
     lens
 }

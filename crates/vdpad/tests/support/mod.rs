@@ -5,6 +5,7 @@
 pub(crate) mod blk;
 pub(crate) mod daemon;
 pub(crate) mod programs;
+pub(crate) mod registered;
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;

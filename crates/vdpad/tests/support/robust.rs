@@ -5,6 +5,8 @@
 pub(crate) mod disk;
 #[path = "programs.rs"]
 pub(crate) mod programs;
+#[path = "registered.rs"]
+pub(crate) mod registered;
 #[path = "standstill.rs"]
 mod standstill;
 
@@ -325,15 +327,11 @@ impl Resources {
     pub(crate) fn of(pid: Pid) -> Self {
         let proc = PathBuf::from(format!("/proc/{}", pid.as_raw_nonzero()));
         let mut fds = BTreeMap::new();
-        let mut registered = 0;
         for entry in fs::read_dir(proc.join("fd")).unwrap() {
             let entry = entry.unwrap();
             // It may have been closed just now.
             let Ok(target) = fs::read_link(entry.path()) else { continue };
             let target = target.to_string_lossy();
-            if target.contains("io_uring") {
-                registered += registered_bytes(&proc.join("fdinfo").join(entry.file_name()));
-            }
             // Numbers of sockets and ids of processes are new each time.
             let kinds = ["socket:", "pipe:", "/proc/"];
             let kind = kinds.into_iter().find(|kind| target.starts_with(kind)).unwrap_or(&target);
@@ -353,7 +351,10 @@ impl Resources {
                 .lines()
                 .filter(|line| line.contains("/memfd:") && !line.contains("/memfd:vdpad"))
                 .count(),
-            registered,
+            registered: registered::buffers(pid.as_raw_nonzero().get().cast_unsigned())
+                .iter()
+                .map(|buffer| buffer.len)
+                .sum(),
             rss_kib: field("VmRSS"),
             pinned_kib: field("VmPin"),
         }
@@ -374,20 +375,6 @@ impl Resources {
 fn is_lasting(task: &std::io::Result<fs::DirEntry>) -> bool {
     let name = fs::read_to_string(task.as_ref().unwrap().path().join("comm"));
     name.is_ok_and(|name| !name.starts_with("iou-wrk") && !name.starts_with("ctl-call"))
-}
-
-/// Bytes of the registered buffers of an io_uring, from its file in `/proc/PID/fdinfo`: a line `UserBufs: N` and
-/// then `INDEX: ADDRESS/LENGTH` for each, or `INDEX: <none>`.
-fn registered_bytes(fdinfo: &Path) -> u64 {
-    // The kernel omits the list while the ring is being changed.
-    let info = eventually("the ring is described", || {
-        fs::read_to_string(fdinfo).ok().filter(|info| info.contains("UserBufs"))
-    });
-    let buffers = info.lines().skip_while(|line| !line.starts_with("UserBufs")).skip(1);
-    buffers
-        .take_while(|line| line.starts_with(' '))
-        .filter_map(|line| line.rsplit_once('/')?.1.trim().parse::<u64>().ok())
-        .sum()
 }
 
 /// Environment variable with the role of this instance of the test program.
