@@ -79,7 +79,9 @@ mod tests {
             (br#""take""#, r#"{"Ok":"nothing"}"#),
             // No object comes along; and there is no device.
             (br#"{"set-vring-kick":{"index":0}}"#, r#"{"Err":19}"#),
-            (br#"{"hello":{"version":7}}"#, r#"{"Ok":{"number":1}}"#),
+            (br#"{"hello":{"version":1}}"#, r#"{"Ok":{"number":1}}"#),
+            (br#"{"hello":{"version":7}}"#, r#"{"Ok":{"number":2}}"#),
+            (br#"{"unmap-all":{"asid":0,"ranges":[[0,4095]]}}"#, r#"{"Err":19}"#),
             (br#"{"mappings":{"asid":0,"above":null}}"#, r#"{"Ok":{"mappings":[]}}"#),
         ] {
             packet::send(&ours, request, &[]).unwrap();

@@ -16,7 +16,8 @@ use vdpa_core::blk::kind;
 use vdpa_core::features::Status;
 use vdpa_core::ops::{VdpaOps as _, read_all_config};
 use vdpa_core::types::{Asid, Perm};
-use vdpa_sys::mmap::{PrivateMap, SharedMap};
+use vdpa_sys::memfd;
+use vdpa_sys::mmap::{PrivateMap, Prot, SharedMap};
 use vdpa_sys::vhost_vdpa::VhostVdpaFd;
 
 use held::{is_busy, replace, start, upgrade};
@@ -186,6 +187,35 @@ fn a_device_whose_keeper_has_ended_needs_a_reset() {
     drop(disk);
     broker.ctl("dev del disk1").succeeds();
     Disk::start(&serve_on(&broker, &path, ""), MEMORY_MIN).check(1);
+}
+
+/// More of them than one packet to the keeper has.
+#[test]
+fn many_mappings_come_and_go_at_once() {
+    const COUNT: u64 = 200;
+    const PAGE: u64 = 4096;
+    let (behind, path) = behind();
+    let broker = Vdpad::start(LIFE);
+    let memory = memfd::create(c"pages", COUNT * PAGE, None).unwrap();
+    let map = SharedMap::map(&memory, 0, usize::try_from(COUNT * PAGE).unwrap(), Prot::RW, false).unwrap();
+    let device = VhostVdpaFd::open(serve_on(&broker, &path, "")).unwrap();
+    device.set_owner().unwrap();
+    device.set_backend_features(device.backend_features().unwrap()).unwrap();
+    let mappings = || behind.info("disk0").state.mappings;
+    device.batch_begin(Asid(0)).unwrap();
+    for page in 0..COUNT {
+        // With holes between them, so that they stay apart.
+        let address = map.addr() as u64 + page * PAGE;
+        device.dma_map(Asid(0), page * 2 * PAGE, PAGE, address, Perm::RW).unwrap();
+    }
+    assert_eq!(mappings(), 0, "the batch has not ended");
+    device.batch_end(Asid(0)).unwrap();
+    assert_eq!(mappings(), COUNT);
+    device.dma_unmap(Asid(0), 0, 100 * 2 * PAGE).unwrap();
+    assert_eq!(mappings(), COUNT - 100);
+    drop(device);
+    broker.is_released("disk1");
+    assert_eq!(mappings(), 0);
 }
 
 #[test]

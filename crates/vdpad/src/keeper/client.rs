@@ -59,10 +59,12 @@ impl KeeperError {
 }
 
 /// A device that a keeper has open. As [`VdpaOps`] it is that device, but for ownership, which stays with the keeper, and for mappings,
-/// which are made by [`map`](Self::map). Each request is one exchange with the keeper, and blocks as long as the device does.
+/// which are made by [`map_all`](Self::map_all). Each request is one exchange with the keeper, and blocks as long as the device does.
 #[derive(Debug)]
 pub(crate) struct Keeper {
     connection: Mutex<OwnedFd>,
+    /// The version of the protocol that both understand.
+    version: u32,
     /// The keeper lives as long as somebody has this.
     lobby: Arc<OwnedFd>,
 }
@@ -108,10 +110,16 @@ impl Keeper {
             std::iter::once(theirs.as_fd()).chain(device.as_ref().map(AsFd::as_fd)).collect();
         packet::send(&*lobby, &hello, &fds).map_err(|_| KeeperError::Ended)?;
         drop(theirs);
-        let keeper = Self { connection: Mutex::new(ours), lobby };
+        let mut keeper = Self { connection: Mutex::new(ours), version: VERSION, lobby };
         match keeper.number(&Request::Hello { version: VERSION }) {
-            Ok(theirs) if theirs == u64::from(VERSION) => Ok(keeper),
-            Ok(theirs) => Err(KeeperError::Version { theirs, ours: VERSION }),
+            // A keeper of an earlier program is asked for what it knows.
+            Ok(theirs) => match u32::try_from(theirs) {
+                Ok(version @ 1..=VERSION) => {
+                    keeper.version = version;
+                    Ok(keeper)
+                }
+                _ => Err(KeeperError::Version { theirs, ours: VERSION }),
+            },
             Err(Errno::NODEV) => Err(KeeperError::Ended),
             Err(errno) => Err(KeeperError::Refused { errno }),
         }
@@ -146,20 +154,33 @@ impl Keeper {
         self.done(&Request::UnbindEvents, None)
     }
 
-    /// Maps memory of `object`.
+    /// Maps memory of objects. After an error some of it may be mapped.
     ///
     /// # Errors
     /// Of mmap(2), and `EFAULT` from the device.
-    pub(crate) fn map(&self, asid: Asid, mapping: KeptMapping, object: BorrowedFd<'_>) -> Result<()> {
-        self.done(&Request::Map { asid, mapping }, Some(object))
+    pub(crate) fn map_all(&self, asid: Asid, all: &[(KeptMapping, BorrowedFd<'_>)]) -> Result<()> {
+        if self.version < 2 {
+            return all.iter().try_for_each(|&(mapping, object)| {
+                self.call(&Request::Map { asid, mapping }, &[object]).map(drop)
+            });
+        }
+        all.chunks(MAPPINGS_MAX).try_for_each(|some| {
+            let (mappings, objects): (Vec<_>, Vec<_>) = some.iter().copied().unzip();
+            self.call(&Request::MapAll { asid, mappings }, &objects).map(drop)
+        })
     }
 
-    /// Removes what [`map`](Self::map) has mapped at this range.
+    /// Removes what [`map_all`](Self::map_all) has mapped at these ranges. After an error some may be removed.
     ///
     /// # Errors
     /// Those of the device.
-    pub(crate) fn unmap(&self, asid: Asid, range: IovaRange) -> Result<()> {
-        self.done(&Request::Unmap { asid, range }, None)
+    pub(crate) fn unmap_all(&self, asid: Asid, ranges: &[IovaRange]) -> Result<()> {
+        if self.version < 2 {
+            return ranges.iter().try_for_each(|&range| self.done(&Request::Unmap { asid, range }, None));
+        }
+        ranges
+            .chunks(MAPPINGS_MAX)
+            .try_for_each(|some| self.done(&Request::UnmapAll { asid, ranges: some.to_vec() }, None))
     }
 
     /// What is mapped, in the order of addresses, whoever has mapped it.
@@ -170,7 +191,7 @@ impl Keeper {
         let mut all: Vec<KeptMapping> = Vec::new();
         loop {
             let above = all.last().map(|mapping| mapping.range.first());
-            let Value::Mappings(some) = self.call(&Request::Mappings { asid, above }, None)? else {
+            let Value::Mappings(some) = self.call(&Request::Mappings { asid, above }, &[])? else {
                 return Err(Errno::IO);
             };
             let more = some.len() == MAPPINGS_MAX;
@@ -181,11 +202,10 @@ impl Keeper {
         }
     }
 
-    fn call(&self, request: &Request, fd: Option<BorrowedFd<'_>>) -> Result<Value> {
+    fn call(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<Value> {
         let bytes = serde_json::to_vec(request).map_err(|_| Errno::INVAL)?;
-        let fds: Vec<BorrowedFd<'_>> = fd.into_iter().collect();
         let connection = self.connection.lock();
-        packet::send(&*connection, &bytes, &fds).map_err(|_| Errno::NODEV)?;
+        packet::send(&*connection, &bytes, fds).map_err(|_| Errno::NODEV)?;
         let answer = packet::receive::<PACKET_MAX>(&*connection, true);
         drop(connection);
         let (bytes, _) = answer.map_err(|_| Errno::NODEV)?.ok_or(Errno::NODEV)?;
@@ -194,11 +214,11 @@ impl Keeper {
     }
 
     fn done(&self, request: &Request, fd: Option<BorrowedFd<'_>>) -> Result<()> {
-        self.call(request, fd).map(drop)
+        self.call(request, fd.as_slice()).map(drop)
     }
 
     fn number(&self, request: &Request) -> Result<u64> {
-        match self.call(request, None)? {
+        match self.call(request, &[])? {
             Value::Number(number) => Ok(number),
             _ => Err(Errno::IO),
         }
@@ -257,7 +277,7 @@ impl VdpaOps for Keeper {
     }
 
     fn iova_range(&self) -> Result<IovaRange> {
-        match self.call(&Request::IovaRange, None)? {
+        match self.call(&Request::IovaRange, &[])? {
             Value::Range(range) => Ok(range),
             _ => Err(Errno::IO),
         }
@@ -269,7 +289,7 @@ impl VdpaOps for Keeper {
 
     fn config(&self, offset: u32, out: &mut [u8]) -> Result<()> {
         for (piece, at) in out.chunks_mut(CONFIG_MAX).zip((offset..).step_by(CONFIG_MAX)) {
-            match self.call(&Request::Config { offset: at, len: piece.len() }, None)? {
+            match self.call(&Request::Config { offset: at, len: piece.len() }, &[])? {
                 Value::Bytes(bytes) if bytes.len() == piece.len() => piece.copy_from_slice(&bytes),
                 _ => return Err(Errno::IO),
             }
@@ -363,12 +383,57 @@ impl VdpaOps for Keeper {
         self.done(&Request::Resume, None)
     }
 
-    /// Batches only: memory is mapped by [`map`](Self::map), as its addresses are those of the keeper.
+    /// Batches only: memory is mapped by [`map_all`](Self::map_all), as its addresses are those of the keeper.
     fn iotlb(&self, asid: Asid, msg: &IotlbMsg) -> Result<()> {
         match msg.kind {
             iotlb_type::BATCH_BEGIN => self.done(&Request::BatchBegin { asid }, None),
             iotlb_type::BATCH_END => self.done(&Request::BatchEnd { asid }, None),
             _ => Err(Errno::OPNOTSUPP),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use vdpa_core::types::Perm;
+    use vdpa_sys::guest::ObjectId;
+    use vdpa_sys::memfd;
+
+    use super::*;
+
+    /// A keeper that an earlier program has started knows one mapping in a request.
+    #[test]
+    fn a_keeper_of_the_first_version_gets_one_mapping_at_a_time() {
+        let (lobby, theirs) = packet::pair().unwrap();
+        let keeper = thread::spawn(move || {
+            let (_, mut fds) = packet::receive::<PACKET_MAX>(&theirs, true).unwrap().unwrap();
+            let connection = fds.remove(0);
+            let mut came = Vec::new();
+            while let Some((bytes, fds)) = packet::receive::<PACKET_MAX>(&connection, true).unwrap() {
+                let answer: Answer = Ok(match serde_json::from_slice(&bytes).unwrap() {
+                    Request::Hello { .. } => Value::Number(1),
+                    _ => Value::Nothing,
+                });
+                came.push((String::from_utf8(bytes).unwrap(), fds.len()));
+                packet::send(&connection, &serde_json::to_vec(&answer).unwrap(), &[]).unwrap();
+            }
+            came
+        });
+        let client = Keeper::join(Arc::new(lobby)).unwrap();
+        let object = memfd::create(c"ram", 8192, None).unwrap();
+        let id = ObjectId { dev_major: 0, dev_minor: 1, inode: 7, created_ns: 0, offset: 0 };
+        let mapping = |iova| {
+            let range = IovaRange::from_size(iova, 4096).unwrap();
+            (KeptMapping { range, perm: Perm::RW, object: id.into() }, object.as_fd())
+        };
+        let both = [mapping(0x1000), mapping(0x3000)];
+        client.map_all(Asid(0), &both).unwrap();
+        client.unmap_all(Asid(0), &both.map(|(mapping, _)| mapping.range)).unwrap();
+        drop(client);
+        let came = keeper.join().unwrap();
+        let kinds: Vec<_> = came.iter().map(|(text, fds)| (text.split('"').nth(1).unwrap(), *fds)).collect();
+        assert_eq!(kinds, [("hello", 0), ("map", 1), ("map", 1), ("unmap", 0), ("unmap", 0)]);
     }
 }

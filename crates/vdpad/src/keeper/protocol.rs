@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 use vdpa_core::types::{Asid, GroupIndex, IovaRange, Perm, QueueIndex};
 use vdpa_sys::guest::ObjectId;
 
-/// The version of the protocol.
-pub(super) const VERSION: u32 = 1;
+/// The version of the protocol. The second one added [`Request::MapAll`] and [`Request::UnmapAll`].
+pub(super) const VERSION: u32 = 2;
 
 /// Most bytes of a packet.
 pub(super) const PACKET_MAX: usize = 16384;
@@ -15,7 +15,7 @@ pub(super) const PACKET_MAX: usize = 16384;
 /// Most bytes of configuration space in one request.
 pub(super) const CONFIG_MAX: usize = 1024;
 
-/// Most mappings in one answer.
+/// Most mappings in one answer, and in one request.
 pub(super) const MAPPINGS_MAX: usize = 64;
 
 /// In the lobby, with one end of a connection; the first one also with the device. Not answered there.
@@ -27,7 +27,7 @@ pub(super) struct Enter {}
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub(super) enum Request {
-    /// First on a connection: the version of the daemon. Answered with that of the keeper.
+    /// First on a connection: the version of the daemon. Answered with that of the keeper if it is lower, so that both understand it.
     Hello {
         version: u32,
     },
@@ -46,6 +46,16 @@ pub(super) enum Request {
     Unmap {
         asid: Asid,
         range: IovaRange,
+    },
+    /// As [`Map`](Self::Map) for several, with an object for each, in their order. After an error those before it are mapped.
+    MapAll {
+        asid: Asid,
+        mappings: Vec<KeptMapping>,
+    },
+    /// As [`Unmap`](Self::Unmap) for several. After an error those before it are removed.
+    UnmapAll {
+        asid: Asid,
+        ranges: Vec<IovaRange>,
     },
     /// The mappings of an address space that begin above an address, or all: as many as an answer takes.
     Mappings {
@@ -206,6 +216,8 @@ impl From<ObjectId> for KeptObject {
 
 #[cfg(test)]
 mod tests {
+    use vdpa_holder::protocol::ITEMS_MAX;
+
     use super::*;
 
     /// What a keeper of this version understands, and what it says.
@@ -223,6 +235,14 @@ mod tests {
                     r#"{"map":{"asid":1,"mapping":{"range":[4096,18446744073709551615],"perm":3,"object":"#,
                     r#"{"dev_major":0,"dev_minor":1,"inode":7,"created_ns":9,"offset":4096}}}}"#
                 ),
+            ),
+            (
+                Request::UnmapAll { asid: Asid(0), ranges: vec![IovaRange::new(0, 4095).unwrap(); 2] },
+                r#"{"unmap-all":{"asid":0,"ranges":[[0,4095],[0,4095]]}}"#,
+            ),
+            (
+                Request::MapAll { asid: Asid(0), mappings: Vec::new() },
+                r#"{"map-all":{"asid":0,"mappings":[]}}"#,
             ),
             (Request::SetVringKick { index: QueueIndex(2) }, r#"{"set-vring-kick":{"index":2}}"#),
             (
@@ -257,13 +277,21 @@ mod tests {
         }
     }
 
-    /// The largest answer fits into a packet.
+    /// The largest requests and answers fit into a packet.
     #[test]
-    fn answers_fit() {
+    fn all_of_them_fit() {
         let all = u64::MAX;
         let object =
             KeptObject { dev_major: u32::MAX, dev_minor: u32::MAX, inode: all, created_ns: all, offset: all };
         let mapping = KeptMapping { range: IovaRange::new(all, all).unwrap(), perm: Perm(255), object };
+        let asid = Asid(u32::MAX);
+        for request in [
+            Request::MapAll { asid, mappings: vec![mapping; MAPPINGS_MAX] },
+            Request::UnmapAll { asid, ranges: vec![mapping.range; MAPPINGS_MAX] },
+        ] {
+            assert!(serde_json::to_vec(&request).unwrap().len() <= PACKET_MAX);
+        }
+        const { assert!(MAPPINGS_MAX <= ITEMS_MAX, "each has a descriptor") };
         let answer: Answer = Ok(Value::Mappings(vec![mapping; MAPPINGS_MAX]));
         assert!(serde_json::to_vec(&answer).unwrap().len() <= PACKET_MAX);
         let answer: Answer = Ok(Value::Bytes(vec![255; CONFIG_MAX]));

@@ -106,7 +106,7 @@ impl Kept {
             return Err(STALE);
         }
         match request {
-            Request::Hello { .. } => return Ok(Value::Number(VERSION.into())),
+            Request::Hello { version } => return Ok(Value::Number(version.min(VERSION).into())),
             Request::Take => {
                 self.in_charge = Some(number);
                 return Ok(Value::Nothing);
@@ -119,19 +119,16 @@ impl Kept {
             Request::Mappings { asid, above } => return Ok(self.mappings(asid, above)),
             _ => {}
         }
+        match request {
+            Request::Map { asid, mapping } => return self.map_all(asid, &[mapping], &fds),
+            Request::MapAll { asid, mappings } => return self.map_all(asid, &mappings, &fds),
+            Request::Unmap { asid, range } => return self.unmap_all(asid, &[range]),
+            Request::UnmapAll { asid, ranges } => return self.unmap_all(asid, &ranges),
+            _ => {}
+        }
         let device = self.device.as_ref().ok_or(Errno::NODEV)?;
         let object = fds.into_iter().next();
         match request {
-            Request::Map { asid, mapping } => {
-                map(device, asid, &mapping, object.as_ref().ok_or(BADMSG)?)?;
-                self.mapped.insert((asid, mapping.range.first()), mapping);
-                Ok(Value::Nothing)
-            }
-            Request::Unmap { asid, range } => {
-                device.dma_unmap(asid, range.first(), size(range)?)?;
-                self.mapped.remove(&(asid, range.first()));
-                Ok(Value::Nothing)
-            }
             Request::SetConfigCall
             | Request::SetVringKick { .. }
             | Request::SetVringCall { .. }
@@ -143,6 +140,28 @@ impl Kept {
                 ask(device, &request).unwrap_or_else(|| change(device, request).map(|()| Value::Nothing))
             }
         }
+    }
+
+    fn map_all(&mut self, asid: Asid, mappings: &[KeptMapping], objects: &[OwnedFd]) -> Result<Value, Errno> {
+        let device = self.device.as_ref().ok_or(Errno::NODEV)?;
+        // Some are missing where this process may have no more descriptors.
+        if objects.len() != mappings.len() {
+            return Err(BADMSG);
+        }
+        for (mapping, object) in mappings.iter().zip(objects) {
+            map(device, asid, mapping, object)?;
+            self.mapped.insert((asid, mapping.range.first()), *mapping);
+        }
+        Ok(Value::Nothing)
+    }
+
+    fn unmap_all(&mut self, asid: Asid, ranges: &[IovaRange]) -> Result<Value, Errno> {
+        let device = self.device.as_ref().ok_or(Errno::NODEV)?;
+        for &range in ranges {
+            device.dma_unmap(asid, range.first(), size(range)?)?;
+            self.mapped.remove(&(asid, range.first()));
+        }
+        Ok(Value::Nothing)
     }
 
     fn mappings(&self, asid: Asid, above: Option<u64>) -> Value {

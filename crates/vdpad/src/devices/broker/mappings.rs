@@ -9,7 +9,7 @@ use vdpa_core::host::MemoryObject;
 use vdpa_core::iotlb::{Mapping, Table, Tree};
 use vdpa_core::ops::VdpaOps;
 use vdpa_core::parent::SetMap;
-use vdpa_core::types::{Asid, Result};
+use vdpa_core::types::{Asid, IovaRange, Result};
 use vdpa_sys::guest::{GuestMemory, LinuxHost, MemoryRecord};
 
 use crate::keeper::{Keeper, KeptMapping};
@@ -135,13 +135,14 @@ impl Change {
     }
 
     fn apply_each(&self, keeper: &Keeper, asid: Asid) -> Result<()> {
-        for mapping in &self.remove {
-            keeper.unmap(asid, mapping.range)?;
-        }
-        self.add.iter().try_for_each(|(mapping, memory)| {
-            let object = memory.file().ok_or(Errno::FAULT)?;
-            keeper.map(asid, *mapping, object.as_fd())
-        })
+        let removed: Vec<IovaRange> = self.remove.iter().map(|mapping| mapping.range).collect();
+        keeper.unmap_all(asid, &removed)?;
+        let added: Result<Vec<_>> = self
+            .add
+            .iter()
+            .map(|(mapping, memory)| Ok((*mapping, memory.file().ok_or(Errno::FAULT)?.as_fd())))
+            .collect();
+        keeper.map_all(asid, &added?)
     }
 }
 
@@ -163,7 +164,7 @@ fn is_same(before: &Mapping<GuestMemory>, after: &Mapping<GuestMemory>) -> bool 
 #[cfg(test)]
 mod tests {
     use vdpa_core::iotlb::RecordId;
-    use vdpa_core::types::{IovaRange, Perm};
+    use vdpa_core::types::Perm;
     use vdpa_sys::guest::{ObjectFile, ObjectId};
     use vdpa_sys::memfd;
 
