@@ -89,9 +89,10 @@ fn thread_of(process: u32, name: &str) -> Pid {
 /// A worker that spins or waits for ever, while the rest of the daemon works and answers.
 #[test]
 fn a_daemon_with_one_worker_that_hangs_is_replaced() {
-    let vdpad = start(&["--hang-limit", "0.5", "--poll-us", "1000"]);
+    let vdpad = start(&["--hang-limit", "1", "--poll-us", "1000"]);
     let device = vdpad.add_blk("disk0", 64 << 20, "memlock unlimited");
     let load = load(&vdpad, &device, 8);
+    let client = vdpad.client();
     let before = daemon(&vdpad).pid;
     let worker = thread_of(before, "vq-0");
     let syscall = format!("/proc/{before}/task/{}/syscall", worker.as_raw_nonzero());
@@ -100,9 +101,12 @@ fn a_daemon_with_one_worker_that_hangs_is_replaced() {
         // In a system call it may sleep, which is no hang.
         fs::read_to_string(&syscall).is_ok_and(|text| text.starts_with("-1")).then_some(stopped)
     });
-    assert!(vdpad.client().devices().is_ok(), "the others work");
+    // The other threads answer. On a busy machine the holder may be faster: the next daemon answers then, and that there is one takes
+    // that the stopped thread is let go.
+    let others = thread::spawn(move || client.devices());
     eventually("the holder ends it", || stopped.has_ended().then_some(()));
     drop(stopped);
+    assert!(others.join().unwrap().is_ok());
     let HolderInfo { crashes, last_crash, .. } = next(&vdpad, before).holder.unwrap();
     assert_eq!((crashes, last_crash.unwrap().hung), (1, true));
     has_lost_nothing(load);
