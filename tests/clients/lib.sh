@@ -75,7 +75,8 @@ pinned() {
     for ring in "/proc/$daemon/fd/"*; do
         [[ $(readlink "$ring") == *io_uring* ]] || continue
         # The kernel leaves out the list of a ring that is in use at that moment.
-        until text=$(cat "/proc/$daemon/fdinfo/${ring##*/}") && [[ $text == *UserBufs:* ]]; do
+        until text=$(cat "/proc/$daemon/fdinfo/${ring##*/}" 2>/dev/null) && [[ $text == *UserBufs:* ]]; do
+            [ -e "$ring" ] || continue 2
             [ $((left -= 1)) -gt 0 ] || die "$ring of vdpad has no list of buffers"
             sleep 0.01
         done

@@ -117,9 +117,6 @@ impl Kept {
                 return Ok(Value::Nothing);
             }
             Request::Mappings { asid, above } => return Ok(self.mappings(asid, above)),
-            _ => {}
-        }
-        match request {
             Request::Map { asid, mapping } => return self.map_all(asid, &[mapping], &fds),
             Request::MapAll { asid, mappings } => return self.map_all(asid, &mappings, &fds),
             Request::Unmap { asid, range } => return self.unmap_all(asid, &[range]),
