@@ -17,7 +17,7 @@ pub(crate) mod hex;
 mod size;
 mod updates;
 
-pub use attrs::{AttrError, Attrs, PATH_ATTRS, parse_size};
+pub use attrs::{AttrError, Attrs, PASSED_ATTR, PATH_ATTRS, parse_size};
 pub use size::NewSize;
 pub use updates::{LastUpdate, UpdateInfo};
 
@@ -79,6 +79,9 @@ pub struct DevInfo {
     /// Front end that serves it: `fuse` for a file, `cuse` for a character device.
     #[serde(default)]
     pub front: String,
+    /// What it serves was opened by whoever has asked for it ([`PASSED_ATTR`]): no path leads the daemon there.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub passed: bool,
     /// Its state.
     pub state: DevState,
 }

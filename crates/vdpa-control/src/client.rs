@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -18,6 +19,10 @@ use super::api::{
     SetRequest, UpdateInfo, UpgradeRequest, Version,
 };
 use super::config::DevConfig;
+
+mod passing;
+
+use passing::Passing;
 
 /// Longer than the daemon's own limit (60 s), so that it is the daemon that reports a timeout.
 const TIMEOUT: Duration = Duration::from_secs(65);
@@ -49,7 +54,7 @@ pub enum ClientError {
         path: PathBuf,
     },
     /// This user may not connect to the socket.
-    #[error("no permission to use {}; run as root or as the user of vdpad", path.display())]
+    #[error("no permission to use {}; run as root, as the user of vdpad, or in the group that it has named", path.display())]
     Permission {
         /// Path of the socket.
         path: PathBuf,
@@ -208,9 +213,18 @@ impl Client {
     /// # Errors
     /// [`ClientError`]; the errno is that of the daemon (docs/control-api.md).
     pub fn add(&self, request: &AddRequest) -> Result<(), ClientError> {
+        self.add_passing(request, Vec::new())
+    }
+
+    /// As [`add`](Self::add), with descriptors that the attribute [`passed`](super::api::PASSED_ATTR) has used: of a disk, or of the
+    /// queues of an interface in their order. They are closed here.
+    ///
+    /// # Errors
+    /// As [`add`](Self::add).
+    pub fn add_passing(&self, request: &AddRequest, passed: Vec<OwnedFd>) -> Result<(), ClientError> {
         // Serialising strings and maps of strings does not fail. If it did, the daemon would refuse the empty body.
         let body = serde_json::to_vec(request).unwrap_or_default();
-        self.call(Method::POST, "/v1/devs", body).map(drop)
+        self.call_passing(Method::POST, "/v1/devs", body, passed).map(drop)
     }
 
     /// The devices that run, as they would be asked for, and the place of the configuration.
@@ -277,6 +291,16 @@ impl Client {
 
     /// Sends one request and returns the answer if it is a success.
     fn call(&self, method: Method, path: &str, body: Vec<u8>) -> Result<(StatusCode, Bytes), ClientError> {
+        self.call_passing(method, path, body, Vec::new())
+    }
+
+    fn call_passing(
+        &self,
+        method: Method,
+        path: &str,
+        body: Vec<u8>,
+        passed: Vec<OwnedFd>,
+    ) -> Result<(StatusCode, Bytes), ClientError> {
         let request = Request::builder()
             .method(method)
             .uri(path)
@@ -284,7 +308,7 @@ impl Client {
             .header(header::CONTENT_TYPE, "application/json")
             .body(Full::new(Bytes::from(body)))
             .map_err(|error| ClientError::Connection { path: self.path.clone(), source: error.into() })?;
-        let exchange = async { tokio::time::timeout(self.timeout, self.exchange(request)).await };
+        let exchange = async { tokio::time::timeout(self.timeout, self.exchange(request, passed)).await };
         let (status, body) = self
             .runtime
             .block_on(exchange)
@@ -298,8 +322,12 @@ impl Client {
         }
     }
 
-    async fn exchange(&self, request: Request<Full<Bytes>>) -> Result<(StatusCode, Bytes), ClientError> {
-        let stream = self.connect().await?;
+    async fn exchange(
+        &self,
+        request: Request<Full<Bytes>>,
+        passed: Vec<OwnedFd>,
+    ) -> Result<(StatusCode, Bytes), ClientError> {
+        let stream = Passing::new(self.connect().await?, passed);
         let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
             .await
             .map_err(|error| self.broken(error))?;

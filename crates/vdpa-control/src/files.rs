@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use crate::api::{AddRequest, Attrs};
+use crate::api::{AddRequest, Attrs, PASSED_ATTR};
 
 /// Where the configuration is, unless the program is told otherwise.
 pub const DEFAULT: &str = "/etc/vdpad/vdpad.toml";
@@ -224,6 +224,10 @@ impl Reader<'_> {
             match key.get_ref().as_ref() {
                 "name" => name = Some(text),
                 "mgmtdev" => mgmtdev = Some(text),
+                PASSED_ATTR if text != "off" => {
+                    let what = "no file can have a descriptor; give what the daemon can open, or add the device by \"vdpactl dev add\"";
+                    return Err(self.invalid(key.span(), what.into()));
+                }
                 attr => {
                     attrs.insert(attr, text).map_err(|error| self.invalid(key.span(), error.to_string()))?
                 }

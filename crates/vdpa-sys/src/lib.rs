@@ -36,6 +36,8 @@ mod ofd;
 #[cfg(feature = "server")]
 pub mod open_mark;
 #[cfg(feature = "server")]
+pub mod peer;
+#[cfg(feature = "server")]
 mod prefetch;
 pub mod priority;
 pub mod process;

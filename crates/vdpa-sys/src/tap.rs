@@ -88,12 +88,38 @@ pub fn open_device(path: &Path, multi_queue: bool) -> Result<OwnedFd, Errno> {
     attach(path, "", Open { multi_queue, create: false })
 }
 
+/// Opens queue `number` of a device with `pairs` pairs of queues, on an interface that has a name, or the path of its character device.
+/// The queues of one interface are opened in their order. The first one of an interface that can have several may be alone; with `create`
+/// it makes the interface.
+///
+/// # Errors
+/// As [`open`] and [`open_device`]; `ENODEV` also for an interface that would end with another process.
+pub fn open_one(interface: &str, number: u16, pairs: u16, create: bool) -> Result<OwnedFd, Errno> {
+    if is_device(interface) {
+        return open_device(Path::new(interface), pairs > 1);
+    }
+    if number > 0 {
+        return open_more(interface);
+    }
+    let tap = match open(interface, Open { multi_queue: pairs > 1, create }) {
+        Err(Errno::INVAL) if pairs == 1 && !create => open(interface, Open { multi_queue: true, create }),
+        result => result,
+    }?;
+    // One that is not persistent would have been made just now, or would end with another process.
+    if create || is_persistent(&tap)? { Ok(tap) } else { Err(Errno::NODEV) }
+}
+
+/// Whether this is the character device of an interface, and not its name.
+#[must_use]
+pub fn is_device(interface: &str) -> bool {
+    interface.starts_with('/')
+}
+
 fn open_queue(name: &str, open: Open) -> Result<OwnedFd, Errno> {
     attach(Path::new("/dev/net/tun"), name, open)
 }
 
 fn attach(path: &Path, name: &str, open: Open) -> Result<OwnedFd, Errno> {
-    const HEADER: i32 = 12;
     let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let tap = rustix::fs::open(path, flags, Mode::empty()).map_err(from)?;
     let mut flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
@@ -107,13 +133,28 @@ fn attach(path: &Path, name: &str, open: Open) -> Result<OwnedFd, Errno> {
     set_flags(&mut request, flags);
     // SAFETY: the argument is a `struct ifreq`, which the driver reads and writes, and which lives during the call.
     unsafe { ioctl::call(&tap, TUNSETIFF, (&raw mut request).expose_provenance()) }?;
+    set_headers(&tap)?;
+    Ok(tap)
+}
+
+/// Has a queue that another process has opened be as those of [`open`]: it does not block, and its headers have 12 bytes.
+///
+/// # Errors
+/// `ENOTTY`, `EINVAL` for another file; `EBADFD` for a queue whose interface is gone.
+pub fn adopt(tap: impl AsFd) -> Result<(), Errno> {
+    let flags = rustix::fs::fcntl_getfl(&tap).map_err(from)?;
+    rustix::fs::fcntl_setfl(&tap, flags | OFlags::NONBLOCK).map_err(from)?;
+    set_headers(tap)
+}
+
+fn set_headers(tap: impl AsFd) -> Result<(), Errno> {
+    const HEADER: i32 = 12;
     SET_HEADER_SIZE.set(&tap, &HEADER)?;
     // The order of the host, where it is little-endian, which some architectures' kernels have no request for.
     match SET_LITTLE_ENDIAN.set(&tap, &1) {
-        Err(_) if cfg!(target_endian = "little") => {}
-        result => result?,
+        Err(_) if cfg!(target_endian = "little") => Ok(()),
+        result => result,
     }
-    Ok(tap)
 }
 
 /// Whether there is an interface `name` in the network namespace of this thread.

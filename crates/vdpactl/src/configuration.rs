@@ -154,16 +154,20 @@ fn entry(name: &str, difference: &Difference) -> Entry {
 fn save(session: &Session) -> Result<(), Failure> {
     let Running { path, devices } = session.client.running()?;
     let written = read(&path)?;
-    let mut elsewhere = Vec::new();
+    let (mut elsewhere, mut passed) = (Vec::new(), Vec::new());
     for (name, difference) in differences(&devices, &written) {
         let Some(device) = devices.iter().find(|device| device.name == name) else { continue };
         let own = files::device_file(&path, &name);
         match written.device(&name).map(|device| &device.at) {
+            _ if device.attrs.is_passed() => passed.push(name),
             // It was written by hand, with others perhaps.
             Some(at) if at.file != own => elsewhere.push(format!("{name} ({at})")),
             _ => write(&path, device)?,
         }
         drop(difference);
+    }
+    if !passed.is_empty() {
+        return Err(unwritable(&passed.join(", ")).into());
     }
     if elsewhere.is_empty() {
         return Ok(());
@@ -171,6 +175,13 @@ fn save(session: &Session) -> Result<(), Failure> {
     Err(CtlError::new(Errno::EXIST, format!("written in another way by hand: {}", elsewhere.join(", ")))
         .with_hint("Change these files; \"vdpactl config diff\" shows what runs.")
         .into())
+}
+
+/// The error for devices whose descriptors were passed.
+fn unwritable(names: &str) -> CtlError {
+    CtlError::new(Errno::INVAL, format!("{names}: descriptors were passed, and no file can have them")).with_hint(
+        "A device that the daemon opens by path is right here, or add it anew after each start of the service.",
+    )
 }
 
 fn write(path: &std::path::Path, device: &AddRequest) -> Result<(), Failure> {
@@ -201,6 +212,9 @@ fn reload(session: &Session) -> Result<(), Failure> {
 
 /// Adds a device, and writes it so that the next start of the service adds it too.
 pub(crate) fn add_persistent(session: &Session, request: &AddRequest) -> Result<(), Failure> {
+    if request.attrs.is_passed() {
+        return Err(unwritable(&request.name).into());
+    }
     let path = session.client.running()?.path;
     if let Some(device) = read(&path)?.device(&request.name) {
         return Err(CtlError::new(

@@ -8,7 +8,7 @@ use crate::failure::Failure;
 use crate::features::Names;
 use crate::output::{Entry, put, section};
 use crate::utc::rfc3339;
-use crate::{config, configuration, grammar, state, vstats};
+use crate::{config, configuration, grammar, passed, state, vstats};
 
 pub(crate) const HELP: &str = "\
 Usage: vdpactl dev show [ DEV ]
@@ -22,7 +22,7 @@ Usage: vdpactl dev config COMMAND [ OPTIONS ]
 Usage: vdpactl dev vstats COMMAND
 where  ATTRIBUTE of network devices := { mac MACADDR | mtu MTU | max_vqp MAX_VQ_PAIRS |
                                          device_features HEX }
-       ATTRIBUTE of block devices := { path FILE | format raw | readonly [ on | off ] |
+       ATTRIBUTE of block devices := { path FILE | passed { on | off } | format raw | readonly [ on | off ] |
                                        shared { on | off } | direct { on | off } |
                                        pin { on | off } | packed { on | off } | in_order { on | off } |
                                        queues N | queue_size N | serial TEXT |
@@ -51,7 +51,7 @@ pub(crate) fn run(session: &Session, args: &[String], force: bool) -> Result<(),
         if persistent {
             return configuration::add_persistent(session, &request);
         }
-        Ok(session.client.add(&request)?)
+        Ok(session.client.add_passing(&request, passed::open(&request)?)?)
     } else if command("del") {
         let (rest, persistent) = grammar::persistent(rest);
         let name = grammar::only(rest)?;
@@ -106,6 +106,10 @@ fn entry(session: &Session, device: &DevInfo) -> Entry {
         };
         let path = device.path.to_string_lossy();
         put!(plain, "  path {path}\n  front {}\n  min_vq_size {}\n", device.front, device.min_vq_size);
+        if device.passed {
+            plain.push_str("  passed true\n");
+            json.insert("passed".into(), true.into());
+        }
         json.insert("path".into(), path.into());
         json.insert("front".into(), device.front.as_str().into());
         json.insert("min_vq_size".into(), device.min_vq_size.into());

@@ -3,7 +3,7 @@
 //! The objects take arguments in the grammar of iproute2 (`name vdpa0 mgmtdev blk`). clap parses only the options, which may stand
 //! anywhere; the arguments go to the module of their object:
 //!
-//! * [`mgmtdev`], [`dev`] with [`config`] and [`vstats`], [`update`], [`configuration`], [`watch`], [`doctor`]: one module per object, with its commands and their output.
+//! * [`mgmtdev`], [`dev`] with [`config`], [`passed`] and [`vstats`], [`update`], [`configuration`], [`watch`], [`doctor`]: one module per object, with its commands and their output.
 //! * [`grammar`]: abbreviations and `name value` pairs.
 //! * [`output`]: plain lines or iproute2's JSON; [`features`], [`utc`]: names and times in it.
 //! * [`failure`]: errors, printed as iproute2 prints them.
@@ -19,6 +19,7 @@ mod features;
 mod grammar;
 mod mgmtdev;
 mod output;
+mod passed;
 mod state;
 mod update;
 mod utc;

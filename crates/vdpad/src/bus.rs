@@ -9,6 +9,7 @@ mod upgrade;
 
 pub(crate) use restore::HeldDevices;
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -149,6 +150,7 @@ impl Bus {
             min_vq_size: 1,
             path: entry.path.clone(),
             front: entry.front.into(),
+            passed: entry.request.attrs.is_passed(),
             state: entry.state()?,
         })
     }
@@ -352,8 +354,8 @@ impl Backend for Bus {
         self.reload_configuration()
     }
 
-    fn add(&self, request: AddRequest) -> Result<(), CtlError> {
-        self.add_device(request).map_err(|error| match error.errno {
+    fn add(&self, request: AddRequest, passed: Vec<OwnedFd>) -> Result<(), CtlError> {
+        self.add_device(request, passed).map_err(|error| match error.errno {
             Errno::MFILE => error.with_hint(
                 "The daemon has no descriptor left: raise LimitNOFILE of its unit; \"vdpactl doctor\" says how many devices that allows.",
             ),

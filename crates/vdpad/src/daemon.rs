@@ -14,7 +14,7 @@ use vdpa_core::crash_points::{CrashPoint, reach};
 use vdpa_sys::mm_reaper::MmReaper;
 
 use crate::bus::Bus;
-use crate::control::{self, Backend, ControlSocket, MetricsSocket, Server};
+use crate::control::{self, Access, Backend, ControlSocket, MetricsSocket, Server};
 use crate::failed::{self, FailedBackend};
 use crate::survival::{Legacy, Survival, TakeOverError};
 use vdpa_backend::front::fuse::{DeviceFiles, Options, ServeError, cuse};
@@ -23,10 +23,12 @@ use vdpa_backend::persist::Held;
 use vdpa_control::Front;
 use vdpa_control::api::{AddRequest, CtlError, UpgradeRequest};
 
+mod accounts;
 mod device_spec;
 mod machine;
 pub mod notify;
 
+pub use accounts::group;
 pub use device_spec::{DeviceSpecError, parse_device_spec};
 
 /// Configuration of the daemon.
@@ -40,6 +42,8 @@ pub struct Config {
     pub mount_dir: PathBuf,
     /// Path of the control socket.
     pub socket: PathBuf,
+    /// Groups that may use it.
+    pub access: Access,
     /// Where the metrics are served over TCP, if anywhere.
     pub metrics: Option<SocketAddr>,
     /// Time for a request on a device file; after it the client gets `EIO`.
@@ -370,7 +374,8 @@ fn spawn_reaper() {
 /// Creates the devices of the configuration. A former daemon, which this one `continues`, may have crashed before it had added all.
 fn add_configured(bus: &Bus, devices: &[AddRequest], continues: bool) -> Result<(), StartError> {
     for device in devices.iter().filter(|device| !(continues && bus.has(&device.name))) {
-        bus.add(device.clone()).map_err(|reason| StartError::Device { name: device.name.clone(), reason })?;
+        bus.add(device.clone(), Vec::new())
+            .map_err(|reason| StartError::Device { name: device.name.clone(), reason })?;
     }
     Ok(())
 }
@@ -383,8 +388,8 @@ fn start_control(
     held: Option<Held>,
 ) -> Result<Server, control::StartError> {
     let socket = match survival {
-        Some(survival) => survival.control_socket(&config.socket, held)?,
-        None => ControlSocket::bind(&config.socket)?,
+        Some(survival) => survival.control_socket(&config.socket, config.access, held)?,
+        None => ControlSocket::bind(&config.socket, config.access)?,
     };
     let metrics = metrics_socket(config, survival.is_some_and(|survival| survival.generation() > 1))?;
     let limits = control::Limits::default();
@@ -466,6 +471,7 @@ mod tests {
             metrics: None,
             configuration: "/etc/vdpad/vdpad.toml".into(),
             socket: PathBuf::new(),
+            access: Access::default(),
             request_timeout: Duration::from_secs(1),
             resend: true,
             watchdog_timeout: Duration::from_secs(1),

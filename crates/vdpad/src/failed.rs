@@ -1,6 +1,7 @@
 //! What is served after too many crashes: every request gets an error at once, and no state of a device is touched, since that may
 //! be what ends the daemon.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -119,7 +120,7 @@ impl Backend for FailedBackend {
         failed()
     }
 
-    fn add(&self, _: AddRequest) -> Result<(), CtlError> {
+    fn add(&self, _: AddRequest, _: Vec<OwnedFd>) -> Result<(), CtlError> {
         failed()
     }
 

@@ -22,6 +22,7 @@ use vdpa_control::{Front, SOCKET_ENV};
 use vdpa_holder::holder::{self, Outcome, Program};
 use vdpa_holder::protocol::Role;
 use vdpa_sys::uapi::live::{self, Numbers};
+use vdpad::control::Access;
 use vdpad::daemon::{self, Config, Daemon, StartError};
 use vdpad::keeper;
 use vdpad::survival::{self, Survival};
@@ -76,6 +77,14 @@ struct Serve {
     /// $XDG_RUNTIME_DIR/vdpad/control.sock]
     #[arg(long, value_name = "PATH", env = SOCKET_ENV, alias = "control")]
     socket: Option<PathBuf>,
+
+    /// Group whose members may use the control socket as root may: a name in /etc/group, or a number [default: none]
+    #[arg(long, value_name = "GROUP", value_parser = daemon::group)]
+    socket_group: Option<u32>,
+
+    /// Group whose members may ask over the control socket, and change nothing [default: none]
+    #[arg(long, value_name = "GROUP", value_parser = daemon::group)]
+    socket_readers: Option<u32>,
 
     /// Serve metrics over TCP too, to everybody who can connect to this address: 127.0.0.1:9476, [::]:9476 [default: on the control
     /// socket only]
@@ -331,6 +340,7 @@ fn serve(options: Serve, files: Configuration, survival: Option<Survival>) -> Ex
         dir: options.dir,
         mount_dir,
         socket,
+        access: Access { admins: options.socket_group, readers: options.socket_readers },
         metrics: options.metrics,
         request_timeout: options.request_timeout,
         resend: !options.keep_requests,

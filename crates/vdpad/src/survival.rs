@@ -35,7 +35,7 @@ use vdpa_sys::memfd;
 pub(crate) use self::files::LegacyParts;
 use self::files::{LegacyFiles, SavedPlace};
 use crate::bus::{HeldDevices, file_name};
-use crate::control::{BindError, ControlSocket, Pauser};
+use crate::control::{Access, BindError, ControlSocket, Pauser};
 use crate::devices::{DiskFacts, Kept};
 
 /// Bytes of the longest identity: a request to add a device is at most that long.
@@ -299,10 +299,15 @@ impl Survival {
     ///
     /// # Errors
     /// [`BindError`].
-    pub(crate) fn control_socket(&self, path: &Path, held: Option<Held>) -> Result<ControlSocket, BindError> {
+    pub(crate) fn control_socket(
+        &self,
+        path: &Path,
+        access: Access,
+        held: Option<Held>,
+    ) -> Result<ControlSocket, BindError> {
         let _ = self.control_path.set(path.to_owned());
         if let Some(Held { fd, record, .. }) = held {
-            match ControlSocket::adopt(path, fd, &record) {
+            match ControlSocket::adopt(path, fd, &record, access) {
                 Ok(socket) => return Ok(socket),
                 Err(error) => tracing::warn!("the control socket is made anew: {}", chain(&error)),
             }
@@ -310,7 +315,8 @@ impl Survival {
         }
         // A former daemon may still be ending, so that its socket seems to be in use.
         let goes_on = self.generation() > 1;
-        let socket = if goes_on { ControlSocket::rebind(path)? } else { ControlSocket::bind(path)? };
+        let socket =
+            if goes_on { ControlSocket::rebind(path, access)? } else { ControlSocket::bind(path, access)? };
         if let Err(errno) = self.store().hold(key(0, CONTROL), Kind::Other, socket.as_fd(), &socket.record())
         {
             tracing::warn!(%errno, "the control socket does not survive a crash of this daemon");

@@ -202,3 +202,29 @@ fn pairs_are_used_as_the_driver_says() {
     assert_eq!(card.set_pairs(1), Some(Ack::Ok));
     (0..4).for_each(|pair| card.ping(&host, pair, 0));
 }
+
+/// The daemon is in a network namespace where there is no such interface: whoever has the right to it opens it.
+#[test]
+fn queues_that_were_passed_outlive_daemons() {
+    let vdpad = held::start(&[]);
+    if namespace(false).is_none() {
+        return;
+    }
+    let refused = vdpad.ctl("dev add name net0 mgmtdev net tap tap0");
+    assert!(refused.stderr.contains("there is no persistent interface tap0"), "{refused:?}");
+    let wrong = vdpad.ctl("dev add name net0 mgmtdev net tap tap1 passed on");
+    assert!(wrong.stderr.contains("cannot open tap1"), "{wrong:?}");
+    let path = vdpad.add("net0", "net", "tap tap0 passed on mac 52:54:11:12:34:56");
+    let host = host();
+    let mut net = Net::with(&path, FEATURES, Asid(0), BackendFeatures(0x37e));
+    for _ in 0..16 {
+        net.offer(2048);
+    }
+    net.queue(RX).kick.signal();
+    ping(&mut net, &host, &[1; 700]);
+    replace(&vdpad);
+    ping(&mut net, &host, &[2; 700]);
+    upgrade(&vdpad);
+    ping(&mut net, &host, &[3; 700]);
+    assert!(vdpad.info("net0").passed);
+}

@@ -29,6 +29,8 @@ pub(super) struct KeptRings {
     ready: Mutex<BTreeMap<u32, ThreadRing>>,
     /// Numbers of rings that cannot be used, while the predecessor still uses them.
     unusable: Mutex<Vec<u32>>,
+    /// Numbers of rings whose requests of the predecessor have ended.
+    settled: Mutex<Vec<u32>>,
     next: AtomicU32,
     /// The predecessor still uses its rings.
     foreign: AtomicBool,
@@ -78,8 +80,8 @@ impl KeptRings {
         }
         rings.into_keys().for_each(|number| release(&*store, number));
         let (left, next) = (Mutex::new(left), AtomicU32::new(next));
-        let (ready, unusable) = (Mutex::default(), Mutex::default());
-        Self { store, left, ready, unusable, next, foreign: AtomicBool::new(foreign) }
+        let (ready, unusable, settled) = (Mutex::default(), Mutex::default(), Mutex::default());
+        Self { store, left, ready, unusable, settled, next, foreign: AtomicBool::new(foreign) }
     }
 
     /// Whether the predecessor still uses its rings.
@@ -99,11 +101,17 @@ impl KeptRings {
     }
 
     /// Makes the ring with this number usable, if the predecessor has left it. If the predecessor has died, blocks until none of
-    /// its requests is in flight there; if it lives, the ring is not [settled](Ring::settle).
-    pub(super) fn prepare(&self, number: u32) {
-        let Some(left) = self.left.lock().remove(&number) else { return };
+    /// its requests is in flight there; if it lives, the ring is not [settled](Ring::settle). Returns whether none is.
+    pub(super) fn prepare(&self, number: u32) -> bool {
+        let Some(left) = self.left.lock().remove(&number) else {
+            return self.settled.lock().contains(&number);
+        };
         match self.try_take(number, left) {
-            Ok(ring) => drop(self.ready.lock().insert(number, ring)),
+            Ok(ring) => {
+                self.ready.lock().insert(number, ring);
+                self.settled.lock().push(number);
+                true
+            }
             Err(error) => {
                 tracing::warn!(
                     ring = number,
@@ -111,9 +119,12 @@ impl KeptRings {
                 );
                 if self.is_foreign() {
                     self.unusable.lock().push(number);
+                    // The predecessor completes them before this process goes on for it.
+                    self.settled.lock().push(number);
                 } else {
                     release(&*self.store, number);
                 }
+                false
             }
         }
     }

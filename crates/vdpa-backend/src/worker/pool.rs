@@ -16,7 +16,7 @@ use vdpa_sys::shared_words::SharedWords;
 use super::dirty::DirtyLog;
 use super::event_loop::{Message, Registration};
 use super::kept::KeptRings;
-use super::thread::{Start, WorkerThread};
+use super::thread::{Start, WorkerThread, io_uring_is_withheld};
 use super::{Counters, QueueControl, QueueHandler, QueueLogs, Shared, Size};
 use crate::persist::{Held, Store};
 
@@ -151,9 +151,14 @@ impl WorkerPool {
 
     /// Waits until none of the requests of a dead predecessor is in flight in the ring that the device of `logs` was served with. To
     /// be called before its files are opened: requests keep them open, and locked. Does nothing if the predecessor lives.
-    pub fn settle(&self, logs: &QueueLogs) {
-        if let Some((kept, number)) = self.kept.as_ref().filter(|kept| !kept.is_foreign()).zip(logs.ring()) {
-            kept.prepare(number);
+    ///
+    /// Returns whether none is in flight for certain. `false`: the ring is not there, or cannot be taken over; the kernel may still
+    /// carry them out, and only their locks on files tell.
+    pub fn settle(&self, logs: &QueueLogs) -> bool {
+        match self.kept.as_ref().filter(|kept| !kept.is_foreign()) {
+            None => true,
+            // Threads that serve in place of a ring ended with their process.
+            Some(kept) => logs.ring().map_or_else(io_uring_is_withheld, |number| kept.prepare(number)),
         }
     }
 

@@ -201,6 +201,11 @@ fn new_ring() -> Result<Ring> {
     }
 }
 
+/// Whether the kernel allows this process no io_uring, and so none of its predecessors, which had the same rights.
+pub(super) fn io_uring_is_withheld() -> bool {
+    matches!(Ring::new(RING_ENTRIES), Err(Errno::PERM | Errno::NOSYS))
+}
+
 /// Tells the starter whether there is an event loop; `None` when there is none.
 fn announce(made: Result<(EventLoop, Started)>, ready: &SyncSender<Result<Started>>) -> Option<EventLoop> {
     // The send fails only when the starter does not wait any more.

@@ -9,6 +9,9 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 /// Attributes that are paths, of any kind of device.
 pub const PATH_ATTRS: [&str; 2] = ["path", "device_file"];
 
+/// Attribute of the devices that take what they need as descriptors, which come with the request (`SCM_RIGHTS`): `on` or `off`.
+pub const PASSED_ATTR: &str = "passed";
+
 /// Names and values in the order in which they were given; every name occurs once.
 ///
 /// An object in JSON, whose values may be strings, numbers or booleans. They become strings: numbers in decimal, booleans `on`
@@ -152,6 +155,12 @@ impl Attrs {
                 *value = path.to_owned();
             }
         }
+    }
+
+    /// Whether descriptors come with the request ([`PASSED_ATTR`]).
+    #[must_use]
+    pub fn is_passed(&self) -> bool {
+        self.get(PASSED_ATTR) == Some("on")
     }
 
     /// Names and values, in order.

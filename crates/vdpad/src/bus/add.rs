@@ -1,6 +1,7 @@
 //! Adding a device.
 
 use std::collections::BTreeSet;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -36,13 +37,14 @@ pub(super) const HANDOVER_ATTR: &str = "handover";
 const NUMBERS_TRIED: usize = 4096;
 
 impl Bus {
-    /// Makes a device and its file, and has held what it is if there is a holder.
+    /// Makes a device and its file, and has held what it is if there is a holder. `passed` are descriptors that came with the request.
     ///
     /// # Errors
     /// Those of [`Backend::add`](crate::control::Backend::add).
-    pub(super) fn add_device(&self, mut request: AddRequest) -> Result<(), CtlError> {
+    pub(super) fn add_device(&self, mut request: AddRequest, passed: Vec<OwnedFd>) -> Result<(), CtlError> {
         check_name(&request.name)?;
         check_paths(&request.attrs)?;
+        check_passed(&request.attrs, &passed)?;
         let asked = request.clone();
         let path = request.attrs.take(DEVICE_FILE_ATTR).map(PathBuf::from);
         let handover = handover(&mut request.attrs)?;
@@ -68,6 +70,7 @@ impl Bus {
         let logs = survival.map(|_| QueueLogs::create(QUEUES_MAX)).transpose().map_err(no_memory)?;
         let logs = logs.zip(dirty.clone()).map(|((fd, logs), dirty)| (fd, logs.with_dirty(dirty)));
         let kept = survival.map(|_| Kept::new()).transpose().map_err(no_memory)?.unwrap_or_default();
+        let kept = kept.with_passed(request.attrs.is_passed().then_some(passed));
         let logged = logs.as_ref().map(|(_, logs)| self.pool.with_logs(logs.clone()));
         let pool = logged.as_ref().unwrap_or(&self.pool);
         let parent = mgmt.create(&request.name, &request.attrs, pool, &kept)?;
@@ -163,6 +166,15 @@ fn check_paths(attrs: &Attrs) -> Result<(), CtlError> {
         }
     }
     Ok(())
+}
+
+/// Refuses descriptors that nothing says what to do with.
+fn check_passed(attrs: &Attrs, passed: &[OwnedFd]) -> Result<(), CtlError> {
+    if passed.is_empty() || attrs.is_passed() {
+        return Ok(());
+    }
+    Err(CtlError::new(Errno::INVAL, "descriptors came with the request, and none are asked for")
+        .with_hint("passed on uses them."))
 }
 
 /// Parses `handover`: whether a successor may open the device while it is in use.

@@ -23,7 +23,7 @@ impl Bus {
                 Some(other) if is_same(other, &device.request) => {}
                 Some(_) => done.differ.push(name.clone()),
                 None => {
-                    self.add(device.request.clone()).map_err(|error| {
+                    self.add(device.request.clone(), Vec::new()).map_err(|error| {
                         let hint = error.hint.unwrap_or_default();
                         CtlError::new(error.errno, format!("{}: device {name}: {}", device.at, error.message))
                             .with_hint(hint)

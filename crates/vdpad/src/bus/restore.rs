@@ -210,12 +210,14 @@ impl Bus {
             _ => (None, parts.keeper.take()),
         };
         let held_lock = lock.is_some();
+        // Before its files are opened.
+        let settled = self.pool.settle(&logs);
         let kept = Kept::restored(identity.mark, parts.contents.take())
             .with_taps(std::mem::take(&mut parts.taps))
             .with_keeper(keeper)
             .with_lock(lock)
-            .with_disk(identity.disk);
-        self.pool.settle(&logs);
+            .with_disk(identity.disk)
+            .with_settled(settled);
         let parent = create_again(&**mgmt, name, attrs, &self.pool.with_logs(logs.clone()), &kept)?;
         reach(CrashPoint::ParentMade);
         let (mut device, shared, mut successor) = match (&shared, &front.shared) {

@@ -1,6 +1,7 @@
 //! [`Backend`]: the operations of the control API.
 
 use std::fmt::Debug;
+use std::os::fd::OwnedFd;
 
 use vdpa_control::api::{
     AddRequest, CtlError, DaemonInfo, DevInfo, MgmtDev, QueueVstats, Reloaded, Running, SetAnswer,
@@ -87,12 +88,12 @@ pub trait Backend: Debug + Send + Sync + 'static {
         Err(CtlError::new(Errno::OPNOTSUPP, "there is no configuration"))
     }
 
-    /// Creates a device.
+    /// Creates a device. `passed` are the descriptors that came with the request: the attribute `passed` has them used.
     ///
     /// # Errors
     /// As the kernel's DEV_NEW (uapi-spec 7.3): `ENODEV` for an unknown management device, `EOPNOTSUPP` for an
     /// attribute it does not know, `EINVAL` for an invalid value, `EEXIST` for a name in use.
-    fn add(&self, request: AddRequest) -> Result<(), CtlError>;
+    fn add(&self, request: AddRequest, passed: Vec<OwnedFd>) -> Result<(), CtlError>;
 
     /// Changes attributes of a device: the size of a disk; or those of a network device. If for the latter its management device has no network devices, nothing changes and the answer has a
     /// warning, as in the kernel.

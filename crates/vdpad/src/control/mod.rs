@@ -9,4 +9,6 @@ mod metrics;
 mod server;
 
 pub use backend::Backend;
-pub use server::{BindError, ControlSocket, Limits, MetricsSocket, Paused, Pauser, Server, StartError};
+pub use server::{
+    Access, BindError, ControlSocket, Limits, MetricsSocket, Paused, Pauser, Server, StartError,
+};

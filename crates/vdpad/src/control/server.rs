@@ -20,10 +20,15 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use super::Backend;
 use vdpa_holder::progress;
 
+mod caller;
+mod passing;
 mod public;
 mod routes;
 mod socket;
 
+pub use caller::Access;
+use caller::Caller;
+use passing::{Passed, Passing};
 pub use public::MetricsSocket;
 pub use socket::{BindError, ControlSocket};
 
@@ -149,7 +154,7 @@ impl Server {
     /// # Errors
     /// As [`start`](Self::start).
     pub fn start_limited(path: &Path, backend: Arc<dyn Backend>, limits: Limits) -> Result<Self, StartError> {
-        Self::start_on(ControlSocket::bind(path)?, backend, limits)
+        Self::start_on(ControlSocket::bind(path, Access::default())?, backend, limits)
     }
 
     /// As [`start_limited`](Self::start_limited), on a socket that is bound already.
@@ -174,7 +179,7 @@ impl Server {
         limits: Limits,
         metrics: Option<MetricsSocket>,
     ) -> Result<Self, StartError> {
-        let ControlSocket { listener, file } = socket;
+        let ControlSocket { listener, file, access } = socket;
         let path = file.path().to_owned();
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -202,7 +207,7 @@ impl Server {
                 if let Some(metrics) = metrics {
                     runtime.spawn(public::serve(metrics, Arc::clone(&backend), limits));
                 }
-                let end = runtime.block_on(serve(listener, backend, limits, requests, stopped));
+                let end = runtime.block_on(serve((listener, access), backend, limits, requests, stopped));
                 drop(file);
                 runtime.block_on(end);
                 // Does not wait for calls of the backend, which may hang.
@@ -248,7 +253,7 @@ impl Drop for Server {
 
 /// Serves until `stopped`. Returns the end of the connections that are left, to be waited for.
 async fn serve(
-    listener: UnixListener,
+    (listener, access): (UnixListener, Access),
     backend: Arc<dyn Backend>,
     limits: Limits,
     mut pauses: mpsc::UnboundedReceiver<Pause>,
@@ -281,7 +286,7 @@ async fn serve(
             Ok(Accepted { stream, slot, last }) => {
                 complained = last && complained;
                 let head = if last { LAST_HEAD } else { limits.head };
-                let connection = connection(stream, Arc::clone(&backend), Limits { head, ..limits });
+                let connection = connection(stream, access, Arc::clone(&backend), Limits { head, ..limits });
                 let watched = connections.watch(connection);
                 tokio::spawn(async move {
                     if let Err(error) = watched.await {
@@ -364,11 +369,13 @@ impl Reserve {
     }
 }
 
-type Connection =
-    hyper::server::conn::http1::Connection<TokioIo<UnixStream>, TowerToHyperService<axum::Router>>;
+type Connection = hyper::server::conn::http1::Connection<TokioIo<Passing>, TowerToHyperService<axum::Router>>;
 
-fn connection(stream: UnixStream, backend: Arc<dyn Backend>, limits: Limits) -> Connection {
-    let router = routes::router(backend, limits, socket::authorised(&stream));
+fn connection(stream: UnixStream, access: Access, backend: Arc<dyn Backend>, limits: Limits) -> Connection {
+    let (caller, passed) = (Caller::of(&stream, &access), Passed::default());
+    let is_admin = caller.as_ref().is_ok_and(Caller::is_admin);
+    let stream = Passing::new(stream, is_admin.then(|| passed.clone()));
+    let router = routes::router(backend, limits, caller, passed);
     hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(limits.head)

@@ -37,6 +37,12 @@ pub(crate) struct Kept {
     lock: Mutex<Option<Arc<OwnedFd>>>,
     disk: Mutex<Option<DiskFacts>>,
     controls: Mutex<Option<Arc<dyn Controls>>>,
+    /// What came with the request for a new device, until it is used.
+    passed: Mutex<Option<Vec<OwnedFd>>>,
+    /// It was said that descriptors come.
+    is_passed: bool,
+    /// Requests of the former process may be in flight.
+    unsettled: bool,
     mark: Option<u64>,
 }
 
@@ -56,6 +62,19 @@ impl Kept {
     /// For a device that a predecessor of this process had served.
     pub(crate) fn restored(mark: Option<u64>, memory: Option<OwnedFd>) -> Self {
         Self { restored: true, memory: Mutex::new(memory.map(Arc::new)), mark, ..Self::default() }
+    }
+
+    /// With the descriptors that came with the request, if it says that they do.
+    #[must_use]
+    pub(crate) fn with_passed(self, passed: Option<Vec<OwnedFd>>) -> Self {
+        Self { is_passed: passed.is_some(), passed: Mutex::new(passed), ..self }
+    }
+
+    /// Whether requests of the former process are known to have ended.
+    #[must_use]
+    pub(crate) const fn with_settled(mut self, settled: bool) -> Self {
+        self.unsettled = !settled;
+        self
     }
 
     /// With the queues of an interface that the former process had, in their order.
@@ -82,6 +101,21 @@ impl Kept {
     /// Whether the device is made again.
     pub(crate) const fn is_restored(&self) -> bool {
         self.restored
+    }
+
+    /// Whether descriptors come with the request for this new device.
+    pub(crate) const fn is_passed(&self) -> bool {
+        self.is_passed
+    }
+
+    /// The descriptors that came with the request for a new device, once; `None` where none were to come.
+    pub(crate) fn passed(&self) -> Option<Vec<OwnedFd>> {
+        self.passed.lock().take()
+    }
+
+    /// Whether requests of the former process are known to have ended, so that nothing else needs to tell that.
+    pub(crate) const fn is_settled(&self) -> bool {
+        !self.unsettled
     }
 
     /// What the disk was when it was made; `None` for a new one.

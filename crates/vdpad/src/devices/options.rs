@@ -30,6 +30,9 @@ pub(super) fn compat_reset(attrs: &Attrs, default: CompatReset) -> Result<Compat
     }
 }
 
+/// Name and value of the attribute that says that what a device needs was opened by whoever has asked for it, and came with the request.
+pub(super) const PASSED_ATTR: (&str, &str) = (vdpa_control::api::PASSED_ATTR, "on|off");
+
 /// Name and value of the attribute that [`queue_size`] parses.
 pub(super) const QUEUE_SIZE_ATTR: (&str, &str) = ("queue_size", "2-32768, a power of two");
 

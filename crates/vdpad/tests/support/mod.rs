@@ -8,6 +8,7 @@ pub(crate) mod programs;
 pub(crate) mod registered;
 
 use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -182,6 +183,7 @@ fn info(name: &str, device_id: u32, mgmtdev: &str, max_vqs: u32) -> DevInfo {
         min_vq_size: 1,
         path: PathBuf::from("/run/vdpad/dev").join(name),
         front: "fuse".into(),
+        passed: false,
         state: DevState::default(),
     }
 }
@@ -262,7 +264,7 @@ impl Backend for Fixture {
         })
     }
 
-    fn add(&self, request: AddRequest) -> Result<(), CtlError> {
+    fn add(&self, request: AddRequest, _: Vec<OwnedFd>) -> Result<(), CtlError> {
         let attrs: String = request.attrs.iter().map(|(name, value)| format!(" {name}={value}")).collect();
         self.note(format!("add {} on {}{attrs}", request.name, request.mgmtdev));
         if self.find(&request.name).is_ok() {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{Path, Query, Request, State};
-use axum::http::{StatusCode, header};
+use axum::http::{Method, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -17,6 +17,8 @@ use vdpa_core::Errno;
 use vdpa_core::device::moving::STATE_MAX;
 
 use super::Limits;
+use super::caller::Caller;
+use super::passing::Passed;
 use crate::control::Backend;
 use crate::control::metrics::{self, Told};
 use vdpa_control::api::{AddRequest, CtlError, ErrorBody, SetRequest, UpgradeRequest, Version};
@@ -25,17 +27,26 @@ use vdpa_control::api::{AddRequest, CtlError, ErrorBody, SetRequest, UpgradeRequ
 struct App {
     backend: Arc<dyn Backend>,
     limits: Limits,
+    passed: Passed,
 }
 
 /// The routes of a connection over TCP, where anybody may ask: only what nobody must hide.
 pub(super) fn public(backend: Arc<dyn Backend>, limits: Limits) -> Router {
     Router::new()
-        .route_service("/metrics", get(metrics).with_state(App { backend, limits }))
+        .route_service(
+            "/metrics",
+            get(metrics).with_state(App { backend, limits, passed: Passed::default() }),
+        )
         .fallback(|| async { StatusCode::NOT_FOUND })
 }
 
-/// The routes of one connection; `caller` is what [`authorised`](super::socket::authorised) says about it.
-pub(super) fn router(backend: Arc<dyn Backend>, limits: Limits, caller: Result<(), CtlError>) -> Router {
+/// The routes of one connection, on which `passed` comes with requests. `caller` is at its other end.
+pub(super) fn router(
+    backend: Arc<dyn Backend>,
+    limits: Limits,
+    caller: Result<Caller, CtlError>,
+    passed: Passed,
+) -> Router {
     Router::new()
         .route("/v1/version", get(version))
         .route("/v1/daemon", get(daemon))
@@ -53,16 +64,29 @@ pub(super) fn router(backend: Arc<dyn Backend>, limits: Limits, caller: Result<(
         .route("/metrics", get(metrics))
         .fallback(no_such_path)
         .method_not_allowed_fallback(no_such_method)
-        .with_state(App { backend, limits })
+        .with_state(App { backend, limits, passed })
         .layer(middleware::from_fn(move |request: Request, next: Next| {
             let caller = caller.clone();
             async move {
-                match caller {
-                    Ok(()) => next.run(request).await,
+                match caller.and_then(|caller| caller.check(&request).map(|()| caller)) {
+                    Ok(caller) => run(caller, request, next).await,
                     Err(error) => Failure::from(error).into_response(),
                 }
             }
         }))
+}
+
+/// Carries out a request, and tells the log who has changed something, or tried to.
+async fn run(Caller { uid, pid, .. }: Caller, request: Request, next: Next) -> Response {
+    if matches!(*request.method(), Method::GET | Method::HEAD) {
+        return next.run(request).await;
+    }
+    let (method, path) = (request.method().clone(), request.uri().clone());
+    let response = next.run(request).await;
+    let status = response.status().as_u16();
+    let made = response.headers().get(header::LOCATION).and_then(|made| made.to_str().ok());
+    tracing::info!(uid, pid, %method, %path, status, made, "control request");
+    response
 }
 
 async fn version() -> Json<Version> {
@@ -148,7 +172,8 @@ async fn add(State(app): State<App>, request: Request) -> Result<Response, Failu
             .into());
     }
     let location = format!("/v1/devs/{}", request.name);
-    app.call(move |backend| backend.add(request)).await?;
+    let passed = app.passed.take();
+    app.call(move |backend| backend.add(request, passed)).await?;
     let mut response = StatusCode::CREATED.into_response();
     // The backend refuses names that a header cannot carry.
     if let Ok(location) = location.parse() {

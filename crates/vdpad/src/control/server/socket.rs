@@ -3,13 +3,13 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt, chown};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use vdpa_core::Errno;
+use rustix::fs::{XattrFlags, lsetxattr};
 
-use vdpa_control::api::CtlError;
+use super::caller::Access;
 
 /// Why the control socket could not be bound.
 #[derive(Debug, thiserror::Error)]
@@ -25,6 +25,17 @@ pub enum BindError {
     NotASocket {
         /// Path of the file.
         path: PathBuf,
+    },
+    /// This process may not give the socket to a group.
+    #[error("cannot give {} to group {group}; make the user of vdpad its member (SupplementaryGroups= in the unit)", path.display())]
+    Group {
+        /// Path of the socket.
+        path: PathBuf,
+        /// The group.
+        group: u32,
+        /// `EPERM`: neither is this process its member nor has it `CAP_CHOWN`.
+        #[source]
+        source: io::Error,
     },
     /// The system refused a step.
     #[error("cannot {step} {}", path.display())]
@@ -44,25 +55,27 @@ pub enum BindError {
 pub struct ControlSocket {
     pub(super) listener: UnixListener,
     pub(super) file: SocketFile,
+    pub(super) access: Access,
 }
 
 impl ControlSocket {
-    /// Binds it to `path`, with mode 0600. The socket of a daemon that has ended is replaced. Clients can connect from then on.
+    /// Binds it to `path`, for the user of this process and the groups of `access`: with mode 0600, or 0660. The socket of a daemon that
+    /// has ended is replaced. Clients can connect from then on.
     ///
     /// # Errors
     /// [`BindError`]; a socket on which a daemon listens is [`BindError::InUse`].
-    pub fn bind(path: &Path) -> Result<Self, BindError> {
-        let (listener, file) = bind(path)?;
-        Ok(Self { listener, file })
+    pub fn bind(path: &Path, access: Access) -> Result<Self, BindError> {
+        let (listener, file) = bind(path, access)?;
+        Ok(Self { listener, file, access })
     }
 
     /// As [`bind`](Self::bind), also where a daemon listens on it, which this one goes on for.
     ///
     /// # Errors
     /// [`BindError`], but not [`BindError::InUse`].
-    pub fn rebind(path: &Path) -> Result<Self, BindError> {
-        let (listener, file) = rebind(path)?;
-        Ok(Self { listener, file })
+    pub fn rebind(path: &Path, access: Access) -> Result<Self, BindError> {
+        let (listener, file) = rebind(path, access)?;
+        Ok(Self { listener, file, access })
     }
 
     /// Which file it is, for [`adopt`](Self::adopt).
@@ -76,7 +89,7 @@ impl ControlSocket {
     ///
     /// # Errors
     /// [`BindError::Io`] when something else lies at `path`.
-    pub fn adopt(path: &Path, fd: OwnedFd, record: &[u8]) -> Result<Self, BindError> {
+    pub fn adopt(path: &Path, fd: OwnedFd, record: &[u8], access: Access) -> Result<Self, BindError> {
         let failed = |source| BindError::Io { step: "go on with", path: path.into(), source };
         let listener = UnixListener::from(fd);
         let found = fs::symlink_metadata(path).map_err(failed)?;
@@ -84,7 +97,7 @@ impl ControlSocket {
             return Err(failed(io::ErrorKind::AddrNotAvailable.into()));
         }
         listener.set_nonblocking(true).map_err(failed)?;
-        Ok(Self { listener, file: SocketFile { path: path.into(), identity: identity(&found) } })
+        Ok(Self { listener, file: SocketFile { path: path.into(), identity: identity(&found) }, access })
     }
 }
 
@@ -124,14 +137,14 @@ fn identity(file: &fs::Metadata) -> (u64, u64) {
     (file.dev(), file.ino())
 }
 
-/// Binds a non-blocking listener to `path`, with mode 0600. Creates the directory if there is none.
-pub(super) fn bind(path: &Path) -> Result<(UnixListener, SocketFile), BindError> {
+/// Binds a non-blocking listener to `path`. Creates the directory if there is none.
+fn bind(path: &Path, access: Access) -> Result<(UnixListener, SocketFile), BindError> {
     check_not_in_use(path)?;
-    rebind(path)
+    rebind(path, access)
 }
 
 /// As [`bind`], whether or not somebody listens on it.
-pub(super) fn rebind(path: &Path) -> Result<(UnixListener, SocketFile), BindError> {
+fn rebind(path: &Path, access: Access) -> Result<(UnixListener, SocketFile), BindError> {
     check_is_socket(path)?;
     let failed = |step, path: &Path| {
         let path = path.to_path_buf();
@@ -150,21 +163,63 @@ pub(super) fn rebind(path: &Path) -> Result<(UnixListener, SocketFile), BindErro
     name.push(format!(".{}", std::process::id()));
     let temporary = PathBuf::from(name);
     let listener = UnixListener::bind(&temporary).map_err(failed("bind", &temporary))?;
-    let finish = || {
-        fs::set_permissions(&temporary, fs::Permissions::from_mode(0o600))?;
+    let place = || {
         listener.set_nonblocking(true)?;
         let identity = identity(&fs::symlink_metadata(&temporary)?);
         fs::rename(&temporary, path)?;
         Ok(identity)
     };
-    match finish() {
+    let opened = open_to(&temporary, access).map_err(|source| match access.admins.or(access.readers) {
+        Some(group) if source.kind() == io::ErrorKind::PermissionDenied => {
+            BindError::Group { path: path.into(), group, source }
+        }
+        _ => failed("give to its groups", path)(source),
+    });
+    match opened.and_then(|()| place().map_err(failed("put in place", path))) {
         Ok(identity) => Ok((listener, SocketFile { path: path.into(), identity })),
-        Err(source) => {
+        Err(error) => {
             // An error of this cleanup is ignored: the first error is the one to report.
             let _ = fs::remove_file(&temporary);
-            Err(failed("put in place", path)(source))
+            Err(error)
         }
     }
+}
+
+/// Lets its user connect to the socket at `path`, and the groups of `access`, and nobody else.
+fn open_to(path: &Path, access: Access) -> io::Result<()> {
+    let group = access.admins.or(access.readers);
+    // Before others may connect.
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+    if group.is_some() {
+        chown(path, None, group)?;
+        fs::set_permissions(path, fs::Permissions::from_mode(0o660))?;
+    }
+    if let (Some(_), Some(readers)) = (access.admins, access.readers) {
+        lsetxattr(path, c"system.posix_acl_access", &acl_with(readers), XattrFlags::empty())?;
+    }
+    Ok(())
+}
+
+/// An access control list that lets the user, the group and one more group of a file read and write it (include/uapi/linux/posix_acl_xattr.h).
+fn acl_with(group: u32) -> Vec<u8> {
+    const VERSION: u32 = 2;
+    const READ_WRITE: u16 = 6;
+    const NO_ID: u32 = u32::MAX;
+    // User, group, one more group, the most that groups get, others.
+    let entries = [
+        (0x1, READ_WRITE, NO_ID),
+        (0x4, READ_WRITE, NO_ID),
+        (0x8, READ_WRITE, group),
+        (0x10, READ_WRITE, NO_ID),
+        (0x20, 0, NO_ID),
+    ];
+    let mut bytes = VERSION.to_le_bytes().to_vec();
+    for (tag, permissions, id) in entries {
+        bytes.extend(u16::to_le_bytes(tag));
+        bytes.extend(u16::to_le_bytes(permissions));
+        bytes.extend(u32::to_le_bytes(id));
+    }
+    bytes
 }
 
 /// Whether there is a socket at `path`, or nothing.
@@ -191,45 +246,19 @@ fn check_not_in_use(path: &Path) -> Result<(), BindError> {
     }
 }
 
-/// Checks that the peer may use the control API: only root and the daemon's user may.
-///
-/// The mode of the socket file says the same, but can be changed by others; this check cannot.
-pub(super) fn authorised(stream: &tokio::net::UnixStream) -> Result<(), CtlError> {
-    let peer = stream.peer_cred().map_err(|error| {
-        CtlError::new(Errno::PERM, format!("the credentials of the caller are unknown: {error}"))
-    })?;
-    let own = rustix::process::geteuid().as_raw();
-    if permitted(peer.uid(), own) {
-        return Ok(());
-    }
-    tracing::warn!(uid = peer.uid(), pid = peer.pid(), "control connection refused");
-    Err(CtlError::new(Errno::PERM, "Operation not permitted")
-        .with_hint(format!("Only root and the daemon's user (uid {own}) may use the control socket.")))
-}
-
-const fn permitted(caller: u32, own: u32) -> bool {
-    caller == 0 || caller == own
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn root_and_the_own_user_are_permitted() {
-        assert!(permitted(0, 1000) && permitted(1000, 1000) && permitted(0, 0));
-        assert!(!permitted(1000, 0) && !permitted(1001, 1000));
-    }
-
-    #[test]
     fn a_stale_socket_is_replaced_and_one_in_use_is_not() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("run/control.sock");
-        let (listener, file) = bind(&path).unwrap();
+        let (listener, file) = bind(&path, Access::default()).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o600);
-        assert!(matches!(bind(&path), Err(BindError::InUse { .. })));
+        assert!(matches!(bind(&path, Access::default()), Err(BindError::InUse { .. })));
         drop(listener);
-        let (_listener, second) = bind(&path).unwrap();
+        let (_listener, second) = bind(&path, Access::default()).unwrap();
         drop(file);
         assert!(path.exists(), "the first daemon removed the socket of the second");
         drop(second);
@@ -241,19 +270,25 @@ mod tests {
     fn a_socket_is_continued_where_it_lies_and_nowhere_else() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("control.sock");
-        let first = ControlSocket::bind(&path).unwrap();
+        let first = ControlSocket::bind(&path, Access::default()).unwrap();
         let fd = || first.as_fd().try_clone_to_owned().unwrap();
         let waiting = UnixStream::connect(&path).unwrap();
-        let second = ControlSocket::adopt(&path, fd(), &first.record()).unwrap();
+        let second = ControlSocket::adopt(&path, fd(), &first.record(), Access::default()).unwrap();
         let (served, _) = second.listener.accept().unwrap();
         drop(served);
         drop(waiting);
-        assert!(ControlSocket::adopt(&dir.path().join("other.sock"), fd(), &first.record()).is_err());
+        assert!(
+            ControlSocket::adopt(&dir.path().join("other.sock"), fd(), &first.record(), Access::default())
+                .is_err()
+        );
         fs::remove_file(&path).unwrap();
-        assert!(ControlSocket::adopt(&path, fd(), &first.record()).is_err());
+        assert!(ControlSocket::adopt(&path, fd(), &first.record(), Access::default()).is_err());
         let other = UnixListener::bind(dir.path().join("new")).unwrap();
         fs::rename(dir.path().join("new"), &path).unwrap();
-        assert!(ControlSocket::adopt(&path, fd(), &first.record()).is_err(), "another socket lies there");
+        assert!(
+            ControlSocket::adopt(&path, fd(), &first.record(), Access::default()).is_err(),
+            "another socket lies there"
+        );
         drop(second);
         drop(first);
         assert!(path.exists(), "the socket of another daemon was removed");
@@ -265,7 +300,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("control.sock");
         fs::write(&path, "precious").unwrap();
-        assert!(matches!(bind(&path), Err(BindError::NotASocket { .. })));
+        assert!(matches!(bind(&path, Access::default()), Err(BindError::NotASocket { .. })));
         assert_eq!(fs::read(&path).unwrap(), b"precious");
     }
 }

@@ -13,7 +13,7 @@ use vdpa_core::blk::SECTOR;
 use super::lock::{self, Locks};
 use super::options::Options;
 use super::size::Capacity;
-use super::{discard, format};
+use super::{discard, format, passed};
 use crate::devices::{DiskFacts, Kept};
 use vdpa_control::api::CtlError;
 
@@ -59,20 +59,14 @@ impl Backing {
     /// Opens and locks the file. The exclusive lock of a disk that is written is given to its next process only when nothing of
     /// the former one is in flight. The lock of a disk that is read only, or that others write too, is shared, and does not tell: there, that
     /// process waits for the end of the [mark](vdpa_sys::open_mark) of `kept`, since a late read would overwrite memory that its client
-    /// uses for something else by then. With `served` another process serves the disk and has the lock: it is
+    /// uses for something else by then. A file that was [passed](super::passed) is the same open file in each process. With `served` another process serves the disk and has the lock: it is
     /// [taken](Self::lock) later. A disk that is made again is what it was, whatever the file is by now.
     ///
     /// # Errors
     /// The errno of open(2); `EINVAL` for anything but a file or block device of at least one sector, and for an image of another
     /// format than raw; `EBUSY` for a file that is locked. Each error names the file and what would be right.
     pub(super) fn open(path: &Path, options: &Options, kept: &Kept, served: bool) -> Result<Self, CtlError> {
-        let mut open = File::options();
-        open.read(true).write(!options.read_only).custom_flags(
-            (if options.direct { OFlags::DIRECT } else { OFlags::empty() } | OFlags::CLOEXEC)
-                .bits()
-                .cast_signed(),
-        );
-        let file = open.open(path).map_err(|error| open_error(path, options, &error))?;
+        let file = if options.passed { passed::file(path, options, kept)? } else { open(path, options)? };
         let io = |error: std::io::Error| CtlError::new(errno(&error), format!("{}: {error}", path.display()));
         let file_type = file.metadata().map_err(io)?.file_type();
         let is_block = file_type.is_block_device();
@@ -97,7 +91,7 @@ impl Backing {
             return Err(lock::refusal(path, &file));
         }
         if !options.raw && !kept.is_restored() {
-            format::check(path, &file, may_block || is_block)?;
+            format::check(path, &file, may_block || is_block, options.passed)?;
         }
         kept.keep_disk(facts, locks.bytes());
         let reads = match (options.direct || may_block, !is_block && is_tmpfs(&file)) {
@@ -159,12 +153,19 @@ pub(super) fn size(file: &File, is_block: bool) -> std::io::Result<u64> {
     if is_block { seek_end(file) } else { file.metadata().map(|meta| meta.len()) }
 }
 
+fn open(path: &Path, options: &Options) -> Result<File, CtlError> {
+    let direct = if options.direct { OFlags::DIRECT } else { OFlags::empty() };
+    let mut open = File::options();
+    open.read(true).write(!options.read_only).custom_flags((direct | OFlags::CLOEXEC).bits().cast_signed());
+    open.open(path).map_err(|error| open_error(path, options, &error))
+}
+
 fn open_error(file: &Path, options: &Options, error: &std::io::Error) -> CtlError {
     let path = file.display();
     let hint = match error.kind() {
         std::io::ErrorKind::NotFound => "Create it first, for example with \"truncate -s 1G FILE\".",
         std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem => {
-            "Let the daemon's user open it, or use readonly on."
+            "Let the daemon's user open it, use readonly on, or open it for the daemon: passed on."
         }
         std::io::ErrorKind::InvalidInput if options.direct => {
             "Its file system has no O_DIRECT; use direct off."

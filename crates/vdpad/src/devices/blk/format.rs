@@ -11,9 +11,13 @@ use std::time::Duration;
 
 use vdpa_control::api::CtlError;
 use vdpa_core::Errno;
+use vdpa_sys::uring::AlignedBuf;
 
 /// Bytes that are examined.
 const HEAD: usize = 512;
+
+/// Bytes that are read, and the alignment of where: every file system accepts it.
+const BLOCK: usize = 4096;
 
 /// How long a file system may take to read them that may block.
 const LIMIT: Duration = Duration::from_secs(2);
@@ -40,14 +44,16 @@ fn detect(head: &[u8]) -> Option<&'static str> {
     MAGICS.iter().find(|magic| has(magic)).map(|(.., name)| *name)
 }
 
-/// Refuses a file that has the header of a format that is not served. `may_block`: of a file system whose reads may hang.
+/// Refuses a file that has the header of a format that is not served. `may_block`: of a file system whose reads may hang. `passed`: it
+/// may not be possible to open it once more.
 ///
 /// # Errors
 /// `EINVAL` for such a file, `ETIMEDOUT` for one that does not answer; both texts say what to do.
-pub(super) fn check(path: &Path, file: &File, may_block: bool) -> Result<(), CtlError> {
-    // Once more, since that one may be open with O_DIRECT.
-    let head = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
-        .and_then(|file| if may_block { head_in_time(file) } else { read_head(&file) });
+pub(super) fn check(path: &Path, file: &File, may_block: bool, passed: bool) -> Result<(), CtlError> {
+    // Once more, so that a read that hangs does not keep the locks of that one.
+    let own = || File::open(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    let head = if passed { file.try_clone() } else { own() };
+    let head = head.and_then(|file| if may_block { head_in_time(file) } else { read_head(&file) });
     let path = path.display();
     let head = head.map_err(|error| {
         let errno = error.raw_os_error().map_or(Errno::TIMEDOUT, Errno::from_raw);
@@ -65,18 +71,16 @@ pub(super) fn check(path: &Path, file: &File, may_block: bool) -> Result<(), Ctl
 }
 
 fn read_head(file: &File) -> io::Result<Vec<u8>> {
-    let mut head = vec![0; HEAD];
-    let mut filled = 0;
-    while let Some(rest) = head.get_mut(filled..).filter(|rest| !rest.is_empty()) {
-        match file.read_at(rest, filled as u64) {
-            Ok(0) => break,
-            Ok(read) => filled += read,
+    // As O_DIRECT needs it.
+    let mut block =
+        AlignedBuf::new(BLOCK, BLOCK).map_err(|errno| io::Error::from_raw_os_error(errno.raw()))?;
+    loop {
+        match file.read_at(&mut block, 0) {
+            Ok(read) => return Ok(block.get(..read.min(HEAD)).unwrap_or_default().to_vec()),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
         }
     }
-    head.truncate(filled);
-    Ok(head)
 }
 
 /// As [`read_head`], on a thread that is left behind if it hangs.

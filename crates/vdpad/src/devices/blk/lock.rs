@@ -20,7 +20,8 @@ use crate::devices::busy;
 ///
 /// flock(2) is of the open file that requests use: it ends when nothing of a process that has died is in flight, so the next process of
 /// this disk waits for it. The locks of QEMU's scheme are of that file too, and of an open file of their own, which the holder keeps:
-/// neighbours respect them also while one process follows the other.
+/// neighbours respect them also while one process follows the other. A [passed](super::passed) file is the same in all processes, so all
+/// its locks are kept.
 #[derive(Clone, Debug)]
 pub(super) struct Locks {
     access: Access,
@@ -30,6 +31,8 @@ pub(super) struct Locks {
     bytes: Option<Arc<OwnedFd>>,
     /// A former process had it, and neighbours are not to get between.
     kept: bool,
+    /// Each process of this disk has the same open file.
+    passed: bool,
 }
 
 impl Locks {
@@ -43,6 +46,7 @@ impl Locks {
         // The same file by its descriptor: another one may lie at the path by now.
         let own = || File::open(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(file)));
         let was_kept = kept.is_some();
+        let own = || if options.passed { file.try_clone() } else { own() };
         let bytes = kept.or_else(|| match own() {
             Ok(file) => Some(Arc::new(file.into())),
             Err(error) => {
@@ -50,7 +54,8 @@ impl Locks {
                 None
             }
         });
-        Self { access, mark: mark.filter(|_| access != Access::Write), bytes, kept: was_kept }
+        let mark = mark.filter(|_| access != Access::Write && !options.passed);
+        Self { access, mark, bytes, kept: was_kept, passed: options.passed }
     }
 
     /// The open file of QEMU's locks, to be kept for the next process.
@@ -110,6 +115,13 @@ impl Locks {
 
     /// Lets the next process of this disk lock the file. QEMU's locks stay: the next process has their open file.
     pub(super) fn give_away(&self, file: impl AsFd) {
+        // The next process has the same open file, and with it all its locks.
+        if !self.passed {
+            self.unlock(file);
+        }
+    }
+
+    fn unlock(&self, file: impl AsFd) {
         let unmarked = self.mark.map_or(Ok(()), |mark| open_mark::clear(&file, mark));
         // Where there are none, none were set.
         let _ = image_lock::release(&file);
@@ -121,7 +133,9 @@ impl Locks {
 
     /// Lets everybody lock the file.
     fn release(&self, file: impl AsFd) {
-        self.give_away(file);
+        if !(self.passed && self.kept) {
+            self.unlock(file);
+        }
         if let Some(bytes) = self.bytes.as_ref().filter(|_| !self.kept) {
             // They end with the open file at the latest.
             let _ = image_lock::release(bytes);

@@ -10,6 +10,7 @@ mod format;
 mod lock;
 mod null;
 mod options;
+mod passed;
 mod range;
 mod size;
 mod unaligned;

@@ -8,8 +8,8 @@ use vdpa_core::parent::{CompatReset, PinLimit};
 
 use crate::block::limit::{Limits, MAX_BURST_MS};
 use crate::devices::options::{
-    CPUS_ATTR, IOTLB_ATTR, MEMLOCK_ATTR, QUEUE_SIZE_ATTR, WORKER_ATTR, compat_reset, invalid, iotlb_entries,
-    pin_limit, placement, queue_size, reject_unknown,
+    CPUS_ATTR, IOTLB_ATTR, MEMLOCK_ATTR, PASSED_ATTR, QUEUE_SIZE_ATTR, WORKER_ATTR, compat_reset, invalid,
+    iotlb_entries, pin_limit, placement, queue_size, reject_unknown,
 };
 use vdpa_backend::worker::Placement;
 use vdpa_control::api::{Attrs, CtlError, parse_size};
@@ -25,8 +25,9 @@ const IOTLB_ENTRIES: usize = 2048;
 pub(super) const IOPS_MAX: u64 = 1_000_000_000;
 
 /// The attributes: name, and description of the value for the error that lists them.
-pub(in crate::devices) const KNOWN: [(&str, &str); 24] = [
+pub(in crate::devices) const KNOWN: [(&str, &str); 25] = [
     ("path", "FILE"),
+    PASSED_ATTR,
     ("null", "SIZE"),
     ("format", "raw"),
     ("readonly", "on|off"),
@@ -65,6 +66,8 @@ pub(super) enum Source {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Options {
     pub(super) source: Source,
+    /// The file was opened by whoever has asked for the device, and came with the request.
+    pub(super) passed: bool,
     /// The data is whatever it looks like: it is not examined for the header of another format.
     pub(super) raw: bool,
     pub(super) read_only: bool,
@@ -116,6 +119,7 @@ impl Options {
         let switch = |key, default| attrs.switch(key).map_err(invalid).map(|on| on.unwrap_or(default));
         Ok(Self {
             source: source(attrs)?,
+            passed: switch(PASSED_ATTR.0, false)?,
             raw: raw(attrs)?,
             read_only: switch("readonly", false)?,
             shared: switch("shared", false)?,

@@ -8,13 +8,13 @@ use vdpa_core::net::MAC_BYTES;
 use vdpa_core::net::card::PAIRS_MAX;
 use vdpa_core::parent::CompatReset;
 
-use super::taps::is_device;
 use crate::devices::NetAttrs;
 use crate::devices::options::{
-    CPUS_ATTR, IOTLB_ATTR, QUEUE_SIZE_ATTR, WORKER_ATTR, compat_reset, invalid, iotlb_entries, placement,
-    queue_size, reject_unknown,
+    CPUS_ATTR, IOTLB_ATTR, PASSED_ATTR, QUEUE_SIZE_ATTR, WORKER_ATTR, compat_reset, invalid, iotlb_entries,
+    placement, queue_size, reject_unknown,
 };
 use vdpa_backend::worker::Placement;
+use vdpa_sys::tap::is_device;
 
 /// Default size of the largest ring, in entries: as for `blk`, because of QEMU.
 const QUEUE_SIZE: u16 = 1024;
@@ -26,8 +26,9 @@ const IOTLB_ENTRIES: usize = 2048;
 const MTU: u16 = 1500;
 
 /// The attributes: name, and description of the value for the error that lists them.
-pub(in crate::devices) const KNOWN: [(&str, &str); 17] = [
+pub(in crate::devices) const KNOWN: [(&str, &str); 18] = [
     ("tap", "NAME of an interface, or /dev/tapN"),
+    PASSED_ATTR,
     ("create", "on|off"),
     ("mac", "MAC"),
     ("mtu", "68-65535"),

@@ -1,14 +1,13 @@
 //! [`Taps`]: the queues of a TAP interface.
 
 use std::os::fd::OwnedFd;
-use std::path::Path;
 use std::sync::Arc;
 
 use vdpa_control::api::CtlError;
 use vdpa_core::Errno;
 use vdpa_core::features::{Bit, Features};
 use vdpa_core::net::card::Effects;
-use vdpa_sys::tap::{self, Open, offload};
+use vdpa_sys::tap::{self, is_device, offload};
 
 use crate::devices::{Kept, busy};
 
@@ -28,11 +27,6 @@ pub(super) struct Taps {
     queues: Vec<Arc<OwnedFd>>,
     /// It has no carrier that a program sets: that of macvtap is the one of the card below it.
     fixed_carrier: bool,
-}
-
-/// Whether this is the character device of an interface, and not its name.
-pub(super) fn is_device(tap: &str) -> bool {
-    tap.starts_with('/')
 }
 
 impl Taps {
@@ -58,22 +52,20 @@ impl Taps {
             };
         }
         let failed = |errno| refused(name, create, pairs, errno);
-        let mut queues = Vec::new();
-        for number in 0..pairs {
-            let queue = busy::wait(
-                |errno| errno == Errno::BUSY,
-                || match number {
-                    _ if fixed_carrier => tap::open_device(Path::new(name), pairs > 1),
-                    0 => first(name, create, pairs),
-                    _ => tap::open_more(name),
-                },
-            );
-            queues.push(Arc::new(queue.map_err(failed)?));
-        }
+        let queues = match kept.passed() {
+            Some(passed) => adopt(name, pairs, passed)?,
+            None => {
+                let queue = |number| {
+                    let open = || tap::open_one(name, number, pairs, create);
+                    busy::wait(|errno| errno == Errno::BUSY, open).map(Arc::new)
+                };
+                (0..pairs).map(queue).collect::<Result<Vec<_>, _>>().map_err(failed)?
+            }
+        };
         let this = Self { queues, fixed_carrier };
         // Packets are spread over the queues of pairs that the driver uses.
         this.use_pairs(1).map_err(failed)?;
-        if create {
+        if create && !kept.is_passed() {
             tap::bring_up(name, mtu).map_err(failed)?;
         }
         kept.keep_taps(&this.queues);
@@ -124,14 +116,29 @@ impl Effects for &Taps {
     }
 }
 
-/// Opens the first queue. An interface that can have several may have one.
-fn first(name: &str, create: bool, pairs: u16) -> Result<OwnedFd, Errno> {
-    let tap = match tap::open(name, Open { multi_queue: pairs > 1, create }) {
-        Err(Errno::INVAL) if pairs == 1 && !create => tap::open(name, Open { multi_queue: true, create }),
-        result => result,
-    }?;
-    // One that is not would have been made just now, or would end with another process.
-    if create || tap::is_persistent(&tap)? { Ok(tap) } else { Err(Errno::NODEV) }
+/// Takes the queues that have come with the request. Whoever has opened them had the right to; this daemon needs none.
+fn adopt(name: &str, pairs: u16, passed: Vec<OwnedFd>) -> Result<Vec<Arc<OwnedFd>>, CtlError> {
+    if passed.len() != usize::from(pairs) {
+        let what = format!("{} descriptors came for {pairs} pairs of queues", passed.len());
+        return Err(
+            CtlError::new(Errno::INVAL, what).with_hint("One of the interface for each pair is right.")
+        );
+    }
+    for (number, queue) in passed.iter().enumerate() {
+        let is_queue = if is_device(name) { tap::is_queue(queue) } else { tap::is_queue_of(queue, name) };
+        let wrong = match is_queue {
+            Ok(true) => tap::adopt(queue).err().map(|errno| errno.to_string()),
+            Ok(false) => Some("it is none".to_owned()),
+            Err(errno) => Some(errno.to_string()),
+        };
+        if let Some(why) = wrong {
+            let what = format!("descriptor {number} is not used as a queue of {name}: {why}");
+            return Err(CtlError::new(Errno::INVAL, what).with_hint(
+                "A TAP with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR is right, of the interface that tap names.",
+            ));
+        }
+    }
+    Ok(passed.into_iter().map(Arc::new).collect())
 }
 
 fn refused(name: &str, create: bool, pairs: u16, errno: Errno) -> CtlError {
