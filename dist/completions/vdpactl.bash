@@ -50,9 +50,11 @@ _vdpactl() {
                         readonly | shared | direct | pin | packed | in_order) choices='on off' ;;
                         format) choices=raw ;;
                         worker) choices='shared own' ;;
+                        front) choices=vduse ;;
+                        bind) choices='virtio vhost none' ;;
                         *) choices='name mgmtdev path format readonly shared direct pin packed in_order queues queue_size
-                            serial iops bps burst memlock max_iotlb_entries cpus worker device_file handover mac mtu max_vqp
-                            device_features persistent' ;;
+                            serial iops bps burst memlock max_iotlb_entries cpus worker device_file handover front bind mac mtu
+                            max_vqp device_features persistent' ;;
                     esac
                     ;;
             esac

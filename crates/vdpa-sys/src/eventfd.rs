@@ -17,6 +17,7 @@ use vdpa_core::Errno;
 use vdpa_core::host::Event;
 
 use crate::errno;
+use crate::vduse::Interrupt;
 
 mod watchdog;
 
@@ -52,6 +53,8 @@ enum Owner {
     Trusted { may_block: bool },
     /// Shared with a peer that is not trusted. `stalls`: how many writes its full counter has blocked.
     Peer { stalls: AtomicU8 },
+    /// Not the counter is what is signalled, but a queue of a device of the kernel.
+    Interrupt(Interrupt),
 }
 
 impl EventFd {
@@ -91,6 +94,17 @@ impl EventFd {
         Ok(Self::with(fd, Owner::Peer { stalls: AtomicU8::new(0) }))
     }
 
+    /// An event whose signal is an interrupt of a VDUSE device's queue, by a request of its own and without the counter. Without an
+    /// effect when nobody has the device open any more.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn interrupt(interrupt: Interrupt) -> Result<Self, Errno> {
+        let fd = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(errno::from_rustix)?;
+        Ok(Self::with(fd, Owner::Interrupt(interrupt)))
+    }
+
     /// Adds 1 to the counter, which wakes the waiting readers. A counter at its maximum is left alone, because it is
     /// signalled already.
     ///
@@ -101,6 +115,7 @@ impl EventFd {
         let write = || rustix::io::write(&self.shared.fd, &1_u64.to_ne_bytes());
         match &self.shared.owner {
             Owner::Trusted { may_block: true } if !self.has_room() => {}
+            Owner::Interrupt(interrupt) => interrupt.raise(),
             Owner::This | Owner::Trusted { .. } => while write() == Err(rustix::io::Errno::INTR) {},
             Owner::Peer { stalls } => {
                 let before = stalls.load(Ordering::Relaxed);
@@ -122,7 +137,10 @@ impl EventFd {
     /// between the check and the read.
     #[must_use]
     pub fn drain(&self) -> u64 {
-        let may_block = !matches!(self.shared.owner, Owner::This | Owner::Trusted { may_block: false });
+        let may_block = !matches!(
+            self.shared.owner,
+            Owner::This | Owner::Trusted { may_block: false } | Owner::Interrupt(_)
+        );
         if may_block && !self.is_ready_now(libc::POLLIN) {
             return 0;
         }

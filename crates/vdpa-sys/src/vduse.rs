@@ -7,8 +7,12 @@
     reason = "binds ioctl numbers to their arguments; raw requests for the conformance suite"
 )]
 
+mod interrupt;
+
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
+
+pub use interrupt::Interrupt;
 
 use rustix::fs::{Mode, OFlags};
 use vdpa_core::Errno;

@@ -6,6 +6,7 @@ mod describe;
 mod moving;
 mod restore;
 mod upgrade;
+mod vduse;
 
 pub(crate) use restore::HeldDevices;
 
@@ -26,9 +27,11 @@ use vdpa_sys::process::Spaces;
 use zerocopy::IntoBytes;
 
 use self::describe::{describe_owner, last_update, state, unix};
+use self::vduse::Vduse;
 use crate::control::Backend;
 use crate::devices::{Controls, MgmtDevice, mgmt_devices};
 use crate::survival::Survival;
+use crate::vdpa_bus;
 use vdpa_backend::front::fuse::DeviceFiles;
 use vdpa_backend::front::vhost::{AnyParent, SharedDevice, VhostVdpaFile};
 use vdpa_backend::persist::Held;
@@ -79,6 +82,8 @@ struct Entry {
     controls: Option<Arc<dyn Controls>>,
     /// As it was asked for.
     request: AddRequest,
+    /// For a device that the kernel has, and that has no device file.
+    vduse: Option<Vduse>,
 }
 
 impl Bus {
@@ -113,6 +118,9 @@ impl Bus {
     /// Revokes every device from its clients and removes it.
     pub fn shutdown(&self) {
         for entry in std::mem::take(&mut *self.devices.lock()) {
+            if let Some(vduse) = &entry.vduse {
+                vduse.end(&entry.name);
+            }
             self.release_connection(&entry);
             self.files.remove(&entry.file_name());
             if entry.file.release_now(BUSY_TIMEOUT).is_err() {
@@ -148,7 +156,7 @@ impl Bus {
             max_vqs: profile.queues.into(),
             max_vq_size: profile.queue_size_max,
             min_vq_size: 1,
-            path: entry.path.clone(),
+            path: entry.path(),
             front: entry.front.into(),
             passed: entry.request.attrs.is_passed(),
             state: entry.state()?,
@@ -159,6 +167,11 @@ impl Bus {
 impl Entry {
     fn file_name(&self) -> String {
         file_name(self.number)
+    }
+
+    /// The device file; of a device that the kernel has, the file by which that is used.
+    fn path(&self) -> PathBuf {
+        self.vduse.as_ref().and_then(|_| vdpa_bus::file(&self.name)).unwrap_or_else(|| self.path.clone())
     }
 
     fn update(&self) -> Result<UpdateInfo, CtlError> {
@@ -368,6 +381,7 @@ impl Backend for Bus {
         let _change = self.begin_change()?;
         let entry = self.find(name)?;
         if size.is_some() || limits.is_some() {
+            entry.check_change()?;
             size.map_or(Ok(()), |size| entry.resize(size, force))?;
             limits.map_or(Ok(()), |change| entry.limit(change))?;
             if mac.is_none() && link.is_none() {
@@ -410,6 +424,9 @@ impl Backend for Bus {
     fn delete(&self, name: &str, force: bool) -> Result<(), CtlError> {
         let _change = self.begin_change()?;
         let entry = self.find(name)?;
+        if let Some(vduse) = &entry.vduse {
+            return self.delete_vduse(&entry, vduse, force);
+        }
         if entry.lock()?.is_open() && !force {
             return Err(CtlError::new(Errno::BUSY, format!("device {name} is open"))
                 .with_hint("Close its client first, or take it away with \"vdpactl dev del DEV --force\"."));

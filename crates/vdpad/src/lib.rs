@@ -8,6 +8,7 @@
 //! | `block` | what the block devices share: requests, their I/O operations, and locks on ranges of the disk |
 //! | [`keeper`] | the process that has a device of somebody else open, and makes the requests on it |
 //! | [`control`] | the server of the control API, HTTP and JSON on a Unix socket |
+//! | `vdpa_bus` | the kernel's vdpa bus, on which devices of VDUSE are |
 //! | `crash_points` | for tests only, with the feature of that name: a daemon that ends at a chosen point |
 #![forbid(unsafe_code)]
 
@@ -21,3 +22,4 @@ mod devices;
 mod failed;
 pub mod keeper;
 pub mod survival;
+mod vdpa_bus;

@@ -417,7 +417,9 @@ fn read(fd: OwnedFd) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use super::files::SavedPlace;
     use super::*;
+    use crate::vdpa_bus::Bind;
 
     /// A candidate of another version must not take it for one that is being added, and lose it.
     #[test]
@@ -443,23 +445,28 @@ mod tests {
 
     #[test]
     fn the_identity_of_version_1_is_read() {
-        identity_is_read("identity-v1.json", None);
+        identity_is_read("identity-v1.json", None, None);
     }
 
     #[test]
     fn the_identity_of_a_disk_of_version_2_is_read() {
-        identity_is_read("identity-v2.json", Some(DiskFacts { sectors: 2048, discard: false }));
+        identity_is_read("identity-v2.json", Some(DiskFacts { sectors: 2048, discard: false }), None);
+    }
+
+    #[test]
+    fn the_identity_of_a_device_of_vduse_of_version_3_is_read() {
+        let disk = Some(DiskFacts { sectors: 2048, discard: false });
+        identity_is_read("identity-v3.json", disk, Some(SavedPlace::Vduse { bind: Bind::Virtio }));
     }
 
     /// What a device is, as a version has saved it. `VDPA_WRITE_GOLDEN=1` writes it where there is none; it never changes.
-    fn identity_is_read(golden: &str, disk: Option<DiskFacts>) {
+    fn identity_is_read(golden: &str, disk: Option<DiskFacts>, place: Option<SavedPlace>) {
         let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(golden);
         let mut attrs = vdpa_control::api::Attrs::new();
         attrs.insert("path", "/srv/disk.img").unwrap();
         let request = AddRequest { name: "disk0".into(), mgmtdev: "blk".into(), attrs };
-        let (place, mark) = (None, None);
-        let identity =
-            Identity { number: 3, node: 4, mode: 0o600, uid: 0, gid: 6, place, mark, disk, request };
+        let (number, mark) = (3, None);
+        let identity = Identity { number, node: 4, mode: 0o600, uid: 0, gid: 6, place, mark, disk, request };
         let json = serde_json::to_string(&identity).unwrap();
         if std::env::var_os("VDPA_WRITE_GOLDEN").is_some() && !path.exists() {
             std::fs::write(&path, &json).unwrap();

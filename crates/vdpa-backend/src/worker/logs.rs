@@ -16,8 +16,11 @@ use crate::persist::{DeviceNotes, NOTES, OWN_NOTES};
 /// Entries of the largest ring (virtio 1.2 section 2.7).
 const LARGEST_RING: u16 = 32768;
 
-/// Words behind the notes: the number of the ring of the thread that serves the device, plus 1, and reserved ones.
+/// Words behind the notes: the number of the ring of the thread that serves the device, plus 1, a reserved one, and those of a front end.
 const PLACE: usize = 8;
+
+/// The first of them that is a front end's.
+const FRONT: usize = 2;
 
 /// Memory for the in-flight logs of one device, which a successor of this process continues from. Behind the logs are the
 /// counters of each queue, the device's notes, and which thread serves the device.
@@ -115,6 +118,14 @@ impl QueueLogs {
     /// One for each of `queues` queues.
     pub(super) fn split(&self, queues: u16) -> Result<Vec<SharedWords>> {
         (0..queues).map(|index| self.log(index).ok_or(Errno::INVAL)).collect()
+    }
+
+    /// The words in which a front end keeps what the next process needs: see
+    /// [`KeptState`](crate::front::vduse::KeptState). `None` for the memory of a program that had none.
+    #[must_use]
+    pub fn front(&self) -> Option<SharedWords> {
+        let at = self.queues()? * (Self::stride() + COUNTERS) + NOTES + FRONT;
+        self.memory.slice(at, PLACE - FRONT)
     }
 
     /// The words that name the thread; `None` in logs of an early version, which had none.

@@ -225,7 +225,7 @@ impl<P: Parent> Device<P> {
     }
 
     /// Checks that the table of `asid` exists or may be created, and that no batch is open for another one (uapi-spec 2.3).
-    fn find_table(&mut self, asid: Asid, create: bool) -> Result<(), IotlbError> {
+    pub(super) fn find_table(&mut self, asid: Asid, create: bool) -> Result<(), IotlbError> {
         let count = self.parent.profile().address_spaces;
         if create {
             if asid.0 >= count {

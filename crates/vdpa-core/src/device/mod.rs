@@ -24,6 +24,7 @@ pub mod state;
 mod tests;
 mod vhost_log;
 mod vring;
+mod whole_table;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -34,6 +35,7 @@ pub use quiesce::ResumeError;
 pub use vhost_log::VhostLogError;
 use vring::Vring;
 pub use vring::VringInfo;
+pub use whole_table::WholeMapping;
 
 use crate::dirty::DirtyTracking;
 use crate::errno::Errno;

@@ -8,6 +8,7 @@ mod remap;
 mod rollback;
 mod states;
 mod translation;
+mod whole_table;
 
 use std::sync::{Arc, Mutex};
 

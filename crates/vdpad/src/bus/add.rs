@@ -17,9 +17,9 @@ use vdpa_core::device::Device;
 use vdpa_core::handover::Handover;
 use vdpa_sys::dirty::DirtyMemory;
 
-use super::{Bus, Entry, file_name};
-use crate::devices::{Kept, NetAttrs};
-use crate::survival::Identity;
+use super::{Bus, Entry, file_name, vduse};
+use crate::devices::{Kept, MgmtDevice, NetAttrs};
+use crate::survival::{Identity, Survival};
 
 /// Queues of a device at most, for its in-flight logs.
 const QUEUES_MAX: u16 = 64;
@@ -48,49 +48,42 @@ impl Bus {
         let asked = request.clone();
         let path = request.attrs.take(DEVICE_FILE_ATTR).map(PathBuf::from);
         let handover = handover(&mut request.attrs)?;
+        let bind = vduse::taken(&mut request, path.is_some(), handover)?;
         let net_attrs = NetAttrs::parse(&request.attrs)?;
-        let mgmt = self
-            .mgmt
-            .iter()
-            .find(|mgmt| mgmt.describe().handle() == request.mgmtdev)
-            .ok_or_else(CtlError::no_mgmtdev)?;
-        net_attrs.check(&**mgmt)?;
+        let mgmt = self.mgmt_of(&request)?;
+        net_attrs.check(mgmt)?;
         let _change = self.begin_change()?;
         // Locked to the end, as the kernel holds its management lock: no two requests can take the same name.
         let mut devices = self.devices.lock();
-        if devices.iter().any(|entry| entry.name == request.name) {
-            return Err(CtlError::new(Errno::EXIST, format!("device {} exists already", request.name))
-                .with_hint("Choose another name, or delete it first with \"vdpactl dev del\"."));
+        check_free(&devices, &request.name)?;
+        let passed = request.attrs.is_passed().then_some(passed);
+        if let Some(bind) = bind {
+            devices.push(Arc::new(self.make_vduse(mgmt, &request, asked, bind, passed)?));
+            return Ok(());
         }
-        let no_memory = |errno| {
-            CtlError::new(errno, format!("no memory for the in-flight logs of {}: {errno}", request.name))
-        };
+        let no_memory = |errno| no_memory(&request.name, errno);
         let survival = self.survival.as_ref();
-        let dirty = survival.map(|_| DirtyMemory::create().map(Arc::new)).transpose().map_err(no_memory)?;
-        let logs = survival.map(|_| QueueLogs::create(QUEUES_MAX)).transpose().map_err(no_memory)?;
-        let logs = logs.zip(dirty.clone()).map(|((fd, logs), dirty)| (fd, logs.with_dirty(dirty)));
+        let logs = survival.map(|_| make_logs()).transpose().map_err(no_memory)?;
         let kept = survival.map(|_| Kept::new()).transpose().map_err(no_memory)?.unwrap_or_default();
-        let kept = kept.with_passed(request.attrs.is_passed().then_some(passed));
-        let logged = logs.as_ref().map(|(_, logs)| self.pool.with_logs(logs.clone()));
-        let pool = logged.as_ref().unwrap_or(&self.pool);
-        let parent = mgmt.create(&request.name, &request.attrs, pool, &kept)?;
+        let kept = kept.with_passed(passed);
+        let logged = logs.as_ref().map(|(_, logs, _)| self.pool.with_logs(logs.clone()));
+        let parent =
+            mgmt.create(&request.name, &request.attrs, logged.as_ref().unwrap_or(&self.pool), &kept)?;
         reach(CrashPoint::AddCreated);
         let profile = parent.profile().clone();
         let (parent, shared) = if handover { shared(parent)? } else { (parent, None) };
         let device: SharedDevice = Arc::new(Mutex::new(Device::new(parent)));
-        let file = VhostVdpaFile::new(request.name.clone(), Arc::clone(&device), self.spaces.clone());
-        let file = file.with_handover(shared);
+        let file = VhostVdpaFile::new(request.name.clone(), Arc::clone(&device), self.spaces.clone())
+            .with_handover(shared);
         let held = survival.map(|survival| survival.new_device());
-        let file = file.with_notes(logs.as_ref().and_then(|(_, logs)| logs.notes()));
-        let file = match (survival, held, logs.zip(dirty)) {
-            (Some(survival), Some(held), Some(((memory, _), dirty))) => {
+        let file = file.with_notes(logs.as_ref().and_then(|(_, logs, _)| logs.notes()));
+        let file = match (survival, held, logs) {
+            (Some(survival), Some(held), Some((memory, _, dirty))) => {
                 DeviceLog::create(held, survival.store())
                     .and_then(|log| log.hold_logs(memory).map(|()| log))
                     .and_then(|log| log.hold_dirty(&*dirty).map(|()| log))
                     .and_then(|log| file.with_log(log))
-                    .map_err(|error| {
-                        CtlError::new(Errno::IO, format!("the device would not survive: {error}"))
-                    })?
+                    .map_err(|error| not_held(Errno::IO, &error))?
             }
             _ => file,
         };
@@ -103,22 +96,44 @@ impl Bus {
         reach(CrashPoint::AddFileMade);
         if let (Some(survival), Some(held)) = (survival, held) {
             let identity = Identity::new(number, &request, &kept, &self.files);
-            survival.hold_device(held, identity, &self.files, &kept).map_err(|errno| {
-                survival.release_device(held);
-                file.forget_log();
-                self.files.remove(&file_name(number));
-                CtlError::new(errno, "the device would not survive: the holder refuses it")
-            })?;
+            let done = survival.hold_device(held, identity, &self.files, &kept);
+            done.inspect_err(|_| self.take_back(survival, held, number, &file))
+                .map_err(|errno| not_held(errno, &"the holder refuses it"))?;
         }
         reach(CrashPoint::AddIdentityHeld);
         let AddRequest { name, mgmtdev, .. } = request;
-        let (controls, request) = (kept.controls(), asked);
-        let entry =
-            Entry { name, number, mgmtdev, profile, device, file, path, front, held, controls, request };
+        let (controls, request, vduse) = (kept.controls(), asked, None);
+        let entry = Entry {
+            name,
+            number,
+            mgmtdev,
+            profile,
+            device,
+            file,
+            path,
+            front,
+            held,
+            controls,
+            request,
+            vduse,
+        };
         tracing::info!(device = %entry.name, mgmtdev = %entry.mgmtdev, file = %entry.path.display(), front, "device added");
         devices.push(Arc::new(entry));
         reach(CrashPoint::AddDone);
         Ok(())
+    }
+
+    /// The holder has refused a device.
+    fn take_back(&self, survival: &Survival, held: u32, number: u32, file: &VhostVdpaFile) {
+        survival.release_device(held);
+        file.forget_log();
+        self.files.remove(&file_name(number));
+    }
+
+    /// The management device that a request names.
+    fn mgmt_of(&self, request: &AddRequest) -> Result<&dyn MgmtDevice, CtlError> {
+        let found = self.mgmt.iter().find(|mgmt| mgmt.describe().handle() == request.mgmtdev);
+        found.map(|mgmt| &**mgmt).ok_or_else(CtlError::no_mgmtdev)
     }
 
     /// Creates the device file under the first free number; `taken` are the numbers of this bus.
@@ -149,6 +164,32 @@ impl Bus {
         }
         Err(CtlError::new(Errno::NOSPC, format!("no file name from {} on is free", file_name(0))))
     }
+}
+
+/// The error for a device that would end with this process.
+pub(super) fn not_held(errno: Errno, reason: &dyn std::fmt::Display) -> CtlError {
+    CtlError::new(errno, format!("the device would not survive: {reason}"))
+}
+
+/// Memory for the in-flight logs of a device that is to outlive this process, and for the pages that it writes.
+pub(super) fn make_logs() -> Result<(OwnedFd, QueueLogs, Arc<DirtyMemory>), Errno> {
+    let (memory, logs) = QueueLogs::create(QUEUES_MAX)?;
+    let dirty = Arc::new(DirtyMemory::create()?);
+    Ok((memory, logs.with_dirty(Arc::clone(&dirty)), dirty))
+}
+
+/// Refuses a name that a device has.
+fn check_free(devices: &[Arc<Entry>], name: &str) -> Result<(), CtlError> {
+    if devices.iter().all(|entry| entry.name != name) {
+        return Ok(());
+    }
+    Err(CtlError::new(Errno::EXIST, format!("device {name} exists already"))
+        .with_hint("Choose another name, or delete it first with \"vdpactl dev del\"."))
+}
+
+/// The error for a device whose logs cannot be made.
+pub(super) fn no_memory(name: &str, errno: Errno) -> CtlError {
+    CtlError::new(errno, format!("no memory for the in-flight logs of {name}: {errno}"))
 }
 
 /// Refuses relative paths: they would be those of this daemon's directory, which is not the caller's.

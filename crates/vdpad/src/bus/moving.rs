@@ -19,6 +19,7 @@ impl Bus {
     pub(super) fn make_moved(&self, name: &str, state: &[u8]) -> Result<(), CtlError> {
         let _change = self.begin_change()?;
         let entry = self.find(name)?;
+        entry.check_client()?;
         let loaded = entry.lock()?.load_moved(state);
         // Also after an error: the device was reset.
         entry.file.log_change();

@@ -42,7 +42,7 @@ const READ_AGAIN: usize = 3;
 /// What is held of devices, by their numbers at the holder.
 pub(crate) type HeldDevices = BTreeMap<u32, (Identity, Vec<Held>)>;
 
-type Error = Box<dyn std::error::Error + Send + Sync>;
+pub(super) type Error = Box<dyn std::error::Error + Send + Sync>;
 
 /// A device that was made again, and has no file yet.
 #[derive(Debug)]
@@ -79,6 +79,8 @@ impl Bus {
     /// Makes the devices of a predecessor again, with their clients. One that cannot be restored is given up: its client gets
     /// errors. Devices of different threads do not wait for each other's disks.
     pub(crate) fn restore(&self, devices: HeldDevices) {
+        let (vduse, devices): (HeldDevices, HeldDevices) =
+            devices.into_iter().partition(|(_, (identity, _))| identity.vduse().is_some());
         let mut threads: BTreeMap<Option<u32>, HeldDevices> = BTreeMap::new();
         for (held, device) in devices {
             let thread = device.1.iter().find_map(DeviceLog::logs_of).and_then(QueueLogs::ring_of);
@@ -112,6 +114,7 @@ impl Bus {
                 }
             }
         }
+        self.restore_vduse(vduse);
     }
 
     /// Makes the devices of a daemon that still serves them, which this process is to replace. Nothing of them is changed.
@@ -121,6 +124,11 @@ impl Bus {
     pub(crate) fn prepare(&self, devices: HeldDevices) -> Result<Prepared, String> {
         let mut prepared = Prepared::default();
         for (held, (identity, items)) in devices {
+            // Only one process can have its file open.
+            if identity.vduse().is_some() {
+                prepared.later.insert(held);
+                continue;
+            }
             let name = identity.request.name.clone();
             let mut result = self.restore_device(held, identity, items);
             // It may have changed while it was read.
@@ -286,9 +294,21 @@ impl Bus {
         reach(CrashPoint::FileRestored);
         let front = identity.front(&self.files);
         let Identity { number, request: AddRequest { mgmtdev, .. }, .. } = identity;
-        let (held, request) = (Some(held), asked);
-        let entry =
-            Entry { name, number, mgmtdev, profile, device, file, path, front, held, controls, request };
+        let (held, request, vduse) = (Some(held), asked, None);
+        let entry = Entry {
+            name,
+            number,
+            mgmtdev,
+            profile,
+            device,
+            file,
+            path,
+            front,
+            held,
+            controls,
+            request,
+            vduse,
+        };
         let mut devices = self.devices.lock();
         devices.push(Arc::new(entry));
         devices.sort_by_key(|entry| entry.held);
@@ -356,7 +376,7 @@ fn is_for_later(error: &Error) -> bool {
 
 /// Makes a device of the former daemon again. Its disk stays locked until the kernel has no request of that daemon in flight: no
 /// request may be repeated before.
-fn create_again(
+pub(super) fn create_again(
     mgmt: &dyn MgmtDevice,
     name: &str,
     attrs: &Attrs,

@@ -44,8 +44,11 @@ impl Bus {
             CtlError::new(errno, "a request of a client on a device file has not ended")
                 .with_hint("The daemon goes on. Its disk may hang; see the daemon's log.")
         })?;
+        // Before threads are parked, which answer some of the kernel's messages.
+        self.pause_vduse();
         self.pool.park(IN_FLIGHT_TIMEOUT).map_err(|errno| {
             self.files.unpause();
+            self.unpause_vduse();
             CtlError::new(errno, "requests of a disk have not ended")
                 .with_hint("The daemon goes on. A disk may hang; see the daemon's log.")
         })
@@ -57,5 +60,6 @@ impl Bus {
             tracing::error!(%errno, "the devices of a thread are not served any more");
         }
         self.files.unpause();
+        self.unpause_vduse();
     }
 }

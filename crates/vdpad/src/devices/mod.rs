@@ -102,7 +102,7 @@ mod tests {
             known.iter().map(|(name, _)| (kind, *name)).collect()
         };
         let mut known = names("blk", &super::blk::KNOWN);
-        known.push(("blk", "handover"));
+        known.extend(["handover", "front", "bind"].map(|name| ("blk", name)));
         known.extend(names("net", &super::net::KNOWN));
         known.push(("net", "handover"));
         known.extend(names("sim-blk", &super::sim::KNOWN));

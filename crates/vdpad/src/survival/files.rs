@@ -20,6 +20,7 @@ use vdpa_core::Errno;
 use vdpa_sys::fuse::{Connection, Negotiated, RequestLog, unmount};
 
 use crate::devices::Kept;
+use crate::vdpa_bus::Bind;
 
 use super::{Identity, Legacy, Survival, read, text};
 
@@ -57,6 +58,8 @@ pub(crate) enum SavedPlace {
     File { path: PathBuf, created: bool },
     /// As [`Place::Device`].
     Device,
+    /// None: the device is the kernel's, by VDUSE.
+    Vduse { bind: Bind },
 }
 
 impl SavedPlace {
@@ -67,10 +70,11 @@ impl SavedPlace {
         }
     }
 
-    fn place(&self) -> Place {
+    fn place(&self) -> Option<Place> {
         match self {
-            Self::File { path, created } => Place::File { path: path.clone(), created: *created },
-            Self::Device => Place::Device,
+            Self::File { path, created } => Some(Place::File { path: path.clone(), created: *created }),
+            Self::Device => Some(Place::Device),
+            Self::Vduse { .. } => None,
         }
     }
 }
@@ -135,11 +139,14 @@ impl LegacyParts {
         let path = match &identity.place {
             None => files.restore(&name, file, identity.node, identity.attributes(), opens)?,
             Some(place) => {
+                let place = place
+                    .place()
+                    .ok_or_else(|| failed("the kernel has it by VDUSE, and nobody serves it"))?;
                 let (fd, negotiated) =
                     self.connection.take().ok_or_else(|| failed("the connection of its file is not held"))?;
                 let connection = Connection::new(fd);
                 let connection = connection.map_err(|_| failed("the connection of its file is closed"))?;
-                let own = OwnConnection { connection, negotiated, place: place.place() };
+                let own = OwnConnection { connection, negotiated, place };
                 files.restore_own(&name, file, own, opens)?
             }
         };
@@ -175,6 +182,20 @@ impl Identity {
     pub(crate) fn own_path(&self) -> Option<&Path> {
         match &self.place {
             Some(SavedPlace::File { path, .. }) => Some(path),
+            _ => None,
+        }
+    }
+
+    /// As a device of VDUSE, with this driver.
+    #[must_use]
+    pub(crate) fn with_vduse(self, bind: Bind) -> Self {
+        Self { place: Some(SavedPlace::Vduse { bind }), ..self }
+    }
+
+    /// The driver that a device of VDUSE is to have; `None` for other devices.
+    pub(crate) const fn vduse(&self) -> Option<Bind> {
+        match self.place {
+            Some(SavedPlace::Vduse { bind }) => Some(bind),
             _ => None,
         }
     }
@@ -295,6 +316,35 @@ impl Survival {
     ) -> Result<(), Errno> {
         let store = self.store();
         let name = identity.file_name();
+        self.hold_kept(device, kept)?;
+        if let Some(OwnConnection { connection, negotiated, place }) = files.own_connection(&name) {
+            store.hold(key(device, CONNECTION), Kind::Fuse, connection.as_fd(), &negotiated.to_bytes())?;
+            identity.place = Some(SavedPlace::of(&place));
+        }
+        // The kernel keeps those of a character device.
+        if !matches!(identity.place, Some(SavedPlace::Device)) {
+            let attributes = SavedAttributes::create()?;
+            store.hold(key(device, ATTRIBUTES), Kind::Memory, attributes.as_fd(), &[])?;
+            files.save_attributes(Some(&name), attributes)?;
+        }
+        self.hold_identity(device, &identity)
+    }
+
+    /// Has held what a device is. Last: a device without it was being added.
+    ///
+    /// # Errors
+    /// Those of [`Store::hold`](vdpa_backend::persist::Store::hold), and of memory.
+    pub(crate) fn hold_identity(&self, device: u32, identity: &Identity) -> Result<(), Errno> {
+        let json = serde_json::to_string(identity).map_err(|_| Errno::INVAL)?;
+        self.store().hold(key(device, IDENTITY), Kind::Memory, text(&json)?.as_fd(), &[])
+    }
+
+    /// Has held what a device keeps: memory that is its disk, the locks on its file, the queues of its interface, its keeper.
+    ///
+    /// # Errors
+    /// Those of [`Store::hold`](vdpa_backend::persist::Store::hold).
+    pub(crate) fn hold_kept(&self, device: u32, kept: &Kept) -> Result<(), Errno> {
+        let store = self.store();
         if let Some(contents) = kept.held_memory() {
             store.hold(key(device, CONTENTS), Kind::Memory, contents.as_fd(), &[])?;
         }
@@ -307,19 +357,7 @@ impl Survival {
         if let Some(lobby) = kept.keeper() {
             store.hold(key(device, KEEPER), Kind::Other, lobby.as_fd(), &[])?;
         }
-        if let Some(OwnConnection { connection, negotiated, place }) = files.own_connection(&name) {
-            store.hold(key(device, CONNECTION), Kind::Fuse, connection.as_fd(), &negotiated.to_bytes())?;
-            identity.place = Some(SavedPlace::of(&place));
-        }
-        // The kernel keeps those of a character device.
-        if !matches!(identity.place, Some(SavedPlace::Device)) {
-            let attributes = SavedAttributes::create()?;
-            store.hold(key(device, ATTRIBUTES), Kind::Memory, attributes.as_fd(), &[])?;
-            files.save_attributes(Some(&name), attributes)?;
-        }
-        // Last: a device without it was being added.
-        let json = serde_json::to_string(&identity).map_err(|_| Errno::INVAL)?;
-        store.hold(key(device, IDENTITY), Kind::Memory, text(&json)?.as_fd(), &[])
+        Ok(())
     }
 
     /// Has the open file of the locks on a disk held.
