@@ -124,7 +124,7 @@ fn bad_attributes(dir: &str) -> Vec<Case> {
             "colour blue",
             "blk has no attribute \"colour\"",
             "Operation not supported",
-            "It has: path FILE; null SIZE; format raw; readonly on|off; shared on|off; direct on|off; pin on|off; memlock rlimit|unlimited|SIZE; \
+            "It has: path FILE; passed on|off; null SIZE; format raw; readonly on|off; shared on|off; direct on|off; pin on|off; memlock rlimit|unlimited|SIZE; \
              max_iotlb_entries 2-1048576; queues 1-64; queue_size 2-32768, a power of two; packed on|off; in_order on|off; serial TEXT of at \
              most 20 bytes; iops 0-1000000000, requests in a second; bps none|SIZE; burst 1-60000, milliseconds; compat_reset keep|clean; \
              mem_table on|off; vhost_log on|off; reset_owner on|off; strict_new_owner on|off; cpus LIST of processors, for example 2,4-7; worker \
