@@ -62,8 +62,28 @@ pub fn raise_nofile() -> Result<(), Errno> {
 /// The limit on locked memory of the process or thread `pid`.
 ///
 /// # Errors
-/// `ESRCH`; `EPERM` for a process of another user without `CAP_SYS_RESOURCE`.
+/// `ESRCH`; `EPERM` for a process of another user without `CAP_SYS_RESOURCE` where `/proc/PID/limits`, which tells everybody, is not to be seen.
 pub fn memlock_of(pid: i32) -> Result<Limit, Errno> {
+    match prlimit_memlock(pid) {
+        Err(Errno::PERM) => {
+            let text = std::fs::read_to_string(format!("/proc/{pid}/limits")).map_err(|_| Errno::PERM)?;
+            find_memlock(&text).ok_or(Errno::PERM)
+        }
+        result => result,
+    }
+}
+
+/// Finds the line in the form of `/proc/PID/limits`: name, soft limit, hard limit, unit.
+fn find_memlock(text: &str) -> Option<Limit> {
+    let values = text.lines().find_map(|line| line.strip_prefix("Max locked memory"))?;
+    let mut values = values.split_whitespace().map(|value| match value {
+        "unlimited" => Some(None),
+        number => number.parse().ok().map(Some),
+    });
+    Some(Limit { soft: values.next()??, hard: values.next()?? })
+}
+
+fn prlimit_memlock(pid: i32) -> Result<Limit, Errno> {
     let mut old = MaybeUninit::<libc::rlimit64>::uninit();
     // SAFETY: a null `new_limit` sets nothing, and `old` has room for the one structure the call writes.
     let result = unsafe { libc::prlimit64(pid, libc::RLIMIT_MEMLOCK, std::ptr::null(), old.as_mut_ptr()) };
@@ -115,6 +135,19 @@ mod tests {
         drop(child.stdin.take());
         child.wait().unwrap();
         assert_eq!(set_memlock_of(i32::MAX, 0), Err(errno::SRCH));
+    }
+
+    #[test]
+    fn the_limit_is_read_as_text_too() {
+        let text = std::fs::read_to_string("/proc/self/limits").unwrap();
+        assert_eq!(find_memlock(&text), Some(memlock()));
+        let limit = |soft, hard| Some(Limit { soft, hard });
+        assert_eq!(
+            find_memlock("Max locked memory         4096                 unlimited            bytes\n"),
+            limit(Some(4096), None)
+        );
+        assert_eq!(find_memlock("Max locked memory  -1  unlimited  bytes\n"), None);
+        assert_eq!(find_memlock("Max processes  1  1  processes\n"), None);
     }
 
     #[test]

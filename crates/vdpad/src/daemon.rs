@@ -28,8 +28,9 @@ mod device_spec;
 mod machine;
 pub mod notify;
 
-pub use accounts::group;
+pub use accounts::{User, group, user};
 pub use device_spec::{DeviceSpecError, parse_device_spec};
+pub(crate) use machine::raise_limits;
 
 /// Configuration of the daemon.
 #[derive(Clone, Debug)]
@@ -148,7 +149,7 @@ impl Daemon {
         if let Place::Mount(_) = place {
             vdpa_sys::userns::fuse_available().map_err(|error| StartError::environment(&error))?;
         }
-        machine::raise_limits();
+        raise_limits();
         if survival.as_ref().is_none_or(|survival| survival.generation() <= 1) {
             machine::report();
         }

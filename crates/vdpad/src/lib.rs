@@ -7,6 +7,7 @@
 //! | `devices` | the kinds of devices, built on `vdpa-backend` |
 //! | `block` | what the block devices share: requests, their I/O operations, and locks on ranges of the disk |
 //! | [`keeper`] | the process that has a device of somebody else open, and makes the requests on it |
+//! | [`rights`] | running as another user than root, with a few capabilities |
 //! | [`control`] | the server of the control API, HTTP and JSON on a Unix socket |
 //! | `vdpa_bus` | the kernel's vdpa bus, on which devices of VDUSE are |
 //! | `crash_points` | for tests only, with the feature of that name: a daemon that ends at a chosen point |
@@ -21,5 +22,6 @@ pub mod daemon;
 mod devices;
 mod failed;
 pub mod keeper;
+pub mod rights;
 pub mod survival;
 mod vdpa_bus;

@@ -23,8 +23,9 @@ use vdpa_holder::holder::{self, Outcome, Program};
 use vdpa_holder::protocol::Role;
 use vdpa_sys::uapi::live::{self, Numbers};
 use vdpad::control::Access;
-use vdpad::daemon::{self, Config, Daemon, StartError};
+use vdpad::daemon::{self, Config, Daemon, StartError, User};
 use vdpad::keeper;
+use vdpad::rights::{self, Capabilities, Rights};
 use vdpad::survival::{self, Survival};
 
 use configured::Configured;
@@ -86,6 +87,20 @@ struct Serve {
     #[arg(long, value_name = "GROUP", value_parser = daemon::group)]
     socket_readers: Option<u32>,
 
+    /// User to run as, with a few capabilities in place of all rights of root: a name in /etc/passwd, or UID:GID. For root, and for that
+    /// user [default: the user that starts it]
+    #[arg(long, value_name = "NAME|UID:GID", value_parser = daemon::user)]
+    user: Option<User>,
+
+    /// Whose clients are served, with --user: any, or only those of that user (own), for which far fewer capabilities are kept
+    #[arg(long, value_name = "any|own", default_value = "any", requires = "user")]
+    clients: Clients,
+
+    /// Capabilities to keep besides: net_admin for TAP interfaces, dac_override for disks of other users, sys_admin for device_file with
+    /// character devices [default: none]
+    #[arg(long, value_name = "NAME,...", value_delimiter = ',', value_parser = rights::capability, requires = "user")]
+    capability: Vec<Capabilities>,
+
     /// Serve metrics over TCP too, to everybody who can connect to this address: 127.0.0.1:9476, [::]:9476 [default: on the control
     /// socket only]
     #[arg(long, value_name = "ADDRESS:PORT")]
@@ -142,6 +157,40 @@ struct Serve {
     /// A device to create at start; may be repeated
     #[arg(long = "dev", value_name = "name=NAME mgmtdev=MGMTDEV ATTR=VALUE...", value_parser = daemon::parse_device_spec)]
     devices: Vec<AddRequest>,
+}
+
+impl Serve {
+    /// Whether it serves processes of all users, as root does.
+    fn is_service(&self) -> bool {
+        rustix::process::geteuid().is_root() || self.user.is_some()
+    }
+
+    /// The directory of the files of a mount, and the path of the control socket.
+    fn places(&self) -> Option<(PathBuf, PathBuf)> {
+        let default = |name| default_path(name, self.is_service());
+        let dir = self.dir.clone().or_else(|| default("dev"))?;
+        Some((dir, self.socket.clone().or_else(|| default("control.sock"))?))
+    }
+
+    /// Becomes the user of `--user`. Before any thread is started: each has rights of its own.
+    fn take_rights(&self) -> Result<(), ExitCode> {
+        let (Some(user), Some((dir, socket))) = (&self.user, self.places()) else { return Ok(()) };
+        let mounts = self.front != Front::Cuse;
+        let own = socket.parent().into_iter().chain(mounts.then_some(dir.as_path()));
+        let own: Vec<_> = own.collect();
+        let also = self.capability.iter().copied().collect();
+        Rights { user, others: self.clients == Clients::Any, mounts, also }.take(&own).map_err(|error| {
+            report(&error);
+            ExitCode::from(EXIT_ENVIRONMENT)
+        })
+    }
+}
+
+/// Whose clients are served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Clients {
+    Any,
+    Own,
 }
 
 #[derive(Debug, Subcommand)]
@@ -217,6 +266,11 @@ fn main() -> ExitCode {
         eprintln!("vdpad: {}: {error}", vdpad::crash_points::ENV);
         return ExitCode::from(2);
     }
+    if cli.command.is_none()
+        && let Err(status) = cli.serve.take_rights()
+    {
+        return status;
+    }
     match cli.command {
         #[cfg(feature = "manual")]
         Some(Command::WriteManual { directory }) => write_manual(&directory),
@@ -271,8 +325,8 @@ fn hold(options: Serve, files: Configuration, args: Vec<OsString>) -> ExitCode {
             survival.log_crash();
             serve(options, files, Some(survival))
         }
-        Ok(None) if !rustix::process::geteuid().is_root() => {
-            eprintln!("vdpad: --holder needs root");
+        Ok(None) if !options.is_service() => {
+            eprintln!("vdpad: --holder needs root, or --user");
             ExitCode::from(2)
         }
         Ok(None) => run_holder(&options, args),
@@ -322,16 +376,14 @@ fn serve(options: Serve, files: Configuration, survival: Option<Survival>) -> Ex
         eprintln!("vdpad: --live-numbers: {error}");
         return ExitCode::from(2);
     }
-    let root = rustix::process::geteuid().is_root();
-    let (Some(mount_dir), Some(socket)) = (
-        options.dir.clone().or_else(|| default_path("dev", root)),
-        options.socket.or_else(|| default_path("control.sock", root)),
-    ) else {
+    let Some((mount_dir, socket)) = options.places() else {
         eprintln!("vdpad: without root and without XDG_RUNTIME_DIR give --dir and --socket");
         return ExitCode::from(2);
     };
     // Before any thread is started, as the namespaces require: without root the daemon serves processes of its own user namespace.
-    if !root && let Err(error) = vdpa_sys::userns::enter() {
+    if !options.is_service()
+        && let Err(error) = vdpa_sys::userns::enter()
+    {
         eprintln!("vdpad: cannot run without root: {error}");
         return ExitCode::from(EXIT_ENVIRONMENT);
     }

@@ -13,7 +13,7 @@ pub(super) fn report() {
 }
 
 /// Raises the limits of this process that devices use up.
-pub(super) fn raise_limits() {
+pub(crate) fn raise_limits() {
     // The daemon charges pinned guest memory to its owner, so its own limit must not be reached first. Where it cannot be
     // raised, devices report that when they fail to pin.
     if let Err(error) = rlimit::raise_memlock(None) {

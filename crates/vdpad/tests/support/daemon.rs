@@ -1,5 +1,8 @@
 //! [`Daemon`]: a vdpad for one test.
 
+#[path = "more_args.rs"]
+mod more_args;
+
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::os::fd::OwnedFd;
@@ -52,6 +55,7 @@ impl Daemon {
             .arg("--socket")
             .arg(dir.path().join("control.sock"))
             .args(["--request-timeout", "8", "--watchdog-timeout", "5", "--log", "debug"])
+            .args(more_args::more_args())
             .args(options)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())

@@ -3,6 +3,8 @@
 
 #[path = "robust_disk.rs"]
 pub(crate) mod disk;
+#[path = "more_args.rs"]
+mod more_args;
 #[path = "programs.rs"]
 pub(crate) mod programs;
 #[path = "registered.rs"]
@@ -226,7 +228,7 @@ pub(crate) fn command_at(dir: &Path) -> Command {
         Some(front) => command.arg("--front").arg(front),
         None => command.arg("--dir").arg(dir.join("dev")),
     };
-    command.arg("--socket").arg(dir.join("control.sock"));
+    command.arg("--socket").arg(dir.join("control.sock")).args(more_args::more_args());
     command
 }
 
