@@ -26,9 +26,9 @@ where  ATTRIBUTE of network devices := { mac MACADDR | mtu MTU | max_vqp MAX_VQ_
                                        shared { on | off } | direct { on | off } |
                                        pin { on | off } | packed { on | off } | in_order { on | off } |
                                        queues N | queue_size N | serial TEXT |
-                                       iops N | bps SIZE | burst MILLISECONDS |
-                                       front vduse | bind { virtio | vhost | none } }
-       ATTRIBUTE of all devices := { device_file PATH | cpus LIST | worker { shared | own } }
+                                       iops N | bps SIZE | burst MILLISECONDS }
+       ATTRIBUTE of all devices := { device_file PATH | cpus LIST | worker { shared | own } |
+                                     front vduse | bind { virtio | vhost | none } }
 ";
 
 /// Runs one command; `force` belongs to `del` and `set`.

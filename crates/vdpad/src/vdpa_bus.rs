@@ -154,10 +154,21 @@ pub(crate) fn detach(name: &str) -> Result<(), CtlError> {
     })
 }
 
-/// Whether somebody uses it: a program by `vhost_vdpa`, or a file system, swap or another device on its disk.
+/// Whether somebody uses it: a program by `vhost_vdpa`; a file system, swap or another device on its disk; or its interface is up.
 pub(crate) fn in_use(name: &str) -> bool {
     node(name).is_some_and(|node| open_fails_busy(&node, 0))
         || disks(name).iter().any(|disk| open_fails_busy(disk, exclusive()))
+        || interfaces(name).iter().any(|interface| is_up(interface))
+}
+
+/// `IFF_UP` in the flags of an interface. One in another network namespace has no directory here.
+fn is_up(interface: &Path) -> bool {
+    let flags = std::fs::read_to_string(interface.join("flags")).unwrap_or_default();
+    flags
+        .trim()
+        .strip_prefix("0x")
+        .and_then(|flags| u32::from_str_radix(flags, 16).ok())
+        .is_some_and(|flags| flags & 1 != 0)
 }
 
 /// `O_EXCL`: of a block device, whoever mounts it has it.
@@ -185,11 +196,21 @@ fn node(name: &str) -> Option<PathBuf> {
 }
 
 /// The block devices of `virtio_vdpa`.
-pub(crate) fn disks(name: &str) -> Vec<PathBuf> {
+fn disks(name: &str) -> Vec<PathBuf> {
+    of_virtio(name, "block", "/dev")
+}
+
+/// The network interfaces of `virtio_vdpa`, as directories of sysfs.
+fn interfaces(name: &str) -> Vec<PathBuf> {
+    of_virtio(name, "net", "/sys/class/net")
+}
+
+/// What the driver of a virtio device of `virtio_vdpa` has made in a class, by its names in `place`.
+fn of_virtio(name: &str, class: &str, place: &str) -> Vec<PathBuf> {
     let dir = device_dir(name);
     let buses = entries(&dir, "virtio");
-    let disks = buses.iter().flat_map(|bus| entries(&dir.join(bus).join("block"), "vd"));
-    disks.map(|disk| PathBuf::from("/dev").join(disk)).collect()
+    let made = buses.iter().flat_map(|bus| entries(&dir.join(bus).join(class), ""));
+    made.map(|made| Path::new(place).join(made)).collect()
 }
 
 fn entries(dir: &Path, prefix: &str) -> Vec<String> {
@@ -198,7 +219,7 @@ fn entries(dir: &Path, prefix: &str) -> Vec<String> {
     names.filter(|name| name.starts_with(prefix)).collect()
 }
 
-/// The file by which the device is used, if it has one: that of `vhost_vdpa`, or the disk of the kernel's driver.
+/// The file by which the device is used, if it has one: that of `vhost_vdpa`, or the disk or the interface of the kernel's driver.
 pub(crate) fn file(name: &str) -> Option<PathBuf> {
-    node(name).or_else(|| disks(name).into_iter().next())
+    node(name).or_else(|| disks(name).into_iter().next()).or_else(|| interfaces(name).into_iter().next())
 }

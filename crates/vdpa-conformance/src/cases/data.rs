@@ -75,10 +75,17 @@ fn kick_before_install(ctx: &mut Ctx<'_>, format: Format) -> Outcome {
     driver.read_sector("before")?;
     let remove = driver.device.set_fd(Request::SET_VRING_KICK, 0, None);
     prepare("VHOST_SET_VRING_KICK", remove)?;
+    let_polling_end();
     driver.submit()?;
     driver.expect_no_completion("no kick eventfd installed")?;
     driver.install_kick()?;
     driver.expect_completion("an eventfd installed that had been written")
+}
+
+/// The server of a queue may still poll its ring for a while after a request: that of a VDUSE device is not told that the queue was
+/// disabled or lost its eventfd, it only gets no more kicks.
+fn let_polling_end() {
+    std::thread::sleep(QUIET_TIME);
 }
 
 fn disabled_queue(ctx: &mut Ctx<'_>, format: Format) -> Outcome {
@@ -86,9 +93,7 @@ fn disabled_queue(ctx: &mut Ctx<'_>, format: Format) -> Outcome {
     driver.read_sector("before")?;
     let enable = |num| driver.device.set_vring(Request::SET_VRING_ENABLE, 0, num);
     prepare("VHOST_VDPA_SET_VRING_ENABLE", enable(0))?;
-    // The server of the queue may still poll its ring for a while after the previous request: the server of a VDUSE device is
-    // not notified that the queue was disabled, it only gets no more kicks.
-    std::thread::sleep(QUIET_TIME);
+    let_polling_end();
     driver.submit()?;
     driver.expect_no_completion("queue disabled")
 }

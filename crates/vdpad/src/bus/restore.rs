@@ -212,20 +212,9 @@ impl Bus {
         if shared.is_some() && self.pool.is_parked() {
             return Err(CtlError::new(Errno::AGAIN, "several clients share it: it is not prepared").into());
         }
-        // One item is either, by the kind of the device.
-        let (lock, keeper) = match mgmtdev.as_str() {
-            "blk" => (parts.keeper.take(), None),
-            _ => (None, parts.keeper.take()),
-        };
-        let held_lock = lock.is_some();
         // Before its files are opened.
-        let settled = self.pool.settle(&logs);
-        let kept = Kept::restored(identity.mark, parts.contents.take())
-            .with_taps(std::mem::take(&mut parts.taps))
-            .with_keeper(keeper)
-            .with_lock(lock)
-            .with_disk(identity.disk)
-            .with_settled(settled);
+        let kept = kept_again(&identity, &mut parts, self.pool.settle(&logs));
+        let held_lock = kept.lock().is_some();
         let parent = create_again(&**mgmt, name, attrs, &self.pool.with_logs(logs.clone()), &kept)?;
         reach(CrashPoint::ParentMade);
         let (mut device, shared, mut successor) = match (&shared, &front.shared) {
@@ -372,6 +361,21 @@ fn is_for_later(error: &Error) -> bool {
         _ => None,
     });
     control.or(restore) == Some(Errno::AGAIN)
+}
+
+/// What a device has kept over the end of the former daemon. `settled`: none of that one's requests is in flight.
+pub(super) fn kept_again(identity: &Identity, parts: &mut LegacyParts, settled: bool) -> Kept {
+    // One item is either, by the kind of the device.
+    let (lock, keeper) = match identity.request.mgmtdev.as_str() {
+        "blk" => (parts.keeper.take(), None),
+        _ => (None, parts.keeper.take()),
+    };
+    Kept::restored(identity.mark, parts.contents.take())
+        .with_taps(std::mem::take(&mut parts.taps))
+        .with_keeper(keeper)
+        .with_lock(lock)
+        .with_disk(identity.disk)
+        .with_settled(settled)
 }
 
 /// Makes a device of the former daemon again. Its disk stays locked until the kernel has no request of that daemon in flight: no

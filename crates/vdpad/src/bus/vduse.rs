@@ -22,7 +22,7 @@ use vdpa_sys::dirty::DirtyMemory;
 use vdpa_sys::shared_words::SharedWords;
 
 use super::add::{make_logs, no_memory, not_held};
-use super::restore::{Error, HeldDevices, create_again};
+use super::restore::{Error, HeldDevices, create_again, kept_again};
 use super::{BUSY_TIMEOUT, Bus, Entry};
 use crate::devices::{Kept, MgmtDevice};
 use crate::survival::{Identity, LegacyParts, Survival};
@@ -120,7 +120,7 @@ fn refused(error: &VduseError) -> CtlError {
         VduseError::Exists { .. } => told.with_hint(
             "Choose another name. One that a program has left is replaced when it is not on the bus: \"vdpa dev del NAME\".",
         ),
-        VduseError::Unsuitable { .. } => told.with_hint("Leave front out; blk takes it."),
+        VduseError::Unsuitable { .. } => told.with_hint("Leave front out."),
         _ => told,
     }
 }
@@ -235,7 +235,7 @@ impl Bus {
         let name = entry.name.as_str();
         if !force && vdpa_bus::in_use(name) {
             return Err(CtlError::new(Errno::BUSY, format!("device {name} is in use"))
-                .with_hint("Unmount it, or close its client. \"vdpactl dev del DEV --force\" takes it from a driver of the kernel."));
+                .with_hint("Unmount it, set its interface down, or close its client. \"vdpactl dev del DEV --force\" takes it from a driver of the kernel."));
         }
         vdpa_bus::detach(name)?;
         vduse.front.destroy().map_err(|error| refused(&error))?;
@@ -304,11 +304,7 @@ impl Bus {
         let dirty = DirtyMemory::reopen(dirty.ok_or("its memory of dirty pages is not held")?)?;
         let logs = logs.with_dirty(Arc::new(dirty));
         // Before its file is opened.
-        let settled = self.pool.settle(&logs);
-        let kept = Kept::restored(identity.mark, parts.contents.take())
-            .with_lock(parts.keeper.take())
-            .with_disk(identity.disk)
-            .with_settled(settled);
+        let kept = kept_again(&identity, &mut parts, self.pool.settle(&logs));
         let state = state(Some(&logs))?;
         let parent = create_again(&**mgmt, name, attrs, &self.pool.with_logs(logs.clone()), &kept)?;
         if !state.status().contains(Status::DRIVER_OK) {

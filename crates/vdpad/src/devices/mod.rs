@@ -104,7 +104,7 @@ mod tests {
         let mut known = names("blk", &super::blk::KNOWN);
         known.extend(["handover", "front", "bind"].map(|name| ("blk", name)));
         known.extend(names("net", &super::net::KNOWN));
-        known.push(("net", "handover"));
+        known.extend(["handover", "front", "bind"].map(|name| ("net", name)));
         known.extend(names("sim-blk", &super::sim::KNOWN));
         known.extend(names("sim-net", &super::sim::KNOWN));
         known.extend(names("sim-net", &super::sim_net::KNOWN));

@@ -19,6 +19,7 @@
 
 mod memory;
 mod serve;
+mod shape;
 mod state;
 
 use std::io;
@@ -30,20 +31,17 @@ use parking_lot::Mutex;
 use thiserror::Error;
 use vdpa_core::Errno;
 use vdpa_core::device::Device;
-use vdpa_core::features::Features;
-use vdpa_core::parent::{AddressMode, Profile};
+use vdpa_core::parent::Profile;
+use vdpa_core::types::QueueIndex;
 use vdpa_sys::eventfd::EventFd;
 use vdpa_sys::uapi::vduse::{DevConfig, VqConfig, feature};
 use vdpa_sys::vduse::{Control, VduseDevice};
 
 use self::serve::Server;
-use self::state::GROUPS_MAX;
+use self::shape::Shape;
 use crate::front::vhost::{AnyParent, SharedDevice};
 
 pub use self::state::KeptState;
-
-/// Virtio device id of a disk, the only kind that is served.
-const BLOCK: u32 = 2;
 
 /// How long the device may still be open by a process that ends.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(20);
@@ -106,6 +104,7 @@ fn asked(request: &'static str) -> impl Fn(Errno) -> VduseError {
 pub struct VduseFront {
     name: String,
     device: SharedDevice,
+    shape: Shape,
     state: KeptState,
     /// `None` while it is not served.
     service: Mutex<Option<Service>>,
@@ -127,7 +126,7 @@ impl VduseFront {
     /// [`VduseError`].
     pub fn create(name: &str, device: SharedDevice, state: KeptState) -> Result<Self, VduseError> {
         let profile = device.lock().profile().clone();
-        check(&profile)?;
+        let shape = Shape::of(&profile)?;
         let control = Control::open().map_err(|errno| VduseError::Control { errno })?;
         let version = control.api_version().map_err(asked("VDUSE_GET_API_VERSION"))?.min(1);
         control.set_api_version(version).map_err(asked("VDUSE_SET_API_VERSION"))?;
@@ -138,7 +137,7 @@ impl VduseFront {
         }
         let mut space = vec![0; profile.config_size as usize];
         device.lock().peek_config(0, &mut space).map_err(asked("the configuration space"))?;
-        let config = config(name, &profile, version);
+        let config = config(name, &profile, &shape, version);
         let mut created = control.create(config, &space);
         if created == Err(Errno::EXIST) && control.destroy(name).is_ok() {
             tracing::warn!(device = name, "a VDUSE device of that name was left behind, and is replaced");
@@ -148,8 +147,8 @@ impl VduseFront {
             Errno::EXIST => VduseError::Exists { name: name.into() },
             errno => VduseError::Request { request: "VDUSE_CREATE_DEV", errno },
         })?;
-        let served = set_up(name, &profile, version).and_then(|vduse| {
-            let front = Self { name: name.into(), device, state, service: Mutex::default() };
+        let served = set_up(name, &profile, &shape, version).and_then(|vduse| {
+            let front = Self { name: name.into(), device, shape, state, service: Mutex::default() };
             front.serve(vduse, version, true).map(|()| front)
         });
         served.inspect_err(|_| {
@@ -163,9 +162,8 @@ impl VduseFront {
     /// # Errors
     /// [`VduseError`]; with `EBUSY` when another process has it open.
     pub fn adopt(name: &str, device: SharedDevice, state: KeptState) -> Result<Self, VduseError> {
-        let profile = device.lock().profile().clone();
-        check(&profile)?;
-        let front = Self { name: name.into(), device, state, service: Mutex::default() };
+        let shape = Shape::of(device.lock().profile())?;
+        let front = Self { name: name.into(), device, shape, state, service: Mutex::default() };
         front.reopen(true)?;
         Ok(front)
     }
@@ -218,7 +216,7 @@ impl VduseFront {
     /// Starts the thread. `fresh`: the device in this process has not been told anything.
     fn serve(&self, vduse: VduseDevice, version: u64, fresh: bool) -> Result<(), VduseError> {
         let stop = EventFd::new().map_err(asked("an eventfd"))?;
-        let server = Server::new(&self.name, vduse, version, &self.device, self.state.clone());
+        let server = Server::new(&self.name, vduse, version, &self.device, self.shape, self.state.clone());
         let mut server = server.map_err(asked("the device"))?;
         server.take_up(fresh).map_err(asked("to go on"))?;
         let end = stop.clone();
@@ -234,39 +232,18 @@ impl Drop for VduseFront {
     }
 }
 
-/// Whether a device can be one of VDUSE.
-fn check(profile: &Profile) -> Result<(), VduseError> {
-    let unsuitable = |what| Err(VduseError::Unsuitable { what });
-    if profile.device_id != BLOCK {
-        return unsuitable(
-            "only disks are served by VDUSE; the kernel takes no network card with a control queue",
-        );
-    }
-    match profile.address_mode {
-        AddressMode::Objects => {}
-        AddressMode::Pinned | AddressMode::PinnedPages => {
-            return unsuitable("memory of the kernel's drivers cannot be pinned");
-        }
-        AddressMode::OwnerAddresses => {
-            return unsuitable("this device uses addresses of its client, and VDUSE has files");
-        }
-    }
-    let too_many = profile.groups as usize > GROUPS_MAX || profile.address_spaces > u32::from(u8::MAX);
-    if too_many { unsuitable("the device has too many groups of queues or address spaces") } else { Ok(()) }
-}
-
-/// The device as the kernel is told. The kernel refuses a disk whose cache mode a driver can change.
-fn config(name: &str, profile: &Profile, version: u64) -> DevConfig {
-    let features = profile.features.without(Features::BLK_CONFIG_WCE);
-    let config = DevConfig::new(name, profile.device_id, features.0, profile.queues.into(), version);
-    let (ngroups, nas) = if version == 0 { (0, 0) } else { (profile.groups, profile.address_spaces) };
+/// The device as the kernel is told.
+fn config(name: &str, profile: &Profile, shape: &Shape, version: u64) -> DevConfig {
+    let Shape { features, queues, groups, address_spaces } = *shape;
+    let config = DevConfig::new(name, profile.device_id, features.0, queues.into(), version);
+    let (ngroups, nas) = if version == 0 { (0, 0) } else { (groups, address_spaces) };
     DevConfig { vendor_id: profile.vendor_id, ngroups, nas, ..config }
 }
 
-fn set_up(name: &str, profile: &Profile, version: u64) -> Result<VduseDevice, VduseError> {
+fn set_up(name: &str, profile: &Profile, shape: &Shape, version: u64) -> Result<VduseDevice, VduseError> {
     let vduse = open(name)?;
-    for index in 0..profile.queues {
-        let group = if version == 0 { 0 } else { profile.group_of(vdpa_core::types::QueueIndex(index)).0 };
+    for index in 0..shape.queues {
+        let group = if version == 0 { 0 } else { profile.group_of(QueueIndex(index)).0 };
         let queue =
             VqConfig { index: index.into(), max_size: profile.queue_size_max, group, ..VqConfig::default() };
         vduse.setup_queue(&queue).map_err(asked("VDUSE_VQ_SETUP"))?;

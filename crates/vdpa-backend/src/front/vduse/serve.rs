@@ -13,6 +13,7 @@ use vdpa_sys::process::ThisProcess;
 use vdpa_sys::uapi::vduse::{DevRequest, DevResponse, VqInfo, request};
 use vdpa_sys::vduse::{Interrupt, VduseDevice};
 
+use super::shape::Shape;
 use super::state::KeptState;
 use super::{Locked, memory};
 use crate::front::vhost::SharedDevice;
@@ -32,8 +33,7 @@ pub(super) struct Server {
     /// Signalled when the configuration changes.
     config: EventFd,
     queues: Vec<Queue>,
-    groups: usize,
-    address_spaces: u32,
+    shape: Shape,
     /// The device runs, and queues wait for the first kick: the kernel's driver has no buffers mapped yet.
     waiting: bool,
 }
@@ -53,9 +53,9 @@ impl Server {
         vduse: VduseDevice,
         version: u64,
         device: &SharedDevice,
+        shape: Shape,
         state: KeptState,
     ) -> Result<Self> {
-        let profile = device.lock().profile().clone();
         let queue = |_| Ok(Queue { kick: EventFd::new()?, ready: None, enabled: false });
         Ok(Self {
             name: name.into(),
@@ -65,9 +65,8 @@ impl Server {
             caller: ThisProcess::default(),
             state,
             config: EventFd::new()?,
-            queues: (0..profile.queues).map(queue).collect::<Result<_>>()?,
-            groups: profile.groups as usize,
-            address_spaces: profile.address_spaces,
+            queues: (0..shape.queues).map(queue).collect::<Result<_>>()?,
+            shape,
             waiting: false,
         })
     }
@@ -90,7 +89,7 @@ impl Server {
         if fresh {
             self.set_asids(&mut device);
             if status.contains(Status::FEATURES_OK) {
-                device.set_features(Features(self.vduse.driver_features()?))?;
+                self.negotiate(&mut device)?;
             }
         }
         if !status.contains(Status::DRIVER_OK) {
@@ -228,7 +227,7 @@ impl Server {
     fn set_status(&mut self, device: &mut Locked<'_>, status: Status) -> Result<()> {
         if status == Status::RESET {
             device.set_status(status)?;
-            for asid in 0..self.address_spaces {
+            for asid in 0..self.shape.address_spaces {
                 self.forget(device, asid)?;
             }
             self.set_asids(device);
@@ -239,18 +238,27 @@ impl Server {
         }
         let before = self.state.status();
         if status.contains(Status::FEATURES_OK) && !before.contains(Status::FEATURES_OK) {
-            device.set_features(Features(self.vduse.driver_features()?))?;
+            self.negotiate(device)?;
         }
         if !status.contains(Status::DRIVER_OK) || before.contains(Status::DRIVER_OK) {
             device.set_status(status)?;
         } else {
             if device.negotiated_features().is_none() {
-                device.set_features(Features(self.vduse.driver_features()?))?;
+                self.negotiate(device)?;
             }
             self.set_rings(device)?;
         }
         self.state.set_status(status);
         Ok(())
+    }
+
+    /// Takes the features that the driver has accepted. One that has accepted none may have asked for none: it is a legacy driver, or a
+    /// program that tries statuses, which the kernel lets it.
+    fn negotiate(&self, device: &mut Locked<'_>) -> Result<()> {
+        match self.vduse.driver_features()? {
+            0 => Ok(()),
+            features => device.set_features(Features(features)),
+        }
     }
 
     /// `SET_VQ_READY`. One that is enabled is started when the kernel has the answer.
@@ -266,7 +274,7 @@ impl Server {
 
     /// The address spaces of the groups, which the kernel keeps over a reset.
     fn set_asids(&self, device: &mut Locked<'_>) {
-        for (group, asid) in (0..).zip(self.state.asids()).take(self.groups) {
+        for (group, asid) in (0..self.shape.groups).zip(self.state.asids()) {
             if let Err(errno) = device.set_group_asid(&self.caller, GroupIndex(group), Asid(asid.into())) {
                 tracing::error!(device = %self.name, group, asid, "the address space of a group is lost: {errno}");
             }
@@ -360,7 +368,7 @@ impl Server {
     /// Reads all tables. Returns whether the buffers of the kernel's driver are missing.
     fn read_memory(&self, device: &mut Locked<'_>) -> bool {
         let mut without_buffers = false;
-        for asid in 0..if self.version == 0 { 1 } else { self.address_spaces } {
+        for asid in 0..if self.version == 0 { 1 } else { self.shape.address_spaces } {
             let replaced = memory::read(&self.name, &self.vduse, self.version, asid).and_then(|memory| {
                 without_buffers |= memory.without_buffers;
                 let replaced = device.replace_mappings(&self.caller, Asid(asid), memory.mappings);
