@@ -158,7 +158,7 @@ fn bad_attributes(dir: &str) -> Vec<Case> {
     let superfluous = refusal(
         "sim-blk has no attribute \"path\"",
         "Operation not supported",
-        "It has: use_va on|off; batch_mapping on|off; max_iotlb_entries 2-1048576; compat_reset keep|clean; verify_remap on|off; \
+        "It has: use_va on|off|objects; batch_mapping on|off; max_iotlb_entries 2-1048576; compat_reset keep|clean; verify_remap on|off; \
          mem_table on|off; vhost_log on|off; reset_owner on|off; queue_size 2-32768, a power of two; memlock rlimit|unlimited|SIZE; cpus LIST of processors, for example \
          2,4-7; worker shared|own.",
     );

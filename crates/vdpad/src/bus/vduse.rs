@@ -32,8 +32,6 @@ use crate::vdpa_bus::{self, Bind};
 const FRONT_ATTR: &str = "front";
 /// Attribute of a device of VDUSE: the driver that it gets.
 const BIND_ATTR: &str = "bind";
-/// Attribute of a disk that VDUSE decides.
-const PIN_ATTR: &str = "pin";
 /// The number of its device file: it has none.
 const NO_NUMBER: u32 = u32::MAX;
 /// Words of a device that does not outlive this process.
@@ -87,17 +85,24 @@ pub(super) fn taken(
             "Leave device_file and handover out.",
         );
     }
-    if request.attrs.get(PIN_ATTR) == Some("on") {
-        return invalid(
-            "memory of the kernel's drivers cannot be pinned".into(),
-            "Leave pin out, or set it to off.",
-        );
-    }
-    if request.mgmtdev == "blk" && request.attrs.get(PIN_ATTR).is_none() {
-        request
-            .attrs
-            .insert(PIN_ATTR, "off")
-            .map_err(|error| CtlError::new(Errno::INVAL, error.to_string()))?;
+    // The kernel's drivers have memory that cannot be pinned, and no addresses of a process.
+    let needed: &[_] = match request.mgmtdev.as_str() {
+        "blk" => &[("pin", "off")],
+        "sim-blk" | "sim-net" => &[("use_va", "objects"), ("batch_mapping", "on")],
+        _ => &[],
+    };
+    for &(name, value) in needed {
+        match request.attrs.get(name) {
+            None => request
+                .attrs
+                .insert(name, value)
+                .map_err(|error| CtlError::new(Errno::INVAL, error.to_string()))?,
+            Some(given) if given == value => {}
+            Some(given) => {
+                let text = format!("{name} is \"{given}\", and with front vduse it is \"{value}\"");
+                return invalid(text, &format!("Leave {name} out."));
+            }
+        }
     }
     Bind::parse(bind.as_deref()).map(Some)
 }
@@ -408,7 +413,7 @@ mod tests {
             (&[("front", "fuse")][..], "front is \"fuse\""),
             (&[("bind", "vhost")], "bind is for a device with front vduse"),
             (&[("front", "vduse"), ("bind", "vfio")], "bind is \"vfio\""),
-            (&[("front", "vduse"), ("pin", "on")], "memory of the kernel's drivers cannot be pinned"),
+            (&[("front", "vduse"), ("pin", "on")], "pin is \"on\", and with front vduse it is \"off\""),
         ] {
             let error = parse(wrong).unwrap_err();
             assert_eq!((error.errno, error.message.as_str()), (Errno::INVAL, text));

@@ -102,9 +102,12 @@ mod tests {
             known.iter().map(|(name, _)| (kind, *name)).collect()
         };
         let mut known = names("blk", &super::blk::KNOWN);
-        known.extend(["handover", "front", "bind"].map(|name| ("blk", name)));
+        known.push(("blk", "handover"));
         known.extend(names("net", &super::net::KNOWN));
-        known.extend(["handover", "front", "bind"].map(|name| ("net", name)));
+        known.push(("net", "handover"));
+        for kind in ["blk", "net", "sim-blk", "sim-net"] {
+            known.extend([(kind, "front"), (kind, "bind")]);
+        }
         known.extend(names("sim-blk", &super::sim::KNOWN));
         known.extend(names("sim-net", &super::sim::KNOWN));
         known.extend(names("sim-net", &super::sim_net::KNOWN));

@@ -5,6 +5,7 @@
 //! | on | on | owner addresses, whole tables | NEW_OWNER, IOTLB_REMAP |
 //! | on | off | owner addresses, single mappings | none: REMAP would be required and is unavailable |
 //! | off | either | pinned pages | NEW_OWNER |
+//! | objects | either | the memory objects behind the addresses, as `blk` does; the kernel's simulators have no such mode | NEW_OWNER |
 //!
 //! Source: uapi-spec 6.1, 8.6.
 
@@ -35,7 +36,7 @@ pub(super) const QUEUE_SIZE: u16 = 256;
 
 /// The attributes of every simulator: name, and description of the value.
 pub(super) const KNOWN: [(&str, &str); 12] = [
-    ("use_va", "on|off"),
+    ("use_va", "on|off|objects"),
     ("batch_mapping", "on|off"),
     IOTLB_ATTR,
     ("compat_reset", "keep|clean"),
@@ -49,11 +50,34 @@ pub(super) const KNOWN: [(&str, &str); 12] = [
     WORKER_ATTR,
 ];
 
+/// By what a simulator reaches client memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum UseVa {
+    /// The owner's addresses.
+    On,
+    /// Pinned pages.
+    Off,
+    /// The memory objects behind the addresses: for a client that has no addresses, such as the kernel ([`SetMap`] only).
+    Objects,
+}
+
+impl UseVa {
+    fn parse(attrs: &Attrs) -> Result<Self, CtlError> {
+        match attrs.get("use_va") {
+            None | Some("on") => Ok(Self::On),
+            Some("off") => Ok(Self::Off),
+            Some("objects") => Ok(Self::Objects),
+            Some(text) => Err(CtlError::new(Errno::INVAL, format!("use_va is \"{text}\""))
+                .with_hint("\"on\", \"off\" or \"objects\" is right.")),
+        }
+    }
+}
+
 /// How a simulator treats mappings and owners.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Options {
-    /// Access client memory by the owner's addresses, else by pinned pages.
-    pub(super) use_va: bool,
+    /// How client memory is accessed.
+    pub(super) use_va: UseVa,
     /// Take a whole IOTLB at a time (`set_map`), else single mappings (`dma_map`).
     pub(super) batch_mapping: bool,
     /// Most entries of the simulator's own table, per address space. The IOTLB of the interface may have as many, and not fewer
@@ -81,7 +105,7 @@ impl Default for Options {
     /// The kernel's defaults. REMAP is checked in addition, since its contract demands the same memory.
     fn default() -> Self {
         Self {
-            use_va: true,
+            use_va: UseVa::On,
             batch_mapping: true,
             max_iotlb_entries: 2048,
             compat_reset: CompatReset::Clean,
@@ -103,7 +127,7 @@ impl Options {
         let default = Self::default();
         let switch = |key, default| attrs.switch(key).map_err(invalid).map(|on| on.unwrap_or(default));
         Ok(Self {
-            use_va: switch("use_va", default.use_va)?,
+            use_va: UseVa::parse(attrs)?,
             batch_mapping: switch("batch_mapping", default.batch_mapping)?,
             max_iotlb_entries: iotlb_entries(attrs, default.max_iotlb_entries)?,
             compat_reset: compat_reset(attrs, default.compat_reset)?,
@@ -120,14 +144,14 @@ impl Options {
     /// `base`, a [`Profile::simulator`], with the changes that the options make.
     fn apply(&self, base: Profile) -> Profile {
         let live: &[_] = match (self.use_va, self.batch_mapping) {
-            (true, true) => &[BackendFeatures::NEW_OWNER, BackendFeatures::IOTLB_REMAP],
-            (true, false) => &[],
-            (false, _) => &[BackendFeatures::NEW_OWNER],
+            (UseVa::On, true) => &[BackendFeatures::NEW_OWNER, BackendFeatures::IOTLB_REMAP],
+            (UseVa::On, false) => &[],
+            (UseVa::Off | UseVa::Objects, _) => &[BackendFeatures::NEW_OWNER],
         };
-        let (address_mode, private_memory) = if self.use_va {
-            (AddressMode::OwnerAddresses, PrivateMemory::Skip)
-        } else {
-            (AddressMode::PinnedPages, PrivateMemory::Copy)
+        let (address_mode, private_memory) = match self.use_va {
+            UseVa::On => (AddressMode::OwnerAddresses, PrivateMemory::Skip),
+            UseVa::Off => (AddressMode::PinnedPages, PrivateMemory::Copy),
+            UseVa::Objects => (AddressMode::Objects, PrivateMemory::Copy),
         };
         Profile {
             backend_features: base.backend_features | BackendFeatures::of(live),
@@ -137,6 +161,7 @@ impl Options {
             compat_reset: self.compat_reset,
             address_mode,
             private_memory,
+            identity_map: base.identity_map && self.use_va != UseVa::Objects,
             verify_remap: self.verify_remap,
             mem_table: self.mem_table,
             vhost_log: self.vhost_log,
@@ -347,11 +372,15 @@ mod tests {
             (&[("batch_mapping", "off")], 0x040, true),
             (&[("use_va", "off")], 0x240, false),
             (&[("use_va", "off"), ("batch_mapping", "off")], 0x240, true),
+            (&[("use_va", "objects")], 0x240, false),
         ] {
             let profile = profile(pairs);
             assert_eq!((profile.backend_features.0, profile.vring_size), (own, size), "{pairs:?}");
         }
         assert_eq!(profile(&[("use_va", "off")]).private_memory, PrivateMemory::Copy);
+        let objects = profile(&[("use_va", "objects")]);
+        assert_eq!(objects.address_mode, AddressMode::Objects);
+        assert!(!objects.identity_map && profile(&[]).identity_map, "addresses of whom would that be?");
         assert_eq!(profile(&[("compat_reset", "keep")]).compat_reset, CompatReset::Keep);
         let logs = profile(&[("vhost_log", "on")]);
         assert!(logs.vhost_log && logs.offered_features().has(Features::LOG_ALL));
