@@ -72,6 +72,10 @@ flame *args:
 bench-io *args:
     scripts/bench-io {{args}}
 
+# Our network card beside DPDK's testpmd, passt and the floor, in turn: packets, streams, latency, CPU. Wants root and a quiet machine.
+bench-net *args:
+    scripts/bench-net {{args}}
+
 # Two builds in turn: whether the programs became slower: "just bench-compare BEFORE AFTER".
 bench-compare *args:
     scripts/bench-compare {{args}}

@@ -24,9 +24,11 @@
 //! | [`demo`], [`mod@bench`], [`blackout`] | `vdpactl demo`, `vdpactl bench io` and `vdpactl bench update` |
 //! | `output` | prints the result of a command |
 //! | [`blackout_result`] | the results of `vdpactl bench update` |
+//! | [`rounds`], [`bars`] | medians, ratios and charts of benchmarks that compare programs |
 //! | [`hugepages`] | reserves huge pages |
 #![forbid(unsafe_code)]
 
+pub mod bars;
 pub mod bench;
 pub mod blackout;
 pub mod blackout_result;
@@ -43,6 +45,7 @@ mod output;
 pub mod process;
 mod replace;
 pub mod requests;
+pub mod rounds;
 pub mod scenario;
 pub mod summary;
 pub mod timeline;

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use serde::Serialize;
+use vdpa_bench::rounds::{Spread, median, spread};
 
 use crate::client::Sample;
 use crate::plan::{Figure, GOALS, Goal, Target, Workload};
@@ -62,10 +63,8 @@ pub(crate) struct Ratio {
     workload: &'static str,
     figure: &'static str,
     against: &'static str,
-    /// The median of the ratios of the rounds, because a disturbance of a round affects both figures.
-    ratio: f64,
-    least: f64,
-    most: f64,
+    #[serde(flatten)]
+    spread: Spread,
     #[serde(skip_serializing_if = "Option::is_none")]
     goal: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -140,20 +139,9 @@ impl Outcome {
         let goal = GOALS.iter().find(|goal| {
             goal.workload == workload && goal.against.name() == against && goal.figure == figure
         });
-        let least = ratios.iter().copied().reduce(f64::min)?;
-        let most = ratios.iter().copied().reduce(f64::max)?;
-        let ratio = median(ratios);
-        let met = goal.map(|goal| goal.met(ratio));
-        Some(Ratio {
-            workload,
-            figure: figure.name(),
-            against,
-            ratio,
-            least,
-            most,
-            goal: goal.map(|g| g.limit),
-            met,
-        })
+        let spread = spread(ratios)?;
+        let met = goal.map(|goal| goal.met(spread.ratio));
+        Some(Ratio { workload, figure: figure.name(), against, spread, goal: goal.map(|g| g.limit), met })
     }
 
     /// The result as tables.
@@ -204,21 +192,11 @@ impl Outcome {
                 && ratio.figure == goal.figure.name()
         });
         match found {
-            Some(Ratio { ratio, least, most, met, .. }) => {
+            Some(Ratio { spread: Spread { ratio, least, most }, met, .. }) => {
                 let outcome = if *met == Some(true) { "met" } else { "MISSED" };
                 format!("  {what:<58} {limit:>8}  {ratio:>6.2} [{least:.2} to {most:.2}]  {outcome}")
             }
             None => format!("  {what:<58} {limit:>8}  not measured"),
         }
-    }
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    match values.get(..) {
-        Some([]) | None => 0.0,
-        Some(sorted) if sorted.len() % 2 == 1 => sorted[middle],
-        Some(sorted) => f64::midpoint(sorted[middle - 1], sorted[middle]),
     }
 }
