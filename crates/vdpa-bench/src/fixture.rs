@@ -40,7 +40,7 @@ pub struct Options {
     #[arg(long, value_name = "PATH")]
     pub vdpad: Option<PathBuf>,
     /// Front end of the daemon: fuse for a file, cuse for a character device
-    #[arg(long, value_name = "fuse|cuse", default_value = "fuse")]
+    #[arg(long, value_name = "fuse|cuse", default_value = "fuse", value_parser = with_files)]
     pub front: Front,
     /// The program that is updated [default: vdpa-tenant beside this program]
     #[arg(long, value_name = "PATH")]
@@ -61,6 +61,14 @@ pub(super) fn size(text: &str) -> Result<u64, String> {
     bytes
         .filter(|&n| n > 0 && n.is_multiple_of(PAGE_SIZE))
         .ok_or_else(|| "a multiple of 4096 bytes is right, for example 64M or 8G".to_owned())
+}
+
+/// A front end whose devices are device files, which the client opens.
+fn with_files(text: &str) -> Result<Front, &'static str> {
+    match text.parse() {
+        Ok(Front::Vduse) | Err(_) => Err("\"fuse\" or \"cuse\" is right"),
+        Ok(front) => Ok(front),
+    }
 }
 
 /// Why a load could not run.

@@ -142,6 +142,7 @@ impl PrivateDaemon {
         let mut program = Program::new(vdpad);
         match front {
             Front::Cuse => program.args(["--front", "cuse"]),
+            Front::Vduse => program.args(["--front", "vduse"]).arg("--dir").arg(directory.join("dev")),
             Front::Auto | Front::Fuse => program.arg("--dir").arg(directory.join("dev")),
         };
         program.arg("--socket").arg(&socket).args(["--log", log]).args(args).stdin(Stdio::null());

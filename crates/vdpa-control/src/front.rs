@@ -12,6 +12,8 @@ pub enum Front {
     Fuse,
     /// Character devices, by CUSE.
     Cuse,
+    /// None for devices that the kernel can have, by VDUSE, which it gets; files for others.
+    Vduse,
 }
 
 impl FromStr for Front {
@@ -22,7 +24,8 @@ impl FromStr for Front {
             "auto" => Ok(Self::Auto),
             "fuse" => Ok(Self::Fuse),
             "cuse" => Ok(Self::Cuse),
-            _ => Err("\"auto\", \"fuse\" or \"cuse\" is right"),
+            "vduse" => Ok(Self::Vduse),
+            _ => Err("\"auto\", \"fuse\", \"cuse\" or \"vduse\" is right"),
         }
     }
 }

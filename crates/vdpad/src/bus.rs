@@ -36,6 +36,7 @@ use vdpa_backend::front::fuse::DeviceFiles;
 use vdpa_backend::front::vhost::{AnyParent, SharedDevice, VhostVdpaFile};
 use vdpa_backend::persist::Held;
 use vdpa_backend::worker::WorkerPool;
+use vdpa_control::Front;
 use vdpa_control::api::{
     AddRequest, CtlError, DaemonInfo, DaemonRole, DevInfo, DevState, ID_NET, LimitChange, Link, MgmtDev,
     NewSize, QueueVstats, Reloaded, Running, SetAnswer, SetRequest, UpdateInfo, UpgradeRequest,
@@ -61,6 +62,8 @@ pub struct Bus {
     since: SystemTime,
     /// The main configuration file.
     configuration: PathBuf,
+    /// The kernel gets each device that it can have, unless the request says otherwise.
+    by_vduse: bool,
 }
 
 #[derive(Debug)]
@@ -106,7 +109,14 @@ impl Bus {
         let (mgmt, spaces, devices) = (mgmt_devices(), Spaces::new(), Mutex::default());
         let since = SystemTime::now();
         let (changing, configuration) = (RwLock::default(), PathBuf::new());
-        Self { mgmt, files, pool, spaces, devices, survival, changing, since, configuration }
+        let by_vduse = false;
+        Self { mgmt, files, pool, spaces, devices, survival, changing, since, configuration, by_vduse }
+    }
+
+    /// With the front end of devices whose request names none; all but [`Front::Vduse`] are device files, which were given.
+    #[must_use]
+    pub fn with_front(self, front: Front) -> Self {
+        Self { by_vduse: front == Front::Vduse, ..self }
     }
 
     /// With the main configuration file, which is read [on demand](Backend::reload).

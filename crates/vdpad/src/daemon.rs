@@ -194,7 +194,7 @@ impl Daemon {
         }
         let rings = std::mem::take(&mut legacy.rings);
         let bus = Bus::new(Arc::clone(&files), config.workers, config.poll, survival.clone(), rings);
-        let bus = Arc::new(bus.with_configuration(config.configuration.clone()));
+        let bus = Arc::new(bus.with_configuration(config.configuration.clone()).with_front(config.front));
         let left = Left(continues.then(|| (Arc::clone(&files), Arc::clone(&bus))));
         if continues {
             let devices = std::mem::take(&mut legacy.devices);
@@ -440,6 +440,7 @@ fn choose<E: std::error::Error>(
             return available().map(|()| Place::Dev(dev())).map_err(|error| StartError::environment(&error));
         }
         Front::Fuse => "requested by --front".into(),
+        Front::Vduse => "for devices that the kernel does not get".into(),
         Front::Auto if cuse::prefix_of(&dev()).is_none() => "the directory is not below /dev".into(),
         Front::Auto => match available() {
             Ok(()) => {

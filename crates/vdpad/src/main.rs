@@ -65,8 +65,8 @@ struct Serve {
     options_read: bool,
 
     /// Kind of the device files: cuse for character devices, fuse for files, auto for character devices where they can be made
-    /// (never in a directory outside /dev)
-    #[arg(long, value_name = "auto|cuse|fuse", default_value = "auto")]
+    /// (never in a directory outside /dev); vduse for none, the kernel gets the devices
+    #[arg(long, value_name = "auto|cuse|fuse|vduse", default_value = "auto")]
     front: Front,
 
     /// Directory of the device files [default: /dev for character devices; for files /run/vdpad/dev, without

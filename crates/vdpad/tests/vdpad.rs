@@ -146,9 +146,10 @@ fn character_devices_elsewhere_than_in_dev_are_refused() {
     assert_eq!(outcome.code, Some(1), "{outcome:?}");
     assert!(outcome.stderr.contains("is not below /dev"), "{outcome:?}");
     assert!(!dir.path().join("dev").exists());
-    let outcome = support::run(vdpad(dir.path()).args(["--front", "vduse"]));
+    let outcome = support::run(vdpad(dir.path()).args(["--front", "vhost"]));
     assert_eq!(outcome.code, Some(2), "{outcome:?}");
-    assert!(outcome.stderr.contains("\"auto\", \"fuse\" or \"cuse\" is right"), "{outcome:?}");
+    let right = "\"auto\", \"fuse\", \"cuse\" or \"vduse\" is right";
+    assert!(outcome.stderr.contains(right), "{outcome:?}");
 }
 
 fn serve_sim(dir: &Path, more: &[&str]) -> (Child, VhostVdpaFd) {

@@ -48,7 +48,7 @@ impl Bus {
         let asked = request.clone();
         let path = request.attrs.take(DEVICE_FILE_ATTR).map(PathBuf::from);
         let handover = handover(&mut request.attrs)?;
-        let bind = vduse::taken(&mut request, path.is_some(), handover)?;
+        let bind = vduse::taken(&mut request, path.is_some(), handover, self.by_vduse)?;
         let net_attrs = NetAttrs::parse(&request.attrs)?;
         let mgmt = self.mgmt_of(&request)?;
         net_attrs.check(mgmt)?;

@@ -53,7 +53,7 @@ struct Lasting {
 }
 
 /// Takes the attributes `front` and `bind` out of a request. Returns the driver that a device of VDUSE is to have; `None` for
-/// another device.
+/// another device. `default`: that of the daemon is VDUSE, for what the kernel can have.
 ///
 /// # Errors
 /// `EINVAL` for other values, and for attributes that VDUSE excludes.
@@ -61,11 +61,13 @@ pub(super) fn taken(
     request: &mut AddRequest,
     own_path: bool,
     handover: bool,
+    default: bool,
 ) -> Result<Option<Bind>, CtlError> {
     let invalid = |text: String, hint: &str| Err(CtlError::new(Errno::INVAL, text).with_hint(hint));
     let bind = request.attrs.take(BIND_ATTR);
     match request.attrs.take(FRONT_ATTR).as_deref() {
         Some("vduse") => {}
+        None if default && !own_path && !handover && request.mgmtdev != "vhost-vdpa" => {}
         None if bind.is_some() => {
             return invalid(
                 "bind is for a device with front vduse".into(),
@@ -401,7 +403,7 @@ mod tests {
 
     #[test]
     fn the_attributes_of_a_device_of_vduse_are_checked() {
-        let parse = |attrs: &[(&str, &str)]| taken(&mut request(attrs), false, false);
+        let parse = |attrs: &[(&str, &str)]| taken(&mut request(attrs), false, false, false);
         assert_eq!(parse(&[]).unwrap(), None);
         assert_eq!(parse(&[("front", "vduse")]).unwrap(), Some(Bind::None));
         assert_eq!(
@@ -419,14 +421,25 @@ mod tests {
             assert_eq!((error.errno, error.message.as_str()), (Errno::INVAL, text));
             assert!(error.hint.is_some());
         }
-        assert!(taken(&mut request(&[("front", "vduse")]), true, false).is_err(), "a path of its own");
-        assert!(taken(&mut request(&[("front", "vduse")]), false, true).is_err(), "a successor");
+        assert!(taken(&mut request(&[("front", "vduse")]), true, false, true).is_err(), "a path of its own");
+        assert!(taken(&mut request(&[("front", "vduse")]), false, true, true).is_err(), "a successor");
+    }
+
+    #[test]
+    fn vduse_can_be_the_default_for_what_the_kernel_can_have() {
+        let parse = |own_path, handover| taken(&mut request(&[]), own_path, handover, true).unwrap();
+        assert_eq!(parse(false, false), Some(Bind::None));
+        assert_eq!((parse(true, false), parse(false, true)), (None, None));
+        let mut broker = AddRequest { mgmtdev: "vhost-vdpa".into(), ..request(&[]) };
+        assert_eq!(taken(&mut broker, false, false, true).unwrap(), None);
+        let bound = taken(&mut request(&[("bind", "virtio")]), false, false, true).unwrap();
+        assert_eq!(bound, Some(Bind::Virtio));
     }
 
     #[test]
     fn what_was_asked_for_is_found_again_without_what_was_added() {
         let mut added = request(&[("front", "vduse"), ("bind", "vhost"), ("path", "/a")]);
-        let bind = taken(&mut added, false, false).unwrap().unwrap();
+        let bind = taken(&mut added, false, false, false).unwrap().unwrap();
         assert_eq!(added.attrs.get("pin"), Some("off"));
         let again = asked_for(added, bind);
         assert_eq!((again.attrs.get("front"), again.attrs.get("bind")), (Some("vduse"), Some("vhost")));
