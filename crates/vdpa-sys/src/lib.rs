@@ -48,6 +48,8 @@ pub mod sigbus;
 #[cfg(feature = "server")]
 pub mod signals;
 #[cfg(feature = "server")]
+pub mod sigsys;
+#[cfg(feature = "server")]
 pub mod snapshot;
 pub mod space;
 pub mod stable;

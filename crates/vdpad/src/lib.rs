@@ -8,6 +8,7 @@
 //! | `block` | what the block devices share: requests, their I/O operations, and locks on ranges of the disk |
 //! | [`keeper`] | the process that has a device of somebody else open, and makes the requests on it |
 //! | [`rights`] | running as another user than root, with a few capabilities |
+//! | [`seccomp`] | the system calls that the daemon may make |
 //! | [`control`] | the server of the control API, HTTP and JSON on a Unix socket |
 //! | `vdpa_bus` | the kernel's vdpa bus, on which devices of VDUSE are |
 //! | `crash_points` | for tests only, with the feature of that name: a daemon that ends at a chosen point |
@@ -23,5 +24,6 @@ mod devices;
 mod failed;
 pub mod keeper;
 pub mod rights;
+pub mod seccomp;
 pub mod survival;
 mod vdpa_bus;

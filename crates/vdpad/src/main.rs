@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod configured;
+mod setup;
 
 use std::error::Error;
 use std::ffi::OsString;
@@ -21,11 +22,13 @@ use vdpa_control::files::{self, Configuration};
 use vdpa_control::{Front, SOCKET_ENV};
 use vdpa_holder::holder::{self, Outcome, Program};
 use vdpa_holder::protocol::Role;
+use vdpa_sys::sigsys;
 use vdpa_sys::uapi::live::{self, Numbers};
 use vdpad::control::Access;
 use vdpad::daemon::{self, Config, Daemon, StartError, User};
 use vdpad::keeper;
-use vdpad::rights::{self, Capabilities, Rights};
+use vdpad::rights::{self, Capabilities};
+use vdpad::seccomp;
 use vdpad::survival::{self, Survival};
 
 use configured::Configured;
@@ -101,6 +104,11 @@ struct Serve {
     #[arg(long, value_name = "NAME,...", value_delimiter = ',', value_parser = rights::capability, requires = "user")]
     capability: Vec<Capabilities>,
 
+    /// What becomes of system calls that the daemon has no use for: on, they fail and are named on standard error; log, the kernel logs
+    /// their numbers; off, nothing
+    #[arg(long, value_name = "on|log|off", default_value = "off")]
+    seccomp: seccomp::Mode,
+
     /// Serve metrics over TCP too, to everybody who can connect to this address: 127.0.0.1:9476, [::]:9476 [default: on the control
     /// socket only]
     #[arg(long, value_name = "ADDRESS:PORT")]
@@ -157,33 +165,6 @@ struct Serve {
     /// A device to create at start; may be repeated
     #[arg(long = "dev", value_name = "name=NAME mgmtdev=MGMTDEV ATTR=VALUE...", value_parser = daemon::parse_device_spec)]
     devices: Vec<AddRequest>,
-}
-
-impl Serve {
-    /// Whether it serves processes of all users, as root does.
-    fn is_service(&self) -> bool {
-        rustix::process::geteuid().is_root() || self.user.is_some()
-    }
-
-    /// The directory of the files of a mount, and the path of the control socket.
-    fn places(&self) -> Option<(PathBuf, PathBuf)> {
-        let default = |name| default_path(name, self.is_service());
-        let dir = self.dir.clone().or_else(|| default("dev"))?;
-        Some((dir, self.socket.clone().or_else(|| default("control.sock"))?))
-    }
-
-    /// Becomes the user of `--user`. Before any thread is started: each has rights of its own.
-    fn take_rights(&self) -> Result<(), ExitCode> {
-        let (Some(user), Some((dir, socket))) = (&self.user, self.places()) else { return Ok(()) };
-        let mounts = self.front != Front::Cuse;
-        let own = socket.parent().into_iter().chain(mounts.then_some(dir.as_path()));
-        let own: Vec<_> = own.collect();
-        let also = self.capability.iter().copied().collect();
-        Rights { user, others: self.clients == Clients::Any, mounts, also }.take(&own).map_err(|error| {
-            report(&error);
-            ExitCode::from(EXIT_ENVIRONMENT)
-        })
-    }
 }
 
 /// Whose clients are served.
@@ -270,6 +251,10 @@ fn main() -> ExitCode {
         && let Err(status) = cli.serve.take_rights()
     {
         return status;
+    }
+    // A process that the daemon starts has its filter, and not its handler.
+    if let Err(errno) = sigsys::name_refused() {
+        tracing::debug!(%errno, "refused system calls are not named");
     }
     match cli.command {
         #[cfg(feature = "manual")]
@@ -387,6 +372,11 @@ fn serve(options: Serve, files: Configuration, survival: Option<Survival>) -> Ex
         eprintln!("vdpad: cannot run without root: {error}");
         return ExitCode::from(EXIT_ENVIRONMENT);
     }
+    // Before any thread, which would have none, and after the namespaces, which it does not allow.
+    if let Err(error) = seccomp::restrict(options.seccomp) {
+        report(&error);
+        return ExitCode::from(EXIT_ENVIRONMENT);
+    }
     let config = Config {
         front: options.front,
         dir: options.dir,
@@ -458,12 +448,6 @@ fn print_ready() {
 /// Prints an error with its causes on one line.
 fn report(error: &dyn Error) {
     eprintln!("vdpad: {}", vdpa_core::error::chain(error));
-}
-
-/// Default path of a file or directory; `None` without root and without XDG_RUNTIME_DIR.
-fn default_path(name: &str, root: bool) -> Option<PathBuf> {
-    let base = if root { PathBuf::from("/run") } else { std::env::var_os("XDG_RUNTIME_DIR")?.into() };
-    Some(base.join("vdpad").join(name))
 }
 
 fn keep(device: &str) -> ExitCode {

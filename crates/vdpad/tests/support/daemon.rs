@@ -160,6 +160,7 @@ impl Drop for Daemon {
         if thread::panicking() {
             eprintln!("---- log of the daemon\n{}----", self.log());
         }
+        more_args::nothing_was_refused(&self.log());
     }
 }
 

@@ -217,6 +217,7 @@ impl Drop for Vdpad {
             // The watchdog may do the same concurrently.
             let _ = unmount(&mount);
         }
+        more_args::nothing_was_refused(&fs::read_to_string(self.dir.join("log")).unwrap_or_default());
     }
 }
 
