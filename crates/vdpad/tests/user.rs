@@ -53,9 +53,8 @@ fn directory() -> tempfile::TempDir {
     outer
 }
 
-/// The capabilities that docs/vdpad.md has for these words in the second column of its table, but for those that this test has not itself:
-/// in a container root may lack some.
-fn documented(kept: &[&str]) -> CapabilitySet {
+/// The capabilities that docs/vdpad.md has for these words in the second column of its table.
+fn in_table(kept: &[&str]) -> CapabilitySet {
     let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/vdpad.md")).unwrap();
     let section = text.split("\n## Without root\n").nth(1).unwrap().split("\n## ").next().unwrap();
     let mut set = CapabilitySet::empty();
@@ -67,6 +66,12 @@ fn documented(kept: &[&str]) -> CapabilitySet {
             set |= CapabilitySet::from_name(name).unwrap();
         }
     }
+    set
+}
+
+/// As `in_table`, but for those that this test has not itself: in a container root may lack some.
+fn documented(kept: &[&str]) -> CapabilitySet {
+    let set = in_table(kept);
     let missing = set - capabilities(None).unwrap().permitted;
     if !missing.is_empty() {
         eprintln!("not to be had here: {missing:?}");
@@ -280,4 +285,22 @@ fn what_cannot_be_is_said() {
         });
         kill_process(Pid::from_raw(vdpad.pid().as_raw_nonzero().get()).unwrap(), Signal::TERM).unwrap();
     });
+}
+
+/// The service gets what the daemon keeps, no more and no less.
+#[test]
+fn the_units_give_what_is_documented() {
+    let dist = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../dist");
+    let given = |file: &str, setting: &str| {
+        let text = fs::read_to_string(dist.join(file)).unwrap();
+        // An empty one resets what was set before.
+        let value = text.lines().rev().find_map(|line| line.strip_prefix(setting)).unwrap().to_owned();
+        let names = value.split(' ').map(|name| name.strip_prefix("CAP_").unwrap());
+        names.fold(CapabilitySet::empty(), |set, name| set | CapabilitySet::from_name(name).unwrap())
+    };
+    for setting in ["AmbientCapabilities=", "CapabilityBoundingSet="] {
+        assert_eq!(given("vdpad.service", setting), in_table(&ANY), "{setting}");
+        let devices = given("vdpad.service.d/character-devices.conf", setting);
+        assert_eq!(devices, in_table(&["always", "unless `--clients own`"]), "{setting}");
+    }
 }
