@@ -99,8 +99,8 @@ struct Serve {
     #[arg(long, value_name = "any|own", default_value = "any", requires = "user")]
     clients: Clients,
 
-    /// Capabilities to keep besides: net_admin for TAP interfaces, dac_override for disks of other users, sys_admin for device_file with
-    /// character devices [default: none]
+    /// Capabilities to keep besides: net_admin for TAP interfaces and the kernel's vdpa bus, dac_override for disks of other users,
+    /// sys_admin for device_file with --front cuse [default: none]
     #[arg(long, value_name = "NAME,...", value_delimiter = ',', value_parser = rights::capability, requires = "user")]
     capability: Vec<Capabilities>,
 
