@@ -15,6 +15,7 @@ mod robust;
 mod tap;
 
 use std::fs;
+use std::ops::Deref;
 use std::os::unix::fs::{MetadataExt as _, chown};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -38,13 +39,34 @@ const LIMIT: Duration = Duration::from_secs(120);
 /// Words of the table: what a daemon keeps for all clients, with files of a mount.
 const ANY: [&str; 3] = ["always", "unless `--clients own`", "for files of a mount"];
 
-/// A directory of the user, and a daemon there below a holder.
-fn start(args: &[&str]) -> (tempfile::TempDir, Vdpad) {
+/// A daemon below a holder, in a directory of the user. Dropping it ends both: the mount is in the namespace of this thread, where nobody
+/// else would remove it.
+struct Service {
+    vdpad: Vdpad,
+    _outer: tempfile::TempDir,
+}
+
+impl Deref for Service {
+    type Target = Vdpad;
+
+    fn deref(&self) -> &Vdpad {
+        &self.vdpad
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        self.vdpad.signal(Signal::TERM);
+        self.vdpad.wait();
+    }
+}
+
+fn start(args: &[&str]) -> Service {
     let outer = directory();
     let dir = fs::canonicalize(outer.path()).unwrap();
     let args = [&["--holder", "--front", "fuse", "--crash-limit", "20", "--user", USER], args].concat();
     let vdpad = Vdpad::start_at(&dir, LIMIT, &args);
-    (outer, vdpad)
+    Service { vdpad, _outer: outer }
 }
 
 fn directory() -> tempfile::TempDir {
@@ -141,7 +163,7 @@ fn a_daemon_without_root_loses_nothing() {
     with_fuse_mode(0o666, || {
         let wanted = documented(&ANY);
         assert!(wanted.contains(CapabilitySet::SYS_PTRACE | CapabilitySet::SYS_ADMIN), "{wanted:?}");
-        let (_outer, vdpad) = start(&[]);
+        let vdpad = start(&[]);
         let image = tempfile::NamedTempFile::new().unwrap();
         image.as_file().set_len(64 << 20).unwrap();
         let attrs = format!("path {} passed on memlock unlimited", image.path().display());
@@ -162,7 +184,7 @@ fn clients_of_that_user_need_few_capabilities() {
                 & !(CapabilitySet::SYS_ADMIN | CapabilitySet::IPC_LOCK | CapabilitySet::CHECKPOINT_RESTORE),
             CapabilitySet::empty()
         );
-        let (_outer, vdpad) = start(&["--clients", "own"]);
+        let vdpad = start(&["--clients", "own"]);
         let image = tempfile::NamedTempFile::new().unwrap();
         image.as_file().set_len(64 << 20).unwrap();
         let refused = vdpad.ctl(&format!("dev add name a mgmtdev blk path {}", image.path().display()));
@@ -180,7 +202,7 @@ fn clients_of_that_user_need_few_capabilities() {
 #[test]
 fn files_of_their_own_are_mounted_and_unmounted() {
     with_fuse_mode(0o666, || {
-        let (_outer, vdpad) = start(&[]);
+        let vdpad = start(&[]);
         let own = vdpad.dir().join("own");
         let device = vdpad.add("own", "sim-blk", &format!("device_file {}", own.display()));
         assert_eq!(device, own);
@@ -207,7 +229,7 @@ fn interfaces_need_a_user_or_a_capability() {
         }
         tap::ip(&["tuntap", "add", "mine", "mode", "tap", "user", "4800"]);
         tap::ip(&["tuntap", "add", "theirs", "mode", "tap", "user", "4900"]);
-        let (outer, vdpad) = start(&[]);
+        let vdpad = start(&[]);
         let add = |vdpad: &Vdpad, name: &str, attrs: &str| {
             vdpad.ctl(&format!("dev add name {name} mgmtdev net mac 52:54:11:12:34:56 tap {attrs}"))
         };
@@ -220,8 +242,7 @@ fn interfaces_need_a_user_or_a_capability() {
         replace(&vdpad);
         upgrade(&vdpad);
         drop(vdpad);
-        drop(outer);
-        let (_outer, vdpad) = start(&["--capability", "net_admin"]);
+        let vdpad = start(&["--capability", "net_admin"]);
         have_only(&vdpad, documented(&[&ANY[..], &["`--capability net_admin`"]].concat()));
         add(&vdpad, "made", "made create on").succeeds();
         replace(&vdpad);
@@ -247,7 +268,7 @@ fn a_process_of_that_user_gives_up_what_is_too_much() {
         command.arg(format!("--bounding-set=-all{names}")).arg(format!("--inh-caps=-all{names}"));
         command.arg(format!("--ambient-caps=-all{names}")).arg(&program);
         command.args(command_at(&dir).get_args()).args(["--holder", "--front", "fuse", "--user", USER]);
-        let vdpad = Vdpad::start_command(&dir, LIMIT, command);
+        let vdpad = Service { vdpad: Vdpad::start_command(&dir, LIMIT, command), _outer: outer };
         have_only(&vdpad, wanted);
         let device = vdpad.add("disk0", "sim-blk", "");
         let mut disk = Disk::start(&device, disk::MEMORY_MIN);
