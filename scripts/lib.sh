@@ -102,3 +102,13 @@ need_nextest() {
     cargo install --locked --quiet "cargo-nextest@$nextest_version" ||
         die "missing cargo-nextest: cargo install --locked cargo-nextest@$nextest_version failed"
 }
+
+# test_program NAME [OPTION...]: builds the test NAME of the package vdpad and prints its path. With VDPA_TESTS_BUILT as one of all tests:
+# after ./test there is nothing to build then, whereas cargo unites other features of the dependencies for one test alone.
+test_program() {
+    local name=$1 only=(--test "$1")
+    shift
+    [ -z "${VDPA_TESTS_BUILT:-}" ] || only=()
+    cargo test --workspace --all-features --locked --no-run "${only[@]}" "$@" --message-format json-render-diagnostics |
+        sed -n "s/.*\"executable\":\"\([^\"]*\/$name-[^\"]*\)\".*/\1/p" | tail -n 1 | grep . || die "the test $name was not built"
+}
