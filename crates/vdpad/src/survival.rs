@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
@@ -41,14 +41,15 @@ use crate::devices::{DiskFacts, Kept};
 /// Bytes of the longest identity: a request to add a device is at most that long.
 const IDENTITY_MAX: u64 = 1 << 20;
 
+/// The phase at whose end a process serves.
+const SERVE: &str = "serve";
+
 /// The connection to the holder.
 #[derive(Debug)]
 pub struct Survival {
     client: Arc<Mutex<Client>>,
     start: Start,
     next_device: AtomicU32,
-    /// When this process began to serve: `CLOCK_MONOTONIC` in ns.
-    served_ns: AtomicU64,
     /// What this process did before, each with its end: `CLOCK_MONOTONIC` in ns. The first is a beginning.
     phases: Mutex<Vec<(&'static str, u64)>>,
     /// Pauses the control socket.
@@ -148,7 +149,6 @@ impl Survival {
             client,
             start,
             next_device: AtomicU32::new(1),
-            served_ns: AtomicU64::new(0),
             phases,
             pauser: OnceLock::new(),
             control_path: OnceLock::new(),
@@ -234,7 +234,8 @@ impl Survival {
             let mut client = self.client.lock();
             self.last_status.get().map_or_else(|| client.status(), |status| Ok(*status))?
         };
-        let served_ns = self.served_ns.load(Ordering::Relaxed);
+        let phases = self.phases.lock();
+        let served_ns = phases.iter().rfind(|(name, _)| *name == SERVE).map_or(0, |(_, at)| *at);
         let last_crash = self.start.crash.map(|end| CrashInfo {
             pid: end.pid.unsigned_abs(),
             signal: end.signal,
@@ -245,7 +246,6 @@ impl Survival {
         });
         let names = Kind::ALL.map(|kind| format!("{kind:?}").to_lowercase());
         let held_kinds = names.into_iter().zip(kinds).filter(|&(_, count)| count > 0).collect();
-        let phases = self.phases.lock();
         let recovery = phases.windows(2).filter_map(|pair| {
             let [(_, begin), (name, end)] = *pair else { return None };
             let ms = Duration::from_nanos(end.saturating_sub(begin)).as_secs_f64() * 1e3;
@@ -261,8 +261,7 @@ impl Survival {
     /// # Errors
     /// `EPIPE` without a holder.
     pub fn ready(&self) -> Result<(), Errno> {
-        self.phase("serve");
-        self.served_ns.store(monotonic_ns(), Ordering::Relaxed);
+        self.phase(SERVE);
         if let Some(crash) = self.start.crash {
             self.log_recovery(crash.heard_ns);
         }
