@@ -553,6 +553,21 @@ fn the_end_of_the_service_unmounts_files_of_their_own() {
     }
 }
 
+/// Also while the next daemon starts, at whatever it is: one without a handler for the signal would die of it and leave its mounts.
+#[test]
+fn the_end_of_the_service_while_a_daemon_starts_unmounts_files_of_their_own() {
+    for after in (0..60).step_by(4).map(Duration::from_millis) {
+        let mut vdpad = start(&[]);
+        let created = vdpad.dir().join("created");
+        vdpad.add("ram0", "sim-blk", &format!("device_file {}", created.display()));
+        kill(&vdpad);
+        thread::sleep(after);
+        vdpad.signal(rustix::process::Signal::TERM);
+        assert_eq!(vdpad.wait().code(), Some(0), "{after:?}: {}", vdpad.log());
+        assert!(!created.exists() && !vdpad.is_mounted(), "{after:?}: {}", vdpad.log());
+    }
+}
+
 /// Mode, owner and times of device files are those that an administrator has set.
 #[test]
 fn attributes_of_files_stay() {

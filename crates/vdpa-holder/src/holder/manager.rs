@@ -37,6 +37,31 @@ impl Holder {
         let _ = store.notify(&format!("{ready}STATUS=daemon {pid}, generation {generation}"));
     }
 
+    /// SIGTERM or SIGINT: the daemon is to end. One that takes the place of another and does not serve yet would die of the signal, and its
+    /// mounts would be left; so would those of one that crashes at this moment. So the next that serves gets the signal too. A second
+    /// signal does not wait.
+    pub(super) fn stop(&mut self, signal: Signal) {
+        if !self.served || self.stop_wanted.replace(signal).is_some() {
+            self.stopping = true;
+            self.daemon.signal(signal);
+        } else if self.daemon.ready {
+            self.daemon.signal(signal);
+        }
+    }
+
+    /// Whether a daemon has ended because it was to end, or could not begin to serve. That it has crashed meanwhile is another matter.
+    pub(super) fn has_stopped(&self, end: End) -> bool {
+        match self.stop_wanted {
+            Some(signal) => end.signal == 0 || (self.daemon.ready && end.signal == signal.as_raw()),
+            None => !self.served && end.signal == 0,
+        }
+    }
+
+    /// Whether the service is to end.
+    pub(super) const fn is_stopping(&self) -> bool {
+        self.stopping || self.stop_wanted.is_some()
+    }
+
     /// SIGHUP: the daemon is to upgrade itself. One that does not serve yet would die of the signal.
     pub(super) fn reload(&mut self) {
         if !self.daemon.ready {

@@ -182,6 +182,8 @@ struct Holder {
     looked_ns: u64,
     /// SIGHUP came while no daemon served.
     reload_wanted: bool,
+    /// The signal that came to end the service, once it has served.
+    stop_wanted: Option<Signal>,
     /// The service manager waits for the end of an upgrade.
     reloading: bool,
 }
@@ -234,6 +236,7 @@ impl Holder {
             stopped: None,
             looked_ns: 0,
             reload_wanted: false,
+            stop_wanted: None,
             reloading: false,
         })
     }
@@ -284,9 +287,8 @@ impl Holder {
                 self.reload();
                 continue;
             }
-            self.stopping = true;
             if let Some(signal) = SIGNALS.into_iter().find(|signal| signal.as_raw() == number) {
-                self.daemon.signal(signal);
+                self.stop(signal);
             }
         }
         // What a process has said counts, also when it has ended since.
@@ -317,7 +319,7 @@ impl Holder {
         if let Some((process, _)) = self.leaving.take() {
             process.kill();
         }
-        if self.stopping || (!self.served && end.signal == 0) {
+        if self.stopping || self.has_stopped(end) {
             return Ok(Some(Outcome::Stopped(end)));
         }
         manager::log_crash(&end);

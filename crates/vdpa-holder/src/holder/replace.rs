@@ -35,7 +35,7 @@ pub(super) struct State {
 impl Holder {
     /// Replaces the program; returns only when that failed, and then everything is as before.
     pub(super) fn replace(&mut self, number: u32, program: &Program) -> Result<(), Errno> {
-        if self.candidate.is_some() || self.leaving.is_some() || self.stopping {
+        if self.candidate.is_some() || self.leaving.is_some() || self.is_stopping() {
             return Err(Errno::BUSY);
         }
         let saved = self.saved(number).ok_or(crate::socket::PIPE)?;
@@ -119,6 +119,7 @@ impl Holder {
             stopped: None,
             looked_ns: 0,
             reload_wanted: false,
+            stop_wanted: None,
             reloading: false,
         }
     }

@@ -85,7 +85,9 @@ impl Holder {
                 self.daemon.ready = true;
                 self.served = true;
                 self.tell_manager();
-                if self.reload_wanted {
+                if let Some(signal) = self.stop_wanted {
+                    self.daemon.signal(signal);
+                } else if self.reload_wanted {
                     self.reload();
                 }
             }
@@ -114,7 +116,7 @@ impl Holder {
 
     /// Starts a candidate; returns the daemon's end of the socket between the two.
     fn prepare(&mut self, program: Program) -> Result<OwnedFd, Errno> {
-        if self.candidate.is_some() || self.leaving.is_some() || self.stopping {
+        if self.candidate.is_some() || self.leaving.is_some() || self.is_stopping() {
             return Err(Errno::BUSY);
         }
         if self.role == Role::Failed {
