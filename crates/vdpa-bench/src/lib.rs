@@ -24,7 +24,7 @@
 //! | [`demo`], [`mod@bench`], [`blackout`] | `vdpactl demo`, `vdpactl bench io` and `vdpactl bench update` |
 //! | `output` | prints the result of a command |
 //! | [`blackout_result`] | the results of `vdpactl bench update` |
-//! | [`rounds`], [`bars`] | medians, ratios and charts of benchmarks that compare programs |
+//! | [`rounds`], [`comparison`], [`bars`] | medians, ratios, goals and charts of benchmarks that compare programs |
 //! | [`hugepages`] | reserves huge pages |
 #![forbid(unsafe_code)]
 
@@ -35,6 +35,7 @@ pub mod blackout_result;
 pub mod block;
 pub mod chart;
 pub mod client;
+pub mod comparison;
 pub mod demo;
 pub mod engine;
 pub mod fixture;

@@ -1,6 +1,8 @@
 //! The program of `just bench-io` with short runs: every workload is verified on every server that is installed.
 #![expect(clippy::unwrap_used, reason = "a test: every failure is a panic")]
 
+#[path = "support/example.rs"]
+mod example;
 #[path = "../../vdpad/tests/support/programs.rs"]
 mod programs;
 
@@ -9,17 +11,8 @@ use std::process::{Command, Output, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-/// The examples are built with the tests; the daemon beside them is the one under test.
 fn program() -> PathBuf {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let built = Command::new(cargo)
-        .args(["build", "--quiet", "--locked", "--package", "vdpa-bench", "--example", "bench-io"])
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .status()
-        .unwrap();
-    assert!(built.success());
-    let target = std::env::current_exe().unwrap();
-    target.ancestors().nth(3).unwrap().join("debug/examples/bench-io")
+    example::example("bench-io")
 }
 
 fn bench_io(args: &[&str]) -> Output {

@@ -1,24 +1,20 @@
 //! The program of `just bench-net` with short runs: every workload works on vdpad and on the floor.
 #![expect(clippy::unwrap_used, reason = "a test: every failure is a panic")]
 
+#[path = "support/example.rs"]
+mod example;
 #[path = "../../vdpad/tests/support/programs.rs"]
 mod programs;
 
 use std::process::{Command, Output};
 
-/// The examples are built with the tests; the daemon beside them is the one under test.
 fn bench_net(args: &[&str]) -> Output {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let built = Command::new(cargo)
-        .args(["build", "--quiet", "--locked", "--package", "vdpa-bench", "--example", "bench-net"])
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .status()
-        .unwrap();
-    assert!(built.success());
-    let target = std::env::current_exe().unwrap();
-    let program = target.ancestors().nth(3).unwrap().join("debug/examples/bench-net");
     let mut bench = Command::new("timeout");
-    bench.args(["--kill-after=5", "100"]).arg(program).arg("--vdpad").arg(programs::program("vdpad"));
+    bench
+        .args(["--kill-after=5", "100"])
+        .arg(example::example("bench-net"))
+        .arg("--vdpad")
+        .arg(programs::program("vdpad"));
     bench.arg("--quick").args(args).output().unwrap()
 }
 
@@ -50,7 +46,7 @@ fn every_workload_has_figures_ratios_and_a_chart() {
 }
 
 #[test]
-fn a_server_that_is_not_there_is_named() {
+fn what_is_not_there_is_named() {
     let output = bench_net(&["--servers=passt", "--passt=/nowhere/passt"]);
     let text = String::from_utf8(output.stderr).unwrap();
     assert!(text.contains("NOT MEASURED: passt: /nowhere/passt is not installed"), "{text}");
@@ -58,4 +54,8 @@ fn a_server_that_is_not_there_is_named() {
     let text = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "{text}");
     assert!(text.contains("there is no server vdpa: vdpad, testpmd, passt and floor are right"), "{text}");
+    let output = bench_net(&["--filter=randread"]);
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("no workload matches randread"), "{text}");
 }

@@ -29,6 +29,26 @@ pub(crate) fn this_thread_ns() -> u64 {
     u64::try_from(time.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(time.tv_nsec).unwrap_or(0)
 }
 
+/// The CPUs of server and client.
+#[derive(Clone, Copy)]
+pub(crate) struct CpuPlacement {
+    pub(crate) server: usize,
+    pub(crate) client: usize,
+}
+
+impl CpuPlacement {
+    /// The chosen ones, server first; without a choice the last and the first that this process may use.
+    pub(crate) fn new(chosen: &[usize]) -> Result<Self> {
+        let allowed = allowed()?;
+        match (chosen, &allowed[..]) {
+            ([server, client], _) => Ok(Self { server: *server, client: *client }),
+            (_, [first, .., last]) => Ok(Self { server: *last, client: *first }),
+            (_, [only]) => Ok(Self { server: *only, client: *only }),
+            (_, []) => Err("no CPU is allowed".into()),
+        }
+    }
+}
+
 /// The CPUs this process may use.
 pub(crate) fn allowed() -> Result<Vec<usize>> {
     let set = sched_getaffinity(None)?;

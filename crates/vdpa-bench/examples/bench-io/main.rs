@@ -16,8 +16,7 @@ mod servers;
 #[expect(dead_code, reason = "each floor uses its own part")]
 mod trusting;
 
-use std::fs::{self, File};
-use std::io::{IsTerminal as _, Write as _};
+use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
@@ -25,11 +24,11 @@ use std::sync::mpsc::sync_channel;
 use std::time::Duration;
 
 use clap::Parser;
-use indicatif::{ProgressBar, ProgressStyle};
+use vdpa_bench::comparison::{self, Ratio};
 use vdpa_core::host::PAGE_SIZE;
 
 use client::{Client, Result, Sample};
-use cpu::ServerProcess;
+use cpu::{CpuPlacement, ServerProcess};
 use plan::{Backend, Kind, Target, WORKLOADS, Workload};
 use report::{Outcome, Row};
 use servers::{All, Floors, Qemu, Vdpad};
@@ -109,38 +108,17 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let json = serde_json::to_string_pretty(&outcome).unwrap_or_default() + "\n";
-    let text = if options.json { &json } else { &outcome.text() };
-    let mut good = std::io::stdout().write_all(text.as_bytes()).is_ok();
-    if let Some(file) = &options.output {
-        good &=
-            fs::write(file, &json).inspect_err(|e| eprintln!("bench-io: {}: {e}", file.display())).is_ok();
-    }
+    let file = options.output.as_deref();
+    let mut good = comparison::present("bench-io", &outcome, &outcome.text(), options.json, file);
     if let Some(file) = &options.chart {
         good &= chart::draw(file, &outcome.medians).inspect_err(|e| eprintln!("bench-io: {e}")).is_ok();
     }
-    let missed = outcome.ratios.iter().any(report::Ratio::is_missed);
+    let missed = outcome.ratios.iter().any(Ratio::is_missed);
     if good && !(options.strict && missed) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// The CPUs of server and client.
-struct CpuPlacement {
-    server: usize,
-    client: usize,
-}
-
-fn placement(options: &Options) -> Result<CpuPlacement> {
-    let allowed = cpu::allowed()?;
-    match (&options.cpus[..], &allowed[..]) {
-        ([server, client], _) => Ok(CpuPlacement { server: *server, client: *client }),
-        (_, [first, .., last]) => Ok(CpuPlacement { server: *last, client: *first }),
-        (_, [only]) => Ok(CpuPlacement { server: *only, client: *only }),
-        (_, []) => Err("no CPU is allowed".into()),
-    }
-}
-
 fn run(options: &Options) -> Result<Outcome> {
-    let placement = placement(options)?;
+    let placement = CpuPlacement::new(&options.cpus)?;
     let parent = options.directory.clone().unwrap_or_else(std::env::temp_dir);
     let directory = tempfile::Builder::new().prefix("bench-io-").tempdir_in(parent)?;
     let file = directory.path().join("disk");
@@ -178,7 +156,7 @@ fn run(options: &Options) -> Result<Outcome> {
         );
     }
     let run = Run { options, servers: &servers, placement, file: &file, bytes, has_fio };
-    let bar = progress(u64::from(options.rounds) * workloads.len() as u64);
+    let bar = comparison::progress(u64::from(options.rounds) * workloads.len() as u64);
     for round in 0..options.rounds {
         for workload in &workloads {
             bar.set_message(workload.name);
@@ -356,17 +334,4 @@ fn is_installed(program: &Path) -> bool {
 fn leave_out(left_out: &mut Vec<String>, what: String) {
     eprintln!("bench-io: NOT MEASURED: {what}");
     left_out.push(what);
-}
-
-/// A progress bar if standard error is a terminal.
-fn progress(steps: u64) -> ProgressBar {
-    if !std::io::stderr().is_terminal() {
-        return ProgressBar::hidden();
-    }
-    let bar = ProgressBar::new(steps);
-    if let Ok(style) = ProgressStyle::with_template("{msg:24} [{wide_bar}] {pos}/{len} {elapsed} left {eta}")
-    {
-        bar.set_style(style);
-    }
-    bar
 }

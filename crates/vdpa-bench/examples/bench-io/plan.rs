@@ -1,5 +1,7 @@
 //! The workloads, and the goals for them.
 
+use vdpa_bench::comparison::Goal;
+
 /// Kind of the requests of a workload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
@@ -127,28 +129,9 @@ impl Figure {
     }
 }
 
-/// A goal: vdpad's figure divided by another's.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Goal {
-    pub(crate) workload: &'static str,
-    pub(crate) figure: Figure,
-    pub(crate) against: Target,
-    pub(crate) limit: f64,
-}
-
-impl Goal {
-    /// Whether a ratio meets it.
-    pub(crate) fn met(&self, ratio: f64) -> bool {
-        if self.figure == Figure::Iops { ratio >= self.limit } else { ratio <= self.limit }
-    }
-
-    pub(crate) fn relation(&self) -> &'static str {
-        if self.figure == Figure::Iops { ">=" } else { "<=" }
-    }
-}
-
 const fn goal(workload: &'static str, figure: Figure, against: Target, limit: f64) -> Goal {
-    Goal { workload, figure, against, limit }
+    let at_least = matches!(figure, Figure::Iops);
+    Goal { workload, figure: figure.name(), against: against.name(), limit, at_least }
 }
 
 pub(crate) const GOALS: [Goal; 10] = [

@@ -3,10 +3,11 @@
 use std::fmt::Write as _;
 
 use serde::Serialize;
-use vdpa_bench::rounds::{Spread, median, spread};
+use vdpa_bench::comparison::{Ratio, goal_lines};
+use vdpa_bench::rounds::median;
 
 use crate::client::Sample;
-use crate::plan::{Figure, GOALS, Goal, Target, Workload};
+use crate::plan::{Figure, GOALS, Target, Workload};
 
 /// One measurement: a server, a workload and a round.
 #[derive(Clone, Debug, Serialize)]
@@ -54,26 +55,6 @@ impl Row {
             Figure::ServerCpu => self.server_ns,
             Figure::P50 => self.p50_us,
         }
-    }
-}
-
-/// A figure of vdpad divided by that of another server.
-#[derive(Clone, Debug, Serialize)]
-pub(crate) struct Ratio {
-    workload: &'static str,
-    figure: &'static str,
-    against: &'static str,
-    #[serde(flatten)]
-    spread: Spread,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    goal: Option<f64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    met: Option<bool>,
-}
-
-impl Ratio {
-    pub(crate) fn is_missed(&self) -> bool {
-        self.met == Some(false)
     }
 }
 
@@ -136,12 +117,7 @@ impl Outcome {
             let theirs = self.of(workload, against).find(|row| row.round == ours.round)?;
             ratios.push(ours.figure(figure) / theirs.figure(figure).max(1e-9));
         }
-        let goal = GOALS.iter().find(|goal| {
-            goal.workload == workload && goal.against.name() == against && goal.figure == figure
-        });
-        let spread = spread(ratios)?;
-        let met = goal.map(|goal| goal.met(spread.ratio));
-        Some(Ratio { workload, figure: figure.name(), against, spread, goal: goal.map(|g| g.limit), met })
+        Ratio::new(&GOALS, workload, figure.name(), against, ratios)
     }
 
     /// The result as tables.
@@ -172,31 +148,11 @@ impl Outcome {
         if self.verified > 0 {
             let _ = writeln!(text, "\n{} blocks read, all as they were written", self.verified);
         } else {
-            text.push_str("\ngoals: vdpad over the other, median of the rounds [least to most]\n");
-            for goal in &GOALS {
-                let _ = writeln!(text, "{}", self.goal_line(goal));
-            }
+            text += &goal_lines(&GOALS, &self.ratios, 58);
         }
         for line in &self.left_out {
             let _ = writeln!(text, "NOT MEASURED: {line}");
         }
         text
-    }
-
-    fn goal_line(&self, goal: &Goal) -> String {
-        let what = format!("{}: {} / {}", goal.workload, goal.figure.name(), goal.against.name());
-        let limit = format!("{} {}", goal.relation(), goal.limit);
-        let found = self.ratios.iter().find(|ratio| {
-            ratio.workload == goal.workload
-                && ratio.against == goal.against.name()
-                && ratio.figure == goal.figure.name()
-        });
-        match found {
-            Some(Ratio { spread: Spread { ratio, least, most }, met, .. }) => {
-                let outcome = if *met == Some(true) { "met" } else { "MISSED" };
-                format!("  {what:<58} {limit:>8}  {ratio:>6.2} [{least:.2} to {most:.2}]  {outcome}")
-            }
-            None => format!("  {what:<58} {limit:>8}  not measured"),
-        }
     }
 }

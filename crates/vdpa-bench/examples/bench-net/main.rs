@@ -25,16 +25,16 @@ mod tcp;
 mod trusting;
 
 use std::fs;
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::mpsc::sync_channel;
 use std::time::Duration;
 
 use clap::Parser;
+use vdpa_bench::comparison::{self, Ratio};
 
 use client::{Address, Result};
-use cpu::ServerProcess;
+use cpu::{CpuPlacement, ServerProcess};
 use drive::Sample;
 use host::Host;
 use plan::{Target, WORKLOADS, Workload};
@@ -111,39 +111,17 @@ fn main() -> ExitCode {
         Ok(outcome) => outcome,
         Err(error) => return failed(error),
     };
-    let json = serde_json::to_string_pretty(&outcome).unwrap_or_default() + "\n";
-    let text = if options.json { &json } else { &outcome.text() };
-    let mut good = std::io::stdout().write_all(text.as_bytes()).is_ok();
-    if let Some(file) = &options.output {
-        good &=
-            fs::write(file, &json).inspect_err(|e| eprintln!("bench-net: {}: {e}", file.display())).is_ok();
-    }
+    let file = options.output.as_deref();
+    let mut good = comparison::present("bench-net", &outcome, &outcome.text(), options.json, file);
     if let Some(file) = &options.chart {
         good &= chart::draw(file, &outcome.medians).inspect_err(|e| eprintln!("bench-net: {e}")).is_ok();
     }
-    let missed = outcome.ratios.iter().any(report::Ratio::is_missed);
+    let missed = outcome.ratios.iter().any(Ratio::is_missed);
     if good && !(options.strict && missed) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// The CPUs of server and driver.
-#[derive(Clone, Copy)]
-struct CpuPlacement {
-    server: usize,
-    driver: usize,
-}
-
-fn placement(options: &Options) -> Result<CpuPlacement> {
-    let allowed = cpu::allowed()?;
-    match (&options.cpus[..], &allowed[..]) {
-        ([server, driver], _) => Ok(CpuPlacement { server: *server, driver: *driver }),
-        (_, [first, .., last]) => Ok(CpuPlacement { server: *last, driver: *first }),
-        (_, [only]) => Ok(CpuPlacement { server: *only, driver: *only }),
-        (_, []) => Err("no CPU is allowed".into()),
-    }
-}
-
 fn run(options: &Options) -> Result<Outcome> {
-    let placement = placement(options)?;
+    let placement = CpuPlacement::new(&options.cpus)?;
     let mut left_out = Vec::new();
     let (targets, servers) = targets(options, &mut left_out)?;
     let pair = |text: &String| text.split_once('=').map(|(k, v)| (k.to_owned(), v.to_owned()));
@@ -154,7 +132,7 @@ fn run(options: &Options) -> Result<Outcome> {
         passt: options.passt.clone(),
     };
     host::enter()?;
-    cpu::pin(&[placement.driver])?;
+    cpu::pin(&[placement.client])?;
     let mut outcome = Outcome {
         rounds: options.rounds,
         seconds: options.seconds,
@@ -168,8 +146,14 @@ fn run(options: &Options) -> Result<Outcome> {
     let is_wanted = |workload: &&Workload| {
         options.filter.is_empty() || options.filter.iter().any(|text| workload.name.contains(&**text))
     };
+    let workloads: Vec<&Workload> = WORKLOADS.iter().filter(is_wanted).collect();
+    if workloads.is_empty() {
+        return Err(format!("no workload matches {}", options.filter.join(",")).into());
+    }
+    let bar = comparison::progress(u64::from(options.rounds) * workloads.len() as u64);
     for round in 0..options.rounds {
-        for workload in WORKLOADS.iter().filter(is_wanted) {
+        for workload in &workloads {
+            bar.set_message(workload.name);
             let mut targets = targets.clone();
             let count = targets.len().max(1);
             targets.rotate_left(round as usize % count);
@@ -178,14 +162,12 @@ fn run(options: &Options) -> Result<Outcome> {
                 let (sample, server_ns) = measure(workload, target, &programs, placement, length)
                     .map_err(|error| format!("{} of {}: {error}", workload.name, target.name()))?;
                 let row = Row::new(workload, target, &sample, server_ns);
-                eprintln!(
-                    "round {round}: {} of {}: {:.0} {}/s",
-                    row.workload, row.server, row.rate, row.unit
-                );
                 outcome.rows.push(Row { round, ..row });
             }
+            bar.inc(1);
         }
     }
+    bar.finish_and_clear();
     outcome.load[1] = load();
     outcome.summarise();
     Ok(outcome)
@@ -251,7 +233,7 @@ fn measure(
     // The processes that this thread starts inherit its CPUs.
     cpu::pin(&[placement.server])?;
     let server = Server::start(target, programs, directory.path(), workload.pairs);
-    cpu::pin(&[placement.driver])?;
+    cpu::pin(&[placement.client])?;
     let server = server?;
     let _host = Host::start()?;
     let (send, receive) = sync_channel(1);

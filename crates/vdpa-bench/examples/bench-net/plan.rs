@@ -1,5 +1,7 @@
 //! The workloads, and the goals for them.
 
+use vdpa_bench::comparison::Goal;
+
 /// What a workload does. Directions are the driver's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
@@ -144,28 +146,9 @@ impl Against {
     }
 }
 
-/// A goal: vdpad's figure divided by another's.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Goal {
-    pub(crate) workload: &'static str,
-    pub(crate) figure: Figure,
-    pub(crate) against: Against,
-    pub(crate) limit: f64,
-}
-
-impl Goal {
-    /// Whether a ratio meets it.
-    pub(crate) fn met(&self, ratio: f64) -> bool {
-        if self.figure == Figure::Rate { ratio >= self.limit } else { ratio <= self.limit }
-    }
-
-    pub(crate) fn relation(&self) -> &'static str {
-        if self.figure == Figure::Rate { ">=" } else { "<=" }
-    }
-}
-
 const fn goal(workload: &'static str, figure: Figure, against: Against, limit: f64) -> Goal {
-    Goal { workload, figure, against, limit }
+    let at_least = matches!(figure, Figure::Rate);
+    Goal { workload, figure: figure.name(), against: against.name(), limit, at_least }
 }
 
 const FLOOR: Against = Against::One(Target::Floor);

@@ -3,10 +3,11 @@
 use std::fmt::Write as _;
 
 use serde::Serialize;
-use vdpa_bench::rounds::{Spread, median, spread};
+use vdpa_bench::comparison::{Ratio, goal_lines};
+use vdpa_bench::rounds::median;
 
 use crate::drive::{Sample, float};
-use crate::plan::{Against, Figure, GOALS, Goal, Target, WORKLOADS, Workload};
+use crate::plan::{Against, Figure, GOALS, Target, WORKLOADS, Workload};
 
 /// One measurement: a server, a workload and a round.
 #[derive(Clone, Debug, Serialize)]
@@ -55,26 +56,6 @@ impl Row {
             Figure::Rate => self.rate,
             Figure::ServerCpu => self.server_ns,
         }
-    }
-}
-
-/// A figure of vdpad divided by that of another server.
-#[derive(Clone, Debug, Serialize)]
-pub(crate) struct Ratio {
-    workload: &'static str,
-    figure: &'static str,
-    against: &'static str,
-    #[serde(flatten)]
-    spread: Spread,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    goal: Option<f64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    met: Option<bool>,
-}
-
-impl Ratio {
-    pub(crate) fn is_missed(&self) -> bool {
-        self.met == Some(false)
     }
 }
 
@@ -143,13 +124,7 @@ impl Outcome {
             let theirs = self.other(workload, against, figure, ours.round)?;
             ratios.push(ours.figure(figure) / theirs.max(1e-9));
         }
-        let goal = GOALS
-            .iter()
-            .find(|goal| goal.workload == workload && goal.against == against && goal.figure == figure);
-        let spread = spread(ratios)?;
-        let met = goal.map(|goal| goal.met(spread.ratio));
-        let (figure, against) = (figure.name(), against.name());
-        Some(Ratio { workload, figure, against, spread, goal: goal.map(|goal| goal.limit), met })
+        Ratio::new(&GOALS, workload, figure.name(), against.name(), ratios)
     }
 
     /// The result as tables.
@@ -189,30 +164,10 @@ impl Outcome {
         }
         let _ =
             writeln!(text, "\nload of the machine: {:.2} before, {:.2} after", self.load[0], self.load[1]);
-        text.push_str("\ngoals: vdpad over the other, median of the rounds [least to most]\n");
-        for goal in &GOALS {
-            let _ = writeln!(text, "{}", self.goal_line(goal));
-        }
+        text += &goal_lines(&GOALS, &self.ratios, 40);
         for line in &self.left_out {
             let _ = writeln!(text, "NOT MEASURED: {line}");
         }
         text
-    }
-
-    fn goal_line(&self, goal: &Goal) -> String {
-        let what = format!("{}: {} / {}", goal.workload, goal.figure.name(), goal.against.name());
-        let limit = format!("{} {}", goal.relation(), goal.limit);
-        let found = self.ratios.iter().find(|ratio| {
-            ratio.workload == goal.workload
-                && ratio.against == goal.against.name()
-                && ratio.figure == goal.figure.name()
-        });
-        match found {
-            Some(Ratio { spread: Spread { ratio, least, most }, met, .. }) => {
-                let outcome = if *met == Some(true) { "met" } else { "MISSED" };
-                format!("  {what:<40} {limit:>8}  {ratio:>6.2} [{least:.2} to {most:.2}]  {outcome}")
-            }
-            None => format!("  {what:<40} {limit:>8}  not measured"),
-        }
     }
 }
