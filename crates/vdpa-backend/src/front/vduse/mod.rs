@@ -94,6 +94,13 @@ impl VduseError {
     }
 }
 
+/// The file that all devices are made with, and the newest version of the interface that the kernel and this program have.
+fn control() -> Result<(Control, u64), VduseError> {
+    let control = Control::open().map_err(|errno| VduseError::Control { errno })?;
+    let version = control.api_version().map_err(asked("VDUSE_GET_API_VERSION"))?;
+    Ok((control, version.min(1)))
+}
+
 fn asked(request: &'static str) -> impl Fn(Errno) -> VduseError {
     move |errno| VduseError::Request { request, errno }
 }
@@ -127,8 +134,7 @@ impl VduseFront {
     pub fn create(name: &str, device: SharedDevice, state: KeptState) -> Result<Self, VduseError> {
         let profile = device.lock().profile().clone();
         let shape = Shape::of(&profile)?;
-        let control = Control::open().map_err(|errno| VduseError::Control { errno })?;
-        let version = control.api_version().map_err(asked("VDUSE_GET_API_VERSION"))?.min(1);
+        let (control, version) = control()?;
         control.set_api_version(version).map_err(asked("VDUSE_SET_API_VERSION"))?;
         if let Ok(known) = control.features() {
             let suspend = if profile.suspend { feature::SUSPEND } else { 0 };
@@ -207,8 +213,7 @@ impl VduseFront {
     }
 
     fn reopen(&self, fresh: bool) -> Result<(), VduseError> {
-        let control = Control::open().map_err(|errno| VduseError::Control { errno })?;
-        let version = control.api_version().map_err(asked("VDUSE_GET_API_VERSION"))?.min(1);
+        let (_, version) = control()?;
         let vduse = open(&self.name)?;
         self.serve(vduse, version, fresh)
     }

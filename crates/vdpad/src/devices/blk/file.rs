@@ -59,8 +59,9 @@ impl Backing {
     /// Opens and locks the file. The exclusive lock of a disk that is written is given to its next process only when nothing of
     /// the former one is in flight. The lock of a disk that is read only, or that others write too, is shared, and does not tell: there, that
     /// process waits for the end of the [mark](vdpa_sys::open_mark) of `kept`, since a late read would overwrite memory that its client
-    /// uses for something else by then. A file that was [passed](super::passed) is the same open file in each process. With `served` another process serves the disk and has the lock: it is
-    /// [taken](Self::lock) later. A disk that is made again is what it was, whatever the file is by now.
+    /// uses for something else by then. A file that was [passed](super::passed) is the same open file in each process. With `served`
+    /// another process serves the disk and has the lock: it is [taken](Self::lock) later. A disk that is made again is what it was,
+    /// whatever the file is by now.
     ///
     /// # Errors
     /// The errno of open(2); `EINVAL` for anything but a file or block device of at least one sector, and for an image of another
