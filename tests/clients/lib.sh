@@ -4,7 +4,10 @@
 
 . scripts/lib.sh
 
-# How many times as long as usual things may take, for a host that is busy.
+# In a machine that can build nothing (testbed/cuse): a directory with the arguments of the guest's QEMU, and the patched QEMU with its
+# libraries. The programs under test are in /bin.
+prepared=${VDPA_PREPARED:-}
+# How many times as long as usual things may take, for a host that is busy or emulated.
 slowness=${VDPA_SLOWNESS:-1}
 
 work=$(mktemp -d "${TMPDIR:-/tmp}/vdpa-client.XXXXXX")
@@ -40,6 +43,7 @@ trap 'exit 130' INT TERM
 
 # build: the programs under test, once for all scripts of a run.
 build() {
+    [ -z "$prepared" ] || { bin=/bin && return; }
     need_rust
     [ -n "${VDPA_BUILT:-}" ] || cargo build --release --locked --bins --package vdpad --package vdpactl --package vdpa-bench
     bin=${CARGO_TARGET_DIR:-target}/release
@@ -50,8 +54,9 @@ build() {
 start_daemon() {
     mkdir -p "$place"
     mkfifo "$place/ready"
-    "$bin/vdpad" --dir "$place/dev" --socket "$place/control" --log "${VDPAD_TEST_LOG:-info}" \
-        --request-timeout $((30 * slowness)) "$@" >"$place/ready" 2>"$place/vdpad.log" &
+    local options=(--dir "$place/dev" --request-timeout $((30 * slowness)))
+    [ "${VDPAD_TEST_FRONT:-fuse}" != cuse ] || options=(--front cuse "${options[@]:2}")
+    "$bin/vdpad" "${options[@]}" --socket "$place/control" --log "${VDPAD_TEST_LOG:-info}" "$@" >"$place/ready" 2>"$place/vdpad.log" &
     daemon=$! daemons+=" $!"
     local line=
     read -r line <"$place/ready" || true
