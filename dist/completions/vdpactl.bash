@@ -14,7 +14,7 @@ _vdpactl() {
     done
     local object=${words[0]-} command=${words[1]-} choices=
     case $object in
-        '') choices='mgmtdev dev update daemon config top monitor doctor demo bench help' ;;
+        '') choices='mgmtdev dev update daemon config cdi top monitor doctor demo bench help' ;;
         mgmtdev)
             case $command in
                 '') choices='show help' ;;
@@ -67,12 +67,22 @@ _vdpactl() {
             ;;
         daemon) [[ $command ]] || choices='show upgrade help' ;;
         config) [[ $command ]] || choices='check diff save reload help' ;;
+        cdi)
+            case $before in
+                -o | --output | --container-dir)
+                    mapfile -t COMPREPLY < <(compgen -f -- "$word")
+                    return
+                    ;;
+            esac
+            [[ $command ]] || choices='generate help'
+            ;;
         bench) [[ $command ]] || choices='io update' ;;
     esac
     if [[ $word == -* ]]; then
         choices='--json --pretty --statistics --no-nice-names --socket --version --help'
         [[ $object == dev ]] && choices+=' --force'
         [[ $object == daemon ]] && choices+=' --binary --dry-run'
+        [[ $object == cdi ]] && choices+=' --output --container-dir'
         [[ $object == top || $object == monitor ]] && choices+=' --delay --count'
     fi
     mapfile -t COMPREPLY < <(compgen -W "$choices" -- "$word")

@@ -7,10 +7,13 @@
 //!  +----------------+    api, config    +-----------------+
 //! ```
 //!
-//! This crate is all that daemon and tool share. [`client`] needs the feature `client`, [`files`] the feature `files`.
+//! This crate is all that daemon and tool share. [`client`] needs the feature `client`, [`files`] the feature `files`, [`cdi`]
+//! the feature `cdi`.
 #![forbid(unsafe_code)]
 
 pub mod api;
+#[cfg(feature = "cdi")]
+pub mod cdi;
 #[cfg(feature = "client")]
 pub mod client;
 pub mod config;

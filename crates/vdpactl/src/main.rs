@@ -3,12 +3,13 @@
 //! The objects take arguments in the grammar of iproute2 (`name vdpa0 mgmtdev blk`). clap parses only the options, which may stand
 //! anywhere; the arguments go to the module of their object:
 //!
-//! * [`mgmtdev`], [`dev`] with [`config`], [`passed`] and [`vstats`], [`update`], [`configuration`], [`watch`], [`doctor`]: one module per object, with its commands and their output.
+//! * [`mgmtdev`], [`dev`] with [`config`], [`passed`] and [`vstats`], [`update`], [`configuration`], [`cdi`], [`watch`], [`doctor`]: one module per object, with its commands and their output.
 //! * [`grammar`]: abbreviations and `name value` pairs.
 //! * [`output`]: plain lines or iproute2's JSON; [`features`], [`utc`]: names and times in it.
 //! * [`failure`]: errors, printed as iproute2 prints them.
 #![forbid(unsafe_code)]
 
+mod cdi;
 mod config;
 mod configuration;
 mod daemon;
@@ -122,6 +123,14 @@ enum Object {
     Config {
         /// Command and its arguments; "help" lists them
         args: Vec<String>,
+    },
+    /// What container runtimes have to know to give a container a device
+    #[command(after_help = cdi::HELP)]
+    Cdi {
+        /// Command and its arguments; "help" lists them
+        args: Vec<String>,
+        #[command(flatten)]
+        options: cdi::Options,
     },
     /// Shows what the devices do, with rates, again and again
     Top(watch::Options),
@@ -243,6 +252,7 @@ fn run(Cli { options, object }: Cli) -> Result<(), Failure> {
             daemon::run(&session, &args, &UpgradeRequest { binary, dry_run })
         }
         Some(Object::Config { args }) => configuration::run(&session, &args),
+        Some(Object::Cdi { args, options }) => cdi::run(&session, &args, &options),
         Some(Object::Top(options)) => watch::top(&session, options),
         Some(Object::Monitor(options)) => watch::monitor(&session, options),
         Some(Object::Doctor) => doctor::run(&session),
@@ -260,7 +270,7 @@ fn run(Cli { options, object }: Cli) -> Result<(), Failure> {
 
 const HELP: &str = "\
 Usage: vdpactl [ OPTIONS ] OBJECT { COMMAND | help }
-where  OBJECT := { mgmtdev | dev | update | daemon | config | top | monitor | doctor | demo | bench }
+where  OBJECT := { mgmtdev | dev | update | daemon | config | cdi | top | monitor | doctor | demo | bench }
        OPTIONS := { -V[ersion] | -n[o-nice-names] | -j[son] | -p[retty] |
                     -s[tatistics] | --socket PATH }
 ";
