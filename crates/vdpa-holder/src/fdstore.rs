@@ -7,14 +7,16 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::cmsg_space;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
     AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags,
     SocketType, sendmsg_addr, socket_with,
 };
+use rustix::pipe::PipeFlags;
 use vdpa_core::Errno;
 use vdpa_sys::inherit;
 
@@ -120,6 +122,29 @@ impl Store {
     /// As [`notify`](Self::notify).
     pub fn remove(&self, name: &str) -> Result<(), Errno> {
         self.send(&format!("FDSTOREREMOVE=1\nFDNAME={name}"), &[])
+    }
+
+    /// Waits until the manager has read all that was sent before: a process that ends earlier may not be known as one of its
+    /// service any more when its messages are read (`sd_notify_barrier(3)`). Blocks at most `timeout`.
+    ///
+    /// # Errors
+    /// As [`notify`](Self::notify); `ETIMEDOUT`.
+    pub fn barrier(&self, timeout: Duration) -> Result<(), Errno> {
+        let (ours, theirs) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(errno)?;
+        self.send("BARRIER=1", &[theirs.as_fd()])?;
+        // The manager closes its copy, which is the last one then.
+        drop(theirs);
+        let deadline = Instant::now() + timeout;
+        loop {
+            let left = Timespec::try_from(deadline.saturating_duration_since(Instant::now())).ok();
+            let mut fds = [PollFd::new(&ours, PollFlags::IN)];
+            match poll(&mut fds, left.as_ref()) {
+                Ok(0) => return Err(Errno::TIMEDOUT),
+                Ok(_) => return Ok(()),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(errno(error)),
+            }
+        }
     }
 
     fn send(&self, text: &str, fds: &[BorrowedFd<'_>]) -> Result<(), Errno> {

@@ -41,6 +41,8 @@ pub struct Config {
     pub dir: Option<PathBuf>,
     /// Default directory of device files that are served by a FUSE mount.
     pub mount_dir: PathBuf,
+    /// Whether the mount for it comes from the service manager, by [`given_mount::make`](crate::given_mount::make); with a holder only.
+    pub mount_given: bool,
     /// Path of the control socket.
     pub socket: PathBuf,
     /// Groups that may use it.
@@ -96,6 +98,12 @@ pub enum StartError {
     /// The device files cannot be served.
     #[error("cannot serve device files")]
     Files(#[from] ServeError),
+    /// The service manager has given no mount.
+    #[error(
+        "the service manager gave no mount of device files: --mount given needs ExecStartPre=+vdpad --mount make in a unit with \
+         NotifyAccess=exec and FileDescriptorStoreMax="
+    )]
+    NoMount,
     /// The watchdog process did not start.
     #[error("cannot start the watchdog process")]
     Watchdog(#[source] io::Error),
@@ -146,7 +154,7 @@ impl Daemon {
     pub fn start(config: &Config, survival: Option<Survival>) -> Result<Self, StartError> {
         let survival = survival.map(Arc::new);
         let place = choose(config, cuse::available)?;
-        if let Place::Mount(_) = place {
+        if matches!(place, Place::Mount(_)) && !config.mount_given {
             vdpa_sys::userns::fuse_available().map_err(|error| StartError::environment(&error))?;
         }
         raise_limits();
@@ -183,15 +191,11 @@ impl Daemon {
                 return Err(error.into());
             }
         }
-        let files = match (&place, &survival) {
-            (_, Some(survival)) if continues => survival.adopt_files(&mut legacy.files, options)?,
-            (Place::Dev(dir), _) => DeviceFiles::cuse(dir, options)?,
-            (Place::Mount(dir), _) => DeviceFiles::mount(dir, options)?,
+        let files = match &survival {
+            Some(survival) if continues => survival.adopt_files(&mut legacy.files, options)?,
+            _ => first_files(&place, survival.as_deref(), &mut legacy, options)?,
         };
         reach(CrashPoint::ConnectionAdopted);
-        if let Some(survival) = survival.as_ref().filter(|_| !continues) {
-            survival.hold_files(&files).map_err(holder("have the device files held"))?;
-        }
         let rings = std::mem::take(&mut legacy.rings);
         let bus = Bus::new(Arc::clone(&files), config.workers, config.poll, survival.clone(), rings);
         let bus = Arc::new(bus.with_configuration(config.configuration.clone()).with_front(config.front));
@@ -331,7 +335,34 @@ impl Daemon {
 
 /// How device files are served, without a watchdog.
 fn file_options(config: &Config) -> Options {
-    Options { request_timeout: config.request_timeout, resend: config.resend, ..Options::default() }
+    Options {
+        request_timeout: config.request_timeout,
+        resend: config.resend,
+        unmount: !config.mount_given,
+        ..Options::default()
+    }
+}
+
+/// The files of a daemon that goes on for no other one.
+fn first_files(
+    place: &Place,
+    survival: Option<&Survival>,
+    legacy: &mut Legacy,
+    options: Options,
+) -> Result<Arc<DeviceFiles>, StartError> {
+    let files = match (place, survival) {
+        (Place::Mount(_), Some(survival)) if legacy.files.are_new() => {
+            return Ok(survival.serve_new_mount(legacy, options)?);
+        }
+        (Place::Mount(_), _) if !options.unmount => return Err(StartError::NoMount),
+        (Place::Dev(dir), _) => DeviceFiles::cuse(dir, options)?,
+        (Place::Mount(dir), _) => DeviceFiles::mount(dir, options)?,
+    };
+    if let Some(survival) = survival {
+        let held = survival.hold_files(&files);
+        held.map_err(|errno| StartError::Holder { action: "have the device files held", errno })?;
+    }
+    Ok(files)
 }
 
 /// Begins to serve files that another daemon has served.
@@ -470,6 +501,7 @@ mod tests {
             front,
             dir: dir.map(PathBuf::from),
             mount_dir: "/run/vdpad/dev".into(),
+            mount_given: false,
             metrics: None,
             configuration: "/etc/vdpad/vdpad.toml".into(),
             socket: PathBuf::new(),

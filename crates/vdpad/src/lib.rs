@@ -22,6 +22,7 @@ pub mod crash_points;
 pub mod daemon;
 mod devices;
 mod failed;
+pub mod given_mount;
 pub mod keeper;
 pub mod rights;
 pub mod seccomp;

@@ -77,6 +77,12 @@ struct Serve {
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
 
+    /// Who mounts that directory, for files: own, the daemon; given, the service manager passes a mount that was made by "--mount make".
+    /// And for ExecStartPre= and ExecStopPost= of a service that may not mount: make, only mount it, and give it to the service manager;
+    /// end, only end it, unless the service restarts
+    #[arg(long, value_name = "own|given|make|end", default_value = "own")]
+    mount: Mounting,
+
     /// Path of the control socket [default: /run/vdpad/control.sock, without root
     /// $XDG_RUNTIME_DIR/vdpad/control.sock]
     #[arg(long, value_name = "PATH", env = SOCKET_ENV, alias = "control")]
@@ -167,6 +173,15 @@ struct Serve {
     devices: Vec<AddRequest>,
 }
 
+/// Who mounts the directory of device files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Mounting {
+    Own,
+    Given,
+    Make,
+    End,
+}
+
 /// Whose clients are served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Clients {
@@ -247,10 +262,13 @@ fn main() -> ExitCode {
         eprintln!("vdpad: {}: {error}", vdpad::crash_points::ENV);
         return ExitCode::from(2);
     }
-    if cli.command.is_none()
-        && let Err(status) = cli.serve.take_rights()
-    {
-        return status;
+    if cli.command.is_none() {
+        if let Some(status) = cli.serve.mount_for_service() {
+            return status;
+        }
+        if let Err(status) = cli.serve.take_rights() {
+            return status;
+        }
     }
     // A process that the daemon starts has its filter, and not its handler.
     if let Err(errno) = sigsys::name_refused() {
@@ -342,7 +360,7 @@ fn run_holder(options: &Serve, args: Vec<OsString>) -> ExitCode {
             let end = match outcome {
                 Outcome::Stopped(end) => end,
                 Outcome::GaveUp(end, held) => {
-                    survival::unmount_held(held);
+                    survival::unmount_held(held, options.mount == Mounting::Given);
                     end
                 }
             };
@@ -381,6 +399,7 @@ fn serve(options: Serve, files: Configuration, survival: Option<Survival>) -> Ex
         front: options.front,
         dir: options.dir,
         mount_dir,
+        mount_given: options.mount == Mounting::Given,
         socket,
         access: Access { admins: options.socket_group, readers: options.socket_readers },
         metrics: options.metrics,

@@ -392,13 +392,14 @@ impl Legacy {
     }
 }
 
-/// Ends the mounts that are among `items`, after the last daemon: their clients get an error from the kernel.
-pub fn unmount_held(items: Vec<Held>) {
-    Legacy::of(items).0.unmount();
+/// Ends the mounts that are among `items`, after the last daemon: their clients get an error from the kernel. That of the directory
+/// ends when no process has its connection any more, if it was `given` to this service.
+pub fn unmount_held(items: Vec<Held>, given: bool) {
+    Legacy::of(items).0.unmount(given);
 }
 
 /// A memory file with this text.
-fn text(text: &str) -> Result<OwnedFd, Errno> {
+pub(crate) fn text(text: &str) -> Result<OwnedFd, Errno> {
     let fd = memfd::create(c"vdpad", 0, None)?;
     let mut file = std::fs::File::from(fd);
     file.write_all(text.as_bytes()).map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(5)))?;

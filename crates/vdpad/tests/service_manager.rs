@@ -28,7 +28,7 @@ use vdpa_control::api::DaemonInfo;
 use vdpa_control::client::Client;
 use vdpa_core::ops::VdpaOps;
 use vdpa_sys::exec;
-use vdpa_sys::fuse::{FS_TYPE, fs_type_at, unmount};
+use vdpa_sys::fuse::{FS_TYPE, fs_type_at, mounted_at, unmount};
 
 use robust::disk::{self, Disk};
 use robust::{Vdpad, eventually, vdpactl};
@@ -101,6 +101,21 @@ impl Manager {
         self.service = Some(exec::spawn(&mut command, fds).unwrap());
         drop(kept);
         self.hears("READY=1");
+    }
+
+    /// Runs the program with all rights before or after the service (`ExecStartPre=+`, `ExecStopPost=+`).
+    fn mount(&self, what: &str, result: &str) -> robust::Output {
+        let mut command = Command::new(robust::programs::program("vdpad"));
+        command
+            .args(["--log", "error", "--front", "fuse", "--mount", what, "--dir"])
+            .arg(self.dir.join("dev"));
+        command.env("NOTIFY_SOCKET", self.dir.join("notify")).env("SERVICE_RESULT", result);
+        robust::run(&mut command)
+    }
+
+    /// Connection number of the mount of the device files.
+    fn mounted(&self) -> Option<u32> {
+        mounted_at(&self.dir.join("dev")).unwrap().map(|mounted| mounted.minor)
     }
 
     fn hears(&self, text: &str) {
@@ -259,6 +274,120 @@ fn a_service_that_stops_leaves_nothing_behind() {
     assert!(manager.client().devices().unwrap().is_empty());
 }
 
+/// The options of a service that has no right to mount.
+const GIVEN: [&str; 4] = ["--mount", "given", "--user", "4800:4801"];
+
+/// A service without the right to mount serves a mount that it is given: over the death of both processes, until it stops.
+#[test]
+fn a_service_serves_a_mount_that_it_is_given() {
+    let mut manager = Manager::new();
+    manager.mount("make", "").succeeds();
+    let first = manager.mounted();
+    assert!(first.is_some());
+    manager.start(&GIVEN);
+    let status = fs::read_to_string(format!("/proc/{}/status", manager.daemon().pid)).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("CapBnd:")).unwrap();
+    let allowed = u64::from_str_radix(line.trim(), 16).unwrap();
+    assert_eq!(allowed & (1 << 21), 0, "CAP_SYS_ADMIN in {line}");
+    let device = manager.add("disk0");
+    let mut disk = Disk::start(&device, disk::MEMORY_MIN);
+    disk.check(1);
+    // Of a service that runs, and of one whose processes are dead.
+    manager.mount("make", "").succeeds();
+    for (seed, first_to_die) in [(2, "holder"), (3, "daemon")] {
+        manager.die(first_to_die);
+        // It is started again.
+        manager.mount("end", "signal").succeeds();
+        manager.mount("make", "").succeeds();
+        assert_eq!(manager.mounted(), first, "the mount that clients use stays");
+        manager.start(&GIVEN);
+        disk.check(seed);
+    }
+    let mut service = manager.service.take().unwrap();
+    kill_process(Pid::from_raw(service.id().cast_signed()).unwrap(), Signal::TERM).unwrap();
+    assert_eq!(service.wait().unwrap().code(), Some(0), "{}", manager.log());
+    eventually("nothing is stored", || manager.kept.lock().store.is_empty().then_some(()));
+    manager.mount("end", "success").succeeds();
+    assert_eq!(manager.mounted(), None);
+    assert!(disk.session.ops().status().is_err(), "the client of a service that has ended");
+    manager.mount("end", "success").succeeds();
+    // The next one begins anew.
+    manager.mount("make", "").succeeds();
+    manager.start(&GIVEN);
+    assert!(manager.client().devices().unwrap().is_empty());
+    let again = manager.add("disk0");
+    Disk::start(&again, disk::MEMORY_MIN).check(4);
+}
+
+/// What is stored for a mount that has ended is not taken for that of a new one.
+#[test]
+fn nothing_of_a_lost_mount_is_served_on_a_new_one() {
+    let mut manager = Manager::new();
+    manager.mount("make", "").succeeds();
+    manager.start(&GIVEN);
+    let device = manager.add("disk0");
+    let mut disk = Disk::start(&device, disk::MEMORY_MIN);
+    disk.check(1);
+    manager.die("holder");
+    let first = manager.mounted();
+    unmount(&manager.dir.join("dev")).unwrap();
+    manager.mount("make", "").succeeds();
+    let second = manager.mounted();
+    assert!(second.is_some(), "after {first:?}");
+    manager.start(&GIVEN);
+    assert!(manager.client().devices().unwrap().is_empty());
+    let again = manager.add("disk0");
+    let mut other = Disk::start(&again, disk::MEMORY_MIN);
+    other.check(2);
+    manager.die("daemon");
+    manager.mount("make", "").succeeds();
+    assert_eq!(manager.mounted(), second);
+    manager.start(&GIVEN);
+    other.check(3);
+}
+
+/// A mount whose connection nobody has, as after a crash for which the service is not started again.
+#[test]
+fn a_dead_mount_is_replaced() {
+    let mut manager = Manager::new();
+    manager.mount("make", "").succeeds();
+    manager.kept.lock().store.clear();
+    let dead = manager.dir.join("dev");
+    assert!(fs::metadata(&dead).is_err());
+    manager.mount("end", "signal").succeeds();
+    assert_eq!(manager.mounted(), None, "a dead one is of no use for a service that restarts");
+    manager.mount("make", "").succeeds();
+    manager.kept.lock().store.clear();
+    manager.mount("make", "").succeeds();
+    manager.start(&GIVEN);
+    let device = manager.add("disk0");
+    Disk::start(&device, disk::MEMORY_MIN).check(1);
+}
+
+/// What is missing is named.
+#[test]
+fn a_mount_is_neither_made_nor_missed_silently() {
+    let manager = Manager::new();
+    let program = || Command::new(robust::programs::program("vdpad"));
+    let dev = manager.dir.join("dev");
+    let make =
+        robust::run(program().args(["--mount", "make", "--dir"]).arg(&dev).env_remove("NOTIFY_SOCKET"));
+    make.fails(
+        1,
+        "vdpad: no service manager takes the mount: --mount make is for ExecStartPre= of a unit with NotifyAccess=exec and \
+         FileDescriptorStoreMax=",
+    );
+    assert_eq!(manager.mounted(), None);
+    let alone = robust::run(program().args(["--mount", "given", "--dir"]).arg(&dev));
+    alone.fails(2, "vdpad: --mount given needs --holder, which gets the mount");
+    let socket = manager.dir.join("control.sock");
+    let mut given = program();
+    given.args(["--holder", "--front", "fuse", "--mount", "given", "--dir"]).arg(&dev);
+    let given = robust::run(given.arg("--socket").arg(&socket));
+    assert_eq!(given.code, Some(1), "{given:?}");
+    assert!(given.stderr.contains("needs ExecStartPre=+vdpad --mount make"), "{given:?}");
+}
+
 /// A reload is an upgrade: the manager hears of its begin and its end, done or rolled back.
 #[test]
 fn the_manager_hears_of_a_reload() {
@@ -316,9 +445,16 @@ fn the_holder_feeds_the_watchdog_of_the_manager() {
 fn the_unit_is_valid() {
     let unit = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../dist/vdpad.service");
     let text = fs::read_to_string(&unit).unwrap();
-    for needed in
-        ["Type=notify", "NotifyAccess=main", "FileDescriptorStoreMax=", "OOMPolicy=continue", "ExecReload="]
-    {
+    for needed in [
+        "Type=notify",
+        "NotifyAccess=exec",
+        "--mount make",
+        "--mount given",
+        "--mount end",
+        "FileDescriptorStoreMax=",
+        "OOMPolicy=continue",
+        "ExecReload=",
+    ] {
         assert!(text.contains(needed), "{needed}");
     }
     let Ok(version) = Command::new("systemd-analyze").arg("--version").output() else {
@@ -362,10 +498,17 @@ fn the_unit_has_few_rights() {
     let files = exposure();
     let drop_in = dir.path().join("vdpad.service.d");
     fs::create_dir(&drop_in).unwrap();
-    let name = "character-devices.conf";
-    fs::copy(dist.join("vdpad.service.d").join(name), drop_in.join(name)).unwrap();
-    let devices = exposure();
-    eprintln!("exposure: {files} with files of a mount, {devices} with character devices");
-    assert!(files <= 4.1, "{files}");
+    let with = |name: &str| {
+        fs::copy(dist.join("vdpad.service.d").join(name), drop_in.join(name)).unwrap();
+        let exposure = exposure();
+        fs::remove_file(drop_in.join(name)).unwrap();
+        exposure
+    };
+    let (devices, mounts) = (with("character-devices.conf"), with("own-mounts.conf"));
+    eprintln!(
+        "exposure: {files} with a mount, {devices} with character devices, {mounts} with mounts of its own"
+    );
+    assert!(files <= 2.2, "{files}");
     assert!(devices <= 1.7, "{devices}");
+    assert!(mounts <= 4.1, "{mounts}");
 }

@@ -314,14 +314,15 @@ fn the_units_give_what_is_documented() {
     let dist = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../dist");
     let given = |file: &str, setting: &str| {
         let text = fs::read_to_string(dist.join(file)).unwrap();
-        // An empty one resets what was set before.
         let value = text.lines().rev().find_map(|line| line.strip_prefix(setting)).unwrap().to_owned();
         let names = value.split(' ').map(|name| name.strip_prefix("CAP_").unwrap());
         names.fold(CapabilitySet::empty(), |set, name| set | CapabilitySet::from_name(name).unwrap())
     };
     for setting in ["AmbientCapabilities=", "CapabilityBoundingSet="] {
-        assert_eq!(given("vdpad.service", setting), in_table(&ANY), "{setting}");
-        let devices = given("vdpad.service.d/character-devices.conf", setting);
-        assert_eq!(devices, in_table(&["always", "unless `--clients own`"]), "{setting}");
+        let unit = given("vdpad.service", setting);
+        assert_eq!(unit, in_table(&["always", "unless `--clients own`"]), "{setting}");
+        // One of a drop-in that is not empty is added.
+        let mounts = unit | given("vdpad.service.d/own-mounts.conf", setting);
+        assert_eq!(mounts, in_table(&ANY), "{setting}");
     }
 }

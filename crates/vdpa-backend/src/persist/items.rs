@@ -94,6 +94,8 @@ pub mod program {
         CONFIGURED = 6,
         /// Requests that were read and not answered.
         REQUESTS = 7,
+        /// The mount is new: nobody has served it, so that nothing else that is held belongs to it.
+        NEW_MOUNT = 8,
     }
 }
 
@@ -119,7 +121,7 @@ mod tests {
     #[test]
     fn numbers_stay_as_they_are() {
         assert_eq!(device::ALL, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]);
-        assert_eq!(program::ALL, [1, 2, 3, 4, 5, 6, 7]);
+        assert_eq!(program::ALL, [1, 2, 3, 4, 5, 6, 7, 8]);
         assert_eq!(device::INTERFACE, [7, 9, 10, 11, 12, 13, 14, 15]);
     }
 }

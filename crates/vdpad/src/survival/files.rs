@@ -13,7 +13,7 @@ use vdpa_backend::persist::items::device::{
     ATTRIBUTES, CONNECTION, CONTENTS, IDENTITY, INTERFACE, KEEPER, of_program,
 };
 use vdpa_backend::persist::items::program::{
-    CONFIGURED, DEV_DIR, MOUNT, MOUNT_ATTRIBUTES, MOUNT_DIR, REQUESTS,
+    CONFIGURED, DEV_DIR, MOUNT, MOUNT_ATTRIBUTES, MOUNT_DIR, NEW_MOUNT, REQUESTS,
 };
 use vdpa_backend::persist::{Held, Kind, key, split_key};
 use vdpa_core::Errno;
@@ -33,6 +33,8 @@ pub(crate) struct LegacyFiles {
     mount_attributes: Option<SavedAttributes>,
     dev_dir: Option<PathBuf>,
     requests: Option<OwnedFd>,
+    /// Nobody has served the mount.
+    new: bool,
     /// The devices of the configuration have been added.
     pub(crate) configured: bool,
 }
@@ -88,6 +90,7 @@ impl LegacyFiles {
             MOUNT_ATTRIBUTES => self.mount_attributes = Some(SavedAttributes::open(held.fd)),
             DEV_DIR => self.dev_dir = read(held.fd).map(PathBuf::from),
             CONFIGURED => self.configured = true,
+            NEW_MOUNT => self.new = true,
             REQUESTS => self.requests = Some(held.fd),
             _ => return Some(held),
         }
@@ -96,7 +99,16 @@ impl LegacyFiles {
 
     /// Whether a predecessor has served any.
     pub(crate) const fn are_served(&self) -> bool {
-        self.dev_dir.is_some() || self.mount.is_some() && self.mount_dir.is_some()
+        self.dev_dir.is_some() || self.is_mounted() && !self.new
+    }
+
+    /// Whether there is a mount that nobody has served yet.
+    pub(crate) const fn are_new(&self) -> bool {
+        self.is_mounted() && self.new
+    }
+
+    const fn is_mounted(&self) -> bool {
+        self.mount.is_some() && self.mount_dir.is_some()
     }
 }
 
@@ -161,10 +173,11 @@ impl LegacyParts {
 
 impl Legacy {
     /// Ends the mounts that a predecessor has left: clients get `ECONNABORTED`, those that wait too. Character devices end when
-    /// nobody holds them.
-    pub(super) fn unmount(&self) {
+    /// nobody holds them, and so does the mount of the directory if it is `given`.
+    pub(super) fn unmount(&self, given: bool) {
         self.devices.values().for_each(|(identity, _)| identity.unmount());
-        if let Some(dir) = &self.files.mount_dir
+        if !given
+            && let Some(dir) = &self.files.mount_dir
             && let Err(error) = unmount(dir)
         {
             tracing::error!(%error, "the mount of the device files is left behind");
@@ -231,6 +244,44 @@ impl Survival {
         self.hold_directory_attributes(files)?;
         store.hold(key(0, MOUNT_DIR), Kind::Memory, dir.as_fd(), &[])?;
         store.hold(key(0, MOUNT), Kind::Fuse, connection.as_fd(), &negotiated.to_bytes())
+    }
+
+    /// Serves a mount that another process has made. What else is held is of daemons that have served another mount, which has ended:
+    /// it is released.
+    ///
+    /// # Errors
+    /// [`ServeError::Start`].
+    pub(crate) fn serve_new_mount(
+        &self,
+        legacy: &mut Legacy,
+        options: Options,
+    ) -> Result<Arc<DeviceFiles>, ServeError> {
+        for (number, (identity, items)) in std::mem::take(&mut legacy.devices) {
+            let mut keys: Vec<u64> = items.iter().map(|held| held.key).collect();
+            keys.push(identity.key(number));
+            self.give_up_device(&keys, &identity);
+        }
+        let LegacyFiles { requests, configured, mount_attributes, .. } = &mut legacy.files;
+        let stale = [
+            (REQUESTS, requests.take().is_some()),
+            (CONFIGURED, std::mem::take(configured)),
+            (MOUNT_ATTRIBUTES, mount_attributes.take().is_some()),
+        ];
+        for (item, held) in stale {
+            if held && let Err(errno) = self.store().release(key(0, item)) {
+                tracing::warn!(item, %errno, "what belongs to a mount that has ended is still held");
+            }
+        }
+        let files = self.adopt_connections(&mut legacy.files, options)?;
+        if let Err(errno) = self.keep_requests(&files) {
+            tracing::warn!(%errno, "requests do not survive a crash where the kernel does not send them again");
+        }
+        files.resume()?;
+        // From here on the next daemon continues.
+        if let Err(errno) = self.store().release(key(0, NEW_MOUNT)) {
+            tracing::warn!(%errno, "after a crash the next daemon will serve no devices of this one");
+        }
+        Ok(files)
     }
 
     /// Has requests in progress held, where the kernel does not send them again, unless those of a predecessor are.

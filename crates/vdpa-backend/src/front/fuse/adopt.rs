@@ -60,7 +60,7 @@ impl DeviceFiles {
         negotiated: Negotiated,
         generation: u64,
     ) -> Result<Arc<Self>, ServeError> {
-        let mount_options = options.mount();
+        let mount_options = (options.mount(), options.unmount);
         let server = new_server(dir, options)?;
         let connection = Connection::new(connection).map_err(|errno| ServeError::Start {
             dir: dir.into(),
@@ -80,7 +80,7 @@ impl DeviceFiles {
     /// [`ServeError::NotDev`] and [`ServeError::Start`].
     pub fn adopt_cuse(dir: &Path, options: Options, generation: u64) -> Result<Arc<Self>, ServeError> {
         let prefix = cuse::prefix_of(dir).ok_or_else(|| ServeError::NotDev { dir: dir.into() })?;
-        let mount_options = options.mount();
+        let mount_options = (options.mount(), options.unmount);
         let server = new_server(dir, options)?;
         let root = FileRoot::Dev(cuse::NodeFactory::new(prefix));
         let this = Self::assemble((dir.components().collect(), root), mount_options, server, None);

@@ -35,7 +35,7 @@ use vdpa_sys::uapi::fuse::ROOT_ID;
 pub use adopt::{OwnConnection, Place};
 pub use attributes::{FileAttributes, SavedAttributes};
 pub use device::{Completed, DeviceFile, IoctlCall, IoctlReply, Opener, POLLIN, POLLOUT};
-pub use mount_point::prepare_dir;
+pub use mount_point::{MountState, mount_state, prepare_dir};
 pub use tree::AddError;
 
 use super::watchdog::protocol::{Message, WatchdogLink, Watched};
@@ -64,6 +64,9 @@ pub struct Options {
     /// Whether the kernel is asked to send the requests of a process that has died again, where it can. With `false` they are
     /// [kept](DeviceFiles::keep_requests) everywhere. Default: `true`.
     pub resend: bool,
+    /// Whether the mount of the directory is removed when it is served no more. With `false` another process does that, which has
+    /// made it ([`adopt`](DeviceFiles::adopt)), and its clients wait until then. Default: `true`.
+    pub unmount: bool,
 }
 
 impl Default for Options {
@@ -75,6 +78,7 @@ impl Default for Options {
             heartbeat: None,
             heartbeat_interval: Duration::from_secs(1),
             resend: true,
+            unmount: true,
         }
     }
 }
@@ -169,6 +173,7 @@ pub struct DeviceFiles {
     dir: PathBuf,
     root: FileRoot,
     options: MountOptions,
+    unmounts: bool,
     server: Arc<Server>,
     reader: Mutex<Option<JoinHandle<()>>>,
     /// Number of this process among those that serve the files one after the other; 0 if there is no successor.
@@ -183,11 +188,11 @@ impl DeviceFiles {
     /// Each [`ServeError`] but [`NotDev`](ServeError::NotDev); nothing is left mounted then.
     pub fn mount(dir: &Path, options: Options) -> Result<Arc<Self>, ServeError> {
         let dir = prepare_dir(dir)?;
-        let mount_options = options.mount();
+        let mount_options = (options.mount(), options.unmount);
         let server = new_server(&dir, options)?;
         let watched = Watched::Mount(dir.clone());
         server.watchdog.send(&Message::Watch(watched));
-        let connection = mount(&dir, &mount_options)?;
+        let connection = mount(&dir, &mount_options.0)?;
         let mut guard = UnmountOnDrop(Some(dir.clone()));
         let negotiated = connection.handshake(HANDSHAKE_TIMEOUT)?;
         let directory = Session::directory(connection, dir.clone(), negotiated);
@@ -201,12 +206,12 @@ impl DeviceFiles {
 
     fn assemble(
         (dir, root): (PathBuf, FileRoot),
-        options: MountOptions,
+        (options, unmounts): (MountOptions, bool),
         server: Arc<Server>,
         reader: Option<JoinHandle<()>>,
     ) -> Arc<Self> {
         let (reader, generation) = (Mutex::new(reader), AtomicU64::new(0));
-        Arc::new(Self { dir, root, options, server, reader, generation })
+        Arc::new(Self { dir, root, options, unmounts, server, reader, generation })
     }
 
     /// Starts the reader thread for character devices in `dir`, which is `/dev` or a directory below it. Check
@@ -216,7 +221,7 @@ impl DeviceFiles {
     /// [`ServeError::NotDev`] and [`ServeError::Start`].
     pub fn cuse(dir: &Path, options: Options) -> Result<Arc<Self>, ServeError> {
         let prefix = cuse::prefix_of(dir).ok_or_else(|| ServeError::NotDev { dir: dir.into() })?;
-        let mount_options = options.mount();
+        let mount_options = (options.mount(), options.unmount);
         let server = new_server(dir, options)?;
         let reader = start(&server, dir)?;
         info!(dir = %dir.display(), "serving device files as character devices");
@@ -379,7 +384,7 @@ impl DeviceFiles {
         self.server.ended().await;
     }
 
-    /// Ends all mounts and devices and waits for their threads, for devices that hang no longer than the request time-out.
+    /// Ends all mounts and devices, but for a mount of [somebody else](Options::unmount), and waits for their threads, for devices that hang no longer than the request time-out.
     /// Clients get `ECONNABORTED` or `ENOTCONN`, and [`DeviceFile::release`] is called for each open. Idempotent.
     pub fn shutdown(&self) {
         let mut reader = self.reader.lock();
@@ -400,6 +405,7 @@ impl DeviceFiles {
         for endpoint in &endpoints {
             match endpoint {
                 // The mount was ended from outside: another server may have mounted there, unless the mount is dead.
+                Endpoint::Directory(_) if !self.unmounts => {}
                 Endpoint::Directory(path) if lost && !mount_point::is_stale(path) => {}
                 Endpoint::Directory(path) => unmount_logged(unmount(path)),
                 Endpoint::File { path, created } => {

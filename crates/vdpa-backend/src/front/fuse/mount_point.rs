@@ -5,11 +5,11 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno as OsErrno;
 use tracing::{info, warn};
-use vdpa_sys::fuse::{FS_TYPE, fs_type_at, unmount};
+use vdpa_sys::fuse::{Connections, FS_TYPE, fs_type_at, mounted_at, unmount};
 
 use super::ServeError;
 
@@ -102,16 +102,66 @@ fn remove_dead_mount(target: &Path) -> Result<(), ServeError> {
     }
 }
 
+/// What is mounted at a directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MountState {
+    /// Nothing of ours.
+    None,
+    /// A mount whose connection nobody has: every access fails with `ENOTCONN`.
+    Dead,
+    /// A mount whose connection some process has, though it may not serve it.
+    Live,
+}
+
+/// What is mounted at `dir`, and its path without symbolic links. Creates the directory above it when that is missing. Blocks at most 2 s: a few milliseconds where `fusectl` can be mounted, as root
+/// can, because a request that waits for a server is counted there.
+///
+/// # Errors
+/// [`ServeError::Directory`], and [`ServeError::Mount`] when the table of mounts cannot be read.
+pub fn mount_state(dir: &Path) -> Result<(PathBuf, MountState), ServeError> {
+    /// For longer than it takes to refuse a request on a dead mount, which is counted too.
+    const SETTLED: Duration = Duration::from_millis(20);
+    let target =
+        below_true_parent(dir).map_err(|source| ServeError::Directory { dir: dir.into(), source })?;
+    let Some(mounted) = mounted_at(&target)?.filter(|mounted| mounted.fs_type == FS_TYPE) else {
+        return Ok((target, MountState::None));
+    };
+    let connections = Connections::open().ok();
+    let waits = || connections.as_ref().and_then(|all| all.waiting(&target, &mounted.source)) > Some(0);
+    let Some(answer) = ask(&target) else { return Ok((target, MountState::Live)) };
+    let begin = Instant::now();
+    let mut since = None;
+    while begin.elapsed() < PROBE_TIMEOUT {
+        match answer.recv_timeout(Duration::from_millis(1)) {
+            Ok(Err(OsErrno::NOTCONN | OsErrno::CONNABORTED)) => return Ok((target, MountState::Dead)),
+            Ok(_) | Err(mpsc::RecvTimeoutError::Disconnected) => break,
+            Err(mpsc::RecvTimeoutError::Timeout) => {}
+        }
+        since = waits().then(|| since.unwrap_or_else(Instant::now));
+        if since.is_some_and(|since| since.elapsed() > SETTLED) {
+            break;
+        }
+    }
+    Ok((target, MountState::Live))
+}
+
 /// Whether a mount of a server that has ended is at `dir`.
 pub(super) fn is_stale(dir: &Path) -> bool {
     fs_type_at(dir).is_ok_and(|kind| kind.as_deref() == Some(FS_TYPE))
         && matches!(probe(dir), Some(Err(OsErrno::NOTCONN | OsErrno::CONNABORTED)))
 }
 
-/// Sends a STATFS to the server of a mount; `None` when it does not answer in time. `statfs(2)` may block without limit, so a
-/// thread of its own calls it, which stays behind then.
+/// How long a server may take to answer a STATFS.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Sends a STATFS to the server of a mount; `None` when it does not answer in time.
 fn probe(dir: &Path) -> Option<Result<(), OsErrno>> {
-    const TIMEOUT: Duration = Duration::from_secs(2);
+    ask(dir)?.recv_timeout(PROBE_TIMEOUT).ok()
+}
+
+/// Sends a STATFS to the server of a mount. `statfs(2)` may block without limit, so a thread of its own calls it, which stays behind
+/// then. `None` when there can be no thread.
+fn ask(dir: &Path) -> Option<mpsc::Receiver<Result<(), OsErrno>>> {
     let (send, receive) = mpsc::channel();
     let path = dir.to_path_buf();
     let prober = thread::Builder::new().name("mount-probe".into()).spawn(move || {
@@ -119,5 +169,5 @@ fn probe(dir: &Path) -> Option<Result<(), OsErrno>> {
         let _ = send.send(rustix::fs::statfs(&path).map(drop));
     });
     prober.ok()?;
-    receive.recv_timeout(TIMEOUT).ok()
+    Some(receive)
 }
