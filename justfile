@@ -142,3 +142,7 @@ deb:
     cargo build --release --locked --package vdpad --package vdpactl --features vdpad/manual,vdpactl/manual --bins
     cargo build --release --locked --package vdpa-conformance --bin vdpa-conform
     scripts/make-deb target/deb
+
+# Installs the packages in a fresh Debian with a real systemd, and uses the service as an operator does.
+package-test:
+    testbed/package

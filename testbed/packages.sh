@@ -7,6 +7,15 @@
 # shellcheck shell=bash disable=SC2154
 cache=${VDPA_TESTBED_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/vdpa-live-testbed}
 
+# debian_mirror: prints the Debian archive: VDPA_TESTBED_MIRROR, or the first of apt's sources.
+debian_mirror() {
+    local mirror=${VDPA_TESTBED_MIRROR:-$( (cat /etc/apt/sources.list.d/*.sources /etc/apt/sources.list \
+        /etc/apt/sources.list.d/*.list 2>/dev/null || true) |
+        sed -nE 's#^(URIs: *|deb (\[[^]]*\] )?)([^ ]*/debian)/?( .*)?$#\3#p' | sed -n 1p)}
+    [ -n "$mirror" ] || die 'no Debian archive in the sources of apt: set VDPA_TESTBED_MIRROR'
+    echo "$mirror"
+}
+
 # apt_conf SUITE [deb-src]: prints the path of a private apt configuration: own sources, lists and an empty package database,
 # so that every dependency of a package is fetched. Backports come before the release that they are for. deb-src is for source
 # packages in the place of binary ones.
@@ -14,10 +23,7 @@ apt_conf() {
     local dir=$cache/apt/$1${2:+-$2} base suites=("${1%-backports}")
     [ "${suites[0]}" = "$1" ] || suites+=("$1")
     if [ -z "$(find "$dir/ok" -mmin -1440 2>/dev/null)" ] || [ "$(wc -l <"$dir/sources.list")" != ${#suites[@]} ]; then
-        base=${VDPA_TESTBED_MIRROR:-$( (cat /etc/apt/sources.list.d/*.sources /etc/apt/sources.list \
-            /etc/apt/sources.list.d/*.list 2>/dev/null || true) |
-            sed -nE 's#^(URIs: *|deb (\[[^]]*\] )?)([^ ]*/debian)/?( .*)?$#\3#p' | sed -n 1p)}
-        [ -n "$base" ] || die 'no Debian archive in the sources of apt: set VDPA_TESTBED_MIRROR'
+        base=$(debian_mirror)
         mkdir -p "$dir"/{lists,cache/archives}/partial "$dir/none"
         : >"$dir/status"
         base="${2:-deb} [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $base"
