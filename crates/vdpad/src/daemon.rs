@@ -101,9 +101,12 @@ pub enum StartError {
     /// The service manager has given no mount.
     #[error(
         "the service manager gave no mount of device files: --mount given needs ExecStartPre=+vdpad --mount make in a unit with \
-         NotifyAccess=exec and FileDescriptorStoreMax="
+         NotifyAccess=exec and FileDescriptorStoreMax=, and no other vdpad that has mounted at {}", dir.display()
     )]
-    NoMount,
+    NoMount {
+        /// Where it was to be.
+        dir: PathBuf,
+    },
     /// The watchdog process did not start.
     #[error("cannot start the watchdog process")]
     Watchdog(#[source] io::Error),
@@ -354,7 +357,7 @@ fn first_files(
         (Place::Mount(_), Some(survival)) if legacy.files.are_new() => {
             return Ok(survival.serve_new_mount(legacy, options)?);
         }
-        (Place::Mount(_), _) if !options.unmount => return Err(StartError::NoMount),
+        (Place::Mount(dir), _) if !options.unmount => return Err(StartError::NoMount { dir: dir.clone() }),
         (Place::Dev(dir), _) => DeviceFiles::cuse(dir, options)?,
         (Place::Mount(dir), _) => DeviceFiles::mount(dir, options)?,
     };

@@ -7,11 +7,12 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::fs::{Mode, OFlags};
 use rustix::process::getppid;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use vdpa_backend::front::fuse::{MountState, ServeError, mount_state, prepare_dir};
@@ -41,6 +42,15 @@ pub enum GivenMountError {
     /// The view of the file system that the service manager has cannot be taken.
     #[error("cannot enter the mount namespace of the service manager")]
     Namespace(#[source] io::Error),
+    /// Nothing is mounted over what a symbolic link names.
+    #[error("cannot mount at {}: it has to be a directory, and no symbolic link", dir.display())]
+    Place {
+        /// The directory.
+        dir: PathBuf,
+        /// The reason.
+        #[source]
+        source: io::Error,
+    },
     /// The directory cannot be used.
     #[error(transparent)]
     Directory(#[from] ServeError),
@@ -91,12 +101,19 @@ impl Drop for Unmount<'_> {
 pub fn make(dir: &Path) -> Result<(PathBuf, bool), GivenMountError> {
     let store = Store::from_env().map_err(GivenMountError::Manager)?.ok_or(GivenMountError::NoManager)?;
     enter_namespace_of_manager()?;
-    if let (path, MountState::Live) = mount_state(dir)? {
-        return Ok((path, false));
+    let (target, state) = mount_state(dir)?;
+    if state == MountState::Live {
+        return Ok((target, false));
     }
-    let dir = prepare_dir(dir)?;
-    // No daemon can find it by its process, as without a holder; the holder looks after the daemon.
-    let connection = mount(&dir, &MountOptions::default())?;
+    prepare_dir(dir)?;
+    let dir = target;
+    // The directory above may be the service's, which is not to choose what is covered: no symbolic link is followed, and what was
+    // looked at is what is mounted on.
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let place = rustix::fs::open(&dir, flags, Mode::empty())
+        .map_err(|error| GivenMountError::Place { dir: dir.clone(), source: error.into() })?;
+    let by_descriptor = PathBuf::from(format!("/proc/self/fd/{}", place.as_raw_fd()));
+    let connection = mount(&by_descriptor, &MountOptions::default())?;
     let mut guard = Unmount(Some(&dir));
     let negotiated = connection.handshake(TIMEOUT)?.to_bytes();
     let path = text(&dir.to_string_lossy()).map_err(GivenMountError::Memory)?;

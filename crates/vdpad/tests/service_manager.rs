@@ -378,6 +378,16 @@ fn a_mount_is_neither_made_nor_missed_silently() {
          FileDescriptorStoreMax=",
     );
     assert_eq!(manager.mounted(), None);
+    // The directory above may be one of the service, which is not to choose what root mounts over.
+    let elsewhere = manager.dir.join("elsewhere");
+    fs::create_dir(&elsewhere).unwrap();
+    std::os::unix::fs::symlink(&elsewhere, &dev).unwrap();
+    let followed = manager.mount("make", "");
+    let reason = format!("cannot mount at {}: it has to be a directory, and no symbolic link", dev.display());
+    assert_eq!(followed.code, Some(1), "{followed:?}");
+    assert!(followed.stderr.contains(&reason), "{followed:?}");
+    assert_eq!(mounted_at(&elsewhere).unwrap(), None);
+    fs::remove_file(&dev).unwrap();
     let alone = robust::run(program().args(["--mount", "given", "--dir"]).arg(&dev));
     alone.fails(2, "vdpad: --mount given needs --holder, which gets the mount");
     let socket = manager.dir.join("control.sock");
